@@ -1,0 +1,123 @@
+"""Trains, evaluates, predicts and draws Vision Transformers.
+
+    python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --mode=eval --workdir=runs/digits
+    python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
+    python main.py --mode=visualize --workdir=runs/digits
+
+Any key of the config is overridden by --config.<key>=<value>.
+"""
+import argparse
+import logging
+import pathlib
+import re
+import sys
+
+from vit_jax import config as config_lib
+from vit_jax import writer
+from vit_jax.names import choose
+
+
+def train(args, overrides):
+  from vit_jax import trainer
+
+  if args.config:
+    config = config_lib.load_file(args.config)
+  else:
+    saved = writer.read_json(args.workdir / 'config.json')
+    if saved is None:
+      raise ValueError(
+          f'{args.workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
+      )
+    config = config_lib.from_dict(saved)
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  result = trainer.train(config, args.workdir)
+  print(
+      f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
+      f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
+      'result.json, tensorboard, log.txt).'
+  )
+
+
+def evaluate(args, overrides):
+  from vit_jax import evaluate
+
+  result = evaluate.run(args.workdir, overrides)
+  print(', '.join(f'{name} {value:.6g}' for name, value in result.items()))
+
+
+def predict(args, overrides):
+  from vit_jax import predict
+
+  if not args.images:
+    raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
+  failed = predict.run(args.workdir, args.images.split(','), args.topk, args.json, overrides)
+  return 1 if failed else 0
+
+
+def visualize(args, overrides):
+  del overrides
+  from vit_jax import visualize
+
+  for path in visualize.run(args.workdir):
+    print(path)
+
+
+MODES = {'train': train, 'eval': evaluate, 'predict': predict, 'visualize': visualize}
+
+
+class Console(logging.Handler):
+  """Prints above the progress bar, not through it."""
+
+  def emit(self, record):
+    from tqdm import tqdm
+
+    tqdm.write(self.format(record), file=sys.stderr)
+
+
+def parse(argv):
+  """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--mode', default='train', help=', '.join(MODES))
+  parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
+  parser.add_argument('--workdir', type=lambda text: pathlib.Path(text).expanduser(),
+                      help='checkpoints and records')
+  parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
+  parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
+  parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')
+  args, rest = parser.parse_known_args(argv)
+  overrides = {}
+  while rest:
+    flag, equals, text = rest.pop(0).partition('=')
+    if not re.match(r'--config\.', flag):
+      parser.error(f'unknown argument {flag}; config keys are given as --config.<key>=<value>')
+    if not equals and not rest:
+      parser.error(f'{flag} needs a value')
+    overrides[flag.removeprefix('--config.')] = text if equals else rest.pop(0)
+  return args, overrides
+
+
+def main(argv):
+  args, overrides = parse(argv)
+  log = logging.getLogger('vit_jax')
+  log.setLevel(logging.DEBUG)  # the whole story goes to log.txt
+  log.propagate = False
+  log.addHandler(Console(logging.INFO))
+  try:
+    mode = choose('--mode', args.mode, MODES)
+    if args.workdir is None:
+      raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
+    return mode(args, overrides)
+  except (ValueError, OSError, FloatingPointError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('Interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
+    return 130
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

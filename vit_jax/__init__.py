@@ -1,0 +1,22 @@
+"""The Vision Transformer on JAX: see README.md.
+
+    model = vit_jax.make('B/16', num_classes=10)
+    result = vit_jax.train(config, workdir)
+"""
+import importlib
+
+_PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
+    'ViT': 'vit',
+    'make': 'vit',
+    'default_config': 'config',
+    'train': 'trainer',
+}
+
+__all__ = list(_PUBLIC)
+__version__ = '0.1.0'
+
+
+def __getattr__(name: str):
+  if name not in _PUBLIC:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)

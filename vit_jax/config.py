@@ -1,0 +1,210 @@
+"""Every key that a config has, and how one is overridden, saved and compared.
+
+An experiment in `configs/` starts from `default_config()` and changes what it must. Only
+`experiment.py` reads a config.
+"""
+import ast
+from collections.abc import Mapping
+import difflib
+import importlib.util
+import json
+import pathlib
+
+from ml_collections import ConfigDict, config_dict
+
+
+def default_config() -> ConfigDict:
+  """A ViT for 32x32 images with every key at its default. None: as the variant has it."""
+  c = ConfigDict()
+  c.seed = 0  # of the initial weights, the order of the data and every random draw
+  c.epochs = 100.0  # passes over the training split
+  c.batch_size = 256  # examples a step, over all devices and processes
+  c.micro_batches = 1  # parts that a batch is computed in, one after the other
+  c.eval_batch_size = 256  # examples
+  c.log_every = 50  # steps between lines of training metrics
+  c.eval_every = 1000  # steps between evaluations; 0: at the end only
+  c.checkpoint_every = 1000  # steps between checkpoints; 0: at the end only
+  c.keep_checkpoints = 2  # newest checkpoints kept, beside the best where there is val_split
+  c.init = ''  # workdir whose weights to start from; empty: random ones
+  c.ema = 0.0  # decay a step of the averaged weights that are evaluated; 0: no averaging
+
+  c.data = ConfigDict()
+  c.data.source = 'tfds:cifar10'  # tfds:<name>, folder:<path>, digits or synthetic
+  c.data.dir = ''  # where TFDS data lies, or what a folder's path starts from
+  c.data.train_split = 'train'  # trained on
+  c.data.val_split = ''  # held out of train, to choose the best checkpoint; empty: none
+  c.data.eval_split = 'test'  # tested on
+  c.data.image_size = (32, 32)  # height and width that the model sees, pixels
+  c.data.mean = (0.5,)  # taken away, of each channel or of all; images are in [0, 1]
+  c.data.std = (0.5,)  # divided by after that, of each channel or of all
+  c.data.skip_bad_images = False  # leave out what can't be decoded, instead of stopping
+
+  c.augment = ConfigDict()  # by name, each with its arguments; applied in this order
+  c.augment.pad_crop = ConfigDict({'padding': 0})  # reflected border, pixels; 0: no crop
+  c.augment.flip = ConfigDict({'probability': 0.0})  # of mirroring left to right
+
+  c.model = ConfigDict()
+  c.model.variant = 'B/16'  # of vit.VARIANTS, patch size after the slash
+  c.model.patch_size = config_dict.placeholder(tuple)  # (height, width), pixels
+  c.model.width = config_dict.placeholder(int)  # size of a token
+  c.model.depth = config_dict.placeholder(int)  # encoder blocks
+  c.model.num_heads = config_dict.placeholder(int)  # attention heads
+  c.model.head_dim = config_dict.placeholder(int)  # size of a head; None: width / num_heads
+  c.model.mlp_dim = config_dict.placeholder(int)  # hidden width of the MLP
+  c.model.pool = 'cls'  # cls, gap, map or none
+  c.model.position = 'learned'  # learned, sincos, rope or none
+  c.model.num_registers = 0  # tokens added to the patches
+  c.model.representation_size = config_dict.placeholder(int)  # of the pre-logits; None: none
+  c.model.dropout = 0.0  # rate
+  c.model.attention_dropout = 0.0  # rate, on the attention weights
+  c.model.stochastic_depth = 0.0  # rate at the last block, rising linearly from 0
+  c.model.layer_scale = config_dict.placeholder(float)  # initial value; None: no LayerScale
+  c.model.qk_norm = False  # LayerNorm on queries and keys
+  c.model.activation = 'gelu_tanh'  # gelu_tanh (the paper's code) or gelu (PyTorch's models)
+  c.model.norm_epsilon = 1e-6  # of LayerNorm
+  c.model.dtype = 'float32'  # of the computation: float32 or bfloat16; weights are float32
+  c.model.remat = 'none'  # what is computed again to save memory: none, dots or full
+
+  c.optimizer = ConfigDict()
+  c.optimizer.name = 'adamw'  # adamw or sgd
+  c.optimizer.lr = 1e-3  # peak learning rate
+  c.optimizer.weight_decay = 0.05  # times the learning rate, on matrices only
+  c.optimizer.b1 = 0.9  # adamw: decay of the first moment
+  c.optimizer.b2 = 0.999  # adamw: decay of the second moment
+  c.optimizer.momentum = 0.9  # sgd
+  c.optimizer.clip = 1.0  # global norm that gradients are scaled down to; 0: no clipping
+
+  c.schedule = ConfigDict()
+  c.schedule.name = 'cosine'  # cosine, linear (both to 0) or constant
+  c.schedule.warmup = 5.0  # epochs of linear warm-up; at most a fifth of the run
+
+  c.loss = ConfigDict()
+  c.loss.name = 'softmax'  # cross-entropy over the classes
+  c.loss.label_smoothing = 0.0  # share of the target spread over all classes
+  return c.lock()
+
+
+# What a run may change when it goes on: it touches how far and how, not what.
+MAY_CHANGE = (
+    'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
+    'keep_checkpoints', 'data.dir', 'data.eval_split', 'model.remat',
+)  # fmt: skip
+
+
+def load_file(spec: str) -> ConfigDict:
+  """The config of `path/to/file.py` or `path/to/file.py:variant`.
+
+  Raises:
+    ValueError: no such file, no `get_config` in it, or a variant that it doesn't have.
+  """
+  path, _, variant = spec.partition(':')
+  if not pathlib.Path(path).is_file():
+    near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
+    hint = f' Did you mean {" or ".join(near)}?' if near else ''
+    raise ValueError(f'--config: no file {path!r}.{hint}')
+  module_spec = importlib.util.spec_from_file_location('experiment_config', path)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ValueError(f'--config: {path} defines no function get_config().')
+  return module.get_config(variant) if variant else module.get_config()
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+  """Sets a dotted key from the command line, in the key's own type.
+
+  Raises:
+    ValueError: an unknown key, with the nearest valid ones, or a value of another type.
+  """
+  keys = flatten(config)
+  if key not in keys:
+    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    leaf = key.rpartition('.')[2]
+    near = [name for name in keys if name.rpartition('.')[2] == leaf] or near
+    below = [name for name in keys if name.startswith(key + '.')]
+    hint = f' Did you mean {" or ".join(below or near)}?' if below or near else ''
+    raise ValueError(f'--config.{key}: there is no such key.{hint}')
+  *path, leaf = key.split('.')
+  holder = config
+  for name in path:
+    holder = holder[name]
+  kind = holder.get_type(leaf)
+  try:
+    value = parse(text, kind, optional=flatten(default_config())[key] is None)
+  except (ValueError, SyntaxError):
+    example = {int: '8', float: '0.1', bool: 'true', tuple: '32,32'}[kind]
+    raise ValueError(
+        f'--config.{key}: got {text!r}, expected {kind.__name__}, e.g. {example}.'
+    ) from None
+  with holder.unlocked():
+    holder[leaf] = value
+
+
+def parse(text: str, kind: type, optional: bool = False):
+  """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`."""
+  if optional and text.lower() == 'none':
+    return None
+  if kind is bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+      raise ValueError(text)
+    return text.lower() in ('true', '1')
+  if kind is tuple:
+    value = ast.literal_eval(text)
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(item, (int, float)) for item in value):
+      raise ValueError(text)
+    return value
+  return kind(text)
+
+
+def flatten(config: Mapping, prefix: str = '') -> dict[str, object]:
+  """`{'data.source': ..., ...}`, tuples as lists, as JSON gives them back."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, (Mapping, ConfigDict)):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def to_dict(config: ConfigDict) -> dict:
+  """Plain values that JSON can hold."""
+  return json.loads(config.to_json())
+
+
+def from_dict(saved: Mapping) -> ConfigDict:
+  """A config from what `to_dict` gave; keys younger than it keep their defaults.
+
+  Raises:
+    ValueError: a key that this version does not know.
+  """
+  config = default_config()
+  unknown = sorted(set(flatten(saved)) - set(flatten(config)))
+  if unknown:
+    raise ValueError(f'The saved config has keys that this version lacks: {", ".join(unknown)}.')
+
+  def put(target, values):
+    for name, value in values.items():
+      if isinstance(value, Mapping):
+        put(target[name], value)
+      else:
+        target[name] = tuple(value) if isinstance(value, list) else value
+
+  put(config, saved)
+  return config
+
+
+def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
+  """Raises ValueError where a workdir's run can't go on under the config given."""
+  before, now = flatten(saved), flatten(given)
+  differences = [
+      f'  {key}: {before[key]!r} there, {now[key]!r} given'
+      for key in before
+      if before[key] != now[key] and key not in MAY_CHANGE
+  ]
+  if differences:
+    raise ValueError(
+        f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
+        'same values, or another --workdir. What may change: ' + ', '.join(MAY_CHANGE) + '.'
+    )

@@ -1,0 +1,73 @@
+"""Exact evaluation: every example counts once, for any batch size and number of devices."""
+from collections.abc import Callable
+import pathlib
+
+from clu import metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import data, experiment, sharding
+from vit_jax.sources import Examples
+
+Averages = type[metrics.Collection]
+EvalStep = Callable[[dict, dict[str, jax.Array]], metrics.Collection]
+
+
+def averages(num_classes: int) -> Averages:
+  """The metrics: loss, accuracy, and top-5 accuracy where there are more than 5 classes."""
+  names = ['loss', 'accuracy'] + ['top5_accuracy'] * (num_classes > 5)
+  return metrics.Collection.create(**{n: metrics.Average.from_output(n) for n in names})
+
+
+def score(
+    logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array, mask_B: jax.Array | None = None
+) -> metrics.Collection:
+  """The metrics of a batch; `mask_B` is 0 for rows that don't count."""
+  label_B1 = label_B[:, None]
+  top5_BL = jax.lax.top_k(logits_BL, min(5, logits_BL.shape[1]))[1]
+  return averages(logits_BL.shape[1]).single_from_model_output(
+      loss=loss_B,
+      accuracy=top5_BL[:, 0] == label_B,
+      top5_accuracy=(top5_BL == label_B1).any(axis=1),
+      mask=None if mask_B is None else mask_B.astype(bool),
+  )
+
+
+def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
+  """The means over all batches, added up in float64, and the number of examples."""
+  sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
+  fields = {name: getattr(sums, name) for name in batches[0].__dataclass_fields__
+            if isinstance(getattr(sums, name), metrics.Average)}
+  means = {name: float(average.total / average.count) for name, average in fields.items()}
+  return means | {'examples': round(float(sums.loss.count))}
+
+
+def make_eval_step(exp: experiment.Experiment) -> EvalStep:
+  """`(params, batch) -> metrics` of one padded batch."""
+
+  @jax.jit
+  def eval_step(params, batch):
+    logits_BL = exp.model.apply({'params': params}, exp.normalize(batch['image']))
+    loss_B = exp.loss(logits_BL, batch['label'])
+    return score(logits_BL, batch['label'], loss_B, batch['mask'])
+
+  return eval_step
+
+
+def evaluate(
+    eval_step: EvalStep, params: dict, examples: Examples, batch_size: int, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+  """Loss, accuracies and the number of examples counted."""
+  batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  return summarize([jax.device_get(eval_step(params, batch)) for batch in batches])
+
+
+def run(workdir: pathlib.Path, overrides: dict[str, str]) -> dict[str, float]:
+  """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
+  exp, params, step = experiment.from_workdir(workdir, overrides)
+  examples = experiment.load_split(exp, exp.config.data.eval_split)
+  mesh = experiment.make_mesh(exp.config)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  batch_size = exp.config.eval_batch_size
+  return {'step': step} | evaluate(make_eval_step(exp), params, examples, batch_size, mesh)

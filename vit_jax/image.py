@@ -1,0 +1,64 @@
+"""Image files to uint8 arrays, on the host. What the device does to them is in `augment.py`."""
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+
+
+class BadImage(ValueError):
+  """A file that can't be decoded; the message names it and says why."""
+
+
+def decode(encoded: bytes, name: object, channels: int = 3) -> Image.Image:
+  """Decodes to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
+
+  EXIF rotation is applied, transparency laid over white, 16-bit grey scaled to 8.
+
+  Raises:
+    BadImage: not an image, or one cut short; `name` says which.
+  """
+  try:
+    image = Image.open(io.BytesIO(encoded))
+    image.load()
+    image = ImageOps.exif_transpose(image)
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    raise BadImage(f'{name}: not a readable image ({error or type(error).__name__}).') from error
+  if image.mode.startswith(('I', 'F')):
+    grey = np.asarray(image, np.float32)
+    depth = 257 if grey.max(initial=0) > 255 else 1
+    image = Image.fromarray(np.clip(grey / depth, 0, 255).astype(np.uint8))
+  if image.has_transparency_data:
+    image = image.convert('RGBA')
+    image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+  return image.convert('L' if channels == 1 else 'RGB')
+
+
+def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+  """Scales to cover `size` (height, width), crops the centre: `image_HWC`, uint8."""
+  height, width = size
+  if image.size != (width, height):
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+  array = np.asarray(image)
+  return array[..., None] if array.ndim == 2 else array
+
+
+def find(paths: list[str]) -> list[pathlib.Path]:
+  """The files named, and the images in the folders named, sorted.
+
+  Raises:
+    ValueError: a path that does not exist, or a folder without images.
+  """
+  found = []
+  for path in map(pathlib.Path, paths):
+    path = path.expanduser()
+    if path.is_dir():
+      inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS)
+      if not inside:
+        raise ValueError(f'{path}: no images in this folder (looked for {", ".join(EXTENSIONS)}).')
+      found += inside
+    else:
+      found.append(path)
+  return found

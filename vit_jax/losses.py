@@ -1,0 +1,19 @@
+"""Losses `(logits_BL, label_B, **arguments) -> loss_B`."""
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+  """Cross-entropy over the classes.
+
+  With label smoothing s the target is `1 - s + s / L` on the label and `s / L` elsewhere
+  (Szegedy et al. 2015, 1512.00567, Section 7).
+  """
+  if not label_smoothing:
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B)
+  target_BL = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BL.shape[-1]), label_smoothing)
+  return optax.softmax_cross_entropy(logits_BL.astype(jnp.float32), target_BL)
+
+
+LOSSES = {'softmax': softmax}

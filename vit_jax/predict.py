@@ -1,0 +1,82 @@
+"""Classes of image files, by a trained model."""
+from collections.abc import Iterator
+import json
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax import experiment, image
+
+log = logging.getLogger(__name__)
+
+BATCH = 64  # images at once
+
+
+def predict(
+    workdir: pathlib.Path, paths: list[str], topk: int, overrides: dict[str, str]
+) -> Iterator[dict]:
+  """For each file its `topk` classes, or why it can't be read, in the order given.
+
+  Yields:
+    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
+    `{'file': ..., 'error': ...}`.
+
+  Raises:
+    ValueError: no checkpoint, no such folder, or overrides that contradict the checkpoint.
+  """
+  if topk < 1:
+    raise ValueError(f'--topk must be positive, got {topk}.')
+  files = image.find(paths)
+  exp, params, _ = experiment.from_workdir(workdir, overrides)
+  names = exp.task.class_names
+
+  @jax.jit
+  def probabilities(image_BHWC):
+    return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
+
+  for start in range(0, len(files), BATCH):
+    rows = [read(file, exp.task) for file in files[start : start + BATCH]]
+    good = [row for row in rows if isinstance(row, np.ndarray)]
+    padding = [np.zeros_like(good[0])] * (BATCH - len(good)) if good and len(files) > BATCH else []
+    scores = iter(np.asarray(probabilities(jnp.stack(good + padding))) if good else ())
+    for file, row in zip(files[start : start + BATCH], rows):
+      if isinstance(row, str):
+        yield {'file': str(file), 'error': row}
+        continue
+      score_L = next(scores)
+      best = np.argsort(-score_L, kind='stable')[:topk]
+      found = [{'class': names[i], 'probability': float(score_L[i])} for i in best]
+      yield {'file': str(file), 'predictions': found}
+
+
+def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:
+  """The image as the model was trained to see it, or why there is none."""
+  try:
+    decoded = image.decode(file.read_bytes(), file, task.channels)
+  except image.BadImage as error:
+    return str(error)
+  except OSError as error:
+    return f'{file}: {error.strerror}.'
+  return image.fit(decoded, task.stored_size)
+
+
+def run(
+    workdir: pathlib.Path, paths: list[str], topk: int, as_json: bool, overrides: dict[str, str]
+) -> int:
+  """Prints a table, or a JSON object a line; returns how many files could not be read."""
+  failed = []
+  for row in predict(workdir, paths, topk, overrides):
+    if 'error' in row:
+      failed.append(row['error'])
+    if as_json:
+      print(json.dumps(row), flush=True)
+    elif 'predictions' in row:
+      print(row['file'])
+      for found in row['predictions']:
+        print(f'  {found["probability"]:7.2%}  {found["class"]}', flush=True)
+  for error in failed:
+    log.error('%s', error)
+  return len(failed)

@@ -1,0 +1,347 @@
+"""Where examples come from: `SOURCES`, a table of kinds. All are loaded into memory.
+
+Decisions:
+  * A split is resolved to index ranges before anything is decoded, so that every source
+    speaks TFDS notation and only what is asked for is read.
+  * Images are kept as uint8, at their own size where all have one and it is no larger
+    than the model's; the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
+  * The order of a folder's files is that of a hash of their paths: mixed, so that
+    `train[:98%]` holds every class, and independent of file system and NumPy version.
+  * TensorFlow runs in a child process only, to download and prepare (`prepare.py`).
+"""
+from collections.abc import Callable, Iterable, Iterator
+import concurrent.futures
+import dataclasses
+import hashlib
+import logging
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+
+from vit_jax import image as image_lib
+from vit_jax import splits
+from vit_jax.names import choose
+
+TEST_NAMES = ('test', 'val', 'validation')
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A dataset whose examples can be read by split and index.
+
+  Attributes:
+    sizes: number of examples in each whole split.
+    class_names: name of each label.
+    channels: 1 or 3.
+    read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
+      bytes or a uint8 array.
+  """
+
+  sizes: dict[str, int]
+  class_names: tuple[str, ...]
+  channels: int
+  read: Callable[[str, range], Iterator[tuple[str, pathlib.Path | bytes | np.ndarray, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A split in memory: `image_NHWC` uint8, `label_N` int32; `skipped` names bad images."""
+
+  image_NHWC: np.ndarray
+  label_N: np.ndarray
+  skipped: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.label_N)
+
+
+def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """Opens `tfds:<name>`, `folder:<path>`, `digits` or `synthetic`.
+
+  Raises:
+    ValueError: an unknown kind, or a source that can't be read; the message says what to do.
+  """
+  kind, _, argument = spec.partition(':')
+  return choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
+
+
+def load(
+    source: Source,
+    split: str,
+    size: tuple[int, int],
+    keep_smaller: bool = False,
+    skip_bad_images: bool = False,
+) -> Examples:
+  """Reads a split into memory.
+
+  Args:
+    source: what to read.
+    split: in TFDS notation.
+    size: (height, width) that images are fitted to.
+    keep_smaller: leave images as they are where all are of one size not above `size`.
+    skip_bad_images: leave out what can't be decoded, instead of raising.
+
+  Raises:
+    image.BadImage: the first file that can't be decoded.
+    ValueError: the split doesn't exist or holds nothing.
+  """
+
+  def decode(example):
+    name, image, label = example
+    try:
+      if isinstance(image, pathlib.Path):
+        image = image.read_bytes()
+      if isinstance(image, bytes):
+        image = image_lib.decode(image, name, source.channels)
+        smaller = image.height <= size[0] and image.width <= size[1]
+        image = image_lib.fit(image, image.size[::-1] if keep_smaller and smaller else size)
+    except image_lib.BadImage as error:
+      if not skip_bad_images:
+        raise
+      return str(error), None, label
+    return name, image, label
+
+  pieces = splits.resolve(split, source.sizes)
+  check_memory(split, sum(stop - start for _, start, stop in pieces), size, source.channels)
+
+  def read():
+    for name, start, stop in pieces:
+      yield from source.read(name, range(start, stop))
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    decoded = [example for chunk in chunks(read(), 4096) for example in pool.map(decode, chunk)]
+  skipped = tuple(name for name, image, _ in decoded if image is None)
+  good = [(image, label) for _, image, label in decoded if image is not None]
+  if not good:
+    raise ValueError(f'Split {split!r}: all {len(skipped)} images are bad.')
+  images = [image for image, _ in good]
+  if keep_smaller and len({image.shape for image in images}) > 1:
+    images = [refit(image, size) for image in images]
+  return Examples(np.stack(images), np.array([label for _, label in good], np.int32), skipped)
+
+
+def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -> None:
+  """Raises ValueError where a split would fill more than half of the memory."""
+  need = count * math.prod(size) * channels
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if need > memory / 2:
+    raise ValueError(
+        f'Split {split!r}: {count:,} images of {size[0]}x{size[1]} need {need / 1e9:.1f} GB, this '
+        f'machine has {memory / 1e9:.1f} GB. Take a part, e.g. {split}[:10%], or set a smaller '
+        'data.image_size.'
+    )
+
+
+def refit(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Fits an array as `image.fit` fits a file."""
+  mode = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+  return image_lib.fit(image_lib.Image.fromarray(mode), size)
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+  """Lists of at most `size` items."""
+  chunk = []
+  for item in items:
+    chunk.append(item)
+    if len(chunk) == size:
+      yield chunk
+      chunk = []
+  yield chunk
+
+
+def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """scikit-learn's 1,797 handwritten digits, 8x8 grey; 360 held out, stratified, fixed."""
+  del argument, data_dir, image_size
+  from sklearn import datasets, model_selection
+
+  bunch = datasets.load_digits()
+  image_NHWC = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+  train, test = model_selection.train_test_split(
+      np.arange(len(bunch.target)), test_size=360, stratify=bunch.target, random_state=0
+  )
+  members = {'train': train, 'test': test}
+
+  def read(split, indices):
+    for i in members[split][indices.start : indices.stop]:
+      yield f'digits/{i}', image_NHWC[i], int(bunch.target[i])
+
+  return Source({'train': 1437, 'test': 360}, tuple('0123456789'), 1, read)
+
+
+def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """Noise over one pattern a class, ten classes, at `data.image_size`: for trying things."""
+  del argument, data_dir
+  shape = (*image_size, 3)
+  patterns = np.random.RandomState(0).randint(64, 192, (10, *shape))
+  sizes = {'train': 1024, 'test': 256}
+
+  def read(split, indices):
+    for i in indices:
+      noise = np.random.RandomState([list(sizes).index(split), i]).randint(-63, 64, shape)
+      yield f'synthetic/{split}/{i}', (patterns[i % 10] + noise).astype(np.uint8), i % 10
+
+  return Source(sizes, tuple(f'pattern {i}' for i in range(10)), 3, read)
+
+
+def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """A folder of images, one folder a class.
+
+  Either `train/<class>/*` with `test/`, `val/` or `validation/` beside it (each is a split
+  of that name, and the first of them answers to `test` too), or plain `<class>/*`, where
+  every fifth file of a class is held out as `test`. A relative path starts at `data_dir`.
+  """
+  del image_size
+  root = pathlib.Path(data_dir).expanduser() / pathlib.Path(path).expanduser()
+  if not path or not root.is_dir():
+    raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
+  held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
+  if (root / 'train').is_dir():
+    names = ['train', *held_out]
+    class_names = subfolders(root / 'train')
+    files = {name: list_files(root / name, class_names) for name in names}
+    if held_out:
+      files.setdefault('test', files[held_out[0]])
+    else:
+      files = hold_out(files['train'])
+  else:
+    class_names = subfolders(root)
+    files = hold_out(list_files(root, class_names))
+  if len(class_names) < 2:
+    raise ValueError(
+        f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
+        'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
+    )
+  empty = set(range(len(class_names))) - {label for label, _ in files['train']}
+  if empty:
+    raise ValueError(
+        f'{root}: no images for class {", ".join(class_names[label] for label in sorted(empty))}; '
+        f'looked for {", ".join(image_lib.EXTENSIONS)}. Add some, or remove the folder.'
+    )
+
+  def read(split, indices):
+    for label, file in files[split][indices.start : indices.stop]:
+      yield str(file), file, label
+
+  sizes = {name: len(members) for name, members in files.items()}
+  return Source(sizes, class_names, 3, read)
+
+
+def subfolders(root: pathlib.Path) -> tuple[str, ...]:
+  """The classes: the folders in `root`, sorted, hidden ones left out."""
+  return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
+
+
+def list_files(
+    root: pathlib.Path, class_names: tuple[str, ...]
+) -> list[tuple[int, pathlib.Path]]:
+  """`(label, file)` of every image below `root`, mixed by a hash of its relative path.
+
+  Raises:
+    ValueError: a class folder that is not among `class_names`.
+  """
+  for name in subfolders(root):
+    choose(f'{root}: class folder', name, class_names)
+
+  def mixed(item):
+    return hashlib.sha256(item[1].relative_to(root).as_posix().encode()).digest()
+
+  files = [
+      (label, file)
+      for label, name in enumerate(class_names)
+      for file in (root / name).rglob('*')
+      if file.suffix.lower() in image_lib.EXTENSIONS and file.is_file()
+  ]
+  return sorted(files, key=mixed)
+
+
+def hold_out(files: list[tuple[int, pathlib.Path]]) -> dict[str, list]:
+  """Every fifth file of each class to `test`, from its second on; the rest to `train`."""
+  seen, parts = {}, {'train': [], 'test': []}
+  for label, file in files:
+    seen[label] = seen.get(label, -1) + 1
+    parts['test' if seen[label] % 5 == 1 else 'train'].append((label, file))
+  return parts
+
+
+def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """An image classification dataset of tensorflow-datasets, without TensorFlow."""
+  del image_size
+  import tensorflow_datasets
+
+  if not re.fullmatch(r'\w+([/:].+)?', name):
+    raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
+  root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  root = pathlib.Path(root).expanduser()
+  builder = prepared_builder(name, root)
+  image_key, label_key = builder.info.supervised_keys or ('image', 'label')
+  features, kinds = dict(builder.info.features.items()), tensorflow_datasets.features
+  feature, label = features.get(image_key), features.get(label_key)
+  if not isinstance(feature, kinds.Image) or not isinstance(label, kinds.ClassLabel):
+    raise ValueError(
+        f'tfds:{name} is not an image classification dataset: its supervised keys are '
+        f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
+        f'{type(label).__name__}.'
+    )
+  decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
+
+  def read(split, indices):
+    records = builder.as_data_source(split=split, decoders=decoders)
+    for chunk in chunks(indices, 4096):
+      for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
+        yield f'tfds:{name}/{split}/{i}', record[image_key], int(record[label_key])
+
+  sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+  channels = 1 if feature.shape[-1] == 1 else 3
+  return Source(sizes, tuple(label.names), channels, read)
+
+
+def prepared_builder(name: str, root: pathlib.Path):
+  """The TFDS builder of data prepared as array_record, preparing it if need be."""
+  import tensorflow_datasets
+
+  converted = root / 'array_record'  # beside the person's own files, which stay as they are
+  for attempt in ('find', 'prepare'):
+    for directory in (root, converted):
+      try:
+        builder = tensorflow_datasets.builder(name, data_dir=directory)
+      except tensorflow_datasets.core.DatasetNotFoundError as error:
+        known = tensorflow_datasets.list_builders(with_community_datasets=False)
+        choose('data.source: dataset', name.partition('/')[0], known)
+        raise ValueError(f'data.source: {str(error).splitlines()[0]}') from error
+      if builder.info.splits and builder.info.file_format.value == 'array_record':
+        return builder
+    if attempt == 'find':
+      prepare(name, root, converted)
+  raise AssertionError(f'{name} was prepared below {root} and is not there')
+
+
+def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
+  """Runs `prepare.py` in a child process.
+
+  Raises:
+    ValueError: it failed; the message holds its reason and how to get the data.
+  """
+  logging.getLogger(__name__).info('Preparing %s below %s (once) ...', name, root)
+  command = [sys.executable, '-m', 'vit_jax.prepare', name, str(root), str(converted)]
+  package = str(pathlib.Path(__file__).resolve().parents[1])
+  path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
+  env = os.environ | {'PYTHONPATH': path, 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  child = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, errors='replace')
+  if child.returncode:
+    lines = [line for line in child.stderr.splitlines() if line.strip()]
+    reason = lines[-1][:500] if lines else f'exit code {child.returncode}'
+    raise ValueError(
+        f'tfds:{name} is not prepared below {str(root)!r} and could not be: {reason}\n'
+        'On a machine with a network, with tensorflow installed, run\n'
+        f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
+        'and copy the folder here; or point data.dir (or TFDS_DATA_DIR) at prepared data; or '
+        'use data.source=folder:<path>.'
+    )
+
+
+SOURCES = {'tfds': tfds, 'folder': folder, 'digits': digits, 'synthetic': synthetic}

@@ -1,0 +1,52 @@
+"""What training changes, and how it begins."""
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from vit_jax.vit import ViT
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Attributes:
+
+  step: updates done, int32.
+  params: the model's parameters, float32.
+  opt_state: the optimizer's.
+  ema: exponential moving average of the parameters; None where none is kept.
+  """
+
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+  ema: dict | None
+
+  @property
+  def eval_params(self) -> dict:
+    """The weights to evaluate: the averaged ones where they are kept."""
+    return self.params if self.ema is None else self.ema
+
+
+def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dict:
+  """Random parameters for images `(H, W, C)`; a function of the seed."""
+  image_BHWC = jnp.zeros((1, *image_shape))
+  return model.init(jax.random.key(seed), image_BHWC)['params']
+
+
+def init_state(
+    model: ViT,
+    optimizer: optax.GradientTransformation,
+    image_shape: tuple[int, int, int],
+    seed: int,
+    keep_ema: bool,
+    sharding: jax.sharding.Sharding,
+) -> TrainState:
+  """The state before the first step, made where it stays."""
+
+  def init():
+    params = init_params(model, image_shape, seed)
+    ema = params if keep_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+
+  return jax.jit(init, out_shardings=sharding)()

@@ -1,0 +1,328 @@
+"""The train step and the loop around it.
+
+Decisions:
+  * Randomness folds (seed, step) and then the example's position in the batch: no key is
+    stored, and no draw depends on devices or micro-batches.
+  * Metrics are read one step late, so that the device never waits for the host.
+  * A checkpoint is saved only once the loss of its step was read and found finite.
+"""
+from collections.abc import Callable
+import itertools
+import logging
+import math
+import pathlib
+import sys
+import time
+
+from clu import parameter_overview, platform
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import optax
+import tqdm
+
+from vit_jax import checkpoint, data, evaluate, experiment, sharding, state, writer
+from vit_jax import config as config_lib
+
+log = logging.getLogger(__name__)
+
+TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
+
+
+def make_train_step(
+    exp: experiment.Experiment, training: experiment.Training, mesh: jax.sharding.Mesh
+) -> TrainStep:
+  """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
+
+  The metrics are `score` (sums over the batch), `grad_norm` (before clipping) and
+  `learning_rate` (the one applied).
+  """
+  config = exp.config
+  parts = config.micro_batches
+
+  def loss_fn(params, part, key):
+    image_key, dropout_key = jax.random.split(key)
+    image_BHWC = exp.normalize(exp.augment(image_key, part['example'], part['image']))
+    logits_BL = exp.model.apply(
+        {'params': params},
+        image_BHWC,
+        train=True,
+        example_B=part['example'],
+        rngs={'dropout': dropout_key},
+    )
+    loss_B = exp.loss(logits_BL, part['label'])
+    return loss_B.mean(), evaluate.score(logits_BL, part['label'], loss_B)
+
+  def gradients(params, batch, key):
+    """Gradient of the mean loss and the summed metrics, a micro-batch after the other."""
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if parts == 1:
+      return grad_fn(params, batch, key)
+
+    def split(x):  # row i goes to part i % parts: every part lies on all devices
+      x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+      return jax.lax.with_sharding_constraint(x, sharding.over_batch(mesh, axis=1))
+
+    def add(sums, part):
+      return jax.tree.map(jnp.add, sums, grad_fn(params, part, key)), None
+
+    batch = jax.tree.map(split, batch)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], batch), key),
+    )
+    (grads, score), _ = jax.lax.scan(add, zeros, batch)
+    return jax.tree.map(lambda x: x / parts, grads), score
+
+  def train_step(old, batch):
+    key = jax.random.fold_in(jax.random.key(config.seed), old.step)
+    batch = batch | {'example': jnp.arange(config.batch_size)}
+    grads, score = gradients(old.params, batch, key)
+    updates, opt_state = training.optimizer.update(grads, old.opt_state, old.params)
+    params = optax.apply_updates(old.params, updates)
+    ema = old.ema
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - config.ema)
+    metrics = {
+        'score': score,
+        'grad_norm': optax.global_norm(grads),
+        'learning_rate': training.schedule(old.step),
+    }
+    return state.TrainState(old.step + 1, params, opt_state, ema), metrics
+
+  return jax.jit(train_step, donate_argnums=0)
+
+
+class Meter:
+  """Averages training metrics between two log lines, and times training alone."""
+
+  def __init__(self):
+    self._reset()
+
+  def _reset(self) -> None:
+    self._scores, self._seconds, self._learning_rate = [], 0.0, 0.0
+    self._started = time.perf_counter()
+
+  def pause(self) -> None:
+    """Something other than training follows."""
+    self._seconds += time.perf_counter() - self._started
+
+  def go_on(self) -> None:
+    """Training follows."""
+    self._started = time.perf_counter()
+
+  def add(self, step: int, metrics: dict) -> None:
+    """Reads the metrics of a step, once the device has them.
+
+    Raises:
+      FloatingPointError: the loss or the gradient is not finite.
+    """
+    metrics = jax.device_get(metrics)
+    loss = evaluate.summarize([metrics['score']])['loss']
+    for name, value in (('loss', loss), ('gradient norm', metrics['grad_norm'])):
+      if not math.isfinite(value):
+        raise FloatingPointError(
+            f'The {name} of step {step} is {value}: training diverged. Checkpoints of steps '
+            'before it are whole; try a smaller optimizer.lr or a longer schedule.warmup.'
+        )
+    self._scores.append(metrics['score'])
+    self._learning_rate = float(metrics['learning_rate'])
+
+  def read(self) -> dict[str, float]:
+    """The means since the last reading; the clock must run."""
+    self.pause()
+    values = evaluate.summarize(self._scores)
+    values['images_per_second'] = round(values['examples'] / self._seconds, 1)
+    values['learning_rate'] = self._learning_rate
+    self._reset()
+    return values
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+  """Trains, or goes on, until `config.epochs` are done; returns what `result.json` holds.
+
+  Args:
+    config: from `configs/`, or `config.default_config()` changed.
+    workdir: where checkpoints and records are; a run in it goes on.
+
+  Raises:
+    ValueError: a config, data or workdir that does not work; the message says why.
+    FloatingPointError: training diverged; the last good checkpoint stays.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  finished = finished_result(config, workdir)
+  if finished:
+    return finished
+  experiment.check(config)
+  sharding.start_up(config.batch_size // config.micro_batches)
+  mesh = experiment.make_mesh(config)
+  exp, training = experiment.from_config(config)
+  start = checkpoint.latest_step(workdir) or 0
+  weights = None if start else experiment.initial_params(exp)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (
+      writer.Writer(workdir, start) as records,
+      checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+  ):
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    return Run(exp, training, mesh, records, checkpoints).run(weights)
+
+
+def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
+  """`result.json` of a workdir whose run has done all of `config.epochs`.
+
+  Raises:
+    ValueError: the workdir's run has another config.
+  """
+  saved = writer.read_json(workdir / 'config.json')
+  if saved is None:
+    return None
+  config_lib.check_same_run(config_lib.from_dict(saved), config, workdir)
+  result = writer.read_json(workdir / 'result.json')
+  return result if result and result['config']['epochs'] >= config.epochs else None
+
+
+class Run:
+  """The loop: from the newest checkpoint, or the beginning, to the end."""
+
+  def __init__(self, exp, training, mesh, records, checkpoints):
+    self.exp, self.training, self.mesh = exp, training, mesh
+    self.records, self.checkpoints = records, checkpoints
+    self.config = exp.config
+    self.eval_step = evaluate.make_eval_step(exp)
+    self.began = time.perf_counter()  # of the whole run: moved back by what was done before
+
+  def run(self, weights: dict | None) -> dict:
+    """Trains to the end and writes `result.json`."""
+    train_state = self.initial_state(weights)
+    start, steps = int(train_state.step), self.training.steps
+    if start < steps:
+      train_state, scores = self.loop(train_state, start, steps)
+    else:
+      scores = self.evaluate(start, train_state)
+      if self.checkpoints.latest() is None:
+        self.save(train_state, scores)
+    return self.finish(train_state, scores)
+
+  def loop(self, train_state: state.TrainState, start: int, steps: int):
+    """Steps `start + 1` to `steps`; returns the state and the last scores."""
+    config, examples = self.config, self.training.train
+    over_batch = sharding.over_batch(self.mesh)
+    batches = data.train_batches(examples, config.batch_size, config.seed, start, over_batch)
+    batch = next(batches)
+    train_step = self.compile(train_state, batch)
+    batches = itertools.chain([batch], batches)
+    meter, late, scores = Meter(), None, {}
+    with progress_bar(start, steps) as bar:
+      for step in range(start + 1, steps + 1):
+        train_state, metrics = train_step(train_state, next(batches))
+        if late:
+          meter.add(*late)
+        late = step, metrics
+        bar.update()
+        events = self.due(step)
+        if not events:
+          continue
+        meter.add(*late)
+        late = None
+        if 'log' in events:
+          self.log(step, meter.read(), bar)
+        meter.pause()
+        if 'eval' in events:
+          scores = self.evaluate(step, train_state)
+        if 'save' in events:
+          self.save(train_state, scores)
+        meter.go_on()
+    return train_state, scores
+
+  def initial_state(self, weights: dict | None) -> state.TrainState:
+    """From the newest checkpoint, else from `weights`, else random."""
+    fresh = state.init_state(
+        self.exp.model,
+        self.training.optimizer,
+        self.exp.image_shape,
+        self.config.seed,
+        self.config.ema > 0,
+        sharding.replicated(self.mesh),
+    )
+    if self.checkpoints.latest() is not None:
+      restored, saved = self.checkpoints.restore(fresh)
+      self.began -= saved['seconds']
+      log.info('Going on from step %d.', restored.step)
+      return restored
+    log.debug('%s', parameter_overview.get_parameter_overview(fresh.params, include_stats=False))
+    if weights is None:
+      return fresh
+    weights = jax.device_put(weights, sharding.replicated(self.mesh))
+    ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
+    return fresh.replace(params=weights, ema=ema)
+
+  def compile(self, train_state: state.TrainState, batch: dict) -> TrainStep:
+    """Compiles ahead, so that images per second are those of training alone."""
+    began = time.perf_counter()
+    step = make_train_step(self.exp, self.training, self.mesh).lower(train_state, batch).compile()
+    seconds = time.perf_counter() - began
+    devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
+    log.info('Compiled in %.1f s; training %d steps on %s.', seconds, self.training.steps, devices)
+    platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
+    return step
+
+  def due(self, step: int) -> set[str]:
+    """What follows this step; a checkpoint needs the held-out score that it is chosen by."""
+    config, last = self.config, step == self.training.steps
+    every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
+    events = {name for name, n in every.items() if last or (n and step % n == 0)}
+    return events | {'eval'} if 'save' in events and self.training.val else events
+
+  def log(self, step: int, values: dict[str, float], bar: tqdm.tqdm) -> None:
+    """A line of training metrics."""
+    self.records.write(step, 'train', **values)
+    bar.set_postfix_str(
+        f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
+        f'{values["images_per_second"]:,.0f} images/s'
+    )
+
+  def evaluate(self, step: int, train_state: state.TrainState) -> dict[str, dict]:
+    """The scores of each split that is not trained on, written to the records."""
+    scores = {}
+    for split in ('val', 'test'):
+      examples = getattr(self.training, split)
+      if examples is None:
+        continue
+      params, batch_size = train_state.eval_params, self.config.eval_batch_size
+      values = evaluate.evaluate(self.eval_step, params, examples, batch_size, self.mesh)
+      self.records.write(step, split, **values)
+      log.info(
+          'Step %d: %s accuracy %.2f%%, loss %.4f on %d examples.',
+          step, split, 100 * values['accuracy'], values['loss'], values['examples'],
+      )  # fmt: skip
+      scores[split] = values
+    return scores
+
+  def save(self, train_state: state.TrainState, scores: dict[str, dict]) -> None:
+    """A checkpoint, with the held-out accuracy where there is one: never that on test."""
+    saved = self.exp.saved() | {'seconds': time.perf_counter() - self.began}
+    self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
+
+  def finish(self, train_state: state.TrainState, scores: dict[str, dict]) -> dict:
+    """Writes `result.json`, once the last checkpoint is on disk."""
+    self.checkpoints.wait()
+    result = {
+        'test_accuracy': scores['test']['accuracy'],
+        'test_loss': scores['test']['loss'],
+        'examples': scores['test']['examples'],
+        'steps': int(train_state.step),
+        'seconds': round(time.perf_counter() - self.began, 1),
+        'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
+        'config': config_lib.to_dict(self.config),
+    }
+    self.records.result(result)
+    return result
+
+
+def progress_bar(start: int, steps: int) -> tqdm.tqdm:
+  """Steps done, time left, and what training reports."""
+  interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer lines
+  return tqdm.tqdm(
+      total=steps, initial=start, unit='step', dynamic_ncols=True, mininterval=interval
+  )

@@ -1,0 +1,74 @@
+"""A run's records: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
+
+clu's own writers import TensorFlow; tensorboardX does not.
+"""
+import json
+import logging
+import pathlib
+
+from tensorboardX import SummaryWriter
+
+
+class Writer:
+  """Appends to the records of a workdir; a context manager."""
+
+  def __init__(self, workdir: pathlib.Path, start: int):
+    """Drops what an interrupted run wrote after step `start`, from which it goes on."""
+    self._workdir = workdir
+    self._file = workdir / 'metrics.jsonl'
+    if self._file.exists():
+      kept = [line for line in read_metrics(workdir) if line['step'] <= start]
+      replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
+    self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
+    self._log = logging.FileHandler(workdir / 'log.txt')
+    self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
+    logging.getLogger('vit_jax').addHandler(self._log)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, _):
+    if error is not None:
+      logging.getLogger('vit_jax').debug('Stopped by %s', kind.__name__, exc_info=error)
+    logging.getLogger('vit_jax').removeHandler(self._log)
+    self._log.close()
+    self._events.close()
+
+  def write(self, step: int, split: str, **values: float) -> None:
+    """One line of metrics of a split after `step` updates."""
+    with self._file.open('a') as file:
+      file.write(json.dumps({'step': step, 'split': split, **values}) + '\n')
+    for name, value in values.items():
+      self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def result(self, values: dict) -> None:
+    """`result.json`, the last record of a run."""
+    write_json(self._workdir / 'result.json', values)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+  """The lines of `metrics.jsonl`; a last one that a crash cut short is left out."""
+  lines = []
+  for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return lines
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+  """What a JSON file holds; None where there is no file."""
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+  """Writes the whole file or nothing."""
+  replace(path, json.dumps(value, indent=2) + '\n')
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+  """Replaces a file in one step, so that a crash leaves the old or the new."""
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text)
+  partial.replace(path)
