@@ -103,7 +103,7 @@ def parse(argv):
 def main(argv):
   args, overrides = parse(argv)
   log = logging.getLogger('vit_jax')
-  log.setLevel(logging.DEBUG)  # the whole story goes to log.txt
+  log.setLevel(logging.INFO)
   log.propagate = False
   log.addHandler(Console(logging.INFO))
   try:

@@ -7,18 +7,20 @@ from vit_jax.config import default_config
 
 def get_config():
   config = default_config()
-  config.epochs = 60.0
-  config.batch_size = 64
+  config.epochs = 100.0
+  config.batch_size = 32
   config.eval_batch_size = 360
   config.log_every = 50
-  config.eval_every = 250
-  config.checkpoint_every = 500
+  config.eval_every = 500
+  config.checkpoint_every = 1000
   config.data.source = 'digits'
   config.data.image_size = (8, 8)
   config.augment.pad_crop.padding = 1
+  config.augment.pad_crop.mode = 'constant'  # as the scans' own border
   config.model.variant = 'tiny/2'
   config.model.pool = 'gap'
-  config.optimizer.lr = 2e-3
+  config.model.position = 'rope'
+  config.optimizer.lr = 5e-3
   config.optimizer.b2 = 0.99
   config.loss.label_smoothing = 0.1
   return config

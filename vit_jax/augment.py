@@ -10,13 +10,20 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from vit_jax.names import choose
 
-def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int) -> jax.Array:
-  """Reflects a border of `padding` pixels and crops the old size at a random place."""
+PAD_MODES = ('reflect', 'constant')
+
+
+def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -> jax.Array:
+  """Adds a border of `padding` pixels and crops the old size at a random place.
+
+  `mode` is `reflect`, or `constant` for a black border.
+  """
   if not padding:
     return image_BHWC
   border = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-  padded_BHWC = jnp.pad(image_BHWC, border, mode='reflect')
+  padded_BHWC = jnp.pad(image_BHWC, border, mode=choose('augment.pad_crop.mode', mode, PAD_MODES))
 
   def crop(key, image_HWC):
     y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)

@@ -26,7 +26,9 @@ class Checkpoints:
     """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
     newest = policies.LatestN(max(keep, 1))
     best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics['accuracy'], n=1, keep_checkpoints_without_metrics=False
+        get_metric_fn=lambda metrics: metrics['accuracy'],
+        n=1,
+        keep_checkpoints_without_metrics=False,
     )
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy([newest, best]),
@@ -104,6 +106,13 @@ def latest_step(workdir: pathlib.Path) -> int | None:
   return max(ocp.utils.checkpoint_steps(directory(workdir)), default=None)
 
 
+def restore_item(workdir: pathlib.Path, step: int, item: str):
+  """One item of a checkpoint as it was saved, arrays as NumPy."""
+  handler = ocp.JsonCheckpointHandler() if item == 'config' else ocp.StandardCheckpointHandler()
+  with ocp.Checkpointer(handler) as checkpointer:
+    return checkpointer.restore(directory(workdir) / str(step) / item)
+
+
 def load(workdir: pathlib.Path) -> tuple[int, dict, dict]:
   """The newest checkpoint for inference: step, weights (NumPy) and its `config` item.
 
@@ -118,11 +127,7 @@ def load(workdir: pathlib.Path) -> tuple[int, dict, dict]:
         f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
         'run that has saved one (every checkpoint_every steps, and at its end).'
     )
-  options = ocp.CheckpointManagerOptions(read_only=True)
-  with ocp.CheckpointManager(directory(workdir), options=options) as manager:
-    config = manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore())).config
-    averaged = config['config']['ema'] > 0
-    item = 'state' if averaged else 'params'
-    args = ocp.args.Composite(**{item: ocp.args.StandardRestore()})
-    restored = manager.restore(step, args=args)[item]
-  return step, restored['ema'] if averaged else restored, config
+  config = restore_item(workdir, step, 'config')
+  if config['config']['ema'] > 0:
+    return step, restore_item(workdir, step, 'state')['ema'], config
+  return step, restore_item(workdir, step, 'params'), config

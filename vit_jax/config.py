@@ -40,7 +40,8 @@ def default_config() -> ConfigDict:
   c.data.skip_bad_images = False  # leave out what can't be decoded, instead of stopping
 
   c.augment = ConfigDict()  # by name, each with its arguments; applied in this order
-  c.augment.pad_crop = ConfigDict({'padding': 0})  # reflected border, pixels; 0: no crop
+  c.augment.pad_crop = ConfigDict({'padding': 0})  # border, pixels; 0: no crop
+  c.augment.pad_crop.mode = 'reflect'  # what fills the border: reflect or constant (black)
   c.augment.flip = ConfigDict({'probability': 0.0})  # of mirroring left to right
 
   c.model = ConfigDict()
@@ -51,7 +52,7 @@ def default_config() -> ConfigDict:
   c.model.num_heads = config_dict.placeholder(int)  # attention heads
   c.model.head_dim = config_dict.placeholder(int)  # size of a head; None: width / num_heads
   c.model.mlp_dim = config_dict.placeholder(int)  # hidden width of the MLP
-  c.model.pool = 'cls'  # cls, gap, map or none
+  c.model.pool = 'cls'  # cls, gap or map
   c.model.position = 'learned'  # learned, sincos, rope or none
   c.model.num_registers = 0  # tokens added to the patches
   c.model.representation_size = config_dict.placeholder(int)  # of the pre-logits; None: none

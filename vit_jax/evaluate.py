@@ -4,7 +4,6 @@ import pathlib
 
 from clu import metrics
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import data, experiment, sharding
@@ -37,9 +36,12 @@ def score(
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
   """The means over all batches, added up in float64, and the number of examples."""
   sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
-  fields = {name: getattr(sums, name) for name in batches[0].__dataclass_fields__
-            if isinstance(getattr(sums, name), metrics.Average)}
-  means = {name: float(average.total / average.count) for name, average in fields.items()}
+  fields = {name: getattr(sums, name) for name in type(sums).__annotations__}
+  means = {
+      name: float(average.total / average.count)
+      for name, average in fields.items()
+      if isinstance(average, metrics.Average)
+  }
   return means | {'examples': round(float(sums.loss.count))}
 
 

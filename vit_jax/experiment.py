@@ -80,6 +80,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
+  choose('model.pool', fields['pool'], set(vit.POOLS) - {'none'})  # classes need one vector
   model = vit.make(fields.pop('variant'), len(task.class_names), **fields)
   loss = dict(config.loss)
   experiment = Experiment(

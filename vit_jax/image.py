@@ -62,3 +62,8 @@ def find(paths: list[str]) -> list[pathlib.Path]:
     else:
       found.append(path)
   return found
+
+
+def save(image_HWC: np.ndarray, path: pathlib.Path) -> None:
+  """Writes a uint8 array as PNG."""
+  Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC).save(path)

@@ -3,6 +3,7 @@
 Mesh axes are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
 sharded batch.
 """
+import contextlib
 import os
 
 import jax
@@ -17,10 +18,8 @@ def start_up(batch_size: int) -> None:
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
   if jax.config.jax_num_cpu_devices < 1:
-    try:
+    with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
       jax.config.update('jax_num_cpu_devices', count)
-    except RuntimeError:  # the backend runs already, with the devices that it has
-      pass
 
 
 def make_mesh(batch_size: int, micro_batches: int = 1) -> Mesh:

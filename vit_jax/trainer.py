@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import pathlib
+import re
 import sys
 import time
 
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 import optax
 import tqdm
 
-from vit_jax import checkpoint, data, evaluate, experiment, sharding, state, writer
+from vit_jax import checkpoint, data, evaluate, experiment, image, sharding, state, writer
 from vit_jax import config as config_lib
 
 log = logging.getLogger(__name__)
@@ -316,8 +317,17 @@ class Run:
         'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
         'config': config_lib.to_dict(self.config),
     }
+    self.save_examples(count=8)
     self.records.result(result)
     return result
+
+  def save_examples(self, count: int) -> None:
+    """A few images of the test split as PNG files, to try `predict` on."""
+    test, folder = self.training.test, self.records.workdir / 'examples'
+    folder.mkdir(exist_ok=True)
+    for i, label in enumerate(test.label_N[:count]):
+      name = re.sub(r'\W+', '-', self.exp.task.class_names[label])
+      image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
 
 
 def progress_bar(start: int, steps: int) -> tqdm.tqdm:

@@ -8,13 +8,15 @@ import pathlib
 
 from tensorboardX import SummaryWriter
 
+LOG = logging.getLogger('vit_jax')
+
 
 class Writer:
   """Appends to the records of a workdir; a context manager."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
     """Drops what an interrupted run wrote after step `start`, from which it goes on."""
-    self._workdir = workdir
+    self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
     if self._file.exists():
       kept = [line for line in read_metrics(workdir) if line['step'] <= start]
@@ -22,15 +24,16 @@ class Writer:
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
     self._log = logging.FileHandler(workdir / 'log.txt')
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    logging.getLogger('vit_jax').addHandler(self._log)
+    LOG.addHandler(self._log)
+    LOG.setLevel(logging.DEBUG)  # the whole story goes to log.txt
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, _):
     if error is not None:
-      logging.getLogger('vit_jax').debug('Stopped by %s', kind.__name__, exc_info=error)
-    logging.getLogger('vit_jax').removeHandler(self._log)
+      LOG.debug('Stopped by %s', kind.__name__, exc_info=error)
+    LOG.removeHandler(self._log)
     self._log.close()
     self._events.close()
 
@@ -43,7 +46,7 @@ class Writer:
 
   def result(self, values: dict) -> None:
     """`result.json`, the last record of a run."""
-    write_json(self._workdir / 'result.json', values)
+    write_json(self.workdir / 'result.json', values)
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:

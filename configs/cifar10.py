@@ -1,0 +1,39 @@
+"""CIFAR-10 from scratch: `tiny`, `small`, `wide` at 32x32; `b16`, `l16` at 224x224.
+
+    python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
+        --config.data.dir=~/tensorflow_datasets
+"""
+from vit_jax.config import default_config
+from vit_jax.names import choose
+
+VARIANTS = {'tiny': 'tiny', 'small': 'small', 'wide': 'wide', 'b16': 'B/16', 'l16': 'L/16'}
+
+
+def get_config(variant='tiny'):
+  config = default_config()
+  config.model.variant = choose('--config: variant', variant, VARIANTS)
+  config.model.pool = 'gap'
+  config.data.mean = (0.4914, 0.4822, 0.4465)
+  config.data.std = (0.2470, 0.2435, 0.2616)
+  config.augment.pad_crop.padding = 4
+  config.augment.flip.probability = 0.5
+  config.loss.label_smoothing = 0.1
+  config.log_every = 50
+  config.optimizer.b2 = 0.99
+
+  if variant == 'tiny':
+    config.optimizer.lr = 3e-3
+    config.schedule.warmup = 2.0
+    config.micro_batches = 8  # what a core works on stays in its cache
+  elif variant in ('small', 'wide'):
+    config.epochs = 200.0
+    config.schedule.warmup = 10.0
+    config.model.stochastic_depth = 0.1
+  else:  # the paper's models: a class token, and images enlarged to the size they know
+    config.model.pool = 'cls'
+    config.data.image_size = (224, 224)
+    config.data.mean = config.data.std = (0.5,)
+    config.model.dropout = 0.1
+    config.model.dtype = 'bfloat16'
+    config.optimizer.weight_decay = 0.1
+  return config

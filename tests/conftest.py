@@ -1,0 +1,36 @@
+"""Two CPU devices for every test, and one small trained workdir."""
+import pathlib
+
+import jax
+import pytest
+
+from vit_jax import config as config_lib
+
+jax.config.update('jax_num_cpu_devices', 2)
+
+DATA = pathlib.Path(__file__).parent / 'data'
+
+
+def small_config(**overrides):
+  """A run of 32 steps on synthetic 8x8 images that takes a second; dotted overrides."""
+  config = config_lib.default_config()
+  settings = {
+      'epochs': '1', 'batch_size': '32', 'eval_batch_size': '100', 'log_every': '8',
+      'eval_every': '16', 'checkpoint_every': '16', 'data.source': 'synthetic',
+      'data.image_size': '8', 'model.variant': 'tiny', 'model.width': '16', 'model.depth': '2',
+      'model.mlp_dim': '32', 'model.pool': 'gap', 'optimizer.lr': '3e-3',
+      'augment.pad_crop.padding': '1', 'augment.flip.probability': '0.5',
+      'model.stochastic_depth': '0.2',
+  }  # fmt: skip
+  for key, text in {**settings, **overrides}.items():
+    config_lib.override(config, key, text)
+  return config
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+  """A finished run: (workdir, result)."""
+  from vit_jax import trainer
+
+  workdir = tmp_path_factory.mktemp('run')
+  return workdir, trainer.train(small_config(), workdir)

@@ -1,0 +1,88 @@
+"""Schedules and optimizers against closed forms, losses against float64."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import losses, optim
+
+PARAMS = {'a': {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([[0.5, 3.0]])}}
+GRADS = [{'a': {'kernel': jnp.array([[0.1, -0.3]]), 'bias': jnp.array([[0.2, 0.1]])}},
+         {'a': {'kernel': jnp.array([[-0.2, 0.4]]), 'bias': jnp.array([[0.3, 0.0]])}}]
+
+
+@pytest.mark.parametrize('name, middle, end', [
+    ('cosine', 0.5, 0.0), ('linear', 0.5, 0.0), ('constant', 1.0, 1.0),
+])  # fmt: skip
+def test_schedules(name, middle, end):
+  schedule = optim.make_schedule(name, 0.2, steps=110, warmup=10)
+  rates = [float(schedule(step)) for step in range(111)]
+  np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11) / 10, rtol=1e-5)
+  np.testing.assert_allclose([rates[60], rates[110]], [0.2 * middle, 0.2 * end], atol=1e-7)
+  if name == 'cosine':
+    want = [0.1 * (1 + math.cos(math.pi * (s - 10) / 100)) for s in range(10, 110)]
+    np.testing.assert_allclose(rates[10:110], want, atol=1e-6)
+
+
+def test_a_run_of_no_steps_and_no_warmup_has_a_schedule():
+  assert np.isfinite(optim.make_schedule('cosine', 0.1, steps=0, warmup=0)(0))
+
+
+def steps(name, **arguments):
+  optimizer = optim.make_optimizer(name, lambda step: 0.1, **arguments)
+  params, state = PARAMS, optimizer.init(PARAMS)
+  for grads in GRADS:
+    updates, state = optimizer.update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+  return params['a']
+
+
+def test_adamw_decays_matrices_only():
+  out = steps('adamw', weight_decay=0.2, b1=0.9, b2=0.99, momentum=0.5, clip=0.0)
+  for name, decay in (('kernel', 0.2), ('bias', 0.0)):
+    p, m, v = np.array(PARAMS['a'][name], np.float64), 0, 0
+    for t, grads in enumerate(GRADS, start=1):
+      g = np.array(grads['a'][name], np.float64)
+      m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+      step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+      p = p - 0.1 * (step + decay * p)
+    np.testing.assert_allclose(out[name], p, rtol=1e-4)
+
+
+def test_sgd_with_momentum():
+  out = steps('sgd', weight_decay=0.2, b1=0, b2=0, momentum=0.9, clip=0.0)
+  for name, decay in (('kernel', 0.2), ('bias', 0.0)):
+    p, m = np.array(PARAMS['a'][name], np.float64), 0
+    for grads in GRADS:
+      m = 0.9 * m + np.array(grads['a'][name], np.float64)
+      p = p - 0.1 * (m + decay * p)
+    np.testing.assert_allclose(out[name], p, rtol=1e-5)
+
+
+def test_clipping_scales_by_the_global_norm():
+  grads = GRADS[0]
+  norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+  optimizer = optim.make_optimizer(
+      'sgd', lambda step: 1.0, clip=0.1, weight_decay=0.0, momentum=0.0
+  )
+  updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+  jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g * 0.1 / norm, rtol=1e-5), updates, grads)
+
+
+def test_unknown_names_list_the_valid_ones():
+  with pytest.raises(ValueError, match='Did you mean adamw.*Valid: adamw, sgd'):
+    optim.make_optimizer('adamv', None, 1.0)
+  with pytest.raises(ValueError, match='Valid: constant, cosine, linear'):
+    optim.make_schedule('step', 1.0, 1, 1)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_softmax_cross_entropy(smoothing):
+  logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 3
+  label = np.array([0, 1, 2, 3, 0, 1])
+  log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
+  target = np.eye(4)[label] * (1 - smoothing) + smoothing / 4
+  out = losses.softmax(jnp.asarray(logits), jnp.asarray(label), smoothing)
+  np.testing.assert_allclose(out, -(target * log_p).sum(1), rtol=1e-5)

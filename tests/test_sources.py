@@ -1,0 +1,190 @@
+"""Every source on real files: layouts, splits, formats, and what is broken."""
+import collections
+import shutil
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import DATA
+from vit_jax import image as image_lib
+from vit_jax import sources, splits
+
+SIZES = {'train': 100, 'test': 20}
+
+
+@pytest.mark.parametrize('spec, pieces', [
+    ('train', [('train', 0, 100)]),
+    ('train[:98%]', [('train', 0, 98)]),
+    ('train[98%:]', [('train', 98, 100)]),
+    ('test+train[:5]', [('test', 0, 20), ('train', 0, 5)]),
+    ('train[-3:]', [('train', 97, 100)]),
+])  # fmt: skip
+def test_split_notation(spec, pieces):
+  assert splits.resolve(spec, SIZES) == pieces
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('tran', 'Did you mean train'), ('train[5', 'train\\[5'), ('train[5:5]', 'no examples'),
+    ('train[:101]', '101'), ('', 'split'),
+])  # fmt: skip
+def test_bad_splits_are_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    splits.resolve(spec, SIZES)
+
+
+def test_overlap():
+  assert splits.overlap('train', 'train[98%:]', SIZES)
+  assert not splits.overlap('train[:98%]', 'train[98%:]+test', SIZES)
+
+
+def test_digits_are_stratified():
+  source = sources.open_source('digits', '', (8, 8))
+  train, test = (sources.load(source, split, (8, 8), keep_smaller=True) for split in SIZES)
+  assert train.image_NHWC.shape == (1437, 8, 8, 1) and len(test) == 360
+  both = np.concatenate([train.image_NHWC, test.image_NHWC]).reshape(1797, -1)
+  assert both.max() == 255
+  share = np.bincount(test.label_N) / np.bincount(np.concatenate([train.label_N, test.label_N]))
+  np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def make_folder(root, layout, count=12, size=(10, 8)):
+  """`count` images in each of `layout`'s folders, all different."""
+  draw = np.random.RandomState(0)
+  for folder in layout:
+    (root / folder).mkdir(parents=True)
+    for i in range(count):
+      suffix = ('.png', '.PNG', '.jpg', '.JPEG', '.webp', '.bmp')[i % 6]
+      pixels = draw.randint(0, 256, (*size, 3)).astype(np.uint8)
+      Image.fromarray(pixels).save(root / folder / f'{i}{suffix}')
+    (root / folder / 'notes.txt').write_text('not an image')
+
+
+def load(root, split='train', size=(32, 32), **arguments):
+  source = sources.open_source(f'folder:{root}', '', size)
+  return source, sources.load(source, split, size, **arguments)
+
+
+@pytest.mark.parametrize('held_out', ['test', 'val', 'validation'])
+def test_a_folder_with_splits(tmp_path, held_out):
+  make_folder(tmp_path, [f'{s}/{c}' for s in ('train', held_out) for c in ('cat', 'dog', 'ant')])
+  source, train = load(tmp_path, keep_smaller=True)
+  assert source.class_names == ('ant', 'cat', 'dog')
+  assert source.sizes['train'] == source.sizes['test'] == 36
+  assert train.image_NHWC.shape == (36, 10, 8, 3)  # all of one size: kept as they are
+  assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
+  assert len(set(train.label_N[:12].tolist())) == 3  # mixed
+
+
+def test_a_plain_folder_is_split_for_good(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 18, 'test': 6}
+  files = {s: [name for name, _, _ in source.read(s, range(99))] for s in source.sizes}
+  again = sources.open_source(tmp_path.name.join(['folder:', '']), str(tmp_path.parent), (4, 4))
+  assert files == {s: [name for name, _, _ in again.read(s, range(99))] for s in again.sizes}
+  assert not set(files['train']) & set(files['test'])
+
+
+def test_images_of_several_sizes_are_fitted(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  Image.new('RGB', (40, 20), 'red').save(tmp_path / 'a' / 'z.png')
+  _, train = load(tmp_path, 'train+test', (16, 12), keep_smaller=True)
+  assert train.image_NHWC.shape == (25, 16, 12, 3)
+
+
+def test_modes_and_rotation(tmp_path):
+  pixels = np.zeros((4, 6, 3), np.uint8)
+  pixels[0] = 255
+  upright = np.asarray(Image.fromarray(pixels))
+  rotated = Image.fromarray(np.rot90(pixels, 1).copy())
+  exif = Image.Exif()
+  exif[0x0112] = 6  # shown turned clockwise
+  rotated.save(tmp_path / 'exif.png', exif=exif)
+  Image.fromarray(pixels).convert('CMYK').save(tmp_path / 'cmyk.jpg', quality=100, subsampling=0)
+  Image.fromarray(pixels).convert('P').save(tmp_path / 'palette.png')
+  Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / 'sixteen.png')
+  clear = np.concatenate([pixels, np.full((4, 6, 1), 255, np.uint8)], axis=2)
+  clear[0, :, 3] = 0
+  clear[0, :, :3] = 0
+  Image.fromarray(clear).save(tmp_path / 'clear.png')
+  for file in tmp_path.iterdir():
+    image = image_lib.decode(file.read_bytes(), file)
+    assert image.mode == 'RGB'
+    np.testing.assert_allclose(np.asarray(image).astype(int), upright, atol=8, err_msg=file.name)
+  assert image_lib.decode((tmp_path / 'palette.png').read_bytes(), '', channels=1).mode == 'L'
+
+
+def test_fit_covers_and_crops_the_centre():
+  wide = np.zeros((8, 24, 3), np.uint8)
+  wide[:, 8:16] = 200
+  out = image_lib.fit(Image.fromarray(wide), (8, 8))
+  assert out.shape == (8, 8, 3) and (out == 200).all()
+
+
+def test_bad_images_stop_or_are_counted(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  good = (tmp_path / 'a' / '0.png').read_bytes()
+  (tmp_path / 'a' / 'cut.png').write_bytes(good[: len(good) // 2])
+  (tmp_path / 'b' / 'empty.jpg').write_bytes(b'')
+  with pytest.raises(image_lib.BadImage, match=r'(cut\.png|empty\.jpg): not a readable image'):
+    load(tmp_path, 'train+test')
+  _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
+  assert len(examples) == 24 and len(examples.skipped) == 2
+  assert sorted(message.split(':')[0].rpartition('/')[2] for message in examples.skipped) == [
+      'cut.png', 'empty.jpg',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('layout, message', [
+    ([], '0 class folders'), (['a'], '1 class folders'), (['train/a', 'train/b', 'test/c'], "'c'"),
+])  # fmt: skip
+def test_bad_folders_are_refused(tmp_path, layout, message):
+  make_folder(tmp_path, layout)
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_an_absent_or_empty_folder_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='no folder'):
+    sources.open_source(f'folder:{tmp_path}/nothing', '', (4, 4))
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match='no images for class a, b'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_too_large_for_memory_is_refused():
+  source = sources.Source({'train': 10**9}, ('a', 'b'), 3, None)
+  with pytest.raises(ValueError, match=r'train\[:10%\]'):
+    sources.load(source, 'train', (224, 224))
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('digit', 'Did you mean digits'), ('tfds:', 'tfds:<name>'), ('tfds:cifr10', 'cifar10'),
+])  # fmt: skip
+def test_unknown_sources_are_refused(spec, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(spec, str(tmp_path), (4, 4))
+
+
+def test_tfds_reads_array_record():
+  source = sources.open_source('tfds:mini', str(DATA / 'tfds'), (8, 8))
+  assert source.sizes == {'train': 6, 'test': 3} and source.class_names == ('left', 'right')
+  check_mini(source)
+
+
+def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
+  pytest.importorskip('array_record')
+  shutil.copytree(DATA / 'tfrecord', tmp_path, dirs_exist_ok=True)
+  check_mini(sources.open_source('tfds:mini', str(tmp_path), (8, 8)))
+  assert list(tmp_path.glob('array_record/mini/1.0.0/*array_record-*'))
+  assert list(tmp_path.glob('mini/1.0.0/*tfrecord-*'))  # the person's own stay
+
+
+def check_mini(source):
+  train = sources.load(source, 'train', (8, 8), keep_smaller=True)
+  assert train.image_NHWC.shape == (6, 8, 8, 3)
+  for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
+    assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()
+  assert set(train.label_N.tolist()) == {0, 1}

@@ -1,0 +1,230 @@
+"""The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from vit_jax import checkpoint, evaluate, experiment, sharding, trainer, writer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+TRAIN = """
+import sys, json
+from tests.conftest import small_config
+from vit_jax import trainer
+trainer.train(small_config(**json.loads(sys.argv[2])), sys.argv[1])
+assert 'tensorflow' not in sys.modules, 'training imports TensorFlow'
+"""
+
+
+def start_process(workdir, **overrides):
+  """A training process of its own."""
+  command = [sys.executable, '-c', TRAIN, str(workdir), json.dumps(overrides)]
+  return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+  overrides = {'epochs': '10', 'ema': '0.9', 'model.dropout': '0.1'}
+  whole = start_process(tmp_path / 'whole', **overrides)
+  assert whole.wait(120) == 0, whole.stderr.read().decode()
+
+  killed = start_process(tmp_path / 'killed', **overrides)
+  while (checkpoint.latest_step(tmp_path / 'killed') or 0) < 96:
+    assert killed.poll() is None, killed.stderr.read().decode()
+    time.sleep(0.01)
+  os.kill(killed.pid, signal.SIGKILL)
+  assert killed.wait() == -signal.SIGKILL
+  assert not (tmp_path / 'killed' / 'result.json').exists()
+  resumed = start_process(tmp_path / 'killed', **overrides)
+  assert resumed.wait(120) == 0, resumed.stderr.read().decode()
+
+  step, params, saved = checkpoint.load(tmp_path / 'whole')
+  again, same_params, _ = checkpoint.load(tmp_path / 'killed')
+  assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
+  assert_equal(params, same_params)
+  for item in ('params', 'state'):
+    assert_equal(*[
+        checkpoint.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')
+    ])
+  lines = [writer.read_metrics(tmp_path / name) for name in ('whole', 'killed')]
+  test = [[line for line in part if line['split'] == 'test'] for part in lines]
+  assert test[0] == test[1]  # none twice, none missing, and the same to the last digit
+  assert 'Going on from step' in (tmp_path / 'killed' / 'log.txt').read_text()
+
+
+def test_what_a_run_leaves(trained):
+  workdir, result = trained
+  assert json.loads((workdir / 'result.json').read_text()) == result
+  assert json.loads((workdir / 'config.json').read_text()) == result['config']
+  assert result['steps'] == 32 and result['examples'] == 256
+  assert result['test_accuracy'] > 0.5  # ten patterns in noise: chance is 0.1
+  lines = writer.read_metrics(workdir)
+  train = [line for line in lines if line['split'] == 'train']
+  assert [line['step'] for line in train] == [8, 16, 24, 32]
+  assert all(line['examples'] == 256 and line['images_per_second'] > 0 for line in train)
+  rates = [line['learning_rate'] for line in train]
+  assert rates[0] == pytest.approx(3e-3 * (1 + np.cos(np.pi * 1 / 26)) / 2, rel=1e-4)
+  assert rates[-1] > 0 and rates == sorted(rates, reverse=True)
+  test = [line for line in lines if line['split'] == 'test']
+  assert [line['step'] for line in test] == [16, 32]
+  assert test[-1]['accuracy'] == result['test_accuracy'] and test[-1]['top5_accuracy'] <= 1
+  assert list((workdir / 'tensorboard').glob('events.*'))
+  assert 'block_0/attention/query/kernel' in (workdir / 'log.txt').read_text()
+  assert len(list((workdir / 'examples').glob('*.png'))) == 8
+
+
+def test_a_finished_run_changes_nothing(trained):
+  workdir, result = trained
+  snapshot = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in workdir.rglob('*')}
+  before = snapshot()
+  assert trainer.train(small_config(), workdir) == result
+  assert snapshot() == before
+
+
+def test_more_epochs_go_on(tmp_path):
+  trainer.train(small_config(epochs='0.25'), tmp_path)
+  result = trainer.train(small_config(epochs='0.5', log_every='4'), tmp_path)
+  assert result['steps'] == 16 and checkpoint.latest_step(tmp_path) == 16
+
+
+def test_another_config_is_refused(trained):
+  workdir, _ = trained
+  with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.003 there, 0\.1 given'):
+    trainer.train(small_config(**{'optimizer.lr': '0.1'}), workdir)
+
+
+@pytest.mark.parametrize('batch_size', [7, 64, 256, 1000])
+def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
+  workdir, result = trained
+  out = evaluate.run(workdir, {'eval_batch_size': str(batch_size)})
+  assert out['examples'] == 256 and out['accuracy'] == result['test_accuracy']
+  assert out['loss'] == pytest.approx(result['test_loss'], abs=1e-6)
+
+
+def test_evaluation_is_the_mean_in_float64(trained):
+  workdir, result = trained
+  exp, params, _ = experiment.from_workdir(workdir)
+  test = experiment.load_split(exp, 'test')
+  logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  assert result['test_loss'] == pytest.approx(-log_p[np.arange(256), test.label_N].mean(), abs=1e-6)
+  assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
+
+
+def one_step(parts, devices, **overrides):
+  """Parameters and metrics after one step in `parts` micro-batches on `devices` devices."""
+  config = small_config(micro_batches=str(parts), **overrides)
+  exp, training = experiment.from_config(config)
+  mesh = jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
+                       devices=jax.devices()[:devices])
+  run = trainer.Run(exp, training, mesh, None, NoCheckpoints())
+  batch = {'image': training.train.image_NHWC[:32], 'label': training.train.label_N[:32]}
+  batch = jax.device_put(batch, sharding.over_batch(mesh))
+  state, metrics = trainer.make_train_step(exp, training, mesh)(run.initial_state(None), batch)
+  return jax.device_get(state.params), jax.device_get(metrics)
+
+
+class NoCheckpoints:
+  def latest(self):
+    return None
+
+
+def test_micro_batches_and_devices_change_only_rounding():
+  settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
+  params, metrics = one_step(1, 1, **settings)
+  for parts, devices in ((1, 2), (4, 1), (4, 2)):
+    other, other_metrics = one_step(parts, devices, **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, other)
+    assert evaluate.summarize([other_metrics['score']]) == pytest.approx(
+        evaluate.summarize([metrics['score']]), rel=1e-5
+    )
+
+
+def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
+  config = small_config(
+      epochs='2', eval_every='0', checkpoint_every='4', keep_checkpoints='1',
+      **{'data.train_split': 'train[:50%]', 'data.val_split': 'train[50%:]',
+         'optimizer.lr': '0.01', 'schedule.name': 'constant'},
+  )  # fmt: skip
+  trainer.train(config, tmp_path)
+  scores = {line['step']: line['accuracy'] for line in writer.read_metrics(tmp_path)
+            if line['split'] == 'val'}
+  kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
+  assert sorted(scores) == list(range(4, 33, 4)) and 32 in kept
+  assert max(scores.values()) == max(scores[step] for step in kept)
+  assert len(kept) <= 2
+
+
+def test_a_val_split_that_is_trained_or_tested_on_is_refused():
+  with pytest.raises(ValueError, match='shares examples with data.train_split'):
+    experiment.from_config(small_config(**{'data.val_split': 'train[98%:]'}))
+  overrides = {'data.val_split': 'test[:5]', 'data.train_split': 'train'}
+  with pytest.raises(ValueError, match='shares examples with data.eval_split'):
+    experiment.from_config(small_config(**overrides))
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+  real = trainer.make_train_step
+
+  def breaks_at_21(*arguments):
+    step = real(*arguments)
+
+    def broken(state, batch):
+      state, metrics = step(state, batch)
+      bad = jnp.where(state.step == 21, jnp.nan, 1.0)
+      score = metrics['score']
+      score = score.replace(loss=score.loss.replace(total=score.loss.total * bad))
+      return state, metrics | {'score': score}
+
+    return jax.jit(broken, donate_argnums=0)
+
+  monkeypatch.setattr(trainer, 'make_train_step', breaks_at_21)
+  with pytest.raises(FloatingPointError, match='loss of step 21 is nan'):
+    trainer.train(small_config(), tmp_path)
+  assert checkpoint.latest_step(tmp_path) == 16
+  monkeypatch.undo()
+  assert trainer.train(small_config(), tmp_path)['steps'] == 32
+
+
+def test_a_real_divergence_is_caught(tmp_path):
+  config = small_config(**{'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'})
+  with pytest.raises(FloatingPointError, match='training diverged'):
+    trainer.train(config, tmp_path)
+  assert checkpoint.latest_step(tmp_path) is None
+
+
+def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
+  workdir, result = trained
+  out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)
+  assert out['steps'] == 0 and out['test_accuracy'] == result['test_accuracy']
+  assert_equal(checkpoint.load(tmp_path)[1], checkpoint.load(workdir)[1])
+  with pytest.raises(ValueError, match=r'head/bias|block_0'):
+    config = small_config(init=str(workdir), **{'model.width': '32'})
+    trainer.train(config, tmp_path / 'wide')
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'batch_size': '0'}, 'batch_size'), ({'epochs': '-1'}, 'epochs'),
+    ({'eval_batch_size': '0'}, 'eval_batch_size'), ({'data.image_size': '10'}, 'patches'),
+    ({'data.image_size': '0'}, 'positive'), ({'loss.name': 'hinge'}, 'softmax'),
+    ({'model.dtype': 'float8'}, 'bfloat16'), ({'init': '/nowhere'}, 'no checkpoint'),
+    ({'model.pool': 'none'}, 'pool'),
+])  # fmt: skip
+def test_bad_values_are_refused_and_leave_nothing(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    trainer.train(small_config(**overrides), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
