@@ -105,7 +105,7 @@ def main(argv):
   log = logging.getLogger('vit_jax')
   log.setLevel(logging.INFO)
   log.propagate = False
-  log.addHandler(Console(logging.INFO))
+  log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
     if args.workdir is None:

@@ -18,8 +18,8 @@ def small_config(**overrides):
       'epochs': '1', 'batch_size': '32', 'eval_batch_size': '100', 'log_every': '8',
       'eval_every': '16', 'checkpoint_every': '16', 'data.source': 'synthetic',
       'data.image_size': '8', 'model.variant': 'tiny', 'model.width': '16', 'model.depth': '2',
-      'model.mlp_dim': '32', 'model.pool': 'gap', 'optimizer.lr': '3e-3',
-      'augment.pad_crop.padding': '1', 'augment.flip.probability': '0.5',
+      'model.mlp_dim': '32', 'model.pool': 'gap', 'optimizer.lr': '1e-2',
+      'augment.flip.probability': '0.5',
       'model.stochastic_depth': '0.2',
   }  # fmt: skip
   for key, text in {**settings, **overrides}.items():

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from vit_jax.names import choose
-
 PAD_MODES = ('reflect', 'constant')
 
 
@@ -23,7 +21,7 @@ def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -
   if not padding:
     return image_BHWC
   border = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-  padded_BHWC = jnp.pad(image_BHWC, border, mode=choose('augment.pad_crop.mode', mode, PAD_MODES))
+  padded_BHWC = jnp.pad(image_BHWC, border, mode=mode)
 
   def crop(key, image_HWC):
     y, x = jax.random.randint(key, (2,), 0, 2 * padding + 1)

@@ -7,6 +7,7 @@ import ast
 from collections.abc import Mapping
 import difflib
 import importlib.util
+import inspect
 import json
 import pathlib
 
@@ -108,6 +109,8 @@ def load_file(spec: str) -> ConfigDict:
   module_spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise ValueError(f'--config: {path} defines no function get_config().')
+  if variant and not inspect.signature(module.get_config).parameters:
+    raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
   return module.get_config(variant) if variant else module.get_config()
 
 

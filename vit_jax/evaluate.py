@@ -1,5 +1,6 @@
 """Exact evaluation: every example counts once, for any batch size and number of devices."""
 from collections.abc import Callable
+import functools
 import pathlib
 
 from clu import metrics
@@ -13,6 +14,7 @@ Averages = type[metrics.Collection]
 EvalStep = Callable[[dict, dict[str, jax.Array]], metrics.Collection]
 
 
+@functools.cache  # one class for the same metrics, so that JAX takes sums of them
 def averages(num_classes: int) -> Averages:
   """The metrics: loss, accuracy, and top-5 accuracy where there are more than 5 classes."""
   names = ['loss', 'accuracy'] + ['top5_accuracy'] * (num_classes > 5)

@@ -119,9 +119,7 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
         )
   blank = Task(source.class_names, pair(data.image_size), source.channels)
   assemble(config, blank)  # a mistake shows before the images are read
-  read = functools.partial(
-      sources.load, source, skip_bad_images=data.skip_bad_images
-  )
+  read = functools.partial(sources.load, source, skip_bad_images=data.skip_bad_images)
   train = read(data.train_split, size=blank.stored_size, keep_smaller=True)
   task = dataclasses.replace(blank, stored_size=train.image_NHWC.shape[1:3])
   val = read(data.val_split, size=task.stored_size) if data.val_split else None
@@ -241,7 +239,10 @@ def pair(size: tuple[int, ...]) -> tuple[int, int]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no run can have."""
+  """Raises ValueError for numbers that no run can have, and for unknown names."""
+  choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
+  choose('schedule.name', config.schedule.name, optim.SCHEDULES)
+  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   for key in ('epochs', 'log_every', 'eval_every', 'checkpoint_every', 'ema'):
     if config[key] < 0:
       raise ValueError(f'{key} must not be negative, got {config[key]}.')

@@ -305,19 +305,27 @@ def prepared_builder(name: str, root: pathlib.Path):
   import tensorflow_datasets
 
   converted = root / 'array_record'  # beside the person's own files, which stay as they are
+  if not find_builder(name, root):
+    known = tensorflow_datasets.list_builders(with_community_datasets=False)
+    choose('data.source: dataset', re.split('[/:]', name)[0], known)
   for attempt in ('find', 'prepare'):
     for directory in (root, converted):
-      try:
-        builder = tensorflow_datasets.builder(name, data_dir=directory)
-      except tensorflow_datasets.core.DatasetNotFoundError as error:
-        known = tensorflow_datasets.list_builders(with_community_datasets=False)
-        choose('data.source: dataset', name.partition('/')[0], known)
-        raise ValueError(f'data.source: {str(error).splitlines()[0]}') from error
-      if builder.info.splits and builder.info.file_format.value == 'array_record':
+      builder = find_builder(name, directory)
+      if builder and builder.info.splits and builder.info.file_format.value == 'array_record':
         return builder
     if attempt == 'find':
       prepare(name, root, converted)
   raise AssertionError(f'{name} was prepared below {root} and is not there')
+
+
+def find_builder(name: str, directory: pathlib.Path):
+  """TFDS's builder of a dataset that it knows, or that lies prepared in the directory."""
+  import tensorflow_datasets
+
+  try:
+    return tensorflow_datasets.builder(name, data_dir=directory)
+  except tensorflow_datasets.core.DatasetNotFoundError:
+    return None
 
 
 def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:

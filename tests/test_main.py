@@ -1,0 +1,129 @@
+"""The command line: every mode, and a clear error for every mistake."""
+import json
+
+from PIL import Image
+import pytest
+
+import main
+from tests.conftest import small_config
+from vit_jax import config as config_lib
+
+CONFIG = '--config=configs/digits.py'
+
+
+def call(capsys, *argv):
+  """(exit code, stdout, stderr) of main.py."""
+  code = main.main(list(argv))
+  out, err = capsys.readouterr()
+  assert 'Traceback' not in err
+  return code, out, err
+
+
+def error(capsys, *argv):
+  code, _, err = call(capsys, *argv)
+  assert code == 2 and err.startswith('error: '), err
+  return err
+
+
+def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
+  overrides = ['--config.data.source=synthetic', '--config.data.image_size', '8,8',
+               '--config.epochs=0.05', '--config.eval_every=0', '--config.model.depth=1']  # fmt: skip
+  code, out, _ = call(capsys, CONFIG, f'--workdir={tmp_path}', *overrides)
+  assert not code and 'Test accuracy' in out and str(tmp_path) in out
+  code, again, _ = call(capsys, f'--workdir={tmp_path}')
+  assert not code and again == out  # finished: nothing to do
+  code, out, _ = call(capsys, f'--workdir={tmp_path}', '--config.epochs=0.1')
+  assert not code and 'after 3 steps' in out
+
+
+def test_eval(capsys, trained):
+  workdir, result = trained
+  code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--config.eval_batch_size=7')
+  assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.6g}' in out
+
+
+def test_predict(capsys, trained, tmp_path):
+  workdir, _ = trained
+  Image.new('RGB', (50, 30), 'green').save(tmp_path / 'photo.JPG')
+  (tmp_path / 'broken.png').write_bytes(b'no image')
+  images = f'{tmp_path}/photo.JPG,{tmp_path}/broken.png,{workdir}/examples,{tmp_path}/absent.png'
+  flags = ['--mode=predict', f'--workdir={workdir}', f'--images={images}', '--topk=3']
+  code, out, err = call(capsys, *flags, '--json')
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert code == 1 and len(rows) == 11
+  assert 'not a readable image' in rows[1]['error'] and 'broken.png' in err
+  assert 'No such file' in rows[10]['error']
+  for row in rows[:1] + rows[2:10]:
+    scores = [p['probability'] for p in row['predictions']]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True) and sum(scores) <= 1.001
+  right = sum(f'_{r["predictions"][0]["class"].replace(" ", "-")}.' in r['file'] for r in rows[2:10])
+  assert right >= 5  # held-out examples, named by their class
+  code, out, _ = call(capsys, '--mode=predict', f'--workdir={workdir}',
+                      f'--images={tmp_path}/photo.JPG')  # fmt: skip
+  assert code == 0 and '%  pattern' in out and len(out.splitlines()) == 6
+
+
+def test_visualize(capsys, trained):
+  workdir, _ = trained
+  code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
+  with Image.open(out.strip()) as image:
+    assert not code and image.width > 1000
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--mode=evaluate', '--workdir=x'], 'Did you mean eval'),
+    ([CONFIG], '--workdir'),
+    (['--workdir=x'], 'give --config'),
+    (['--config=configs/digit.py', '--workdir=x'], 'Did you mean configs/digits.py'),
+    (['--config=configs/cifar10.py:tinny', '--workdir=x'], 'Did you mean tiny'),
+    (['--config=configs/digits.py:tiny', '--workdir=x'], 'no variants'),
+    ([CONFIG, '--workdir=x', '--config.batchsize=3'], 'Did you mean batch_size'),
+    ([CONFIG, '--workdir=x', '--config.variant=3'], 'Did you mean model.variant'),
+    ([CONFIG, '--workdir=x', '--config.batch_size=many'], "'many', expected int"),
+    ([CONFIG, '--workdir=x', '--config.data.image_size=big'], 'expected tuple, e.g. 32,32'),
+    ([CONFIG, '--workdir=x', '--config.model.variant=Q/16'], 'Valid: B, G, H, L, S, Ti'),
+    ([CONFIG, '--workdir=x', '--config.optimizer.name=adamv'], 'Did you mean adamw'),
+    ([CONFIG, '--workdir=x', '--config.data.source=digit'], 'Did you mean digits'),
+    ([CONFIG, '--workdir=x', '--config.epochs=-1'], 'epochs'),
+    ([CONFIG, '--workdir=x', '--config.model.num_heads=5'], 'not divisible by model.num_heads=5'),
+    ([CONFIG, '--workdir=x', '--config.model.patch_size=3'], '8x8 pixels'),
+    (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
+    (['--mode=predict', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
+    (['--mode=predict', '--workdir=nowhere'], '--images'),
+    (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl'),
+])  # fmt: skip
+def test_mistakes(capsys, argv, message, tmp_path):
+  argv = [a.replace('--workdir=', f'--workdir={tmp_path}/') for a in argv]
+  assert message in error(capsys, *argv)
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_flag_is_refused(capsys):
+  with pytest.raises(SystemExit, match='2'):
+    main.main(['--confg=x'])
+  assert 'unknown argument --confg' in capsys.readouterr().err
+
+
+def test_an_override_that_contradicts_the_checkpoint_is_refused(capsys, trained):
+  workdir, _ = trained
+  err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.model.depth=3')
+  assert 'block_2/attention/key/bias: missing there' in err
+  err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.data.source=digits')
+  assert 'the model was trained on pattern 0' in err
+
+
+def test_a_config_survives_json():
+  config = small_config(**{'model.patch_size': '4,2', 'model.layer_scale': '1'})
+  again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config))))
+  assert config_lib.flatten(again) == config_lib.flatten(config)
+  assert again.model.patch_size == (4, 2) and isinstance(again.data.image_size, tuple)
+  config_lib.override(again, 'model.layer_scale', 'none')
+  assert again.model.layer_scale is None
+
+
+def test_a_config_of_an_older_version_opens():
+  saved = config_lib.to_dict(small_config())
+  del saved['augment']
+  assert config_lib.from_dict(saved).augment.flip.probability == 0.0
+  with pytest.raises(ValueError, match='lacks: model.flux'):
+    config_lib.from_dict({'model': {'flux': 1}})

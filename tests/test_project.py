@@ -1,0 +1,86 @@
+"""Imports run one way, every config builds, the package is light."""
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from vit_jax import config as config_lib
+from vit_jax import experiment
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'vit_jax'
+
+# A module imports only from the lines above its own.
+LAYERS = (
+    {'names', 'attention', 'losses', 'prepare', 'image', 'sharding'},
+    {'vit', 'augment', 'optim', 'splits', 'config'},
+    {'sources', 'state'},
+    {'data', 'checkpoint', 'writer'},
+    {'experiment'},
+    {'evaluate'},
+    {'trainer', 'predict', 'visualize'},
+)
+LEAVES = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
+
+
+def imports(path):
+  """What a file imports: (modules of vit_jax, other modules)."""
+  ours, others = set(), set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == 'vit_jax':
+      ours |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module.startswith('vit_jax.'):
+      ours.add(node.module.split('.')[1])
+    elif isinstance(node, ast.ImportFrom):
+      others.add(node.module.split('.')[0])
+    elif isinstance(node, ast.Import):
+      others |= {alias.name.split('.')[0] for alias in node.names}
+  return ours, others
+
+
+@pytest.mark.parametrize('path', sorted(PACKAGE.glob('*.py')), ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+  if path.stem == '__init__':
+    return
+  level = next(i for i, layer in enumerate(LAYERS) if path.stem in layer)
+  ours, others = imports(path)
+  below = set().union(*LAYERS[:level])
+  assert ours <= below, f'{path.stem} imports {ours - below} from its own level or above'
+  assert path.stem == 'prepare' or 'tensorflow' not in others
+  if path.stem in LEAVES - {'config'}:
+    assert 'ml_collections' not in others  # only experiment.py reads a config
+
+
+def test_a_model_needs_only_the_light_dependencies():
+  heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'tqdm', 'orbax']
+  script = (
+      f'import sys; sys.modules.update(dict.fromkeys({heavy[:-1]}))\n'
+      "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"
+      'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
+      "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
+      'from vit_jax import predict'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
+SPECS = ['digits.py', 'folder.py:small'] + [
+    f'{name}.py:{variant}'
+    for name in ('cifar10', 'cifar100')
+    for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
+]
+
+
+@pytest.mark.parametrize('spec', SPECS)
+def test_every_config_builds(spec):
+  config = config_lib.load_file(f'{ROOT}/configs/{spec}')
+  experiment.check(config)
+  channels = 1 if spec == 'digits.py' else 3
+  task = experiment.Task(('a', 'b'), (32, 32), channels)
+  assert experiment.assemble(config, task).image_shape[-1] == channels
+  assert config.log_every == 50
+
+
+def test_every_config_file_is_tested():
+  assert {p.name for p in (ROOT / 'configs').glob('*.py')} == {s.split(':')[0] for s in SPECS}
