@@ -7,6 +7,7 @@
 
 Any key of the config is overridden by --config.<key>=<value>.
 """
+
 import argparse
 import logging
 import pathlib
@@ -27,16 +28,16 @@ def train(args, overrides):
     saved = writer.read_json(args.workdir / 'config.json')
     if saved is None:
       raise ValueError(
-          f'{args.workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
+        f'{args.workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
       )
     config = config_lib.from_dict(saved)
   for key, text in overrides.items():
     config_lib.override(config, key, text)
   result = trainer.train(config, args.workdir)
   print(
-      f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
-      f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
-      'result.json, tensorboard, log.txt).'
+    f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
+    f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
+    'result.json, tensorboard, log.txt).'
   )
 
 
@@ -79,12 +80,13 @@ class Console(logging.Handler):
 def parse(argv):
   """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`."""
   parser = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
-  parser.add_argument('--workdir', type=lambda text: pathlib.Path(text).expanduser(),
-                      help='checkpoints and records')
+  parser.add_argument(
+    '--workdir', type=lambda text: pathlib.Path(text).expanduser(), help='checkpoints and records'
+  )
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')

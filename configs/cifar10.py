@@ -3,6 +3,7 @@
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
 """
+
 from vit_jax.config import default_config
 from vit_jax.names import choose
 

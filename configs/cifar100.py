@@ -3,6 +3,7 @@
     python main.py --config=configs/cifar100.py:small --workdir=runs/c100 \
         --config.data.dir=~/tensorflow_datasets
 """
+
 from configs import cifar10
 
 

@@ -1,7 +1,8 @@
 """scikit-learn's handwritten digits, 1,437 to train and 360 held out, at their 8x8 pixels.
 
-    python main.py --config=configs/digits.py --workdir=runs/digits
+python main.py --config=configs/digits.py --workdir=runs/digits
 """
+
 from vit_jax.config import default_config
 
 

@@ -3,6 +3,7 @@
     python main.py --config=configs/folder.py:small --config.data.source=folder:photos \
         --workdir=runs/photos
 """
+
 from configs import cifar10
 
 

@@ -1,4 +1,5 @@
 """Two CPU devices for every test, and one small trained workdir."""
+
 import pathlib
 
 import jax

@@ -1,4 +1,5 @@
 """Augmentation against NumPy and Pillow."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,8 @@ KEY = jax.random.key(0)
 
 def run(images, example, padding=0, probability=0.0, mode='reflect'):
   arguments = {
-      'pad_crop': {'padding': padding, 'mode': mode},
-      'flip': {'probability': probability},
+    'pad_crop': {'padding': padding, 'mode': mode},
+    'flip': {'probability': probability},
   }
   return np.asarray(augment.augment(KEY, jnp.asarray(example), images, arguments))
 
@@ -26,8 +27,12 @@ def test_pad_crop_takes_a_window_of_the_padded_image(mode):
   padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode=mode)
   windows = set()
   for crop, whole in zip(out, padded):
-    found = [(y, x) for y in range(5) for x in range(5)
-             if np.array_equal(whole[y : y + 6, x : x + 8], crop)]
+    found = [
+      (y, x)
+      for y in range(5)
+      for x in range(5)
+      if np.array_equal(whole[y : y + 6, x : x + 8], crop)
+    ]
     assert len(found) >= 1
     windows.add(found[0])
   assert len(windows) == 25  # every window is drawn

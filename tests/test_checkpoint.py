@@ -1,4 +1,5 @@
 """Checkpoints open without this package, on another number of devices."""
+
 import pathlib
 import re
 import subprocess
@@ -21,8 +22,8 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   step, params, _ = checkpoint.load(workdir)
   lines = re.sub(r"'[^']*/params'", repr(f'{workdir}/checkpoints/{step}/params'), lines)
   script = lines + (
-      "\nimport jax, numpy, sys; assert jax.device_count() == 1 and 'vit_jax' not in sys.modules"
-      f'\nnumpy.save({str(tmp_path / "kernel.npy")!r}, params["head"]["kernel"])'
+    "\nimport jax, numpy, sys; assert jax.device_count() == 1 and 'vit_jax' not in sys.modules"
+    f'\nnumpy.save({str(tmp_path / "kernel.npy")!r}, params["head"]["kernel"])'
   )
   subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
   np.testing.assert_array_equal(np.load(tmp_path / 'kernel.npy'), params['head']['kernel'])

@@ -1,4 +1,5 @@
 """The order of training examples, and batches for evaluation."""
+
 import itertools
 
 import jax
@@ -31,7 +32,9 @@ def test_the_step_is_the_whole_state():
 def test_evaluation_counts_each_example_once(batch_size):
   image = np.arange(13 * 4, dtype=np.uint8).reshape(13, 2, 2, 1)
   examples = sources.Examples(image, np.arange(13, dtype=np.int32))
-  batches = list(data.eval_batches(examples, batch_size, sharding.over_batch(sharding.make_mesh(2))))
+  batches = list(
+    data.eval_batches(examples, batch_size, sharding.over_batch(sharding.make_mesh(2)))
+  )
   assert len({batch['image'].shape for batch in batches}) == 1
   seen = [label for b in batches for label, m in zip(b['label'], b['mask']) if m]
   assert [int(label) for label in seen] == list(range(13))

@@ -1,4 +1,5 @@
 """The command line: every mode, and a clear error for every mistake."""
+
 import json
 
 from PIL import Image
@@ -56,7 +57,9 @@ def test_predict(capsys, trained, tmp_path):
   for row in rows[:1] + rows[2:10]:
     scores = [p['probability'] for p in row['predictions']]
     assert len(scores) == 3 and scores == sorted(scores, reverse=True) and sum(scores) <= 1.001
-  right = sum(f'_{r["predictions"][0]["class"].replace(" ", "-")}.' in r['file'] for r in rows[2:10])
+  right = sum(
+    f'_{r["predictions"][0]["class"].replace(" ", "-")}.' in r['file'] for r in rows[2:10]
+  )
   assert right >= 5  # held-out examples, named by their class
   code, out, _ = call(capsys, '--mode=predict', f'--workdir={workdir}',
                       f'--images={tmp_path}/photo.JPG')  # fmt: skip

@@ -1,4 +1,5 @@
 """Schedules and optimizers against closed forms, losses against float64."""
+
 import math
 
 import jax
@@ -9,8 +10,10 @@ import pytest
 from vit_jax import losses, optim
 
 PARAMS = {'a': {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([[0.5, 3.0]])}}
-GRADS = [{'a': {'kernel': jnp.array([[0.1, -0.3]]), 'bias': jnp.array([[0.2, 0.1]])}},
-         {'a': {'kernel': jnp.array([[-0.2, 0.4]]), 'bias': jnp.array([[0.3, 0.0]])}}]
+GRADS = [
+  {'a': {'kernel': jnp.array([[0.1, -0.3]]), 'bias': jnp.array([[0.2, 0.1]])}},
+  {'a': {'kernel': jnp.array([[-0.2, 0.4]]), 'bias': jnp.array([[0.3, 0.0]])}},
+]
 
 
 @pytest.mark.parametrize('name, middle, end', [
@@ -65,10 +68,12 @@ def test_clipping_scales_by_the_global_norm():
   grads = GRADS[0]
   norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
   optimizer = optim.make_optimizer(
-      'sgd', lambda step: 1.0, clip=0.1, weight_decay=0.0, momentum=0.0
+    'sgd', lambda step: 1.0, clip=0.1, weight_decay=0.0, momentum=0.0
   )
   updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
-  jax.tree.map(lambda u, g: np.testing.assert_allclose(u, -g * 0.1 / norm, rtol=1e-5), updates, grads)
+  jax.tree.map(
+    lambda u, g: np.testing.assert_allclose(u, -g * 0.1 / norm, rtol=1e-5), updates, grads
+  )
 
 
 def test_unknown_names_list_the_valid_ones():

@@ -1,4 +1,5 @@
 """Imports run one way, every config builds, the package is light."""
+
 import ast
 import pathlib
 import subprocess
@@ -14,13 +15,13 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-    {'names', 'attention', 'losses', 'prepare', 'image', 'sharding'},
-    {'vit', 'augment', 'optim', 'splits', 'config'},
-    {'sources', 'state'},
-    {'data', 'checkpoint', 'writer'},
-    {'experiment'},
-    {'evaluate'},
-    {'trainer', 'predict', 'visualize'},
+  {'names', 'attention', 'losses', 'prepare', 'image', 'sharding'},
+  {'vit', 'augment', 'optim', 'splits', 'config'},
+  {'sources', 'state'},
+  {'data', 'checkpoint', 'writer'},
+  {'experiment'},
+  {'evaluate'},
+  {'trainer', 'predict', 'visualize'},
 )
 LEAVES = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
 
@@ -56,19 +57,19 @@ def test_imports_run_one_way(path):
 def test_a_model_needs_only_the_light_dependencies():
   heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'tqdm', 'orbax']
   script = (
-      f'import sys; sys.modules.update(dict.fromkeys({heavy[:-1]}))\n'
-      "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"
-      'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
-      "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
-      'from vit_jax import predict'
+    f'import sys; sys.modules.update(dict.fromkeys({heavy[:-1]}))\n'
+    "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"
+    'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
+    "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
+    'from vit_jax import predict'
   )
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
 
 SPECS = ['digits.py', 'folder.py:small'] + [
-    f'{name}.py:{variant}'
-    for name in ('cifar10', 'cifar100')
-    for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
+  f'{name}.py:{variant}'
+  for name in ('cifar10', 'cifar100')
+  for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
 ]
 
 

@@ -1,4 +1,5 @@
 """Every source on real files: layouts, splits, formats, and what is broken."""
+
 import collections
 import shutil
 

@@ -1,4 +1,5 @@
 """The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
+
 import json
 import os
 import pathlib
@@ -56,9 +57,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
   assert_equal(params, same_params)
   for item in ('params', 'state'):
-    assert_equal(*[
-        checkpoint.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')
-    ])
+    assert_equal(
+      *[checkpoint.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')]
+    )
   lines = [writer.read_metrics(tmp_path / name) for name in ('whole', 'killed')]
   test = [[line for line in part if line['split'] == 'test'] for part in lines]
   assert test[0] == test[1]  # none twice, none missing, and the same to the last digit
@@ -129,8 +130,9 @@ def one_step(parts, devices, **overrides):
   """Parameters and metrics after one step in `parts` micro-batches on `devices` devices."""
   config = small_config(micro_batches=str(parts), **overrides)
   exp, training = experiment.from_config(config)
-  mesh = jax.make_mesh((devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,),
-                       devices=jax.devices()[:devices])
+  mesh = jax.make_mesh(
+    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
+  )
   run = trainer.Run(exp, training, mesh, None, NoCheckpoints())
   batch = {'image': training.train.image_NHWC[:32], 'label': training.train.label_N[:32]}
   batch = jax.device_put(batch, sharding.over_batch(mesh))
@@ -150,7 +152,7 @@ def test_micro_batches_and_devices_change_only_rounding():
     other, other_metrics = one_step(parts, devices, **settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, other)
     assert evaluate.summarize([other_metrics['score']]) == pytest.approx(
-        evaluate.summarize([metrics['score']]), rel=1e-5
+      evaluate.summarize([metrics['score']]), rel=1e-5
     )
 
 
@@ -161,8 +163,11 @@ def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
          'optimizer.lr': '0.01', 'schedule.name': 'constant'},
   )  # fmt: skip
   trainer.train(config, tmp_path)
-  scores = {line['step']: line['accuracy'] for line in writer.read_metrics(tmp_path)
-            if line['split'] == 'val'}
+  scores = {
+    line['step']: line['accuracy']
+    for line in writer.read_metrics(tmp_path)
+    if line['split'] == 'val'
+  }
   kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
   assert sorted(scores) == list(range(4, 33, 4)) and 32 in kept
   assert max(scores.values()) == max(scores[step] for step in kept)

@@ -1,4 +1,5 @@
 """The model against the paper's own outputs, float64 and exact properties."""
+
 import math
 import re
 
@@ -12,14 +13,14 @@ from vit_jax import attention, vit
 
 # The paper's names, in both spellings, and ours.
 PAPER_NAMES = (
-    (r'Transformer/posembed_input/', ''),
-    (r'Transformer/encoder_norm', 'norm'),
-    (r'Transformer/encoderblock_(\d+)', r'block_\1'),
-    (r'LayerNorm_0', 'attention_norm'),
-    (r'LayerNorm_[12]', 'mlp_norm'),
-    (r'MultiHeadDotProductAttention_\d', 'attention'),
-    (r'MlpBlock_\d/Dense_0', 'mlp/up'),
-    (r'MlpBlock_\d/Dense_1', 'mlp/down'),
+  (r'Transformer/posembed_input/', ''),
+  (r'Transformer/encoder_norm', 'norm'),
+  (r'Transformer/encoderblock_(\d+)', r'block_\1'),
+  (r'LayerNorm_0', 'attention_norm'),
+  (r'LayerNorm_[12]', 'mlp_norm'),
+  (r'MultiHeadDotProductAttention_\d', 'attention'),
+  (r'MlpBlock_\d/Dense_0', 'mlp/up'),
+  (r'MlpBlock_\d/Dense_1', 'mlp/down'),
 )
 
 
@@ -38,11 +39,11 @@ def paper_params(path):
 
 
 @pytest.mark.parametrize(
-    'folder, fields',
-    [
-        ('paper_token', dict(patch_size=4, num_heads=2, mlp_dim=40, pool='cls')),
-        ('paper_gap', dict(patch_size=8, num_heads=3, mlp_dim=48, pool='gap')),
-    ],
+  'folder, fields',
+  [
+    ('paper_token', dict(patch_size=4, num_heads=2, mlp_dim=40, pool='cls')),
+    ('paper_gap', dict(patch_size=8, num_heads=3, mlp_dim=48, pool='gap')),
+  ],
 )
 def test_logits_are_those_of_the_papers_code(folder, fields):
   model = vit.make('tiny', 5, width=24, depth=2, **fields)
@@ -53,14 +54,14 @@ def test_logits_are_those_of_the_papers_code(folder, fields):
 
 
 @pytest.mark.parametrize(
-    'variant, size, classes, count',
-    [
-        ('B/16', 224, 1000, 86_567_656),
-        ('L/16', 224, 1000, 304_326_632),
-        ('H/14', 224, 1000, 632_045_800),
-        ('tiny', 32, 10, 119_194),
-        ('small', 32, 10, 3_722_250),
-    ],
+  'variant, size, classes, count',
+  [
+    ('B/16', 224, 1000, 86_567_656),
+    ('L/16', 224, 1000, 304_326_632),
+    ('H/14', 224, 1000, 632_045_800),
+    ('tiny', 32, 10, 119_194),
+    ('small', 32, 10, 3_722_250),
+  ],
 )
 def test_parameter_counts(variant, size, classes, count):
   image = jnp.zeros((1, size, size, 3))
@@ -89,14 +90,21 @@ IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
 ])  # fmt: skip
 @pytest.mark.parametrize('position', vit.POSITIONS)
 def test_every_pool_and_position(pool, position, shape):
-  model = small(pool=pool, position=position, num_registers=2, qk_norm=True, layer_scale=0.1,
-                representation_size=12)
+  model = small(
+    pool=pool,
+    position=position,
+    num_registers=2,
+    qk_norm=True,
+    layer_scale=0.1,
+    representation_size=12,
+  )
   variables = perturbed(model, IMAGE)
   logits = model.apply(variables, IMAGE)
   assert logits.shape == shape and logits.dtype == jnp.float32
   # Patches swapped: without positions the pooled logits stay, with positions they don't.
-  swapped = model.apply(variables, IMAGE[:, :, ::-1].reshape(4, 8, 4, 4, 3)[:, :, :, ::-1].reshape(
-      IMAGE.shape))
+  swapped = model.apply(
+    variables, IMAGE[:, :, ::-1].reshape(4, 8, 4, 4, 3)[:, :, :, ::-1].reshape(IMAGE.shape)
+  )
   if pool != 'none':
     assert np.allclose(logits, swapped, atol=1e-5) == (position == 'none')
 
@@ -142,7 +150,7 @@ def test_attention_maps_are_sown_only_when_asked_for():
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_nothing(remat):
   def gradient(model):
-    loss = lambda p: (model.apply(p, IMAGE, train=True, rngs={'dropout': jax.random.key(3)}) ** 2)
+    loss = lambda p: model.apply(p, IMAGE, train=True, rngs={'dropout': jax.random.key(3)}) ** 2
     return jax.jit(jax.grad(lambda p: loss(p).mean()))(perturbed(model, IMAGE))
 
   plain, saved = gradient(small(dropout=0.1)), gradient(small(dropout=0.1, remat=remat))
@@ -160,8 +168,13 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
 def test_dropout_depends_on_the_example_alone():
   model = small(dropout=0.3, attention_dropout=0.3, stochastic_depth=0.3)
   variables = perturbed(model, IMAGE)
-  apply = lambda rows: model.apply(variables, IMAGE[rows], train=True, example_B=jnp.array(rows),
-                                   rngs={'dropout': jax.random.key(4)})
+  apply = lambda rows: model.apply(
+    variables,
+    IMAGE[rows],
+    train=True,
+    example_B=jnp.array(rows),
+    rngs={'dropout': jax.random.key(4)},
+  )
   whole = apply([0, 1, 2, 3])
   np.testing.assert_allclose(whole[2:], apply([2, 3]), atol=1e-5)
   np.testing.assert_allclose(whole[1], apply([3, 1])[1], atol=1e-5)
@@ -171,7 +184,9 @@ def test_dropout_depends_on_the_example_alone():
 @pytest.mark.parametrize('whole', [False, True])
 def test_dropout_keeps_the_mean(whole):
   x = jnp.ones((4000, 3, 5))
-  y = vit.Dropout(0.25, whole=whole).apply({}, x, jnp.arange(4000), rngs={'dropout': jax.random.key(0)})
+  y = vit.Dropout(0.25, whole=whole).apply(
+    {}, x, jnp.arange(4000), rngs={'dropout': jax.random.key(0)}
+  )
   assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
   assert abs(y.mean() - 1) < 0.03
   one_draw_an_example = bool((y.reshape(4000, -1).std(axis=1) == 0).all())
@@ -184,20 +199,20 @@ def test_the_head_starts_at_zero():
 
 
 @pytest.mark.parametrize(
-    'fields, message',
-    [
-        (dict(variant='B/17x'), 'B/16'),
-        (dict(variant='B'), 'patch'),
-        (dict(variant='tinny'), 'Did you mean tiny'),
-        (dict(width=51), 'model.head_dim'),
-        (dict(pool='clss'), 'Did you mean cls'),
-        (dict(position='rope', head_dim=6), 'divisible by 4'),
-        (dict(position='sincos', width=18), 'divisible by 4'),
-        (dict(widht=8), 'Did you mean width'),
-        (dict(dropout=1.0), r'\[0, 1\)'),
-        (dict(depth=0), 'positive'),
-        (dict(patch_size=(4, 4, 4)), 'patch_size'),
-    ],
+  'fields, message',
+  [
+    (dict(variant='B/17x'), 'B/16'),
+    (dict(variant='B'), 'patch'),
+    (dict(variant='tinny'), 'Did you mean tiny'),
+    (dict(width=51), 'model.head_dim'),
+    (dict(pool='clss'), 'Did you mean cls'),
+    (dict(position='rope', head_dim=6), 'divisible by 4'),
+    (dict(position='sincos', width=18), 'divisible by 4'),
+    (dict(widht=8), 'Did you mean width'),
+    (dict(dropout=1.0), r'\[0, 1\)'),
+    (dict(depth=0), 'positive'),
+    (dict(patch_size=(4, 4, 4)), 'patch_size'),
+  ],
 )
 def test_impossible_models_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):

@@ -1,15 +1,16 @@
 """The Vision Transformer on JAX: see README.md.
 
-    model = vit_jax.make('B/16', num_classes=10)
-    result = vit_jax.train(config, workdir)
+model = vit_jax.make('B/16', num_classes=10)
+result = vit_jax.train(config, workdir)
 """
+
 import importlib
 
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
-    'ViT': 'vit',
-    'make': 'vit',
-    'default_config': 'config',
-    'train': 'trainer',
+  'ViT': 'vit',
+  'make': 'vit',
+  'default_config': 'config',
+  'train': 'trainer',
 }
 
 __all__ = list(_PUBLIC)

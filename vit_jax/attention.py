@@ -4,6 +4,7 @@ The softmax runs in float32 whatever the compute type. Queries, keys and values 
 the layout `[B, N, K, E]`; the products run in `[B, K, N, E]`, which XLA's CPU backend
 computes about twice as fast.
 """
+
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ def attention_weights(query_BNKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
   query_BKNE = jnp.swapaxes(query_BNKE * scale, 1, 2)
   key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
   logits_BKNN = jnp.einsum(
-      'BKQE,BKNE->BKQN', query_BKNE, key_BKNE, preferred_element_type=jnp.float32
+    'BKQE,BKNE->BKQN', query_BKNE, key_BKNE, preferred_element_type=jnp.float32
   )
   return jax.nn.softmax(logits_BKNN).astype(query_BNKE.dtype)
 
@@ -28,11 +29,11 @@ def attend(attention_BKNN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
 
 
 def attention(
-    query_BNKE: jax.Array,
-    key_BNKE: jax.Array,
-    value_BNKE: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] | None = None,
-    inspect: Callable[[jax.Array], object] | None = None,
+  query_BNKE: jax.Array,
+  key_BNKE: jax.Array,
+  value_BNKE: jax.Array,
+  dropout: Callable[[jax.Array], jax.Array] | None = None,
+  inspect: Callable[[jax.Array], object] | None = None,
 ) -> jax.Array:
   """Multi-head attention, `[B, N, K, E]`.
 

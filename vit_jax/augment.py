@@ -5,6 +5,7 @@ Decisions:
     uint8 images with one key an example, so that a draw depends on the example alone.
   * Each does nothing at its default arguments, and `AUGMENTATIONS` gives the order.
 """
+
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -42,7 +43,7 @@ AUGMENTATIONS = {'pad_crop': pad_crop, 'flip': flip}
 
 
 def augment(
-    key: jax.Array, example_B: jax.Array, image_BHWC: jax.Array, arguments: Mapping[str, Mapping]
+  key: jax.Array, example_B: jax.Array, image_BHWC: jax.Array, arguments: Mapping[str, Mapping]
 ) -> jax.Array:
   """Applies each of `AUGMENTATIONS` with its arguments.
 
@@ -60,7 +61,7 @@ def augment(
 
 
 def normalize(
-    image_BHWC: jax.Array, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
+  image_BHWC: jax.Array, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
   """uint8 to what the model takes: float32, resized to `size` (bicubic), normalised."""
   batch, height, width, channels = image_BHWC.shape

@@ -9,6 +9,7 @@ Decisions:
     orbax then refuses to restore them, without a target, on a machine with fewer.
   * A checkpoint appears under its name only when it is whole (orbax renames it).
 """
+
 import pathlib
 
 import jax
@@ -26,13 +27,13 @@ class Checkpoints:
     """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
     newest = policies.LatestN(max(keep, 1))
     best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics['accuracy'],
-        n=1,
-        keep_checkpoints_without_metrics=False,
+      get_metric_fn=lambda metrics: metrics['accuracy'],
+      n=1,
+      keep_checkpoints_without_metrics=False,
     )
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-        cleanup_tmp_directories=True,
+      preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+      cleanup_tmp_directories=True,
     )
     self._manager = ocp.CheckpointManager(directory(workdir), options=options)
 
@@ -59,13 +60,13 @@ class Checkpoints:
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
     self._manager.save(
-        step,
-        metrics=None if accuracy is None else {'accuracy': accuracy},
-        args=ocp.args.Composite(
-            params=ocp.args.StandardSave(host.params),
-            state=ocp.args.StandardSave(rest(host)),
-            config=ocp.args.JsonSave(config),
-        ),
+      step,
+      metrics=None if accuracy is None else {'accuracy': accuracy},
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(host.params),
+        state=ocp.args.StandardSave(rest(host)),
+        config=ocp.args.JsonSave(config),
+      ),
     )
 
   def wait(self) -> None:
@@ -77,12 +78,12 @@ class Checkpoints:
     params, others = like.params, rest(like)
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (params, others))
     items = self._manager.restore(
-        self.latest(),
-        args=ocp.args.Composite(
-            params=ocp.args.StandardRestore(blank[0]),
-            state=ocp.args.StandardRestore(blank[1]),
-            config=ocp.args.JsonRestore(),
-        ),
+      self.latest(),
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(blank[0]),
+        state=ocp.args.StandardRestore(blank[1]),
+        config=ocp.args.JsonRestore(),
+      ),
     )
     state = like.replace(params=items.params, **items.state)
     placed = jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), state, like)
@@ -124,8 +125,8 @@ def load(workdir: pathlib.Path) -> tuple[int, dict, dict]:
   step = latest_step(workdir)
   if step is None:
     raise ValueError(
-        f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
-        'run that has saved one (every checkpoint_every steps, and at its end).'
+      f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
+      'run that has saved one (every checkpoint_every steps, and at its end).'
     )
   config = restore_item(workdir, step, 'config')
   if config['config']['ema'] > 0:

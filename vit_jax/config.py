@@ -3,6 +3,7 @@
 An experiment in `configs/` starts from `default_config()` and changes what it must. Only
 `experiment.py` reads a config.
 """
+
 import ast
 from collections.abc import Mapping
 import difflib
@@ -138,7 +139,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   except (ValueError, SyntaxError):
     example = {int: '8', float: '0.1', bool: 'true', tuple: '32,32'}[kind]
     raise ValueError(
-        f'--config.{key}: got {text!r}, expected {kind.__name__}, e.g. {example}.'
+      f'--config.{key}: got {text!r}, expected {kind.__name__}, e.g. {example}.'
     ) from None
   with holder.unlocked():
     holder[leaf] = value
@@ -203,12 +204,12 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   """Raises ValueError where a workdir's run can't go on under the config given."""
   before, now = flatten(saved), flatten(given)
   differences = [
-      f'  {key}: {before[key]!r} there, {now[key]!r} given'
-      for key in before
-      if before[key] != now[key] and key not in MAY_CHANGE
+    f'  {key}: {before[key]!r} there, {now[key]!r} given'
+    for key in before
+    if before[key] != now[key] and key not in MAY_CHANGE
   ]
   if differences:
     raise ValueError(
-        f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
-        'same values, or another --workdir. What may change: ' + ', '.join(MAY_CHANGE) + '.'
+      f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
+      'same values, or another --workdir. What may change: ' + ', '.join(MAY_CHANGE) + '.'
     )

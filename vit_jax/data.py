@@ -8,6 +8,7 @@ Decisions:
     hold, and all agree on the order without talking.
   * Evaluation pads the last batch and carries a mask: every example counts once.
 """
+
 from collections.abc import Iterator
 
 import jax
@@ -37,22 +38,22 @@ def train_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator
 
 
 def train_batches(
-    examples: Examples,
-    batch_size: int,
-    seed: int,
-    start: int,
-    sharding: jax.sharding.Sharding,
+  examples: Examples,
+  batch_size: int,
+  seed: int,
+  start: int,
+  sharding: jax.sharding.Sharding,
 ) -> Iterator[dict[str, jax.Array]]:
   """Endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on."""
   for index_B in train_indices(len(examples), batch_size, seed, start):
     yield {
-        'image': gather(examples.image_NHWC, index_B, sharding),
-        'label': gather(examples.label_N, index_B, sharding),
+      'image': gather(examples.image_NHWC, index_B, sharding),
+      'label': gather(examples.label_N, index_B, sharding),
     }
 
 
 def eval_batches(
-    examples: Examples, batch_size: int, sharding: jax.sharding.NamedSharding
+  examples: Examples, batch_size: int, sharding: jax.sharding.NamedSharding
 ) -> Iterator[dict[str, jax.Array]]:
   """Every example once, in order, all batches of one shape; `mask` is 0 for padding.
 
@@ -65,9 +66,9 @@ def eval_batches(
     mask_B = (index_B < min(start + batch_size, len(examples))).astype(np.float32)
     index_B = np.minimum(index_B, len(examples) - 1)
     yield {
-        'image': gather(examples.image_NHWC, index_B, sharding),
-        'label': gather(examples.label_N, index_B, sharding),
-        'mask': gather(mask_B, np.arange(rows), sharding),
+      'image': gather(examples.image_NHWC, index_B, sharding),
+      'label': gather(examples.label_N, index_B, sharding),
+      'mask': gather(mask_B, np.arange(rows), sharding),
     }
 
 

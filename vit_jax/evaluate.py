@@ -1,4 +1,5 @@
 """Exact evaluation: every example counts once, for any batch size and number of devices."""
+
 from collections.abc import Callable
 import functools
 import pathlib
@@ -22,16 +23,16 @@ def averages(num_classes: int) -> Averages:
 
 
 def score(
-    logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array, mask_B: jax.Array | None = None
+  logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array, mask_B: jax.Array | None = None
 ) -> metrics.Collection:
   """The metrics of a batch; `mask_B` is 0 for rows that don't count."""
   label_B1 = label_B[:, None]
   top5_BL = jax.lax.top_k(logits_BL, min(5, logits_BL.shape[1]))[1]
   return averages(logits_BL.shape[1]).single_from_model_output(
-      loss=loss_B,
-      accuracy=top5_BL[:, 0] == label_B,
-      top5_accuracy=(top5_BL == label_B1).any(axis=1),
-      mask=None if mask_B is None else mask_B.astype(bool),
+    loss=loss_B,
+    accuracy=top5_BL[:, 0] == label_B,
+    top5_accuracy=(top5_BL == label_B1).any(axis=1),
+    mask=None if mask_B is None else mask_B.astype(bool),
   )
 
 
@@ -40,9 +41,9 @@ def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
   sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
   fields = {name: getattr(sums, name) for name in type(sums).__annotations__}
   means = {
-      name: float(average.total / average.count)
-      for name, average in fields.items()
-      if isinstance(average, metrics.Average)
+    name: float(average.total / average.count)
+    for name, average in fields.items()
+    if isinstance(average, metrics.Average)
   }
   return means | {'examples': round(float(sums.loss.count))}
 
@@ -60,7 +61,7 @@ def make_eval_step(exp: experiment.Experiment) -> EvalStep:
 
 
 def evaluate(
-    eval_step: EvalStep, params: dict, examples: Examples, batch_size: int, mesh: jax.sharding.Mesh
+  eval_step: EvalStep, params: dict, examples: Examples, batch_size: int, mesh: jax.sharding.Mesh
 ) -> dict[str, float]:
   """Loss, accuracies and the number of examples counted."""
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))

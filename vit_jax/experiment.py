@@ -1,8 +1,9 @@
 """Builds what a run needs from its config. The only reader of a ConfigDict.
 
-    experiment = from_config(config)             # to train
-    experiment, params = from_workdir(workdir)   # to evaluate, predict, draw
+experiment = from_config(config)             # to train
+experiment, params = from_workdir(workdir)   # to evaluate, predict, draw
 """
+
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -84,17 +85,17 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   model = vit.make(fields.pop('variant'), len(task.class_names), **fields)
   loss = dict(config.loss)
   experiment = Experiment(
-      config,
-      task,
-      model,
-      functools.partial(choose('loss.name', loss.pop('name'), losses.LOSSES), **loss),
-      functools.partial(augment.augment, arguments=config.augment.to_dict()),
-      functools.partial(
-          augment.normalize,
-          size=pair(config.data.image_size),
-          mean=config.data.mean,
-          std=config.data.std,
-      ),
+    config,
+    task,
+    model,
+    functools.partial(choose('loss.name', loss.pop('name'), losses.LOSSES), **loss),
+    functools.partial(augment.augment, arguments=config.augment.to_dict()),
+    functools.partial(
+      augment.normalize,
+      size=pair(config.data.image_size),
+      mean=config.data.mean,
+      std=config.data.std,
+    ),
   )
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *experiment.image_shape)))
   return experiment
@@ -114,8 +115,8 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
     for name in ('train_split', 'eval_split'):
       if splits.overlap(data.val_split, data[name], sizes):
         raise ValueError(
-            f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
-            "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
+          f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
+          "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
         )
   blank = Task(source.class_names, pair(data.image_size), source.channels)
   assemble(config, blank)  # a mistake shows before the images are read
@@ -130,10 +131,10 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
   steps_per_epoch = len(train) / config.batch_size
   steps = round(config.epochs * steps_per_epoch)
   schedule = optim.make_schedule(
-      config.schedule.name,
-      config.optimizer.lr,
-      steps,
-      warmup=min(round(config.schedule.warmup * steps_per_epoch), steps // 5),
+    config.schedule.name,
+    config.optimizer.lr,
+    steps,
+    warmup=min(round(config.schedule.warmup * steps_per_epoch), steps // 5),
   )
   arguments = dict(config.optimizer)
   del arguments['lr']
@@ -142,7 +143,7 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
 
 
 def from_workdir(
-    workdir: pathlib.Path, overrides: dict[str, str] | None = None
+  workdir: pathlib.Path, overrides: dict[str, str] | None = None
 ) -> tuple[Experiment, dict, int]:
   """The experiment of a workdir's newest checkpoint, its weights and its step.
 
@@ -165,9 +166,9 @@ def check_params(experiment: Experiment, params: dict, origin: object) -> None:
   wanted = jax.eval_shape(init, jnp.zeros((1, *experiment.image_shape)))['params']
   wanted, given = shapes(wanted), shapes(params)
   differences = [
-      f'  {name}: {given.get(name, "missing")} there, {wanted.get(name, "none")} in the model'
-      for name in sorted(wanted | given)
-      if wanted.get(name) != given.get(name)
+    f'  {name}: {given.get(name, "missing")} there, {wanted.get(name, "none")} in the model'
+    for name in sorted(wanted | given)
+    if wanted.get(name) != given.get(name)
   ]
   if differences:
     shown = '\n'.join(differences[:10] + ['  ...'] * (len(differences) > 10))
@@ -191,9 +192,9 @@ def load_split(experiment: Experiment, split: str) -> sources.Examples:
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     raise ValueError(
-        f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
-        f'({len(source.class_names)}); the model was trained on '
-        f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
+      f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
+      f'({len(source.class_names)}); the model was trained on '
+      f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
     )
   examples = sources.load(source, split, task.stored_size, skip_bad_images=data.skip_bad_images)
   report(split, examples)

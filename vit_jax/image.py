@@ -1,4 +1,5 @@
 """Image files to uint8 arrays, on the host. What the device does to them is in `augment.py`."""
+
 import io
 import pathlib
 

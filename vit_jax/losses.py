@@ -1,4 +1,5 @@
 """Losses `(logits_BL, label_B, **arguments) -> loss_B`."""
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,4 +1,5 @@
 """Looks a name up in a table, and says what was meant when it isn't there."""
+
 from collections.abc import Collection
 import difflib
 

@@ -3,6 +3,7 @@
 Weight decay is decoupled, scaled by the learning rate, and touches kernels only: not
 biases, norms, positions, or class and register tokens.
 """
+
 from collections.abc import Callable
 
 import jax
@@ -15,9 +16,9 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 # What remains of the peak after the warm-up, by the fraction of the decay that is done.
 SCHEDULES = {
-    'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
-    'linear': lambda fraction: 1 - fraction,
-    'constant': jnp.ones_like,
+  'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
+  'linear': lambda fraction: 1 - fraction,
+  'constant': jnp.ones_like,
 }
 
 
@@ -47,9 +48,9 @@ def adamw(schedule: Schedule, weight_decay: float, b1: float, b2: float, **_):
 def sgd(schedule: Schedule, weight_decay: float, momentum: float, **_):
   """SGD with momentum, weight decay outside of it."""
   return optax.chain(
-      optax.trace(momentum),
-      optax.add_decayed_weights(weight_decay, mask=is_matrix),
-      optax.scale_by_learning_rate(schedule),
+    optax.trace(momentum),
+    optax.add_decayed_weights(weight_decay, mask=is_matrix),
+    optax.scale_by_learning_rate(schedule),
   )
 
 
@@ -62,7 +63,7 @@ def is_matrix(params) -> dict:
 
 
 def make_optimizer(
-    name: str, schedule: Schedule, clip: float, **arguments
+  name: str, schedule: Schedule, clip: float, **arguments
 ) -> optax.GradientTransformation:
   """The optimizer `name` of `OPTIMIZERS`, behind clipping by the global norm."""
   optimizer = choose('optimizer.name', name, OPTIMIZERS)(schedule, **arguments)

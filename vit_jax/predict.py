@@ -1,4 +1,5 @@
 """Classes of image files, by a trained model."""
+
 from collections.abc import Iterator
 import json
 import logging
@@ -16,7 +17,7 @@ BATCH = 64  # images at once
 
 
 def predict(
-    workdir: pathlib.Path, paths: list[str], topk: int, overrides: dict[str, str]
+  workdir: pathlib.Path, paths: list[str], topk: int, overrides: dict[str, str]
 ) -> Iterator[dict]:
   """For each file its `topk` classes, or why it can't be read, in the order given.
 
@@ -64,7 +65,7 @@ def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:
 
 
 def run(
-    workdir: pathlib.Path, paths: list[str], topk: int, as_json: bool, overrides: dict[str, str]
+  workdir: pathlib.Path, paths: list[str], topk: int, as_json: bool, overrides: dict[str, str]
 ) -> int:
   """Prints a table, or a JSON object a line; returns how many files could not be read."""
   failed = []

@@ -5,6 +5,7 @@
 The only module that imports TensorFlow. `NAME` is prepared below DATA_DIR as array_record;
 one that lies there as TFRecord is copied, record by record, to CONVERTED_DIR.
 """
+
 import json
 import os
 import pathlib

@@ -3,6 +3,7 @@
 Mesh axes are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
 sharded batch.
 """
+
 import contextlib
 import os
 
@@ -31,15 +32,15 @@ def make_mesh(batch_size: int, micro_batches: int = 1) -> Mesh:
   devices = jax.devices()
   if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
     raise ValueError(
-        f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}.'
+      f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}.'
     )
   rows = batch_size // micro_batches
   if devices[0].platform == 'cpu' and jax.process_count() == 1:
     devices = devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
   if rows % len(devices):
     raise ValueError(
-        f'batch_size={batch_size} in micro_batches={micro_batches} does not divide over '
-        f'{len(devices)} devices: make batch_size a multiple of {micro_batches * len(devices)}.'
+      f'batch_size={batch_size} in micro_batches={micro_batches} does not divide over '
+      f'{len(devices)} devices: make batch_size a multiple of {micro_batches * len(devices)}.'
     )
   return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 

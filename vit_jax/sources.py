@@ -9,6 +9,7 @@ Decisions:
     `train[:98%]` holds every class, and independent of file system and NumPy version.
   * TensorFlow runs in a child process only, to download and prepare (`prepare.py`).
 """
+
 from collections.abc import Callable, Iterable, Iterator
 import concurrent.futures
 import dataclasses
@@ -71,11 +72,11 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
 
 def load(
-    source: Source,
-    split: str,
-    size: tuple[int, int],
-    keep_smaller: bool = False,
-    skip_bad_images: bool = False,
+  source: Source,
+  split: str,
+  size: tuple[int, int],
+  keep_smaller: bool = False,
+  skip_bad_images: bool = False,
 ) -> Examples:
   """Reads a split into memory.
 
@@ -131,9 +132,9 @@ def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -
   memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if need > memory / 2:
     raise ValueError(
-        f'Split {split!r}: {count:,} images of {size[0]}x{size[1]} need {need / 1e9:.1f} GB, this '
-        f'machine has {memory / 1e9:.1f} GB. Take a part, e.g. {split}[:10%], or set a smaller '
-        'data.image_size.'
+      f'Split {split!r}: {count:,} images of {size[0]}x{size[1]} need {need / 1e9:.1f} GB, this '
+      f'machine has {memory / 1e9:.1f} GB. Take a part, e.g. {split}[:10%], or set a smaller '
+      'data.image_size.'
     )
 
 
@@ -162,7 +163,7 @@ def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   bunch = datasets.load_digits()
   image_NHWC = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
   train, test = model_selection.train_test_split(
-      np.arange(len(bunch.target)), test_size=360, stratify=bunch.target, random_state=0
+    np.arange(len(bunch.target)), test_size=360, stratify=bunch.target, random_state=0
   )
   members = {'train': train, 'test': test}
 
@@ -213,14 +214,14 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
     files = hold_out(list_files(root, class_names))
   if len(class_names) < 2:
     raise ValueError(
-        f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
-        'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
+      f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
+      'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
     )
   empty = set(range(len(class_names))) - {label for label, _ in files['train']}
   if empty:
     raise ValueError(
-        f'{root}: no images for class {", ".join(class_names[label] for label in sorted(empty))}; '
-        f'looked for {", ".join(image_lib.EXTENSIONS)}. Add some, or remove the folder.'
+      f'{root}: no images for class {", ".join(class_names[label] for label in sorted(empty))}; '
+      f'looked for {", ".join(image_lib.EXTENSIONS)}. Add some, or remove the folder.'
     )
 
   def read(split, indices):
@@ -236,9 +237,7 @@ def subfolders(root: pathlib.Path) -> tuple[str, ...]:
   return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
 
 
-def list_files(
-    root: pathlib.Path, class_names: tuple[str, ...]
-) -> list[tuple[int, pathlib.Path]]:
+def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, pathlib.Path]]:
   """`(label, file)` of every image below `root`, mixed by a hash of its relative path.
 
   Raises:
@@ -251,10 +250,10 @@ def list_files(
     return hashlib.sha256(item[1].relative_to(root).as_posix().encode()).digest()
 
   files = [
-      (label, file)
-      for label, name in enumerate(class_names)
-      for file in (root / name).rglob('*')
-      if file.suffix.lower() in image_lib.EXTENSIONS and file.is_file()
+    (label, file)
+    for label, name in enumerate(class_names)
+    for file in (root / name).rglob('*')
+    if file.suffix.lower() in image_lib.EXTENSIONS and file.is_file()
   ]
   return sorted(files, key=mixed)
 
@@ -283,9 +282,9 @@ def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   feature, label = features.get(image_key), features.get(label_key)
   if not isinstance(feature, kinds.Image) or not isinstance(label, kinds.ClassLabel):
     raise ValueError(
-        f'tfds:{name} is not an image classification dataset: its supervised keys are '
-        f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
-        f'{type(label).__name__}.'
+      f'tfds:{name} is not an image classification dataset: its supervised keys are '
+      f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
+      f'{type(label).__name__}.'
     )
   decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
 
@@ -344,11 +343,11 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
     lines = [line for line in child.stderr.splitlines() if line.strip()]
     reason = lines[-1][:500] if lines else f'exit code {child.returncode}'
     raise ValueError(
-        f'tfds:{name} is not prepared below {str(root)!r} and could not be: {reason}\n'
-        'On a machine with a network, with tensorflow installed, run\n'
-        f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
-        'and copy the folder here; or point data.dir (or TFDS_DATA_DIR) at prepared data; or '
-        'use data.source=folder:<path>.'
+      f'tfds:{name} is not prepared below {str(root)!r} and could not be: {reason}\n'
+      'On a machine with a network, with tensorflow installed, run\n'
+      f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
+      'and copy the folder here; or point data.dir (or TFDS_DATA_DIR) at prepared data; or '
+      'use data.source=folder:<path>.'
     )
 
 

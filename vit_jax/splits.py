@@ -1,4 +1,5 @@
 """Splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source."""
+
 from vit_jax.names import choose
 
 
@@ -21,16 +22,16 @@ def resolve(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
   for part in spec.split('+'):
     choose('split', part.split('[')[0].strip(), sizes)
   infos = {
-      name: core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
-      for name, size in sizes.items()
+    name: core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
+    for name, size in sizes.items()
   }
   try:
     absolute = instruction.to_absolute(infos)
   except (ValueError, AssertionError) as error:
     raise ValueError(f'Split {spec!r} of {sizes}: {error}') from error
   pieces = [
-      (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
-      for part in absolute
+    (part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to)
+    for part in absolute
   ]
   pieces = [piece for piece in pieces if piece[1] < piece[2]]
   if not pieces:
@@ -41,7 +42,7 @@ def resolve(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
 def overlap(a: str, b: str, sizes: dict[str, int]) -> bool:
   """Whether two splits share an example."""
   return any(
-      name == other and max(start, first) < min(stop, last)
-      for name, start, stop in resolve(a, sizes)
-      for other, first, last in resolve(b, sizes)
+    name == other and max(start, first) < min(stop, last)
+    for name, start, stop in resolve(a, sizes)
+    for other, first, last in resolve(b, sizes)
   )

@@ -1,4 +1,5 @@
 """What training changes, and how it begins."""
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -35,12 +36,12 @@ def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dic
 
 
 def init_state(
-    model: ViT,
-    optimizer: optax.GradientTransformation,
-    image_shape: tuple[int, int, int],
-    seed: int,
-    keep_ema: bool,
-    sharding: jax.sharding.Sharding,
+  model: ViT,
+  optimizer: optax.GradientTransformation,
+  image_shape: tuple[int, int, int],
+  seed: int,
+  keep_ema: bool,
+  sharding: jax.sharding.Sharding,
 ) -> TrainState:
   """The state before the first step, made where it stays."""
 

@@ -6,6 +6,7 @@ Decisions:
   * Metrics are read one step late, so that the device never waits for the host.
   * A checkpoint is saved only once the loss of its step was read and found finite.
 """
+
 from collections.abc import Callable
 import itertools
 import logging
@@ -31,7 +32,7 @@ TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
 
 def make_train_step(
-    exp: experiment.Experiment, training: experiment.Training, mesh: jax.sharding.Mesh
+  exp: experiment.Experiment, training: experiment.Training, mesh: jax.sharding.Mesh
 ) -> TrainStep:
   """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
 
@@ -45,11 +46,11 @@ def make_train_step(
     image_key, dropout_key = jax.random.split(key)
     image_BHWC = exp.normalize(exp.augment(image_key, part['example'], part['image']))
     logits_BL = exp.model.apply(
-        {'params': params},
-        image_BHWC,
-        train=True,
-        example_B=part['example'],
-        rngs={'dropout': dropout_key},
+      {'params': params},
+      image_BHWC,
+      train=True,
+      example_B=part['example'],
+      rngs={'dropout': dropout_key},
     )
     loss_B = exp.loss(logits_BL, part['label'])
     return loss_B.mean(), evaluate.score(logits_BL, part['label'], loss_B)
@@ -69,8 +70,8 @@ def make_train_step(
 
     batch = jax.tree.map(split, batch)
     zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], batch), key),
+      lambda x: jnp.zeros(x.shape, x.dtype),
+      jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], batch), key),
     )
     (grads, score), _ = jax.lax.scan(add, zeros, batch)
     return jax.tree.map(lambda x: x / parts, grads), score
@@ -85,9 +86,9 @@ def make_train_step(
     if ema is not None:
       ema = optax.incremental_update(params, ema, 1 - config.ema)
     metrics = {
-        'score': score,
-        'grad_norm': optax.global_norm(grads),
-        'learning_rate': training.schedule(old.step),
+      'score': score,
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': training.schedule(old.step),
     }
     return state.TrainState(old.step + 1, params, opt_state, ema), metrics
 
@@ -123,8 +124,8 @@ class Meter:
     for name, value in (('loss', loss), ('gradient norm', metrics['grad_norm'])):
       if not math.isfinite(value):
         raise FloatingPointError(
-            f'The {name} of step {step} is {value}: training diverged. Checkpoints of steps '
-            'before it are whole; try a smaller optimizer.lr or a longer schedule.warmup.'
+          f'The {name} of step {step} is {value}: training diverged. Checkpoints of steps '
+          'before it are whole; try a smaller optimizer.lr or a longer schedule.warmup.'
         )
     self._scores.append(metrics['score'])
     self._learning_rate = float(metrics['learning_rate'])
@@ -162,8 +163,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   weights = None if start else experiment.initial_params(exp)
   workdir.mkdir(parents=True, exist_ok=True)
   with (
-      writer.Writer(workdir, start) as records,
-      checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    writer.Writer(workdir, start) as records,
+    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
     return Run(exp, training, mesh, records, checkpoints).run(weights)
@@ -239,12 +240,12 @@ class Run:
   def initial_state(self, weights: dict | None) -> state.TrainState:
     """From the newest checkpoint, else from `weights`, else random."""
     fresh = state.init_state(
-        self.exp.model,
-        self.training.optimizer,
-        self.exp.image_shape,
-        self.config.seed,
-        self.config.ema > 0,
-        sharding.replicated(self.mesh),
+      self.exp.model,
+      self.training.optimizer,
+      self.exp.image_shape,
+      self.config.seed,
+      self.config.ema > 0,
+      sharding.replicated(self.mesh),
     )
     if self.checkpoints.latest() is not None:
       restored, saved = self.checkpoints.restore(fresh)
@@ -279,8 +280,8 @@ class Run:
     """A line of training metrics."""
     self.records.write(step, 'train', **values)
     bar.set_postfix_str(
-        f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
-        f'{values["images_per_second"]:,.0f} images/s'
+      f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
+      f'{values["images_per_second"]:,.0f} images/s'
     )
 
   def evaluate(self, step: int, train_state: state.TrainState) -> dict[str, dict]:
@@ -309,13 +310,13 @@ class Run:
     """Writes `result.json`, once the last checkpoint is on disk."""
     self.checkpoints.wait()
     result = {
-        'test_accuracy': scores['test']['accuracy'],
-        'test_loss': scores['test']['loss'],
-        'examples': scores['test']['examples'],
-        'steps': int(train_state.step),
-        'seconds': round(time.perf_counter() - self.began, 1),
-        'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
-        'config': config_lib.to_dict(self.config),
+      'test_accuracy': scores['test']['accuracy'],
+      'test_loss': scores['test']['loss'],
+      'examples': scores['test']['examples'],
+      'steps': int(train_state.step),
+      'seconds': round(time.perf_counter() - self.began, 1),
+      'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
+      'config': config_lib.to_dict(self.config),
     }
     self.save_examples(count=8)
     self.records.result(result)
@@ -334,5 +335,5 @@ def progress_bar(start: int, steps: int) -> tqdm.tqdm:
   """Steps done, time left, and what training reports."""
   interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer lines
   return tqdm.tqdm(
-      total=steps, initial=start, unit='step', dynamic_ncols=True, mininterval=interval
+    total=steps, initial=start, unit='step', dynamic_ncols=True, mininterval=interval
   )

@@ -1,4 +1,5 @@
 """Pictures of a run, in `<workdir>/figures/`."""
+
 import pathlib
 
 import matplotlib

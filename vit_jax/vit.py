@@ -15,6 +15,7 @@ Decisions:
   * Parameters are float32; `dtype` is the type of the computation. LayerNorm, softmax and
     logits are float32.
 """
+
 import dataclasses
 import functools
 import math
@@ -31,29 +32,29 @@ from vit_jax.names import choose
 # Paper, Table 1; g and G: Zhai et al. 2021 (2106.04560), Table 2; Ti and S: Touvron et al.
 # 2020 (2012.12877), Table 1. The last three are this project's sizes for 32x32 images.
 VARIANTS = {
-    'Ti': dict(width=192, depth=12, num_heads=3, mlp_dim=768),
-    'S': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
-    'B': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
-    'L': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
-    'H': dict(width=1280, depth=32, num_heads=16, mlp_dim=5120),
-    'g': dict(width=1408, depth=40, num_heads=16, mlp_dim=6144),
-    'G': dict(width=1664, depth=48, num_heads=16, mlp_dim=8192),
-    'tiny': dict(width=48, depth=4, num_heads=4, mlp_dim=192, patch_size=4),
-    'small': dict(width=256, depth=7, num_heads=4, mlp_dim=512, patch_size=4),
-    'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
+  'Ti': dict(width=192, depth=12, num_heads=3, mlp_dim=768),
+  'S': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
+  'B': dict(width=768, depth=12, num_heads=12, mlp_dim=3072),
+  'L': dict(width=1024, depth=24, num_heads=16, mlp_dim=4096),
+  'H': dict(width=1280, depth=32, num_heads=16, mlp_dim=5120),
+  'g': dict(width=1408, depth=40, num_heads=16, mlp_dim=6144),
+  'G': dict(width=1664, depth=48, num_heads=16, mlp_dim=8192),
+  'tiny': dict(width=48, depth=4, num_heads=4, mlp_dim=192, patch_size=4),
+  'small': dict(width=256, depth=7, num_heads=4, mlp_dim=512, patch_size=4),
+  'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
 }
 
 ACTIVATIONS = {  # the paper's code uses the tanh form, PyTorch's models the exact one
-    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-    'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'gelu': functools.partial(nn.gelu, approximate=False),
 }
 
 POSITIONS = ('learned', 'sincos', 'rope', 'none')
 
 REMAT = {  # what the backward pass keeps instead of computing it again
-    'none': None,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -122,11 +123,11 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x_BND: jax.Array,
-      example_B: jax.Array | None = None,
-      rope_NE: tuple[jax.Array, jax.Array] | None = None,
-      query_BND: jax.Array | None = None,
+    self,
+    x_BND: jax.Array,
+    example_B: jax.Array | None = None,
+    rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    query_BND: jax.Array | None = None,
   ) -> jax.Array:
     heads = functools.partial(Dense, (self.num_heads, self.head_dim), dtype=self.dtype)
     query_BNKE = heads(name='query')(x_BND if query_BND is None else query_BND)
@@ -140,11 +141,11 @@ class Attention(nn.Module):
 
     dropout = Dropout(self.dropout)
     y_BNKE = attention.attention(
-        query_BNKE,
-        key_BNKE,
-        value_BNKE,
-        dropout=lambda attention_BKNN: dropout(attention_BKNN, example_B),
-        inspect=lambda attention_BKNN: self.sow('intermediates', 'attention_BKNN', attention_BKNN),
+      query_BNKE,
+      key_BNKE,
+      value_BNKE,
+      dropout=lambda attention_BKNN: dropout(attention_BKNN, example_B),
+      inspect=lambda attention_BKNN: self.sow('intermediates', 'attention_BKNN', attention_BKNN),
     )
     return Dense((x_BND.shape[-1],), axes=2, dtype=self.dtype, name='out')(y_BNKE)
 
@@ -160,7 +161,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x_BND: jax.Array, example_B: jax.Array | None = None) -> jax.Array:
     dense = functools.partial(
-        Dense, dtype=self.dtype, bias_init=nn.initializers.normal(stddev=1e-6)
+      Dense, dtype=self.dtype, bias_init=nn.initializers.normal(stddev=1e-6)
     )
     x_BNM = ACTIVATIONS[self.activation](dense((self.mlp_dim,), name='up')(x_BND))
     x_BNM = Dropout(self.dropout)(x_BNM, example_B)
@@ -184,26 +185,26 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x_BND: jax.Array,
-      example_B: jax.Array | None = None,
-      rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    self,
+    x_BND: jax.Array,
+    example_B: jax.Array | None = None,
+    rope_NE: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
     y_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='attention_norm')(x_BND)
     y_BND = Attention(
-        self.num_heads,
-        self.head_dim,
-        self.attention_dropout,
-        self.qk_norm,
-        self.norm_epsilon,
-        self.dtype,
-        name='attention',
+      self.num_heads,
+      self.head_dim,
+      self.attention_dropout,
+      self.qk_norm,
+      self.norm_epsilon,
+      self.dtype,
+      name='attention',
     )(y_BND, example_B, rope_NE)
     x_BND = x_BND + self.residual(y_BND, example_B, 'attention_scale')
 
     y_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='mlp_norm')(x_BND)
     y_BND = Mlp(self.mlp_dim, self.dropout, self.activation, self.dtype, name='mlp')(
-        y_BND, example_B
+      y_BND, example_B
     )
     return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
 
@@ -232,7 +233,7 @@ class MapHead(nn.Module):
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
     x_B1D = Attention(self.num_heads, self.head_dim, dtype=self.dtype, name='attention')(
-        x_BND, query_BND=query_B1D
+      x_BND, query_BND=query_B1D
     )
     y_B1D = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='mlp_norm')(x_B1D)
     mlp = Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name='mlp')
@@ -242,18 +243,18 @@ class MapHead(nn.Module):
 # Each takes the model and the normalised tokens, prefix first, and gives `[B, D]`
 # (`none`: the tokens themselves).
 POOLS = {
-    'cls': lambda model, x_BND: x_BND[:, 0],
-    'gap': lambda model, x_BND: x_BND[:, model.num_registers :].mean(axis=1),
-    'map': lambda model, x_BND: MapHead(
-        model.num_heads,
-        model.head_size,
-        model.mlp_dim,
-        model.activation,
-        model.norm_epsilon,
-        model.dtype,
-        name='map',
-    )(x_BND),
-    'none': lambda model, x_BND: x_BND,
+  'cls': lambda model, x_BND: x_BND[:, 0],
+  'gap': lambda model, x_BND: x_BND[:, model.num_registers :].mean(axis=1),
+  'map': lambda model, x_BND: MapHead(
+    model.num_heads,
+    model.head_size,
+    model.mlp_dim,
+    model.activation,
+    model.norm_epsilon,
+    model.dtype,
+    name='map',
+  )(x_BND),
+  'none': lambda model, x_BND: x_BND,
 }
 
 
@@ -310,7 +311,7 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-      self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
+    self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
   ) -> jax.Array:
     """Logits `[B, L]`, float32.
 
@@ -340,18 +341,18 @@ class ViT(nn.Module):
       block = nn.remat(EncoderBlock, policy=REMAT[self.remat], prevent_cse=False)
     for i in range(self.depth):
       x_BND = block(
-          self.num_heads,
-          self.head_size,
-          self.mlp_dim,
-          self.dropout,
-          self.attention_dropout,
-          self.stochastic_depth * i / max(self.depth - 1, 1),
-          self.layer_scale,
-          self.qk_norm,
-          self.activation,
-          self.norm_epsilon,
-          self.dtype,
-          name=f'block_{i}',
+        self.num_heads,
+        self.head_size,
+        self.mlp_dim,
+        self.dropout,
+        self.attention_dropout,
+        self.stochastic_depth * i / max(self.depth - 1, 1),
+        self.layer_scale,
+        self.qk_norm,
+        self.activation,
+        self.norm_epsilon,
+        self.dtype,
+        name=f'block_{i}',
       )(x_BND, example_B, rope_NE)
     x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x_BND)
 
@@ -370,17 +371,17 @@ class ViT(nn.Module):
     p, q = self.patch_size
     if height % p or width % q:
       raise ValueError(
-          f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
-          'data.image_size to multiples of model.patch_size.'
+        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
+        'data.image_size to multiples of model.patch_size.'
       )
     x = image_BHWC.reshape(batch, height // p, p, width // q, q, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5)
     embedding = Dense(
-        (self.width,),
-        axes=3,
-        dtype=self.dtype,
-        kernel_init=nn.initializers.lecun_normal(),
-        name='embedding',
+      (self.width,),
+      axes=3,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.lecun_normal(),
+      name='embedding',
     )
     return embedding(x)
 
@@ -484,28 +485,38 @@ def make(variant: str, num_classes: int | None, **overrides) -> ViT:
 
 def check(model: ViT) -> None:
   """Raises ValueError where the model's sizes or choices are not possible."""
-  for name, table in (('pool', POOLS), ('position', POSITIONS), ('remat', REMAT),
-                      ('activation', ACTIVATIONS)):
+  for name, table in (
+    ('pool', POOLS),
+    ('position', POSITIONS),
+    ('remat', REMAT),
+    ('activation', ACTIVATIONS),
+  ):
     choose(f'model.{name}', getattr(model, name), table)
-  positive = [*model.patch_size, model.width, model.depth, model.num_heads, model.mlp_dim,
-              model.head_size]
+  positive = [
+    *model.patch_size,
+    model.width,
+    model.depth,
+    model.num_heads,
+    model.mlp_dim,
+    model.head_size,
+  ]
   if len(model.patch_size) != 2 or min(positive[:-1]) < 1:
     raise ValueError(
-        'model: patch_size (height, width), width, depth, num_heads and mlp_dim must be '
-        f'positive, got {model.patch_size}, {model.width}, {model.depth}, {model.num_heads} '
-        f'and {model.mlp_dim}.'
+      'model: patch_size (height, width), width, depth, num_heads and mlp_dim must be '
+      f'positive, got {model.patch_size}, {model.width}, {model.depth}, {model.num_heads} '
+      f'and {model.mlp_dim}.'
     )
   if model.head_dim is None and model.width % model.num_heads:
     raise ValueError(
-        f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}: '
-        'change one, or set model.head_dim, the size of a head.'
+      f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}: '
+      'change one, or set model.head_dim, the size of a head.'
     )
   if model.position == 'sincos' and model.width % 4:
     raise ValueError(f'model.position=sincos needs a width divisible by 4, got {model.width}.')
   if model.position == 'rope' and model.head_size % 4:
     raise ValueError(
-        f'model.position=rope needs a head size divisible by 4, got {model.head_size}: set '
-        'model.head_dim.'
+      f'model.position=rope needs a head size divisible by 4, got {model.head_size}: set '
+      'model.head_dim.'
     )
   for name in ('dropout', 'attention_dropout', 'stochastic_depth'):
     if not 0 <= getattr(model, name) < 1:

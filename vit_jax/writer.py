@@ -2,6 +2,7 @@
 
 clu's own writers import TensorFlow; tensorboardX does not.
 """
+
 import json
 import logging
 import pathlib
