@@ -45,7 +45,7 @@ def evaluate(args, overrides):
   from vit_jax import evaluate
 
   result = evaluate.run(args.workdir, overrides)
-  print(', '.join(f'{name} {value:.6g}' for name, value in result.items()))
+  print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
 
 
 def predict(args, overrides):

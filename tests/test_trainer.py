@@ -148,7 +148,7 @@ class NoCheckpoints:
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
   params, metrics = one_step(1, 1, **settings)
-  for parts, devices in ((1, 2), (4, 1), (4, 2)):
+  for parts, devices in ((1, 2), (4, 2)):
     other, other_metrics = one_step(parts, devices, **settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, other)
     assert evaluate.summarize([other_metrics['score']]) == pytest.approx(

@@ -11,13 +11,17 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
-def start_up(batch_size: int) -> None:
-  """On a CPU, makes one device of each core, as far as they divide the batch.
+MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
-  Does nothing where JAX is running already, or uses an accelerator.
+
+def start_up(batch_size: int, micro_batches: int = 1) -> None:
+  """On a CPU, makes one device of each core, as far as they divide a micro-batch.
+
+  Does nothing where JAX is running already, or was told how many to make.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  count = max(n for n in range(1, cores + 1) if batch_size % n == 0)
+  rows, most = batch_size // micro_batches, min(cores, batch_size // MIN_EXAMPLES)
+  count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
   if jax.config.jax_num_cpu_devices < 1:
     with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
       jax.config.update('jax_num_cpu_devices', count)

@@ -156,7 +156,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if finished:
     return finished
   experiment.check(config)
-  sharding.start_up(config.batch_size // config.micro_batches)
+  sharding.start_up(config.batch_size, config.micro_batches)
   mesh = experiment.make_mesh(config)
   exp, training = experiment.from_config(config)
   start = checkpoint.latest_step(workdir) or 0

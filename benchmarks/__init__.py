@@ -1,0 +1,1 @@
+"""Measurements, each written as JSON to `results/`."""

@@ -1,0 +1,66 @@
+"""Collects finished runs of one recipe into `results/<name>.json`.
+
+    python -m benchmarks.collect digits 'configs/digits.py' runs/digits0 runs/digits1 runs/digits2
+
+The file holds what each run recorded, the mean and standard deviation of the test
+accuracy, the machine and the date.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+
+import jax
+
+from vit_jax import writer
+
+RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
+
+
+def machine() -> str:
+  """What the runs were measured on."""
+  device = jax.devices()[0]
+  if device.platform != 'cpu':
+    return f'{jax.device_count()} x {device.device_kind}'
+  model = platform.processor() or platform.machine()
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
+    model = names[0].split(':')[1].strip() if names else model
+  return f'{os.cpu_count()} cores of {model}'
+
+
+def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
+  """Writes `results/<name>.json` and returns what it holds."""
+  runs = []
+  for workdir in workdirs:
+    result = writer.read_json(workdir / 'result.json')
+    if result is None:
+      raise ValueError(f'{workdir}: no result.json; the run is not finished.')
+    runs.append(result | {'metrics': writer.read_metrics(workdir)})
+  accuracies = [run['test_accuracy'] for run in runs]
+  summary = {
+      'recipe': recipe,
+      'machine': machine(),
+      'date': datetime.date.today().isoformat(),
+      'python': platform.python_version(),
+      'jax': jax.__version__,
+      'seeds': [run['config']['seed'] for run in runs],
+      'test_accuracy_mean': statistics.mean(accuracies),
+      'test_accuracy_std': statistics.stdev(accuracies) if len(runs) > 1 else None,
+      'seconds_mean': statistics.mean(run['seconds'] for run in runs),
+      'runs': runs,
+  }
+  RESULTS.mkdir(exist_ok=True)
+  (RESULTS / f'{name}.json').write_text(json.dumps(summary, indent=1) + '\n')
+  return summary
+
+
+if __name__ == '__main__':
+  _, name, recipe, *workdirs = sys.argv
+  summary = collect(name, recipe, [pathlib.Path(workdir) for workdir in workdirs])
+  print({key: value for key, value in summary.items() if key != 'runs'})
