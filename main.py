@@ -20,12 +20,15 @@ from vit_jax.names import choose
 
 
 def train(args, overrides):
-  from vit_jax import trainer
+  from vit_jax import checkpoint, trainer
 
   if args.config:
     config = config_lib.load_file(args.config)
   else:
     saved = writer.read_json(args.workdir / 'config.json')
+    step = checkpoint.latest_step(args.workdir)
+    if step is not None:
+      saved = checkpoint.restore_item(args.workdir, step, 'config')['config']
     if saved is None:
       raise ValueError(
         f'{args.workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
@@ -53,14 +56,16 @@ def predict(args, overrides):
 
   if not args.images:
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
-  failed = predict.run(args.workdir, args.images.split(','), args.topk, args.json, overrides)
+  images = [path.strip() for path in args.images.split(',') if path.strip()]
+  failed = predict.run(args.workdir, images, args.topk, args.json, overrides)
   return 1 if failed else 0
 
 
 def visualize(args, overrides):
-  del overrides
   from vit_jax import visualize
 
+  if overrides:
+    raise ValueError(f'--mode=visualize draws what was recorded; got --config.{min(overrides)}.')
   for path in visualize.run(args.workdir):
     print(path)
 
@@ -85,7 +90,9 @@ def parse(argv):
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
   parser.add_argument(
-    '--workdir', type=lambda text: pathlib.Path(text).expanduser(), help='checkpoints and records'
+    '--workdir',
+    type=lambda text: pathlib.Path(text).expanduser() if text else None,
+    help='checkpoints and records',
   )
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
@@ -96,7 +103,7 @@ def parse(argv):
     flag, equals, text = rest.pop(0).partition('=')
     if not re.match(r'--config\.', flag):
       parser.error(f'unknown argument {flag}; config keys are given as --config.<key>=<value>')
-    if not equals and not rest:
+    if not equals and (not rest or rest[0].startswith('--')):
       parser.error(f'{flag} needs a value')
     overrides[flag.removeprefix('--config.')] = text if equals else rest.pop(0)
   return args, overrides
@@ -110,6 +117,8 @@ def main(argv):
   log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
+    if args.config and args.mode != 'train':
+      raise ValueError(f'--mode={args.mode} takes its config from --workdir; leave --config out.')
     if args.workdir is None:
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)
@@ -117,7 +126,10 @@ def main(argv):
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('Interrupted; the same command goes on from the last checkpoint.', file=sys.stderr)
+    print(
+      'Interrupted; the same command goes on from the last checkpoint, if there is one.',
+      file=sys.stderr,
+    )
     return 130
 
 

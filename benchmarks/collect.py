@@ -44,16 +44,16 @@ def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
     runs.append(result | {'metrics': writer.read_metrics(workdir)})
   accuracies = [run['test_accuracy'] for run in runs]
   summary = {
-      'recipe': recipe,
-      'machine': machine(),
-      'date': datetime.date.today().isoformat(),
-      'python': platform.python_version(),
-      'jax': jax.__version__,
-      'seeds': [run['config']['seed'] for run in runs],
-      'test_accuracy_mean': statistics.mean(accuracies),
-      'test_accuracy_std': statistics.stdev(accuracies) if len(runs) > 1 else None,
-      'seconds_mean': statistics.mean(run['seconds'] for run in runs),
-      'runs': runs,
+    'recipe': recipe,
+    'machine': machine(),
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'seeds': [run['config']['seed'] for run in runs],
+    'test_accuracy_mean': statistics.mean(accuracies),
+    'test_accuracy_std': statistics.stdev(accuracies) if len(runs) > 1 else None,
+    'seconds_mean': statistics.mean(run['seconds'] for run in runs),
+    'runs': runs,
   }
   RESULTS.mkdir(exist_ok=True)
   (RESULTS / f'{name}.json').write_text(json.dumps(summary, indent=1) + '\n')

@@ -19,9 +19,10 @@ def get_config():
   config.augment.pad_crop.padding = 1
   config.augment.pad_crop.mode = 'constant'  # as the scans' own border
   config.model.variant = 'tiny/2'
-  config.model.pool = 'gap'
+  config.model.pool = 'map'
   config.model.position = 'rope'
-  config.optimizer.lr = 5e-3
+  config.optimizer.lr = 4e-3
   config.optimizer.b2 = 0.99
+  config.ema = 0.998
   config.loss.label_smoothing = 0.1
   return config

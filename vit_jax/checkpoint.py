@@ -77,14 +77,15 @@ class Checkpoints:
     """The newest state, on the devices of `like` and of its shapes, and its `config` item."""
     params, others = like.params, rest(like)
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (params, others))
-    items = self._manager.restore(
-      self.latest(),
-      args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(blank[0]),
-        state=ocp.args.StandardRestore(blank[1]),
-        config=ocp.args.JsonRestore(),
-      ),
+    args = ocp.args.Composite(
+      params=ocp.args.StandardRestore(blank[0]),
+      state=ocp.args.StandardRestore(blank[1]),
+      config=ocp.args.JsonRestore(),
     )
+    try:
+      items = self._manager.restore(self.latest(), args=args)
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise damaged(self._manager.directory / str(self.latest()), error) from error
     state = like.replace(params=items.params, **items.state)
     placed = jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), state, like)
     return placed, items.config
@@ -110,8 +111,20 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 def restore_item(workdir: pathlib.Path, step: int, item: str):
   """One item of a checkpoint as it was saved, arrays as NumPy."""
   handler = ocp.JsonCheckpointHandler() if item == 'config' else ocp.StandardCheckpointHandler()
-  with ocp.Checkpointer(handler) as checkpointer:
-    return checkpointer.restore(directory(workdir) / str(step) / item)
+  try:
+    with ocp.Checkpointer(handler) as checkpointer:
+      return checkpointer.restore(directory(workdir) / str(step) / item)
+  except Exception as error:  # orbax and tensorstore raise many kinds
+    raise damaged(directory(workdir) / str(step), error) from error
+
+
+def damaged(path: pathlib.Path, error: Exception) -> ValueError:
+  """The error for a checkpoint that can't be read."""
+  reason = (str(error).splitlines() or [''])[0][:200]
+  return ValueError(
+    f'The checkpoint {path} is damaged ({type(error).__name__}: {reason}). Move that folder away '
+    'to use the checkpoint before it.'
+  )
 
 
 def load(workdir: pathlib.Path) -> tuple[int, dict, dict]:

@@ -7,10 +7,12 @@ An experiment in `configs/` starts from `default_config()` and changes what it m
 import ast
 from collections.abc import Mapping
 import difflib
-import importlib.util
+import importlib.machinery
 import inspect
 import json
 import pathlib
+import traceback
+import types
 
 from ml_collections import ConfigDict, config_dict
 
@@ -105,14 +107,45 @@ def load_file(spec: str) -> ConfigDict:
     near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
     raise ValueError(f'--config: no file {path!r}.{hint}')
-  module_spec = importlib.util.spec_from_file_location('experiment_config', path)
-  module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
+  try:
+    config = run_config(path, variant)
+  except ValueError:
+    raise
+  except Exception as error:
+    line = traceback.extract_tb(error.__traceback__)[-1].lineno
+    raise ValueError(
+      f'--config: {path} failed, line {line}: {type(error).__name__}: {error}'
+    ) from error
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f'--config: get_config() of {path} must return the config it changed.')
+  for key in flatten(config):
+    known_key(key)
+  return config
+
+
+def run_config(path: str, variant: str) -> ConfigDict:
+  """Runs the file, and its `get_config` with the variant if one is given."""
+  loader = importlib.machinery.SourceFileLoader('experiment_config', path)
+  module = types.ModuleType(loader.name)
+  module.__file__ = path
+  exec(loader.source_to_code(loader.get_data(path), path), module.__dict__)
+  if not callable(getattr(module, 'get_config', None)):
     raise ValueError(f'--config: {path} defines no function get_config().')
   if variant and not inspect.signature(module.get_config).parameters:
     raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
   return module.get_config(variant) if variant else module.get_config()
+
+
+def known_key(key: str) -> None:
+  """Raises ValueError for a key that no config has, with the nearest ones."""
+  keys = flatten(default_config())
+  if key not in keys:
+    leaf = key.rpartition('.')[2]
+    near = [name for name in keys if name.startswith(key + '.')]
+    near = near or [name for name in keys if name.rpartition('.')[2] == leaf]
+    near = near or difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
+    hint = f' Did you mean {" or ".join(near)}?' if near else ''
+    raise ValueError(f'--config.{key}: there is no such key.{hint}')
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -121,14 +154,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   Raises:
     ValueError: an unknown key, with the nearest valid ones, or a value of another type.
   """
-  keys = flatten(config)
-  if key not in keys:
-    near = difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-    leaf = key.rpartition('.')[2]
-    near = [name for name in keys if name.rpartition('.')[2] == leaf] or near
-    below = [name for name in keys if name.startswith(key + '.')]
-    hint = f' Did you mean {" or ".join(below or near)}?' if below or near else ''
-    raise ValueError(f'--config.{key}: there is no such key.{hint}')
+  known_key(key)
   *path, leaf = key.split('.')
   holder = config
   for name in path:

@@ -71,8 +71,9 @@ def evaluate(
 def run(workdir: pathlib.Path, overrides: dict[str, str]) -> dict[str, float]:
   """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
   exp, params, step = experiment.from_workdir(workdir, overrides)
-  examples = experiment.load_split(exp, exp.config.data.eval_split)
-  mesh = experiment.make_mesh(exp.config)
-  params = jax.device_put(params, sharding.replicated(mesh))
   batch_size = exp.config.eval_batch_size
+  sharding.start_up(batch_size)
+  examples = experiment.load_split(exp, exp.config.data.eval_split)
+  mesh = sharding.make_mesh(jax.device_count())
+  params = jax.device_put(params, sharding.replicated(mesh))
   return {'step': step} | evaluate(make_eval_step(exp), params, examples, batch_size, mesh)

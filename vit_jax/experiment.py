@@ -13,14 +13,38 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
-from vit_jax import augment, checkpoint, losses, optim, sharding, sources, splits, vit
+from vit_jax import augment, checkpoint, losses, optim, sources, splits, vit
 from vit_jax import config as config_lib
 from vit_jax.names import choose
 
 log = logging.getLogger(__name__)
+
+
+RANGES = {  # what a number may be, both ends included
+  'seed': (0, 2**32 - 1),
+  'epochs': (0, 1e6),
+  'batch_size': (1, 1e6),
+  'micro_batches': (1, 1e6),
+  'eval_batch_size': (1, 1e6),
+  'log_every': (0, 1e9),
+  'eval_every': (0, 1e9),
+  'checkpoint_every': (0, 1e9),
+  'keep_checkpoints': (1, 1e6),
+  'ema': (0, 0.9999999),
+  'augment.pad_crop.padding': (0, 1e3),
+  'augment.flip.probability': (0, 1),
+  'model.norm_epsilon': (0, 1),
+  'optimizer.lr': (0, 1e38),
+  'optimizer.weight_decay': (0, 1e6),
+  'optimizer.b1': (0, 0.9999999),
+  'optimizer.b2': (0, 0.9999999),
+  'optimizer.momentum': (0, 0.9999999),
+  'optimizer.clip': (0, 1e38),
+  'schedule.warmup': (0, 1e6),
+  'loss.label_smoothing': (0, 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +55,18 @@ class Task:
     class_names: name of each label.
     stored_size: (height, width) that images are fitted to on the host.
     channels: 1 (grey) or 3 (RGB).
+    train_examples: size of the training split, which the order of examples hangs on.
   """
 
   class_names: tuple[str, ...]
   stored_size: tuple[int, int]
   channels: int
+  train_examples: int = 0
+
+  @classmethod
+  def load(cls, saved: dict) -> 'Task':
+    """From the JSON of a checkpoint."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +114,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
   choose('model.pool', fields['pool'], set(vit.POOLS) - {'none'})  # classes need one vector
   model = vit.make(fields.pop('variant'), len(task.class_names), **fields)
+  for name in ('mean', 'std'):
+    values = config.data[name]
+    if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
+      raise ValueError(
+        f'data.{name}={values}: the images have {task.channels} channel(s), so it needs 1 or '
+        f'{task.channels} values{", all positive" if name == "std" else ""}.'
+      )
   loss = dict(config.loss)
   experiment = Experiment(
     config,
@@ -122,7 +160,8 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
   assemble(config, blank)  # a mistake shows before the images are read
   read = functools.partial(sources.load, source, skip_bad_images=data.skip_bad_images)
   train = read(data.train_split, size=blank.stored_size, keep_smaller=True)
-  task = dataclasses.replace(blank, stored_size=train.image_NHWC.shape[1:3])
+  stored_size = train.image_NHWC.shape[1:3]
+  task = dataclasses.replace(blank, stored_size=stored_size, train_examples=len(train))
   val = read(data.val_split, size=task.stored_size) if data.val_split else None
   test = read(data.eval_split, size=task.stored_size)
   for name, examples in (('train', train), ('val', val), ('test', test)):
@@ -130,6 +169,11 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
 
   steps_per_epoch = len(train) / config.batch_size
   steps = round(config.epochs * steps_per_epoch)
+  if config.epochs and not steps:
+    raise ValueError(
+      f'epochs={config.epochs} of {len(train)} examples in batches of {config.batch_size} is no '
+      'step at all: train longer or make batch_size smaller.'
+    )
   schedule = optim.make_schedule(
     config.schedule.name,
     config.optimizer.lr,
@@ -154,8 +198,8 @@ def from_workdir(
   config = config_lib.from_dict(saved['config'])
   for key, text in (overrides or {}).items():
     config_lib.override(config, key, text)
-  task = Task(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved['task'].items()})
-  experiment = assemble(config, task)
+  check(config)
+  experiment = assemble(config, Task.load(saved['task']))
   check_params(experiment, params, workdir)
   return experiment, params, step
 
@@ -233,10 +277,10 @@ def pair(size: tuple[int, ...]) -> tuple[int, int]:
   Raises:
     ValueError: not one or two positive integers.
   """
-  size = tuple(size) * (3 - len(size)) if len(size) in (1, 2) else ()
-  if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-    raise ValueError(f'Expected (height, width), positive integers, got {size}.')
-  return size
+  both = tuple(size) * 2 if len(size) == 1 else tuple(size)
+  if len(both) != 2 or not all(isinstance(n, int) and n > 0 for n in both):
+    raise ValueError(f'A size is (height, width), positive integers; got {tuple(size)}.')
+  return both
 
 
 def check(config: ConfigDict) -> None:
@@ -244,16 +288,22 @@ def check(config: ConfigDict) -> None:
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
-  for key in ('epochs', 'log_every', 'eval_every', 'checkpoint_every', 'ema'):
-    if config[key] < 0:
-      raise ValueError(f'{key} must not be negative, got {config[key]}.')
-  for key in ('batch_size', 'eval_batch_size', 'micro_batches', 'keep_checkpoints'):
-    if config[key] < 1:
-      raise ValueError(f'{key} must be positive, got {config[key]}.')
-  if config.ema >= 1 or not np.isfinite(config.epochs):
-    raise ValueError(f'Expected ema below 1 and finite epochs, got {config.ema}, {config.epochs}.')
+  values = config_lib.flatten(config)
+  for key, (low, high) in RANGES.items():
+    if not low <= values[key] <= high:  # which NaN is not either
+      raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """The mesh that the training batch divides over."""
-  return sharding.make_mesh(config.batch_size, config.micro_batches)
+def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
+  """Raises ValueError where a run can't go on because its data changed."""
+  step = checkpoint.latest_step(workdir)
+  if step is None:
+    return
+  saved = Task.load(checkpoint.restore_item(workdir, step, 'config')['task'])
+  for field in dataclasses.fields(Task):
+    before, now = getattr(saved, field.name), getattr(experiment.task, field.name)
+    if before != now:
+      raise ValueError(
+        f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
+        f'({field.name} was {before}, is {now}). Bring it back, or give another --workdir.'
+      )

@@ -4,7 +4,7 @@ import io
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
@@ -13,24 +13,47 @@ class BadImage(ValueError):
   """A file that can't be decoded; the message names it and says why."""
 
 
+def is_image(path: pathlib.Path) -> bool:
+  """Whether the name is an image's, and not a hidden file's."""
+  return path.suffix.lower() in EXTENSIONS and not path.name.startswith('.')
+
+
+def read(path: pathlib.Path) -> bytes:
+  """The file's bytes.
+
+  Raises:
+    BadImage: it can't be read.
+  """
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise BadImage(f'{path}: {error.strerror}.') from error
+
+
 def decode(encoded: bytes, name: object, channels: int = 3) -> Image.Image:
   """Decodes to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
 
   EXIF rotation is applied, transparency laid over white, 16-bit grey scaled to 8.
 
   Raises:
-    BadImage: not an image, or one cut short; `name` says which.
+    BadImage: not an image, one cut short, or of a kind that has no 8-bit form.
   """
   try:
-    image = Image.open(io.BytesIO(encoded))
-    image.load()
-    image = ImageOps.exif_transpose(image)
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise BadImage(f'{name}: not a readable image ({error or type(error).__name__}).') from error
-  if image.mode.startswith(('I', 'F')):
-    grey = np.asarray(image, np.float32)
-    depth = 257 if grey.max(initial=0) > 255 else 1
-    image = Image.fromarray(np.clip(grey / depth, 0, 255).astype(np.uint8))
+    return convert(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))), channels)
+  except Exception as error:  # Pillow's decoders let many kinds through
+    reason = 'empty file' if not encoded else str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError) and encoded:
+      reason = 'of no known format'  # Pillow's own message names a memory address
+    raise BadImage(f'{name}: not a readable image ({reason}).') from error
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
+  """Any mode to 8-bit grey or RGB."""
+  if image.mode == 'F':
+    raise ValueError('floating-point pixels, whose range is unknown')
+  if image.mode.startswith('I'):  # 16-bit grey
+    grey = np.asarray(image).astype(np.float32) / 257
+    image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -56,7 +79,7 @@ def find(paths: list[str]) -> list[pathlib.Path]:
   for path in map(pathlib.Path, paths):
     path = path.expanduser()
     if path.is_dir():
-      inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in EXTENSIONS)
+      inside = sorted(p for p in path.rglob('*') if is_image(p))
       if not inside:
         raise ValueError(f'{path}: no images in this folder (looked for {", ".join(EXTENSIONS)}).')
       found += inside

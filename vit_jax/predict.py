@@ -56,11 +56,9 @@ def predict(
 def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:
   """The image as the model was trained to see it, or why there is none."""
   try:
-    decoded = image.decode(file.read_bytes(), file, task.channels)
+    decoded = image.decode(image.read(file), file, task.channels)
   except image.BadImage as error:
     return str(error)
-  except OSError as error:
-    return f'{file}: {error.strerror}.'
   return image.fit(decoded, task.stored_size)
 
 

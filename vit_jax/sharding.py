@@ -10,7 +10,6 @@ import os
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-
 MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
 

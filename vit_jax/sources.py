@@ -96,7 +96,7 @@ def load(
     name, image, label = example
     try:
       if isinstance(image, pathlib.Path):
-        image = image.read_bytes()
+        image = image_lib.read(image)
       if isinstance(image, bytes):
         image = image_lib.decode(image, name, source.channels)
         smaller = image.height <= size[0] and image.width <= size[1]
@@ -192,8 +192,8 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """A folder of images, one folder a class.
 
-  Either `train/<class>/*` with `test/`, `val/` or `validation/` beside it (each is a split
-  of that name, and the first of them answers to `test` too), or plain `<class>/*`, where
+  Either `train/<class>/*` with `test/`, `val/` or `validation/` beside it (the first of them
+  is the split `test`, the others keep their names), or plain `<class>/*`, where
   every fifth file of a class is held out as `test`. A relative path starts at `data_dir`.
   """
   del image_size
@@ -205,8 +205,8 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
     names = ['train', *held_out]
     class_names = subfolders(root / 'train')
     files = {name: list_files(root / name, class_names) for name in names}
-    if held_out:
-      files.setdefault('test', files[held_out[0]])
+    if held_out:  # the first answers to `test` alone: it can't be chosen by as `val` as well
+      files['test'] = files.pop(held_out[0])
     else:
       files = hold_out(files['train'])
   else:
@@ -247,13 +247,13 @@ def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[i
     choose(f'{root}: class folder', name, class_names)
 
   def mixed(item):
-    return hashlib.sha256(item[1].relative_to(root).as_posix().encode()).digest()
+    return hashlib.sha256(os.fsencode(item[1].relative_to(root).as_posix())).digest()
 
   files = [
     (label, file)
     for label, name in enumerate(class_names)
     for file in (root / name).rglob('*')
-    if file.suffix.lower() in image_lib.EXTENSIONS and file.is_file()
+    if image_lib.is_image(file) and file.is_file()
   ]
   return sorted(files, key=mixed)
 

@@ -34,6 +34,9 @@ def resolve(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
     for part in absolute
   ]
   pieces = [piece for piece in pieces if piece[1] < piece[2]]
+  for i, (name, start, stop) in enumerate(pieces):
+    if any(name == n and max(start, a) < min(stop, b) for n, a, b in pieces[:i]):
+      raise ValueError(f'Split {spec!r} holds some examples twice.')
   if not pieces:
     raise ValueError(f'Split {spec!r} holds no examples; the sizes are {sizes}.')
   return pieces

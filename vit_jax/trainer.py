@@ -152,18 +152,29 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     FloatingPointError: training diverged; the last good checkpoint stays.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  finished = finished_result(config, workdir)
-  if finished:
-    return finished
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
   experiment.check(config)
+  start = checkpoint.latest_step(workdir)
+  if start is not None:
+    saved = checkpoint.restore_item(workdir, start, 'config')['config']
+    config_lib.check_same_run(config_lib.from_dict(saved), config, workdir)
+    finished = finished_result(config, workdir)
+    if finished:
+      return finished
   sharding.start_up(config.batch_size, config.micro_batches)
-  mesh = experiment.make_mesh(config)
+  mesh = sharding.make_mesh(config.batch_size, config.micro_batches)
   exp, training = experiment.from_config(config)
-  start = checkpoint.latest_step(workdir) or 0
+  experiment.check_same_data(exp, workdir)
+  if start and start > training.steps:
+    raise ValueError(
+      f'{workdir} is at step {start} already, and epochs={config.epochs} ends at step '
+      f'{training.steps}: give more epochs, or another --workdir.'
+    )
   weights = None if start else experiment.initial_params(exp)
   workdir.mkdir(parents=True, exist_ok=True)
   with (
-    writer.Writer(workdir, start) as records,
+    writer.Writer(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
@@ -171,17 +182,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """`result.json` of a workdir whose run has done all of `config.epochs`.
-
-  Raises:
-    ValueError: the workdir's run has another config.
-  """
-  saved = writer.read_json(workdir / 'config.json')
-  if saved is None:
-    return None
-  config_lib.check_same_run(config_lib.from_dict(saved), config, workdir)
+  """`result.json` of a run that has done all of `config.epochs`; None of any other."""
   result = writer.read_json(workdir / 'result.json')
-  return result if result and result['config']['epochs'] >= config.epochs else None
+  try:
+    then = config_lib.from_dict(result['config'])
+  except (TypeError, KeyError, ValueError):  # none, damaged, or another version's
+    return None
+  same = then.epochs >= config.epochs and then.data.eval_split == config.data.eval_split
+  return result if same else None
 
 
 class Run:
@@ -201,6 +209,7 @@ class Run:
     if start < steps:
       train_state, scores = self.loop(train_state, start, steps)
     else:
+      self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
       scores = self.evaluate(start, train_state)
       if self.checkpoints.latest() is None:
         self.save(train_state, scores)

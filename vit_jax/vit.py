@@ -223,6 +223,7 @@ class MapHead(nn.Module):
   num_heads: int
   head_dim: int
   mlp_dim: int
+  qk_norm: bool
   activation: str
   norm_epsilon: float
   dtype: Any
@@ -232,9 +233,14 @@ class MapHead(nn.Module):
     batch, _, width = x_BND.shape
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
-    x_B1D = Attention(self.num_heads, self.head_dim, dtype=self.dtype, name='attention')(
-      x_BND, query_BND=query_B1D
-    )
+    x_B1D = Attention(
+      self.num_heads,
+      self.head_dim,
+      qk_norm=self.qk_norm,
+      norm_epsilon=self.norm_epsilon,
+      dtype=self.dtype,
+      name='attention',
+    )(x_BND, query_BND=query_B1D)
     y_B1D = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='mlp_norm')(x_B1D)
     mlp = Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name='mlp')
     return (x_B1D + mlp(y_B1D))[:, 0]
@@ -249,6 +255,7 @@ POOLS = {
     model.num_heads,
     model.head_size,
     model.mlp_dim,
+    model.qk_norm,
     model.activation,
     model.norm_epsilon,
     model.dtype,
@@ -464,7 +471,7 @@ def make(variant: str, num_classes: int | None, **overrides) -> ViT:
   """
   name, _, patch = variant.partition('/')
   fields = {'num_classes': num_classes} | choose('model.variant', name, VARIANTS)
-  if patch and not patch.isdigit():
+  if patch and not (patch.isascii() and patch.isdigit()):
     raise ValueError(f'model.variant: {variant!r} should look like B/16, patch size in pixels.')
   if patch:
     fields['patch_size'] = int(patch)
@@ -492,20 +499,17 @@ def check(model: ViT) -> None:
     ('activation', ACTIVATIONS),
   ):
     choose(f'model.{name}', getattr(model, name), table)
-  positive = [
-    *model.patch_size,
-    model.width,
-    model.depth,
-    model.num_heads,
-    model.mlp_dim,
-    model.head_size,
-  ]
-  if len(model.patch_size) != 2 or min(positive[:-1]) < 1:
-    raise ValueError(
-      'model: patch_size (height, width), width, depth, num_heads and mlp_dim must be '
-      f'positive, got {model.patch_size}, {model.width}, {model.depth}, {model.num_heads} '
-      f'and {model.mlp_dim}.'
-    )
+  sizes = {name: getattr(model, name) for name in ('width', 'depth', 'num_heads', 'mlp_dim')}
+  for name in ('head_dim', 'representation_size'):
+    if getattr(model, name) is not None:
+      sizes[name] = getattr(model, name)
+  for name, size in sizes.items():
+    if size < 1:
+      raise ValueError(f'model.{name} must be positive, got {size}.')
+  if len(model.patch_size) != 2 or min(model.patch_size) < 1:
+    raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
+  if model.num_registers < 0:
+    raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
   if model.head_dim is None and model.width % model.num_heads:
     raise ValueError(
       f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}: '

@@ -3,6 +3,8 @@
 clu's own writers import TensorFlow; tensorboardX does not.
 """
 
+from collections.abc import Callable
+import contextlib
 import json
 import logging
 import pathlib
@@ -19,9 +21,7 @@ class Writer:
     """Drops what an interrupted run wrote after step `start`, from which it goes on."""
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
-    if self._file.exists():
-      kept = [line for line in read_metrics(workdir) if line['step'] <= start]
-      replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
+    self.keep(lambda line: line['step'] <= start)
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
     self._log = logging.FileHandler(workdir / 'log.txt')
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
@@ -38,6 +38,12 @@ class Writer:
     self._log.close()
     self._events.close()
 
+  def keep(self, wanted: Callable[[dict], bool]) -> None:
+    """Drops the other lines from `metrics.jsonl`."""
+    if self._file.exists():
+      kept = [line for line in read_metrics(self.workdir) if wanted(line)]
+      replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
+
   def write(self, step: int, split: str, **values: float) -> None:
     """One line of metrics of a split after `step` updates."""
     with self._file.open('a') as file:
@@ -51,19 +57,21 @@ class Writer:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; a last one that a crash cut short is left out."""
+  """The lines of `metrics.jsonl`; what a crash cut short is left out."""
   lines = []
   for line in (workdir / 'metrics.jsonl').read_text().splitlines():
-    try:
+    with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return lines
+  return [line for line in lines if isinstance(line, dict) and 'step' in line]
 
 
 def read_json(path: pathlib.Path) -> dict | None:
-  """What a JSON file holds; None where there is no file."""
-  return json.loads(path.read_text()) if path.exists() else None
+  """The object that a JSON file holds; None where there is no file, or a damaged one."""
+  try:
+    value = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    return None
+  return value if isinstance(value, dict) else None
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
