@@ -15,27 +15,23 @@ import re
 import sys
 
 from vit_jax import config as config_lib
-from vit_jax import writer
 from vit_jax.names import choose
 
 
-def train(args, overrides):
-  from vit_jax import checkpoint, trainer
-
-  if args.config:
-    config = config_lib.load_file(args.config)
-  else:
-    saved = writer.read_json(args.workdir / 'config.json')
-    step = checkpoint.latest_step(args.workdir)
-    if step is not None:
-      saved = checkpoint.restore_item(args.workdir, step, 'config')['config']
-    if saved is None:
-      raise ValueError(
-        f'{args.workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
-      )
-    config = config_lib.from_dict(saved)
+def given_config(args, overrides):
+  """The config of `--config` with its overrides; None without `--config`."""
+  if not args.config:
+    return None
+  config = config_lib.load_file(args.config)
   for key, text in overrides.items():
     config_lib.override(config, key, text)
+  return config
+
+
+def train(args, overrides):
+  from vit_jax import trainer
+
+  config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
   result = trainer.train(config, args.workdir)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
@@ -47,7 +43,7 @@ def train(args, overrides):
 def evaluate(args, overrides):
   from vit_jax import evaluate
 
-  result = evaluate.run(args.workdir, overrides)
+  result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
   print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
 
 
@@ -57,15 +53,17 @@ def predict(args, overrides):
   if not args.images:
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
   images = [path.strip() for path in args.images.split(',') if path.strip()]
-  failed = predict.run(args.workdir, images, args.topk, args.json, overrides)
+  config = given_config(args, overrides)
+  rows = predict.predict(args.workdir, images, args.topk, overrides, config)
+  failed = predict.show(rows, args.json)
   return 1 if failed else 0
 
 
 def visualize(args, overrides):
   from vit_jax import visualize
 
-  if overrides:
-    raise ValueError(f'--mode=visualize draws what was recorded; got --config.{min(overrides)}.')
+  if overrides or args.config:
+    raise ValueError('--mode=visualize draws what was recorded: leave --config out.')
   for path in visualize.run(args.workdir):
     print(path)
 
@@ -82,6 +80,11 @@ class Console(logging.Handler):
     tqdm.write(self.format(record), file=sys.stderr)
 
 
+def folder(text):
+  """A path; None for an empty one, which an unset variable leaves."""
+  return pathlib.Path(text).expanduser() if text else None
+
+
 def parse(argv):
   """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`."""
   parser = argparse.ArgumentParser(
@@ -89,11 +92,7 @@ def parse(argv):
   )
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
-  parser.add_argument(
-    '--workdir',
-    type=lambda text: pathlib.Path(text).expanduser() if text else None,
-    help='checkpoints and records',
-  )
+  parser.add_argument('--workdir', type=folder, help='checkpoints and records')
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')
@@ -117,8 +116,6 @@ def main(argv):
   log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
-    if args.config and args.mode != 'train':
-      raise ValueError(f'--mode={args.mode} takes its config from --workdir; leave --config out.')
     if args.workdir is None:
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)
@@ -126,10 +123,7 @@ def main(argv):
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print(
-      'Interrupted; the same command goes on from the last checkpoint, if there is one.',
-      file=sys.stderr,
-    )
+    print('Interrupted. The same command goes on from what was saved.', file=sys.stderr)
     return 130
 
 

@@ -8,7 +8,7 @@ from vit_jax.config import default_config
 
 def get_config():
   config = default_config()
-  config.epochs = 100.0
+  config.epochs = 150.0
   config.batch_size = 32
   config.eval_batch_size = 360
   config.log_every = 50
@@ -19,10 +19,11 @@ def get_config():
   config.augment.pad_crop.padding = 1
   config.augment.pad_crop.mode = 'constant'  # as the scans' own border
   config.model.variant = 'tiny/2'
-  config.model.pool = 'map'
+  config.model.pool = 'gap'
   config.model.position = 'rope'
   config.optimizer.lr = 4e-3
   config.optimizer.b2 = 0.99
+  config.optimizer.weight_decay = 0.2
   config.ema = 0.998
   config.loss.label_smoothing = 0.1
   return config

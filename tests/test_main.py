@@ -10,6 +10,7 @@ from tests.conftest import small_config
 from vit_jax import config as config_lib
 
 CONFIG = '--config=configs/digits.py'
+MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
 
 
 def call(capsys, *argv):
@@ -105,6 +106,31 @@ def test_mistakes(capsys, argv, message, tmp_path):
   argv = [a.replace('--workdir=', f'--workdir={tmp_path}/') for a in argv]
   assert message in error(capsys, *argv)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('text, message', [
+  ('def get_config(:', 'line 1: SyntaxError'),
+  ('\nimport nothing_of_the_kind', 'line 2: ModuleNotFoundError'),
+  ('x = 1', 'defines no function get_config'),
+  ('def get_config(): pass', 'must return the config'),
+  (MAKE + '  config.epoch = 3\n  return config', "AttributeError"),
+  (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
+  (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
+])  # fmt: skip
+def test_broken_config_files(capsys, text, message, tmp_path):
+  (tmp_path / 'broken.py').write_text(text)
+  assert message in error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
+
+
+def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
+  workdir, _ = trained
+  assert 'another config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
+  flags = ['--mode=visualize', f'--workdir={workdir}', '--config.seed=1']
+  assert 'leave --config out' in error(capsys, *flags)
+  assert '--workdir is missing' in error(capsys, CONFIG, '--workdir=')
+  for bad in ('0', '-5'):
+    flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
+    assert 'eval_batch_size must be from 1' in error(capsys, *flags)
 
 
 def test_an_unknown_flag_is_refused(capsys):

@@ -55,7 +55,7 @@ def test_imports_run_one_way(path):
 
 
 def test_a_model_needs_only_the_light_dependencies():
-  heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'tqdm', 'orbax']
+  heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'orbax']
   script = (
     f'import sys; sys.modules.update(dict.fromkeys({heavy[:-1]}))\n'
     "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"

@@ -27,7 +27,7 @@ def test_split_notation(spec, pieces):
 
 @pytest.mark.parametrize('spec, message', [
     ('tran', 'Did you mean train'), ('train[5', 'train\\[5'), ('train[5:5]', 'no examples'),
-    ('train[:101]', '101'), ('', 'split'),
+    ('train[:101]', '101'), ('train[:60]+train[50:]', 'twice'), ('', 'split'),
 ])  # fmt: skip
 def test_bad_splits_are_refused(spec, message):
   with pytest.raises(ValueError, match=message):
@@ -71,7 +71,7 @@ def test_a_folder_with_splits(tmp_path, held_out):
   make_folder(tmp_path, [f'{s}/{c}' for s in ('train', held_out) for c in ('cat', 'dog', 'ant')])
   source, train = load(tmp_path, keep_smaller=True)
   assert source.class_names == ('ant', 'cat', 'dog')
-  assert source.sizes['train'] == source.sizes['test'] == 36
+  assert source.sizes == {'train': 36, 'test': 36}
   assert train.image_NHWC.shape == (36, 10, 8, 3)  # all of one size: kept as they are
   assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
   assert len(set(train.label_N[:12].tolist())) == 3  # mixed
@@ -153,6 +153,35 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
     (tmp_path / name).mkdir()
   with pytest.raises(ValueError, match='no images for class a, b'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_decoders_never_let_another_error_through(tmp_path):
+  """Bytes changed at random: an image or a BadImage that names the file, nothing else."""
+  draw, refused = np.random.RandomState(0), 0
+  for suffix in ('png', 'jpg', 'webp', 'bmp', 'tiff'):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / f'image.{suffix}'
+    noise = Image.fromarray(draw.randint(0, 256, (12, 12, 3)).astype(np.uint8))
+    noise.save(file, **({} if suffix == 'bmp' else {'exif': exif}))
+    whole = file.read_bytes()
+    for _ in range(60):
+      broken = bytearray(whole)
+      for position in draw.randint(0, len(whole), 4):
+        broken[position] = draw.randint(256)
+      try:
+        image_lib.decode(bytes(broken), file)
+      except image_lib.BadImage as error:
+        refused += 1
+        assert str(error).startswith(f'{file}: not a readable image (')
+  assert refused > 20
+
+
+def test_hidden_files_are_no_images(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  (tmp_path / 'a' / '._0.png').write_bytes(b'what macOS leaves beside a file')
+  _, examples = load(tmp_path, 'train+test')
+  assert len(examples) == 24
 
 
 def test_too_large_for_memory_is_refused():

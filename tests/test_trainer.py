@@ -1,8 +1,10 @@
 """The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import checkpoint, evaluate, experiment, sharding, trainer, writer
+from vit_jax import checkpoint, data, evaluate, experiment, sharding, trainer, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -126,18 +128,24 @@ def test_evaluation_is_the_mean_in_float64(trained):
   assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
 
 
-def one_step(parts, devices, **overrides):
-  """Parameters and metrics after one step in `parts` micro-batches on `devices` devices."""
-  config = small_config(micro_batches=str(parts), **overrides)
-  exp, training = experiment.from_config(config)
-  mesh = jax.make_mesh(
-    (devices,), ('data',), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices]
-  )
-  run = trainer.Run(exp, training, mesh, None, NoCheckpoints())
-  batch = {'image': training.train.image_NHWC[:32], 'label': training.train.label_N[:32]}
-  batch = jax.device_put(batch, sharding.over_batch(mesh))
-  state, metrics = trainer.make_train_step(exp, training, mesh)(run.initial_state(None), batch)
-  return jax.device_get(state.params), jax.device_get(metrics)
+def two_steps(parts, devices, **overrides):
+  """Parameters and metrics after two steps in `parts` micro-batches on `devices` devices.
+
+  From parameters that are all random: a head of zeros would hide the gradient of the rest.
+  """
+  exp, training = experiment.from_config(small_config(micro_batches=str(parts), **overrides))
+  devices = jax.devices()[:devices]
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
+  train_state = trainer.Run(exp, training, mesh, None, NoCheckpoints()).initial_state(None)
+  draw = np.random.RandomState(0).normal
+  params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
+  train_state = train_state.replace(params=params)
+  step = trainer.make_train_step(exp, training, mesh)
+  batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  for _ in range(2):
+    train_state, metrics = step(train_state, next(batches))
+  return jax.device_get(train_state.params), jax.device_get(metrics)
 
 
 class NoCheckpoints:
@@ -147,13 +155,12 @@ class NoCheckpoints:
 
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
-  params, metrics = one_step(1, 1, **settings)
+  params, metrics = two_steps(1, 1, **settings)
+  summary = evaluate.summarize([metrics['score']])
   for parts, devices in ((1, 2), (4, 2)):
-    other, other_metrics = one_step(parts, devices, **settings)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, other)
-    assert evaluate.summarize([other_metrics['score']]) == pytest.approx(
-      evaluate.summarize([metrics['score']]), rel=1e-5
-    )
+    other, other_metrics = two_steps(parts, devices, **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
+    assert evaluate.summarize([other_metrics['score']]) == pytest.approx(summary, rel=1e-5)
 
 
 def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
@@ -172,6 +179,49 @@ def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
   assert sorted(scores) == list(range(4, 33, 4)) and 32 in kept
   assert max(scores.values()) == max(scores[step] for step in kept)
   assert len(kept) <= 2
+
+
+def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
+  result = trainer.train(small_config(), tmp_path)
+  lines = writer.read_metrics(tmp_path)
+  (tmp_path / 'result.json').write_text('{"half')
+  again = trainer.train(small_config(), tmp_path)
+  assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
+
+
+def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  with pytest.raises(ValueError, match='at step 32 already, and epochs=0.5 ends at step 16'):
+    trainer.train(small_config(epochs='0.5'), workdir)
+
+
+def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  config = small_config(epochs='2')
+  exp, _ = experiment.from_config(config)
+  changed = dataclasses.replace(exp.task, class_names=('zebra', *exp.task.class_names[1:]))
+  with pytest.raises(ValueError, match='class_names was'):
+    experiment.check_same_data(dataclasses.replace(exp, task=changed), workdir)
+  experiment.check_same_data(exp, workdir)
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.rmtree(workdir / 'checkpoints' / '32' / 'params' / 'ocdbt.process_0')
+  with pytest.raises(ValueError, match='checkpoints/32 is damaged.*Move that folder away'):
+    evaluate.run(workdir, {})
+  shutil.move(workdir / 'checkpoints' / '32', tmp_path / 'away')
+  assert evaluate.run(workdir, {})['step'] == 16
+  assert trainer.train(small_config(epochs='1.5'), workdir)['steps'] == 48
+
+
+def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
+  bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
+  with pytest.raises(FloatingPointError, match='training diverged'):
+    trainer.train(small_config(**bad), tmp_path)
+  assert checkpoint.latest_step(tmp_path) is None
+  assert trainer.train(small_config(epochs='0.25'), tmp_path)['steps'] == 8
 
 
 def test_a_val_split_that_is_trained_or_tested_on_is_refused():
@@ -205,13 +255,6 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypat
   assert trainer.train(small_config(), tmp_path)['steps'] == 32
 
 
-def test_a_real_divergence_is_caught(tmp_path):
-  config = small_config(**{'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'})
-  with pytest.raises(FloatingPointError, match='training diverged'):
-    trainer.train(config, tmp_path)
-  assert checkpoint.latest_step(tmp_path) is None
-
-
 def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
   workdir, result = trained
   out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)
@@ -227,7 +270,10 @@ def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
     ({'eval_batch_size': '0'}, 'eval_batch_size'), ({'data.image_size': '10'}, 'patches'),
     ({'data.image_size': '0'}, 'positive'), ({'loss.name': 'hinge'}, 'softmax'),
     ({'model.dtype': 'float8'}, 'bfloat16'), ({'init': '/nowhere'}, 'no checkpoint'),
-    ({'model.pool': 'none'}, 'pool'),
+    ({'model.pool': 'none'}, 'pool'), ({'data.mean': '1,2'}, 'data.mean'),
+    ({'data.std': '0'}, 'all positive'), ({'optimizer.clip': '-1'}, 'optimizer.clip'),
+    ({'ema': 'nan'}, 'ema'), ({'epochs': '0.001'}, 'no step at all'),
+    ({'model.num_heads': '0'}, 'model.num_heads'), ({'model.head_dim': '-4'}, 'head_dim'),
 ])  # fmt: skip
 def test_bad_values_are_refused_and_leave_nothing(tmp_path, overrides, message):
   with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ import pathlib
 
 from clu import metrics
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import data, experiment, sharding
@@ -68,9 +69,11 @@ def evaluate(
   return summarize([jax.device_get(eval_step(params, batch)) for batch in batches])
 
 
-def run(workdir: pathlib.Path, overrides: dict[str, str]) -> dict[str, float]:
+def run(
+  workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
+) -> dict[str, float]:
   """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
-  exp, params, step = experiment.from_workdir(workdir, overrides)
+  exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
   sharding.start_up(batch_size)
   examples = experiment.load_split(exp, exp.config.data.eval_split)

@@ -187,17 +187,26 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
 
 
 def from_workdir(
-  workdir: pathlib.Path, overrides: dict[str, str] | None = None
+  workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> tuple[Experiment, dict, int]:
   """The experiment of a workdir's newest checkpoint, its weights and its step.
 
+  Args:
+    workdir: of a training run.
+    overrides: dotted keys and values put over the workdir's own config.
+    config: what the run must have been trained with, overrides included; None to trust it.
+
   Raises:
-    ValueError: no checkpoint, or overrides that contradict it.
+    ValueError: no checkpoint, or a config or overrides that contradict it.
   """
   step, params, saved = checkpoint.load(workdir)
-  config = config_lib.from_dict(saved['config'])
-  for key, text in (overrides or {}).items():
-    config_lib.override(config, key, text)
+  own = config_lib.from_dict(saved['config'])
+  if config is None:
+    config = own
+    for key, text in overrides.items():
+      config_lib.override(config, key, text)
+  else:
+    config_lib.check_same_run(own, config, workdir)
   check(config)
   experiment = assemble(config, Task.load(saved['task']))
   check_params(experiment, params, workdir)

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import experiment, image
@@ -17,7 +18,11 @@ BATCH = 64  # images at once
 
 
 def predict(
-  workdir: pathlib.Path, paths: list[str], topk: int, overrides: dict[str, str]
+  workdir: pathlib.Path,
+  paths: list[str],
+  topk: int = 5,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
 ) -> Iterator[dict]:
   """For each file its `topk` classes, or why it can't be read, in the order given.
 
@@ -31,7 +36,7 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
-  exp, params, _ = experiment.from_workdir(workdir, overrides)
+  exp, params, _ = experiment.from_workdir(workdir, overrides or {}, config)
   names = exp.task.class_names
 
   @jax.jit
@@ -62,12 +67,10 @@ def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:
   return image.fit(decoded, task.stored_size)
 
 
-def run(
-  workdir: pathlib.Path, paths: list[str], topk: int, as_json: bool, overrides: dict[str, str]
-) -> int:
+def show(rows: Iterator[dict], as_json: bool) -> int:
   """Prints a table, or a JSON object a line; returns how many files could not be read."""
   failed = []
-  for row in predict(workdir, paths, topk, overrides):
+  for row in rows:
     if 'error' in row:
       failed.append(row['error'])
     if as_json:

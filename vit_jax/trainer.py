@@ -181,6 +181,27 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     return Run(exp, training, mesh, records, checkpoints).run(weights)
 
 
+def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
+  """The config of the run in a workdir, with overrides.
+
+  Raises:
+    ValueError: there is no run.
+  """
+  step = checkpoint.latest_step(workdir)
+  if step is not None:
+    saved = checkpoint.restore_item(workdir, step, 'config')['config']
+  else:
+    saved = writer.read_json(workdir / 'config.json')
+  if saved is None:
+    raise ValueError(
+      f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
+    )
+  config = config_lib.from_dict(saved)
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  return config
+
+
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
   """`result.json` of a run that has done all of `config.epochs`; None of any other."""
   result = writer.read_json(workdir / 'result.json')
