@@ -112,7 +112,7 @@ def load_file(spec: str) -> ConfigDict:
   except ValueError:
     raise
   except Exception as error:
-    line = traceback.extract_tb(error.__traceback__)[-1].lineno
+    line = getattr(error, 'lineno', None) or traceback.extract_tb(error.__traceback__)[-1].lineno
     raise ValueError(
       f'--config: {path} failed, line {line}: {type(error).__name__}: {error}'
     ) from error
@@ -222,7 +222,10 @@ def from_dict(saved: Mapping) -> ConfigDict:
       else:
         target[name] = tuple(value) if isinstance(value, list) else value
 
-  put(config, saved)
+  try:
+    put(config, saved)
+  except TypeError as error:
+    raise ValueError(f'The saved config does not fit this version: {error}') from error
   return config
 
 

@@ -187,7 +187,9 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
 
 
 def from_workdir(
-  workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
+  workdir: pathlib.Path,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
 ) -> tuple[Experiment, dict, int]:
   """The experiment of a workdir's newest checkpoint, its weights and its step.
 
@@ -203,7 +205,7 @@ def from_workdir(
   own = config_lib.from_dict(saved['config'])
   if config is None:
     config = own
-    for key, text in overrides.items():
+    for key, text in (overrides or {}).items():
       config_lib.override(config, key, text)
   else:
     config_lib.check_same_run(own, config, workdir)

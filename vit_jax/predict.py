@@ -36,7 +36,7 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
-  exp, params, _ = experiment.from_workdir(workdir, overrides or {}, config)
+  exp, params, _ = experiment.from_workdir(workdir, overrides, config)
   names = exp.task.class_names
 
   @jax.jit

@@ -187,11 +187,9 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   Raises:
     ValueError: there is no run.
   """
-  step = checkpoint.latest_step(workdir)
-  if step is not None:
+  saved = writer.read_json(workdir / 'config.json')
+  if saved is None and (step := checkpoint.latest_step(workdir)) is not None:
     saved = checkpoint.restore_item(workdir, step, 'config')['config']
-  else:
-    saved = writer.read_json(workdir / 'config.json')
   if saved is None:
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
