@@ -1,12 +1,18 @@
-"""Two CPU devices for every test, and one small trained workdir."""
+"""Two CPU devices for every test, a compilation cache for the session, a trained workdir."""
 
+import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
 
 from vit_jax import config as config_lib
 
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parent of this process made it
+  CACHE = tempfile.TemporaryDirectory(prefix='vit_jax_tests_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
+jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_num_cpu_devices', 2)
 
 DATA = pathlib.Path(__file__).parent / 'data'
