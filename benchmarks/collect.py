@@ -41,6 +41,10 @@ def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
     result = writer.read_json(workdir / 'result.json')
     if result is None:
       raise ValueError(f'{workdir}: no result.json; the run is not finished.')
+    data = result['config']['data']  # without this machine's folders
+    kind, _, path = data['source'].partition(':')
+    data['source'] = f'folder:{pathlib.Path(path).name}' if kind == 'folder' else data['source']
+    data['dir'] = ''
     runs.append(result | {'metrics': writer.read_metrics(workdir)})
   accuracies = [run['test_accuracy'] for run in runs]
   summary = {

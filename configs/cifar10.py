@@ -2,6 +2,9 @@
 
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
+
+`tiny` reaches 53.2% in 3 epochs, two minutes on 2 cores (results/). The others are not
+measured yet.
 """
 
 from vit_jax.config import default_config

@@ -1,6 +1,8 @@
 """scikit-learn's handwritten digits, 1,437 to train and 360 held out, at their 8x8 pixels.
 
-python main.py --config=configs/digits.py --workdir=runs/digits
+    python main.py --config=configs/digits.py --workdir=runs/digits
+
+99.07% as the mean of 3 seeds, about a minute each on 2 cores (results/digits.json).
 """
 
 from vit_jax.config import default_config
