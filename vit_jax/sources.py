@@ -140,8 +140,8 @@ def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Fits an array as `image.fit` fits a file."""
-  mode = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-  return image_lib.fit(image_lib.Image.fromarray(mode), size)
+  pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+  return image_lib.fit(image_lib.Image.fromarray(pixels), size)
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
