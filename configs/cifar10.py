@@ -28,7 +28,6 @@ def get_config(variant='tiny'):
   if variant == 'tiny':
     config.optimizer.lr = 3e-3
     config.schedule.warmup = 2.0
-    config.micro_batches = 8  # what a core works on stays in its cache
   elif variant in ('small', 'wide'):
     config.epochs = 200.0
     config.schedule.warmup = 10.0

@@ -15,7 +15,7 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'attention', 'losses', 'prepare', 'image', 'sharding'},
+  {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state'},
   {'data', 'checkpoint', 'writer'},

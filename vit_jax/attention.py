@@ -1,8 +1,16 @@
-"""Scaled dot-product attention (paper, Appendix A, equations 5 to 8).
+"""Scaled dot-product attention (paper, Appendix A, equations 5 to 8), and its kernels.
 
-The softmax runs in float32 whatever the compute type. Queries, keys and values come in
-the layout `[B, N, K, E]`; the products run in `[B, K, N, E]`, which XLA's CPU backend
-computes about twice as fast.
+`attention` picks one by what is asked for and where it runs:
+
+  * `plain` forms the weights, which can be looked at, and leaves the rest to XLA.
+  * `with_gradient`, on a CPU, is the same with a gradient of its own: two passes over the
+    weights fewer, and arrays laid out so that both it and XLA's products run along
+    contiguous tokens.
+  * cuDNN's flash attention (Dao et al. 2022, 2205.14135), on an NVIDIA GPU in half precision,
+    never forms the weights.
+
+The softmax runs in float32 whatever the compute type. Queries, keys and values come in the
+layout `[B, N, K, E]`; Q is the number of queries where it may differ from N.
 """
 
 from collections.abc import Callable
@@ -11,42 +19,115 @@ import jax
 import jax.numpy as jnp
 
 
-def attention_weights(query_BNKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
-  """Softmax of `q k^T / sqrt(E)` over the keys: `attention_BKNN`, each row sums to 1."""
-  scale = query_BNKE.shape[-1] ** -0.5
-  query_BKNE = jnp.swapaxes(query_BNKE * scale, 1, 2)
-  key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
-  logits_BKNN = jnp.einsum(
-    'BKQE,BKNE->BKQN', query_BKNE, key_BKNE, preferred_element_type=jnp.float32
-  )
-  return jax.nn.softmax(logits_BKNN).astype(query_BNKE.dtype)
-
-
-def attend(attention_BKNN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
-  """The values averaged by the weights: `[B, N, K, E]`."""
-  value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
-  return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', attention_BKNN, value_BKNE), 1, 2)
-
-
 def attention(
-  query_BNKE: jax.Array,
+  query_BQKE: jax.Array,
   key_BNKE: jax.Array,
   value_BNKE: jax.Array,
-  dropout: Callable[[jax.Array], jax.Array] | None = None,
+  keep_BKQN: jax.Array | None = None,
   inspect: Callable[[jax.Array], object] | None = None,
 ) -> jax.Array:
-  """Multi-head attention, `[B, N, K, E]`.
+  """Multi-head attention, `[B, Q, K, E]`.
 
   Args:
-    query_BNKE: queries; their number may differ from the keys' (the MAP head has one).
+    query_BQKE: queries; their number may differ from the keys' (the MAP head has one).
     key_BNKE: keys.
     value_BNKE: values.
-    dropout: applied to the weights `attention_BKNN`.
-    inspect: called with the weights before dropout.
+    keep_BKQN: what dropout multiplies the weights by: 0, or 1 / (1 - rate).
+    inspect: called with the weights before dropout, `[B, K, Q, N]`.
   """
-  attention_BKNN = attention_weights(query_BNKE, key_BNKE)
   if inspect:
-    inspect(attention_BKNN)
-  if dropout:
-    attention_BKNN = dropout(attention_BKNN)
-  return attend(attention_BKNN, value_BNKE)
+    inspect(attention_weights(query_BQKE, key_BNKE))
+    return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
+  if jax.default_backend() == 'cpu':
+    return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
+  if keep_BKQN is None and flash_runs(query_BQKE):
+    return jax.nn.dot_product_attention(query_BQKE, key_BNKE, value_BNKE, implementation='cudnn')
+  return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
+
+
+def flash_runs(query_BQKE: jax.Array) -> bool:
+  """Whether cuDNN takes arrays like this one: NVIDIA, half precision, heads of 8 to 128."""
+  half = query_BQKE.dtype in (jnp.bfloat16, jnp.float16)
+  size = query_BQKE.shape[-1]
+  nvidia = 'cuda' in jax.devices()[0].client.platform_version
+  return nvidia and half and size % 8 == 0 and size <= 128
+
+
+def attention_weights(query_BQKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
+  """Softmax of `q k^T / sqrt(E)` over the keys: `[B, K, Q, N]`, each row sums to 1."""
+  query_BKQE = jnp.swapaxes(query_BQKE * query_BQKE.shape[-1] ** -0.5, 1, 2)
+  key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
+  logits_BKQN = jnp.einsum(
+    'BKQE,BKNE->BKQN', query_BKQE, key_BKNE, preferred_element_type=jnp.float32
+  )
+  return jax.nn.softmax(logits_BKQN).astype(query_BQKE.dtype)
+
+
+def plain(
+  query_BQKE: jax.Array,
+  key_BNKE: jax.Array,
+  value_BNKE: jax.Array,
+  keep_BKQN: jax.Array | None,
+) -> jax.Array:
+  """The values averaged by the weights."""
+  weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN)
+  value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
+  return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
+
+
+# Where no gradient is asked for there is nothing to keep for it, and `plain` is faster.
+with_gradient = jax.custom_vjp(plain)
+
+
+def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN):
+  """The output, and what `backward` needs: the weights before they are normalised among it."""
+  scale = query_BQKE.shape[-1] ** -0.5
+  query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
+  logits_BKNQ = jnp.einsum(
+    'BKEQ,BKEN->BKNQ', query_BKEQ, key_BKEN, preferred_element_type=jnp.float32
+  )
+  weights_BKNQ = jnp.exp(logits_BKNQ - logits_BKNQ.max(axis=2, keepdims=True))
+  total_BK1Q = weights_BKNQ.sum(axis=2, keepdims=True)
+  weights_BKNQ = weights_BKNQ.astype(query_BQKE.dtype)
+  keep_BKNQ = None if keep_BKQN is None else jnp.swapaxes(keep_BKQN, 2, 3)
+  y_BKEQ = jnp.einsum('BKEN,BKNQ->BKEQ', value_BKEN, drop(weights_BKNQ, keep_BKNQ))
+  y_BKEQ = (y_BKEQ / total_BK1Q).astype(query_BQKE.dtype)
+  saved = query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ
+  return tokens_first(y_BKEQ), saved
+
+
+def backward(saved, dy_BQKE):
+  """Gradients. Softmax's takes `sum_n w dw`, which is `sum_e y dy`: E terms and not N."""
+  query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
+  dtype = dy_BQKE.dtype
+  dy_BKEQ = (heads_first(dy_BQKE) / total_BK1Q).astype(dtype)
+  dvalue_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', dy_BKEQ, drop(weights_BKNQ, keep_BKNQ))
+  dweights_BKNQ = jnp.einsum(
+    'BKEQ,BKEN->BKNQ', dy_BKEQ, value_BKEN, preferred_element_type=jnp.float32
+  )
+  product_BKEQ = dy_BKEQ.astype(jnp.float32) * y_BKEQ
+  inner_BK1Q = product_BKEQ.sum(axis=2, keepdims=True)
+  dlogits_BKNQ = weights_BKNQ * (drop(dweights_BKNQ, keep_BKNQ) - inner_BK1Q)
+  dlogits_BKNQ = dlogits_BKNQ.astype(dtype)
+  dquery_BKEQ = jnp.einsum('BKEN,BKNQ->BKEQ', key_BKEN, dlogits_BKNQ)
+  dkey_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', query_BKEQ, dlogits_BKNQ)
+  scale = query_BKEQ.shape[2] ** -0.5
+  return (*map(tokens_first, (dquery_BKEQ * scale, dkey_BKEN, dvalue_BKEN)), None)
+
+
+with_gradient.defvjp(forward, backward)
+
+
+def heads_first(x_BNKE: jax.Array) -> jax.Array:
+  """`[B, K, E, N]`."""
+  return x_BNKE.transpose(0, 2, 3, 1)
+
+
+def tokens_first(x_BKEN: jax.Array) -> jax.Array:
+  """`[B, N, K, E]`."""
+  return x_BKEN.transpose(0, 3, 1, 2)
+
+
+def drop(weights: jax.Array, keep: jax.Array | None) -> jax.Array:
+  """Dropout by a mask drawn before."""
+  return weights if keep is None else (weights * keep).astype(weights.dtype)

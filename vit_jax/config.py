@@ -23,7 +23,8 @@ def default_config() -> ConfigDict:
   c.seed = 0  # of the initial weights, the order of the data and every random draw
   c.epochs = 100.0  # passes over the training split
   c.batch_size = 256  # examples a step, over all devices and processes
-  c.micro_batches = 1  # parts that a batch is computed in, one after the other
+  c.micro_batches = config_dict.placeholder(int)  # of a batch, one after the other; None: as
+  # suits the device, 1 on an accelerator and what stays in the cache on a CPU
   c.eval_batch_size = 256  # examples
   c.log_every = 50  # steps between lines of training metrics
   c.eval_every = 1000  # steps between evaluations; 0: at the end only

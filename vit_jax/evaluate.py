@@ -13,7 +13,7 @@ from vit_jax import data, experiment, sharding
 from vit_jax.sources import Examples
 
 Averages = type[metrics.Collection]
-EvalStep = Callable[[dict, dict[str, jax.Array]], metrics.Collection]
+EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
 @functools.cache  # one class for the same metrics, so that JAX takes sums of them
@@ -49,16 +49,19 @@ def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
   return means | {'examples': round(float(sums.loss.count))}
 
 
-def make_eval_step(exp: experiment.Experiment) -> EvalStep:
-  """`(params, batch) -> metrics` of one padded batch."""
+def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
+  """`(batch, params) -> metrics` of one padded batch."""
 
-  @jax.jit
-  def eval_step(params, batch):
-    logits_BL = exp.model.apply({'params': params}, exp.normalize(batch['image']))
-    loss_B = exp.loss(logits_BL, batch['label'])
-    return score(logits_BL, batch['label'], loss_B, batch['mask'])
+  def score_part(part, params):
+    logits_BL = exp.model.apply({'params': params}, exp.normalize(part['image']))
+    loss_B = exp.loss(logits_BL, part['label'])
+    return score(logits_BL, part['label'], loss_B, part['mask'])
 
-  return eval_step
+  def eval_step(batch, params):
+    parts = sharding.micro_batches(mesh, len(batch['mask']), exp.tokens)
+    return sharding.add_up(score_part, mesh, parts)(batch, params)
+
+  return jax.jit(eval_step)
 
 
 def evaluate(
@@ -66,17 +69,17 @@ def evaluate(
 ) -> dict[str, float]:
   """Loss, accuracies and the number of examples counted."""
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
-  return summarize([jax.device_get(eval_step(params, batch)) for batch in batches])
+  return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 
 def run(
   workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> dict[str, float]:
   """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
+  sharding.start_up()
   exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
-  sharding.start_up(batch_size)
   examples = experiment.load_split(exp, exp.config.data.eval_split)
   mesh = sharding.make_mesh(jax.device_count())
   params = jax.device_put(params, sharding.replicated(mesh))
-  return {'step': step} | evaluate(make_eval_step(exp), params, examples, batch_size, mesh)
+  return {'step': step} | evaluate(make_eval_step(exp, mesh), params, examples, batch_size, mesh)

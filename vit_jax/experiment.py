@@ -85,6 +85,12 @@ class Experiment:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
 
+  @property
+  def tokens(self) -> int:
+    """Patches of an image."""
+    height, width, _ = self.image_shape
+    return (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
+
   def saved(self) -> dict:
     """The item `config` of a checkpoint."""
     return {'config': config_lib.to_dict(self.config), 'task': dataclasses.asdict(self.task)}
@@ -301,7 +307,7 @@ def check(config: ConfigDict) -> None:
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   values = config_lib.flatten(config)
   for key, (low, high) in RANGES.items():
-    if not low <= values[key] <= high:  # which NaN is not either
+    if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
 
 

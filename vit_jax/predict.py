@@ -1,16 +1,15 @@
 """Classes of image files, by a trained model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import json
 import logging
 import pathlib
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import experiment, image
+from vit_jax import experiment, image, sharding
 
 log = logging.getLogger(__name__)
 
@@ -36,18 +35,23 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
+  batch_size = min(len(files), BATCH)
+  sharding.start_up(batch_size)
   exp, params, _ = experiment.from_workdir(workdir, overrides, config)
   names = exp.task.class_names
 
-  @jax.jit
-  def probabilities(image_BHWC):
-    return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
+  mesh = sharding.make_mesh(jax.device_count())
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  params = jax.device_put(params, sharding.replicated(mesh))
+  predict_step = make_predict_step(exp, mesh)
+  blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
 
   for start in range(0, len(files), BATCH):
     rows = [read(file, exp.task) for file in files[start : start + BATCH]]
     good = [row for row in rows if isinstance(row, np.ndarray)]
-    padding = [np.zeros_like(good[0])] * (BATCH - len(good)) if good and len(files) > BATCH else []
-    scores = iter(np.asarray(probabilities(jnp.stack(good + padding))) if good else ())
+    image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
+    image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
+    scores = iter(np.asarray(predict_step(image_BHWC, params)))
     for file, row in zip(files[start : start + BATCH], rows):
       if isinstance(row, str):
         yield {'file': str(file), 'error': row}
@@ -56,6 +60,19 @@ def predict(
       best = np.argsort(-score_L, kind='stable')[:topk]
       found = [{'class': names[i], 'probability': float(score_L[i])} for i in best]
       yield {'file': str(file), 'predictions': found}
+
+
+def make_predict_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Callable:
+  """`(image_BHWC, params) -> probability_BL` of uint8 images."""
+
+  def probabilities(image_BHWC, params):
+    return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
+
+  def predict_step(image_BHWC, params):
+    parts = sharding.micro_batches(mesh, len(image_BHWC), exp.tokens)
+    return sharding.concatenate(probabilities, mesh, parts)(image_BHWC, params)
+
+  return jax.jit(predict_step)
 
 
 def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:

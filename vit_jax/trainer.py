@@ -41,6 +41,8 @@ def make_train_step(
   """
   config = exp.config
   parts = config.micro_batches
+  if parts is None:
+    parts = sharding.micro_batches(mesh, config.batch_size, exp.tokens)
 
   def loss_fn(params, part, key):
     image_key, dropout_key = jax.random.split(key)
@@ -53,33 +55,18 @@ def make_train_step(
       rngs={'dropout': dropout_key},
     )
     loss_B = exp.loss(logits_BL, part['label'])
-    return loss_B.mean(), evaluate.score(logits_BL, part['label'], loss_B)
+    return loss_B.sum() / config.batch_size, evaluate.score(logits_BL, part['label'], loss_B)
 
-  def gradients(params, batch, key):
-    """Gradient of the mean loss and the summed metrics, a micro-batch after the other."""
-    grad_fn = jax.grad(loss_fn, has_aux=True)
-    if parts == 1:
-      return grad_fn(params, batch, key)
+  def gradient(part, params, key):
+    """A micro-batch's share of the gradient of the mean loss, and its metrics."""
+    return jax.grad(loss_fn, has_aux=True)(params, part, key)
 
-    def split(x):  # row i goes to part i % parts: every part lies on all devices
-      x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-      return jax.lax.with_sharding_constraint(x, sharding.over_batch(mesh, axis=1))
-
-    def add(sums, part):
-      return jax.tree.map(jnp.add, sums, grad_fn(params, part, key)), None
-
-    batch = jax.tree.map(split, batch)
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], batch), key),
-    )
-    (grads, score), _ = jax.lax.scan(add, zeros, batch)
-    return jax.tree.map(lambda x: x / parts, grads), score
+  gradients = sharding.add_up(gradient, mesh, parts)
 
   def train_step(old, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), old.step)
     batch = batch | {'example': jnp.arange(config.batch_size)}
-    grads, score = gradients(old.params, batch, key)
+    grads, score = gradients(batch, old.params, key)
     updates, opt_state = training.optimizer.update(grads, old.opt_state, old.params)
     params = optax.apply_updates(old.params, updates)
     ema = old.ema
@@ -162,8 +149,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     finished = finished_result(config, workdir)
     if finished:
       return finished
-  sharding.start_up(config.batch_size, config.micro_batches)
-  mesh = sharding.make_mesh(config.batch_size, config.micro_batches)
+  sharding.start_up(config.batch_size, config.micro_batches or 1)
+  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
   exp, training = experiment.from_config(config)
   experiment.check_same_data(exp, workdir)
   if start and start > training.steps:
@@ -218,7 +205,7 @@ class Run:
     self.exp, self.training, self.mesh = exp, training, mesh
     self.records, self.checkpoints = records, checkpoints
     self.config = exp.config
-    self.eval_step = evaluate.make_eval_step(exp)
+    self.eval_step = evaluate.make_eval_step(exp, mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
 
   def run(self, weights: dict | None) -> dict:

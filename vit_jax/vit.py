@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import attention
+from vit_jax.matmul import matmul
 from vit_jax.names import choose
 
 # Paper, Table 1; g and G: Zhai et al. 2021 (2106.04560), Table 2; Ti and S: Touvron et al.
@@ -83,7 +84,7 @@ class Dense(nn.Module):
     kernel = self.param('kernel', init_kernel, (*inputs, *self.features))
     bias = self.param('bias', self.bias_init, self.features)
     kernel, bias = kernel.astype(self.dtype).reshape(matrix), bias.astype(self.dtype)
-    y = x.astype(self.dtype).reshape(-1, matrix[0]) @ kernel + bias.reshape(-1)
+    y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel) + bias.reshape(-1)
     return y.reshape(*batch, *self.features)
 
 
@@ -129,24 +130,24 @@ class Attention(nn.Module):
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
     query_BND: jax.Array | None = None,
   ) -> jax.Array:
-    heads = functools.partial(Dense, (self.num_heads, self.head_dim), dtype=self.dtype)
-    query_BNKE = heads(name='query')(x_BND if query_BND is None else query_BND)
-    key_BNKE = heads(name='key')(x_BND)
-    value_BNKE = heads(name='value')(x_BND)
+    project = functools.partial(Dense, (self.num_heads, self.head_dim), dtype=self.dtype)
+    query_BNKE = project(name='query')(x_BND if query_BND is None else query_BND)
+    key_BNKE = project(name='key')(x_BND)
+    value_BNKE = project(name='value')(x_BND)
     if self.qk_norm:  # Dehghani et al. 2023 (2302.05442), Section 2.1
       norm = functools.partial(nn.LayerNorm, self.norm_epsilon, dtype=self.dtype)
       query_BNKE, key_BNKE = norm(name='query_norm')(query_BNKE), norm(name='key_norm')(key_BNKE)
     if rope_NE is not None:
       query_BNKE, key_BNKE = rotate(query_BNKE, *rope_NE), rotate(key_BNKE, *rope_NE)
 
-    dropout = Dropout(self.dropout)
-    y_BNKE = attention.attention(
-      query_BNKE,
-      key_BNKE,
-      value_BNKE,
-      dropout=lambda attention_BKNN: dropout(attention_BKNN, example_B),
-      inspect=lambda attention_BKNN: self.sow('intermediates', 'attention_BKNN', attention_BKNN),
-    )
+    keep_BKNN = None
+    if self.dropout and example_B is not None:
+      (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
+      keep_BKNN = Dropout(self.dropout)(jnp.ones((batch, heads, queries, keys)), example_B)
+    inspect = None
+    if self.is_mutable_collection('intermediates'):
+      inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
+    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, inspect)
     return Dense((x_BND.shape[-1],), axes=2, dtype=self.dtype, name='out')(y_BNKE)
 
 

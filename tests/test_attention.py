@@ -1,0 +1,108 @@
+"""Every kernel gives what the formula gives in float64, and so do the gradients."""
+
+import types
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import attention
+
+# In units of a dtype's rounding, on values and gradients of order 1.
+ROUNDING = {'float32': 2.0**-24, 'bfloat16': 2.0**-8}
+
+
+def reference(query, key, value, keep, dy):
+  """Equations 5 to 7 of the paper, and softmax's Jacobian, in float64: y and three gradients."""
+  scale = query.shape[-1] ** -0.5
+  logits = np.einsum('bqke,bnke->bkqn', query, key) * scale
+  weights = np.exp(logits - logits.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  y = np.einsum('bkqn,bnke->bqke', weights * keep, value)
+  dweights = np.einsum('bqke,bnke->bkqn', dy, value) * keep
+  jacobian = np.einsum('bkqn,nm->bkqnm', weights, np.eye(weights.shape[-1]))
+  jacobian -= np.einsum('bkqn,bkqm->bkqnm', weights, weights)
+  dlogits = np.einsum('bkqnm,bkqm->bkqn', jacobian, dweights) * scale
+  dquery = np.einsum('bkqn,bnke->bqke', dlogits, key)
+  dkey = np.einsum('bkqn,bqke->bnke', dlogits, query)
+  return y, dquery, dkey, np.einsum('bkqn,bqke->bnke', weights * keep, dy)
+
+
+def draw(shape, dtype, rate, seed):
+  """Query, key, value, dropout's mask (None at rate 0) and the gradient of the output."""
+  batch, queries, tokens, heads, size = shape
+  random = np.random.RandomState(seed)
+  array = lambda n: jnp.asarray(random.normal(size=(batch, n, heads, size)), dtype)
+  keep = (random.uniform(size=(batch, heads, queries, tokens)) >= rate) / (1 - rate)
+  keep = jnp.asarray(keep, jnp.float32) if rate else None
+  return array(queries), array(tokens), array(tokens), keep, array(queries)
+
+
+def value_and_gradients(kernel, query, key, value, keep, dy):
+  y, pull = jax.vjp(lambda *qkv: kernel(*qkv, keep), query, key, value)
+  return y, *pull(dy)
+
+
+shapes = st.tuples(
+  st.integers(1, 3), st.integers(1, 9), st.integers(1, 21), st.integers(1, 3), st.integers(1, 16)
+)
+
+
+@pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient, attention.attention])
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(shapes, st.sampled_from(sorted(ROUNDING)), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
+def test_kernels_agree_with_float64(kernel, shape, dtype, rate, seed):
+  given = draw(shape, dtype, rate, seed)
+  got = jax.jit(value_and_gradients, static_argnums=0)(kernel, *given)
+  exact = [1.0 if x is None else np.asarray(x, np.float64) for x in given]
+  for name, mine, want in zip(('y', 'dquery', 'dkey', 'dvalue'), got, reference(*exact)):
+    assert mine.dtype == dtype
+    error = np.abs(np.asarray(mine, np.float64) - want).max()
+    assert error <= 16 * ROUNDING[dtype] * max(np.abs(want).max(), 1), name
+
+
+def test_large_logits_do_not_overflow():
+  query, key, value, _, dy = draw((1, 4, 5, 2, 8), 'float32', 0, 0)
+  got = value_and_gradients(attention.with_gradient, 300 * query, 300 * key, value, None, dy)
+  assert all(np.isfinite(x).all() for x in got)
+
+
+def test_weights_are_formed_only_to_be_looked_at():
+  query, key, value, _, _ = draw((2, 3, 7, 2, 4), 'float32', 0, 1)
+  seen = []
+  looked = attention.attention(query, key, value, inspect=seen.append)
+  np.testing.assert_allclose(seen[0].sum(-1), 1, atol=1e-6)
+  np.testing.assert_allclose(looked, attention.attention(query, key, value), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('backend', 'version', 'dtype', 'size', 'dropout', 'flash'),
+  [
+    ('gpu', 'cuda 13000', 'bfloat16', 64, False, True),
+    ('gpu', 'cuda 13000', 'bfloat16', 64, True, False),  # its draws would not be ours
+    ('gpu', 'cuda 13000', 'float32', 64, False, False),
+    ('gpu', 'cuda 13000', 'bfloat16', 12, False, False),
+    ('gpu', 'rocm 70000', 'bfloat16', 64, False, False),
+    ('tpu', 'libtpu', 'bfloat16', 64, False, False),
+  ],
+)
+def test_the_kernel_follows_the_backend(monkeypatch, backend, version, dtype, size, dropout, flash):
+  """cuDNN's kernel itself needs a GPU: here XLA computes what it was asked for."""
+  given = draw((2, 5, 5, 2, size), dtype, 0.3 * dropout, 2)[:4]
+  want = attention.plain(*given)
+  calls, real = [], jax.nn.dot_product_attention
+
+  def fused(query, key, value, implementation):
+    calls.append(implementation)
+    return real(query, key, value, implementation='xla')
+
+  client = types.SimpleNamespace(platform_version=version)
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(client=client)])
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fused)
+  y = attention.attention(*given)
+  assert calls == ['cudnn'] * flash
+  np.testing.assert_allclose(np.float32(y), np.float32(want), atol=0.02)

@@ -1,0 +1,56 @@
+"""A batch worked through in parts, on several devices, is the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax import sharding
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'tokens', 'parts'),
+  [
+    (256, 64, 8),  # 16 images of 64 tokens on each of two devices
+    (128, 64, 4),
+    (8, 196, 1),  # 4 images: 784 tokens are nearest to 1,024
+    (16, 196, 2),
+    (254, 64, 1),  # 127 is prime: one part rather than 127
+    (64, 16, 1),
+    (4, 4096, 2),  # one image is more already
+  ],
+)
+def test_a_part_is_about_a_thousand_tokens(batch_size, tokens, parts):
+  assert sharding.micro_batches(sharding.make_mesh(2), batch_size, tokens) == parts
+
+
+@pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_parts_are_the_whole(devices, parts):
+  mesh = sharding.make_mesh(devices)
+  x = np.random.RandomState(0).normal(size=(12, 4)).astype(np.float32)
+  matrix = jnp.arange(8.0).reshape(4, 2)
+  sizes = []
+
+  def rows(batch, matrix):
+    sizes.append(len(batch['x']))
+    return batch['x'] @ matrix
+
+  def sums(batch, matrix):
+    return {'sum': rows(batch, matrix).sum(axis=0), 'count': jnp.ones(len(batch['x'])).sum()}
+
+  batch = jax.device_put({'x': x}, sharding.over_batch(mesh))
+  each = jax.jit(sharding.concatenate(rows, mesh, parts))(batch, matrix)
+  np.testing.assert_allclose(each, x @ matrix, rtol=1e-4, atol=1e-5)
+  total = jax.jit(sharding.add_up(sums, mesh, parts))(batch, matrix)
+  np.testing.assert_allclose(total['sum'], (x @ matrix).sum(axis=0), rtol=1e-4)
+  assert total['count'] == 12 and set(sizes) == {12 // devices // parts}
+
+
+def test_devices_talk_once_a_batch():
+  """Not once a micro-batch: what a loop's body compiles to holds no communication."""
+  mesh = sharding.make_mesh(2)
+  loss = lambda batch, weights: jnp.tanh(batch @ weights).sum()
+  gradient = sharding.add_up(jax.grad(loss, argnums=1), mesh, parts=3)
+  text = jax.jit(gradient).lower(jnp.ones((12, 4)), jnp.ones((4, 2))).compile().as_text()
+  assert ' while(' in text and text.count(' all-reduce(') == 1
+  assert text.index(' all-reduce(') > text.index('ENTRY')
