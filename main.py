@@ -10,6 +10,7 @@ Any key of the config is overridden by --config.<key>=<value>.
 
 import argparse
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -108,8 +109,16 @@ def parse(argv):
   return args, overrides
 
 
+def keep_compiled():
+  """Has JAX, not imported yet, keep what it compiles for the next run on this machine."""
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+
+
 def main(argv):
   args, overrides = parse(argv)
+  keep_compiled()
   log = logging.getLogger('vit_jax')
   log.setLevel(logging.INFO)
   log.propagate = False

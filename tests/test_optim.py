@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from vit_jax import losses, optim
@@ -52,6 +53,18 @@ def test_adamw_decays_matrices_only():
       step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
       p = p - 0.1 * (step + decay * p)
     np.testing.assert_allclose(out[name], p, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('name', 'saved'), [('adamw', 'mu'), ('sgd', 'trace')])
+def test_the_first_moment_can_be_bfloat16(name, saved):
+  arguments = dict(weight_decay=0.2, b1=0.9, b2=0.99, momentum=0.9, clip=0.0)
+  exact = steps(name, **arguments)
+  rounded = steps(name, moment_dtype='bfloat16', **arguments)
+  np.testing.assert_allclose(rounded['kernel'], exact['kernel'], rtol=2e-2)
+  assert rounded['kernel'].dtype == jnp.float32 and (rounded['kernel'] != exact['kernel']).any()
+  optimizer = optim.make_optimizer(name, lambda _: 0.1, moment_dtype='bfloat16', **arguments)
+  moments = optax.tree.get(optimizer.init(PARAMS), saved)
+  assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype('bfloat16')}
 
 
 def test_sgd_with_momentum():

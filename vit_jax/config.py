@@ -78,6 +78,7 @@ def default_config() -> ConfigDict:
   c.optimizer.b1 = 0.9  # adamw: decay of the first moment
   c.optimizer.b2 = 0.999  # adamw: decay of the second moment
   c.optimizer.momentum = 0.9  # sgd
+  c.optimizer.moment_dtype = 'float32'  # of the first moment: float32, or bfloat16 to save memory
   c.optimizer.clip = 1.0  # global norm that gradients are scaled down to; 0: no clipping
 
   c.schedule = ConfigDict()

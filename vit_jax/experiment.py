@@ -303,6 +303,7 @@ def pair(size: tuple[int, ...]) -> tuple[int, int]:
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
+  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   values = config_lib.flatten(config)

@@ -233,6 +233,9 @@ class Run:
     with progress_bar(start, steps) as bar:
       for step in range(start + 1, steps + 1):
         train_state, metrics = train_step(train_state, next(batches))
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          log.info('First step done.')
         if late:
           meter.add(*late)
         late = step, metrics
