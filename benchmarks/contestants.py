@@ -1,0 +1,308 @@
+"""Who takes part in `benchmarks.speed`: `CONTESTANTS[name](work)` gives something to run.
+
+Every one takes the same work: random images already on the device, the same batch, model and
+precision; training is forward, cross-entropy, backward and one fused AdamW step. Each lives in
+a process of its own, so that none's threads or memory are another's.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+import resource
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from benchmarks import works
+
+
+@dataclasses.dataclass
+class Program:
+  """Attributes:
+
+  run: does a number of steps and returns when the device has finished them.
+  peak_memory: bytes that were in use at most: of the device, or on a CPU of the process.
+  versions: of the libraries, and the device.
+  """
+
+  run: Callable[[int], None]
+  peak_memory: Callable[[], int]
+  versions: dict[str, str]
+
+
+def random_batch(work: works.Work) -> tuple[np.ndarray, np.ndarray]:
+  """Images `[B, H, W, 3]`, float32, and labels."""
+  random, size = np.random.RandomState(0), works.sizes(work)['image_size']
+  image_BHWC = random.normal(size=(work.batch_size, size, size, 3)).astype(np.float32)
+  return image_BHWC, random.randint(works.NUM_CLASSES, size=work.batch_size)
+
+
+def process_memory() -> int:
+  """Bytes that this process held at most."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else 1024 * peak
+
+
+def jax_program(run: Callable[[int], None]) -> Program:
+  """A program of JAX's."""
+  import jax
+
+  device = jax.devices()[0]
+
+  def peak_memory():
+    stats = device.memory_stats()
+    return stats['peak_bytes_in_use'] if stats else process_memory()
+
+  return Program(run, peak_memory, {'jax': jax.__version__, 'device': device.device_kind})
+
+
+def vit_jax(work: works.Work, whole: bool = False) -> Program:
+  """This project: the step that `main.py` takes, or what `predict` runs.
+
+  Args:
+    work: what to do.
+    whole: train as `main.py` does, on batches gathered from memory and augmented.
+  """
+  import jax
+
+  from vit_jax import data, experiment, predict, sharding, state, trainer
+
+  config = works.settings(work)
+  if not whole:
+    config.augment.pad_crop.padding, config.augment.flip.probability = 0, 0.0
+  sharding.start_up(work.batch_size)
+  mesh = sharding.make_mesh(work.batch_size)
+  exp, training = experiment.from_config(config)
+  replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
+  first = state.init_state(
+    exp.model, training.optimizer, exp.image_shape, 0, keep_ema=False, sharding=replicated
+  )
+  batches = data.train_batches(training.train, work.batch_size, 0, 0, over_batch)
+  batches = batches if whole else itertools.repeat(next(batches))
+  if work.mode == 'inference':
+    step = predict.make_predict_step(exp, mesh)
+
+    def run(steps):
+      for batch in itertools.islice(batches, steps):
+        out = step(batch['image'], first.params)
+      jax.block_until_ready(out)
+
+    return jax_program(run)
+  step, states = trainer.make_train_step(exp, training, mesh), [first]
+
+  def run(steps):
+    for batch in itertools.islice(batches, steps):
+      states[0], metrics = step(states[0], batch)
+    jax.block_until_ready((states, metrics))
+
+  return jax_program(run)
+
+
+def vit_jax_whole(work: works.Work) -> Program:
+  """This project with its input: what `main.py` does between two log lines."""
+  return vit_jax(work, whole=True)
+
+
+def plain_linen(work: works.Work) -> Program:
+  """The module made of flax's own parts, in one jitted step."""
+  import jax
+  import optax
+
+  from benchmarks.plain_linen import PlainViT
+
+  image_BHWC, label_B = jax.device_put(random_batch(work))
+  model = PlainViT(**works.sizes(work), dtype=work.dtype)
+  params = jax.jit(model.init)(jax.random.key(0), image_BHWC)
+  if work.mode == 'inference':
+    forward = jax.jit(model.apply)
+
+    def run(steps):
+      for _ in range(steps):
+        out = forward(params, image_BHWC)
+      jax.block_until_ready(out)
+
+    return jax_program(run)
+  optimizer = optax.adamw(works.LEARNING_RATE)
+
+  def train_step(state):
+    def loss(params):
+      logits_BL = model.apply(params, image_BHWC)
+      return optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B).mean()
+
+    params, opt_state = state
+    updates, opt_state = optimizer.update(jax.grad(loss)(params), opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  step, states = jax.jit(train_step, donate_argnums=0), [(params, optimizer.init(params))]
+
+  def run(steps):
+    for _ in range(steps):
+      states[0] = step(states[0])
+    jax.block_until_ready(states)
+
+  return jax_program(run)
+
+
+def torch_program(work: works.Work, model, logits: Callable, versions: dict[str, str]) -> Program:
+  """A PyTorch model's steps; `logits` takes the images."""
+  import torch
+  from torch.nn import functional
+
+  device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+  half = work.dtype == 'bfloat16'
+  torch.set_float32_matmul_precision('highest')
+  model.to(device)
+  image_BHWC, label_B = random_batch(work)
+  image_BCHW = torch.from_numpy(image_BHWC.transpose(0, 3, 1, 2).copy()).to(device)
+  label_B = torch.from_numpy(label_B).to(device)
+
+  def synchronize():
+    if device.type == 'cuda':
+      torch.cuda.synchronize()
+
+  def infer(steps):
+    with torch.inference_mode():
+      for _ in range(steps):
+        logits(image_BCHW)
+    synchronize()
+
+  def train(steps):
+    for _ in range(steps):
+      with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        loss = functional.cross_entropy(logits(image_BCHW).float(), label_B)
+      loss.backward()
+      optimizer.step()
+      optimizer.zero_grad()
+    synchronize()
+
+  if work.mode == 'inference':
+    model.eval()
+    if half:  # what people do: weights in half precision too
+      model.bfloat16()
+      image_BCHW = image_BCHW.bfloat16()
+  else:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), works.LEARNING_RATE, fused=True)
+  cuda = device.type == 'cuda'
+  peak_memory = torch.cuda.max_memory_allocated if cuda else process_memory
+  run = infer if work.mode == 'inference' else train
+  return Program(run, peak_memory, {'torch': torch.__version__} | versions)
+
+
+def torch_twin(work: works.Work, compiled: bool) -> Program:
+  """The hand-written PyTorch model."""
+  import torch
+
+  from benchmarks.torch_vit import TorchViT
+
+  model = TorchViT(**works.sizes(work))
+  return torch_program(work, model, torch.compile(model) if compiled else model, {})
+
+
+def huggingface(work: works.Work, compiled: bool) -> Program:
+  """`ViTForImageClassification`, with PyTorch's fused attention."""
+  import torch
+  import transformers
+
+  size = works.sizes(work)
+  config = transformers.ViTConfig(
+    hidden_size=size['width'],
+    num_hidden_layers=size['depth'],
+    num_attention_heads=size['num_heads'],
+    intermediate_size=size['mlp_dim'],
+    hidden_act={'gelu': 'gelu', 'gelu_tanh': 'gelu_pytorch_tanh'}[size['activation']],
+    image_size=size['image_size'],
+    patch_size=size['patch_size'],
+    num_labels=size['num_classes'],
+    attn_implementation='sdpa',
+  )
+  model = transformers.ViTForImageClassification(config)
+  forward = torch.compile(model) if compiled else model
+  logits = lambda image_BCHW: forward(pixel_values=image_BCHW).logits
+  return torch_program(work, model, logits, {'transformers': transformers.__version__})
+
+
+def timm_compiled(work: works.Work) -> Program:
+  """timm's `VisionTransformer` under `torch.compile`."""
+  import timm
+  from timm.models.vision_transformer import VisionTransformer
+  import torch
+
+  size = works.sizes(work)
+  model = VisionTransformer(
+    img_size=size['image_size'],
+    patch_size=size['patch_size'],
+    embed_dim=size['width'],
+    depth=size['depth'],
+    num_heads=size['num_heads'],
+    mlp_ratio=size['mlp_dim'] / size['width'],
+    num_classes=size['num_classes'],
+    class_token=size['pool'] == 'cls',
+    global_pool='token' if size['pool'] == 'cls' else 'avg',
+    fc_norm=False,
+    act_layer=size['activation'],
+  )
+  return torch_program(work, model, torch.compile(model), {'timm': timm.__version__})
+
+
+CONTESTANTS = {
+  'vit_jax': vit_jax,
+  'vit_jax_whole': vit_jax_whole,
+  'plain_linen': plain_linen,
+  'torch_eager': lambda work: torch_twin(work, compiled=False),
+  'torch_compiled': lambda work: torch_twin(work, compiled=True),
+  'huggingface_eager': lambda work: huggingface(work, compiled=False),
+  'huggingface_compiled': lambda work: huggingface(work, compiled=True),
+  'timm_compiled': timm_compiled,
+}
+
+
+def matmul_rate(library: str) -> float:
+  """Floating-point operations a second of the largest square float32 products (bfloat16 on a
+  GPU), the median of 20.
+
+  Raises:
+    ImportError: the library is not installed.
+  """
+  size = 2048
+  if library == 'jax':
+    import jax
+    import jax.numpy as jnp
+
+    half = jax.default_backend() != 'cpu'
+    size = 8192 if half else size
+    matrix = jnp.ones((size, size), jnp.bfloat16 if half else jnp.float32)
+    product = jax.jit(jnp.matmul)
+    run = lambda: product(matrix, matrix).block_until_ready()
+  else:
+    import torch
+
+    half = torch.cuda.is_available()
+    size = 8192 if half else size
+    matrix = torch.ones(size, size)
+    matrix = matrix.bfloat16().cuda() if half else matrix
+
+    def run():
+      product = matrix @ matrix
+      return torch.cuda.synchronize() if half else product
+
+  run()
+  return 2 * size**3 / statistics.median(seconds(run) for _ in range(20))
+
+
+def seconds(run: Callable[[], object]) -> float:
+  """How long a call took."""
+  began = time.perf_counter()
+  run()
+  return time.perf_counter() - began
+
+
+def machine() -> dict[str, str]:
+  """The backend, and the machine in words."""
+  import jax
+
+  from benchmarks import collect
+
+  return {'backend': jax.default_backend(), 'machine': collect.machine()}

@@ -1,0 +1,68 @@
+"""The largest batch that fits: `python -m benchmarks.speed --memory=16`.
+
+The train step is compiled ahead for the backend at hand, and nothing is allocated: what XLA
+says that the step needs, with its state and batch, is compared with the budget.
+"""
+
+import itertools
+
+from benchmarks import works
+
+SIZES = ('b16', 'l16')
+REMAT = ('none', 'dots', 'full')
+MULTIPLE = 8  # of the batch sizes tried
+
+
+def step_bytes(config, batch_size: int) -> int:
+  """Bytes of a train step on one device: state, batch and what is computed in between."""
+  import jax
+  import jax.numpy as jnp
+
+  from vit_jax import experiment, sharding, state, trainer
+
+  config = config.copy_and_resolve_references()
+  config.batch_size = batch_size
+  mesh = sharding.make_mesh(1)
+  exp, training = experiment.from_config(config)
+  init = lambda: state.init_state(
+    exp.model, training.optimizer, exp.image_shape, 0, False, sharding.replicated(mesh)
+  )
+  batch = {
+    'image': jax.ShapeDtypeStruct((batch_size, *exp.image_shape), jnp.uint8),
+    'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+  }
+  step = trainer.make_train_step(exp, training, mesh)
+  plan = step.lower(jax.eval_shape(init), batch).compile().memory_analysis()
+  held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+  return held + plan.temp_size_in_bytes
+
+
+def largest_batch(config, budget: float) -> tuple[int, int]:
+  """The largest multiple of `MULTIPLE` whose step fits, and its bytes; (0, 0) if none does.
+
+  Memory grows in a straight line with the batch: two sizes tell where it crosses the budget,
+  and the crossing is then walked to, so that the answer is one that was compiled.
+  """
+  small, large = (step_bytes(config, n) for n in (MULTIPLE, 2 * MULTIPLE))
+  each = (large - small) / MULTIPLE
+  guess = MULTIPLE + (budget - small) / each
+  best = max(int(guess // MULTIPLE), 1) * MULTIPLE
+  found = 0, 0
+  while best and (needs := step_bytes(config, best)) > budget:
+    best -= MULTIPLE
+  while best and needs <= budget:
+    found = best, needs
+    best += MULTIPLE
+    needs = step_bytes(config, best)
+  return found
+
+
+def show(gibibytes: float) -> None:
+  """Prints a row for each size, remat policy and type of the first moment."""
+  print(f'Largest training batch in {gibibytes:g} GiB, 224 pixels, bfloat16 compute:')
+  print('| model | remat | first moment | batch | GiB |\n| --- | --- | --- | --- | --- |')
+  for size, remat, moment in itertools.product(SIZES, REMAT, ('float32', 'bfloat16')):
+    overrides = {'model.remat': remat, 'optimizer.moment_dtype': moment, 'micro_batches': '1'}
+    work = works.Work(f'{works.CIFAR}:{size}', 'train', 8, 'bfloat16', (), (*overrides.items(),))
+    batch, needs = largest_batch(works.settings(work), gibibytes * 2**30)
+    print(f'| {size} | {remat} | {moment} | {batch} | {needs / 2**30:.2f} |', flush=True)

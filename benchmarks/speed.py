@@ -1,0 +1,239 @@
+"""Measures this project beside its peers, on the machine at hand.
+
+    python -m benchmarks.speed             # all works of this backend: results/speed_<backend>.json
+    python -m benchmarks.speed --only=tiny # the works with `tiny` in their names; writes nothing
+    python -m benchmarks.speed --dry-run   # a GPU's works at toy sizes, on any machine
+    python -m benchmarks.speed --memory=16 # the largest batches that 16 GiB hold
+
+Contestants are processes that take turns of half a second, all of them once a round, while the
+others wait; compiling and warming up come before. Rates are medians over the rounds, and a
+ratio is the median of the rounds' own ratios. A peer that is not installed is left out.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import contestants, memory, works
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROUNDS = 7
+TURN = 0.5  # seconds
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bfloat16, FLOP/s, data sheets
+SPAWN = multiprocessing.get_context('spawn')
+ENVIRONMENT = {  # of the contestants: GPU memory as needed, and nothing compiled before
+  'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+  'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
+}
+
+
+class Contestant:
+  """A process that builds a program and runs it when told to."""
+
+  def __init__(self, name: str, work: works.Work):
+    self.name = name
+    self.connection, there = SPAWN.Pipe()
+    self.process = SPAWN.Process(target=serve, args=(there, name, work), daemon=True)
+    self.process.start()
+    there.close()
+    self.about = self.answer()  # versions and seconds of the first step, or why it can't run
+
+  def answer(self):
+    """What the process sends next."""
+    try:
+      return self.connection.recv()
+    except EOFError:
+      return {'skipped': f'its process ended with {self.process.exitcode}'}
+
+  def seconds(self, steps: int) -> float:
+    """How long it took for so many steps."""
+    self.connection.send(steps)
+    return self.answer()
+
+  def stop(self) -> int:
+    """Ends the process; returns its peak memory in bytes."""
+    peak = self.seconds(0)
+    self.process.join()
+    return peak
+
+
+def serve(connection, name: str, work: works.Work) -> None:
+  """The other end of a `Contestant`."""
+  try:
+    program = contestants.CONTESTANTS[name](work)
+    first = contestants.seconds(lambda: program.run(1))
+  except ImportError as error:
+    connection.send({'skipped': f'not installed: {error.name}'})
+    return
+  except Exception as error:
+    if name.startswith('vit_jax'):
+      raise
+    connection.send({'skipped': f'{type(error).__name__}: {error}'})
+    return
+  connection.send({'first_step_seconds': first, 'versions': program.versions})
+  while steps := connection.recv():
+    connection.send(contestants.seconds(lambda steps=steps: program.run(steps)))
+  connection.send(program.peak_memory())
+
+
+def measure(work: works.Work) -> dict:
+  """Everything about a work: each contestant's rates and the ratios to this project."""
+  names = ['vit_jax', *['vit_jax_whole'] * (work.mode == 'train'), *work.peers]
+  began = time.perf_counter()
+  everyone = [Contestant(name, work) for name in names]
+  skipped = {c.name: c.about['skipped'] for c in everyone if 'skipped' in c.about}
+  for name, reason in skipped.items():
+    print(f'  {work.name}: {name} left out ({reason})', file=sys.stderr)
+  running = [c for c in everyone if c.name not in skipped]
+  if running[0].name != 'vit_jax':
+    raise RuntimeError(f'{work.name}: this project itself failed; its traceback is above.')
+  steps = {}
+  for c in running:
+    c.seconds(1)
+    steps[c.name] = math.ceil(TURN / c.seconds(1))
+  rates = {c.name: [] for c in running}
+  for i in range(ROUNDS):
+    for c in running[i % len(running) :] + running[: i % len(running)]:  # no one's place is fixed
+      n = steps[c.name]
+      rates[c.name].append(n * work.batch_size / c.seconds(n))
+  result = {
+    'work': work.name,
+    'batch_size': work.batch_size,
+    'dtype': work.dtype,
+    'flops_per_image': works.flops(**works.sizes(work))[work.mode],
+    'contestants': {},
+    'ratio_to': {},
+    'skipped': skipped,
+  }
+  for c in running:
+    rate = statistics.median(rates[c.name])
+    result['contestants'][c.name] = {
+      'images_per_second': rate,
+      'rounds': rates[c.name],
+      'flops_per_second': rate * result['flops_per_image'],
+      'compile_seconds': c.about['first_step_seconds'] - work.batch_size / rate,
+      'peak_memory_bytes': c.stop(),
+      'versions': c.about['versions'],
+    }
+    pairs = zip(rates['vit_jax'], rates[c.name])
+    result['ratio_to'][c.name] = statistics.median(ours / theirs for ours, theirs in pairs)
+  result['seconds'] = time.perf_counter() - began
+  return result
+
+
+def start_up() -> dict[str, list[float]]:
+  """Seconds from the command to the end of the first step of `digits`: cold, and warm 3 times."""
+  with tempfile.TemporaryDirectory() as folder:
+    times = [first_step(pathlib.Path(folder), f'run{i}') for i in range(4)]
+  return {'cold': times[:1], 'warm': times[1:]}
+
+
+def first_step(folder: pathlib.Path, name: str) -> float:
+  """Seconds from the command to its first step, with the compilation cache in the folder."""
+  command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={folder / name}']
+  environment = os.environ | {'XDG_CACHE_HOME': str(folder)}
+  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+  began = time.perf_counter()
+  with subprocess.Popen(
+    command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+  ) as process:
+    for line in process.stderr:
+      if 'First step done' in line:
+        seconds = time.perf_counter() - began
+        process.kill()
+        return seconds
+  raise RuntimeError(f'{" ".join(command)} ended with {process.returncode} before a step.')
+
+
+def in_a_process(function, *arguments):
+  """What the function returns, run where it starts no threads here; None if it can't import."""
+  with concurrent.futures.ProcessPoolExecutor(1, SPAWN) as pool:
+    try:
+      return pool.submit(function, *arguments).result()
+    except ImportError:
+      return None
+
+
+def peak(device: str, measured: float) -> tuple[float, str]:
+  """The rate that shares are of, and what it is: a GPU's data sheet, else the measured one."""
+  for name, flops in PEAKS.items():
+    if name in device:
+      return flops, f'the {name} data sheet, dense bfloat16'
+  return measured, "this machine's measured rate of products of 2048 x 2048, float32"
+
+
+NAMES = {
+  'torch_eager': 'PyTorch',
+  'torch_compiled': 'PyTorch compiled',
+  'huggingface_eager': 'Hugging Face',
+  'huggingface_compiled': 'Hugging Face compiled',
+  'timm_compiled': 'timm compiled',
+  'plain_linen': 'plain linen',
+}
+
+
+def table(results: dict) -> str:
+  """As Markdown: a row for each work. `input` is what gathering and augmenting add to a step."""
+  lines = [
+    '| work | batch | images/s | times as fast as | of peak | input | memory | compiled in |',
+    '| --- | --- | --- | --- | --- | --- | --- | --- |',
+  ]
+  for row in results['works']:
+    ours, ratio = row['contestants']['vit_jax'], row['ratio_to']
+    peers = [f'{name} {ratio[key]:.2f}' for key, name in NAMES.items() if key in ratio]
+    whole = f'{1 - 1 / ratio["vit_jax_whole"]:.0%}' if 'vit_jax_whole' in ratio else ''
+    lines.append(
+      f'| {row["work"]} | {row["batch_size"]} | {ours["images_per_second"]:,.1f} '
+      f'| {", ".join(peers)} | {ours["flops_per_second"] / results["peak_flops_per_second"]:.0%} '
+      f'| {whole} | {ours["peak_memory_bytes"] / 2**30:.1f} GiB '
+      f'| {ours["compile_seconds"]:.1f} s |'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--only', default='', help='part of the names of the works to do')
+  parser.add_argument('--dry-run', action='store_true', help="a GPU's works at toy sizes")
+  parser.add_argument('--memory', type=float, metavar='GIB', help='largest batches in so much')
+  args = parser.parse_args()
+  if args.memory:
+    return memory.show(args.memory)
+  os.environ.update(ENVIRONMENT)
+  results = in_a_process(contestants.machine)
+  backend = 'gpu' if args.dry_run else results['backend']
+  selected = [work for work in works.WORKS[backend] if args.only in work.name]
+  rates = {name: in_a_process(contestants.matmul_rate, name) for name in ('jax', 'torch')}
+  results['peak_flops_per_second'], results['peak_is'] = peak(results['machine'], rates['jax'])
+  results |= {
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'matmul_flops_per_second': rates,
+    'start_up_seconds': None if args.only or args.dry_run else start_up(),
+    'works': [],
+  }
+  for work in selected:
+    results['works'].append(measure(works.dry(work) if args.dry_run else work))
+    print(table(results | {'works': results['works'][-1:]}).splitlines()[-1], flush=True)
+  print(table(results))
+  if not (args.only or args.dry_run):
+    path = ROOT / 'results' / f'speed_{backend}.json'
+    path.write_text(json.dumps(results, indent=1) + '\n')
+    print(f'Written to {path.relative_to(ROOT)}.')
+
+
+if __name__ == '__main__':
+  main()
