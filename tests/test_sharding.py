@@ -9,19 +9,21 @@ from vit_jax import sharding
 
 
 @pytest.mark.parametrize(
-  ('batch_size', 'tokens', 'parts'),
+  ('batch_size', 'tokens', 'width', 'parts'),
   [
-    (256, 64, 8),  # 16 images of 64 tokens on each of two devices
-    (128, 64, 4),
-    (8, 196, 1),  # 4 images: 784 tokens are nearest to 1,024
-    (16, 196, 2),
-    (254, 64, 1),  # 127 is prime: one part rather than 127
-    (64, 16, 1),
-    (4, 4096, 2),  # one image is more already
+    (256, 64, 48, 8),  # 16 images of 64 tokens on each of two devices
+    (128, 64, 256, 4),
+    (128, 64, 512, 2),  # 2,048 tokens for 512
+    (16, 196, 192, 2),
+    (16, 196, 768, 1),  # 8 images: 1,568 tokens are nearest to 3,072
+    (64, 196, 768, 2),
+    (254, 64, 48, 1),  # 127 is prime: one part rather than 127
+    (64, 16, 48, 1),
+    (4, 4096, 48, 2),  # one image is more already
   ],
 )
-def test_a_part_is_about_a_thousand_tokens(batch_size, tokens, parts):
-  assert sharding.micro_batches(sharding.make_mesh(2), batch_size, tokens) == parts
+def test_a_part_fits_the_cache(batch_size, tokens, width, parts):
+  assert sharding.micro_batches(sharding.make_mesh(2), batch_size, tokens, width) == parts
 
 
 @pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])

@@ -58,7 +58,7 @@ def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalS
     return score(logits_BL, part['label'], loss_B, part['mask'])
 
   def eval_step(batch, params):
-    parts = sharding.micro_batches(mesh, len(batch['mask']), exp.tokens)
+    parts = exp.micro_batches(mesh, len(batch['mask']))
     return sharding.add_up(score_part, mesh, parts)(batch, params)
 
   return jax.jit(eval_step)

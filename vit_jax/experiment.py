@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import optax
 
-from vit_jax import augment, checkpoint, losses, optim, sources, splits, vit
+from vit_jax import augment, checkpoint, losses, optim, sharding, sources, splits, vit
 from vit_jax import config as config_lib
 from vit_jax.names import choose
 
@@ -85,11 +85,11 @@ class Experiment:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
 
-  @property
-  def tokens(self) -> int:
-    """Patches of an image."""
+  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
+    """How many parts each device best takes its share of a batch in."""
     height, width, _ = self.image_shape
-    return (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
+    patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
+    return sharding.micro_batches(mesh, batch_size, patches, self.model.width)
 
   def saved(self) -> dict:
     """The item `config` of a checkpoint."""

@@ -69,7 +69,7 @@ def make_predict_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Ca
     return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
 
   def predict_step(image_BHWC, params):
-    parts = sharding.micro_batches(mesh, len(image_BHWC), exp.tokens)
+    parts = exp.micro_batches(mesh, len(image_BHWC))
     return sharding.concatenate(probabilities, mesh, parts)(image_BHWC, params)
 
   return jax.jit(predict_step)

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-TOKENS = 1024  # of a micro-batch on a CPU: rows enough for a product, and in the cache
+# Of a micro-batch on a CPU: rows enough for a product, and few enough for the cache. A wide
+# model's weights don't fit there; it takes more rows, so that reading them is little of the work.
+TOKENS = 1024
+TOKENS_PER_WIDTH = 4
 MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
 
@@ -67,20 +70,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def micro_batches(mesh: Mesh, batch_size: int, tokens: int) -> int:
+def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int) -> int:
   """How many parts each device best takes its share of a batch in.
 
   Args:
     mesh: of the devices.
     batch_size: over all of them.
     tokens: of an example.
+    width: of the model.
 
   Returns:
-    1 on accelerators; on a CPU what makes parts of about `TOKENS` tokens.
+    1 on accelerators; on a CPU what makes parts of about `TOKENS` tokens or
+    `TOKENS_PER_WIDTH` times the width.
   """
   if mesh.devices.flat[0].platform != 'cpu':
     return 1
-  rows, best = batch_size // mesh.size, max(TOKENS / tokens, 1)
+  rows = batch_size // mesh.size
+  best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
   divisors = [n for n in range(1, rows + 1) if rows % n == 0]
   return rows // min(divisors, key=lambda n: abs(math.log(n / best)))
 

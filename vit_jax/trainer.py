@@ -40,9 +40,7 @@ def make_train_step(
   `learning_rate` (the one applied).
   """
   config = exp.config
-  parts = config.micro_batches
-  if parts is None:
-    parts = sharding.micro_batches(mesh, config.batch_size, exp.tokens)
+  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
 
   def loss_fn(params, part, key):
     image_key, dropout_key = jax.random.split(key)

@@ -346,7 +346,7 @@ class ViT(nn.Module):
 
     block = EncoderBlock
     if self.remat != 'none':
-      block = nn.remat(EncoderBlock, policy=REMAT[self.remat], prevent_cse=False)
+      block = nn.remat(EncoderBlock, policy=REMAT[self.remat])
     for i in range(self.depth):
       x_BND = block(
         self.num_heads,

@@ -1,0 +1,166 @@
+"""What is compared is the same model, what is counted is what is computed."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import memory, speed, works
+from benchmarks.plain_linen import PlainViT
+from vit_jax import vit
+
+WORKS = [works.dry(work) for work in works.WORKS['cpu']]
+TRAIN, INFERENCE = WORKS[0], WORKS[1]
+CLS = next(work for work in WORKS if work.name == 'B/16 inference')  # tiny has no class token
+
+
+def ours(work):
+  """This project's model and its perturbed parameters, for an image batch."""
+  size = works.sizes(work)
+  image_BHWC = np.random.RandomState(0).normal(size=(4, *(size['image_size'],) * 2, 3))
+  image_BHWC = image_BHWC.astype(np.float32)
+  names = ('width', 'depth', 'num_heads', 'mlp_dim', 'pool', 'activation', 'patch_size')
+  model = vit.make('Ti/16', works.NUM_CLASSES, **{name: size[name] for name in names})
+  params = model.init(jax.random.key(0), image_BHWC)['params']
+  draw = np.random.RandomState(1).normal
+  return model, jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), params), image_BHWC
+
+
+def plain_names(params):
+  """Our parameters under the names of `PlainViT`."""
+  plain = {name: params[name] for name in ('norm', 'head', 'pos_embedding', 'embedding')}
+  plain |= {'cls': params['cls']} if 'cls' in params else {}
+  for name in [name for name in params if name.startswith('block_')]:
+    block, i = params[name], name.removeprefix('block_')
+    for norm in ('attention_norm', 'mlp_norm'):
+      plain[f'{norm}_{i}'] = block[norm]
+    plain[f'attention_{i}'] = block['attention']
+    plain[f'up_{i}'], plain[f'down_{i}'] = block['mlp']['up'], block['mlp']['down']
+  return plain
+
+
+@pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
+def test_plain_linen_is_the_same_function(work):
+  model, params, image_BHWC = ours(work)
+  got = PlainViT(**works.sizes(work)).apply({'params': plain_names(params)}, image_BHWC)
+  np.testing.assert_allclose(got, model.apply({'params': params}, image_BHWC), atol=2e-5)
+
+
+@pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
+def test_the_pytorch_twin_is_the_same_function(work):
+  torch = pytest.importorskip('torch', reason='requirements-peers.txt is not installed')
+  from benchmarks.torch_vit import TorchViT
+
+  model, params, image_BHWC = ours(work)
+  twin = TorchViT(**works.sizes(work))
+  width = works.sizes(work)['width']
+  put = lambda name, value: state.__setitem__(name, torch.from_numpy(np.array(value, np.float32)))
+  state = {}
+
+  def linear(name, layers, inputs):  # several layers side by side are one
+    kernels = [np.reshape(layer['kernel'], (inputs, -1)) for layer in layers]
+    put(f'{name}.weight', np.concatenate(kernels, axis=1).T)
+    put(f'{name}.bias', np.concatenate([np.ravel(layer['bias']) for layer in layers]))
+
+  def norm(name, layer):
+    put(f'{name}.weight', layer['scale'])
+    put(f'{name}.bias', layer['bias'])
+
+  for name in ('cls', 'pos_embedding'):
+    if name in params:
+      put(name, params[name])
+  linear('embedding', [params['embedding']], math.prod(params['embedding']['kernel'].shape[:3]))
+  linear('head', [params['head']], width)
+  norm('norm', params['norm'])
+  for i in range(works.sizes(work)['depth']):
+    block = params[f'block_{i}']
+    attention, mlp = block['attention'], block['mlp']
+    for name in ('attention_norm', 'mlp_norm'):
+      norm(f'blocks.{i}.{name}', block[name])
+    linear(f'blocks.{i}.qkv', [attention[name] for name in ('query', 'key', 'value')], width)
+    linear(f'blocks.{i}.out', [attention['out']], math.prod(attention['out']['kernel'].shape[:2]))
+    linear(f'blocks.{i}.up', [mlp['up']], width)
+    linear(f'blocks.{i}.down', [mlp['down']], mlp['down']['kernel'].shape[0])
+  twin.load_state_dict(state)
+  got = twin(torch.from_numpy(image_BHWC.transpose(0, 3, 1, 2).copy())).detach().numpy()
+  np.testing.assert_allclose(got, model.apply({'params': params}, image_BHWC), atol=2e-5)
+
+
+def product_flops(jaxpr):
+  """Of every matrix product that a program holds, in whatever it is nested."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      (contracted, _), _ = equation.params['dimension_numbers']
+      inputs = equation.invars[0].aval.shape
+      depth = math.prod(inputs[axis] for axis in contracted)
+      total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+    for value in jax.tree.leaves(list(equation.params.values())):
+      inner = getattr(value, 'jaxpr', value)
+      total += product_flops(inner) if hasattr(inner, 'eqns') else 0
+  return total
+
+
+@pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
+def test_flops_are_those_of_the_products(work):
+  model, params, image_BHWC = ours(work)
+  forward = lambda params: model.apply({'params': params}, image_BHWC)
+  gradient = jax.grad(lambda params: forward(params).sum())
+  want = works.flops(**works.sizes(work))
+  count = lambda function: product_flops(jax.make_jaxpr(function)(params).jaxpr) / len(image_BHWC)
+  assert count(forward) == want['inference']
+  assert count(gradient) == want['train']
+
+
+def test_contestants_run_in_processes_of_their_own():
+  work = dataclasses.replace(TRAIN, batch_size=64)
+  contestant = speed.Contestant('vit_jax_whole', work)
+  assert contestant.about['first_step_seconds'] > 0 and 'jax' in contestant.about['versions']
+  assert 0 < contestant.seconds(1) < 5
+  assert contestant.stop() > 1e8  # a process that holds JAX holds more
+  assert contestant.process.exitcode == 0
+
+
+def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
+  (tmp_path / 'timm.py').write_text("raise ModuleNotFoundError('no', name='timm')")
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  assert speed.Contestant('timm_compiled', TRAIN).about == {'skipped': 'not installed: timm'}
+
+
+def test_a_step_needs_less_memory_with_remat():
+  need = {}
+  for remat in ('none', 'full'):
+    config = works.settings(TRAIN)
+    config.model.depth, config.model.remat, config.micro_batches = 4, remat, 1
+    need[remat] = memory.step_bytes(config, 64)
+  assert need['full'] < 0.7 * need['none']
+
+
+@pytest.mark.parametrize(('budget', 'batch'), [(1e9, 0), (2.2e9, 8), (5e9, 32), (5.1e9, 32)])
+def test_the_largest_batch_is_one_that_was_compiled(monkeypatch, budget, batch):
+  tried = {}
+
+  def step_bytes(config, size):  # not quite a straight line
+    tried[size] = int(1e9 + 1.25e8 * size + 1e7 * (size % 16))
+    return tried[size]
+
+  monkeypatch.setattr(memory, 'step_bytes', step_bytes)
+  found, needs = memory.largest_batch(None, budget)
+  assert found == batch and needs == tried.get(batch, 0) <= budget
+  assert tried[batch + memory.MULTIPLE] > budget
+
+
+def test_the_table_has_a_row_for_each_work():
+  row = {
+    'work': 'tiny train', 'batch_size': 8, 'ratio_to': {'plain_linen': 2.5, 'vit_jax_whole': 1.25},
+    'contestants': {'vit_jax': {
+      'images_per_second': 1234.5, 'flops_per_second': 5e9, 'peak_memory_bytes': 2**30,
+      'compile_seconds': 1.5,
+    }},
+  }  # fmt: skip
+  lines = speed.table({'works': [row], 'peak_flops_per_second': 1e10}).splitlines()
+  assert (
+    lines[-1] == '| tiny train | 8 | 1,234.5 | plain linen 2.50 | 50% | 20% | 1.0 GiB | 1.5 s |'
+  )
