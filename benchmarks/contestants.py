@@ -1,4 +1,6 @@
-"""Who takes part in `benchmarks.speed`: `CONTESTANTS[name](work)` gives something to run.
+"""Who takes part in `benchmarks.speed`: `CONTESTANTS[name](work, size)` gives what to run.
+
+`size` is what `works.sizes` says of the work, which only this project can tell.
 
 Every one takes the same work: random images already on the device, the same batch, model and
 precision; training is forward, cross-entropy, backward and one fused AdamW step. Each lives in
@@ -32,10 +34,10 @@ class Program:
   versions: dict[str, str]
 
 
-def random_batch(work: works.Work) -> tuple[np.ndarray, np.ndarray]:
+def random_batch(work: works.Work, size: dict) -> tuple[np.ndarray, np.ndarray]:
   """Images `[B, H, W, 3]`, float32, and labels."""
-  random, size = np.random.RandomState(0), works.sizes(work)['image_size']
-  image_BHWC = random.normal(size=(work.batch_size, size, size, 3)).astype(np.float32)
+  random, pixels = np.random.RandomState(0), size['image_size']
+  image_BHWC = random.normal(size=(work.batch_size, pixels, pixels, 3)).astype(np.float32)
   return image_BHWC, random.randint(works.NUM_CLASSES, size=work.batch_size)
 
 
@@ -45,8 +47,8 @@ def process_memory() -> int:
   return peak if sys.platform == 'darwin' else 1024 * peak
 
 
-def jax_program(run: Callable[[int], None]) -> Program:
-  """A program of JAX's."""
+def jax_program(run: Callable[[int], None], mesh=None) -> Program:
+  """A program of JAX's, over the devices of a mesh or on one."""
   import jax
 
   device = jax.devices()[0]
@@ -55,65 +57,80 @@ def jax_program(run: Callable[[int], None]) -> Program:
     stats = device.memory_stats()
     return stats['peak_bytes_in_use'] if stats else process_memory()
 
-  return Program(run, peak_memory, {'jax': jax.__version__, 'device': device.device_kind})
+  devices = f'{mesh.size if mesh else 1} x {device.device_kind}'
+  return Program(run, peak_memory, {'jax': jax.__version__, 'devices': devices})
 
 
-def vit_jax(work: works.Work, whole: bool = False) -> Program:
-  """This project: the step that `main.py` takes, or what `predict` runs.
-
-  Args:
-    work: what to do.
-    whole: train as `main.py` does, on batches gathered from memory and augmented.
-  """
+def vit_jax(work: works.Work, _: dict) -> Program:
+  """This project: the step that `main.py` takes, or the one that `predict` does."""
   import jax
 
   from vit_jax import data, experiment, predict, sharding, state, trainer
 
   config = works.settings(work)
-  if not whole:
-    config.augment.pad_crop.padding, config.augment.flip.probability = 0, 0.0
+  config.augment.pad_crop.padding, config.augment.flip.probability = 0, 0.0
   sharding.start_up(work.batch_size)
   mesh = sharding.make_mesh(work.batch_size)
   exp, training = experiment.from_config(config)
   replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
-  first = state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, keep_ema=False, sharding=replicated
-  )
-  batches = data.train_batches(training.train, work.batch_size, 0, 0, over_batch)
-  batches = batches if whole else itertools.repeat(next(batches))
+  batch = next(data.train_batches(training.train, work.batch_size, 0, 0, over_batch))
   if work.mode == 'inference':
     step = predict.make_predict_step(exp, mesh)
+    params = jax.device_put(state.init_params(exp.model, exp.image_shape, 0), replicated)
 
     def run(steps):
-      for batch in itertools.islice(batches, steps):
-        out = step(batch['image'], first.params)
+      for _ in range(steps):
+        out = step(batch['image'], params)
       jax.block_until_ready(out)
 
-    return jax_program(run)
-  step, states = trainer.make_train_step(exp, training, mesh), [first]
+    return jax_program(run, mesh)
+  step = trainer.make_train_step(exp, training, mesh)
+  states = [state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, replicated)]
 
   def run(steps):
-    for batch in itertools.islice(batches, steps):
+    for _ in range(steps):
       states[0], metrics = step(states[0], batch)
     jax.block_until_ready((states, metrics))
 
-  return jax_program(run)
+  return jax_program(run, mesh)
 
 
-def vit_jax_whole(work: works.Work) -> Program:
-  """This project with its input: what `main.py` does between two log lines."""
-  return vit_jax(work, whole=True)
+def vit_jax_input(work: works.Work, _: dict) -> Program:
+  """What comes before this project's step: batches gathered from memory and augmented."""
+  import jax
+  import jax.numpy as jnp
+
+  from vit_jax import data, experiment, sharding
+
+  sharding.start_up(work.batch_size)
+  mesh = sharding.make_mesh(work.batch_size)
+  exp, training = experiment.from_config(works.settings(work))
+  batches = data.train_batches(training.train, work.batch_size, 0, 0, sharding.over_batch(mesh))
+  example_B = jnp.arange(work.batch_size)
+
+  def augmented(part, key):
+    return exp.augment(key, part['example'], part['image'])
+
+  parts = exp.micro_batches(mesh, work.batch_size)
+  augment = jax.jit(sharding.concatenate(augmented, mesh, parts))
+
+  def run(steps):
+    for batch in itertools.islice(batches, steps):
+      out = augment(batch | {'example': example_B}, jax.random.key(0))
+    jax.block_until_ready(out)
+
+  return jax_program(run, mesh)
 
 
-def plain_linen(work: works.Work) -> Program:
+def plain_linen(work: works.Work, size: dict) -> Program:
   """The module made of flax's own parts, in one jitted step."""
   import jax
   import optax
 
   from benchmarks.plain_linen import PlainViT
 
-  image_BHWC, label_B = jax.device_put(random_batch(work))
-  model = PlainViT(**works.sizes(work), dtype=work.dtype)
+  image_BHWC, label_B = jax.device_put(random_batch(work, size))
+  model = PlainViT(**size, dtype=work.dtype)
   params = jax.jit(model.init)(jax.random.key(0), image_BHWC)
   if work.mode == 'inference':
     forward = jax.jit(model.apply)
@@ -126,7 +143,7 @@ def plain_linen(work: works.Work) -> Program:
     return jax_program(run)
   optimizer = optax.adamw(works.LEARNING_RATE)
 
-  def train_step(state):
+  def train_step(state, image_BHWC, label_B):
     def loss(params):
       logits_BL = model.apply(params, image_BHWC)
       return optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B).mean()
@@ -139,13 +156,15 @@ def plain_linen(work: works.Work) -> Program:
 
   def run(steps):
     for _ in range(steps):
-      states[0] = step(states[0])
+      states[0] = step(states[0], image_BHWC, label_B)
     jax.block_until_ready(states)
 
   return jax_program(run)
 
 
-def torch_program(work: works.Work, model, logits: Callable, versions: dict[str, str]) -> Program:
+def torch_program(
+  work: works.Work, size: dict, model, logits: Callable, versions: dict[str, str]
+) -> Program:
   """A PyTorch model's steps; `logits` takes the images."""
   import torch
   from torch.nn import functional
@@ -154,7 +173,7 @@ def torch_program(work: works.Work, model, logits: Callable, versions: dict[str,
   half = work.dtype == 'bfloat16'
   torch.set_float32_matmul_precision('highest')
   model.to(device)
-  image_BHWC, label_B = random_batch(work)
+  image_BHWC, label_B = random_batch(work, size)
   image_BCHW = torch.from_numpy(image_BHWC.transpose(0, 3, 1, 2).copy()).to(device)
   label_B = torch.from_numpy(label_B).to(device)
 
@@ -188,25 +207,25 @@ def torch_program(work: works.Work, model, logits: Callable, versions: dict[str,
   cuda = device.type == 'cuda'
   peak_memory = torch.cuda.max_memory_allocated if cuda else process_memory
   run = infer if work.mode == 'inference' else train
-  return Program(run, peak_memory, {'torch': torch.__version__} | versions)
+  versions = versions | {'torch': torch.__version__, 'threads': str(torch.get_num_threads())}
+  return Program(run, peak_memory, versions)
 
 
-def torch_twin(work: works.Work, compiled: bool) -> Program:
+def torch_twin(work: works.Work, size: dict, compiled: bool) -> Program:
   """The hand-written PyTorch model."""
   import torch
 
   from benchmarks.torch_vit import TorchViT
 
-  model = TorchViT(**works.sizes(work))
-  return torch_program(work, model, torch.compile(model) if compiled else model, {})
+  model = TorchViT(**size)
+  return torch_program(work, size, model, torch.compile(model) if compiled else model, {})
 
 
-def huggingface(work: works.Work, compiled: bool) -> Program:
+def huggingface(work: works.Work, size: dict, compiled: bool) -> Program:
   """`ViTForImageClassification`, with PyTorch's fused attention."""
   import torch
   import transformers
 
-  size = works.sizes(work)
   config = transformers.ViTConfig(
     hidden_size=size['width'],
     num_hidden_layers=size['depth'],
@@ -221,16 +240,15 @@ def huggingface(work: works.Work, compiled: bool) -> Program:
   model = transformers.ViTForImageClassification(config)
   forward = torch.compile(model) if compiled else model
   logits = lambda image_BCHW: forward(pixel_values=image_BCHW).logits
-  return torch_program(work, model, logits, {'transformers': transformers.__version__})
+  return torch_program(work, size, model, logits, {'transformers': transformers.__version__})
 
 
-def timm_compiled(work: works.Work) -> Program:
+def timm_compiled(work: works.Work, size: dict) -> Program:
   """timm's `VisionTransformer` under `torch.compile`."""
   import timm
   from timm.models.vision_transformer import VisionTransformer
   import torch
 
-  size = works.sizes(work)
   model = VisionTransformer(
     img_size=size['image_size'],
     patch_size=size['patch_size'],
@@ -244,17 +262,17 @@ def timm_compiled(work: works.Work) -> Program:
     fc_norm=False,
     act_layer=size['activation'],
   )
-  return torch_program(work, model, torch.compile(model), {'timm': timm.__version__})
+  return torch_program(work, size, model, torch.compile(model), {'timm': timm.__version__})
 
 
 CONTESTANTS = {
   'vit_jax': vit_jax,
-  'vit_jax_whole': vit_jax_whole,
+  'vit_jax_input': vit_jax_input,
   'plain_linen': plain_linen,
-  'torch_eager': lambda work: torch_twin(work, compiled=False),
-  'torch_compiled': lambda work: torch_twin(work, compiled=True),
-  'huggingface_eager': lambda work: huggingface(work, compiled=False),
-  'huggingface_compiled': lambda work: huggingface(work, compiled=True),
+  'torch_eager': lambda work, size: torch_twin(work, size, compiled=False),
+  'torch_compiled': lambda work, size: torch_twin(work, size, compiled=True),
+  'huggingface_eager': lambda work, size: huggingface(work, size, compiled=False),
+  'huggingface_compiled': lambda work, size: huggingface(work, size, compiled=True),
   'timm_compiled': timm_compiled,
 }
 

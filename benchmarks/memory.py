@@ -27,7 +27,7 @@ def step_bytes(config, batch_size: int) -> int:
 
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size
-  mesh = sharding.make_mesh(1)
+  mesh = sharding.make_mesh()
   exp, training = experiment.from_config(config)
   init = lambda: state.init_state(
     exp.model, training.optimizer, exp.image_shape, 0, False, sharding.replicated(mesh)
@@ -64,7 +64,12 @@ def largest_batch(config, budget: float) -> tuple[int, int]:
 
 def show(gibibytes: float) -> None:
   """Prints a row for each size and plan."""
-  print(f'Largest training batch in {gibibytes:g} GiB, 224 pixels, bfloat16 compute:')
+  import jax
+
+  print(
+    f'Largest training batch in {gibibytes:g} GiB, 224 pixels, bfloat16 compute, as compiled for '
+    f'this {jax.default_backend()}:'
+  )
   print('| model | remat | first moment | batch | GiB |\n| --- | --- | --- | --- | --- |')
   for size, (remat, moment) in itertools.product(SIZES, PLANS):
     overrides = {'model.remat': remat, 'optimizer.moment_dtype': moment, 'micro_batches': '1'}

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -30,10 +31,17 @@ from benchmarks import contestants, memory, works
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 7
 TURN = 0.5  # seconds
-PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bfloat16, FLOP/s, data sheets
+PEAKS = {  # dense bfloat16, FLOP/s, of the data sheets; the first name that fits
+  'H100 PCIe': 756e12,
+  'H100': 989e12,
+  'H200': 989e12,
+  'A100': 312e12,
+}
 SPAWN = multiprocessing.get_context('spawn')
-ENVIRONMENT = {  # of the contestants: GPU memory as needed, and nothing compiled before
+ENVIRONMENT = {  # of the contestants: one GPU, its memory as needed, nothing compiled before
+  'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0],
   'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+  'JAX_ENABLE_COMPILATION_CACHE': 'false',
   'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
 }
 
@@ -41,10 +49,10 @@ ENVIRONMENT = {  # of the contestants: GPU memory as needed, and nothing compile
 class Contestant:
   """A process that builds a program and runs it when told to."""
 
-  def __init__(self, name: str, work: works.Work):
+  def __init__(self, name: str, work: works.Work, size: dict):
     self.name = name
     self.connection, there = SPAWN.Pipe()
-    self.process = SPAWN.Process(target=serve, args=(there, name, work), daemon=True)
+    self.process = SPAWN.Process(target=serve, args=(there, name, work, size), daemon=True)
     self.process.start()
     there.close()
     self.about = self.answer()  # versions and seconds of the first step, or why it can't run
@@ -54,12 +62,20 @@ class Contestant:
     try:
       return self.connection.recv()
     except EOFError:
+      self.process.join()
       return {'skipped': f'its process ended with {self.process.exitcode}'}
 
   def seconds(self, steps: int) -> float:
-    """How long it took for so many steps."""
+    """How long it took for so many steps.
+
+    Raises:
+      RuntimeError: its process died.
+    """
     self.connection.send(steps)
-    return self.answer()
+    answer = self.answer()
+    if isinstance(answer, dict):
+      raise RuntimeError(f'{self.name} failed while it ran: {answer["skipped"]}.')
+    return answer
 
   def stop(self) -> int:
     """Ends the process; returns its peak memory in bytes."""
@@ -68,10 +84,10 @@ class Contestant:
     return peak
 
 
-def serve(connection, name: str, work: works.Work) -> None:
+def serve(connection, name: str, work: works.Work, size: dict) -> None:
   """The other end of a `Contestant`."""
   try:
-    program = contestants.CONTESTANTS[name](work)
+    program = contestants.CONTESTANTS[name](work, size)
     first = contestants.seconds(lambda: program.run(1))
   except ImportError as error:
     connection.send({'skipped': f'not installed: {error.name}'})
@@ -89,14 +105,15 @@ def serve(connection, name: str, work: works.Work) -> None:
 
 def measure(work: works.Work) -> dict:
   """Everything about a work: each contestant's rates and the ratios to this project."""
-  names = ['vit_jax', *['vit_jax_whole'] * (work.mode == 'train'), *work.peers]
+  names = ['vit_jax', *['vit_jax_input'] * (work.mode == 'train'), *work.peers]
   began = time.perf_counter()
-  everyone = [Contestant(name, work) for name in names]
+  size = in_a_process(works.sizes, work)
+  everyone = [Contestant(name, work, size) for name in names]
   skipped = {c.name: c.about['skipped'] for c in everyone if 'skipped' in c.about}
   for name, reason in skipped.items():
     print(f'  {work.name}: {name} left out ({reason})', file=sys.stderr)
   running = [c for c in everyone if c.name not in skipped]
-  if running[0].name != 'vit_jax':
+  if 'vit_jax' in skipped:
     raise RuntimeError(f'{work.name}: this project itself failed; its traceback is above.')
   steps = {}
   for c in running:
@@ -104,16 +121,17 @@ def measure(work: works.Work) -> dict:
     steps[c.name] = math.ceil(TURN / c.seconds(1))
   rates = {c.name: [] for c in running}
   for i in range(ROUNDS):
-    for c in running[i % len(running) :] + running[: i % len(running)]:  # no one's place is fixed
+    for c in random.Random(i).sample(running, len(running)):  # no one always follows another
       n = steps[c.name]
       rates[c.name].append(n * work.batch_size / c.seconds(n))
   result = {
     'work': work.name,
     'batch_size': work.batch_size,
     'dtype': work.dtype,
-    'flops_per_image': works.flops(**works.sizes(work))[work.mode],
+    'flops_per_image': works.flops(**size)[work.mode],
     'contestants': {},
     'ratio_to': {},
+    'ratio_range': {},
     'skipped': skipped,
   }
   for c in running:
@@ -121,13 +139,13 @@ def measure(work: works.Work) -> dict:
     result['contestants'][c.name] = {
       'images_per_second': rate,
       'rounds': rates[c.name],
-      'flops_per_second': rate * result['flops_per_image'],
       'compile_seconds': c.about['first_step_seconds'] - work.batch_size / rate,
       'peak_memory_bytes': c.stop(),
       'versions': c.about['versions'],
     }
-    pairs = zip(rates['vit_jax'], rates[c.name])
-    result['ratio_to'][c.name] = statistics.median(ours / theirs for ours, theirs in pairs)
+    ratios = [ours / theirs for ours, theirs in zip(rates['vit_jax'], rates[c.name])]
+    result['ratio_to'][c.name] = statistics.median(ratios)
+    result['ratio_range'][c.name] = [min(ratios), max(ratios)]
   result['seconds'] = time.perf_counter() - began
   return result
 
@@ -143,7 +161,8 @@ def first_step(folder: pathlib.Path, name: str) -> float:
   """Seconds from the command to its first step, with the compilation cache in the folder."""
   command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={folder / name}']
   environment = os.environ | {'XDG_CACHE_HOME': str(folder)}
-  environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+  for name in ('JAX_COMPILATION_CACHE_DIR', 'JAX_ENABLE_COMPILATION_CACHE'):
+    environment.pop(name, None)
   began = time.perf_counter()
   with subprocess.Popen(
     command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -170,7 +189,7 @@ def peak(device: str, measured: float) -> tuple[float, str]:
   for name, flops in PEAKS.items():
     if name in device:
       return flops, f'the {name} data sheet, dense bfloat16'
-  return measured, "this machine's measured rate of products of 2048 x 2048, float32"
+  return measured, "this machine's rate of large square products, measured"
 
 
 NAMES = {
@@ -184,19 +203,23 @@ NAMES = {
 
 
 def table(results: dict) -> str:
-  """As Markdown: a row for each work. `input` is what gathering and augmenting add to a step."""
+  """As Markdown: a row for each work.
+
+  `input` is the time that gathering and augmenting a batch takes, as a share of a step's.
+  """
   lines = [
     '| work | batch | images/s | times as fast as | of peak | input | memory | compiled in |',
     '| --- | --- | --- | --- | --- | --- | --- | --- |',
   ]
   for row in results['works']:
     ours, ratio = row['contestants']['vit_jax'], row['ratio_to']
+    flops = ours['images_per_second'] * row['flops_per_image']
     peers = [f'{name} {ratio[key]:.2f}' for key, name in NAMES.items() if key in ratio]
-    whole = f'{1 - 1 / ratio["vit_jax_whole"]:.0%}' if 'vit_jax_whole' in ratio else ''
+    share = f'{ratio["vit_jax_input"]:.1%}' if 'vit_jax_input' in ratio else ''
     lines.append(
       f'| {row["work"]} | {row["batch_size"]} | {ours["images_per_second"]:,.1f} '
-      f'| {", ".join(peers)} | {ours["flops_per_second"] / results["peak_flops_per_second"]:.0%} '
-      f'| {whole} | {ours["peak_memory_bytes"] / 2**30:.1f} GiB '
+      f'| {", ".join(peers)} | {flops / results["peak_flops_per_second"]:.0%} '
+      f'| {share} | {ours["peak_memory_bytes"] / 2**30:.1f} GiB '
       f'| {ours["compile_seconds"]:.1f} s |'
     )
   return '\n'.join(lines)
@@ -210,12 +233,17 @@ def main() -> None:
   parser.add_argument('--dry-run', action='store_true', help="a GPU's works at toy sizes")
   parser.add_argument('--memory', type=float, metavar='GIB', help='largest batches in so much')
   args = parser.parse_args()
-  if args.memory:
-    return memory.show(args.memory)
   os.environ.update(ENVIRONMENT)
+  if args.memory is not None:
+    return memory.show(args.memory)
   results = in_a_process(contestants.machine)
   backend = 'gpu' if args.dry_run else results['backend']
+  if backend not in works.WORKS:
+    parser.error(f'there are works for {" and ".join(works.WORKS)}, and none for {backend}')
   selected = [work for work in works.WORKS[backend] if args.only in work.name]
+  if not selected:
+    names = ', '.join(work.name for work in works.WORKS[backend])
+    parser.error(f'--only={args.only} is in no name of these: {names}')
   rates = {name: in_a_process(contestants.matmul_rate, name) for name in ('jax', 'torch')}
   results['peak_flops_per_second'], results['peak_is'] = peak(results['machine'], rates['jax'])
   results |= {
@@ -228,11 +256,10 @@ def main() -> None:
   for work in selected:
     results['works'].append(measure(works.dry(work) if args.dry_run else work))
     print(table(results | {'works': results['works'][-1:]}).splitlines()[-1], flush=True)
+    if not (args.only or args.dry_run):  # whatever happens to the next one
+      path = ROOT / 'results' / f'speed_{backend}.json'
+      path.write_text(json.dumps(results, indent=1) + '\n')
   print(table(results))
-  if not (args.only or args.dry_run):
-    path = ROOT / 'results' / f'speed_{backend}.json'
-    path.write_text(json.dumps(results, indent=1) + '\n')
-    print(f'Written to {path.relative_to(ROOT)}.')
 
 
 if __name__ == '__main__':

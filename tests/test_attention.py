@@ -36,13 +36,12 @@ def draw(shape, dtype, rate, seed):
   batch, queries, tokens, heads, size = shape
   random = np.random.RandomState(seed)
   array = lambda n: jnp.asarray(random.normal(size=(batch, n, heads, size)), dtype)
-  keep = (random.uniform(size=(batch, heads, queries, tokens)) >= rate) / (1 - rate)
-  keep = jnp.asarray(keep, jnp.float32) if rate else None
-  return array(queries), array(tokens), array(tokens), keep, array(queries)
+  keep = random.uniform(size=(batch, heads, queries, tokens)) >= rate if rate else None
+  return array(queries), array(tokens), array(tokens), keep, rate, array(queries)
 
 
-def value_and_gradients(kernel, query, key, value, keep, dy):
-  y, pull = jax.vjp(lambda *qkv: kernel(*qkv, keep), query, key, value)
+def value_and_gradients(kernel, query, key, value, keep, rate, dy):
+  y, pull = jax.vjp(lambda *qkv: kernel(*qkv, keep, rate), query, key, value)
   return y, *pull(dy)
 
 
@@ -56,22 +55,23 @@ shapes = st.tuples(
 @given(shapes, st.sampled_from(sorted(ROUNDING)), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
 def test_kernels_agree_with_float64(kernel, shape, dtype, rate, seed):
   given = draw(shape, dtype, rate, seed)
-  got = jax.jit(value_and_gradients, static_argnums=0)(kernel, *given)
-  exact = [1.0 if x is None else np.asarray(x, np.float64) for x in given]
-  for name, mine, want in zip(('y', 'dquery', 'dkey', 'dvalue'), got, reference(*exact)):
+  got = jax.jit(value_and_gradients, static_argnums=(0, 5))(kernel, *given)
+  query, key, value, keep, _, dy = [x if x is None else np.asarray(x, np.float64) for x in given]
+  exact = reference(query, key, value, 1.0 if keep is None else keep / (1 - rate), dy)
+  for name, mine, want in zip(('y', 'dquery', 'dkey', 'dvalue'), got, exact):
     assert mine.dtype == dtype
     error = np.abs(np.asarray(mine, np.float64) - want).max()
     assert error <= 16 * ROUNDING[dtype] * max(np.abs(want).max(), 1), name
 
 
 def test_large_logits_do_not_overflow():
-  query, key, value, _, dy = draw((1, 4, 5, 2, 8), 'float32', 0, 0)
-  got = value_and_gradients(attention.with_gradient, 300 * query, 300 * key, value, None, dy)
+  query, key, value, _, _, dy = draw((1, 4, 5, 2, 8), 'float32', 0, 0)
+  got = value_and_gradients(attention.with_gradient, 300 * query, 300 * key, value, None, 0, dy)
   assert all(np.isfinite(x).all() for x in got)
 
 
 def test_weights_are_formed_only_to_be_looked_at():
-  query, key, value, _, _ = draw((2, 3, 7, 2, 4), 'float32', 0, 1)
+  query, key, value, *_ = draw((2, 3, 7, 2, 4), 'float32', 0, 1)
   seen = []
   looked = attention.attention(query, key, value, inspect=seen.append)
   np.testing.assert_allclose(seen[0].sum(-1), 1, atol=1e-6)
@@ -79,30 +79,41 @@ def test_weights_are_formed_only_to_be_looked_at():
 
 
 @pytest.mark.parametrize(
-  ('backend', 'version', 'dtype', 'size', 'dropout', 'flash'),
+  ('backend', 'version', 'capability', 'dtype', 'size', 'dropout', 'kernel'),
   [
-    ('gpu', 'cuda 13000', 'bfloat16', 64, False, True),
-    ('gpu', 'cuda 13000', 'bfloat16', 64, True, False),  # its draws would not be ours
-    ('gpu', 'cuda 13000', 'float32', 64, False, False),
-    ('gpu', 'cuda 13000', 'bfloat16', 12, False, False),
-    ('gpu', 'rocm 70000', 'bfloat16', 64, False, False),
-    ('tpu', 'libtpu', 'bfloat16', 64, False, False),
+    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, False, 'cudnn'),
+    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, True, 'plain'),  # its draws would not be ours
+    ('gpu', 'cuda 13000', '9.0', 'float32', 64, False, 'plain'),
+    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 12, False, 'plain'),
+    ('gpu', 'cuda 13000', '7.5', 'bfloat16', 64, False, 'plain'),
+    ('gpu', 'rocm 70000', '9.0', 'bfloat16', 64, False, 'plain'),
+    ('tpu', 'libtpu', '', 'bfloat16', 64, False, 'plain'),
+    ('cpu', 'cpu', '', 'bfloat16', 64, False, 'with_gradient'),
   ],
 )
-def test_the_kernel_follows_the_backend(monkeypatch, backend, version, dtype, size, dropout, flash):
+def test_the_kernel_follows_the_backend(
+  monkeypatch, backend, version, capability, dtype, size, dropout, kernel
+):
   """cuDNN's kernel itself needs a GPU: here XLA computes what it was asked for."""
-  given = draw((2, 5, 5, 2, size), dtype, 0.3 * dropout, 2)[:4]
+  given = draw((2, 5, 5, 2, size), dtype, 0.3 * dropout, 2)[:5]
   want = attention.plain(*given)
-  calls, real = [], jax.nn.dot_product_attention
+  calls, fused = [], jax.nn.dot_product_attention
 
-  def fused(query, key, value, implementation):
+  def flash(query, key, value, implementation):
     calls.append(implementation)
-    return real(query, key, value, implementation='xla')
+    return fused(query, key, value, implementation='xla')
+
+  def spy(name):
+    function = getattr(attention, name)
+    monkeypatch.setattr(attention, name, lambda *x: calls.append(name) or function(*x))
 
   client = types.SimpleNamespace(platform_version=version)
+  device = types.SimpleNamespace(client=client, compute_capability=capability)
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(client=client)])
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', fused)
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', flash)
+  spy('plain')
+  spy('with_gradient')
   y = attention.attention(*given)
-  assert calls == ['cudnn'] * flash
+  assert calls == [kernel]
   np.testing.assert_allclose(np.float32(y), np.float32(want), atol=0.02)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import memory, speed, works
 from benchmarks.plain_linen import PlainViT
-from vit_jax import vit
+from vit_jax import sources, splits, vit
 
 WORKS = [works.dry(work) for work in works.WORKS['cpu']]
 TRAIN, INFERENCE = WORKS[0], WORKS[1]
@@ -116,17 +116,55 @@ def test_flops_are_those_of_the_products(work):
 
 def test_contestants_run_in_processes_of_their_own():
   work = dataclasses.replace(TRAIN, batch_size=64)
-  contestant = speed.Contestant('vit_jax_whole', work)
+  contestant = speed.Contestant('vit_jax', work, works.sizes(work))
   assert contestant.about['first_step_seconds'] > 0 and 'jax' in contestant.about['versions']
   assert 0 < contestant.seconds(1) < 5
   assert contestant.stop() > 1e8  # a process that holds JAX holds more
   assert contestant.process.exitcode == 0
 
 
+PACE = {'vit_jax': 0.1, 'vit_jax_input': 0.01, 'torch_eager': 0.2, 'torch_compiled': 0.05}
+
+
+class Fake:
+  """A contestant of a known rate, in seconds a step."""
+
+  def __init__(self, name, work, size):
+    self.name = name
+    known = name in PACE
+    self.about = {'first_step_seconds': 3.1, 'versions': {}} if known else {'skipped': 'absent'}
+
+  def seconds(self, steps):
+    return steps * PACE[self.name]
+
+  def stop(self):
+    return 5
+
+
+def test_ratios_say_how_many_times_as_fast_we_are(monkeypatch):
+  monkeypatch.setattr(speed, 'Contestant', Fake)
+  result = speed.measure(TRAIN)
+  ratio = result['ratio_to']
+  assert ratio['torch_eager'] == pytest.approx(2) and ratio['torch_compiled'] == pytest.approx(0.5)
+  assert result['skipped'] == {'plain_linen': 'absent'}
+  ours = result['contestants']['vit_jax']
+  assert ours['images_per_second'] == pytest.approx(TRAIN.batch_size / 0.1)
+  assert ours['compile_seconds'] == pytest.approx(3.0) and len(ours['rounds']) == speed.ROUNDS
+
+
+@pytest.mark.parametrize('work', works.WORKS['cpu'] + works.WORKS['gpu'], ids=lambda w: w.name)
+def test_every_work_finds_its_images(work):
+  config, source = works.settings(work), sources.open_source('synthetic', '', (32, 32))
+  [(_, start, stop)] = splits.resolve(config.data.train_split, source.sizes)
+  assert 0 <= start < stop and config.epochs * (stop - start) >= work.batch_size
+
+
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
   (tmp_path / 'timm.py').write_text("raise ModuleNotFoundError('no', name='timm')")
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
-  assert speed.Contestant('timm_compiled', TRAIN).about == {'skipped': 'not installed: timm'}
+  assert speed.Contestant('timm_compiled', TRAIN, works.sizes(TRAIN)).about == {
+    'skipped': 'not installed: timm'
+  }
 
 
 def test_a_step_needs_less_memory_with_remat():
@@ -154,13 +192,13 @@ def test_the_largest_batch_is_one_that_was_compiled(monkeypatch, budget, batch):
 
 def test_the_table_has_a_row_for_each_work():
   row = {
-    'work': 'tiny train', 'batch_size': 8, 'ratio_to': {'plain_linen': 2.5, 'vit_jax_whole': 1.25},
+    'work': 'tiny train', 'batch_size': 8, 'flops_per_image': 4e6,
+    'ratio_to': {'plain_linen': 2.5, 'vit_jax_input': 0.2},
     'contestants': {'vit_jax': {
-      'images_per_second': 1234.5, 'flops_per_second': 5e9, 'peak_memory_bytes': 2**30,
-      'compile_seconds': 1.5,
+      'images_per_second': 1234.5, 'peak_memory_bytes': 2**30, 'compile_seconds': 1.5,
     }},
   }  # fmt: skip
-  lines = speed.table({'works': [row], 'peak_flops_per_second': 1e10}).splitlines()
+  lines = speed.table({'works': [row], 'peak_flops_per_second': 9.876e9}).splitlines()
   assert (
-    lines[-1] == '| tiny train | 8 | 1,234.5 | plain linen 2.50 | 50% | 20% | 1.0 GiB | 1.5 s |'
+    lines[-1] == '| tiny train | 8 | 1,234.5 | plain linen 2.50 | 50% | 20.0% | 1.0 GiB | 1.5 s |'
   )

@@ -104,6 +104,20 @@ def test_more_epochs_go_on(tmp_path):
   assert result['steps'] == 16 and checkpoint.latest_step(tmp_path) == 16
 
 
+def test_a_resumed_run_has_the_devices_that_it_began_with(tmp_path):
+  """Not under conftest, which makes two devices before anything else can make one."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  flags = [
+      '--config=configs/digits.py', f'--workdir={tmp_path}', '--config.model.depth=1',
+      '--config.batch_size=64', '--config.data.source=synthetic', '--config.eval_batch_size=64',
+  ]  # fmt: skip
+  for epochs in ('0.1', '0.2'):
+    command = [sys.executable, 'main.py', *flags, f'--config.epochs={epochs}']
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
+  log = (tmp_path / 'log.txt').read_text()
+  assert log.count(f'on {min(cores, 2)} cpu device(s)') == 2 and 'Going on from step 2' in log
+
+
 def test_another_config_is_refused(trained):
   workdir, _ = trained
   with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.01 there, 0\.1 given'):

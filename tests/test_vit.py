@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import DATA
 from vit_jax import vit
+from vit_jax.matmul import matmul
 
 # The paper's names, in both spellings, and ours.
 PAPER_NAMES = (
@@ -136,6 +137,18 @@ def test_attention_maps_are_sown_only_when_asked_for():
   assert [m.shape for m in maps] == [(4, 2, 9, 9)] * 2
   np.testing.assert_allclose(np.sum(maps, axis=-1), 1, atol=1e-5)
   np.testing.assert_allclose(logits, model.apply(variables, IMAGE), atol=1e-6)
+
+
+def test_narrowing_products_have_their_gradient_arranged_and_unchanged():
+  x, kernel = np.random.RandomState(5).normal(size=(2, 40, 40)).astype(np.float32)
+  kernel = kernel[:, :8]
+  assert 'optimization_barrier' in str(jax.make_jaxpr(matmul)(x, kernel))
+  assert 'optimization_barrier' not in str(jax.make_jaxpr(matmul)(x[:, :8], kernel.T))
+  y, pull = jax.vjp(matmul, x, kernel)
+  dx, dkernel = pull(y)
+  np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(dx, y @ kernel.T, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(dkernel, x.T @ y, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize('remat', ['dots', 'full'])

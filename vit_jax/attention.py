@@ -24,6 +24,7 @@ def attention(
   key_BNKE: jax.Array,
   value_BNKE: jax.Array,
   keep_BKQN: jax.Array | None = None,
+  rate: float = 0.0,
   inspect: Callable[[jax.Array], object] | None = None,
 ) -> jax.Array:
   """Multi-head attention, `[B, Q, K, E]`.
@@ -32,25 +33,27 @@ def attention(
     query_BQKE: queries; their number may differ from the keys' (the MAP head has one).
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKQN: what dropout multiplies the weights by: 0, or 1 / (1 - rate).
+    keep_BKQN: which weights dropout keeps; None for all. They are divided by `1 - rate`.
+    rate: of dropout.
     inspect: called with the weights before dropout, `[B, K, Q, N]`.
   """
   if inspect:
     inspect(attention_weights(query_BQKE, key_BNKE))
-    return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
+    return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
   if jax.default_backend() == 'cpu':
-    return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
-  if keep_BKQN is None and flash_runs(query_BQKE):
+    return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
+  if keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
     return jax.nn.dot_product_attention(query_BQKE, key_BNKE, value_BNKE, implementation='cudnn')
-  return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN)
+  return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
 
 
-def flash_runs(query_BQKE: jax.Array) -> bool:
-  """Whether cuDNN takes arrays like this one: NVIDIA, half precision, heads of 8 to 128."""
+def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
+  """Whether cuDNN takes these: self-attention in half precision, heads of 8 to 128, Ampere on."""
+  device, size = jax.devices()[0], query_BQKE.shape[-1]
+  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
+    return False
   half = query_BQKE.dtype in (jnp.bfloat16, jnp.float16)
-  size = query_BQKE.shape[-1]
-  nvidia = 'cuda' in jax.devices()[0].client.platform_version
-  return nvidia and half and size % 8 == 0 and size <= 128
+  return half and size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
 
 
 def attention_weights(query_BQKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
@@ -68,18 +71,20 @@ def plain(
   key_BNKE: jax.Array,
   value_BNKE: jax.Array,
   keep_BKQN: jax.Array | None,
+  rate: float,
 ) -> jax.Array:
   """The values averaged by the weights."""
-  weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN)
+  weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate)
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
 
-# Where no gradient is asked for there is nothing to keep for it, and `plain` is faster.
-with_gradient = jax.custom_vjp(plain)
+# Where no gradient is asked for there is nothing to keep for it, and `plain` is faster. Reverse
+# mode only, as a custom gradient is: `jax.jvp` needs `plain`.
+with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 
-def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN):
+def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
   """The output, and what `backward` needs: the weights before they are normalised among it."""
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
@@ -90,24 +95,24 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN):
   total_BK1Q = weights_BKNQ.sum(axis=2, keepdims=True)
   weights_BKNQ = weights_BKNQ.astype(query_BQKE.dtype)
   keep_BKNQ = None if keep_BKQN is None else jnp.swapaxes(keep_BKQN, 2, 3)
-  y_BKEQ = jnp.einsum('BKEN,BKNQ->BKEQ', value_BKEN, drop(weights_BKNQ, keep_BKNQ))
+  y_BKEQ = jnp.einsum('BKEN,BKNQ->BKEQ', value_BKEN, drop(weights_BKNQ, keep_BKNQ, rate))
   y_BKEQ = (y_BKEQ / total_BK1Q).astype(query_BQKE.dtype)
   saved = query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ
   return tokens_first(y_BKEQ), saved
 
 
-def backward(saved, dy_BQKE):
+def backward(rate, saved, dy_BQKE):
   """Gradients. Softmax's takes `sum_n w dw`, which is `sum_e y dy`: E terms and not N."""
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype
   dy_BKEQ = (heads_first(dy_BQKE) / total_BK1Q).astype(dtype)
-  dvalue_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', dy_BKEQ, drop(weights_BKNQ, keep_BKNQ))
+  dvalue_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', dy_BKEQ, drop(weights_BKNQ, keep_BKNQ, rate))
   dweights_BKNQ = jnp.einsum(
     'BKEQ,BKEN->BKNQ', dy_BKEQ, value_BKEN, preferred_element_type=jnp.float32
   )
   product_BKEQ = dy_BKEQ.astype(jnp.float32) * y_BKEQ
   inner_BK1Q = product_BKEQ.sum(axis=2, keepdims=True)
-  dlogits_BKNQ = weights_BKNQ * (drop(dweights_BKNQ, keep_BKNQ) - inner_BK1Q)
+  dlogits_BKNQ = weights_BKNQ * (drop(dweights_BKNQ, keep_BKNQ, rate) - inner_BK1Q)
   dlogits_BKNQ = dlogits_BKNQ.astype(dtype)
   dquery_BKEQ = jnp.einsum('BKEN,BKNQ->BKEQ', key_BKEN, dlogits_BKNQ)
   dkey_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', query_BKEQ, dlogits_BKNQ)
@@ -128,6 +133,6 @@ def tokens_first(x_BKEN: jax.Array) -> jax.Array:
   return x_BKEN.transpose(0, 3, 1, 2)
 
 
-def drop(weights: jax.Array, keep: jax.Array | None) -> jax.Array:
+def drop(weights: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
   """Dropout by a mask drawn before."""
-  return weights if keep is None else (weights * keep).astype(weights.dtype)
+  return weights if keep is None else jnp.where(keep, weights / (1 - rate), 0).astype(weights.dtype)

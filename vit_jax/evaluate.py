@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from vit_jax import config as config_lib
 from vit_jax import data, experiment, sharding
 from vit_jax.sources import Examples
 
@@ -76,10 +77,10 @@ def run(
   workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> dict[str, float]:
   """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
-  sharding.start_up()
+  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
   exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
   examples = experiment.load_split(exp, exp.config.data.eval_split)
-  mesh = sharding.make_mesh(jax.device_count())
+  mesh = sharding.make_mesh()
   params = jax.device_put(params, sharding.replicated(mesh))
   return {'step': step} | evaluate(make_eval_step(exp, mesh), params, examples, batch_size, mesh)

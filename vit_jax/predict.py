@@ -40,7 +40,7 @@ def predict(
   exp, params, _ = experiment.from_workdir(workdir, overrides, config)
   names = exp.task.class_names
 
-  mesh = sharding.make_mesh(jax.device_count())
+  mesh = sharding.make_mesh()
   batch_size = -(-batch_size // mesh.size) * mesh.size
   params = jax.device_put(params, sharding.replicated(mesh))
   predict_step = make_predict_step(exp, mesh)
@@ -49,9 +49,11 @@ def predict(
   for start in range(0, len(files), BATCH):
     rows = [read(file, exp.task) for file in files[start : start + BATCH]]
     good = [row for row in rows if isinstance(row, np.ndarray)]
-    image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
-    image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
-    scores = iter(np.asarray(predict_step(image_BHWC, params)))
+    scores = iter(())
+    if good:
+      image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
+      image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
+      scores = iter(np.asarray(predict_step(image_BHWC, params)))
     for file, row in zip(files[start : start + BATCH], rows):
       if isinstance(row, str):
         yield {'file': str(file), 'error': row}

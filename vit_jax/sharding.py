@@ -3,9 +3,10 @@
 Decisions:
   * Mesh axes are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
     sharded batch.
-  * A CPU is one device a core, and each works through its share of a batch in micro-batches
-    that stay in its cache, on its own until all are done: several times faster than one
-    program over all cores and the whole batch (results/speed_cpu.json).
+  * A CPU is one device a core for batches large enough, and each works through its share in
+    micro-batches that stay in its cache, on its own until all are done. For small models that
+    is far faster than one program over all cores and the whole batch, which is what
+    `plain_linen` in results/speed_cpu.json is; for wide ones it makes no difference.
 """
 
 from collections.abc import Callable
@@ -24,27 +25,28 @@ TOKENS_PER_WIDTH = 4
 MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
 
-def start_up(batch_size: int | None = None, micro_batches: int = 1) -> None:
-  """On a CPU, makes one device of each core; given a batch, as many as it divides over.
+def start_up(batch_size: int, micro_batches: int = 1) -> None:
+  """On a CPU, makes one device of each core, as far as they divide a micro-batch.
 
   Does nothing where JAX is running already, or was told how many to make.
   """
-  count = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  if batch_size is not None:
-    rows, most = batch_size // micro_batches, min(count, batch_size // MIN_EXAMPLES)
-    count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  rows, most = batch_size // micro_batches, min(cores, batch_size // MIN_EXAMPLES)
+  count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
   if jax.config.jax_num_cpu_devices < 1:
     with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
       jax.config.update('jax_num_cpu_devices', count)
 
 
-def make_mesh(batch_size: int, micro_batches: int = 1) -> Mesh:
-  """A mesh of all devices along `data`; on a CPU, of as many as divide the batch.
+def make_mesh(batch_size: int | None = None, micro_batches: int = 1) -> Mesh:
+  """A mesh of all devices along `data`; given a batch, on a CPU, of as many as divide it.
 
   Raises:
     ValueError: accelerators that the batch does not divide over.
   """
   devices = jax.devices()
+  if batch_size is None:
+    batch_size = len(devices)
   if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
     raise ValueError(
       f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}.'
@@ -60,9 +62,9 @@ def make_mesh(batch_size: int, micro_batches: int = 1) -> Mesh:
   return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def over_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
-  """For arrays whose axis `axis` is the batch."""
-  return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'data'))
+def over_batch(mesh: Mesh) -> NamedSharding:
+  """For arrays whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec('data'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

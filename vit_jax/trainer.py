@@ -140,6 +140,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
   experiment.check(config)
+  # Before orbax reads: that starts JAX, with one device on a CPU.
+  sharding.start_up(config.batch_size, config.micro_batches or 1)
   start = checkpoint.latest_step(workdir)
   if start is not None:
     saved = checkpoint.restore_item(workdir, start, 'config')['config']
@@ -147,7 +149,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     finished = finished_result(config, workdir)
     if finished:
       return finished
-  sharding.start_up(config.batch_size, config.micro_batches or 1)
   mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
   exp, training = experiment.from_config(config)
   experiment.check_same_data(exp, workdir)
@@ -232,7 +233,7 @@ class Run:
       for step in range(start + 1, steps + 1):
         train_state, metrics = train_step(train_state, next(batches))
         if step == start + 1:
-          jax.block_until_ready(metrics)
+          jax.block_until_ready(metrics)  # once, for whoever waits for it
           log.info('First step done.')
         if late:
           meter.add(*late)

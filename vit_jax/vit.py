@@ -10,8 +10,8 @@ Decisions:
     computes the gradient of a batched one about four times slower.
   * A random draw derives from the example's position in the global batch, never from
     the shape it is computed in, so that devices and micro-batches don't change it.
-  * Attention weights leave through `sow('intermediates', 'attention_BKNN')`, and are
-    computed for no other reason: ask with `mutable=['intermediates']`.
+  * Attention weights leave through `sow('intermediates', 'attention_BKNN')`, and by no other
+    way: ask with `mutable=['intermediates']`.
   * Parameters are float32; `dtype` is the type of the computation. LayerNorm, softmax and
     logits are float32.
 """
@@ -143,11 +143,12 @@ class Attention(nn.Module):
     keep_BKNN = None
     if self.dropout and example_B is not None:
       (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
-      keep_BKNN = Dropout(self.dropout)(jnp.ones((batch, heads, queries, keys)), example_B)
+      ones_BKNN = jnp.ones((batch, heads, queries, keys))
+      keep_BKNN = Dropout(self.dropout)(ones_BKNN, example_B) > 0
     inspect = None
     if self.is_mutable_collection('intermediates'):
       inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
-    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, inspect)
+    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, self.dropout, inspect)
     return Dense((x_BND.shape[-1],), axes=2, dtype=self.dtype, name='out')(y_BNKE)
 
 
