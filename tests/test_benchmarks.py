@@ -167,6 +167,9 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
   }
 
 
+@pytest.mark.skipif(
+  jax.__version_info__ < (0, 12), reason="XLA's CPU backend of this JAX undoes remat"
+)
 def test_a_step_needs_less_memory_with_remat():
   need = {}
   for remat in ('none', 'full'):
