@@ -278,8 +278,9 @@ CONTESTANTS = {
 
 
 def matmul_rate(library: str) -> float:
-  """Floating-point operations a second of the largest square float32 products (bfloat16 on a
-  GPU), the median of 20.
+  """Floating-point operations a second in large square products, the median of 20.
+
+  Of 2048 x 2048 in float32 on a CPU, of 8192 x 8192 in bfloat16 on a GPU.
 
   Raises:
     ImportError: the library is not installed.

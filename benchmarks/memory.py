@@ -4,6 +4,7 @@ The train step is compiled ahead for the backend at hand, and nothing is allocat
 says that the step needs, with its state and batch, is compared with the budget.
 """
 
+import functools
 import itertools
 
 from benchmarks import works
@@ -45,21 +46,21 @@ def step_bytes(config, batch_size: int) -> int:
 def largest_batch(config, budget: float) -> tuple[int, int]:
   """The largest multiple of `MULTIPLE` whose step fits, and its bytes; (0, 0) if none does.
 
-  Memory grows in a straight line with the batch: two sizes tell where it crosses the budget,
-  and the crossing is then walked to, so that the answer is one that was compiled.
+  Memory grows almost in a straight line with the batch: a line through a size that fits and
+  one that does not says where to try next, until they are neighbours. Both were compiled.
   """
-  small, large = (step_bytes(config, n) for n in (MULTIPLE, 2 * MULTIPLE))
-  each = (large - small) / MULTIPLE
-  guess = MULTIPLE + (budget - small) / each
-  best = max(int(guess // MULTIPLE), 1) * MULTIPLE
-  found = 0, 0
-  while best and (needs := step_bytes(config, best)) > budget:
-    best -= MULTIPLE
-  while best and needs <= budget:
-    found = best, needs
-    best += MULTIPLE
-    needs = step_bytes(config, best)
-  return found
+  need = functools.cache(lambda n: step_bytes(config, n * MULTIPLE))
+  if need(1) > budget:
+    return 0, 0
+  fits, over = 1, 2
+  while need(over) <= budget:
+    each = (need(over) - need(fits)) / (over - fits)
+    fits, over = over, over + 1 + int((budget - need(over)) / each)
+  while over - fits > 1:
+    each = (need(over) - need(fits)) / (over - fits)
+    guess = min(fits + max(int((budget - need(fits)) / each), 1), over - 1)
+    fits, over = (guess, over) if need(guess) <= budget else (fits, guess)
+  return fits * MULTIPLE, need(fits)
 
 
 def show(gibibytes: float) -> None:

@@ -161,8 +161,8 @@ def first_step(folder: pathlib.Path, name: str) -> float:
   """Seconds from the command to its first step, with the compilation cache in the folder."""
   command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={folder / name}']
   environment = os.environ | {'XDG_CACHE_HOME': str(folder)}
-  for name in ('JAX_COMPILATION_CACHE_DIR', 'JAX_ENABLE_COMPILATION_CACHE'):
-    environment.pop(name, None)
+  for variable in ('JAX_COMPILATION_CACHE_DIR', 'JAX_ENABLE_COMPILATION_CACHE'):
+    environment.pop(variable, None)
   began = time.perf_counter()
   with subprocess.Popen(
     command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
