@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from vit_jax import vit
+from vit_jax import positions, vit
 from vit_jax.matmul import matmul
 
 # The paper's names, in both spellings, and ours.
@@ -111,7 +111,7 @@ def test_every_pool_and_position(pool, position, shape):
 
 
 def test_sincos_positions_are_the_closed_form():
-  table = vit.sincos_positions(3, 5, 16)[0]
+  table = positions.sincos(3, 5, 16)[0]
   for token, (y, x) in enumerate((y, x) for y in range(3) for x in range(5)):
     omega = [10_000 ** -(i / 3) for i in range(4)]
     want = [f(p * o) for p in (x, y) for f in (math.sin, math.cos) for o in omega]
@@ -119,9 +119,9 @@ def test_sincos_positions_are_the_closed_form():
 
 
 def test_rope_depends_on_the_offset_alone():
-  cos, sin = vit.rope_angles(4, 6, 8, prefix=1)
+  cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
   query, key = np.random.RandomState(1).normal(size=(2, 8))
-  turn = lambda x: np.asarray(vit.rotate(jnp.tile(x, (1, 25, 1, 1)).astype(jnp.float32), cos, sin))
+  turn = lambda x: np.asarray(positions.rotate(jnp.tile(x, (1, 25, 1, 1)).astype(jnp.float32), cos, sin))
   product = turn(query)[0, 1:, 0] @ turn(key)[0, 1:, 0].T
   at = lambda y, x: y * 6 + x
   np.testing.assert_allclose(product[at(0, 0), at(1, 2)], product[at(2, 3), at(3, 5)], atol=1e-5)

@@ -24,9 +24,8 @@ from typing import Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vit_jax import attention
+from vit_jax import attention, positions, resnet
 from vit_jax.matmul import matmul
 from vit_jax.names import choose
 
@@ -44,13 +43,25 @@ VARIANTS = {
   'small': dict(width=256, depth=7, num_heads=4, mlp_dim=512, patch_size=4),
   'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
 }
+# Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size
+# is that of the whole, stem included: R50+B/16, R50+L/32, R26+S/32, R+Ti/16.
+VARIANTS |= {
+  'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
+  'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
+  'R26+S': VARIANTS['S'] | dict(resnet=(2, 2, 2, 2)),
+  'R+Ti': VARIANTS['Ti'] | dict(resnet=()),
+}
 
-ACTIVATIONS = {  # the paper's code uses the tanh form, PyTorch's models the exact one
+# The paper's code uses the tanh form, PyTorch's models the exact one, the first CLIP the last.
+ACTIVATIONS = {
   'gelu_tanh': functools.partial(nn.gelu, approximate=True),
   'gelu': functools.partial(nn.gelu, approximate=False),
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 POSITIONS = ('learned', 'sincos', 'rope', 'none')
+
+POSITION_PREFIXES = ('cls', 'none', 'all')
 
 REMAT = {  # what the backward pass keeps instead of computing it again
   'none': None,
@@ -69,6 +80,7 @@ class Dense(nn.Module):
 
   features: tuple[int, ...]
   axes: int = 1
+  use_bias: bool = True
   dtype: Any = jnp.float32
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   bias_init: nn.initializers.Initializer = nn.initializers.zeros
@@ -82,9 +94,11 @@ class Dense(nn.Module):
       return self.kernel_init(key, matrix).reshape(shape)
 
     kernel = self.param('kernel', init_kernel, (*inputs, *self.features))
-    bias = self.param('bias', self.bias_init, self.features)
-    kernel, bias = kernel.astype(self.dtype).reshape(matrix), bias.astype(self.dtype)
-    y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel) + bias.reshape(-1)
+    kernel = kernel.astype(self.dtype).reshape(matrix)
+    y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
+    if self.use_bias:
+      bias = self.param('bias', self.bias_init, self.features)
+      y = y + bias.astype(self.dtype).reshape(-1)
     return y.reshape(*batch, *self.features)
 
 
@@ -118,6 +132,7 @@ class Attention(nn.Module):
   num_heads: int
   head_dim: int
   dropout: float = 0.0
+  qkv_bias: bool = True
   qk_norm: bool = False
   norm_epsilon: float = 1e-6
   dtype: Any = jnp.float32
@@ -130,7 +145,8 @@ class Attention(nn.Module):
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
     query_BND: jax.Array | None = None,
   ) -> jax.Array:
-    project = functools.partial(Dense, (self.num_heads, self.head_dim), dtype=self.dtype)
+    heads = self.num_heads, self.head_dim
+    project = functools.partial(Dense, heads, use_bias=self.qkv_bias, dtype=self.dtype)
     query_BNKE = project(name='query')(x_BND if query_BND is None else query_BND)
     key_BNKE = project(name='key')(x_BND)
     value_BNKE = project(name='value')(x_BND)
@@ -138,7 +154,7 @@ class Attention(nn.Module):
       norm = functools.partial(nn.LayerNorm, self.norm_epsilon, dtype=self.dtype)
       query_BNKE, key_BNKE = norm(name='query_norm')(query_BNKE), norm(name='key_norm')(key_BNKE)
     if rope_NE is not None:
-      query_BNKE, key_BNKE = rotate(query_BNKE, *rope_NE), rotate(key_BNKE, *rope_NE)
+      query_BNKE, key_BNKE = (positions.rotate(x, *rope_NE) for x in (query_BNKE, key_BNKE))
 
     keep_BKNN = None
     if self.dropout and example_B is not None:
@@ -180,6 +196,7 @@ class EncoderBlock(nn.Module):
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
   layer_scale: float | None = None
+  qkv_bias: bool = True
   qk_norm: bool = False
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
@@ -197,6 +214,7 @@ class EncoderBlock(nn.Module):
       self.num_heads,
       self.head_dim,
       self.attention_dropout,
+      self.qkv_bias,
       self.qk_norm,
       self.norm_epsilon,
       self.dtype,
@@ -225,7 +243,6 @@ class MapHead(nn.Module):
   num_heads: int
   head_dim: int
   mlp_dim: int
-  qk_norm: bool
   activation: str
   norm_epsilon: float
   dtype: Any
@@ -235,36 +252,41 @@ class MapHead(nn.Module):
     batch, _, width = x_BND.shape
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
-    x_B1D = Attention(
-      self.num_heads,
-      self.head_dim,
-      qk_norm=self.qk_norm,
-      norm_epsilon=self.norm_epsilon,
-      dtype=self.dtype,
-      name='attention',
-    )(x_BND, query_BND=query_B1D)
+    attention = Attention(self.num_heads, self.head_dim, dtype=self.dtype, name='attention')
+    x_B1D = attention(x_BND, query_BND=query_B1D)
     y_B1D = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='mlp_norm')(x_B1D)
     mlp = Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name='mlp')
     return (x_B1D + mlp(y_B1D))[:, 0]
 
 
-# Each takes the model and the normalised tokens, prefix first, and gives `[B, D]`
-# (`none`: the tokens themselves).
-POOLS = {
-  'cls': lambda model, x_BND: x_BND[:, 0],
-  'gap': lambda model, x_BND: x_BND[:, model.num_registers :].mean(axis=1),
-  'map': lambda model, x_BND: MapHead(
+def map_pool(model: 'ViT', patch_BND: jax.Array) -> jax.Array:
+  """`MapHead` of the model's sizes."""
+  return MapHead(
     model.num_heads,
     model.head_size,
     model.mlp_dim,
-    model.qk_norm,
     model.activation,
     model.norm_epsilon,
     model.dtype,
     name='map',
-  )(x_BND),
+  )(patch_BND)
+
+
+# Each takes the model and its tokens: class token, registers, patches. It gives `[B, D]`, but
+# `none` the tokens, and the two that put two vectors side by side `[B, 2 D]`: `cls_gap` as
+# DINOv2's classifier, `distilled` (class and distillation token, which is the first
+# register) as DeiT's.
+POOLS = {
+  'cls': lambda model, x_BND: x_BND[:, 0],
+  'gap': lambda model, x_BND: x_BND[:, model.num_prefix :].mean(axis=1),
+  'map': lambda model, x_BND: map_pool(model, x_BND[:, model.num_prefix :]),
+  'cls_gap': lambda model, x_BND: jnp.concatenate(
+    [x_BND[:, 0], x_BND[:, model.num_prefix :].mean(axis=1)], axis=-1
+  ),
+  'distilled': lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
   'none': lambda model, x_BND: x_BND,
 }
+CLASS_POOLS = ('cls', 'cls_gap', 'distilled')  # they read the class token
 
 
 class ViT(nn.Module):
@@ -278,17 +300,26 @@ class ViT(nn.Module):
     num_heads: K, attention heads.
     mlp_dim: M, hidden width of a block's MLP.
     head_dim: E, size of a head; None for `width / num_heads`.
-    pool: how tokens become one vector, one of `POOLS`; `cls` adds the class token.
+    pool: how tokens become one vector, one of `POOLS`.
+    class_token: whether there is one; None where the pool reads it.
     position: one of `POSITIONS`.
-    num_registers: register tokens, without position (Darcet et al. 2023, 2309.16588).
+    position_prefix: which tokens before the patches have a learned position: `cls` (as in the
+      paper; registers have none), `none`, or `all`.
+    num_registers: tokens between the class token and the patches (Darcet et al. 2023,
+      2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
     dropout: rate after positions, in the MLP, and at the end of each branch.
     attention_dropout: rate on the attention weights.
     stochastic_depth: rate at which the last block's branches drop; rises linearly from 0.
     layer_scale: initial LayerScale; None for no LayerScale.
+    pre_norm: LayerNorm before the first block, and no bias in the embedding, as in CLIP.
+    norm_after_pool: the last LayerNorm follows the pooling instead of the last block.
+    qkv_bias: whether queries, keys and values have biases.
     qk_norm: LayerNorm on queries and keys.
     activation: one of `ACTIVATIONS`.
     norm_epsilon: LayerNorm's epsilon.
+    resnet: units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
+    resnet_width: channels of the stem's root.
     dtype: type of the computation; parameters are float32.
     remat: one of `REMAT`.
   """
@@ -301,22 +332,43 @@ class ViT(nn.Module):
   mlp_dim: int
   head_dim: int | None = None
   pool: str = 'cls'
+  class_token: bool | None = None
   position: str = 'learned'
+  position_prefix: str = 'cls'
   num_registers: int = 0
   representation_size: int | None = None
   dropout: float = 0.0
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
   layer_scale: float | None = None
+  pre_norm: bool = False
+  norm_after_pool: bool = False
+  qkv_bias: bool = True
   qk_norm: bool = False
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
+  resnet: tuple[int, ...] | None = None
+  resnet_width: int = 64
   dtype: Any = jnp.float32
   remat: str = 'none'
 
   @property
   def head_size(self) -> int:
     return self.head_dim or self.width // self.num_heads
+
+  @property
+  def has_class(self) -> bool:
+    return self.pool in CLASS_POOLS if self.class_token is None else self.class_token
+
+  @property
+  def num_prefix(self) -> int:
+    """Tokens before the patches."""
+    return self.has_class + self.num_registers
+
+  @property
+  def num_positions(self) -> int:
+    """Those of them that have a learned position."""
+    return {'cls': int(self.has_class), 'none': 0, 'all': self.num_prefix}[self.position_prefix]
 
   @nn.compact
   def __call__(
@@ -343,6 +395,8 @@ class ViT(nn.Module):
 
     x_BhwD = self.embed(image_BHWC)
     x_BND, rope_NE = self.tokens(x_BhwD)
+    if self.pre_norm:
+      x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
     block = EncoderBlock
@@ -357,15 +411,18 @@ class ViT(nn.Module):
         self.attention_dropout,
         self.stochastic_depth * i / max(self.depth - 1, 1),
         self.layer_scale,
+        self.qkv_bias,
         self.qk_norm,
         self.activation,
         self.norm_epsilon,
         self.dtype,
         name=f'block_{i}',
       )(x_BND, example_B, rope_NE)
-    x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x_BND)
-
-    x = POOLS[self.pool](self, x_BND)
+    norm = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')
+    if self.norm_after_pool:
+      x = norm(POOLS[self.pool](self, x_BND))
+    else:
+      x = POOLS[self.pool](self, norm(x_BND))
     if self.representation_size is not None:
       x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
       x = jnp.tanh(x)
@@ -375,19 +432,28 @@ class ViT(nn.Module):
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def embed(self, image_BHWC: jax.Array) -> jax.Array:
-    """Patches, each embedded by the same linear map (equation 1): `[B, h, w, D]`."""
-    batch, height, width, channels = image_BHWC.shape
+    """Patches, each embedded by the same linear map (equation 1): `[B, h, w, D]`.
+
+    A hybrid's are patches of the stem's feature map.
+    """
+    _, height, width, _ = image_BHWC.shape
     p, q = self.patch_size
     if height % p or width % q:
       raise ValueError(
         f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
         'data.image_size to multiples of model.patch_size.'
       )
-    x = image_BHWC.reshape(batch, height // p, p, width // q, q, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
+    x = image_BHWC
+    if self.resnet is not None:
+      x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
+      stride = resnet.stride(self.resnet)
+      p, q = p // stride, q // stride
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
     embedding = Dense(
       (self.width,),
       axes=3,
+      use_bias=not self.pre_norm,
       dtype=self.dtype,
       kernel_init=nn.initializers.lecun_normal(),
       name='embedding',
@@ -397,65 +463,48 @@ class ViT(nn.Module):
   def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Adds positions, class token and registers: `[B, N, D]`, and RoPE's angles if asked.
 
-    The class token comes first and the registers after it. The class token has a learned
-    position as in the paper; it has none with the other kinds, and registers never have.
+    The class token comes first and the registers after it. Of the positions only learned ones
+    reach them, as `position_prefix` says.
     """
     batch, h, w, width = x_BhwD.shape
     x_BND = x_BhwD.reshape(batch, h * w, width)
     zeros, normal = nn.initializers.zeros, nn.initializers.normal(stddev=0.02)
 
-    def prefix(name, init, count):
-      token_1ND = self.param(name, init, (1, count, width)).astype(x_BND.dtype)
-      return jnp.broadcast_to(token_1ND, (batch, count, width))
-
-    has_class = self.pool == 'cls'
-    if self.position == 'sincos':
-      x_BND = x_BND + sincos_positions(h, w, width).astype(x_BND.dtype)
-    if has_class:
-      x_BND = jnp.concatenate([prefix('cls', zeros, 1), x_BND], axis=1)
-    if self.position == 'learned':
-      position = self.param('pos_embedding', normal, (1, *x_BND.shape[1:]))
-      x_BND = x_BND + position.astype(x_BND.dtype)
+    prefix = []
+    if self.has_class:
+      prefix.append(self.param('cls', zeros, (1, 1, width)))
     if self.num_registers:
-      registers = prefix('registers', normal, self.num_registers)
-      parts = [x_BND[:, :has_class], registers, x_BND[:, has_class:]]
-      x_BND = jnp.concatenate(parts, axis=1)
+      prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
+    prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
+
     rope_NE = None
-    if self.position == 'rope':
-      rope_NE = rope_angles(h, w, self.head_size, prefix=has_class + self.num_registers)
-    return x_BND, rope_NE
+    if self.position == 'sincos':
+      x_BND = x_BND + positions.sincos(h, w, width).astype(x_BND.dtype)
+    elif self.position == 'rope':
+      rope_NE = positions.rope_angles(h, w, self.head_size, prefix=self.num_prefix)
+    elif self.position == 'learned':
+      count = self.num_positions
+      position = self.learned_positions(normal, (1, count + h * w, width)).astype(x_BND.dtype)
+      x_BND = x_BND + position[:, count:]
+      if count:
+        prefix_BND = jnp.concatenate(prefix, axis=1)
+        prefix = [prefix_BND[:, :count] + position[:, :count], prefix_BND[:, count:]]
+    return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
+  def learned_positions(self, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
+    """The parameter `pos_embedding`.
 
-def sincos_positions(h: int, w: int, width: int) -> np.ndarray:
-  """Fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
-
-  A quarter of the width each: sine and cosine of the column, sine and cosine of the row.
-  """
-  omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
-  y, x = np.mgrid[:h, :w]
-  x, y = np.outer(x, omega), np.outer(y, omega)
-  table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
-  return table[None].astype(np.float32)
-
-
-def rope_angles(h: int, w: int, head_size: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
-  """Cosine and sine `[N, E/2]` of the axial rotary positions (Heo et al. 2024, 2403.13298).
-
-  The first half of the angles follows the row, the second the column; the `prefix`
-  tokens have angle 0, hence no position.
-  """
-  theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
-  y, x = np.mgrid[:h, :w]
-  angle = np.concatenate([np.outer(y, theta), np.outer(x, theta)], axis=1)
-  angle = np.concatenate([np.zeros((prefix, angle.shape[1])), angle])
-  return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
-def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates each pair (first half, second half) of a head's features by its angle."""
-  cos, sin = cos_NE[:, None], sin_NE[:, None]
-  a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
+    Raises:
+      ValueError: the parameters given are of another grid.
+    """
+    given = self.get_variable('params', 'pos_embedding')
+    if given is not None and given.shape != shape:
+      raise ValueError(
+        f'The image has {shape[1] - self.num_positions} patches, the position embeddings are for '
+        f'{given.shape[1] - self.num_positions}: resize the image, or load the weights with '
+        'grid=(h, w), the number of patches down and across.'
+      )
+    return self.param('pos_embedding', init, shape)
 
 
 def make(variant: str, num_classes: int | None, **overrides) -> ViT:
@@ -497,6 +546,7 @@ def check(model: ViT) -> None:
   for name, table in (
     ('pool', POOLS),
     ('position', POSITIONS),
+    ('position_prefix', POSITION_PREFIXES),
     ('remat', REMAT),
     ('activation', ACTIVATIONS),
   ):
@@ -510,6 +560,21 @@ def check(model: ViT) -> None:
       raise ValueError(f'model.{name} must be positive, got {size}.')
   if len(model.patch_size) != 2 or min(model.patch_size) < 1:
     raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
+  stride = 1 if model.resnet is None else resnet.stride(model.resnet)
+  if model.resnet is not None and (any(n < 1 for n in model.resnet) or model.resnet_width % 32):
+    raise ValueError(
+      f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected units a '
+      'stage, each positive, and a multiple of 32 channels.'
+    )
+  if any(size % stride for size in model.patch_size):
+    raise ValueError(
+      f'model.patch_size={model.patch_size} must be a multiple of {stride}, by which the stem '
+      f'of model.resnet={model.resnet} reduces the image.'
+    )
+  if model.pool in CLASS_POOLS and not model.has_class:
+    raise ValueError(f'model.pool={model.pool} reads the class token: model.class_token is False.')
+  if model.pool == 'distilled' and model.num_registers < 1:
+    raise ValueError('model.pool=distilled reads the first register: set model.num_registers.')
   if model.num_registers < 0:
     raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
   if model.head_dim is None and model.width % model.num_heads:

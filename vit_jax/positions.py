@@ -1,0 +1,95 @@
+"""Where a patch is: fixed and rotary positions, and learned ones brought to another grid."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.names import choose
+
+
+def sincos(h: int, w: int, width: int) -> np.ndarray:
+  """Fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
+
+  A quarter of the width each: sine and cosine of the column, sine and cosine of the row.
+  """
+  omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
+  y, x = np.mgrid[:h, :w]
+  x, y = np.outer(x, omega), np.outer(y, omega)
+  table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+  return table[None].astype(np.float32)
+
+
+def rope_angles(h: int, w: int, head_size: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+  """Cosine and sine `[N, E/2]` of the axial rotary positions (Heo et al. 2024, 2403.13298).
+
+  The first half of the angles follows the row, the second the column; the `prefix`
+  tokens have angle 0, hence no position.
+  """
+  theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
+  y, x = np.mgrid[:h, :w]
+  angle = np.concatenate([np.outer(y, theta), np.outer(x, theta)], axis=1)
+  angle = np.concatenate([np.zeros((prefix, angle.shape[1])), angle])
+  return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
+  """Rotates each pair (first half, second half) of a head's features by its angle."""
+  cos, sin = cos_NE[:, None], sin_NE[:, None]
+  a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
+
+
+def resize(
+  position_1ND: np.ndarray,
+  source_grid: tuple[int, int],
+  grid: tuple[int, int],
+  prefix: int,
+  method: str = 'bilinear',
+) -> np.ndarray:
+  """Learned positions for another grid (paper, Section 3.2).
+
+  Args:
+    position_1ND: `[1, prefix + h w, D]`.
+    source_grid: the (h, w) that it was learned for.
+    grid: the (h, w) wanted.
+    prefix: how many belong to tokens before the patches; they stay as they are.
+    method: one of `RESIZES`.
+
+  Returns:
+    `[1, prefix + h' w', D]`; what was given, to the bit, where the grids are the same.
+  """
+  function = choose('resize', method, RESIZES)
+  if tuple(source_grid) == tuple(grid):
+    return position_1ND
+  table_hwD = position_1ND[0, prefix:].reshape(*source_grid, -1)
+  table = np.asarray(function(table_hwD, grid), position_1ND.dtype)
+  table_1ND = table.reshape(1, -1, table.shape[-1])
+  return np.concatenate([position_1ND[:, :prefix], table_1ND], axis=1)
+
+
+def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+  """Linear interpolation that maps corners to corners, as `scipy.ndimage.zoom(order=1)`."""
+  for axis, wanted in enumerate(grid):
+    size = table_hwD.shape[axis]
+    where = np.linspace(0, size - 1, wanted)
+    low = np.minimum(where.astype(int), max(size - 2, 0))
+    high = np.minimum(low + 1, size - 1)
+    part = (where - low).reshape([-1 if i == axis else 1 for i in range(3)])
+    table_hwD = table_hwD.take(low, axis) * (1 - part) + table_hwD.take(high, axis) * part
+  return table_hwD
+
+
+def antialiased(method: str):
+  """Half-pixel interpolation that averages where it makes smaller, as PyTorch's `antialias`."""
+
+  def function(table_hwD, grid):
+    return jax.image.resize(table_hwD, (*grid, table_hwD.shape[-1]), method, antialias=True)
+
+  return function
+
+
+RESIZES = {
+  'bilinear': antialiased('linear'),
+  'bicubic': antialiased('cubic'),
+  'paper': between_corners,  # as the paper's code did
+}
