@@ -121,7 +121,9 @@ def test_sincos_positions_are_the_closed_form():
 def test_rope_depends_on_the_offset_alone():
   cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
   query, key = np.random.RandomState(1).normal(size=(2, 8))
-  turn = lambda x: np.asarray(positions.rotate(jnp.tile(x, (1, 25, 1, 1)).astype(jnp.float32), cos, sin))
+  turn = lambda x: np.asarray(
+    positions.rotate(jnp.tile(x, (1, 25, 1, 1)).astype(jnp.float32), cos, sin)
+  )
   product = turn(query)[0, 1:, 0] @ turn(key)[0, 1:, 0].T
   at = lambda y, x: y * 6 + x
   np.testing.assert_allclose(product[at(0, 0), at(1, 2)], product[at(2, 3), at(3, 5)], atol=1e-5)

@@ -9,6 +9,8 @@ import importlib
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
   'ViT': 'vit',
   'make': 'vit',
+  'load': 'pretrained',
+  'save': 'pretrained',
   'default_config': 'config',
   'train': 'trainer',
 }

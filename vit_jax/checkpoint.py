@@ -127,15 +127,15 @@ def damaged(path: pathlib.Path, error: Exception) -> ValueError:
   )
 
 
-def load(workdir: pathlib.Path) -> tuple[int, dict, dict]:
-  """The newest checkpoint for inference: step, weights (NumPy) and its `config` item.
+def load(workdir: pathlib.Path, step: int | None = None) -> tuple[int, dict, dict]:
+  """A checkpoint, the newest by default, for inference: step, weights (NumPy), `config` item.
 
   The weights are the averaged ones where the run keeps them.
 
   Raises:
     ValueError: the workdir holds no checkpoint.
   """
-  step = latest_step(workdir)
+  step = latest_step(workdir) if step is None else step
   if step is None:
     raise ValueError(
       f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '

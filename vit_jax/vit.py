@@ -507,6 +507,14 @@ class ViT(nn.Module):
     return self.param('pos_embedding', init, shape)
 
 
+ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name'))
+
+
+def attributes(model: ViT) -> dict:
+  """What `ViT(**attributes)` makes the same model of."""
+  return {name: getattr(model, name) for name in ATTRIBUTES}
+
+
 def make(variant: str, num_classes: int | None, **overrides) -> ViT:
   """The model of a published size, e.g. `make('B/16', num_classes=10, pool='gap')`.
 
@@ -526,9 +534,8 @@ def make(variant: str, num_classes: int | None, **overrides) -> ViT:
     raise ValueError(f'model.variant: {variant!r} should look like B/16, patch size in pixels.')
   if patch:
     fields['patch_size'] = int(patch)
-  known = {field.name for field in dataclasses.fields(ViT)}
   for key, value in overrides.items():
-    choose('model', key, known)
+    choose('model', key, ATTRIBUTES)
     if value is not None:
       fields[key] = value
   if 'patch_size' not in fields:

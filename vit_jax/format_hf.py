@@ -1,0 +1,354 @@
+"""Hugging Face's models: `model.safetensors` and `config.json`.
+
+ViT, DeiT (its distillation token is our first register, with a position of its own), DINOv2 with
+and without registers. Every field of a config is read, or is one that changes no output, or is
+refused by name.
+"""
+
+from collections.abc import Mapping
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_jax.names import choose
+from vit_jax.vit import ViT
+from vit_jax.weights import (
+  CONV,
+  SAME,
+  Layout,
+  Preprocessing,
+  Weights,
+  pair,
+  refuse,
+  rows,
+  torch_linear,
+  torch_norm,
+  write,
+)
+
+ACTIVATIONS = {  # theirs: ours; the first of ours is the one that is written
+  'gelu': 'gelu',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_new': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
+  'quick_gelu': 'quick_gelu',
+}
+RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+# Two classifiers whose logits are averaged, as one on two tokens side by side: halving and
+# doubling are exact.
+TEACHER_KERNEL = Layout(
+  lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
+  lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
+)
+TEACHER_BIAS = Layout(
+  lambda theirs, shapes: [(theirs[0] + theirs[1]) / 2],
+  lambda ours: [ours[0], ours[0]],
+)
+
+
+def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
+  """What all have, the names of the norms and of the MLP apart."""
+  layer = 'encoder.layer.{i}'
+  heads = [
+    row
+    for part in ('query', 'key', 'value')
+    for row in torch_linear(f'block_{{i}}/attention/{part}', f'{layer}.attention.attention.{part}')
+  ]
+  return [
+    ('cls', 'embeddings.cls_token', SAME),
+    ('pos_embedding', 'embeddings.position_embeddings', SAME),
+    ('embedding/kernel', 'embeddings.patch_embeddings.projection.weight', CONV),
+    ('embedding/bias', 'embeddings.patch_embeddings.projection.bias', SAME),
+    *heads,
+    *torch_linear('block_{i}/attention/out', f'{layer}.attention.output.dense', axes=2),
+    *torch_norm('block_{i}/attention_norm', f'{layer}.{norms[0]}'),
+    *torch_norm('block_{i}/mlp_norm', f'{layer}.{norms[1]}'),
+    *torch_linear('block_{i}/mlp/up', f'{layer}.{up}'),
+    *torch_linear('block_{i}/mlp/down', f'{layer}.{down}'),
+    *torch_norm('norm', 'layernorm'),
+  ]
+
+
+VIT = body(('layernorm_before', 'layernorm_after'), 'intermediate.dense', 'output.dense')
+DEIT = [*VIT, ('registers', 'embeddings.distillation_token', SAME)]
+DINOV2 = [
+  *body(('norm1', 'norm2'), 'mlp.fc1', 'mlp.fc2'),
+  ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
+  ('block_{i}/mlp_scale', 'encoder.layer.{i}.layer_scale2.lambda1', SAME),
+]
+DINOV2_REGISTERS = [*DINOV2, ('registers', 'embeddings.register_tokens', SAME)]
+
+HEAD = torch_linear('head', 'classifier')
+TEACHER_HEAD = [
+  ('head/kernel', ('cls_classifier.weight', 'distillation_classifier.weight'), TEACHER_KERNEL),
+  ('head/bias', ('cls_classifier.bias', 'distillation_classifier.bias'), TEACHER_BIAS),
+]
+
+# By `model_type`: the prefix of a classifier's names, the table, and what a config leaves out.
+COMMON = dict(
+  hidden_size=768,
+  num_hidden_layers=12,
+  num_attention_heads=12,
+  hidden_act='gelu',
+  image_size=224,
+  patch_size=16,
+  num_channels=3,
+  qkv_bias=True,
+)
+SINGLE = COMMON | dict(intermediate_size=3072, layer_norm_eps=1e-12)
+DINO = COMMON | dict(mlp_ratio=4, layer_norm_eps=1e-6, layerscale_value=1.0, use_swiglu_ffn=False)
+KINDS = {
+  'vit': ('vit', VIT, SINGLE),
+  'deit': ('deit', DEIT, SINGLE),
+  'dinov2': ('dinov2', DINOV2, DINO | dict(patch_size=14)),
+  'dinov2_with_registers': (
+    'dinov2_with_registers',
+    DINOV2_REGISTERS,
+    DINO | dict(num_register_tokens=4),
+  ),
+}
+# `architectures`: (kind, pool, rows of the head).
+ARCHITECTURES = {
+  'ViTForImageClassification': ('vit', 'cls', HEAD),
+  'ViTModel': ('vit', 'cls', []),
+  'DeiTForImageClassification': ('deit', 'cls', HEAD),
+  'DeiTForImageClassificationWithTeacher': ('deit', 'distilled', TEACHER_HEAD),
+  'DeiTModel': ('deit', 'cls', []),
+  'Dinov2ForImageClassification': ('dinov2', 'cls_gap', HEAD),
+  'Dinov2Model': ('dinov2', 'cls_gap', []),
+  'Dinov2WithRegistersForImageClassification': ('dinov2_with_registers', 'cls_gap', HEAD),
+  'Dinov2WithRegistersModel': ('dinov2_with_registers', 'cls_gap', []),
+}
+IGNORED = (r'(\w+\.)?pooler\..*', r'(\w+\.)?embeddings\.mask_token')
+
+# Fields that change no output of these models: of training, of other heads, of the library.
+NEUTRAL = {
+    '_name_or_path', 'apply_layernorm', 'architectures', 'attention_probs_dropout_prob',
+    'chunk_size_feed_forward', 'drop_path_rate', 'dtype', 'encoder_stride', 'finetuning_task',
+    'hidden_dropout_prob', 'id2label', 'initializer_range', 'is_encoder_decoder', 'label2id',
+    'model_type', 'num_labels', 'out_features', 'out_indices', 'output_attentions',
+    'output_hidden_states', 'pooler_act', 'pooler_output_size', 'problem_type',
+    'reshape_hidden_states', 'return_dict', 'stage_names', 'torch_dtype', 'torchscript',
+    'transformers_version', 'use_bfloat16', 'use_cache', 'use_mask_token',
+}  # fmt: skip
+
+
+def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
+  """The weights of a folder with a `config.json` of Hugging Face.
+
+  Raises:
+    ValueError: a model or a field of the config that this project does not have.
+  """
+  origin = str(folder)
+  choose(f'{origin}: model_type', config.get('model_type'), KINDS)
+  architecture = (config.get('architectures') or [guess(config['model_type'], arrays)])[0]
+  kind, pool, head = choose(f'{origin}: architecture', architecture, ARCHITECTURES)
+  prefix, body_rows, defaults = KINDS[kind]
+  unknown = sorted(set(config) - set(defaults) - NEUTRAL)
+  if unknown or kind != config['model_type']:
+    raise ValueError(
+      f'{origin}/config.json: fields that this reader does not know: {", ".join(unknown)}.'
+      if unknown
+      else f'{origin}/config.json: {architecture} is not of model_type={config["model_type"]}.'
+    )
+  c = defaults | config
+  if c.get('use_swiglu_ffn'):
+    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: there is no SwiGLU here.')
+  patch, image = pair(c['patch_size']), pair(c['image_size'])
+  ratio = c.get('mlp_ratio')
+  fields = dict(
+    num_classes=None,
+    patch_size=patch,
+    width=c['hidden_size'],
+    depth=c['num_hidden_layers'],
+    num_heads=c['num_attention_heads'],
+    mlp_dim=int(c['hidden_size'] * ratio) if ratio else c['intermediate_size'],
+    pool=pool,
+    activation=choose(f'{origin}/config.json: hidden_act', c['hidden_act'], ACTIVATIONS),
+    norm_epsilon=c['layer_norm_eps'],
+    qkv_bias=c['qkv_bias'],
+  )
+  if kind == 'deit':
+    fields |= dict(num_registers=1, position_prefix='all')
+  if 'layerscale_value' in c:
+    fields['layer_scale'] = float(c['layerscale_value'])
+  if 'num_register_tokens' in c:
+    fields['num_registers'] = c['num_register_tokens']
+  labels = c.get('id2label')
+  if head:
+    fields['num_classes'] = len(labels) if labels else c.get('num_labels', 2)
+    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
+  grid = image[0] // patch[0], image[1] // patch[1]
+  return Weights(
+    origin=origin,
+    arrays=arrays,
+    rows=rows([*body_rows, *head], fields['depth']),
+    fields=fields,
+    channels=c['num_channels'],
+    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1])),
+    grid=grid,
+    class_names=class_names(labels) if head and labels else None,
+    ignored=IGNORED,
+  )
+
+
+def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
+  """The architecture of a config that names none."""
+  headed = 'classifier.weight' in arrays
+  return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)
+
+
+def class_names(labels: Mapping) -> tuple[str, ...] | None:
+  """`id2label` in the order of the ids; None for names that the library made up."""
+  names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+  return None if names == tuple(f'LABEL_{i}' for i in range(len(names))) else names
+
+
+def preprocessing(folder: pathlib.Path, kind: str, size: tuple[int, int]) -> Preprocessing:
+  """What `preprocessor_config.json` says, or the kind's default where there is none."""
+  path = folder / 'preprocessor_config.json'
+  if not path.is_file():
+    if kind == 'vit':
+      return Preprocessing(size, interpolation='bilinear', stretch=True)
+    return Preprocessing(size, **IMAGENET, interpolation='bicubic', crop=224 / 256)
+  p = json.loads(path.read_text())
+  if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
+    raise ValueError(f'{path}: rescale_factor: expected pixels divided by 255.')
+  normal = p.get('do_normalize', True)
+  resized, cropped = p.get('size', 224), p.get('crop_size')
+  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
+  crop = 1.0
+  if p.get('do_center_crop', cropped is not None) and cropped is not None:
+    crop = min(edge(cropped) / edge(resized), 1.0)
+  return Preprocessing(
+    size,
+    tuple(p['image_mean']) if normal else (0.0,),
+    tuple(p['image_std']) if normal else (1.0,),
+    choose(f'{path}: resample', p.get('resample', 2), RESAMPLING),
+    crop,
+    stretch,
+  )
+
+
+def edge(size) -> int:
+  """The shorter edge that a processor's size asks for."""
+  if isinstance(size, dict):
+    return size.get('shortest_edge') or min(size['height'], size['width'])
+  return size if isinstance(size, int) else min(size)
+
+
+# What none of their architectures has otherwise.
+PLAIN = {
+  'representation_size': (None,),
+  'position': ('learned',),
+  'pre_norm': (False,),
+  'norm_after_pool': (False,),
+  'qk_norm': (False,),
+  'resnet': (None,),
+}
+
+
+def architecture(model: ViT) -> str:
+  """The architecture that can hold a model.
+
+  Raises:
+    ValueError: there is none; the message names what stands in the way.
+  """
+  activations = tuple(dict.fromkeys(ACTIVATIONS.values()))
+  refuse('hf', model, PLAIN | {'activation': activations})
+  headed = model.num_classes is not None
+  if model.layer_scale is not None:
+    pools, prefixes = ('cls_gap',), ('cls',)
+    kind = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
+  elif model.num_registers:
+    pools, prefixes, kind = ('cls', 'distilled'), ('all',), 'DeiT'
+    refuse(f'hf ({kind})', model, {'num_registers': (1,)})
+  else:
+    pools, prefixes, kind = ('cls',), ('cls', 'all'), 'ViT'
+  if not headed:
+    pools, suffix = ('none',), 'Model'
+  else:
+    suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
+  refuse(f'hf ({kind})', model, {'pool': pools, 'position_prefix': prefixes, 'has_class': (True,)})
+  if model.head_size * model.num_heads != model.width:
+    refuse(f'hf ({kind})', model, {'head_dim': (None, model.width // model.num_heads)})
+  return kind + suffix
+
+
+def save(
+  model: ViT,
+  params: dict,
+  folder: pathlib.Path,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
+
+  Raises:
+    ValueError: a model that no architecture of theirs can hold.
+  """
+  name = architecture(model)
+  kind, _, head = ARCHITECTURES[name]
+  prefix, body_rows, _ = KINDS[kind]
+  if head:
+    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
+  arrays = write(rows([*body_rows, *head], model.depth), params)
+  same = model.patch_size[0] == model.patch_size[1]
+  config = dict(
+    architectures=[name],
+    model_type=kind,
+    hidden_size=model.width,
+    num_hidden_layers=model.depth,
+    num_attention_heads=model.num_heads,
+    hidden_act=next(theirs for theirs, ours in ACTIVATIONS.items() if ours == model.activation),
+    layer_norm_eps=model.norm_epsilon,
+    image_size=list(preprocessing.size),
+    patch_size=model.patch_size[0] if same else list(model.patch_size),
+    num_channels=params['embedding']['kernel'].shape[2],
+    qkv_bias=model.qkv_bias,
+  )
+  if kind.startswith('dinov2'):
+    ratio = model.mlp_dim / model.width
+    config |= dict(mlp_ratio=int(ratio) if ratio.is_integer() else ratio)
+    config |= dict(layerscale_value=model.layer_scale)
+    if model.num_registers:
+      config['num_register_tokens'] = model.num_registers
+  else:
+    config['intermediate_size'] = model.mlp_dim
+  if head:
+    names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
+    config['id2label'] = {str(i): name for i, name in enumerate(names)}
+    config['label2id'] = {name: i for i, name in enumerate(names)}
+  save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  processor = json.dumps(processor_config(preprocessing), indent=2) + '\n'
+  (folder / 'preprocessor_config.json').write_text(processor)
+
+
+def processor_config(p: Preprocessing) -> dict:
+  """What their image processors read."""
+  height, width = p.size
+  resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
+  config = dict(
+    image_processor_type='ViTImageProcessor',
+    do_resize=True,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=list(p.mean) * (3 if len(p.mean) == 1 else 1),
+    image_std=list(p.std) * (3 if len(p.std) == 1 else 1),
+    resample=next(number for number, name in RESAMPLING.items() if name == p.interpolation),
+    size=resized,
+  )
+  if not p.stretch or p.crop < 1:  # cut to size after scaling
+    config |= dict(
+      image_processor_type='BitImageProcessor',
+      do_center_crop=True,
+      crop_size={'height': height, 'width': width},
+      size=resized if p.stretch else {'shortest_edge': min(resized.values())},
+    )
+  return config

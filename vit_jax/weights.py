@@ -1,0 +1,263 @@
+"""Weights of another code base as ours: a table of names, read in both directions.
+
+A row of a table says which of our parameters are which of theirs, and by which `Layout`:
+
+  ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
+
+Decisions:
+  * Reading and writing use the same rows; that the shapes fit is checked against the layout's
+    own `write`, so no shape is written down twice.
+  * Every array of a file is accounted for: read, or named in `ignored`, or an error.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from vit_jax.vit import ViT
+
+Arrays = list[np.ndarray]
+
+
+class Layout(NamedTuple):
+  """How arrays of ours lie in theirs.
+
+  Attributes:
+    read: `(theirs, shapes of ours) -> ours`.
+    write: `ours -> theirs`, its inverse.
+  """
+
+  read: Callable[[Arrays, list[tuple[int, ...]]], Arrays]
+  write: Callable[[Arrays], Arrays]
+
+
+class Row(NamedTuple):
+  """Our names, theirs, and the layout between them."""
+
+  ours: tuple[str, ...]
+  theirs: tuple[str, ...]
+  layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """What weights expect an image to be.
+
+  Attributes:
+    size: (height, width), pixels.
+    mean: of each channel or of all, for pixels in [0, 1]; taken away.
+    std: divided by after that.
+    interpolation: one of `image.INTERPOLATIONS`.
+    crop: the part of the shorter side that is kept, about the centre.
+    stretch: scale height and width by themselves, instead of cutting the longer one.
+  """
+
+  size: tuple[int, int]
+  mean: tuple[float, ...] = (0.5,)
+  std: tuple[float, ...] = (0.5,)
+  interpolation: str = 'bicubic'
+  crop: float = 1.0
+  stretch: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """A file as it is, and the model that its format and its config say it is of.
+
+  Attributes:
+    origin: where it came from, for messages.
+    arrays: by their names.
+    rows: the table for this file.
+    fields: attributes of `ViT`; `num_classes` is None where the file has no head.
+    channels: of an image.
+    preprocessing: its size is that of `grid`, or (0, 0) where the file doesn't tell.
+    grid: patches (down, across) that its positions are for; None where it doesn't tell.
+    class_names: None where it doesn't tell.
+    ignored: patterns of names that no output reads.
+  """
+
+  origin: str
+  arrays: Mapping[str, np.ndarray]
+  rows: Sequence[Row]
+  fields: dict
+  channels: int
+  preprocessing: Preprocessing
+  grid: tuple[int, int] | None = None
+  class_names: tuple[str, ...] | None = None
+  ignored: tuple[str, ...] = ()
+
+
+SAME = Layout(lambda theirs, shapes: theirs, lambda ours: ours)
+
+VECTOR = Layout(  # a bias `[K, E]`, flat
+  lambda theirs, shapes: [theirs[0].reshape(shapes[0])],
+  lambda ours: [ours[0].reshape(-1)],
+)
+
+CONV = Layout(  # `[h, w, C, D]`; PyTorch's is `[D, C, h, w]`
+  lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
+  lambda ours: [ours[0].transpose(3, 2, 0, 1)],
+)
+
+
+def linear(axes: int = 1) -> Layout:
+  """PyTorch's `[outputs, inputs]`; our first `axes` axes are inputs, the others outputs."""
+
+  def write(ours):
+    inputs = int(np.prod(ours[0].shape[:axes]))
+    return [ours[0].reshape(inputs, -1).T]
+
+  return Layout(lambda theirs, shapes: [theirs[0].T.reshape(shapes[0])], write)
+
+
+def fused(inner: Layout) -> Layout:
+  """Several of ours one after the other along their first axis, as PyTorch fuses q, k and v."""
+
+  def read(theirs, shapes):
+    parts = np.split(theirs[0], len(shapes))
+    return [inner.read([part], [shape])[0] for part, shape in zip(parts, shapes)]
+
+  return Layout(read, lambda ours: [np.concatenate([inner.write([x])[0] for x in ours])])
+
+
+STACKED = Layout(  # one of ours a block, along a leading axis, as scanned layers keep them
+  lambda theirs, shapes: list(theirs[0]),
+  lambda ours: [np.stack(ours)],
+)
+
+
+def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
+  """The rows of a PyTorch `Linear`; our first `axes` axes are inputs."""
+  return [
+    (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
+    (f'{ours}/bias', f'{theirs}.bias', VECTOR),
+  ]
+
+
+def torch_norm(ours: str, theirs: str) -> list[tuple]:
+  """The rows of a PyTorch `LayerNorm`."""
+  return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
+
+
+def rows(table: Iterable[tuple], depth: int) -> list[Row]:
+  """The rows of a table; one with `{i}` in its names once for each block."""
+  found = []
+  for ours, theirs, layout in table:
+    ours, theirs = ((x,) if isinstance(x, str) else x for x in (ours, theirs))
+    for i in range(depth) if '{i}' in ours[0] else (0,):
+      row = ([name.replace('{i}', str(i)) for name in names] for names in (ours, theirs))
+      found.append(Row(*map(tuple, row), layout))
+  return found
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+  """(height, width) from one number or two."""
+  return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+  """`{'block_0/mlp/up/kernel': (48, 192), ...}` of the model's parameters, for (H, W, C)."""
+  init = functools.partial(model.init, jax.random.key(0))
+  return shapes(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+
+
+def shapes(tree: dict) -> dict[str, tuple[int, ...]]:
+  """The shape of every leaf, by its path."""
+  return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
+
+
+def flatten(tree: dict) -> dict[str, np.ndarray]:
+  """`{'block_0/mlp/up/kernel': ..., ...}`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, np.ndarray]) -> dict:
+  """The inverse of `flatten`."""
+  tree = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def read(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> tuple[dict, tuple[str, ...]]:
+  """Every parameter wanted, and the names of the arrays ignored.
+
+  Args:
+    weights: the file.
+    wanted: shape of each of our parameters.
+
+  Raises:
+    ValueError: arrays that are missing, left over, of another shape or type, or not finite.
+  """
+  params, used, problems = {}, set(), []
+  for row in weights.rows:
+    if not set(row.ours) <= set(wanted):
+      continue
+    used |= set(row.theirs)
+    missing = [name for name in row.theirs if name not in weights.arrays]
+    problems += [f'{name}: missing' for name in missing]
+    if missing:
+      continue
+    own = [wanted[name] for name in row.ours]
+    expected = [x.shape for x in row.layout.write([np.empty(s, np.float32) for s in own])]
+    theirs = [weights.arrays[name] for name in row.theirs]
+    wrong = [check_array(*item) for item in zip(row.theirs, theirs, expected)]
+    problems += filter(None, wrong)
+    if not any(wrong):
+      theirs = [array.astype(np.float32) for array in theirs]
+      params |= zip(row.ours, row.layout.read(theirs, own))
+  left = sorted(set(weights.arrays) - used)
+  ignored = tuple(n for n in left if any(re.fullmatch(p, n) for p in weights.ignored))
+  problems += [f'{name}: not part of the model' for name in left if name not in ignored]
+  unknown = set(wanted) - {name for row in weights.rows for name in row.ours}
+  assert not unknown, f'the table has no row for {unknown}'
+  if problems:
+    shown = '\n  '.join(problems[:20] + [f'... {len(problems) - 20} more'] * (len(problems) > 20))
+    raise ValueError(f'{weights.origin} does not hold the weights of its model:\n  {shown}')
+  return unflatten({name: np.ascontiguousarray(x) for name, x in params.items()}), ignored
+
+
+def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
+  """What is wrong with an array of a file; None if nothing is."""
+  if array.dtype not in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
+    return f'{name}: of type {array.dtype}, expected a floating-point type'
+  if array.shape != shape:
+    return f'{name}: {array.shape} there, {shape} expected'
+  if not np.isfinite(array.astype(np.float32)).all():
+    return f'{name}: holds values that are not finite'
+  return None
+
+
+def write(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
+  """All parameters under their names. The format must be able to hold them: see `refuse`."""
+  flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
+  arrays = {}
+  for row in table:
+    if set(row.ours) <= set(flat):
+      theirs = row.layout.write([flat.pop(name) for name in row.ours])
+      arrays |= zip(row.theirs, map(np.ascontiguousarray, theirs))
+  assert not flat, f'the table has no row for {set(flat)}'
+  return arrays
+
+
+def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
+  """Raises ValueError for the attributes of a model that a format can't hold."""
+  wrong = [
+    f'  model.{name}={getattr(model, name)!r}: it holds {", ".join(map(repr, values))} only'
+    for name, values in holds.items()
+    if getattr(model, name) not in values
+  ]
+  if wrong:
+    raise ValueError(f'The format {format_name} can not hold this model:\n' + '\n'.join(wrong))
