@@ -1,9 +1,11 @@
-"""Trains, evaluates, predicts and draws Vision Transformers.
+"""Trains, evaluates, predicts with, draws and converts Vision Transformers.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --mode=eval --workdir=runs/digits
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
+    python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
     python main.py --mode=visualize --workdir=runs/digits
+    python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
 
 Any key of the config is overridden by --config.<key>=<value>.
 """
@@ -55,7 +57,7 @@ def predict(args, overrides):
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
   images = [path.strip() for path in args.images.split(',') if path.strip()]
   config = given_config(args, overrides)
-  rows = predict.predict(args.workdir, images, args.topk, overrides, config)
+  rows = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
   failed = predict.show(rows, args.json)
   return 1 if failed else 0
 
@@ -69,7 +71,24 @@ def visualize(args, overrides):
     print(path)
 
 
-MODES = {'train': train, 'eval': evaluate, 'predict': predict, 'visualize': visualize}
+def export(args, overrides):
+  from vit_jax import export
+
+  if overrides or args.config:
+    raise ValueError('--mode=export writes the weights as they are: leave --config out.')
+  if not args.format or not args.out:
+    raise ValueError('--mode=export needs --format (hf, timm or npz) and --out, a folder.')
+  for path in export.run(args.init or args.workdir, args.format, args.out):
+    print(path)
+
+
+MODES = {
+  'train': train,
+  'eval': evaluate,
+  'predict': predict,
+  'visualize': visualize,
+  'export': export,
+}
 
 
 class Console(logging.Handler):
@@ -94,6 +113,9 @@ def parse(argv):
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
   parser.add_argument('--workdir', type=folder, help='checkpoints and records')
+  parser.add_argument('--init', default='', help='predict, export: weights, or a Hub name')
+  parser.add_argument('--format', default='', help='export: hf, timm or npz')
+  parser.add_argument('--out', type=folder, help='export: the folder to write into')
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')
@@ -125,7 +147,9 @@ def main(argv):
   log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
-    if args.workdir is None:
+    if args.init and args.mode not in ('predict', 'export'):
+      raise ValueError(f'--init is for predict and export: {args.mode} takes --config.init.')
+    if args.workdir is None and not args.init:
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)
   except (ValueError, OSError, FloatingPointError) as error:

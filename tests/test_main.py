@@ -91,7 +91,7 @@ def test_visualize(capsys, trained):
     ([CONFIG, '--workdir=x', '--config.variant=3'], 'Did you mean model.variant'),
     ([CONFIG, '--workdir=x', '--config.batch_size=many'], "'many', expected int"),
     ([CONFIG, '--workdir=x', '--config.data.image_size=big'], 'expected tuple, e.g. 32,32'),
-    ([CONFIG, '--workdir=x', '--config.model.variant=Q/16'], 'Valid: B, G, H, L, S, Ti'),
+    ([CONFIG, '--workdir=x', '--config.model.variant=Q/16'], 'Valid: B, G, H, L, R+Ti'),
     ([CONFIG, '--workdir=x', '--config.optimizer.name=adamv'], 'Did you mean adamw'),
     ([CONFIG, '--workdir=x', '--config.data.source=digit'], 'Did you mean digits'),
     ([CONFIG, '--workdir=x', '--config.epochs=-1'], 'epochs'),

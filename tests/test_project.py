@@ -15,15 +15,17 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding'},
+  {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
+  {'positions', 'timm_names'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
-  {'sources', 'state'},
-  {'data', 'checkpoint', 'writer'},
-  {'experiment'},
+  {'sources', 'state', 'weights'},
+  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
+  {'pretrained'},
+  {'experiment', 'export'},
   {'evaluate'},
   {'trainer', 'predict', 'visualize'},
 )
-LEAVES = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
+LEAVES = set().union(*LAYERS[:6])
 
 
 def imports(path):

@@ -6,6 +6,7 @@ An experiment in `configs/` starts from `default_config()` and changes what it m
 
 import ast
 from collections.abc import Mapping
+import copy
 import difflib
 import importlib.machinery
 import inspect
@@ -18,7 +19,10 @@ from ml_collections import ConfigDict, config_dict
 
 
 def default_config() -> ConfigDict:
-  """A ViT for 32x32 images with every key at its default. None: as the variant has it."""
+  """A ViT for 32x32 images with every key at its default.
+
+  None: as the weights of `init` have it; without them as the variant, then `ViT`, has it.
+  """
   c = ConfigDict()
   c.seed = 0  # of the initial weights, the order of the data and every random draw
   c.epochs = 100.0  # passes over the training split
@@ -30,7 +34,8 @@ def default_config() -> ConfigDict:
   c.eval_every = 1000  # steps between evaluations; 0: at the end only
   c.checkpoint_every = 1000  # steps between checkpoints; 0: at the end only
   c.keep_checkpoints = 2  # newest checkpoints kept, beside the best where there is val_split
-  c.init = ''  # workdir whose weights to start from; empty: random ones
+  c.init = ''  # weights to start from, all that `vit_jax.load` reads; empty: random ones
+  c.init_resize = 'bilinear'  # of their positions to the image's grid: bilinear, bicubic or paper
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated; 0: no averaging
 
   c.data = ConfigDict()
@@ -40,8 +45,12 @@ def default_config() -> ConfigDict:
   c.data.val_split = ''  # held out of train, to choose the best checkpoint; empty: none
   c.data.eval_split = 'test'  # tested on
   c.data.image_size = (32, 32)  # height and width that the model sees, pixels
-  c.data.mean = (0.5,)  # taken away, of each channel or of all; images are in [0, 1]
-  c.data.std = (0.5,)  # divided by after that, of each channel or of all
+  c.data.mean = config_dict.placeholder(tuple)  # taken away, of each channel or of all; images
+  # are in [0, 1]; None without init: 0.5
+  c.data.std = config_dict.placeholder(tuple)  # divided by after that; None without init: 0.5
+  c.data.interpolation = 'bicubic'  # of files to the model's size: bicubic, bilinear, lanczos, ...
+  c.data.crop = 1.0  # part of a file's shorter side that is kept, about the centre
+  c.data.stretch = False  # scale height and width by themselves, instead of cutting the longer one
   c.data.skip_bad_images = False  # leave out what can't be decoded, instead of stopping
 
   c.augment = ConfigDict()  # by name, each with its arguments; applied in this order
@@ -50,24 +59,35 @@ def default_config() -> ConfigDict:
   c.augment.flip = ConfigDict({'probability': 0.0})  # of mirroring left to right
 
   c.model = ConfigDict()
-  c.model.variant = 'B/16'  # of vit.VARIANTS, patch size after the slash
+  c.model.variant = config_dict.placeholder(str)  # of vit.VARIANTS, patch size after the slash;
+  # None without init: B/16
   c.model.patch_size = config_dict.placeholder(tuple)  # (height, width), pixels
   c.model.width = config_dict.placeholder(int)  # size of a token
   c.model.depth = config_dict.placeholder(int)  # encoder blocks
   c.model.num_heads = config_dict.placeholder(int)  # attention heads
   c.model.head_dim = config_dict.placeholder(int)  # size of a head; None: width / num_heads
   c.model.mlp_dim = config_dict.placeholder(int)  # hidden width of the MLP
-  c.model.pool = 'cls'  # cls, gap or map
-  c.model.position = 'learned'  # learned, sincos, rope or none
-  c.model.num_registers = 0  # tokens added to the patches
+  c.model.pool = config_dict.placeholder(str)  # cls, gap, map, cls_gap or distilled
+  c.model.class_token = config_dict.placeholder(bool)  # whether there is one; None: if the pool
+  # reads it
+  c.model.position = config_dict.placeholder(str)  # learned, sincos, rope or none
+  c.model.position_prefix = config_dict.placeholder(str)  # tokens with a learned position beside
+  # the patches: cls, none or all
+  c.model.num_registers = config_dict.placeholder(int)  # tokens added to the patches
   c.model.representation_size = config_dict.placeholder(int)  # of the pre-logits; None: none
   c.model.dropout = 0.0  # rate
   c.model.attention_dropout = 0.0  # rate, on the attention weights
   c.model.stochastic_depth = 0.0  # rate at the last block, rising linearly from 0
   c.model.layer_scale = config_dict.placeholder(float)  # initial value; None: no LayerScale
-  c.model.qk_norm = False  # LayerNorm on queries and keys
-  c.model.activation = 'gelu_tanh'  # gelu_tanh (the paper's code) or gelu (PyTorch's models)
-  c.model.norm_epsilon = 1e-6  # of LayerNorm
+  c.model.pre_norm = config_dict.placeholder(bool)  # LayerNorm before the first block, as CLIP
+  c.model.norm_after_pool = config_dict.placeholder(bool)  # the last LayerNorm follows the pooling
+  c.model.qkv_bias = config_dict.placeholder(bool)  # of queries, keys and values
+  c.model.qk_norm = config_dict.placeholder(bool)  # LayerNorm on queries and keys
+  c.model.activation = config_dict.placeholder(str)  # gelu_tanh (the paper's code), gelu
+  # (PyTorch's models) or quick_gelu (CLIP)
+  c.model.norm_epsilon = config_dict.placeholder(float)  # of LayerNorm
+  c.model.resnet = config_dict.placeholder(tuple)  # units a stage of a hybrid's stem; None: none
+  c.model.resnet_width = config_dict.placeholder(int)  # channels of its root
   c.model.dtype = 'float32'  # of the computation: float32 or bfloat16; weights are float32
   c.model.remat = 'none'  # what is computed again to save memory: none, dots or full
 
@@ -96,6 +116,13 @@ MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'data.dir', 'data.eval_split', 'model.remat',
 )  # fmt: skip
+
+
+def unset(config: Mapping) -> set[str]:
+  """The keys that a run's `init` may decide, and that the config leaves open."""
+  keys = {key for key in flatten(default_config()) if key.startswith('model.')}
+  values = flatten(config)
+  return {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -175,8 +202,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 def parse(text: str, kind: type, optional: bool = False):
   """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`."""
-  if optional and text.lower() == 'none':
-    return None
+  if optional and (text == 'None' or (kind is not str and text == 'none')):
+    return None  # as a word, `none` is a choice: model.position=none
   if kind is bool:
     if text.lower() not in ('true', 'false', '1', '0'):
       raise ValueError(text)
@@ -231,13 +258,22 @@ def from_dict(saved: Mapping) -> ConfigDict:
   return config
 
 
+def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
+  """A copy with the values of these dotted keys where the config leaves them open."""
+  config = copy.deepcopy(config)
+  for key in unset(config) & set(values):
+    section, _, name = key.rpartition('.')
+    config[section][name] = values[key]
+  return config
+
+
 def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
   """Raises ValueError where a workdir's run can't go on under the config given."""
   before, now = flatten(saved), flatten(given)
   differences = [
     f'  {key}: {before[key]!r} there, {now[key]!r} given'
     for key in before
-    if before[key] != now[key] and key not in MAY_CHANGE
+    if before[key] != now[key] and key not in {*MAY_CHANGE, *unset(given)}
   ]
   if differences:
     raise ValueError(

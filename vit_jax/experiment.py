@@ -1,7 +1,8 @@
 """Builds what a run needs from its config. The only reader of a ConfigDict.
 
-experiment = from_config(config)             # to train
-experiment, params = from_workdir(workdir)   # to evaluate, predict, draw
+experiment, training = from_config(config)         # to train
+experiment, params, step = from_workdir(workdir)   # to evaluate, predict, draw
+experiment, params = from_init(weights)            # published ones, as they are
 """
 
 from collections.abc import Callable
@@ -13,9 +14,22 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
-from vit_jax import augment, checkpoint, losses, optim, sharding, sources, splits, vit
+from vit_jax import (
+  augment,
+  checkpoint,
+  image,
+  losses,
+  optim,
+  positions,
+  pretrained,
+  sharding,
+  sources,
+  splits,
+  vit,
+)
 from vit_jax import config as config_lib
 from vit_jax.names import choose
 
@@ -35,6 +49,7 @@ RANGES = {  # what a number may be, both ends included
   'ema': (0, 0.9999999),
   'augment.pad_crop.padding': (0, 1e3),
   'augment.flip.probability': (0, 1),
+  'data.crop': (0.01, 1),
   'model.norm_epsilon': (0, 1),
   'optimizer.lr': (0, 1e38),
   'optimizer.weight_decay': (0, 1e6),
@@ -45,6 +60,10 @@ RANGES = {  # what a number may be, both ends included
   'schedule.warmup': (0, 1e6),
   'loss.label_smoothing': (0, 1),
 }
+
+
+# What the keys that `init` may decide are without it.
+DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +98,7 @@ class Experiment:
   loss: Callable[[jax.Array, jax.Array], jax.Array]
   augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   normalize: Callable[[jax.Array], jax.Array]
+  fit: sources.Fit
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -106,6 +126,7 @@ class Training:
   steps: int
   schedule: optim.Schedule
   optimizer: optax.GradientTransformation
+  params: dict | None  # to start from: those of `init`; None for random ones
 
 
 def assemble(config: ConfigDict, task: Task) -> Experiment:
@@ -114,11 +135,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   Raises:
     ValueError: a model that can't be, or does not fit the images.
   """
+  config = config_lib.fill(config, DEFAULTS)
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
-  choose('model.pool', fields['pool'], set(vit.POOLS) - {'none'})  # classes need one vector
+  if fields['pool'] is not None:
+    choose('model.pool', fields['pool'], set(vit.POOLS) - {'none'})  # classes need one vector
   model = vit.make(fields.pop('variant'), len(task.class_names), **fields)
   for name in ('mean', 'std'):
     values = config.data[name]
@@ -127,7 +150,9 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'data.{name}={values}: the images have {task.channels} channel(s), so it needs 1 or '
         f'{task.channels} values{", all positive" if name == "std" else ""}.'
       )
-  loss = dict(config.loss)
+  loss, geometry = dict(config.loss), {}
+  if task.stored_size == pair(config.data.image_size):  # else images are kept small, and whole
+    geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   experiment = Experiment(
     config,
     task,
@@ -140,13 +165,19 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
       mean=config.data.mean,
       std=config.data.std,
     ),
+    functools.partial(image.fit, interpolation=config.data.interpolation, **geometry),
   )
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *experiment.image_shape)))
   return experiment
 
 
-def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
-  """Opens the data, then builds the rest.
+def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Experiment, Training]:
+  """Opens the data and the weights of `init`, then builds the rest.
+
+  Args:
+    config: of the run.
+    saved: the config of the run that goes on, which decides what `init` decided; None for
+      a run that begins.
 
   Raises:
     ValueError: whatever the person can mend; the message says how.
@@ -162,14 +193,21 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
           f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
           "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
         )
+  params = None
+  if saved is not None:
+    config = config_lib.fill(config, config_lib.flatten(saved))
+  elif config.init:
+    config, params = open_init(config, source)
   blank = Task(source.class_names, pair(data.image_size), source.channels)
-  assemble(config, blank)  # a mistake shows before the images are read
   read = functools.partial(sources.load, source, skip_bad_images=data.skip_bad_images)
-  train = read(data.train_split, size=blank.stored_size, keep_smaller=True)
+  fit = assemble(config, blank).fit  # and a mistake shows before the images are read
+  train = read(data.train_split, size=blank.stored_size, keep_smaller=True, fit=fit)
   stored_size = train.image_NHWC.shape[1:3]
   task = dataclasses.replace(blank, stored_size=stored_size, train_examples=len(train))
-  val = read(data.val_split, size=task.stored_size) if data.val_split else None
-  test = read(data.eval_split, size=task.stored_size)
+  experiment = assemble(config, task)
+  read = functools.partial(read, size=task.stored_size, fit=experiment.fit)
+  val = read(data.val_split) if data.val_split else None
+  test = read(data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
 
@@ -189,7 +227,105 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
   arguments = dict(config.optimizer)
   del arguments['lr']
   optimizer = optim.make_optimizer(schedule=schedule, **arguments)
-  return assemble(config, task), Training(train, val, test, steps, schedule, optimizer)
+  return experiment, Training(train, val, test, steps, schedule, optimizer, params)
+
+
+def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
+  """The weights that `init` names, for the data's classes and size, and what they decide.
+
+  Raises:
+    ValueError: no such weights, or a config that contradicts them.
+  """
+  found = pretrained.read(config.init)
+  own = vit.ViT(**found.fields)
+  size, patch = pair(config.data.image_size), own.patch_size
+  if any(n % p for n, p in zip(size, patch)):
+    raise ValueError(
+      f'data.image_size={size} does not divide into the patches of init={config.init}, '
+      f'{patch[0]}x{patch[1]} pixels.'
+    )
+  if found.channels != source.channels:
+    raise ValueError(
+      f'init={config.init} takes images of {found.channels} channels, those of '
+      f'{config.data.source} have {source.channels}.'
+    )
+  grid = size[0] // patch[0], size[1] // patch[1]
+  classes = source.class_names
+  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
+  if loaded.class_names not in (None, classes):  # as many, but others: the head means nothing
+    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
+  log.info('Starting from the weights in %s', config.init)
+  return follow(config, loaded), loaded.params
+
+
+def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
+  """The config with what the weights decide.
+
+  Raises:
+    ValueError: it asks for another model; the message lists the differences.
+  """
+  own = {name: getattr(loaded.model, name) for name in vit.ATTRIBUTES if name in config.model}
+  if own['pool'] == 'none':  # the file has no head, and leaves it open
+    own['pool'] = config.model.pool or ('cls' if own['class_token'] else 'gap')
+  asked = vit.variant_fields(config.model.variant) if config.model.variant else {}
+  asked |= {name: value for name, value in config.model.items() if value is not None}
+  differences = [
+    f'  model.{name}: {asked[name]!r} in the config, {value!r} in the weights'
+    for name, value in own.items()
+    if name in asked and name not in FREE and not same(name, asked[name], value, loaded.model)
+  ]
+  if differences:
+    raise ValueError(
+      f'init={config.init} is of another model than the config asks for:\n'
+      + '\n'.join(differences)
+      + '\nChoose the variant of the weights, or set these keys to None.'
+    )
+  given = {f'model.{name}': value for name, value in own.items() if value is not None}
+  about = {'data.mean': loaded.preprocessing.mean, 'data.std': loaded.preprocessing.std}
+  return config_lib.fill(config, given | about)
+
+
+FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
+
+
+def same(name: str, asked: object, own: object, model: vit.ViT) -> bool:
+  """Whether the config's value of an attribute is that of the weights."""
+  if name == 'patch_size':
+    return pair(asked) == own
+  if name == 'head_dim':
+    return asked == model.head_size
+  if name == 'layer_scale':  # the config's is where training from scratch begins
+    return own is not None
+  return asked == own
+
+
+def from_init(init: str, overrides: dict[str, str]) -> tuple[Experiment, dict]:
+  """The experiment of published weights as they are: their classes, their preprocessing.
+
+  Raises:
+    ValueError: weights that can't be read or have no head, or overrides that contradict them.
+  """
+  config = config_lib.default_config()
+  config.init = init
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  found = pretrained.read(init)
+  if found.fields['num_classes'] is None:
+    raise ValueError(
+      f'{init} has no head, so it names no classes. Train one: '
+      f'--config=configs/linear_probe.py --config.init={init}'
+    )
+  grid = None
+  if 'data.image_size' in overrides:
+    size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
+    grid = size[0] // patch[0], size[1] // patch[1]
+  loaded = pretrained.adapt(found, grid, resize=config.init_resize)
+  expected = loaded.preprocessing
+  config.data.update(image_size=expected.size, crop=expected.crop, stretch=expected.stretch)
+  config.data.interpolation = expected.interpolation
+  names = loaded.class_names or tuple(f'class {i}' for i in range(loaded.model.num_classes))
+  task = Task(names, expected.size, found.channels)
+  return assemble(follow(config, loaded), task), loaded.params
 
 
 def from_workdir(
@@ -217,30 +353,19 @@ def from_workdir(
     config_lib.check_same_run(own, config, workdir)
   check(config)
   experiment = assemble(config, Task.load(saved['task']))
-  check_params(experiment, params, workdir)
+  pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, step
 
 
-def check_params(experiment: Experiment, params: dict, origin: object) -> None:
-  """Raises ValueError where weights don't have the names and shapes of the model."""
-  init = functools.partial(experiment.model.init, jax.random.key(0))
-  wanted = jax.eval_shape(init, jnp.zeros((1, *experiment.image_shape)))['params']
-  wanted, given = shapes(wanted), shapes(params)
-  differences = [
-    f'  {name}: {given.get(name, "missing")} there, {wanted.get(name, "none")} in the model'
-    for name in sorted(wanted | given)
-    if wanted.get(name) != given.get(name)
-  ]
-  if differences:
-    shown = '\n'.join(differences[:10] + ['  ...'] * (len(differences) > 10))
-    raise ValueError(f'{origin}: its weights are not those of the model asked for:\n{shown}')
-
-
-def shapes(tree: dict) -> dict[str, tuple[int, ...]]:
-  """`{'block_0/mlp/up/kernel': (48, 192), ...}`."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  keystr = functools.partial(jax.tree_util.keystr, simple=True, separator='/')
-  return {keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+def open_model(
+  workdir: pathlib.Path | None, init: str, overrides: dict[str, str], config: ConfigDict | None
+) -> tuple[Experiment, dict]:
+  """The model of a workdir, or of published weights where `init` names some."""
+  if not init:
+    return from_workdir(workdir, overrides, config)[:2]
+  if workdir or config:
+    raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
+  return from_init(init, overrides)
 
 
 def load_split(experiment: Experiment, split: str) -> sources.Examples:
@@ -257,7 +382,9 @@ def load_split(experiment: Experiment, split: str) -> sources.Examples:
       f'({len(source.class_names)}); the model was trained on '
       f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
     )
-  examples = sources.load(source, split, task.stored_size, skip_bad_images=data.skip_bad_images)
+  examples = sources.load(
+    source, split, task.stored_size, skip_bad_images=data.skip_bad_images, fit=experiment.fit
+  )
   report(split, examples)
   return examples
 
@@ -271,21 +398,6 @@ def report(name: str, examples: sources.Examples | None) -> None:
     log.warning('%s: skipped %d bad images:', name, len(examples.skipped))
     for message in examples.skipped:
       log.warning('  %s', message)
-
-
-def initial_params(experiment: Experiment) -> dict | None:
-  """The weights that `init` names; None where it names none.
-
-  Raises:
-    ValueError: not a workdir, or weights of another model.
-  """
-  origin = experiment.config.init
-  if not origin:
-    return None
-  _, params, _ = checkpoint.load(pathlib.Path(origin).expanduser())
-  check_params(experiment, params, f'init={origin}')
-  log.info('Starting from the weights in %s', origin)
-  return params
 
 
 def pair(size: tuple[int, ...]) -> tuple[int, int]:
@@ -305,6 +417,8 @@ def check(config: ConfigDict) -> None:
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
   choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
+  choose('init_resize', config.init_resize, positions.RESIZES)
+  choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   values = config_lib.flatten(config)
   for key, (low, high) in RANGES.items():

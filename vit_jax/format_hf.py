@@ -215,22 +215,29 @@ def preprocessing(folder: pathlib.Path, kind: str, size: tuple[int, int]) -> Pre
     if kind == 'vit':
       return Preprocessing(size, interpolation='bilinear', stretch=True)
     return Preprocessing(size, **IMAGENET, interpolation='bicubic', crop=224 / 256)
-  p = json.loads(path.read_text())
+  return processing(json.loads(path.read_text()), size, str(path))
+
+
+def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
+  """What the config of an image processor asks for, at our size.
+
+  Raises:
+    ValueError: pixels that are not scaled to [0, 1].
+  """
   if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
-    raise ValueError(f'{path}: rescale_factor: expected pixels divided by 255.')
+    raise ValueError(f'{origin}: rescale_factor: expected pixels divided by 255.')
   normal = p.get('do_normalize', True)
   resized, cropped = p.get('size', 224), p.get('crop_size')
-  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
   crop = 1.0
-  if p.get('do_center_crop', cropped is not None) and cropped is not None:
+  if cropped is not None and p.get('do_center_crop', True):
     crop = min(edge(cropped) / edge(resized), 1.0)
   return Preprocessing(
     size,
     tuple(p['image_mean']) if normal else (0.0,),
     tuple(p['image_std']) if normal else (1.0,),
-    choose(f'{path}: resample', p.get('resample', 2), RESAMPLING),
+    choose(f'{origin}: resample', p.get('resample', 2), RESAMPLING),
     crop,
-    stretch,
+    stretch=not isinstance(resized, dict) or 'shortest_edge' not in resized,
   )
 
 

@@ -60,13 +60,37 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
   return image.convert('L' if channels == 1 else 'RGB')
 
 
-def fit(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-  """Scales to cover `size` (height, width), crops the centre: `image_HWC`, uint8."""
+def fit(
+  image: Image.Image,
+  size: tuple[int, int],
+  interpolation: str = 'bicubic',
+  crop: float = 1.0,
+  stretch: bool = False,
+) -> np.ndarray:
+  """Scales to `size` (height, width): `image_HWC`, uint8.
+
+  Args:
+    image: grey or RGB.
+    size: wanted.
+    interpolation: one of `INTERPOLATIONS`, averaging where it makes smaller.
+    crop: part of the shorter side that is kept, about the centre.
+    stretch: scale height and width by themselves; else the longer side is cut.
+  """
   height, width = size
-  if image.size != (width, height):
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+  method = INTERPOLATIONS[interpolation]
+  if image.size == (width, height) and crop == 1:
+    pass
+  elif stretch:
+    left, top = (n * (1 - crop) / 2 for n in image.size)
+    box = left, top, image.width - left, image.height - top
+    image = image.resize((width, height), method, box)
+  else:
+    image = ImageOps.fit(image, (width, height), method, bleed=(1 - crop) / 2)
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array
+
+
+INTERPOLATIONS = {method.name.lower(): method for method in Image.Resampling}
 
 
 def find(paths: list[str]) -> list[pathlib.Path]:

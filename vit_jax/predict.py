@@ -17,13 +17,16 @@ BATCH = 64  # images at once
 
 
 def predict(
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | None,
   paths: list[str],
   topk: int = 5,
   overrides: dict[str, str] | None = None,
   config: ConfigDict | None = None,
+  init: str = '',
 ) -> Iterator[dict]:
   """For each file its `topk` classes, or why it can't be read, in the order given.
+
+  The model is that of a workdir, or published weights as they are: `init`.
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
@@ -37,7 +40,7 @@ def predict(
   files = image.find(paths)
   batch_size = min(len(files), BATCH)
   sharding.start_up(batch_size)
-  exp, params, _ = experiment.from_workdir(workdir, overrides, config)
+  exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   names = exp.task.class_names
 
   mesh = sharding.make_mesh()
@@ -47,7 +50,7 @@ def predict(
   blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
 
   for start in range(0, len(files), BATCH):
-    rows = [read(file, exp.task) for file in files[start : start + BATCH]]
+    rows = [read(file, exp) for file in files[start : start + BATCH]]
     good = [row for row in rows if isinstance(row, np.ndarray)]
     scores = iter(())
     if good:
@@ -77,13 +80,13 @@ def make_predict_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Ca
   return jax.jit(predict_step)
 
 
-def read(file: pathlib.Path, task: experiment.Task) -> np.ndarray | str:
+def read(file: pathlib.Path, exp: experiment.Experiment) -> np.ndarray | str:
   """The image as the model was trained to see it, or why there is none."""
   try:
-    decoded = image.decode(image.read(file), file, task.channels)
+    decoded = image.decode(image.read(file), file, exp.task.channels)
   except image.BadImage as error:
     return str(error)
-  return image.fit(decoded, task.stored_size)
+  return exp.fit(decoded, exp.task.stored_size)
 
 
 def show(rows: Iterator[dict], as_json: bool) -> int:

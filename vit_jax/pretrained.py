@@ -18,6 +18,7 @@ import math
 import pathlib
 import re
 import tempfile
+import typing
 
 import numpy as np
 from safetensors import SafetensorError
@@ -329,9 +330,13 @@ def read_torch(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: s
   try:
     found = module.read(folder, config, arrays)
   except (KeyError, TypeError, AttributeError) as error:  # a field of an unexpected kind
-    raise ValueError(
-      f'{folder}/config.json: a field has an unexpected value ({error!r}).'
-    ) from error
+    raise ValueError(f'{folder}/config.json: an unexpected value ({error!r}).') from error
+  for name, kind in typing.get_type_hints(vit.ViT).items():
+    value = found.fields.get(name)
+    if value is not None and kind in (int, bool, str) and type(value) is not kind:
+      raise ValueError(
+        f'{folder}/config.json: an unexpected value: {name} is {value!r}, expected {kind.__name__}.'
+      )
   return dataclasses.replace(found, origin=origin)
 
 

@@ -28,6 +28,8 @@ from vit_jax import image as image_lib
 from vit_jax import splits
 from vit_jax.names import choose
 
+Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
+
 TEST_NAMES = ('test', 'val', 'validation')
 
 
@@ -77,6 +79,7 @@ def load(
   size: tuple[int, int],
   keep_smaller: bool = False,
   skip_bad_images: bool = False,
+  fit: Fit = image_lib.fit,
 ) -> Examples:
   """Reads a split into memory.
 
@@ -86,6 +89,7 @@ def load(
     size: (height, width) that images are fitted to.
     keep_smaller: leave images as they are where all are of one size not above `size`.
     skip_bad_images: leave out what can't be decoded, instead of raising.
+    fit: `image.fit`, its further arguments bound.
 
   Raises:
     image.BadImage: the first file that can't be decoded.
@@ -100,7 +104,7 @@ def load(
       if isinstance(image, bytes):
         image = image_lib.decode(image, name, source.channels)
         smaller = image.height <= size[0] and image.width <= size[1]
-        image = image_lib.fit(image, image.size[::-1] if keep_smaller and smaller else size)
+        image = np.asarray(image) if keep_smaller and smaller else fit(image, size)
     except image_lib.BadImage as error:
       if not skip_bad_images:
         raise
@@ -122,7 +126,7 @@ def load(
     raise ValueError(f'Split {split!r}: all {len(skipped)} images are bad.')
   images = [image for image, _ in good]
   if keep_smaller and len({image.shape for image in images}) > 1:
-    images = [refit(image, size) for image in images]
+    images = [refit(image, size, fit) for image in images]
   return Examples(np.stack(images), np.array([label for _, label in good], np.int32), skipped)
 
 
@@ -138,10 +142,10 @@ def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -
     )
 
 
-def refit(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Fits an array as `image.fit` fits a file."""
+def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
+  """Fits an array as `fit` fits a file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-  return image_lib.fit(image_lib.Image.fromarray(pixels), size)
+  return fit(image_lib.Image.fromarray(pixels), size)
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

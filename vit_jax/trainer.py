@@ -142,29 +142,28 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   experiment.check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1)
-  start = checkpoint.latest_step(workdir)
+  start, saved = checkpoint.latest_step(workdir), None
   if start is not None:
-    saved = checkpoint.restore_item(workdir, start, 'config')['config']
-    config_lib.check_same_run(config_lib.from_dict(saved), config, workdir)
+    saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
+    config_lib.check_same_run(saved, config, workdir)
     finished = finished_result(config, workdir)
     if finished:
       return finished
   mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
-  exp, training = experiment.from_config(config)
+  exp, training = experiment.from_config(config, saved)
   experiment.check_same_data(exp, workdir)
   if start and start > training.steps:
     raise ValueError(
       f'{workdir} is at step {start} already, and epochs={config.epochs} ends at step '
       f'{training.steps}: give more epochs, or another --workdir.'
     )
-  weights = None if start else experiment.initial_params(exp)
   workdir.mkdir(parents=True, exist_ok=True)
   with (
     writer.Writer(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
-    return Run(exp, training, mesh, records, checkpoints).run(weights)
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+    return Run(exp, training, mesh, records, checkpoints).run()
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
@@ -207,9 +206,9 @@ class Run:
     self.eval_step = evaluate.make_eval_step(exp, mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
 
-  def run(self, weights: dict | None) -> dict:
+  def run(self) -> dict:
     """Trains to the end and writes `result.json`."""
-    train_state = self.initial_state(weights)
+    train_state = self.initial_state()
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
       train_state, scores = self.loop(train_state, start, steps)
@@ -254,8 +253,8 @@ class Run:
         meter.go_on()
     return train_state, scores
 
-  def initial_state(self, weights: dict | None) -> state.TrainState:
-    """From the newest checkpoint, else from `weights`, else random."""
+  def initial_state(self) -> state.TrainState:
+    """From the newest checkpoint, else from the weights of `init`, else random."""
     fresh = state.init_state(
       self.exp.model,
       self.training.optimizer,
@@ -270,9 +269,9 @@ class Run:
       log.info('Going on from step %d.', restored.step)
       return restored
     log.debug('%s', parameter_overview.get_parameter_overview(fresh.params, include_stats=False))
-    if weights is None:
+    if self.training.params is None:
       return fresh
-    weights = jax.device_put(weights, sharding.replicated(self.mesh))
+    weights = jax.device_put(self.training.params, sharding.replicated(self.mesh))
     ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
     return fresh.replace(params=weights, ema=ema)
 

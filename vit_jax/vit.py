@@ -507,6 +507,7 @@ class ViT(nn.Module):
     return self.param('pos_embedding', init, shape)
 
 
+SIZES = ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim')
 ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name'))
 
 
@@ -515,12 +516,12 @@ def attributes(model: ViT) -> dict:
   return {name: getattr(model, name) for name in ATTRIBUTES}
 
 
-def make(variant: str, num_classes: int | None, **overrides) -> ViT:
+def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
   """The model of a published size, e.g. `make('B/16', num_classes=10, pool='gap')`.
 
   Args:
     variant: a name in `VARIANTS`, with the patch size after a slash (`B/16`; optional
-      where the variant has one).
+      where the variant has one); None where the overrides give every size.
     num_classes: width of the head; None for no head.
     **overrides: any attribute of `ViT`; None keeps the variant's.
 
@@ -528,24 +529,35 @@ def make(variant: str, num_classes: int | None, **overrides) -> ViT:
     ValueError: an unknown variant or choice, or sizes that don't fit together; the message
       lists what is valid.
   """
-  name, _, patch = variant.partition('/')
-  fields = {'num_classes': num_classes} | choose('model.variant', name, VARIANTS)
-  if patch and not (patch.isascii() and patch.isdigit()):
-    raise ValueError(f'model.variant: {variant!r} should look like B/16, patch size in pixels.')
-  if patch:
-    fields['patch_size'] = int(patch)
+  fields = {'num_classes': num_classes} | (variant_fields(variant) if variant else {})
   for key, value in overrides.items():
     choose('model', key, ATTRIBUTES)
     if value is not None:
       fields[key] = value
-  if 'patch_size' not in fields:
-    raise ValueError(f'model.variant: {variant!r} names no patch size; write e.g. {name}/16.')
+  missing = [name for name in SIZES if name not in fields]
+  if missing:
+    hint = f' write e.g. {variant}/16, or' if missing == ['patch_size'] else ' give a variant, or'
+    raise ValueError(f'model.variant: {variant!r} names no {", ".join(missing)};{hint} set them.')
   if isinstance(fields['patch_size'], int):
     fields['patch_size'] = (fields['patch_size'],) * 2
   fields['dtype'] = jnp.dtype(fields.get('dtype', jnp.float32))
   model = ViT(**fields)
   check(model)
   return model
+
+
+def variant_fields(variant: str) -> dict:
+  """The attributes that a variant stands for: `B/16`.
+
+  Raises:
+    ValueError: an unknown one.
+  """
+  name, _, patch = variant.partition('/')
+  fields = dict(choose('model.variant', name, VARIANTS))
+  if patch and not (patch.isascii() and patch.isdigit()):
+    raise ValueError(f'model.variant: {variant!r} should look like B/16, patch size in pixels.')
+  size = patch or fields.get('patch_size')
+  return fields | ({'patch_size': (int(size),) * 2} if size else {})
 
 
 def check(model: ViT) -> None:
