@@ -13,6 +13,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from vit_jax import augment, checkpoint, losses, optim, sharding, sources, splits, vit
@@ -41,6 +42,7 @@ RANGES = {  # what a number may be, both ends included
   'optimizer.b1': (0, 0.9999999),
   'optimizer.b2': (0, 0.9999999),
   'optimizer.momentum': (0, 0.9999999),
+  'optimizer.layer_decay': (1e-6, 1),
   'optimizer.clip': (0, 1e38),
   'schedule.warmup': (0, 1e6),
   'loss.label_smoothing': (0, 1),
@@ -81,9 +83,35 @@ class Experiment:
   normalize: Callable[[jax.Array], jax.Array]
 
   @property
+  def augments(self) -> bool:
+    """Whether training may change an image: each augmentation does nothing at its defaults."""
+    return self.config.augment != config_lib.default_config().augment
+
+  @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
+
+  def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
+    """Logits `[B, L]` of a batch of uint8 images.
+
+    Args:
+      params: of the model.
+      batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions that draws
+        derive from.
+      key: of a step of training, which augments and drops out; None at inference.
+    """
+    if key is None:
+      return self.model.apply({'params': params}, self.normalize(batch['image']))
+    image_key, dropout_key = jax.random.split(key)
+    image_BHWC = self.augment(image_key, batch['example'], batch['image'])
+    return self.model.apply(
+      {'params': params},
+      self.normalize(image_BHWC),
+      train=not self.config.freeze,  # what is frozen is a function that is only evaluated
+      example_B=batch['example'],
+      rngs={'dropout': dropout_key},
+    )
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """How many parts each device best takes its share of a batch in."""
@@ -172,7 +200,20 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
   test = read(data.eval_split, size=task.stored_size)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
+  return assemble(config, task), plan(config, train, val, test)
 
+
+def plan(
+  config: ConfigDict,
+  train: sources.Examples,
+  val: sources.Examples | None,
+  test: sources.Examples,
+) -> Training:
+  """How the config trains on these examples.
+
+  Raises:
+    ValueError: too few epochs for a step.
+  """
   steps_per_epoch = len(train) / config.batch_size
   steps = round(config.epochs * steps_per_epoch)
   if config.epochs and not steps:
@@ -189,7 +230,7 @@ def from_config(config: ConfigDict) -> tuple[Experiment, Training]:
   arguments = dict(config.optimizer)
   del arguments['lr']
   optimizer = optim.make_optimizer(schedule=schedule, **arguments)
-  return assemble(config, task), Training(train, val, test, steps, schedule, optimizer)
+  return Training(train, val, test, steps, schedule, optimizer)
 
 
 def from_workdir(
@@ -276,6 +317,8 @@ def report(name: str, examples: sources.Examples | None) -> None:
 def initial_params(experiment: Experiment) -> dict | None:
   """The weights that `init` names; None where it names none.
 
+  A head of another shape, which other classes have, is replaced by one of zeros.
+
   Raises:
     ValueError: not a workdir, or weights of another model.
   """
@@ -283,6 +326,10 @@ def initial_params(experiment: Experiment) -> dict | None:
   if not origin:
     return None
   _, params, _ = checkpoint.load(pathlib.Path(origin).expanduser())
+  init = functools.partial(experiment.model.init, jax.random.key(0))
+  wanted = jax.eval_shape(init, jnp.zeros((1, *experiment.image_shape)))['params']
+  if shapes(params['head']) != shapes(wanted['head']):
+    params['head'] = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted['head'])
   check_params(experiment, params, f'init={origin}')
   log.info('Starting from the weights in %s', origin)
   return params
@@ -304,12 +351,21 @@ def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
   choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
+  choose('freeze', config.freeze, optim.FREEZE)
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   values = config_lib.flatten(config)
   for key, (low, high) in RANGES.items():
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
+  rates = config.sweep
+  if rates and not (config.freeze and config.data.val_split):
+    raise ValueError(
+      'sweep needs freeze=backbone and a data.val_split to choose the learning rate by, e.g. '
+      "train_split='train[:98%]', val_split='train[98%:]'."
+    )
+  if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+    raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
