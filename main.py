@@ -2,6 +2,7 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --mode=eval --workdir=runs/digits
+    python main.py --mode=fewshot --workdir=runs/digits
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
     python main.py --mode=visualize --workdir=runs/digits
 
@@ -30,10 +31,10 @@ def given_config(args, overrides):
 
 
 def train(args, overrides):
-  from vit_jax import trainer
+  from vit_jax import probe, trainer
 
   config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
-  result = trainer.train(config, args.workdir)
+  result = (probe if config.freeze else trainer).train(config, args.workdir)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
     f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
@@ -46,6 +47,15 @@ def evaluate(args, overrides):
 
   result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
   print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
+
+
+def fewshot(args, overrides):
+  from vit_jax import fewshot
+
+  result = fewshot.run(args.workdir, overrides, given_config(args, overrides))
+  for shots, score in result['shots'].items():
+    seeds = len(score['accuracy'])
+    print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
 
 
 def predict(args, overrides):
@@ -69,7 +79,13 @@ def visualize(args, overrides):
     print(path)
 
 
-MODES = {'train': train, 'eval': evaluate, 'predict': predict, 'visualize': visualize}
+MODES = {
+  'train': train,
+  'eval': evaluate,
+  'fewshot': fewshot,
+  'predict': predict,
+  'visualize': visualize,
+}
 
 
 class Console(logging.Handler):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from configs import finetune
 from vit_jax import config as config_lib
 from vit_jax import experiment
 
@@ -20,8 +21,9 @@ LAYERS = (
   {'sources', 'state'},
   {'data', 'checkpoint', 'writer'},
   {'experiment'},
-  {'evaluate'},
-  {'trainer', 'predict', 'visualize'},
+  {'evaluate', 'features'},
+  {'trainer', 'predict', 'visualize', 'fewshot'},
+  {'probe'},
 )
 LEAVES = LAYERS[0] | LAYERS[1] | LAYERS[2] | LAYERS[3]
 
@@ -71,6 +73,15 @@ SPECS = ['digits.py', 'folder.py:small'] + [
   for name in ('cifar10', 'cifar100')
   for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
 ]
+SPECS += [
+  f'{name}.py:{model},{dataset}'
+  for name in ('finetune', 'linear_probe')
+  for model, dataset in (
+    *((model, 'cifar10') for model in finetune.MODELS),
+    *(('s16', dataset) for dataset in finetune.DATASETS if dataset != 'cifar10'),
+  )
+]
+SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
 
 
 @pytest.mark.parametrize('spec', SPECS)
