@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import probe as benchmark
 import main
 from tests.conftest import small_config
 from vit_jax import (
@@ -296,3 +297,13 @@ def test_finetune_configs_are_the_papers(capsys):
   }.items():  # fmt: skip
     assert main.main([f'--config=configs/finetune.py:{variant}', '--workdir=nowhere']) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_the_same_epochs():
+  config = small_config(**FROZEN)
+  result = benchmark.measure(config, examples=64, rounds=3)
+  assert result['examples'] == 64 and result['features_once_seconds'] > 0
+  medians = {name: float(np.median(times)) for name, times in result['rounds'].items()}
+  assert result['epoch_seconds'] == medians and set(medians) == {'frozen', 'cached'}
+  assert result['times_as_fast'] == medians['frozen'] / medians['cached']
+  assert benchmark.settings().freeze == 'backbone' and not benchmark.settings().sweep
