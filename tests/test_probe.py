@@ -213,7 +213,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
   assert len(list(tmp_path.iterdir())) == 6  # and nothing half-written beside
 
 
-def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted):
+def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
   config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
   fitted, real = [], trainer.fit
 
@@ -229,6 +229,8 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted):
       probe.train(config, tmp_path)
     result = probe.train(config, tmp_path)
     assert probe.train(config, tmp_path) == result
+    assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
   assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
   assert sorted(counted) == [256, 256, 768]  # once for each split: neither rate computed again
 

@@ -111,8 +111,9 @@ def sweep(
     FloatingPointError: all rates diverged.
   """
   record = workdir / 'sweep.json'
-  if checkpoint.latest_step(workdir) is not None:
-    return writer.read_json(record)['sweep']
+  chosen = writer.read_json(record)
+  if chosen and checkpoint.latest_step(workdir) is not None:
+    return chosen['sweep']
   points = []
   for rate in exp.config.sweep:
     try:
