@@ -57,9 +57,14 @@ def reference(train, label, test, test_label):
 def test_the_accuracy_is_that_of_a_ridge_regression():
   random = np.random.RandomState(2)
   centre = random.normal(size=(5, 30))
-  make = lambda count: (label := random.permutation(np.arange(count) % 5), (
-    10 + 3 * centre[label] + 8 * random.normal(size=(count, 30))).astype(np.float32))  # fmt: skip
-  (label, train), (test_label, test) = make(25), make(1000)
+
+  def make(counts):
+    label = random.permutation(np.repeat(np.arange(5), counts))
+    noise = 8 * random.normal(size=(len(label), 30))
+    return label, (10 + 3 * centre[label] + noise).astype(np.float32)
+
+  label, train = make([400, 300, 300, 200, 200])  # uneven, or the bias would make no difference
+  test_label, test = make([200] * 5)
   got = fewshot.accuracy(train, label, test, test_label)
   assert got == reference(train.astype(float), label, test.astype(float), test_label)
   assert 0.3 < got < 0.95  # neither chance nor trivial

@@ -1,6 +1,7 @@
 """A frozen backbone stays as it is and costs no gradient; features computed once change nothing."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,8 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
 
 @pytest.mark.parametrize('overrides', [FROZEN, AUGMENTED], ids=['cached', 'augmented'])
 def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, capsys, overrides):
-  overrides = overrides | {'ema': '0.9', 'init': str(trained[0]), 'checkpoint_every': '8'}
+  init = shutil.copytree(trained[0], tmp_path / 'init')
+  overrides = overrides | {'ema': '0.9', 'init': str(init), 'checkpoint_every': '8'}
   whole = probe.train(small_config(**overrides), tmp_path / 'whole')
 
   def stop(*_):
@@ -129,6 +131,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
     with pytest.raises(KeyboardInterrupt):
       probe.train(small_config(**overrides), tmp_path / 'cut')
   assert checkpoint.latest_step(tmp_path / 'cut') == 16
+  shutil.rmtree(init)  # what a run began with is in its checkpoints
   resumed = probe.train(small_config(**overrides), tmp_path / 'cut')
   assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
   for item in ('params', 'state'):
