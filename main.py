@@ -2,6 +2,7 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --mode=eval --workdir=runs/digits
+    python main.py --mode=fewshot --workdir=runs/digits
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
     python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
     python main.py --mode=visualize --workdir=runs/digits
@@ -32,10 +33,10 @@ def given_config(args, overrides):
 
 
 def train(args, overrides):
-  from vit_jax import trainer
+  from vit_jax import probe, trainer
 
   config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
-  result = trainer.train(config, args.workdir)
+  result = probe.train(config, args.workdir)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
     f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
@@ -48,6 +49,15 @@ def evaluate(args, overrides):
 
   result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
   print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
+
+
+def fewshot(args, overrides):
+  from vit_jax import fewshot
+
+  result = fewshot.run(args.workdir, overrides, given_config(args, overrides))
+  for shots, score in result['shots'].items():
+    seeds = len(score['accuracy'])
+    print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
 
 
 def predict(args, overrides):
@@ -85,6 +95,7 @@ def export(args, overrides):
 MODES = {
   'train': train,
   'eval': evaluate,
+  'fewshot': fewshot,
   'predict': predict,
   'visualize': visualize,
   'export': export,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import losses, optim
+from vit_jax import losses, optim, vit
 
 PARAMS = {'a': {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([[0.5, 3.0]])}}
 GRADS = [
@@ -104,3 +104,59 @@ def test_softmax_cross_entropy(smoothing):
   target = np.eye(4)[label] * (1 - smoothing) + smoothing / 4
   out = losses.softmax(jnp.asarray(logits), jnp.asarray(label), smoothing)
   np.testing.assert_allclose(out, -(target * log_p).sum(1), rtol=1e-5)
+
+
+DEEP = {  # two blocks; the powers are those of BEiT's `get_num_layer` with two blocks
+  'pos_embedding': 3, 'cls': 3, 'embedding': 3, 'registers': 3, 'stem': 3, 'block_0': 2,
+  'block_1': 1, 'norm': 0, 'map': 0, 'pre_logits': 0, 'head': 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['adamw', 'sgd'])
+def test_each_layer_learns_slower_than_the_one_above(name):
+  draw = np.random.RandomState(0).normal
+  leaf = lambda: {'kernel': jnp.asarray(draw(size=(3, 2)), jnp.float32)}
+  params, grads = {key: leaf() for key in DEEP}, [{key: leaf() for key in DEEP} for _ in range(3)]
+  rate = {key: 0.1 * 0.7**power for key, power in DEEP.items()}
+  optimizer = optim.make_optimizer(
+    name, lambda _: 0.1, clip=0.0, layer_decay=0.7, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.9
+  )
+  state, now = optimizer.init(params), params
+  for g in grads:
+    updates, state = optimizer.update(g, state, now)
+    now = jax.tree.map(jnp.add, now, updates)
+  for key in DEEP:  # each as if alone, at its own learning rate
+    p, m, v = np.array(params[key]['kernel'], np.float64), 0, 0
+    for t, g in enumerate((np.array(g[key]['kernel'], np.float64) for g in grads), start=1):
+      if name == 'sgd':
+        m = step = 0.9 * m + g
+      else:
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+      p = p - rate[key] * (step + 0.3 * p)
+    np.testing.assert_allclose(now[key]['kernel'], p, rtol=1e-4, err_msg=key)
+
+
+def test_a_parameter_of_no_known_layer_is_a_mistake():
+  optimizer = optim.scale_by_layer(0.5)
+  with pytest.raises(AssertionError, match='Which layer is tail'):
+    optimizer.update({'tail': jnp.ones(1)}, optimizer.init({}), None)
+
+
+def test_every_parameter_of_a_model_has_a_layer():
+  for pool in ('cls', 'map'):
+    model = vit.make('tiny', 2, pool=pool, num_registers=1, representation_size=8, depth=11)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+    scaled, _ = optim.scale_by_layer(0.5).update(ones, optax.EmptyState(), None)
+    assert float(scaled['block_10']['mlp']['up']['bias'][0]) == 0.5
+    assert float(scaled['block_2']['mlp']['up']['bias'][0]) == 0.5**9
+    assert float(scaled['head']['bias'][0]) == 1
+
+
+def test_what_is_frozen():
+  params = {'embedding': 1, 'block_0': 2, 'head': 3}
+  assert optim.split(params, '') == (params, {})
+  assert optim.split(params, 'backbone') == ({'head': 3}, {'embedding': 1, 'block_0': 2})
+  with pytest.raises(ValueError, match='freeze: unknown'):
+    optim.split(params, 'head')

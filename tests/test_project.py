@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from configs import finetune
 from vit_jax import config as config_lib
 from vit_jax import experiment
 
@@ -22,8 +23,9 @@ LAYERS = (
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
   {'pretrained'},
   {'experiment', 'export'},
-  {'evaluate'},
-  {'trainer', 'predict', 'visualize'},
+  {'evaluate', 'features'},
+  {'trainer', 'predict', 'visualize', 'fewshot'},
+  {'probe'},
 )
 LEAVES = set().union(*LAYERS[:6])
 
@@ -73,6 +75,15 @@ SPECS = ['digits.py', 'folder.py:small'] + [
   for name in ('cifar10', 'cifar100')
   for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
 ]
+SPECS += [
+  f'{name}.py:{model},{dataset}'
+  for name in ('finetune', 'linear_probe')
+  for model, dataset in (
+    *((model, 'cifar10') for model in finetune.MODELS),
+    *(('s16', dataset) for dataset in finetune.DATASETS if dataset != 'cifar10'),
+  )
+]
+SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
 
 
 @pytest.mark.parametrize('spec', SPECS)

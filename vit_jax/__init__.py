@@ -12,7 +12,7 @@ _PUBLIC = {  # imported when asked for: a model needs neither datasets nor check
   'load': 'pretrained',
   'save': 'pretrained',
   'default_config': 'config',
-  'train': 'trainer',
+  'train': 'probe',
 }
 
 __all__ = list(_PUBLIC)

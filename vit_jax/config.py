@@ -36,6 +36,8 @@ def default_config() -> ConfigDict:
   c.keep_checkpoints = 2  # newest checkpoints kept, beside the best where there is val_split
   c.init = ''  # weights to start from, all that `vit_jax.load` reads; empty: random ones
   c.init_resize = 'bilinear'  # of their positions to the image's grid: bilinear, bicubic or paper
+  c.freeze = ''  # backbone: only the head is trained, and nothing drops out; empty: everything is
+  c.sweep = ()  # with freeze: learning rates of which the best on val_split trains on all of train
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated; 0: no averaging
 
   c.data = ConfigDict()
@@ -99,6 +101,7 @@ def default_config() -> ConfigDict:
   c.optimizer.b2 = 0.999  # adamw: decay of the second moment
   c.optimizer.momentum = 0.9  # sgd
   c.optimizer.moment_dtype = 'float32'  # of the first moment: float32, or bfloat16 to save memory
+  c.optimizer.layer_decay = 1.0  # of the learning rate, from each layer to the one below it
   c.optimizer.clip = 1.0  # global norm that gradients are scaled down to; 0: no clipping
 
   c.schedule = ConfigDict()

@@ -54,7 +54,7 @@ def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalS
   """`(batch, params) -> metrics` of one padded batch."""
 
   def score_part(part, params):
-    logits_BL = exp.model.apply({'params': params}, exp.normalize(part['image']))
+    logits_BL = exp.logits(params, part)
     loss_B = exp.loss(logits_BL, part['label'])
     return score(logits_BL, part['label'], loss_B, part['mask'])
 

@@ -56,6 +56,7 @@ RANGES = {  # what a number may be, both ends included
   'optimizer.b1': (0, 0.9999999),
   'optimizer.b2': (0, 0.9999999),
   'optimizer.momentum': (0, 0.9999999),
+  'optimizer.layer_decay': (1e-6, 1),
   'optimizer.clip': (0, 1e38),
   'schedule.warmup': (0, 1e6),
   'loss.label_smoothing': (0, 1),
@@ -101,9 +102,35 @@ class Experiment:
   fit: sources.Fit
 
   @property
+  def augments(self) -> bool:
+    """Whether training may change an image: each augmentation does nothing at its defaults."""
+    return self.config.augment != config_lib.default_config().augment
+
+  @property
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
+
+  def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
+    """Logits `[B, L]` of a batch of uint8 images.
+
+    Args:
+      params: of the model.
+      batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions that draws
+        derive from.
+      key: of a step of training, which augments and drops out; None at inference.
+    """
+    if key is None:
+      return self.model.apply({'params': params}, self.normalize(batch['image']))
+    image_key, dropout_key = jax.random.split(key)
+    image_BHWC = self.augment(image_key, batch['example'], batch['image'])
+    return self.model.apply(
+      {'params': params},
+      self.normalize(image_BHWC),
+      train=not self.config.freeze,  # what is frozen is a function that is only evaluated
+      example_B=batch['example'],
+      rngs={'dropout': dropout_key},
+    )
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """How many parts each device best takes its share of a batch in."""
@@ -210,7 +237,21 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   test = read(data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
+  return experiment, plan(config, train, val, test, params)
 
+
+def plan(
+  config: ConfigDict,
+  train: sources.Examples,
+  val: sources.Examples | None,
+  test: sources.Examples,
+  params: dict | None,
+) -> Training:
+  """How the config trains on these examples, from these weights.
+
+  Raises:
+    ValueError: too few epochs for a step.
+  """
   steps_per_epoch = len(train) / config.batch_size
   steps = round(config.epochs * steps_per_epoch)
   if config.epochs and not steps:
@@ -227,7 +268,7 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   arguments = dict(config.optimizer)
   del arguments['lr']
   optimizer = optim.make_optimizer(schedule=schedule, **arguments)
-  return experiment, Training(train, val, test, steps, schedule, optimizer, params)
+  return Training(train, val, test, steps, schedule, optimizer, params)
 
 
 def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
@@ -416,6 +457,7 @@ def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
   choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
+  choose('freeze', config.freeze, optim.FREEZE)
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
   choose('init_resize', config.init_resize, positions.RESIZES)
   choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
@@ -424,6 +466,14 @@ def check(config: ConfigDict) -> None:
   for key, (low, high) in RANGES.items():
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
+  rates = config.sweep
+  if rates and not (config.freeze and config.data.val_split):
+    raise ValueError(
+      'sweep needs freeze=backbone and a data.val_split to choose the learning rate by, e.g. '
+      "train_split='train[:98%]', val_split='train[98%:]'."
+    )
+  if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+    raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

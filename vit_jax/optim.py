@@ -1,7 +1,8 @@
 """Optimizers and learning-rate schedules, from optax.
 
 Weight decay is decoupled, scaled by the learning rate, and touches kernels only: not
-biases, norms, positions, or class and register tokens.
+biases, norms, positions, or class and register tokens. What is frozen is no part of the tree
+that an optimizer sees: it has no gradient, no state and no share in the norm clipped by.
 """
 
 from collections.abc import Callable
@@ -65,14 +66,63 @@ OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
 MOMENT_DTYPES = ('float32', 'bfloat16')  # Zhai et al. 2021 (2106.04560), 3.4: half the memory
 
 
+FREEZE = {  # whether a top-level parameter keeps the value that it began with
+  '': lambda name: False,
+  'backbone': lambda name: name != 'head',
+}
+
+
+def split(params: dict, freeze: str) -> tuple[dict, dict]:
+  """The parameters that are trained, and those that `freeze`, of `FREEZE`, keeps."""
+  keeps = choose('freeze', freeze, FREEZE)
+  trained = {name: leaves for name, leaves in params.items() if not keeps(name)}
+  return trained, {name: leaves for name, leaves in params.items() if keeps(name)}
+
+
+# Layer 0, and layer depth + 1, of the layers that `scale_by_layer` counts.
+FIRST_LAYER = ('embedding', 'stem', 'cls', 'registers', 'pos_embedding', 'pre_norm')
+LAST_LAYER = ('norm', 'map', 'pre_logits', 'head')
+
+
+def scale_by_layer(decay: float) -> optax.GradientTransformation:
+  """Multiplies each update by `decay ** (depth + 1 - layer)`; block i is layer i + 1.
+
+  Layer-wise learning-rate decay as BEiT (Bao et al. 2021, 2106.08254) and MAE (He et al. 2021,
+  2111.06377) fine-tune with it. Behind an optimizer it scales the weight decay as well.
+  """
+
+  def update(updates, _):
+    depth = sum(name.startswith('block_') for name in updates)
+
+    def scale(name):
+      if name in LAST_LAYER:
+        return 1.0
+      if name in FIRST_LAYER:
+        return decay ** (depth + 1)
+      kind, _, i = name.rpartition('_')
+      assert kind == 'block', f'Which layer is {name}? Put it in FIRST_LAYER or LAST_LAYER.'
+      return decay ** (depth - int(i))
+
+    return {
+      name: jax.tree.map(lambda x, name=name: scale(name) * x, leaves)
+      for name, leaves in updates.items()
+    }
+
+  return optax.stateless(update)
+
+
 def is_matrix(params) -> dict:
   """True for the leaves named `kernel`."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
 def make_optimizer(
-  name: str, schedule: Schedule, clip: float, **arguments
+  name: str, schedule: Schedule, clip: float, layer_decay: float = 1.0, **arguments
 ) -> optax.GradientTransformation:
   """The optimizer `name` of `OPTIMIZERS`, behind clipping by the global norm."""
-  optimizer = choose('optimizer.name', name, OPTIMIZERS)(schedule, **arguments)
-  return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+  parts = [choose('optimizer.name', name, OPTIMIZERS)(schedule, **arguments)]
+  if clip:
+    parts.insert(0, optax.clip_by_global_norm(clip))
+  if layer_decay != 1:
+    parts.append(scale_by_layer(layer_decay))
+  return optax.chain(*parts) if len(parts) > 1 else parts[0]

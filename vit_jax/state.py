@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax import optim
 from vit_jax.vit import ViT
 
 
@@ -42,12 +43,14 @@ def init_state(
   seed: int,
   keep_ema: bool,
   sharding: jax.sharding.Sharding,
+  freeze: str = '',
 ) -> TrainState:
-  """The state before the first step, made where it stays."""
+  """The state before the first step, made where it stays; none for what `freeze` keeps."""
 
   def init():
     params = init_params(model, image_shape, seed)
     ema = params if keep_ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    opt_state = optimizer.init(optim.split(params, freeze)[0])
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
   return jax.jit(init, out_shardings=sharding)()

@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 import optax
 import tqdm
 
-from vit_jax import checkpoint, data, evaluate, experiment, image, sharding, state, writer
+from vit_jax import checkpoint, data, evaluate, experiment, image, optim, sharding, state, writer
 from vit_jax import config as config_lib
+from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +43,34 @@ def make_train_step(
   config = exp.config
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
 
-  def loss_fn(params, part, key):
-    image_key, dropout_key = jax.random.split(key)
-    image_BHWC = exp.normalize(exp.augment(image_key, part['example'], part['image']))
-    logits_BL = exp.model.apply(
-      {'params': params},
-      image_BHWC,
-      train=True,
-      example_B=part['example'],
-      rngs={'dropout': dropout_key},
-    )
+  def loss_fn(trained, frozen, part, key):
+    logits_BL = exp.logits(trained | frozen, part, key)
     loss_B = exp.loss(logits_BL, part['label'])
     return loss_B.sum() / config.batch_size, evaluate.score(logits_BL, part['label'], loss_B)
 
-  def gradient(part, params, key):
+  def gradient(part, trained, frozen, key):
     """A micro-batch's share of the gradient of the mean loss, and its metrics."""
-    return jax.grad(loss_fn, has_aux=True)(params, part, key)
+    return jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key)
 
   gradients = sharding.add_up(gradient, mesh, parts)
 
   def train_step(old, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), old.step)
     batch = batch | {'example': jnp.arange(config.batch_size)}
-    grads, score = gradients(batch, old.params, key)
-    updates, opt_state = training.optimizer.update(grads, old.opt_state, old.params)
-    params = optax.apply_updates(old.params, updates)
+    trained, frozen = optim.split(old.params, config.freeze)
+    grads, score = gradients(batch, trained, frozen, key)
+    updates, opt_state = training.optimizer.update(grads, old.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
     ema = old.ema
     if ema is not None:
-      ema = optax.incremental_update(params, ema, 1 - config.ema)
+      average, constant = optim.split(ema, config.freeze)
+      ema = optax.incremental_update(trained, average, 1 - config.ema) | constant
     metrics = {
       'score': score,
       'grad_norm': optax.global_norm(grads),
       'learning_rate': training.schedule(old.step),
     }
-    return state.TrainState(old.step + 1, params, opt_state, ema), metrics
+    return state.TrainState(old.step + 1, trained | frozen, opt_state, ema), metrics
 
   return jax.jit(train_step, donate_argnums=0)
 
@@ -137,20 +132,57 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     FloatingPointError: training diverged; the last good checkpoint stays.
   """
   workdir = pathlib.Path(workdir).expanduser()
+  finished, saved = start_up(config, workdir)
+  if finished:
+    return finished
+  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
+  exp, training = experiment.from_config(config, saved)
+  save_examples(exp, training.test, workdir)
+  return fit(exp, training, mesh, workdir)
+
+
+def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
+  """Checks a run before anything is read.
+
+  Returns:
+    The result of a run that is finished, and the config of one that has begun; else None.
+
+  Raises:
+    ValueError: a config that can't be, or a workdir that holds another run.
+  """
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
   experiment.check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1)
-  start, saved = checkpoint.latest_step(workdir), None
-  if start is not None:
-    saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
-    config_lib.check_same_run(saved, config, workdir)
-    finished = finished_result(config, workdir)
-    if finished:
-      return finished
-  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
-  exp, training = experiment.from_config(config, saved)
+  start = checkpoint.latest_step(workdir)
+  if start is None:
+    return None, None
+  saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
+  config_lib.check_same_run(saved, config, workdir)
+  return finished_result(config, workdir), saved
+
+
+def fit(
+  exp: experiment.Experiment,
+  training: experiment.Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  **notes: object,
+) -> dict:
+  """Runs the loop in a workdir, from where it stands there; returns its result.
+
+  Args:
+    exp: what is trained.
+    training: on what and how, and from which weights.
+    mesh: of the devices.
+    workdir: made where there is none.
+    **notes: put into `result.json` as they are.
+
+  Raises:
+    ValueError: the run can't go on with this data, or is beyond its end.
+  """
+  config, start = exp.config, checkpoint.latest_step(workdir)
   experiment.check_same_data(exp, workdir)
   if start and start > training.steps:
     raise ValueError(
@@ -162,8 +194,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     writer.Writer(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
-    return Run(exp, training, mesh, records, checkpoints).run()
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
+    return Run(exp, training, mesh, records, checkpoints, notes).run()
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
@@ -199,9 +231,9 @@ def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 class Run:
   """The loop: from the newest checkpoint, or the beginning, to the end."""
 
-  def __init__(self, exp, training, mesh, records, checkpoints):
+  def __init__(self, exp, training, mesh, records, checkpoints, notes=None):
     self.exp, self.training, self.mesh = exp, training, mesh
-    self.records, self.checkpoints = records, checkpoints
+    self.records, self.checkpoints, self.notes = records, checkpoints, notes or {}
     self.config = exp.config
     self.eval_step = evaluate.make_eval_step(exp, mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
@@ -262,6 +294,7 @@ class Run:
       self.config.seed,
       self.config.ema > 0,
       sharding.replicated(self.mesh),
+      self.config.freeze,
     )
     if self.checkpoints.latest() is not None:
       restored, saved = self.checkpoints.restore(fresh)
@@ -333,18 +366,20 @@ class Run:
       'seconds': round(time.perf_counter() - self.began, 1),
       'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
       'config': config_lib.to_dict(self.config),
-    }
-    self.save_examples(count=8)
+    } | self.notes
+    if 'val' in scores:
+      result['val_accuracy'] = scores['val']['accuracy']
     self.records.result(result)
     return result
 
-  def save_examples(self, count: int) -> None:
-    """A few images of the test split as PNG files, to try `predict` on."""
-    test, folder = self.training.test, self.records.workdir / 'examples'
-    folder.mkdir(exist_ok=True)
-    for i, label in enumerate(test.label_N[:count]):
-      name = re.sub(r'\W+', '-', self.exp.task.class_names[label])
-      image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
+
+def save_examples(exp: experiment.Experiment, test: Examples, workdir: pathlib.Path) -> None:
+  """A few images of the test split as PNG files, to try `predict` on."""
+  folder = workdir / 'examples'
+  folder.mkdir(parents=True, exist_ok=True)
+  for i, label in enumerate(test.label_N[:8]):
+    name = re.sub(r'\W+', '-', exp.task.class_names[label])
+    image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
 
 
 def progress_bar(start: int, steps: int) -> tqdm.tqdm:

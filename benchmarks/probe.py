@@ -1,0 +1,131 @@
+"""An epoch of a linear probe on features computed once, beside one that runs the backbone.
+
+    python -m benchmarks.probe
+
+`tiny` at 32x32 with random weights on random images, batches of 512, the step that `main.py`
+takes; both in one process, in turns, on the same examples. Compiling is left out. Writes
+`results/probe.json` with the seconds that the features took once: hashed, computed, saved.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import collect
+from vit_jax import config as config_lib
+from vit_jax import data, experiment, features, probe, sharding, state, trainer
+from vit_jax.sources import Examples
+
+EXAMPLES = 8192
+ROUNDS = 7
+
+
+def settings():
+  """The config of both."""
+  config = config_lib.load_file('configs/linear_probe.py:tiny,cifar10')
+  config.data.source, config.data.train_split, config.data.val_split = 'synthetic', 'train', ''
+  config.sweep = ()
+  return config
+
+
+def seconds(run: Callable[[], object]) -> float:
+  """How long a call took, until the device has finished it."""
+  began = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - began
+
+
+def make_epoch(exp, training, mesh) -> Callable[[], object]:
+  """A function that trains one more epoch and returns the state, and has compiled its step."""
+  config = exp.config
+  fresh = state.init_state(
+    exp.model,
+    training.optimizer,
+    exp.image_shape,
+    config.seed,
+    config.ema > 0,
+    sharding.replicated(mesh),
+    config.freeze,
+  )
+  train_state = fresh.replace(params=jax.device_put(training.params, sharding.replicated(mesh)))
+  batches = data.train_batches(
+    training.train, config.batch_size, config.seed, 0, sharding.over_batch(mesh)
+  )
+  step = trainer.make_train_step(exp, training, mesh)
+  states = [step(train_state, next(batches))[0]]
+
+  def epoch():
+    for _ in range(len(training.train) // config.batch_size):
+      states[0], _ = step(states[0], next(batches))
+    return states
+
+  return epoch
+
+
+def measure(config, examples: int, rounds: int) -> dict:
+  """Medians of the two epochs, their ratio, and what the features cost."""
+  sharding.start_up(config.batch_size)
+  mesh = sharding.make_mesh(config.batch_size)
+  exp, training = experiment.from_config(config)
+  random, shape = np.random.RandomState(0), (examples, *training.train.image_NHWC.shape[1:])
+  many = Examples(
+    random.randint(0, 256, shape, np.uint8), random.randint(0, 10, examples).astype(np.int32)
+  )
+  training = experiment.plan(config, many, None, training.test, training.params)
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    weights = probe.initial_params(exp, training, folder)
+    training = dataclasses.replace(training, params=weights)
+    params = jax.device_put(weights, sharding.replicated(mesh))
+    step = features.make_feature_step(exp, mesh)
+    once = Examples(many.image_NHWC[:1], many.label_N[:1])
+    features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles it
+    cost = seconds(lambda: features.cached(exp, step, params, many, mesh, folder).image_NHWC)
+    on_features = probe.on_features(exp, training, mesh, folder)
+  epochs = {
+    'frozen': make_epoch(exp, training, mesh),
+    'cached': make_epoch(*on_features, mesh),
+  }
+  times = {name: [] for name in epochs}
+  for _ in range(rounds):
+    for name, epoch in epochs.items():
+      times[name].append(seconds(epoch))
+  medians = {name: statistics.median(values) for name, values in times.items()}
+  return {
+    'model': config.model.variant,
+    'image_size': list(config.data.image_size),
+    'batch_size': config.batch_size,
+    'examples': examples,
+    'epoch_seconds': medians,
+    'rounds': times,
+    'times_as_fast': medians['frozen'] / medians['cached'],
+    'features_once_seconds': cost,
+  }
+
+
+def main() -> None:
+  load = os.getloadavg()[0]  # of whatever else runs
+  result = measure(settings(), EXAMPLES, ROUNDS)
+  result |= {
+    'machine': collect.machine(),
+    'load_before': load,
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+  }
+  (collect.RESULTS / 'probe.json').write_text(json.dumps(result, indent=1) + '\n')
+  print({key: value for key, value in result.items() if key != 'rounds'})
+
+
+if __name__ == '__main__':
+  main()

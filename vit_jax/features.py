@@ -1,0 +1,101 @@
+"""What a frozen backbone makes of each image, computed once.
+
+Decisions:
+  * Features are what the head takes: pooled, after the pre-logits layer where there is one, and
+    float32, which holds what a bfloat16 backbone gives exactly.
+  * A cache is found by a hash of all that features depend on: weights, model, preprocessing and
+    the pixels themselves. Whatever changes, another file is looked for.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vit_jax
+from vit_jax import data, experiment, sharding
+from vit_jax.sources import Examples
+
+log = logging.getLogger(__name__)
+
+FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
+
+
+def make_feature_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
+  """`(batch, params) -> feature_BD` of a batch of uint8 images, on every device."""
+  backbone = exp.model.clone(num_classes=None)
+
+  def extract(part, params):
+    feature_BD = backbone.apply({'params': params}, exp.normalize(part['image']))
+    return feature_BD.astype(jnp.float32)
+
+  def feature_step(batch, params):
+    parts = exp.micro_batches(mesh, len(batch['mask']))
+    return sharding.concatenate(extract, mesh, parts)(batch, params)
+
+  return jax.jit(feature_step, out_shardings=sharding.replicated(mesh))
+
+
+def compute(
+  feature_step: FeatureStep,
+  params: dict,
+  examples: Examples,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> np.ndarray:
+  """The features `[N, D]` of all examples, in their order."""
+  batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  rows = [jax.device_get(feature_step(batch, params))[:batch_size] for batch in batches]
+  return np.concatenate(rows)[: len(examples)]
+
+
+def cached(
+  exp: experiment.Experiment,
+  feature_step: FeatureStep,
+  params: dict,
+  examples: Examples,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+) -> Examples:
+  """The examples with features in the place of images, read from `folder` or written there.
+
+  Args:
+    exp: whose backbone and preprocessing it is.
+    feature_step: of the experiment.
+    params: all of the model's, on the devices of the mesh.
+    examples: uint8 images.
+    mesh: of the devices.
+    folder: of files `<key>.npy`.
+  """
+  path = folder / f'{key(exp, params, examples)}.npy'
+  if path.exists():
+    log.info('Features of %d examples from %s', len(examples), path)
+    return Examples(np.load(path), examples.label_N)
+  log.info('Computing the features of %d examples ...', len(examples))
+  feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.partial')
+  with partial.open('wb') as file:
+    np.save(file, feature_ND)
+  partial.replace(path)  # in one step: a file under its name is whole
+  return Examples(feature_ND, examples.label_N)
+
+
+def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:
+  """A hash of all that the features depend on."""
+  skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
+  fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
+  model = {name: str(getattr(exp.model, name)) for name in fields}
+  about = (vit_jax.__version__, model, sorted(exp.normalize.keywords.items()))
+  digest = hashlib.sha256(repr(about).encode())
+  backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
+  leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))
+  for path, array in [*leaves, ('images', examples.image_NHWC)]:
+    digest.update(f'{path} {array.shape} {array.dtype}'.encode())
+    digest.update(np.ascontiguousarray(array).data)
+  return digest.hexdigest()[:32]

@@ -1,0 +1,121 @@
+"""How well a backbone's features separate classes of which a few images are known.
+
+Paper, Section 4.1: a regularised least-squares regression from frozen features onto {-1, 1}^L
+targets, solved in closed form. All else is as in big_vision's `evaluators/fewshot_lsr.py`: each
+feature centred and divided by its standard deviation (plus 1e-5) over the images drawn, a
+constant feature of 100 for the bias, the strength 2^10 of the L2 penalty on all of it, the
+bias's too, and the images of fewer shots among those of more.
+
+Decisions:
+  * It is solved on the host in float64, in the smaller of the two forms: among examples where
+    they are fewer than features.
+  * Only the images drawn, and all of the test split, go through the backbone.
+"""
+
+import logging
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import experiment, features, sharding, writer
+from vit_jax.sources import Examples
+
+log = logging.getLogger(__name__)
+
+SHOTS = (1, 5, 10, 25)  # images of each class
+SEEDS = (0, 1, 2)  # of the draw
+L2 = 2.0**10
+BIAS = 100.0  # so large that the penalty hardly touches it
+
+
+def draw(label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int) -> np.ndarray:
+  """The indices `[L, shots]` of images drawn without replacement, a row a class.
+
+  With the same seed, fewer shots are the first columns of more.
+
+  Raises:
+    ValueError: a class has fewer images than shots.
+  """
+  random = np.random.RandomState(seed)
+  rows = []
+  for label, name in enumerate(class_names):
+    index = random.permutation(np.flatnonzero(label_N == label))
+    if len(index) < shots:
+      raise ValueError(
+        f'{shots} shots need {shots} images of each class, and {name!r} has {len(index)} in '
+        'data.train_split: take a larger split.'
+      )
+    rows.append(index[:shots])
+  return np.stack(rows)
+
+
+def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
+  """The w `[D, L]` that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
+  x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
+  examples, width = x_ND.shape
+  if examples < width:
+    return x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + l2 * np.eye(examples), y_NL)
+  return np.linalg.solve(x_ND.T @ x_ND + l2 * np.eye(width), x_ND.T @ y_NL)
+
+
+def accuracy(
+  train_ND: np.ndarray, label_N: np.ndarray, test_MD: np.ndarray, test_label_M: np.ndarray
+) -> float:
+  """The share of test examples that the regression on the training examples gets right."""
+  train_ND, test_MD = train_ND.astype(np.float64), test_MD.astype(np.float64)
+  mean_D, std_D = train_ND.mean(axis=0), train_ND.std(axis=0) + 1e-5
+
+  def prepare(x_ND):
+    return np.pad((x_ND - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=((0, 0), (0, BIAS)))
+
+  target_NL = 2.0 * np.eye(label_N.max() + 1)[label_N] - 1
+  w_DL = solve(prepare(train_ND), target_NL, L2)
+  return float(((prepare(test_MD) @ w_DL).argmax(axis=1) == test_label_M).mean())
+
+
+def fewshot(exp: experiment.Experiment, params: dict) -> dict:
+  """Few-shot accuracies of a backbone on the experiment's data.
+
+  Args:
+    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on.
+    params: of its model; the head is not used.
+
+  Returns:
+    `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one a seed]}, ...}, 'examples': ...,
+    'l2': ...}`; the standard deviation is that of the population.
+
+  Raises:
+    ValueError: a class has fewer images than shots.
+  """
+  config = exp.config
+  train = experiment.load_split(exp, config.data.train_split)
+  test = experiment.load_split(exp, config.data.eval_split)
+  drawn = {seed: draw(train.label_N, exp.task.class_names, max(SHOTS), seed) for seed in SEEDS}
+  needed = np.unique(np.concatenate([index.ravel() for index in drawn.values()]))
+  mesh = sharding.make_mesh()
+  step = features.make_feature_step(exp, mesh)
+  params = jax.device_put(params, sharding.replicated(mesh))
+  compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
+  known_ND = compute(Examples(train.image_NHWC[needed], train.label_N[needed]))
+  test_MD = compute(test)
+  scores = {}
+  for shots in SHOTS:
+    values = []
+    for index_LS in drawn.values():
+      index = index_LS[:, :shots].ravel()
+      x_ND = known_ND[np.searchsorted(needed, index)]
+      values.append(accuracy(x_ND, train.label_N[index], test_MD, test.label_N))
+    scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
+  return {'shots': scores, 'examples': len(test), 'l2': L2}
+
+
+def run(workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None) -> dict:
+  """Few-shot accuracies of a workdir's newest checkpoint, written to its `fewshot.json`."""
+  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
+  exp, params, step = experiment.from_workdir(workdir, overrides, config)
+  result = {'step': step} | fewshot(exp, params)
+  writer.write_json(workdir / 'fewshot.json', result)
+  return result

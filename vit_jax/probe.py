@@ -1,0 +1,169 @@
+"""Training the head alone: on features computed once where that is the same thing.
+
+Decisions:
+  * Where no augmentation touches the image, a frozen backbone gives the same features in every
+    epoch. They are computed once, kept in `<workdir>/features/`, and the same loop trains the
+    head on them. Its checkpoints hold all parameters, like those of any run.
+  * A sweep trains one head for each learning rate on `data.train_split`, in
+    `<workdir>/sweep/<rate>/`, and scores it on `data.val_split`. The best rate then trains on both
+    splits together, in the workdir itself. The test split chooses nothing.
+"""
+
+import dataclasses
+import logging
+import pathlib
+import shutil
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import checkpoint, experiment, features, sharding, sources, state, trainer, vit, writer
+from vit_jax import config as config_lib
+
+log = logging.getLogger(__name__)
+
+
+class OnFeatures(experiment.Experiment):
+  """An experiment whose batches hold features `[B, D]` in the place of images."""
+
+  def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
+    """Logits `[B, L]`; nothing is random about a head."""
+    head = vit.Dense((len(self.task.class_names),))
+    return head.apply({'params': params['head']}, batch['image'])
+
+  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
+    """One part a device: a head is small."""
+    return 1
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+  """As `trainer.train`, and for `freeze=backbone` too; with `sweep`, the result lists its points.
+
+  Raises:
+    ValueError: a config, data or workdir that does not work; the message says why.
+    FloatingPointError: training diverged, at every learning rate where there is a sweep.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  if not config.freeze:
+    return trainer.train(config, workdir)
+  finished, saved = trainer.start_up(config, workdir)
+  if finished:
+    return finished
+  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
+  exp, training = experiment.from_config(config, saved)
+  training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
+  trainer.save_examples(exp, training.test, workdir)
+  if not exp.augments:
+    exp, training = on_features(exp, training, mesh, workdir / 'features')
+  notes = {}
+  if config.sweep:
+    points = sweep(exp, training, mesh, workdir)
+    best = max(points, key=lambda point: point['val_accuracy'])
+    exp, training = on_all(exp, training, best['lr'])
+    notes = {'sweep': points, 'lr': best['lr']}
+  return trainer.fit(exp, training, mesh, workdir, **notes)
+
+
+def initial_params(
+  exp: experiment.Experiment, training: experiment.Training, workdir: pathlib.Path
+) -> dict:
+  """The checkpoint's, else those that `init` names, else random ones.
+
+  The checkpoint comes first, because a backbone that has begun to be probed stays that one.
+  """
+  if (step := checkpoint.latest_step(workdir)) is not None:
+    return checkpoint.restore_item(workdir, step, 'params')
+  if training.params is not None:
+    return training.params
+  seed = exp.config.seed
+  return jax.device_get(jax.jit(lambda: state.init_params(exp.model, exp.image_shape, seed))())
+
+
+def on_features(
+  exp: experiment.Experiment,
+  training: experiment.Training,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+) -> tuple[OnFeatures, experiment.Training]:
+  """The same experiment and training, on features that are kept in `folder`."""
+  params = jax.device_put(training.params, sharding.replicated(mesh))
+  step = features.make_feature_step(exp, mesh)
+  splits = {
+    name: features.cached(exp, step, params, examples, mesh, folder)
+    for name in ('train', 'val', 'test')
+    if (examples := getattr(training, name)) is not None
+  }
+  fields = {field.name: getattr(exp, field.name) for field in dataclasses.fields(exp)}
+  return OnFeatures(**fields), dataclasses.replace(training, **splits)
+
+
+def sweep(
+  exp: experiment.Experiment,
+  training: experiment.Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+) -> list[dict]:
+  """`[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`.
+
+  A rate that diverges scores 0. What is finished is not run again; once the last run has begun,
+  the sweep that it began with stands.
+
+  Raises:
+    FloatingPointError: all rates diverged.
+  """
+  record = workdir / 'sweep.json'
+  chosen = writer.read_json(record)
+  if chosen and checkpoint.latest_step(workdir) is not None:
+    return chosen['sweep']
+  points = []
+  for rate in exp.config.sweep:
+    try:
+      accuracy = score(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate)
+    except FloatingPointError as error:
+      log.warning('Learning rate %g: %s', rate, error)
+      accuracy = 0.0
+    points.append({'lr': rate, 'val_accuracy': accuracy})
+  if not any(point['val_accuracy'] for point in points):
+    raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
+  writer.write_json(record, {'sweep': points})
+  return points
+
+
+def score(
+  exp: experiment.Experiment,
+  training: experiment.Training,
+  mesh: jax.sharding.Mesh,
+  folder: pathlib.Path,
+  rate: float,
+) -> float:
+  """The held-out accuracy of one learning rate, trained in a folder of its own."""
+  config = config_lib.from_dict(config_lib.to_dict(exp.config))
+  config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
+  exp = dataclasses.replace(exp, config=config)
+  if result := trainer.finished_result(config, folder):
+    config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
+  else:
+    trainer.start_up(config, folder)
+    splits = training.train, training.val, training.test
+    plan = experiment.plan(config, *splits, training.params)
+    result = trainer.fit(exp, plan, mesh, folder)
+  # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
+  shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+  return result['val_accuracy']
+
+
+def on_all(
+  exp: experiment.Experiment, training: experiment.Training, rate: float
+) -> tuple[experiment.Experiment, experiment.Training]:
+  """The last run: the training and the held-out split together, at the rate chosen."""
+  train, val = training.train, training.val
+  both = sources.Examples(
+    np.concatenate([train.image_NHWC, val.image_NHWC]),
+    np.concatenate([train.label_N, val.label_N]),
+  )
+  config = config_lib.from_dict(config_lib.to_dict(exp.config))
+  config.optimizer.lr = rate
+  task = dataclasses.replace(exp.task, train_examples=len(both))
+  plan = experiment.plan(config, both, None, training.test, training.params)
+  return dataclasses.replace(exp, task=task), plan
