@@ -7,7 +7,6 @@ accuracy, the machine and the date.
 """
 
 import datetime
-import json
 import os
 import pathlib
 import platform
@@ -34,8 +33,12 @@ def machine() -> str:
   return f'{os.cpu_count()} cores of {model}'
 
 
-def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
-  """Writes `results/<name>.json` and returns what it holds."""
+def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
+  """What the finished runs of one recipe recorded, and their mean.
+
+  Raises:
+    ValueError: a run that is not finished.
+  """
   runs = []
   for workdir in workdirs:
     result = writer.read_json(workdir / 'result.json')
@@ -45,9 +48,11 @@ def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
     kind, _, path = data['source'].partition(':')
     data['source'] = f'folder:{pathlib.Path(path).name}' if kind == 'folder' else data['source']
     data['dir'] = ''
+    if init := result['config']['init']:
+      result['config']['init'] = pathlib.Path(init).name
     runs.append(result | {'metrics': writer.read_metrics(workdir)})
   accuracies = [run['test_accuracy'] for run in runs]
-  summary = {
+  return {
     'recipe': recipe,
     'machine': machine(),
     'date': datetime.date.today().isoformat(),
@@ -59,12 +64,10 @@ def collect(name: str, recipe: str, workdirs: list[pathlib.Path]) -> dict:
     'seconds_mean': statistics.mean(run['seconds'] for run in runs),
     'runs': runs,
   }
-  RESULTS.mkdir(exist_ok=True)
-  (RESULTS / f'{name}.json').write_text(json.dumps(summary, indent=1) + '\n')
-  return summary
 
 
 if __name__ == '__main__':
   _, name, recipe, *workdirs = sys.argv
-  summary = collect(name, recipe, [pathlib.Path(workdir) for workdir in workdirs])
-  print({key: value for key, value in summary.items() if key != 'runs'})
+  result = summary(recipe, [pathlib.Path(workdir) for workdir in workdirs])
+  writer.write_json(RESULTS / f'{name}.json', result)
+  print({key: value for key, value in result.items() if key != 'runs'})

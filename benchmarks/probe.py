@@ -10,7 +10,6 @@ takes; both in one process, in turns, on the same examples. Compiling is left ou
 from collections.abc import Callable
 import dataclasses
 import datetime
-import json
 import os
 import pathlib
 import platform
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks import collect
 from vit_jax import config as config_lib
-from vit_jax import data, experiment, features, probe, sharding, state, trainer
+from vit_jax import data, experiment, features, probe, sharding, state, trainer, writer
 from vit_jax.sources import Examples
 
 EXAMPLES = 8192
@@ -123,7 +122,7 @@ def main() -> None:
     'python': platform.python_version(),
     'jax': jax.__version__,
   }
-  (collect.RESULTS / 'probe.json').write_text(json.dumps(result, indent=1) + '\n')
+  writer.write_json(collect.RESULTS / 'probe.json', result)
   print({key: value for key, value in result.items() if key != 'rounds'})
 
 
