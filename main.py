@@ -5,6 +5,7 @@
     python main.py --mode=fewshot --workdir=runs/digits
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
     python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
+    python main.py --mode=fewshot --init=ViT-B_16.npz --config.data.source=folder:photos
     python main.py --mode=visualize --workdir=runs/digits
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
 
@@ -54,7 +55,7 @@ def evaluate(args, overrides):
 def fewshot(args, overrides):
   from vit_jax import fewshot
 
-  result = fewshot.run(args.workdir, overrides, given_config(args, overrides))
+  result = fewshot.run(args.workdir, overrides, given_config(args, overrides), args.init)
   for shots, score in result['shots'].items():
     seeds = len(score['accuracy'])
     print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
@@ -100,6 +101,7 @@ MODES = {
   'visualize': visualize,
   'export': export,
 }
+TAKE_INIT = ('fewshot', 'predict', 'export')
 
 
 class Console(logging.Handler):
@@ -124,7 +126,9 @@ def parse(argv):
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
   parser.add_argument('--workdir', type=folder, help='checkpoints and records')
-  parser.add_argument('--init', default='', help='predict, export: weights, or a Hub name')
+  parser.add_argument(
+    '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
+  )
   parser.add_argument('--format', default='', help='export: hf, timm or npz')
   parser.add_argument('--out', type=folder, help='export: the folder to write into')
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
@@ -158,8 +162,10 @@ def main(argv):
   log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
-    if args.init and args.mode not in ('predict', 'export'):
-      raise ValueError(f'--init is for predict and export: {args.mode} takes --config.init.')
+    if args.init and args.mode not in TAKE_INIT:
+      raise ValueError(f'--init is for {", ".join(TAKE_INIT)}; training takes --config.init.')
+    if args.init and (args.workdir or args.config):
+      raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init:
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)

@@ -29,6 +29,7 @@ from vit_jax import (
   sources,
   splits,
   vit,
+  weights,
 )
 from vit_jax import config as config_lib
 from vit_jax.names import choose
@@ -278,25 +279,33 @@ def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, d
     ValueError: no such weights, or a config that contradicts them.
   """
   found = pretrained.read(config.init)
-  own = vit.ViT(**found.fields)
-  size, patch = pair(config.data.image_size), own.patch_size
-  if any(n % p for n, p in zip(size, patch)):
-    raise ValueError(
-      f'data.image_size={size} does not divide into the patches of init={config.init}, '
-      f'{patch[0]}x{patch[1]} pixels.'
-    )
+  grid = grid_of(config, found)
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} takes images of {found.channels} channels, those of '
       f'{config.data.source} have {source.channels}.'
     )
-  grid = size[0] // patch[0], size[1] // patch[1]
   classes = source.class_names
   loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
   if loaded.class_names not in (None, classes):  # as many, but others: the head means nothing
     loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
   log.info('Starting from the weights in %s', config.init)
   return follow(config, loaded), loaded.params
+
+
+def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:
+  """The patches (down, across) of the config's images under the model of some weights.
+
+  Raises:
+    ValueError: images that don't divide into patches.
+  """
+  size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
+  if any(n % p for n, p in zip(size, patch)):
+    raise ValueError(
+      f'data.image_size={size} does not divide into the patches of init={config.init}, '
+      f'{patch[0]}x{patch[1]} pixels.'
+    )
+  return size[0] // patch[0], size[1] // patch[1]
 
 
 def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
@@ -340,8 +349,15 @@ def same(name: str, asked: object, own: object, model: vit.ViT) -> bool:
   return asked == own
 
 
-def from_init(init: str, overrides: dict[str, str]) -> tuple[Experiment, dict]:
-  """The experiment of published weights as they are: their classes, their preprocessing.
+def from_init(
+  init: str, overrides: dict[str, str], classes: str = 'weights'
+) -> tuple[Experiment, dict]:
+  """The experiment of published weights as they are, with their preprocessing.
+
+  Args:
+    init: all that `pretrained.load` reads.
+    overrides: dotted keys and values.
+    classes: of the `weights`, or a head of zeros for those of the `data`.
 
   Raises:
     ValueError: weights that can't be read or have no head, or overrides that contradict them.
@@ -350,22 +366,24 @@ def from_init(init: str, overrides: dict[str, str]) -> tuple[Experiment, dict]:
   config.init = init
   for key, text in overrides.items():
     config_lib.override(config, key, text)
-  found = pretrained.read(init)
-  if found.fields['num_classes'] is None:
+  check(config)
+  found, grid, names = pretrained.read(init), None, None
+  if classes == 'data':
+    data = config.data
+    names = sources.open_source(data.source, data.dir, pair(data.image_size)).class_names
+  elif found.fields['num_classes'] is None:
     raise ValueError(
       f'{init} has no head, so it names no classes. Train one: '
       f'--config=configs/linear_probe.py --config.init={init}'
     )
-  grid = None
   if 'data.image_size' in overrides:
-    size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
-    grid = size[0] // patch[0], size[1] // patch[1]
-  loaded = pretrained.adapt(found, grid, resize=config.init_resize)
+    grid = grid_of(config, found)
+  loaded = pretrained.adapt(found, grid, None, names and len(names), config.init_resize)
   expected = loaded.preprocessing
   config.data.update(image_size=expected.size, crop=expected.crop, stretch=expected.stretch)
   config.data.interpolation = expected.interpolation
-  names = loaded.class_names or tuple(f'class {i}' for i in range(loaded.model.num_classes))
-  task = Task(names, expected.size, found.channels)
+  names = names or loaded.class_names or [f'class {i}' for i in range(loaded.model.num_classes)]
+  task = Task(tuple(names), expected.size, found.channels)
   return assemble(follow(config, loaded), task), loaded.params
 
 
@@ -399,14 +417,16 @@ def from_workdir(
 
 
 def open_model(
-  workdir: pathlib.Path | None, init: str, overrides: dict[str, str], config: ConfigDict | None
+  workdir: pathlib.Path | None,
+  init: str,
+  overrides: dict[str, str],
+  config: ConfigDict | None,
+  classes: str = 'weights',
 ) -> tuple[Experiment, dict]:
   """The model of a workdir, or of published weights where `init` names some."""
-  if not init:
-    return from_workdir(workdir, overrides, config)[:2]
-  if workdir or config:
-    raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
-  return from_init(init, overrides)
+  if init:
+    return from_init(init, overrides, classes)
+  return from_workdir(workdir, overrides, config)[:2]
 
 
 def load_split(experiment: Experiment, split: str) -> sources.Examples:

@@ -19,8 +19,8 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
+from vit_jax import checkpoint, experiment, features, sharding, writer
 from vit_jax import config as config_lib
-from vit_jax import experiment, features, sharding, writer
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
@@ -112,10 +112,19 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   return {'shots': scores, 'examples': len(test), 'l2': L2}
 
 
-def run(workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None) -> dict:
-  """Few-shot accuracies of a workdir's newest checkpoint, written to its `fewshot.json`."""
+def run(
+  workdir: pathlib.Path | None,
+  overrides: dict[str, str],
+  config: ConfigDict | None = None,
+  init: str = '',
+) -> dict:
+  """Few-shot accuracies of a workdir's newest checkpoint, written to its `fewshot.json`.
+
+  Or of published weights, `init`, on the data of the overrides; those are not written.
+  """
   sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
-  exp, params, step = experiment.from_workdir(workdir, overrides, config)
-  result = {'step': step} | fewshot(exp, params)
-  writer.write_json(workdir / 'fewshot.json', result)
+  result = fewshot(*experiment.open_model(workdir, init, overrides, config, classes='data'))
+  if workdir:
+    result = {'step': checkpoint.latest_step(workdir)} | result
+    writer.write_json(workdir / 'fewshot.json', result)
   return result
