@@ -13,8 +13,9 @@ held out, 2% and 1%, and the final run took all of train. To choose so:
     --config.data.train_split='train[:98%]' --config.data.val_split='train[98%:]' \\
         --config.optimizer.lr=0.01
 
-`adamw` has MAE's recipe in place of SGD (2111.06377, Table 9, without mixup and cutmix): layer-wise
-learning-rate decay 0.75, weight decay 0.05, label smoothing and stochastic depth 0.1.
+`adamw` has MAE's recipe in place of SGD (2111.06377, Table 9, without RandAugment, mixup and
+cutmix): layer-wise learning-rate decay 0.75, weight decay 0.05, label smoothing and stochastic
+depth 0.1.
 
 This project's own choices, not the paper's: flips; on CIFAR a crop after a border of 4 pixels, at
 the images' own size; epochs of `folder`; bfloat16 for the paper's models; 378 pixels for h14, as

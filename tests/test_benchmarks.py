@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import memory, speed, works
+from benchmarks import memory, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
 from vit_jax import sources, splits, vit
 
@@ -205,3 +206,23 @@ def test_the_table_has_a_row_for_each_work():
   assert (
     lines[-1] == '| tiny train | 8 | 1,234.5 | plain linen 2.50 | 50% | 20.0% | 1.0 GiB | 1.5 s |'
   )
+
+
+# As the paper (Table 1), "Scaling Vision Transformers" (Table 2) and timm publish them.
+MILLIONS = {
+    'Ti/16': '5.72', 'S/16': '22.05', 'S/32': '22.88', 'B/16': '86.57', 'B/32': '88.22',
+    'L/16': '304.33', 'L/32': '306.54', 'H/14': '632.05', 'R26+S/32': '36.43',
+    'R50+B/16': '98.66', 'R50+L/32': '328.99', 'R+Ti/32': '6.34',
+    'vit_base_patch16_clip_224': '86.57',
+}  # fmt: skip
+
+
+def test_models_have_the_parameters_that_are_published():
+  text = (zoo.ROOT / 'MODELS.md').read_text()
+  listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))
+  assert {name: listed[name] for name in MILLIONS} == MILLIONS
+  for name in ('Ti/16', 'R26+S/32'):
+    assert zoo.millions(zoo.parameters(vit.make(name, 1000))) == MILLIONS[name]
+  name = 'vit_wee_patch16_reg1_gap_256'
+  assert zoo.millions(zoo.parameters(zoo.timm_model(name))) == listed[name]
+  assert set(vit.VARIANTS) <= {name.split('/')[0] for name in listed}

@@ -44,10 +44,12 @@ VARIANTS = {
   'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size
-# is that of the whole, stem included: R50+B/16, R50+L/32, R26+S/32, R+Ti/16.
+# is that of the whole, stem included: R50+B/16, R50+L/32, R26+B/32, R26+S/32, and R+Ti/32, which
+# is published as R+Ti/16: its stem reduces by 4, its patches of the feature map by 8.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
+  'R26+B': VARIANTS['B'] | dict(resnet=(2, 2, 2, 2)),
   'R26+S': VARIANTS['S'] | dict(resnet=(2, 2, 2, 2)),
   'R+Ti': VARIANTS['Ti'] | dict(resnet=()),
 }

@@ -1,0 +1,134 @@
+"""Every model that has a name, its parameters, where its weights are published, and its tests.
+
+python -m benchmarks.zoo     # writes MODELS.md
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax import format_timm, vit
+from vit_jax.weights import param_shapes
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TIMM_NAMES = ROOT / 'tests/data/timm_names.json'  # every ViT of timm 1.0.31, None: not read here
+PIXELS = 224
+
+ABOUT = f"""# Models
+
+Parameters in millions, with a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels
+(32x32 where 32 is said), counted on the model as it is built here: `python -m benchmarks.zoo`.
+
+What the tests hold: weights of each format, small ones that the original code wrote with its
+outputs, give those outputs (`tests/data/`, `test_pretrained.py`); random models of Hugging Face
+and timm give the same outputs and gradients (`test_pretrained_live.py`). The published files
+themselves, of full size, were not at hand. Names of files are those of the buckets and the Hub.
+
+"""
+
+# Published files, and the tests of their format, by the names that `vit_jax.make` takes.
+PAPER = 'paper: `imagenet21k/ViT-{0}.npz`, `imagenet21k+imagenet2012/ViT-{0}.npz`'
+AUGREG = 'AugReg: `augreg/{0}-*.npz`'
+SAM = 'SAM, GSAM: `sam/ViT-{0}.npz`, `gsam/ViT-{0}.npz`'
+TOKEN, GAP, HYBRID = 'paper_token', 'paper_gap', 'paper_hybrid'
+VARIANTS = {
+  'Ti/16': (AUGREG, TOKEN),
+  'S/16': (f'{AUGREG}; {SAM}', TOKEN),
+  'S/32': (f'{AUGREG}; {SAM}', TOKEN),
+  'B/8': (AUGREG, TOKEN),
+  'B/16': (f'{PAPER}; {AUGREG}; {SAM}', TOKEN),
+  'B/32': (f'{PAPER}; {AUGREG}; {SAM}', TOKEN),
+  'L/16': (f'{PAPER}; {AUGREG}; {SAM}', TOKEN),
+  'L/32': (f'{PAPER}; {SAM}', TOKEN),
+  'H/14': (PAPER, TOKEN),
+  'g/14': ('none', 'test_every_pool_and_position'),
+  'G/14': ('none', 'test_every_pool_and_position'),
+  'R+Ti/32': ('AugReg: `augreg/R_Ti_16-*.npz`, /32 for all its name', 'paper_hybrid_root'),
+  'R26+S/32': ('AugReg: `augreg/R26_S_32-*.npz`', HYBRID),
+  'R26+B/32': ('paper: `imagenet21k/R26+ViT-B_32.npz`', HYBRID),
+  'R50+B/16': ('paper: `imagenet21k/R50+ViT-B_16.npz`', HYBRID),
+  'R50+L/32': (
+    'paper: `imagenet21k/R50+ViT-L_32.npz`; AugReg: `augreg/R50_L_32-*.npz`',
+    HYBRID,
+  ),
+}
+SMALL = {'tiny': 'results/', 'small': 'not yet', 'wide': 'not yet'}
+
+HUGGING_FACE = {  # class: an example on the Hub, how it differs from B/16 with a class token
+  'ViTForImageClassification': ('google/vit-base-patch16-224', 'hf_classifier'),
+  'ViTModel': ('google/vit-base-patch16-224-in21k', 'hf_backbone'),
+  'DeiTForImageClassification': ('facebook/deit-base-patch16-224', 'test_hugging_face'),
+  'DeiTForImageClassificationWithTeacher': (
+    'facebook/deit-base-distilled-patch16-224',
+    'test_hugging_face',
+  ),
+  'DeiTModel': ('facebook/deit-base-distilled-patch16-224', 'test_hugging_face'),
+  'Dinov2ForImageClassification': (
+    'facebook/dinov2-base-imagenet1k-1-layer',
+    'test_hugging_face',
+  ),
+  'Dinov2Model': ('facebook/dinov2-base', 'test_hugging_face'),
+  'Dinov2WithRegistersForImageClassification': (
+    'facebook/dinov2-with-registers-base-imagenet1k-1-layer',
+    'test_hugging_face',
+  ),
+  'Dinov2WithRegistersModel': ('facebook/dinov2-with-registers-base', 'test_hugging_face'),
+}
+
+
+def parameters(model: vit.ViT, pixels: int = PIXELS) -> int:
+  """The number of a model's parameters, from those of its first blocks: all are alike."""
+  size = [pixels // p * p for p in model.patch_size]
+  count = lambda depth: sum(
+    int(jnp.prod(jnp.array(shape)))
+    for shape in param_shapes(model.clone(depth=depth), (*size, 3)).values()
+  )
+  first = count(1)
+  return first + (model.depth - 1) * (count(2) - first)
+
+
+def millions(count: int) -> str:
+  return f'{count / 1e6:.2f}'
+
+
+def timm_model(name: str) -> vit.ViT:
+  """The model of a timm architecture name, with 1,000 classes."""
+  return vit.ViT(**format_timm.read(pathlib.Path(name), {'architecture': name}, {}).fields)
+
+
+def tables() -> str:
+  """The whole of MODELS.md."""
+  lines = [ABOUT + "## This project's names\n", '| name | parameters | published | tests |']
+  lines += ['| --- | --- | --- | --- |']
+  for name, (published, test) in VARIANTS.items():
+    files = published.format(name.replace('/', '_'))
+    count = millions(parameters(vit.make(name, 1000)))
+    lines.append(f'| `{name}` | {count} | {files} | `{test}` |')
+  for name, trained in SMALL.items():
+    count = millions(parameters(vit.make(name, 10, pool='gap'), 32))
+    lines.append(f'| `{name}` (32, 10 classes) | {count} | trained here: {trained} | `test_main` |')
+  lines += ['\n## Hugging Face\n', 'Any size of these classes, safetensors with `config.json`.\n']
+  lines += ['| class | for example | tests |', '| --- | --- | --- |']
+  for name, (example, test) in HUGGING_FACE.items():
+    lines.append(f'| `{name}` | `{example}` | `{test}` |')
+  names = json.loads(TIMM_NAMES.read_text())
+  known = [name for name in sorted(names) if names[name]]
+  lines += ['\n## timm\n']
+  lines += [
+    f'{len(known)} architecture names, published as `timm/<name>.<tag>` on the Hub; a folder that '
+    'timm saved with `model_args` needs none. `test_timms_names_stand_for_its_arguments` holds '
+    'every one, `timm_*` and `test_timm` the arrays.\n',
+    '| name | parameters |',
+    '| --- | --- |',
+  ]
+  lines += [f'| `{name}` | {millions(parameters(timm_model(name)))} |' for name in known]
+  absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
+  lines += ['', f'More than a ViT (SwiGLU, RMSNorm, parallel blocks, ...), not read: {absent}.']
+  return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+  with jax.default_device(jax.devices('cpu')[0]):
+    (ROOT / 'MODELS.md').write_text(tables())
