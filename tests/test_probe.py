@@ -258,7 +258,7 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
 
 
 @pytest.mark.parametrize('overrides, message', [
-  ({'freeze': 'head'}, 'Valid: , backbone'),
+  ({'freeze': 'head'}, r"Valid: '' .empty., backbone"),
   ({'sweep': '0.1,0.2'}, 'sweep needs freeze=backbone and a data.val_split'),
   (SWEPT | {'data.val_split': ''}, 'sweep needs freeze=backbone and a data.val_split'),
   (SWEPT | {'sweep': '0.1,0'}, 'different learning rates above 0'),
