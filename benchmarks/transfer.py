@@ -23,9 +23,9 @@ ALL = (f'--config.epochs={EPOCHS}', '--config.batch_size=512')
 RUNS = {  # its config, whether it starts from the pre-trained weights, its seeds
   'probe': ('configs/linear_probe.py:tiny,folder', True, SEEDS),
   'scratch': ('configs/folder.py:tiny', False, SEEDS),
-  'finetuned': ('configs/folder.py:tiny', True, SEEDS),
   'finetuned_adamw': ('configs/finetune.py:tiny,folder,adamw', True, SEEDS[:1]),
   'finetuned_sgd': ('configs/finetune.py:tiny,folder', True, SEEDS[:1]),
+  'finetuned': ('configs/folder.py:tiny', True, SEEDS[:1]),
 }
 
 

@@ -19,7 +19,10 @@ depth 0.1.
 
 This project's own choices, not the paper's: flips; on CIFAR a crop after a border of 4 pixels, at
 the images' own size; epochs of `folder`; bfloat16 for the paper's models; 378 pixels for h14, as
-384 is no multiple of 14. Not measured yet.
+384 is no multiple of 14.
+
+Measured for `tiny,folder` alone, from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs: 75.8%,
+with `adamw` 76.3%, from scratch 61.1% (results/transfer.json).
 """
 
 from vit_jax.config import default_config

@@ -10,5 +10,5 @@ from configs import cifar10
 def get_config(variant='small'):
   config = cifar10.get_config(variant)
   config.data.source = 'folder:'
-  config.data.mean = config.data.std = (0.5,)
+  config.data.mean = config.data.std = None  # those of `init`, or 0.5
   return config

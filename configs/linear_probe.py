@@ -5,8 +5,10 @@
 
 Each rate of `sweep` trains on the first 98% of train and is scored on the last 2%, the best then
 trains on all of it. Nothing touches the images, so the backbone runs once over each, at 224 pixels
-(32 for tiny and small). SGD without weight decay; the rates are this project's choice. Not
-measured yet.
+(32 for tiny and small). SGD without weight decay; the rates are this project's choice.
+
+Measured for `tiny,folder` alone, from Tiny-ImageNet to CIFAR-10 in 10 epochs: 62.2%
+(results/transfer.json).
 """
 
 from configs import finetune

@@ -16,7 +16,7 @@ from tests.test_main import call, error
 from tests.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, probe
+from vit_jax import experiment, export, probe, sources
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -83,6 +83,7 @@ def test_fine_tuning_learns_and_a_run_starts_from_another_run(weights, tmp_path)
     ({'model.activation': 'gelu_tanh'}, "activation: 'gelu_tanh' in the config, 'gelu' in the"),
     ({'model.pool': 'gap'}, "model.pool: 'gap' in the config, 'cls'"),
     ({'model.layer_scale': '0.1'}, 'model.layer_scale: 0.1 in the config, None in the weights'),
+    ({'data.mean': '0.5'}, r'data.mean: \(0.5,\) in the config, \(0.2, 0.4, 0.6\) in the weights'),
     ({'data.image_size': '18'}, 'does not divide into the patches'),
     ({'init': 'absent.npz'}, 'absent.npz: there is no such file'),
     ({'init_resize': 'nearest'}, "init_resize: unknown 'nearest'"),
@@ -127,12 +128,45 @@ def test_predict_with_published_weights(capsys, weights, tmp_path):
   assert best['class'] == f'class {want_L.argmax()}'
   np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
 
+  pixels = write_image(tmp_path / 'a.png', (30, 40))  # brought to size as the weights have it
+  _, out, _ = call(capsys, *flags)
+  resized = Image.fromarray(np.uint8(pixels * 255 + 0.5)).resize((16, 16), Image.BILINEAR)
+  normal = (np.asarray(resized) / 255 - PROCESSOR['image_mean']) / PROCESSOR['image_std']
+  model, params = vit_jax.load(weights)
+  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  best = json.loads(out)['predictions'][0]
+  np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
+  for flag in ('data.crop=0.5', 'data.stretch=false', 'data.interpolation=nearest'):
+    _, other, _ = call(capsys, *flags, f'--config.{flag}')
+    assert json.loads(other)['predictions'][0]['probability'] != best['probability']
+
+
+def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path, caplog):
+  geometry = {'data.interpolation': 'nearest', 'data.crop': '0.8', 'data.stretch': 'true'}
+  vit_jax.train(fine_tuning(weights, {'epochs': '0'} | geometry), tmp_path / 'run')
+  p = vit_jax.load(tmp_path / 'run').preprocessing
+  assert (p.interpolation, p.crop, p.stretch) == ('nearest', 0.8, True)
+  assert (p.mean, p.std) == tuple(tuple(PROCESSOR[key]) for key in ('image_mean', 'image_std'))
+  export.run(tmp_path / 'run', 'hf', tmp_path / 'out')
+  again = vit_jax.load(tmp_path / 'out')
+  assert again.preprocessing == p and again.class_names[0] == 'pattern 0'
+  classes = tuple(f'other {i}' for i in range(len(again.class_names)))  # as many, but others
+  own = experiment.open_init(
+    fine_tuning(tmp_path / 'out', {}), sources.Source({}, classes, 3, None)
+  )
+  assert not np.any(own[1]['head']['kernel'])
+
 
 def test_few_shot_accuracy_of_published_weights(capsys, weights):
   flags = ['--mode=fewshot', f'--init={weights}', '--config.data.source=synthetic']
   code, out, _ = call(capsys, *flags)
   assert not code and [line.split()[0] for line in out.splitlines()] == ['1', '5', '10', '25']
   assert float(out.splitlines()[-1].split()[2].rstrip('%')) > 50  # of 10 classes
+  code, _, err = call(capsys, *flags[:2], '--config.data.source=digits')
+  assert code == 2 and 'error: The model takes images of 3 channels' in err
+  code, out, err = call(capsys, *flags, '--config.data.train_split=train[:10%]')
+  assert code is None and 'No more than 10 shots: a class has 10' in err
+  assert [line.split()[0] for line in out.splitlines()] == ['1', '5', '10']
 
 
 @pytest.mark.parametrize('form', ['hf', 'timm', 'npz'])

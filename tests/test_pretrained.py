@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
 import vit_jax
-from vit_jax import format_npz, positions, pretrained, timm_names, vit, weights
+from vit_jax import export, format_hf, format_npz, positions, pretrained, timm_names, vit, weights
 
 # The folder, the arguments that its file needs, and the formats that can hold the model.
 FIXTURES = {
@@ -330,6 +330,8 @@ ARGS = json.loads((DATA / 'timm_token' / 'config.json').read_text())['model_args
     (dict(block_fn='parallel'), "'block_fn', which this reader does not know"),
     (dict(num_classes=9), r'\(4, 32\) there, \(9, 32\) expected'),
     (dict(embed_dim='wide'), 'unexpected value'),
+    (dict(num_classes='4'), "num_classes is '4', expected int"),
+    (dict(patch_size=[4]), 'one or two positive integers'),
 ])  # fmt: skip
 def test_every_argument_of_timm_is_honoured_or_refused(changed, message, tmp_path):
   with pytest.raises(ValueError, match=message):
@@ -353,6 +355,9 @@ def test_a_timm_architecture_that_is_not_known_is_refused(tmp_path):
     (dict(image_size=24), 'has 36 patches'),
     (dict(id2label={'0': 'a', '1': 'b'}), r'\(4, 32\) there, \(2, 32\) expected'),
     (dict(num_attention_heads='2'), 'unexpected value'),
+    (dict(layer_norm_eps='1e-12'), "norm_epsilon is '1e-12', expected float"),
+    (dict(patch_size=0), 'one or two positive integers'),
+    (dict(id2label={'0': 'a', '1': 'b', '2': 'c', 'x': 'd'}), 'expected the ids 0 to 3'),
 ])  # fmt: skip
 def test_every_field_of_hugging_face_is_honoured_or_refused(changed, message, tmp_path):
   with pytest.raises(ValueError, match=message):
@@ -375,6 +380,75 @@ def test_what_the_config_says_decides_the_model(tmp_path):
   assert vit_jax.load(tmp_path).preprocessing == weights.Preprocessing(
     (16, 16), (0.1, 0.2, 0.3), (1, 2, 3), 'bicubic', 0.8, False
   )
+
+
+HF_FIELDS = dict(  # as the Hub's configs have them, of no effect here
+  attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, initializer_range=0.02,
+  torch_dtype='float32', transformers_version='4.42.0', encoder_stride=16, hidden_act='gelu',
+  _attn_implementation_autoset=True, tie_word_embeddings=True, pruned_heads={},
+)  # fmt: skip
+DINO_FIELDS = dict(
+  apply_layernorm=True, drop_path_rate=0.0, image_size=518, mlp_ratio=4, layerscale_value=1.0,
+  out_features=['stage12'], out_indices=[12], patch_size=14, reshape_hidden_states=True,
+  stage_names=['stem', 'stage1'], use_swiglu_ffn=False, layer_norm_eps=1e-6,
+)  # fmt: skip
+DINO_PROCESSOR = dict(
+  size={'shortest_edge': 256}, crop_size={'height': 224, 'width': 224}, resample=3,
+  do_center_crop=True, do_convert_rgb=True, image_mean=[0.485, 0.456, 0.406],
+  image_std=[0.229, 0.224, 0.225],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('kind, architecture, fields', [
+    ('vit', 'ViTModel', dict(layer_norm_eps=1e-12, qkv_bias=True)),
+    ('deit', 'DeiTForImageClassificationWithTeacher', dict(layer_norm_eps=1e-12)),
+    ('dinov2', 'Dinov2Model', DINO_FIELDS),
+    ('dinov2_with_registers', 'Dinov2WithRegistersModel',
+     DINO_FIELDS | dict(num_register_tokens=4, interpolate_antialias=True,
+                        interpolate_offset=0.0)),
+])  # fmt: skip
+def test_configs_as_the_hub_has_them_are_read(kind, architecture, fields, tmp_path):
+  config = HF_FIELDS | dict(model_type=kind, architectures=[architecture]) | fields
+  (tmp_path / 'preprocessor_config.json').write_text(json.dumps(DINO_PROCESSOR))
+  found = format_hf.read(tmp_path, config, {})
+  assert found.fields['width'] == 768 and found.fields['num_registers' if 'r' in kind else 'depth']
+  patches = found.preprocessing.size[0] / found.fields['patch_size'][0]
+  assert patches == (16 if 'dino' in kind else 14)  # 224 pixels, though positions are for 518
+  assert found.grid == ((37, 37) if 'dino' in kind else (14, 14))
+  assert found.preprocessing.crop == 224 / 256
+
+
+@pytest.mark.parametrize('processor, message', [
+    ('{', 'preprocessor_config.json: no valid JSON'),
+    ({'size': 16}, "preprocessor_config.json: an unexpected value .KeyError.'image_mean'"),
+    ({'image_mean': [0.5], 'image_std': [0.0]}, 'std must be positive'),
+    ({'image_mean': [0.5, 0.5], 'image_std': [1.0]}, 'mean: expected 1 or 3 numbers'),
+    ({'image_mean': [0.5], 'image_std': [1.0], 'rescale_factor': 1}, 'expected pixels divided'),
+    ({'image_mean': [0.5], 'image_std': [1.0], 'size': 0, 'crop_size': 8}, 'ZeroDivision'),
+])  # fmt: skip
+def test_a_processor_that_can_not_be_is_refused(processor, message, tmp_path):
+  text = processor if isinstance(processor, str) else json.dumps(processor)
+  (hf_folder(tmp_path) / 'preprocessor_config.json').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(tmp_path)
+
+
+def test_timms_older_configs_have_it_all_on_one_level(tmp_path):
+  flat = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', crop_pct=0.9)
+  fields = flat | dict(model_args=ARGS, labels=['a', 'b', 'c', 'd'])
+  loaded = vit_jax.load(timm_folder(tmp_path, fields, drop=('pretrained_cfg',)))
+  p = loaded.preprocessing
+  assert (p.mean, p.std, p.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 'bilinear')
+  assert p.crop == 0.9 and loaded.class_names == ('a', 'b', 'c', 'd')
+  for broken, message in (
+    (dict(crop_pct=9), 'at most 1'),
+    (dict(interpolation='random'), "interpolation: unknown 'random'"),
+    (dict(labels=['a', 'b']), '2 class names for 4 classes'),
+    (dict(labels={'a': 0}), 'expected a list'),
+  ):
+    timm_folder(tmp_path, fields | broken, drop=('pretrained_cfg',))
+    with pytest.raises(ValueError, match=message):
+      vit_jax.load(tmp_path)
 
 
 # Bad input.
@@ -507,6 +581,51 @@ def test_saving_refuses_what_is_not_the_models(tmp_path):
   with pytest.raises(ValueError, match='is a file'):
     vit_jax.save(model, params, tmp_path / 'file', format='npz')
   assert sorted(p.name for p in tmp_path.iterdir()) == ['file']
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+  loaded = vit_jax.load(source('timm_token'))
+  for name in (
+    'checkpoints',
+    'metrics.jsonl',
+    'model-1.safetensors',
+    'other.npz',
+    pretrained.INDEX,
+  ):
+    folder = tmp_path / name
+    (folder / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f'holds {name} already'):
+      vit_jax.save(*loaded, folder, format='timm')
+    assert [file.name for file in folder.iterdir()] == [name]
+  for _ in range(2):  # its own files are replaced
+    vit_jax.save(*loaded, tmp_path / 'out', format='timm')
+
+
+def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path, caplog):
+  config = json.loads((DATA / 'timm_map' / 'config.json').read_text())
+  config['num_classes'] = config['model_args']['num_classes'] = 0
+  arrays = load_file(DATA / 'timm_map' / 'model.safetensors')
+  arrays = {name: x for name, x in arrays.items() if not name.startswith('head.')}
+  save_file(arrays, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  export.run(tmp_path, 'timm', tmp_path / 'out')
+  again = load_file(tmp_path / 'out' / 'model.safetensors')
+  assert all(np.array_equal(again[name], arrays[name]) for name in arrays | again)
+  image = np.load(DATA / 'timm_map' / 'io.npz')['image']
+  assert logits(vit_jax.load(tmp_path / 'out'), image).ndim == 3  # tokens
+  assert logits(vit_jax.load(tmp_path / 'out', num_classes=5), image).shape == (len(image), 5)
+
+
+def test_a_processor_that_hugging_face_can_not_have_is_refused(tmp_path):
+  loaded = vit_jax.load(source('hf_classifier'), grid=(2, 4))
+  cut = weights.Preprocessing((8, 16))
+  with pytest.raises(ValueError, match='cut squares only, and images here are 8x16'):
+    vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=cut)
+  vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=loaded.preprocessing)
+  grey = vit.make('tiny', 3, pool='cls', activation='gelu')
+  params = grey.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))['params']
+  vit_jax.save(grey, jax.device_get(params), tmp_path / 'grey', format='hf')
+  assert vit_jax.load(tmp_path / 'grey').preprocessing.mean == (0.5,)
 
 
 def test_hybrids_reduce_the_image_as_their_names_say():

@@ -153,7 +153,7 @@ def test_features_computed_once_change_nothing(trained, tmp_path):
   overrides = FROZEN | {'init': str(trained[0]), 'ema': '0.9', 'loss.label_smoothing': '0.1'}
   cached = probe.train(small_config(**overrides), tmp_path / 'cached')
   plain = trainer.train(small_config(**overrides), tmp_path / 'plain')
-  assert list((tmp_path / 'cached' / 'features').glob('*.npy'))
+  assert list((tmp_path / 'cached' / 'features').glob('*.npz'))
   assert not (tmp_path / 'plain' / 'features').exists()
   for name in ('params', 'state'):
     a, b = (checkpoint.restore_item(tmp_path / run, 32, name) for run in ('cached', 'plain'))
@@ -215,6 +215,15 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
   ):
     assert cached(**change)[1] == 1
   assert len(list(tmp_path.iterdir())) == 6  # and nothing half-written beside
+  (whole,) = [
+    path for path in tmp_path.iterdir() if features.read(path).tobytes() == first.tobytes()
+  ]
+  for damage in (lambda data: b'', lambda data: data[:-9], lambda data: data.replace(b'f4', b'f2'),
+                 lambda data: data[:600] + bytes([data[600] ^ 1]) + data[601:]):  # fmt: skip
+    whole.write_bytes(damage(whole.read_bytes()))
+    out, new = cached()
+    assert new == 1
+    assert_equal(out, first)
 
 
 def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
@@ -231,6 +240,7 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
     patch.setattr(trainer, 'fit', fit)
     with pytest.raises(KeyboardInterrupt):
       probe.train(config, tmp_path)
+    assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
     result = probe.train(config, tmp_path)
     assert probe.train(config, tmp_path) == result
     assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
@@ -253,6 +263,7 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
   alone = trainer.train(small_config(epochs='2', **alone), tmp_path / 'alone')
   assert result['test_loss'] == pytest.approx(alone['test_loss'], abs=1e-5)
 
+  (tmp_path / 'sweep.json').write_text('{"a": 1}')  # damaged: swept again, to the same end
   more = small_config(init=str(trained[0]), epochs='3', **SWEPT)
   assert probe.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
 

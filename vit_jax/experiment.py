@@ -287,9 +287,10 @@ def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, d
     )
   classes = source.class_names
   loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
-  if loaded.class_names not in (None, classes):  # as many, but others: the head means nothing
-    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
   log.info('Starting from the weights in %s', config.init)
+  if loaded.class_names != classes:  # others, or who knows which
+    log.info('The head is new: the classes are not those of the weights.')
+    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
   return follow(config, loaded), loaded.params
 
 
@@ -315,8 +316,6 @@ def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
     ValueError: it asks for another model; the message lists the differences.
   """
   own = {name: getattr(loaded.model, name) for name in vit.ATTRIBUTES if name in config.model}
-  if own['pool'] == 'none':  # the file has no head, and leaves it open
-    own['pool'] = config.model.pool or ('cls' if own['class_token'] else 'gap')
   asked = vit.variant_fields(config.model.variant) if config.model.variant else {}
   asked |= {name: value for name, value in config.model.items() if value is not None}
   differences = [
@@ -324,15 +323,26 @@ def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
     for name, value in own.items()
     if name in asked and name not in FREE and not same(name, asked[name], value, loaded.model)
   ]
+  about = {'data.mean': loaded.preprocessing.mean, 'data.std': loaded.preprocessing.std}
+  values = config_lib.flatten(config)
+  differences += [
+    f'  {key}: {tuple(values[key])} in the config, {value} in the weights'
+    for key, value in about.items()
+    if values[key] is not None and repeat(values[key]) != repeat(value)
+  ]
   if differences:
     raise ValueError(
       f'init={config.init} is of another model than the config asks for:\n'
       + '\n'.join(differences)
-      + '\nChoose the variant of the weights, or set these keys to None.'
+      + '\nSet these keys to None, which takes those of the weights, or choose their variant.'
     )
   given = {f'model.{name}': value for name, value in own.items() if value is not None}
-  about = {'data.mean': loaded.preprocessing.mean, 'data.std': loaded.preprocessing.std}
   return config_lib.fill(config, given | about)
+
+
+def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
+  """One value, where all channels have the same."""
+  return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
 FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
@@ -367,7 +377,7 @@ def from_init(
   for key, text in overrides.items():
     config_lib.override(config, key, text)
   check(config)
-  found, grid, names = pretrained.read(init), None, None
+  found, names = pretrained.read(init), None
   if classes == 'data':
     data = config.data
     names = sources.open_source(data.source, data.dir, pair(data.image_size)).class_names
@@ -376,12 +386,15 @@ def from_init(
       f'{init} has no head, so it names no classes. Train one: '
       f'--config=configs/linear_probe.py --config.init={init}'
     )
-  if 'data.image_size' in overrides:
-    grid = grid_of(config, found)
+  if 'data.image_size' not in overrides:
+    config.data.image_size = found.preprocessing.size
+  grid = grid_of(config, found) if any(config.data.image_size) else None
   loaded = pretrained.adapt(found, grid, None, names and len(names), config.init_resize)
   expected = loaded.preprocessing
-  config.data.update(image_size=expected.size, crop=expected.crop, stretch=expected.stretch)
-  config.data.interpolation = expected.interpolation
+  config.data.image_size = expected.size
+  for name in ('interpolation', 'crop', 'stretch'):
+    if f'data.{name}' not in overrides:
+      config.data[name] = getattr(expected, name)
   names = names or loaded.class_names or [f'class {i}' for i in range(loaded.model.num_classes)]
   task = Task(tuple(names), expected.size, found.channels)
   return assemble(follow(config, loaded), task), loaded.params
@@ -437,6 +450,11 @@ def load_split(experiment: Experiment, split: str) -> sources.Examples:
   """
   data, task = experiment.config.data, experiment.task
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
+  if source.channels != task.channels:
+    raise ValueError(
+      f'The model takes images of {task.channels} channels, those of {data.source} have '
+      f'{source.channels}.'
+    )
   if source.class_names != task.class_names:
     raise ValueError(
       f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '

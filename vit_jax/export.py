@@ -14,7 +14,7 @@ def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathli
   Raises:
     ValueError: weights that can't be read, or that the format can't hold.
   """
-  loaded = pretrained.load(path)
+  loaded = pretrained.adapt(pretrained.read(path), tokens=False)
   pretrained.save(
     loaded.model,
     loaded.params,

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
+import zipfile
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -70,20 +72,32 @@ def cached(
     params: all of the model's, on the devices of the mesh.
     examples: uint8 images.
     mesh: of the devices.
-    folder: of files `<key>.npy`.
+    folder: of files `<key>.npz`.
   """
-  path = folder / f'{key(exp, params, examples)}.npy'
-  if path.exists():
+  path = folder / f'{key(exp, params, examples)}.npz'
+  if (feature_ND := read(path)) is not None:
     log.info('Features of %d examples from %s', len(examples), path)
-    return Examples(np.load(path), examples.label_N)
+    return Examples(feature_ND, examples.label_N)
   log.info('Computing the features of %d examples ...', len(examples))
   feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
   folder.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix('.partial')
   with partial.open('wb') as file:
-    np.save(file, feature_ND)
+    np.savez(file, feature_ND=feature_ND)  # with a checksum, unlike .npy
   partial.replace(path)  # in one step: a file under its name is whole
   return Examples(feature_ND, examples.label_N)
+
+
+def read(path: pathlib.Path) -> np.ndarray | None:
+  """The features in a file; None where there is none, or a damaged one."""
+  try:
+    with np.load(path) as file:
+      return file['feature_ND']
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    log.warning('%s is damaged (%s): its features are computed again.', path, error)
+    return None
 
 
 def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:

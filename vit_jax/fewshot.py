@@ -88,12 +88,16 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
     'l2': ...}`; the standard deviation is that of the population.
 
   Raises:
-    ValueError: a class has fewer images than shots.
+    ValueError: a class has no image.
   """
   config = exp.config
   train = experiment.load_split(exp, config.data.train_split)
   test = experiment.load_split(exp, config.data.eval_split)
-  drawn = {seed: draw(train.label_N, exp.task.class_names, max(SHOTS), seed) for seed in SEEDS}
+  fewest = np.bincount(train.label_N, minlength=len(exp.task.class_names)).min()
+  most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
+  if most < max(SHOTS):
+    log.warning('No more than %d shots: a class has %d images.', most, fewest)
+  drawn = {seed: draw(train.label_N, exp.task.class_names, most, seed) for seed in SEEDS}
   needed = np.unique(np.concatenate([index.ravel() for index in drawn.values()]))
   mesh = sharding.make_mesh()
   step = features.make_feature_step(exp, mesh)
@@ -102,7 +106,7 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   known_ND = compute(Examples(train.image_NHWC[needed], train.label_N[needed]))
   test_MD = compute(test)
   scores = {}
-  for shots in SHOTS:
+  for shots in (n for n in SHOTS if n <= most):
     values = []
     for index_LS in drawn.values():
       index = index_LS[:, :shots].ravel()

@@ -6,6 +6,7 @@ refused by name.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import pathlib
 
@@ -16,11 +17,13 @@ from vit_jax.names import choose
 from vit_jax.vit import ViT
 from vit_jax.weights import (
   CONV,
+  ODD,
   SAME,
   Layout,
   Preprocessing,
   Weights,
   pair,
+  read_json,
   refuse,
   rows,
   torch_linear,
@@ -127,12 +130,13 @@ IGNORED = (r'(\w+\.)?pooler\..*', r'(\w+\.)?embeddings\.mask_token')
 
 # Fields that change no output of these models: of training, of other heads, of the library.
 NEUTRAL = {
-    '_name_or_path', 'apply_layernorm', 'architectures', 'attention_probs_dropout_prob',
-    'chunk_size_feed_forward', 'drop_path_rate', 'dtype', 'encoder_stride', 'finetuning_task',
-    'hidden_dropout_prob', 'id2label', 'initializer_range', 'is_encoder_decoder', 'label2id',
-    'model_type', 'num_labels', 'out_features', 'out_indices', 'output_attentions',
-    'output_hidden_states', 'pooler_act', 'pooler_output_size', 'problem_type',
-    'reshape_hidden_states', 'return_dict', 'stage_names', 'torch_dtype', 'torchscript',
+    '_attn_implementation_autoset', '_name_or_path', 'apply_layernorm', 'architectures',
+    'attention_probs_dropout_prob', 'chunk_size_feed_forward', 'drop_path_rate', 'dtype',
+    'encoder_stride', 'finetuning_task', 'hidden_dropout_prob', 'id2label', 'initializer_range',
+    'interpolate_antialias', 'interpolate_offset', 'is_encoder_decoder', 'label2id', 'model_type',
+    'num_labels', 'out_features', 'out_indices', 'output_attentions', 'output_hidden_states',
+    'pooler_act', 'pooler_output_size', 'problem_type', 'pruned_heads', 'reshape_hidden_states',
+    'return_dict', 'stage_names', 'tie_word_embeddings', 'torch_dtype', 'torchscript',
     'transformers_version', 'use_bfloat16', 'use_cache', 'use_mask_token',
 }  # fmt: skip
 
@@ -189,9 +193,9 @@ def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -
     rows=rows([*body_rows, *head], fields['depth']),
     fields=fields,
     channels=c['num_channels'],
-    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1])),
+    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
     grid=grid,
-    class_names=class_names(labels) if head and labels else None,
+    class_names=class_names(labels, origin) if head and labels else None,
     ignored=IGNORED,
   )
 
@@ -202,24 +206,43 @@ def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
   return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)
 
 
-def class_names(labels: Mapping) -> tuple[str, ...] | None:
-  """`id2label` in the order of the ids; None for names that the library made up."""
-  names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
+  """`id2label` in the order of the ids; None for names that the library made up.
+
+  Raises:
+    ValueError: ids that don't count from 0.
+  """
+  ids = [str(i) for i in range(len(labels))]
+  if set(labels) != set(ids):
+    raise ValueError(f'{origin}/config.json: id2label: expected the ids 0 to {len(ids) - 1}.')
+  names = tuple(str(labels[key]) for key in ids)
   return None if names == tuple(f'LABEL_{i}' for i in range(len(names))) else names
 
 
-def preprocessing(folder: pathlib.Path, kind: str, size: tuple[int, int]) -> Preprocessing:
-  """What `preprocessor_config.json` says, or the kind's default where there is none."""
+def preprocessing(
+  folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
+) -> Preprocessing:
+  """What `preprocessor_config.json` says, or the kind's default where there is none.
+
+  Its own size counts, where patches divide it: DINOv2's positions are for 518 pixels, and its
+  images are to be of 224.
+  """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
     if kind == 'vit':
       return Preprocessing(size, interpolation='bilinear', stretch=True)
     return Preprocessing(size, **IMAGENET, interpolation='bicubic', crop=224 / 256)
-  return processing(json.loads(path.read_text()), size, str(path))
+  p = read_json(path)
+  try:
+    found = processing(p, size, str(path))
+  except ODD as error:
+    raise ValueError(f'{path}: an unexpected value ({error!r}).') from error
+  fits = all(n % d == 0 for n, d in zip(found.size, patch))
+  return found if fits else dataclasses.replace(found, size=size)
 
 
 def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """What the config of an image processor asks for, at our size.
+  """What the config of an image processor asks for; `size` where it leaves that open.
 
   Raises:
     ValueError: pixels that are not scaled to [0, 1].
@@ -228,16 +251,20 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
     raise ValueError(f'{origin}: rescale_factor: expected pixels divided by 255.')
   normal = p.get('do_normalize', True)
   resized, cropped = p.get('size', 224), p.get('crop_size')
+  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
   crop = 1.0
   if cropped is not None and p.get('do_center_crop', True):
     crop = min(edge(cropped) / edge(resized), 1.0)
+    size = both(cropped)
+  elif stretch and 'size' in p:
+    size = both(resized)
   return Preprocessing(
     size,
     tuple(p['image_mean']) if normal else (0.0,),
     tuple(p['image_std']) if normal else (1.0,),
     choose(f'{origin}: resample', p.get('resample', 2), RESAMPLING),
     crop,
-    stretch=not isinstance(resized, dict) or 'shortest_edge' not in resized,
+    stretch,
   )
 
 
@@ -246,6 +273,11 @@ def edge(size) -> int:
   if isinstance(size, dict):
     return size.get('shortest_edge') or min(size['height'], size['width'])
   return size if isinstance(size, int) else min(size)
+
+
+def both(size) -> tuple[int, int]:
+  """(height, width) of a processor's size."""
+  return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 
 # What none of their architectures has otherwise.
@@ -277,7 +309,7 @@ def architecture(model: ViT) -> str:
   else:
     pools, prefixes, kind = ('cls',), ('cls', 'all'), 'ViT'
   if not headed:
-    pools, suffix = ('none',), 'Model'
+    pools, suffix = (*pools, 'none'), 'Model'
   else:
     suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
   refuse(f'hf ({kind})', model, {'pool': pools, 'position_prefix': prefixes, 'has_class': (True,)})
@@ -330,15 +362,24 @@ def save(
     names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
     config['id2label'] = {str(i): name for i, name in enumerate(names)}
     config['label2id'] = {name: i for i, name in enumerate(names)}
+  processor = processor_config(preprocessing, config['num_channels'])
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-  processor = json.dumps(processor_config(preprocessing), indent=2) + '\n'
-  (folder / 'preprocessor_config.json').write_text(processor)
+  (folder / 'preprocessor_config.json').write_text(json.dumps(processor, indent=2) + '\n')
 
 
-def processor_config(p: Preprocessing) -> dict:
-  """What their image processors read."""
+def processor_config(p: Preprocessing, channels: int) -> dict:
+  """What their image processors read.
+
+  Raises:
+    ValueError: images that they can't prepare.
+  """
   height, width = p.size
+  if height != width and not p.stretch:
+    raise ValueError(
+      f'hf: its image processors cut squares only, and images here are {height}x{width}: save '
+      'with a preprocessing that has stretch=True, or as timm.'
+    )
   resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
   config = dict(
     image_processor_type='ViTImageProcessor',
@@ -346,8 +387,8 @@ def processor_config(p: Preprocessing) -> dict:
     do_rescale=True,
     rescale_factor=1 / 255,
     do_normalize=True,
-    image_mean=list(p.mean) * (3 if len(p.mean) == 1 else 1),
-    image_std=list(p.std) * (3 if len(p.std) == 1 else 1),
+    image_mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
+    image_std=list(p.std) * (channels if len(p.std) == 1 else 1),
     resample=next(number for number, name in RESAMPLING.items() if name == p.interpolation),
     size=resized,
   )

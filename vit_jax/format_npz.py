@@ -8,6 +8,7 @@ Decisions:
 """
 
 import io
+import logging
 import pathlib
 import re
 import zipfile
@@ -19,6 +20,8 @@ import numpy as np
 from vit_jax import resnet
 from vit_jax.vit import ViT
 from vit_jax.weights import SAME, STACKED, Preprocessing, Row, Weights, refuse, rows, write
+
+log = logging.getLogger(__name__)
 
 # (attention, first norm, second norm, MLP) within a block, in the older and the newer spelling.
 OLDER = ('MultiHeadDotProductAttention_1', 'LayerNorm_0', 'LayerNorm_2', 'MlpBlock_3')
@@ -217,12 +220,25 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   return arrays
 
 
-def save(model: ViT, params: dict, folder: pathlib.Path, *_) -> None:
-  """Writes `model.npz`. The format has no place for preprocessing and class names.
+def save(
+  model: ViT,
+  params: dict,
+  folder: pathlib.Path,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """Writes `model.npz`. What it has no place for, preprocessing and class names, is logged.
 
   Raises:
     ValueError: a model that the format can't hold.
   """
+  p, lost = preprocessing, [f'{len(class_names)} class names'] if class_names else []
+  if set(p.mean + p.std) != {0.5}:
+    lost += [f'mean {p.mean}', f'std {p.std}']
+  if (p.interpolation, p.crop, p.stretch) != ('bilinear', 1.0, True):
+    lost += [f'{p.interpolation} interpolation, crop {p.crop:g}, stretch {p.stretch}']
+  if lost:
+    log.warning('npz has no place for %s: whoever uses the file must know.', ', '.join(lost))
   refuse('npz', model, HOLDS | {'pool': ('cls', 'gap', 'map', 'none')})
   if model.pool in ('gap', 'map'):  # the class token's presence tells the pool
     refuse('npz', model, {'class_token': (None, False)})

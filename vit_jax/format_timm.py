@@ -119,7 +119,7 @@ def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -
     ValueError: an architecture or an argument that this project does not have.
   """
   origin = f'{folder}/config.json'
-  about = config.get('pretrained_cfg') or {}
+  about = config.get('pretrained_cfg') or config  # older files have it all on one level
   a = arguments(origin, config)
   patch, image = pair(a['patch_size']), pair(a['img_size'])
   pool = choose(f'{origin}: global_pool', a['global_pool'], POOLS)
@@ -145,7 +145,9 @@ def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -
     norm_epsilon=a['norm_epsilon'],
   )
   grid = image[0] // patch[0], image[1] // patch[1]
-  labels = about.get('label_names') or config.get('label_names')
+  labels = next((about[k] for k in ('label_names', 'labels') if about.get(k)), None)
+  if not isinstance(labels, (list, type(None))):
+    raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
   return Weights(
     origin=str(folder),
     arrays=arrays,
@@ -181,7 +183,7 @@ def arguments(origin: str, config: dict) -> dict:
   given = (known or {}) | {
     key: config[key] for key in ('num_classes', 'global_pool') if key in config
   }
-  about = config.get('pretrained_cfg') or {}
+  about = config.get('pretrained_cfg') or config
   if 'input_size' in about:
     given['img_size'] = tuple(about['input_size'][1:])
   given |= own

@@ -12,7 +12,6 @@ Decisions:
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -118,8 +117,20 @@ def save(
     raise ValueError(f'{folder} is a file; a folder is needed.') from None
   with tempfile.TemporaryDirectory(prefix='.writing_', dir=folder) as temporary:
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
-    for file in sorted(pathlib.Path(temporary).iterdir()):
+    files = sorted(pathlib.Path(temporary).iterdir())
+    check_free(folder, [file.name for file in files])
+    for file in files:
       file.replace(folder / file.name)
+
+
+def check_free(folder: pathlib.Path, names: list[str]) -> None:
+  """Raises ValueError where a folder holds a run, or weights that would be read before these."""
+  runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
+  kinds = ('*.safetensors', '*.npz', '*.index.json')
+  kept = [file.name for kind in kinds for file in folder.glob(kind)]
+  if others := runs + sorted(set(kept) - set(names)):
+    held = ', '.join(others)
+    raise ValueError(f'{folder} holds {held} already: give another folder, or an empty one.')
 
 
 FORMATS = {'hf': format_hf.save, 'timm': format_timm.save, 'npz': format_npz.save}
@@ -151,8 +162,12 @@ def adapt(
   source_grid: tuple[int, int] | None = None,
   num_classes: int | None = None,
   resize: str = 'bilinear',
+  tokens: bool = True,
 ) -> Pretrained:
-  """The model of a file, for the grid and the classes wanted; see `load`."""
+  """The model of a file, for the grid and the classes wanted; see `load`.
+
+  `tokens` is whether a file without a head gives tokens, or what its own pooling makes of them.
+  """
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'num_classes must be positive, got {num_classes}.')
   model = vit.ViT(**source.fields)
@@ -168,11 +183,13 @@ def adapt(
       params['pos_embedding'], own_grid, grid, model.num_positions, resize
     )
   class_names = source.class_names
-  if num_classes is None and model.num_classes is None:
+  if num_classes is None and model.num_classes is None and tokens:
     model, dropped = model.clone(pool='none', class_token=model.has_class), ('map', 'pre_logits')
   elif num_classes not in (None, model.num_classes):
     model, dropped = model.clone(num_classes=num_classes), ('pre_logits', 'head')
     class_names = None
+    if model.pool == 'none':  # the file leaves it open
+      model = model.clone(pool='cls' if model.has_class else 'gap')
   else:
     dropped = ()
   if 'pre_logits' in dropped:
@@ -226,7 +243,8 @@ def find_grid(
   if square(patches) is None:
     raise ValueError(
       f'{source.origin} has positions for {patches} patches, which is no square: say '
-      'source_grid=(h, w), the patches down and across.'
+      'source_grid=(h, w), the patches down and across, or on the command line '
+      "--config.data.image_size, the file's own (height, width)."
     )
   return square(patches)
 
@@ -300,11 +318,13 @@ def read_folder(folder: pathlib.Path, origin: str | None = None) -> Weights:
   origin = origin or str(folder)
   if (folder / 'checkpoints').is_dir():
     return read_checkpoint(folder)
-  if (folder / 'params').is_dir() and folder.parent.name == 'checkpoints':
+  if folder.parent.name == 'checkpoints' and folder.name.isdigit():
     return read_checkpoint(folder.parent.parent, int(folder.name))
   files = sorted(folder.glob('*.safetensors'))
   if (folder / INDEX).is_file():
-    index = read_json(folder / INDEX)['weight_map']
+    index = weights.read_json(folder / INDEX).get('weight_map')
+    if not isinstance(index, dict):
+      raise ValueError(f'{folder / INDEX}: expected a weight_map, from names to files.')
     files = [folder / name for name in sorted(set(index.values()))]
   elif len(files) > 1:
     files = [f for f in files if f.name == 'model.safetensors'] or files
@@ -325,36 +345,35 @@ def read_folder(folder: pathlib.Path, origin: str | None = None) -> Weights:
 
 def read_torch(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: str) -> Weights:
   """safetensors by the `config.json` beside them: timm's names an `architecture`."""
-  config = read_json(folder / 'config.json')
+  config = weights.read_json(folder / 'config.json')
   module = format_timm if 'architecture' in config else format_hf
   try:
     found = module.read(folder, config, arrays)
-  except (KeyError, TypeError, AttributeError) as error:  # a field of an unexpected kind
+  except weights.ODD as error:
     raise ValueError(f'{folder}/config.json: an unexpected value ({error!r}).') from error
-  for name, kind in typing.get_type_hints(vit.ViT).items():
-    value = found.fields.get(name)
-    if value is not None and kind in (int, bool, str) and type(value) is not kind:
-      raise ValueError(
-        f'{folder}/config.json: an unexpected value: {name} is {value!r}, expected {kind.__name__}.'
-      )
+  check_kinds(found.fields, f'{folder}/config.json')
+  found.preprocessing.check(found.channels, f'{folder}: the config of its images')
+  if found.class_names and len(found.class_names) != found.fields['num_classes']:
+    raise ValueError(
+      f'{folder}/config.json: {len(found.class_names)} class names for '
+      f'{found.fields["num_classes"]} classes.'
+    )
   return dataclasses.replace(found, origin=origin)
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file.
+PLAIN = {int, float, bool, str, type(None)}
 
-  Raises:
-    ValueError: missing, or no JSON object.
-  """
-  try:
-    value = json.loads(path.read_text())
-  except OSError as error:
-    raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
-  except ValueError as error:
-    raise ValueError(f'{path}: no valid JSON ({error}).') from error
-  if not isinstance(value, dict):
-    raise ValueError(f'{path}: expected a JSON object, got {type(value).__name__}.')
-  return value
+
+def check_kinds(fields: dict, origin: str) -> None:
+  """Raises ValueError for an attribute of a `ViT` that is of another kind, as '12' for 12."""
+  for name, hint in typing.get_type_hints(vit.ViT).items():
+    kinds, value = typing.get_args(hint) or (hint,), fields.get(name)
+    kinds += (int,) * (float in kinds) + (type(None),)
+    plain = typing.get_origin(hint) is not tuple and set(kinds) <= PLAIN
+    if plain and type(value) not in kinds:
+      raise ValueError(
+        f'{origin}: an unexpected value: {name} is {value!r}, expected {kinds[0].__name__}.'
+      )
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -380,6 +399,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Weights:
   model = vit.make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = data['image_size']
   size = pair(size[0] if len(size) == 1 else size)
+  whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
   wanted = weights.param_shapes(model, (*size, task['channels']))
   arrays = weights.flatten(params)
   return Weights(
@@ -388,7 +408,14 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Weights:
     rows=[weights.Row((name,), (name,), weights.SAME) for name in sorted(wanted)],
     fields=vit.attributes(model),
     channels=task['channels'],
-    preprocessing=Preprocessing(size, tuple(data['mean']), tuple(data['std'])),
+    preprocessing=Preprocessing(
+      size,
+      tuple(data['mean']),
+      tuple(data['std']),
+      data.get('interpolation', 'bicubic'),
+      1.0 if whole else data.get('crop', 1.0),
+      not whole and data.get('stretch', False),
+    ),
     grid=(size[0] // model.patch_size[0], size[1] // model.patch_size[1]),
     class_names=class_names,
   )

@@ -18,10 +18,23 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import checkpoint, experiment, features, sharding, sources, state, trainer, vit, writer
+from vit_jax import (
+  checkpoint,
+  experiment,
+  features,
+  optim,
+  sharding,
+  sources,
+  state,
+  trainer,
+  vit,
+  writer,
+)
 from vit_jax import config as config_lib
 
 log = logging.getLogger(__name__)
+
+FEW = 50  # held-out images: with fewer, one of them decides between rates
 
 
 class OnFeatures(experiment.Experiment):
@@ -57,9 +70,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if not exp.augments:
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   notes = {}
+  workdir.mkdir(parents=True, exist_ok=True)
+  writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
-    best = max(points, key=lambda point: point['val_accuracy'])
+    best = max(points, key=lambda point: point['val_accuracy'] or 0.0)
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
   return trainer.fit(exp, training, mesh, workdir, **notes)
@@ -106,25 +121,27 @@ def sweep(
 ) -> list[dict]:
   """`[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`.
 
-  A rate that diverges scores 0. What is finished is not run again; once the last run has begun,
-  the sweep that it began with stands.
+  The accuracy of a rate that diverges is None. What is finished is not run again; once the last
+  run has begun, the sweep that it began with stands.
 
   Raises:
     FloatingPointError: all rates diverged.
   """
   record = workdir / 'sweep.json'
-  chosen = writer.read_json(record)
+  chosen = (writer.read_json(record) or {}).get('sweep')
   if chosen and checkpoint.latest_step(workdir) is not None:
-    return chosen['sweep']
+    return chosen
+  if len(training.val) < FEW:
+    log.warning('The rates are compared on %d images only: hold out more.', len(training.val))
   points = []
   for rate in exp.config.sweep:
     try:
       accuracy = score(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate)
     except FloatingPointError as error:
       log.warning('Learning rate %g: %s', rate, error)
-      accuracy = 0.0
+      accuracy = None
     points.append({'lr': rate, 'val_accuracy': accuracy})
-  if not any(point['val_accuracy'] for point in points):
+  if all(point['val_accuracy'] is None for point in points):
     raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
   writer.write_json(record, {'sweep': points})
   return points
@@ -141,6 +158,8 @@ def score(
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
+  if began_with_others(folder, training.params):
+    shutil.rmtree(folder)
   if result := trainer.finished_result(config, folder):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
   else:
@@ -151,6 +170,16 @@ def score(
   # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
   shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
   return result['val_accuracy']
+
+
+def began_with_others(folder: pathlib.Path, params: dict) -> bool:
+  """Whether the run in a folder has another backbone than these weights, changed since."""
+  if (step := checkpoint.latest_step(folder)) is None:
+    return False
+  theirs = optim.split(checkpoint.restore_item(folder, step, 'params'), 'backbone')[1]
+  ours = optim.split(params, 'backbone')[1]
+  same = jax.tree.structure(theirs) == jax.tree.structure(ours)
+  return not (same and jax.tree.all(jax.tree.map(np.array_equal, theirs, ours)))
 
 
 def on_all(

@@ -13,6 +13,8 @@ Decisions:
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
+import json
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -21,6 +23,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from vit_jax import image
+from vit_jax.names import choose
 from vit_jax.vit import ViT
 
 Arrays = list[np.ndarray]
@@ -66,6 +70,18 @@ class Preprocessing:
   crop: float = 1.0
   stretch: bool = False
 
+  def check(self, channels: int, origin: object) -> None:
+    """Raises ValueError for what no image can be prepared by."""
+    choose(f'{origin}: interpolation', self.interpolation, image.INTERPOLATIONS)
+    for name in ('mean', 'std'):
+      values = getattr(self, name)
+      if len(values) not in (1, channels) or not np.isfinite(np.array(values, float)).all():
+        raise ValueError(f'{origin}: {name}: expected 1 or {channels} numbers, got {values}.')
+    if min(self.std) <= 0 or not 0 < self.crop <= 1:
+      raise ValueError(
+        f'{origin}: std must be positive and crop above 0, at most 1; got {self.std}, {self.crop}.'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -77,7 +93,7 @@ class Weights:
     rows: the table for this file.
     fields: attributes of `ViT`; `num_classes` is None where the file has no head.
     channels: of an image.
-    preprocessing: its size is that of `grid`, or (0, 0) where the file doesn't tell.
+    preprocessing: its size is (0, 0) where the file doesn't tell.
     grid: patches (down, across) that its positions are for; None where it doesn't tell.
     class_names: None where it doesn't tell.
     ignored: patterns of names that no output reads.
@@ -157,9 +173,37 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
   return found
 
 
+# What reading a config raises where a value is of another kind than expected.
+ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
+
+
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-  """(height, width) from one number or two."""
-  return (size, size) if isinstance(size, int) else tuple(size)
+  """(height, width) from one number or two.
+
+  Raises:
+    TypeError: not one or two positive integers.
+  """
+  both = (size, size) if isinstance(size, int) else tuple(size)
+  if len(both) != 2 or not all(isinstance(n, int) and n > 0 for n in both):
+    raise TypeError(f'a size is one or two positive integers, got {size!r}')
+  return both
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: missing, or no JSON object.
+  """
+  try:
+    value = json.loads(path.read_text())
+  except OSError as error:
+    raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
+  except ValueError as error:
+    raise ValueError(f'{path}: no valid JSON ({error}).') from error
+  if not isinstance(value, dict):
+    raise ValueError(f'{path}: expected a JSON object, got {type(value).__name__}.')
+  return value
 
 
 def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
