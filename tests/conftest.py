@@ -14,6 +14,9 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parent of this proce
   os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_num_cpu_devices', 2)
+# LLVM's passes off, XLA's own as ever: nearly all of the suite's time is compiling.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for the processes that tests start
+jax.config.update('jax_disable_most_optimizations', True)
 
 DATA = pathlib.Path(__file__).parent / 'data'
 

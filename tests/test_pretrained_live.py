@@ -3,6 +3,7 @@
 Skipped without `pip install -r requirements-peers.txt` (and `timm`).
 """
 
+import dataclasses
 import json
 
 import jax
@@ -90,7 +91,7 @@ def test_hugging_face(name, tmp_path):
     *loaded,
     tmp_path / 'ours',
     format='hf',
-    preprocessing=loaded.preprocessing,
+    preprocessing=dataclasses.replace(loaded.preprocessing, stretch=True),  # no square
     class_names=tuple('abcde') if headed else None,
   )
   again = kind.from_pretrained(tmp_path / 'ours').eval()

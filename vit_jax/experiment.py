@@ -450,16 +450,16 @@ def load_split(experiment: Experiment, split: str) -> sources.Examples:
   """
   data, task = experiment.config.data, experiment.task
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  if source.channels != task.channels:
-    raise ValueError(
-      f'The model takes images of {task.channels} channels, those of {data.source} have '
-      f'{source.channels}.'
-    )
   if source.class_names != task.class_names:
     raise ValueError(
       f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
       f'({len(source.class_names)}); the model was trained on '
       f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
+    )
+  if source.channels != task.channels:
+    raise ValueError(
+      f'The model takes images of {task.channels} channels, those of {data.source} have '
+      f'{source.channels}.'
     )
   examples = sources.load(
     source, split, task.stored_size, skip_bad_images=data.skip_bad_images, fit=experiment.fit

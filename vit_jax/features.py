@@ -12,15 +12,13 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-import zipfile
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import data, experiment, sharding
+from vit_jax import data, experiment, format_npz, sharding
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
@@ -90,13 +88,12 @@ def cached(
 
 def read(path: pathlib.Path) -> np.ndarray | None:
   """The features in a file; None where there is none, or a damaged one."""
-  try:
-    with np.load(path) as file:
-      return file['feature_ND']
-  except FileNotFoundError:
+  if not path.exists():
     return None
-  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-    log.warning('%s is damaged (%s): its features are computed again.', path, error)
+  try:
+    return format_npz.read_arrays(path)['feature_ND']
+  except (ValueError, KeyError) as error:
+    log.warning('%s: its features are computed again.', error)
     return None
 
 
