@@ -50,21 +50,10 @@ def passes(steps, examples):
   return steps * BATCH_SIZE / examples
 
 
+CIFAR = dict(test='test', epochs=passes(10_000, 50_000), warmup=passes(500, 50_000), padding=4)
 DATASETS = {  # where it is, what it is tested on, epochs, those of warm-up, border of the crop
-  'cifar10': dict(
-    source='tfds:cifar10',
-    test='test',
-    epochs=passes(10_000, 50_000),
-    warmup=passes(500, 50_000),
-    padding=4,
-  ),
-  'cifar100': dict(
-    source='tfds:cifar100',
-    test='test',
-    epochs=passes(10_000, 50_000),
-    warmup=passes(500, 50_000),
-    padding=4,
-  ),
+  'cifar10': CIFAR | dict(source='tfds:cifar10'),
+  'cifar100': CIFAR | dict(source='tfds:cifar100'),
   'imagenet2012': dict(
     source='tfds:imagenet2012',
     test='validation',

@@ -141,7 +141,7 @@ def test_predict_with_published_weights(capsys, weights, tmp_path):
     assert json.loads(other)['predictions'][0]['probability'] != best['probability']
 
 
-def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path, caplog):
+def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
   geometry = {'data.interpolation': 'nearest', 'data.crop': '0.8', 'data.stretch': 'true'}
   vit_jax.train(fine_tuning(weights, {'epochs': '0'} | geometry), tmp_path / 'run')
   p = vit_jax.load(tmp_path / 'run').preprocessing

@@ -331,7 +331,7 @@ ARGS = json.loads((DATA / 'timm_token' / 'config.json').read_text())['model_args
     (dict(num_classes=9), r'\(4, 32\) there, \(9, 32\) expected'),
     (dict(embed_dim='wide'), 'unexpected value'),
     (dict(num_classes='4'), "num_classes is '4', expected int"),
-    (dict(patch_size=[4]), 'one or two positive integers'),
+    (dict(patch_size=[4, 4, 4]), 'config.json: patch_size: expected one or two positive integers'),
 ])  # fmt: skip
 def test_every_argument_of_timm_is_honoured_or_refused(changed, message, tmp_path):
   with pytest.raises(ValueError, match=message):
@@ -356,7 +356,7 @@ def test_a_timm_architecture_that_is_not_known_is_refused(tmp_path):
     (dict(id2label={'0': 'a', '1': 'b'}), r'\(4, 32\) there, \(2, 32\) expected'),
     (dict(num_attention_heads='2'), 'unexpected value'),
     (dict(layer_norm_eps='1e-12'), "norm_epsilon is '1e-12', expected float"),
-    (dict(patch_size=0), 'one or two positive integers'),
+    (dict(patch_size=0), 'config.json: patch_size: expected one or two positive integers'),
     (dict(id2label={'0': 'a', '1': 'b', '2': 'c', 'x': 'd'}), 'expected the ids 0 to 3'),
 ])  # fmt: skip
 def test_every_field_of_hugging_face_is_honoured_or_refused(changed, message, tmp_path):
@@ -411,7 +411,8 @@ def test_configs_as_the_hub_has_them_are_read(kind, architecture, fields, tmp_pa
   config = HF_FIELDS | dict(model_type=kind, architectures=[architecture]) | fields
   (tmp_path / 'preprocessor_config.json').write_text(json.dumps(DINO_PROCESSOR))
   found = format_hf.read(tmp_path, config, {})
-  assert found.fields['width'] == 768 and found.fields['num_registers' if 'r' in kind else 'depth']
+  registers = {'deit': 1, 'dinov2_with_registers': 4}.get(kind, 0)
+  assert found.fields['width'] == 768 and found.fields.get('num_registers', 0) == registers
   patches = found.preprocessing.size[0] / found.fields['patch_size'][0]
   assert patches == (16 if 'dino' in kind else 14)  # 224 pixels, though positions are for 518
   assert found.grid == ((37, 37) if 'dino' in kind else (14, 14))
@@ -583,6 +584,18 @@ def test_saving_refuses_what_is_not_the_models(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['file']
 
 
+def test_what_an_npz_has_no_place_for_is_said(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(format_npz.log, 'warning', lambda text, *values: said.append(text % values))
+  loaded = vit_jax.load(source('paper_token'))
+  vit_jax.save(*loaded, tmp_path, format='npz', preprocessing=loaded.preprocessing)
+  assert not said
+  other = dataclasses.replace(loaded.preprocessing, mean=(0.2,), crop=0.9)
+  vit_jax.save(*loaded, tmp_path, format='npz', preprocessing=other, class_names=tuple('abcde'))
+  (text,) = said
+  assert all(part in text for part in ('5 class names', 'mean (0.2,)', 'crop 0.9'))
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
   loaded = vit_jax.load(source('timm_token'))
   for name in (
@@ -601,7 +614,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     vit_jax.save(*loaded, tmp_path / 'out', format='timm')
 
 
-def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path, caplog):
+def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path):
   config = json.loads((DATA / 'timm_map' / 'config.json').read_text())
   config['num_classes'] = config['model_args']['num_classes'] = 0
   arrays = load_file(DATA / 'timm_map' / 'model.safetensors')

@@ -265,6 +265,17 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
   assert probe.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
 
 
+def test_a_run_on_another_backbone_is_told(trained, tmp_path):
+  params = checkpoint.load(trained[0])[1]
+  other_head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
+  other = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
+  assert not probe.began_with_others(tmp_path, params)  # nothing began there
+  assert not probe.began_with_others(trained[0], params)
+  assert not probe.began_with_others(trained[0], other_head)
+  assert probe.began_with_others(trained[0], other)
+  assert probe.began_with_others(trained[0], backbone(params) | {'block_9': params['norm']})
+
+
 @pytest.mark.parametrize('overrides, message', [
   ({'freeze': 'head'}, r"Valid: '' .empty., backbone"),
   ({'sweep': '0.1,0.2'}, 'sweep needs freeze=backbone and a data.val_split'),

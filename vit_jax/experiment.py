@@ -33,6 +33,7 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.names import choose
+from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
 
@@ -477,18 +478,6 @@ def report(name: str, examples: sources.Examples | None) -> None:
     log.warning('%s: skipped %d bad images:', name, len(examples.skipped))
     for message in examples.skipped:
       log.warning('  %s', message)
-
-
-def pair(size: tuple[int, ...]) -> tuple[int, int]:
-  """(height, width) from one number or two.
-
-  Raises:
-    ValueError: not one or two positive integers.
-  """
-  both = tuple(size) * 2 if len(size) == 1 else tuple(size)
-  if len(both) != 2 or not all(isinstance(n, int) and n > 0 for n in both):
-    raise ValueError(f'A size is (height, width), positive integers; got {tuple(size)}.')
-  return both
 
 
 def check(config: ConfigDict) -> None:

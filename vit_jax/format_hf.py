@@ -162,7 +162,9 @@ def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -
   c = defaults | config
   if c.get('use_swiglu_ffn'):
     raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: there is no SwiGLU here.')
-  patch, image = pair(c['patch_size']), pair(c['image_size'])
+  patch, image = (
+    pair(c[name], f'{origin}/config.json: {name}') for name in ('patch_size', 'image_size')
+  )
   ratio = c.get('mlp_ratio')
   fields = dict(
     num_classes=None,

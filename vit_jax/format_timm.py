@@ -121,7 +121,7 @@ def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -
   origin = f'{folder}/config.json'
   about = config.get('pretrained_cfg') or config  # older files have it all on one level
   a = arguments(origin, config)
-  patch, image = pair(a['patch_size']), pair(a['img_size'])
+  patch, image = (pair(a[name], f'{origin}: {name}') for name in ('patch_size', 'img_size'))
   pool = choose(f'{origin}: global_pool', a['global_pool'], POOLS)
   has_class, registers = a['class_token'], a['reg_tokens']
   after_pool = a['fc_norm'] if a['fc_norm'] is not None else pool == 'gap'

@@ -395,10 +395,9 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Weights:
   data, class_names = config['data'], tuple(task['class_names'])
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
-    fields['patch_size'] = pair(fields['patch_size'] * (1 + (len(fields['patch_size']) == 1)))
+    fields['patch_size'] = pair(fields['patch_size'])
   model = vit.make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
-  size = data['image_size']
-  size = pair(size[0] if len(size) == 1 else size)
+  size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
   wanted = weights.param_shapes(model, (*size, task['channels']))
   arrays = weights.flatten(params)

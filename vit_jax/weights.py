@@ -177,16 +177,16 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
 ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
   """(height, width) from one number or two.
 
   Raises:
-    TypeError: not one or two positive integers.
+    ValueError: not one or two positive integers; the message begins with `what`.
   """
-  both = (size, size) if isinstance(size, int) else tuple(size)
-  if len(both) != 2 or not all(isinstance(n, int) and n > 0 for n in both):
-    raise TypeError(f'a size is one or two positive integers, got {size!r}')
-  return both
+  both = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+  if len(both) not in (1, 2) or not all(type(n) is int and n > 0 for n in both):
+    raise ValueError(f'{what}: expected one or two positive integers, got {size!r}.')
+  return both * 2 if len(both) == 1 else both
 
 
 def read_json(path: pathlib.Path) -> dict:
