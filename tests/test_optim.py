@@ -106,6 +106,34 @@ def test_softmax_cross_entropy(smoothing):
   np.testing.assert_allclose(out, -(target * log_p).sum(1), rtol=1e-5)
 
 
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_sigmoid_cross_entropy(smoothing):
+  logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 3
+  label = np.array([0, 1, 2, 3, 0, 1])
+  p = 1 / (1 + np.exp(-logits.astype(np.float64)))
+  target = np.eye(4)[label] * (1 - smoothing) + smoothing / 4
+  out = losses.sigmoid(jnp.asarray(logits), jnp.asarray(label), smoothing)
+  want = -(target * np.log(p) + (1 - target) * np.log(1 - p)).sum(1)
+  np.testing.assert_allclose(out, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_losses_are_those_of_torch(smoothing):
+  torch = pytest.importorskip('torch')
+  logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 9
+  label = np.array([0, 1, 2, 3, 0, 1])
+  run = lambda name: losses.LOSSES[name](jnp.asarray(logits), jnp.asarray(label), smoothing)
+  their_logits, their_label = torch.tensor(logits), torch.tensor(label)
+  functional = torch.nn.functional
+  want = functional.cross_entropy(
+    their_logits, their_label, reduction='none', label_smoothing=smoothing
+  )
+  np.testing.assert_allclose(run('softmax'), want, rtol=1e-5, atol=1e-6)
+  target = functional.one_hot(their_label, 4) * (1 - smoothing) + smoothing / 4
+  want = functional.binary_cross_entropy_with_logits(their_logits, target.float(), reduction='none')
+  np.testing.assert_allclose(run('sigmoid'), want.sum(1), rtol=1e-5, atol=1e-6)
+
+
 DEEP = {  # two blocks; the powers are those of BEiT's `get_num_layer` with two blocks
   'pos_embedding': 3, 'cls': 3, 'embedding': 3, 'registers': 3, 'stem': 3, 'block_0': 2,
   'block_1': 1, 'norm': 0, 'map': 0, 'pre_logits': 0, 'head': 0,

@@ -17,7 +17,7 @@ PACKAGE = ROOT / 'vit_jax'
 # A module imports only from the lines above its own.
 LAYERS = (
   {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
-  {'positions', 'timm_names'},
+  {'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},

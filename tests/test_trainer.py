@@ -143,10 +143,10 @@ def test_evaluation_is_the_mean_in_float64(trained):
   assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
 
 
-def two_steps(parts, devices, **overrides):
-  """Parameters and metrics after two steps in `parts` micro-batches on `devices` devices.
+def prepare(parts, devices, **overrides):
+  """The step, a state to begin with and batches, in `parts` micro-batches on `devices` devices.
 
-  From parameters that are all random: a head of zeros would hide the gradient of the rest.
+  The parameters are all random: a head of zeros would hide the gradient of the rest.
   """
   exp, training = experiment.from_config(small_config(micro_batches=str(parts), **overrides))
   devices = jax.devices()[:devices]
@@ -158,6 +158,12 @@ def two_steps(parts, devices, **overrides):
   train_state = train_state.replace(params=params)
   step = trainer.make_train_step(exp, training, mesh)
   batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  return step, train_state, batches
+
+
+def two_steps(parts, devices, **overrides):
+  """Parameters and metrics after two steps."""
+  step, train_state, batches = prepare(parts, devices, **overrides)
   for _ in range(2):
     train_state, metrics = step(train_state, next(batches))
   return jax.device_get(train_state.params), jax.device_get(metrics)
@@ -176,6 +182,38 @@ def test_micro_batches_and_devices_change_only_rounding():
     other, other_metrics = two_steps(parts, devices, **settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
     assert evaluate.summarize([other_metrics['score']]) == pytest.approx(summary, rel=1e-5)
+
+
+STRONG = {
+  'augment.rand_augment.num_layers': '1', 'augment.rand_augment.probability': '1',
+  'augment.mix.probability': '0.9', 'model.depth': '1',
+}  # fmt: skip
+
+
+def test_micro_batches_and_devices_mix_the_same_images():
+  settings = STRONG | {'optimizer.name': 'sgd', 'optimizer.lr': '0.1', 'loss.name': 'sigmoid'}
+  params, metrics = two_steps(1, 1, **settings)
+  other, other_metrics = two_steps(4, 2, **settings)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
+  assert float(other_metrics['grad_norm']) == pytest.approx(float(metrics['grad_norm']), rel=1e-5)
+
+
+def test_strong_augmentation_ends_when_the_config_says():
+  norms = {}
+  for name, settings in {
+    'weak': {'model.depth': '1'},
+    'strong': STRONG | {'augment.off_for_last': '0.25'},
+  }.items():
+    step, train_state, batches = prepare(1, 1, **settings)
+    kept, batch = jax.device_get(train_state), next(batches)
+    for i in (0, 23, 24, 31):  # of 32 steps
+      state = kept.replace(step=np.int32(i))
+      metrics = step(jax.tree.map(jnp.array, state), batch)[1]
+      norms[name, i] = float(metrics['grad_norm'])
+  for i in (0, 23):
+    assert norms['weak', i] != pytest.approx(norms['strong', i], rel=1e-2)
+  for i in (24, 31):
+    assert norms['weak', i] == pytest.approx(norms['strong', i], rel=1e-5)
 
 
 def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):

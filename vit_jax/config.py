@@ -59,6 +59,23 @@ def default_config() -> ConfigDict:
   c.augment.pad_crop = ConfigDict({'padding': 0})  # border, pixels; 0: no crop
   c.augment.pad_crop.mode = 'reflect'  # what fills the border: reflect or constant (black)
   c.augment.flip = ConfigDict({'probability': 0.0})  # of mirroring left to right
+  c.augment.resized_crop = ConfigDict({'min_area': 1.0})  # least share of the image; 1: no crop
+  c.augment.resized_crop.max_aspect = 4 / 3  # of the longer side to the shorter
+  c.augment.rand_augment = ConfigDict({'num_layers': 0})  # operations an image; 0: none
+  c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10
+  c.augment.rand_augment.mstd = 0.5  # standard deviation of the strength
+  c.augment.rand_augment.probability = 0.5  # of an operation taking place; the paper: 1
+  c.augment.rand_augment.space = 'standard'  # what is drawn from: standard, timm or wide
+  c.augment.trivial_augment = ConfigDict({'probability': 0.0})  # of one operation; the paper: 1
+  c.augment.erasing = ConfigDict({'probability': 0.0})  # of noise in the place of a rectangle
+  c.augment.erasing.min_area = 0.02  # of the rectangle, as a share of the image
+  c.augment.erasing.max_area = 1 / 3  # likewise
+  c.augment.erasing.max_aspect = 10 / 3  # of the longer side to the shorter
+  c.augment.mix = ConfigDict({'probability': 0.0})  # of an image being mixed with its neighbour
+  c.augment.mix.mixup_alpha = 0.8  # of the Beta that the weight is drawn from; 0: no mixup
+  c.augment.mix.cutmix_alpha = 1.0  # of the Beta that the area is drawn from; 0: no cutmix
+  c.augment.mix.switch = 0.5  # probability of cutmix, else mixup
+  c.augment.off_for_last = 0.0  # share of the run, at its end, with crops and flips only; 0: none
 
   c.model = ConfigDict()
   c.model.variant = config_dict.placeholder(str)  # of vit.VARIANTS, patch size after the slash;
@@ -109,7 +126,7 @@ def default_config() -> ConfigDict:
   c.schedule.warmup = 5.0  # epochs of linear warm-up; at most a fifth of the run
 
   c.loss = ConfigDict()
-  c.loss.name = 'softmax'  # cross-entropy over the classes
+  c.loss.name = 'softmax'  # cross-entropy over the classes, or sigmoid: of each class by itself
   c.loss.label_smoothing = 0.0  # share of the target spread over all classes
   return c.lock()
 

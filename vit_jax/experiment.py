@@ -25,6 +25,7 @@ from vit_jax import (
   optim,
   positions,
   pretrained,
+  randaugment,
   sharding,
   sources,
   splits,
@@ -51,6 +52,22 @@ RANGES = {  # what a number may be, both ends included
   'ema': (0, 0.9999999),
   'augment.pad_crop.padding': (0, 1e3),
   'augment.flip.probability': (0, 1),
+  'augment.resized_crop.min_area': (0.001, 1),
+  'augment.resized_crop.max_aspect': (1, 100),
+  'augment.rand_augment.num_layers': (0, 100),
+  'augment.rand_augment.magnitude': (0, randaugment.MAX_MAGNITUDE),
+  'augment.rand_augment.mstd': (0, 100),
+  'augment.rand_augment.probability': (0, 1),
+  'augment.trivial_augment.probability': (0, 1),
+  'augment.erasing.probability': (0, 1),
+  'augment.erasing.min_area': (0, 1),
+  'augment.erasing.max_area': (0, 1),
+  'augment.erasing.max_aspect': (1, 100),
+  'augment.mix.probability': (0, 1),
+  'augment.mix.mixup_alpha': (0, 1e3),
+  'augment.mix.cutmix_alpha': (0, 1e3),
+  'augment.mix.switch': (0, 1),
+  'augment.off_for_last': (0, 1),
   'data.crop': (0.01, 1),
   'model.norm_epsilon': (0, 1),
   'optimizer.lr': (0, 1e38),
@@ -93,20 +110,26 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config made concrete. `loss` and `augment` have their arguments bound."""
+  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound."""
 
   config: ConfigDict
   task: Task
   model: vit.ViT
   loss: Callable[[jax.Array, jax.Array], jax.Array]
   augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+  augment_and_mix: Callable[..., tuple[jax.Array, jax.Array]]
   normalize: Callable[[jax.Array], jax.Array]
   fit: sources.Fit
 
   @property
   def augments(self) -> bool:
-    """Whether training may change an image: each augmentation does nothing at its defaults."""
-    return self.config.augment != config_lib.default_config().augment
+    """Whether training may change an image."""
+    return bool(augment.active(self.config.augment))
+
+  @property
+  def mixes(self) -> bool:
+    """Whether training mixes images, and with them the losses of their labels."""
+    return augment.mixes(self.config.augment)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -120,25 +143,47 @@ class Experiment:
       params: of the model.
       batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions that draws
         derive from.
-      key: of a step of training, which augments and drops out; None at inference.
+      key: of what drops out in a step of training; None at inference.
     """
     if key is None:
       return self.model.apply({'params': params}, self.normalize(batch['image']))
-    image_key, dropout_key = jax.random.split(key)
-    image_BHWC = self.augment(image_key, batch['example'], batch['image'])
     return self.model.apply(
       {'params': params},
-      self.normalize(image_BHWC),
+      self.normalize(batch['image']),
       train=not self.config.freeze,  # what is frozen is a function that is only evaluated
       example_B=batch['example'],
-      rngs={'dropout': dropout_key},
+      rngs={'dropout': key},
     )
 
+  def training_loss(
+    self, params: dict, batch: dict, key: jax.Array, early: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """The loss `[B]` and the logits `[B, L]` of a micro-batch, augmented and mixed.
+
+    Args:
+      params: of the model.
+      batch: `image`, `label` and `example`.
+      key: of the step.
+      early: whether the run is yet to come to `augment.off_for_last`.
+    """
+    image_key, dropout_key = jax.random.split(key)
+    example_B, label_B = batch['example'], batch['label']
+    image_BHWC, own_B = self.augment_and_mix(image_key, example_B, batch['image'], early=early)
+    logits_BL = self.logits(params, batch | {'image': image_BHWC}, dropout_key)
+    loss_B = self.loss(logits_BL, label_B)
+    if self.mixes:
+      loss_B = own_B * loss_B + (1 - own_B) * self.loss(logits_BL, augment.partner(label_B))
+    return loss_B, logits_BL
+
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """How many parts each device best takes its share of a batch in."""
+    """How many parts each device best takes its share of a batch in.
+
+    Where images mix, neighbours stay together, as far as the share is of an even number.
+    """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
-    return sharding.micro_batches(mesh, batch_size, patches, self.model.width)
+    together = group(self.config) if batch_size // mesh.size % 2 == 0 else 1
+    return sharding.micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
     """The item `config` of a checkpoint."""
@@ -153,6 +198,7 @@ class Training:
   val: sources.Examples | None
   test: sources.Examples
   steps: int
+  early_steps: int  # until `augment.off_for_last`
   schedule: optim.Schedule
   optimizer: optax.GradientTransformation
   params: dict | None  # to start from: those of `init`; None for random ones
@@ -188,6 +234,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     model,
     functools.partial(choose('loss.name', loss.pop('name'), losses.LOSSES), **loss),
     functools.partial(augment.augment, arguments=config.augment.to_dict()),
+    functools.partial(augment.augment_and_mix, arguments=config.augment.to_dict()),
     functools.partial(
       augment.normalize,
       size=pair(config.data.image_size),
@@ -270,7 +317,8 @@ def plan(
   arguments = dict(config.optimizer)
   del arguments['lr']
   optimizer = optim.make_optimizer(schedule=schedule, **arguments)
-  return Training(train, val, test, steps, schedule, optimizer, params)
+  early_steps = round((1 - config.augment.off_for_last) * steps)
+  return Training(train, val, test, steps, early_steps, schedule, optimizer, params)
 
 
 def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
@@ -480,6 +528,11 @@ def report(name: str, examples: sources.Examples | None) -> None:
       log.warning('  %s', message)
 
 
+def group(config: ConfigDict) -> int:
+  """How many neighbours of a batch stay on one device and in one micro-batch: those that mix."""
+  return 2 if augment.mixes(config.augment) else 1
+
+
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
   choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
@@ -489,10 +542,12 @@ def check(config: ConfigDict) -> None:
   choose('init_resize', config.init_resize, positions.RESIZES)
   choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
+  choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
   values = config_lib.flatten(config)
   for key, (low, high) in RANGES.items():
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
+  check_augment(config)
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split):
     raise ValueError(
@@ -501,6 +556,27 @@ def check(config: ConfigDict) -> None:
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
     raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
+
+
+def check_augment(config: ConfigDict) -> None:
+  """Raises ValueError for arguments of augmentations that don't fit each other."""
+  erasing, mix = config.augment.erasing, config.augment.mix
+  if erasing.min_area > erasing.max_area:
+    raise ValueError(
+      f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
+    )
+  if not augment.mixes(config.augment):
+    return
+  if not mix.mixup_alpha and not mix.cutmix_alpha:
+    raise ValueError(
+      f'augment.mix.probability={mix.probability:g} needs a mixup_alpha or a cutmix_alpha above 0.'
+    )
+  parts = config.micro_batches or 1
+  if config.batch_size % (2 * parts):
+    raise ValueError(
+      f'augment.mix mixes neighbours in a micro-batch, and batch_size={config.batch_size} in '
+      f'micro_batches={parts} leaves one without: make batch_size a multiple of {2 * parts}.'
+    )
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

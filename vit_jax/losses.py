@@ -17,4 +17,13 @@ def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0
   return optax.softmax_cross_entropy(logits_BL.astype(jnp.float32), target_BL)
 
 
-LOSSES = {'softmax': softmax}
+def sigmoid(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+  """Binary cross-entropy of each class by itself, added up (Beyer et al. 2020, 2006.07159).
+
+  The smoothed target is that of `softmax`.
+  """
+  target_BL = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BL.shape[-1]), label_smoothing)
+  return optax.sigmoid_binary_cross_entropy(logits_BL.astype(jnp.float32), target_BL).sum(-1)
+
+
+LOSSES = {'softmax': softmax, 'sigmoid': sigmoid}

@@ -61,7 +61,45 @@ def sgd(
   )
 
 
-OPTIMIZERS = {'adamw': adamw, 'sgd': sgd}
+def muon(
+  schedule: Schedule,
+  weight_decay: float,
+  b1: float,
+  b2: float,
+  momentum: float,
+  moment_dtype: str = 'float32',
+  **_,
+):
+  """Muon on the matrices of the blocks (Jordan et al. 2024), AdamW on all else.
+
+  The orthogonal update is scaled to the size of AdamW's (Liu et al. 2025, 2502.16982, Section
+  2.2), so that both take the same learning rate.
+  """
+  return optax.contrib.muon(
+    schedule,
+    beta=momentum,
+    weight_decay=weight_decay,
+    mu_dtype=moment_dtype,
+    adam_b1=b1,
+    adam_b2=b2,
+    muon_weight_dimension_numbers=block_matrices,
+    consistent_rms=0.2,
+  )
+
+
+def block_matrices(params: dict) -> dict:
+  """Which axes of each kernel of a block are its inputs and outputs; None for all else."""
+
+  def axes(path, x):
+    if not path[0].key.startswith('block_') or path[-1].key != 'kernel':
+      return None
+    inputs = x.ndim - 1 if path[-2].key == 'out' else 1  # heads are inputs of `out` alone
+    return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+OPTIMIZERS = {'adamw': adamw, 'muon': muon, 'sgd': sgd}
 
 MOMENT_DTYPES = ('float32', 'bfloat16')  # Zhai et al. 2021 (2106.04560), 3.4: half the memory
 

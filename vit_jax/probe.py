@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   finished, saved = trainer.start_up(config, workdir)
   if finished:
     return finished
-  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
+  mesh = trainer.make_mesh(config)
   exp, training = experiment.from_config(config, saved)
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   trainer.save_examples(exp, training.test, workdir)

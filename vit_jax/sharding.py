@@ -25,21 +25,28 @@ TOKENS_PER_WIDTH = 4
 MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
 
-def start_up(batch_size: int, micro_batches: int = 1) -> None:
+def start_up(batch_size: int, micro_batches: int = 1, group: int = 1) -> None:
   """On a CPU, makes one device of each core, as far as they divide a micro-batch.
+
+  A `group` of neighbours stays together.
 
   Does nothing where JAX is running already, or was told how many to make.
   """
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  rows, most = batch_size // micro_batches, min(cores, batch_size // MIN_EXAMPLES)
+  rows, most = batch_size // micro_batches // group, min(cores, batch_size // MIN_EXAMPLES)
   count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
   if jax.config.jax_num_cpu_devices < 1:
     with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
       jax.config.update('jax_num_cpu_devices', count)
 
 
-def make_mesh(batch_size: int | None = None, micro_batches: int = 1) -> Mesh:
+def make_mesh(batch_size: int | None = None, micro_batches: int = 1, group: int = 1) -> Mesh:
   """A mesh of all devices along `data`; given a batch, on a CPU, of as many as divide it.
+
+  Args:
+    batch_size: examples over all devices.
+    micro_batches: that a device's share is to divide into.
+    group: neighbours that stay together on a device and in a micro-batch.
 
   Raises:
     ValueError: accelerators that the batch does not divide over.
@@ -47,17 +54,19 @@ def make_mesh(batch_size: int | None = None, micro_batches: int = 1) -> Mesh:
   devices = jax.devices()
   if batch_size is None:
     batch_size = len(devices)
-  if batch_size < 1 or micro_batches < 1 or batch_size % micro_batches:
+  if batch_size < 1 or micro_batches < 1 or batch_size % (micro_batches * group):
     raise ValueError(
-      f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}.'
+      f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}'
+      + (f', and of {micro_batches * group}.' if group > 1 else '.')
     )
-  rows = batch_size // micro_batches
+  rows = batch_size // micro_batches // group
   if devices[0].platform == 'cpu' and jax.process_count() == 1:
     devices = devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
   if rows % len(devices):
     raise ValueError(
       f'batch_size={batch_size} in micro_batches={micro_batches} does not divide over '
-      f'{len(devices)} devices: make batch_size a multiple of {micro_batches * len(devices)}.'
+      f'{len(devices)} devices: make batch_size a multiple of '
+      f'{micro_batches * len(devices) * group}.'
     )
   return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
@@ -72,7 +81,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int) -> int:
+def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: int = 1) -> int:
   """How many parts each device best takes its share of a batch in.
 
   Args:
@@ -80,6 +89,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int) -> int:
     batch_size: over all of them.
     tokens: of an example.
     width: of the model.
+    group: neighbours that stay together.
 
   Returns:
     1 on accelerators; on a CPU what makes parts of about `TOKENS` tokens or
@@ -89,7 +99,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int) -> int:
     return 1
   rows = batch_size // mesh.size
   best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
-  divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+  divisors = [n for n in range(group, rows + 1, group) if rows % n == 0]
   return rows // min(divisors, key=lambda n: abs(math.log(n / best)))
 
 

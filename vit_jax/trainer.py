@@ -3,6 +3,8 @@
 Decisions:
   * Randomness folds (seed, step) and then the example's position in the batch: no key is
     stored, and no draw depends on devices or micro-batches.
+  * Accuracy counts an image that is mixed of two under its own label, even where more of it is of
+    the other: with mixup and cutmix it says little.
   * Metrics are read one step late, so that the device never waits for the host.
   * A checkpoint is saved only once the loss of its step was read and found finite.
 """
@@ -43,14 +45,13 @@ def make_train_step(
   config = exp.config
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
 
-  def loss_fn(trained, frozen, part, key):
-    logits_BL = exp.logits(trained | frozen, part, key)
-    loss_B = exp.loss(logits_BL, part['label'])
+  def loss_fn(trained, frozen, part, key, early):
+    loss_B, logits_BL = exp.training_loss(trained | frozen, part, key, early)
     return loss_B.sum() / config.batch_size, evaluate.score(logits_BL, part['label'], loss_B)
 
-  def gradient(part, trained, frozen, key):
+  def gradient(part, trained, frozen, key, early):
     """A micro-batch's share of the gradient of the mean loss, and its metrics."""
-    return jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key)
+    return jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key, early)
 
   gradients = sharding.add_up(gradient, mesh, parts)
 
@@ -58,7 +59,7 @@ def make_train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), old.step)
     batch = batch | {'example': jnp.arange(config.batch_size)}
     trained, frozen = optim.split(old.params, config.freeze)
-    grads, score = gradients(batch, trained, frozen, key)
+    grads, score = gradients(batch, trained, frozen, key, old.step < training.early_steps)
     updates, opt_state = training.optimizer.update(grads, old.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = old.ema
@@ -135,10 +136,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   finished, saved = start_up(config, workdir)
   if finished:
     return finished
-  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1)
+  mesh = make_mesh(config)
   exp, training = experiment.from_config(config, saved)
   save_examples(exp, training.test, workdir)
   return fit(exp, training, mesh, workdir)
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+  """Of the devices that the config's batch divides over."""
+  parts = config.micro_batches or 1
+  return sharding.make_mesh(config.batch_size, parts, experiment.group(config))
 
 
 def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
@@ -154,7 +161,7 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
     raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
   experiment.check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
-  sharding.start_up(config.batch_size, config.micro_batches or 1)
+  sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
   start = checkpoint.latest_step(workdir)
   if start is None:
     return None, None

@@ -1,0 +1,114 @@
+"""Trains every combination of a grid, with several seeds each, and ranks the combinations.
+
+    python -m benchmarks.sweep --config=configs/cifar10.py:tiny --out=runs/rates --seeds=3 \\
+        --grid='{"optimizer.lr": [1e-3, 3e-3], "optimizer.weight_decay": [0.05, 0.2]}' \\
+        --config.epochs=20 --config.data.source=folder:cifar10
+
+The accuracy is that on the last tenth of the training split, which is not trained on, unless
+`--config.data.train_split` and `--config.data.eval_split` say otherwise: a sweep that chooses is
+not to see the test images. The same command goes on where it was cut off, and a larger grid or more
+seeds add to what is there. Each run is a workdir, `<out>/<key>=<value>,.../seed<n>/`;
+`<out>/sweep.json` is the table.
+"""
+
+import argparse
+import itertools
+import json
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+
+from vit_jax import writer
+
+HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """The flags; `overrides` is `{key: text}` of every `--config.key=text`."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')
+  parser.add_argument('--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}')
+  parser.add_argument('--seeds', type=int, default=1, help='runs of each: seeds 0, 1, ...')
+  parser.add_argument('--out', required=True, type=pathlib.Path, help='where the workdirs are')
+  args, rest = parser.parse_known_args(argv)
+  args.overrides = dict(HELD_OUT)
+  for flag in rest:
+    found = re.fullmatch(r'--config\.([^=]+)=(.*)', flag)
+    if not found:
+      parser.error(f'got {flag}; keys of the config are given as --config.<key>=<value>')
+    args.overrides[found[1]] = found[2]
+  return args
+
+
+def grid(text: str) -> list[dict[str, str]]:
+  """The combinations of a JSON object of lists, each `{key: text}`.
+
+  Raises:
+    argparse.ArgumentTypeError: something else.
+  """
+  try:
+    lists = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from error
+  if not isinstance(lists, dict) or not all(isinstance(v, list) and v for v in lists.values()):
+    raise argparse.ArgumentTypeError(f'{text} is not {{"key": [value, ...], ...}}')
+  as_text = lambda value: value if isinstance(value, str) else json.dumps(value)
+  columns = [[(key, as_text(value)) for value in values] for key, values in lists.items()]
+  return [dict(pairs) for pairs in itertools.product(*columns)]
+
+
+def run(config: str, overrides: dict[str, str], workdir: pathlib.Path) -> dict | None:
+  """The result of one run, in a process of its own; None where it failed."""
+  flags = [f'--config.{key}={text}' for key, text in overrides.items()]
+  command = [sys.executable, 'main.py', f'--config={config}', f'--workdir={workdir}', *flags]
+  done = subprocess.run(command)
+  return writer.read_json(workdir / 'result.json') if done.returncode == 0 else None
+
+
+def row(settings: dict[str, str], results: list[dict | None]) -> dict:
+  """What the runs of one combination gave."""
+  finished = [result for result in results if result]
+  accuracies = [result['test_accuracy'] for result in finished]
+  return {
+    'settings': settings,
+    'accuracies': accuracies,
+    'mean': statistics.mean(accuracies) if finished else 0.0,
+    'std': statistics.stdev(accuracies) if len(finished) > 1 else None,
+    'losses': [result['test_loss'] for result in finished],
+    'seconds': [result['seconds'] for result in finished],
+    'failed': len(results) - len(finished),
+  }
+
+
+def show(rows: list[dict]) -> str:
+  """The table, the best first."""
+  lines = []
+  for row in rows:
+    spread = '' if row['std'] is None else f' ± {row["std"]:.2%}'
+    failed = f', {row["failed"]} failed' if row['failed'] else ''
+    settings = ' '.join(f'{key}={text}' for key, text in row['settings'].items())
+    lines.append(f'{row["mean"]:.2%}{spread} ({len(row["accuracies"])} runs{failed})  {settings}')
+  return '\n'.join(lines)
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  results = {i: [] for i in range(len(args.grid))}
+  for seed in range(args.seeds):  # outermost: a sweep cut off has tried every combination
+    for i, settings in enumerate(args.grid):
+      name = ','.join(f'{key}={text}' for key, text in settings.items())
+      overrides = {**args.overrides, **settings, 'seed': str(seed)}
+      results[i].append(run(args.config, overrides, args.out / name / f'seed{seed}'))
+      rows = [row(args.grid[j], found) for j, found in results.items() if found]
+      rows.sort(key=lambda row: -row['mean'])
+      table = {'config': args.config, 'overrides': args.overrides, 'rows': rows}
+      writer.write_json(args.out / 'sweep.json', table)
+  print(show(rows))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
