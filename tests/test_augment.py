@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import small_config
 from vit_jax import augment, config, experiment, sharding
+from vit_jax.check import check
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (16, 6, 8, 3)).astype(np.uint8)
 KEY = jax.random.key(0)
@@ -311,15 +312,15 @@ class Fixed(experiment.Experiment):
 def test_arguments_that_cannot_be_are_refused(overrides, message):
   overrides = {f'augment.{key}': text for key, text in overrides.items()}
   with pytest.raises(ValueError, match=message):
-    experiment.check(small_config(**overrides))
+    check(small_config(**overrides))
 
 
 @pytest.mark.parametrize('batch, parts, multiple', [('33', 'None', 2), ('24', '8', 16)])
 def test_a_batch_that_leaves_one_without_a_partner_is_refused(batch, parts, multiple):
   settings = {'batch_size': batch, 'micro_batches': parts}
-  experiment.check(small_config(**settings))
+  check(small_config(**settings))
   with pytest.raises(ValueError, match=f'make batch_size a multiple of {multiple}'):
-    experiment.check(small_config(**settings, **{'augment.mix.probability': '1'}))
+    check(small_config(**settings, **{'augment.mix.probability': '1'}))
 
 
 def test_neighbours_stay_together():

@@ -16,7 +16,7 @@ from tests.test_main import call, error
 from tests.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, export, probe, sources
+from vit_jax import experiment, export, inherit, probe, sources
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -151,9 +151,7 @@ def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
   again = vit_jax.load(tmp_path / 'out')
   assert again.preprocessing == p and again.class_names[0] == 'pattern 0'
   classes = tuple(f'other {i}' for i in range(len(again.class_names)))  # as many, but others
-  own = experiment.open_init(
-    fine_tuning(tmp_path / 'out', {}), sources.Source({}, classes, 3, None)
-  )
+  own = inherit.open_init(fine_tuning(tmp_path / 'out', {}), sources.Source({}, classes, 3, None))
   assert not np.any(own[1]['head']['kernel'])
 
 

@@ -10,6 +10,7 @@ import pytest
 from configs import finetune
 from vit_jax import config as config_lib
 from vit_jax import experiment
+from vit_jax.check import check
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
@@ -22,6 +23,7 @@ LAYERS = (
   {'sources', 'state', 'weights'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
   {'pretrained'},
+  {'check', 'inherit'},
   {'experiment', 'export'},
   {'evaluate', 'features'},
   {'trainer', 'predict', 'visualize', 'fewshot'},
@@ -55,7 +57,7 @@ def test_imports_run_one_way(path):
   assert ours <= below, f'{path.stem} imports {ours - below} from its own level or above'
   assert path.stem == 'prepare' or 'tensorflow' not in others
   if path.stem in LEAVES - {'config'}:
-    assert 'ml_collections' not in others  # only experiment.py reads a config
+    assert 'ml_collections' not in others  # a config is read above
 
 
 def test_a_model_needs_only_the_light_dependencies():
@@ -89,7 +91,7 @@ SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
 @pytest.mark.parametrize('spec', SPECS)
 def test_every_config_builds(spec):
   config = config_lib.load_file(f'{ROOT}/configs/{spec}')
-  experiment.check(config)
+  check(config)
   channels = 1 if spec == 'digits.py' else 3
   task = experiment.Task(('a', 'b'), (32, 32), channels)
   assert experiment.assemble(config, task).image_shape[-1] == channels

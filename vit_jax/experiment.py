@@ -1,4 +1,4 @@
-"""Builds what a run needs from its config. The only reader of a ConfigDict.
+"""Builds what a run needs from its config, which only this, `check` and `inherit` read.
 
 experiment, training = from_config(config)         # to train
 experiment, params, step = from_workdir(workdir)   # to evaluate, predict, draw
@@ -14,72 +14,27 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
-import numpy as np
 import optax
 
 from vit_jax import (
   augment,
   checkpoint,
   image,
+  inherit,
   losses,
   optim,
-  positions,
   pretrained,
-  randaugment,
   sharding,
   sources,
   splits,
   vit,
-  weights,
 )
 from vit_jax import config as config_lib
+from vit_jax.check import check
 from vit_jax.names import choose
 from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
-
-
-RANGES = {  # what a number may be, both ends included
-  'seed': (0, 2**32 - 1),
-  'epochs': (0, 1e6),
-  'batch_size': (1, 1e6),
-  'micro_batches': (1, 1e6),
-  'eval_batch_size': (1, 1e6),
-  'log_every': (0, 1e9),
-  'eval_every': (0, 1e9),
-  'checkpoint_every': (0, 1e9),
-  'keep_checkpoints': (1, 1e6),
-  'ema': (0, 0.9999999),
-  'augment.pad_crop.padding': (0, 1e3),
-  'augment.flip.probability': (0, 1),
-  'augment.resized_crop.min_area': (0.001, 1),
-  'augment.resized_crop.max_aspect': (1, 100),
-  'augment.rand_augment.num_layers': (0, 100),
-  'augment.rand_augment.magnitude': (0, randaugment.MAX_MAGNITUDE),
-  'augment.rand_augment.mstd': (0, 100),
-  'augment.rand_augment.probability': (0, 1),
-  'augment.trivial_augment.probability': (0, 1),
-  'augment.erasing.probability': (0, 1),
-  'augment.erasing.min_area': (0, 1),
-  'augment.erasing.max_area': (0, 1),
-  'augment.erasing.max_aspect': (1, 100),
-  'augment.mix.probability': (0, 1),
-  'augment.mix.mixup_alpha': (0, 1e3),
-  'augment.mix.cutmix_alpha': (0, 1e3),
-  'augment.mix.switch': (0, 1),
-  'augment.off_for_last': (0, 1),
-  'data.crop': (0.01, 1),
-  'model.norm_epsilon': (0, 1),
-  'optimizer.lr': (0, 1e38),
-  'optimizer.weight_decay': (0, 1e6),
-  'optimizer.b1': (0, 0.9999999),
-  'optimizer.b2': (0, 0.9999999),
-  'optimizer.momentum': (0, 0.9999999),
-  'optimizer.layer_decay': (1e-6, 1),
-  'optimizer.clip': (0, 1e38),
-  'schedule.warmup': (0, 1e6),
-  'loss.label_smoothing': (0, 1),
-}
 
 
 # What the keys that `init` may decide are without it.
@@ -273,7 +228,7 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
   elif config.init:
-    config, params = open_init(config, source)
+    config, params = inherit.open_init(config, source)
   blank = Task(source.class_names, pair(data.image_size), source.channels)
   read = functools.partial(sources.load, source, skip_bad_images=data.skip_bad_images)
   fit = assemble(config, blank).fit  # and a mistake shows before the images are read
@@ -321,93 +276,6 @@ def plan(
   return Training(train, val, test, steps, early_steps, schedule, optimizer, params)
 
 
-def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
-  """The weights that `init` names, for the data's classes and size, and what they decide.
-
-  Raises:
-    ValueError: no such weights, or a config that contradicts them.
-  """
-  found = pretrained.read(config.init)
-  grid = grid_of(config, found)
-  if found.channels != source.channels:
-    raise ValueError(
-      f'init={config.init} takes images of {found.channels} channels, those of '
-      f'{config.data.source} have {source.channels}.'
-    )
-  classes = source.class_names
-  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
-  log.info('Starting from the weights in %s', config.init)
-  if loaded.class_names != classes:  # others, or who knows which
-    log.info('The head is new: the classes are not those of the weights.')
-    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
-  return follow(config, loaded), loaded.params
-
-
-def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:
-  """The patches (down, across) of the config's images under the model of some weights.
-
-  Raises:
-    ValueError: images that don't divide into patches.
-  """
-  size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
-  if any(n % p for n, p in zip(size, patch)):
-    raise ValueError(
-      f'data.image_size={size} does not divide into the patches of init={config.init}, '
-      f'{patch[0]}x{patch[1]} pixels.'
-    )
-  return size[0] // patch[0], size[1] // patch[1]
-
-
-def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
-  """The config with what the weights decide.
-
-  Raises:
-    ValueError: it asks for another model; the message lists the differences.
-  """
-  own = {name: getattr(loaded.model, name) for name in vit.ATTRIBUTES if name in config.model}
-  asked = vit.variant_fields(config.model.variant) if config.model.variant else {}
-  asked |= {name: value for name, value in config.model.items() if value is not None}
-  differences = [
-    f'  model.{name}: {asked[name]!r} in the config, {value!r} in the weights'
-    for name, value in own.items()
-    if name in asked and name not in FREE and not same(name, asked[name], value, loaded.model)
-  ]
-  about = {'data.mean': loaded.preprocessing.mean, 'data.std': loaded.preprocessing.std}
-  values = config_lib.flatten(config)
-  differences += [
-    f'  {key}: {tuple(values[key])} in the config, {value} in the weights'
-    for key, value in about.items()
-    if values[key] is not None and repeat(values[key]) != repeat(value)
-  ]
-  if differences:
-    raise ValueError(
-      f'init={config.init} is of another model than the config asks for:\n'
-      + '\n'.join(differences)
-      + '\nSet these keys to None, which takes those of the weights, or choose their variant.'
-    )
-  given = {f'model.{name}': value for name, value in own.items() if value is not None}
-  return config_lib.fill(config, given | about)
-
-
-def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
-  """One value, where all channels have the same."""
-  return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
-
-
-FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
-
-
-def same(name: str, asked: object, own: object, model: vit.ViT) -> bool:
-  """Whether the config's value of an attribute is that of the weights."""
-  if name == 'patch_size':
-    return pair(asked) == own
-  if name == 'head_dim':
-    return asked == model.head_size
-  if name == 'layer_scale':  # the config's is where training from scratch begins
-    return own is not None
-  return asked == own
-
-
 def from_init(
   init: str, overrides: dict[str, str], classes: str = 'weights'
 ) -> tuple[Experiment, dict]:
@@ -437,7 +305,7 @@ def from_init(
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
-  grid = grid_of(config, found) if any(config.data.image_size) else None
+  grid = inherit.grid_of(config, found) if any(config.data.image_size) else None
   loaded = pretrained.adapt(found, grid, None, names and len(names), config.init_resize)
   expected = loaded.preprocessing
   config.data.image_size = expected.size
@@ -446,7 +314,7 @@ def from_init(
       config.data[name] = getattr(expected, name)
   names = names or loaded.class_names or [f'class {i}' for i in range(loaded.model.num_classes)]
   task = Task(tuple(names), expected.size, found.channels)
-  return assemble(follow(config, loaded), task), loaded.params
+  return assemble(inherit.follow(config, loaded), task), loaded.params
 
 
 def from_workdir(
@@ -531,52 +399,6 @@ def report(name: str, examples: sources.Examples | None) -> None:
 def group(config: ConfigDict) -> int:
   """How many neighbours of a batch stay on one device and in one micro-batch: those that mix."""
   return 2 if augment.mixes(config.augment) else 1
-
-
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no run can have, and for unknown names."""
-  choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
-  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
-  choose('freeze', config.freeze, optim.FREEZE)
-  choose('schedule.name', config.schedule.name, optim.SCHEDULES)
-  choose('init_resize', config.init_resize, positions.RESIZES)
-  choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
-  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
-  choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
-  values = config_lib.flatten(config)
-  for key, (low, high) in RANGES.items():
-    if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
-      raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
-  check_augment(config)
-  rates = config.sweep
-  if rates and not (config.freeze and config.data.val_split):
-    raise ValueError(
-      'sweep needs freeze=backbone and a data.val_split to choose the learning rate by, e.g. '
-      "train_split='train[:98%]', val_split='train[98%:]'."
-    )
-  if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
-    raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
-
-
-def check_augment(config: ConfigDict) -> None:
-  """Raises ValueError for arguments of augmentations that don't fit each other."""
-  erasing, mix = config.augment.erasing, config.augment.mix
-  if erasing.min_area > erasing.max_area:
-    raise ValueError(
-      f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
-    )
-  if not augment.mixes(config.augment):
-    return
-  if not mix.mixup_alpha and not mix.cutmix_alpha:
-    raise ValueError(
-      f'augment.mix.probability={mix.probability:g} needs a mixup_alpha or a cutmix_alpha above 0.'
-    )
-  parts = config.micro_batches or 1
-  if config.batch_size % (2 * parts):
-    raise ValueError(
-      f'augment.mix mixes neighbours in a micro-batch, and batch_size={config.batch_size} in '
-      f'micro_batches={parts} leaves one without: make batch_size a multiple of {2 * parts}.'
-    )
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

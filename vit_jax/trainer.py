@@ -27,6 +27,7 @@ import tqdm
 
 from vit_jax import checkpoint, data, evaluate, experiment, image, optim, sharding, state, writer
 from vit_jax import config as config_lib
+from vit_jax.check import check
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   """
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
-  experiment.check(config)
+  check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
   start = checkpoint.latest_step(workdir)

@@ -1,0 +1,95 @@
+"""What a config may say: names, ranges, and what excludes what."""
+
+from ml_collections import ConfigDict
+
+from vit_jax import augment, image, optim, positions, randaugment
+from vit_jax import config as config_lib
+from vit_jax.names import choose
+
+RANGES = {  # what a number may be, both ends included
+  'seed': (0, 2**32 - 1),
+  'epochs': (0, 1e6),
+  'batch_size': (1, 1e6),
+  'micro_batches': (1, 1e6),
+  'eval_batch_size': (1, 1e6),
+  'log_every': (0, 1e9),
+  'eval_every': (0, 1e9),
+  'checkpoint_every': (0, 1e9),
+  'keep_checkpoints': (1, 1e6),
+  'ema': (0, 0.9999999),
+  'augment.pad_crop.padding': (0, 1e3),
+  'augment.flip.probability': (0, 1),
+  'augment.resized_crop.min_area': (0.001, 1),
+  'augment.resized_crop.max_aspect': (1, 100),
+  'augment.rand_augment.num_layers': (0, 100),
+  'augment.rand_augment.magnitude': (0, randaugment.MAX_MAGNITUDE),
+  'augment.rand_augment.mstd': (0, 100),
+  'augment.rand_augment.probability': (0, 1),
+  'augment.trivial_augment.probability': (0, 1),
+  'augment.erasing.probability': (0, 1),
+  'augment.erasing.min_area': (0, 1),
+  'augment.erasing.max_area': (0, 1),
+  'augment.erasing.max_aspect': (1, 100),
+  'augment.mix.probability': (0, 1),
+  'augment.mix.mixup_alpha': (0, 1e3),
+  'augment.mix.cutmix_alpha': (0, 1e3),
+  'augment.mix.switch': (0, 1),
+  'augment.off_for_last': (0, 1),
+  'data.crop': (0.01, 1),
+  'model.norm_epsilon': (0, 1),
+  'optimizer.lr': (0, 1e38),
+  'optimizer.weight_decay': (0, 1e6),
+  'optimizer.b1': (0, 0.9999999),
+  'optimizer.b2': (0, 0.9999999),
+  'optimizer.momentum': (0, 0.9999999),
+  'optimizer.layer_decay': (1e-6, 1),
+  'optimizer.clip': (0, 1e38),
+  'schedule.warmup': (0, 1e6),
+  'loss.label_smoothing': (0, 1),
+}
+
+
+def check(config: ConfigDict) -> None:
+  """Raises ValueError for numbers that no run can have, and for unknown names."""
+  choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
+  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
+  choose('freeze', config.freeze, optim.FREEZE)
+  choose('schedule.name', config.schedule.name, optim.SCHEDULES)
+  choose('init_resize', config.init_resize, positions.RESIZES)
+  choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
+  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
+  choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
+  values = config_lib.flatten(config)
+  for key, (low, high) in RANGES.items():
+    if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
+      raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
+  check_augment(config)
+  rates = config.sweep
+  if rates and not (config.freeze and config.data.val_split):
+    raise ValueError(
+      'sweep needs freeze=backbone and a data.val_split to choose the learning rate by, e.g. '
+      "train_split='train[:98%]', val_split='train[98%:]'."
+    )
+  if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
+    raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
+
+
+def check_augment(config: ConfigDict) -> None:
+  """Raises ValueError for arguments of augmentations that don't fit each other."""
+  erasing, mix = config.augment.erasing, config.augment.mix
+  if erasing.min_area > erasing.max_area:
+    raise ValueError(
+      f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
+    )
+  if not augment.mixes(config.augment):
+    return
+  if not mix.mixup_alpha and not mix.cutmix_alpha:
+    raise ValueError(
+      f'augment.mix.probability={mix.probability:g} needs a mixup_alpha or a cutmix_alpha above 0.'
+    )
+  parts = config.micro_batches or 1
+  if config.batch_size % (2 * parts):
+    raise ValueError(
+      f'augment.mix mixes neighbours in a micro-batch, and batch_size={config.batch_size} in '
+      f'micro_batches={parts} leaves one without: make batch_size a multiple of {2 * parts}.'
+    )

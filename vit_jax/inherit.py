@@ -1,0 +1,100 @@
+"""What a run takes over from the weights it starts from, and what may not contradict them."""
+
+import logging
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import pretrained, sources, vit, weights
+from vit_jax.weights import pair
+
+log = logging.getLogger(__name__)
+
+
+def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
+  """The weights that `init` names, for the data's classes and size, and what they decide.
+
+  Raises:
+    ValueError: no such weights, or a config that contradicts them.
+  """
+  found = pretrained.read(config.init)
+  grid = grid_of(config, found)
+  if found.channels != source.channels:
+    raise ValueError(
+      f'init={config.init} takes images of {found.channels} channels, those of '
+      f'{config.data.source} have {source.channels}.'
+    )
+  classes = source.class_names
+  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
+  log.info('Starting from the weights in %s', config.init)
+  if loaded.class_names != classes:  # others, or who knows which
+    log.info('The head is new: the classes are not those of the weights.')
+    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
+  return follow(config, loaded), loaded.params
+
+
+def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:
+  """The patches (down, across) of the config's images under the model of some weights.
+
+  Raises:
+    ValueError: images that don't divide into patches.
+  """
+  size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
+  if any(n % p for n, p in zip(size, patch)):
+    raise ValueError(
+      f'data.image_size={size} does not divide into the patches of init={config.init}, '
+      f'{patch[0]}x{patch[1]} pixels.'
+    )
+  return size[0] // patch[0], size[1] // patch[1]
+
+
+def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
+  """The config with what the weights decide.
+
+  Raises:
+    ValueError: it asks for another model; the message lists the differences.
+  """
+  own = {name: getattr(loaded.model, name) for name in vit.ATTRIBUTES if name in config.model}
+  asked = vit.variant_fields(config.model.variant) if config.model.variant else {}
+  asked |= {name: value for name, value in config.model.items() if value is not None}
+  differences = [
+    f'  model.{name}: {asked[name]!r} in the config, {value!r} in the weights'
+    for name, value in own.items()
+    if name in asked and name not in FREE and not same(name, asked[name], value, loaded.model)
+  ]
+  about = {'data.mean': loaded.preprocessing.mean, 'data.std': loaded.preprocessing.std}
+  values = config_lib.flatten(config)
+  differences += [
+    f'  {key}: {tuple(values[key])} in the config, {value} in the weights'
+    for key, value in about.items()
+    if values[key] is not None and repeat(values[key]) != repeat(value)
+  ]
+  if differences:
+    raise ValueError(
+      f'init={config.init} is of another model than the config asks for:\n'
+      + '\n'.join(differences)
+      + '\nSet these keys to None, which takes those of the weights, or choose their variant.'
+    )
+  given = {f'model.{name}': value for name, value in own.items() if value is not None}
+  return config_lib.fill(config, given | about)
+
+
+def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
+  """One value, where all channels have the same."""
+  return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
+
+
+FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
+
+
+def same(name: str, asked: object, own: object, model: vit.ViT) -> bool:
+  """Whether the config's value of an attribute is that of the weights."""
+  if name == 'patch_size':
+    return pair(asked) == own
+  if name == 'head_dim':
+    return asked == model.head_size
+  if name == 'layer_scale':  # the config's is where training from scratch begins
+    return own is not None
+  return asked == own
