@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import sys
 
 import jax
@@ -18,6 +19,18 @@ import jax
 from vit_jax import writer
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
+
+
+def command(config: str, overrides: dict[str, object]) -> str:
+  """How a person writes it."""
+  return ' '.join((config, *(f'--config.{key}={value}' for key, value in overrides.items())))
+
+
+def train(config: str, overrides: dict[str, object], workdir: pathlib.Path) -> bool:
+  """One run in a process of its own; one that was cut off goes on. Whether it came to its end."""
+  flags = [f'--config.{key}={value}' for key, value in overrides.items()]
+  start = [sys.executable, 'main.py', f'--config={config}', f'--workdir={workdir}']
+  return subprocess.run([*start, *flags]).returncode == 0
 
 
 def machine() -> str:
@@ -50,7 +63,7 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
     data['dir'] = ''
     if init := result['config']['init']:
       result['config']['init'] = pathlib.Path(init).name
-    runs.append(result | {'metrics': writer.read_metrics(workdir)})
+    runs.append(result)
   accuracies = [run['test_accuracy'] for run in runs]
   return {
     'recipe': recipe,

@@ -17,9 +17,9 @@ import json
 import pathlib
 import re
 import statistics
-import subprocess
 import sys
 
+from benchmarks import collect
 from vit_jax import writer
 
 HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
@@ -56,17 +56,9 @@ def grid(text: str) -> list[dict[str, str]]:
     raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from error
   if not isinstance(lists, dict) or not all(isinstance(v, list) and v for v in lists.values()):
     raise argparse.ArgumentTypeError(f'{text} is not {{"key": [value, ...], ...}}')
-  as_text = lambda value: value if isinstance(value, str) else json.dumps(value)
+  as_text = lambda value: str(value) if isinstance(value, str | None) else json.dumps(value)
   columns = [[(key, as_text(value)) for value in values] for key, values in lists.items()]
   return [dict(pairs) for pairs in itertools.product(*columns)]
-
-
-def run(config: str, overrides: dict[str, str], workdir: pathlib.Path) -> dict | None:
-  """The result of one run, in a process of its own; None where it failed."""
-  flags = [f'--config.{key}={text}' for key, text in overrides.items()]
-  command = [sys.executable, 'main.py', f'--config={config}', f'--workdir={workdir}', *flags]
-  done = subprocess.run(command)
-  return writer.read_json(workdir / 'result.json') if done.returncode == 0 else None
 
 
 def row(settings: dict[str, str], results: list[dict | None]) -> dict:
@@ -102,7 +94,9 @@ def main(argv: list[str]) -> None:
     for i, settings in enumerate(args.grid):
       name = ','.join(f'{key}={text}' for key, text in settings.items())
       overrides = {**args.overrides, **settings, 'seed': str(seed)}
-      results[i].append(run(args.config, overrides, args.out / name / f'seed{seed}'))
+      workdir = args.out / name / f'seed{seed}'
+      done = collect.train(args.config, overrides, workdir)
+      results[i].append(writer.read_json(workdir / 'result.json') if done else None)
       rows = [row(args.grid[j], found) for j, found in results.items() if found]
       rows.sort(key=lambda row: -row['mean'])
       table = {'config': args.config, 'overrides': args.overrides, 'rows': rows}

@@ -77,6 +77,38 @@ def test_sgd_with_momentum():
     np.testing.assert_allclose(out[name], p, rtol=1e-5)
 
 
+def test_muon_orthogonalizes_the_matrices_of_blocks():
+  """The first step, by the singular values: Newton-Schulz is a polynomial in each of them."""
+  draw = np.random.RandomState(0).normal
+  shapes = {'query': (6, 2, 3), 'out': (2, 3, 6)}
+  kernels = {name: {'kernel': draw(size=shape)} for name, shape in shapes.items()}
+  grads = {'block_0': {'attention': kernels, 'mlp': {'up': {'kernel': draw(size=(6, 9))}}}}
+  grads |= {'embedding': {'kernel': draw(size=(6, 6))}}
+  params = jax.tree.map(lambda g: jnp.asarray(draw(size=g.shape), jnp.float32), grads)
+  optimizer = optim.make_optimizer(
+    'muon', lambda _: 0.1, clip=0.0, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.95
+  )
+  grads32 = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
+  updates, _ = optimizer.update(grads32, optimizer.init(params), params)
+  up = grads['block_0']['mlp']['up']['kernel']
+  for name, grad, matrix in (
+    ('query', kernels['query']['kernel'], (6, 6)),
+    ('out', kernels['out']['kernel'], (6, 6)),
+    ('up', up, up.shape),
+  ):
+    left, values, right = np.linalg.svd(grad.reshape(matrix), full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for _ in range(5):  # Jordan's coefficients
+      values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5
+    want = 0.2 * math.sqrt(max(matrix)) * (left * values @ right).reshape(grad.shape)
+    block, old = updates['block_0'], params['block_0']
+    kind = 'mlp' if name == 'up' else 'attention'
+    want = -0.1 * (want + 0.3 * np.array(old[kind][name]['kernel']))
+    np.testing.assert_allclose(block[kind][name]['kernel'], want, rtol=1e-3, atol=1e-5)
+  signs = np.abs(updates['embedding']['kernel'])  # AdamW's first step, of Nesterov's kind
+  np.testing.assert_allclose(signs, signs[0, 0], rtol=1e-4)
+
+
 def test_clipping_scales_by_the_global_norm():
   grads = GRADS[0]
   norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
@@ -90,7 +122,7 @@ def test_clipping_scales_by_the_global_norm():
 
 
 def test_unknown_names_list_the_valid_ones():
-  with pytest.raises(ValueError, match='Did you mean adamw.*Valid: adamw, sgd'):
+  with pytest.raises(ValueError, match='Did you mean adamw.*Valid: adamw, muon, sgd'):
     optim.make_optimizer('adamv', None, 1.0)
   with pytest.raises(ValueError, match='Valid: constant, cosine, linear'):
     optim.make_schedule('step', 1.0, 1, 1)

@@ -1,0 +1,146 @@
+"""Trains the recipes of the results' table, and writes what they reached into `results/`.
+
+    python -m benchmarks.recipes cpu folder:cifar10
+    python -m benchmarks.recipes gpu folder:cifar10     # make results-gpu DATA=folder:cifar10
+    python -m benchmarks.recipes cpu folder:cifar10 digits cifar10_tiny_20    # these only
+
+Each run is a workdir, `runs/results/<recipe>/seed<n>/`. The same command goes on where it was cut
+off, so that it may be run in slices, and leaves what is finished as it is. Of each recipe there
+are then `results/<recipe>.json`, each run's `metrics.jsonl` and a picture of the curves in
+`results/<recipe>/`, and a row of `results/README.md`.
+"""
+
+import pathlib
+import shutil
+import sys
+from typing import NamedTuple
+
+from matplotlib import pyplot as plt
+
+from benchmarks import collect
+from vit_jax import visualize, writer
+from vit_jax.names import choose
+
+RUNS = pathlib.Path('runs/results')
+
+
+class Recipe(NamedTuple):
+  """One row.
+
+  Attributes:
+    config: `configs/<experiment>.py:<variant>`.
+    overrides: what is changed in it.
+    seeds: runs, with seed 0, 1, ...
+    where: `cpu`, two cores of it, or `gpu`, one.
+    minutes: that a run may take there.
+    at_least: test accuracy that is expected.
+    aim: the one hoped for.
+    reference: what others reached with the same.
+  """
+
+  config: str
+  overrides: dict[str, object]
+  seeds: int
+  where: str
+  minutes: float
+  at_least: float
+  aim: float
+  reference: str
+
+
+GPU = {'model.dtype': 'bfloat16'}
+RECIPES = {
+  'digits': Recipe('configs/digits.py', {}, 5, 'cpu', 1, 0.985, 0.99, ''),
+  'cifar10_tiny_20': Recipe(
+    'configs/cifar10.py:tiny', {'epochs': 20}, 3, 'cpu', 20, 0.75, 0.77, '70% at epoch 30'
+  ),
+  'cifar10_tiny': Recipe(
+    'configs/cifar10.py:tiny', {}, 1, 'cpu', 100, 0.795, 0.82, '75.5% after 100 epochs'
+  ),
+  'cifar10_small': Recipe(
+    'configs/cifar10.py:small', GPU, 3, 'gpu', 10, 0.94, 0.955, '93.6% after 300 epochs'
+  ),
+  'cifar10_wide': Recipe('configs/cifar10.py:wide', GPU, 3, 'gpu', 10, 0.93, 0.95, 'about 85%'),
+  'cifar10_deep': Recipe(
+    'configs/cifar10.py:deep', GPU, 1, 'gpu', 30, 0.96, 0.97,
+    '96.4% after a self-supervised start',
+  ),
+}  # fmt: skip
+
+HEADER = """# Recipes
+
+Test accuracy of the last checkpoint on all test images, never the best one of a run; mean and
+standard deviation over the seeds. CIFAR-10's images are its own, re-encoded as JPEG by the
+publisher of the image folder. Minutes are those of a run from its first step's compilation to its
+last test, the data's decoding left out. Written by `python -m benchmarks.recipes`; what was tried
+and did not help is in [notes.md](notes.md).
+
+| recipe | reference | at least | aim | reached | minutes | of at most | machine, date | |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def workdirs(name: str) -> list[pathlib.Path]:
+  return [RUNS / name / f'seed{seed}' for seed in range(RECIPES[name].seeds)]
+
+
+def train(name: str, seed: int, source: str) -> None:
+  """One run, in a process of its own; one that is finished stays as it is."""
+  recipe, workdir = RECIPES[name], workdirs(name)[seed]
+  overrides = recipe.overrides | {'seed': seed}
+  if name != 'digits':
+    overrides['data.source'] = source
+  if not collect.train(recipe.config, overrides, workdir):
+    raise SystemExit(f'{workdir}: the run failed; the same command goes on once that is mended.')
+
+
+def gather(name: str) -> None:
+  """Writes what the recipe's finished runs recorded."""
+  finished = [path for path in workdirs(name) if (path / 'result.json').exists()]
+  result = collect.summary(collect.command(RECIPES[name].config, RECIPES[name].overrides), finished)
+  writer.write_json(collect.RESULTS / f'{name}.json', result)
+  folder = collect.RESULTS / name
+  folder.mkdir(exist_ok=True)
+  for path in finished:
+    shutil.copy(path / 'metrics.jsonl', folder / f'{path.name}.jsonl')
+  figure = visualize.curves(writer.read_metrics(finished[0]))
+  figure.savefig(folder / 'curves.png', dpi=110)
+  plt.close(figure)
+
+
+def row(name: str) -> str:
+  """A line of the table; `open` for what was not run yet."""
+  recipe, result = RECIPES[name], writer.read_json(collect.RESULTS / f'{name}.json')
+  percent = lambda share: f'{100 * share:g}%'
+  cells = [
+    f'`{collect.command(recipe.config, recipe.overrides)}`',
+    recipe.reference,
+    percent(recipe.at_least),
+    percent(recipe.aim),
+  ]
+  if result is None:
+    cells += ['open', '', f'{recipe.minutes:g}', f'`make results-{recipe.where}`', '']
+  else:
+    deviation, seeds = result['test_accuracy_std'], len(result['seeds'])
+    spread = '' if deviation is None else f' ± {100 * deviation:.2f}'
+    accuracy = f'**{100 * result["test_accuracy_mean"]:.2f}{spread} %** ({seeds} seeds)'
+    cells += [accuracy.replace('(1 seeds)', '(1 seed)'), f'{result["seconds_mean"] / 60:.1f}']
+    cells += [f'{recipe.minutes:g}', f'{result["machine"]}, {result["date"]}']
+    cells += [f'[runs]({name}.json), [curves]({name}/curves.png)']
+  return f'| {" | ".join(cells)} |'
+
+
+def main(where: str, source: str, *names: str) -> None:
+  choose('where', where, ('cpu', 'gpu'))
+  here = [name for name, recipe in RECIPES.items() if recipe.where == where]
+  for name in names or here:
+    for seed in range(RECIPES[choose('recipe', name, here)].seeds):
+      train(name, seed, source)
+      gather(name)
+      table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
+      writer.replace(collect.RESULTS / 'README.md', table)
+    print(row(name), flush=True)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
