@@ -10,7 +10,9 @@ measured yet.
 from vit_jax.config import default_config
 from vit_jax.names import choose
 
-VARIANTS = {'tiny': 'tiny', 'small': 'small', 'wide': 'wide', 'b16': 'B/16', 'l16': 'L/16'}
+VARIANTS = {
+    'tiny': 'tiny', 'small': 'small', 'wide': 'wide', 'deep': 'small', 'b16': 'B/16', 'l16': 'L/16',
+}  # fmt: skip
 
 
 def get_config(variant='tiny'):
@@ -28,10 +30,20 @@ def get_config(variant='tiny'):
   if variant == 'tiny':
     config.optimizer.lr = 3e-3
     config.schedule.warmup = 2.0
-  elif variant in ('small', 'wide'):
-    config.epochs = 200.0
+  elif variant in ('small', 'wide', 'deep'):
+    config.epochs = 1000.0 if variant == 'deep' else 600.0
+    config.batch_size = 512
+    config.optimizer.lr = 1.1e-3
+    config.optimizer.weight_decay = 0.06
     config.schedule.warmup = 10.0
+    config.ema = 0.9998
     config.model.stochastic_depth = 0.1
+    config.augment.rand_augment.num_layers = 2
+    config.augment.mix.probability = 1.0
+    config.augment.off_for_last = 0.4
+    if variant == 'deep':  # 9.5M parameters
+      config.model.depth = 12
+      config.model.mlp_dim = 1024
   else:  # the paper's models: a class token, and images enlarged to the size they know
     config.model.pool = 'cls'
     config.data.image_size = (224, 224)

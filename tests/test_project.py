@@ -75,7 +75,7 @@ def test_a_model_needs_only_the_light_dependencies():
 SPECS = ['digits.py', 'folder.py:small'] + [
   f'{name}.py:{variant}'
   for name in ('cifar10', 'cifar100')
-  for variant in ('tiny', 'small', 'wide', 'b16', 'l16')
+  for variant in ('tiny', 'small', 'wide', 'deep', 'b16', 'l16')
 ]
 SPECS += [
   f'{name}.py:{model},{dataset}'

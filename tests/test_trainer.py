@@ -57,6 +57,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   step, params, saved = checkpoint.load(tmp_path / 'whole')
   again, same_params, _ = checkpoint.load(tmp_path / 'killed')
   assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
+  last = writer.read_metrics(tmp_path / 'whole')[-1]
+  assert last['split'] == 'test' and 0 < abs(last['raw_loss'] - last['loss']) < 1
   assert_equal(params, same_params)
   for item in ('params', 'state'):
     assert_equal(

@@ -38,7 +38,8 @@ def default_config() -> ConfigDict:
   c.init_resize = 'bilinear'  # of their positions to the image's grid: bilinear, bicubic or paper
   c.freeze = ''  # backbone: only the head is trained, and nothing drops out; empty: everything is
   c.sweep = ()  # with freeze: learning rates of which the best on val_split trains on all of train
-  c.ema = 0.0  # decay a step of the averaged weights that are evaluated; 0: no averaging
+  c.ema = 0.0  # decay a step of the averaged weights that are evaluated, at most: it is less in
+  # the first steps; 0: no averaging
 
   c.data = ConfigDict()
   c.data.source = 'tfds:cifar10'  # tfds:<name>, folder:<path>, digits or synthetic

@@ -66,7 +66,9 @@ def make_train_step(
     ema = old.ema
     if ema is not None:
       average, constant = optim.split(ema, config.freeze)
-      ema = optax.incremental_update(trained, average, 1 - config.ema) | constant
+      # A short run, too, forgets the weights that it began with.
+      decay = jnp.minimum(config.ema, (1 + old.step) / (10 + old.step))
+      ema = optax.incremental_update(trained, average, 1 - decay) | constant
     metrics = {
       'score': score,
       'grad_norm': optax.global_norm(grads),
@@ -348,8 +350,10 @@ class Run:
       examples = getattr(self.training, split)
       if examples is None:
         continue
-      params, batch_size = train_state.eval_params, self.config.eval_batch_size
-      values = evaluate.evaluate(self.eval_step, params, examples, batch_size, self.mesh)
+      values = self.score(train_state.eval_params, examples)
+      if train_state.ema is not None:  # the weights that are not averaged, to compare
+        raw = self.score(train_state.params, examples)
+        values |= {f'raw_{name}': raw[name] for name in ('loss', 'accuracy')}
       self.records.write(step, split, **values)
       log.info(
           'Step %d: %s accuracy %.2f%%, loss %.4f on %d examples.',
@@ -357,6 +361,12 @@ class Run:
       )  # fmt: skip
       scores[split] = values
     return scores
+
+  def score(self, params: dict, examples: Examples) -> dict[str, float]:
+    """Loss and accuracies of these weights."""
+    return evaluate.evaluate(
+      self.eval_step, params, examples, self.config.eval_batch_size, self.mesh
+    )
 
   def save(self, train_state: state.TrainState, scores: dict[str, dict]) -> None:
     """A checkpoint, with the held-out accuracy where there is one: never that on test."""
