@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+
+# CIFAR-10 as an image folder, e.g. make results-gpu DATA=folder:cifar10. Goes on where it stopped.
+results-cpu results-gpu: results-%: $(VENV)/installed
+	@test -n "$(DATA)" || (echo "make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
+	$(RUN) -m benchmarks.recipes $* $(DATA)
 
 clean:
 	rm -rf $(VENV) runs

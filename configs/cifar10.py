@@ -28,7 +28,9 @@ def get_config(variant='tiny'):
   config.optimizer.b2 = 0.99
 
   if variant == 'tiny':
-    config.optimizer.lr = 3e-3
+    config.optimizer.name = 'muon'
+    config.optimizer.lr = 1e-2
+    config.optimizer.momentum = 0.95
     config.schedule.warmup = 2.0
   elif variant in ('small', 'wide', 'deep'):
     config.epochs = 1000.0 if variant == 'deep' else 600.0

@@ -112,12 +112,12 @@ def default_config() -> ConfigDict:
   c.model.remat = 'none'  # what is computed again to save memory: none, dots or full
 
   c.optimizer = ConfigDict()
-  c.optimizer.name = 'adamw'  # adamw or sgd
+  c.optimizer.name = 'adamw'  # adamw, muon or sgd
   c.optimizer.lr = 1e-3  # peak learning rate
   c.optimizer.weight_decay = 0.05  # times the learning rate, on matrices only
-  c.optimizer.b1 = 0.9  # adamw: decay of the first moment
-  c.optimizer.b2 = 0.999  # adamw: decay of the second moment
-  c.optimizer.momentum = 0.9  # sgd
+  c.optimizer.b1 = 0.9  # adamw, muon: decay of the first moment
+  c.optimizer.b2 = 0.999  # adamw, muon: decay of the second moment
+  c.optimizer.momentum = 0.9  # sgd, muon
   c.optimizer.moment_dtype = 'float32'  # of the first moment: float32, or bfloat16 to save memory
   c.optimizer.layer_decay = 1.0  # of the learning rate, from each layer to the one below it
   c.optimizer.clip = 1.0  # global norm that gradients are scaled down to; 0: no clipping
