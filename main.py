@@ -22,6 +22,8 @@ import sys
 from vit_jax import config as config_lib
 from vit_jax.names import choose
 
+log = logging.getLogger('vit_jax')
+
 
 def given_config(args, overrides):
   """The config of `--config` with its overrides; None without `--config`."""
@@ -62,15 +64,26 @@ def fewshot(args, overrides):
 
 
 def predict(args, overrides):
-  from vit_jax import predict
+  from vit_jax import format_npz, predict
 
   if not args.images:
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
   images = [path.strip() for path in args.images.split(',') if path.strip()]
   config = given_config(args, overrides)
-  rows = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
-  failed = predict.show(rows, args.json)
-  return 1 if failed else 0
+  if args.features and (not args.out or args.out.is_dir()):
+    raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
+  if args.features:
+    arrays, errors = predict.features(
+      args.workdir, images, args.features, overrides, config, args.init
+    )
+    format_npz.write_arrays(args.out, arrays)
+    print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
+  else:
+    found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
+    errors = predict.show(found, args.format or 'table')
+  for error in errors:
+    log.error('%s', error)
+  return 1 if errors else 0
 
 
 def visualize(args, overrides):
@@ -129,11 +142,13 @@ def parse(argv):
   parser.add_argument(
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
-  parser.add_argument('--format', default='', help='export: hf, timm or npz')
-  parser.add_argument('--out', type=folder, help='export: the folder to write into')
+  parser.add_argument(
+    '--format', default='', help='predict: table, json or csv; export: hf, timm or npz'
+  )
+  parser.add_argument('--out', type=folder, help='export: a folder to write; features: a file')
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
-  parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')
+  parser.add_argument('--features', default='', help='predict: pooled or tokens, into --out')
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   while rest:
@@ -156,7 +171,6 @@ def keep_compiled():
 def main(argv):
   args, overrides = parse(argv)
   keep_compiled()
-  log = logging.getLogger('vit_jax')
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]

@@ -110,7 +110,7 @@ def write_image(path, size=(16, 16)):
 
 def test_predict_with_published_weights(capsys, weights, tmp_path):
   pixels = write_image(tmp_path / 'a.png')
-  flags = ['--mode=predict', f'--init={weights}', f'--images={tmp_path}/a.png', '--json']
+  flags = ['--mode=predict', f'--init={weights}', f'--images={tmp_path}/a.png', '--format=json']
   code, out, _ = call(capsys, *flags)
   model, params = vit_jax.load(weights)
   normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']

@@ -1,13 +1,17 @@
 """The command line: every mode, and a clear error for every mistake."""
 
+import csv
+import io
 import json
 
+import numpy as np
 from PIL import Image
 import pytest
 
 import main
 from tests.conftest import small_config
 from vit_jax import config as config_lib
+from vit_jax import experiment, predict
 
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
@@ -56,7 +60,7 @@ def test_predict(capsys, trained, tmp_path):
   (tmp_path / 'broken.png').write_bytes(b'no image')
   images = f'{tmp_path}/photo.JPG,{tmp_path}/broken.png,{workdir}/examples,{tmp_path}/absent.png'
   flags = ['--mode=predict', f'--workdir={workdir}', f'--images={images}', '--topk=3']
-  code, out, err = call(capsys, *flags, '--json')
+  code, out, err = call(capsys, *flags, '--format=json')
   rows = [json.loads(line) for line in out.splitlines()]
   assert code == 1 and len(rows) == 11
   assert 'not a readable image' in rows[1]['error'] and 'broken.png' in err
@@ -71,6 +75,40 @@ def test_predict(capsys, trained, tmp_path):
   code, out, _ = call(capsys, '--mode=predict', f'--workdir={workdir}',
                       f'--images={tmp_path}/photo.JPG')  # fmt: skip
   assert code == 0 and '%  pattern' in out and len(out.splitlines()) == 6
+
+
+def test_predict_as_csv_of_a_pattern(capsys, trained):
+  workdir, _ = trained
+  flags = [f'--workdir={workdir}', f'--images={workdir}/examples/*_?*.png', '--topk=2']
+  code, out, _ = call(capsys, '--mode=predict', *flags, '--format=csv')
+  lines = list(csv.DictReader(io.StringIO(out)))
+  assert code == 0 and len(lines) == 2 * 8 and lines[0].keys() == {
+    'file', 'rank', 'class', 'probability',
+  }  # fmt: skip
+  assert [line['rank'] for line in lines[:2]] == ['1', '2']
+  assert float(lines[0]['probability']) >= float(lines[1]['probability'])
+
+
+@pytest.mark.parametrize('kind', ['pooled', 'tokens'])
+def test_features(capsys, trained, tmp_path, kind, monkeypatch):
+  monkeypatch.setattr(predict, 'BATCH', 3)  # so that there are several, and a part of one
+  workdir, _ = trained
+  (tmp_path / 'broken.png').write_bytes(b'no image')
+  images = f'--images={tmp_path}/broken.png,{workdir}/examples'
+  flags = ['--mode=predict', f'--workdir={workdir}', images, f'--features={kind}']
+  code, out, err = call(capsys, *flags, f'--out={tmp_path}/new/f.npz')
+  arrays = np.load(tmp_path / 'new' / 'f.npz')
+  shape = (8, 16) if kind == 'pooled' else (8, 4, 16)
+  assert code == 1 and str(list(shape)) in out and 'broken.png' in err
+  assert arrays['feature'].shape == shape and arrays['feature'].dtype == np.float32
+
+  exp, params, _ = experiment.from_workdir(workdir)
+  files = sorted((workdir / 'examples').iterdir())
+  assert list(arrays['path']) == [str(file) for file in files]
+  image_BHWC = np.stack([np.asarray(Image.open(file)) for file in files])
+  feature = arrays['feature'] if kind == 'pooled' else arrays['feature'].mean(axis=1)  # gap
+  logits = feature @ params['head']['kernel'] + params['head']['bias']
+  np.testing.assert_allclose(logits, exp.logits(params, {'image': image_BHWC}), atol=1e-5)
 
 
 def test_visualize(capsys, trained):
@@ -100,6 +138,8 @@ def test_visualize(capsys, trained):
     (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
     (['--mode=predict', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=predict', '--workdir=nowhere'], '--images'),
+    (['--mode=predict', '--workdir=w', '--images=a', '--features=pooled'], 'needs --out'),
+    (['--mode=predict', '--workdir=w', '--images=*.gone'], '*.gone: no image has such a name'),
     (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl'),
 ])  # fmt: skip
 def test_mistakes(capsys, argv, message, tmp_path):

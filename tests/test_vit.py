@@ -225,6 +225,21 @@ def test_impossible_models_are_refused(fields, message):
     small(**fields) if 'variant' not in fields else vit.make(fields['variant'], 5)
 
 
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_the_tokens_of_each_block(remat):
+  model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
+  params = model.init(jax.random.key(0), image_BHWC)['params']
+  blocks = vit.block_tokens(model, params, image_BHWC)
+  assert len(blocks) == 3
+  shorter = model.clone(depth=2, num_classes=None, pool='none')
+  kept = {name: leaves for name, leaves in params.items() if name not in ('block_2', 'head')}
+  norm = {'scale': jnp.ones_like(params['norm']['scale']), 'bias': params['norm']['bias']}
+  out = shorter.apply({'params': kept | {'norm': norm}}, image_BHWC)
+  x = blocks[1]
+  want = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
+  np.testing.assert_allclose(out, want, atol=1e-5)
+
+
 def test_an_image_that_patches_do_not_divide_is_refused():
   with pytest.raises(ValueError, match='10x16 pixels does not divide into patches of 4x4'):
     small().init(jax.random.key(0), jnp.zeros((1, 10, 16, 3)))

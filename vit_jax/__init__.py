@@ -9,6 +9,7 @@ import importlib
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
   'ViT': 'vit',
   'make': 'vit',
+  'block_tokens': 'vit',
   'load': 'pretrained',
   'save': 'pretrained',
   'default_config': 'config',

@@ -284,7 +284,8 @@ def from_init(
   Args:
     init: all that `pretrained.load` reads.
     overrides: dotted keys and values.
-    classes: of the `weights`, or a head of zeros for those of the `data`.
+    classes: of the `weights`; of the `data`, with a head of zeros; or `none`, where the head
+      is not used.
 
   Raises:
     ValueError: weights that can't be read or have no head, or overrides that contradict them.
@@ -298,6 +299,8 @@ def from_init(
   if classes == 'data':
     data = config.data
     names = sources.open_source(data.source, data.dir, pair(data.image_size)).class_names
+  elif classes == 'none':
+    names = ('unused',)
   elif found.fields['num_classes'] is None:
     raise ValueError(
       f'{init} has no head, so it names no classes. Train one: '

@@ -78,11 +78,7 @@ def cached(
     return Examples(feature_ND, examples.label_N)
   log.info('Computing the features of %d examples ...', len(examples))
   feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
-  folder.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  with partial.open('wb') as file:
-    np.savez(file, feature_ND=feature_ND)  # with a checksum, unlike .npy
-  partial.replace(path)  # in one step: a file under its name is whole
+  format_npz.write_arrays(path, {'feature_ND': feature_ND})
   return Examples(feature_ND, examples.label_N)
 
 

@@ -220,6 +220,15 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   return arrays
 
 
+def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes a `.npz` in one step: a file under its name is whole."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  with partial.open('wb') as file:
+    np.savez(file, **arrays)  # with checksums, unlike .npy
+  partial.replace(path)
+
+
 def save(
   model: ViT,
   params: dict,
@@ -248,4 +257,4 @@ def save(
     rows = table(fields, NEWER, 'pos_embedding', prefix='params/')
   else:
     rows = table(fields, OLDER, 'Transformer/posembed_input/pos_embedding')
-  np.savez(folder / 'model.npz', **write(rows, params))
+  write_arrays(folder / 'model.npz', write(rows, params))

@@ -1,5 +1,6 @@
 """Image files to uint8 arrays, on the host. What the device does to them is in `augment.py`."""
 
+import glob
 import io
 import pathlib
 
@@ -94,15 +95,21 @@ INTERPOLATIONS = {method.name.lower(): method for method in Image.Resampling}
 
 
 def find(paths: list[str]) -> list[pathlib.Path]:
-  """The files named, and the images in the folders named, sorted.
+  """The files named, and the images in the folders and patterns (`photos/*.jpg`) named, sorted.
 
   Raises:
-    ValueError: a path that does not exist, or a folder without images.
+    ValueError: a folder or a pattern without images.
   """
   found = []
   for path in map(pathlib.Path, paths):
     path = path.expanduser()
-    if path.is_dir():
+    if not path.exists() and any(sign in str(path) for sign in '*?['):
+      inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
+      inside = [p for p in inside if is_image(p) and p.is_file()]
+      if not inside:
+        raise ValueError(f'{path}: no image has such a name (looked for {", ".join(EXTENSIONS)}).')
+      found += inside
+    elif path.is_dir():
       inside = sorted(p for p in path.rglob('*') if is_image(p))
       if not inside:
         raise ValueError(f'{path}: no images in this folder (looked for {", ".join(EXTENSIONS)}).')

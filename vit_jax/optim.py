@@ -44,7 +44,11 @@ def make_schedule(name: str, peak: float, steps: int, warmup: int) -> Schedule:
 def adamw(
   schedule: Schedule, weight_decay: float, b1: float, b2: float, moment_dtype: str = 'float32', **_
 ):
-  """AdamW (Loshchilov and Hutter, 1711.05101)."""
+  """AdamW (Loshchilov and Hutter, 1711.05101).
+
+  The Adam of the paper's Table 3 as well: its code, too, decoupled the weight decay and scaled it
+  by the learning rate.
+  """
   return optax.adamw(
     schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix, mu_dtype=moment_dtype
   )

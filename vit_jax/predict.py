@@ -1,19 +1,25 @@
-"""Classes of image files, by a trained model."""
+"""What a model makes of image files: their classes, or their features.
 
-from collections.abc import Callable, Iterator
+Files are decoded by threads while the device works on those before them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import concurrent.futures
+import csv
 import json
-import logging
 import pathlib
+import sys
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import experiment, image, sharding
-
-log = logging.getLogger(__name__)
+from vit_jax.names import choose
 
 BATCH = 64  # images at once
+POOLS = {'pooled': None, 'tokens': 'none'}  # what features are taken; None: the model's own
 
 
 def predict(
@@ -38,46 +44,96 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
-  batch_size = min(len(files), BATCH)
-  sharding.start_up(batch_size)
+  sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   names = exp.task.class_names
-
-  mesh = sharding.make_mesh()
-  batch_size = -(-batch_size // mesh.size) * mesh.size
-  params = jax.device_put(params, sharding.replicated(mesh))
-  predict_step = make_predict_step(exp, mesh)
-  blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
-
-  for start in range(0, len(files), BATCH):
-    rows = [read(file, exp) for file in files[start : start + BATCH]]
-    good = [row for row in rows if isinstance(row, np.ndarray)]
-    scores = iter(())
-    if good:
-      image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
-      image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
-      scores = iter(np.asarray(predict_step(image_BHWC, params)))
-    for file, row in zip(files[start : start + BATCH], rows):
-      if isinstance(row, str):
-        yield {'file': str(file), 'error': row}
-        continue
-      score_L = next(scores)
-      best = np.argsort(-score_L, kind='stable')[:topk]
-      found = [{'class': names[i], 'probability': float(score_L[i])} for i in best]
-      yield {'file': str(file), 'predictions': found}
-
-
-def make_predict_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Callable:
-  """`(image_BHWC, params) -> probability_BL` of uint8 images."""
 
   def probabilities(image_BHWC, params):
     return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
 
-  def predict_step(image_BHWC, params):
-    parts = exp.micro_batches(mesh, len(image_BHWC))
-    return sharding.concatenate(probabilities, mesh, parts)(image_BHWC, params)
+  for file, row in rows(exp, params, files, probabilities):
+    if isinstance(row, str):
+      yield {'file': str(file), 'error': row}
+      continue
+    best = np.argsort(-row, kind='stable')[:topk]
+    found = [{'class': names[i], 'probability': float(row[i])} for i in best]
+    yield {'file': str(file), 'predictions': found}
 
-  return jax.jit(predict_step)
+
+def features(
+  workdir: pathlib.Path | None,
+  paths: list[str],
+  kind: str,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """What the model makes of each file, without its head.
+
+  Args:
+    workdir: of a run; None with `init`.
+    paths: files, folders and patterns.
+    kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that are pooled, after the
+      last LayerNorm where that comes first: `[N, T, D]`.
+    overrides: dotted keys and values put over the model's config.
+    config: what the run must have been trained with; None to trust it.
+    init: published weights, which need no head.
+
+  Returns:
+    `{'path': [N], 'feature': [N, ...]}`, the features float32, and of each file that can't be read why.
+
+  Raises:
+    ValueError: as `predict`; or no file at all could be read.
+  """
+  pool = choose('--features', kind, POOLS)
+  files = image.find(paths)
+  sharding.start_up(min(len(files), BATCH))
+  exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='none')
+  backbone = exp.model.clone(num_classes=None, pool=pool or exp.model.pool)
+
+  def extract(image_BHWC, params):
+    return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
+
+  found = list(rows(exp, params, files, extract))
+  good = {str(file): row for file, row in found if not isinstance(row, str)}
+  errors = [row for _, row in found if isinstance(row, str)]
+  if not good:
+    raise ValueError(f'None of the {len(files)} files is a readable image, e.g. {errors[0]}')
+  return {'path': np.array(list(good)), 'feature': np.stack(list(good.values()))}, errors
+
+
+def rows(
+  exp: experiment.Experiment, params: dict, files: list[pathlib.Path], function: Callable
+) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
+  """For each file what `function(image_BHWC, params)` makes of it, or why it can't be read.
+
+  Args:
+    exp: whose preprocessing it is.
+    params: of its model.
+    files: of which all but the first may be bad.
+    function: of uint8 images; it gives an array with a row for each.
+  """
+  mesh = sharding.make_mesh()
+  batch_size = -(-min(len(files), BATCH) // mesh.size) * mesh.size
+  params = jax.device_put(params, sharding.replicated(mesh))
+  parts = exp.micro_batches(mesh, batch_size)
+  step = jax.jit(sharding.concatenate(function, mesh, parts))
+  blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chunks = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    submit = lambda chunk: [pool.submit(read, file, exp) for file in chunk]
+    reading = submit(chunks[0])
+    for chunk, following in zip(chunks, [*chunks[1:], []]):
+      images = [future.result() for future in reading]
+      reading = submit(following)  # goes on while the device works
+      good = [row for row in images if isinstance(row, np.ndarray)]
+      values = iter(())
+      if good:
+        image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
+        image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
+        values = iter(np.asarray(step(image_BHWC, params)))
+      for file, row in zip(chunk, images):
+        yield file, row if isinstance(row, str) else next(values)
 
 
 def read(file: pathlib.Path, exp: experiment.Experiment) -> np.ndarray | str:
@@ -89,18 +145,41 @@ def read(file: pathlib.Path, exp: experiment.Experiment) -> np.ndarray | str:
   return exp.fit(decoded, exp.task.stored_size)
 
 
-def show(rows: Iterator[dict], as_json: bool) -> int:
-  """Prints a table, or a JSON object a line; returns how many files could not be read."""
-  failed = []
-  for row in rows:
-    if 'error' in row:
-      failed.append(row['error'])
-    if as_json:
-      print(json.dumps(row), flush=True)
-    elif 'predictions' in row:
+def as_table(found: Iterable[dict]) -> None:
+  """For each file its name and, below, its classes."""
+  for row in found:
+    if 'predictions' in row:
       print(row['file'])
-      for found in row['predictions']:
-        print(f'  {found["probability"]:7.2%}  {found["class"]}', flush=True)
-  for error in failed:
-    log.error('%s', error)
-  return len(failed)
+      for guess in row['predictions']:
+        print(f'  {guess["probability"]:7.2%}  {guess["class"]}', flush=True)
+
+
+def as_json(found: Iterable[dict]) -> None:
+  """An object a line, as `predict` gives it."""
+  for row in found:
+    print(json.dumps(row), flush=True)
+
+
+def as_csv(found: Iterable[dict]) -> None:
+  """A line for each class of each file, the likeliest first."""
+  lines = csv.writer(sys.stdout, lineterminator='\n')
+  lines.writerow(('file', 'rank', 'class', 'probability'))
+  for row in found:
+    for rank, guess in enumerate(row.get('predictions', ()), start=1):
+      lines.writerow((row['file'], rank, guess['class'], guess['probability']))
+
+
+FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
+
+
+def show(found: Iterable[dict], format: str) -> list[str]:
+  """Prints what was predicted; returns of each file that can't be read why."""
+  errors = []
+
+  def noted():
+    for row in found:
+      errors.extend([row['error']] if 'error' in row else [])
+      yield row
+
+  choose('--format', format, FORMATS)(noted())
+  return errors

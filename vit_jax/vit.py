@@ -509,6 +509,22 @@ class ViT(nn.Module):
     return self.param('pos_embedding', init, shape)
 
 
+def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
+  """The tokens `[B, N, D]` after each block, the first one's first, before the last LayerNorm.
+
+  Args:
+    model: whose blocks they are.
+    params: its parameters.
+    image_BHWC: normalised images.
+  """
+  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
+  _, state = model.clone(remat='none').apply(
+    {'params': params}, image_BHWC, capture_intermediates=is_block
+  )
+  blocks = state['intermediates']
+  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]
+
+
 SIZES = ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim')
 ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name'))
 
