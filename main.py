@@ -33,6 +33,11 @@ def given_config(args, overrides):
   return config
 
 
+def split_paths(text):
+  """The paths of a comma-separated list."""
+  return [path.strip() for path in text.split(',') if path.strip()]
+
+
 def train(args, overrides):
   from vit_jax import probe, trainer
 
@@ -66,8 +71,7 @@ def predict(args, overrides):
 
   if not args.images:
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
-  images = [path.strip() for path in args.images.split(',') if path.strip()]
-  config = given_config(args, overrides)
+  images, config = split_paths(args.images), given_config(args, overrides)
   rows = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
   failed = predict.show(rows, args.json)
   return 1 if failed else 0
@@ -76,9 +80,10 @@ def predict(args, overrides):
 def visualize(args, overrides):
   from vit_jax import visualize
 
-  if overrides or args.config:
-    raise ValueError('--mode=visualize draws what was recorded: leave --config out.')
-  for path in visualize.run(args.workdir):
+  if args.init and not args.out:
+    raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
+  config, images = given_config(args, overrides), split_paths(args.images)
+  for path in visualize.run(args.workdir, images, overrides, config, args.init, args.out):
     print(path)
 
 
@@ -101,7 +106,7 @@ MODES = {
   'visualize': visualize,
   'export': export,
 }
-TAKE_INIT = ('fewshot', 'predict', 'export')
+TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export')
 
 
 class Console(logging.Handler):
@@ -130,8 +135,10 @@ def parse(argv):
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
   parser.add_argument('--format', default='', help='export: hf, timm or npz')
-  parser.add_argument('--out', type=folder, help='export: the folder to write into')
-  parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
+  parser.add_argument('--out', type=folder, help='export, visualize: the folder to write into')
+  parser.add_argument(
+    '--images', default='', help='predict, visualize: files and folders, comma-separated'
+  )
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--json', action='store_true', help='predict: a JSON object a line')
   args, rest = parser.parse_known_args(argv)
