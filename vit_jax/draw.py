@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
+GROUND = 228  # grey between patches, where white would be taken for theirs
 SPLITS = {'train': BLUE, 'val': GREEN, 'test': ORANGE}
 STYLE = {
   'font.size': 9.0,
@@ -69,7 +70,7 @@ def curves(lines: list[dict]) -> Figure:
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
     axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     axis.grid()
-  axes[0].set_ylim(bottom=0)
+    axis.set_ylim(bottom=0)
   axes[0].legend()
   axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   return figure
@@ -82,26 +83,28 @@ def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
   total_L1 = count_LL.sum(axis=1, keepdims=True)
   share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
   figure = Figure((WIDTH, min(max(0.42 * classes, 1.5), 4.2) + 1.2), layout='constrained')
-  matrix, bars = figure.subplots(1, 2, width_ratios=(2.6, 1))
-  norm = None if classes <= NUMBERED else matplotlib.colors.PowerNorm(0.5, 0, 1)
-  limits = dict(norm=norm) if norm else dict(vmin=0, vmax=1)
-  shades = matrix.imshow(share_LL, cmap='Blues', aspect='auto', **limits)
+  matrix, bars = figure.subplots(1, 2, width_ratios=(2.4, 1))
+  norm = matplotlib.colors.PowerNorm(1 if classes <= NUMBERED else 0.5, 0, 1)
+  shades = matrix.imshow(share_LL, cmap='Blues', norm=norm, aspect='auto')
   matrix.set(xlabel='predicted class', ylabel='true class')
-  matrix.spines[:].set_visible(False)
+  matrix.tick_params(length=0)
   if classes <= LABELLED:
     names = [short(name) for name in class_names]
-    size = 8 if classes <= NUMBERED else 6
-    matrix.set_xticks(range(classes), names, rotation=45, ha='right', fontsize=size)
-    matrix.set_yticks(range(classes), names, fontsize=size)
-  matrix.tick_params(length=0)
+    matrix.set_yticks(range(classes), names, fontsize=small(classes))
+    turn = dict(rotation=45, ha='right', rotation_mode='anchor')
+    turn = turn if max(map(len, names)) > 2 else {}
+    matrix.set_xticks(range(classes), names, fontsize=small(classes), **turn)
   if classes <= NUMBERED:
+    matrix.set_title('percent of the true class')
+    matrix.spines[:].set_visible(False)
     for (i, j), share in np.ndenumerate(share_LL):
       if share >= 0.005:
         colour = 'white' if share > 0.55 else 'black'
         matrix.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=colour, size=8)
-  bar = figure.colorbar(shades, ax=matrix, pad=0.02, label='share of the true class')
-  bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-  bar.outline.set_visible(False)
+  else:
+    matrix.spines[:].set_visible(True)
+    bar = add_colours(figure, shades, matrix, 'share of the true class', location='left')
+    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   class_bars(bars, np.diag(share_LL), class_names)
   return figure
 
@@ -112,22 +115,29 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
   title = 'accuracy of each class'
   if len(order) > LABELLED:
     order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN comes last
-    title = f'the {LOWEST} lowest of {len(class_names)} classes'
-  size = 8 if len(order) <= NUMBERED else 6
-  accuracy = np.nan_to_num(accuracy_L[order])
-  axis.barh(range(len(order)), accuracy, height=0.7, color=BLUE)
-  axis.set_yticks(range(len(order)), [short(class_names[i]) for i in order], fontsize=size)
+    title = f'the {LOWEST} lowest of {len(class_names):,} classes'
+  names = [short(class_names[i]) for i in order]
+  axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=BLUE)
+  axis.set_yticks(range(len(order)), names, fontsize=small(len(order)))
   axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1), xlabel='accuracy', title=title)
   axis.tick_params(axis='y', length=0)
   axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   axis.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
   axis.grid(axis='x')
-  if len(order) <= NUMBERED:
-    for i, value in enumerate(accuracy_L[order]):
-      text = 'no example' if np.isnan(value) else f'{100 * value:.1f} '
-      inside = not np.isnan(value) and value > 0.3
-      side = dict(ha='right', color='white') if inside else dict(ha='left', color='black')
-      axis.text(np.nan_to_num(value), i, ' ' + text, va='center', size=8, **side)
+  if len(order) > NUMBERED:
+    return
+  for i, value in enumerate(accuracy_L[order]):
+    if np.isnan(value):
+      axis.text(0.02, i, 'no example', va='center', size=8)
+    elif value > 0.3:
+      axis.text(value - 0.02, i, f'{100 * value:.1f}', va='center', ha='right', color='w', size=8)
+    else:
+      axis.text(value + 0.02, i, f'{100 * value:.1f}', va='center', size=8)
+
+
+def small(labels: int) -> int:
+  """The size of type, in points, in which so many labels fit side by side."""
+  return 8 if labels <= NUMBERED else 6
 
 
 @styled
@@ -146,8 +156,9 @@ def mistakes(
     axis.set_axis_off()
   for axis, image, truth, taken, share in zip(axes, image_NHWC, truths, predictions, confidences):
     show(axis, image)
-    axis.set_title(f'{short(taken)} {100 * share:.1f} %', color=ORANGE, y=1.12, pad=1)
-    axis.text(0.5, 1.02, f'is {short(truth)}', ha='center', va='bottom', transform=axis.transAxes)
+    axis.set_title(f'true: {short(truth, 13)}', size=8, y=1.1, pad=2)
+    text = f'model: {short(taken, 13)}, {100 * share:.1f}%'
+    axis.text(0.5, 1.03, text, ha='center', size=8, color=ORANGE, transform=axis.transAxes)
   return figure
 
 
@@ -160,26 +171,28 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   spec = figure.add_gridspec(2, 2, height_ratios=(5, 1))
   whole, apart, row = (figure.add_subplot(spec[where]) for where in ((0, 0), (0, 1), (1, slice(2))))
   show(whole, image_HWC, extent=(0, width, height, 0))
-  lines = dict(color='white', linewidth=0.8)
+  lines = dict(color=ORANGE, linewidth=0.8)
   whole.hlines(np.arange(1, h) * p, 0, width, **lines)
   whole.vlines(np.arange(1, w) * q, 0, height, **lines)
   whole.set(xlabel='pixels across', ylabel='pixels down', title=f'image, {height} x {width} pixels')
   for axis in (whole.xaxis, whole.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-  show(apart, mosaic(patch_hwpqC, gap=max(min(p, q) / 5, 1)))
+  larger = -(-16 // min(p, q))  # so that a gap is thinner than a pixel of a small patch
+  tile_hwpqC = patch_hwpqC.repeat(larger, axis=2).repeat(larger, axis=3)
+  gap = max(larger * min(p, q) // 6, 1)
+  show(apart, mosaic(tile_hwpqC, gap))
   apart.set_title(f'{h} x {w} patches of {p} x {q} pixels')
   apart.set_axis_off()
 
   count = h * w
   shown = list(range(count)) if count <= PATCHES else [*range(PATCHES - 2), None, count - 1]
-  patch_Npqc = patch_hwpqC.reshape(count, p, q, -1)
-  blank = np.full_like(patch_Npqc[0], 255)
-  strip = np.stack([blank if i is None else patch_Npqc[i] for i in shown])[None]
-  gap = max(q / 5, 1)
+  tile_NpqC = tile_hwpqC.reshape(count, *tile_hwpqC.shape[2:])
+  blank = np.full_like(tile_NpqC[0], GROUND)
+  strip = np.stack([blank if i is None else tile_NpqC[i] for i in shown])[None]
   show(row, mosaic(strip, gap))
-  step = q + round(gap)
+  step = larger * q + gap
   names = ['...' if i is None else i + 1 for i in shown]
-  row.set_xticks(np.arange(len(shown)) * step + (q - 1) / 2, names)
+  row.set_xticks(np.arange(len(shown)) * step + (larger * q - 1) / 2, names)
   row.set_yticks([])
   row.tick_params(length=0)
   row.spines[:].set_visible(False)
@@ -195,12 +208,14 @@ def filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
   tile = min(WIDTH / columns, 1.4)
   figure = Figure((WIDTH, rows * (tile + 0.1) + 0.1), layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
-  for axis in axes:
-    axis.set_axis_off()
+  for axis in axes[len(filter_FpqC) :]:
+    axis.set_visible(False)
   for axis, tile_pqC, share in zip(axes, filter_FpqC, share_F):
     largest = max(np.abs(tile_pqC).max(), np.finfo(np.float32).tiny)
     show(axis, np.round(127.5 + 127.5 * tile_pqC / largest).astype(np.uint8))
-    axis.set_title(f'{100 * share:.1f} %', size=8, pad=2)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
+    axis.set_title(f'{100 * share:.1f}%', size=8, pad=2)
   return figure
 
 
@@ -215,7 +230,7 @@ def position_similarity(similarity_hwhw: np.ndarray) -> Figure:
   axis = figure.subplots()
   shades = show_mosaic(axis, tile_RChw, row_R + 1, column_C + 1, vmin=-1, vmax=1)
   axis.set(xlabel='column of the patch', ylabel='row of the patch')
-  add_colours(figure, shades, axis, 'cosine similarity')
+  add_colours(figure, shades, axis, 'cosine similarity', ticks=(-1, -0.5, 0, 0.5, 1))
   return figure
 
 
@@ -267,7 +282,7 @@ def rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
     axis.set_visible(False)
   for axis, label in zip(axes[:, 0], ('image', 'lit by rollout', 'rollout')):
     axis.set_ylabel(label)
-  add_colours(figure, shades, axes[2], 'times an even share')
+  add_colours(figure, shades, axes[2], 'even = 1')
   return figure
 
 
@@ -284,7 +299,7 @@ def head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[s
   row_R, head_K = (evenly(n, TILES) for n in map_RKhw.shape[:2])
   tile_RKhw = map_RKhw[row_R][:, head_K]
   tile_RKhw = tile_RKhw / np.maximum(tile_RKhw.max(axis=(2, 3), keepdims=True), 1e-30)
-  maps_width = 5.6
+  maps_width = 4.7
   tall = maps_width * len(row_R) * h / (len(head_K) * w)
   figure = Figure((WIDTH, min(max(tall, 2.0), 8.0) + 0.6), layout='constrained')
   left, axis = figure.subplots(1, 2, width_ratios=(1, 3.4))
@@ -312,13 +327,12 @@ def bare(axis) -> None:
   axis.spines[:].set_visible(False)
 
 
-def mosaic(tile_RCpq: np.ndarray, gap: float = 1) -> np.ndarray:
-  """Tiles `[R, C, p, q, ...]` side by side in one image, `gap` white pixels between them."""
+def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
+  """Tiles `[R, C, p, q, ...]` side by side in one image, `gap` pixels between them."""
   rows, columns, p, q, *channels = tile_RCpq.shape
-  gap = round(gap)
-  white = 255 if tile_RCpq.dtype == np.uint8 else np.nan
+  ground = GROUND if tile_RCpq.dtype == np.uint8 else np.nan  # NaN is drawn as nothing
   pad = [(0, 0), (0, 0), (0, gap), (0, gap)] + [(0, 0)] * len(channels)
-  padded = np.pad(tile_RCpq, pad, constant_values=white)
+  padded = np.pad(tile_RCpq, pad, constant_values=ground)
   image = np.moveaxis(padded, 2, 1).reshape(rows * (p + gap), columns * (q + gap), *channels)
   return image[:-gap, :-gap]
 
@@ -335,10 +349,11 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
   return shades
 
 
-def add_colours(figure: Figure, shades, axes, label: str) -> None:
+def add_colours(figure: Figure, shades, axes, label: str, **arguments):
   """The bar that says which shade is which value."""
-  bar = figure.colorbar(shades, ax=axes, label=label, shrink=0.9, aspect=18, pad=0.02)
+  bar = figure.colorbar(shades, ax=axes, label=label, aspect=18, pad=0.02, **arguments)
   bar.outline.set_visible(False)
+  return bar
 
 
 def evenly(size: int, most: int) -> np.ndarray:

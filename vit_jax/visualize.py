@@ -223,6 +223,8 @@ def choose(test: Examples, exp: experiment.Experiment) -> np.ndarray:
   """Test images evenly over the classes, those that are drawn first."""
   classes = len(exp.task.class_names)
   shown, measured = (maps.spread(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  contrast = test.image_NHWC[shown].std(axis=(1, 2, 3))
+  shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
   return test.image_NHWC[index]
 
@@ -418,8 +420,8 @@ def describe(subject: Subject) -> str:
   model, (height, width, _) = subject.exp.model, subject.exp.image_shape
   h, w = grid(subject.exp)
   return (
-    f'Vision Transformer, {model.depth} blocks of width {model.width} with {model.num_heads} heads, '
-    f'on images of {height} x {width} pixels in {h} x {w} patches'
+    f'Vision Transformer, {model.depth} blocks of width {model.width}, {model.num_heads} heads, on '
+    f'images of {height} x {width} pixels in {h} x {w} patches'
   )
 
 
