@@ -86,7 +86,8 @@ def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
   matrix, bars = figure.subplots(1, 2, width_ratios=(2.4, 1))
   norm = matplotlib.colors.PowerNorm(1 if classes <= NUMBERED else 0.5, 0, 1)
   shades = matrix.imshow(share_LL, cmap='Blues', norm=norm, aspect='auto')
-  matrix.set(xlabel='predicted class', ylabel='true class')
+  number = '' if classes <= LABELLED else ' (number)'
+  matrix.set(xlabel=f'predicted class{number}', ylabel=f'true class{number}')
   matrix.tick_params(length=0)
   if classes <= LABELLED:
     names = [short(name) for name in class_names]
@@ -150,15 +151,17 @@ def mistakes(
   """Images with what each is, what it was taken for, and how surely."""
   columns = 5
   rows = -(-len(image_NHWC) // columns)
-  figure = Figure((WIDTH, 2.05 * rows), layout='constrained')
+  height, width = image_NHWC.shape[1:3]
+  figure = Figure((WIDTH, (1.5 * height / width + 0.5) * rows), layout='constrained')
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for axis in axes:
     axis.set_axis_off()
   for axis, image, truth, taken, share in zip(axes, image_NHWC, truths, predictions, confidences):
     show(axis, image)
-    axis.set_title(f'true: {short(truth, 13)}', size=8, y=1.1, pad=2)
-    text = f'model: {short(taken, 13)}, {100 * share:.1f}%'
-    axis.text(0.5, 1.03, text, ha='center', size=8, color=ORANGE, transform=axis.transAxes)
+    axis.set_title(f'true: {short(truth)}', size=8, pad=15)
+    text = f'model: {short(taken, 11)}, {100 * share:.1f}%'
+    above = dict(xycoords='axes fraction', xytext=(0, 4), textcoords='offset points', ha='center')
+    axis.annotate(text, (0.5, 1), size=8, color=ORANGE, **above)
   return figure
 
 
@@ -167,7 +170,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   """An image with the borders of its patches, its patches apart, and the sequence they make."""
   h, w, p, q, _ = patch_hwpqC.shape
   height, width, _ = image_HWC.shape
-  figure = Figure((WIDTH, min(4.0 * height / width, 5.0) + 1.1), layout='constrained')
+  figure = Figure((WIDTH, min(max(4.0 * height / width, 1.8), 5.0) + 1.1), layout='constrained')
   spec = figure.add_gridspec(2, 2, height_ratios=(5, 1))
   whole, apart, row = (figure.add_subplot(spec[where]) for where in ((0, 0), (0, 1), (1, slice(2))))
   show(whole, image_HWC, extent=(0, width, height, 0))
@@ -192,7 +195,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   show(row, mosaic(strip, gap))
   step = larger * q + gap
   names = ['...' if i is None else i + 1 for i in shown]
-  row.set_xticks(np.arange(len(shown)) * step + (larger * q - 1) / 2, names)
+  row.set_xticks(np.arange(len(shown)) * step + (larger * q - 1) / 2, names, size=8)
   row.set_yticks([])
   row.tick_params(length=0)
   row.spines[:].set_visible(False)
@@ -253,7 +256,7 @@ def attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
   axis.set(xlabel='network depth (block)', ylabel='mean attention distance (pixels)')
   axis.set_xlim(0.5, depth + 0.5)
   axis.set_ylim(0, max(even, distance_DK.max()) * 1.12)
-  axis.xaxis.set_major_locator(ticker.MaxNLocator(min(depth, 16), integer=True))
+  axis.set_xticks(evenly(depth, 16) + 1)
   axis.grid(axis='y')
   axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
   return figure
