@@ -35,6 +35,11 @@ def given_config(args, overrides):
   return config
 
 
+def split_paths(text):
+  """The paths of a comma-separated list."""
+  return [path.strip() for path in text.split(',') if path.strip()]
+
+
 def train(args, overrides):
   from vit_jax import probe, trainer
 
@@ -68,8 +73,7 @@ def predict(args, overrides):
 
   if not args.images:
     raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
-  images = [path.strip() for path in args.images.split(',') if path.strip()]
-  config = given_config(args, overrides)
+  images, config = split_paths(args.images), given_config(args, overrides)
   if args.features and (not args.out or args.out.is_dir()):
     raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
   if args.features:
@@ -89,9 +93,10 @@ def predict(args, overrides):
 def visualize(args, overrides):
   from vit_jax import visualize
 
-  if overrides or args.config:
-    raise ValueError('--mode=visualize draws what was recorded: leave --config out.')
-  for path in visualize.run(args.workdir):
+  if args.init and not args.out:
+    raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
+  config, images = given_config(args, overrides), split_paths(args.images)
+  for path in visualize.run(args.workdir, images, overrides, config, args.init, args.out):
     print(path)
 
 
@@ -114,7 +119,7 @@ MODES = {
   'visualize': visualize,
   'export': export,
 }
-TAKE_INIT = ('fewshot', 'predict', 'export')
+TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export')
 
 
 class Console(logging.Handler):
@@ -145,8 +150,12 @@ def parse(argv):
   parser.add_argument(
     '--format', default='', help='predict: table, json or csv; export: hf, timm or npz'
   )
-  parser.add_argument('--out', type=folder, help='export: a folder to write; features: a file')
-  parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
+  parser.add_argument(
+    '--out', type=folder, help='export, visualize: a folder to write; features: a file'
+  )
+  parser.add_argument(
+    '--images', default='', help='predict, visualize: files and folders, comma-separated'
+  )
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--features', default='', help='predict: pooled or tokens, into --out')
   args, rest = parser.parse_known_args(argv)

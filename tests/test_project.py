@@ -17,17 +17,17 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
+  {'names', 'attention', 'draw', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
   {'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
-  {'sources', 'state', 'weights'},
+  {'sources', 'state', 'weights', 'maps'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
-  {'pretrained'},
+  {'pretrained', 'report'},
   {'check', 'inherit'},
   {'experiment', 'export'},
   {'evaluate', 'features'},
-  {'trainer', 'predict', 'visualize', 'fewshot'},
-  {'probe'},
+  {'trainer', 'predict', 'fewshot'},
+  {'probe', 'visualize'},
 )
 LEAVES = set().union(*LAYERS[:6])
 

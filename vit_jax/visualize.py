@@ -1,43 +1,464 @@
-"""Pictures of a run, in `<workdir>/figures/`."""
+"""Pictures of a run, or of published weights: `figures/*.png` and `report.html`.
 
+Decisions:
+  * A picture whose data is not there is left out and the report says why; the others are drawn.
+  * Test images are chosen by their place in the split, the first of each class: the same at every
+    call, and the same for two runs on the same data.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import logging
+import math
 import pathlib
 
-import matplotlib
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+from tqdm import tqdm
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
+from vit_jax import (
+  checkpoint,
+  data,
+  draw,
+  experiment,
+  image,
+  maps,
+  predict,
+  report,
+  sharding,
+  writer,
+)
+from vit_jax import config as config_lib
+from vit_jax.maps import Missing
+from vit_jax.sources import Examples
 
-from vit_jax import writer
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # images drawn
+MEASURED = 128  # images that attention distance is averaged over, as in the paper
+MISTAKES = 10
 
 
-def curves(lines: list[dict]) -> plt.Figure:
-  """Loss and accuracy of every split over the steps."""
-  figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
-  for axis, name in zip(axes, ('loss', 'accuracy')):
-    for split in ('train', 'val', 'test'):
-      points = [(line['step'], line[name]) for line in lines if line['split'] == split]
-      if points:
-        axis.plot(*zip(*points), label=split, marker='.' if len(points) < 30 else None)
-    axis.set(xlabel='step', ylabel=name)
-    axis.grid(alpha=0.3)
-    axis.spines[['top', 'right']].set_visible(False)
-  axes[0].legend(frameon=False)
-  axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-  return figure
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What the model made of each test example: a class, and its probability."""
+
+  predicted_N: np.ndarray
+  confidence_N: np.ndarray
 
 
-def run(workdir: pathlib.Path) -> list[pathlib.Path]:
-  """Draws what the run recorded; returns the files.
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Of the images drawn `rollout` and `heads` (`maps.summary`); `distance_DK` the mean over all."""
+
+  rollout: np.ndarray
+  heads: np.ndarray
+  distance_DK: np.ndarray
+  measured: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What the pictures are of; of each part that is not there the reason why.
+
+  Attributes:
+    lines: of `metrics.jsonl`.
+    exp: the experiment of the weights.
+    params: its parameters.
+    test: the test split.
+    scores: of the test split.
+    shown: `[B, H, W, C]` uint8, the images drawn as the model sees them.
+    attention: over these, and some more.
+  """
+
+  lines: list[dict] | Missing
+  exp: experiment.Experiment | Missing
+  params: dict | Missing
+  test: Examples | Missing
+  scores: Scores | Missing
+  shown: np.ndarray | Missing
+  attention: Attention | Missing
+
+  def need(self, *names: str) -> list:
+    """These parts.
+
+    Raises:
+      Missing: the first that is not there.
+    """
+    parts = [getattr(self, name) for name in names]
+    for part in parts:
+      if isinstance(part, Missing):
+        raise part
+    return parts
+
+
+def run(
+  workdir: pathlib.Path | None,
+  images: list[str] | None = None,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+  out: pathlib.Path | None = None,
+) -> list[pathlib.Path]:
+  """Draws all there is to draw; returns the files, the report last.
+
+  Args:
+    workdir: of a training run, finished or not; None with `init`.
+    images: files and folders to look at; None for a few test images of the run.
+    overrides: dotted keys and values put over the config of the weights.
+    config: what the run must have been trained with; None to trust it.
+    init: published weights in the place of a workdir.
+    out: the folder that is written into; the workdir by default.
 
   Raises:
-    ValueError: the workdir holds no metrics.
+    ValueError: nothing to draw, images of which none can be read, or a config that contradicts
+      the weights.
   """
-  if not (workdir / 'metrics.jsonl').exists() or not (lines := writer.read_metrics(workdir)):
-    raise ValueError(f'{workdir}: no metrics.jsonl to draw; give the --workdir of a training run.')
-  folder = workdir / 'figures'
-  folder.mkdir(exist_ok=True)
-  figure = curves(lines)
-  path = folder / 'curves.png'
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
-  return [path]
+  out = out or workdir
+  subject = gather(workdir, images, overrides or {}, config, init)
+  folder = out / 'figures'
+  folder.mkdir(parents=True, exist_ok=True)
+  drawn, left_out = [], {}
+  for name, (title, picture) in tqdm(PICTURES.items(), 'Drawing', unit='picture', leave=False):
+    path = folder / f'{name}.png'
+    try:
+      figure, caption = picture(subject)
+    except Missing as reason:
+      log.info('%s is left out: %s', path.name, reason)
+      left_out[title] = str(reason)
+      path.unlink(missing_ok=True)  # of an earlier call: the report would not have it
+      continue
+    draw.save(figure, path)
+    drawn.append(report.Picture(path, title, caption))
+  page = out / 'report.html'
+  changed, unchanged = compare(subject, workdir)
+  name = init or workdir.resolve().name
+  report.write(
+    page, name, describe(subject), numbers(subject, workdir), changed, unchanged, drawn, left_out
+  )
+  return [picture.path for picture in drawn] + [page]
+
+
+def gather(
+  workdir: pathlib.Path | None,
+  images: list[str] | None,
+  overrides: dict[str, str],
+  config: ConfigDict | None,
+  init: str,
+) -> Subject:
+  """Reads and computes what the pictures are of."""
+  lines = read_lines(workdir)
+  if init and not images:
+    raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
+  asked = init or images or overrides or config
+  if not asked and checkpoint.latest_step(workdir) is None:
+    if isinstance(lines, Missing):
+      raise ValueError(
+        f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
+        'training run.'
+      )
+    none = Missing('the run has saved no checkpoint yet.')
+    return Subject(lines, none, none, none, none, none, none)
+
+  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
+  exp, params = experiment.open_model(workdir, init, overrides, config)
+  mesh = sharding.make_mesh()
+  on_device = jax.device_put(params, sharding.replicated(mesh))
+  test = Missing('weights without a run have no test data.') if init else load_test(exp)
+  there = isinstance(test, Examples)
+  scores = score(exp, on_device, test, mesh) if there else test
+  shown = attention = test
+  chosen = read_images(images, exp) if images else choose(test, exp) if there else None
+  if chosen is not None:
+    shown = as_seen(exp, chosen[:SHOWN])
+    try:
+      attention = look(exp, on_device, chosen, mesh)
+    except Missing as reason:
+      attention = reason
+  return Subject(lines, exp, params, test, scores, shown, attention)
+
+
+def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
+  """The run's metrics."""
+  if workdir is None:
+    return Missing('weights without a run have no metrics.')
+  if not (workdir / 'metrics.jsonl').exists():
+    return Missing('the workdir holds no metrics.jsonl.')
+  return writer.read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
+
+
+def load_test(exp: experiment.Experiment) -> Examples | Missing:
+  """The run's test split; the reason where it is not there any more."""
+  try:
+    return experiment.load_split(exp, exp.config.data.eval_split)
+  except (ValueError, OSError) as error:
+    log.warning('The test data can not be read: %s', error)
+    return Missing(f'the test data can not be read: {error}')
+
+
+def score(
+  exp: experiment.Experiment, params: dict, test: Examples, mesh: jax.sharding.Mesh
+) -> Scores:
+  """The model's answer to every test example."""
+  step, size = predict.make_predict_step(exp, mesh), exp.config.eval_batch_size
+  best, confidence = [], []
+  for batch in batches(test, size, mesh, 'Predicting'):
+    probability_BL = np.asarray(step(batch['image'], params))[:size]
+    best.append(probability_BL.argmax(axis=1))
+    confidence.append(probability_BL.max(axis=1))
+  count = len(test)
+  return Scores(np.concatenate(best)[:count], np.concatenate(confidence)[:count])
+
+
+def batches(
+  examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
+) -> Iterator[dict[str, jax.Array]]:
+  """Every example once, under a progress bar."""
+  found = data.eval_batches(examples, size, sharding.over_batch(mesh))
+  return tqdm(found, what, math.ceil(len(examples) / size), unit='batch', leave=False)
+
+
+def choose(test: Examples, exp: experiment.Experiment) -> np.ndarray:
+  """Test images evenly over the classes, those that are drawn first."""
+  classes = len(exp.task.class_names)
+  shown, measured = (maps.spread(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  contrast = test.image_NHWC[shown].std(axis=(1, 2, 3))
+  shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
+  index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
+  return test.image_NHWC[index]
+
+
+def read_images(paths: list[str], exp: experiment.Experiment) -> np.ndarray:
+  """Image files, as many as are looked at.
+
+  Raises:
+    ValueError: none of them can be read.
+  """
+  files = image.find(paths)
+  if len(files) > MEASURED:
+    log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
+  rows = [predict.read(file, exp) for file in files[:MEASURED]]
+  for row in rows:
+    if isinstance(row, str):
+      log.warning('Left out: %s', row)
+  good = [row for row in rows if not isinstance(row, str)]
+  if not good:
+    raise ValueError(f'--images: none of {len(rows)} files is a readable image; see above.')
+  return np.stack(good)
+
+
+def as_seen(exp: experiment.Experiment, image_BHWC: np.ndarray) -> np.ndarray:
+  """Images at the size of the model's input, uint8."""
+  mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
+  pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
+  return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+
+
+def look(
+  exp: experiment.Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
+) -> Attention:
+  """Attention over images, of which the first are drawn.
+
+  Raises:
+    Missing: the model does not pool.
+  """
+
+  def summary(image_BHWC, params):
+    return maps.summary(exp.model, params, exp.normalize(image_BHWC))
+
+  step = jax.jit(sharding.concatenate(summary, mesh, parts=1))
+  count = len(image_BHWC)
+  examples = Examples(image_BHWC, np.zeros(count, np.int32))
+  first, distances = None, []
+  for batch in batches(examples, SHOWN, mesh, 'Attention'):
+    found = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], step(batch['image'], params))
+    first = first or found
+    distances.append(found['distance'])
+  rollout, heads = first['rollout'][:count], first['heads'][:count]
+  return Attention(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)
+
+
+def curves(subject: Subject) -> tuple:
+  """Of the metrics."""
+  (lines,) = subject.need('lines')
+  return draw.curves(lines), (
+    'Loss and accuracy over training: of the augmented training batches, averaged between log '
+    'lines, and of whole splits that were held out.'
+  )
+
+
+def confusion(subject: Subject) -> tuple:
+  """Of the test split."""
+  exp, test, scores = subject.need('exp', 'test', 'scores')
+  names = exp.task.class_names
+  count_LL = maps.confusion(test.label_N, scores.predicted_N, len(names))
+  right = np.trace(count_LL)
+  return draw.confusion(count_LL, names), (
+    f'What {len(test):,} test images were taken for, in percent of each true class, and beside it '
+    f'the diagonal: {right:,} are right, {right / len(test):.2%}.'
+  )
+
+
+def mistakes(subject: Subject) -> tuple:
+  """Of the test split."""
+  exp, test, scores = subject.need('exp', 'test', 'scores')
+  index = maps.mistakes(test.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
+  if not len(index):
+    raise Missing('no test image was taken for another class.')
+  name = lambda labels: [exp.task.class_names[label] for label in labels]
+  figure = draw.mistakes(
+    test.image_NHWC[index],
+    name(test.label_N[index]),
+    name(scores.predicted_N[index]),
+    scores.confidence_N[index],
+  )
+  return figure, (
+    'The wrong predictions that the model gave the highest probability, the surest first. Some '
+    'show what it can not tell apart, some a label that is doubtful.'
+  )
+
+
+def patches(subject: Subject) -> tuple:
+  """Of the first image."""
+  exp, shown = subject.need('exp', 'shown')
+  figure = draw.patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
+  return figure, (
+    'An image as the model sees it is cut into patches, read row by row: each becomes a token '
+    '(Figure 1 of the paper).'
+  )
+
+
+def filters(subject: Subject) -> tuple:
+  """Of the patch embedding."""
+  exp, params = subject.need('exp', 'params')
+  filter_FpqC, share_F = maps.filters(exp.model, params)
+  return draw.filters(filter_FpqC, share_F), (
+    f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
+    'patch, with their share of the variance; each is scaled by itself, zero is mid-grey '
+    '(Figure 7 of the paper, left).'
+  )
+
+
+def positions(subject: Subject) -> tuple:
+  """Of the position embeddings."""
+  exp, params = subject.need('exp', 'params')
+  position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
+  figure = draw.position_similarity(maps.position_similarity(position_hwD))
+  kind = 'learned' if exp.model.position == 'learned' else 'fixed sine-cosine'
+  return figure, (
+    f"Each small map is the cosine similarity of one patch's {kind} position embedding to those "
+    'of all patches, where they lie in the image (Figure 7 of the paper, centre).'
+  )
+
+
+def distance(subject: Subject) -> tuple:
+  """Of all images looked at."""
+  exp, attention = subject.need('exp', 'attention')
+  even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
+  return draw.attention_distance(attention.distance_DK, even), (
+    'How far each head looks: the distance in the image between a patch and those that it attends '
+    f'to, averaged over {attention.measured} images. A dot is a head (Figure 7 of the paper, '
+    'right).'
+  )
+
+
+def rollout(subject: Subject) -> tuple:
+  """Of the images drawn."""
+  shown, attention = subject.need('shown', 'attention')
+  return draw.rollout(shown, attention.rollout), (
+    'Where the output comes from: attention rollout from the pooled output down to the patches, '
+    'and the images lit by it (Figure 6 of the paper). 1 is what a patch would have if all were '
+    'alike.'
+  )
+
+
+READS = {  # whose attention `maps.head_attention` gives, by pool
+  'cls': 'the class token attends to',
+  'gap': 'the patches attend to on average, since the pool averages them',
+  'map': 'the patches attend to, weighted as the probe weights them, and the probe itself (pool)',
+  'cls_gap': 'class token and averaged patches attend to, half and half',
+  'distilled': 'class and distillation token attend to, half and half',
+}
+
+
+def heads(subject: Subject) -> tuple:
+  """Of the first image."""
+  exp, shown, attention = subject.need('exp', 'shown', 'attention')
+  map_RKhw = attention.heads[0]
+  rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
+  return draw.head_attention(shown[0], map_RKhw, rows[: len(map_RKhw)]), (
+    f'What {READS[exp.model.pool]}, by block and head. Each map is scaled by its own largest value.'
+  )
+
+
+Draw = Callable[[Subject], tuple]
+
+PICTURES: dict[str, tuple[str, Draw]] = {  # by the name of its file
+  'curves': ('Loss and accuracy', curves),
+  'confusion': ('Which class is taken for which', confusion),
+  'mistakes': ('Most confident mistakes', mistakes),
+  'patches': ('An image as patches', patches),
+  'filters': ('Filters of the patch embedding', filters),
+  'positions': ('Similarity of position embeddings', positions),
+  'distance': ('Mean attention distance', distance),
+  'rollout': ('Attention rollout', rollout),
+  'heads': ('Attention by head', heads),
+}
+
+
+def grid(exp: experiment.Experiment) -> tuple[int, int]:
+  """Patches (down, across) of the model's input."""
+  height, width, _ = exp.image_shape
+  return height // exp.model.patch_size[0], width // exp.model.patch_size[1]
+
+
+def describe(subject: Subject) -> str:
+  """The model in a line."""
+  if isinstance(subject.exp, Missing):
+    return 'Vision Transformer, no checkpoint yet'
+  model, (height, width, _) = subject.exp.model, subject.exp.image_shape
+  h, w = grid(subject.exp)
+  return (
+    f'Vision Transformer, {model.depth} blocks of width {model.width}, {model.num_heads} heads, on '
+    f'images of {height} x {width} pixels in {h} x {w} patches'
+  )
+
+
+def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
+  """What the run gave, as text; of one that is not finished, its last lines."""
+  found = {}
+  result = writer.read_json(workdir / 'result.json') if workdir else None
+  lines = [] if isinstance(subject.lines, Missing) else subject.lines
+  tested = [line for line in lines if line.get('split') == 'test']
+  if result:
+    found['test accuracy'] = f'{result["test_accuracy"]:.2%}'
+    found['test loss'] = f'{result["test_loss"]:.4f} nats'
+    found['test images'] = f'{result["examples"]:,}'
+    found['training steps'] = f'{result["steps"]:,}'
+    found['seconds'] = f'{result["seconds"]:,.0f}, compilation included'
+  elif tested:
+    last = tested[-1]
+    found['test accuracy'] = f'{last["accuracy"]:.2%} at step {last["step"]:,}, not finished'
+    found['test loss'] = f'{last["loss"]:.4f} nats'
+  elif lines:
+    found['training steps'] = f'{lines[-1]["step"]:,}, not finished'
+  if not isinstance(subject.params, Missing):
+    found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
+    found['classes'] = f'{len(subject.exp.task.class_names):,}'
+  return found
+
+
+def compare(
+  subject: Subject, workdir: pathlib.Path | None
+) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
+  """The config's keys that differ from the default, with both values; and those that don't."""
+  default = config_lib.flatten(config_lib.default_config())
+  if not isinstance(subject.exp, Missing):
+    config = config_lib.flatten(subject.exp.config)
+  else:
+    config = config_lib.flatten(writer.read_json(workdir / 'config.json') or {})
+  changed = [
+    (key, value, default.get(key)) for key, value in config.items() if value != default.get(key)
+  ]
+  return changed, {key: value for key, value in config.items() if value == default.get(key)}
