@@ -80,7 +80,8 @@ def features(
     init: published weights, which need no head.
 
   Returns:
-    `{'path': [N], 'feature': [N, ...]}`, the features float32, and of each file that can't be read why.
+    `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
+    why.
 
   Raises:
     ValueError: as `predict`; or no file at all could be read.
