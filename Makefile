@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint results-cpu results-gpu clean
+.PHONY: quickstart test test-demo lint results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,11 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+# The page of --mode=serve, in the system's Chromium.
+test-demo: $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
+	$(RUN) -m pytest -n 0 tests/test_serve.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -7,6 +7,7 @@
     python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
     python main.py --mode=fewshot --init=ViT-B_16.npz --config.data.source=folder:photos
     python main.py --mode=visualize --workdir=runs/digits
+    python main.py --mode=serve --workdir=runs/digits --port=7860
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
 
 Any key of the config is overridden by --config.<key>=<value>.
@@ -100,6 +101,17 @@ def visualize(args, overrides):
     print(path)
 
 
+def serve(args, overrides):
+  try:
+    from vit_jax import serve
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f'--mode=serve needs {error.name}: pip install -r requirements-demo.txt'
+    ) from error
+  config = given_config(args, overrides)
+  serve.run(args.workdir, args.host, args.port, overrides, config, args.init)
+
+
 def export(args, overrides):
   from vit_jax import export
 
@@ -118,8 +130,9 @@ MODES = {
   'predict': predict,
   'visualize': visualize,
   'export': export,
+  'serve': serve,
 }
-TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export')
+TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export', 'serve')
 
 
 class Console(logging.Handler):
@@ -158,6 +171,8 @@ def parse(argv):
   )
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--features', default='', help='predict: pooled or tokens, into --out')
+  parser.add_argument('--host', default='127.0.0.1', help='serve: 0.0.0.0 for other machines')
+  parser.add_argument('--port', type=int, default=7860, help='serve')
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   while rest:

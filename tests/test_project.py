@@ -26,7 +26,7 @@ LAYERS = (
   {'check', 'inherit'},
   {'experiment', 'export'},
   {'evaluate', 'features'},
-  {'trainer', 'predict', 'fewshot'},
+  {'trainer', 'predict', 'serve', 'fewshot'},
   {'probe', 'visualize'},
 )
 LEAVES = set().union(*LAYERS[:6])

@@ -31,16 +31,22 @@ def read(path: pathlib.Path) -> bytes:
     raise BadImage(f'{path}: {error.strerror}.') from error
 
 
-def decode(encoded: bytes, name: object, channels: int = 3) -> Image.Image:
+def decode(
+  encoded: bytes, name: object, channels: int = 3, max_pixels: int | None = None
+) -> Image.Image:
   """Decodes to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
 
   EXIF rotation is applied, transparency laid over white, 16-bit grey scaled to 8.
 
   Raises:
-    BadImage: not an image, one cut short, or of a kind that has no 8-bit form.
+    BadImage: not an image, one cut short, of a kind that has no 8-bit form, or of more than
+      `max_pixels`; None for what Pillow takes for a decompression bomb.
   """
   try:
-    return convert(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))), channels)
+    opened = Image.open(io.BytesIO(encoded))  # the header only
+    if max_pixels and opened.width * opened.height > max_pixels:
+      raise ValueError(f'{opened.width}x{opened.height} pixels, at most {max_pixels:,} are taken')
+    return convert(ImageOps.exif_transpose(opened), channels)
   except Exception as error:  # Pillow's decoders let many kinds through
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:

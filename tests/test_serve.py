@@ -1,0 +1,151 @@
+"""The page, in a real browser; its API, under load and with what is not to be let in."""
+
+import concurrent.futures
+import io
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import main
+from vit_jax import predict
+
+pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
+gradio_client = pytest.importorskip('gradio_client')
+browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
+from vit_jax import serve  # noqa: E402 - it imports Gradio
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CHROMIUM = next(
+  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), ''
+)
+
+
+@pytest.fixture(scope='module')
+def page(trained):
+  """The address of a server in a process of its own."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', f'--port={port}']
+  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  lines = []
+  for line in process.stderr:
+    lines.append(line)
+    if 'Serving on' in line:
+      break
+  else:
+    pytest.fail(''.join(lines))
+  yield f'http://127.0.0.1:{port}/'
+  process.terminate()
+  process.wait(30)
+
+
+@pytest.fixture
+def client(page):
+  return gradio_client.Client(page, verbose=False)
+
+
+def ask(client, path, layer=serve.ROLLOUT, head=serve.MEAN):
+  """`{class: probability}` and the picture's file."""
+  label, picture = client.predict(gradio_client.handle_file(path), layer, head, api_name='/predict')
+  return {found['label']: found['confidence'] for found in label['confidences']}, picture
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
+def test_the_page_in_a_browser(page, trained, tmp_path):
+  file = sorted((trained[0] / 'examples').iterdir())[0]
+  best = next(predict.predict(trained[0], [str(file)]))['predictions'][0]
+  (tmp_path / 'fake.png').write_bytes(b'no image')
+  with browser.sync_playwright() as playwright:
+    chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+    tab, elsewhere = chromium.new_page(), []
+    tab.on('request', lambda request: elsewhere.append(request.url))
+    tab.goto(page)
+    upload = tab.locator('#file input[type=file]')
+    picture = tab.locator('#attention img')
+
+    upload.set_input_files(file)
+    classes = tab.locator('#classes')
+    browser.expect(classes).to_contain_text(best['class'])
+    assert f'{best["probability"]:.0%}' in classes.inner_text()
+    assert len(re.findall('%', classes.inner_text())) == serve.TOPK
+    browser.expect(picture).to_be_visible()
+
+    before = picture.get_attribute('src')
+    tab.locator('#layer input').click()
+    tab.get_by_role('option', name='block 2').click()
+    browser.expect(picture).not_to_have_attribute('src', before)
+    before = picture.get_attribute('src')
+    tab.locator('#head input').click()
+    tab.get_by_role('option', name='head 1').click()
+    browser.expect(picture).not_to_have_attribute('src', before)
+
+    before = classes.inner_text()
+    tab.locator('#examples button').nth(3).click()
+    browser.expect(classes).not_to_have_text(before)
+
+    tab.reload()
+    upload.set_input_files(tmp_path / 'fake.png')
+    browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
+    chromium.close()
+  asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
+  assert not asked, f'the page asks {asked}'
+
+
+def test_fifty_at_once(client, trained):
+  files = sorted((trained[0] / 'examples').iterdir())
+  wanted = [row['predictions'] for row in predict.predict(trained[0], [str(f) for f in files], 10)]
+  with concurrent.futures.ThreadPoolExecutor(50) as pool:
+    answers = list(pool.map(lambda i: ask(client, files[i % 8])[0], range(50)))
+  for i, answer in enumerate(answers):
+    for guess in wanted[i % 8][: serve.TOPK]:
+      assert answer[guess['class']] == pytest.approx(guess['probability'], abs=1e-4)
+
+
+def test_what_is_let_in(client, tmp_path):
+  def refused(name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Exception, match=message):
+      ask(client, tmp_path / name)
+
+  bomb = io.BytesIO()
+  Image.new('1', (10_000, 6_000)).save(bomb, 'png')  # 8 kB of file
+  refused('bomb.png', bomb.getvalue(), '10000x6000 pixels, at most 50,000,000')
+  refused('page.html', b'<script>alert(1)</script>', 'not a readable image')
+  refused('drawing.svg', b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not a readable image')
+  refused('empty.png', b'', 'empty file')
+  refused('large.png', bytes(serve.MAX_BYTES + 1), 'exceed|413|large')
+  Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
+  assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers
+
+
+def test_other_machines_are_not_let_in(page):
+  """The port answers on the loopback address alone."""
+  port = int(re.search(r':(\d+)/', page)[1])
+  listening = [line.split() for line in pathlib.Path('/proc/net/tcp').read_text().splitlines()[1:]]
+  addresses = {row[1] for row in listening if row[1].endswith(f':{port:04X}') and row[3] == '0A'}
+  assert addresses == {f'0100007F:{port:04X}'}
+
+
+def test_a_picture_is_lit_where_attention_is():
+  image_HWC = np.full((4, 8, 3), 200, np.uint8)
+  lit_HWC = serve.light(image_HWC, np.array([[0.0, 0.5]]))
+  assert lit_HWC.shape == (448, 896, 3) and lit_HWC.dtype == np.uint8
+  assert np.all(lit_HWC[:, :200] == round(200 * serve.DARK)) and np.all(lit_HWC[:, -200:] == 200)
+  assert serve.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
+
+
+def test_a_port_that_is_taken(trained, capsys):
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    code = main.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
+  assert code == 2 and str(port) in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""A page on which a model is tried: drop an image, see its classes and what it attends to.
+
+Decisions:
+  * Files are decoded by `image.decode` alone, which opens images only and says what is wrong with
+    the others; Gradio hands over bytes. Their size and pixels are bounded.
+  * One image at a time, on one device: requests wait in Gradio's queue.
+  * The page asks nothing of the network: system fonts, no analytics, no share link.
+"""
+
+import functools
+import logging
+import pathlib
+from typing import NamedTuple
+
+import gradio as gr
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import draw, experiment, image, maps
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 20 * 2**20  # of an upload
+MAX_PIXELS = 50_000_000
+MAX_WAITING = 256  # requests
+KEEP = 3600  # seconds that an upload stays on disk
+TOPK = 5
+SHOWN = 448  # pixels of the picture's shorter side, at least
+ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
+DARK = 0.15  # of an image's light that is left where there is no attention
+FONT = ('system-ui', 'sans-serif')
+
+
+class Seen(NamedTuple):
+  """What the model makes of an image.
+
+  Attributes:
+    image_HWC: as it sees it, uint8.
+    probability_L: of the classes.
+    rollout_hw: of all blocks (`maps.rollout`).
+    heads_RKhw: of each block (`maps.head_attention`), then of a MAP head's probe.
+  """
+
+  image_HWC: np.ndarray
+  probability_L: np.ndarray
+  rollout_hw: np.ndarray
+  heads_RKhw: np.ndarray
+
+
+class Viewer:
+  """A model that looks at files."""
+
+  def __init__(self, exp: experiment.Experiment, params: dict):
+    self.exp = exp
+    self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
+    blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
+    self.rows, self.heads, *_ = self.see(blank_HWC).heads_RKhw.shape  # and it is compiled
+
+  def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Probabilities, and the summary of attention, of one uint8 image."""
+    image_BHWC = self.exp.normalize(image_HWC[None])
+    logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
+    return jax.nn.softmax(logits_BL)[0], maps.summary(self.exp.model, params, image_BHWC)
+
+  def see(self, image_HWC: np.ndarray) -> Seen:
+    """What the model makes of an image of the size that it takes."""
+    probability_L, found = jax.device_get(self._look(image_HWC))
+    return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
+
+  def open(self, encoded: bytes) -> Seen:
+    """The same of a file.
+
+    Raises:
+      image.BadImage: it is none, or too large.
+    """
+    decoded = image.decode(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
+    return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
+
+  @property
+  def layers(self) -> list[str]:
+    """What attention there is to choose from."""
+    blocks = [f'block {i + 1}' for i in range(self.exp.model.depth)]
+    return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
+
+  def guesses(self, seen: Seen) -> dict[str, float]:
+    """The probability of each class."""
+    return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
+
+  def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
+    """The image lit by the attention of a layer and head, uint8 `[H, W, 3]`."""
+    map_hw = seen.rollout_hw
+    if layer != ROLLOUT:
+      map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
+      map_hw = (
+        map_Khw.mean(axis=0) if head == MEAN else map_Khw[int(head.removeprefix('head ')) - 1]
+      )
+    return light(seen.image_HWC, map_hw)
+
+
+def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
+  """The image lit by a map, dark where it is 0; enlarged to `SHOWN` pixels where it is smaller."""
+  times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
+  image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
+  light_HW = draw.resize(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
+  lit_HWC = np.round(image_HWC * (DARK + (1 - DARK) * light_HW[..., None])).astype(np.uint8)
+  return np.broadcast_to(lit_HWC, (*lit_HWC.shape[:2], 3))
+
+
+def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks:
+  """The page."""
+
+  def classify(encoded: bytes | None, layer: str, head: str):
+    if encoded is None:
+      raise gr.Error('There is no file: give an image.', print_exception=False)
+    try:
+      seen = viewer.open(encoded)
+    except image.BadImage as error:
+      raise gr.Error(str(error), print_exception=False) from error
+    return viewer.guesses(seen), viewer.picture(seen, layer, head), seen
+
+  def take_example(event: gr.SelectData, layer: str, head: str):
+    return classify(examples[event.index].read_bytes(), layer, head)
+
+  def draw_again(seen: Seen | None, layer: str, head: str):
+    return None if seen is None else viewer.picture(seen, layer, head)
+
+  heads = [MEAN, *(f'head {i + 1}' for i in range(viewer.heads))]
+  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
+    gr.Markdown(f'# {title}')
+    seen = gr.State()
+    with gr.Row():
+      with gr.Column():
+        file = gr.File(label='Image', type='binary', elem_id='file')
+        gallery = gr.Gallery(
+          [str(path) for path in examples],
+          label='Examples',
+          columns=4,
+          fit_columns=False,
+          height='auto',
+          allow_preview=False,
+          interactive=False,
+          buttons=[],
+          visible=bool(examples),
+          elem_id='examples',
+        )
+        label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
+      with gr.Column():
+        picture = gr.Image(
+          label='Lit by attention', interactive=False, buttons=[], elem_id='attention'
+        )
+        layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer')
+        head = gr.Dropdown(heads, value=MEAN, label='Head, of a single block', elem_id='head')
+    outputs = [label, picture, seen]
+    file.upload(classify, [file, layer, head], outputs, api_name='predict')
+    gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    gr.on(
+      [layer.change, head.change],
+      draw_again,
+      [seen, layer, head],
+      picture,
+      api_visibility='private',
+      show_progress='hidden',
+    )
+  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def run(
+  workdir: pathlib.Path | None,
+  host: str,
+  port: int,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+) -> None:
+  """Serves the model of a workdir, or of published weights, until it is interrupted.
+
+  Args:
+    workdir: of a run; its `examples/` are offered on the page. None with `init`.
+    host: that is listened on.
+    port: of it.
+    overrides: dotted keys and values put over the model's config.
+    config: what the run must have been trained with; None to trust it.
+    init: published weights with a head.
+
+  Raises:
+    ValueError: no checkpoint, or overrides that contradict it.
+    OSError: the port is taken.
+  """
+  exp, params = experiment.open_model(workdir, init, overrides or {}, config)
+  log.info('Compiling ...')
+  viewer = Viewer(exp, params)
+  examples = sorted((workdir / 'examples').glob('*.png')) if workdir else []
+  page = build(viewer, examples, f'vit_jax: {init or workdir.resolve().name}')
+  page.launch(
+    server_name=host,
+    server_port=port,
+    share=False,
+    quiet=True,
+    prevent_thread_lock=True,
+    max_file_size=MAX_BYTES,
+    enable_monitoring=False,
+    ssr_mode=False,
+    theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
+    footer_links=['api'],
+  )
+  log.info('Serving on %s', page.local_url)
+  page.block_thread()
