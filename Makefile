@@ -20,10 +20,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest
 
-# The page of --mode=serve, in the system's Chromium.
+# The page of --mode=serve, in the system's Chromium, and the notebook.
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
-	$(RUN) -m pytest -n 0 tests/test_serve.py
+	$(RUN) -m pytest -n 0 tests/test_serve.py tests/test_notebook.py
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -311,7 +311,8 @@ class Run:
       self.began -= saved['seconds']
       log.info('Going on from step %d.', restored.step)
       return restored
-    log.debug('%s', parameter_overview.get_parameter_overview(fresh.params, include_stats=False))
+    overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
+    writer.DETAILS.info('%s', overview)
     if self.training.params is None:
       return fresh
     weights = jax.device_put(self.training.params, sharding.replicated(self.mesh))

@@ -12,6 +12,8 @@ import pathlib
 from tensorboardX import SummaryWriter
 
 LOG = logging.getLogger('vit_jax')
+DETAILS = logging.getLogger('vit_jax.details')  # what is for log.txt alone
+DETAILS.propagate = False
 
 
 class Writer:
@@ -25,16 +27,18 @@ class Writer:
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
     self._log = logging.FileHandler(workdir / 'log.txt')
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
-    LOG.addHandler(self._log)
-    LOG.setLevel(logging.DEBUG)  # the whole story goes to log.txt
+    for logger in (LOG, DETAILS):
+      logger.addHandler(self._log)
+      logger.setLevel(logging.INFO)
 
   def __enter__(self):
     return self
 
   def __exit__(self, kind, error, _):
     if error is not None:
-      LOG.debug('Stopped by %s', kind.__name__, exc_info=error)
-    LOG.removeHandler(self._log)
+      DETAILS.info('Stopped by %s', kind.__name__, exc_info=error)
+    for logger in (LOG, DETAILS):
+      logger.removeHandler(self._log)
     self._log.close()
     self._events.close()
 

@@ -1,0 +1,37 @@
+"""The walkthrough runs from top to bottom, on what the package shows to everyone."""
+
+import ast
+import pathlib
+
+import pytest
+
+nbformat = pytest.importorskip('nbformat', reason='pip install -r requirements-demo.txt')
+nbclient = pytest.importorskip('nbclient', reason='pip install -r requirements-demo.txt')
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def notebook():
+  return nbformat.read(ROOT / 'notebooks' / 'walkthrough.ipynb', as_version=4)
+
+
+def test_it_runs(notebook, monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  nbclient.NotebookClient(notebook, timeout=300).execute()  # raises where a cell does
+
+
+def test_it_is_committed_with_its_outputs(notebook):
+  cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+  outputs = [output for cell in cells for output in cell.outputs]
+  assert not [output for output in outputs if output.output_type == 'error']
+  assert sum('image/png' in output.get('data', {}) for output in outputs) == 6
+
+
+def test_it_uses_public_names_only(notebook):
+  code = [cell.source for cell in notebook.cells if cell.cell_type == 'code']
+  lines = [line for cell in code for line in cell.splitlines() if not line.startswith('%')]
+  for node in ast.walk(ast.parse('\n'.join(lines))):
+    if isinstance(node, ast.Attribute):
+      assert not node.attr.startswith('_'), node.attr
