@@ -158,25 +158,20 @@ def gather(
         f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
         'training run.'
       )
-    none = Missing('the run has saved no checkpoint yet.')
-    return Subject(lines, none, none, none, none, none, none)
+    return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
-  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
+  sharding.start_up(SHOWN if init else config_lib.default_config().eval_batch_size)
   exp, params = experiment.open_model(workdir, init, overrides, config)
   mesh = sharding.make_mesh()
   on_device = jax.device_put(params, sharding.replicated(mesh))
   test = Missing('weights without a run have no test data.') if init else load_test(exp)
   there = isinstance(test, Examples)
   scores = score(exp, on_device, test, mesh) if there else test
-  shown = attention = test
-  chosen = read_images(images, exp) if images else choose(test, exp) if there else None
-  if chosen is not None:
-    shown = as_seen(exp, chosen[:SHOWN])
-    try:
-      attention = look(exp, on_device, chosen, mesh)
-    except Missing as reason:
-      attention = reason
-  return Subject(lines, exp, params, test, scores, shown, attention)
+  if not there and not images:
+    return Subject(lines, exp, params, test, scores, test, test)
+  chosen = read_images(images, exp) if images else choose(test, exp)
+  attention = look(exp, on_device, chosen, mesh)
+  return Subject(lines, exp, params, test, scores, as_seen(exp, chosen[:SHOWN]), attention)
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
@@ -258,11 +253,7 @@ def as_seen(exp: experiment.Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def look(
   exp: experiment.Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> Attention:
-  """Attention over images, of which the first are drawn.
-
-  Raises:
-    Missing: the model does not pool.
-  """
+  """Attention over images, of which the first are drawn."""
 
   def summary(image_BHWC, params):
     return maps.summary(exp.model, params, exp.normalize(image_BHWC))
@@ -425,24 +416,28 @@ def describe(subject: Subject) -> str:
   )
 
 
+RESULT = {  # of `result.json`: name and format in the report
+  'test_accuracy': ('test accuracy', '{:.2%}'),
+  'test_loss': ('test loss', '{:.4f} nats'),
+  'examples': ('test images', '{:,}'),
+  'steps': ('training steps', '{:,}'),
+  'seconds': ('seconds, compilation included', '{:,.0f}'),
+}
+
+
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   """What the run gave, as text; of one that is not finished, its last lines."""
   found = {}
-  result = writer.read_json(workdir / 'result.json') if workdir else None
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
-  tested = [line for line in lines if line.get('split') == 'test']
-  if result:
-    found['test accuracy'] = f'{result["test_accuracy"]:.2%}'
-    found['test loss'] = f'{result["test_loss"]:.4f} nats'
-    found['test images'] = f'{result["examples"]:,}'
-    found['training steps'] = f'{result["steps"]:,}'
-    found['seconds'] = f'{result["seconds"]:,.0f}, compilation included'
-  elif tested:
-    last = tested[-1]
-    found['test accuracy'] = f'{last["accuracy"]:.2%} at step {last["step"]:,}, not finished'
-    found['test loss'] = f'{last["loss"]:.4f} nats'
+  last = lines[-1]['step'] if lines else 0
+  tested = [line for line in lines if line['split'] == 'test']
+  result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
+  if result.get('steps', -1) >= last:  # else the run has gone on since then
+    found = {name: form.format(result[key]) for key, (name, form) in RESULT.items()}
   elif lines:
-    found['training steps'] = f'{lines[-1]["step"]:,}, not finished'
+    found['training steps'] = f'{last:,}, not finished'
+    if tested:
+      found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
   if not isinstance(subject.params, Missing):
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
     found['classes'] = f'{len(subject.exp.task.class_names):,}'
