@@ -162,14 +162,15 @@ def gather(
 
   sharding.start_up(SHOWN if init else config_lib.default_config().eval_batch_size)
   exp, params = experiment.open_model(workdir, init, overrides, config)
+  chosen = read_images(images, exp) if images else None
   mesh = sharding.make_mesh()
   on_device = jax.device_put(params, sharding.replicated(mesh))
   test = Missing('weights without a run have no test data.') if init else load_test(exp)
   there = isinstance(test, Examples)
   scores = score(exp, on_device, test, mesh) if there else test
-  if not there and not images:
+  if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test)
-  chosen = read_images(images, exp) if images else choose(test, exp)
+  chosen = choose(test, exp) if chosen is None else chosen
   attention = look(exp, on_device, chosen, mesh)
   return Subject(lines, exp, params, test, scores, as_seen(exp, chosen[:SHOWN]), attention)
 
@@ -234,12 +235,12 @@ def read_images(paths: list[str], exp: experiment.Experiment) -> np.ndarray:
   if len(files) > MEASURED:
     log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
   rows = [predict.read(file, exp) for file in files[:MEASURED]]
-  for row in rows:
-    if isinstance(row, str):
-      log.warning('Left out: %s', row)
   good = [row for row in rows if not isinstance(row, str)]
+  bad = [row for row in rows if isinstance(row, str)]
   if not good:
-    raise ValueError(f'--images: none of {len(rows)} files is a readable image; see above.')
+    raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
+  for row in bad:
+    log.warning('Left out: %s', row)
   return np.stack(good)
 
 
