@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
-from vit_jax import draw, maps, report, trainer, visualize
+from vit_jax import draw, maps, pictures, report, trainer, visualize
 
-PICTURES = set(visualize.PICTURES)
+PICTURES = set(pictures.PICTURES)
 OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
 
 
@@ -74,7 +74,7 @@ def test_a_finished_run(capsys, trained, workdir):
       assert image.width == 1200 and image.height < 1500, name
 
   page = Page(workdir / 'report.html')
-  order = [name for name in visualize.PICTURES if name in drawn]
+  order = [name for name in pictures.PICTURES if name in drawn]
   files = [(workdir / 'figures' / f'{name}.png').read_bytes() for name in order]
   assert [base64.b64decode(image.partition(',')[2]) for image in page.images] == files
   assert not page.links and 'http' not in (workdir / 'report.html').read_text()
@@ -148,6 +148,8 @@ def test_data_that_moved_away(capsys, tmp_path):
   assert names(workdir) == PICTURES - OF_DATA  # those of before are gone too
   assert 'can not be read' in Page(workdir / 'report.html').text
   override = f'--config.data.source=folder:{tmp_path}/elsewhere'
+  crop = '--config.data.crop=0.9'
+  assert '/photos' in error(capsys, '--mode=visualize', f'--workdir={workdir}', crop)
   code, _, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}', override)
   assert not code and {'confusion', 'rollout'} <= names(workdir)
 
