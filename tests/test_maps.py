@@ -229,7 +229,7 @@ def test_eight_images_of_224_pixels_need_little_memory_beside_a_b16():
   image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
   compiled = jax.jit(functools.partial(maps.summary, model)).lower(params, image).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+  assert compiled.memory_analysis().temp_size_in_bytes < 1e8
 
 
 def test_distances_by_hand():
