@@ -106,7 +106,7 @@ MODES = {
   'visualize': visualize,
   'export': export,
 }
-TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export')
+TAKE_INIT = ('fewshot', 'predict', 'export', 'visualize')
 
 
 class Console(logging.Handler):

@@ -112,10 +112,9 @@ def test_images_of_ones_own(capsys, workdir, photos):
   assert 'no images in this folder' in error(capsys, *flags, f'--images={workdir}/checkpoints')
 
 
-@pytest.mark.parametrize('name, left_out', [
-  ('paper_token', set()), ('timm_map', set()), ('paper_hybrid', {'filters'}),
-])  # fmt: skip
-def test_weights_without_a_run(capsys, photos, tmp_path, name, left_out):
+@pytest.mark.parametrize('name', ['paper_token', 'timm_map', 'hf_backbone', 'paper_hybrid'])
+def test_weights_without_a_run(capsys, photos, tmp_path, name):
+  left_out = {'filters'} if name == 'paper_hybrid' else set()
   out = tmp_path / 'out'
   init = f'--init={DATA}/{name}' + ('/weights.npz' if name.startswith('paper') else '')
   code, _, _ = call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')
@@ -125,6 +124,7 @@ def test_weights_without_a_run(capsys, photos, tmp_path, name, left_out):
   assert 'weights without a run have no metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)
   assert ('the probe itself' in page.text) == (name == 'timm_map')
+  assert ('have no head' in page.text) == (name == 'hf_backbone')
 
 
 def test_data_that_moved_away(capsys, tmp_path):

@@ -107,7 +107,7 @@ def gather(
       )
     return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
-  exp, params = experiment.open_model(workdir, init, overrides, config)
+  exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
   chosen = read_images(images, exp) if images else None
   mesh = sharding.make_mesh()
   on_device = jax.device_put(params, sharding.replicated(mesh))
@@ -258,8 +258,9 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
     if tested:
       found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
   if not isinstance(subject.params, Missing):
+    classes = len(subject.exp.task.class_names)
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
-    found['classes'] = f'{len(subject.exp.task.class_names):,}'
+    found['classes'] = f'{classes:,}' if classes else 'none, the weights have no head'
   return found
 
 
