@@ -6,7 +6,7 @@
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
     python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
     python main.py --mode=fewshot --init=ViT-B_16.npz --config.data.source=folder:photos
-    python main.py --mode=visualize --workdir=runs/digits
+    python main.py --mode=visualize --workdir=runs/digits [--images=a.png,folder/]
     python main.py --mode=serve --workdir=runs/digits --port=7860
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
 

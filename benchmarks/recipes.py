@@ -15,10 +15,8 @@ import shutil
 import sys
 from typing import NamedTuple
 
-from matplotlib import pyplot as plt
-
 from benchmarks import collect
-from vit_jax import visualize, writer
+from vit_jax import draw, writer
 from vit_jax.names import choose
 
 RUNS = pathlib.Path('runs/results')
@@ -103,9 +101,7 @@ def gather(name: str) -> None:
   folder.mkdir(exist_ok=True)
   for path in finished:
     shutil.copy(path / 'metrics.jsonl', folder / f'{path.name}.jsonl')
-  figure = visualize.curves(writer.read_metrics(finished[0]))
-  figure.savefig(folder / 'curves.png', dpi=110)
-  plt.close(figure)
+  draw.save(draw.curves(writer.read_metrics(finished[0])), folder / 'curves.png')
 
 
 def row(name: str) -> str:

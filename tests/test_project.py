@@ -25,7 +25,7 @@ LAYERS = (
   {'pretrained', 'report'},
   {'check', 'inherit'},
   {'experiment', 'export'},
-  {'evaluate', 'features'},
+  {'evaluate', 'features', 'pictures'},
   {'trainer', 'predict', 'serve', 'fewshot'},
   {'probe', 'visualize'},
 )

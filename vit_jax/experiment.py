@@ -46,7 +46,7 @@ class Task:
   """What the training data decided; travels in the checkpoint.
 
   Attributes:
-    class_names: name of each label.
+    class_names: name of each label; none where weights without a head are looked at.
     stored_size: (height, width) that images are fitted to on the host.
     channels: 1 (grey) or 3 (RGB).
     train_examples: size of the training split, which the order of examples hangs on.
@@ -172,7 +172,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
   if fields['pool'] is not None:
     choose('model.pool', fields['pool'], set(vit.POOLS) - {'none'})  # classes need one vector
-  model = vit.make(fields.pop('variant'), len(task.class_names), **fields)
+  model = vit.make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]
     if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
@@ -284,8 +284,8 @@ def from_init(
   Args:
     init: all that `pretrained.load` reads.
     overrides: dotted keys and values.
-    classes: of the `weights`; of the `data`, with a head of zeros; or `none`, where the head
-      is not used.
+    classes: of the `weights`; or a head of zeros for those of the `data`; or of `any` weights,
+      which may have no head: there are no classes then, and the model gives features.
 
   Raises:
     ValueError: weights that can't be read or have no head, or overrides that contradict them.
@@ -299,9 +299,7 @@ def from_init(
   if classes == 'data':
     data = config.data
     names = sources.open_source(data.source, data.dir, pair(data.image_size)).class_names
-  elif classes == 'none':
-    names = ('unused',)
-  elif found.fields['num_classes'] is None:
+  elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head, so it names no classes. Train one: '
       f'--config=configs/linear_probe.py --config.init={init}'
@@ -309,13 +307,18 @@ def from_init(
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
   grid = inherit.grid_of(config, found) if any(config.data.image_size) else None
-  loaded = pretrained.adapt(found, grid, None, names and len(names), config.init_resize)
+  count = names and len(names)
+  loaded = pretrained.adapt(found, grid, None, count, config.init_resize, tokens=False)
+  if loaded.model.pool == 'none':  # the weights leave it open
+    pool = 'cls' if loaded.model.has_class else 'gap'
+    loaded = dataclasses.replace(loaded, model=loaded.model.clone(pool=pool))
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
     if f'data.{name}' not in overrides:
       config.data[name] = getattr(expected, name)
-  names = names or loaded.class_names or [f'class {i}' for i in range(loaded.model.num_classes)]
+  count = loaded.model.num_classes or 0
+  names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels)
   return assemble(inherit.follow(config, loaded), task), loaded.params
 

@@ -89,7 +89,7 @@ def features(
   pool = choose('--features', kind, POOLS)
   files = image.find(paths)
   sharding.start_up(min(len(files), BATCH))
-  exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='none')
+  exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='any')
   backbone = exp.model.clone(num_classes=None, pool=pool or exp.model.pool)
 
   def extract(image_BHWC, params):

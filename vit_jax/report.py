@@ -30,7 +30,8 @@ td, th { text-align: left; vertical-align: top; padding: .25rem 1rem .25rem 0; f
   border-bottom: 1px solid var(--line); }
 code { font-size: .85rem; }
 figure { margin: 0; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
+img { display: block; width: 100%; height: auto; background: #fff;
+  border-radius: 4px; box-sizing: border-box; padding: .5rem; }
 figcaption { font-size: .9rem; margin-top: .5rem; }
 summary { cursor: pointer; margin: .75rem 0; }
 """

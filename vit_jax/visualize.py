@@ -6,8 +6,7 @@ Decisions:
     call, and the same for two runs on the same data.
 """
 
-from collections.abc import Callable, Iterator
-import dataclasses
+from collections.abc import Iterator
 import logging
 import math
 import pathlib
@@ -31,66 +30,13 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.maps import Missing
+from vit_jax.pictures import PICTURES, Attention, Scores, Subject, grid
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
 
 SHOWN = 8  # images drawn
 MEASURED = 128  # images that attention distance is averaged over, as in the paper
-MISTAKES = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """What the model made of each test example: a class, and its probability."""
-
-  predicted_N: np.ndarray
-  confidence_N: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-  """Of the images drawn `rollout` and `heads` (`maps.summary`); `distance_DK` the mean over all."""
-
-  rollout: np.ndarray
-  heads: np.ndarray
-  distance_DK: np.ndarray
-  measured: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What the pictures are of; of each part that is not there the reason why.
-
-  Attributes:
-    lines: of `metrics.jsonl`.
-    exp: the experiment of the weights.
-    params: its parameters.
-    test: the test split.
-    scores: of the test split.
-    shown: `[B, H, W, C]` uint8, the images drawn as the model sees them.
-    attention: over these, and some more.
-  """
-
-  lines: list[dict] | Missing
-  exp: experiment.Experiment | Missing
-  params: dict | Missing
-  test: Examples | Missing
-  scores: Scores | Missing
-  shown: np.ndarray | Missing
-  attention: Attention | Missing
-
-  def need(self, *names: str) -> list:
-    """These parts.
-
-    Raises:
-      Missing: the first that is not there.
-    """
-    parts = [getattr(self, name) for name in names]
-    for part in parts:
-      if isinstance(part, Missing):
-        raise part
-    return parts
 
 
 def run(
@@ -147,7 +93,8 @@ def gather(
   config: ConfigDict | None,
   init: str,
 ) -> Subject:
-  """Reads and computes what the pictures are of."""
+  """Reads and computes what the pictures are of; see `run`."""
+  sharding.start_up(SHOWN if init else config_lib.default_config().eval_batch_size)  # before orbax
   lines = read_lines(workdir)
   if init and not images:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
@@ -158,25 +105,20 @@ def gather(
         f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
         'training run.'
       )
-    none = Missing('the run has saved no checkpoint yet.')
-    return Subject(lines, none, none, none, none, none, none)
+    return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
-  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
-  exp, params = experiment.open_model(workdir, init, overrides, config)
+  exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
+  chosen = read_images(images, exp) if images else None
   mesh = sharding.make_mesh()
   on_device = jax.device_put(params, sharding.replicated(mesh))
-  test = Missing('weights without a run have no test data.') if init else load_test(exp)
+  test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
   there = isinstance(test, Examples)
   scores = score(exp, on_device, test, mesh) if there else test
-  shown = attention = test
-  chosen = read_images(images, exp) if images else choose(test, exp) if there else None
-  if chosen is not None:
-    shown = as_seen(exp, chosen[:SHOWN])
-    try:
-      attention = look(exp, on_device, chosen, mesh)
-    except Missing as reason:
-      attention = reason
-  return Subject(lines, exp, params, test, scores, shown, attention)
+  if not there and chosen is None:
+    return Subject(lines, exp, params, test, scores, test, test)
+  chosen = choose(test, exp) if chosen is None else chosen
+  attention = look(exp, on_device, chosen, mesh)
+  return Subject(lines, exp, params, test, scores, as_seen(exp, chosen[:SHOWN]), attention)
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
@@ -188,11 +130,17 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
   return writer.read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
 
 
-def load_test(exp: experiment.Experiment) -> Examples | Missing:
-  """The run's test split; the reason where it is not there any more."""
+def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> Examples | Missing:
+  """The run's test split; the reason where it is not there any more.
+
+  Raises:
+    ValueError: it is not where the overrides say.
+  """
   try:
     return experiment.load_split(exp, exp.config.data.eval_split)
   except (ValueError, OSError) as error:
+    if any(key.startswith('data.') for key in overrides):
+      raise
     log.warning('The test data can not be read: %s', error)
     return Missing(f'the test data can not be read: {error}')
 
@@ -239,12 +187,12 @@ def read_images(paths: list[str], exp: experiment.Experiment) -> np.ndarray:
   if len(files) > MEASURED:
     log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
   rows = [predict.read(file, exp) for file in files[:MEASURED]]
-  for row in rows:
-    if isinstance(row, str):
-      log.warning('Left out: %s', row)
   good = [row for row in rows if not isinstance(row, str)]
+  bad = [row for row in rows if isinstance(row, str)]
   if not good:
-    raise ValueError(f'--images: none of {len(rows)} files is a readable image; see above.')
+    raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
+  for row in bad:
+    log.warning('Left out: %s', row)
   return np.stack(good)
 
 
@@ -258,11 +206,7 @@ def as_seen(exp: experiment.Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def look(
   exp: experiment.Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> Attention:
-  """Attention over images, of which the first are drawn.
-
-  Raises:
-    Missing: the model does not pool.
-  """
+  """Attention over images, of which the first are drawn."""
 
   def summary(image_BHWC, params):
     return maps.summary(exp.model, params, exp.normalize(image_BHWC))
@@ -279,140 +223,6 @@ def look(
   return Attention(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)
 
 
-def curves(subject: Subject) -> tuple:
-  """Of the metrics."""
-  (lines,) = subject.need('lines')
-  return draw.curves(lines), (
-    'Loss and accuracy over training: of the augmented training batches, averaged between log '
-    'lines, and of whole splits that were held out.'
-  )
-
-
-def confusion(subject: Subject) -> tuple:
-  """Of the test split."""
-  exp, test, scores = subject.need('exp', 'test', 'scores')
-  names = exp.task.class_names
-  count_LL = maps.confusion(test.label_N, scores.predicted_N, len(names))
-  right = np.trace(count_LL)
-  return draw.confusion(count_LL, names), (
-    f'What {len(test):,} test images were taken for, in percent of each true class, and beside it '
-    f'the diagonal: {right:,} are right, {right / len(test):.2%}.'
-  )
-
-
-def mistakes(subject: Subject) -> tuple:
-  """Of the test split."""
-  exp, test, scores = subject.need('exp', 'test', 'scores')
-  index = maps.mistakes(test.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
-  if not len(index):
-    raise Missing('no test image was taken for another class.')
-  name = lambda labels: [exp.task.class_names[label] for label in labels]
-  figure = draw.mistakes(
-    test.image_NHWC[index],
-    name(test.label_N[index]),
-    name(scores.predicted_N[index]),
-    scores.confidence_N[index],
-  )
-  return figure, (
-    'The wrong predictions that the model gave the highest probability, the surest first. Some '
-    'show what it can not tell apart, some a label that is doubtful.'
-  )
-
-
-def patches(subject: Subject) -> tuple:
-  """Of the first image."""
-  exp, shown = subject.need('exp', 'shown')
-  figure = draw.patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
-  return figure, (
-    'An image as the model sees it is cut into patches, read row by row: each becomes a token '
-    '(Figure 1 of the paper).'
-  )
-
-
-def filters(subject: Subject) -> tuple:
-  """Of the patch embedding."""
-  exp, params = subject.need('exp', 'params')
-  filter_FpqC, share_F = maps.filters(exp.model, params)
-  return draw.filters(filter_FpqC, share_F), (
-    f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
-    'patch, with their share of the variance; each is scaled by itself, zero is mid-grey '
-    '(Figure 7 of the paper, left).'
-  )
-
-
-def positions(subject: Subject) -> tuple:
-  """Of the position embeddings."""
-  exp, params = subject.need('exp', 'params')
-  position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
-  figure = draw.position_similarity(maps.position_similarity(position_hwD))
-  kind = 'learned' if exp.model.position == 'learned' else 'fixed sine-cosine'
-  return figure, (
-    f"Each small map is the cosine similarity of one patch's {kind} position embedding to those "
-    'of all patches, where they lie in the image (Figure 7 of the paper, centre).'
-  )
-
-
-def distance(subject: Subject) -> tuple:
-  """Of all images looked at."""
-  exp, attention = subject.need('exp', 'attention')
-  even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
-  return draw.attention_distance(attention.distance_DK, even), (
-    'How far each head looks: the distance in the image between a patch and those that it attends '
-    f'to, averaged over {attention.measured} images. A dot is a head (Figure 7 of the paper, '
-    'right).'
-  )
-
-
-def rollout(subject: Subject) -> tuple:
-  """Of the images drawn."""
-  shown, attention = subject.need('shown', 'attention')
-  return draw.rollout(shown, attention.rollout), (
-    'Where the output comes from: attention rollout from the pooled output down to the patches, '
-    'and the images lit by it (Figure 6 of the paper). 1 is what a patch would have if all were '
-    'alike.'
-  )
-
-
-READS = {  # whose attention `maps.head_attention` gives, by pool
-  'cls': 'the class token attends to',
-  'gap': 'the patches attend to on average, since the pool averages them',
-  'map': 'the patches attend to, weighted as the probe weights them, and the probe itself (pool)',
-  'cls_gap': 'class token and averaged patches attend to, half and half',
-  'distilled': 'class and distillation token attend to, half and half',
-}
-
-
-def heads(subject: Subject) -> tuple:
-  """Of the first image."""
-  exp, shown, attention = subject.need('exp', 'shown', 'attention')
-  map_RKhw = attention.heads[0]
-  rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
-  return draw.head_attention(shown[0], map_RKhw, rows[: len(map_RKhw)]), (
-    f'What {READS[exp.model.pool]}, by block and head. Each map is scaled by its own largest value.'
-  )
-
-
-Draw = Callable[[Subject], tuple]
-
-PICTURES: dict[str, tuple[str, Draw]] = {  # by the name of its file
-  'curves': ('Loss and accuracy', curves),
-  'confusion': ('Which class is taken for which', confusion),
-  'mistakes': ('Most confident mistakes', mistakes),
-  'patches': ('An image as patches', patches),
-  'filters': ('Filters of the patch embedding', filters),
-  'positions': ('Similarity of position embeddings', positions),
-  'distance': ('Mean attention distance', distance),
-  'rollout': ('Attention rollout', rollout),
-  'heads': ('Attention by head', heads),
-}
-
-
-def grid(exp: experiment.Experiment) -> tuple[int, int]:
-  """Patches (down, across) of the model's input."""
-  height, width, _ = exp.image_shape
-  return height // exp.model.patch_size[0], width // exp.model.patch_size[1]
-
-
 def describe(subject: Subject) -> str:
   """The model in a line."""
   if isinstance(subject.exp, Missing):
@@ -425,27 +235,32 @@ def describe(subject: Subject) -> str:
   )
 
 
+RESULT = {  # of `result.json`: name and format in the report
+  'test_accuracy': ('test accuracy', '{:.2%}'),
+  'test_loss': ('test loss', '{:.4f} nats'),
+  'examples': ('test images', '{:,}'),
+  'steps': ('training steps', '{:,}'),
+  'seconds': ('seconds, compilation included', '{:,.0f}'),
+}
+
+
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   """What the run gave, as text; of one that is not finished, its last lines."""
   found = {}
-  result = writer.read_json(workdir / 'result.json') if workdir else None
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
-  tested = [line for line in lines if line.get('split') == 'test']
-  if result:
-    found['test accuracy'] = f'{result["test_accuracy"]:.2%}'
-    found['test loss'] = f'{result["test_loss"]:.4f} nats'
-    found['test images'] = f'{result["examples"]:,}'
-    found['training steps'] = f'{result["steps"]:,}'
-    found['seconds'] = f'{result["seconds"]:,.0f}, compilation included'
-  elif tested:
-    last = tested[-1]
-    found['test accuracy'] = f'{last["accuracy"]:.2%} at step {last["step"]:,}, not finished'
-    found['test loss'] = f'{last["loss"]:.4f} nats'
+  last = lines[-1]['step'] if lines else 0
+  tested = [line for line in lines if line['split'] == 'test']
+  result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
+  if result.get('steps', -1) >= last:  # else the run has gone on since then
+    found = {name: form.format(result[key]) for key, (name, form) in RESULT.items()}
   elif lines:
-    found['training steps'] = f'{lines[-1]["step"]:,}, not finished'
+    found['training steps'] = f'{last:,}, not finished'
+    if tested:
+      found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
   if not isinstance(subject.params, Missing):
+    classes = len(subject.exp.task.class_names)
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
-    found['classes'] = f'{len(subject.exp.task.class_names):,}'
+    found['classes'] = f'{classes:,}' if classes else 'none, the weights have no head'
   return found
 
 
