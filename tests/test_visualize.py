@@ -4,6 +4,7 @@ import base64
 from html.parser import HTMLParser
 import json
 import shutil
+import types
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ import pytest
 
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
-from vit_jax import draw, maps, pictures, report, trainer, visualize
+from vit_jax import draw, maps, pictures, report, sources, trainer, visualize
 
 PICTURES = set(pictures.PICTURES)
 OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
@@ -99,6 +100,15 @@ def test_it_scores_what_eval_scores(trained):
   )
   assert subject.attention.measured == visualize.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
+
+
+def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
+  image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
+  image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
+  test = sources.Examples(image, np.arange(300) % 4)
+  exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
+  found = visualize.choose(test, exp)[:, 0, 0, 0].tolist()
+  assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
 def test_images_of_ones_own(capsys, workdir, photos):
