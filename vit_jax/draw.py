@@ -77,8 +77,8 @@ def curves(lines: list[dict]) -> Figure:
 
 
 @styled
-def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
-  """Which class is taken for which, as shares of a true class, and how much of each is right."""
+def confusion(count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]) -> Figure:
+  """Which class (row) is taken for which, and how much of each is right."""
   classes = len(class_names)
   total_L1 = count_LL.sum(axis=1, keepdims=True)
   share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
@@ -106,7 +106,7 @@ def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
     matrix.spines[:].set_visible(True)
     bar = add_colours(figure, shades, matrix, 'share of the true class', location='left')
     bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-  class_bars(bars, np.diag(share_LL), class_names)
+  class_bars(bars, accuracy_L, class_names)
   return figure
 
 
