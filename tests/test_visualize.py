@@ -4,6 +4,7 @@ import base64
 from html.parser import HTMLParser
 import json
 import shutil
+import types
 
 import numpy as np
 from PIL import Image
@@ -11,7 +12,7 @@ import pytest
 
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
-from vit_jax import draw, maps, pictures, report, trainer, visualize
+from vit_jax import draw, maps, pictures, report, sources, trainer, visualize
 
 PICTURES = set(pictures.PICTURES)
 OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
@@ -99,6 +100,15 @@ def test_it_scores_what_eval_scores(trained):
   )
   assert subject.attention.measured == visualize.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
+
+
+def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
+  image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
+  image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
+  test = sources.Examples(image, np.arange(300) % 4)
+  exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
+  found = visualize.choose(test, exp)[:, 0, 0, 0].tolist()
+  assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
 def test_images_of_ones_own(capsys, workdir, photos):
@@ -197,12 +207,13 @@ def test_everything_in_a_report_is_escaped(tmp_path):
 
 @pytest.mark.parametrize('classes', [2, 30, 1000])
 def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
-  label = np.arange(classes).repeat(2)
-  count = maps.confusion(label, np.arange(2 * classes) // 3, classes)
-  figure = draw.confusion(count, [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)])
+  count = np.random.RandomState(0).randint(1, 9, (classes, classes))
+  names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
+  figure = draw.confusion(count, maps.class_accuracy(count), names)
   matrix, bars = figure.axes[0], figure.axes[1]
   shown = matrix.images[0].get_array()
-  np.testing.assert_allclose(shown.sum(axis=1), 1)  # shares of the true class
+  np.testing.assert_allclose(shown.sum(axis=1), 1)  # of the true class
+  assert bars.patches[0].get_width() in np.diag(shown)
   named = [text.get_text() for text in bars.get_yticklabels()]
   assert len(named) == min(classes, 20 if classes > 40 else 40)
   draw.save(figure, tmp_path / 'c.png')
@@ -211,7 +222,7 @@ def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
 
 
 def test_a_class_without_examples_is_drawn(tmp_path):
-  figure = draw.confusion(np.array([[3, 1], [0, 0]]), ['a', 'b'])
+  figure = draw.confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
   draw.save(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 

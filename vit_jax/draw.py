@@ -77,8 +77,8 @@ def curves(lines: list[dict]) -> Figure:
 
 
 @styled
-def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
-  """Which class is taken for which, as shares of a true class, and how much of each is right."""
+def confusion(count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]) -> Figure:
+  """Which class (row) is taken for which, and how much of each is right."""
   classes = len(class_names)
   total_L1 = count_LL.sum(axis=1, keepdims=True)
   share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
@@ -106,7 +106,7 @@ def confusion(count_LL: np.ndarray, class_names: Sequence[str]) -> Figure:
     matrix.spines[:].set_visible(True)
     bar = add_colours(figure, shades, matrix, 'share of the true class', location='left')
     bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-  class_bars(bars, np.diag(share_LL), class_names)
+  class_bars(bars, accuracy_L, class_names)
   return figure
 
 
@@ -180,9 +180,9 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   whole.set(xlabel='pixels across', ylabel='pixels down', title=f'image, {height} x {width} pixels')
   for axis in (whole.xaxis, whole.yaxis):
     axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-  larger = -(-16 // min(p, q))  # so that a gap is thinner than a pixel of a small patch
-  tile_hwpqC = patch_hwpqC.repeat(larger, axis=2).repeat(larger, axis=3)
-  gap = max(larger * min(p, q) // 6, 1)
+  tile_hwpqC = enlarge(patch_hwpqC)
+  tall, wide = tile_hwpqC.shape[2:4]
+  gap = min(tall, wide) // 6
   show(apart, mosaic(tile_hwpqC, gap))
   apart.set_title(f'{h} x {w} patches of {p} x {q} pixels')
   apart.set_axis_off()
@@ -193,9 +193,8 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   blank = np.full_like(tile_NpqC[0], GROUND)
   strip = np.stack([blank if i is None else tile_NpqC[i] for i in shown])[None]
   show(row, mosaic(strip, gap))
-  step = larger * q + gap
   names = ['...' if i is None else i + 1 for i in shown]
-  row.set_xticks(np.arange(len(shown)) * step + (larger * q - 1) / 2, names, size=8)
+  row.set_xticks(np.arange(len(shown)) * (wide + gap) + (wide - 1) / 2, names, size=8)
   row.set_yticks([])
   row.tick_params(length=0)
   row.spines[:].set_visible(False)
@@ -330,6 +329,12 @@ def bare(axis) -> None:
   axis.spines[:].set_visible(False)
 
 
+def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
+  """Each pixel of the tiles as several, so that a gap can be thinner than what was a pixel."""
+  times = -(-16 // min(tile_RCpq.shape[2:4]))
+  return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
+
+
 def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
   """Tiles `[R, C, p, q, ...]` side by side in one image, `gap` pixels between them."""
   rows, columns, p, q, *channels = tile_RCpq.shape
@@ -342,8 +347,9 @@ def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
 
 def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
   """Maps side by side, their rows and columns named."""
+  tile_RChw = enlarge(tile_RChw)
   h, w = tile_RChw.shape[2:]
-  gap = max(round(min(h, w) / 8), 1)
+  gap = min(h, w) // 8
   shades = axis.imshow(mosaic(tile_RChw, gap), **limits)
   axis.set_xticks(np.arange(len(columns)) * (w + gap) + (w - 1) / 2, columns)
   axis.set_yticks(np.arange(len(rows)) * (h + gap) + (h - 1) / 2, rows)

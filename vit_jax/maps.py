@@ -107,9 +107,9 @@ def head_attention(
 ) -> jax.Array:
   """What each head of a block attends to, for the tokens that the pool reads: `map_BKhw`.
 
-  With a class token, that is the class token's attention; with `gap` it is the mean over the
-  patches' (with `map` weighted as the probe weights them). The shares of class token and
-  registers are left out.
+  With `cls` that is the class token's attention; with `gap` the mean of the patches', with `map`
+  weighted as the probe weights them; with `cls_gap` and `distilled` half of each that they read.
+  What goes to class token and registers is left out.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 

@@ -85,7 +85,7 @@ def confusion(subject: Subject) -> tuple[Figure, str]:
   names = exp.task.class_names
   count_LL = maps.confusion(test.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
-  return draw.confusion(count_LL, names), (
+  return draw.confusion(count_LL, maps.class_accuracy(count_LL), names), (
     f'What {len(test):,} test images were taken for, in percent of each true class, and beside it '
     f'the diagonal: {right:,} are right, {right / len(test):.2%}.'
   )
