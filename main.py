@@ -8,6 +8,7 @@
     python main.py --mode=fewshot --init=ViT-B_16.npz --config.data.source=folder:photos
     python main.py --mode=visualize --workdir=runs/digits
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
+    python main.py --mode=export --workdir=runs/digits --format=stablehlo --out=program/
 
 Any key of the config is overridden by --config.<key>=<value>.
 """
@@ -88,7 +89,9 @@ def export(args, overrides):
   if overrides or args.config:
     raise ValueError('--mode=export writes the weights as they are: leave --config out.')
   if not args.format or not args.out:
-    raise ValueError('--mode=export needs --format (hf, timm or npz) and --out, a folder.')
+    raise ValueError(
+      '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
+    )
   for path in export.run(args.init or args.workdir, args.format, args.out):
     print(path)
 
@@ -129,7 +132,7 @@ def parse(argv):
   parser.add_argument(
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
-  parser.add_argument('--format', default='', help='export: hf, timm or npz')
+  parser.add_argument('--format', default='', help='export: hf, timm, npz, stablehlo or onnx')
   parser.add_argument('--out', type=folder, help='export: the folder to write into')
   parser.add_argument('--images', default='', help='predict: files and folders, comma-separated')
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')

@@ -17,13 +17,13 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'attention', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
-  {'positions', 'timm_names', 'randaugment'},
+  {'names', 'backend', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
+  {'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights'},
-  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
+  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained'},
-  {'check', 'inherit'},
+  {'check', 'inherit', 'card'},
   {'experiment', 'export'},
   {'evaluate', 'features'},
   {'trainer', 'predict', 'visualize', 'fewshot'},
