@@ -198,7 +198,7 @@ WRITE = ['--format=hf', '--out=out']
     (['--mode=predict', '--init=w', '--images=.', '--config.data.image_size=18'], 'patches'),
     (['--mode=export', '--init=w', '--out=out'], 'needs --format'),
     (['--mode=export', '--init=w', '--format=hf'], 'and --out'),
-    (['--mode=export', '--init=w', '--format=onnx', '--out=out'], "format: unknown 'onnx'"),
+    (['--mode=export', '--init=w', '--format=onx', '--out=out'], "format: unknown 'onx'"),
     (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
     (['--mode=export', '--init=w', '--workdir=run', *WRITE], 'leave --workdir and'),
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),

@@ -9,6 +9,8 @@ from vit_jax.names import choose
 
 log = logging.getLogger(__name__)
 
+MANY = 10_000_000  # parameters: with more, writing takes some seconds
+
 
 def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathlib.Path]:
   """Writes the weights at `path` (all that `pretrained.load` reads) into the folder `out`.
@@ -30,7 +32,8 @@ def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathli
   found = pretrained.read(path)
   loaded = pretrained.adapt(found, tokens=False)
   count = sum(leaf.size for leaf in weights_lib.flatten(loaded.params).values())
-  log.info('Writing %s parameters as %s ...', f'{count:,}', format)
+  if count > MANY:
+    log.info('Writing %s parameters as %s ...', f'{count:,}', format)
   pretrained.save(
     loaded.model,
     loaded.params,

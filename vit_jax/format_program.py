@@ -97,17 +97,21 @@ def save_onnx(
       raise ValueError(CONVERTER % error) from error
     program, image_shape = make(model, params, preprocessing)
     (batch,) = export.symbolic_shape('b')
+    image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
     path, name = folder / 'model.onnx', output_name(model)
-    with backend.portable():
-      to_onnx(
-        program,
-        [jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)],
-        model_name='vit_jax',
-        return_mode='file',
-        output_path=str(path),
-        input_names=['image'],
-        output_names=[name],
-      )
+    try:
+      with backend.portable():
+        to_onnx(
+          program,
+          [image],
+          model_name='vit_jax',
+          return_mode='file',
+          output_path=str(path),
+          input_names=['image'],
+          output_names=[name],
+        )
+    except Exception as error:  # a young converter's are of many kinds
+      raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
   session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
   image_BHWC = np.random.RandomState(0).randint(0, 256, (2, *image_shape), np.uint8)
   (theirs,) = session.run(None, {'image': image_BHWC})
