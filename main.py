@@ -1,4 +1,4 @@
-"""Trains, evaluates, predicts with, draws and converts Vision Transformers.
+"""Trains, evaluates, predicts with, draws, converts and sizes up Vision Transformers.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --mode=eval --workdir=runs/digits
@@ -9,6 +9,7 @@
     python main.py --mode=visualize --workdir=runs/digits
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
     python main.py --mode=export --workdir=runs/digits --format=stablehlo --out=program/
+    python main.py --mode=inspect --config=configs/cifar10.py:l16      # what it would cost
 
 Any key of the config is overridden by --config.<key>=<value>.
 """
@@ -96,6 +97,13 @@ def export(args, overrides):
     print(path)
 
 
+def inspect(args, overrides):
+  from vit_jax import summary
+
+  config = given_config(args, overrides)
+  print(summary.show(summary.run(config, args.workdir, args.init, overrides)))
+
+
 MODES = {
   'train': train,
   'eval': evaluate,
@@ -103,8 +111,9 @@ MODES = {
   'predict': predict,
   'visualize': visualize,
   'export': export,
+  'inspect': inspect,
 }
-TAKE_INIT = ('fewshot', 'predict', 'export')
+TAKE_INIT = ('fewshot', 'predict', 'export', 'inspect')
 
 
 class Console(logging.Handler):
@@ -169,7 +178,7 @@ def main(argv):
       raise ValueError(f'--init is for {", ".join(TAKE_INIT)}; training takes --config.init.')
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
-    if args.workdir is None and not args.init:
+    if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)
   except (ValueError, OSError, FloatingPointError) as error:

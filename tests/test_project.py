@@ -26,7 +26,7 @@ LAYERS = (
   {'check', 'inherit', 'card'},
   {'experiment', 'export'},
   {'evaluate', 'features'},
-  {'trainer', 'predict', 'visualize', 'fewshot'},
+  {'trainer', 'predict', 'visualize', 'fewshot', 'summary'},
   {'probe'},
 )
 LEAVES = set().union(*LAYERS[:6])
