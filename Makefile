@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint results-cpu results-gpu clean
+.PHONY: quickstart test lint onnx results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,9 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+onnx: $(VENV)/installed  # what --format=onnx needs; its tests are skipped without
+	$(RUN) -m pip install --quiet --no-deps --requirement requirements-onnx.txt
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -55,7 +55,7 @@ def test_outputs_are_those_of_the_original_before_and_after_a_round_trip(name, t
   data = np.load(DATA / name / 'io.npz')
   loaded = vit_jax.load(source(name), **arguments)
   np.testing.assert_allclose(logits(loaded, data['image']), data['output'], atol=2e-5)
-  for form in pretrained.FORMATS:
+  for form in ('hf', 'timm', 'npz'):  # the others are programs, which hold every model
     out = tmp_path / form
     save = lambda out=out, form=form: vit_jax.save(
       *loaded, out, format=form, preprocessing=loaded.preprocessing

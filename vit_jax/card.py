@@ -5,6 +5,7 @@ ones little. What is not known is said to be unknown. The license is the person'
 """
 
 from collections.abc import Sequence
+import dataclasses
 import pathlib
 
 from vit_jax import vit, weights
@@ -13,6 +14,8 @@ from vit_jax.weights import Preprocessing
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
+LIBRARIES = {'hf': 'transformers', 'timm': 'timm'}  # as the Hub names them
+PROGRAMS = ('stablehlo', 'onnx')
 SHOWN = 100  # classes, where another file has all of them
 
 
@@ -25,6 +28,9 @@ def write(format: str, loaded: Pretrained, source: str, result: dict | None = No
     source: where they were read.
     result: `result.json` of their run; None where there is none.
   """
+  if format not in PROGRAMS:  # they bring a file to the model's size at once
+    whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
+    loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in weights.flatten(loaded.params).values())
   about = {
     'architecture': architecture(loaded.model),
@@ -36,7 +42,7 @@ def write(format: str, loaded: Pretrained, source: str, result: dict | None = No
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
-  front = FRONT.get(format, '')
+  front = front_matter(LIBRARIES[format], loaded.model) if format in LIBRARIES else ''
   return f"""{front}# Vision Transformer {name_of(loaded.model)}
 
 | | |
@@ -55,14 +61,12 @@ In this folder:
 """
 
 
-def front_matter(library: str) -> str:
+def front_matter(library: str, model: vit.ViT) -> str:
   """What the Hub reads at the head of a card."""
-  lines = [f'library_name: {library}', 'pipeline_tag: image-classification', 'tags:']
-  lines += [f'- {tag}' for tag in ('vision', 'image-classification', 'vision-transformer')]
+  task = 'image-feature-extraction' if model.num_classes is None else 'image-classification'
+  lines = [f'library_name: {library}', f'pipeline_tag: {task}', 'tags:']
+  lines += ['- vision', '- vision-transformer']
   return '\n'.join(['---', *lines, '---', '', ''])
-
-
-FRONT = {'hf': front_matter('transformers'), 'timm': front_matter('timm')}
 
 
 def name_of(model: vit.ViT) -> str:
@@ -130,7 +134,7 @@ def public(path: str) -> str:
 
 def accuracy(loaded: Pretrained, result: dict | None) -> str:
   """That of the run's result, if it is of these weights."""
-  if result is None or loaded.run is None or result['steps'] != loaded.run['step']:
+  if result is None or loaded.run is None or result.get('steps') != loaded.run['step']:
     return 'unknown'
   split = result['config']['data']['eval_split']
   return f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'

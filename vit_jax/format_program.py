@@ -5,7 +5,7 @@ H x W before, as `model.json` beside the file says. Both give float32 logits `[b
 features where the model has no head.
 
 Decisions:
-  * Logits, from which probabilities are one softmax away; the way back is not.
+  * Logits: probabilities are one softmax away from them, and there is no way back.
   * The computation is float32, also where training's was bfloat16.
   * `backend.portable`: the program does not hang on the machine that it was written on.
   * JAX 0.4.36 and later converts to ONNX by no other way than `jax2onnx`: what tf2onnx took,
@@ -84,7 +84,7 @@ def save_onnx(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """Writes `model.onnx` (and `model.onnx.data` for one of more than 2 GB), and `model.json`.
+  """Writes `model.onnx` (beside it, of large models, `model.onnx.data`), and `model.json`.
 
   Raises:
     ValueError: the converter is missing, or what it wrote gives something else.

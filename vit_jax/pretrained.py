@@ -141,7 +141,7 @@ def save(
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError where a folder holds a run, or weights that would be read before these."""
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
-  kinds = ('*.safetensors', '*.npz', '*.index.json', '*.stablehlo', '*.onnx')
+  kinds = ('*.safetensors', '*.npz', '*.index.json', '*.stablehlo', '*.onnx*')
   kept = [file.name for kind in kinds for file in folder.glob(kind)]
   if others := runs + sorted(set(kept) - set(names)):
     held = ', '.join(others)

@@ -42,6 +42,7 @@ from vit_jax.check import check
 from vit_jax.weights import pair
 
 ASSUMED = tuple(f'class {i}' for i in range(1000))  # where the data does not tell
+MANY = 10**9  # examples, where their number is unknown: the optimizer's state hangs on none
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # the same numbers under another shape
 OTHER = 'other'  # what no module does: pooling, the loss, adding positions
 ORDER = (*optim.FIRST_LAYER, 'block_*', *optim.LAST_LAYER, OTHER)
@@ -69,6 +70,7 @@ class Summary:
   """What a config costs.
 
   Attributes:
+    exp: what it is of.
     parts: by module, in the order of the parameters, and their sum.
     train_flops: of a training step for an image.
     state_bytes: of `params`, `gradients`, `optimizer` and `averages`.
@@ -103,8 +105,10 @@ def run(
   Raises:
     ValueError: a config that can't be, or none of the three.
   """
-  begin = config or config_lib.default_config()  # before JAX starts, as training does
-  sharding.start_up(begin.batch_size, begin.micro_batches or 1, experiment.group(begin))
+  asked = config or config_lib.default_config()
+  check(asked)
+  # Before orbax reads or a shape is asked for: that starts JAX, with one device on a CPU.
+  sharding.start_up(asked.batch_size, asked.micro_batches or 1, experiment.group(asked))
   if init or (workdir and checkpoint.latest_step(workdir) is not None):
     exp, _ = experiment.open_model(workdir, init, overrides, config)
     notes = ('Training is that of the default config and of --config.<key>.',) if init else ()
@@ -124,9 +128,8 @@ def from_config(config: ConfigDict) -> tuple[experiment.Experiment, int | None, 
   Neither downloads nor prepares data, nor reads an image.
 
   Raises:
-    ValueError: a config that can't be.
+    ValueError: a model that can't be, or a source that is unknown.
   """
-  check(config)
   data, examples, notes = config.data, None, ()
   source = sources.look(data.source, data.dir, pair(data.image_size))
   if source is None:
@@ -156,7 +159,7 @@ def summarize(
   """
   config, group = exp.config, experiment.group(exp.config)
   mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1, group)
-  recipe = experiment.recipe(config, examples or config.batch_size)
+  recipe = experiment.recipe(config, examples or MANY)
   begin = functools.partial(
     state.init_state,
     exp.model,
@@ -168,31 +171,10 @@ def summarize(
     config.freeze,
   )
   shapes = jax.eval_shape(begin)
-  trained, frozen = optim.split(shapes.params, config.freeze)
-  locate = functools.partial(module_of, params=shapes.params)
-
-  with backend.portable():  # what a kernel does within is not seen from outside
-    image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
-    forward = jax.make_jaxpr(exp.model.apply)({'params': shapes.params}, image)
-    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(trained, frozen, *batch(exp, group))
-  flops, train_flops = Counter(), 0
-  for stack, count in products(forward.jaxpr):
-    flops[locate(stack)] += count
-  in_model = [count for stack, count in products(gradient.jaxpr) if locate(stack) != OTHER]
-  train_flops = sum(in_model) // group
-
-  pull_back = lambda trained, *rest: jax.tree.leaves(
-    jax.vjp(lambda trained: loss(exp, group)(trained, *rest), trained)[1]
-  )
-  traced = jax.make_jaxpr(pull_back)(trained, frozen, *batch(exp, group)).jaxpr
-  of_batch = traced.invars[len(jax.tree.leaves(shapes.params)) :]
-  kept = Counter()
-  for stack, size in residuals(traced, of_batch):
-    kept[locate(stack)] += size / group
-
-  parameters = Counter()
+  flops, train_flops = work(exp, shapes.params)
+  kept, parameters = activations(exp, shapes.params), Counter()
   for name, leaf in weights.flatten(shapes.params).items():
-    parameters[locate(name)] += leaf.size
+    parameters[module_of(name, shapes.params)] += leaf.size
   names = sorted({*parameters, *flops, *kept}, key=lambda name: (ORDER.index(first(name)), name))
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
@@ -204,7 +186,7 @@ def summarize(
     train_flops,
     {
       'params': size_of(shapes.params),
-      'gradients': size_of(trained),
+      'gradients': size_of(optim.split(shapes.params, config.freeze)[0]),
       'optimizer': size_of(shapes.opt_state),
       'averages': size_of(shapes.ema),
     },
@@ -214,6 +196,37 @@ def summarize(
     *(experiment.length(config, examples) if examples else (None, None)),
     notes,
   )
+
+
+def work(exp: experiment.Experiment, params: dict) -> tuple[Counter, int]:
+  """FLOPs for an image: of the forward pass by module, and of a training step."""
+  group = experiment.group(exp.config)
+  image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
+  split = optim.split(params, exp.config.freeze)
+  with backend.portable():  # what a kernel does within is not seen from outside
+    forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
+    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
+  flops = Counter()
+  for stack, count in products(forward.jaxpr):
+    flops[module_of(stack, params)] += count
+  train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
+  return flops, sum(train) // group
+
+
+def activations(exp: experiment.Experiment, params: dict) -> Counter:
+  """Bytes kept of an image for the backward pass, by module."""
+  group = experiment.group(exp.config)
+
+  def keep(trained, *others):
+    function = lambda trained: loss(exp, group)(trained, *others)
+    return jax.tree.leaves(jax.vjp(function, trained)[1])
+
+  split = optim.split(params, exp.config.freeze)
+  jaxpr = jax.make_jaxpr(keep)(*split, *batch(exp, group)).jaxpr
+  kept = Counter()
+  for stack, size in residuals(jaxpr, jaxpr.invars[len(jax.tree.leaves(params)) :]):
+    kept[module_of(stack, params)] += size / group
+  return kept
 
 
 def loss(exp: experiment.Experiment, count: int) -> Callable:
