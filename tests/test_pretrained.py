@@ -571,8 +571,8 @@ def test_weights_in_several_files(tmp_path):
 
 def test_saving_refuses_what_is_not_the_models(tmp_path):
   model, params = vit_jax.load(source('paper_token'))
-  with pytest.raises(ValueError, match="format: unknown 'onnx'"):
-    vit_jax.save(model, params, tmp_path, format='onnx')
+  with pytest.raises(ValueError, match="format: unknown 'tflite'"):
+    vit_jax.save(model, params, tmp_path, format='tflite')
   with pytest.raises(ValueError, match='head/bias: missing there'):
     broken = params | {'head': {'kernel': params['head']['kernel']}}
     vit_jax.save(model, broken, tmp_path, format='npz')
