@@ -1,5 +1,6 @@
 """What a config costs, against closed forms and what XLA says of compiled programs."""
 
+import dataclasses
 import resource
 
 import jax
@@ -162,3 +163,10 @@ def test_the_plan_is_that_of_training():
   config = small_config()
   steps, warmup = experiment.length(config, 1000)
   assert (steps, warmup) == (31, 6)  # 31.25 batches; 5 epochs of warm-up, a fifth at most
+
+
+def test_what_is_done_to_an_image_is_no_work_of_the_model():
+  exp = summary.from_config(small_config())[0]
+  task = dataclasses.replace(exp.task, stored_size=(4, 4))
+  enlarged = experiment.assemble(exp.config, task)  # by products, too
+  assert summary.summarize(enlarged, None).train_flops == summary.summarize(exp, None).train_flops

@@ -49,7 +49,7 @@ def write(format: str, loaded: Pretrained, source: str, result: dict | None = No
 | --- | --- |
 {rows}
 
-In this folder:
+To run it, in this folder, on any `image.png`:
 
 ```python
 {RUN[format](loaded)}
