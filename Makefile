@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-demo lint results-cpu results-gpu clean
+.PHONY: quickstart test test-demo lint onnx results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ test: $(VENV)/installed
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
 	$(RUN) -m pytest -n 0 tests/test_serve.py tests/test_notebook.py
+
+# What --format=onnx needs; its tests are skipped without.
+onnx: $(VENV)/installed
+	$(RUN) -m pip install --quiet --no-deps --requirement requirements-onnx.txt
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

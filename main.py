@@ -1,4 +1,4 @@
-"""Trains, evaluates, predicts with, draws and converts Vision Transformers.
+"""Trains, evaluates, predicts with, draws, converts and sizes up Vision Transformers.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
     python main.py --mode=eval --workdir=runs/digits
@@ -9,6 +9,8 @@
     python main.py --mode=visualize --workdir=runs/digits [--images=a.png,folder/]
     python main.py --mode=serve --workdir=runs/digits --port=7860
     python main.py --mode=export --workdir=runs/digits --format=timm --out=digits/
+    python main.py --mode=export --workdir=runs/digits --format=stablehlo --out=program/
+    python main.py --mode=inspect --config=configs/cifar10.py:l16      # what it would cost
 
 Any key of the config is overridden by --config.<key>=<value>.
 """
@@ -118,9 +120,18 @@ def export(args, overrides):
   if overrides or args.config:
     raise ValueError('--mode=export writes the weights as they are: leave --config out.')
   if not args.format or not args.out:
-    raise ValueError('--mode=export needs --format (hf, timm or npz) and --out, a folder.')
+    raise ValueError(
+      '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
+    )
   for path in export.run(args.init or args.workdir, args.format, args.out):
     print(path)
+
+
+def inspect(args, overrides):
+  from vit_jax import summary
+
+  config = given_config(args, overrides)
+  print(summary.show(summary.run(config, args.workdir, args.init, overrides)))
 
 
 MODES = {
@@ -131,8 +142,9 @@ MODES = {
   'visualize': visualize,
   'export': export,
   'serve': serve,
+  'inspect': inspect,
 }
-TAKE_INIT = ('fewshot', 'predict', 'visualize', 'export', 'serve')
+TAKE_INIT = ('fewshot', 'predict', 'export', 'visualize', 'serve', 'inspect')
 
 
 class Console(logging.Handler):
@@ -161,7 +173,9 @@ def parse(argv):
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
   parser.add_argument(
-    '--format', default='', help='predict: table, json or csv; export: hf, timm or npz'
+    '--format',
+    default='',
+    help='predict: table, json or csv; export: hf, timm, npz, stablehlo, onnx',
   )
   parser.add_argument(
     '--out', type=folder, help='export, visualize: a folder to write; features: a file'
@@ -204,7 +218,7 @@ def main(argv):
       raise ValueError(f'--init is for {", ".join(TAKE_INIT)}; training takes --config.init.')
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
-    if args.workdir is None and not args.init:
+    if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     return mode(args, overrides)
   except (ValueError, OSError, FloatingPointError) as error:

@@ -188,7 +188,7 @@ WRITE = ['--format=hf', '--out=out']
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, export'),
+    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, export, inspect'),
     (['--mode=train', '--init=w'], 'training takes --config.init'),
     (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], 'leave --workdir and'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),
@@ -198,7 +198,7 @@ WRITE = ['--format=hf', '--out=out']
     (['--mode=predict', '--init=w', '--images=.', '--config.data.image_size=18'], 'patches'),
     (['--mode=export', '--init=w', '--out=out'], 'needs --format'),
     (['--mode=export', '--init=w', '--format=hf'], 'and --out'),
-    (['--mode=export', '--init=w', '--format=onnx', '--out=out'], "format: unknown 'onnx'"),
+    (['--mode=export', '--init=w', '--format=onx', '--out=out'], "format: unknown 'onx'"),
     (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
     (['--mode=export', '--init=w', '--workdir=run', *WRITE], 'leave --workdir and'),
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),

@@ -55,7 +55,7 @@ def test_outputs_are_those_of_the_original_before_and_after_a_round_trip(name, t
   data = np.load(DATA / name / 'io.npz')
   loaded = vit_jax.load(source(name), **arguments)
   np.testing.assert_allclose(logits(loaded, data['image']), data['output'], atol=2e-5)
-  for form in pretrained.FORMATS:
+  for form in ('hf', 'timm', 'npz'):  # the others are programs, which hold every model
     out = tmp_path / form
     save = lambda out=out, form=form: vit_jax.save(
       *loaded, out, format=form, preprocessing=loaded.preprocessing
@@ -571,8 +571,8 @@ def test_weights_in_several_files(tmp_path):
 
 def test_saving_refuses_what_is_not_the_models(tmp_path):
   model, params = vit_jax.load(source('paper_token'))
-  with pytest.raises(ValueError, match="format: unknown 'onnx'"):
-    vit_jax.save(model, params, tmp_path, format='onnx')
+  with pytest.raises(ValueError, match="format: unknown 'tflite'"):
+    vit_jax.save(model, params, tmp_path, format='tflite')
   with pytest.raises(ValueError, match='head/bias: missing there'):
     broken = params | {'head': {'kernel': params['head']['kernel']}}
     vit_jax.save(model, broken, tmp_path, format='npz')

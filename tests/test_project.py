@@ -17,16 +17,16 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'attention', 'draw', 'matmul', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
-  {'positions', 'timm_names', 'randaugment'},
+  {'names', 'backend', 'draw', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
+  {'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},
-  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm'},
+  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained', 'report'},
-  {'check', 'inherit'},
+  {'check', 'inherit', 'card'},
   {'experiment', 'export'},
   {'evaluate', 'features', 'pictures'},
-  {'trainer', 'predict', 'serve', 'fewshot'},
+  {'trainer', 'predict', 'serve', 'fewshot', 'summary'},
   {'probe', 'visualize'},
 )
 LEAVES = set().union(*LAYERS[:6])

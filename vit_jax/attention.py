@@ -9,6 +9,8 @@
   * cuDNN's flash attention (Dao et al. 2022, 2205.14135), on an NVIDIA GPU in half precision,
     never forms the weights.
 
+A program that is exported, for any backend, has `plain` (`backend.portable`).
+
 The softmax runs in float32 whatever the compute type. Queries, keys and values come in the
 layout `[B, N, K, E]`; Q is the number of queries where it may differ from N.
 """
@@ -17,6 +19,8 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from vit_jax import backend
 
 
 def attention(
@@ -40,9 +44,10 @@ def attention(
   if inspect:
     inspect(attention_weights(query_BQKE, key_BNKE))
     return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-  if jax.default_backend() == 'cpu':
+  target = backend.target()
+  if target == 'cpu':
     return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-  if keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
+  if target and keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
     return jax.nn.dot_product_attention(query_BQKE, key_BNKE, value_BNKE, implementation='cudnn')
   return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
 

@@ -256,24 +256,37 @@ def plan(
   Raises:
     ValueError: too few epochs for a step.
   """
-  steps_per_epoch = len(train) / config.batch_size
-  steps = round(config.epochs * steps_per_epoch)
+  return Training(train, val, test, params=params, **recipe(config, len(train)))
+
+
+def recipe(config: ConfigDict, examples: int) -> dict:
+  """`steps`, `early_steps`, `schedule` and `optimizer` for so many training examples.
+
+  Raises:
+    ValueError: too few epochs for a step.
+  """
+  steps, warmup = length(config, examples)
   if config.epochs and not steps:
     raise ValueError(
-      f'epochs={config.epochs} of {len(train)} examples in batches of {config.batch_size} is no '
+      f'epochs={config.epochs} of {examples} examples in batches of {config.batch_size} is no '
       'step at all: train longer or make batch_size smaller.'
     )
-  schedule = optim.make_schedule(
-    config.schedule.name,
-    config.optimizer.lr,
-    steps,
-    warmup=min(round(config.schedule.warmup * steps_per_epoch), steps // 5),
-  )
+  schedule = optim.make_schedule(config.schedule.name, config.optimizer.lr, steps, warmup)
   arguments = dict(config.optimizer)
   del arguments['lr']
-  optimizer = optim.make_optimizer(schedule=schedule, **arguments)
-  early_steps = round((1 - config.augment.off_for_last) * steps)
-  return Training(train, val, test, steps, early_steps, schedule, optimizer, params)
+  return {
+    'steps': steps,
+    'early_steps': round((1 - config.augment.off_for_last) * steps),
+    'schedule': schedule,
+    'optimizer': optim.make_optimizer(schedule=schedule, **arguments),
+  }
+
+
+def length(config: ConfigDict, examples: int) -> tuple[int, int]:
+  """Steps of a run on so many training examples, and those of its warm-up."""
+  steps_per_epoch = examples / config.batch_size
+  steps = round(config.epochs * steps_per_epoch)
+  return steps, min(round(config.schedule.warmup * steps_per_epoch), steps // 5)
 
 
 def from_init(

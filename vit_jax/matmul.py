@@ -2,6 +2,8 @@
 
 import jax
 
+from vit_jax import backend
+
 NARROW = 256  # outputs; of more, transposing the kernel costs what the gradient gains
 
 
@@ -13,6 +15,6 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   first; the barrier keeps it from simplifying the two transpositions away.
   """
   inputs, outputs = kernel_IO.shape
-  if outputs < inputs and outputs <= NARROW and jax.default_backend() == 'cpu':
+  if outputs < inputs and outputs <= NARROW and backend.target() == 'cpu':
     return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
   return x_NI @ kernel_IO

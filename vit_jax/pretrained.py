@@ -23,7 +23,16 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vit_jax import checkpoint, format_hf, format_npz, format_timm, positions, vit, weights
+from vit_jax import (
+  checkpoint,
+  format_hf,
+  format_npz,
+  format_program,
+  format_timm,
+  positions,
+  vit,
+  weights,
+)
 from vit_jax.names import choose
 from vit_jax.weights import Preprocessing, Weights, pair
 
@@ -44,6 +53,7 @@ class Pretrained:
     preprocessing: how the weights expect an image; its size fits the grid.
     class_names: of the head's logits; None where the file doesn't tell, or the head is new.
     ignored: names in the file of what the model has no use for.
+    run: `config`, `task` and `step` of the run that the weights are from, if it is one of ours.
   """
 
   model: vit.ViT
@@ -51,6 +61,7 @@ class Pretrained:
   preprocessing: Preprocessing
   class_names: tuple[str, ...] | None
   ignored: tuple[str, ...]
+  run: Mapping | None = None
 
   def __iter__(self):
     return iter((self.model, self.params))
@@ -91,8 +102,9 @@ def save(
   format: str,
   preprocessing: Preprocessing | None = None,
   class_names: tuple[str, ...] | None = None,
+  card: str | None = None,
 ) -> None:
-  """Writes weights into a folder so that `load`, and the code base of the format, read them.
+  """Writes weights into a folder for the code base of a format; `load` reads the first three.
 
   Args:
     model: their model.
@@ -101,6 +113,7 @@ def save(
     format: one of `FORMATS`.
     preprocessing: how images are to be; None for pixels in [-1, 1] at the size of a square grid.
     class_names: of the logits; None for none.
+    card: text of a `README.md` beside them; None for no such file.
 
   Raises:
     ValueError: a model that the format can't hold; the message names what.
@@ -117,6 +130,8 @@ def save(
     raise ValueError(f'{folder} is a file; a folder is needed.') from None
   with tempfile.TemporaryDirectory(prefix='.writing_', dir=folder) as temporary:
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
+    if card is not None:
+      (pathlib.Path(temporary) / 'README.md').write_text(card)
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
@@ -126,14 +141,20 @@ def save(
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError where a folder holds a run, or weights that would be read before these."""
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
-  kinds = ('*.safetensors', '*.npz', '*.index.json')
+  kinds = ('*.safetensors', '*.npz', '*.index.json', '*.stablehlo', '*.onnx*')
   kept = [file.name for kind in kinds for file in folder.glob(kind)]
   if others := runs + sorted(set(kept) - set(names)):
     held = ', '.join(others)
     raise ValueError(f'{folder} holds {held} already: give another folder, or an empty one.')
 
 
-FORMATS = {'hf': format_hf.save, 'timm': format_timm.save, 'npz': format_npz.save}
+FORMATS = {
+  'hf': format_hf.save,
+  'timm': format_timm.save,
+  'npz': format_npz.save,
+  'stablehlo': format_program.save_stablehlo,
+  'onnx': format_program.save_onnx,
+}
 
 
 def image_size(model: vit.ViT, params: dict) -> tuple[int, int]:
@@ -204,7 +225,7 @@ def adapt(
   if ignored:
     log.info('%s: not used: %s', source.origin, ', '.join(ignored))
   preprocessing = dataclasses.replace(source.preprocessing, size=tuple(size))
-  return Pretrained(model, params, preprocessing, class_names, ignored)
+  return Pretrained(model, params, preprocessing, class_names, ignored, source.run)
 
 
 def find_grid(
@@ -265,9 +286,8 @@ def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
 
 def check_params(model: vit.ViT, params: dict, size: tuple[int, int], origin: object) -> None:
   """Raises ValueError where parameters don't have the names and shapes of the model."""
-  kernel = params.get('stem', {}).get('conv_root', params.get('embedding', {})).get('kernel')
-  channels = 3 if kernel is None else kernel.shape[2]
-  compare(weights.param_shapes(model, (*size, channels)), weights.shapes(params), origin)
+  image_shape = (*size, weights.channels(params))
+  compare(weights.param_shapes(model, image_shape), weights.shapes(params), origin)
 
 
 def compare(wanted: dict, given: dict, origin: object) -> None:
@@ -414,9 +434,11 @@ def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Weights:
       data.get('interpolation', 'bicubic'),
       1.0 if whole else data.get('crop', 1.0),
       not whole and data.get('stretch', False),
+      tuple(task['stored_size']) if whole else None,
     ),
     grid=(size[0] // model.patch_size[0], size[1] // model.patch_size[1]),
     class_names=class_names,
+    run=saved | {'step': step},
   )
 
 

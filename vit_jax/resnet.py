@@ -96,7 +96,7 @@ class Stem(nn.Module):
   def __call__(self, image_BHWC: jax.Array) -> jax.Array:
     x = StdConv(self.width, 7, 2, self.dtype, name='conv_root')(image_BHWC)
     x = nn.relu(nn.GroupNorm(dtype=self.dtype, name='gn_root')(x))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding='SAME')
+    x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding='SAME')
     for i, units in enumerate(self.stages):
       step = 1 if i == 0 else 2
       x = Stage(units, self.width * 2**i, step, self.dtype, name=f'block{i + 1}')(x)

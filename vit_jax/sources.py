@@ -32,6 +32,8 @@ Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
 
 TEST_NAMES = ('test', 'val', 'validation')
 
+CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -71,6 +73,24 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
   """
   kind, _, argument = spec.partition(':')
   return choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
+
+
+def look(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None:
+  """As `open_source`, of data that need not be there, and without preparing it.
+
+  Returns:
+    The source, without `sizes` where they are unknown; None where nothing is known.
+  """
+  kind, _, name = spec.partition(':')
+  if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):
+    return None
+  if kind != 'tfds':
+    return open_source(spec, data_dir, image_size)
+  root = tfds_root(name, data_dir)
+  found = [find_builder(name, directory) for directory in (root, root / CONVERTED)]
+  if not any(found):
+    check_known(name)
+  return tfds_source(name, max(filter(None, found), key=lambda one: len(one.info.splits)))
 
 
 def load(
@@ -201,7 +221,7 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   every fifth file of a class is held out as `test`. A relative path starts at `data_dir`.
   """
   del image_size
-  root = pathlib.Path(data_dir).expanduser() / pathlib.Path(path).expanduser()
+  root = folder_root(path, data_dir)
   if not path or not root.is_dir():
     raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
   held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
@@ -234,6 +254,11 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
   sizes = {name: len(members) for name, members in files.items()}
   return Source(sizes, class_names, 3, read)
+
+
+def folder_root(path: str, data_dir: str) -> pathlib.Path:
+  """Where a folder lies; a relative path starts at `data_dir`."""
+  return pathlib.Path(data_dir).expanduser() / pathlib.Path(path).expanduser()
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
@@ -274,13 +299,29 @@ def hold_out(files: list[tuple[int, pathlib.Path]]) -> dict[str, list]:
 def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """An image classification dataset of tensorflow-datasets, without TensorFlow."""
   del image_size
-  import tensorflow_datasets
+  return tfds_source(name, prepared_builder(name, tfds_root(name, data_dir)))
 
+
+def tfds_root(name: str, data_dir: str) -> pathlib.Path:
+  """Where TFDS data lies.
+
+  Raises:
+    ValueError: `name` is no dataset's.
+  """
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
   root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  root = pathlib.Path(root).expanduser()
-  builder = prepared_builder(name, root)
+  return pathlib.Path(root).expanduser()
+
+
+def tfds_source(name: str, builder) -> Source:
+  """The source of a TFDS builder.
+
+  Raises:
+    ValueError: it is of no image classification dataset.
+  """
+  import tensorflow_datasets
+
   image_key, label_key = builder.info.supervised_keys or ('image', 'label')
   features, kinds = dict(builder.info.features.items()), tensorflow_datasets.features
   feature, label = features.get(image_key), features.get(label_key)
@@ -305,12 +346,9 @@ def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 def prepared_builder(name: str, root: pathlib.Path):
   """The TFDS builder of data prepared as array_record, preparing it if need be."""
-  import tensorflow_datasets
-
-  converted = root / 'array_record'  # beside the person's own files, which stay as they are
+  converted = root / CONVERTED
   if not find_builder(name, root):
-    known = tensorflow_datasets.list_builders(with_community_datasets=False)
-    choose('data.source: dataset', re.split('[/:]', name)[0], known)
+    check_known(name)
   for attempt in ('find', 'prepare'):
     for directory in (root, converted):
       builder = find_builder(name, directory)
@@ -329,6 +367,14 @@ def find_builder(name: str, directory: pathlib.Path):
     return tensorflow_datasets.builder(name, data_dir=directory)
   except tensorflow_datasets.core.DatasetNotFoundError:
     return None
+
+
+def check_known(name: str) -> None:
+  """Raises ValueError for a dataset that TFDS doesn't have."""
+  import tensorflow_datasets
+
+  known = tensorflow_datasets.list_builders(with_community_datasets=False)
+  choose('data.source: dataset', re.split('[/:]', name)[0], known)
 
 
 def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:

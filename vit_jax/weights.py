@@ -61,6 +61,8 @@ class Preprocessing:
     interpolation: one of `image.INTERPOLATIONS`.
     crop: the part of the shorter side that is kept, about the centre.
     stretch: scale height and width by themselves, instead of cutting the longer one.
+    stored_size: (height, width) that a file is brought to, where the device enlarges it from
+      there to `size`; None where it is brought to `size` at once.
   """
 
   size: tuple[int, int]
@@ -69,6 +71,7 @@ class Preprocessing:
   interpolation: str = 'bicubic'
   crop: float = 1.0
   stretch: bool = False
+  stored_size: tuple[int, int] | None = None
 
   def check(self, channels: int, origin: object) -> None:
     """Raises ValueError for what no image can be prepared by."""
@@ -97,6 +100,7 @@ class Weights:
     grid: patches (down, across) that its positions are for; None where it doesn't tell.
     class_names: None where it doesn't tell.
     ignored: patterns of names that no output reads.
+    run: `config`, `task` and `step` of the run of ours that it is from; None for others.
   """
 
   origin: str
@@ -108,6 +112,7 @@ class Weights:
   grid: tuple[int, int] | None = None
   class_names: tuple[str, ...] | None = None
   ignored: tuple[str, ...] = ()
+  run: Mapping | None = None
 
 
 SAME = Layout(lambda theirs, shapes: theirs, lambda ours: ours)
@@ -215,6 +220,12 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tup
 def shapes(tree: dict) -> dict[str, tuple[int, ...]]:
   """The shape of every leaf, by its path."""
   return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
+
+
+def channels(params: dict) -> int:
+  """Of the images that parameters are for; 3 where the first layer's are missing."""
+  kernel = params.get('stem', {}).get('conv_root', params.get('embedding', {})).get('kernel')
+  return 3 if kernel is None else kernel.shape[2]
 
 
 def flatten(tree: dict) -> dict[str, np.ndarray]:

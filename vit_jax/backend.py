@@ -1,0 +1,24 @@
+"""The backend that a model's kernels are chosen for."""
+
+from collections.abc import Iterator
+import contextlib
+import contextvars
+
+import jax
+
+_portable = contextvars.ContextVar('portable', default=False)
+
+
+def target() -> str | None:
+  """`cpu`, `gpu` or `tpu`; None where the program is to run on all of them."""
+  return None if _portable.get() else jax.default_backend()
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+  """What is traced within is the same program wherever that happens, and runs everywhere."""
+  token = _portable.set(True)
+  try:
+    yield
+  finally:
+    _portable.reset(token)
