@@ -188,7 +188,7 @@ WRITE = ['--format=hf', '--out=out']
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, export, inspect'),
+    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, export, visualize'),
     (['--mode=train', '--init=w'], 'training takes --config.init'),
     (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], 'leave --workdir and'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),

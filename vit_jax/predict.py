@@ -18,6 +18,8 @@ import numpy as np
 from vit_jax import experiment, image, sharding
 from vit_jax.names import choose
 
+Function = Callable[[jax.Array, dict], jax.Array]
+
 BATCH = 64  # images at once
 POOLS = {'pooled': None, 'tokens': 'none'}  # what features are taken; None: the model's own
 
@@ -47,11 +49,7 @@ def predict(
   sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   names = exp.task.class_names
-
-  def probabilities(image_BHWC, params):
-    return jax.nn.softmax(exp.model.apply({'params': params}, exp.normalize(image_BHWC)))
-
-  for file, row in rows(exp, params, files, probabilities):
+  for file, row in rows(exp, params, files, probabilities(exp)):
     if isinstance(row, str):
       yield {'file': str(file), 'error': row}
       continue
@@ -104,7 +102,7 @@ def features(
 
 
 def rows(
-  exp: experiment.Experiment, params: dict, files: list[pathlib.Path], function: Callable
+  exp: experiment.Experiment, params: dict, files: list[pathlib.Path], function: Function
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
   """For each file what `function(image_BHWC, params)` makes of it, or why it can't be read.
 
@@ -117,8 +115,7 @@ def rows(
   mesh = sharding.make_mesh()
   batch_size = -(-min(len(files), BATCH) // mesh.size) * mesh.size
   params = jax.device_put(params, sharding.replicated(mesh))
-  parts = exp.micro_batches(mesh, batch_size)
-  step = jax.jit(sharding.concatenate(function, mesh, parts))
+  step = make_step(exp, mesh, function)
   blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chunks = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
@@ -135,6 +132,23 @@ def rows(
         values = iter(np.asarray(step(image_BHWC, params)))
       for file, row in zip(chunk, images):
         yield file, row if isinstance(row, str) else next(values)
+
+
+def probabilities(exp: experiment.Experiment) -> Function:
+  """`(image_BHWC, params) -> probability_BL` of uint8 images."""
+  return lambda image_BHWC, params: jax.nn.softmax(
+    exp.model.apply({'params': params}, exp.normalize(image_BHWC))
+  )
+
+
+def make_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
+  """The function on every device, compiled."""
+
+  def step(image_BHWC, params):
+    parts = exp.micro_batches(mesh, len(image_BHWC))
+    return sharding.concatenate(function, mesh, parts)(image_BHWC, params)
+
+  return jax.jit(step)
 
 
 def read(file: pathlib.Path, exp: experiment.Experiment) -> np.ndarray | str:

@@ -149,7 +149,7 @@ def score(
   exp: experiment.Experiment, params: dict, test: Examples, mesh: jax.sharding.Mesh
 ) -> Scores:
   """The model's answer to every test example."""
-  step, size = predict.make_predict_step(exp, mesh), exp.config.eval_batch_size
+  step, size = predict.make_step(exp, mesh, predict.probabilities(exp)), exp.config.eval_batch_size
   best, confidence = [], []
   for batch in batches(test, size, mesh, 'Predicting'):
     probability_BL = np.asarray(step(batch['image'], params))[:size]
