@@ -75,7 +75,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
   replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
   batch = next(data.train_batches(training.train, work.batch_size, 0, 0, over_batch))
   if work.mode == 'inference':
-    step = predict.make_predict_step(exp, mesh)
+    step = predict.make_step(exp, mesh, predict.probabilities(exp))
     params = jax.device_put(state.init_params(exp.model, exp.image_shape, 0), replicated)
 
     def run(steps):

@@ -44,7 +44,8 @@ class Work:
 def settings(work: Work) -> ConfigDict:
   """The work's config, without what makes one step differ from another.
 
-  No dropout of any kind and no clipping, which the peers would have to repeat.
+  No dropout of any kind, no clipping, no average and none but light augmentation, which the peers
+  would have to repeat; AdamW, which they have.
   """
   config = config_lib.load_file(work.config)
   overrides = {
@@ -56,6 +57,10 @@ def settings(work: Work) -> ConfigDict:
     'model.dropout': '0',
     'model.stochastic_depth': '0',
     'model.dtype': work.dtype,
+    'ema': '0',
+    'augment.rand_augment.num_layers': '0',
+    'augment.mix.probability': '0',
+    'optimizer.name': 'adamw',
     'optimizer.clip': '0',
     'optimizer.lr': str(LEARNING_RATE),
     'loss.label_smoothing': '0',

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import memory, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
-from vit_jax import sources, splits, vit
+from vit_jax import augment, sources, splits, vit
 
 WORKS = [works.dry(work) for work in works.WORKS['cpu']]
 TRAIN, INFERENCE = WORKS[0], WORKS[1]
@@ -115,8 +115,9 @@ def test_flops_are_those_of_the_products(work):
   assert count(gradient) == want['train']
 
 
-def test_contestants_run_in_processes_of_their_own():
-  work = dataclasses.replace(TRAIN, batch_size=64)
+@pytest.mark.parametrize('work', [TRAIN, INFERENCE], ids=lambda work: work.mode)
+def test_contestants_run_in_processes_of_their_own(work):
+  work = dataclasses.replace(work, batch_size=64)
   contestant = speed.Contestant('vit_jax', work, works.sizes(work))
   assert contestant.about['first_step_seconds'] > 0 and 'jax' in contestant.about['versions']
   assert 0 < contestant.seconds(1) < 5
@@ -158,6 +159,13 @@ def test_every_work_finds_its_images(work):
   config, source = works.settings(work), sources.open_source('synthetic', '', (32, 32))
   [(_, start, stop)] = splits.resolve(config.data.train_split, source.sizes)
   assert 0 <= start < stop and config.epochs * (stop - start) >= work.batch_size
+
+
+@pytest.mark.parametrize('work', works.WORKS['cpu'] + works.WORKS['gpu'], ids=lambda w: w.name)
+def test_a_step_is_one_that_the_peers_take(work):
+  config = works.settings(work)
+  assert config.optimizer.name == 'adamw' and not config.optimizer.clip and not config.ema
+  assert set(augment.active(config.augment)) <= {'pad_crop', 'flip'}
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):

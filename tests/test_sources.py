@@ -1,6 +1,7 @@
 """Every source on real files: layouts, splits, formats, and what is broken."""
 
 import collections
+import io
 import shutil
 
 import numpy as np
@@ -156,6 +157,15 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF', 'ignore::UserWarning')
+def test_more_pixels_than_are_taken_are_not_decoded(monkeypatch):
+  encoded = io.BytesIO()
+  Image.new('1', (300, 200)).save(encoded, 'png')
+  assert image_lib.decode(encoded.getvalue(), 'a.png', max_pixels=60_000).size == (300, 200)
+  monkeypatch.setattr(Image.Image, 'load', None)  # nothing but the header is read
+  with pytest.raises(image_lib.BadImage, match='a.png.*300x200 pixels, at most 59,999'):
+    image_lib.decode(encoded.getvalue(), 'a.png', max_pixels=59_999)
+
+
 def test_decoders_never_let_another_error_through(tmp_path):
   """Bytes changed at random: an image or a BadImage that names the file, nothing else."""
   draw, refused = np.random.RandomState(0), 0
