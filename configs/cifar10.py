@@ -1,10 +1,10 @@
-"""CIFAR-10 from scratch: `tiny`, `small`, `wide` at 32x32; `b16`, `l16` at 224x224.
+"""CIFAR-10 from scratch: `tiny`, `small`, `wide`, `deep` at 32x32; `b16`, `l16` at 224x224.
 
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
 
-`tiny` reaches 53.2% in 3 epochs, two minutes on 2 cores (results/). The others are not
-measured yet.
+`tiny` reaches 79.7% in 20 epochs, a quarter of an hour on 2 cores (results/). The others are not
+measured yet; `small`, `wide` and `deep` take after published recipes for such sizes.
 """
 
 from vit_jax.config import default_config
