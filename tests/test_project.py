@@ -17,7 +17,7 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'backend', 'draw', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
+  {'names', 'backend', 'draw', 'progress', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
   {'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},

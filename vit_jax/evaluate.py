@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import math
 import pathlib
 
 from clu import metrics
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax import data, experiment, sharding
+from vit_jax import data, experiment, progress, sharding
 from vit_jax.sources import Examples
 
 Averages = type[metrics.Collection]
@@ -70,6 +71,8 @@ def evaluate(
 ) -> dict[str, float]:
   """Loss, accuracies and the number of examples counted."""
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  count = math.ceil(len(examples) / batch_size)
+  batches = progress.bar(batches, 'Evaluating', 'batch', count)
   return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 

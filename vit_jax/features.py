@@ -11,6 +11,7 @@ from collections.abc import Callable
 import dataclasses
 import hashlib
 import logging
+import math
 import pathlib
 
 import jax
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import data, experiment, format_npz, sharding
+from vit_jax import data, experiment, format_npz, progress, sharding
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def compute(
 ) -> np.ndarray:
   """The features `[N, D]` of all examples, in their order."""
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  count = math.ceil(len(examples) / batch_size)
+  batches = progress.bar(batches, 'Computing features', 'batch', count)
   rows = [jax.device_get(feature_step(batch, params))[:batch_size] for batch in batches]
   return np.concatenate(rows)[: len(examples)]
 

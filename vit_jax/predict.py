@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import experiment, image, sharding
+from vit_jax import experiment, image, progress, sharding
 from vit_jax.names import choose
 
 Function = Callable[[jax.Array, dict], jax.Array]
@@ -93,7 +93,8 @@ def features(
   def extract(image_BHWC, params):
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
 
-  found = list(rows(exp, params, files, extract))
+  found = rows(exp, params, files, extract)
+  found = list(progress.bar(found, 'Computing features', 'image', len(files)))
   good = {str(file): row for file, row in found if not isinstance(row, str)}
   errors = [row for _, row in found if isinstance(row, str)]
   if not good:

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import draw, experiment, image, maps
+from vit_jax import draw, experiment, image, maps, progress
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +188,8 @@ def run(
     OSError: the port is taken.
   """
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
-  log.info('Compiling ...')
-  viewer = Viewer(exp, params)
+  with progress.announced('Compiling ...'):
+    viewer = Viewer(exp, params)
   examples = sorted((workdir / 'examples').glob('*.png')) if workdir else []
   page = build(viewer, examples, f'vit_jax: {init or workdir.resolve().name}')
   page.launch(

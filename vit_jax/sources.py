@@ -25,7 +25,7 @@ import sys
 import numpy as np
 
 from vit_jax import image as image_lib
-from vit_jax import splits
+from vit_jax import progress, splits
 from vit_jax.names import choose
 
 Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
@@ -132,14 +132,16 @@ def load(
     return name, image, label
 
   pieces = splits.resolve(split, source.sizes)
-  check_memory(split, sum(stop - start for _, start, stop in pieces), size, source.channels)
+  count = sum(stop - start for _, start, stop in pieces)
+  check_memory(split, count, size, source.channels)
 
   def read():
     for name, start, stop in pieces:
       yield from source.read(name, range(start, stop))
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    decoded = [example for chunk in chunks(read(), 4096) for example in pool.map(decode, chunk)]
+    read_all = (example for chunk in chunks(read(), 4096) for example in pool.map(decode, chunk))
+    decoded = list(progress.bar(read_all, f'Reading {split}', 'image', count))
   skipped = tuple(name for name, image, _ in decoded if image is None)
   good = [(image, label) for _, image, label in decoded if image is not None]
   if not good:

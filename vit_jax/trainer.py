@@ -25,7 +25,18 @@ from ml_collections import ConfigDict
 import optax
 import tqdm
 
-from vit_jax import checkpoint, data, evaluate, experiment, image, optim, sharding, state, writer
+from vit_jax import (
+  checkpoint,
+  data,
+  evaluate,
+  experiment,
+  image,
+  optim,
+  progress,
+  sharding,
+  state,
+  writer,
+)
 from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.sources import Examples
@@ -322,7 +333,8 @@ class Run:
   def compile(self, train_state: state.TrainState, batch: dict) -> TrainStep:
     """Compiles ahead, so that images per second are those of training alone."""
     began = time.perf_counter()
-    step = make_train_step(self.exp, self.training, self.mesh).lower(train_state, batch).compile()
+    with progress.announced('Compiling the training step ...'):
+      step = make_train_step(self.exp, self.training, self.mesh).lower(train_state, batch).compile()
     seconds = time.perf_counter() - began
     devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
     log.info('Compiled in %.1f s; training %d steps on %s.', seconds, self.training.steps, devices)

@@ -14,7 +14,6 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 import numpy as np
-from tqdm import tqdm
 
 from vit_jax import (
   checkpoint,
@@ -24,6 +23,7 @@ from vit_jax import (
   image,
   maps,
   predict,
+  progress,
   report,
   sharding,
   writer,
@@ -66,7 +66,7 @@ def run(
   folder = out / 'figures'
   folder.mkdir(parents=True, exist_ok=True)
   drawn, left_out = [], {}
-  for name, (title, picture) in tqdm(PICTURES.items(), 'Drawing', unit='picture', leave=False):
+  for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
     path = folder / f'{name}.png'
     try:
       figure, caption = picture(subject)
@@ -164,7 +164,7 @@ def batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Every example once, under a progress bar."""
   found = data.eval_batches(examples, size, sharding.over_batch(mesh))
-  return tqdm(found, what, math.ceil(len(examples) / size), unit='batch', leave=False)
+  return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
 
 
 def choose(test: Examples, exp: experiment.Experiment) -> np.ndarray:

@@ -1,0 +1,33 @@
+"""Long work is announced, short work is not."""
+
+import logging
+import time
+
+from vit_jax import progress
+
+
+def test_what_takes_long_is_announced(caplog, monkeypatch):
+  monkeypatch.setattr(progress, 'SOON', 0.05)
+  caplog.set_level(logging.INFO)
+  with progress.announced('Quick ...'):
+    pass
+  with progress.announced('Slow ...'):
+    time.sleep(0.2)
+  assert caplog.messages == ['Slow ...']
+
+
+def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
+  monkeypatch.setattr(progress, 'SOON', 0.05)
+  caplog.set_level(logging.INFO)
+  items = []
+  for item in progress.bar(range(4), 'Slow', 'egg', total=4):
+    items.append(item)
+    time.sleep(0.2 if item == 0 else 0.12)
+  shown = capsys.readouterr().err
+  assert items == [0, 1, 2, 3] and caplog.messages == ['Slow ...']
+  assert '2/4' in shown and 'egg' in shown and shown.endswith('\r')
+  assert list(progress.bar(range(9), 'Quick', 'egg', total=9)) == list(range(9))
+  assert not capsys.readouterr().err
+  for item in progress.bar(range(2), 'Slow later', 'egg', total=2):
+    time.sleep(0.2 * item)
+  assert len(caplog.messages) == 1  # the bar is there by then
