@@ -74,11 +74,13 @@ def fewshot(args, overrides):
 def predict(args, overrides):
   from vit_jax import format_npz, predict
 
-  if not args.images:
-    raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
   images, config = split_paths(args.images), given_config(args, overrides)
-  if args.features and (not args.out or args.out.is_dir()):
+  if not images:
+    raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
+  if args.features and (not args.out or args.out.suffix != '.npz'):
     raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
+  if args.features and args.out.exists():
+    raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
   if args.features:
     arrays, errors = predict.features(
       args.workdir, images, args.features, overrides, config, args.init

@@ -8,6 +8,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 from PIL import Image
@@ -30,6 +34,7 @@ CHROMIUM = next(
 @pytest.fixture(scope='module')
 def page(trained):
   """The address of a server in a process of its own."""
+  began = time.time()
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -44,7 +49,9 @@ def page(trained):
     pytest.fail(''.join(lines))
   yield f'http://127.0.0.1:{port}/'
   process.terminate()
-  process.wait(30)
+  assert process.wait(30) == 0
+  left = pathlib.Path(tempfile.gettempdir()).glob('vit_jax_uploads_*')
+  assert not [folder for folder in left if folder.stat().st_mtime > began]
 
 
 @pytest.fixture
@@ -87,13 +94,14 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     tab.get_by_role('option', name='head 1').click()
     browser.expect(picture).not_to_have_attribute('src', before)
 
-    before = classes.inner_text()
+    tab.locator('#file button[aria-label="Clear"]').first.click()
+    browser.expect(picture).to_have_count(0)
     tab.locator('#examples button').nth(3).click()
-    browser.expect(classes).not_to_have_text(before)
+    browser.expect(picture).to_be_visible()
 
-    tab.reload()
     upload.set_input_files(tmp_path / 'fake.png')
     browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
+    browser.expect(picture).to_have_count(0)  # nor does the last image stay
     chromium.close()
   asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
   assert not asked, f'the page asks {asked}'
@@ -121,9 +129,30 @@ def test_what_is_let_in(client, tmp_path):
   refused('page.html', b'<script>alert(1)</script>', 'not a readable image')
   refused('drawing.svg', b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not a readable image')
   refused('empty.png', b'', 'empty file')
+  Image.new('RGB', (9, 9)).save(tmp_path / 'drawing.eps')
+  refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'of no known format')
   refused('large.png', bytes(serve.MAX_BYTES + 1), 'exceed|413|large')
   Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
   assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers
+
+
+def test_nothing_is_fetched_for_a_client(client):
+  address = {'path': 'http://127.0.0.1:1/a.png', 'meta': {'_type': 'gradio.FileData'}}
+  with pytest.raises(Exception, match='Upload the file itself'):
+    client.predict(address, serve.ROLLOUT, serve.MEAN, api_name='/predict')
+
+
+@pytest.mark.parametrize('layer, head', [('block 9', serve.MEAN), ('block 1', 'head 9'), (None, 1)])
+def test_layers_and_heads_that_there_are_not(client, trained, layer, head):
+  file = next((trained[0] / 'examples').iterdir())
+  with pytest.raises(Exception, match='block 2|choices'):
+    ask(client, file, layer, head)
+
+
+def test_files_of_the_machine_are_not_shown(page):
+  for path in ('/etc/passwd', str(ROOT / 'main.py'), '../../main.py'):
+    with pytest.raises(urllib.error.HTTPError, match='403|404'):
+      urllib.request.urlopen(f'{page}gradio_api/file={path}')
 
 
 def test_other_machines_are_not_let_in(page):
@@ -148,4 +177,5 @@ def test_a_port_that_is_taken(trained, capsys):
     taken.listen()
     port = taken.getsockname()[1]
     code = main.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
-  assert code == 2 and str(port) in capsys.readouterr().err
+  assert code == 2 and f'--port={port} can not be listened on' in capsys.readouterr().err
+  assert main.main(['--mode=serve', f'--workdir={trained[0]}', '--port=70000']) == 2

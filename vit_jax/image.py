@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
 
 
 class BadImage(ValueError):
@@ -43,7 +44,7 @@ def decode(
       `max_pixels`; None for what Pillow takes for a decompression bomb.
   """
   try:
-    opened = Image.open(io.BytesIO(encoded))  # the header only
+    opened = Image.open(io.BytesIO(encoded), formats=FORMATS)  # the header only
     if max_pixels and opened.width * opened.height > max_pixels:
       raise ValueError(f'{opened.width}x{opened.height} pixels, at most {max_pixels:,} are taken')
     return convert(ImageOps.exif_transpose(opened), channels)
@@ -104,8 +105,10 @@ def find(paths: list[str]) -> list[pathlib.Path]:
   """The files named, and the images in the folders and patterns (`photos/*.jpg`) named, sorted.
 
   Raises:
-    ValueError: a folder or a pattern without images.
+    ValueError: no path, or a folder or a pattern without images.
   """
+  if not paths:
+    raise ValueError('No images are named: give files, folders or patterns.')
   found = []
   for path in map(pathlib.Path, paths):
     path = path.expanduser()

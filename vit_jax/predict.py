@@ -21,7 +21,7 @@ from vit_jax.names import choose
 Function = Callable[[jax.Array, dict], jax.Array]
 
 BATCH = 64  # images at once
-POOLS = {'pooled': None, 'tokens': 'none'}  # what features are taken; None: the model's own
+KINDS = ('pooled', 'tokens')  # of features
 
 
 def predict(
@@ -49,7 +49,10 @@ def predict(
   sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   names = exp.task.class_names
-  for file, row in rows(exp, params, files, probabilities(exp)):
+  found = rows(exp, params, files, probabilities(exp))
+  if not sys.stdout.isatty():  # where what is printed shows how far it is
+    found = progress.bar(found, 'Predicting', 'image', len(files))
+  for file, row in found:
     if isinstance(row, str):
       yield {'file': str(file), 'error': row}
       continue
@@ -71,8 +74,9 @@ def features(
   Args:
     workdir: of a run; None with `init`.
     paths: files, folders and patterns.
-    kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that are pooled, after the
-      last LayerNorm where that comes first: `[N, T, D]`.
+    kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that the pool reads, class
+      token and registers first, after the last LayerNorm where that comes before the pool:
+      `[N, T, D]`.
     overrides: dotted keys and values put over the model's config.
     config: what the run must have been trained with; None to trust it.
     init: published weights, which need no head.
@@ -84,11 +88,14 @@ def features(
   Raises:
     ValueError: as `predict`; or no file at all could be read.
   """
-  pool = choose('--features', kind, POOLS)
+  choose('--features', kind, KINDS)
   files = image.find(paths)
   sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='any')
-  backbone = exp.model.clone(num_classes=None, pool=pool or exp.model.pool)
+  backbone = exp.model.clone(num_classes=None)
+  if kind == 'tokens':
+    has_class = exp.model.has_class  # else it would go with the pool that reads it
+    backbone = backbone.clone(pool='none', class_token=has_class, representation_size=None)
 
   def extract(image_BHWC, params):
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
@@ -110,7 +117,7 @@ def rows(
   Args:
     exp: whose preprocessing it is.
     params: of its model.
-    files: of which all but the first may be bad.
+    files: one at least.
     function: of uint8 images; it gives an array with a row for each.
   """
   mesh = sharding.make_mesh()

@@ -4,12 +4,19 @@ Decisions:
   * Files are decoded by `image.decode` alone, which opens images only and says what is wrong with
     the others; Gradio hands over bytes. Their size and pixels are bounded.
   * One image at a time, on one device: requests wait in Gradio's queue.
-  * The page asks nothing of the network: system fonts, no analytics, no share link.
+  * Neither the page nor the server asks anything of the network: system fonts, no analytics, no
+    share link, and addresses in the place of an upload are refused.
+  * Uploads lie in a folder of this server's own, which goes when it stops.
 """
 
 import functools
 import logging
+import os
 import pathlib
+import signal
+import socket
+import sys
+import tempfile
 from typing import NamedTuple
 
 import gradio as gr
@@ -24,7 +31,9 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 50_000_000
 MAX_WAITING = 256  # requests
-KEEP = 3600  # seconds that an upload stays on disk
+KEEP = 3600  # seconds that an upload stays on disk, and what was seen in it in memory
+CLEAN = 300  # seconds between looking for what is older
+MAX_SESSIONS = 256
 TOPK = 5
 SHOWN = 448  # pixels of the picture's shorter side, at least
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
@@ -78,6 +87,11 @@ class Viewer:
     return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
 
   @property
+  def head_names(self) -> list[str]:
+    """What heads of a block there are to choose from."""
+    return [MEAN, *(f'head {i + 1}' for i in range(self.heads))]
+
+  @property
   def layers(self) -> list[str]:
     """What attention there is to choose from."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth)]
@@ -92,9 +106,7 @@ class Viewer:
     map_hw = seen.rollout_hw
     if layer != ROLLOUT:
       map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
-      map_hw = (
-        map_Khw.mean(axis=0) if head == MEAN else map_Khw[int(head.removeprefix('head ')) - 1]
-      )
+      map_hw = map_Khw.mean(axis=0) if head == MEAN else map_Khw[self.head_names.index(head) - 1]
     return light(seen.image_HWC, map_hw)
 
 
@@ -113,6 +125,9 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
   def classify(encoded: bytes | None, layer: str, head: str):
     if encoded is None:
       raise gr.Error('There is no file: give an image.', print_exception=False)
+    if layer not in viewer.layers or head not in viewer.head_names:
+      layers, heads = ', '.join(viewer.layers), ', '.join(viewer.head_names)
+      raise gr.Error(f'Layers: {layers}. Heads: {heads}.', print_exception=False)
     try:
       seen = viewer.open(encoded)
     except image.BadImage as error:
@@ -125,10 +140,12 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
   def draw_again(seen: Seen | None, layer: str, head: str):
     return None if seen is None else viewer.picture(seen, layer, head)
 
-  heads = [MEAN, *(f'head {i + 1}' for i in range(viewer.heads))]
-  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEEP, KEEP)) as page:
+  def nothing():
+    return None, None, None
+
+  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {title}')
-    seen = gr.State()
+    seen = gr.State(time_to_live=KEEP)
     with gr.Row():
       with gr.Column():
         file = gr.File(label='Image', type='binary', elem_id='file')
@@ -150,10 +167,18 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
           label='Lit by attention', interactive=False, buttons=[], elem_id='attention'
         )
         layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer')
-        head = gr.Dropdown(heads, value=MEAN, label='Head, of a single block', elem_id='head')
+        head = gr.Dropdown(
+          viewer.head_names, value=MEAN, label='Head, of a single block', elem_id='head'
+        )
     outputs = [label, picture, seen]
-    file.upload(classify, [file, layer, head], outputs, api_name='predict')
+    refuse_addresses(file)
+    quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
+    file.upload(nothing, None, outputs, **quiet).then(
+      classify, [file, layer, head], outputs, api_name='predict'
+    )
+    file.clear(nothing, None, outputs, **quiet)
     gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    gallery.select(lambda: None, None, file, **quiet)
     gr.on(
       [layer.change, head.change],
       draw_again,
@@ -163,6 +188,28 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
       show_progress='hidden',
     )
   return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def refuse_addresses(file: gr.File) -> None:
+  """Has Gradio not fetch what a client names by its address: of that no size is bounded."""
+  keep = file.async_move_resource_to_block_cache
+
+  async def keep_uploads(path):
+    if path and not pathlib.Path(path).is_file():
+      raise gr.Error('Upload the file itself.', print_exception=False)
+    return await keep(path)
+
+  file.async_move_resource_to_block_cache = keep_uploads
+
+
+def check_address(host: str, port: int) -> None:
+  """Raises ValueError where nothing can listen, before a model is read for it."""
+  try:
+    socket.create_server((host, port)).close()
+  except (OSError, OverflowError) as error:
+    raise ValueError(
+      f'--host={host} --port={port} can not be listened on ({error}): give another.'
+    ) from error
 
 
 def run(
@@ -184,25 +231,29 @@ def run(
     init: published weights with a head.
 
   Raises:
-    ValueError: no checkpoint, or overrides that contradict it.
-    OSError: the port is taken.
+    ValueError: an address that is taken, no checkpoint, or overrides that contradict it.
   """
+  check_address(host, port)
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
   examples = sorted((workdir / 'examples').glob('*.png')) if workdir else []
-  page = build(viewer, examples, f'vit_jax: {init or workdir.resolve().name}')
-  page.launch(
-    server_name=host,
-    server_port=port,
-    share=False,
-    quiet=True,
-    prevent_thread_lock=True,
-    max_file_size=MAX_BYTES,
-    enable_monitoring=False,
-    ssr_mode=False,
-    theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
-    footer_links=['api'],
-  )
-  log.info('Serving on %s', page.local_url)
-  page.block_thread()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
+  with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
+    os.environ['GRADIO_TEMP_DIR'] = uploads
+    page = build(viewer, examples, f'vit_jax: {init or workdir.resolve().name}')
+    page.launch(
+      server_name=host,
+      server_port=port,
+      share=False,
+      quiet=True,
+      prevent_thread_lock=True,
+      max_file_size=MAX_BYTES,
+      state_session_capacity=MAX_SESSIONS,
+      enable_monitoring=False,
+      ssr_mode=False,
+      theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
+      footer_links=['api'],
+    )
+    log.info('Serving on %s', page.local_url)
+    page.block_thread()
