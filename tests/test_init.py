@@ -16,7 +16,7 @@ from tests.test_main import call, error
 from tests.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, export, inherit, probe, sources
+from vit_jax import experiment, export, inherit, maps, predict, probe, sources
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -185,6 +185,23 @@ def test_export(capsys, form, trained, tmp_path):
 
 
 WRITE = ['--format=hf', '--out=out']
+
+
+@pytest.mark.parametrize('name', ['paper_token', 'paper_prelogits', 'hf_backbone'])
+def test_tokens_are_what_is_pooled(tmp_path, name):
+  file = tmp_path / 'a.png'
+  Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(file)
+  init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
+  take = lambda kind: predict.features(None, [str(file)], kind, init=str(init))[0]['feature']
+  tokens_BND, pooled_BD = take('tokens'), take('pooled')
+  exp, params = experiment.open_model(None, str(init), {}, None, classes='any')
+  patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))
+  assert tokens_BND.shape == (1, exp.model.num_prefix + patches, exp.model.width)
+  want_BD = tokens_BND[:, 0]
+  if exp.model.representation_size:
+    layer = params['pre_logits']
+    want_BD = np.tanh(want_BD @ layer['kernel'] + layer['bias'])
+  np.testing.assert_allclose(pooled_BD, want_BD, atol=1e-5)
 
 
 @pytest.mark.parametrize('argv, message', [
