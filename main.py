@@ -44,22 +44,30 @@ def split_paths(text):
 
 
 def train(args, overrides):
-  from vit_jax import probe, trainer
+  from vit_jax import cluster, probe, trainer
 
-  config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
-  result = probe.train(config, args.workdir)
-  print(
-    f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
-    f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
-    'result.json, tensorboard, log.txt).'
-  )
+  with cluster.joined(args.coordinator, args.num_processes, args.process_id):
+    config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
+    try:
+      result = probe.train(config, args.workdir)
+    except cluster.Preempted as error:
+      log.info('%s The same command goes on.', error)
+      return cluster.TRY_AGAIN
+    if cluster.is_first():
+      print(
+        f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
+        f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
+        'result.json, tensorboard, log.txt).'
+      )
 
 
 def evaluate(args, overrides):
-  from vit_jax import evaluate
+  from vit_jax import cluster, evaluate
 
-  result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
-  print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
+  with cluster.joined(args.coordinator, args.num_processes, args.process_id):
+    result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
+    if cluster.is_first():
+      print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
 
 
 def fewshot(args, overrides):
@@ -155,7 +163,10 @@ class Console(logging.Handler):
   def emit(self, record):
     from tqdm import tqdm
 
-    tqdm.write(self.format(record), file=sys.stderr)
+    from vit_jax import cluster
+
+    if cluster.is_first() or record.levelno >= logging.WARNING:
+      tqdm.write(self.format(record), file=sys.stderr)
 
 
 def folder(text):
@@ -189,6 +200,11 @@ def parse(argv):
   parser.add_argument('--features', default='', help='predict: pooled or tokens, into --out')
   parser.add_argument('--host', default='127.0.0.1', help='serve: 0.0.0.0 for other machines')
   parser.add_argument('--port', type=int, default=7860, help='serve')
+  parser.add_argument(
+    '--coordinator', help='train, eval on several hosts: <host>:<port> of the first process'
+  )
+  parser.add_argument('--num_processes', type=int, help='in all; 1: alone, whatever Slurm says')
+  parser.add_argument('--process_id', type=int, help='0 to num_processes - 1')
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   while rest:

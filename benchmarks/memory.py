@@ -30,9 +30,7 @@ def step_bytes(config, batch_size: int) -> int:
   config.batch_size = batch_size
   mesh = sharding.make_mesh()
   exp, training = experiment.from_config(config)
-  init = lambda: state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, False, sharding.replicated(mesh)
-  )
+  init = lambda: state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, mesh)
   batch = {
     'image': jax.ShapeDtypeStruct((batch_size, *exp.image_shape), jnp.uint8),
     'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),

@@ -53,10 +53,10 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
     exp.image_shape,
     config.seed,
     config.ema > 0,
-    sharding.replicated(mesh),
+    mesh,
     config.freeze,
   )
-  train_state = fresh.replace(params=jax.device_put(training.params, sharding.replicated(mesh)))
+  train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
   batches = data.train_batches(
     training.train, config.batch_size, config.seed, 0, sharding.over_batch(mesh)
   )
@@ -85,7 +85,7 @@ def measure(config, examples: int, rounds: int) -> dict:
     folder = pathlib.Path(folder)
     weights = probe.initial_params(exp, training, folder)
     training = dataclasses.replace(training, params=weights)
-    params = jax.device_put(weights, sharding.replicated(mesh))
+    params = sharding.replicate(mesh, weights)
     step = features.make_feature_step(exp, mesh)
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
     features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles it

@@ -49,11 +49,9 @@ def make_step(**overrides):
   """(experiment, state, compiled step, batches) as a run has them."""
   exp, training = experiment.from_config(small_config(**overrides))
   mesh = sharding.make_mesh(32)
-  replicated = sharding.replicated(mesh)
   train_state = state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, exp.config.ema > 0, replicated,
-    exp.config.freeze,
-  )  # fmt: skip
+    exp.model, training.optimizer, exp.image_shape, 0, exp.config.ema > 0, mesh, exp.config.freeze
+  )
   batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
   step = trainer.make_train_step(exp, training, mesh)
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches

@@ -64,6 +64,9 @@ def check(config: ConfigDict) -> None:
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
   check_augment(config)
+  axes = dict(config.mesh)
+  if list(axes.values()).count(-1) > 1 or not all(n == -1 or n > 0 for n in axes.values()):
+    raise ValueError(f'mesh needs numbers of devices, and -1 for one axis at most, got {axes}.')
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split):
     raise ValueError(

@@ -1,94 +1,153 @@
 """Checkpoints with orbax, and orbax only here.
 
 A workdir keeps them in `checkpoints/<step>/`, each with three items: `params`, `state`
-(step, optimizer state, averages) and `config` (JSON: the config, and what the data told:
-class names, channels, stored size).
+(step, optimizer state, averages) and `config` (JSON: the config, what the data told: class names,
+channels, stored size, and digests of all three items).
 
 Decisions:
-  * Arrays are saved as NumPy arrays. Saved as JAX arrays they carry their devices, and
-    orbax then refuses to restore them, without a target, on a machine with fewer.
-  * A checkpoint appears under its name only when it is whole (orbax renames it).
+  * Arrays are saved whole and as NumPy arrays, by the first process. Saved as JAX arrays they carry
+    their devices, and orbax then refuses to restore them, without a target, on a machine with
+    fewer. So the same files come of a laptop and of a pod, and open on either.
+  * A checkpoint appears under its name only when it is whole (orbax renames it). What happens to
+    it afterwards its digests tell, which are compared whenever it is read.
 """
 
+import hashlib
+import json
+import logging
 import pathlib
+import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from vit_jax import cluster
 from vit_jax.state import TrainState
+
+log = logging.getLogger(__name__)
+
+ITEMS = ('config', 'params', 'state')
+ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # the first process
+
+
+class Damaged(ValueError):
+  """A checkpoint that can't be read, or not as it was written."""
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, open for writing; a context manager."""
+  """The checkpoints of one workdir, open for writing; a context manager.
+
+  In several processes all call its methods, in the same order.
+  """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
     """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
-    newest = policies.LatestN(max(keep, 1))
-    best = policies.BestN(
-      get_metric_fn=lambda metrics: metrics['accuracy'],
-      n=1,
-      keep_checkpoints_without_metrics=False,
-    )
-    options = ocp.CheckpointManagerOptions(
-      preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-      cleanup_tmp_directories=True,
-    )
-    self._manager = ocp.CheckpointManager(directory(workdir), options=options)
+    self._workdir = workdir
+    self._manager = manager(workdir, keep) if cluster.is_first() else None
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self._manager.close()  # waits until the last one is written
+  def __exit__(self, kind, *_):
+    if self._manager is None:
+      return
+    try:
+      self._manager.close()  # waits until the last one is written
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      if kind is None:
+        raise unwritten(self._workdir, error) from error
 
   def latest(self) -> int | None:
     """The newest step; None where there is none."""
-    return self._manager.latest_step()
+    return latest_step(self._workdir)
 
   def save(self, state: TrainState, config: dict, accuracy: float | None = None) -> None:
     """Copies the state to the host, then writes it while training goes on.
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
+      OSError: this one, or the one before it, can't be written.
     """
-    host = jax.device_get(state)
+    host = cluster.to_host(state)
     step = int(host.step)
     for path, leaf in jax.tree_util.tree_leaves_with_path(host.params):
       if not np.isfinite(leaf).all():
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
-    self._manager.save(
-      step,
-      metrics=None if accuracy is None else {'accuracy': accuracy},
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(host.params),
-        state=ocp.args.StandardSave(rest(host)),
-        config=ocp.args.JsonSave(config),
-      ),
-    )
+    if self._manager is None:
+      return
+    items = {'params': host.params, 'state': rest(host)}
+    config = json.loads(json.dumps(config))  # tuples are lists, as they will be read
+    digests = {name: digest(item) for name, item in (items | {'config': config}).items()}
+    try:
+      self._manager.save(
+        step,
+        metrics=None if accuracy is None else {'accuracy': accuracy},
+        args=ocp.args.Composite(
+          params=ocp.args.StandardSave(items['params']),
+          state=ocp.args.StandardSave(items['state']),
+          config=ocp.args.JsonSave(config | {'digests': digests}),
+        ),
+      )
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise unwritten(self._workdir, error) from error
 
   def wait(self) -> None:
-    """Until the last checkpoint is on disk."""
-    self._manager.wait_until_finished()
+    """Until the last checkpoint is on disk.
 
-  def restore(self, like: TrainState) -> tuple[TrainState, dict]:
-    """The newest state, on the devices of `like` and of its shapes, and its `config` item."""
-    params, others = like.params, rest(like)
-    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (params, others))
+    Raises:
+      OSError: it can't be written.
+    """
+    if self._manager is None:
+      return
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:  # orbax and tensorstore raise many kinds
+      raise unwritten(self._workdir, error) from error
+
+  def restore(self, like: TrainState) -> tuple[list[np.ndarray], dict]:
+    """The newest state, and its `config` item.
+
+    Args:
+      like: a state of the same shapes, which may be abstract.
+
+    Returns:
+      The state's arrays on the host, in the order of `like`'s leaves.
+    """
+    return cluster.from_first(lambda: self._restore(like))
+
+  def _restore(self, like):
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (like.params, rest(like)))
     args = ocp.args.Composite(
       params=ocp.args.StandardRestore(blank[0]),
       state=ocp.args.StandardRestore(blank[1]),
       config=ocp.args.JsonRestore(),
     )
+    step = self._manager.latest_step()
     try:
-      items = self._manager.restore(self.latest(), args=args)
+      items = self._manager.restore(step, args=args)
     except Exception as error:  # orbax and tensorstore raise many kinds
-      raise damaged(self._manager.directory / str(self.latest()), error) from error
-    state = like.replace(params=items.params, **items.state)
-    placed = jax.tree.map(lambda host, old: jax.device_put(host, old.sharding), state, like)
-    return placed, items.config
+      raise damaged(self._workdir, step, error) from error
+    return jax.tree.leaves(like.replace(params=items.params, **items.state)), items.config
+
+
+def manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+  """orbax's, of the first process alone."""
+  best = policies.BestN(
+    get_metric_fn=lambda metrics: metrics['accuracy'],
+    n=1,
+    keep_checkpoints_without_metrics=False,
+  )
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), best]),
+    cleanup_tmp_directories=True,
+    create=False,  # which orbax wants of a manager for some of the processes
+    multiprocessing_options=ALONE,
+  )
+  directory(workdir).mkdir(parents=True, exist_ok=True)
+  return ocp.CheckpointManager(directory(workdir), options=options)
 
 
 def rest(state: TrainState) -> dict:
@@ -96,52 +155,142 @@ def rest(state: TrainState) -> dict:
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
+def digest(item) -> str:
+  """SHA-256 of an item: of the names, types, shapes and bytes of its arrays, or of its JSON."""
+  found = hashlib.sha256()
+  leaves = jax.tree_util.tree_leaves_with_path(item)
+  named = [(jax.tree_util.keystr(p, simple=True, separator='/'), leaf) for p, leaf in leaves]
+  for name, leaf in sorted(named, key=lambda pair: pair[0]):
+    if isinstance(leaf, np.ndarray | np.generic):
+      found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())
+      found.update(np.ascontiguousarray(leaf).tobytes())
+    else:
+      found.update(f'{name} {json.dumps(leaf)}'.encode())
+  return found.hexdigest()
+
+
 def directory(workdir: pathlib.Path) -> pathlib.Path:
   """Where a workdir keeps its checkpoints; orbax wants it absolute."""
   return pathlib.Path(workdir).expanduser().resolve() / 'checkpoints'
 
 
-def latest_step(workdir: pathlib.Path) -> int | None:
-  """The newest whole checkpoint; None where there is none. Writes nothing."""
+def steps(workdir: pathlib.Path) -> list[int]:
+  """Those of its checkpoints, the newest first. Writes nothing."""
   if not directory(workdir).is_dir():
-    return None
-  return max(ocp.utils.checkpoint_steps(directory(workdir)), default=None)
+    return []
+  return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
+
+
+def latest_step(workdir: pathlib.Path) -> int | None:
+  """The newest checkpoint; None where there is none. Writes nothing."""
+  return cluster.from_first(lambda: next(iter(steps(workdir)), None))
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """One item of a checkpoint as it was saved, arrays as NumPy."""
-  handler = ocp.JsonCheckpointHandler() if item == 'config' else ocp.StandardCheckpointHandler()
+  """One item of a checkpoint as it was saved, arrays as NumPy.
+
+  Raises:
+    Damaged: it can't be read, or is not as it was saved.
+  """
+  return cluster.from_first(lambda: read(workdir, step, item))
+
+
+def read(workdir: pathlib.Path, step: int, item: str):
+  """The same, in this process."""
+  found = restored(workdir, step, item)
+  about = found if item == 'config' else restored(workdir, step, 'config')
+  digests = about.pop('digests', {})  # an older version wrote none
+  now = digest(found)
+  if digests.get(item, now) != now:
+    raise damaged(workdir, step, f'its {item} is not what was saved')
+  return found
+
+
+def restored(workdir: pathlib.Path, step: int, item: str):
+  """The same, whether or not it is what was saved."""
+  handlers = {'config': ocp.JsonCheckpointHandler}
+  handler = handlers.get(item, ocp.StandardCheckpointHandler)(multiprocessing_options=ALONE)
   try:
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=ALONE) as checkpointer:
       return checkpointer.restore(directory(workdir) / str(step) / item)
   except Exception as error:  # orbax and tensorstore raise many kinds
-    raise damaged(directory(workdir) / str(step), error) from error
+    raise damaged(workdir, step, error) from error
 
 
-def damaged(path: pathlib.Path, error: Exception) -> ValueError:
-  """The error for a checkpoint that can't be read."""
+def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
+  """The error for a checkpoint that is of no use."""
+  path, reason = directory(workdir) / str(step), (str(reason).splitlines() or [''])[0][:200]
+  return Damaged(f'The checkpoint {path} is damaged: {reason}.')
+
+
+def unwritten(workdir: pathlib.Path, error: Exception) -> OSError:
+  """The error for a checkpoint that can't be written."""
   reason = (str(error).splitlines() or [''])[0][:200]
-  return ValueError(
-    f'The checkpoint {path} is damaged ({type(error).__name__}: {reason}). Move that folder away '
-    'to use the checkpoint before it.'
+  return OSError(
+    f'A checkpoint could not be written into {directory(workdir)} ({type(error).__name__}: '
+    f'{reason}). Those before it are whole. Make room, or whatever it needs; the same command goes '
+    'on from them.'
   )
 
 
+def set_aside_damaged(workdir: pathlib.Path) -> None:
+  """Moves checkpoints newer than the newest whole one into `<workdir>/damaged/`.
+
+  Raises:
+    ValueError: none is whole.
+  """
+  cluster.from_first(lambda: _set_aside_damaged(workdir))
+
+
+def _set_aside_damaged(workdir: pathlib.Path) -> None:
+  found = steps(workdir)
+  for step in found:
+    try:
+      for item in ITEMS:
+        read(workdir, step, item)
+      return
+    except Damaged as error:
+      aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
+      aside.parent.mkdir(exist_ok=True)
+      (directory(workdir) / str(step)).rename(aside)
+      log.warning('%s It was moved to %s.', error, aside)
+  if found:
+    raise ValueError(
+      f'{workdir}: all checkpoints are damaged, and were moved to {workdir}/damaged. The same '
+      'command begins anew.'
+    )
+
+
 def load(workdir: pathlib.Path, step: int | None = None) -> tuple[int, dict, dict]:
-  """A checkpoint, the newest by default, for inference: step, weights (NumPy), `config` item.
+  """A checkpoint for inference: step, weights (NumPy), `config` item.
 
   The weights are the averaged ones where the run keeps them.
 
+  Args:
+    workdir: of a training run.
+    step: of the checkpoint; None for the newest that is whole.
+
   Raises:
-    ValueError: the workdir holds no checkpoint.
+    ValueError: the workdir holds no such checkpoint.
   """
-  step = latest_step(workdir) if step is None else step
-  if step is None:
+  found = cluster.from_first(lambda: _load(workdir, step))
+  return tuple(found)
+
+
+def _load(workdir: pathlib.Path, step: int | None) -> tuple[int, dict, dict]:
+  found = steps(workdir) if step is None else [step]
+  if not found:
     raise ValueError(
       f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
       'run that has saved one (every checkpoint_every steps, and at its end).'
     )
-  config = restore_item(workdir, step, 'config')
-  if config['config']['ema'] > 0:
-    return step, restore_item(workdir, step, 'state')['ema'], config
-  return step, restore_item(workdir, step, 'params'), config
+  for step, older in zip(found, [*found[1:], None]):
+    try:
+      config = read(workdir, step, 'config')
+      if config['config']['ema'] > 0:
+        return step, read(workdir, step, 'state')['ema'], config
+      return step, read(workdir, step, 'params'), config
+    except Damaged as error:
+      if older is None:
+        raise
+      log.warning('%s That of step %d is used.', error, older)

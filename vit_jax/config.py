@@ -41,6 +41,14 @@ def default_config() -> ConfigDict:
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated, at most: it is less in
   # the first steps; 0: no averaging
 
+  c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs and
+  # TPUs give them anyway
+
+  c.mesh = ConfigDict()  # devices along each axis; -1, of one: all that remain
+  c.mesh.data = -1  # each with a share of the batch
+  c.mesh.fsdp = 1  # likewise, and with a share of parameters and optimizer state
+  c.mesh.tensor = 1  # each with a share of attention's heads and the MLP's hidden units
+
   c.data = ConfigDict()
   c.data.source = 'tfds:cifar10'  # tfds:<name>, folder:<path>, digits or synthetic
   c.data.dir = ''  # where TFDS data lies, or what a folder's path starts from
@@ -135,7 +143,8 @@ def default_config() -> ConfigDict:
 # What a run may change when it goes on: it touches how far and how, not what.
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
-    'keep_checkpoints', 'data.dir', 'data.eval_split', 'model.remat',
+    'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
+    'data.eval_split', 'model.remat',
 )  # fmt: skip
 
 

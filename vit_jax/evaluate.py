@@ -85,5 +85,5 @@ def run(
   batch_size = exp.config.eval_batch_size
   examples = experiment.load_split(exp, exp.config.data.eval_split)
   mesh = sharding.make_mesh()
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = sharding.replicate(mesh, params)
   return {'step': step} | evaluate(make_eval_step(exp, mesh), params, examples, batch_size, mesh)

@@ -137,7 +137,7 @@ class Experiment:
     """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
-    together = group(self.config) if batch_size // mesh.size % 2 == 0 else 1
+    together = group(self.config) if batch_size // sharding.shares(mesh) % 2 == 0 else 1
     return sharding.micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
@@ -418,6 +418,16 @@ def report(name: str, examples: sources.Examples | None) -> None:
 def group(config: ConfigDict) -> int:
   """How many neighbours of a batch stay on one device and in one micro-batch: those that mix."""
   return 2 if augment.mixes(config.augment) else 1
+
+
+def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+  """Of the devices that the config asks for, and that its batch divides over.
+
+  Raises:
+    ValueError: there is none such.
+  """
+  parts = config.micro_batches or 1
+  return sharding.make_mesh(config.batch_size, parts, group(config), dict(config.mesh))
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

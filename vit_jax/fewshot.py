@@ -15,7 +15,6 @@ Decisions:
 import logging
 import pathlib
 
-import jax
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -101,7 +100,7 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   needed = np.unique(np.concatenate([index.ravel() for index in drawn.values()]))
   mesh = sharding.make_mesh()
   step = features.make_feature_step(exp, mesh)
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = sharding.replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
   known_ND = compute(Examples(train.image_NHWC[needed], train.label_N[needed]))
   test_MD = compute(test)

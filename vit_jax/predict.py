@@ -122,7 +122,7 @@ def rows(
   """
   mesh = sharding.make_mesh()
   batch_size = -(-min(len(files), BATCH) // mesh.size) * mesh.size
-  params = jax.device_put(params, sharding.replicated(mesh))
+  params = sharding.replicate(mesh, params)
   step = make_step(exp, mesh, function)
   blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
   with concurrent.futures.ThreadPoolExecutor() as pool:

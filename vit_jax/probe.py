@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   finished, saved = trainer.start_up(config, workdir)
   if finished:
     return finished
-  mesh = trainer.make_mesh(config)
+  mesh = experiment.make_mesh(config)
   exp, training = experiment.from_config(config, saved)
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   trainer.save_examples(exp, training.test, workdir)
@@ -102,7 +102,7 @@ def on_features(
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, experiment.Training]:
   """The same experiment and training, on features that are kept in `folder`."""
-  params = jax.device_put(training.params, sharding.replicated(mesh))
+  params = sharding.replicate(mesh, training.params)
   step = features.make_feature_step(exp, mesh)
   splits = {
     name: features.cached(exp, step, params, examples, mesh, folder)

@@ -1,22 +1,51 @@
 """The devices: how many, in which mesh, where arrays lie, and how a batch is worked through.
 
 Decisions:
-  * Mesh axes are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
+  * Mesh axes are `data`, `fsdp` and `tensor`. A batch is split over the first two; parameters and
+    all that is shaped like them over the last two, by their names and shapes.
+  * They are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
     sharded batch.
+  * Where every device holds all parameters, it works on its share of the batch by itself and
+    sums are taken once a step (`shard_map`). Where parameters are split, XLA partitions one
+    program for all, kept by constraints from splitting anything but the batch between blocks.
   * A CPU is one device a core for batches large enough, and each works through its share in
     micro-batches that stay in its cache, on its own until all are done. For small models that
     is far faster than one program over all cores and the whole batch, which is what
     `plain_linen` in results/speed_cpu.json is; for wide ones it makes no difference.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
+import functools
 import math
-import os
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from vit_jax import cluster
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')  # what a batch is split over
+ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
+
+# Which axis of an array `tensor` splits, by the last two parts of its name: attention's heads and
+# the MLP's hidden units (Shoeybi et al. 2019, 1909.08053, Section 3).
+TENSOR_AXIS = {
+  ('query', 'kernel'): 1,
+  ('query', 'bias'): 0,
+  ('key', 'kernel'): 1,
+  ('key', 'bias'): 0,
+  ('value', 'kernel'): 1,
+  ('value', 'bias'): 0,
+  ('out', 'kernel'): 0,
+  ('up', 'kernel'): 1,
+  ('up', 'bias'): 0,
+  ('down', 'kernel'): 0,
+}
+SPLIT_FROM = 4096  # elements; `fsdp` leaves smaller arrays whole, which cost more to gather
 
 # Of a micro-batch on a CPU: rows enough for a product, and few enough for the cache. A wide
 # model's weights don't fit there; it takes more rows, so that reading them is little of the work.
@@ -32,24 +61,30 @@ def start_up(batch_size: int, micro_batches: int = 1, group: int = 1) -> None:
 
   Does nothing where JAX is running already, or was told how many to make.
   """
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  rows, most = batch_size // micro_batches // group, min(cores, batch_size // MIN_EXAMPLES)
+  rows = batch_size // micro_batches // group
+  most = min(cluster.cores(), batch_size // MIN_EXAMPLES)
   count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
   if jax.config.jax_num_cpu_devices < 1:
     with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
       jax.config.update('jax_num_cpu_devices', count)
 
 
-def make_mesh(batch_size: int | None = None, micro_batches: int = 1, group: int = 1) -> Mesh:
-  """A mesh of all devices along `data`; given a batch, on a CPU, of as many as divide it.
+def make_mesh(
+  batch_size: int | None = None,
+  micro_batches: int = 1,
+  group: int = 1,
+  shape: Mapping[str, int] = ALL_DATA,
+) -> Mesh:
+  """A mesh of all devices; given a batch, on a CPU, of as many as divide it.
 
   Args:
     batch_size: examples over all devices.
     micro_batches: that a device's share is to divide into.
     group: neighbours that stay together on a device and in a micro-batch.
+    shape: devices along each of `AXES`; -1, of one of them, for all that remain.
 
   Raises:
-    ValueError: accelerators that the batch does not divide over.
+    ValueError: devices that make no such mesh, or that the batch does not divide over.
   """
   devices = jax.devices()
   if batch_size is None:
@@ -60,20 +95,96 @@ def make_mesh(batch_size: int | None = None, micro_batches: int = 1, group: int 
       + (f', and of {micro_batches * group}.' if group > 1 else '.')
     )
   rows = batch_size // micro_batches // group
+  counts = [len(devices)]
   if devices[0].platform == 'cpu' and jax.process_count() == 1:
-    devices = devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
-  if rows % len(devices):
+    counts = range(len(devices), 0, -1)  # one of which the batch divides over
+  sizes = [fill(shape, count) for count in counts]
+  sizes = [found for found in sizes if found]
+  if not sizes:
+    raise ValueError(
+      f'A mesh of {dict(shape)} can not be made of {len(devices)} device(s): its axes must '
+      'multiply to their number, and -1 of one axis stands for what remains. On a CPU '
+      'JAX_NUM_CPU_DEVICES=8 makes eight.'
+    )
+  fitting = [found for found in sizes if rows % (found[0] * found[1]) == 0]
+  if not fitting:
+    data, fsdp, _ = sizes[0]
     raise ValueError(
       f'batch_size={batch_size} in micro_batches={micro_batches} does not divide over '
-      f'{len(devices)} devices: make batch_size a multiple of '
-      f'{micro_batches * len(devices) * group}.'
+      f'{data * fsdp} devices: make batch_size a multiple of '
+      f'{micro_batches * data * fsdp * group}.'
     )
-  return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
+  devices = devices[: math.prod(fitting[0])]
+  return jax.make_mesh(fitting[0], AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
+  """The axes' sizes of a mesh of so many devices; None where there is none."""
+  fixed = math.prod(size for size in shape.values() if size != -1)
+  remaining, rest = divmod(count, fixed)
+  sizes = tuple(remaining if shape[axis] == -1 else shape[axis] for axis in AXES)
+  return sizes if not rest and math.prod(sizes) == count else None
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
   """For arrays whose first axis is the batch."""
-  return NamedSharding(mesh, PartitionSpec('data'))
+  return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def shares(mesh: Mesh) -> int:
+  """How many parts a batch is split in."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def splits(mesh: Mesh) -> bool:
+  """Whether parameters are split over devices."""
+  return mesh.size > mesh.shape['data']
+
+
+def layout(mesh: Mesh, tree):
+  """The sharding of each array of a tree: parameters, or what has their names and shapes."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, partition(mesh, path, x.shape)), tree
+  )
+
+
+def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
+  """Which mesh axis splits each axis of an array.
+
+  `tensor` splits what `TENSOR_AXIS` says; `fsdp` the longest other axis that it divides
+  (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  """
+  names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
+  axes = [None] * len(shape)
+  tensor, fsdp = TENSOR_AXIS.get(names), mesh.shape['fsdp']
+  if mesh.shape['tensor'] > 1 and tensor is not None and shape[tensor] % mesh.shape['tensor'] == 0:
+    axes[tensor] = 'tensor'
+  if fsdp > 1 and math.prod(shape) >= SPLIT_FROM:
+    free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
+    if free:
+      axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  return PartitionSpec(*axes)
+
+
+def place(tree, like):
+  """Arrays that every process holds whole, as global ones that lie where those of `like` do."""
+  return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
+
+
+def replicate(mesh: Mesh, tree):
+  """Arrays that every process holds whole, as global ones that every device does."""
+  return jax.tree.map(lambda x: spread(x, replicated(mesh)), tree)
+
+
+def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process holds whole, as a global one."""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+
+def keep(mesh: Mesh, tree):
+  """Inside a program that XLA partitions: arrays where `layout` has them."""
+  return jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if splits(mesh) else tree
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -97,7 +208,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
   """
   if mesh.devices.flat[0].platform != 'cpu':
     return 1
-  rows = batch_size // mesh.size
+  rows = batch_size // shares(mesh)
   best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
   divisors = [n for n in range(group, rows + 1, group) if rows % n == 0]
   return rows // min(divisors, key=lambda n: abs(math.log(n / best)))
@@ -108,25 +219,26 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   Args:
     function: `(micro-batch, *shared)` to a tree of sums over the micro-batch's examples.
-    mesh: whose devices each hold a share of the batch, and all of `shared`.
+    mesh: whose devices each hold a share of the batch, and `shared` as `layout` has it.
     parts: micro-batches that a device takes its share in; they divide it.
   """
-
   function = jax.jit(function)  # traced once, though called twice
 
-  def on_device(batch, *shared):
+  def added(batch, *shared):
     if parts == 1:
-      return jax.lax.psum(function(batch, *shared), 'data')
-    batch = split(batch, parts)
+      return function(batch, *shared)
 
     def add(sums, part):
       return jax.tree.map(jnp.add, sums, function(part, *shared)), None
 
+    batch = micro(batch, mesh, parts)
     first = jax.tree.map(lambda x: x[0], batch)
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first, *shared))
-    return jax.lax.psum(jax.lax.scan(add, zeros, batch)[0], 'data')
+    return jax.lax.scan(add, zeros, batch)[0]
 
-  return on_devices(on_device, mesh, PartitionSpec())
+  if splits(mesh):
+    return over_blocks(added, mesh)
+  return on_devices(lambda *args: jax.lax.psum(added(*args), BATCH), mesh, PartitionSpec())
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
@@ -138,7 +250,7 @@ def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
     rows = jax.lax.map(lambda part: function(part, *shared), split(batch, parts))
     return rows.reshape(-1, *rows.shape[2:])
 
-  return on_devices(on_device, mesh, PartitionSpec('data'))
+  return on_devices(on_device, mesh, PartitionSpec(BATCH))
 
 
 def split(batch, parts: int):
@@ -146,11 +258,47 @@ def split(batch, parts: int):
   return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
+def micro(batch, mesh: Mesh, parts: int):
+  """The same; where it is the batch of all devices, each part is of a piece of every share."""
+  if not splits(mesh):
+    return split(batch, parts)
+  sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+  def pieces(x):
+    x = x.reshape(shares(mesh), parts, -1, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(x.reshape(parts, -1, *x.shape[3:]), sharding)
+
+  return jax.tree.map(pieces, batch)
+
+
+def over_blocks(function: Callable, mesh: Mesh) -> Callable:
+  """The function, what modules give in it split over the batch as the batch is.
+
+  Left to itself, XLA may split a token's vector as it finds the next kernel split, and so send
+  activations around in the place of parameters.
+  """
+  free = PartitionSpec.UNCONSTRAINED
+
+  def constrain(call, args, kwargs, context):
+    y = call(*args, **kwargs)
+    if context.method_name != '__call__' or not isinstance(y, jax.Array):
+      return y
+    spec = PartitionSpec(BATCH, *[free] * (y.ndim - 1))
+    return jax.lax.with_sharding_constraint(y, NamedSharding(mesh, spec))
+
+  @functools.wraps(function)
+  def run(*args):
+    with nn.intercept_methods(constrain):
+      return function(*args)
+
+  return run
+
+
 def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
   """`(batch, *shared)` run by every device on its share of the batch."""
 
   def run(batch, *shared):
-    in_specs = (PartitionSpec('data'), *[PartitionSpec()] * len(shared))
+    in_specs = (PartitionSpec(BATCH), *[PartitionSpec()] * len(shared))
     # Without check_vma a gradient is that of the device's own share, summed when we say so;
     # with it, JAX would sum over the devices in every micro-batch.
     mapped = jax.shard_map(

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax import optim
+from vit_jax import optim, sharding
 from vit_jax.vit import ViT
 
 
@@ -42,7 +42,7 @@ def init_state(
   image_shape: tuple[int, int, int],
   seed: int,
   keep_ema: bool,
-  sharding: jax.sharding.Sharding,
+  mesh: jax.sharding.Mesh,
   freeze: str = '',
 ) -> TrainState:
   """The state before the first step, made where it stays; none for what `freeze` keeps."""
@@ -53,4 +53,4 @@ def init_state(
     opt_state = optimizer.init(optim.split(params, freeze)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
-  return jax.jit(init, out_shardings=sharding)()
+  return jax.jit(init, out_shardings=sharding.layout(mesh, jax.eval_shape(init)))()

@@ -157,8 +157,7 @@ def summarize(
   Raises:
     ValueError: a batch that can't be divided over this machine's devices.
   """
-  config, group = exp.config, experiment.group(exp.config)
-  mesh = sharding.make_mesh(config.batch_size, config.micro_batches or 1, group)
+  config, mesh = exp.config, experiment.make_mesh(exp.config)
   recipe = experiment.recipe(config, examples or MANY)
   begin = functools.partial(
     state.init_state,
@@ -167,7 +166,7 @@ def summarize(
     exp.image_shape,
     config.seed,
     config.ema > 0,
-    sharding.replicated(mesh),
+    mesh,
     config.freeze,
   )
   shapes = jax.eval_shape(begin)
@@ -179,7 +178,7 @@ def summarize(
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  at_once = config.batch_size // mesh.size // divided
+  at_once = config.batch_size // sharding.shares(mesh) // divided
   return Summary(
     exp,
     (*parts, total),

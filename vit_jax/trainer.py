@@ -16,6 +16,7 @@ import math
 import pathlib
 import re
 import sys
+import tempfile
 import time
 
 from clu import parameter_overview, platform
@@ -27,6 +28,7 @@ import tqdm
 
 from vit_jax import (
   checkpoint,
+  cluster,
   data,
   evaluate,
   experiment,
@@ -63,7 +65,8 @@ def make_train_step(
 
   def gradient(part, trained, frozen, key, early):
     """A micro-batch's share of the gradient of the mean loss, and its metrics."""
-    return jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key, early)
+    grads, score = jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key, early)
+    return sharding.keep(mesh, grads), score
 
   gradients = sharding.add_up(gradient, mesh, parts)
 
@@ -85,9 +88,13 @@ def make_train_step(
       'grad_norm': optax.global_norm(grads),
       'learning_rate': training.schedule(old.step),
     }
-    return state.TrainState(old.step + 1, trained | frozen, opt_state, ema), metrics
+    new = state.TrainState(old.step + 1, trained | frozen, opt_state, ema)
+    return sharding.keep(mesh, new), metrics
 
-  return jax.jit(train_step, donate_argnums=0)
+  options = {}
+  if config.deterministic and jax.default_backend() == 'gpu':
+    options = {'xla_gpu_deterministic_ops': True}
+  return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
 class Meter:
@@ -145,21 +152,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   Raises:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged; the last good checkpoint stays.
+    cluster.Preempted: it was asked to stop, and has saved.
   """
   workdir = pathlib.Path(workdir).expanduser()
   finished, saved = start_up(config, workdir)
   if finished:
     return finished
-  mesh = make_mesh(config)
+  mesh = experiment.make_mesh(config)
   exp, training = experiment.from_config(config, saved)
   save_examples(exp, training.test, workdir)
   return fit(exp, training, mesh, workdir)
-
-
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """Of the devices that the config's batch divides over."""
-  parts = config.micro_batches or 1
-  return sharding.make_mesh(config.batch_size, parts, experiment.group(config))
 
 
 def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
@@ -171,17 +173,28 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   Raises:
     ValueError: a config that can't be, or a workdir that holds another run.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
   check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
+  cluster.from_first(lambda: check_writable(workdir))
+  checkpoint.set_aside_damaged(workdir)
   start = checkpoint.latest_step(workdir)
   if start is None:
     return None, None
   saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
   config_lib.check_same_run(saved, config, workdir)
-  return finished_result(config, workdir), saved
+  return cluster.from_first(lambda: finished_result(config, workdir)), saved
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+  """Makes the folder; raises ValueError where a run can't write into it."""
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=workdir).close()
+  except OSError as error:
+    raise ValueError(f'--workdir: {workdir} can not be written: {error.strerror}.') from error
 
 
 def fit(
@@ -210,13 +223,15 @@ def fit(
       f'{workdir} is at step {start} already, and epochs={config.epochs} ends at step '
       f'{training.steps}: give more epochs, or another --workdir.'
     )
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (
-    writer.Writer(workdir, start or 0) as records,
-    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-  ):
+  if cluster.is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
-    return Run(exp, training, mesh, records, checkpoints, notes).run()
+  with (
+    (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
+    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    cluster.Preemption() as preemption,
+  ):
+    return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
@@ -225,7 +240,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   Raises:
     ValueError: there is no run.
   """
-  saved = writer.read_json(workdir / 'config.json')
+  saved = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
   if saved is None and (step := checkpoint.latest_step(workdir)) is not None:
     saved = checkpoint.restore_item(workdir, step, 'config')['config']
   if saved is None:
@@ -252,9 +267,10 @@ def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 class Run:
   """The loop: from the newest checkpoint, or the beginning, to the end."""
 
-  def __init__(self, exp, training, mesh, records, checkpoints, notes=None):
+  def __init__(self, exp, training, mesh, records, checkpoints, preemption, notes):
     self.exp, self.training, self.mesh = exp, training, mesh
-    self.records, self.checkpoints, self.notes = records, checkpoints, notes or {}
+    self.records, self.checkpoints, self.notes = records, checkpoints, notes
+    self.preemption = preemption
     self.config = exp.config
     self.eval_step = evaluate.make_eval_step(exp, mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
@@ -291,7 +307,8 @@ class Run:
           meter.add(*late)
         late = step, metrics
         bar.update()
-        events = self.due(step)
+        stop = self.preemption.is_due(step) and step < steps
+        events = {'save'} if stop else self.due(step)
         if not events:
           continue
         meter.add(*late)
@@ -303,6 +320,9 @@ class Run:
           scores = self.evaluate(step, train_state)
         if 'save' in events:
           self.save(train_state, scores)
+        if stop:
+          self.checkpoints.wait()
+          raise cluster.Preempted(f'Asked to stop: step {step} of {steps} is saved.')
         meter.go_on()
     return train_state, scores
 
@@ -314,19 +334,20 @@ class Run:
       self.exp.image_shape,
       self.config.seed,
       self.config.ema > 0,
-      sharding.replicated(self.mesh),
+      self.mesh,
       self.config.freeze,
     )
     if self.checkpoints.latest() is not None:
-      restored, saved = self.checkpoints.restore(fresh)
+      leaves, saved = self.checkpoints.restore(fresh)
       self.began -= saved['seconds']
+      restored = sharding.place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
       log.info('Going on from step %d.', restored.step)
       return restored
     overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
     writer.DETAILS.info('%s', overview)
     if self.training.params is None:
       return fresh
-    weights = jax.device_put(self.training.params, sharding.replicated(self.mesh))
+    weights = sharding.place(self.training.params, fresh.params)
     ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
     return fresh.replace(params=weights, ema=ema)
 
@@ -406,6 +427,8 @@ class Run:
 
 def save_examples(exp: experiment.Experiment, test: Examples, workdir: pathlib.Path) -> None:
   """A few images of the test split as PNG files, to try `predict` on."""
+  if not cluster.is_first():
+    return
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   for i, label in enumerate(test.label_N[:8]):
@@ -417,5 +440,10 @@ def progress_bar(start: int, steps: int) -> tqdm.tqdm:
   """Steps done, time left, and what training reports."""
   interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer lines
   return tqdm.tqdm(
-    total=steps, initial=start, unit='step', dynamic_ncols=True, mininterval=interval
+    total=steps,
+    initial=start,
+    unit='step',
+    dynamic_ncols=True,
+    mininterval=interval,
+    disable=not cluster.is_first(),
   )

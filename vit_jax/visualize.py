@@ -110,7 +110,7 @@ def gather(
   exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
   chosen = read_images(images, exp) if images else None
   mesh = sharding.make_mesh()
-  on_device = jax.device_put(params, sharding.replicated(mesh))
+  on_device = sharding.replicate(mesh, params)
   test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
   there = isinstance(test, Examples)
   scores = score(exp, on_device, test, mesh) if there else test

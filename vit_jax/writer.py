@@ -60,6 +60,28 @@ class Writer:
     write_json(self.workdir / 'result.json', values)
 
 
+class Silent:
+  """In the place of a `Writer`, in processes that write nothing."""
+
+  def __init__(self, workdir: pathlib.Path, start: int):
+    pass
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+  def keep(self, wanted: Callable[[dict], bool]) -> None:
+    pass
+
+  def write(self, step: int, split: str, **values: float) -> None:
+    pass
+
+  def result(self, values: dict) -> None:
+    pass
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
   """The lines of `metrics.jsonl`; what a crash cut short is left out."""
   lines = []

@@ -1,0 +1,203 @@
+"""Several processes as one: how they join, what the first tells the others, how they part.
+
+Decisions:
+  * All processes run the same program, and find each other through JAX's own distributed runtime.
+  * Only the first reads and writes the workdir, and tells the others what it found. So no file
+    system need be shared, and what a pod writes are the files that a laptop writes.
+  * A process that fails leaves without waiting for the others. JAX's coordination service ends
+    those within `LOST` seconds, and names it.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+JOIN = 300  # seconds that a process waits for the others to start
+LOST = 30  # seconds without a sign of life after which a process counts as dead
+TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
+ARRAY = '__array__'  # key of what stands for an array in JSON
+
+
+class Preempted(Exception):
+  """Training was asked to stop, and has saved what it had done."""
+
+
+@contextlib.contextmanager
+def joined(
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> Iterator[None]:
+  """This process as one of several, or alone; `join` has the arguments.
+
+  A process that fails ends here, where others would wait for it.
+  """
+  join(coordinator, num_processes, process_id)
+  try:
+    yield
+  except Exception as error:
+    if not jax.distributed.is_initialized():
+      raise
+    leave(error)
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Makes this process one of several; does nothing where it is alone.
+
+  Without arguments JAX looks for Slurm, Open MPI, Kubernetes and TPU pods by itself.
+
+  Args:
+    coordinator: `host:port` of the first process.
+    num_processes: of the whole; 1 to be alone whatever the surroundings.
+    process_id: 0, 1, ...; that of the first is 0.
+
+  Raises:
+    ValueError: arguments that don't go together, or processes that don't come together.
+  """
+  given = coordinator, num_processes, process_id
+  if num_processes == 1:
+    return
+  if None in given and given != (None, None, None):
+    raise ValueError(
+      '--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1> go together, '
+      f'got {coordinator}, {num_processes}, {process_id}.'
+    )
+  try:
+    with warnings.catch_warnings(action='ignore'):  # of clusters that it can't look into
+      jax.distributed.initialize(
+        *given, initialization_timeout=JOIN, heartbeat_timeout_seconds=LOST
+      )
+  except (ValueError, TypeError) as error:
+    if coordinator:
+      raise ValueError(f'--coordinator, --num_processes, --process_id: {error}') from error
+    return  # no cluster that JAX knows
+  except Exception as error:  # the runtime's, and those of each kind of cluster
+    raise ValueError(
+      f'The processes did not come together within {JOIN} s: {error}. To run in this process '
+      'alone, give --num_processes=1.'
+    ) from error
+  if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
+    jax.config.update('jax_num_cpu_devices', cores())
+
+
+def leave(error: Exception) -> None:
+  """Ends this process, one of several, at once: an ordinary exit would wait for the others."""
+  name = f'process {jax.process_index()} of {jax.process_count()}'
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    reason = str(error).splitlines()[0][:200]
+    print(f'error: {name}: another process died, or can not be reached: {reason}', file=sys.stderr)
+    sys.stderr.flush()
+    time.sleep(LOST + 5)  # in which JAX, which knows which one, ends this process
+  elif isinstance(error, ValueError | OSError | FloatingPointError):
+    print(f'error: {name}: {error}', file=sys.stderr)
+  else:
+    traceback.print_exception(error)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(2)
+
+
+def cores() -> int:
+  """Cores that this process may run on."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def is_first() -> bool:
+  """Whether this process is the one that reads, writes and reports."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_first(function: Callable[[], object]) -> object:
+  """What `function()` gives, or raises, in the first process: in all of them.
+
+  Args:
+    function: gives what JSON can hold, and NumPy arrays anywhere in it. In several processes
+      tuples come back as lists.
+
+  Raises:
+    ValueError: which the function raised, or in the place of its OSError.
+  """
+  if jax.process_count() == 1:
+    return function()
+  arrays, text = [], None
+  if is_first():
+
+    def marked(array):
+      arrays.append(np.asarray(array))
+      return {ARRAY: [list(arrays[-1].shape), str(arrays[-1].dtype)]}
+
+    try:
+      text = json.dumps({'value': function()}, default=marked)
+    except (ValueError, OSError) as error:
+      text = json.dumps({'error': str(error)})
+  text = broadcast(text and text.encode())
+  waiting = iter(arrays)
+
+  def filled(found):
+    if ARRAY not in found:
+      return found
+    shape, dtype = found[ARRAY]
+    array = next(waiting, None)
+    flat = broadcast(None if array is None else np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(flat, jax.numpy.dtype(dtype)).reshape(shape)
+
+  told = json.loads(text, object_hook=filled)
+  if 'error' in told:
+    raise ValueError(told['error'])
+  return told['value']
+
+
+def broadcast(data: bytes | None) -> bytes:
+  """The first process's bytes, in all; the others give None."""
+  size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
+  # As bytes, because the sum that this is made of would turn -0.0 into 0.0.
+  flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
+  return np.asarray(multihost_utils.broadcast_one_to_all(flat)).tobytes()
+
+
+def to_host(tree):
+  """The arrays of a tree as NumPy, whole, in every process."""
+
+  def whole(x):
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(whole, tree)
+
+
+class Preemption:
+  """Listens for the notice that this job must end soon: SIGTERM. A context manager.
+
+  In several processes JAX's preemption service listens, and lets all of them stop at the same
+  step, whichever was told.
+  """
+
+  def __enter__(self):
+    self._noticed, self._before = False, None
+    alone = not jax.distributed.is_initialized()
+    if alone and threading.current_thread() is threading.main_thread():
+      self._before = signal.signal(signal.SIGTERM, self._notice)
+    return self
+
+  def __exit__(self, *_):
+    if self._before is not None:
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _notice(self, *_) -> None:
+    self._noticed = True
+
+  def is_due(self, step: int) -> bool:
+    """Whether to save and stop after this step; to be asked after each one."""
+    if jax.distributed.is_initialized():
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._noticed
