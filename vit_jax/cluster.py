@@ -66,7 +66,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   given = coordinator, num_processes, process_id
   if num_processes == 1:
     return
-  if None in given and given != (None, None, None):
+  some = given != (None, None, None)
+  if some and (None in given or not 0 <= process_id < num_processes):
     raise ValueError(
       '--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1> go together, '
       f'got {coordinator}, {num_processes}, {process_id}.'
@@ -76,9 +77,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       jax.distributed.initialize(
         *given, initialization_timeout=JOIN, heartbeat_timeout_seconds=LOST
       )
-  except (ValueError, TypeError) as error:
-    if coordinator:
-      raise ValueError(f'--coordinator, --num_processes, --process_id: {error}') from error
+  except ValueError as error:
+    if some:
+      raise ValueError(f'--coordinator={coordinator}: {error}') from error
     return  # no cluster that JAX knows
   except Exception as error:  # the runtime's, and those of each kind of cluster
     raise ValueError(
@@ -92,15 +93,14 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def leave(error: Exception) -> None:
   """Ends this process, one of several, at once: an ordinary exit would wait for the others."""
   name = f'process {jax.process_index()} of {jax.process_count()}'
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    reason = str(error).splitlines()[0][:200]
-    print(f'error: {name}: another process died, or can not be reached: {reason}', file=sys.stderr)
-    sys.stderr.flush()
-    time.sleep(LOST + 5)  # in which JAX, which knows which one, ends this process
-  elif isinstance(error, ValueError | OSError | FloatingPointError):
+  if isinstance(error, ValueError | OSError | FloatingPointError):
     print(f'error: {name}: {error}', file=sys.stderr)
   else:
     traceback.print_exception(error)
+    print(f'error: {name} failed.', file=sys.stderr)
+  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+    print('If another process died, JAX names it within a minute.', file=sys.stderr, flush=True)
+    time.sleep(LOST + 5)  # it ends this process then
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(2)

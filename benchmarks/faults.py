@@ -1,0 +1,201 @@
+"""Kills training at random moments and damages checkpoints: nothing may be lost.
+
+    python -m benchmarks.faults                    # some 20 minutes; results/faults.json
+    python -m benchmarks.faults 2 1 4 short.json   # fewer: kills alone, kills of two, damages
+
+A kill is SIGKILL after a random part of the time that the run takes, most of which it spends
+saving; of two processes it meets one or both. The same command must then come to the very
+parameters, optimizer state and averages of a run that nobody disturbed. A damage is a byte flipped,
+a file cut short, emptied or removed, anywhere in the newest checkpoint: it must be found, and the
+checkpoint before it used, or be without effect.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+
+from benchmarks import collect
+import main as program
+from vit_jax import checkpoint, writer
+
+FLAGS = [
+  '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
+  '--config.model.width=16', '--config.model.num_heads=2', '--config.model.depth=1',
+  '--config.eval_every=0',
+  '--config.checkpoint_every=2', '--config.log_every=5', '--config.optimizer.name=muon',
+]  # fmt: skip
+LIMIT = 90  # seconds in which survivors must have stopped
+ONE_OF_TWO = 3  # every so many kills of two processes meet one of them only: the other takes long
+
+
+def train(flags: list[str], log: pathlib.Path) -> None:
+  """main.py, in this process, its output in a file."""
+  out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  os.dup2(out, 1)
+  os.dup2(out, 2)
+  code = program.main(flags)
+  import jax
+
+  if jax.distributed.is_initialized():
+    jax.distributed.shutdown()
+  sys.exit(code)
+
+
+def start(workdir: pathlib.Path, processes: int) -> list:
+  """The processes of a run."""
+  together = [[]]
+  if processes > 1:
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    count = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
+    together = [[*count, f'--process_id={i}'] for i in range(processes)]
+  context = multiprocessing.get_context('forkserver')  # imports JAX once
+  started = []
+  for i, flags in enumerate(together):
+    log = workdir.with_suffix(f'.{i}.log')
+    started.append(
+      context.Process(target=train, args=([f'--workdir={workdir}', *FLAGS, *flags], log))
+    )
+    started[-1].start()
+  return started
+
+
+def finish(workdir: pathlib.Path, processes: int) -> float:
+  """Runs to the end; returns the seconds that took."""
+  began = time.monotonic()
+  for process in start(workdir, processes):
+    process.join(600)
+    if process.exitcode != 0:
+      raise SystemExit(f'{workdir}: exit code {process.exitcode}; see the log beside it.')
+  return time.monotonic() - began
+
+
+def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
+  """Of all arrays of a checkpoint, the newest by default."""
+  step = checkpoint.latest_step(workdir) if step is None else step
+  items = [checkpoint.digest(checkpoint.read(workdir, step, name)) for name in ('params', 'state')]
+  return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
+
+
+def kill(folder: pathlib.Path, number: int, processes: int, seconds: float, want: str) -> dict:
+  """One run killed, and gone on with."""
+  draw = random.Random(1000 * processes + number)
+  workdir = folder / f'killed{processes}_{number}'
+  started = start(workdir, processes)
+  delay = draw.uniform(0, seconds)
+  time.sleep(delay)
+  alone = processes > 1 and number % ONE_OF_TWO == 0
+  victims = draw.sample(started, 1) if alone else started
+  for victim in victims:
+    if victim.is_alive():
+      os.kill(victim.pid, signal.SIGKILL)
+  died = time.monotonic()
+  for process in started:
+    process.join(LIMIT)
+    if process.is_alive():
+      raise SystemExit(f'{workdir}: a process outlived the other by {LIMIT} s.')
+  outlived, codes = time.monotonic() - died, [process.exitcode for process in started]
+  reached = checkpoint.latest_step(workdir)
+  partial = [p.name for p in checkpoint.directory(workdir).glob('*tmp*')]
+  finish(workdir, processes)
+  same = fingerprint(workdir) == want
+  found = {
+    'processes': processes,
+    'after_seconds': round(delay, 2),
+    'killed': 'one' if alone else 'all',
+    'exit_codes': codes,
+    'outlived_seconds': round(outlived, 1),
+    'checkpoint': reached,
+    'while_saving': bool(partial),
+    'identical': same,
+  }
+  shutil.rmtree(workdir)
+  return found
+
+
+def averages(workdir: pathlib.Path, step: int) -> str:
+  """Of the weights that inference takes from a checkpoint."""
+  return checkpoint.digest(checkpoint.read(workdir, step, 'state')['ema'])
+
+
+def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
+  """One damage to the newest checkpoint of a copy of a finished run."""
+  draw = random.Random(number)
+  workdir = folder / f'damaged{number}'
+  shutil.copytree(finished, workdir)
+  newest = checkpoint.latest_step(workdir)
+  files = [p for p in (checkpoint.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
+  path = draw.choice(sorted(files))
+  how = draw.choice(['flip', 'cut', 'empty', 'remove'])
+  data = bytearray(path.read_bytes())
+  if how == 'flip' and data:
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    path.write_bytes(data)
+  elif how == 'cut':
+    path.write_bytes(data[: draw.randrange(len(data) or 1)])
+  elif how == 'empty':
+    path.write_bytes(b'')
+  else:
+    path.unlink()
+  loaded, params, _ = checkpoint.load(workdir)  # as `predict` does
+  checkpoint.set_aside_damaged(workdir)  # as training does
+  step = checkpoint.latest_step(workdir)
+  found = {
+    'file': str(path.relative_to(checkpoint.directory(workdir) / str(newest))),
+    'how': how,
+    'used': 'newest' if step == newest else 'the one before',
+    'good': checkpoint.digest(params) == averages(finished, loaded)
+    and fingerprint(workdir) == fingerprint(finished, step),
+  }
+  shutil.rmtree(workdir)
+  return found
+
+
+def main(
+  alone: str = '40', together: str = '12', damages: str = '40', out: str | None = None
+) -> None:
+  program.keep_compiled()
+  multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.probe'])
+  kills, damaged = [], []
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    for processes, count in ((1, int(alone)), (2, int(together))):
+      if not count:
+        continue
+      whole = folder / f'whole{processes}'
+      finish(whole, processes)  # compiles
+      shutil.rmtree(whole)
+      seconds, want = finish(whole, processes), fingerprint(whole)
+      for number in range(count):
+        kills.append(kill(folder, number, processes, seconds, want))
+        print(kills[-1], flush=True)
+    for number in range(int(damages)):
+      damaged.append(damage(folder, folder / 'whole1', number))
+      print(damaged[-1], flush=True)
+  found = {
+    'machine': collect.machine(),
+    'kills': len(kills),
+    'identical': sum(k['identical'] for k in kills),
+    'while_saving': sum(k['while_saving'] for k in kills),
+    'damages': len(damaged),
+    'good': sum(d['good'] for d in damaged),
+    'all_kills': kills,
+    'all_damages': damaged,
+  }
+  writer.write_json(pathlib.Path(out) if out else collect.RESULTS / 'faults.json', found)
+  if found['identical'] < len(kills) or found['good'] < len(damaged):
+    raise SystemExit('Something was lost.')
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

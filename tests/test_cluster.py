@@ -1,0 +1,94 @@
+"""Several real processes: one run, whatever dies; and what is told to all."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from conftest import small_config
+import numpy as np
+import pytest
+
+from vit_jax import checkpoint, cluster, trainer, writer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 60
+SETTINGS = {
+  'model.width': '16', 'model.depth': '1', 'epochs': str(STEPS / 32), 'log_every': '1',
+  'checkpoint_every': '10', 'eval_every': '0', 'ema': '0.9',
+}  # fmt: skip
+
+
+def start(workdir, port, process_id, num_processes=2):
+  """main.py on the small run, two CPU devices a process."""
+  flags = [
+    sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}',
+    f'--coordinator=127.0.0.1:{port}', f'--num_processes={num_processes}',
+    f'--process_id={process_id}', *(f'--config.{k}={v}' for k, v in SETTINGS.items()),
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT / 'tests')}
+  pipes = dict(stdout=subprocess.DEVNULL, stderr=(workdir.parent / f'{process_id}.log').open('w'))
+  return subprocess.Popen(flags, cwd=ROOT, env=environment, **pipes)
+
+
+def start_both(workdir):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  return [start(workdir, port, i) for i in range(2)]
+
+
+def lines(workdir):
+  if not (workdir / 'metrics.jsonl').exists():
+    return []
+  return [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
+
+
+def wait_for(condition, processes):
+  """Until it holds; the processes must live till then."""
+  until = time.monotonic() + 120
+  while not condition():
+    assert time.monotonic() < until and all(process.poll() is None for process in processes)
+    time.sleep(0.02)
+
+
+def test_two_processes_are_one_run_that_survives_all(tmp_path):
+  reference = trainer.train(small_config(**SETTINGS), tmp_path / 'alone')  # two devices
+  workdir = tmp_path / 'together'
+
+  processes = start_both(workdir)
+  wait_for(lambda: len(lines(workdir)) > 12 and checkpoint.latest_step(workdir), processes)
+  processes[1].send_signal(signal.SIGKILL)
+  assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
+  said = (tmp_path / '0.log').read_text()
+  assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # which one died
+  saved = checkpoint.latest_step(workdir)
+  assert saved in (10, 20, 30, 40, 50)
+  processes[1].wait()
+
+  processes = start_both(workdir)
+  wait_for(lambda: lines(workdir) and lines(workdir)[-1]['step'] > saved + 1, processes)
+  processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
+  assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
+  assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
+
+  processes = start_both(workdir)
+  assert [process.wait(120) for process in processes] == [0, 0]
+  losses = [[line['loss'] for line in lines(tmp_path / name)] for name in ('alone', 'together')]
+  assert len(losses[0]) == STEPS
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  result = json.loads((workdir / 'result.json').read_text())
+  assert result['examples'] == reference['examples'] == 256
+  assert result['test_accuracy'] == reference['test_accuracy']
+
+
+def test_flags_that_do_not_go_together():
+  with pytest.raises(ValueError, match='--process_id=<0 to n-1> go together'):
+    cluster.join('localhost:1234', 2, None)
+  with pytest.raises(ValueError, match='0 to n-1'):
+    cluster.join('localhost:1234', 2, 5)
