@@ -1,15 +1,20 @@
-"""Checkpoints open without this package, on another number of devices."""
+"""Checkpoints open anywhere; damaged ones are found; a full disk takes nothing."""
 
+import contextlib
+import logging
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
+from conftest import small_config
 import jax
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint
+from vit_jax import checkpoint, evaluate, trainer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -34,3 +39,100 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no checkpoint'):
     checkpoint.load(tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def copied(trained, folder):
+  """A copy of the finished run that looks cut off after its last checkpoint."""
+  workdir = shutil.copytree(trained[0], folder / 'run')
+  (workdir / 'result.json').unlink()
+  return workdir
+
+
+def damage(workdir, step, item, how):
+  """Damages the files that hold an item's arrays, or its JSON."""
+  folder = workdir / 'checkpoints' / str(step) / item
+  files = [*folder.glob('ocdbt.process_0/d/*')] or [folder / 'metadata']
+  assert files[0].exists()
+  for path in files:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes({'flip': data, 'cut': data[: len(data) // 2], 'empty': b''}[how])
+
+
+def assert_same_end(workdir, trained):
+  for item in ('params', 'state'):
+    ends = [checkpoint.restore_item(path, 32, item) for path in (workdir, trained[0])]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.parametrize('item', checkpoint.ITEMS)
+@pytest.mark.parametrize('how', ['flip', 'cut', 'empty'])
+def test_what_is_damaged_is_found(trained, tmp_path, item, how):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, item, how)
+  with pytest.raises(checkpoint.Damaged, match=r'checkpoints/32 is damaged'):
+    checkpoint.restore_item(workdir, 32, item)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(trained, tmp_path, caplog):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, 'params', 'flip')
+  with caplog.at_level(logging.WARNING):
+    assert evaluate.run(workdir, {})['step'] == 16
+  assert 'checkpoints/32 is damaged' in caplog.text and 'That of step 16' in caplog.text
+  assert trainer.train(small_config(), workdir)['steps'] == 32
+  assert len(list((workdir / 'damaged').glob('32-*/params'))) == 1  # kept, for whoever can use it
+  assert_same_end(workdir, trained)
+
+
+def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tmp_path):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, 'params', 'cut')
+  damage(workdir, 16, 'config', 'empty')
+  with pytest.raises(checkpoint.Damaged, match='checkpoints/16 is damaged'):
+    evaluate.run(workdir, {})
+  with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
+    trainer.train(small_config(), workdir)
+  trainer.train(small_config(), workdir)
+  assert_same_end(workdir, trained)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+  """A file system of so many bytes; skips where none can be mounted."""
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]
+  if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting a file system takes rights that are not there')
+  try:
+    yield folder
+  finally:
+    subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def space(folder):
+  """Bytes that it takes in a file system of pages of 4 KiB."""
+  return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob('*') if p.is_file())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path):
+  checkpoints = trained[0] / 'checkpoints'
+  room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2
+  with small_disk(tmp_path / 'disk', room) as disk:
+    workdir = disk / 'run'
+    with pytest.raises(OSError, match='could not be written.*goes on|No space left'):
+      trainer.train(small_config(), workdir)
+    assert checkpoint.latest_step(workdir) == 16
+    subprocess.run(['mount', '-o', f'remount,size={4 * room}', disk], check=True)
+    assert trainer.train(small_config(), workdir)['steps'] == 32
+    assert_same_end(workdir, trained)
+
+
+def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained, tmp_path):
+  with small_disk(tmp_path / 'disk', 4 * space(trained[0])) as disk:
+    workdir = shutil.copytree(trained[0], disk / 'run')
+    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+    with pytest.raises(ValueError, match='can not be written: Read-only file system'):
+      trainer.train(small_config(epochs='2'), workdir)
+    assert evaluate.run(workdir, {})['step'] == 32
+    assert trainer.train(small_config(), workdir) == trained[1]  # finished before

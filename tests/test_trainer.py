@@ -261,16 +261,6 @@ def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   experiment.check_same_data(exp, workdir)
 
 
-def test_a_damaged_checkpoint_is_named(trained, tmp_path):
-  workdir = shutil.copytree(trained[0], tmp_path / 'run')
-  shutil.rmtree(workdir / 'checkpoints' / '32' / 'params' / 'ocdbt.process_0')
-  with pytest.raises(ValueError, match='checkpoints/32 is damaged.*Move that folder away'):
-    evaluate.run(workdir, {})
-  shutil.move(workdir / 'checkpoints' / '32', tmp_path / 'away')
-  assert evaluate.run(workdir, {})['step'] == 16
-  assert trainer.train(small_config(epochs='1.5'), workdir)['steps'] == 48
-
-
 def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
   bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match='training diverged'):

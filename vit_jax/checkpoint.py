@@ -157,15 +157,15 @@ def rest(state: TrainState) -> dict:
 
 def digest(item) -> str:
   """SHA-256 of an item: of the names, types, shapes and bytes of its arrays, or of its JSON."""
-  found = hashlib.sha256()
   leaves = jax.tree_util.tree_leaves_with_path(item)
-  named = [(jax.tree_util.keystr(p, simple=True, separator='/'), leaf) for p, leaf in leaves]
-  for name, leaf in sorted(named, key=lambda pair: pair[0]):
-    if isinstance(leaf, np.ndarray | np.generic):
-      found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())
-      found.update(np.ascontiguousarray(leaf).tobytes())
-    else:
-      found.update(f'{name} {json.dumps(leaf)}'.encode())
+  if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
+    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
+  found = hashlib.sha256()
+  # By name: what was a tuple with names when it was saved is a dict when it is read.
+  named = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
+  for name, leaf in sorted(named.items()):
+    found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())
+    found.update(np.ascontiguousarray(leaf).tobytes())
   return found.hexdigest()
 
 

@@ -176,25 +176,26 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
-  cluster.from_first(lambda: check_writable(workdir))
   checkpoint.set_aside_damaged(workdir)
-  start = checkpoint.latest_step(workdir)
-  if start is None:
-    return None, None
-  saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
-  config_lib.check_same_run(saved, config, workdir)
-  return cluster.from_first(lambda: finished_result(config, workdir)), saved
+  start, finished, saved = checkpoint.latest_step(workdir), None, None
+  if start is not None:
+    saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
+    config_lib.check_same_run(saved, config, workdir)
+    finished = cluster.from_first(lambda: finished_result(config, workdir))
+  if not finished:
+    cluster.from_first(lambda: check_writable(workdir))
+  return finished, saved
 
 
 def check_writable(workdir: pathlib.Path) -> None:
-  """Makes the folder; raises ValueError where a run can't write into it."""
+  """Raises ValueError where a run can't write into the folder, or make it."""
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
+  folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=workdir).close()
+    tempfile.TemporaryFile(dir=folder).close()
   except OSError as error:
-    raise ValueError(f'--workdir: {workdir} can not be written: {error.strerror}.') from error
+    raise ValueError(f'--workdir: {folder} can not be written: {error.strerror}.') from error
 
 
 def fit(
