@@ -51,7 +51,7 @@ def copied(trained, folder):
 def damage(workdir, step, item, how):
   """Damages the files that hold an item's arrays, or its JSON."""
   folder = workdir / 'checkpoints' / str(step) / item
-  files = [*folder.glob('ocdbt.process_0/d/*')] or [folder / 'metadata']
+  files = [*folder.rglob('d/*')] or [folder / 'metadata']
   assert files[0].exists()
   for path in files:
     data = bytearray(path.read_bytes())
