@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import data, experiment, format_npz, progress, sharding
+from vit_jax import cluster, data, experiment, format_npz, progress, sharding
 from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,13 @@ def cached(
     folder: of files `<key>.npz`.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
-  if (feature_ND := read(path)) is not None:
+  if (feature_ND := cluster.from_first(lambda: read(path))) is not None:
     log.info('Features of %d examples from %s', len(examples), path)
     return Examples(feature_ND, examples.label_N)
   log.info('Computing the features of %d examples ...', len(examples))
   feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
-  format_npz.write_arrays(path, {'feature_ND': feature_ND})
+  if cluster.is_first():
+    format_npz.write_arrays(path, {'feature_ND': feature_ND})
   return Examples(feature_ND, examples.label_N)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from vit_jax import (
   checkpoint,
+  cluster,
   experiment,
   features,
   optim,
@@ -70,8 +71,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if not exp.augments:
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   notes = {}
-  workdir.mkdir(parents=True, exist_ok=True)
-  writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+  if cluster.is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
     best = max(points, key=lambda point: point['val_accuracy'] or 0.0)
@@ -128,7 +130,7 @@ def sweep(
     FloatingPointError: all rates diverged.
   """
   record = workdir / 'sweep.json'
-  chosen = (writer.read_json(record) or {}).get('sweep')
+  chosen = cluster.from_first(lambda: (writer.read_json(record) or {}).get('sweep'))
   if chosen and checkpoint.latest_step(workdir) is not None:
     return chosen
   if len(training.val) < FEW:
@@ -143,7 +145,8 @@ def sweep(
     points.append({'lr': rate, 'val_accuracy': accuracy})
   if all(point['val_accuracy'] is None for point in points):
     raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
-  writer.write_json(record, {'sweep': points})
+  if cluster.is_first():
+    writer.write_json(record, {'sweep': points})
   return points
 
 
@@ -159,8 +162,8 @@ def score(
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
   if began_with_others(folder, training.params):
-    shutil.rmtree(folder)
-  if result := trainer.finished_result(config, folder):
+    cluster.from_first(lambda: shutil.rmtree(folder))
+  if result := cluster.from_first(lambda: trainer.finished_result(config, folder)):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
   else:
     trainer.start_up(config, folder)
@@ -168,7 +171,7 @@ def score(
     plan = experiment.plan(config, *splits, training.params)
     result = trainer.fit(exp, plan, mesh, folder)
   # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
-  shutil.rmtree(folder / 'checkpoints', ignore_errors=True)
+  cluster.from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
 
 
