@@ -32,10 +32,7 @@ def given_config(args, overrides):
   """The config of `--config` with its overrides; None without `--config`."""
   if not args.config:
     return None
-  config = config_lib.load_file(args.config)
-  for key, text in overrides.items():
-    config_lib.override(config, key, text)
-  return config
+  return config_lib.override_all(config_lib.load_file(args.config), overrides)
 
 
 def split_paths(text):

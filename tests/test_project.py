@@ -26,8 +26,8 @@ LAYERS = (
   {'check', 'inherit', 'card'},
   {'experiment', 'export'},
   {'evaluate', 'features', 'pictures'},
-  {'trainer', 'predict', 'serve', 'fewshot', 'summary'},
-  {'probe', 'visualize'},
+  {'trainer', 'predict', 'serve', 'fewshot'},
+  {'probe', 'summary', 'visualize'},
 )
 LEAVES = set().union(*LAYERS[:6])
 

@@ -232,10 +232,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
     )
-  config = config_lib.from_dict(saved)
-  for key, text in overrides.items():
-    config_lib.override(config, key, text)
-  return config
+  return config_lib.override_all(config_lib.from_dict(saved), overrides)
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
