@@ -186,6 +186,21 @@ def test_a_run_that_went_on_after_its_result(workdir):
 
 
 def test_a_checkpoint_without_records(workdir):
+def test_damaged_records(capsys, workdir):
+  (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1')
+  assert not call(capsys, '--mode=visualize', f'--workdir={workdir}')[0]
+  text = Page(workdir / 'report.html').text
+  assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)
+  (workdir / 'result.json').write_text('{"steps": "all"}')
+  visualize.run(workdir)
+  assert '32, not finished' in Page(workdir / 'report.html').text
+  export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
+  assert not call(capsys, *export)[0]
+  assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
+
+
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
   visualize.run(workdir)

@@ -134,10 +134,12 @@ def public(path: str) -> str:
 
 def accuracy(loaded: Pretrained, result: dict | None) -> str:
   """That of the run's result, if it is of these weights."""
-  if result is None or loaded.run is None or result.get('steps') != loaded.run['step']:
+  try:
+    split = result['config']['data']['eval_split']
+    found = f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'
+    return found if result['steps'] == loaded.run['step'] else 'unknown'
+  except (TypeError, KeyError, ValueError):  # no result or no run, or a damaged one
     return 'unknown'
-  split = result['config']['data']['eval_split']
-  return f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'
 
 
 def classes(format: str, loaded: Pretrained) -> str:
@@ -159,14 +161,14 @@ def classes(format: str, loaded: Pretrained) -> str:
 def upright(channels: int) -> str:
   """`image`, a PIL image as people see it: a camera may say in EXIF which way it was held."""
   mode = 'L' if channels == 1 else 'RGB'
-  method = f'Image.Resampling.{p.interpolation.upper()}'
-  shape = f'({size[1]}, {size[0]}), {method}'
   return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
 
 
 def prepare(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
   """`image`, upright and of the size wanted."""
   opened = upright(channels)
+  method = f'Image.Resampling.{p.interpolation.upper()}'
+  shape = f'({size[1]}, {size[0]}), {method}'
   if not p.stretch:
     bleed = f', bleed={(1 - p.crop) / 2:.6g}' if p.crop < 1 else ''
     return f'{opened}\nimage = ImageOps.fit(image, {shape}{bleed})'

@@ -249,10 +249,12 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   found = {}
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
   last = lines[-1]['step'] if lines else 0
-  tested = [line for line in lines if line['split'] == 'test']
+  tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
   result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
   if result.get('steps', -1) >= last:  # else the run has gone on since then
-    found = {name: form.format(result[key]) for key, (name, form) in RESULT.items()}
+    known = [(result[key], *text) for key, text in RESULT.items() if key in result]
+    found = {name: form.format(value) for value, name, form in known}
+  result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
   elif lines:
     found['training steps'] = f'{last:,}, not finished'
     if tested:
