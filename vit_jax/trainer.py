@@ -15,7 +15,6 @@ import logging
 import math
 import pathlib
 import re
-import sys
 import time
 
 from clu import parameter_overview, platform
@@ -278,7 +277,7 @@ class Run:
     train_step = self.compile(train_state, batch)
     batches = itertools.chain([batch], batches)
     meter, late, scores = Meter(), None, {}
-    with progress_bar(start, steps) as bar:
+    with progress.counter(initial=start, total=steps, unit='step') as bar:
       for step in range(start + 1, steps + 1):
         train_state, metrics = train_step(train_state, next(batches))
         if step == start + 1:
@@ -408,11 +407,3 @@ def save_examples(exp: experiment.Experiment, test: Examples, workdir: pathlib.P
   for i, label in enumerate(test.label_N[:8]):
     name = re.sub(r'\W+', '-', exp.task.class_names[label])
     image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
-
-
-def progress_bar(start: int, steps: int) -> tqdm.tqdm:
-  """Steps done, time left, and what training reports."""
-  interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer lines
-  return tqdm.tqdm(
-    total=steps, initial=start, unit='step', dynamic_ncols=True, mininterval=interval
-  )
