@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 from PIL import Image
@@ -94,16 +97,17 @@ def test_features(capsys, trained, tmp_path, kind, monkeypatch):
   monkeypatch.setattr(predict, 'BATCH', 3)  # so that there are several, and a part of one
   workdir, _ = trained
   (tmp_path / 'broken.png').write_bytes(b'no image')
-  images = f'--images={tmp_path}/broken.png,{workdir}/examples'
+  first = min((workdir / 'examples').iterdir())
+  images = f'--images={first},{tmp_path}/broken.png,{workdir}/examples'
   flags = ['--mode=predict', f'--workdir={workdir}', images, f'--features={kind}']
   code, out, err = call(capsys, *flags, f'--out={tmp_path}/new/f.npz')
   arrays = np.load(tmp_path / 'new' / 'f.npz')
-  shape = (8, 16) if kind == 'pooled' else (8, 4, 16)
+  shape = (9, 16) if kind == 'pooled' else (9, 4, 16)
   assert code == 1 and str(list(shape)) in out and 'broken.png' in err
   assert arrays['feature'].shape == shape and arrays['feature'].dtype == np.float32
 
   exp, params, _ = experiment.from_workdir(workdir)
-  files = sorted((workdir / 'examples').iterdir())
+  files = [first, *sorted((workdir / 'examples').iterdir())]  # one that is named twice, twice
   assert list(arrays['path']) == [str(file) for file in files]
   image_BHWC = np.stack([np.asarray(Image.open(file)) for file in files])
   feature = arrays['feature'] if kind == 'pooled' else arrays['feature'].mean(axis=1)  # gap
@@ -126,6 +130,18 @@ def test_features(capsys, trained, tmp_path, kind, monkeypatch):
     ([CONFIG, '--workdir=x', '--config.optimizer.name=adamv'], 'Did you mean adamw'),
     ([CONFIG, '--workdir=x', '--config.data.source=digit'], 'Did you mean digits'),
     ([CONFIG, '--workdir=x', '--config.epochs=-1'], 'epochs'),
+def test_features_are_in_memory_once():
+  rows = ((i, np.full(2**17, i, np.float32)) for i in range(20))
+  tracemalloc.start()
+  try:
+    arrays, _ = predict.stack(rows, 20)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert (arrays['feature'][:, 0] == range(20)).all()
+  assert arrays['feature'].nbytes < peak < 1.2 * arrays['feature'].nbytes
+
+
     ([CONFIG, '--workdir=x', '--config.model.num_heads=5'], 'not divisible by model.num_heads=5'),
     ([CONFIG, '--workdir=x', '--config.model.patch_size=3'], '8x8 pixels'),
     (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
