@@ -17,8 +17,8 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'backend', 'draw', 'progress', 'losses', 'prepare', 'image', 'sharding', 'resnet'},
-  {'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
+  {'names', 'backend', 'draw', 'output', 'progress', 'losses', 'prepare', 'image', 'sharding'},
+  {'resnet', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},

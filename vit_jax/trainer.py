@@ -31,6 +31,7 @@ from vit_jax import (
   experiment,
   image,
   optim,
+  output,
   progress,
   sharding,
   state,
@@ -170,8 +171,8 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   Raises:
     ValueError: a config that can't be, or a workdir that holds another run.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
+  if not workdir.is_dir():
+    output.check_folder(workdir)
   check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))

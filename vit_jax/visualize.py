@@ -22,6 +22,7 @@ from vit_jax import (
   experiment,
   image,
   maps,
+  output,
   predict,
   progress,
   report,
@@ -58,10 +59,12 @@ def run(
     out: the folder that is written into; the workdir by default.
 
   Raises:
-    ValueError: nothing to draw, images of which none can be read, or a config that contradicts
-      the weights.
+    ValueError: nothing to draw, no place for it, images of which none can be read, or a config
+      that contradicts the weights.
   """
   out = out or workdir
+  subject = gather(workdir, images, overrides or {}, config, init)
+  output.check_folder(folder)
   subject = gather(workdir, images, overrides or {}, config, init)
   folder = out / 'figures'
   folder.mkdir(parents=True, exist_ok=True)
