@@ -108,7 +108,7 @@ def features(
 def stack(
   found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """What `rows` gives of `count` files as `features` does; in memory once.
+  """What `rows` gives of `count` files, in arrays as `features` gives them: once in memory.
 
   Raises:
     ValueError: no file could be read.
