@@ -233,6 +233,7 @@ def test_a_place_that_can_not_be_written_is_refused_first(
   monkeypatch.setattr(output.os, 'access', lambda path, _: path != tmp_path)
   err = error(capsys, *argv, f'--out={tmp_path / "new" / "deep" / inside}')
   assert f'{tmp_path} is read-only' in err and not (tmp_path / 'new').exists()
+  assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
 
 
 def test_interrupted(capsys, monkeypatch):
