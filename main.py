@@ -32,14 +32,13 @@ def given_config(args, overrides):
   """The config of `--config` with its overrides; None without `--config`."""
   if not args.config:
     return None
-  config = config_lib.load_file(args.config)
-  for key, text in overrides.items():
-    config_lib.override(config, key, text)
-  return config
+  return config_lib.override_all(config_lib.load_file(args.config), overrides)
 
 
-def split_paths(text):
-  """The paths of a comma-separated list."""
+def paths(text):
+  """The paths of a comma-separated list; one that is there as it is, commas and all, is whole."""
+  if text and os.path.exists(os.path.expanduser(text)):
+    return [text]
   return [path.strip() for path in text.split(',') if path.strip()]
 
 
@@ -80,24 +79,39 @@ def fewshot(args, overrides):
 
 
 def predict(args, overrides):
-  from vit_jax import format_npz, predict
+  from vit_jax import predict
 
-  images, config = split_paths(args.images), given_config(args, overrides)
-  if not images:
-    raise ValueError('--mode=predict needs --images=file.png,folder/, comma-separated.')
-  if args.features and (not args.out or args.out.suffix != '.npz'):
-    raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
-  if args.features and args.out.exists():
-    raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
   if args.features:
-    arrays, errors = predict.features(
-      args.workdir, images, args.features, overrides, config, args.init
-    )
-    format_npz.write_arrays(args.out, arrays)
-    print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
-  else:
-    found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
-    errors = predict.show(found, args.format or 'table')
+    return features(args, overrides)
+  if args.out:
+    raise ValueError('--out is for --features=pooled or tokens; predictions are printed.')
+  images, config = args.images or [], given_config(args, overrides)
+  found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
+  return finish(predict.show(found, args.format or 'table'))
+
+
+def features(args, overrides):
+  """What --mode=predict does with --features."""
+  from vit_jax import format_npz, output, predict
+
+  if args.given & {'--format', '--topk'}:
+    raise ValueError('--features writes arrays: leave --format and --topk out.')
+  if not args.out or args.out.suffix != '.npz':
+    raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
+  if args.out.exists():
+    raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
+  output.check_folder(args.out.parent)
+  images, config = args.images or [], given_config(args, overrides)
+  arrays, errors = predict.features(
+    args.workdir, images, args.features, overrides, config, args.init
+  )
+  format_npz.write_arrays(args.out, arrays)
+  print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
+  return finish(errors)
+
+
+def finish(errors):
+  """Names the files that could not be read; the exit code."""
   for error in errors:
     log.error('%s', error)
   return 1 if errors else 0
@@ -108,8 +122,8 @@ def visualize(args, overrides):
 
   if args.init and not args.out:
     raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
-  config, images = given_config(args, overrides), split_paths(args.images)
-  for path in visualize.run(args.workdir, images, overrides, config, args.init, args.out):
+  config = given_config(args, overrides)
+  for path in visualize.run(args.workdir, args.images, overrides, config, args.init, args.out):
     print(path)
 
 
@@ -127,8 +141,6 @@ def serve(args, overrides):
 def export(args, overrides):
   from vit_jax import export
 
-  if overrides or args.config:
-    raise ValueError('--mode=export writes the weights as they are: leave --config out.')
   if not args.format or not args.out:
     raise ValueError(
       '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
@@ -154,7 +166,20 @@ MODES = {
   'serve': serve,
   'inspect': inspect,
 }
-TAKE_INIT = ('fewshot', 'predict', 'export', 'visualize', 'serve', 'inspect')
+TAKEN_BY = {  # but --workdir, which all modes take
+  '--config': [mode for mode in MODES if mode != 'export'],
+  '--init': ('fewshot', 'predict', 'visualize', 'export', 'serve', 'inspect'),
+  '--images': ('predict', 'visualize'),
+  '--topk': ('predict',),
+  '--features': ('predict',),
+  '--format': ('predict', 'export'),
+  '--out': ('predict', 'visualize', 'export'),
+  '--host': ('serve',),
+  '--port': ('serve',),
+  '--coordinator': ('train', 'eval'),
+  '--num_processes': ('train', 'eval'),
+  '--process_id': ('train', 'eval'),
+}
 
 
 class Console(logging.Handler):
@@ -175,7 +200,10 @@ def folder(text):
 
 
 def parse(argv):
-  """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`."""
+  """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`.
+
+  Among the flags is `given`, the names of those that stand on the command line.
+  """
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
@@ -194,7 +222,7 @@ def parse(argv):
     '--out', type=folder, help='export, visualize: a folder to write; features: a file'
   )
   parser.add_argument(
-    '--images', default='', help='predict, visualize: files and folders, comma-separated'
+    '--images', type=paths, help='predict, visualize: files and folders, comma-separated'
   )
   parser.add_argument('--topk', type=int, default=5, help='predict: classes shown for each image')
   parser.add_argument('--features', default='', help='predict: pooled or tokens, into --out')
@@ -206,6 +234,7 @@ def parse(argv):
   parser.add_argument('--num_processes', type=int, help='in all; 1: alone, whatever Slurm says')
   parser.add_argument('--process_id', type=int, help='0 to num_processes - 1')
   args, rest = parser.parse_known_args(argv)
+  args.given = {re.split('[=.]', word)[0] for word in argv}
   overrides = {}
   while rest:
     flag, equals, text = rest.pop(0).partition('=')
@@ -215,6 +244,14 @@ def parse(argv):
       parser.error(f'{flag} needs a value')
     overrides[flag.removeprefix('--config.')] = text if equals else rest.pop(0)
   return args, overrides
+
+
+def check_flags(args):
+  """Raises ValueError for a flag that the mode would pass over."""
+  for flag, modes in TAKEN_BY.items():
+    if flag in args.given and args.mode not in modes:
+      hint = '; training takes --config.init' if flag == '--init' else ''
+      raise ValueError(f'{flag} is for {", ".join(modes)}, not for --mode={args.mode}{hint}.')
 
 
 def keep_compiled():
@@ -232,18 +269,23 @@ def main(argv):
   log.handlers = [Console(logging.INFO)]
   try:
     mode = choose('--mode', args.mode, MODES)
-    if args.init and args.mode not in TAKE_INIT:
-      raise ValueError(f'--init is for {", ".join(TAKE_INIT)}; training takes --config.init.')
+    check_flags(args)
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    return mode(args, overrides)
+    code = mode(args, overrides)
+    sys.stdout.flush()
+    return code
+  except BrokenPipeError:  # whoever reads has read enough, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
+    return 141  # as a shell has it of what SIGPIPE ends
   except (ValueError, OSError, FloatingPointError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print('Interrupted. The same command goes on from what was saved.', file=sys.stderr)
+    goes_on = ' The same command goes on from what was saved.' if args.mode == 'train' else ''
+    print(f'Interrupted.{goes_on}', file=sys.stderr)
     return 130
 
 

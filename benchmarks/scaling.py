@@ -22,7 +22,8 @@ from vit_jax import writer
 PROCESSES = (1, 2, 4)
 EACH = 64  # images a step of each process
 FLAGS = [
-  '--config=configs/cifar10.py:tiny', '--config.data.source=synthetic', '--config.optimizer.name=adamw',
+  '--config=configs/cifar10.py:tiny', '--config.data.source=synthetic',
+  '--config.optimizer.name=adamw',
   '--config.epochs=16', '--config.log_every=8', '--config.eval_every=0',
   '--config.augment.rand_augment.num_layers=0',
 ]  # fmt: skip

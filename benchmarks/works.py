@@ -65,8 +65,7 @@ def settings(work: Work) -> ConfigDict:
     'optimizer.lr': str(LEARNING_RATE),
     'loss.label_smoothing': '0',
   }
-  for key, text in (overrides | dict(work.overrides)).items():
-    config_lib.override(config, key, text)
+  config_lib.override_all(config, overrides | dict(work.overrides))
   return config
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 import pytest
 import yaml
 
@@ -136,11 +136,15 @@ def snippet(folder):
   return re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
 
 
-def save_image(folder, size, channels=3):
-  """`image.png` of noise, (height, width), and its pixels."""
-  pixels = np.random.RandomState(2).randint(0, 256, (*size, channels), np.uint8)
-  image.save(pixels, folder / 'image.png')
-  return Image.open(folder / 'image.png')
+def save_image(folder, size):
+  """`image.png`, the JPEG of a camera held upright (height, width), and what `predict` sees."""
+  pixels = np.random.RandomState(2).randint(0, 256, (size[1], size[0], 3), np.uint8)
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
+  Image.fromarray(pixels).save(folder / 'image.png', 'JPEG', exif=exif)
+  seen = image.decode((folder / 'image.png').read_bytes(), 'image.png')
+  assert seen.size == (size[1], size[0])
+  return seen
 
 
 @pytest.mark.parametrize('format', PROGRAMS)
@@ -243,7 +247,10 @@ def test_a_program_does_not_hang_on_the_machine_that_writes_it(tmp_path, monkeyp
     data = bytearray((tmp_path / name / 'model.stablehlo').read_bytes())
     exported = jax.export.deserialize(data)
     assert exported.platforms == ('cpu', 'cuda', 'tpu')
-    assert 'optimization_barrier' not in exported.mlir_module()
+    text = exported.mlir_module()
+    assert 'optimization_barrier' not in text
+    products = re.findall(r'stablehlo\.(?:dot_general|convolution).*', text)
+    assert products and all(line.count('HIGHEST') == 2 for line in products)  # both factors
     files.append(data)
   assert files[0] == files[1]
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import subprocess
+import sys
+import tracemalloc
 
 import numpy as np
 from PIL import Image
@@ -11,7 +14,7 @@ import pytest
 import main
 from tests.conftest import small_config
 from vit_jax import config as config_lib
-from vit_jax import experiment, predict
+from vit_jax import experiment, image, output, predict
 
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
@@ -89,26 +92,54 @@ def test_predict_as_csv_of_a_pattern(capsys, trained):
   assert float(lines[0]['probability']) >= float(lines[1]['probability'])
 
 
+def test_paths_with_commas(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a,b.png').touch()
+  assert main.paths('a,b.png') == ['a,b.png'] and main.paths('a, c.png,') == ['a', 'c.png']
+  assert len(main.paths(','.join(['x.png'] * 100))) == 100  # longer than a file's name can be
+  assert main.paths('') == main.paths(' , ') == []
+
+
+def test_a_folder_is_no_image_whatever_its_name(tmp_path):
+  (tmp_path / 'a.png').mkdir()
+  (tmp_path / 'a.png' / 'b.png').touch()
+  assert image.find([str(tmp_path)]) == image.find([f'{tmp_path}/**/*.png'])
+  assert image.find([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
+
+
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])
 def test_features(capsys, trained, tmp_path, kind, monkeypatch):
   monkeypatch.setattr(predict, 'BATCH', 3)  # so that there are several, and a part of one
   workdir, _ = trained
   (tmp_path / 'broken.png').write_bytes(b'no image')
-  images = f'--images={tmp_path}/broken.png,{workdir}/examples'
+  first = min((workdir / 'examples').iterdir())
+  images = f'--images={first},{tmp_path}/broken.png,{workdir}/examples'
   flags = ['--mode=predict', f'--workdir={workdir}', images, f'--features={kind}']
   code, out, err = call(capsys, *flags, f'--out={tmp_path}/new/f.npz')
   arrays = np.load(tmp_path / 'new' / 'f.npz')
-  shape = (8, 16) if kind == 'pooled' else (8, 4, 16)
+  shape = (9, 16) if kind == 'pooled' else (9, 4, 16)
   assert code == 1 and str(list(shape)) in out and 'broken.png' in err
   assert arrays['feature'].shape == shape and arrays['feature'].dtype == np.float32
 
   exp, params, _ = experiment.from_workdir(workdir)
-  files = sorted((workdir / 'examples').iterdir())
+  files = [first, *sorted((workdir / 'examples').iterdir())]  # one that is named twice, twice
   assert list(arrays['path']) == [str(file) for file in files]
   image_BHWC = np.stack([np.asarray(Image.open(file)) for file in files])
   feature = arrays['feature'] if kind == 'pooled' else arrays['feature'].mean(axis=1)  # gap
   logits = feature @ params['head']['kernel'] + params['head']['bias']
   np.testing.assert_allclose(logits, exp.logits(params, {'image': image_BHWC}), atol=1e-5)
+
+
+def test_features_are_in_memory_once():
+  rows = ((i, np.full(2**17, i, np.float32)) for i in range(20))
+  tracemalloc.start()
+  try:
+    arrays, _ = predict.stack(rows, 20)
+    peak = tracemalloc.get_traced_memory()[1]
+  finally:
+    tracemalloc.stop()
+  assert (arrays['feature'][:, 0] == range(20)).all()
+  assert arrays['feature'].nbytes < peak < 1.2 * arrays['feature'].nbytes
 
 
 @pytest.mark.parametrize('argv, message', [
@@ -162,12 +193,72 @@ def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
   workdir, _ = trained
   assert 'another config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
   flags = ['--mode=export', f'--workdir={workdir}', '--config.seed=1']
-  assert 'leave --config out' in error(capsys, *flags)
+  assert '--config is for train' in error(capsys, *flags)
   assert 'another config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
   assert '--workdir is missing' in error(capsys, CONFIG, '--workdir=')
   for bad in ('0', '-5'):
     flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
     assert 'eval_batch_size must be from 1' in error(capsys, *flags)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--images=a.png'], '--images is for predict, visualize, not for --mode=train'),
+    (['--mode=eval', '--topk', '3'], '--topk is for predict, not'),
+    (['--mode=predict', '--images=a.png', '--port=7860'], '--port is for serve'),
+    (['--mode=inspect', '--out=x'], '--out is for predict, visualize, export'),
+    (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
+    (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
+    (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
+     'leave --format and --topk out'),
+    (['--mode=visualize', '--images=,'], 'No images are named'),
+    (['--mode=predict', '--images=,'], 'No images are named'),
+])  # fmt: skip
+def test_flags_that_would_be_passed_over_are_refused(capsys, trained, argv, message):
+  assert message in error(capsys, f'--workdir={trained[0]}', *argv)
+
+
+@pytest.mark.parametrize('argv, inside', [
+    (['--mode=predict', '--images=a.png', '--features=pooled'], 'f.npz'),
+    (['--mode=visualize'], ''),
+    (['--mode=export', '--format=npz'], ''),
+])  # fmt: skip
+def test_a_place_that_can_not_be_written_is_refused_first(
+  capsys, tmp_path, argv, inside, monkeypatch
+):
+  argv = [*argv, f'--workdir={tmp_path}/nowhere']  # which is looked for later
+  (tmp_path / 'file').touch()
+  for place in ('file', 'file/in/it'):
+    err = error(capsys, *argv, f'--out={tmp_path / place / inside}')
+    assert f'{tmp_path}/file is a file; a folder is needed' in err and 'Errno' not in err
+  monkeypatch.setattr(output.os, 'access', lambda path, _: path != tmp_path)
+  err = error(capsys, *argv, f'--out={tmp_path / "new" / "deep" / inside}')
+  assert f'{tmp_path} is read-only' in err and not (tmp_path / 'new').exists()
+  assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
+
+
+def test_interrupted(capsys, monkeypatch):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  for mode in ('train', 'eval'):
+    monkeypatch.setitem(main.MODES, mode, stop)
+    code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
+    assert code == 130 and ('goes on' in err) == (mode == 'train')
+
+
+@pytest.mark.parametrize('flush', [True, False])
+def test_whoever_reads_may_stop(flush):
+  script = (
+    'import sys, main\n'
+    f'main.MODES["eval"] = lambda *_: [print("line", flush={flush}) for _ in range(50_000)] and 0\n'
+    'sys.exit(main.main(["--mode=eval", "--workdir=x"]))'
+  )
+  process = subprocess.Popen(
+    [sys.executable, '-c', script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  assert process.stdout.readline() == b'line\n'
+  process.stdout.close()
+  assert process.stderr.read() == b'' and process.wait() == 141
 
 
 def test_an_unknown_flag_is_refused(capsys):

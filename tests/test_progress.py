@@ -1,6 +1,7 @@
 """Long work is announced, short work is not."""
 
 import logging
+import sys
 import time
 
 from vit_jax import progress
@@ -18,6 +19,7 @@ def test_what_takes_long_is_announced(caplog, monkeypatch):
 
 def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
   monkeypatch.setattr(progress, 'SOON', 0.05)
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
   caplog.set_level(logging.INFO)
   items = []
   for item in progress.bar(range(4), 'Slow', 'egg', total=4):
@@ -31,3 +33,12 @@ def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
   for item in progress.bar(range(2), 'Slow later', 'egg', total=2):
     time.sleep(0.2 * item)
   assert len(caplog.messages) == 1  # the bar is there by then
+
+
+def test_a_log_file_has_few_updates(capsys, monkeypatch):
+  monkeypatch.setattr(progress, 'SOON', 0)
+  for screen in (True, False):
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda screen=screen: screen)
+    for _ in progress.bar(range(8), 'Slow', 'egg', total=8):
+      time.sleep(0.11)
+    assert (capsys.readouterr().err.count('8 [') > 5) == screen

@@ -17,8 +17,8 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'backend', 'cluster', 'draw', 'progress', 'losses', 'prepare', 'image', 'resnet'},
-  {'sharding', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
+  {'names', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'image', 'resnet'},
+  {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
@@ -26,8 +26,8 @@ LAYERS = (
   {'check', 'inherit', 'card'},
   {'experiment', 'export'},
   {'evaluate', 'features', 'pictures'},
-  {'trainer', 'predict', 'serve', 'fewshot', 'summary'},
-  {'probe', 'visualize'},
+  {'trainer', 'predict', 'serve', 'fewshot'},
+  {'probe', 'summary', 'visualize'},
 )
 LEAVES = set().union(*LAYERS[:6])
 

@@ -32,21 +32,19 @@ CHROMIUM = next(
 
 
 @pytest.fixture(scope='module')
-def page(trained):
+def page(trained, tmp_path_factory):
   """The address of a server in a process of its own."""
   began = time.time()
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', f'--port={port}']
-  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-  lines = []
-  for line in process.stderr:
-    lines.append(line)
-    if 'Serving on' in line:
-      break
-  else:
-    pytest.fail(''.join(lines))
+  log = tmp_path_factory.mktemp('serve') / 'stderr'
+  with log.open('w') as stderr:
+    process = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
+  while 'Serving on' not in log.read_text():
+    assert process.poll() is None, log.read_text()
+    time.sleep(0.1)
   yield f'http://127.0.0.1:{port}/'
   process.terminate()
   assert process.wait(30) == 0

@@ -154,9 +154,23 @@ def test_inspect(capsys, trained, tmp_path):
   code, out, _ = call(capsys, '--mode=inspect', f'--init={DATA / "timm_map"}')
   assert not code and '| map ' in out and 'Training is that of the default config' in out
   assert 'needs --config' in error(capsys, '--mode=inspect')
-  assert 'holds no checkpoint' in error(capsys, '--mode=inspect', f'--workdir={tmp_path}')
+  assert 'holds no run' in error(capsys, '--mode=inspect', f'--workdir={tmp_path}')
   assert 'Did you mean cifar10' in error(capsys, *flags, '--config.data.source=tfds:cifr10')
   assert 'another config' in error(capsys, *flags[:2], f'--workdir={workdir}')
+
+
+def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(summary.sharding, 'start_up', lambda *arguments: asked.append(arguments))
+  workdir, _ = trained
+  found = summary.run(None, workdir, '', {})
+  same = summary.run(small_config(), None, '', {})
+  assert summary.show(found) == summary.show(same)
+  summary.run(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
+  summary.run(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
+  (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
+  assert summary.show(summary.run(None, tmp_path, '', {})) == summary.show(same)  # nothing saved
+  assert asked == [(32, 1, 1), (32, 1, 1), (64, 2, 1), (128, 1, 1), (32, 1, 1)]
 
 
 def test_the_plan_is_that_of_training():

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 import json
 import shutil
 import types
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -185,6 +186,21 @@ def test_a_run_that_went_on_after_its_result(workdir):
   assert '40, not finished' in Page(workdir / 'report.html').text
 
 
+def test_damaged_records(capsys, workdir):
+  (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1')
+  assert not call(capsys, '--mode=visualize', f'--workdir={workdir}')[0]
+  text = Page(workdir / 'report.html').text
+  assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)
+  (workdir / 'result.json').write_text('{"steps": "all"}')
+  visualize.run(workdir)
+  assert '32, not finished' in Page(workdir / 'report.html').text
+  export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
+  assert not call(capsys, *export)[0]
+  assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
+
+
 def test_a_checkpoint_without_records(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
@@ -219,6 +235,20 @@ def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
   draw.save(figure, tmp_path / 'c.png')
   with Image.open(tmp_path / 'c.png') as image:
     assert image.width == 1200
+
+
+def test_names_of_any_script(tmp_path, caplog):
+  names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
+  figures = [
+    draw.confusion(np.eye(4, dtype=int), np.ones(4), names),
+    draw.mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
+  ]
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    for figure in figures:
+      draw.save(figure, tmp_path / 'c.png')
+  assert not caplog.messages  # as of a font that is not installed
+  assert figures[0].axes[1].get_yticklabels()[0].get_text() == 'two lines and m…'
 
 
 def test_a_class_without_examples_is_drawn(tmp_path):

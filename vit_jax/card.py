@@ -134,10 +134,12 @@ def public(path: str) -> str:
 
 def accuracy(loaded: Pretrained, result: dict | None) -> str:
   """That of the run's result, if it is of these weights."""
-  if result is None or loaded.run is None or result.get('steps') != loaded.run['step']:
+  try:
+    split = result['config']['data']['eval_split']
+    found = f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'
+    return found if result['steps'] == loaded.run['step'] else 'unknown'
+  except (TypeError, KeyError, ValueError):  # no result or no run, or a damaged one
     return 'unknown'
-  split = result['config']['data']['eval_split']
-  return f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'
 
 
 def classes(format: str, loaded: Pretrained) -> str:
@@ -156,20 +158,25 @@ def classes(format: str, loaded: Pretrained) -> str:
 # How to run an export of each format, as lines of Python that work within its folder.
 
 
-def prepare(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """`image`, a PIL image of the size wanted."""
+def upright(channels: int) -> str:
+  """`image`, a PIL image as people see it: a camera may say in EXIF which way it was held."""
   mode = 'L' if channels == 1 else 'RGB'
+  return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
+
+
+def prepare(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
+  """`image`, upright and of the size wanted."""
+  opened = upright(channels)
   method = f'Image.Resampling.{p.interpolation.upper()}'
   shape = f'({size[1]}, {size[0]}), {method}'
-  opened = f"Image.open('image.png').convert('{mode}')"
   if not p.stretch:
     bleed = f', bleed={(1 - p.crop) / 2:.6g}' if p.crop < 1 else ''
-    return f'image = ImageOps.fit({opened}, {shape}{bleed})'
+    return f'{opened}\nimage = ImageOps.fit(image, {shape}{bleed})'
   if p.crop == 1:
-    return f'image = {opened}.resize({shape})'
+    return f'{opened}\nimage = image.resize({shape})'
   cut = f'w * {(1 - p.crop) / 2:.6g}, h * {(1 - p.crop) / 2:.6g}'
   end = f'w * {(1 + p.crop) / 2:.6g}, h * {(1 + p.crop) / 2:.6g}'
-  return f'image = {opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'
+  return f'{opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'
 
 
 def program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
@@ -178,7 +185,7 @@ def program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
   axes = 'None, ..., None' if channels == 1 else 'None'
   lines = [
     imports,
-    'from PIL import Image' + ('' if p.stretch else ', ImageOps') + '\n',
+    'from PIL import Image, ImageOps\n',
     read,
     prepare(p, channels, p.stored_size or p.size),
     call.replace('IMAGE', f'np.asarray(image)[{axes}]'),
@@ -213,30 +220,29 @@ def run_hf(loaded: Pretrained) -> str:
   """With transformers."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
-  mode = 'L' if weights.channels(loaded.params) == 1 else 'RGB'
   show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
-  return f"""from PIL import Image
+  return f"""from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}
 
 processor = AutoImageProcessor.from_pretrained('.')
 model = {kind}.from_pretrained('.')
-image = Image.open('image.png').convert('{mode}')
+{upright(weights.channels(loaded.params))}
 inputs = processor(image, return_tensors='pt')
 {show if headed else 'print(model(**inputs).last_hidden_state)'}"""
 
 
 def run_timm(loaded: Pretrained) -> str:
   """With timm."""
-  mode = 'L' if weights.channels(loaded.params) == 1 else 'RGB'
   show = 'print(output)'
   if loaded.class_names:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"
-  return f"""from PIL import Image
+  return f"""from PIL import Image, ImageOps
 import timm
 
 model = timm.create_model('local-dir:.', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-output = model(transform(Image.open('image.png').convert('{mode}'))[None])[0]
+{upright(weights.channels(loaded.params))}
+output = model(transform(image)[None])[0]
 {show}"""
 
 
@@ -247,7 +253,7 @@ def run_npz(loaded: Pretrained) -> str:
   axes = '[..., None]' if channels == 1 else ''
   mean, std = (repr(list(values)) for values in (p.mean, p.std))
   return f"""import numpy as np
-from PIL import Image{'' if p.stretch else ', ImageOps'}
+from PIL import Image, ImageOps
 import vit_jax
 
 model, params = vit_jax.load('model.npz'{f', grid={grid}' if grid[0] != grid[1] else ''})

@@ -230,6 +230,13 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     holder[leaf] = value
 
 
+def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+  """The config with every one of these set in it; see `override`."""
+  for key, text in overrides.items():
+    override(config, key, text)
+  return config
+
+
 def parse(text: str, kind: type, optional: bool = False):
   """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`."""
   if optional and (text == 'None' or (kind is not str and text == 'none')):

@@ -7,20 +7,28 @@ Decisions:
   * Colours tell classes of things apart for colour-blind eyes too (Okabe and Ito's); shades run
     from dark to light in one direction (viridis), as in the paper.
   * What is many is shown as one image with gaps, not as hundreds of axes.
+  * Letters that matplotlib's own font lacks are drawn in one of `FALLBACKS` that is installed;
+    where none is, as boxes, and matplotlib's warning about each is not passed on.
 """
 
 from collections.abc import Sequence
 import pathlib
+import warnings
 
 import matplotlib
-from matplotlib import ticker
+from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
 import numpy as np
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
 GROUND = 228  # grey between patches, where white would be taken for theirs
 SPLITS = {'train': BLUE, 'val': GREEN, 'test': ORANGE}
+FALLBACKS = (  # fonts of many scripts
+  'Noto Sans CJK JP', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei', 'Droid Sans Fallback',
+  'Arial Unicode MS', 'Microsoft YaHei', 'Malgun Gothic', 'Nirmala UI',
+)  # fmt: skip
 STYLE = {
+  'font.family': ['DejaVu Sans', *(f for f in FALLBACKS if f in font_manager.get_font_names())],
   'font.size': 9.0,
   'axes.titlesize': 9.0,
   'axes.edgecolor': GREY,
@@ -50,7 +58,9 @@ styled = matplotlib.rc_context(STYLE)
 @styled
 def save(figure: Figure, path: pathlib.Path) -> None:
   """Writes a PNG 1200 pixels wide, without date or version: the same figure, the same bytes."""
-  figure.savefig(path, dpi=150, metadata={'Software': None})
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing from font')
+    figure.savefig(path, dpi=150, metadata={'Software': None})
 
 
 @styled
@@ -381,6 +391,7 @@ def resize(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def short(name: str, most: int = 16) -> str:
-  """A class name that fits beside its tick; a dollar sign would begin a formula."""
+  """A class name, in a line that fits beside its tick; a dollar sign would begin a formula."""
+  name = ' '.join(name.split())
   name = name if len(name) <= most else name[: most - 1] + '…'
   return name.replace('$', r'\$')

@@ -305,8 +305,7 @@ def from_init(
   """
   config = config_lib.default_config()
   config.init = init
-  for key, text in overrides.items():
-    config_lib.override(config, key, text)
+  config_lib.override_all(config, overrides)
   check(config)
   found, names = pretrained.read(init), None
   if classes == 'data':
@@ -354,9 +353,7 @@ def from_workdir(
   step, params, saved = checkpoint.load(workdir)
   own = config_lib.from_dict(saved['config'])
   if config is None:
-    config = own
-    for key, text in (overrides or {}).items():
-      config_lib.override(config, key, text)
+    config = config_lib.override_all(own, overrides or {})
   else:
     config_lib.check_same_run(own, config, workdir)
   check(config)

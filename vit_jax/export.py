@@ -3,7 +3,7 @@
 import logging
 import pathlib
 
-from vit_jax import card, pretrained
+from vit_jax import card, output, pretrained
 from vit_jax import weights as weights_lib
 from vit_jax.names import choose
 
@@ -24,10 +24,11 @@ def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathli
     The files there.
 
   Raises:
-    ValueError: weights that can't be read, or that the format can't hold, or a folder with
-      something else in it.
+    ValueError: weights that can't be read, or that the format can't hold, or a folder that can't
+      be written into or has something else in it.
   """
   choose('format', format, pretrained.FORMATS)
+  output.check_folder(out)
   check_card(out)
   found = pretrained.read(path)
   loaded = pretrained.adapt(found, tokens=False)

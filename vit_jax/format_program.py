@@ -6,7 +6,8 @@ features where the model has no head.
 
 Decisions:
   * Logits: probabilities are one softmax away from them, and there is no way back.
-  * The computation is float32, also where training's was bfloat16.
+  * The computation is float32, also where training's was bfloat16. StableHLO asks for all of its
+    bits: by default a GPU's or a TPU's products take fewer.
   * `backend.portable`: the program does not hang on the machine that it was written on.
   * JAX 0.4.36 and later converts to ONNX by no other way than `jax2onnx`: what tf2onnx took,
     `jax2tf` without XLA, is gone. What it writes is compared with JAX before it is kept.
@@ -71,7 +72,7 @@ def save_stablehlo(
   program, image_shape = make(model, params, preprocessing)
   (batch,) = export.symbolic_shape('b')
   image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-  with backend.portable():
+  with backend.portable(), jax.default_matmul_precision('highest'):
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(image)
   (folder / 'model.stablehlo').write_bytes(exported.serialize())
   write_about(folder, model, exported.out_avals[0].shape, image_shape, preprocessing, class_names)

@@ -16,8 +16,9 @@ class BadImage(ValueError):
 
 
 def is_image(path: pathlib.Path) -> bool:
-  """Whether the name is an image's, and not a hidden file's."""
-  return path.suffix.lower() in EXTENSIONS and not path.name.startswith('.')
+  """Whether it is a file with the name of an image, and not a hidden one."""
+  named = path.suffix.lower() in EXTENSIONS and not path.name.startswith('.')
+  return named and path.is_file()
 
 
 def read(path: pathlib.Path) -> bytes:
@@ -108,13 +109,13 @@ def find(paths: list[str]) -> list[pathlib.Path]:
     ValueError: no path, or a folder or a pattern without images.
   """
   if not paths:
-    raise ValueError('No images are named: give files, folders or patterns.')
+    raise ValueError('No images are named: give --images=file.png,folder/, comma-separated.')
   found = []
   for path in map(pathlib.Path, paths):
     path = path.expanduser()
     if not path.exists() and any(sign in str(path) for sign in '*?['):
       inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
-      inside = [p for p in inside if is_image(p) and p.is_file()]
+      inside = [p for p in inside if is_image(p)]
       if not inside:
         raise ValueError(f'{path}: no image has such a name (looked for {", ".join(EXTENSIONS)}).')
       found += inside

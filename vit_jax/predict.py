@@ -101,12 +101,30 @@ def features(
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
 
   found = rows(exp, params, files, extract)
-  found = list(progress.bar(found, 'Computing features', 'image', len(files)))
-  good = {str(file): row for file, row in found if not isinstance(row, str)}
-  errors = [row for _, row in found if isinstance(row, str)]
-  if not good:
-    raise ValueError(f'None of the {len(files)} files is a readable image, e.g. {errors[0]}')
-  return {'path': np.array(list(good)), 'feature': np.stack(list(good.values()))}, errors
+  found = progress.bar(found, 'Computing features', 'image', len(files))
+  return stack(found, len(files))
+
+
+def stack(
+  found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """What `rows` gives of `count` files, in arrays as `features` gives them: once in memory.
+
+  Raises:
+    ValueError: no file could be read.
+  """
+  paths, errors, feature = [], [], None
+  for file, row in found:
+    if isinstance(row, str):
+      errors.append(row)
+      continue
+    if feature is None:
+      feature = np.empty((count, *row.shape), row.dtype)
+    feature[len(paths)] = row
+    paths.append(str(file))
+  if not paths:
+    raise ValueError(f'None of the {count} files is a readable image, e.g. {errors[0]}')
+  return {'path': np.array(paths), 'feature': feature[: len(paths)]}, errors
 
 
 def rows(

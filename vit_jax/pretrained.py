@@ -29,6 +29,7 @@ from vit_jax import (
   format_npz,
   format_program,
   format_timm,
+  output,
   positions,
   vit,
   weights,
@@ -124,10 +125,8 @@ def save(
   check_params(model, params, preprocessing.size, 'save')
   if class_names is not None and len(class_names) != model.num_classes:
     raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except (FileExistsError, NotADirectoryError):
-    raise ValueError(f'{folder} is a file; a folder is needed.') from None
+  output.check_folder(folder)
+  folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix='.writing_', dir=folder) as temporary:
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:

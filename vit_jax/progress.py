@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Iterator
 import contextlib
 import logging
+import sys
 import threading
 
 from tqdm import tqdm
+
+from vit_jax import cluster
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,13 @@ def announced(message: str) -> Iterator[None]:
     timer.cancel()
 
 
+def counter(items: Iterable | None = None, **arguments) -> tqdm:
+  """tqdm's bar, of the first process; seldom drawn where it stays, as in a log file."""
+  interval = 0.1 if sys.stderr.isatty() else 10  # seconds
+  silent = not cluster.is_first()
+  return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)
+
+
 def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
   """The items, under a bar if they take longer than `SOON`; it vanishes with the last one.
 
@@ -31,6 +41,6 @@ def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
   """
   with contextlib.ExitStack() as first:
     first.enter_context(announced(f'{message} ...'))
-    for item in tqdm(items, message, total, leave=False, unit=unit, delay=SOON):
+    for item in counter(items, desc=message, total=total, leave=False, unit=unit, delay=SOON):
       yield item
       first.close()

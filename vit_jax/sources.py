@@ -284,7 +284,7 @@ def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[i
     (label, file)
     for label, name in enumerate(class_names)
     for file in (root / name).rglob('*')
-    if image_lib.is_image(file) and file.is_file()
+    if image_lib.is_image(file)
   ]
   return sorted(files, key=mixed)
 

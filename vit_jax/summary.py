@@ -35,6 +35,7 @@ from vit_jax import (
   sources,
   splits,
   state,
+  trainer,
   weights,
 )
 from vit_jax import config as config_lib
@@ -105,7 +106,12 @@ def run(
   Raises:
     ValueError: a config that can't be, or none of the three.
   """
-  asked = config or config_lib.default_config()
+  if not (config or workdir or init):
+    raise ValueError('--mode=inspect needs --config, the --workdir of a run, or --init.')
+  if init:
+    asked = config_lib.override_all(config_lib.default_config(), overrides)
+  else:
+    asked = config or trainer.saved_config(workdir, overrides)
   check(asked)
   # Before orbax reads or a shape is asked for: that starts JAX, with one device on a CPU.
   sharding.start_up(asked.batch_size, asked.micro_batches or 1, experiment.group(asked))
@@ -113,12 +119,7 @@ def run(
     exp, _ = experiment.open_model(workdir, init, overrides, config)
     notes = ('Training is that of the default config and of --config.<key>.',) if init else ()
     return summarize(exp, exp.task.train_examples or None, notes)
-  if config is None:
-    raise ValueError(
-      '--mode=inspect needs --config, the --workdir of a run, or --init'
-      + (f': {workdir} holds no checkpoint.' if workdir else '.')
-    )
-  exp, examples, notes = from_config(config)
+  exp, examples, notes = from_config(asked)
   return summarize(exp, examples, notes)
 
 

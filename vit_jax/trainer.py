@@ -15,8 +15,6 @@ import logging
 import math
 import pathlib
 import re
-import sys
-import tempfile
 import time
 
 from clu import parameter_overview, platform
@@ -34,6 +32,7 @@ from vit_jax import (
   experiment,
   image,
   optim,
+  output,
   progress,
   sharding,
   state,
@@ -183,19 +182,8 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
     config_lib.check_same_run(saved, config, workdir)
     finished = cluster.from_first(lambda: finished_result(config, workdir))
   if not finished:
-    cluster.from_first(lambda: check_writable(workdir))
+    cluster.from_first(lambda: output.check_folder(workdir))
   return finished, saved
-
-
-def check_writable(workdir: pathlib.Path) -> None:
-  """Raises ValueError where a run can't write into the folder, or make it."""
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'--workdir: {workdir} is a file; a folder is needed.')
-  folder = next(path for path in (workdir, *workdir.absolute().parents) if path.is_dir())
-  try:
-    tempfile.TemporaryFile(dir=folder).close()
-  except OSError as error:
-    raise ValueError(f'--workdir: {folder} can not be written: {error.strerror}.') from error
 
 
 def fit(
@@ -248,10 +236,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
     )
-  config = config_lib.from_dict(saved)
-  for key, text in overrides.items():
-    config_lib.override(config, key, text)
-  return config
+  return config_lib.override_all(config_lib.from_dict(saved), overrides)
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
@@ -298,7 +283,7 @@ class Run:
     train_step = self.compile(train_state, batch)
     batches = itertools.chain([batch], batches)
     meter, late, scores = Meter(), None, {}
-    with progress_bar(start, steps) as bar:
+    with progress.counter(initial=start, total=steps, unit='step') as bar:
       for step in range(start + 1, steps + 1):
         train_state, metrics = train_step(train_state, next(batches))
         if step == start + 1:
@@ -435,16 +420,3 @@ def save_examples(exp: experiment.Experiment, test: Examples, workdir: pathlib.P
   for i, label in enumerate(test.label_N[:8]):
     name = re.sub(r'\W+', '-', exp.task.class_names[label])
     image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
-
-
-def progress_bar(start: int, steps: int) -> tqdm.tqdm:
-  """Steps done, time left, and what training reports."""
-  interval = 0.5 if sys.stderr.isatty() else 10  # seconds; a log file wants fewer lines
-  return tqdm.tqdm(
-    total=steps,
-    initial=start,
-    unit='step',
-    dynamic_ncols=True,
-    mininterval=interval,
-    disable=not cluster.is_first(),
-  )

@@ -22,6 +22,7 @@ from vit_jax import (
   experiment,
   image,
   maps,
+  output,
   predict,
   progress,
   report,
@@ -58,12 +59,13 @@ def run(
     out: the folder that is written into; the workdir by default.
 
   Raises:
-    ValueError: nothing to draw, images of which none can be read, or a config that contradicts
-      the weights.
+    ValueError: nothing to draw, no place for it, images of which none can be read, or a config
+      that contradicts the weights.
   """
   out = out or workdir
-  subject = gather(workdir, images, overrides or {}, config, init)
   folder = out / 'figures'
+  output.check_folder(folder)
+  subject = gather(workdir, images, overrides or {}, config, init)
   folder.mkdir(parents=True, exist_ok=True)
   drawn, left_out = [], {}
   for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
@@ -96,9 +98,10 @@ def gather(
   """Reads and computes what the pictures are of; see `run`."""
   sharding.start_up(SHOWN if init else config_lib.default_config().eval_batch_size)  # before orbax
   lines = read_lines(workdir)
-  if init and not images:
+  if init and images is None:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
-  asked = init or images or overrides or config
+  files = None if images is None else image.find(images)
+  asked = init or files or overrides or config
   if not asked and checkpoint.latest_step(workdir) is None:
     if isinstance(lines, Missing):
       raise ValueError(
@@ -108,7 +111,7 @@ def gather(
     return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
   exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
-  chosen = read_images(images, exp) if images else None
+  chosen = read_images(files, exp) if files else None
   mesh = sharding.make_mesh()
   on_device = sharding.replicate(mesh, params)
   test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
@@ -177,13 +180,12 @@ def choose(test: Examples, exp: experiment.Experiment) -> np.ndarray:
   return test.image_NHWC[index]
 
 
-def read_images(paths: list[str], exp: experiment.Experiment) -> np.ndarray:
+def read_images(files: list[pathlib.Path], exp: experiment.Experiment) -> np.ndarray:
   """Image files, as many as are looked at.
 
   Raises:
     ValueError: none of them can be read.
   """
-  files = image.find(paths)
   if len(files) > MEASURED:
     log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
   rows = [predict.read(file, exp) for file in files[:MEASURED]]
@@ -249,10 +251,12 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   found = {}
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
   last = lines[-1]['step'] if lines else 0
-  tested = [line for line in lines if line['split'] == 'test']
+  tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
   result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
+  result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
   if result.get('steps', -1) >= last:  # else the run has gone on since then
-    found = {name: form.format(result[key]) for key, (name, form) in RESULT.items()}
+    known = [(result[key], *text) for key, text in RESULT.items() if key in result]
+    found = {name: form.format(value) for value, name, form in known}
   elif lines:
     found['training steps'] = f'{last:,}, not finished'
     if tested:

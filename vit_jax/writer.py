@@ -83,12 +83,13 @@ class Silent:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; what a crash cut short is left out."""
+  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is left out."""
   lines = []
   for line in (workdir / 'metrics.jsonl').read_text().splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
-  return [line for line in lines if isinstance(line, dict) and 'step' in line]
+  lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
+  return [line for line in lines if isinstance(line.get('step'), int)]
 
 
 def read_json(path: pathlib.Path) -> dict | None:
