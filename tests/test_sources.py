@@ -215,6 +215,20 @@ def test_tfds_reads_array_record():
   check_mini(source)
 
 
+@pytest.mark.parametrize('how', ['missing', 'cut', 'empty'])
+def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
+  shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
+  (shard,) = tmp_path.rglob('*train*array_record-*')
+  data = shard.read_bytes()
+  shard.write_bytes({'cut': data[: len(data) // 2]}.get(how, b''))
+  if how == 'missing':
+    shard.unlink()
+  source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
+  with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 can not be read.*missing or'):
+    sources.load(source, 'train', (8, 8))
+  assert len(sources.load(source, 'test', (8, 8))) == 3
+
+
 def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
   pytest.importorskip('array_record')
   shutil.copytree(DATA / 'tfrecord', tmp_path, dirs_exist_ok=True)

@@ -22,10 +22,11 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 
+from vit_jax import cluster, progress, splits
 from vit_jax import image as image_lib
-from vit_jax import progress, splits
 from vit_jax.names import choose
 
 Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
@@ -301,7 +302,10 @@ def hold_out(files: list[tuple[int, pathlib.Path]]) -> dict[str, list]:
 def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """An image classification dataset of tensorflow-datasets, without TensorFlow."""
   del image_size
-  return tfds_source(name, prepared_builder(name, tfds_root(name, data_dir)))
+  root = tfds_root(name, data_dir)
+  if jax.distributed.is_initialized():  # of several processes one prepares what they may share
+    cluster.from_first(lambda: prepared_builder(name, root) and None)
+  return tfds_source(name, prepared_builder(name, root))
 
 
 def tfds_root(name: str, data_dir: str) -> pathlib.Path:
@@ -336,10 +340,16 @@ def tfds_source(name: str, builder) -> Source:
   decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
 
   def read(split, indices):
-    records = builder.as_data_source(split=split, decoders=decoders)
-    for chunk in chunks(indices, 4096):
-      for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
-        yield f'tfds:{name}/{split}/{i}', record[image_key], int(record[label_key])
+    try:
+      records = builder.as_data_source(split=split, decoders=decoders)
+      for chunk in chunks(indices, 4096):
+        for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
+          yield f'tfds:{name}/{split}/{i}', record[image_key], int(record[label_key])
+    except Exception as error:  # TFDS and array_record raise many kinds
+      raise ValueError(
+        f'tfds:{name}/{split}: {builder.data_path} can not be read: {error}. A shard is missing or '
+        'damaged: copy it again, or remove that folder, which is then prepared anew.'
+      ) from error
 
   sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
   channels = 1 if feature.shape[-1] == 1 else 3

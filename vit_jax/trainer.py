@@ -294,7 +294,7 @@ class Run:
         late = step, metrics
         bar.update()
         stop = self.preemption.is_due(step) and step < steps
-        events = {'save'} if stop else self.due(step)
+        events = self.due(step) | ({'save'} if stop else set())
         if not events:
           continue
         meter.add(*late)
