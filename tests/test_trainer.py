@@ -70,6 +70,11 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   assert 'Going on from step' in (tmp_path / 'killed' / 'log.txt').read_text()
 
 
+def test_xla_knows_how_to_be_deterministic():
+  double = jax.jit(lambda x: 2 * x, compiler_options=trainer.DETERMINISTIC)
+  assert double(jnp.ones(())) == 2  # XLA refuses options that it does not know
+
+
 def test_what_a_run_leaves(trained):
   workdir, result = trained
   assert json.loads((workdir / 'result.json').read_text()) == result
