@@ -106,10 +106,12 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     browser.expect(given).to_have_count(0)
     tab.locator('#examples button').nth(3).click()
     browser.expect(picture).to_be_visible()
+    browser.expect(given).to_be_visible()
 
     upload.set_input_files(tmp_path / 'fake.png')
     browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
     browser.expect(picture).to_have_count(0)  # nor does the last image stay
+    browser.expect(given).to_have_count(0)
     chromium.close()
   asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
   assert not asked, f'the page asks {asked}'

@@ -150,7 +150,7 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
     return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
 
   def nothing():
-    return None, None, None
+    return None, None, None, None
 
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {title}')
@@ -188,13 +188,14 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
     outputs = [label, picture, seen]
     refuse_addresses(file)
     quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
-    file.upload(nothing, None, outputs, **quiet).then(
+    uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
       classify, [file, layer, head], outputs, api_name='predict'
     )
-    file.clear(nothing, None, outputs, **quiet)
-    gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    file.clear(nothing, None, [*outputs, given], **quiet)
+    chosen = gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    for event in (uploaded, chosen):
+      event.then(show, seen, given, **quiet)
     gallery.select(lambda: None, None, file, **quiet)
-    seen.change(show, seen, given, **quiet)
     gr.on(
       [layer.change, head.change],
       draw_again,
