@@ -75,8 +75,9 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     for width in (1200, 390):  # a phone
       tab.set_viewport_size({'width': width, 'height': 800})
       tab.goto(page)
-      gallery, last = tab.locator('#examples').bounding_box(), tab.locator('#examples button').last
-      box = last.bounding_box()
+      last = tab.locator('#examples button').last
+      browser.expect(last.locator('img')).to_be_visible()
+      gallery, box = tab.locator('#examples').bounding_box(), last.bounding_box()
       assert box['x'] + box['width'] <= gallery['x'] + gallery['width']
       assert 0 <= gallery['y'] + gallery['height'] - box['y'] - box['height'] < 30  # not blank
       assert tab.evaluate('document.documentElement.scrollWidth') <= width
