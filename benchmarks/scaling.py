@@ -5,7 +5,7 @@
 Measured: `main.py` as 1, 2 and 4 real processes over loopback, a CPU device each. Modelled: the
 bytes that a chip sends in a step for data parallelism, FSDP and tensor parallelism at 8 to 512
 chips, from the collectives that the TPU's compiler put into the step (`results/pods.json`), against
-the time of its products. docs/scaling.md has the assumptions.
+the time of its products, each chip with as many images as it has there.
 """
 
 import os
