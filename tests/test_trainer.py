@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import checkpoint, data, evaluate, experiment, sharding, trainer, writer
+from vit_jax import checkpoint, cluster, data, evaluate, experiment, sharding, trainer, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -245,6 +245,21 @@ def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
   (tmp_path / 'result.json').write_text('{"half')
   again = trainer.train(small_config(), tmp_path)
   assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
+
+
+def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
+  steps = lambda lines: [(line['step'], line['split']) for line in lines]
+  with monkeypatch.context() as patch:
+    patch.setattr(cluster.Preemption, 'is_due', lambda self, step: step == 16)
+    patch.setattr(trainer.Run, 'evaluate', None)  # there is no time for it
+    with pytest.raises(cluster.Preempted, match='step 16 of 32 is saved'):
+      trainer.train(small_config(), tmp_path)
+  assert steps(writer.read_metrics(tmp_path)) == [(8, 'train'), (16, 'train')]
+  trainer.train(small_config(), tmp_path)
+  whole, stopped = (writer.read_metrics(workdir) for workdir in (trained[0], tmp_path))
+  assert steps(stopped) == steps(whole)
+  test = [[line for line in part if line['split'] == 'test'] for part in (whole, stopped)]
+  assert test[0] == test[1]
 
 
 def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):

@@ -282,7 +282,8 @@ class Run:
     batch = next(batches)
     train_step = self.compile(train_state, batch)
     batches = itertools.chain([batch], batches)
-    meter, late, scores = Meter(), None, {}
+    scores = self.evaluate(start, train_state) if self.owes_evaluation(start) else {}
+    meter, late = Meter(), None
     with progress.counter(initial=start, total=steps, unit='step') as bar:
       for step in range(start + 1, steps + 1):
         train_state, metrics = train_step(train_state, next(batches))
@@ -294,23 +295,29 @@ class Run:
         late = step, metrics
         bar.update()
         stop = self.preemption.is_due(step) and step < steps
-        events = self.due(step) | ({'save'} if stop else set())
-        if not events:
+        events = self.due(step)
+        if not events and not stop:
           continue
         meter.add(*late)
         late = None
         if 'log' in events:
           self.log(step, meter.read(), bar)
+        if stop:  # an evaluation may take longer than there is time: the next start makes up for it
+          self.save(train_state, {})
+          self.checkpoints.wait()
+          raise cluster.Preempted(f'Asked to stop: step {step} of {steps} is saved.')
         meter.pause()
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
         if 'save' in events:
           self.save(train_state, scores)
-        if stop:
-          self.checkpoints.wait()
-          raise cluster.Preempted(f'Asked to stop: step {step} of {steps} is saved.')
         meter.go_on()
     return train_state, scores
+
+  def owes_evaluation(self, start: int) -> bool:
+    """Whether the run was asked to stop after a step that an evaluation is due after."""
+    due = start > 0 and 'eval' in self.due(start)
+    return due and not cluster.from_first(lambda: self.records.has(start, 'test'))
 
   def initial_state(self) -> state.TrainState:
     """From the newest checkpoint, else from the weights of `init`, else random."""

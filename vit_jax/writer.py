@@ -48,6 +48,11 @@ class Writer:
       kept = [line for line in read_metrics(self.workdir) if wanted(line)]
       replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
+  def has(self, step: int, split: str) -> bool:
+    """Whether there is a line of metrics of a split after `step` updates."""
+    lines = read_metrics(self.workdir) if self._file.exists() else []
+    return any((line['step'], line['split']) == (step, split) for line in lines)
+
   def write(self, step: int, split: str, **values: float) -> None:
     """One line of metrics of a split after `step` updates."""
     with self._file.open('a') as file:
