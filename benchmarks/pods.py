@@ -84,19 +84,57 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
     return trainer.make_train_step(exp, training, mesh).lower(now, batch).compile()
 
 
-def collectives(text: str) -> dict[str, dict[str, int]]:
-  """How often a step talks, by kind, and how many bytes a chip has of it afterwards."""
-  found, sizes = Counter(), Counter()
+def group_size(line: str) -> int:
+  """How many chips take part in each group of a collective."""
+  if named := re.search(r'replica_groups=mesh\[(.+?)\] \{(.*?)\}', line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # all of an axis, or a part of it
+    return math.prod(int(part or sizes[name]) for name, part in axes)
+  if counted := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+    return int(counted[1])
+  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
+  return len(listed[1].split(',')) if listed else 2  # a permutation has pairs
+
+
+def collectives(text: str) -> list[dict]:
+  """What a chip exchanges in a step, by kind and number of chips that take part.
+
+  Args:
+    text: HLO.
+
+  Returns:
+    For each the operations, and bytes of the whole arrays, before they are scattered or after they
+    are gathered.
+  """
+  operations, inside = {}, ''  # the computation that a line is in
   for line in text.splitlines():
+    if not line.startswith(' '):
+      inside = line
     match = re.search(r'= (.+?) (' + '|'.join(COLLECTIVES) + r')(-start)?\(', line)
     if not match:
       continue
     shapes, kind, started = match.groups()
+    group, number = group_size(line), re.search(r'channel_id=(\d+)', line)
     arrays = re.findall(r'(\w+)\[([\d,]*)\]', shapes)
-    size = [BYTES.get(t, 4) * math.prod(int(n) for n in s.split(',') if n) for t, s in arrays]
-    found[kind] += 1
-    sizes[kind] += max(size) if started else sum(size)
-  return {kind: {'count': found[kind], 'bytes': sizes[kind]} for kind in found}
+    size = sum(BYTES.get(t, 4) * math.prod(int(n) for n in s.split(',') if n) for t, s in arrays)
+    if kind == 'reduce-scatter':
+      size *= group
+    elif kind == 'all-reduce' and inside.startswith('%all-reduce-scatter'):
+      kind = 'reduce-scatter'  # as the TPU's compiler writes it
+    elif kind == 'all-gather' and started:
+      size = size * group // (group + 1)  # its result names what goes in, too
+    # One that other work is laid over is written in several parts, of one number; sums that are
+    # scattered may all have the number 1.
+    one = number and kind != 'reduce-scatter'
+    operations[number[1] if one else len(operations)] = kind, group, size
+  counts, sizes = Counter(), Counter()
+  for kind, group, size in operations.values():
+    counts[kind, group] += 1
+    sizes[kind, group] += size
+  return [
+    {'kind': kind, 'group': group, 'count': counts[kind, group], 'bytes': sizes[kind, group]}
+    for kind, group in sorted(counts)
+  ]
 
 
 def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import memory, speed, works, zoo
+from benchmarks import memory, pods, scaling, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
 from vit_jax import augment, sources, splits, vit
 
@@ -234,3 +234,52 @@ def test_models_have_the_parameters_that_are_published():
   name = 'vit_wee_patch16_reg1_gap_256'
   assert zoo.millions(zoo.parameters(zoo.timm_model(name))) == listed[name]
   assert set(vit.VARIANTS) <= {name.split('/')[0] for name in listed}
+
+
+# Lines as the TPU's compiler and XLA's older printer write them.
+HLO = """
+%all-reduce-scatter.7 (input: bf16[64,8]) -> bf16[16,8] {
+  %all-reduce.1 = bf16[64,8]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, x
+}
+
+ENTRY %main {
+  %all-gather.2 = f32[32,4]{1,0:T(8,128)} all-gather(%a), channel_id=5, replica_groups=[2,4]<=[8]
+  %again = f32[32,4]{1,0} all-gather(%b), channel_id=5, replica_groups=[2,4]<=[8]
+  %all-gather.3 = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%c), channel_id=6, replica_groups={{0,1}}
+  %sum = (f32[], f32[3]{0}) all-reduce(%d, %e), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, y
+  %part = f32[10]{0} all-reduce(%f), channel_id=8, replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}
+  %shares = f32[16]{0} reduce-scatter(%g), channel_id=9, replica_groups=[1,8]<=[8]
+  %not-one = f32[16]{0} add(%all-gather.2, %all-reduce.9)
+}
+"""
+
+
+def test_collectives_are_counted_once_with_their_bytes():
+  found = {(c['kind'], c['group']): (c['count'], c['bytes']) for c in pods.collectives(HLO)}
+  assert found == {
+    ('reduce-scatter', 4): (1, 64 * 8 * 2),
+    ('all-gather', 4): (1, 32 * 4 * 4),
+    ('all-gather', 2): (1, 8 * 2),
+    ('all-reduce', 8): (1, 4 * 4),
+    ('all-reduce', 4): (1, 10 * 4),
+    ('reduce-scatter', 8): (1, 16 * 4 * 8),
+  }
+
+
+def test_what_a_chip_sends_is_that_of_a_ring():
+  # A ring sums 8 arrays in 7 rounds of an eighth, and hands the sums around in 7 more.
+  assert scaling.sent('all-reduce', 800, 8) == 14 * 100
+  assert scaling.sent('all-gather', 800, 8) == scaling.sent('reduce-scatter', 800, 8) == 7 * 100
+  assert scaling.sent('all-reduce', 800, 1) == 0
+
+
+def test_the_model_keeps_who_shares_a_matrix_together():
+  row = {
+    'pod': 'v5e:4x4', 'mesh': {'data': 4, 'fsdp': 1, 'tensor': 4}, 'flops': 197e12,
+    'collectives': [{'kind': 'all-reduce', 'group': 4, 'count': 1, 'bytes': 400}],
+  }  # fmt: skip
+  assert [at['bytes_sent'] for at in scaling.model(row)] == [600] * len(scaling.CHIPS)
+  row['mesh'] = {'data': 4, 'fsdp': 1, 'tensor': 1}
+  sent = {at['chips']: at['bytes_sent'] for at in scaling.model(row)}
+  assert sent[8] == 700 and sent[512] == round(800 * 511 / 512)
+  assert scaling.model(row)[0]['seconds_of_products'] == 1 / scaling.USED

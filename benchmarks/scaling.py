@@ -1,0 +1,154 @@
+"""More processes: whether they train alike, how fast they are here, and what pods would take.
+
+    python -m benchmarks.scaling      # 10 minutes; results/scaling.json
+
+`alike`: `main.py` as 1 process of 4 devices, 2 of 2 and 4 of 1, over loopback: 50 losses of each,
+beside those of the first, and how many test images were counted. `measured`: 1, 2 and 4 processes
+of a device each with the same work for each. `modelled`: what a chip of 8 to 512 sends in a step,
+from the collectives of `results/pods.json`, against the time of its products: docs/scaling.md.
+"""
+
+import os
+import pathlib
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from benchmarks import collect
+from vit_jax import writer
+
+FLAGS = [
+  '--config=configs/cifar10.py:tiny', '--config.data.source=synthetic',
+  '--config.augment.rand_augment.num_layers=0', '--config.eval_every=0',
+]  # fmt: skip
+ALIKE = [*FLAGS, '--config.batch_size=64', '--config.epochs=3.125', '--config.log_every=1']
+LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
+MESHES = ('data', 'fsdp')  # the axis that the devices lie along
+EACH = 64  # images a step of each process
+MEASURED = [*FLAGS, '--config.epochs=16', '--config.log_every=8']
+PROCESSES = (1, 2, 4)
+CHIPS = (8, 16, 32, 64, 128, 256, 512)
+# Of one chip, by the maker's pages: bfloat16 operations a second, and bytes a second sent over all
+# its links in one direction.
+CHIP = {'v5e': (197e12, 200e9), 'v6e': (918e12, 400e9), 'v5p': (459e12, 600e9)}
+USED = 0.5  # of the peak, that a step's products reach
+
+
+def launch(processes: int, devices: int, workdir: pathlib.Path, flags: list[str]) -> None:
+  """Runs `main.py` to its end, as several processes.
+
+  Raises:
+    SystemExit: one of them failed.
+  """
+  together = []
+  if processes > 1:
+    with socket.socket() as free:
+      free.bind(('127.0.0.1', 0))
+      port = free.getsockname()[1]
+    together = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
+  started = []
+  for i in range(processes):
+    command = [sys.executable, 'main.py', f'--workdir={workdir}', *flags, *together]
+    command += [f'--process_id={i}'] if together else []
+    environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PLATFORMS': 'cpu'}
+    with workdir.with_suffix(f'.{i}.log').open('w') as log:
+      started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+  if any([process.wait() for process in started]):
+    log = workdir.with_suffix('.0.log').read_text()
+    raise SystemExit(f'{" ".join(command)} failed:\n{log[-2000:]}')
+
+
+def train_lines(workdir: pathlib.Path) -> list[dict]:
+  return [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
+
+
+def alike(folder: pathlib.Path) -> list[dict]:
+  """The same run in each layout: how far its losses are from those of the first."""
+  rows, first = [], None
+  for mesh in MESHES:
+    for processes, devices in LAYOUTS:
+      workdir = folder / f'{mesh}{processes}x{devices}'
+      along = [f'--config.mesh.{axis}={-1 if axis == mesh else 1}' for axis in MESHES]
+      launch(processes, devices, workdir, ALIKE + along)
+      losses = [line['loss'] for line in train_lines(workdir)]
+      first = first or losses
+      result = writer.read_json(workdir / 'result.json')
+      row = {
+        'processes': processes,
+        'devices_of_each': devices,
+        'mesh': mesh,
+        'steps': len(losses),
+        'largest_relative_difference': max(abs(a / b - 1) for a, b in zip(losses, first)),
+        'test_images': result['examples'],
+        'test_accuracy': result['test_accuracy'],
+      }
+      print(row, flush=True)
+      rows.append(row)
+  return rows
+
+
+def measure(processes: int, folder: pathlib.Path) -> dict:
+  """Images and seconds a step of so many processes with a device each."""
+  workdir = folder / f'measured{processes}'
+  launch(processes, 1, workdir, [*MEASURED, f'--config.batch_size={EACH * processes}'])
+  speeds = [line['images_per_second'] for line in train_lines(workdir)[1:]]
+  speed = statistics.median(speeds)
+  row = {
+    'processes': processes,
+    'images_per_second': round(speed, 1),
+    'seconds_per_step': round(EACH * processes / speed, 4),
+    'lines': len(speeds),
+  }
+  print(row, flush=True)
+  return row
+
+
+def sent(kind: str, whole: int, group: int) -> float:
+  """Bytes that a chip sends for a collective among `group` chips, in rings.
+
+  Args:
+    kind: HLO's name.
+    whole: bytes of the array that is reduced, or gathered.
+    group: chips that take part.
+  """
+  part = (group - 1) / group
+  return whole * {'all-reduce': 2 * part, 'collective-permute': 1}.get(kind, part)
+
+
+def model(row: dict) -> list[dict]:
+  """A row of `results/pods.json` at other numbers of chips, each with as many images."""
+  compute, link = CHIP[row['pod'].split(':')[0]]
+  tensor = row['mesh']['tensor']
+  compiled = row['mesh']['data'] * row['mesh']['fsdp'] * tensor
+  found = []
+  for chips in CHIPS:
+    amount = 0
+    for c in row['collectives']:
+      # Whoever shares a matrix's columns stays together; the others are more, or fewer.
+      together = c['group'] if c['group'] == tensor > 1 else c['group'] * chips / compiled
+      amount += sent(c['kind'], c['bytes'], together)
+    found.append({
+      'chips': chips,
+      'bytes_sent': round(amount),
+      'seconds_sending': amount / link,
+      'seconds_of_products': row['flops'] / (USED * compute),
+    })  # fmt: skip
+  return found
+
+
+def main() -> None:
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    same = alike(folder)
+    measured = [measure(n, folder) for n in PROCESSES]
+  pods = writer.read_json(collect.RESULTS / 'pods.json') or {'rows': []}
+  names = ('model', 'pod', 'mesh')
+  modelled = [{name: row[name] for name in names} | {'at': model(row)} for row in pods['rows']]
+  found = {'machine': collect.machine(), 'alike': same, 'measured': measured, 'modelled': modelled}
+  writer.write_json(collect.RESULTS / 'scaling.json', found)
+
+
+if __name__ == '__main__':
+  main()
