@@ -245,8 +245,8 @@ HLO = """
 ENTRY %main {
   %all-gather.2 = f32[32,4]{1,0:T(8,128)} all-gather(%a), channel_id=5, replica_groups=[2,4]<=[8]
   %again = f32[32,4]{1,0} all-gather(%b), channel_id=5, replica_groups=[2,4]<=[8]
-  %all-gather.3 = (bf16[4]{0}, bf16[8]{0}) all-gather-start(%c), channel_id=6, replica_groups={{0,1}}
-  %sum = (f32[], f32[3]{0}) all-reduce(%d, %e), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, y
+  %g = (bf16[4], bf16[8]) all-gather-start(%c), channel_id=6, replica_groups={{0,1},{2,3}}
+  %s = (f32[], f32[3]) all-reduce(%d), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
   %part = f32[10]{0} all-reduce(%f), channel_id=8, replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}
   %shares = f32[16]{0} reduce-scatter(%g), channel_id=9, replica_groups=[1,8]<=[8]
   %not-one = f32[16]{0} add(%all-gather.2, %all-reduce.9)
