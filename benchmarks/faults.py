@@ -3,9 +3,9 @@
     python -m benchmarks.faults                    # some 20 minutes; results/faults.json
     python -m benchmarks.faults 2 1 4 short.json   # fewer: kills alone, kills of two, damages
 
-A kill is SIGKILL after a random part of the time that the run takes, most of which it spends
-saving; of two processes it meets one or both. The same command must then come to the very
-parameters, optimizer state and averages of a run that nobody disturbed. A damage is a byte flipped,
+A kill is SIGKILL a random moment after a random step, while most of the time goes into saving; of
+two processes it meets one or both. The same command must then come to the very parameters,
+optimizer state and averages of a run that nobody disturbed. A damage is a byte flipped,
 a file cut short, emptied or removed, anywhere in the newest checkpoint: it must be found, and the
 checkpoint before it used, or be without effect.
 """
@@ -30,9 +30,11 @@ from vit_jax import checkpoint, writer
 FLAGS = [
   '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
   '--config.model.width=16', '--config.model.num_heads=2', '--config.model.depth=1',
-  '--config.eval_every=0',
-  '--config.checkpoint_every=2', '--config.log_every=5', '--config.optimizer.name=muon',
+  '--config.augment.mix.probability=0', '--config.optimizer.name=muon', '--config.eval_every=0',
+  '--config.checkpoint_every=2', '--config.log_every=1',
 ]  # fmt: skip
+STEPS = 45
+MOMENT = 0.5  # seconds, at most, from a step's line in the metrics to the kill
 LIMIT = 90  # seconds in which survivors must have stopped
 ONE_OF_TWO = 3  # every so many kills of two processes meet one of them only: the other takes long
 
@@ -70,14 +72,21 @@ def start(workdir: pathlib.Path, processes: int) -> list:
   return started
 
 
-def finish(workdir: pathlib.Path, processes: int) -> float:
-  """Runs to the end; returns the seconds that took."""
-  began = time.monotonic()
+def finish(workdir: pathlib.Path, processes: int) -> None:
+  """Runs to the end."""
   for process in start(workdir, processes):
     process.join(600)
     if process.exitcode != 0:
       raise SystemExit(f'{workdir}: exit code {process.exitcode}; see the log beside it.')
-  return time.monotonic() - began
+
+
+def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
+  """Until a line of metrics says that this step was done, or a process has ended."""
+  metrics = workdir / 'metrics.jsonl'
+  while all(process.is_alive() for process in started):
+    if metrics.exists() and any(line['step'] >= step for line in writer.read_metrics(workdir)):
+      return
+    time.sleep(0.01)
 
 
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
@@ -87,13 +96,15 @@ def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
 
 
-def kill(folder: pathlib.Path, number: int, processes: int, seconds: float, want: str) -> dict:
+def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
   """One run killed, and gone on with."""
   draw = random.Random(1000 * processes + number)
   workdir = folder / f'killed{processes}_{number}'
   started = start(workdir, processes)
-  delay = draw.uniform(0, seconds)
-  time.sleep(delay)
+  step = draw.randrange(STEPS)  # before the first line: while it starts
+  if step:
+    wait_for(step, workdir, started)
+  time.sleep(draw.uniform(0, MOMENT))
   alone = processes > 1 and number % ONE_OF_TWO == 0
   victims = draw.sample(started, 1) if alone else started
   for victim in victims:
@@ -111,7 +122,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, seconds: float, want
   same = fingerprint(workdir) == want
   found = {
     'processes': processes,
-    'after_seconds': round(delay, 2),
+    'after_step': step,
     'killed': 'one' if alone else 'all',
     'exit_codes': codes,
     'outlived_seconds': round(outlived, 1),
@@ -173,18 +184,17 @@ def main(
       if not count:
         continue
       whole = folder / f'whole{processes}'
-      finish(whole, processes)  # compiles
-      shutil.rmtree(whole)
-      seconds, want = finish(whole, processes), fingerprint(whole)
+      finish(whole, processes)
+      want = fingerprint(whole)
       for number in range(count):
-        kills.append(kill(folder, number, processes, seconds, want))
+        kills.append(kill(folder, number, processes, want))
         print(kills[-1], flush=True)
     for number in range(int(damages)):
       damaged.append(damage(folder, folder / 'whole1', number))
       print(damaged[-1], flush=True)
   found = {
     'machine': collect.machine(),
-    'kills': len(kills),
+    'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # the others had ended before
     'identical': sum(k['identical'] for k in kills),
     'while_saving': sum(k['while_saving'] for k in kills),
     'damages': len(damaged),

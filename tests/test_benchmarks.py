@@ -247,6 +247,7 @@ ENTRY %main {
   %again = f32[32,4]{1,0} all-gather(%b), channel_id=5, replica_groups=[2,4]<=[8]
   %g = (bf16[4], bf16[8]) all-gather-start(%c), channel_id=6, replica_groups={{0,1},{2,3}}
   %s = (f32[], f32[3]) all-reduce(%d), channel_id=7, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %many = (f32[5], f32[2]) all-reduce(%h), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}
   %part = f32[10]{0} all-reduce(%f), channel_id=8, replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}
   %shares = f32[16]{0} reduce-scatter(%g), channel_id=9, replica_groups=[1,8]<=[8]
   %not-one = f32[16]{0} add(%all-gather.2, %all-reduce.9)
@@ -261,7 +262,7 @@ def test_collectives_are_counted_once_with_their_bytes():
     ('all-gather', 4): (1, 32 * 4 * 4),
     ('all-gather', 2): (1, 8 * 2),
     ('all-reduce', 8): (1, 4 * 4),
-    ('all-reduce', 4): (1, 10 * 4),
+    ('all-reduce', 4): (2, 10 * 4 + 7 * 4),
     ('reduce-scatter', 8): (1, 16 * 4 * 8),
   }
 
