@@ -10,6 +10,7 @@ Decisions:
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import pathlib
@@ -45,7 +46,7 @@ def make_feature_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Fe
 def compute(
   feature_step: FeatureStep,
   params: dict,
-  examples: Examples,
+  examples: experiment.Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
@@ -61,7 +62,7 @@ def cached(
   exp: experiment.Experiment,
   feature_step: FeatureStep,
   params: dict,
-  examples: Examples,
+  examples: experiment.Split,
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
@@ -97,7 +98,7 @@ def read(path: pathlib.Path) -> np.ndarray | None:
     return None
 
 
-def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:
+def key(exp: experiment.Experiment, params: dict, examples: experiment.Split) -> str:
   """A hash of all that the features depend on."""
   skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
@@ -106,7 +107,7 @@ def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:
   digest = hashlib.sha256(repr(about).encode())
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))
-  for path, array in [*leaves, ('images', examples.image_NHWC)]:
+  for path, array in itertools.chain(leaves, examples.content()):
     digest.update(f'{path} {array.shape} {array.dtype}'.encode())
     digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()[:32]

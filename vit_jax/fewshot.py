@@ -20,7 +20,6 @@ import numpy as np
 
 from vit_jax import checkpoint, experiment, features, sharding, writer
 from vit_jax import config as config_lib
-from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   step = features.make_feature_step(exp, mesh)
   params = sharding.replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
-  known_ND = compute(Examples(train.image_NHWC[needed], train.label_N[needed]))
+  known_ND = compute(train.some(needed))
   test_MD = compute(test)
   scores = {}
   for shots in (n for n in SHOTS if n <= most):

@@ -12,7 +12,6 @@ import numpy as np
 
 from vit_jax import draw, experiment, maps
 from vit_jax.maps import Missing
-from vit_jax.sources import Examples
 
 MISTAKES = 10  # drawn
 
@@ -52,7 +51,7 @@ class Subject:
   lines: list[dict] | Missing
   exp: experiment.Experiment | Missing
   params: dict | Missing
-  test: Examples | Missing
+  test: experiment.Split | Missing
   scores: Scores | Missing
   shown: np.ndarray | Missing
   attention: Attention | Missing
@@ -99,7 +98,7 @@ def mistakes(subject: Subject) -> tuple[Figure, str]:
     raise Missing('no test image was taken for another class.')
   name = lambda labels: [exp.task.class_names[label] for label in labels]
   figure = draw.mistakes(
-    test.image_NHWC[index],
+    test.some(index).image_NHWC,
     name(test.label_N[index]),
     name(scores.predicted_N[index]),
     scores.confidence_N[index],
