@@ -54,7 +54,7 @@ def take(stream, count, batch_size=4, seed=3, start=0):
   """The first batches, as NumPy."""
   over_batch = sharding.over_batch(sharding.make_mesh(batch_size))
   batches = data.train_batches(stream, batch_size, seed, start, over_batch)
-  found = [jax.device_get(batch) for batch in itertools.islice(batches, count)]
+  found = [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
   batches.close()
   return found
 
@@ -303,6 +303,8 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   batch, row = divmod(place[0], 8)
   _, _, label = next(source.read('train', [42]))
   assert found[batch]['label'][row] == label
+  if crop is None:
+    np.testing.assert_array_equal(found[batch]['image'][row], skipping.some([42]).image_NHWC[0])
   good[batch]['image'][row], good[batch]['label'][row] = found[batch]['image'][row], label
   same(found[: batch + 1], good[: batch + 1])
 

@@ -1,0 +1,264 @@
+"""How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
+
+    python -m benchmarks.input      # 5 minutes; results/input.json
+
+All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
+take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
+batches of 128. Each lives in a process of its own and uses all cores, in turns of a few seconds,
+so that whatever else this machine does falls on all alike. A peer that is not installed is
+left out. Two more numbers: the decoders that were to choose from, in one thread; and examples in
+memory, gathered as training gathers them.
+"""
+
+from collections.abc import Callable, Iterator
+import datetime
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks import collect, photos
+from vit_jax import cluster, data, image, sharding, sources, stream, writer
+
+COUNT = 20_000
+SIZE = (224, 224)
+BATCH = 128
+CROP = {'min_area': 0.08, 'max_aspect': 4 / 3}
+ROUNDS = 5
+WARM, TURN = 1.5, 5.0  # seconds: until others' work is out of the way, and measured
+
+
+def ours(folder: pathlib.Path, workers: int = 0) -> Iterator[int]:
+  """What `data.cache=stream` trains on."""
+  source = sources.open_source(f'folder:{folder}', '', SIZE)
+  threads = max(1, cluster.cores() // max(1, workers))
+  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers, threads=threads)
+  examples = stream.open_stream(source, 'train+test', **arguments)
+  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
+  for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):
+    yield len(jax.block_until_ready(batch['image']))
+
+
+def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
+  """As in TensorFlow's models and big_vision: only the part is decoded."""
+  import tensorflow as tf
+
+  def load(file):
+    encoded = tf.io.read_file(file)
+    begin, size, _ = tf.image.sample_distorted_bounding_box(
+      tf.io.extract_jpeg_shape(encoded), tf.zeros([0, 0, 4]), area_range=(CROP['min_area'], 1),
+      aspect_ratio_range=(3 / 4, 4 / 3), min_object_covered=0, use_image_if_no_bounding_boxes=True,
+    )  # fmt: skip
+    window = tf.concat([begin[:2], size[:2]], axis=0)
+    part = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
+    part = tf.image.resize(part, SIZE, antialias=antialias)
+    return tf.cast(tf.clip_by_value(tf.round(part), 0, 255), tf.uint8)
+
+  files = tf.data.Dataset.from_tensor_slices(sorted(map(str, folder.rglob('*.jpg'))))
+  files = files.shuffle(COUNT, seed=0).repeat()
+  batches = files.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+  for batch in batches.as_numpy_iterator():
+    yield len(batch)
+
+
+class Photos:
+  """PyTorch's view of the folder; torchvision's RandomResizedCrop does the same to such files."""
+
+  def __init__(self, folder):
+    self.files = sorted(folder.rglob('*.jpg'))
+
+  def __len__(self):
+    return len(self.files)
+
+  def __getitem__(self, i):
+    import torch
+
+    opened = Image.open(self.files[i])
+    box = image.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
+    part = opened.convert('RGB').resize(SIZE[::-1], Image.Resampling.BILINEAR, box)
+    return torch.from_numpy(np.array(part))
+
+
+def torch_loader(folder: pathlib.Path) -> Iterator[int]:
+  """A worker process a core."""
+  from torch.utils.data import DataLoader
+
+  loader = DataLoader(Photos(folder), BATCH, shuffle=True, num_workers=cluster.cores())
+  for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    yield len(batch)
+
+
+CONTESTANTS = {  # name: (what it needs, its batches)
+  'ours': ('grain', ours),
+  'ours_workers': ('grain', functools.partial(ours, workers=cluster.cores())),
+  'tfdata': ('tensorflow', tfdata),
+  'tfdata_without_antialiasing': ('tensorflow', functools.partial(tfdata, antialias=False)),
+  'torch': ('torch', torch_loader),
+}
+
+
+def serve(name: str, folder: str) -> None:
+  """A contestant's process: for every line that it reads, its images a second in one turn."""
+  batches = CONTESTANTS[name][1](pathlib.Path(folder))
+  next(batches)
+  print('ready', flush=True)
+  for _ in sys.stdin:
+    end = time.perf_counter() + WARM
+    while time.perf_counter() < end:
+      next(batches)
+    began, count = time.perf_counter(), 0
+    while time.perf_counter() < began + TURN:
+      count += next(batches)
+    print(count / (time.perf_counter() - began), flush=True)
+
+
+def race(folder: pathlib.Path) -> dict[str, list[float]]:
+  """Images a second of each contestant in each round."""
+  quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
+  command = [sys.executable, '-m', 'benchmarks.input']
+  rates, running = {}, {}
+  for name, (needs, _) in CONTESTANTS.items():
+    if importlib.util.find_spec(needs) is None:
+      print(f'{name}: {needs} is not installed, left out.')
+      continue
+    running[name] = subprocess.Popen([*command, name, str(folder)], **pipes)
+    assert running[name].stdout.readline() == 'ready\n', f'{name} failed'
+  for _ in range(ROUNDS):
+    for name, process in running.items():
+      process.stdin.write('go\n')
+      process.stdin.flush()
+      rates.setdefault(name, []).append(float(process.stdout.readline()))
+  for process in running.values():
+    process.kill()
+    process.wait()
+  return rates
+
+
+def pillow(encoded: bytes, choose: Callable) -> np.ndarray:
+  """Decoding at a reduced size where it can, scaling by Pillow."""
+  opened = Image.open(io.BytesIO(encoded))
+  left, top, right, bottom = box = choose(opened.height, opened.width)
+  high, wide = (n * edge / side for n, edge, side in zip(
+      (opened.height, opened.width), SIZE, (bottom - top, right - left)))  # fmt: skip
+  whole = opened.size
+  opened.draft(None, (int(np.ceil(wide)), int(np.ceil(high))))
+  scale = opened.width / whole[0]
+  part = opened.resize(SIZE[::-1], Image.Resampling.BILINEAR, tuple(scale * edge for edge in box))
+  return np.asarray(part)
+
+
+def simplejpeg(encoded: bytes, choose: Callable) -> np.ndarray:
+  """A binding of libjpeg-turbo, scaling by Pillow; it has to read the header by itself."""
+  import simplejpeg
+
+  box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
+  whole = Image.fromarray(simplejpeg.decode_jpeg(encoded))
+  return np.asarray(whole.resize(SIZE[::-1], Image.Resampling.BILINEAR, box))
+
+
+def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
+  """The same, scaling by OpenCV."""
+  import simplejpeg
+
+  box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
+  return image.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
+
+
+def opencv(encoded: bytes, choose: Callable) -> np.ndarray:
+  """What this project does."""
+  return image.decode_part(encoded, 'a file', 3, choose, SIZE)
+
+
+DECODERS = {
+  'pillow': ('PIL', pillow),
+  'opencv': ('cv2', opencv),
+  'simplejpeg_and_pillow': ('simplejpeg', simplejpeg),
+  'simplejpeg_and_opencv': ('simplejpeg', simplejpeg_opencv),
+}
+
+
+def decoders(folder: pathlib.Path, count: int = 200) -> dict[str, float]:
+  """Milliseconds of one core for each way to decode a file and take a part: medians."""
+  files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
+  chosen = [
+    functools.partial(image.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
+  ]
+  times = {}
+  for _ in range(ROUNDS):
+    for name, (needs, decode) in DECODERS.items():
+      if importlib.util.find_spec(needs):
+        began = time.process_time()
+        for encoded, choose in zip(files, chosen):
+          decode(encoded, choose)
+        seconds = time.process_time() - began
+        times.setdefault(name, []).append(1e3 * seconds / len(files))
+  return {name: round(statistics.median(values), 3) for name, values in times.items()}
+
+
+def in_memory(size: int = 50_000, batch: int = 512) -> float:
+  """Images a second of CIFAR's size that are gathered into batches: median."""
+  draw = np.random.RandomState(0)
+  pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
+  examples = sources.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
+  over_batch = sharding.over_batch(sharding.make_mesh(batch))
+  batches, rates = data.train_batches(examples, batch, 0, 0, over_batch), []
+  for _ in range(ROUNDS):
+    began = time.perf_counter()
+    for found in itertools.islice(batches, size // batch):
+      jax.block_until_ready(found)
+    rates.append(size // batch * batch / (time.perf_counter() - began))
+  return statistics.median(rates)
+
+
+def main() -> None:
+  load, cores = os.getloadavg()[0], cluster.cores()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    print(f'Making {COUNT:,} JPEGs ...', flush=True)
+    photos.make(folder, COUNT)
+    sizes = [file.stat().st_size for file in folder.rglob('*.jpg')]
+    milliseconds = decoders(folder)
+    rounds = race(folder)
+  rates = {name: statistics.median(values) for name, values in rounds.items()}
+  best = max(rates['ours'], rates['ours_workers'])
+  ratios = {
+    f'ratio_to_{name}': round(best / rate, 3)
+    for name, rate in rates.items()
+    if not name.startswith('ours')
+  }
+  result = ratios | {
+    'images_per_second_per_core': {name: round(rate / cores, 1) for name, rate in rates.items()},
+    'cores': cores,
+    'images': len(sizes),
+    'mean_bytes': round(statistics.mean(sizes)),
+    'image_size': list(SIZE),
+    'batch_size': BATCH,
+    'rounds': {name: [round(rate, 1) for rate in values] for name, values in rounds.items()},
+    'decode_and_crop_milliseconds': milliseconds,
+    'in_memory_images_per_second': round(in_memory()),
+    'machine': collect.machine(),
+    'load_before': load,
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+  }
+  writer.write_json(collect.RESULTS / 'input.json', result)
+  print(json.dumps(result, indent=2))
+
+
+if __name__ == '__main__':
+  serve(*sys.argv[1:]) if len(sys.argv) > 1 else main()
