@@ -44,8 +44,8 @@ WARM, TURN = 1.5, 5.0  # seconds: until others' work is out of the way, and meas
 def ours(folder: pathlib.Path, workers: int = 0) -> Iterator[int]:
   """What `data.cache=stream` trains on."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
-  threads = max(1, cluster.cores() // max(1, workers))
-  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers, threads=threads)
+  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers)
+  arguments |= dict(threads=stream.best_threads(workers))
   examples = stream.open_stream(source, 'train+test', **arguments)
   over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
   for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):

@@ -67,7 +67,7 @@ def default_config() -> ConfigDict:
   # in memory if the training split fills no more than half of it
   c.data.workers = 0  # streamed: processes that decode, beside each that trains; 0: that one does
   c.data.threads = config_dict.placeholder(int)  # streamed: that decode, in each process; None: one
-  # a core, shared among the workers
+  # a core, shared among the workers, and 16 at most
 
   c.augment = ConfigDict()  # by name, each with its arguments; applied in this order
   c.augment.pad_crop = ConfigDict({'padding': 0})  # border, pixels; 0: no crop

@@ -19,7 +19,6 @@ import optax
 from vit_jax import (
   augment,
   checkpoint,
-  cluster,
   image,
   inherit,
   losses,
@@ -293,7 +292,7 @@ def open_split(
     crop=crop.to_dict() if cropped else None,
     skip_bad_images=data.skip_bad_images,
     workers=data.workers,
-    threads=data.threads or max(1, cluster.cores() // max(1, data.workers)),
+    threads=data.threads or stream.best_threads(data.workers),
   )
 
 

@@ -25,8 +25,8 @@ import threading
 import jax
 import numpy as np
 
+from vit_jax import cluster, splits
 from vit_jax import image as image_lib
-from vit_jax import splits
 from vit_jax.sources import (
   Example,
   Examples,
@@ -193,6 +193,11 @@ class Stream:
       return image_lib.scale_part(encoded, choose(*encoded.shape[:2]), self.size)
     whole = as_bytes(encoded)
     return image_lib.decode_part(whole, name, self.source.channels, choose, self.size)
+
+
+def best_threads(workers: int) -> int:
+  """Threads of each process where none are asked for. More would wait for Python's lock."""
+  return min(16, max(1, cluster.cores() // max(1, workers)))
 
 
 def open_grain():
