@@ -100,7 +100,7 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
   arguments = {'size': (16, 16), 'fit': image.fit, 'crop': CROP}
   open_photos = functools.partial(stream_lib.open_stream, source, 'train', **arguments)
-  whole = take(open_photos(), 6, batch_size=40)  # three pieces each
+  whole = take(open_photos(), 6, batch_size=40)  # three parts each
   assert len({batch['image'].tobytes() for batch in whole}) == 6
   same(take(open_photos(threads=3), 6, batch_size=40), whole)
   same(take(open_photos(workers=2), 6, batch_size=40), whole)

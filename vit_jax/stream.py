@@ -1,7 +1,7 @@
 """Examples that are read, decoded and cropped while training goes on: what memory does not hold.
 
 Decisions:
-  * The step is the whole state here too. Grain maps the number of a piece, some rows of a batch,
+  * The step is the whole state here too. Grain maps the number of a part, some rows of a batch,
     to its pixels; threads, worker processes and order of arrival change nothing.
   * A process decodes only the rows that its own devices hold. All draws of an example derive from
     the seed and its position in the endless sequence, so that any number of processes makes the
@@ -38,7 +38,7 @@ from vit_jax.sources import (
   refit,
 )
 
-PIECE = 16  # rows that a thread decodes before it goes on to others
+PART = 16  # rows that a thread decodes before it goes on to others
 AHEAD = 2  # batches on the device before they are asked for
 
 
@@ -85,7 +85,7 @@ class Stream:
     """
     grain = open_grain()
     row_N = local_rows(over_batch, plan.rows)
-    parts = [row_N[i : i + PIECE] for i in range(0, len(row_N), PIECE)]
+    parts = [row_N[i : i + PART] for i in range(0, len(row_N), PART)]
     each = -(-len(parts) // max(self.workers, 1))  # so that every worker is a batch ahead
     found = grain.MapDataset.range(len(plan.steps) * len(parts))
     found = found.map(functools.partial(read_part, self, plan, parts))
@@ -110,7 +110,7 @@ class Stream:
 
   def some(self, index_N: Sequence[int]) -> Examples:
     """Those at these places, in memory, as evaluation sees them."""
-    parts = [index_N[i : i + PIECE] for i in range(0, len(index_N), PIECE)]
+    parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
       found = concatenate(list(pool.map(self.rows, parts)))
     return Examples(found['image'], found['label'])
