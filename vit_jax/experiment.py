@@ -19,6 +19,7 @@ import optax
 from vit_jax import (
   augment,
   checkpoint,
+  cluster,
   image,
   inherit,
   losses,
@@ -256,6 +257,8 @@ def decide_cache(
     return config
   count = sum(stop - start for _, start, stop in splits.resolve(split, source.sizes))
   too_much = sources.need(count, size, source.channels)
+  if jax.distributed.is_initialized():  # hosts may have more or less memory: the first decides
+    too_much = cluster.from_first(lambda: too_much)
   cache = 'stream' if too_much else 'memory'
   why = too_much or f'{split} fits into half of it'
   log.info('data.cache: auto takes %s: %s.', cache, why)
