@@ -41,8 +41,8 @@ def default_config() -> ConfigDict:
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated, at most: it is less in
   # the first steps; 0: no averaging
 
-  c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs and
-  # TPUs give them anyway
+  c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs
+  # give them anyway
 
   c.mesh = ConfigDict()  # devices along each axis; -1, of one: all that remain
   c.mesh.data = -1  # each with a share of the batch

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
+DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # XLA's name for it
+
 
 def make_train_step(
   exp: experiment.Experiment, training: experiment.Training, mesh: jax.sharding.Mesh
@@ -92,9 +94,7 @@ def make_train_step(
     new = state.TrainState(old.step + 1, trained | frozen, opt_state, ema)
     return sharding.keep(mesh, new), metrics
 
-  options = {}
-  if config.deterministic and jax.default_backend() == 'gpu':
-    options = {'xla_gpu_deterministic_ops': True}
+  options = DETERMINISTIC if config.deterministic and jax.default_backend() == 'gpu' else None
   return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
