@@ -296,13 +296,12 @@ class Run:
     config, examples = self.config, self.training.train
     over_batch = sharding.over_batch(self.mesh)
     batches = data.train_batches(examples, config.batch_size, config.seed, start, over_batch)
-    batch = next(batches)
-    train_step = self.compile(train_state, batch)
-    meter, late, scores = Meter(), None, {}
-    with (
-      contextlib.closing(batches),  # which ends what reads them
-      progress.counter(initial=start, total=steps, unit='step') as bar,
-    ):
+    late, scores = None, {}
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(contextlib.closing(batches))  # which ends what reads them
+      batch = next(batches)
+      train_step, meter = self.compile(train_state, batch), Meter()
+      bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
           with meter.waiting():
