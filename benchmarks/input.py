@@ -1,6 +1,6 @@
 """How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
 
-    python -m benchmarks.input      # 8 minutes; results/input.json
+    python -m benchmarks.input      # 11 minutes on 2 busy cores; results/input.json
 
 All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
 take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
