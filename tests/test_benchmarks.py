@@ -1,14 +1,18 @@
 """What is compared is the same model, what is counted is what is computed."""
 
 import dataclasses
+import importlib.util
+import io
 import math
 import re
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
-from benchmarks import memory, pods, scaling, speed, works, zoo
+from benchmarks import input as input_lib
+from benchmarks import memory, photos, pods, scaling, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
 from vit_jax import augment, sources, splits, vit
 
@@ -284,3 +288,28 @@ def test_the_model_keeps_who_shares_a_matrix_together():
   sent = {at['chips']: at['bytes_sent'] for at in scaling.model(row)}
   assert sent[8] == 700 and sent[512] == round(800 * 511 / 512)
   assert scaling.model(row)[0]['seconds_of_products'] == 1 / scaling.USED
+
+
+@pytest.mark.parametrize('name', input_lib.DECODERS)
+def test_every_decoder_makes_the_same_of_a_file(name):
+  needs, decode = input_lib.DECODERS[name]
+  if importlib.util.find_spec(needs) is None:
+    pytest.skip(f'{needs} is not installed')
+  coarse = np.random.RandomState(0).randint(0, 256, (6, 6, 3)).astype(np.uint8)
+  whole = Image.fromarray(coarse).resize((900, 700), Image.Resampling.BICUBIC)
+  encoded = io.BytesIO()
+  whole.save(encoded, 'jpeg', quality=95)
+  for box in ((100, 50, 820, 640), (300, 200, 460, 370)):  # made smaller, larger
+    got = decode(encoded.getvalue(), lambda *_, box=box: box).astype(int)
+    wanted = whole.resize(input_lib.SIZE[::-1], Image.Resampling.BILINEAR, box)
+    assert abs(got - np.asarray(wanted)).mean() < 2
+
+
+def test_photos_are_as_large_as_photographs(tmp_path, monkeypatch):
+  monkeypatch.setattr(photos, 'CLASSES', 2)
+  monkeypatch.setattr(photos, 'CANVAS', 512)
+  photos.make(tmp_path, 12)
+  files = sorted(tmp_path.rglob('*.jpg'))
+  pixels = [math.prod(Image.open(file).size) for file in files]
+  assert len(files) == 12 and 100_000 < np.mean(pixels) < 200_000
+  assert 0.4 < sum(file.stat().st_size for file in files) / sum(pixels) < 0.7

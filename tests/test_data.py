@@ -10,7 +10,8 @@ from vit_jax import data, sharding, sources
 
 
 def take(count, **arguments):
-  return list(itertools.islice(data.train_indices(**arguments), count))
+  plan = data.train_plan(**arguments)
+  return [plan.examples(plan.positions(step)) for step in itertools.islice(plan.steps, count)]
 
 
 @pytest.mark.parametrize('size, batch', [(10, 3), (7, 7), (5, 12)])

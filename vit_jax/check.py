@@ -36,6 +36,8 @@ RANGES = {  # what a number may be, both ends included
   'augment.mix.switch': (0, 1),
   'augment.off_for_last': (0, 1),
   'data.crop': (0.01, 1),
+  'data.workers': (0, 1e3),
+  'data.threads': (1, 1e3),
   'model.norm_epsilon': (0, 1),
   'optimizer.lr': (0, 1e38),
   'optimizer.weight_decay': (0, 1e6),
@@ -48,6 +50,8 @@ RANGES = {  # what a number may be, both ends included
   'loss.label_smoothing': (0, 1),
 }
 
+CACHES = ('auto', 'memory', 'stream')
+
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
@@ -57,6 +61,7 @@ def check(config: ConfigDict) -> None:
   choose('schedule.name', config.schedule.name, optim.SCHEDULES)
   choose('init_resize', config.init_resize, positions.RESIZES)
   choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
+  choose('data.cache', config.data.cache, CACHES)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
   values = config_lib.flatten(config)

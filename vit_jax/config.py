@@ -63,13 +63,19 @@ def default_config() -> ConfigDict:
   c.data.crop = 1.0  # part of a file's shorter side that is kept, about the centre
   c.data.stretch = False  # scale height and width by themselves, instead of cutting the longer one
   c.data.skip_bad_images = False  # leave out what can't be decoded, instead of stopping
+  c.data.cache = 'auto'  # where examples are: memory, or stream: decoded anew in every epoch; auto:
+  # in memory if the training split fills no more than half of it
+  c.data.workers = 0  # streamed: processes that decode, beside each that trains; 0: that one does
+  c.data.threads = config_dict.placeholder(int)  # streamed: that decode, in each process; None: one
+  # a core, shared among the workers, and 16 at most
 
   c.augment = ConfigDict()  # by name, each with its arguments; applied in this order
   c.augment.pad_crop = ConfigDict({'padding': 0})  # border, pixels; 0: no crop
   c.augment.pad_crop.mode = 'reflect'  # what fills the border: reflect or constant (black)
   c.augment.flip = ConfigDict({'probability': 0.0})  # of mirroring left to right
   c.augment.resized_crop = ConfigDict({'min_area': 1.0})  # least share of the image; 1: no crop
-  c.augment.resized_crop.max_aspect = 4 / 3  # of the longer side to the shorter
+  c.augment.resized_crop.max_aspect = 4 / 3  # of the longer side to the shorter; where examples
+  # are streamed, this crop is of the file, and not of what was made of it
   c.augment.rand_augment = ConfigDict({'num_layers': 0})  # operations an image; 0: none
   c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10
   c.augment.rand_augment.mstd = 0.5  # standard deviation of the strength
@@ -144,15 +150,16 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
-    'data.eval_split', 'model.remat',
+    'data.eval_split', 'data.workers', 'data.threads', 'model.remat',
 )  # fmt: skip
 
 
 def unset(config: Mapping) -> set[str]:
-  """The keys that a run's `init` may decide, and that the config leaves open."""
+  """The keys that a run's `init` or its data decide, and that the config leaves open."""
   keys = {key for key in flatten(default_config()) if key.startswith('model.')}
   values = flatten(config)
-  return {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
+  left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
+  return left | ({'data.cache'} if values['data.cache'] == 'auto' else set())
 
 
 def load_file(spec: str) -> ConfigDict:

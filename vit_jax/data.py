@@ -7,16 +7,26 @@ Decisions:
   * A batch is a global array. Each process gathers only the rows that its own devices
     hold, and all agree on the order without talking.
   * Evaluation pads the last batch and carries a mask: every example counts once.
+  * A `Plan` says which examples those are. Examples in memory (`sources.py`) and streamed ones
+    (`stream.py`) make the same batches of it.
 """
 
 from collections.abc import Iterator
+import contextlib
+import dataclasses
+import functools
 
 import jax
 import numpy as np
 
+from vit_jax import sharding
 from vit_jax.sources import Examples
+from vit_jax.stream import Stream
+
+ENDLESS = 2**48  # steps
 
 
+@functools.lru_cache(maxsize=2)  # of the epoch that ends and of the one that begins
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
   """The permutation of an epoch."""
   # RandomState, because its stream is frozen for good: a resumed run must find the same
@@ -24,55 +34,74 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.RandomState([seed, epoch]).permutation(size)
 
 
-def train_indices(size: int, batch_size: int, seed: int, start: int) -> Iterator[np.ndarray]:
-  """The examples of batch `start`, `start + 1`, ..., each `[batch_size]`."""
-  position, orders = start * batch_size, {}
-  while True:
-    epochs, offsets = np.divmod(np.arange(position, position + batch_size), size)
-    for epoch in np.unique(epochs):
-      if epoch not in orders:
-        orders[epoch] = epoch_order(size, seed, int(epoch))
-    yield np.concatenate([orders[e][offsets[epochs == e]] for e in np.unique(epochs)])
-    orders = {epochs[-1]: orders[epochs[-1]]}
-    position += batch_size
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which examples each batch holds. Batch `step` begins at position `step * stride`.
+
+  Attributes:
+    size: how many examples there are.
+    stride: positions from one batch to the next.
+    rows: of a batch.
+    steps: the batches.
+    seed: of the order, and of what is drawn for each position; None: the examples in their own
+      order and as they are, the last one repeated.
+  """
+
+  size: int
+  stride: int
+  rows: int
+  steps: range
+  seed: int | None = None
+
+  def positions(self, step: int) -> np.ndarray:
+    """The positions of a batch, `[rows]`."""
+    return step * self.stride + np.arange(self.rows)
+
+  def examples(self, position_N: np.ndarray) -> np.ndarray:
+    """The examples at these positions."""
+    if self.seed is None:
+      return np.minimum(position_N, self.size - 1)
+    epoch_N, offset_N = np.divmod(position_N, self.size)
+    index_N = np.empty_like(position_N)
+    for epoch in np.unique(epoch_N):
+      order = epoch_order(self.size, self.seed, int(epoch))
+      index_N[epoch_N == epoch] = order[offset_N[epoch_N == epoch]]
+    return index_N
+
+
+def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
+  """The endless sequence from batch `start` on."""
+  return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
 def train_batches(
-  examples: Examples,
+  examples: Examples | Stream,
   batch_size: int,
   seed: int,
   start: int,
-  sharding: jax.sharding.Sharding,
+  over_batch: jax.sharding.Sharding,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on."""
-  for index_B in train_indices(len(examples), batch_size, seed, start):
-    yield {
-      'image': gather(examples.image_NHWC, index_B, sharding),
-      'label': gather(examples.label_N, index_B, sharding),
-    }
+  """Endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on.
+
+  Where bad images are replaced by others, also `bad` `[B]`: how many, in the place of each.
+  """
+  return examples.batches(train_plan(len(examples), batch_size, seed, start), over_batch)
 
 
 def eval_batches(
-  examples: Examples, batch_size: int, sharding: jax.sharding.NamedSharding
+  examples: Examples | Stream, batch_size: int, over_batch: jax.sharding.NamedSharding
 ) -> Iterator[dict[str, jax.Array]]:
   """Every example once, in order, all batches of one shape; `mask` is 0 for padding.
 
-  The shape is `batch_size` rounded up to a multiple of the devices.
+  The shape is `batch_size` rounded up to a multiple of the devices. `mask` is 0 for bad images
+  too, where they are left out.
   """
-  devices = sharding.mesh.size
+  devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices
-  for start in range(0, len(examples), batch_size):
-    index_B = np.arange(start, start + rows)
-    mask_B = (index_B < min(start + batch_size, len(examples))).astype(np.float32)
-    index_B = np.minimum(index_B, len(examples) - 1)
-    yield {
-      'image': gather(examples.image_NHWC, index_B, sharding),
-      'label': gather(examples.label_N, index_B, sharding),
-      'mask': gather(mask_B, np.arange(rows), sharding),
-    }
-
-
-def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """`array[index_B]` as a global array."""
-  shape = (len(index_B), *array.shape[1:])
-  return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
+  plan = Plan(count, batch_size, rows, range(-(-count // batch_size)))
+  with contextlib.closing(examples.batches(plan, over_batch)) as batches:
+    for step, batch in zip(plan.steps, batches):
+      inside_B = plan.positions(step) < min((step + 1) * batch_size, count)
+      mask = sharding.gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
+      bad = batch.pop('bad', None)
+      yield batch | {'mask': mask if bad is None else mask * (bad == 0)}

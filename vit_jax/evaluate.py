@@ -12,7 +12,6 @@ import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import data, experiment, progress, sharding
-from vit_jax.sources import Examples
 
 Averages = type[metrics.Collection]
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
@@ -67,7 +66,11 @@ def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalS
 
 
 def evaluate(
-  eval_step: EvalStep, params: dict, examples: Examples, batch_size: int, mesh: jax.sharding.Mesh
+  eval_step: EvalStep,
+  params: dict,
+  examples: experiment.Split,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
   """Loss, accuracies and the number of examples counted."""
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))

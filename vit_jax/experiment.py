@@ -19,6 +19,7 @@ import optax
 from vit_jax import (
   augment,
   checkpoint,
+  cluster,
   image,
   inherit,
   losses,
@@ -27,6 +28,7 @@ from vit_jax import (
   sharding,
   sources,
   splits,
+  stream,
   vit,
 )
 from vit_jax import config as config_lib
@@ -36,6 +38,7 @@ from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
 
+Split = sources.Examples | stream.Stream
 
 # What the keys that `init` may decide are without it.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -149,9 +152,9 @@ class Experiment:
 class Training:
   """What training needs beside the experiment: data, steps, optimizer."""
 
-  train: sources.Examples
-  val: sources.Examples | None
-  test: sources.Examples
+  train: Split
+  val: Split | None
+  test: Split
   steps: int
   early_steps: int  # until `augment.off_for_last`
   schedule: optim.Schedule
@@ -183,13 +186,16 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   loss, geometry = dict(config.loss), {}
   if task.stored_size == pair(config.data.image_size):  # else images are kept small, and whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
+  arguments = config.augment.to_dict()
+  if config.data.cache == 'stream':  # the file is cropped, while it is decoded
+    arguments['resized_crop']['min_area'] = augment.AUGMENTATIONS['resized_crop'].off
   experiment = Experiment(
     config,
     task,
     model,
     functools.partial(choose('loss.name', loss.pop('name'), losses.LOSSES), **loss),
-    functools.partial(augment.augment, arguments=config.augment.to_dict()),
-    functools.partial(augment.augment_and_mix, arguments=config.augment.to_dict()),
+    functools.partial(augment.augment, arguments=arguments),
+    functools.partial(augment.augment_and_mix, arguments=arguments),
     functools.partial(
       augment.normalize,
       size=pair(config.data.image_size),
@@ -230,13 +236,12 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   elif config.init:
     config, params = inherit.open_init(config, source)
   blank = Task(source.class_names, pair(data.image_size), source.channels)
-  read = functools.partial(sources.load, source, skip_bad_images=data.skip_bad_images)
+  config = decide_cache(config, source, data.train_split, blank.stored_size)
   fit = assemble(config, blank).fit  # and a mistake shows before the images are read
-  train = read(data.train_split, size=blank.stored_size, keep_smaller=True, fit=fit)
-  stored_size = train.image_NHWC.shape[1:3]
-  task = dataclasses.replace(blank, stored_size=stored_size, train_examples=len(train))
+  train = open_split(config, source, data.train_split, blank.stored_size, fit, to_train=True)
+  task = dataclasses.replace(blank, stored_size=tuple(train.size), train_examples=len(train))
   experiment = assemble(config, task)
-  read = functools.partial(read, size=task.stored_size, fit=experiment.fit)
+  read = lambda split: open_split(config, source, split, task.stored_size, experiment.fit)
   val = read(data.val_split) if data.val_split else None
   test = read(data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
@@ -244,11 +249,61 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   return experiment, plan(config, train, val, test, params)
 
 
+def decide_cache(
+  config: ConfigDict, source: sources.Source, split: str, size: tuple[int, int]
+) -> ConfigDict:
+  """The config with `data.cache` decided, if it is left open, by the size of a split."""
+  if config.data.cache != 'auto':
+    return config
+  count = sum(stop - start for _, start, stop in splits.resolve(split, source.sizes))
+  too_much = sources.need(count, size, source.channels)
+  if jax.distributed.is_initialized():  # hosts may have more or less memory: the first decides
+    too_much = cluster.from_first(lambda: too_much)
+  cache = 'stream' if too_much else 'memory'
+  why = too_much or f'{split} fits into half of it'
+  log.info('data.cache: auto takes %s: %s.', cache, why)
+  return config_lib.fill(config, {'data.cache': cache})
+
+
+def open_split(
+  config: ConfigDict,
+  source: sources.Source,
+  split: str,
+  size: tuple[int, int],
+  fit: sources.Fit,
+  to_train: bool = False,
+) -> Split:
+  """A split in memory or as a stream, as `data.cache` says.
+
+  Args:
+    config: its cache decided.
+    source: of the split.
+    split: in TFDS notation.
+    size: (height, width) of what comes out.
+    fit: `Experiment.fit`.
+    to_train: it may be cropped at random, or kept smaller where all images are.
+  """
+  data, crop = config.data, config.augment.resized_crop
+  if data.cache == 'memory':
+    return sources.load(source, split, size, to_train, data.skip_bad_images, fit)
+  cropped = to_train and augment.AUGMENTATIONS['resized_crop'].on(crop)
+  return stream.open_stream(
+    source,
+    split,
+    size=size,
+    fit=fit,
+    crop=crop.to_dict() if cropped else None,
+    skip_bad_images=data.skip_bad_images,
+    workers=data.workers,
+    threads=data.threads or stream.best_threads(data.workers),
+  )
+
+
 def plan(
   config: ConfigDict,
-  train: sources.Examples,
-  val: sources.Examples | None,
-  test: sources.Examples,
+  train: Split,
+  val: Split | None,
+  test: Split,
   params: dict | None,
 ) -> Training:
   """How the config trains on these examples, from these weights.
@@ -375,7 +430,7 @@ def open_model(
   return from_workdir(workdir, overrides, config)[:2]
 
 
-def load_split(experiment: Experiment, split: str) -> sources.Examples:
+def load_split(experiment: Experiment, split: str) -> Split:
   """A split of the experiment's data, as its model was trained to see it.
 
   Raises:
@@ -394,19 +449,18 @@ def load_split(experiment: Experiment, split: str) -> sources.Examples:
       f'The model takes images of {task.channels} channels, those of {data.source} have '
       f'{source.channels}.'
     )
-  examples = sources.load(
-    source, split, task.stored_size, skip_bad_images=data.skip_bad_images, fit=experiment.fit
-  )
+  config = decide_cache(experiment.config, source, split, task.stored_size)
+  examples = open_split(config, source, split, task.stored_size, experiment.fit)
   report(split, examples)
   return examples
 
 
-def report(name: str, examples: sources.Examples | None) -> None:
+def report(name: str, examples: Split | None) -> None:
   """Logs the size of a split, and each image left out."""
   if examples is None:
     return
   log.info('%s: %s examples', name, f'{len(examples):,}')
-  if examples.skipped:
+  if isinstance(examples, sources.Examples) and examples.skipped:
     log.warning('%s: skipped %d bad images:', name, len(examples.skipped))
     for message in examples.skipped:
       log.warning('  %s', message)

@@ -4,12 +4,13 @@ Decisions:
   * Features are what the head takes: pooled, after the pre-logits layer where there is one, and
     float32, which holds what a bfloat16 backbone gives exactly.
   * A cache is found by a hash of all that features depend on: weights, model, preprocessing and
-    the pixels themselves. Whatever changes, another file is looked for.
+    the pixels and labels themselves. Whatever changes, another file is looked for.
 """
 
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import pathlib
@@ -45,23 +46,30 @@ def make_feature_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Fe
 def compute(
   feature_step: FeatureStep,
   params: dict,
-  examples: Examples,
+  examples: experiment.Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-  """The features `[N, D]` of all examples, in their order."""
+) -> Examples:
+  """The examples in their order, with features `[N, D]` in the place of images.
+
+  Bad images that are to be skipped are left out.
+  """
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Computing features', 'batch', count)
-  rows = [jax.device_get(feature_step(batch, params))[:batch_size] for batch in batches]
-  return np.concatenate(rows)[: len(examples)]
+  found = []
+  for batch in batches:
+    arrays = feature_step(batch, params), batch['label'], batch['mask']
+    feature_BD, label_B, mask_B = cluster.to_host(arrays)
+    found.append((feature_BD[mask_B > 0], label_B[mask_B > 0]))
+  return Examples(*map(np.concatenate, zip(*found)))
 
 
 def cached(
   exp: experiment.Experiment,
   feature_step: FeatureStep,
   params: dict,
-  examples: Examples,
+  examples: experiment.Split,
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
@@ -76,28 +84,29 @@ def cached(
     folder: of files `<key>.npz`.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
-  if (feature_ND := cluster.from_first(lambda: read(path))) is not None:
-    log.info('Features of %d examples from %s', len(examples), path)
-    return Examples(feature_ND, examples.label_N)
+  if (arrays := cluster.from_first(lambda: read(path))) is not None:
+    log.info('Features of %d examples from %s', len(arrays['label_N']), path)
+    return Examples(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
-  feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
+  found = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
   if cluster.is_first():
-    format_npz.write_arrays(path, {'feature_ND': feature_ND})
-  return Examples(feature_ND, examples.label_N)
+    format_npz.write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
+  return found
 
 
-def read(path: pathlib.Path) -> np.ndarray | None:
-  """The features in a file; None where there is none, or a damaged one."""
+def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+  """`feature_ND` and `label_N` of a file; None where there is none, or a damaged one."""
   if not path.exists():
     return None
   try:
-    return format_npz.read_arrays(path)['feature_ND']
+    arrays = format_npz.read_arrays(path)
+    return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
     log.warning('%s: its features are computed again.', error)
     return None
 
 
-def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:
+def key(exp: experiment.Experiment, params: dict, examples: experiment.Split) -> str:
   """A hash of all that the features depend on."""
   skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
@@ -106,7 +115,7 @@ def key(exp: experiment.Experiment, params: dict, examples: Examples) -> str:
   digest = hashlib.sha256(repr(about).encode())
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))
-  for path, array in [*leaves, ('images', examples.image_NHWC)]:
+  for path, array in itertools.chain(leaves, examples.content()):
     digest.update(f'{path} {array.shape} {array.dtype}'.encode())
     digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()[:32]

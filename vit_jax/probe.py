@@ -25,7 +25,6 @@ from vit_jax import (
   features,
   optim,
   sharding,
-  sources,
   state,
   trainer,
   vit,
@@ -190,10 +189,7 @@ def on_all(
 ) -> tuple[experiment.Experiment, experiment.Training]:
   """The last run: the training and the held-out split together, at the rate chosen."""
   train, val = training.train, training.val
-  both = sources.Examples(
-    np.concatenate([train.image_NHWC, val.image_NHWC]),
-    np.concatenate([train.label_N, val.label_N]),
-  )
+  both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr = rate
   task = dataclasses.replace(exp.task, train_examples=len(both))

@@ -182,6 +182,12 @@ def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
 
 
+def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """`array[index_B]` as a global array, of which each process gathers what its devices hold."""
+  shape = (len(index_B), *array.shape[1:])
+  return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
+
+
 def keep(mesh: Mesh, tree):
   """Inside a program that XLA partitions: arrays where `layout` has them."""
   return jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if splits(mesh) else tree

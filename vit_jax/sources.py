@@ -1,8 +1,10 @@
-"""Where examples come from: `SOURCES`, a table of kinds. All are loaded into memory.
+"""Where examples come from: `SOURCES`, a table of kinds; and examples that are loaded into memory.
 
 Decisions:
   * A split is resolved to index ranges before anything is decoded, so that every source
     speaks TFDS notation and only what is asked for is read.
+  * A source is read by split and index, in any order, and may be sent to another process: what
+    reads it holds names and paths, not open files.
   * Images are kept as uint8, at their own size where all have one and it is no larger
     than the model's; the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
   * The order of a folder's files is that of a hash of their paths: mixed, so that
@@ -10,9 +12,10 @@ Decisions:
   * TensorFlow runs in a child process only, to download and prepare (`prepare.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import logging
 import math
@@ -25,11 +28,12 @@ import sys
 import jax
 import numpy as np
 
-from vit_jax import cluster, progress, splits
+from vit_jax import cluster, progress, sharding, splits
 from vit_jax import image as image_lib
 from vit_jax.names import choose
 
 Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
+Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
 
 TEST_NAMES = ('test', 'val', 'validation')
 
@@ -45,13 +49,13 @@ class Source:
     class_names: name of each label.
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
-      bytes or a uint8 array.
+      bytes or a uint8 array; not yet looked at, see `pixels`.
   """
 
   sizes: dict[str, int]
   class_names: tuple[str, ...]
   channels: int
-  read: Callable[[str, range], Iterator[tuple[str, pathlib.Path | bytes | np.ndarray, int]]]
+  read: Callable[[str, Sequence[int]], Iterator[Example]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,36 @@ class Examples:
 
   def __len__(self) -> int:
     return len(self.label_N)
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Height and width."""
+    return self.image_NHWC.shape[1:3]
+
+  def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
+    """The batches of a `data.Plan`: `image` and `label`."""
+    for step in plan.steps:
+      index_B = plan.examples(plan.positions(step))
+      yield {
+        'image': sharding.gather(self.image_NHWC, index_B, over_batch),
+        'label': sharding.gather(self.label_N, index_B, over_batch),
+      }
+
+  def some(self, index_N: Sequence[int]) -> 'Examples':
+    """Those at these places."""
+    return Examples(self.image_NHWC[index_N], self.label_N[index_N])
+
+  def joined(self, other: 'Examples') -> 'Examples':
+    """These, and after them the others."""
+    return Examples(
+      np.concatenate([self.image_NHWC, other.image_NHWC]),
+      np.concatenate([self.label_N, other.label_N]),
+    )
+
+  def content(self) -> Iterator[tuple[str, np.ndarray]]:
+    """What tells these examples from others: arrays by name."""
+    yield 'images', self.image_NHWC
+    yield 'labels', self.label_N
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -117,20 +151,17 @@ def load(
     ValueError: the split doesn't exist or holds nothing.
   """
 
+  def keep_or_fit(image, size):
+    smaller = image.height <= size[0] and image.width <= size[1]
+    return np.asarray(image) if keep_smaller and smaller else fit(image, size)
+
   def decode(example):
-    name, image, label = example
     try:
-      if isinstance(image, pathlib.Path):
-        image = image_lib.read(image)
-      if isinstance(image, bytes):
-        image = image_lib.decode(image, name, source.channels)
-        smaller = image.height <= size[0] and image.width <= size[1]
-        image = np.asarray(image) if keep_smaller and smaller else fit(image, size)
+      return example[0], pixels(source, example, size, keep_or_fit), example[2]
     except image_lib.BadImage as error:
       if not skip_bad_images:
         raise
-      return str(error), None, label
-    return name, image, label
+      return str(error), None, example[2]
 
   pieces = splits.resolve(split, source.sizes)
   count = sum(stop - start for _, start, stop in pieces)
@@ -153,15 +184,51 @@ def load(
   return Examples(np.stack(images), np.array([label for _, label in good], np.int32), skipped)
 
 
+def pixels(source: Source, example: Example, size: tuple[int, int], fit: Fit) -> np.ndarray:
+  """What is in an example that was read, `image_HWC`: files fitted, arrays as they are.
+
+  Raises:
+    image.BadImage: it can't be decoded, or has a label that the source has not.
+  """
+  name, encoded, label = example
+  check_label(source, name, label)
+  if isinstance(encoded, np.ndarray):
+    return encoded
+  return fit(image_lib.decode(as_bytes(encoded), name, source.channels), size)
+
+
+def check_label(source: Source, name: str, label: int) -> None:
+  """Raises BadImage for a label without a class."""
+  if not 0 <= label < len(source.class_names):
+    raise image_lib.BadImage(
+      f'{name}: label {label} is none of the {len(source.class_names)} classes, 0 to '
+      f'{len(source.class_names) - 1}.'
+    )
+
+
+def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
+  """The file that an example is."""
+  return image_lib.read(encoded) if isinstance(encoded, pathlib.Path) else encoded
+
+
+def need(count: int, size: tuple[int, int], channels: int) -> str:
+  """How much memory images need where that is more than half of the machine's; else empty."""
+  bytes_ = count * math.prod(size) * channels
+  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if bytes_ <= memory / 2:
+    return ''
+  return (
+    f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, this machine has '
+    f'{memory / 1e9:.1f} GB'
+  )
+
+
 def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -> None:
   """Raises ValueError where a split would fill more than half of the memory."""
-  need = count * math.prod(size) * channels
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if need > memory / 2:
+  if too_much := need(count, size, channels):
     raise ValueError(
-      f'Split {split!r}: {count:,} images of {size[0]}x{size[1]} need {need / 1e9:.1f} GB, this '
-      f'machine has {memory / 1e9:.1f} GB. Take a part, e.g. {split}[:10%], or set a smaller '
-      'data.image_size.'
+      f'Split {split!r}: {too_much}. Stream it (data.cache=stream), take a part, e.g. '
+      f'{split}[:10%], or set a smaller data.image_size.'
     )
 
 
@@ -195,7 +262,7 @@ def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   members = {'train': train, 'test': test}
 
   def read(split, indices):
-    for i in members[split][indices.start : indices.stop]:
+    for i in members[split][indices]:
       yield f'digits/{i}', image_NHWC[i], int(bunch.target[i])
 
   return Source({'train': 1437, 'test': 360}, tuple('0123456789'), 1, read)
@@ -251,9 +318,16 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
       f'looked for {", ".join(image_lib.EXTENSIONS)}. Add some, or remove the folder.'
     )
 
+  # A million paths as one array: small, and quickly sent to another process.
+  label_N, file_N = {}, {}
+  for name, members in files.items():
+    label_N[name] = np.array([label for label, _ in members], np.int32)
+    file_N[name] = np.array([os.fsencode(file) for _, file in members], np.bytes_)
+
   def read(split, indices):
-    for label, file in files[split][indices.start : indices.stop]:
-      yield str(file), file, label
+    for i in indices:
+      file = os.fsdecode(bytes(file_N[split][i]))
+      yield file, pathlib.Path(file), int(label_N[split][i])
 
   sizes = {name: len(members) for name, members in files.items()}
   return Source(sizes, class_names, 3, read)
@@ -337,23 +411,33 @@ def tfds_source(name: str, builder) -> Source:
       f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
       f'{type(label).__name__}.'
     )
-  decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
+  directory = str(builder.data_path)  # a builder could not be sent to another process
 
   def read(split, indices):
     try:
-      records = builder.as_data_source(split=split, decoders=decoders)
+      records = open_records(directory, split, image_key)
       for chunk in chunks(indices, 4096):
         for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
           yield f'tfds:{name}/{split}/{i}', record[image_key], int(record[label_key])
     except Exception as error:  # TFDS and array_record raise many kinds
       raise ValueError(
-        f'tfds:{name}/{split}: {builder.data_path} can not be read: {error}. A shard is missing or '
+        f'tfds:{name}/{split}: {directory} can not be read: {error}. A shard is missing or '
         'damaged: copy it again, or remove that folder, which is then prepared anew.'
       ) from error
 
   sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
   channels = 1 if feature.shape[-1] == 1 else 3
   return Source(sizes, tuple(label.names), channels, read)
+
+
+@functools.lru_cache(maxsize=8)
+def open_records(directory: str, split: str, image_key: str):
+  """The records of a split, whose shards this process opens once; images stay encoded."""
+  import tensorflow_datasets
+
+  decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
+  builder = tensorflow_datasets.builder_from_directory(directory)
+  return builder.as_data_source(split=split, decoders=decoders)
 
 
 def prepared_builder(name: str, root: pathlib.Path):

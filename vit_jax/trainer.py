@@ -9,8 +9,8 @@ Decisions:
   * A checkpoint is saved only once the loss of its step was read and found finite.
 """
 
-from collections.abc import Callable
-import itertools
+from collections.abc import Callable, Iterator
+import contextlib
 import logging
 import math
 import pathlib
@@ -40,7 +40,6 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.check import check
-from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +53,8 @@ def make_train_step(
 ) -> TrainStep:
   """The jitted step `(state, batch) -> (state, metrics)`; the state's buffers are donated.
 
-  The metrics are `score` (sums over the batch), `grad_norm` (before clipping) and
-  `learning_rate` (the one applied).
+  The metrics are `score` (sums over the batch), `grad_norm` (before clipping),
+  `learning_rate` (the one applied) and, where the batch has `bad`, `bad_images`: their number.
   """
   config = exp.config
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
@@ -74,6 +73,7 @@ def make_train_step(
   def train_step(old, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), old.step)
     batch = batch | {'example': jnp.arange(config.batch_size)}
+    bad_B = batch.pop('bad', None)
     trained, frozen = optim.split(old.params, config.freeze)
     grads, score = gradients(batch, trained, frozen, key, old.step < training.early_steps)
     updates, opt_state = training.optimizer.update(grads, old.opt_state, trained)
@@ -89,6 +89,8 @@ def make_train_step(
       'grad_norm': optax.global_norm(grads),
       'learning_rate': training.schedule(old.step),
     }
+    if bad_B is not None:
+      metrics['bad_images'] = bad_B.sum()
     new = state.TrainState(old.step + 1, trained | frozen, opt_state, ema)
     return sharding.keep(mesh, new), metrics
 
@@ -103,7 +105,8 @@ class Meter:
     self._reset()
 
   def _reset(self) -> None:
-    self._scores, self._seconds, self._learning_rate = [], 0.0, 0.0
+    self._scores, self._seconds, self._waited, self._learning_rate = [], 0.0, 0.0, 0.0
+    self._bad = []
     self._started = time.perf_counter()
 
   def pause(self) -> None:
@@ -113,6 +116,13 @@ class Meter:
   def go_on(self) -> None:
     """Training follows."""
     self._started = time.perf_counter()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """The next batch is fetched meanwhile."""
+    began = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - began
 
   def add(self, step: int, metrics: dict) -> None:
     """Reads the metrics of a step, once the device has them.
@@ -129,14 +139,21 @@ class Meter:
           'before it are whole; try a smaller optimizer.lr or a longer schedule.warmup.'
         )
     self._scores.append(metrics['score'])
+    self._bad += [metrics['bad_images']] if 'bad_images' in metrics else []
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
-    """The means since the last reading; the clock must run."""
+    """The means since the last reading; the clock must run.
+
+    `data_wait` is the share of the time in which the loop waited for its next batch.
+    """
     self.pause()
     values = evaluate.summarize(self._scores)
     values['images_per_second'] = round(values['examples'] / self._seconds, 1)
+    values['data_wait'] = round(self._waited / self._seconds, 4)
     values['learning_rate'] = self._learning_rate
+    if self._bad:
+      values['bad_images'] = int(sum(self._bad))
     self._reset()
     return values
 
@@ -279,14 +296,18 @@ class Run:
     config, examples = self.config, self.training.train
     over_batch = sharding.over_batch(self.mesh)
     batches = data.train_batches(examples, config.batch_size, config.seed, start, over_batch)
-    batch = next(batches)
-    train_step = self.compile(train_state, batch)
-    batches = itertools.chain([batch], batches)
     scores = self.evaluate(start, train_state) if self.owes_evaluation(start) else {}
-    meter, late = Meter(), None
-    with progress.counter(initial=start, total=steps, unit='step') as bar:
+    late = None
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(contextlib.closing(batches))  # which ends what reads them
+      batch = next(batches)
+      train_step, meter = self.compile(train_state, batch), Meter()
+      bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
-        train_state, metrics = train_step(train_state, next(batches))
+        if step > start + 1:
+          with meter.waiting():
+            batch = next(batches)
+        train_state, metrics = train_step(train_state, batch)
         if step == start + 1:
           jax.block_until_ready(metrics)  # once, for whoever waits for it
           log.info('First step done.')
@@ -389,7 +410,7 @@ class Run:
       scores[split] = values
     return scores
 
-  def score(self, params: dict, examples: Examples) -> dict[str, float]:
+  def score(self, params: dict, examples: experiment.Split) -> dict[str, float]:
     """Loss and accuracies of these weights."""
     return evaluate.evaluate(
       self.eval_step, params, examples, self.config.eval_batch_size, self.mesh
@@ -418,12 +439,15 @@ class Run:
     return result
 
 
-def save_examples(exp: experiment.Experiment, test: Examples, workdir: pathlib.Path) -> None:
+def save_examples(
+  exp: experiment.Experiment, test: experiment.Split, workdir: pathlib.Path
+) -> None:
   """A few images of the test split as PNG files, to try `predict` on."""
   if not cluster.is_first():
     return
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
-  for i, label in enumerate(test.label_N[:8]):
+  first = test.some(range(min(8, len(test))))
+  for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     name = re.sub(r'\W+', '-', exp.task.class_names[label])
-    image.save(test.image_NHWC[i], folder / f'{i}_{name}.png')
+    image.save(image_HWC, folder / f'{i}_{name}.png')

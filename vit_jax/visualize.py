@@ -115,7 +115,7 @@ def gather(
   mesh = sharding.make_mesh()
   on_device = sharding.replicate(mesh, params)
   test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
-  there = isinstance(test, Examples)
+  there = not isinstance(test, Missing)
   scores = score(exp, on_device, test, mesh) if there else test
   if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test)
@@ -133,7 +133,7 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
   return writer.read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
 
 
-def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> Examples | Missing:
+def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> experiment.Split | Missing:
   """The run's test split; the reason where it is not there any more.
 
   Raises:
@@ -149,17 +149,17 @@ def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> Examples
 
 
 def score(
-  exp: experiment.Experiment, params: dict, test: Examples, mesh: jax.sharding.Mesh
+  exp: experiment.Experiment, params: dict, test: experiment.Split, mesh: jax.sharding.Mesh
 ) -> Scores:
-  """The model's answer to every test example."""
+  """The model's answer to every test example that is not bad."""
   step, size = predict.make_step(exp, mesh, predict.probabilities(exp)), exp.config.eval_batch_size
-  best, confidence = [], []
-  for batch in batches(test, size, mesh, 'Predicting'):
-    probability_BL = np.asarray(step(batch['image'], params))[:size]
-    best.append(probability_BL.argmax(axis=1))
-    confidence.append(probability_BL.max(axis=1))
-  count = len(test)
-  return Scores(np.concatenate(best)[:count], np.concatenate(confidence)[:count])
+  found = []
+  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
+    row_N = np.flatnonzero(batch['mask'])
+    probability_NL = np.asarray(step(batch['image'], params))[row_N]
+    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
+    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
+  return Scores(*map(np.concatenate, zip(*found)))
 
 
 def batches(
@@ -170,14 +170,14 @@ def batches(
   return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
 
 
-def choose(test: Examples, exp: experiment.Experiment) -> np.ndarray:
+def choose(test: experiment.Split, exp: experiment.Experiment) -> np.ndarray:
   """Test images evenly over the classes, those that are drawn first."""
   classes = len(exp.task.class_names)
   shown, measured = (maps.spread(test.label_N, classes, n) for n in (SHOWN, MEASURED))
-  contrast = test.image_NHWC[shown].std(axis=(1, 2, 3))
+  contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
   shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
-  return test.image_NHWC[index]
+  return test.some(index).image_NHWC
 
 
 def read_images(files: list[pathlib.Path], exp: experiment.Experiment) -> np.ndarray:

@@ -1,0 +1,362 @@
+"""How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
+
+    python -m benchmarks.input      # 11 minutes on 2 busy cores; results/input.json
+
+All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
+take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
+batches of 128. Each lives in a process of its own and may use all cores, in turns of a few seconds,
+so that whatever else this machine does falls on all alike. Per core are images a second that a
+process and its children compute: the clock, on a machine shared with others, favours whoever has
+the most threads. A ratio is the median over the rounds, ours to theirs; those of the clock stand
+beside it. A peer that is not installed is left out.
+
+Four more numbers: milliseconds of the decoders that were to choose from, in one thread; images
+in memory, gathered as training gathers them, in the fastest round; what a stream's processes hold
+in memory over three epochs; and the share of the time that a small ViT, training on these files
+here, waits for them.
+"""
+
+from collections.abc import Callable, Iterator
+import datetime
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks import collect, photos
+from vit_jax import cluster, data, image, sharding, sources, stream, trainer, writer
+from vit_jax import config as config_lib
+
+COUNT = 20_000
+SIZE = (224, 224)
+BATCH = 128
+CROP = {'min_area': 0.08, 'max_aspect': 4 / 3}
+ROUNDS = 5
+WARM, TURN = 1.0, 4.0  # seconds: until others' work is out of the way, and measured
+
+
+TRAINED = {  # what waits for its data
+    'model.variant': 'S/16', 'model.pool': 'gap', 'batch_size': '8', 'eval_batch_size': '16',
+    'data.image_size': '224', 'data.cache': 'stream', 'data.eval_split': 'test[:16]',
+    'augment.resized_crop.min_area': '0.08', 'augment.flip.probability': '0.5',
+    'log_every': '20', 'eval_every': '0', 'checkpoint_every': '0',
+}  # fmt: skip
+STEPS = 20
+
+
+def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
+  """What `data.cache=stream` trains on."""
+  source = sources.open_source(f'folder:{folder}', '', SIZE)
+  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers)
+  arguments |= dict(threads=stream.best_threads(workers))
+  examples = stream.open_stream(source, split, **arguments)
+  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
+  for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):
+    yield len(jax.block_until_ready(batch['image']))
+
+
+def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
+  """As in TensorFlow's models and big_vision: only the part is decoded."""
+  import tensorflow as tf
+
+  def load(file):
+    encoded = tf.io.read_file(file)
+    begin, size, _ = tf.image.sample_distorted_bounding_box(
+      tf.io.extract_jpeg_shape(encoded), tf.zeros([0, 0, 4]), area_range=(CROP['min_area'], 1),
+      aspect_ratio_range=(3 / 4, 4 / 3), min_object_covered=0, use_image_if_no_bounding_boxes=True,
+    )  # fmt: skip
+    window = tf.concat([begin[:2], size[:2]], axis=0)
+    part = tf.io.decode_and_crop_jpeg(encoded, window, channels=3)
+    part = tf.image.resize(part, SIZE, antialias=antialias)
+    return tf.cast(tf.clip_by_value(tf.round(part), 0, 255), tf.uint8)
+
+  files = tf.data.Dataset.from_tensor_slices(sorted(map(str, folder.rglob('*.jpg'))))
+  files = files.shuffle(COUNT, seed=0).repeat()
+  batches = files.map(load, num_parallel_calls=tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
+  for batch in batches.as_numpy_iterator():
+    yield len(batch)
+
+
+class Photos:
+  """PyTorch's view of the folder; torchvision's RandomResizedCrop does the same to such files."""
+
+  def __init__(self, folder):
+    self.files = sorted(folder.rglob('*.jpg'))
+
+  def __len__(self):
+    return len(self.files)
+
+  def __getitem__(self, i):
+    import torch
+
+    opened = Image.open(self.files[i])
+    box = image.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
+    part = opened.convert('RGB').resize(SIZE[::-1], Image.Resampling.BILINEAR, box)
+    return torch.from_numpy(np.array(part))
+
+
+def torch_loader(folder: pathlib.Path) -> Iterator[int]:
+  """A worker process a core."""
+  from torch.utils.data import DataLoader
+
+  loader = DataLoader(
+    Photos(folder), BATCH, shuffle=True, num_workers=cluster.cores(), persistent_workers=True
+  )
+  for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
+    yield len(batch)
+
+
+CONTESTANTS = {  # name: (what it needs, its batches)
+  'ours': ('grain', ours),
+  'ours_workers': ('grain', functools.partial(ours, workers=cluster.cores())),
+  'tfdata': ('tensorflow', tfdata),
+  'tfdata_without_antialiasing': ('tensorflow', functools.partial(tfdata, antialias=False)),
+  'torch': ('torch', torch_loader),
+}
+
+
+def family() -> list:
+  """This process and those that it has started."""
+  import psutil  # which Grain brings
+
+  return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+  """What they have computed so far."""
+  return sum(sum(process.cpu_times()[:2]) for process in family())
+
+
+def serve(name: str, folder: str) -> None:
+  """A contestant's process: for every line that it reads, one turn.
+
+  It prints its images a second, and its images a second of computing.
+  """
+  batches = CONTESTANTS[name][1](pathlib.Path(folder))
+  next(batches)
+  print('ready', flush=True)
+  for _ in sys.stdin:
+    end = time.perf_counter() + WARM
+    while time.perf_counter() < end:
+      next(batches)
+    began, computed, count = time.perf_counter(), cpu_seconds(), 0
+    while time.perf_counter() < began + TURN:
+      count += next(batches)
+    seconds = time.perf_counter() - began, cpu_seconds() - computed
+    print(*(count / n for n in seconds), flush=True)
+  batches.close()
+
+
+def race(folder: pathlib.Path) -> dict[str, list[tuple[float, float]]]:
+  """What `serve` printed for each contestant in each round."""
+  quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
+  pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
+  rates, running = {}, {}
+  for name, (needs, _) in CONTESTANTS.items():
+    if importlib.util.find_spec(needs) is None:
+      print(f'{name}: {needs} is not installed, left out.')
+      continue
+    running[name] = subprocess.Popen([*COMMAND, 'serve', name, str(folder)], **pipes)
+    assert running[name].stdout.readline() == 'ready\n', f'{name} failed'
+  for _ in range(ROUNDS):
+    for name, process in running.items():
+      process.stdin.write('go\n')
+      process.stdin.flush()
+      found = map(float, process.stdout.readline().split())
+      rates.setdefault(name, []).append(tuple(found))
+  for process in running.values():
+    process.stdin.close()
+    process.wait()
+  return rates
+
+
+def pillow(encoded: bytes, choose: Callable) -> np.ndarray:
+  """Decoding at a reduced size where it can, scaling by Pillow."""
+  opened = Image.open(io.BytesIO(encoded))
+  left, top, right, bottom = box = choose(opened.height, opened.width)
+  high, wide = (n * edge / side for n, edge, side in zip(
+      (opened.height, opened.width), SIZE, (bottom - top, right - left)))  # fmt: skip
+  whole = opened.size
+  opened.draft(None, (int(np.ceil(wide)), int(np.ceil(high))))
+  scale = opened.width / whole[0]
+  part = opened.resize(SIZE[::-1], Image.Resampling.BILINEAR, tuple(scale * edge for edge in box))
+  return np.asarray(part)
+
+
+def simplejpeg(encoded: bytes, choose: Callable) -> np.ndarray:
+  """A binding of libjpeg-turbo, scaling by Pillow; it has to read the header by itself."""
+  import simplejpeg
+
+  box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
+  whole = Image.fromarray(simplejpeg.decode_jpeg(encoded))
+  return np.asarray(whole.resize(SIZE[::-1], Image.Resampling.BILINEAR, box))
+
+
+def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
+  """The same, scaling by OpenCV."""
+  import simplejpeg
+
+  box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
+  return image.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
+
+
+def opencv(encoded: bytes, choose: Callable) -> np.ndarray:
+  """What this project does."""
+  return image.decode_part(encoded, 'a file', 3, choose, SIZE)
+
+
+DECODERS = {
+  'pillow': ('PIL', pillow),
+  'opencv': ('cv2', opencv),
+  'simplejpeg_and_pillow': ('simplejpeg', simplejpeg),
+  'simplejpeg_and_opencv': ('simplejpeg', simplejpeg_opencv),
+}
+
+
+def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
+  """Milliseconds of one core for each way to decode a file and take a part: medians."""
+  files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
+  chosen = [
+    functools.partial(image.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
+  ]
+  times = {}
+  for _ in range(ROUNDS):
+    for name, (needs, decode) in DECODERS.items():
+      if importlib.util.find_spec(needs):
+        began = time.process_time()
+        for encoded, choose in zip(files, chosen):
+          decode(encoded, choose)
+        seconds = time.process_time() - began
+        times.setdefault(name, []).append(1e3 * seconds / len(files))
+  return {name: round(statistics.median(values), 3) for name, values in times.items()}
+
+
+def in_memory(size: int = 50_000, batch: int = 512) -> float:
+  """Images a second of CIFAR's size that are gathered into batches: the most of ten rounds."""
+  draw = np.random.RandomState(0)
+  pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
+  examples = sources.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
+  over_batch = sharding.over_batch(sharding.make_mesh(batch))
+  batches, rates = data.train_batches(examples, batch, 0, 0, over_batch), []
+  for _ in range(2 * ROUNDS):
+    began = time.perf_counter()
+    for found in itertools.islice(batches, size // batch):
+      jax.block_until_ready(found)
+    rates.append(size // batch * batch / (time.perf_counter() - began))
+  return max(rates)
+
+
+def memory(workers: str, folder: str) -> None:
+  """Prints the most bytes that are resident in each of three epochs of an eighth of the files."""
+  split = 'train[:12.5%]+test[:12.5%]'
+  batches, held = ours(pathlib.Path(folder), int(workers), split), [[], [], []]
+  for step in range(3 * COUNT // 8 // BATCH):
+    next(batches)
+    if step % 3 == 0:
+      resident = sum(process.memory_info().rss for process in family())
+      held[step * BATCH // (COUNT // 8)].append(resident)
+  batches.close()
+  print(json.dumps(list(map(max, held))))
+
+
+def train(folder: str) -> None:
+  """Prints the metrics of `STEPS` training steps."""
+  config = config_lib.default_config()
+  epochs = STEPS * int(TRAINED['batch_size']) / (0.8 * COUNT)  # every fifth file is held out
+  overrides = TRAINED | {'data.source': f'folder:{folder}', 'epochs': str(epochs)}
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  with tempfile.TemporaryDirectory() as workdir:
+    workdir = pathlib.Path(workdir)
+    trainer.train(config, workdir)
+    (line,) = [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
+  assert line['step'] == STEPS
+  print(json.dumps({name: line[name] for name in ('images_per_second', 'data_wait')}))
+
+
+def alone(*arguments: object) -> object:
+  """What a function prints in a process of its own."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  command = [*COMMAND, *map(str, arguments)]
+  child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+  return json.loads(child.stdout.splitlines()[-1])
+
+
+COMMAND = [sys.executable, '-m', 'benchmarks.input']
+ALONE = {'serve': serve, 'memory': memory, 'train': train}
+
+
+def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
+  """Of each contestant, over all rounds: of the clock (0) or of computing (1)."""
+  return {
+    name: round(statistics.median(turn[i] for turn in turns), 1) for name, turns in rounds.items()
+  }
+
+
+def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
+  """The median over the rounds of ours to each peer's, as in `medians`."""
+  return {
+    f'ratio_to_{name}': round(
+      statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3
+    )
+    for name, turns in rounds.items()
+    if not name.startswith('ours')
+  }
+
+
+def main() -> None:
+  load, cores = os.getloadavg()[0], cluster.cores()
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    print(f'Making {COUNT:,} JPEGs ...', flush=True)
+    photos.make(folder, COUNT)
+    sizes = [file.stat().st_size for file in folder.rglob('*.jpg')]
+    milliseconds = decoders(folder)
+    rounds = race(folder)
+    trained = alone('train', folder)
+    held = {workers: alone('memory', workers, folder) for workers in (0, cores)}
+  result = ratios(rounds, 1) | {
+    'images_per_second_per_core': medians(rounds, 1),
+    'images_per_second': medians(rounds, 0),
+    'by_the_clock': ratios(rounds, 0),
+    'training': {'variant': 'S/16', 'batch_size': 8, 'steps': STEPS} | trained,
+    'resident_megabytes_in_three_epochs': {
+      f'{workers} workers': [round(most / 2**20) for most in epochs]
+      for workers, epochs in held.items()
+    },
+    'memory_growth': round(max(epochs[2] / epochs[0] for epochs in held.values()) - 1, 4),
+    'cores': cores,
+    'images': len(sizes),
+    'mean_bytes': round(statistics.mean(sizes)),
+    'image_size': list(SIZE),
+    'batch_size': BATCH,
+    'rounds': {
+      name: [[round(rate, 1) for rate in turn] for turn in turns] for name, turns in rounds.items()
+    },
+    'decode_and_crop_milliseconds': milliseconds,
+    'in_memory_images_per_second': round(in_memory()),
+    'machine': collect.machine(),
+    'load_before': load,
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+  }
+  writer.write_json(collect.RESULTS / 'input.json', result)
+  print(json.dumps(result, indent=2))
+
+
+if __name__ == '__main__':
+  ALONE[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
