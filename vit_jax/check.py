@@ -22,7 +22,6 @@ RANGES = {  # what a number may be, both ends included
   'augment.resized_crop.min_area': (0.001, 1),
   'augment.resized_crop.max_aspect': (1, 100),
   'augment.rand_augment.num_layers': (0, 100),
-  'augment.rand_augment.magnitude': (0, randaugment.MAX_MAGNITUDE),
   'augment.rand_augment.mstd': (0, 100),
   'augment.rand_augment.probability': (0, 1),
   'augment.trivial_augment.probability': (0, 1),
@@ -84,7 +83,14 @@ def check(config: ConfigDict) -> None:
 
 def check_augment(config: ConfigDict) -> None:
   """Raises ValueError for arguments of augmentations that don't fit each other."""
-  erasing, mix = config.augment.erasing, config.augment.mix
+  erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
+  most = randaugment.MAX_MAGNITUDES[drawn.space]
+  if not 0 <= drawn.magnitude <= most:  # which NaN is not either
+    spaces = [f'{space} to {most}' for space, most in randaugment.MAX_MAGNITUDES.items()]
+    raise ValueError(
+      f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
+      f'{drawn.magnitude:g}. The spaces go to: {", ".join(spaces)}.'
+    )
   if erasing.min_area > erasing.max_area:
     raise ValueError(
       f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'

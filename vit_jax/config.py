@@ -77,10 +77,11 @@ def default_config() -> ConfigDict:
   c.augment.resized_crop.max_aspect = 4 / 3  # of the longer side to the shorter; where examples
   # are streamed, this crop is of the file, and not of what was made of it
   c.augment.rand_augment = ConfigDict({'num_layers': 0})  # operations an image; 0: none
-  c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10
+  c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10; in big_vision's space to 30
   c.augment.rand_augment.mstd = 0.5  # standard deviation of the strength
   c.augment.rand_augment.probability = 0.5  # of an operation taking place; the paper: 1
-  c.augment.rand_augment.space = 'standard'  # what is drawn from: standard, timm or wide
+  c.augment.rand_augment.space = 'standard'  # what is drawn from: standard, timm, wide or
+  # big_vision
   c.augment.trivial_augment = ConfigDict({'probability': 0.0})  # of one operation; the paper: 1
   c.augment.erasing = ConfigDict({'probability': 0.0})  # of noise in the place of a rectangle
   c.augment.erasing.min_area = 0.02  # of the rectangle, as a share of the image
