@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from vit_jax import augment, image, optim, positions, randaugment
 from vit_jax import config as config_lib
 from vit_jax.names import choose
+from vit_jax.weights import pair
 
 RANGES = {  # what a number may be, both ends included
   'seed': (0, 2**32 - 1),
@@ -68,6 +69,7 @@ def check(config: ConfigDict) -> None:
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
   check_augment(config)
+  check_progressive(config)
   axes = dict(config.mesh)
   if list(axes.values()).count(-1) > 1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(f'mesh needs numbers of devices, and -1 for one axis at most, got {axes}.')
@@ -79,6 +81,25 @@ def check(config: ConfigDict) -> None:
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
     raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
+
+
+def check_progressive(config: ConfigDict) -> None:
+  """Raises ValueError for sizes and shares that don't fit each other."""
+  sizes, until = config.progressive.sizes, config.progressive.until
+  height = pair(config.data.image_size)[0]
+  if not all(type(size) is int and 0 < size <= height for size in sizes):
+    raise ValueError(
+      f'progressive.sizes must be heights in pixels of at most {height}, that of data.image_size, '
+      f'got {tuple(sizes)}.'
+    )
+  rising = all(a < b for a, b in zip((0, *until), (*until, 1)))
+  if len(until) != len(sizes) or (until and not rising):
+    raise ValueError(
+      f'progressive.until={tuple(until)} must be rising shares of the run between 0 and 1, one for '
+      f'each of progressive.sizes={tuple(sizes)}.'
+    )
+  if sizes and config.freeze:
+    raise ValueError('progressive is for training the whole model: leave it out with freeze.')
 
 
 def check_augment(config: ConfigDict) -> None:

@@ -41,6 +41,10 @@ def default_config() -> ConfigDict:
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated, at most: it is less in
   # the first steps; 0: no averaging
 
+  c.progressive = ConfigDict()  # train on smaller images first, over which positions are stretched
+  c.progressive.sizes = ()  # their heights, pixels, the widths in proportion; empty: none
+  c.progressive.until = ()  # share of the run that each lasts to; data.image_size follows the last
+
   c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs and
   # TPUs give them anyway
 
