@@ -1,13 +1,18 @@
-"""The recipes of ImageNet against the numbers that were published."""
+"""The recipes of ImageNet against the numbers that were published, and its other test sets."""
+
+import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from configs import imagenet
+from tests.conftest import DATA, small_config
 from vit_jax import config as config_lib
-from vit_jax import experiment, sources
+from vit_jax import evaluate, experiment, pretrained, real, sources, trainer
 from vit_jax.check import check
 
 TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of each
@@ -89,3 +94,123 @@ def test_weight_decay_is_that_of_big_vision():
 def test_what_is_no_recipe_is_said(variant, message):
   with pytest.raises(ValueError, match=message):
     imagenet.get_config(variant)
+
+
+CLASSES = [f'n0144{i:04d}' for i in range(6)]
+
+
+def make_images(root, names, seed):
+  """`names` as files of noise, spread over the classes."""
+  draw = np.random.RandomState(seed)
+  for i, name in enumerate(names):
+    folder = root / CLASSES[i % len(CLASSES)]
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = draw.randint(0, 256, (9, 12, 3)).astype(np.uint8)
+    pixels[..., i % 3] //= 2
+    Image.fromarray(pixels).save(folder / f'{name}.png')
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  """A run on images whose held-out ones have the names of ImageNet's, and `real.json` for them."""
+  root = tmp_path_factory.mktemp('imagenet')
+  make_images(root / 'data' / 'train', range(48), seed=0)
+  numbers = np.random.RandomState(1).permutation(40)[:30] + 1
+  make_images(root / 'data' / 'val', [f'ILSVRC2012_val_{n:08d}' for n in numbers], seed=1)
+  draw = np.random.RandomState(2)
+  labels = [draw.permutation(6)[: draw.randint(4)].tolist() for _ in range(40)]
+  (root / 'real.json').write_text(json.dumps(labels))
+  overrides = {'data.source': f'folder:{root}/data', 'epochs': '8', 'batch_size': '16'}
+  trainer.train(small_config(**overrides), root / 'run')
+  return root
+
+
+def predictions(workdir, source):
+  """{path: class}, of the model as a library loads it."""
+  model, params = pretrained.load(workdir)
+  exp = experiment.from_workdir(workdir)[0]
+  names = [name for name, _, _ in source.read('test', range(source.sizes['test']))]
+  images = sources.load(source, 'test', (8, 8), fit=exp.fit).image_NHWC
+  logits = jax.jit(model.apply)({'params': params}, images / np.float32(127.5) - 1)
+  return dict(zip(names, np.asarray(logits.argmax(1)).tolist()))
+
+
+@pytest.mark.parametrize('cache, split', [('memory', 'test'), ('stream', 'test[40%:]')])
+def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
+  path = photos / 'real.json'
+  overrides = {'data.cache': cache, 'data.real_labels': str(path), 'data.eval_split': split}
+  found = evaluate.run(photos / 'run', overrides | {'eval_batch_size': '7'})
+  source = sources.open_source(f'folder:{photos}/data', '', (8, 8))
+  predicted = list(predictions(photos / 'run', source).items())[12 if '40' in split else 0 :]
+  labels = json.loads(path.read_text())
+  labels = {f'ILSVRC2012_val_{i + 1:08d}.png': label for i, label in enumerate(labels)}
+  of = lambda name: labels[name.rpartition('/')[2]]
+  correct = [n in of(name) for name, n in predicted if of(name)]
+  assert found['real_accuracy'] == pytest.approx(np.mean(correct))
+  assert found['real_examples'] == len(correct) < len(predicted) == found['examples']
+  own = np.mean([CLASSES[n] in name for name, n in predicted])
+  assert found['accuracy'] == pytest.approx(own) != found['real_accuracy']
+
+
+def test_without_them_nothing_is_said_of_real(photos):
+  assert not {'real_accuracy', 'real_examples'} & set(evaluate.run(photos / 'run', {}))
+
+
+@pytest.mark.parametrize('text, split, message', [
+    ('[[0], ["1"]]', 'test', 'list of lists'), ('{', 'test', 'list of lists'),
+    ('[1]', 'test', 'list of lists'), ('[[6]]', 'test', 'class 6, the data 0 to 5'),
+    ('[[0], []]', 'test', '00000002: '), (json.dumps([[0]] * 40), 'train', 'train/n0144.* is none'),
+    (json.dumps([[]] * 40), 'test', 'no image of test'), (None, 'test', 'No such file'),
+])  # fmt: skip
+def test_labels_that_cannot_be_are_refused(photos, tmp_path, text, split, message):
+  path = tmp_path / 'real.json'
+  if text:
+    path.write_text(text)
+  source = sources.open_source(f'folder:{photos}/data', '', (8, 8))
+  with pytest.raises(ValueError, match=message):
+    real.load(path, source, split)
+
+
+def test_classes_that_are_not_imagenets_are_refused(photos):
+  source = sources.Source({'test': 1}, ('cat', 'dog'), 3, None)
+  with pytest.raises(ValueError, match='those here are cat, dog'):
+    real.load(photos / 'real.json', source, 'test')
+
+
+def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
+  bad = tmp_path / 'all' / 'val'
+  make_images(tmp_path / 'all' / 'train', range(12), seed=0)
+  make_images(bad, [f'ILSVRC2012_val_{n:08d}' for n in range(1, 13)], seed=1)
+  next(bad.rglob('*.png')).write_bytes(b'')
+  flags = {'data.source': f'folder:{tmp_path}/all', 'data.skip_bad_images': 'true'}
+  flags |= {'data.real_labels': str(photos / 'real.json')}
+  with pytest.raises(ValueError, match='1 of the 12 images.*data.cache=stream'):
+    evaluate.run(photos / 'run', flags)
+  assert evaluate.run(photos / 'run', flags | {'data.cache': 'stream'})['examples'] == 11
+
+
+def test_another_test_set_of_the_same_classes_is_evaluated_by_config(photos, tmp_path):
+  make_images(tmp_path / 'train', range(6), seed=3)
+  make_images(tmp_path / 'test', range(24), seed=4)
+  other = {'data.source': f'folder:{tmp_path}', 'data.eval_split': 'test'}
+  found = evaluate.run(photos / 'run', other)
+  source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+  right = [CLASSES[n] in name for name, n in predictions(photos / 'run', source).items()]
+  assert found['accuracy'] == pytest.approx(np.mean(right)) and found['examples'] == 24
+
+
+def test_imagenet_and_its_second_test_set_have_the_same_classes_in_reals_order(tmp_path):
+  names = [
+    sources.find_builder(name, tmp_path).info.features['label'].names
+    for name in ('imagenet2012', 'imagenet_v2/matched-frequency')
+  ]
+  assert names[0] == names[1] == sorted(names[0]) and len(names[0]) == 1000
+
+
+def test_examples_of_tfds_have_the_names_of_their_files(monkeypatch):
+  record = {'image': b'', 'label': 3, 'file_name': b'ILSVRC2012_val_00000007.JPEG'}
+  records = types.SimpleNamespace(__getitems__=lambda indices: [record for _ in indices])
+  monkeypatch.setattr(sources, 'open_records', lambda *_: records)
+  source = sources.open_source('tfds:mini', str(DATA / 'tfds'), (8, 8))
+  ((name, _, label),) = source.read('test', [5])
+  assert label == 3 and name == 'tfds:mini/test/5 (ILSVRC2012_val_00000007.JPEG)'

@@ -21,7 +21,7 @@ LAYERS = (
   {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},
-  {'stream'},
+  {'stream', 'real'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained', 'report'},
   {'check', 'inherit', 'card'},

@@ -59,6 +59,8 @@ def default_config() -> ConfigDict:
   c.data.train_split = 'train'  # trained on
   c.data.val_split = ''  # held out of train, to choose the best checkpoint; empty: none
   c.data.eval_split = 'test'  # tested on
+  c.data.real_labels = ''  # of --mode=eval on ImageNet: path of ReaL's labels, real.json, by which
+  # predictions are counted too
   c.data.image_size = (32, 32)  # height and width that the model sees, pixels
   c.data.mean = config_dict.placeholder(tuple)  # taken away, of each channel or of all; images
   # are in [0, 1]; None without init: 0.5
@@ -155,7 +157,7 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
-    'data.eval_split', 'data.workers', 'data.threads', 'model.remat',
+    'data.eval_split', 'data.real_labels', 'data.workers', 'data.threads', 'model.remat',
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from vit_jax import (
@@ -26,6 +27,7 @@ from vit_jax import (
   losses,
   optim,
   pretrained,
+  real,
   sharding,
   sources,
   splits,
@@ -507,6 +509,19 @@ def load_split(experiment: Experiment, split: str) -> Split:
   examples = open_split(config, source, split, task.stored_size, experiment.fit)
   report(split, examples)
   return examples
+
+
+def load_real(experiment: Experiment, split: str) -> np.ndarray | None:
+  """ReaL's labels of a split of the experiment's data, bool `[N, L]`, where the config has them.
+
+  Raises:
+    ValueError: they can't be read, or are of other data.
+  """
+  data = experiment.config.data
+  if not data.real_labels:
+    return None
+  source = sources.open_source(data.source, data.dir, pair(data.image_size))
+  return real.load(pathlib.Path(data.real_labels).expanduser(), source, split)
 
 
 def report(name: str, examples: Split | None) -> None:
