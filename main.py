@@ -234,7 +234,7 @@ def parse(argv):
   parser.add_argument('--num_processes', type=int, help='in all; 1: alone, whatever Slurm says')
   parser.add_argument('--process_id', type=int, help='0 to num_processes - 1')
   args, rest = parser.parse_known_args(argv)
-  args.given = {re.split('[=.]', word)[0] for word in argv}
+  args.given = {re.split('[=.]', word)[0] for word in argv if not word.endswith('=')}
   overrides = {}
   while rest:
     flag, equals, text = rest.pop(0).partition('=')

@@ -1,14 +1,17 @@
 """How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
 
-    python -m benchmarks.input      # 5 minutes; results/input.json
+    python -m benchmarks.input      # 8 minutes; results/input.json
 
 All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
 take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
 batches of 128. Each lives in a process of its own and may use all cores, in turns of a few seconds,
-so that whatever else this machine does falls on all alike. Per core are images a second that a
-process and its children compute, and the ratios are of these; beside them stand images a second of
-the clock. A peer that is not installed is left out. Two more numbers: the decoders that were to
-choose from, in one thread; and examples in memory, gathered as training gathers them.
+so that whatever else this machine does falls on all alike. A ratio is the median over the rounds of
+images a second by the clock, ours to theirs; beside it stand those of a second of computing. A
+peer that is not installed is left out.
+
+Four more numbers: milliseconds of the decoders that were to choose from, in one thread; images
+in memory, gathered as training gathers them; what a stream's processes hold in memory over three
+epochs; and the share of the time that a small ViT, training on these files here, waits for them.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +35,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import collect, photos
-from vit_jax import cluster, data, image, sharding, sources, stream, writer
+from vit_jax import cluster, data, image, sharding, sources, stream, trainer, writer
+from vit_jax import config as config_lib
 
 COUNT = 20_000
 SIZE = (224, 224)
@@ -42,12 +46,21 @@ ROUNDS = 5
 WARM, TURN = 1.5, 5.0  # seconds: until others' work is out of the way, and measured
 
 
-def ours(folder: pathlib.Path, workers: int = 0) -> Iterator[int]:
+TRAINED = {  # what waits for its data
+    'model.variant': 'S/16', 'model.pool': 'gap', 'batch_size': '16', 'eval_batch_size': '16',
+    'data.image_size': '224', 'data.cache': 'stream', 'data.eval_split': 'test[:16]',
+    'augment.resized_crop.min_area': '0.08', 'augment.flip.probability': '0.5',
+    'log_every': '20', 'eval_every': '0', 'checkpoint_every': '0',
+}  # fmt: skip
+STEPS = 20
+
+
+def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
   """What `data.cache=stream` trains on."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
   arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers)
   arguments |= dict(threads=stream.best_threads(workers))
-  examples = stream.open_stream(source, 'train+test', **arguments)
+  examples = stream.open_stream(source, split, **arguments)
   over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
   for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):
     yield len(jax.block_until_ready(batch['image']))
@@ -113,12 +126,16 @@ CONTESTANTS = {  # name: (what it needs, its batches)
 }
 
 
-def cpu_seconds() -> float:
-  """What this process and its children have computed so far."""
+def family() -> list:
+  """This process and those that it has started."""
   import psutil  # which Grain brings
 
-  family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-  return sum(sum(process.cpu_times()[:2]) for process in family)
+  return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+  """What they have computed so far."""
+  return sum(sum(process.cpu_times()[:2]) for process in family())
 
 
 def serve(name: str, folder: str) -> None:
@@ -145,13 +162,12 @@ def race(folder: pathlib.Path) -> dict[str, list[tuple[float, float]]]:
   """What `serve` printed for each contestant in each round."""
   quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
-  command = [sys.executable, '-m', 'benchmarks.input']
   rates, running = {}, {}
   for name, (needs, _) in CONTESTANTS.items():
     if importlib.util.find_spec(needs) is None:
       print(f'{name}: {needs} is not installed, left out.')
       continue
-    running[name] = subprocess.Popen([*command, name, str(folder)], **pipes)
+    running[name] = subprocess.Popen([*COMMAND, 'serve', name, str(folder)], **pipes)
     assert running[name].stdout.readline() == 'ready\n', f'{name} failed'
   for _ in range(ROUNDS):
     for name, process in running.items():
@@ -241,6 +257,65 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   return statistics.median(rates)
 
 
+def memory(workers: str, folder: str) -> None:
+  """Prints the most bytes that are resident in each of three epochs of a quarter of the files."""
+  split = 'train[:25%]+test[:25%]'
+  batches, held = ours(pathlib.Path(folder), int(workers), split), [[], [], []]
+  for step in range(3 * COUNT // 4 // BATCH):
+    next(batches)
+    if step % 3 == 0:
+      resident = sum(process.memory_info().rss for process in family())
+      held[step * BATCH // (COUNT // 4)].append(resident)
+  batches.close()
+  print(json.dumps(list(map(max, held))))
+
+
+def train(folder: str) -> None:
+  """Prints the metrics of `STEPS` training steps."""
+  config = config_lib.default_config()
+  epochs = STEPS * int(TRAINED['batch_size']) / (0.8 * COUNT)  # every fifth file is held out
+  overrides = TRAINED | {'data.source': f'folder:{folder}', 'epochs': str(epochs)}
+  for key, text in overrides.items():
+    config_lib.override(config, key, text)
+  with tempfile.TemporaryDirectory() as workdir:
+    workdir = pathlib.Path(workdir)
+    trainer.train(config, workdir)
+    (line,) = [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
+  assert line['step'] == STEPS
+  print(json.dumps({name: line[name] for name in ('images_per_second', 'data_wait')}))
+
+
+def alone(*arguments: object) -> object:
+  """What a function prints in a process of its own."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
+  command = [*COMMAND, *map(str, arguments)]
+  child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+  return json.loads(child.stdout.splitlines()[-1])
+
+
+COMMAND = [sys.executable, '-m', 'benchmarks.input']
+ALONE = {'serve': serve, 'memory': memory, 'train': train}
+
+
+def medians(rounds: dict[str, list], i: int, count: int = 1) -> dict[str, float]:
+  """Of each contestant, over all rounds: of the clock (0) or of computing (1)."""
+  return {
+    name: round(statistics.median(turn[i] / count for turn in turns), 1)
+    for name, turns in rounds.items()
+  }
+
+
+def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
+  """The median over the rounds of ours to each peer's, as in `medians`."""
+  return {
+    f'ratio_to_{name}': round(
+      statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3
+    )
+    for name, turns in rounds.items()
+    if not name.startswith('ours')
+  }
+
+
 def main() -> None:
   load, cores = os.getloadavg()[0], cluster.cores()
   with tempfile.TemporaryDirectory() as folder:
@@ -250,24 +325,26 @@ def main() -> None:
     sizes = [file.stat().st_size for file in folder.rglob('*.jpg')]
     milliseconds = decoders(folder)
     rounds = race(folder)
-  medians = lambda i: {
-    name: round(statistics.median(turn[i] for turn in turns), 1) for name, turns in rounds.items()
-  }
-  clock, per_core = medians(0), medians(1)
-  ratios = {
-    f'ratio_to_{name}': round(per_core['ours'] / rate, 3)
-    for name, rate in per_core.items()
-    if not name.startswith('ours')
-  }
-  result = ratios | {
-    'images_per_second_per_core': per_core,
-    'images_per_second': clock,
+    trained = alone('train', folder)
+    held = {workers: alone('memory', workers, folder) for workers in (0, cores)}
+  result = ratios(rounds, 0) | {
+    'images_per_second_per_core': medians(rounds, 0, cores),
+    'images_per_cpu_second': medians(rounds, 1),
+    'by_cpu_seconds': ratios(rounds, 1),
+    'training': {'variant': 'S/16', 'batch_size': 16, 'steps': STEPS} | trained,
+    'resident_megabytes_in_three_epochs': {
+      f'{workers} workers': [round(most / 2**20) for most in epochs]
+      for workers, epochs in held.items()
+    },
+    'memory_growth': round(max(epochs[2] / epochs[0] for epochs in held.values()) - 1, 4),
     'cores': cores,
     'images': len(sizes),
     'mean_bytes': round(statistics.mean(sizes)),
     'image_size': list(SIZE),
     'batch_size': BATCH,
-    'rounds': rounds,
+    'rounds': {
+      name: [[round(rate, 1) for rate in turn] for turn in turns] for name, turns in rounds.items()
+    },
     'decode_and_crop_milliseconds': milliseconds,
     'in_memory_images_per_second': round(in_memory()),
     'machine': collect.machine(),
@@ -281,4 +358,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  serve(*sys.argv[1:]) if len(sys.argv) > 1 else main()
+  ALONE[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()

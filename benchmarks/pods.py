@@ -1,8 +1,8 @@
 """Compiles the train step for TPU pods, on any x86 machine, and writes what it takes there.
 
     python3.12 -m venv pods && pods/bin/pip install -r requirements.txt 'libtpu==0.0.50.*'
-    pods/bin/python -m benchmarks.pods                  # all rows of PODS, as far as not yet done
-    pods/bin/python -m benchmarks.pods g/14 v5e:16x16   # these
+    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods     # rows of PODS that are not there yet
+    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods g/14 v5e:16x16     # these
 
 The TPU's own compiler gives memory and FLOPs of a chip, and the program with its collectives:
 `results/pods.json`. libtpu is kept out of the ordinary environment: with it JAX looks for a TPU.

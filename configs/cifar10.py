@@ -3,8 +3,9 @@
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
 
-`tiny` reaches 79.7% in 20 epochs, a quarter of an hour on 2 cores (results/). The others are not
-measured yet; `small`, `wide` and `deep` take after published recipes for such sizes.
+`tiny` reaches 83.2% in its 100 epochs, an hour and a half on 2 cores, and without RandAugment 79.4%
+in 20 (results/). The others are not measured yet; `small`, `wide` and `deep` take after published
+recipes for such sizes.
 """
 
 from vit_jax.config import default_config
@@ -32,6 +33,9 @@ def get_config(variant='tiny'):
     config.optimizer.lr = 1e-2
     config.optimizer.momentum = 0.95
     config.schedule.warmup = 2.0
+    config.augment.rand_augment.num_layers = 1
+    config.augment.rand_augment.magnitude = 5.0
+    config.augment.off_for_last = 0.2
   elif variant in ('small', 'wide', 'deep'):
     config.epochs = 1000.0 if variant == 'deep' else 600.0
     config.batch_size = 512

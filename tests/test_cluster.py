@@ -72,7 +72,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   processes[1].wait()
 
   processes = start_both(workdir)
-  wait_for(lambda: lines(workdir) and lines(workdir)[-1]['step'] > saved + 1, processes)
+  wait_for(lambda: 'First step done' in (tmp_path / '0.log').read_text(), processes)
   processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
   assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
   assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
@@ -85,6 +85,19 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   result = json.loads((workdir / 'result.json').read_text())
   assert result['examples'] == reference['examples'] == 256
   assert result['test_accuracy'] == reference['test_accuracy']
+
+
+def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
+  workdir = tmp_path / 'run'
+  command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}']
+  settings = SETTINGS | {'epochs': '1000', 'checkpoint_every': '0'}
+  command += [f'--config.{key}={value}' for key, value in settings.items()]
+  environment = os.environ | {'PYTHONPATH': str(ROOT / 'tests')}
+  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+  wait_for(lambda: len(lines(workdir)) > 2, [process])
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == cluster.TRY_AGAIN
+  assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step']
 
 
 def test_flags_that_do_not_go_together():

@@ -180,6 +180,14 @@ def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
   assert np.array_equal(np.asarray(variables['image']), want)
 
 
+def run_card(folder, seen, pixels_BHWC, blocked=()):
+  """What a card's Python prints, and that `seen` there is these pixels."""
+  code = f"{snippet(folder)}\nimport numpy as np; np.save('seen.npy', {seen})"
+  printed = run(code, folder, blocked)
+  np.testing.assert_allclose(np.load(folder / 'seen.npy').squeeze(), pixels_BHWC[0], atol=1e-5)
+  return printed.strip()
+
+
 def test_other_cards_run(trained, tmp_path):
   workdir, _ = trained
   export.run(workdir, 'npz', tmp_path / 'npz')
@@ -187,7 +195,7 @@ def test_other_cards_run(trained, tmp_path):
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
   best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
-  assert int(run(snippet(tmp_path / 'npz'), tmp_path / 'npz')) == best
+  assert int(run_card(tmp_path / 'npz', 'pixels', pixels)) == best
   assert f'{best} pattern {best}' in (tmp_path / 'npz' / 'README.md').read_text()
 
 
@@ -199,7 +207,8 @@ def test_hugging_faces_card_runs(tmp_path):
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
   best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
   names = loaded.class_names or [f'LABEL_{i}' for i in range(loaded.model.num_classes)]
-  assert run(snippet(tmp_path), tmp_path, OURS - {'safetensors'}).strip() == names[best]
+  seen = "inputs['pixel_values'].permute(0, 2, 3, 1)"
+  assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == names[best]
   front = yaml.safe_load((tmp_path / 'README.md').read_text().split('---')[1])
   assert front['library_name'] == 'transformers' and 'license' not in front
 
@@ -212,7 +221,8 @@ def test_timms_card_runs(trained, tmp_path):
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
   best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
-  assert run(snippet(tmp_path), tmp_path, OURS - {'safetensors'}).strip() == f'pattern {best}'
+  seen = 'transform(image).permute(1, 2, 0)'
+  assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == f'pattern {best}'
 
 
 def test_a_card_says_what_is_known(trained, tmp_path):

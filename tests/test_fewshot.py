@@ -80,7 +80,9 @@ def test_features_are_what_the_head_takes(opened):
   test = experiment.load_split(exp, 'test[:70]')
   mesh = sharding.make_mesh()
   step = features.make_feature_step(exp, mesh)
-  feature_ND = features.compute(step, params, test, 33, mesh)  # which neither 70 nor 2 divides
+  found = features.compute(step, params, test, 33, mesh)  # which neither 70 nor 2 divides
+  np.testing.assert_array_equal(found.label_N, test.label_N)
+  feature_ND = found.image_NHWC
   assert feature_ND.shape == (70, 16) and feature_ND.dtype == np.float32
   logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
   head = params['head']

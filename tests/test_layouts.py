@@ -1,6 +1,7 @@
 """Parameters split over eight devices: the same numbers in less memory, checkpoints for all."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +19,8 @@ SPLIT = ['fsdp', 'fsdp_tensor', 'parts']
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
   command = [sys.executable, TESTS / 'on_eight_devices.py', tmp_path_factory.mktemp('layouts')]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent, timeout=600)
+  path = {'PYTHONPATH': str(TESTS.parent)}
+  done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])
 

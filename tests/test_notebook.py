@@ -16,9 +16,11 @@ def notebook():
   return nbformat.read(ROOT / 'notebooks' / 'walkthrough.ipynb', as_version=4)
 
 
-def test_it_runs(notebook, monkeypatch):
+def test_it_runs_and_leaves_nothing_behind(notebook, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  monkeypatch.setenv('TMPDIR', str(tmp_path))
   nbclient.NotebookClient(notebook, timeout=300).execute()  # raises where a cell does
+  assert not list(tmp_path.iterdir())
 
 
 def test_it_is_committed_with_its_outputs(notebook):

@@ -207,6 +207,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
   exact = experiment.from_config(small_config(**FROZEN, **{'model.activation': 'gelu'}))[0]
   for change in (
     {'examples': type(examples)(pixel, examples.label_N)},
+    {'examples': type(examples)(examples.image_NHWC, examples.label_N[::-1])},
     {'examples': training.train},
     {'params': other},
     {'exp': sized},

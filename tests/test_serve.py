@@ -72,9 +72,18 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
     tab, elsewhere = chromium.new_page(), []
     tab.on('request', lambda request: elsewhere.append(request.url))
-    tab.goto(page)
+    for width in (1200, 390):  # a phone
+      tab.set_viewport_size({'width': width, 'height': 800})
+      tab.goto(page)
+      last = tab.locator('#examples button').last
+      browser.expect(last.locator('img')).to_be_visible()
+      gallery, box = tab.locator('#examples').bounding_box(), last.bounding_box()
+      assert box['x'] + box['width'] <= gallery['x'] + gallery['width']
+      assert 0 <= gallery['y'] + gallery['height'] - box['y'] - box['height'] < 30  # not blank
+      assert tab.evaluate('document.documentElement.scrollWidth') <= width
+    tab.set_viewport_size({'width': 1200, 'height': 800})
     upload = tab.locator('#file input[type=file]')
-    picture = tab.locator('#attention img')
+    picture, given = tab.locator('#attention img'), tab.locator('#given img')
 
     upload.set_input_files(file)
     classes = tab.locator('#classes')
@@ -82,6 +91,7 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     assert f'{best["probability"]:.0%}' in classes.inner_text()
     assert len(re.findall('%', classes.inner_text())) == serve.TOPK
     browser.expect(picture).to_be_visible()
+    browser.expect(given).to_be_visible()
 
     before = picture.get_attribute('src')
     tab.locator('#layer input').click()
@@ -94,12 +104,15 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
 
     tab.locator('#file button[aria-label="Clear"]').first.click()
     browser.expect(picture).to_have_count(0)
+    browser.expect(given).to_have_count(0)
     tab.locator('#examples button').nth(3).click()
     browser.expect(picture).to_be_visible()
+    browser.expect(given).to_be_visible()
 
     upload.set_input_files(tmp_path / 'fake.png')
     browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
     browser.expect(picture).to_have_count(0)  # nor does the last image stay
+    browser.expect(given).to_have_count(0)
     chromium.close()
   asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
   assert not asked, f'the page asks {asked}'

@@ -1,9 +1,19 @@
 """Streamed examples: their order, pixels and crops, whoever decodes them; and what is bad."""
 
 import functools
+import hashlib
 import itertools
+import json
 import multiprocessing
+import os
+import pathlib
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -17,14 +27,17 @@ from vit_jax import (
   data,
   evaluate,
   experiment,
+  features,
   image,
   sharding,
   sources,
   trainer,
+  visualize,
   writer,
 )
 from vit_jax import stream as stream_lib
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CROP = {'min_area': 0.05, 'max_aspect': 4 / 3}
 IDS = 23
 
@@ -103,9 +116,20 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
   whole = take(open_photos(), 6, batch_size=40)  # three parts each
   assert len({batch['image'].tobytes() for batch in whole}) == 6
   same(take(open_photos(threads=3), 6, batch_size=40), whole)
-  same(take(open_photos(workers=2), 6, batch_size=40), whole)
+  for workers in (2, 4):
+    same(take(open_photos(workers=workers, threads=2), 6, batch_size=40), whole)
   for start in range(1, 6):
     same(take(open_photos(), 6 - start, batch_size=40, start=start), whole[start:])
+
+
+def test_workers_change_nothing_in_evaluation():
+  over_batch = sharding.over_batch(sharding.make_mesh(8))
+  ones, others = (
+    [jax.device_get(batch) for batch in data.eval_batches(stream, 8, over_batch)]
+    for stream in (open_numbered(), open_numbered(workers=2))  # of three parts
+  )
+  same(others, ones)
+  assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
@@ -116,6 +140,52 @@ def test_any_number_of_processes_makes_one_sequence(processes):
     rows = np.split(np.arange(8), processes)  # what the devices of each hold
     shares = [stream_lib.read_part(stream, plan, [own], number) for own in rows]
     same([stream_lib.concatenate(shares)], [batch])
+
+
+SHARE = """
+import hashlib, json, sys
+import jax, numpy as np
+from vit_jax import cluster, data, image, sharding, sources, stream
+
+_, number, port, folder, crop = sys.argv
+with cluster.joined(f'127.0.0.1:{port}', 2, int(number)):
+  source = sources.open_source(f'folder:{folder}', '', (16, 16))
+  examples = stream.open_stream(
+    source, 'train', size=(16, 16), fit=image.fit, crop=json.loads(crop)
+  )
+  over_batch = sharding.over_batch(sharding.make_mesh(8))
+  batches = data.train_batches(examples, 8, 3, 5, over_batch)
+  for step in range(5, 9):
+    for shard in next(batches)['image'].addressable_shards:
+      for row, image_HWC in enumerate(np.asarray(shard.data), shard.index[0].start):
+        print(json.dumps([step, row, hashlib.sha256(image_HWC).hexdigest()]))
+  batches.close()
+"""
+
+
+def test_two_real_processes_make_the_batches_of_one(photos):
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = str(free.getsockname()[1])
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  arguments = [port, str(photos), json.dumps(CROP)]
+  processes = [
+    subprocess.Popen(
+      [sys.executable, '-c', SHARE, str(number), *arguments],
+      env=environment, stdout=subprocess.PIPE, text=True,
+    )
+    for number in range(2)
+  ]  # fmt: skip
+  shares = [list(map(json.loads, p.communicate(timeout=120)[0].splitlines())) for p in processes]
+  source = sources.open_source(f'folder:{photos}', '', (16, 16))
+  stream = stream_lib.open_stream(source, 'train', size=(16, 16), fit=image.fit, crop=CROP)
+  wanted = [
+    [step, row, hashlib.sha256(image_HWC).hexdigest()]
+    for step, batch in enumerate(take(stream, 4, batch_size=8, start=5), 5)
+    for row, image_HWC in enumerate(batch['image'])
+  ]
+  assert len(shares[0]) == len(shares[1]) == 16  # each has made its own half
+  assert sorted(shares[0] + shares[1]) == wanted
 
 
 def test_a_process_decodes_the_rows_of_its_own_devices():
@@ -165,6 +235,30 @@ def test_parts_are_drawn_as_the_device_draws_them():
   np.testing.assert_allclose(area, 0.05 + 0.95 * draw[:, 0], rtol=1e-6)
 
 
+def mean_over_areas(image_HWC, size):
+  """The mean over the area that each pixel of a smaller image covers: exact anti-aliasing."""
+  for axis, n in enumerate(size):
+    many = np.moveaxis(image_HWC.repeat(n, axis), axis, 0)
+    image_HWC = np.moveaxis(many.reshape(n, -1, *many.shape[1:]).mean(1), 0, axis)
+  return image_HWC
+
+
+@pytest.mark.parametrize('height, width', [(70, 60), (96, 72), (90, 48), (300, 250)])
+def test_what_becomes_smaller_is_anti_aliased(height, width):
+  noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+  got = image.scale_part(noise_HWC, (0, 0, width, height), (64, 48))
+  assert abs(got - mean_over_areas(noise_HWC, (64, 48))).max() <= 1
+
+
+def test_each_axis_is_scaled_by_itself():
+  noise_HWC = np.random.RandomState(0).randint(0, 256, (50, 20, 3)).astype(np.uint8)
+  got = image.scale_part(noise_HWC, (0, 0, 20, 50), (30, 60))
+  shorter = mean_over_areas(noise_HWC, (30, 20))
+  between = (np.arange(60) + 0.5) / 3 - 0.5  # the centres of pixels
+  longer = lambda row_W: np.interp(between, np.arange(20), row_W)
+  assert abs(got - np.apply_along_axis(longer, 1, shorter)).max() <= 2  # rounded twice
+
+
 @pytest.mark.parametrize('height, width, shrink', [(90, 70, 1), (208, 288, 2), (700, 520, 8)])
 def test_a_part_of_a_jpeg_is_that_of_its_pixels(tmp_path, height, width, shrink, monkeypatch):
   file, whole = tmp_path / 'a.jpg', smooth(np.random.RandomState(1), height, width)
@@ -175,10 +269,7 @@ def test_a_part_of_a_jpeg_is_that_of_its_pixels(tmp_path, height, width, shrink,
   monkeypatch.setattr(cv2, 'imdecode', lambda *a: shapes.append(decode(*a).shape) or decode(*a))
   got = image.decode_part(file.read_bytes(), file, 3, lambda *_: box, (64, 48))
   assert shapes == [(-(-height // shrink), -(-width // shrink), 3)]
-  wanted = np.asarray(whole.crop([round(edge) for edge in box]))
-  for axis, size in enumerate((64, 48)):  # the mean over the area of each pixel
-    many = np.moveaxis(wanted.repeat(size, axis), axis, 0)
-    wanted = np.moveaxis(many.reshape(size, -1, *many.shape[1:]).mean(1), 0, axis)
+  wanted = mean_over_areas(np.asarray(whole.crop([round(edge) for edge in box])), (64, 48))
   assert abs(got - wanted).mean() < 1.5
   whole_box = image.decode_part(file.read_bytes(), file, 3, lambda h, w: (0, 0, w, h), whole.size)
   assert whole_box.shape == (width, height, 3)
@@ -335,6 +426,56 @@ def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, t
   assert sum(line['bad_images'] for line in lines) in (1, 2)
 
 
+def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
+  shutil.copytree(photos, tmp_path / 'photos')
+  broken = tmp_path / 'photos' / 'test' / 'cat'
+  for number in (2, 5):
+    break_(broken / f'{number}.jpg', 'cut')
+  found = {}
+  for cache in ('memory', 'stream'):
+    config_ = photo_config(tmp_path / 'photos', **{'data.cache': cache})
+    config_.data.skip_bad_images = True
+    exp, training = experiment.from_config(config_)
+    mesh, shape = sharding.make_mesh(), (1, *exp.image_shape)
+    params = exp.model.init(jax.random.key(0), np.zeros(shape, np.float32))['params']
+    step = features.make_feature_step(exp, mesh)
+    for _ in ('computed', 'read'):
+      examples = features.cached(exp, step, params, training.test, mesh, tmp_path / cache)
+      scores = visualize.score(exp, params, training.test, mesh)
+      found.setdefault(cache, []).append((examples, scores))
+  assert len(list((tmp_path / 'stream').iterdir())) == 1
+  for (examples, scores), (same_, same_scores) in zip(
+    found['memory'], found['stream'], strict=True
+  ):
+    assert len(examples) == 19
+    np.testing.assert_array_equal(same_.label_N, examples.label_N)
+    np.testing.assert_allclose(same_.image_NHWC, examples.image_NHWC, atol=1e-6)
+    np.testing.assert_array_equal(same_scores.label_N, examples.label_N)
+    np.testing.assert_array_equal(same_scores.predicted_N, scores.predicted_N)
+  shown = training.test.some(same_scores.index_N)
+  memory = sources.load(training.test.source, 'test', (8, 8), skip_bad_images=True)
+  np.testing.assert_array_equal(shown.image_NHWC, memory.image_NHWC)
+
+
+def resident():
+  """Bytes of memory that this process holds."""
+  return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='Linux says it')
+def test_memory_does_not_grow(photos):
+  source = sources.open_source(f'folder:{photos}', '', (128, 128))
+  arguments = {'size': (128, 128), 'fit': image.fit, 'crop': CROP, 'threads': 2}
+  stream = stream_lib.open_stream(source, 'train', **arguments)
+  over_batch = sharding.over_batch(sharding.make_mesh(60))
+  batches, held = data.train_batches(stream, 60, 3, 0, over_batch), []
+  for _ in range(45):  # epochs of 3 MB
+    next(batches)
+    held.append(resident())
+  batches.close()
+  assert max(held[30:]) < 1.05 * max(held[:15])
+
+
 def test_a_worker_that_dies_ends_the_run():
   over_batch = sharding.over_batch(sharding.make_mesh(4))
   batches = data.train_batches(open_numbered(workers=2), 4, 3, 0, over_batch)
@@ -344,6 +485,63 @@ def test_a_worker_that_dies_ends_the_run():
     for _ in range(500):
       next(batches)
   assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_only_just_starts_heeds_no_signal_of_the_job():
+  def tell():
+    while not (children := multiprocessing.active_children()):
+      time.sleep(0.001)
+    os.kill(children[0].pid, signal.SIGTERM)
+
+  telling = threading.Thread(target=tell, daemon=True)
+  telling.start()
+  same(take(open_numbered(workers=1), 2), take(open_numbered(), 2))
+  telling.join(1)
+  assert not telling.is_alive()
+
+
+def test_a_script_without_a_guard_is_told(tmp_path):
+  script = """
+from vit_jax import data, image, sharding, sources, stream
+source = sources.open_source('synthetic', '', (8, 8))
+examples = stream.open_stream(source, 'train', size=(8, 8), fit=image.fit, workers=2)
+next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(sharding.make_mesh(8))))
+"""
+  (tmp_path / 'bare.py').write_text(script)
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  command = [sys.executable, tmp_path / 'bare.py']
+  result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+  assert result.returncode == 1
+  assert "under `if __name__ == '__main__':`, or use data.workers=0" in result.stderr
+  assert 'ValueError: A worker process that decodes images died' in result.stderr
+
+
+def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
+  psutil = pytest.importorskip('psutil', reason='it lists the workers of another process')
+  settings = {
+    'data.cache': 'stream', 'data.workers': '2', 'model.width': '16', 'model.depth': '1',
+    'epochs': '1000', 'log_every': '1', 'eval_every': '0', 'checkpoint_every': '0',
+  }  # fmt: skip
+  flags = [f'--config.{key}={value}' for key, value in settings.items()]
+  command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={tmp_path}/run']
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT / 'tests'), *sys.path])}
+  arguments = dict(cwd=ROOT, env=environment, start_new_session=True)
+  with (tmp_path / 'log').open('w') as output:
+    job = subprocess.Popen([*command, *flags], **arguments, stdout=output, stderr=output)
+  try:
+    until = time.monotonic() + 120
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    while not (metrics.exists() and len(writer.read_metrics(tmp_path / 'run')) > 2):
+      assert time.monotonic() < until and job.poll() is None, (tmp_path / 'log').read_text()
+      time.sleep(0.05)
+    workers = psutil.Process(job.pid).children(recursive=True)
+    assert len([w for w in workers if 'spawn_main' in ' '.join(w.cmdline())]) == 2
+    os.killpg(job.pid, signal.SIGTERM)  # the whole job at once
+    assert job.wait(60) == 75, (tmp_path / 'log').read_text()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+  finally:
+    job.kill()
+  assert len(list((tmp_path / 'run' / 'checkpoints').iterdir())) == 1
 
 
 def test_tfds_is_streamed(tmp_path):

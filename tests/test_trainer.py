@@ -70,6 +70,11 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   assert 'Going on from step' in (tmp_path / 'killed' / 'log.txt').read_text()
 
 
+def test_xla_knows_how_to_be_deterministic():
+  double = jax.jit(lambda x: 2 * x, compiler_options=trainer.DETERMINISTIC)
+  assert double(jnp.ones(())) == 2  # XLA refuses options that it does not know
+
+
 def test_what_a_run_leaves(trained):
   workdir, result = trained
   assert json.loads((workdir / 'result.json').read_text()) == result
@@ -151,10 +156,8 @@ def prepare(parts, devices, **overrides):
   The parameters are all random: a head of zeros would hide the gradient of the rest.
   """
   exp, training = experiment.from_config(small_config(micro_batches=str(parts), **overrides))
-  devices = jax.devices()[:devices]
-  auto = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh((len(devices),), ('data',), axis_types=auto, devices=devices)
-  train_state = trainer.Run(exp, training, mesh, None, NoCheckpoints()).initial_state()
+  mesh = sharding.make_mesh(32, parts, shape=sharding.ALL_DATA | {'data': devices})
+  train_state = trainer.Run(exp, training, mesh, None, NoCheckpoints(), None, {}).initial_state()
   draw = np.random.RandomState(0).normal
   params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
   train_state = train_state.replace(params=params)

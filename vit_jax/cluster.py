@@ -10,6 +10,7 @@ Decisions:
 
 from collections.abc import Callable, Iterator
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -26,6 +27,11 @@ import numpy as np
 JOIN = 300  # seconds that a process waits for the others to start
 LOST = 30  # seconds without a sign of life after which a process counts as dead
 TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
+# What Slurm, Open MPI, Kubernetes or a person sets in each process; a TPU has libtpu.
+LAUNCHERS = (
+  'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'KUBERNETES_SERVICE_HOST',
+  'JAX_COORDINATOR_ADDRESS',
+)  # fmt: skip
 ARRAY = '__array__'  # key of what stands for an array in JSON
 
 
@@ -64,14 +70,14 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     ValueError: arguments that don't go together, or processes that don't come together.
   """
   given = coordinator, num_processes, process_id
-  if num_processes == 1:
-    return
   some = given != (None, None, None)
-  if some and (None in given or not 0 <= process_id < num_processes):
+  if some and num_processes != 1 and (None in given or not 0 <= process_id < num_processes):
     raise ValueError(
       '--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1> go together, '
       f'got {coordinator}, {num_processes}, {process_id}.'
     )
+  if num_processes == 1 or not (some or in_cluster()):
+    return
   try:
     with warnings.catch_warnings(action='ignore'):  # of clusters that it can't look into
       jax.distributed.initialize(
@@ -88,6 +94,11 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     ) from error
   if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
     jax.config.update('jax_num_cpu_devices', cores())
+
+
+def in_cluster() -> bool:
+  """Whether this may be one of several processes; JAX then looks closer."""
+  return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 
 def leave(error: Exception) -> None:

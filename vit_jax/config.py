@@ -45,8 +45,8 @@ def default_config() -> ConfigDict:
   c.progressive.sizes = ()  # their heights, pixels, the widths in proportion; empty: none
   c.progressive.until = ()  # share of the run that each lasts to; data.image_size follows the last
 
-  c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs and
-  # TPUs give them anyway
+  c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs
+  # give them anyway
 
   c.mesh = ConfigDict()  # devices along each axis; -1, of one: all that remain
   c.mesh.data = -1  # each with a share of the batch

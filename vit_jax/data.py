@@ -12,6 +12,7 @@ Decisions:
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 
@@ -101,10 +102,11 @@ def eval_batches(
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices
   plan = Plan(count, batch_size, rows, range(-(-count // batch_size)))
-  for step, batch in zip(plan.steps, examples.batches(plan, over_batch)):
-    inside_B = plan.positions(step) < min((step + 1) * batch_size, count)
-    mask = sharding.gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
-    bad = batch.pop('bad', None)
-    index_B = plan.examples(plan.positions(step))
-    rows_of = {name: sharding.gather(array, index_B, over_batch) for name, array in beside.items()}
-    yield batch | rows_of | {'mask': mask if bad is None else mask * (bad == 0)}
+  with contextlib.closing(examples.batches(plan, over_batch)) as batches:
+    for step, batch in zip(plan.steps, batches):
+      inside_B = plan.positions(step) < min((step + 1) * batch_size, count)
+      mask = sharding.gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
+      bad = batch.pop('bad', None)
+      index_B = plan.examples(plan.positions(step))
+      also = {name: sharding.gather(array, index_B, over_batch) for name, array in beside.items()}
+      yield batch | also | {'mask': mask if bad is None else mask * (bad == 0)}

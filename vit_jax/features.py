@@ -4,7 +4,7 @@ Decisions:
   * Features are what the head takes: pooled, after the pre-logits layer where there is one, and
     float32, which holds what a bfloat16 backbone gives exactly.
   * A cache is found by a hash of all that features depend on: weights, model, preprocessing and
-    the pixels themselves. Whatever changes, another file is looked for.
+    the pixels and labels themselves. Whatever changes, another file is looked for.
 """
 
 from collections.abc import Callable
@@ -49,13 +49,20 @@ def compute(
   examples: experiment.Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-) -> np.ndarray:
-  """The features `[N, D]` of all examples, in their order."""
+) -> Examples:
+  """The examples in their order, with features `[N, D]` in the place of images.
+
+  Bad images that are to be skipped are left out.
+  """
   batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Computing features', 'batch', count)
-  rows = [jax.device_get(feature_step(batch, params))[:batch_size] for batch in batches]
-  return np.concatenate(rows)[: len(examples)]
+  found = []
+  for batch in batches:
+    arrays = feature_step(batch, params), batch['label'], batch['mask']
+    feature_BD, label_B, mask_B = cluster.to_host(arrays)
+    found.append((feature_BD[mask_B > 0], label_B[mask_B > 0]))
+  return Examples(*map(np.concatenate, zip(*found)))
 
 
 def cached(
@@ -77,22 +84,23 @@ def cached(
     folder: of files `<key>.npz`.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
-  if (feature_ND := cluster.from_first(lambda: read(path))) is not None:
-    log.info('Features of %d examples from %s', len(examples), path)
-    return Examples(feature_ND, examples.label_N)
+  if (arrays := cluster.from_first(lambda: read(path))) is not None:
+    log.info('Features of %d examples from %s', len(arrays['label_N']), path)
+    return Examples(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
-  feature_ND = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
+  found = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
   if cluster.is_first():
-    format_npz.write_arrays(path, {'feature_ND': feature_ND})
-  return Examples(feature_ND, examples.label_N)
+    format_npz.write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
+  return found
 
 
-def read(path: pathlib.Path) -> np.ndarray | None:
-  """The features in a file; None where there is none, or a damaged one."""
+def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+  """`feature_ND` and `label_N` of a file; None where there is none, or a damaged one."""
   if not path.exists():
     return None
   try:
-    return format_npz.read_arrays(path)['feature_ND']
+    arrays = format_npz.read_arrays(path)
+    return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
     log.warning('%s: its features are computed again.', error)
     return None

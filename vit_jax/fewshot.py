@@ -101,17 +101,16 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   step = features.make_feature_step(exp, mesh)
   params = sharding.replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
-  known_ND = compute(train.some(needed))
-  test_MD = compute(test)
+  known, tested = compute(train.some(needed)), compute(test)
   scores = {}
   for shots in (n for n in SHOTS if n <= most):
     values = []
     for index_LS in drawn.values():
       index = index_LS[:, :shots].ravel()
-      x_ND = known_ND[np.searchsorted(needed, index)]
-      values.append(accuracy(x_ND, train.label_N[index], test_MD, test.label_N))
+      chosen = known.some(np.searchsorted(needed, index))
+      values.append(accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N))
     scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
-  return {'shots': scores, 'examples': len(test), 'l2': L2}
+  return {'shots': scores, 'examples': len(tested), 'l2': L2}
 
 
 def run(

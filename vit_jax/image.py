@@ -3,8 +3,8 @@
 Decisions:
   * Pillow opens every file, and decodes what is read once: its pixels are the reference.
   * Parts of images are decoded and scaled anew in every epoch, by OpenCV, which is faster at both
-    (benchmarks/input.py). Pillow still opens them, so that there is one list
-    of what is taken, and decodes all but ordinary RGB JPEGs.
+    (results/input.json). Pillow still opens them, so that there is one list of what is taken, and
+    decodes all but ordinary RGB JPEGs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -201,20 +201,16 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
   """Scales a part of an array, its edges rounded to whole pixels: `image_HWC`, uint8.
 
-  It is interpolated bilinearly. What it makes smaller it blurs first, as scikit-image's `resize`
-  does: by a Gaussian of half of what the factor is above one. From a half of the size on a pixel is
-  the mean over its area, which is no slower then.
+  Along an axis that becomes shorter a pixel is the mean over its length, which is anti-aliasing
+  by a box; along one that becomes longer it is interpolated linearly.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
   right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
   part_HWC = image_HWC[top:bottom, left:right]
-  down, across = part_HWC.shape[0] / size[0], part_HWC.shape[1] / size[1]
-  method = cv2.INTER_AREA if min(down, across) >= 2 else cv2.INTER_LINEAR
-  if max(down, across) > 1 and method == cv2.INTER_LINEAR:
-    y, x = (max((factor - 1) / 2, 1e-3) for factor in (down, across))  # the least is none at all
-    part_HWC = cv2.GaussianBlur(part_HWC, (0, 0), sigmaX=x, sigmaY=y)
-  part_HWC = cv2.resize(part_HWC, size[::-1], interpolation=method)
+  smaller = min(right - left, size[1]), min(bottom - top, size[0])
+  part_HWC = cv2.resize(part_HWC, smaller, interpolation=cv2.INTER_AREA)
+  part_HWC = cv2.resize(part_HWC, size[::-1], interpolation=cv2.INTER_LINEAR)
   return part_HWC[..., None] if part_HWC.ndim == 2 else part_HWC
 
 

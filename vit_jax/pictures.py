@@ -18,8 +18,13 @@ MISTAKES = 10  # drawn
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What the model made of each test example: a class, and its probability."""
+  """What the model made of each test example: a class, and its probability.
 
+  `index_N` are their places in the split, from which bad images may be missing.
+  """
+
+  index_N: np.ndarray
+  label_N: np.ndarray
   predicted_N: np.ndarray
   confidence_N: np.ndarray
 
@@ -80,26 +85,26 @@ def curves(subject: Subject) -> tuple[Figure, str]:
 
 def confusion(subject: Subject) -> tuple[Figure, str]:
   """Of the test split."""
-  exp, test, scores = subject.need('exp', 'test', 'scores')
-  names = exp.task.class_names
-  count_LL = maps.confusion(test.label_N, scores.predicted_N, len(names))
+  exp, scores = subject.need('exp', 'scores')
+  names, count = exp.task.class_names, len(scores.label_N)
+  count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
   return draw.confusion(count_LL, maps.class_accuracy(count_LL), names), (
-    f'What {len(test):,} test images were taken for, in percent of each true class, and beside it '
-    f'the diagonal: {right:,} are right, {right / len(test):.2%}.'
+    f'What {count:,} test images were taken for, in percent of each true class, and beside it '
+    f'the diagonal: {right:,} are right, {right / count:.2%}.'
   )
 
 
 def mistakes(subject: Subject) -> tuple[Figure, str]:
   """Of the test split."""
   exp, test, scores = subject.need('exp', 'test', 'scores')
-  index = maps.mistakes(test.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
+  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
   if not len(index):
     raise Missing('no test image was taken for another class.')
   name = lambda labels: [exp.task.class_names[label] for label in labels]
   figure = draw.mistakes(
-    test.some(index).image_NHWC,
-    name(test.label_N[index]),
+    test.some(scores.index_N[index]).image_NHWC,
+    name(scores.label_N[index]),
     name(scores.predicted_N[index]),
     scores.confidence_N[index],
   )

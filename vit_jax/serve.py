@@ -39,6 +39,12 @@ SHOWN = 448  # pixels of the picture's shorter side, at least
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
 DARK = 0.15  # of an image's light that is left where there is no attention
 FONT = ('system-ui', 'sans-serif')
+CSS = """
+#examples .grid-wrap { padding-top: 2.5rem; }  /* below its label */
+#examples .grid-container {  /* as many in a row as there is place for */
+  grid-template: none / repeat(auto-fill, minmax(4rem, 1fr)); grid-auto-rows: auto;
+}
+"""
 
 
 class Seen(NamedTuple):
@@ -140,44 +146,55 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
   def draw_again(seen: Seen | None, layer: str, head: str):
     return None if seen is None else viewer.picture(seen, layer, head)
 
+  def show(seen: Seen | None):
+    return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
+
   def nothing():
-    return None, None, None
+    return None, None, None, None
 
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {title}')
     seen = gr.State(time_to_live=KEEP)
     with gr.Row():
-      with gr.Column():
-        file = gr.File(label='Image', type='binary', elem_id='file')
+      with gr.Column(min_width=280):
+        file = gr.File(label='Image', type='binary', height=120, elem_id='file')
         gallery = gr.Gallery(
           [str(path) for path in examples],
           label='Examples',
-          columns=4,
-          fit_columns=False,
-          height='auto',
+          height='fit-content',
           allow_preview=False,
           interactive=False,
           buttons=[],
           visible=bool(examples),
           elem_id='examples',
         )
+      with gr.Column(scale=2, min_width=280):
+        with gr.Row():
+          fixed = dict(interactive=False, buttons=[], min_width=120)
+          given = gr.Image(label='Model input', elem_id='given', **fixed)
+          picture = gr.Image(label='Lit by attention', elem_id='attention', **fixed)
+        with gr.Row():
+          layer = gr.Dropdown(
+            viewer.layers, value=ROLLOUT, label='Layer', min_width=240, elem_id='layer'
+          )
+          head = gr.Dropdown(
+            viewer.head_names,
+            value=MEAN,
+            label='Head, of a single block',
+            min_width=240,
+            elem_id='head',
+          )
         label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
-      with gr.Column():
-        picture = gr.Image(
-          label='Lit by attention', interactive=False, buttons=[], elem_id='attention'
-        )
-        layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer')
-        head = gr.Dropdown(
-          viewer.head_names, value=MEAN, label='Head, of a single block', elem_id='head'
-        )
     outputs = [label, picture, seen]
     refuse_addresses(file)
     quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
-    file.upload(nothing, None, outputs, **quiet).then(
+    uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
       classify, [file, layer, head], outputs, api_name='predict'
     )
-    file.clear(nothing, None, outputs, **quiet)
-    gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    file.clear(nothing, None, [*outputs, given], **quiet)
+    chosen = gallery.select(take_example, [layer, head], outputs, api_visibility='private')
+    for event in (uploaded, chosen):
+      event.then(show, seen, given, **quiet)
     gallery.select(lambda: None, None, file, **quiet)
     gr.on(
       [layer.change, head.change],
@@ -253,6 +270,7 @@ def run(
       enable_monitoring=False,
       ssr_mode=False,
       theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
+      css=CSS,
       footer_links=['api'],
     )
     log.info('Serving on %s', page.local_url)

@@ -95,8 +95,9 @@ class Examples:
     )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """What tells these images from others: arrays by name."""
+    """What tells these examples from others: arrays by name."""
     yield 'images', self.image_NHWC
+    yield 'labels', self.label_N
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:

@@ -14,10 +14,13 @@ Decisions:
 
 from collections.abc import Iterator, Mapping, Sequence
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
+import multiprocessing.spawn
 import os
 import signal
 import threading
@@ -81,8 +84,10 @@ class Stream:
 
     Raises:
       image.BadImage: an example that can't be decoded, where they are not replaced.
-      ValueError: the data can't be read, or a worker process died.
+      ValueError: the data can't be read, workers can't be started, or one died.
     """
+    if self.workers:
+      check_start()
     grain = open_grain()
     row_N = local_rows(over_batch, plan.rows)
     parts = [row_N[i : i + PART] for i in range(0, len(row_N), PART)]
@@ -97,6 +102,8 @@ class Stream:
     found = found.map(functools.partial(place, row_N, plan.rows, over_batch))
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(found, prefetch_buffer_size=AHEAD))
     try:
+      with unsignalled():
+        iterator.start_prefetch()
       yield from iterator
     except RuntimeError as error:
       if 'Worker process' not in str(error):
@@ -120,12 +127,12 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """What tells these images from others, arrays by name: the files, and what is made of them."""
+    """What tells these examples from others: arrays by name, of files and what is made of them."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items())
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
-    for name, encoded, _ in self.read_all():
+    for name, encoded, label in self.read_all():
       whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
-      yield name, np.frombuffer(whole, np.uint8)
+      yield f'{label} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:
     """Every example in order, not decoded."""
@@ -273,11 +280,35 @@ def place(
   return {name: put(array) for name, array in local.items()}
 
 
+def check_start() -> None:
+  """Raises ValueError where Python starts no process: in a worker that imports a bare script."""
+  try:
+    multiprocessing.spawn.get_preparation_data('worker')
+  except RuntimeError as error:
+    raise ValueError(
+      'data.workers are processes that import the script which starts them, and would run it '
+      "again: put what it does under `if __name__ == '__main__':`, or use data.workers=0."
+    ) from error
+
+
+@contextlib.contextmanager
+def unsignalled() -> Iterator[None]:
+  """Threads that start meanwhile, and processes that they start, get no SIGINT and no SIGTERM.
+
+  A job's processes all get these at once. Workers must go on till training has saved; and a worker
+  that is only just starting could not yet ignore them by itself.
+  """
+  multiprocessing.resource_tracker.ensure_running()  # to start it later would undo the mask
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(index: int, count: int) -> None:
-  """What a worker process does first. It ends with the process that started it, not before."""
+  """What a worker process does first: it sees to it that it ends with the one that started it."""
   del index, count
-  for number in (signal.SIGINT, signal.SIGTERM):  # which go to all processes of a job at once
-    signal.signal(number, signal.SIG_IGN)
 
   def watch():
     multiprocessing.parent_process().join()

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
 
+DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # XLA's name for it
+
 
 def make_train_step(
   exp: experiment.Experiment, training: experiment.Training, mesh: jax.sharding.Mesh
@@ -92,9 +94,7 @@ def make_train_step(
     new = state.TrainState(old.step + 1, trained | frozen, opt_state, ema)
     return sharding.keep(mesh, new), metrics
 
-  options = {}
-  if config.deterministic and jax.default_backend() == 'gpu':
-    options = {'xla_gpu_deterministic_ops': True}
+  options = DETERMINISTIC if config.deterministic and jax.default_backend() == 'gpu' else None
   return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
@@ -296,14 +296,12 @@ class Run:
     config, examples = self.config, self.training.train
     over_batch = sharding.over_batch(self.mesh)
     batches = data.train_batches(examples, config.batch_size, config.seed, start, over_batch)
-    batch = next(batches)
-    size = self.size_of(start + 1)
-    train_step = self.compile(train_state, batch, size)
-    meter, late, scores = Meter(), None, {}
-    with (
-      contextlib.closing(batches),  # which ends what reads them
-      progress.counter(initial=start, total=steps, unit='step') as bar,
-    ):
+    late, scores = None, {}
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(contextlib.closing(batches))  # which ends what reads them
+      batch, size = next(batches), self.size_of(start + 1)
+      train_step, meter = self.compile(train_state, batch, size), Meter()
+      bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
           with meter.waiting():

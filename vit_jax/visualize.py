@@ -151,15 +151,15 @@ def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> experime
 def score(
   exp: experiment.Experiment, params: dict, test: experiment.Split, mesh: jax.sharding.Mesh
 ) -> Scores:
-  """The model's answer to every test example."""
+  """The model's answer to every test example that is not bad."""
   step, size = predict.make_step(exp, mesh, predict.probabilities(exp)), exp.config.eval_batch_size
-  best, confidence = [], []
-  for batch in batches(test, size, mesh, 'Predicting'):
-    probability_BL = np.asarray(step(batch['image'], params))[:size]
-    best.append(probability_BL.argmax(axis=1))
-    confidence.append(probability_BL.max(axis=1))
-  count = len(test)
-  return Scores(np.concatenate(best)[:count], np.concatenate(confidence)[:count])
+  found = []
+  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
+    row_N = np.flatnonzero(batch['mask'])
+    probability_NL = np.asarray(step(batch['image'], params))[row_N]
+    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
+    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
+  return Scores(*map(np.concatenate, zip(*found)))
 
 
 def batches(
