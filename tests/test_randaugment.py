@@ -172,7 +172,7 @@ STRONGEST['timm'] = {
 STRONGEST['big_vision'] = {
   **STRONGEST['timm'],
   **{name: (1.9, 1.9) for name in ('color', 'contrast', 'brightness', 'sharpness')},
-  **{'posterize': (4, 4), 'solarize': (256, 256), 'cutout': (40, 40)},
+  **{'posterize': (4, 4), 'solarize': (0, 0), 'cutout': (40, 40)},
   **{'translate_x': (-100, 100), 'translate_y': (-100, 100)},
 }
 for name in ('translate_x_relative', 'translate_y_relative'):
@@ -214,11 +214,11 @@ def test_between_them_whole_arguments_are_cut_as_timm_cuts_them():
 
 @pytest.mark.parametrize('magnitude', [0, 9, 10, 15, 20, 30])
 def test_a_magnitude_is_that_of_autoaugments_code(magnitude):
-  """Its `level_to_arg`; posterize keeps 1 to 8 bits."""
+  """Its `level_to_arg`; posterize keeps 1 to 8 bits, and solarize's threshold is a byte."""
   part = magnitude / 10
   want = {
     'rotate': 30 * part, 'shear_x': 0.3 * part, 'shear_y': 0.3 * part, 'translate_x': 100 * part,
-    'translate_y': 100 * part, 'cutout': int(40 * part), 'solarize': int(256 * part),
+    'translate_y': 100 * part, 'cutout': int(40 * part), 'solarize': int(256 * part) % 256,
     'solarize_add': int(110 * part), 'posterize': min(max(int(4 * part), 1), 8),
     **dict.fromkeys(('color', 'contrast', 'brightness', 'sharpness'), 1.8 * part + 0.1),
   }  # fmt: skip

@@ -44,6 +44,7 @@ class Argument(NamedTuple):
     signed: whether it is taken from `around` as often as added.
     whole: whether the way from `weakest` is cut to a whole number.
     bounds: the least and the most that it may become.
+    period: from here on it begins at 0 again.
   """
 
   weakest: float = 0.0
@@ -52,14 +53,15 @@ class Argument(NamedTuple):
   signed: bool = False
   whole: bool = False
   bounds: tuple[float, float] = (-math.inf, math.inf)
+  period: float = math.inf
 
 
 def signed(strongest: float, around: float = 0.0) -> Argument:
   return Argument(0.0, strongest, around, signed=True)
 
 
-def whole(weakest: float, strongest: float, *bounds: float) -> Argument:
-  return Argument(weakest, strongest, whole=True, bounds=bounds or (-math.inf, math.inf))
+def whole(weakest: float, strongest: float, **limits) -> Argument:
+  return Argument(weakest, strongest, whole=True, **limits)
 
 
 # Operations that one is drawn from, each as likely, with their arguments (units: `operate`).
@@ -102,15 +104,16 @@ SPACES = {
     'translate_y_relative': signed(0.45),
   },
   # The 16 of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision go by. They do
-  # not all grow with the magnitude: solarize and posterize weaken, color, contrast, brightness and
-  # sharpness go from less to more. Lengths are of images of 224 pixels.
+  # not all grow with the magnitude: solarize and posterize weaken, solarize to begin anew at 10 and
+  # 20; color, contrast, brightness and sharpness go from less to more. Lengths are of images of 224
+  # pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),
     'invert': Argument(),
     'rotate': signed(30),
-    'posterize': whole(0, 4, 1, 8),  # TensorFlow shifts by 7 bits at most
-    'solarize': whole(0, 256),
+    'posterize': whole(0, 4, bounds=(1, 8)),  # TensorFlow shifts by 7 bits at most
+    'solarize': whole(0, 256, period=256),  # and has thresholds of a byte
     'color': Argument(0.1, 1.9),
     'contrast': Argument(0.1, 1.9),
     'brightness': Argument(0.1, 1.9),
@@ -216,7 +219,7 @@ def draw(
     probability: of anything but the identity.
   """
   names, arguments = zip(*SPACES[space].items())
-  weakest, strongest, around, has_sign, is_whole, bounds = map(jnp.asarray, zip(*arguments))
+  weakest, strongest, around, has_sign, is_whole, bounds, period = map(jnp.asarray, zip(*arguments))
   strength_key, key = jax.random.split(key)
   which, sign, happens = jax.random.uniform(key, (3,))
   i = (which * len(names)).astype(jnp.int32)
@@ -225,6 +228,7 @@ def draw(
   sign = jnp.where(has_sign[i] & (sign < 0.5), -1, 1)
   operation = jnp.asarray([OPERATIONS.index(name) for name in names])[i]
   argument = jnp.clip(around[i] + sign * (weakest[i] + way), *bounds[i])
+  argument = jnp.where(argument >= period[i], argument % period[i], argument)
   centre = jax.random.uniform(jax.random.fold_in(key, 0), (2,)) if 'cutout' in names else None
   return jnp.where(happens < probability, operation, 0), argument, centre
 
