@@ -214,7 +214,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
     {'exp': exact},
   ):
     assert cached(**change)[1] == 1
-  assert len(list(tmp_path.iterdir())) == 6  # and nothing half-written beside
+  assert len(list(tmp_path.iterdir())) == 7  # and nothing half-written beside
   whole = tmp_path / f'{features.key(exp, params, examples)}.npz'
   for damage in (lambda data: b'', lambda data: data[:-9], lambda data: data.replace(b'f4', b'f2'),
                  lambda data: data[:600] + bytes([data[600] ^ 1]) + data[601:]):  # fmt: skip

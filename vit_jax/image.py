@@ -201,15 +201,24 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
   """Scales a part of an array, its edges rounded to whole pixels: `image_HWC`, uint8.
 
-  Along an axis that becomes shorter a pixel is the mean over its length, which is anti-aliasing
-  by a box; along one that becomes longer it is interpolated linearly.
+  It is interpolated linearly. An axis that becomes shorter is blurred first, so that the whole has
+  the variance of Pillow's bilinear filter, a triangle as wide as two new pixels. Where one falls
+  below a half, pixels are means over their areas instead.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
   right, bottom = max(round(box[2]), left + 1), max(round(box[3]), top + 1)
   part_HWC = image_HWC[top:bottom, left:right]
-  smaller = min(right - left, size[1]), min(bottom - top, size[0])
-  part_HWC = cv2.resize(part_HWC, smaller, interpolation=cv2.INTER_AREA)
+  down, across = (max(n / wanted, 1) for n, wanted in zip(part_HWC.shape, size))
+  if max(down, across) > 2:
+    smaller = min(right - left, size[1]), min(bottom - top, size[0])
+    part_HWC = cv2.resize(part_HWC, smaller, interpolation=cv2.INTER_AREA)
+  elif max(down, across) > 1:
+    # A triangle of half-width f has the variance f^2 / 6, linear interpolation that of f = 1, and
+    # weights a, 1 - 2a, a have 2a.
+    sides = ((f * f - 1) / 12 for f in (across, down))
+    weights = (np.array([a, 1 - 2 * a, a], np.float32) for a in sides)
+    part_HWC = cv2.sepFilter2D(part_HWC, -1, *weights, borderType=cv2.BORDER_REPLICATE)
   part_HWC = cv2.resize(part_HWC, size[::-1], interpolation=cv2.INTER_LINEAR)
   return part_HWC[..., None] if part_HWC.ndim == 2 else part_HWC
 
