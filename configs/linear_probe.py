@@ -27,5 +27,6 @@ def get_config(variant='b16,cifar10'):
     config.data.image_size = (224, 224)
   config.augment.flip.probability = 0.0
   config.augment.pad_crop.padding = 0
+  config.augment.resized_crop.min_area = 1.0
   config.optimizer.lr = 0.1  # where there is no sweep
   return config

@@ -306,7 +306,9 @@ class Fixed(experiment.Experiment):
     ({'mix.probability': '2'}, 'mix.probability must be from 0 to 1'),
     ({'mix.probability': '1', 'mix.mixup_alpha': '0', 'mix.cutmix_alpha': '0'}, 'above 0'),
     ({'rand_augment.space': 'huge'}, 'standard, timm, wide'),
-    ({'rand_augment.magnitude': '11'}, 'from 0 to 10'),
+    ({'rand_augment.magnitude': '11'}, 'from 0 to 10 for space=standard'),
+    ({'rand_augment.magnitude': '31', 'rand_augment.space': 'big_vision'}, 'from 0 to 30'),
+    ({'rand_augment.magnitude': 'nan'}, 'from 0 to 10'),
     ({'resized_crop.min_area': '0'}, 'min_area must be from 0.001'),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_refused(overrides, message):

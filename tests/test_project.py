@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from configs import finetune
+from configs import finetune, imagenet
 from vit_jax import config as config_lib
 from vit_jax import experiment
 from vit_jax.check import check
@@ -21,7 +21,7 @@ LAYERS = (
   {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
   {'vit', 'augment', 'optim', 'splits', 'config'},
   {'sources', 'state', 'weights', 'maps'},
-  {'stream'},
+  {'stream', 'real'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained', 'report'},
   {'check', 'inherit', 'card'},
@@ -87,6 +87,8 @@ SPECS += [
   )
 ]
 SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
+SPECS += [f'imagenet.py:{model}' for model in imagenet.MODELS]
+SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 
 
 @pytest.mark.parametrize('spec', SPECS)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 import pytest
 
 from vit_jax import randaugment
@@ -40,8 +40,19 @@ def posterize(image, bits):
   return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
+CENTRE = (0.3, 0.9)  # of cutout, down and across
+
+
+def cutout(image, half):
+  y, x = int(CENTRE[0] * image.height), int(CENTRE[1] * image.width)
+  if half:
+    corners = (x - half, y - half, x + half - 1, y + half - 1)  # the last pixels are inside
+    ImageDraw.Draw(image).rectangle(corners, fill=(128,) * len(image.getbands()))
+  return image
+
+
 just = lambda argument, width, height: argument
-FACTORS = (0.0, 0.1, 0.55, 1.0, 1.3, 1.9)
+FACTORS = (0.0, 0.1, 0.55, 1.0, 1.3, 1.9, 3.7)
 TURNS = (-135.0, -27.3, -1.0, 0.0, 15.0, 30.0, 90.5)
 SHEARS = (-0.99, -0.27, 0.1, 0.3)
 SHIFTS = (-32.0, -3.7, 0.25, 3.0, 9.45)
@@ -52,7 +63,7 @@ PILLOW = {  # operation: Pillow's, and arguments to try
   'equalize': (lambda image, _: ImageOps.equalize(image), (0.0,)),
   'invert': (lambda image, _: ImageOps.invert(image), (0.0,)),
   'posterize': (posterize, (0, 1, 2, 4, 5, 8)),
-  'solarize': (ImageOps.solarize, (0, 1, 100, 128, 255, 256)),
+  'solarize': (ImageOps.solarize, (0, 1, 100, 128, 255, 256, 384)),
   'solarize_add': (solarize_add, (0, 55, 110)),
   'brightness': (enhance(ImageEnhance.Brightness), FACTORS),
   'contrast': (enhance(ImageEnhance.Contrast), FACTORS),
@@ -65,6 +76,7 @@ PILLOW = {  # operation: Pillow's, and arguments to try
   'translate_y': (affine(1, 0, 0, 0, 1, just), SHIFTS),
   'translate_x_relative': (affine(1, 0, lambda a, w, h: a * w, 0, 1, 0), SHARES),
   'translate_y_relative': (affine(1, 0, 0, 0, 1, lambda a, w, h: a * h), SHARES),
+  'cutout': (cutout, (0, 1, 5, 12)),
 }  # fmt: skip
 CASES = [(name, value) for name, (_, values) in PILLOW.items() for value in values]
 operate = jax.jit(randaugment.operate)
@@ -86,7 +98,8 @@ def results(height, width, channels, kind):
   """(ours, Pillow's) for each of `CASES`: all in one batch, each under another operation."""
   before = images(height, width, channels, kind)
   operation = jnp.asarray([randaugment.OPERATIONS.index(name) for name, _ in CASES])
-  ours = operate(operation, jnp.asarray([float(value) for _, value in CASES]), before)
+  centre = jnp.tile(jnp.asarray(CENTRE), (len(CASES), 1))
+  ours = operate(operation, jnp.asarray([float(value) for _, value in CASES]), centre, before)
   squeeze = lambda array: array[:, :, 0] if channels == 1 else array
   theirs = [
     np.asarray(PILLOW[name][0](Image.fromarray(squeeze(array)), value))
@@ -107,7 +120,7 @@ def test_an_operation_is_that_of_pillow(shape, kind, name):
 
 def test_rounding_is_that_of_pillow():
   """Off by one only where rounding down meets a whole number from below; lookups are exact."""
-  exact = ('identity', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add')
+  exact = ('identity', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add', 'cutout')
   for case, our, their in zip(CASES, *results(32, 32, 3, 'noise')):
     assert abs((our.astype(int) - their).mean()) <= (0.0 if case[0] in exact else 0.1), case
 
@@ -131,7 +144,7 @@ def drawer(space):
 
 def drawn(space, strength, probability=1.0):
   """{operation: its arguments} of many draws at a strength."""
-  operation, argument = map(np.asarray, drawer(space)(KEYS, strength, probability))
+  operation, argument = map(np.asarray, drawer(space)(KEYS, strength, probability)[:2])
   assert operation.max() < len(randaugment.OPERATIONS)
   return {name: argument[operation == i] for i, name in enumerate(randaugment.OPERATIONS)}
 
@@ -156,6 +169,14 @@ STRONGEST['timm'] = {
   **{name: ends for name, ends in STRONGEST['standard'].items() if name != 'identity'},
   **{'posterize': (0, 0), 'solarize_add': (110, 110), 'invert': (0, 0)},
 }
+STRONGEST['big_vision'] = {
+  **STRONGEST['timm'],
+  **{name: (1.9, 1.9) for name in ('color', 'contrast', 'brightness', 'sharpness')},
+  **{'posterize': (4, 4), 'solarize': (0, 0), 'cutout': (40, 40)},
+  **{'translate_x': (-100, 100), 'translate_y': (-100, 100)},
+}
+for name in ('translate_x_relative', 'translate_y_relative'):
+  del STRONGEST['big_vision'][name]
 
 
 @pytest.mark.parametrize('space', STRONGEST)
@@ -191,16 +212,46 @@ def test_between_them_whole_arguments_are_cut_as_timm_cuts_them():
     np.testing.assert_allclose(np.abs(out['rotate']), 30 * level, rtol=1e-5)
 
 
+@pytest.mark.parametrize('magnitude', [0, 9, 10, 15, 20, 30])
+def test_a_magnitude_is_that_of_autoaugments_code(magnitude):
+  """Its `level_to_arg`; posterize keeps 1 to 8 bits, and solarize's threshold is a byte."""
+  part = magnitude / 10
+  want = {
+    'rotate': 30 * part, 'shear_x': 0.3 * part, 'shear_y': 0.3 * part, 'translate_x': 100 * part,
+    'translate_y': 100 * part, 'cutout': int(40 * part), 'solarize': int(256 * part) % 256,
+    'solarize_add': int(110 * part), 'posterize': min(max(int(4 * part), 1), 8),
+    **dict.fromkeys(('color', 'contrast', 'brightness', 'sharpness'), 1.8 * part + 0.1),
+  }  # fmt: skip
+  out = drawn('big_vision', part)
+  for name, argument in want.items():
+    np.testing.assert_allclose(np.abs(out[name]), argument, rtol=1e-5, err_msg=name)
+
+
+def test_beyond_ten_goes_whoever_defines_it():
+  strength = jax.jit(jax.vmap(randaugment.strength_near, in_axes=(0, None, None, None)))
+  for space, most in randaugment.MAX_MAGNITUDES.items():
+    assert strength(KEYS, 20.0, 0.0, most).max() == (2 if space == 'big_vision' else 1)
+
+
+def test_cutout_is_anywhere():
+  draw = lambda key: randaugment.draw(key, 'big_vision', lambda _: 1.0, 1.0)
+  operation, _, centre = jax.jit(jax.vmap(draw))(KEYS)
+  cut = np.asarray(operation) == randaugment.OPERATIONS.index('cutout')
+  for share in np.asarray(centre)[cut].T:
+    counts, _ = np.histogram(share, 8, (0, 1))
+    assert np.abs(counts - cut.sum() / 8).max() < 5 * np.sqrt(cut.sum() / 8)
+
+
 def test_an_operation_takes_place_with_its_probability():
   out = drawn('timm', 1.0, probability=0.3)
   assert abs(len(out['identity']) / len(KEYS) - 0.7) < 0.02
 
 
 def test_the_strength_is_normal_about_the_magnitude_and_clipped():
-  strength = jax.jit(jax.vmap(randaugment.strength_near, in_axes=(0, None, None)))
-  near = strength(KEYS, 5.0, 0.5)
+  strength = jax.jit(jax.vmap(randaugment.strength_near, in_axes=(0, None, None, None)))
+  near = strength(KEYS, 5.0, 0.5, 10.0)
   assert abs(near.mean() - 0.5) < 0.002 and abs(near.std() - 0.05) < 0.002
-  clipped = strength(KEYS, 9.0, 4.0)
+  clipped = strength(KEYS, 9.0, 4.0, 10.0)
   assert clipped.max() == 1 and clipped.min() == 0 and 0.3 < (clipped == 1).mean() < 0.5
 
 
@@ -223,9 +274,9 @@ def test_layers_follow_each_other():
   image, seen = IMAGES, []
   for layer in range(2):
     key_B = jax.vmap(lambda key, layer=layer: jax.random.fold_in(key, layer))(IMAGE_KEYS)
-    operation_B, argument_B = draw(key_B)
-    image = operate(operation_B, argument_B, image)
-    seen.append(operation_B)
+    drawn = draw(key_B)
+    image = operate(*drawn, image)
+    seen.append(drawn[0])
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 2, 9.0, 0.0, 1.0, 'standard'), image)
   assert (seen[0] != seen[1]).any()
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0, 9.0, 0.0, 1.0, 'standard'), IMAGES)

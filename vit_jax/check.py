@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from vit_jax import augment, image, optim, positions, randaugment
 from vit_jax import config as config_lib
 from vit_jax.names import choose
+from vit_jax.weights import pair
 
 RANGES = {  # what a number may be, both ends included
   'seed': (0, 2**32 - 1),
@@ -22,7 +23,6 @@ RANGES = {  # what a number may be, both ends included
   'augment.resized_crop.min_area': (0.001, 1),
   'augment.resized_crop.max_aspect': (1, 100),
   'augment.rand_augment.num_layers': (0, 100),
-  'augment.rand_augment.magnitude': (0, randaugment.MAX_MAGNITUDE),
   'augment.rand_augment.mstd': (0, 100),
   'augment.rand_augment.probability': (0, 1),
   'augment.trivial_augment.probability': (0, 1),
@@ -69,6 +69,7 @@ def check(config: ConfigDict) -> None:
     if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
       raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
   check_augment(config)
+  check_progressive(config)
   axes = dict(config.mesh)
   if list(axes.values()).count(-1) > 1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(f'mesh needs numbers of devices, and -1 for one axis at most, got {axes}.')
@@ -82,9 +83,35 @@ def check(config: ConfigDict) -> None:
     raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
 
 
+def check_progressive(config: ConfigDict) -> None:
+  """Raises ValueError for sizes and shares that don't fit each other."""
+  sizes, until = config.progressive.sizes, config.progressive.until
+  height = pair(config.data.image_size)[0]
+  if not all(type(size) is int and 0 < size <= height for size in sizes):
+    raise ValueError(
+      f'progressive.sizes must be heights in pixels of at most {height}, that of data.image_size, '
+      f'got {tuple(sizes)}.'
+    )
+  rising = all(a < b for a, b in zip((0, *until), (*until, 1)))
+  if len(until) != len(sizes) or (until and not rising):
+    raise ValueError(
+      f'progressive.until={tuple(until)} must be rising shares of the run between 0 and 1, one for '
+      f'each of progressive.sizes={tuple(sizes)}.'
+    )
+  if sizes and config.freeze:
+    raise ValueError('progressive is for training the whole model: leave it out with freeze.')
+
+
 def check_augment(config: ConfigDict) -> None:
   """Raises ValueError for arguments of augmentations that don't fit each other."""
-  erasing, mix = config.augment.erasing, config.augment.mix
+  erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
+  most = randaugment.MAX_MAGNITUDES[drawn.space]
+  if not 0 <= drawn.magnitude <= most:  # which NaN is not either
+    spaces = [f'{space} to {most}' for space, most in randaugment.MAX_MAGNITUDES.items()]
+    raise ValueError(
+      f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
+      f'{drawn.magnitude:g}. The spaces go to: {", ".join(spaces)}.'
+    )
   if erasing.min_area > erasing.max_area:
     raise ValueError(
       f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'

@@ -41,6 +41,10 @@ def default_config() -> ConfigDict:
   c.ema = 0.0  # decay a step of the averaged weights that are evaluated, at most: it is less in
   # the first steps; 0: no averaging
 
+  c.progressive = ConfigDict()  # train on smaller images first, over which positions are stretched
+  c.progressive.sizes = ()  # their heights, pixels, the widths in proportion; empty: none
+  c.progressive.until = ()  # share of the run that each lasts to; data.image_size follows the last
+
   c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs
   # give them anyway
 
@@ -55,6 +59,8 @@ def default_config() -> ConfigDict:
   c.data.train_split = 'train'  # trained on
   c.data.val_split = ''  # held out of train, to choose the best checkpoint; empty: none
   c.data.eval_split = 'test'  # tested on
+  c.data.real_labels = ''  # of --mode=eval on ImageNet: path of ReaL's labels, real.json, by which
+  # predictions are counted too
   c.data.image_size = (32, 32)  # height and width that the model sees, pixels
   c.data.mean = config_dict.placeholder(tuple)  # taken away, of each channel or of all; images
   # are in [0, 1]; None without init: 0.5
@@ -77,10 +83,11 @@ def default_config() -> ConfigDict:
   c.augment.resized_crop.max_aspect = 4 / 3  # of the longer side to the shorter; where examples
   # are streamed, this crop is of the file, and not of what was made of it
   c.augment.rand_augment = ConfigDict({'num_layers': 0})  # operations an image; 0: none
-  c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10
+  c.augment.rand_augment.magnitude = 9.0  # strength, from 0 to 10; in big_vision's space to 30
   c.augment.rand_augment.mstd = 0.5  # standard deviation of the strength
   c.augment.rand_augment.probability = 0.5  # of an operation taking place; the paper: 1
-  c.augment.rand_augment.space = 'standard'  # what is drawn from: standard, timm or wide
+  c.augment.rand_augment.space = 'standard'  # what is drawn from: standard, timm, wide or
+  # big_vision
   c.augment.trivial_augment = ConfigDict({'probability': 0.0})  # of one operation; the paper: 1
   c.augment.erasing = ConfigDict({'probability': 0.0})  # of noise in the place of a rectangle
   c.augment.erasing.min_area = 0.02  # of the rectangle, as a share of the image
@@ -150,7 +157,7 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
-    'data.eval_split', 'data.workers', 'data.threads', 'model.remat',
+    'data.eval_split', 'data.real_labels', 'data.workers', 'data.threads', 'model.remat',
 )  # fmt: skip
 
 

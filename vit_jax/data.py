@@ -89,12 +89,15 @@ def train_batches(
 
 
 def eval_batches(
-  examples: Examples | Stream, batch_size: int, over_batch: jax.sharding.NamedSharding
+  examples: Examples | Stream,
+  batch_size: int,
+  over_batch: jax.sharding.NamedSharding,
+  **beside: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
   """Every example once, in order, all batches of one shape; `mask` is 0 for padding.
 
   The shape is `batch_size` rounded up to a multiple of the devices. `mask` is 0 for bad images
-  too, where they are left out.
+  too, where they are left out. The rows of `beside`, one for each example, come along.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices
@@ -104,4 +107,6 @@ def eval_batches(
       inside_B = plan.positions(step) < min((step + 1) * batch_size, count)
       mask = sharding.gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
       bad = batch.pop('bad', None)
-      yield batch | {'mask': mask if bad is None else mask * (bad == 0)}
+      index_B = plan.examples(plan.positions(step))
+      also = {name: sharding.gather(array, index_B, over_batch) for name, array in beside.items()}
+      yield batch | also | {'mask': mask if bad is None else mask * (bad == 0)}

@@ -6,7 +6,9 @@ import math
 import pathlib
 
 from clu import metrics
+import flax.struct
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -17,29 +19,57 @@ Averages = type[metrics.Collection]
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
+@flax.struct.dataclass
+class RealAccuracy(metrics.Average):
+  """Of the images that have a label of ReaL's, how many are said to be of one of its classes."""
+
+  @classmethod
+  def from_model_output(cls, *, predicted_B, mask, real_BL, **_):
+    hit_B = jnp.take_along_axis(real_BL, predicted_B[:, None], axis=1)[:, 0]
+    return super().from_model_output(hit_B, mask=mask & real_BL.any(axis=1))
+
+
 @functools.cache  # one class for the same metrics, so that JAX takes sums of them
-def averages(num_classes: int) -> Averages:
-  """The metrics: loss, accuracy, and top-5 accuracy where there are more than 5 classes."""
+def averages(num_classes: int, real: bool = False) -> Averages:
+  """The metrics: loss, accuracy, top-5 accuracy where there are more than 5 classes, and ReaL's."""
   names = ['loss', 'accuracy'] + ['top5_accuracy'] * (num_classes > 5)
-  return metrics.Collection.create(**{n: metrics.Average.from_output(n) for n in names})
+  means = {name: metrics.Average.from_output(name) for name in names}
+  return metrics.Collection.create(**means, **({'real_accuracy': RealAccuracy} if real else {}))
 
 
 def score(
-  logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array, mask_B: jax.Array | None = None
+  logits_BL: jax.Array,
+  label_B: jax.Array,
+  loss_B: jax.Array,
+  mask_B: jax.Array | None = None,
+  real_BL: jax.Array | None = None,
 ) -> metrics.Collection:
-  """The metrics of a batch; `mask_B` is 0 for rows that don't count."""
+  """The metrics of a batch.
+
+  Args:
+    logits_BL: of the model.
+    label_B: of the data.
+    loss_B: of each example.
+    mask_B: 0 for rows that don't count.
+    real_BL: of `real.load`; needs `mask_B`.
+  """
   label_B1 = label_B[:, None]
   top5_BL = jax.lax.top_k(logits_BL, min(5, logits_BL.shape[1]))[1]
-  return averages(logits_BL.shape[1]).single_from_model_output(
+  return averages(logits_BL.shape[1], real_BL is not None).single_from_model_output(
     loss=loss_B,
     accuracy=top5_BL[:, 0] == label_B,
     top5_accuracy=(top5_BL == label_B1).any(axis=1),
     mask=None if mask_B is None else mask_B.astype(bool),
+    predicted_B=top5_BL[:, 0],
+    real_BL=real_BL,
   )
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """The means over all batches, added up in float64, and the number of examples."""
+  """The means over all batches, added up in float64, and the number of examples.
+
+  With ReaL's labels also how many have one.
+  """
   sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
   fields = {name: getattr(sums, name) for name in type(sums).__annotations__}
   means = {
@@ -47,7 +77,10 @@ def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
     for name, average in fields.items()
     if isinstance(average, metrics.Average)
   }
-  return means | {'examples': round(float(sums.loss.count))}
+  real = (
+    {'real_examples': round(float(sums.real_accuracy.count))} if 'real_accuracy' in means else {}
+  )
+  return means | {'examples': round(float(sums.loss.count))} | real
 
 
 def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
@@ -56,7 +89,7 @@ def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalS
   def score_part(part, params):
     logits_BL = exp.logits(params, part)
     loss_B = exp.loss(logits_BL, part['label'])
-    return score(logits_BL, part['label'], loss_B, part['mask'])
+    return score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
 
   def eval_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
@@ -71,9 +104,13 @@ def evaluate(
   examples: experiment.Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
+  **beside: np.ndarray,
 ) -> dict[str, float]:
-  """Loss, accuracies and the number of examples counted."""
-  batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  """Loss, accuracies and the number of examples counted.
+
+  `beside` may be `real`, of `real.load`, with a row for each example.
+  """
+  batches = data.eval_batches(examples, batch_size, sharding.over_batch(mesh), **beside)
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Evaluating', 'batch', count)
   return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
@@ -86,7 +123,15 @@ def run(
   sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
   exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
-  examples = experiment.load_split(exp, exp.config.data.eval_split)
+  split = exp.config.data.eval_split
+  examples, real_NL = experiment.load_split(exp, split), experiment.load_real(exp, split)
+  if real_NL is not None and len(real_NL) != len(examples):
+    raise ValueError(
+      f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
+      'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
+    )
+  beside = {} if real_NL is None else {'real': real_NL}
   mesh = sharding.make_mesh()
   params = sharding.replicate(mesh, params)
-  return {'step': step} | evaluate(make_eval_step(exp, mesh), params, examples, batch_size, mesh)
+  eval_step = make_eval_step(exp, mesh)
+  return {'step': step} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)

@@ -6,6 +6,7 @@ experiment, params = from_init(weights)            # published ones, as they are
 """
 
 from collections.abc import Callable
+import copy
 import dataclasses
 import functools
 import logging
@@ -14,6 +15,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 import optax
 
 from vit_jax import (
@@ -25,6 +27,7 @@ from vit_jax import (
   losses,
   optim,
   pretrained,
+  real,
   sharding,
   sources,
   splits,
@@ -39,6 +42,8 @@ from vit_jax.weights import pair
 log = logging.getLogger(__name__)
 
 Split = sources.Examples | stream.Stream
+# The last step of each part of a run, and the (height, width) of its images.
+Stages = tuple[tuple[int, tuple[int, int]], ...]
 
 # What the keys that `init` may decide are without it.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -93,6 +98,28 @@ class Experiment:
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
+
+  def at(self, size: tuple[int, int]) -> 'Experiment':
+    """The same, of the same parameters, seeing all images at another size (height, width).
+
+    Positions stay those of the old size, stretched over the new one's patches. Files are fitted to
+    the new size, where they were to the old.
+    """
+    own = pair(self.config.data.image_size)
+    if size == own:
+      return self
+    config = copy.deepcopy(self.config)
+    config.data.image_size = size
+    config.progressive.sizes = config.progressive.until = ()
+    grid = tuple(n // patch for n, patch in zip(own, self.model.patch_size))
+    stored_size = size if self.task.stored_size == own else self.task.stored_size
+    return dataclasses.replace(
+      self,
+      config=config,
+      task=dataclasses.replace(self.task, stored_size=stored_size),
+      model=self.model.clone(position_grid=self.model.position_grid or grid),
+      normalize=functools.partial(self.normalize, size=size),
+    )
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
     """Logits `[B, L]` of a batch of uint8 images.
@@ -157,6 +184,7 @@ class Training:
   test: Split
   steps: int
   early_steps: int  # until `augment.off_for_last`
+  stages: Stages
   schedule: optim.Schedule
   optimizer: optax.GradientTransformation
   params: dict | None  # to start from: those of `init`; None for random ones
@@ -205,6 +233,12 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     functools.partial(image.fit, interpolation=config.data.interpolation, **geometry),
   )
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *experiment.image_shape)))
+  for _, size in stages(config, 0):
+    if any(n % patch for n, patch in zip(size, model.patch_size)):
+      raise ValueError(
+        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
+        f'{model.patch_size[0]}x{model.patch_size[1]}.'
+      )
   return experiment
 
 
@@ -315,7 +349,7 @@ def plan(
 
 
 def recipe(config: ConfigDict, examples: int) -> dict:
-  """`steps`, `early_steps`, `schedule` and `optimizer` for so many training examples.
+  """`steps`, `early_steps`, `stages`, `schedule` and `optimizer` for so many training examples.
 
   Raises:
     ValueError: too few epochs for a step.
@@ -332,9 +366,29 @@ def recipe(config: ConfigDict, examples: int) -> dict:
   return {
     'steps': steps,
     'early_steps': round((1 - config.augment.off_for_last) * steps),
+    'stages': stages(config, steps),
     'schedule': schedule,
     'optimizer': optim.make_optimizer(schedule=schedule, **arguments),
   }
+
+
+def stages(config: ConfigDict, steps: int) -> Stages:
+  """The parts of a run of so many steps, by the size of its images.
+
+  Raises:
+    ValueError: a size whose width, in proportion, is no whole number.
+  """
+  height, width = pair(config.data.image_size)
+  found = []
+  for share, size in zip(config.progressive.until, config.progressive.sizes):
+    across, rest = divmod(size * width, height)
+    if rest:
+      raise ValueError(
+        f'progressive.sizes: {size} of images of {height}x{width} pixels leaves a width of '
+        f'{size * width / height:g}.'
+      )
+    found.append((round(share * steps), (size, across)))
+  return (*found, (steps, (height, width)))
 
 
 def length(config: ConfigDict, examples: int) -> tuple[int, int]:
@@ -407,12 +461,14 @@ def from_workdir(
   """
   step, params, saved = checkpoint.load(workdir)
   own = config_lib.from_dict(saved['config'])
+  trained_size = own.data.image_size
   if config is None:
     config = config_lib.override_all(own, overrides or {})
   else:
     config_lib.check_same_run(own, config, workdir)
+  size, config.data.image_size = pair(config.data.image_size), trained_size
   check(config)
-  experiment = assemble(config, Task.load(saved['task']))
+  experiment = assemble(config, Task.load(saved['task'])).at(size)
   pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, step
 
@@ -453,6 +509,19 @@ def load_split(experiment: Experiment, split: str) -> Split:
   examples = open_split(config, source, split, task.stored_size, experiment.fit)
   report(split, examples)
   return examples
+
+
+def load_real(experiment: Experiment, split: str) -> np.ndarray | None:
+  """ReaL's labels of a split of the experiment's data, bool `[N, L]`, where the config has them.
+
+  Raises:
+    ValueError: they can't be read, or are of other data.
+  """
+  data = experiment.config.data
+  if not data.real_labels:
+    return None
+  source = sources.open_source(data.source, data.dir, pair(data.image_size))
+  return real.load(pathlib.Path(data.real_labels).expanduser(), source, split)
 
 
 def report(name: str, examples: Split | None) -> None:

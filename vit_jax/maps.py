@@ -191,10 +191,12 @@ def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.n
     )
   if model.position == 'none':
     raise Missing('model.position=none: the model has no position embeddings.')
+  whole = model.position_grid or grid
   if model.position == 'sincos':
-    position_1ND = positions.sincos(*grid, model.width)
+    position_1ND = positions.sincos(*grid, model.width, whole)
   else:
-    position_1ND = np.asarray(params['pos_embedding'])[:, model.num_positions :]
+    own_1ND, prefix = np.asarray(params['pos_embedding']), model.num_positions
+    position_1ND = positions.resize(own_1ND, whole, grid, prefix)[:, prefix:]
   return position_1ND.reshape(*grid, model.width)
 
 

@@ -7,26 +7,39 @@ import numpy as np
 from vit_jax.names import choose
 
 
-def sincos(h: int, w: int, width: int) -> np.ndarray:
+def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+  """Row and column `[h, w]` of each patch of a grid, in those of another over the same image.
+
+  Of the grid itself they are whole numbers; else patches lie where their middles are.
+  """
+  rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
+  y, x = np.meshgrid(rows, columns, indexing='ij')
+  return y, x
+
+
+def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> np.ndarray:
   """Fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
-  A quarter of the width each: sine and cosine of the column, sine and cosine of the row.
+  A quarter of the width each: sine and cosine of the column, sine and cosine of the row; in the
+  coordinates of another grid, `whole`, if there is one.
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
-  y, x = np.mgrid[:h, :w]
+  y, x = coordinates((h, w), whole or (h, w))
   x, y = np.outer(x, omega), np.outer(y, omega)
   table = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
   return table[None].astype(np.float32)
 
 
-def rope_angles(h: int, w: int, head_size: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:
+def rope_angles(
+  h: int, w: int, head_size: int, prefix: int, whole: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
   """Cosine and sine `[N, E/2]` of the axial rotary positions (Heo et al. 2024, 2403.13298).
 
-  The first half of the angles follows the row, the second the column; the `prefix`
-  tokens have angle 0, hence no position.
+  The first half of the angles follows the row, the second the column, in the coordinates of
+  another grid, `whole`, if there is one; the `prefix` tokens have angle 0, hence no position.
   """
   theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
-  y, x = np.mgrid[:h, :w]
+  y, x = coordinates((h, w), whole or (h, w))
   angle = np.concatenate([np.outer(y, theta), np.outer(x, theta)], axis=1)
   angle = np.concatenate([np.zeros((prefix, angle.shape[1])), angle])
   return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -40,12 +53,12 @@ def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array
 
 
 def resize(
-  position_1ND: np.ndarray,
+  position_1ND: np.ndarray | jax.Array,
   source_grid: tuple[int, int],
   grid: tuple[int, int],
   prefix: int,
   method: str = 'bilinear',
-) -> np.ndarray:
+) -> np.ndarray | jax.Array:
   """Learned positions for another grid (paper, Section 3.2).
 
   Args:
@@ -56,15 +69,17 @@ def resize(
     method: one of `RESIZES`.
 
   Returns:
-    `[1, prefix + h' w', D]`; what was given, to the bit, where the grids are the same.
+    `[1, prefix + h' w', D]`, of NumPy or JAX as given; what was given, to the bit, where the
+    grids are the same.
   """
   function = choose('resize', method, RESIZES)
   if tuple(source_grid) == tuple(grid):
     return position_1ND
   table_hwD = position_1ND[0, prefix:].reshape(*source_grid, -1)
-  table = np.asarray(function(table_hwD, grid), position_1ND.dtype)
+  xp = np if isinstance(position_1ND, np.ndarray) else jnp
+  table = xp.asarray(function(table_hwD, grid), position_1ND.dtype)
   table_1ND = table.reshape(1, -1, table.shape[-1])
-  return np.concatenate([position_1ND[:, :prefix], table_1ND], axis=1)
+  return xp.concatenate([position_1ND[:, :prefix], table_1ND], axis=1)
 
 
 def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -17,6 +17,7 @@ Decisions:
 
 from collections.abc import Callable
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,12 +26,12 @@ import jax.numpy as jnp
 OPERATIONS = (
   'identity', 'autocontrast', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add',
   'brightness', 'contrast', 'color', 'sharpness', 'rotate', 'shear_x', 'shear_y', 'translate_x',
-  'translate_y', 'translate_x_relative', 'translate_y_relative',
+  'translate_y', 'translate_x_relative', 'translate_y_relative', 'cutout',
 )  # fmt: skip
 FILL = 128
 BITS = 16  # after the point, of whole numbers that stand for others
 ONE = 1 << BITS
-MAX_MAGNITUDE = 10  # of RandAugment
+FULL = 10  # magnitude of RandAugment at which the strength is 1
 
 
 class Argument(NamedTuple):
@@ -42,6 +43,8 @@ class Argument(NamedTuple):
     around: what is added to it.
     signed: whether it is taken from `around` as often as added.
     whole: whether the way from `weakest` is cut to a whole number.
+    bounds: the least and the most that it may become.
+    period: from here on it begins at 0 again.
   """
 
   weakest: float = 0.0
@@ -49,14 +52,16 @@ class Argument(NamedTuple):
   around: float = 0.0
   signed: bool = False
   whole: bool = False
+  bounds: tuple[float, float] = (-math.inf, math.inf)
+  period: float = math.inf
 
 
 def signed(strongest: float, around: float = 0.0) -> Argument:
   return Argument(0.0, strongest, around, signed=True)
 
 
-def whole(weakest: float, strongest: float) -> Argument:
-  return Argument(weakest, strongest, whole=True)
+def whole(weakest: float, strongest: float, **limits) -> Argument:
+  return Argument(weakest, strongest, whole=True, **limits)
 
 
 # Operations that one is drawn from, each as likely, with their arguments (units: `operate`).
@@ -98,6 +103,28 @@ SPACES = {
     'translate_x_relative': signed(0.45),
     'translate_y_relative': signed(0.45),
   },
+  # The 16 of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision go by. They do
+  # not all grow with the magnitude: solarize and posterize weaken, solarize to begin anew at 10 and
+  # 20; color, contrast, brightness and sharpness go from less to more. Lengths are of images of 224
+  # pixels.
+  'big_vision': {
+    'autocontrast': Argument(),
+    'equalize': Argument(),
+    'invert': Argument(),
+    'rotate': signed(30),
+    'posterize': whole(0, 4, bounds=(1, 8)),  # TensorFlow shifts by 7 bits at most
+    'solarize': whole(0, 256, period=256),  # and has thresholds of a byte
+    'color': Argument(0.1, 1.9),
+    'contrast': Argument(0.1, 1.9),
+    'brightness': Argument(0.1, 1.9),
+    'sharpness': Argument(0.1, 1.9),
+    'shear_x': signed(0.3),
+    'shear_y': signed(0.3),
+    'translate_x': signed(100),
+    'translate_y': signed(100),
+    'cutout': whole(0, 40),
+    'solarize_add': whole(0, 110),
+  },
   # TrivialAugment's Wide (2103.10158, Table 1 and its code): translations in pixels of any image.
   'wide': {
     'identity': Argument(),
@@ -116,6 +143,7 @@ SPACES = {
     'translate_y': signed(32),
   },
 }
+MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # beyond 10 a line goes on
 STRENGTHS = 31  # of TrivialAugment, from 0 to 1
 
 apart = jax.lax.optimization_barrier
@@ -134,18 +162,22 @@ def rand_augment(
 
   timm's `rand-m9-mstd0.5-inc1` is `num_layers=2, magnitude=9, mstd=0.5, probability=0.5,
   space='timm'`, with bilinear warps (there: bicubic as often) and grey beside them (there: the
-  mean of the data). The paper's is `mstd=0, probability=1, space='standard'`.
+  mean of the data). The paper's is `mstd=0, probability=1, space='standard'`. AugReg's
+  `randaug(2,15)` is `num_layers=2, magnitude=15, mstd=0, probability=1, space='big_vision'`, with
+  bilinear warps (there: the nearest pixel) and contrast about the image's mean (there: about the
+  number of its pixels over 256).
 
   Args:
     key_B: of each example.
     image_BHWC: uint8.
     num_layers: operations an image, drawn with replacement.
-    magnitude: their strength, 0 to `MAX_MAGNITUDE`.
+    magnitude: their strength, 0 to what `MAX_MAGNITUDES` has for the space.
     mstd: standard deviation of the strength, about `magnitude` and within the same bounds.
     probability: of an operation that was drawn taking place.
     space: of `SPACES`.
   """
-  strength = functools.partial(strength_near, magnitude=magnitude, mstd=mstd)
+  most = MAX_MAGNITUDES[space]
+  strength = functools.partial(strength_near, magnitude=magnitude, mstd=mstd, most=most)
 
   def layer(i, image_BHWC):
     layer_key_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(key_B)
@@ -155,10 +187,10 @@ def rand_augment(
   return jax.lax.fori_loop(0, num_layers, layer, image_BHWC)
 
 
-def strength_near(key: jax.Array, magnitude: float, mstd: float) -> jax.Array:
-  """Normal about `magnitude`, of which `MAX_MAGNITUDE` is 1."""
+def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
+  """Normal about `magnitude`, of which `FULL` is 1, and from 0 to `most`."""
   level = magnitude + mstd * jax.random.normal(key)
-  return jnp.clip(level, 0, MAX_MAGNITUDE) / MAX_MAGNITUDE
+  return jnp.clip(level, 0, most) / FULL
 
 
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
@@ -177,17 +209,17 @@ def any_strength(key: jax.Array) -> jax.Array:
 
 def draw(
   key: jax.Array, space: str, strength: Callable[[jax.Array], jax.Array], probability: float
-) -> tuple[jax.Array, jax.Array]:
-  """An operation, its place in `OPERATIONS`, and its argument.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """An operation, its place in `OPERATIONS`; its argument; and what `operate` takes for cutout.
 
   Args:
     key: of the example and the layer.
     space: of `SPACES`.
-    strength: of a key, from 0 to 1.
+    strength: of a key; from 0 to 1, or beyond.
     probability: of anything but the identity.
   """
   names, arguments = zip(*SPACES[space].items())
-  weakest, strongest, around, has_sign, is_whole = map(jnp.asarray, zip(*arguments))
+  weakest, strongest, around, has_sign, is_whole, bounds, period = map(jnp.asarray, zip(*arguments))
   strength_key, key = jax.random.split(key)
   which, sign, happens = jax.random.uniform(key, (3,))
   i = (which * len(names)).astype(jnp.int32)
@@ -195,10 +227,18 @@ def draw(
   way = jnp.where(is_whole[i], jnp.trunc(way), way)
   sign = jnp.where(has_sign[i] & (sign < 0.5), -1, 1)
   operation = jnp.asarray([OPERATIONS.index(name) for name in names])[i]
-  return jnp.where(happens < probability, operation, 0), around[i] + sign * (weakest[i] + way)
+  argument = jnp.clip(around[i] + sign * (weakest[i] + way), *bounds[i])
+  argument = jnp.where(argument >= period[i], argument % period[i], argument)
+  centre = jax.random.uniform(jax.random.fold_in(key, 0), (2,)) if 'cutout' in names else None
+  return jnp.where(happens < probability, operation, 0), argument, centre
 
 
-def operate(operation_B: jax.Array, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+def operate(
+  operation_B: jax.Array,
+  argument_B: jax.Array,
+  centre_B2: jax.Array | None,
+  image_BHWC: jax.Array,
+) -> jax.Array:
   """Each image under its own operation, within a grey level of Pillow.
 
   Args:
@@ -206,15 +246,19 @@ def operate(operation_B: jax.Array, argument_B: jax.Array, image_BHWC: jax.Array
     argument_B: what Pillow's function takes: the factor of brightness, contrast, color and
       sharpness, the threshold of solarize and the amount that solarize_add adds below 128, the
       bits that posterize keeps, counter-clockwise degrees, pixels to the right or down for each
-      of the output's that a shear or a translation reads at, and of the relative ones the
-      share of the width or height. The others take none.
+      of the output's that a shear or a translation reads at, of the relative ones the share of
+      the width or height, and half of the side of cutout's square. The others take none.
+    centre_B2: of cutout's square, as shares of height and width; None where there is no cutout.
     image_BHWC: uint8, 1 or 3 channels.
   """
   chosen = {name: operation_B == i for i, name in enumerate(OPERATIONS)}
   table_BCV = apart(make_table(chosen, argument_B, image_BHWC))
   image_BHWC = apart(look_up(table_BCV, image_BHWC))
   image_BHWC = apart(blend(chosen, argument_B, image_BHWC))
-  return warp(make_matrix(chosen, argument_B, image_BHWC.shape), image_BHWC)
+  hidden_BHW = None
+  if centre_B2 is not None:
+    hidden_BHW = square(chosen['cutout'], argument_B, centre_B2, image_BHWC.shape)
+  return warp(make_matrix(chosen, argument_B, image_BHWC.shape), image_BHWC, hidden_BHW)
 
 
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
@@ -350,8 +394,28 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
   return jnp.stack([jnp.stack(row_x, -1), jnp.stack(row_y, -1)], -2)
 
 
-def warp(matrix_B23: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+def square(chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple) -> jax.Array:
+  """Which pixels cutout hides (DeVries and Taylor 2017, 1708.04552): bool `[B, H, W]`.
+
+  Args:
+    chosen_B: for which images.
+    half_B: of the square's side; what is beyond the border is cut off.
+    centre_B2: shares of height and width, cut to a whole pixel.
+    shape: of the images.
+  """
+  inside = []
+  for size, centre_B in zip(shape[1:3], centre_B2.T):
+    from_centre_BN = jnp.arange(size) - jnp.floor(centre_B * size)[:, None]
+    inside.append((from_centre_BN >= -half_B[:, None]) & (from_centre_BN < half_B[:, None]))
+  return chosen_B[:, None, None] & inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def warp(
+  matrix_B23: jax.Array, image_BHWC: jax.Array, hidden_BHW: jax.Array | None = None
+) -> jax.Array:
   """Reads the images at other places, between pixels bilinearly; `FILL` where there is nothing.
+
+  Nothing is also where `hidden_BHW` says so.
 
   The four pixels around a place lie in one uint32, so that it is read once and not four times.
   """
@@ -362,6 +426,8 @@ def warp(matrix_B23: jax.Array, image_BHWC: jax.Array) -> jax.Array:
     (part(i, 0) * twice_x_HW + part(i, 1) * twice_y_HW) // 2 + part(i, 2) for i in (0, 1)
   )
   inside_BHW = (x_BHW >= 0) & (x_BHW < width * ONE) & (y_BHW >= 0) & (y_BHW < height * ONE)
+  if hidden_BHW is not None:
+    inside_BHW &= ~hidden_BHW
   # From here on in a frame of one pixel about the image, from the middle of its first pixel.
   x_BHW, y_BHW = x_BHW + ONE // 2, y_BHW + ONE // 2
   place_BHW = jnp.where(inside_BHW, (y_BHW >> BITS) * (width + 1) + (x_BHW >> BITS), 0)

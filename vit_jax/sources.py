@@ -418,7 +418,8 @@ def tfds_source(name: str, builder) -> Source:
       records = open_records(directory, split, image_key)
       for chunk in chunks(indices, 4096):
         for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
-          yield f'tfds:{name}/{split}/{i}', record[image_key], int(record[label_key])
+          file = f' ({record["file_name"].decode()})' if 'file_name' in record else ''
+          yield f'tfds:{name}/{split}/{i}{file}', record[image_key], int(record[label_key])
     except Exception as error:  # TFDS and array_record raise many kinds
       raise ValueError(
         f'tfds:{name}/{split}: {directory} can not be read: {error}. A shard is missing or '

@@ -74,6 +74,7 @@ class Summary:
     exp: what it is of.
     parts: by module, in the order of the parameters, and their sum.
     train_flops: of a training step for an image.
+    run_flops: of the whole run; None where the number of examples is unknown.
     state_bytes: of `params`, `gradients`, `optimizer` and `averages`.
     devices: that share a batch here.
     at_once: images whose activations a device holds at once.
@@ -86,6 +87,7 @@ class Summary:
   exp: experiment.Experiment
   parts: tuple[Part, ...]
   train_flops: int
+  run_flops: int | None
   state_bytes: dict[str, int]
   devices: int
   at_once: int
@@ -172,6 +174,8 @@ def summarize(
   )
   shapes = jax.eval_shape(begin)
   flops, train_flops = work(exp, shapes.params)
+  one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
+  run_flops = config.batch_size * one if examples else None
   kept, parameters = activations(exp, shapes.params), Counter()
   for name, leaf in weights.flatten(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
@@ -184,6 +188,7 @@ def summarize(
     exp,
     (*parts, total),
     train_flops,
+    run_flops,
     {
       'params': size_of(shapes.params),
       'gradients': size_of(optim.split(shapes.params, config.freeze)[0]),
@@ -211,6 +216,17 @@ def work(exp: experiment.Experiment, params: dict) -> tuple[Counter, int]:
     flops[module_of(stack, params)] += count
   train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
   return flops, sum(train) // group
+
+
+def of_stages(
+  exp: experiment.Experiment, stages: experiment.Stages, params: dict, train_flops: int
+) -> int:
+  """FLOPs of training on one image a step, smaller ones first where the run has them."""
+  begins = (0, *(end for end, _ in stages))
+  steps = [end - begin for begin, (end, _) in zip(begins, stages)]
+  flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}
+  flops[exp.image_shape[:2]] = train_flops
+  return sum(n * flops[size] for n, (_, size) in zip(steps, stages))
 
 
 def activations(exp: experiment.Experiment, params: dict) -> Counter:
@@ -352,9 +368,8 @@ def plan(summary: Summary) -> list[str]:
   config, steps = summary.exp.config, summary.steps
   if steps is None:
     return [f'Steps: {config.epochs:g} epochs; unknown until the data is there.']
-  flops = summary.train_flops * config.batch_size * steps
   return [
-    f'Steps: {steps:,} of {config.epochs:g} epochs, {flops / 1e15:.4g} PFLOPs.',
+    f'Steps: {steps:,} of {config.epochs:g} epochs, {summary.run_flops / 1e15:.4g} PFLOPs.',
     f'Learning rate: up to {config.optimizer.lr:g} in {summary.warmup:,} steps, then '
     f'{config.schedule.name}.',
   ]

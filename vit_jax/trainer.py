@@ -300,13 +300,18 @@ class Run:
     late = None
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # which ends what reads them
-      batch = next(batches)
-      train_step, meter = self.compile(train_state, batch), Meter()
+      batch, size = next(batches), self.size_of(start + 1)
+      train_step, meter = self.compile(train_state, batch, size), Meter()
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
           with meter.waiting():
             batch = next(batches)
+        if self.size_of(step) != size:
+          meter.pause()
+          size = self.size_of(step)
+          train_step = self.compile(train_state, batch, size)
+          meter.go_on()
         train_state, metrics = train_step(train_state, batch)
         if step == start + 1:
           jax.block_until_ready(metrics)  # once, for whoever waits for it
@@ -365,14 +370,21 @@ class Run:
     ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
     return fresh.replace(params=weights, ema=ema)
 
-  def compile(self, train_state: state.TrainState, batch: dict) -> TrainStep:
+  def size_of(self, step: int) -> tuple[int, int]:
+    """(height, width) of the images of a step, the first being 1."""
+    return next(size for end, size in self.training.stages if step <= end)
+
+  def compile(self, train_state: state.TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
     """Compiles ahead, so that images per second are those of training alone."""
-    began = time.perf_counter()
+    began, exp = time.perf_counter(), self.exp.at(size)
     with progress.announced('Compiling the training step ...'):
-      step = make_train_step(self.exp, self.training, self.mesh).lower(train_state, batch).compile()
+      step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
     seconds = time.perf_counter() - began
     devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
-    log.info('Compiled in %.1f s; training %d steps on %s.', seconds, self.training.steps, devices)
+    log.info(
+        'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
+        seconds, *size, self.training.steps, devices,
+    )  # fmt: skip
     platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
     return step
 

@@ -307,6 +307,8 @@ class ViT(nn.Module):
     position: one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position: `cls` (as in the
       paper; registers have none), `none`, or `all`.
+    position_grid: (down, across) of the patches that the positions are of, for images of any
+      number of patches, over which they are stretched; None: as many as the image has.
     num_registers: tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
@@ -337,6 +339,7 @@ class ViT(nn.Module):
   class_token: bool | None = None
   position: str = 'learned'
   position_prefix: str = 'cls'
+  position_grid: tuple[int, int] | None = None
   num_registers: int = 0
   representation_size: int | None = None
   dropout: float = 0.0
@@ -469,6 +472,7 @@ class ViT(nn.Module):
     reach them, as `position_prefix` says.
     """
     batch, h, w, width = x_BhwD.shape
+    whole = self.position_grid or (h, w)
     x_BND = x_BhwD.reshape(batch, h * w, width)
     zeros, normal = nn.initializers.zeros, nn.initializers.normal(stddev=0.02)
 
@@ -481,12 +485,13 @@ class ViT(nn.Module):
 
     rope_NE = None
     if self.position == 'sincos':
-      x_BND = x_BND + positions.sincos(h, w, width).astype(x_BND.dtype)
+      x_BND = x_BND + positions.sincos(h, w, width, whole).astype(x_BND.dtype)
     elif self.position == 'rope':
-      rope_NE = positions.rope_angles(h, w, self.head_size, prefix=self.num_prefix)
+      rope_NE = positions.rope_angles(h, w, self.head_size, self.num_prefix, whole)
     elif self.position == 'learned':
       count = self.num_positions
-      position = self.learned_positions(normal, (1, count + h * w, width)).astype(x_BND.dtype)
+      position = self.learned_positions(normal, (1, count + math.prod(whole), width))
+      position = positions.resize(position, whole, (h, w), count).astype(x_BND.dtype)
       x_BND = x_BND + position[:, count:]
       if count:
         prefix_BND = jnp.concatenate(prefix, axis=1)
