@@ -120,15 +120,14 @@ def sent(kind: str, whole: int, group: int) -> float:
 def model(row: dict) -> list[dict]:
   """A row of `results/pods.json` at other numbers of chips, each with as many images."""
   compute, link = CHIP[row['pod'].split(':')[0]]
-  tensor = row['mesh']['tensor']
-  compiled = row['mesh']['data'] * row['mesh']['fsdp'] * tensor
+  tensor, copies = row['mesh']['tensor'], row['mesh']['data'] * row['mesh']['fsdp']
   found = []
   for chips in CHIPS:
     amount = 0
     for c in row['collectives']:
-      # Whoever shares a matrix's columns stays together; the others are more, or fewer.
-      together = c['group'] if c['group'] == tensor > 1 else c['group'] * chips / compiled
-      amount += sent(c['kind'], c['bytes'], together)
+      # Those of `tensor` stay together, and those of `fsdp` where it is not all of the others.
+      grows = c['group'] == copies and c['group'] != tensor
+      amount += sent(c['kind'], c['bytes'], chips // tensor if grows else min(c['group'], chips))
     found.append({
       'chips': chips,
       'bytes_sent': round(amount),
