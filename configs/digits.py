@@ -13,7 +13,7 @@ def get_config():
   config.epochs = 75.0
   config.batch_size = 16
   config.eval_batch_size = 360
-  config.log_every = 100
+  config.log_every = 50
   config.eval_every = 1000
   config.checkpoint_every = 2000
   config.data.source = 'digits'

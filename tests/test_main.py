@@ -48,7 +48,7 @@ def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
   code, again, _ = call(capsys, f'--workdir={tmp_path}')
   assert not code and again == out  # finished: nothing to do
   code, out, _ = call(capsys, f'--workdir={tmp_path}', '--config.epochs=0.1')
-  assert not code and 'after 3 steps' in out
+  assert not code and 'after 6 steps' in out
 
 
 def test_eval(capsys, trained):

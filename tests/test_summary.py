@@ -149,7 +149,7 @@ def test_inspect(capsys, trained, tmp_path):
   assert not code and f'{result["params"]:,}' in out and f'Steps: {result["steps"]}' in out
   flags = ['--mode=inspect', '--config=configs/digits.py', f'--workdir={tmp_path}/run']
   code, out, _ = call(capsys, *flags, '--config.model.depth=1', '--config.epochs=1')
-  assert not code and '| block_*/attention ' in out and 'Steps: 45 of 1 epochs' in out
+  assert not code and '| block_*/attention ' in out and 'Steps: 90 of 1 epochs' in out
   assert not list(tmp_path.iterdir())
   code, out, _ = call(capsys, '--mode=inspect', f'--init={DATA / "timm_map"}')
   assert not code and '| map ' in out and 'Training is that of the default config' in out

@@ -270,8 +270,8 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   elif config.init:
     config, params = inherit.open_init(config, source)
   blank = Task(source.class_names, pair(data.image_size), source.channels)
-  config = decide_cache(config, source, data.train_split, blank.stored_size)
   fit = assemble(config, blank).fit  # and a mistake shows before the images are read
+  config = decide_cache(config, source, data.train_split, blank.stored_size)
   train = open_split(config, source, data.train_split, blank.stored_size, fit, to_train=True)
   task = dataclasses.replace(blank, stored_size=tuple(train.size), train_examples=len(train))
   experiment = assemble(config, task)
