@@ -46,6 +46,16 @@ def machine() -> str:
   return f'{os.cpu_count()} cores of {model}'
 
 
+def circumstances() -> dict[str, str]:
+  """Where and when something was measured, and with what."""
+  return {
+    'machine': machine(),
+    'date': datetime.date.today().isoformat(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+  }
+
+
 def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
   """What the finished runs of one recipe recorded, and their mean.
 
@@ -67,10 +77,7 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
   accuracies = [run['test_accuracy'] for run in runs]
   return {
     'recipe': recipe,
-    'machine': machine(),
-    'date': datetime.date.today().isoformat(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
+    **circumstances(),
     'seeds': [run['config']['seed'] for run in runs],
     'test_accuracy_mean': statistics.mean(accuracies),
     'test_accuracy_std': statistics.stdev(accuracies) if len(runs) > 1 else None,

@@ -193,7 +193,7 @@ def main(
       damaged.append(damage(folder, folder / 'whole1', number))
       print(damaged[-1], flush=True)
   found = {
-    'machine': collect.machine(),
+    **collect.circumstances(),
     'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # the others had ended before
     'identical': sum(k['identical'] for k in kills),
     'while_saving': sum(k['while_saving'] for k in kills),

@@ -1,6 +1,6 @@
 """How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
 
-    python -m benchmarks.input      # 11 minutes on 2 busy cores; results/input.json
+    python -m benchmarks.input      # 6 minutes on 2 cores; results/input.json
 
 All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
 take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
@@ -17,7 +17,6 @@ here, waits for them.
 """
 
 from collections.abc import Callable, Iterator
-import datetime
 import functools
 import importlib.util
 import io
@@ -25,7 +24,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -348,11 +346,8 @@ def main() -> None:
     },
     'decode_and_crop_milliseconds': milliseconds,
     'in_memory_images_per_second': round(in_memory()),
-    'machine': collect.machine(),
     'load_before': load,
-    'date': datetime.date.today().isoformat(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
+    **collect.circumstances(),
   }
   writer.write_json(collect.RESULTS / 'input.json', result)
   print(json.dumps(result, indent=2))

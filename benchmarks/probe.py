@@ -9,10 +9,8 @@ takes; both in one process, in turns, on the same examples. Compiling is left ou
 
 from collections.abc import Callable
 import dataclasses
-import datetime
 import os
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -115,13 +113,7 @@ def measure(config, examples: int, rounds: int) -> dict:
 def main() -> None:
   load = os.getloadavg()[0]  # of whatever else runs
   result = measure(settings(), EXAMPLES, ROUNDS)
-  result |= {
-    'machine': collect.machine(),
-    'load_before': load,
-    'date': datetime.date.today().isoformat(),
-    'python': platform.python_version(),
-    'jax': jax.__version__,
-  }
+  result |= {'load_before': load} | collect.circumstances()
   writer.write_json(collect.RESULTS / 'probe.json', result)
   print({key: value for key, value in result.items() if key != 'rounds'})
 

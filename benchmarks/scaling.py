@@ -145,7 +145,7 @@ def main() -> None:
   pods = writer.read_json(collect.RESULTS / 'pods.json') or {'rows': []}
   names = ('model', 'pod', 'mesh')
   modelled = [{name: row[name] for name in names} | {'at': model(row)} for row in pods['rows']]
-  found = {'machine': collect.machine(), 'alike': same, 'measured': measured, 'modelled': modelled}
+  found = collect.circumstances() | {'alike': same, 'measured': measured, 'modelled': modelled}
   writer.write_json(collect.RESULTS / 'scaling.json', found)
 
 

@@ -438,6 +438,22 @@ def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, t
   assert sum(line['bad_images'] for line in lines) in (1, 2)
 
 
+def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
+  shutil.copytree(photos, tmp_path / 'photos')
+  source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
+  strict, skipping = (
+    stream_lib.open_stream(source, 'train', size=(8, 8), fit=image.fit, skip_bad_images=skip)
+    for skip in (False, True)
+  )
+  before = [array.tobytes() for _, array in skipping.content()]
+  name, _, _ = next(source.read('train', [7]))
+  pathlib.Path(name).unlink()
+  after = [array.tobytes() for _, array in skipping.content()]
+  assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [1 + 7]
+  with pytest.raises(image.BadImage, match=f'{name}: No such file'):
+    list(strict.content())
+
+
 def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   broken = tmp_path / 'photos' / 'test' / 'cat'

@@ -131,7 +131,12 @@ class Stream:
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items())
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     for name, encoded, label in self.read_all():
-      whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
+      try:
+        whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
+      except image_lib.BadImage:
+        if not self.skip_bad_images:
+          raise
+        whole = b''
       yield f'{label} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:

@@ -1,0 +1,108 @@
+"""Streams one epoch of an image folder, as it is and as array_record, and counts what comes.
+
+    python -m benchmarks.streamed tiny_imagenet 64 folder
+    python -m benchmarks.streamed generated 224 folder      # of benchmarks.photos
+
+TFDS writes the files of `folder/<split>/<class>/` as array_record, as they are. Each of the two is
+then trained on, all splits, for an epoch of `data.cache=stream`, without random parts, so that
+images can be told: all must be those that Pillow makes of the files, each once.
+`results/streamed.json` holds how many came, how many others, and how many did not.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from benchmarks import collect
+from vit_jax import data, image, sharding, sources, stream, writer
+
+BATCH = 100
+NAME = 'folder_as_tfds'
+
+Seen = collections.Counter[tuple[int, bytes]]  # (label, hash of the pixels)
+
+
+def write_tfds(folder: pathlib.Path, root: pathlib.Path) -> None:
+  """Writes all files into the split `train` of a dataset below `root`, as TFDS prepares one."""
+  import tensorflow_datasets as tfds
+
+  class FolderAsTfds(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+      names = sorted(path.name for path in (folder / 'train').iterdir())
+      label = tfds.features.ClassLabel(names=names)
+      features = {'image': tfds.features.Image(shape=(None, None, 3)), 'label': label}
+      features = tfds.features.FeaturesDict(features)
+      return self.dataset_info_from_configs(features=features, supervised_keys=('image', 'label'))
+
+    def _split_generators(self, dl_manager):
+      return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+      for path in sorted(folder.glob('*/*/*')):
+        name = path.relative_to(folder).as_posix()
+        yield name, {'image': str(path), 'label': path.parent.name}
+
+  FolderAsTfds(data_dir=root, file_format='array_record').download_and_prepare()
+
+
+def expected(folder: pathlib.Path, size: int) -> Seen:
+  """What Pillow makes of every file."""
+  names = sorted(path.name for path in (folder / 'train').iterdir())
+
+  def read(path):
+    opened = Image.open(path).convert('RGB')
+    if opened.size != (size, size):
+      opened = ImageOps.fit(opened, (size, size), Image.Resampling.BICUBIC)
+    return names.index(path.parent.name), digest(np.asarray(opened))
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return collections.Counter(pool.map(read, folder.glob('*/*/*')))
+
+
+def digest(image_HWC: np.ndarray) -> bytes:
+  return hashlib.sha256(np.ascontiguousarray(image_HWC)).digest()
+
+
+def epoch(source: str, data_dir: str, size: int) -> Seen:
+  """What one epoch of training sees."""
+  found = sources.open_source(source, data_dir, (size, size))
+  arguments = dict(size=(size, size), fit=image.fit, threads=stream.best_threads(0))
+  examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)
+  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
+  batches, seen = data.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
+  for _ in range(len(examples) // BATCH):
+    batch = next(batches)
+    seen.update(zip(np.asarray(batch['label']).tolist(), map(digest, np.asarray(batch['image']))))
+  batches.close()
+  return seen
+
+
+def main(name: str, size: str, folder: str) -> None:
+  folder, size = pathlib.Path(folder).resolve(), int(size)
+  wanted = expected(folder, size)
+  row = {'images': wanted.total(), 'size': size}
+  with tempfile.TemporaryDirectory() as root:
+    write_tfds(folder, pathlib.Path(root))
+    places = {'folder': (f'folder:{folder}', ''), 'array_record': (f'tfds:{NAME}', root)}
+    for kind, where in places.items():
+      seen = epoch(*where, size)
+      row[kind] = {
+        'seen': seen.total(),
+        'not_those_of_pillow': (seen - wanted).total(),
+        'not_seen': (wanted - seen).total(),
+      }
+  path = collect.RESULTS / 'streamed.json'
+  writer.write_json(path, (writer.read_json(path) or {}) | {name: row | collect.circumstances()})
+  print(name, row)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
