@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import collect, photos
-from vit_jax import cluster, data, image, sharding, sources, stream, trainer, writer
+from vit_jax import cluster, data, image, memory, sharding, sources, stream, trainer, writer
 from vit_jax import config as config_lib
 
 COUNT = 20_000
@@ -246,7 +246,7 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   """Images a second of CIFAR's size that are gathered into batches: the most of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
-  examples = sources.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
+  examples = memory.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
   over_batch = sharding.over_batch(sharding.make_mesh(batch))
   batches, rates = data.train_batches(examples, batch, 0, 0, over_batch), []
   for _ in range(2 * ROUNDS):
@@ -257,7 +257,7 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   return max(rates)
 
 
-def memory(workers: str, folder: str) -> None:
+def resident(workers: str, folder: str) -> None:
   """Prints the most bytes that are resident in each of three epochs of an eighth of the files."""
   split = 'train[:12.5%]+test[:12.5%]'
   batches, held = ours(pathlib.Path(folder), int(workers), split), [[], [], []]
@@ -294,7 +294,7 @@ def alone(*arguments: object) -> object:
 
 
 COMMAND = [sys.executable, '-m', 'benchmarks.input']
-ALONE = {'serve': serve, 'memory': memory, 'train': train}
+ALONE = {'serve': serve, 'resident': resident, 'train': train}
 
 
 def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
@@ -325,7 +325,7 @@ def main() -> None:
     milliseconds = decoders(folder)
     rounds = race(folder)
     trained = alone('train', folder)
-    held = {workers: alone('memory', workers, folder) for workers in (0, cores)}
+    held = {workers: alone('resident', workers, folder) for workers in (0, cores)}
   result = ratios(rounds, 1) | {
     'images_per_second_per_core': medians(rounds, 1),
     'images_per_second': medians(rounds, 0),

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import collect
 from vit_jax import config as config_lib
 from vit_jax import data, experiment, features, probe, sharding, state, trainer, writer
-from vit_jax.sources import Examples
+from vit_jax.memory import Examples
 
 EXAMPLES = 8192
 ROUNDS = 7

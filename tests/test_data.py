@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import data, sharding, sources
+from vit_jax import data, memory, sharding
 
 
 def take(count, **arguments):
@@ -32,7 +32,7 @@ def test_the_step_is_the_whole_state():
 @pytest.mark.parametrize('batch_size', [1, 4, 7, 13, 50])
 def test_evaluation_counts_each_example_once(batch_size):
   image = np.arange(13 * 4, dtype=np.uint8).reshape(13, 2, 2, 1)
-  examples = sources.Examples(image, np.arange(13, dtype=np.int32))
+  examples = memory.Examples(image, np.arange(13, dtype=np.int32))
   batches = list(
     data.eval_batches(examples, batch_size, sharding.over_batch(sharding.make_mesh(2)))
   )
@@ -45,7 +45,7 @@ def test_evaluation_counts_each_example_once(batch_size):
 
 def test_a_batch_lies_over_the_devices():
   mesh = sharding.make_mesh(8)
-  examples = sources.Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
+  examples = memory.Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
   batch = next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(mesh)))
   assert mesh.size == len(jax.devices()) == 2
   assert [shard.data.shape for shard in batch['image'].addressable_shards] == [(4, 2, 2, 1)] * 2

@@ -12,7 +12,7 @@ import pytest
 from configs import imagenet
 from tests.conftest import DATA, small_config
 from vit_jax import config as config_lib
-from vit_jax import evaluate, experiment, pretrained, real, sources, trainer
+from vit_jax import evaluate, experiment, memory, pretrained, real, sources, trainer
 from vit_jax.check import check
 
 TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of each
@@ -130,7 +130,7 @@ def predictions(workdir, source):
   model, params = pretrained.load(workdir)
   exp = experiment.from_workdir(workdir)[0]
   names = [name for name, _, _ in source.read('test', range(source.sizes['test']))]
-  images = sources.load(source, 'test', (8, 8), fit=exp.fit).image_NHWC
+  images = memory.load(source, 'test', (8, 8), fit=exp.fit).image_NHWC
   logits = jax.jit(model.apply)({'params': params}, images / np.float32(127.5) - 1)
   return dict(zip(names, np.asarray(logits.argmax(1)).tolist()))
 

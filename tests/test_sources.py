@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import DATA
 from vit_jax import image as image_lib
-from vit_jax import sources, splits
+from vit_jax import memory, sources, splits
 
 SIZES = {'train': 100, 'test': 20}
 
@@ -42,7 +42,7 @@ def test_overlap():
 
 def test_digits_are_stratified():
   source = sources.open_source('digits', '', (8, 8))
-  train, test = (sources.load(source, split, (8, 8), keep_smaller=True) for split in SIZES)
+  train, test = (memory.load(source, split, (8, 8), keep_smaller=True) for split in SIZES)
   assert train.image_NHWC.shape == (1437, 8, 8, 1) and len(test) == 360
   both = np.concatenate([train.image_NHWC, test.image_NHWC]).reshape(1797, -1)
   assert both.max() == 255
@@ -64,7 +64,7 @@ def make_folder(root, layout, count=12, size=(10, 8)):
 
 def load(root, split='train', size=(32, 32), **arguments):
   source = sources.open_source(f'folder:{root}', '', size)
-  return source, sources.load(source, split, size, **arguments)
+  return source, memory.load(source, split, size, **arguments)
 
 
 @pytest.mark.parametrize('held_out', ['test', 'val', 'validation'])
@@ -199,7 +199,7 @@ def test_hidden_files_are_no_images(tmp_path):
 def test_too_large_for_memory_is_refused():
   source = sources.Source({'train': 10**9}, ('a', 'b'), 3, None)
   with pytest.raises(ValueError, match=r'train\[:10%\]'):
-    sources.load(source, 'train', (224, 224))
+    memory.load(source, 'train', (224, 224))
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -226,8 +226,8 @@ def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
     shard.unlink()
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
   with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 can not be read.*missing or'):
-    sources.load(source, 'train', (8, 8))
-  assert len(sources.load(source, 'test', (8, 8))) == 3
+    memory.load(source, 'train', (8, 8))
+  assert len(memory.load(source, 'test', (8, 8))) == 3
 
 
 def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
@@ -239,7 +239,7 @@ def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
 
 
 def check_mini(source):
-  train = sources.load(source, 'train', (8, 8), keep_smaller=True)
+  train = memory.load(source, 'train', (8, 8), keep_smaller=True)
   assert train.image_NHWC.shape == (6, 8, 8, 3)
   for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
     assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()

@@ -29,6 +29,7 @@ from vit_jax import (
   experiment,
   features,
   image,
+  memory,
   sharding,
   sources,
   trainer,
@@ -105,8 +106,8 @@ def photo_config(photos, **overrides):
 def test_the_order_is_that_of_examples_in_memory():
   stream = open_numbered()
   images = np.stack([image_HWC for _, image_HWC, _ in numbered('train', range(IDS))])
-  memory = sources.Examples(images, np.arange(IDS, dtype=np.int32))
-  same(take(stream, 9), take(memory, 9))
+  loaded = memory.Examples(images, np.arange(IDS, dtype=np.int32))
+  same(take(stream, 9), take(loaded, 9))
 
 
 def test_threads_workers_and_where_it_begins_change_nothing(photos):
@@ -364,7 +365,7 @@ def test_what_does_not_fit_is_streamed(photos, monkeypatch, caplog):
   config_ = photo_config(photos, **{'data.cache': 'auto'})
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = experiment.from_config(config_)
-  assert isinstance(training.train, sources.Examples) and exp.config.data.cache == 'memory'
+  assert isinstance(training.train, memory.Examples) and exp.config.data.cache == 'memory'
   assert 'auto takes memory: train fits' in caplog.text
   pages = {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 2}
   monkeypatch.setattr(sources.os, 'sysconf', pages.get)
@@ -481,8 +482,8 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
     np.testing.assert_array_equal(same_scores.label_N, examples.label_N)
     np.testing.assert_array_equal(same_scores.predicted_N, scores.predicted_N)
   shown = training.test.some(same_scores.index_N)
-  memory = sources.load(training.test.source, 'test', (8, 8), skip_bad_images=True)
-  np.testing.assert_array_equal(shown.image_NHWC, memory.image_NHWC)
+  loaded = memory.load(training.test.source, 'test', (8, 8), skip_bad_images=True)
+  np.testing.assert_array_equal(shown.image_NHWC, loaded.image_NHWC)
 
 
 def resident():
@@ -576,9 +577,9 @@ def test_tfds_is_streamed(tmp_path):
   shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
   stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image.fit)
-  memory = sources.load(source, 'train', (8, 8))
-  same(take(stream, 4), take(memory, 4))
-  np.testing.assert_array_equal(stream.label_N, memory.label_N)
+  loaded = memory.load(source, 'train', (8, 8))
+  same(take(stream, 4), take(loaded, 4))
+  np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   names = [name for name, _, _ in source.read('train', [4, 1, 1])]
   assert names == [f'tfds:mini/train/{i}' for i in (4, 1, 1)]
   sources.open_records.cache_clear()  # what this process has opened it goes on to read
@@ -591,12 +592,12 @@ def test_a_part_of_a_stream_is_that_of_the_examples_in_memory(photos):
   source = sources.open_source(f'folder:{photos}', '', (8, 8))
   split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image.fit}
   stream = stream_lib.open_stream(source, split, **arguments)
-  memory = sources.load(source, split, **arguments)
-  assert len(stream) == len(memory) == 26
-  np.testing.assert_array_equal(stream.label_N, memory.label_N)
+  loaded = memory.load(source, split, **arguments)
+  assert len(stream) == len(loaded) == 26
+  np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   some, index = stream.some([25, 3, 21]), [25, 3, 21]
-  np.testing.assert_array_equal(some.image_NHWC, memory.image_NHWC[index])
-  np.testing.assert_array_equal(some.label_N, memory.label_N[index])
-  both, whole = stream.joined(stream), memory.joined(memory)
+  np.testing.assert_array_equal(some.image_NHWC, loaded.image_NHWC[index])
+  np.testing.assert_array_equal(some.label_N, loaded.label_N[index])
+  both, whole = stream.joined(stream), loaded.joined(loaded)
   np.testing.assert_array_equal(both.some(range(52)).image_NHWC, whole.image_NHWC)
   assert [a.tobytes() for _, a in both.content()] != [a.tobytes() for _, a in stream.content()]

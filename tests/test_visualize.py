@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
-from vit_jax import draw, maps, pictures, report, sources, trainer, visualize
+from vit_jax import draw, maps, memory, pictures, report, trainer, visualize
 
 PICTURES = set(pictures.PICTURES)
 OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
@@ -106,7 +106,7 @@ def test_it_scores_what_eval_scores(trained):
 def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
   image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
   image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
-  test = sources.Examples(image, np.arange(300) % 4)
+  test = memory.Examples(image, np.arange(300) % 4)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
   found = visualize.choose(test, exp)[:, 0, 0, 0].tolist()
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from vit_jax import sharding
-from vit_jax.sources import Examples
+from vit_jax.memory import Examples
 from vit_jax.stream import Stream
 
 ENDLESS = 2**48  # steps

@@ -25,6 +25,7 @@ from vit_jax import (
   image,
   inherit,
   losses,
+  memory,
   optim,
   pretrained,
   real,
@@ -41,7 +42,7 @@ from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
 
-Split = sources.Examples | stream.Stream
+Split = memory.Examples | stream.Stream
 # The last step of each part of a run, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
 
@@ -82,7 +83,7 @@ class Experiment:
   augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   augment_and_mix: Callable[..., tuple[jax.Array, jax.Array]]
   normalize: Callable[[jax.Array], jax.Array]
-  fit: sources.Fit
+  fit: image.Fit
 
   @property
   def augments(self) -> bool:
@@ -290,7 +291,7 @@ def decide_cache(
   if config.data.cache != 'auto':
     return config
   count = sum(stop - start for _, start, stop in splits.resolve(split, source.sizes))
-  too_much = sources.need(count, size, source.channels)
+  too_much = memory.need(count, size, source.channels)
   if jax.distributed.is_initialized():  # hosts may have more or less memory: the first decides
     too_much = cluster.from_first(lambda: too_much)
   cache = 'stream' if too_much else 'memory'
@@ -304,7 +305,7 @@ def open_split(
   source: sources.Source,
   split: str,
   size: tuple[int, int],
-  fit: sources.Fit,
+  fit: image.Fit,
   to_train: bool = False,
 ) -> Split:
   """A split in memory or as a stream, as `data.cache` says.
@@ -319,7 +320,7 @@ def open_split(
   """
   data, crop = config.data, config.augment.resized_crop
   if data.cache == 'memory':
-    return sources.load(source, split, size, to_train, data.skip_bad_images, fit)
+    return memory.load(source, split, size, to_train, data.skip_bad_images, fit)
   cropped = to_train and augment.AUGMENTATIONS['resized_crop'].on(crop)
   return stream.open_stream(
     source,
@@ -529,7 +530,7 @@ def report(name: str, examples: Split | None) -> None:
   if examples is None:
     return
   log.info('%s: %s examples', name, f'{len(examples):,}')
-  if isinstance(examples, sources.Examples) and examples.skipped:
+  if isinstance(examples, memory.Examples) and examples.skipped:
     log.warning('%s: skipped %d bad images:', name, len(examples.skipped))
     for message in examples.skipped:
       log.warning('  %s', message)

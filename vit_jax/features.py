@@ -21,7 +21,7 @@ import numpy as np
 
 import vit_jax
 from vit_jax import cluster, data, experiment, format_npz, progress, sharding
-from vit_jax.sources import Examples
+from vit_jax.memory import Examples
 
 log = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
+Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (height, width) to `image_HWC`
 
 
 class BadImage(ValueError):
@@ -122,6 +123,12 @@ def fit(
     image = ImageOps.fit(image, (width, height), method, bleed=(1 - crop) / 2)
   array = np.asarray(image)
   return array[..., None] if array.ndim == 2 else array
+
+
+def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
+  """Fits an array as `fit` fits a file."""
+  pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+  return fit(Image.fromarray(pixels), size)
 
 
 def random_part(

@@ -1,24 +1,20 @@
-"""Where examples come from: `SOURCES`, a table of kinds; and examples that are loaded into memory.
+"""Where examples come from: `SOURCES`, a table of kinds.
 
 Decisions:
   * A split is resolved to index ranges before anything is decoded, so that every source
     speaks TFDS notation and only what is asked for is read.
   * A source is read by split and index, in any order, and may be sent to another process: what
     reads it holds names and paths, not open files.
-  * Images are kept as uint8, at their own size where all have one and it is no larger
-    than the model's; the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
   * The order of a folder's files is that of a hash of their paths: mixed, so that
     `train[:98%]` holds every class, and independent of file system and NumPy version.
   * TensorFlow runs in a child process only, to download and prepare (`prepare.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import logging
-import math
 import os
 import pathlib
 import re
@@ -28,11 +24,10 @@ import sys
 import jax
 import numpy as np
 
-from vit_jax import cluster, progress, sharding, splits
+from vit_jax import cluster
 from vit_jax import image as image_lib
 from vit_jax.names import choose
 
-Fit = Callable[[image_lib.Image.Image, tuple[int, int]], np.ndarray]
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
 
 TEST_NAMES = ('test', 'val', 'validation')
@@ -56,48 +51,6 @@ class Source:
   class_names: tuple[str, ...]
   channels: int
   read: Callable[[str, Sequence[int]], Iterator[Example]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """A split in memory: `image_NHWC` uint8, `label_N` int32; `skipped` names bad images."""
-
-  image_NHWC: np.ndarray
-  label_N: np.ndarray
-  skipped: tuple[str, ...] = ()
-
-  def __len__(self) -> int:
-    return len(self.label_N)
-
-  @property
-  def size(self) -> tuple[int, int]:
-    """Height and width."""
-    return self.image_NHWC.shape[1:3]
-
-  def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `data.Plan`: `image` and `label`."""
-    for step in plan.steps:
-      index_B = plan.examples(plan.positions(step))
-      yield {
-        'image': sharding.gather(self.image_NHWC, index_B, over_batch),
-        'label': sharding.gather(self.label_N, index_B, over_batch),
-      }
-
-  def some(self, index_N: Sequence[int]) -> 'Examples':
-    """Those at these places."""
-    return Examples(self.image_NHWC[index_N], self.label_N[index_N])
-
-  def joined(self, other: 'Examples') -> 'Examples':
-    """These, and after them the others."""
-    return Examples(
-      np.concatenate([self.image_NHWC, other.image_NHWC]),
-      np.concatenate([self.label_N, other.label_N]),
-    )
-
-  def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """What tells these examples from others: arrays by name."""
-    yield 'images', self.image_NHWC
-    yield 'labels', self.label_N
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -128,63 +81,9 @@ def look(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None
   return tfds_source(name, max(filter(None, found), key=lambda one: len(one.info.splits)))
 
 
-def load(
-  source: Source,
-  split: str,
-  size: tuple[int, int],
-  keep_smaller: bool = False,
-  skip_bad_images: bool = False,
-  fit: Fit = image_lib.fit,
-) -> Examples:
-  """Reads a split into memory.
-
-  Args:
-    source: what to read.
-    split: in TFDS notation.
-    size: (height, width) that images are fitted to.
-    keep_smaller: leave images as they are where all are of one size not above `size`.
-    skip_bad_images: leave out what can't be decoded, instead of raising.
-    fit: `image.fit`, its further arguments bound.
-
-  Raises:
-    image.BadImage: the first file that can't be decoded.
-    ValueError: the split doesn't exist or holds nothing.
-  """
-
-  def keep_or_fit(image, size):
-    smaller = image.height <= size[0] and image.width <= size[1]
-    return np.asarray(image) if keep_smaller and smaller else fit(image, size)
-
-  def decode(example):
-    try:
-      return example[0], pixels(source, example, size, keep_or_fit), example[2]
-    except image_lib.BadImage as error:
-      if not skip_bad_images:
-        raise
-      return str(error), None, example[2]
-
-  pieces = splits.resolve(split, source.sizes)
-  count = sum(stop - start for _, start, stop in pieces)
-  check_memory(split, count, size, source.channels)
-
-  def read():
-    for name, start, stop in pieces:
-      yield from source.read(name, range(start, stop))
-
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    read_all = (example for chunk in chunks(read(), 4096) for example in pool.map(decode, chunk))
-    decoded = list(progress.bar(read_all, f'Reading {split}', 'image', count))
-  skipped = tuple(name for name, image, _ in decoded if image is None)
-  good = [(image, label) for _, image, label in decoded if image is not None]
-  if not good:
-    raise ValueError(f'Split {split!r}: all {len(skipped)} images are bad.')
-  images = [image for image, _ in good]
-  if keep_smaller and len({image.shape for image in images}) > 1:
-    images = [refit(image, size, fit) for image in images]
-  return Examples(np.stack(images), np.array([label for _, label in good], np.int32), skipped)
-
-
-def pixels(source: Source, example: Example, size: tuple[int, int], fit: Fit) -> np.ndarray:
+def pixels(
+  source: Source, example: Example, size: tuple[int, int], fit: image_lib.Fit
+) -> np.ndarray:
   """What is in an example that was read, `image_HWC`: files fitted, arrays as they are.
 
   Raises:
@@ -209,33 +108,6 @@ def check_label(source: Source, name: str, label: int) -> None:
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
   """The file that an example is."""
   return image_lib.read(encoded) if isinstance(encoded, pathlib.Path) else encoded
-
-
-def need(count: int, size: tuple[int, int], channels: int) -> str:
-  """How much memory images need where that is more than half of the machine's; else empty."""
-  bytes_ = count * math.prod(size) * channels
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if bytes_ <= memory / 2:
-    return ''
-  return (
-    f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, this machine has '
-    f'{memory / 1e9:.1f} GB'
-  )
-
-
-def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -> None:
-  """Raises ValueError where a split would fill more than half of the memory."""
-  if too_much := need(count, size, channels):
-    raise ValueError(
-      f'Split {split!r}: {too_much}. Stream it (data.cache=stream), take a part, e.g. '
-      f'{split}[:10%], or set a smaller data.image_size.'
-    )
-
-
-def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
-  """Fits an array as `fit` fits a file."""
-  pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-  return fit(image_lib.Image.fromarray(pixels), size)
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

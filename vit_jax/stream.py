@@ -30,16 +30,8 @@ import numpy as np
 
 from vit_jax import cluster, splits
 from vit_jax import image as image_lib
-from vit_jax.sources import (
-  Example,
-  Examples,
-  Fit,
-  Source,
-  as_bytes,
-  check_label,
-  pixels,
-  refit,
-)
+from vit_jax.memory import Examples
+from vit_jax.sources import Example, Source, as_bytes, check_label, pixels
 
 PART = 16  # rows that a thread decodes before it goes on to others
 AHEAD = 2  # batches on the device before they are asked for
@@ -47,13 +39,13 @@ AHEAD = 2  # batches on the device before they are asked for
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """A split that is read anew in every epoch, in the place of `sources.Examples`.
+  """A split that is read anew in every epoch, in the place of `memory.Examples`.
 
   Attributes:
     source: what is read.
     pieces: `(split, start, stop)`, one after the other.
     size: (height, width) of what comes out.
-    fit: as for `sources.load`.
+    fit: as for `memory.load`.
     crop: `min_area` and `max_aspect` of the random parts that training sees; None: `fit` decides.
     skip_bad_images: replace what can't be decoded, instead of raising.
     workers: processes that decode; 0: this one.
@@ -63,7 +55,7 @@ class Stream:
   source: Source
   pieces: tuple[tuple[str, int, int], ...]
   size: tuple[int, int]
-  fit: Fit
+  fit: image_lib.Fit
   crop: Mapping[str, float] | None = None
   skip_bad_images: bool = False
   workers: int = 0
@@ -198,7 +190,7 @@ class Stream:
     if uniform_4 is None:
       image_HWC = pixels(self.source, example, self.size, self.fit)
       same = image_HWC.shape[:2] == tuple(self.size)
-      return image_HWC if same else refit(image_HWC, self.size, self.fit)
+      return image_HWC if same else image_lib.refit(image_HWC, self.size, self.fit)
     check_label(self.source, name, label)
     choose = functools.partial(image_lib.random_part, uniform_4, **self.crop)
     if isinstance(encoded, np.ndarray):

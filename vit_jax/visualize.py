@@ -31,8 +31,8 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.maps import Missing
+from vit_jax.memory import Examples
 from vit_jax.pictures import PICTURES, Attention, Scores, Subject, grid
-from vit_jax.sources import Examples
 
 log = logging.getLogger(__name__)
 
