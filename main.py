@@ -20,6 +20,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 
 from vit_jax import config as config_lib
@@ -64,6 +65,9 @@ def evaluate(args, overrides):
   from vit_jax import cluster, evaluate
 
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
+    signal.signal(
+      signal.SIGTERM, signal.SIG_DFL
+    )  # JAX would keep it for who asks, as training does
     result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
     if cluster.is_first():
       print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))

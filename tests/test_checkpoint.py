@@ -11,10 +11,11 @@ import sys
 
 from conftest import small_config
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, evaluate, trainer
+from vit_jax import checkpoint, evaluate, state, trainer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -97,6 +98,48 @@ def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tm
   assert_same_end(workdir, trained)
 
 
+def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, monkeypatch):
+  workdir = copied(trained, tmp_path)
+  for step in (16, 32):
+    damage(workdir, step, 'params', 'cut')
+
+  def refuse(path, mode):
+    raise PermissionError(13, 'Permission denied', str(path))
+
+  monkeypatch.setattr(checkpoint, 'open', refuse, raising=False)
+  with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
+    trainer.train(small_config(), workdir)
+  assert checkpoint.steps(workdir) == [32, 16]
+
+
+@pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
+def test_a_config_of_another_kind_is_damaged(trained, tmp_path, text):
+  workdir = copied(trained, tmp_path)
+  (workdir / 'checkpoints' / '32' / 'config' / 'metadata').write_text(text)
+  assert evaluate.run(workdir, {})['step'] == 16
+
+
+def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  damage(workdir, 32, 'params', 'flip')
+  assert trainer.train(small_config(), workdir)['steps'] == 32
+  assert checkpoint.latest_step(workdir) == 32
+  assert_same_end(workdir, trained)
+
+
+def test_the_best_stays_through_resuming(tmp_path):
+  blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
+  step = 0
+  for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
+    with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
+      for accuracy in accuracies:
+        step += 1
+        saved = {'config': {}, 'task': {}, 'seconds': 0}
+        checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
+        checkpoints.wait()
+    assert checkpoint.steps(tmp_path) == kept
+
+
 @contextlib.contextmanager
 def small_disk(folder, size):
   """A file system of so many bytes; skips where none can be mounted."""
@@ -113,6 +156,11 @@ def small_disk(folder, size):
 def space(folder):
   """Bytes that it takes in a file system of pages of 4 KiB."""
   return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob('*') if p.is_file())
+
+
+def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
+  error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
+  assert '(No space left on device). Those before' in str(checkpoint.unwritten(tmp_path, error))
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path):

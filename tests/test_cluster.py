@@ -72,7 +72,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   processes[1].wait()
 
   processes = start_both(workdir)
-  wait_for(lambda: 'First step done' in (tmp_path / '0.log').read_text(), processes)
+  wait_for(lambda: 'Going on from' in (tmp_path / '0.log').read_text(), processes)
   processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
   assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
   assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
@@ -105,3 +105,12 @@ def test_flags_that_do_not_go_together():
     cluster.join('localhost:1234', 2, None)
   with pytest.raises(ValueError, match='0 to n-1'):
     cluster.join('localhost:1234', 2, 5)
+  with pytest.raises(ValueError, match='--coordinator=foo: expected <host>:<port>'):
+    cluster.join('foo', 2, 0)
+
+
+def test_processes_that_would_train_differently_are_told(monkeypatch):
+  cluster.check_same('config', {'lr': 0.1, 'sizes': (1, 2)})
+  monkeypatch.setattr(cluster, 'from_first', lambda _: {'lr': 0.3, 'sizes': [1, 2]})
+  with pytest.raises(ValueError, match='another config: lr: 0.3 there, 0.1 here'):
+    cluster.check_same('config', {'lr': 0.1, 'sizes': (1, 2)})

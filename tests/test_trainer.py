@@ -1,6 +1,7 @@
 """The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -249,8 +250,9 @@ def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
 
 def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   steps = lambda lines: [(line['step'], line['split']) for line in lines]
+  calls = itertools.count(1)  # one after each step
   with monkeypatch.context() as patch:
-    patch.setattr(cluster.Preemption, 'is_due', lambda self, step: step == 16)
+    patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
     patch.setattr(trainer.Run, 'evaluate', None)  # there is no time for it
     with pytest.raises(cluster.Preempted, match='step 16 of 32 is saved'):
       trainer.train(small_config(), tmp_path)
@@ -260,6 +262,23 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   assert steps(stopped) == steps(whole)
   test = [[line for line in part if line['split'] == 'test'] for part in (whole, stopped)]
   assert test[0] == test[1]
+
+
+def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
+  def bad(*_):
+    raise ValueError('test/3.jpg: not a readable image')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(trainer.Run, 'score', bad)
+    with pytest.raises(ValueError, match='not a readable'):
+      trainer.train(small_config(), tmp_path)
+  assert checkpoint.latest_step(tmp_path) == 16
+  assert trainer.train(small_config(), tmp_path)['test_accuracy'] == trained[1]['test_accuracy']
+  ends = [
+    [(line['step'], line['loss']) for line in writer.read_metrics(path) if line['split'] == 'test']
+    for path in (tmp_path, trained[0])
+  ]
+  assert ends[0] == ends[1] and len(ends[0]) == 2
 
 
 def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):

@@ -71,8 +71,10 @@ def check(config: ConfigDict) -> None:
   check_augment(config)
   check_progressive(config)
   axes = dict(config.mesh)
-  if list(axes.values()).count(-1) > 1 or not all(n == -1 or n > 0 for n in axes.values()):
-    raise ValueError(f'mesh needs numbers of devices, and -1 for one axis at most, got {axes}.')
+  if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
+    raise ValueError(
+      f'mesh needs numbers of devices, and -1 for one of fsdp and tensor at most, got {axes}.'
+    )
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split):
     raise ValueError(

@@ -12,10 +12,15 @@ Decisions:
     it afterwards its digests tell, which are compared whenever it is read.
 """
 
+import contextlib
+import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import os
 import pathlib
+import sys
 import time
 
 import jax
@@ -29,6 +34,7 @@ from vit_jax.state import TrainState
 log = logging.getLogger(__name__)
 
 ITEMS = ('config', 'params', 'state')
+SAVED = {'config', 'task', 'seconds'}  # keys of the item `config`
 ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # the first process
 
 
@@ -45,7 +51,10 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
     """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
     self._workdir = workdir
-    self._manager = manager(workdir, keep) if cluster.is_first() else None
+    self._accuracies, self._manager = {}, None
+    if cluster.is_first():
+      self._accuracies = accuracies(workdir)
+      self._manager = manager(workdir, keep, self._accuracies)
 
   def __enter__(self):
     return self
@@ -79,12 +88,14 @@ class Checkpoints:
     if self._manager is None:
       return
     items = {'params': host.params, 'state': rest(host)}
+    if accuracy is not None:
+      config = config | {'accuracy': accuracy}
+      self._accuracies[step] = accuracy
     config = json.loads(json.dumps(config))  # tuples are lists, as they will be read
     digests = {name: digest(item) for name, item in (items | {'config': config}).items()}
     try:
       self._manager.save(
         step,
-        metrics=None if accuracy is None else {'accuracy': accuracy},
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(items['params']),
           state=ocp.args.StandardSave(items['state']),
@@ -133,21 +144,48 @@ class Checkpoints:
     return jax.tree.leaves(like.replace(params=items.params, **items.state)), items.config
 
 
-def manager(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
-  """orbax's, of the first process alone."""
-  best = policies.BestN(
-    get_metric_fn=lambda metrics: metrics['accuracy'],
-    n=1,
-    keep_checkpoints_without_metrics=False,
-  )
+@dataclasses.dataclass
+class Best(policies.PreservationPolicy):
+  """Keeps the checkpoint of the highest accuracy, the newest of those; `accuracies` by step.
+
+  orbax's own policy knows only what was saved since it was opened.
+  """
+
+  accuracies: dict[int, float]
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    scored = [(self.accuracies[c.step], c.step) for c in checkpoints if c.step in self.accuracies]
+    best = max(scored, default=(None, None))[1]
+    return [c.step == best for c in checkpoints]
+
+
+def accuracies(workdir: pathlib.Path) -> dict[int, float]:
+  """The held-out accuracy of each checkpoint that has one."""
+  found = {}
+  for step in steps(workdir):
+    with contextlib.suppress(Damaged):
+      found[step] = read(workdir, step, 'config').get('accuracy')
+  return {step: accuracy for step, accuracy in found.items() if accuracy is not None}
+
+
+def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
+  """orbax's, of the first process alone; `scored` are `accuracies`, to which more may come."""
+  policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), best]),
+    preservation_policy=policy,
     cleanup_tmp_directories=True,
     create=False,  # which orbax wants of a manager for some of the processes
     multiprocessing_options=ALONE,
   )
   directory(workdir).mkdir(parents=True, exist_ok=True)
-  return ocp.CheckpointManager(directory(workdir), options=options)
+  try:
+    return ocp.CheckpointManager(directory(workdir), options=options)
+  except Exception as error:  # orbax raises many kinds
+    raise ValueError(
+      f'orbax can not open {directory(workdir)}: {error}. If one of the checkpoints there is '
+      'damaged, move it away; the same command goes on from the others.'
+    ) from error
 
 
 def rest(state: TrainState) -> dict:
@@ -199,6 +237,8 @@ def read(workdir: pathlib.Path, step: int, item: str):
   """The same, in this process."""
   found = restored(workdir, step, item)
   about = found if item == 'config' else restored(workdir, step, 'config')
+  if not isinstance(about, dict) or not about.keys() >= SAVED:
+    raise damaged(workdir, step, f'its config has not {", ".join(sorted(SAVED))}')
   digests = about.pop('digests', {})  # an older version wrote none
   now = digest(found)
   if digests.get(item, now) != now:
@@ -213,8 +253,39 @@ def restored(workdir: pathlib.Path, step: int, item: str):
   try:
     with ocp.Checkpointer(handler, multiprocessing_options=ALONE) as checkpointer:
       return checkpointer.restore(directory(workdir) / str(step) / item)
+  except MemoryError:
+    raise
   except Exception as error:  # orbax and tensorstore raise many kinds
+    sys.unraisablehook = unraisable
+    check_readable(directory(workdir) / str(step))
     raise damaged(workdir, step, error) from error
+
+
+def unraisable(found) -> None:
+  """Python's own, but for the reads that were under way when orbax gave a checkpoint up."""
+  if str(found.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(found)
+
+
+def check_readable(folder: pathlib.Path) -> None:
+  """Raises OSError where a file can't be read now: what it holds may yet be whole."""
+
+  def fail(error):
+    raise error
+
+  try:
+    for inside, _, names in os.walk(folder, onerror=fail):
+      for name in names:
+        with open(os.path.join(inside, name), 'rb') as file:
+          while file.read(2**24):
+            pass
+  except FileNotFoundError:  # nor will it be
+    pass
+  except OSError as error:
+    raise OSError(
+      f'The checkpoint {folder} can not be read ({error.strerror}: {error.filename}). It was left '
+      'as it is; the same command goes on once it can.'
+    ) from error
 
 
 def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
@@ -225,11 +296,12 @@ def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
 
 def unwritten(workdir: pathlib.Path, error: Exception) -> OSError:
   """The error for a checkpoint that can't be written."""
-  reason = (str(error).splitlines() or [''])[0][:200]
+  known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE))
+  first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+  reason = next((text for text in known if text in str(error)), first)
   return OSError(
-    f'A checkpoint could not be written into {directory(workdir)} ({type(error).__name__}: '
-    f'{reason}). Those before it are whole. Make room, or whatever it needs; the same command goes '
-    'on from them.'
+    f'A checkpoint could not be written into {directory(workdir)} ({reason}). Those before it are '
+    'whole. Make room, or whatever it needs; the same command goes on from them.'
   )
 
 

@@ -11,8 +11,10 @@ Decisions:
 from collections.abc import Callable, Iterator
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -33,6 +35,7 @@ LAUNCHERS = (
   'JAX_COORDINATOR_ADDRESS',
 )  # fmt: skip
 ARRAY = '__array__'  # key of what stands for an array in JSON
+ASKED = itertools.count(2**30)  # of the preemption service, by this process
 
 
 class Preempted(Exception):
@@ -50,7 +53,7 @@ def joined(
   join(coordinator, num_processes, process_id)
   try:
     yield
-  except Exception as error:
+  except (Exception, KeyboardInterrupt) as error:
     if not jax.distributed.is_initialized():
       raise
     leave(error)
@@ -78,6 +81,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     )
   if num_processes == 1 or not (some or in_cluster()):
     return
+  if coordinator and not re.fullmatch(r'.+:\d+', coordinator):
+    raise ValueError(f'--coordinator={coordinator}: expected <host>:<port>, as in 10.0.0.1:8476.')
   try:
     with warnings.catch_warnings(action='ignore'):  # of clusters that it can't look into
       jax.distributed.initialize(
@@ -92,6 +97,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       f'The processes did not come together within {JOIN} s: {error}. To run in this process '
       'alone, give --num_processes=1.'
     ) from error
+  asked_to_stop()  # so that a notice before the first step is for a call that is yet to come
   if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
     jax.config.update('jax_num_cpu_devices', cores())
 
@@ -101,10 +107,12 @@ def in_cluster() -> bool:
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 
-def leave(error: Exception) -> None:
+def leave(error: BaseException) -> None:
   """Ends this process, one of several, at once: an ordinary exit would wait for the others."""
   name = f'process {jax.process_index()} of {jax.process_count()}'
-  if isinstance(error, ValueError | OSError | FloatingPointError):
+  if isinstance(error, KeyboardInterrupt):
+    print(f'{name}: interrupted.', file=sys.stderr)
+  elif isinstance(error, ValueError | OSError | FloatingPointError):
     print(f'error: {name}: {error}', file=sys.stderr)
   else:
     traceback.print_exception(error)
@@ -114,7 +122,17 @@ def leave(error: Exception) -> None:
     time.sleep(LOST + 5)  # it ends this process then
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(2)
+  os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def asked_to_stop() -> bool:
+  """Whether all processes are to stop now; each asks equally often.
+
+  JAX has them stop at the call after the latest that any had made when the notice came, and tells
+  calls by their numbers. They are not steps, with which a run may begin anywhere, and are larger
+  than any, because orbax asks too, with its own.
+  """
+  return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
 
 def cores() -> int:
@@ -167,6 +185,16 @@ def from_first(function: Callable[[], object]) -> object:
   return told['value']
 
 
+def check_same(what: str, value: dict) -> None:
+  """Raises ValueError where this process has another value than the first: of JSON's kinds."""
+  value = json.loads(json.dumps(value))
+  first = from_first(lambda: value)
+  keys = [key for key in {**first, **value} if first.get(key) != value.get(key)]
+  if keys:
+    differences = '; '.join(f'{k}: {first.get(k)!r} there, {value.get(k)!r} here' for k in keys)
+    raise ValueError(f'The first process has another {what}: {differences}. Start all with one.')
+
+
 def broadcast(data: bytes | None) -> bytes:
   """The first process's bytes, in all; the others give None."""
   size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
@@ -207,8 +235,8 @@ class Preemption:
   def _notice(self, *_) -> None:
     self._noticed = True
 
-  def is_due(self, step: int) -> bool:
+  def is_due(self) -> bool:
     """Whether to save and stop after this step; to be asked after each one."""
     if jax.distributed.is_initialized():
-      return multihost_utils.reached_preemption_sync_point(step)
+      return asked_to_stop()
     return self._noticed

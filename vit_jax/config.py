@@ -48,8 +48,8 @@ def default_config() -> ConfigDict:
   c.deterministic = False  # of the same seed on the same GPUs, the same bits, more slowly; CPUs
   # give them anyway
 
-  c.mesh = ConfigDict()  # devices along each axis; -1, of one: all that remain
-  c.mesh.data = -1  # each with a share of the batch
+  c.mesh = ConfigDict()  # devices along each axis; -1: all that remain
+  c.mesh.data = -1  # each with a share of the batch; 1 where another is -1
   c.mesh.fsdp = 1  # likewise, and with a share of parameters and optimizer state
   c.mesh.tensor = 1  # each with a share of attention's heads and the MLP's hidden units
 
@@ -157,7 +157,8 @@ def default_config() -> ConfigDict:
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
-    'data.eval_split', 'data.real_labels', 'data.workers', 'data.threads', 'model.remat',
+    'data.eval_split', 'data.real_labels', 'data.workers', 'data.threads', 'data.skip_bad_images',
+    'model.remat',
 )  # fmt: skip
 
 

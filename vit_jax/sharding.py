@@ -81,7 +81,8 @@ def make_mesh(
     batch_size: examples over all devices.
     micro_batches: that a device's share is to divide into.
     group: neighbours that stay together on a device and in a micro-batch.
-    shape: devices along each of `AXES`; -1, of one of them, for all that remain.
+    shape: devices along each of `AXES`; -1, of one of them, for all that remain. That of `data`
+      gives way to another's.
 
   Raises:
     ValueError: devices that make no such mesh, or that the batch does not divide over.
@@ -120,6 +121,8 @@ def make_mesh(
 
 def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
   """The axes' sizes of a mesh of so many devices; None where there is none."""
+  if -1 in (shape['fsdp'], shape['tensor']) and shape['data'] == -1:
+    shape = {**shape, 'data': 1}
   fixed = math.prod(size for size in shape.values() if size != -1)
   remaining, rest = divmod(count, fixed)
   sizes = tuple(remaining if shape[axis] == -1 else shape[axis] for axis in AXES)

@@ -11,6 +11,7 @@ Decisions:
 
 from collections.abc import Callable, Iterator
 import contextlib
+import dataclasses
 import logging
 import math
 import pathlib
@@ -44,6 +45,8 @@ from vit_jax.check import check
 log = logging.getLogger(__name__)
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
+
+OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
 
 DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # XLA's name for it
 
@@ -192,12 +195,16 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   check(config)
   # Before orbax reads: that starts JAX, with one device on a CPU.
   sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
+  mine = config_lib.flatten(config)
+  cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
   checkpoint.set_aside_damaged(workdir)
   start, finished, saved = checkpoint.latest_step(workdir), None, None
   if start is not None:
     saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
     config_lib.check_same_run(saved, config, workdir)
     finished = cluster.from_first(lambda: finished_result(config, workdir))
+    if finished and finished.get('steps') != start:  # its last checkpoint is gone
+      finished = None
   if not finished:
     cluster.from_first(lambda: output.check_folder(workdir))
   return finished, saved
@@ -223,6 +230,7 @@ def fit(
     ValueError: the run can't go on with this data, or is beyond its end.
   """
   config, start = exp.config, checkpoint.latest_step(workdir)
+  cluster.check_same('data', dataclasses.asdict(exp.task))
   experiment.check_same_data(exp, workdir)
   if start and start > training.steps:
     raise ValueError(
@@ -320,7 +328,7 @@ class Run:
           meter.add(*late)
         late = step, metrics
         bar.update()
-        stop = self.preemption.is_due(step) and step < steps
+        stop = self.preemption.is_due() and step < steps
         events = self.due(step)
         if not events and not stop:
           continue
@@ -333,9 +341,11 @@ class Run:
           self.checkpoints.wait()
           raise cluster.Preempted(f'Asked to stop: step {step} of {steps} is saved.')
         meter.pause()
+        if 'save' in events and not self.training.val:  # first: bad data would end the evaluation
+          self.save(train_state, {})
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
-        if 'save' in events:
+        if 'save' in events and self.training.val:
           self.save(train_state, scores)
         meter.go_on()
     return train_state, scores
