@@ -264,6 +264,12 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   assert test[0] == test[1]
 
 
+def test_one_run_at_a_time_writes_into_a_workdir(tmp_path):
+  with writer.Writer(tmp_path, 0), pytest.raises(ValueError, match='another run is writing here'):
+    trainer.train(small_config(), tmp_path)
+  assert trainer.train(small_config(), tmp_path)['steps'] == 32
+
+
 def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
   def bad(*_):
     raise ValueError('test/3.jpg: not a readable image')

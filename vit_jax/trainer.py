@@ -227,7 +227,7 @@ def fit(
     **notes: put into `result.json` as they are.
 
   Raises:
-    ValueError: the run can't go on with this data, or is beyond its end.
+    ValueError: the run can't go on with this data, is beyond its end, or is under way.
   """
   config, start = exp.config, checkpoint.latest_step(workdir)
   cluster.check_same('data', dataclasses.asdict(exp.task))

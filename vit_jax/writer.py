@@ -5,9 +5,11 @@ clu's own writers import TensorFlow; tensorboardX does not.
 
 from collections.abc import Callable
 import contextlib
+import fcntl
 import json
 import logging
 import pathlib
+from typing import IO
 
 from tensorboardX import SummaryWriter
 
@@ -20,12 +22,17 @@ class Writer:
   """Appends to the records of a workdir; a context manager."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Drops what an interrupted run wrote after step `start`, from which it goes on."""
+    """Drops what an interrupted run wrote after step `start`, from which it goes on.
+
+    Raises:
+      ValueError: another run writes there.
+    """
     self.workdir = workdir
+    self._log = logging.FileHandler(workdir / 'log.txt')
+    lock(self._log.stream)
     self._file = workdir / 'metrics.jsonl'
     self.keep(lambda line: line['step'] <= start)
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
-    self._log = logging.FileHandler(workdir / 'log.txt')
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     for logger in (LOG, DETAILS):
       logger.addHandler(self._log)
@@ -63,6 +70,26 @@ class Writer:
   def result(self, values: dict) -> None:
     """`result.json`, the last record of a run."""
     write_json(self.workdir / 'result.json', values)
+
+
+def lock(file: IO) -> None:
+  """Holds an open file until it is closed, or this process ends.
+
+  Raises:
+    ValueError: another holds it.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.close()
+    raise ValueError(
+      f'{pathlib.Path(file.name).parent}: another run is writing here. Wait for its end, or give '
+      'another --workdir.'
+    ) from error
+  except OSError as error:  # some network file systems have no locks
+    LOG.info(
+      '%s can not be locked (%s): see to it that one run at a time writes.', file.name, error
+    )
 
 
 class Silent:
