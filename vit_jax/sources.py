@@ -24,7 +24,7 @@ import sys
 import jax
 import numpy as np
 
-from vit_jax import cluster
+from vit_jax import cluster, progress
 from vit_jax import image as image_lib
 from vit_jax.names import choose
 
@@ -171,13 +171,14 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
     names = ['train', *held_out]
     class_names = subfolders(root / 'train')
     files = {name: list_files(root / name, class_names) for name in names}
+    tops = {name: root / name for name in names}
     if held_out:  # the first answers to `test` alone: it can't be chosen by as `val` as well
-      files['test'] = files.pop(held_out[0])
+      files['test'], tops['test'] = files.pop(held_out[0]), tops.pop(held_out[0])
     else:
-      files = hold_out(files['train'])
+      files, tops = hold_out(files['train']), dict.fromkeys(('train', 'test'), root / 'train')
   else:
     class_names = subfolders(root)
-    files = hold_out(list_files(root, class_names))
+    files, tops = hold_out(list_files(root, class_names)), dict.fromkeys(('train', 'test'), root)
   if len(class_names) < 2:
     raise ValueError(
       f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
@@ -198,8 +199,8 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
   def read(split, indices):
     for i in indices:
-      file = os.fsdecode(bytes(file_N[split][i]))
-      yield file, pathlib.Path(file), int(label_N[split][i])
+      file = tops[split] / os.fsdecode(bytes(file_N[split][i]))
+      yield str(file), file, int(label_N[split][i])
 
   sizes = {name: len(members) for name, members in files.items()}
   return Source(sizes, class_names, 3, read)
@@ -215,28 +216,33 @@ def subfolders(root: pathlib.Path) -> tuple[str, ...]:
   return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
 
 
-def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, pathlib.Path]]:
-  """`(label, file)` of every image below `root`, mixed by a hash of its relative path.
+def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, str]]:
+  """`(label, path from root)` of every image below `root`, mixed by a hash of that path.
+
+  Names alone are looked at: a link that leads nowhere is found out when it is read.
 
   Raises:
-    ValueError: a class folder that is not among `class_names`.
+    ValueError: a class folder that is not among `class_names`, or a folder that can't be read.
   """
   for name in subfolders(root):
     choose(f'{root}: class folder', name, class_names)
 
+  def refuse(error):
+    raise ValueError(f'{error.filename}: {error.strerror}.') from error
+
   def mixed(item):
-    return hashlib.sha256(os.fsencode(item[1].relative_to(root).as_posix())).digest()
+    return hashlib.sha256(os.fsencode(item[1])).digest()
 
-  files = [
-    (label, file)
-    for label, name in enumerate(class_names)
-    for file in (root / name).rglob('*')
-    if image_lib.is_image(file)
-  ]
-  return sorted(files, key=mixed)
+  with progress.announced(f'Listing the images in {root} ...'):
+    files = []
+    for label, class_name in enumerate(class_names):
+      for folder, _, names in os.walk(root / class_name, onerror=refuse):
+        inside = os.path.relpath(folder, root)
+        files += [(label, f'{inside}/{name}') for name in names if image_lib.has_image_name(name)]
+    return sorted(files, key=mixed)
 
 
-def hold_out(files: list[tuple[int, pathlib.Path]]) -> dict[str, list]:
+def hold_out(files: list[tuple[int, str]]) -> dict[str, list]:
   """Every fifth file of each class to `test`, from its second on; the rest to `train`."""
   seen, parts = {}, {'train': [], 'test': []}
   for label, file in files:
