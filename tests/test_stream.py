@@ -545,6 +545,23 @@ next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(sharding.make_mes
   assert 'ValueError: A worker process that decodes images died' in result.stderr
 
 
+def test_workers_leave_nothing_behind(tmp_path):
+  """What Python finds still there when a process ends, it warns of."""
+  script = """
+from vit_jax import data, image, sharding, sources, stream
+if __name__ == '__main__':
+  source = sources.open_source('synthetic', '', (32, 32))
+  examples = stream.open_stream(source, 'test[:45]', size=(32, 32), fit=image.fit, workers=2)
+  over_batch = sharding.over_batch(sharding.make_mesh(16))
+  print(sum(1 for _ in data.eval_batches(examples, 16, over_batch)))
+"""
+  (tmp_path / 'whole.py').write_text(script)
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  command = [sys.executable, tmp_path / 'whole.py']
+  result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+  assert (result.stdout, result.stderr) == ('3\n', '')
+
+
 def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
   psutil = pytest.importorskip('psutil', reason='it lists the workers of another process')
   settings = {

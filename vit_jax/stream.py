@@ -253,9 +253,11 @@ def draw(seed: int, position: int) -> np.ndarray:
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """One dictionary of arrays from several, in arrays of this process's own memory."""
-  return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """One dictionary of arrays from several, which are emptied, in this process's own memory."""
+  # Frames of Grain's hold parts till the end, when it is too late to free what workers share.
+  names = list(parts[0])
+  return {name: np.concatenate([np.asarray(part.pop(name)) for part in parts]) for name in names}
 
 
 def place(
