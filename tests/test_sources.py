@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import time
 
@@ -112,6 +113,20 @@ def test_the_order_is_that_of_hashed_paths(tmp_path):
   assert all('/test/' in name for name, _, _ in source.read('test', range(12)))
 
 
+def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):
+  make_folder(tmp_path / 'one', ['train/a', 'train/b', 'test/a', 'test/b'], count=6)
+  opened = lambda name: sources.open_source(f'folder:{name}', str(tmp_path), (4, 4)).fingerprint
+  before = opened('one')
+  assert re.fullmatch('[0-9a-f]{16}', before)
+  shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+  (tmp_path / 'two' / 'test' / 'a' / '0.png').rename(tmp_path / 'two' / 'test' / 'a' / 'z.png')
+  assert opened('two') == before
+  train = tmp_path / 'one' / 'train'
+  for old, new in [('a/0.png', 'a/z.png'), ('a/z.png', 'b/z.png'), ('b/z.png', 'a/0.png')]:
+    (train / old).rename(train / new)
+    assert (opened('one') == before) == (new == 'a/0.png')
+
+
 def test_a_link_that_leads_nowhere_is_named(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   os.symlink('/nonexistent', tmp_path / 'a' / 'x.jpg')
@@ -206,6 +221,8 @@ def test_bad_folders_are_refused(tmp_path, layout, message):
 def test_an_absent_or_empty_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no folder'):
     sources.open_source(f'folder:{tmp_path}/nothing', '', (4, 4))
+  with pytest.raises(ValueError, match='folder: has no path; write folder:<path'):
+    sources.open_source('folder:', str(tmp_path), (4, 4))
   for name in 'ab':
     (tmp_path / name).mkdir()
   with pytest.raises(ValueError, match='no images for class a, b'):

@@ -356,6 +356,22 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
   assert sorted(p.name for p in (tmp_path / 'whole' / 'examples').iterdir())
 
 
+def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photos, tmp_path):
+  shutil.copytree(photos, tmp_path / 'photos')
+  config_ = photo_config('photos', **{'data.dir': str(tmp_path), 'epochs': '0.25'})
+  trainer.train(config_, tmp_path / 'run')
+  ant = tmp_path / 'photos' / 'train' / 'ant'
+  (ant / '3.jpg').rename(ant / 'other.jpg')
+  config_.epochs = 0.5
+  with pytest.raises(ValueError, match='changed since this run began .training files were renamed'):
+    trainer.train(config_, tmp_path / 'run')
+  (ant / 'other.jpg').rename(ant / '3.jpg')
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'photos').rename(tmp_path / 'elsewhere' / 'photos')
+  config_.data.dir = str(tmp_path / 'elsewhere')
+  assert trainer.train(config_, tmp_path / 'run')['steps'] == 4
+
+
 def test_every_run_says_what_it_waited(trained):
   lines = [line for line in writer.read_metrics(trained[0]) if line['split'] == 'train']
   assert all(0 < line['data_wait'] < 1 for line in lines)

@@ -277,6 +277,8 @@ def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   with pytest.raises(ValueError, match='class_names was'):
     experiment.check_same_data(dataclasses.replace(exp, task=changed), workdir)
   experiment.check_same_data(exp, workdir)
+  known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # it was not when it began
+  experiment.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
 def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):

@@ -45,12 +45,14 @@ class Source:
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
       bytes or a uint8 array; not yet looked at, see `pixels`.
+    fingerprint: of the training split's names and labels; empty where unknown.
   """
 
   sizes: dict[str, int]
   class_names: tuple[str, ...]
   channels: int
   read: Callable[[str, Sequence[int]], Iterator[Example]]
+  fingerprint: str = ''
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -164,7 +166,9 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """
   del image_size
   root = folder_root(path, data_dir)
-  if not path or not root.is_dir():
+  if not path:
+    raise ValueError('data.source: folder: has no path; write folder:<path of the images>.')
+  if not root.is_dir():
     raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
   held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
   if (root / 'train').is_dir():
@@ -203,7 +207,7 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
       yield str(file), file, int(label_N[split][i])
 
   sizes = {name: len(members) for name, members in files.items()}
-  return Source(sizes, class_names, 3, read)
+  return Source(sizes, class_names, 3, read, fingerprint(files['train']))
 
 
 def folder_root(path: str, data_dir: str) -> pathlib.Path:
@@ -240,6 +244,14 @@ def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[i
         inside = os.path.relpath(folder, root)
         files += [(label, f'{inside}/{name}') for name in names if image_lib.has_image_name(name)]
     return sorted(files, key=mixed)
+
+
+def fingerprint(files: list[tuple[int, str]]) -> str:
+  """16 hex digits that other files, other labels or another order would change."""
+  digest = hashlib.sha256()
+  for label, file in files:
+    digest.update(b'%d %b\0' % (label, os.fsencode(file)))
+  return digest.hexdigest()[:16]
 
 
 def hold_out(files: list[tuple[int, str]]) -> dict[str, list]:
