@@ -413,7 +413,8 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   good = take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   names = [name for name, _, _ in source.read('train', range(60))]
   break_(tmp_path / 'photos' / names[41], how)
-  with pytest.raises(image.BadImage, match=f'{names[41]}: not a readable image'):
+  message = f'{names[41]}: not a readable image .*Mend .* or .*skip_bad_images=True\\.'
+  with pytest.raises(image.BadImage, match=message):
     take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   skipping = stream_lib.open_stream(source, 'train', skip_bad_images=True, **arguments)
   found = take(skipping, 8, batch_size=8)
@@ -439,8 +440,24 @@ def test_a_label_without_a_class_is_named_or_replaced():
   wanted = np.array([instead.get(i, (i, 0)) for i in order])
   np.testing.assert_array_equal(found['label'], wanted[:, 0])
   np.testing.assert_array_equal(found['bad'], wanted[:, 1])
-  with pytest.raises(image.BadImage, match='label 24'):  # nothing is good
+  with pytest.raises(image.BadImage, match='label 24') as found:  # nothing is good
     take(open_numbered(functools.partial(bad_ones, set(range(IDS))), skip_bad_images=True), 1)
+  assert 'skip_bad_images' not in str(found.value)
+
+
+def test_each_image_that_gives_way_is_named_once(caplog):
+  stream_lib.warn.cache_clear()
+  bad = {5, 6, IDS - 1}
+  take(open_numbered(functools.partial(bad_ones, bad), skip_bad_images=True), 3 * IDS)
+  found = [record.getMessage() for record in caplog.records]
+  for i in bad:
+    assert found.count(f'train/{i}: label 24 is none of the 23 classes, 0 to 22.') == 1
+
+
+def test_workers_name_it_too(capfd):
+  read = functools.partial(bad_ones, {5})
+  take(open_numbered(read, skip_bad_images=True, workers=1), IDS, batch_size=IDS)
+  assert capfd.readouterr().err.count('train/5: label 24 is none of the 23 classes') == 1
 
 
 def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, tmp_path):
@@ -467,7 +484,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   pathlib.Path(name).unlink()
   after = [array.tobytes() for _, array in skipping.content()]
   assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [1 + 7]
-  with pytest.raises(image.BadImage, match=f'{name}: No such file'):
+  with pytest.raises(image.BadImage, match=f'{name}: No such file.*skip_bad_images=True'):
     list(strict.content())
 
 

@@ -269,6 +269,13 @@ def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
+def test_a_name_that_is_no_text_is_logged(tmp_path, capsys):
+  with writer.Writer(tmp_path, 0):
+    writer.LOG.warning('%s', f'{os.fsdecode(b"na\xefve")}.jpg and naïve.jpg')
+  assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
+  assert 'Logging error' not in capsys.readouterr().err
+
+
 def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   config = small_config(epochs='2')

@@ -20,6 +20,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -96,6 +97,13 @@ def pixels(
   if isinstance(encoded, np.ndarray):
     return encoded
   return fit(image_lib.decode(as_bytes(encoded), name, source.channels), size)
+
+
+def stop_at(error: image_lib.BadImage) -> NoReturn:
+  """Raises what a bad image raises where none is skipped, with what to do about it."""
+  raise image_lib.BadImage(
+    f'{error} Mend the file, or do without it: --config.data.skip_bad_images=True.'
+  ) from error
 
 
 def check_label(source: Source, name: str, label: int) -> None:

@@ -25,7 +25,9 @@ class Writer:
     self._file = workdir / 'metrics.jsonl'
     self.keep(lambda line: line['step'] <= start)
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
-    self._log = logging.FileHandler(workdir / 'log.txt')
+    # The name of a bad image need not be UTF-8.
+    arguments = {'encoding': 'utf-8', 'errors': 'backslashreplace'}
+    self._log = logging.FileHandler(workdir / 'log.txt', **arguments)
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     for logger in (LOG, DETAILS):
       logger.addHandler(self._log)
