@@ -175,7 +175,7 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   del image_size
   root = folder_root(path, data_dir)
   if not path:
-    raise ValueError('data.source: folder: has no path; write folder:<path of the images>.')
+    raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
   if not root.is_dir():
     raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
   held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
