@@ -1,8 +1,14 @@
 """Every source on real files: layouts, splits, formats, and what is broken."""
 
 import collections
+import errno
+import hashlib
 import io
+import os
+import pathlib
+import re
 import shutil
+import time
 
 import numpy as np
 from PIL import Image
@@ -10,7 +16,7 @@ import pytest
 
 from tests.conftest import DATA
 from vit_jax import image as image_lib
-from vit_jax import memory, sources, splits
+from vit_jax import memory, progress, sources, splits
 
 SIZES = {'train': 100, 'test': 20}
 
@@ -89,6 +95,70 @@ def test_a_plain_folder_is_split_for_good(tmp_path):
   assert not set(files['train']) & set(files['test'])
 
 
+def test_the_order_is_that_of_hashed_paths(tmp_path):
+  """As it was before, so that a run goes on in the same order: files below subfolders too."""
+  make_folder(tmp_path, ['train/a', 'train/b', 'train/b/deep/er', 'test/a', 'test/b'], count=6)
+  os.symlink(tmp_path / 'train' / 'a' / '0.png', tmp_path / 'train' / 'b' / 'link.JPG')
+  (tmp_path / 'train' / 'a' / os.fsdecode(b'na\xefve.jpg')).write_bytes(b'')
+  (tmp_path / 'train' / 'a' / 'folder.png').mkdir()
+  root = tmp_path / 'train'
+  files = [file for file in root.rglob('*') if image_lib.is_image(file)]
+  digest = lambda file: hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 20, 'test': 12}
+  read = list(source.read('train', range(20)))
+  assert [name for name, _, _ in read] == list(map(str, sorted(files, key=digest)))
+  assert [label for name, _, label in read] == ['/train/b/' in name for name, _, _ in read]
+  assert all(str(file) == name and '/test/' not in name for name, file, _ in read)
+  assert all('/test/' in name for name, _, _ in source.read('test', range(12)))
+
+
+def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):
+  make_folder(tmp_path / 'one', ['train/a', 'train/b', 'test/a', 'test/b'], count=6)
+  opened = lambda name: sources.open_source(f'folder:{name}', str(tmp_path), (4, 4)).fingerprint
+  before = opened('one')
+  assert re.fullmatch('[0-9a-f]{16}', before)
+  shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+  (tmp_path / 'two' / 'test' / 'a' / '0.png').rename(tmp_path / 'two' / 'test' / 'a' / 'z.png')
+  assert opened('two') == before
+  train = tmp_path / 'one' / 'train'
+  for old, new in [('a/0.png', 'a/z.png'), ('a/z.png', 'b/z.png'), ('b/z.png', 'a/0.png')]:
+    (train / old).rename(train / new)
+    assert (opened('one') == before) == (new == 'a/0.png')
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  os.symlink('/nonexistent', tmp_path / 'a' / 'x.jpg')
+  with pytest.raises(image_lib.BadImage, match=r'a/x\.jpg: No such file'):
+    load(tmp_path, 'train+test')
+  _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
+  assert len(examples) == 24 and len(examples.skipped) == 1
+
+
+def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
+  make_folder(tmp_path, ['a', 'b', 'b/deep'])
+  scan = os.scandir
+
+  def scandir(path):
+    if pathlib.Path(path).name == 'deep':
+      raise OSError(errno.EIO, 'Input/output error', path)
+    return scan(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  with pytest.raises(ValueError, match='b/deep: Input/output error'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_a_long_listing_is_announced(tmp_path, monkeypatch, caplog):
+  make_folder(tmp_path, ['a', 'b'])
+  monkeypatch.setattr(progress, 'SOON', 0.0)
+  monkeypatch.setattr(image_lib, 'has_image_name', lambda name: not time.sleep(0.01))
+  with caplog.at_level('INFO', logger='vit_jax'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert f'Listing the images in {tmp_path} ...' in caplog.text
+
+
 def test_images_of_several_sizes_are_fitted(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   Image.new('RGB', (40, 20), 'red').save(tmp_path / 'a' / 'z.png')
@@ -130,7 +200,8 @@ def test_bad_images_stop_or_are_counted(tmp_path):
   good = (tmp_path / 'a' / '0.png').read_bytes()
   (tmp_path / 'a' / 'cut.png').write_bytes(good[: len(good) // 2])
   (tmp_path / 'b' / 'empty.jpg').write_bytes(b'')
-  with pytest.raises(image_lib.BadImage, match=r'(cut\.png|empty\.jpg): not a readable image'):
+  message = r'(cut\.png|empty\.jpg): not a readable image .*Mend .* or .*skip_bad_images=True\.$'
+  with pytest.raises(image_lib.BadImage, match=message):
     load(tmp_path, 'train+test')
   _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
   assert len(examples) == 24 and len(examples.skipped) == 2
@@ -151,6 +222,8 @@ def test_bad_folders_are_refused(tmp_path, layout, message):
 def test_an_absent_or_empty_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no folder'):
     sources.open_source(f'folder:{tmp_path}/nothing', '', (4, 4))
+  with pytest.raises(ValueError, match="'folder:' has no path; write folder:<path"):
+    sources.open_source('folder:', str(tmp_path), (4, 4))
   for name in 'ab':
     (tmp_path / name).mkdir()
   with pytest.raises(ValueError, match='no images for class a, b'):

@@ -356,6 +356,22 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
   assert sorted(p.name for p in (tmp_path / 'whole' / 'examples').iterdir())
 
 
+def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photos, tmp_path):
+  shutil.copytree(photos, tmp_path / 'photos')
+  config_ = photo_config('photos', **{'data.dir': str(tmp_path), 'epochs': '0.25'})
+  trainer.train(config_, tmp_path / 'run')
+  ant = tmp_path / 'photos' / 'train' / 'ant'
+  (ant / '3.jpg').rename(ant / 'other.jpg')
+  config_.epochs = 0.5
+  with pytest.raises(ValueError, match='changed since this run began .training files were renamed'):
+    trainer.train(config_, tmp_path / 'run')
+  (ant / 'other.jpg').rename(ant / '3.jpg')
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'photos').rename(tmp_path / 'elsewhere' / 'photos')
+  config_.data.dir = str(tmp_path / 'elsewhere')
+  assert trainer.train(config_, tmp_path / 'run')['steps'] == 4
+
+
 def test_every_run_says_what_it_waited(trained):
   lines = [line for line in writer.read_metrics(trained[0]) if line['split'] == 'train']
   assert all(0 < line['data_wait'] < 1 for line in lines)
@@ -397,7 +413,8 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   good = take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   names = [name for name, _, _ in source.read('train', range(60))]
   break_(tmp_path / 'photos' / names[41], how)
-  with pytest.raises(image.BadImage, match=f'{names[41]}: not a readable image'):
+  message = f'{names[41]}: not a readable image .*Mend .* or .*skip_bad_images=True\\.'
+  with pytest.raises(image.BadImage, match=message):
     take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   skipping = stream_lib.open_stream(source, 'train', skip_bad_images=True, **arguments)
   found = take(skipping, 8, batch_size=8)
@@ -423,8 +440,24 @@ def test_a_label_without_a_class_is_named_or_replaced():
   wanted = np.array([instead.get(i, (i, 0)) for i in order])
   np.testing.assert_array_equal(found['label'], wanted[:, 0])
   np.testing.assert_array_equal(found['bad'], wanted[:, 1])
-  with pytest.raises(image.BadImage, match='label 24'):  # nothing is good
+  with pytest.raises(image.BadImage, match='label 24') as found:  # nothing is good
     take(open_numbered(functools.partial(bad_ones, set(range(IDS))), skip_bad_images=True), 1)
+  assert 'skip_bad_images' not in str(found.value)
+
+
+def test_each_image_that_gives_way_is_named_once(caplog):
+  stream_lib.warn.cache_clear()
+  bad = {5, 6, IDS - 1}
+  take(open_numbered(functools.partial(bad_ones, bad), skip_bad_images=True), 3 * IDS)
+  found = [record.getMessage() for record in caplog.records]
+  for i in bad:
+    assert found.count(f'train/{i}: label 24 is none of the 23 classes, 0 to 22.') == 1
+
+
+def test_workers_name_it_too(capfd):
+  read = functools.partial(bad_ones, {5})
+  take(open_numbered(read, skip_bad_images=True, workers=1), IDS, batch_size=IDS)
+  assert capfd.readouterr().err.count('train/5: label 24 is none of the 23 classes') == 1
 
 
 def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, tmp_path):
@@ -451,7 +484,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   pathlib.Path(name).unlink()
   after = [array.tobytes() for _, array in skipping.content()]
   assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [1 + 7]
-  with pytest.raises(image.BadImage, match=f'{name}: No such file'):
+  with pytest.raises(image.BadImage, match=f'{name}: No such file.*skip_bad_images=True'):
     list(strict.content())
 
 
@@ -543,6 +576,23 @@ next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(sharding.make_mes
   assert result.returncode == 1
   assert "under `if __name__ == '__main__':`, or use data.workers=0" in result.stderr
   assert 'ValueError: A worker process that decodes images died' in result.stderr
+
+
+def test_workers_leave_nothing_behind(tmp_path):
+  """What Python finds still there when a process ends, it warns of."""
+  script = """
+from vit_jax import data, image, sharding, sources, stream
+if __name__ == '__main__':
+  source = sources.open_source('synthetic', '', (32, 32))
+  examples = stream.open_stream(source, 'test[:45]', size=(32, 32), fit=image.fit, workers=2)
+  over_batch = sharding.over_batch(sharding.make_mesh(16))
+  print(sum(1 for _ in data.eval_batches(examples, 16, over_batch)))
+"""
+  (tmp_path / 'whole.py').write_text(script)
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  command = [sys.executable, tmp_path / 'whole.py']
+  result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+  assert result.stdout == '3\n' and 'resource_tracker' not in result.stderr
 
 
 def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):

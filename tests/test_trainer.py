@@ -294,6 +294,13 @@ def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
+def test_a_name_that_is_no_text_is_logged(tmp_path, capsys):
+  with writer.Writer(tmp_path, 0):
+    writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\xefve.jpg'))
+  assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
+  assert 'Logging error' not in capsys.readouterr().err
+
+
 def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   config = small_config(epochs='2')
@@ -302,6 +309,8 @@ def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   with pytest.raises(ValueError, match='class_names was'):
     experiment.check_same_data(dataclasses.replace(exp, task=changed), workdir)
   experiment.check_same_data(exp, workdir)
+  known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # it was not when it began
+  experiment.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
 def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):

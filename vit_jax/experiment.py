@@ -59,12 +59,14 @@ class Task:
     stored_size: (height, width) that images are fitted to on the host.
     channels: 1 (grey) or 3 (RGB).
     train_examples: size of the training split, which the order of examples hangs on.
+    fingerprint: of the names and labels in the source's `train`; empty where unknown.
   """
 
   class_names: tuple[str, ...]
   stored_size: tuple[int, int]
   channels: int
   train_examples: int = 0
+  fingerprint: str = ''
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
@@ -274,7 +276,12 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   fit = assemble(config, blank).fit  # and a mistake shows before the images are read
   config = decide_cache(config, source, data.train_split, blank.stored_size)
   train = open_split(config, source, data.train_split, blank.stored_size, fit, to_train=True)
-  task = dataclasses.replace(blank, stored_size=tuple(train.size), train_examples=len(train))
+  task = dataclasses.replace(
+    blank,
+    stored_size=tuple(train.size),
+    train_examples=len(train),
+    fingerprint=source.fingerprint,
+  )
   experiment = assemble(config, task)
   read = lambda split: open_split(config, source, split, task.stored_size, experiment.fit)
   val = read(data.val_split) if data.val_split else None
@@ -559,8 +566,11 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
   saved = Task.load(checkpoint.restore_item(workdir, step, 'config')['task'])
   for field in dataclasses.fields(Task):
     before, now = getattr(saved, field.name), getattr(experiment.task, field.name)
-    if before != now:
+    if before != now and '' not in (before, now):
+      change = f'{field.name} was {before}, is {now}'
+      if field.name == 'fingerprint':
+        change = 'training files were renamed, or some added and as many removed'
       raise ValueError(
         f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
-        f'({field.name} was {before}, is {now}). Bring it back, or give another --workdir.'
+        f'({change}). Bring it back, or give another --workdir.'
       )

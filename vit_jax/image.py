@@ -30,9 +30,13 @@ class BadImage(ValueError):
 
 
 def is_image(path: pathlib.Path) -> bool:
-  """Whether it is a file with the name of an image, and not a hidden one."""
-  named = path.suffix.lower() in EXTENSIONS and not path.name.startswith('.')
-  return named and path.is_file()
+  """Whether it is a file with the name of an image."""
+  return has_image_name(path.name) and path.is_file()
+
+
+def has_image_name(name: str) -> bool:
+  """Whether it is the name of an image, and not of a hidden file."""
+  return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
 
 
 def read(path: pathlib.Path) -> bytes:

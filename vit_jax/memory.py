@@ -92,7 +92,7 @@ def load(
       return example[0], sources.pixels(source, example, size, keep_or_fit), example[2]
     except image_lib.BadImage as error:
       if not skip_bad_images:
-        raise
+        sources.stop_at(error)
       return str(error), None, example[2]
 
   pieces = splits.resolve(split, source.sizes)

@@ -20,11 +20,12 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import NoReturn
 
 import jax
 import numpy as np
 
-from vit_jax import cluster
+from vit_jax import cluster, progress
 from vit_jax import image as image_lib
 from vit_jax.names import choose
 
@@ -45,12 +46,14 @@ class Source:
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
       bytes or a uint8 array; not yet looked at, see `pixels`.
+    fingerprint: of the training split's names and labels; empty where unknown.
   """
 
   sizes: dict[str, int]
   class_names: tuple[str, ...]
   channels: int
   read: Callable[[str, Sequence[int]], Iterator[Example]]
+  fingerprint: str = ''
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -94,6 +97,13 @@ def pixels(
   if isinstance(encoded, np.ndarray):
     return encoded
   return fit(image_lib.decode(as_bytes(encoded), name, source.channels), size)
+
+
+def stop_at(error: image_lib.BadImage) -> NoReturn:
+  """Raises what a bad image raises where none is skipped, with what to do about it."""
+  raise image_lib.BadImage(
+    f'{error} Mend the file, or do without it: --config.data.skip_bad_images=True.'
+  ) from error
 
 
 def check_label(source: Source, name: str, label: int) -> None:
@@ -164,20 +174,23 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """
   del image_size
   root = folder_root(path, data_dir)
-  if not path or not root.is_dir():
+  if not path:
+    raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
+  if not root.is_dir():
     raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
   held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
   if (root / 'train').is_dir():
     names = ['train', *held_out]
     class_names = subfolders(root / 'train')
     files = {name: list_files(root / name, class_names) for name in names}
+    tops = {name: root / name for name in names}
     if held_out:  # the first answers to `test` alone: it can't be chosen by as `val` as well
-      files['test'] = files.pop(held_out[0])
+      files['test'], tops['test'] = files.pop(held_out[0]), tops.pop(held_out[0])
     else:
-      files = hold_out(files['train'])
+      files, tops = hold_out(files['train']), dict.fromkeys(('train', 'test'), root / 'train')
   else:
     class_names = subfolders(root)
-    files = hold_out(list_files(root, class_names))
+    files, tops = hold_out(list_files(root, class_names)), dict.fromkeys(('train', 'test'), root)
   if len(class_names) < 2:
     raise ValueError(
       f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
@@ -198,11 +211,11 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
   def read(split, indices):
     for i in indices:
-      file = os.fsdecode(bytes(file_N[split][i]))
-      yield file, pathlib.Path(file), int(label_N[split][i])
+      file = tops[split] / os.fsdecode(bytes(file_N[split][i]))
+      yield str(file), file, int(label_N[split][i])
 
   sizes = {name: len(members) for name, members in files.items()}
-  return Source(sizes, class_names, 3, read)
+  return Source(sizes, class_names, 3, read, fingerprint(files['train']))
 
 
 def folder_root(path: str, data_dir: str) -> pathlib.Path:
@@ -215,28 +228,41 @@ def subfolders(root: pathlib.Path) -> tuple[str, ...]:
   return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
 
 
-def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, pathlib.Path]]:
-  """`(label, file)` of every image below `root`, mixed by a hash of its relative path.
+def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, str]]:
+  """`(label, path from root)` of every image below `root`, mixed by a hash of that path.
+
+  Names alone are looked at: a link that leads nowhere is found out when it is read.
 
   Raises:
-    ValueError: a class folder that is not among `class_names`.
+    ValueError: a class folder that is not among `class_names`, or a folder that can't be read.
   """
   for name in subfolders(root):
     choose(f'{root}: class folder', name, class_names)
 
+  def refuse(error):
+    raise ValueError(f'{error.filename}: {error.strerror}.') from error
+
   def mixed(item):
-    return hashlib.sha256(os.fsencode(item[1].relative_to(root).as_posix())).digest()
+    return hashlib.sha256(os.fsencode(item[1])).digest()
 
-  files = [
-    (label, file)
-    for label, name in enumerate(class_names)
-    for file in (root / name).rglob('*')
-    if image_lib.is_image(file)
-  ]
-  return sorted(files, key=mixed)
+  with progress.announced(f'Listing the images in {root} ...'):
+    files = []
+    for label, class_name in enumerate(class_names):
+      for folder, _, names in os.walk(root / class_name, onerror=refuse):
+        inside = os.path.relpath(folder, root)
+        files += [(label, f'{inside}/{name}') for name in names if image_lib.has_image_name(name)]
+    return sorted(files, key=mixed)
 
 
-def hold_out(files: list[tuple[int, pathlib.Path]]) -> dict[str, list]:
+def fingerprint(files: list[tuple[int, str]]) -> str:
+  """16 hex digits that other files, other labels or another order would change."""
+  digest = hashlib.sha256()
+  for label, file in files:
+    digest.update(b'%d %b\0' % (label, os.fsencode(file)))
+  return digest.hexdigest()[:16]
+
+
+def hold_out(files: list[tuple[int, str]]) -> dict[str, list]:
   """Every fifth file of each class to `test`, from its second on; the rest to `train`."""
   seen, parts = {}, {'train': [], 'test': []}
   for label, file in files:

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 import multiprocessing
 import multiprocessing.resource_tracker
 import multiprocessing.spawn
@@ -31,7 +32,9 @@ import numpy as np
 from vit_jax import cluster, splits
 from vit_jax import image as image_lib
 from vit_jax.memory import Examples
-from vit_jax.sources import Example, Source, as_bytes, check_label, pixels
+from vit_jax.sources import Example, Source, as_bytes, check_label, pixels, stop_at
+
+log = logging.getLogger(__name__)
 
 PART = 16  # rows that a thread decodes before it goes on to others
 AHEAD = 2  # batches on the device before they are asked for
@@ -125,9 +128,9 @@ class Stream:
     for name, encoded, label in self.read_all():
       try:
         whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
-      except image_lib.BadImage:
+      except image_lib.BadImage as error:
         if not self.skip_bad_images:
-          raise
+          stop_at(error)
         whole = b''
       yield f'{label} {name}', np.frombuffer(whole, np.uint8)
 
@@ -174,9 +177,12 @@ class Stream:
     for bad in range(1, len(self) + 1):
       try:
         return self.decode(example, uniform_4), example[2], bad - 1
-      except image_lib.BadImage:
-        if not self.skip_bad_images or bad == len(self):
+      except image_lib.BadImage as error:
+        if not self.skip_bad_images:
+          stop_at(error)
+        if bad == len(self):
           raise
+        warn(str(error))
         (example,) = self.read([(index + bad) % len(self)])
     raise AssertionError('a split holds examples')
 
@@ -197,6 +203,12 @@ class Stream:
       return image_lib.scale_part(encoded, choose(*encoded.shape[:2]), self.size)
     whole = as_bytes(encoded)
     return image_lib.decode_part(whole, name, self.source.channels, choose, self.size)
+
+
+@functools.cache
+def warn(message: str) -> None:
+  """Logs it once: a bad image comes again in every epoch."""
+  log.warning('%s', message)
 
 
 def best_threads(workers: int) -> int:
@@ -253,9 +265,11 @@ def draw(seed: int, position: int) -> np.ndarray:
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def concatenate(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """One dictionary of arrays from several, in arrays of this process's own memory."""
-  return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
+def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """One dictionary of arrays from several, which are emptied, in this process's own memory."""
+  # Frames of Grain's hold parts till the end, when it is too late to free what workers share.
+  names = list(parts[0])
+  return {name: np.concatenate([np.asarray(part.pop(name)) for part in parts]) for name in names}
 
 
 def place(

@@ -28,7 +28,9 @@ class Writer:
       ValueError: another run writes there.
     """
     self.workdir = workdir
-    self._log = logging.FileHandler(workdir / 'log.txt')
+    # The name of a bad image need not be UTF-8.
+    arguments = {'encoding': 'utf-8', 'errors': 'backslashreplace'}
+    self._log = logging.FileHandler(workdir / 'log.txt', **arguments)
     lock(self._log.stream)
     self._file = workdir / 'metrics.jsonl'
     self.keep(lambda line: line['step'] <= start)
