@@ -106,13 +106,14 @@ class Checkpoints:
       raise unwritten(self._workdir, error) from error
 
   def wait(self) -> None:
-    """Until the last checkpoint is on disk.
+    """Until the last checkpoint is on disk; all processes wait for it.
 
     Raises:
-      OSError: it can't be written.
+      OSError: it can't be written; in several processes a ValueError.
     """
-    if self._manager is None:
-      return
+    cluster.from_first(self._wait)
+
+  def _wait(self):
     try:
       self._manager.wait_until_finished()
     except Exception as error:  # orbax and tensorstore raise many kinds
