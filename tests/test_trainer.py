@@ -296,7 +296,7 @@ def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
 
 def test_a_name_that_is_no_text_is_logged(tmp_path, capsys):
   with writer.Writer(tmp_path, 0):
-    writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\xefve.jpg'))
+    writer.DETAILS.warning('%s and naïve.jpg', os.fsdecode(b'na\xefve.jpg'))
   assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
   assert 'Logging error' not in capsys.readouterr().err
 
