@@ -294,11 +294,16 @@ def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
-def test_a_name_that_is_no_text_is_logged(tmp_path, capsys):
-  with writer.Writer(tmp_path, 0):
-    writer.DETAILS.warning('%s and naïve.jpg', os.fsdecode(b'na\xefve.jpg'))
+def test_a_name_that_is_no_text_is_logged(tmp_path):
+  script = (
+    'import os, pathlib, sys; from vit_jax import writer\n'
+    'with writer.Writer(pathlib.Path(sys.argv[1]), 0):\n'
+    "  writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\\xefve.jpg'))"
+  )
+  command = [sys.executable, '-c', script, tmp_path]  # pytest's own processes exchange only text
+  child = subprocess.run(command, stderr=subprocess.PIPE, cwd=ROOT, check=True)
+  assert b'Logging error' not in child.stderr
   assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
-  assert 'Logging error' not in capsys.readouterr().err
 
 
 def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
