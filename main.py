@@ -65,9 +65,8 @@ def evaluate(args, overrides):
   from vit_jax import cluster, evaluate
 
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
-    signal.signal(
-      signal.SIGTERM, signal.SIG_DFL
-    )  # JAX would keep it for who asks, as training does
+    # JAX would keep it for whoever asks for it, as training does.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
     if cluster.is_first():
       print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
