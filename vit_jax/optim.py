@@ -79,15 +79,19 @@ def muon(
   The orthogonal update is scaled to the size of AdamW's (Liu et al. 2025, 2502.16982, Section
   2.2), so that both take the same learning rate.
   """
-  return optax.contrib.muon(
-    schedule,
-    beta=momentum,
-    weight_decay=weight_decay,
-    mu_dtype=moment_dtype,
-    adam_b1=b1,
-    adam_b2=b2,
-    muon_weight_dimension_numbers=block_matrices,
-    consistent_rms=0.2,
+  return optax.chain(
+    # Its own weight decay would leave out the embedding and the head, or decay every bias as well.
+    optax.contrib.muon(
+      -1.0,  # the sign and the learning rate follow the decay
+      beta=momentum,
+      mu_dtype=moment_dtype,
+      adam_b1=b1,
+      adam_b2=b2,
+      muon_weight_dimension_numbers=block_matrices,
+      consistent_rms=0.2,
+    ),
+    optax.add_decayed_weights(weight_decay, mask=is_matrix),
+    optax.scale_by_learning_rate(schedule),
   )
 
 
