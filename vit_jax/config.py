@@ -1,7 +1,8 @@
 """Every key that a config has, and how one is overridden, saved and compared.
 
-An experiment in `configs/` starts from `default_config()` and changes what it must. Only
-`experiment.py` reads a config.
+An experiment in `configs/` starts from `default_config()` and changes what it must. `experiment.py`
+builds everything from a config. Leaves such as the model and the data know no config. The modes
+read the few keys that they act on, e.g. `data.eval_split`.
 """
 
 import ast

@@ -7,8 +7,8 @@ Decisions:
   * A batch is a global array. Each process gathers only the rows that its own devices
     hold, and all agree on the order without talking.
   * Evaluation pads the last batch and carries a mask: every example counts once.
-  * A `Plan` says which examples those are. Examples in memory (`sources.py`) and streamed ones
-    (`stream.py`) make the same batches of it.
+  * A `Plan` lists the examples of each batch. Examples in memory (`memory.py`) and streamed ones
+    (`stream.py`) make the same batches from it.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Builds what a run needs from its config, which only this, `check` and `inherit` read.
+"""Builds the model, the data, the optimizer and the mesh of a run from its config.
 
 experiment, training = from_config(config)         # to train
 experiment, params, step = from_workdir(workdir)   # to evaluate, predict, draw
