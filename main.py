@@ -12,7 +12,8 @@
     python main.py --mode=export --workdir=runs/digits --format=stablehlo --out=program/
     python main.py --mode=inspect --config=configs/cifar10.py:l16      # what it would cost
 
-Any key of the config is overridden by --config.<key>=<value>.
+Any key of the config is overridden by --config.<key>=<value>; one that is true or false also by
+--config.<key> and --noconfig.<key>.
 """
 
 import argparse
@@ -203,7 +204,7 @@ def folder(text):
 
 
 def parse(argv):
-  """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`.
+  """The flags, and the overrides of the config as `read_overrides` gives them.
 
   Among the flags is `given`, the names of those that stand on the command line.
   """
@@ -237,16 +238,45 @@ def parse(argv):
   parser.add_argument('--num_processes', type=int, help='in all; 1: alone, whatever Slurm says')
   parser.add_argument('--process_id', type=int, help='0 to num_processes - 1')
   args, rest = parser.parse_known_args(argv)
-  args.given = {re.split('[=.]', word)[0] for word in argv if not word.endswith('=')}
-  overrides = {}
-  while rest:
-    flag, equals, text = rest.pop(0).partition('=')
-    if not re.match(r'--config\.', flag):
-      parser.error(f'unknown argument {flag}; config keys are given as --config.<key>=<value>')
-    if not equals and (not rest or rest[0].startswith('--')):
-      parser.error(f'{flag} needs a value')
-    overrides[flag.removeprefix('--config.')] = text if equals else rest.pop(0)
+  try:
+    overrides = read_overrides(rest)
+  except ValueError as error:
+    parser.error(str(error))
+  flags = (word.partition('=') for word in argv)
+  args.given = {flag for flag, equals, value in flags if value or not equals}
+  args.given |= {'--config'} if overrides else set()
   return args, overrides
+
+
+def read_overrides(words):
+  """The overrides `{key: text}` that words of the command line make.
+
+  They are `--config.key=text`, `--config.key text`, and of a key that is true or false also
+  `--config.key` and `--noconfig.key`.
+
+  Raises:
+    ValueError: another flag, or one whose value is missing or not wanted.
+  """
+  overrides, words = {}, list(words)
+  while words:
+    word = words.pop(0)
+    found = re.fullmatch(r'--(no)?config\.([^=]+)(=.*)?', word, re.DOTALL)
+    if not found:
+      raise ValueError(f'unknown argument {word}; config keys are given as --config.<key>=<value>')
+    negated, key, text = found.groups()
+    if negated and (text or not config_lib.is_switch(key)):
+      raise ValueError(f'{word}: --no is for keys that are true or false, without a value')
+    if negated:
+      overrides[key] = 'false'
+    elif text:
+      overrides[key] = text[1:]
+    elif words and not words[0].startswith('--'):
+      overrides[key] = words.pop(0)
+    elif config_lib.is_switch(key):
+      overrides[key] = 'true'
+    else:
+      raise ValueError(f'{word} needs a value')
+  return overrides
 
 
 def check_flags(args):

@@ -180,13 +180,56 @@ def test_mistakes(capsys, argv, message, tmp_path):
   ('\nimport nothing_of_the_kind', 'line 2: ModuleNotFoundError'),
   ('x = 1', 'defines no function get_config'),
   ('def get_config(): pass', 'must return the config'),
-  (MAKE + '  config.epoch = 3\n  return config', "AttributeError"),
+  (MAKE + '  config.model.widht = 3\n  return config',
+   'broken.py, line 4: widht: there is no such key. Did you mean model.width?'),
+  (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: there is no such key'),
+  (MAKE + '  config.lr = config.optimiser.lr\n', 'line 4: optimiser: there is no such key'),
+  (MAKE + '  config.epochs = float("all")\n', "line 4: could not convert string to float: 'all'"),
+  (MAKE + "  raise KeyError('epoch')", "line 4: KeyError: 'epoch'"),
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files(capsys, text, message, tmp_path):
   (tmp_path / 'broken.py').write_text(text)
-  assert message in error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
+  said = error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
+  assert message in said and len(said) < 400
+
+
+def test_a_config_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'mine.py').write_text(MAKE + '  config.epochs = 7\n  return config')
+  assert config_lib.load_file('~/mine.py').epochs == 7
+
+
+def test_config_overrides_may_be_written_as_for_absl():
+  words = ['--config.deterministic', '--noconfig.data.stretch', '--config.model.qk_norm', 'f']
+  words += ['--config.batch_size=1e2', '--config.init=', '--config.model.remat=a=b']
+  _, overrides = main.parse(words)
+  assert overrides == {
+    'deterministic': 'true', 'data.stretch': 'false', 'model.qk_norm': 'f', 'batch_size': '1e2',
+    'init': '', 'model.remat': 'a=b',
+  }  # fmt: skip
+  config = config_lib.override_all(config_lib.default_config(), overrides)
+  assert (config.deterministic, config.data.stretch, config.model.qk_norm) == (True, False, False)
+  assert config.batch_size == 100 and type(config.batch_size) is int
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--config.batch_size'], '--config.batch_size needs a value'),
+    (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
+    (['--noconfig.batch_size'], '--no is for keys that are true or false'),
+    (['--noconfig.deterministic=true'], '--no is for keys that are true or false'),
+])  # fmt: skip
+def test_config_overrides_without_a_value_are_refused(capsys, argv, message):
+  with pytest.raises(SystemExit, match='2'):
+    main.main(argv)
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['1.5', 'nan', 'inf', '1e400'])
+def test_an_int_is_whole(text):
+  with pytest.raises(ValueError, match='expected int'):
+    config_lib.override(config_lib.default_config(), 'batch_size', text)
 
 
 def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
@@ -203,6 +246,8 @@ def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
 
 @pytest.mark.parametrize('argv, message', [
     (['--images=a.png'], '--images is for predict, visualize, not for --mode=train'),
+    (['--images=x='], '--images is for predict, visualize, not for --mode=train'),
+    (['--mode=export', '--config.init='], '--config is for train'),
     (['--mode=eval', '--topk', '3'], '--topk is for predict, not'),
     (['--mode=predict', '--images=a.png', '--port=7860'], '--port is for serve'),
     (['--mode=inspect', '--out=x'], '--out is for predict, visualize, export'),
