@@ -26,6 +26,7 @@ import sys
 
 from vit_jax import config as config_lib
 from vit_jax.names import choose
+from vit_jax.paths import local
 
 log = logging.getLogger('vit_jax')
 
@@ -198,11 +199,6 @@ class Console(logging.Handler):
       tqdm.write(self.format(record), file=sys.stderr)
 
 
-def folder(text):
-  """A path; None for an empty one, which an unset variable leaves."""
-  return pathlib.Path(text).expanduser() if text else None
-
-
 def parse(argv):
   """The flags, and the overrides of the config as `read_overrides` gives them.
 
@@ -213,7 +209,7 @@ def parse(argv):
   )
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
-  parser.add_argument('--workdir', type=folder, help='checkpoints and records')
+  parser.add_argument('--workdir', default='', help='checkpoints and records')
   parser.add_argument(
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
@@ -223,7 +219,7 @@ def parse(argv):
     help='predict: table, json or csv; export: hf, timm, npz, stablehlo, onnx',
   )
   parser.add_argument(
-    '--out', type=folder, help='export, visualize: a folder to write; features: a file'
+    '--out', default='', help='export, visualize: a folder to write; features: a file'
   )
   parser.add_argument(
     '--images', type=paths, help='predict, visualize: files and folders, comma-separated'
@@ -303,6 +299,8 @@ def main(argv):
   try:
     mode = choose('--mode', args.mode, MODES)
     check_flags(args)
+    for name in ('workdir', 'out'):  # an unset variable leaves an empty one
+      setattr(args, name, local(text) if (text := getattr(args, name)) else None)
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':

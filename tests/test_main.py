@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import pathlib
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -13,8 +15,9 @@ import pytest
 
 import main
 from tests.conftest import small_config
+import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, image, output, predict
+from vit_jax import experiment, image, output, predict, trainer
 
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
@@ -168,10 +171,29 @@ def test_features_are_in_memory_once():
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
     (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'give --images'),
+    (['--config=gs://bucket/digits.py', '--workdir=x'], 'URLs are not supported'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:gs://bucket/x'], 'URLs are not'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=gs://bucket'],
+     'gs://bucket: URLs'),
+    ([CONFIG, '--workdir=x', '--config.data.source=tfds:mnist', '--config.data.dir=hdfs://bucket'],
+     'hdfs://bucket: URLs'),
+    (['--mode=predict', '--workdir=w', '--images=s3://bucket/a.png,b.png'], 's3://bucket/a.png: '),
+    (['--mode=export', '--init=https://host/x.npz', '--format=hf', '--out=x'], 'https://host'),
+    (['--mode=inspect', '--workdir=gs://bucket/run'], 'gs://bucket/run: URLs'),
+    (['--mode=export', '--init=x.npz', '--format=hf', '--out=gs://bucket/run'], 'URLs'),
 ])  # fmt: skip
 def test_mistakes(capsys, argv, message, tmp_path):
-  argv = [a.replace('--workdir=', f'--workdir={tmp_path}/') for a in argv]
+  argv = [re.sub(r'--workdir=(?!.*:)', f'--workdir={tmp_path}/', a) for a in argv]
   assert message in error(capsys, *argv)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', [str, pathlib.Path])
+def test_a_url_is_no_workdir(tmp_path, monkeypatch, kind):
+  monkeypatch.chdir(tmp_path)
+  for train in (vit_jax.train, trainer.train):
+    with pytest.raises(ValueError, match='URLs are not supported'):
+      train(small_config(), kind('gs://bucket/run'))
   assert not list(tmp_path.iterdir())
 
 

@@ -17,9 +17,9 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'image', 'resnet'},
-  {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
-  {'vit', 'augment', 'optim', 'splits', 'config'},
+  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'},
+  {'image', 'sharding', 'progress', 'attention', 'matmul', 'positions', 'randaugment', 'splits'},
+  {'vit', 'augment', 'optim', 'timm_names', 'config'},
   {'sources', 'state', 'weights', 'maps'},
   {'memory', 'real'},
   {'stream'},

@@ -20,6 +20,8 @@ import types
 
 from ml_collections import ConfigDict, config_dict
 
+from vit_jax.paths import local
+
 
 def default_config() -> ConfigDict:
   """A ViT for 32x32 images with every key at its default.
@@ -182,8 +184,7 @@ def load_file(spec: str) -> ConfigDict:
     ValueError: no such file, no `get_config` in it, a variant that it doesn't have, or whatever
       it raises itself; the message names the file and its line.
   """
-  path, _, variant = spec.partition(':')
-  path = str(pathlib.Path(path).expanduser())
+  path, _, variant = str(local(spec)).partition(':')
   if not pathlib.Path(path).is_file():
     near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
     raise ValueError(f'--config: no file {path!r}.{hint(near)}')

@@ -18,6 +18,8 @@ import pathlib
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vit_jax.paths import local
+
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
 
@@ -255,8 +257,7 @@ def find(paths: list[str]) -> list[pathlib.Path]:
   if not paths:
     raise ValueError('No images are named: give --images=file.png,folder/, comma-separated.')
   found = []
-  for path in map(pathlib.Path, paths):
-    path = path.expanduser()
+  for path in map(local, paths):
     if not path.exists() and any(sign in str(path) for sign in '*?['):
       inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
       inside = [p for p in inside if is_image(p)]

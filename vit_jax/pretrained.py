@@ -35,6 +35,7 @@ from vit_jax import (
   weights,
 )
 from vit_jax.names import choose
+from vit_jax.paths import local
 from vit_jax.weights import Preprocessing, Weights, pair
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def save(
     ValueError: a model that the format can't hold; the message names what.
   """
   write = choose('format', format, FORMATS)
-  folder = pathlib.Path(folder).expanduser()
+  folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
   if class_names is not None and len(class_names) != model.num_classes:
@@ -307,12 +308,12 @@ def read(path: str | pathlib.Path) -> Weights:
   Raises:
     ValueError: nothing that can be read; the message says what would be.
   """
-  local = pathlib.Path(path).expanduser()
-  if local.is_dir():
-    return read_folder(local)
-  if local.is_file():
-    return read_file(local)
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and local.suffix != '.npz':
+  place = local(path)
+  if place.is_dir():
+    return read_folder(place)
+  if place.is_file():
+    return read_file(place)
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_folder(download(str(path)), origin=str(path))
   raise ValueError(f'{path}: there is no such file or folder.')
 

@@ -31,6 +31,7 @@ from vit_jax import (
   writer,
 )
 from vit_jax import config as config_lib
+from vit_jax.paths import local
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged, at every learning rate where there is a sweep.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = local(workdir)
   if not config.freeze:
     return trainer.train(config, workdir)
   finished, saved = trainer.start_up(config, workdir)

@@ -41,6 +41,7 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.check import check
+from vit_jax.paths import local
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     FloatingPointError: training diverged; the last good checkpoint stays.
     cluster.Preempted: it was asked to stop, and has saved.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = local(workdir)
   finished, saved = start_up(config, workdir)
   if finished:
     return finished
