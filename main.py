@@ -305,13 +305,16 @@ def main(argv):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    code = mode(args, overrides)
+    from vit_jax import limits
+
+    with limits.memory_for(f'--mode={args.mode}'):
+      code = mode(args, overrides)
     sys.stdout.flush()
     return code
   except BrokenPipeError:  # whoever reads has read enough, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
     return 141  # as a shell has it of what SIGPIPE ends
-  except (ValueError, OSError, FloatingPointError) as error:
+  except (ValueError, OSError, FloatingPointError, MemoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

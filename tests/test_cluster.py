@@ -14,7 +14,7 @@ from conftest import small_config
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, cluster, trainer, writer
+from vit_jax import checkpoint, cluster, limits, trainer, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -98,6 +98,14 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == cluster.TRY_AGAIN
   assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step']
+
+
+def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
+  codes = []
+  monkeypatch.setattr(cluster.os, '_exit', codes.append)
+  cluster.leave(limits.OutOfMemory('Training ran out of memory.'))
+  assert codes == [2]
+  assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
 
 
 def test_flags_that_do_not_go_together():

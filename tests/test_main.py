@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -17,7 +18,7 @@ import main
 from tests.conftest import small_config
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, image, output, predict, trainer
+from vit_jax import evaluate, experiment, image, output, predict, trainer
 
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
@@ -301,6 +302,29 @@ def test_a_place_that_can_not_be_written_is_refused_first(
   err = error(capsys, *argv, f'--out={tmp_path / "new" / "deep" / inside}')
   assert f'{tmp_path} is read-only' in err and not (tmp_path / 'new').exists()
   assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
+
+
+@pytest.mark.parametrize('given, message', [
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes.'),
+     'Evaluation ran out of memory (Out of memory allocating 9.0 GB). Set a smaller eval_batch'),
+    (MemoryError('Unable to allocate 7 GiB'), '(Unable to allocate 7 GiB)'),
+    (MemoryError(), 'Evaluation ran out of memory'),
+])  # fmt: skip
+def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, given, message):
+  def fail(*_):
+    raise given
+
+  monkeypatch.setattr(evaluate, 'make_eval_step', lambda *_: fail)
+  code, _, err = call(capsys, '--mode=eval', f'--workdir={trained[0]}')
+  assert code == 2 and message in err
+
+
+def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tmp_path):
+  flags = ['data.image_size=512', 'model.patch_size=1', 'model.depth=1', 'model.width=8']
+  flags = [f'--config.{flag}' for flag in (*flags, 'model.num_heads=1', 'model.mlp_dim=8')]
+  code, _, err = call(capsys, CONFIG, f'--workdir={tmp_path}', *flags)  # a terabyte of attention
+  assert code == 2 and re.search(r'error: Training ran out of memory \(.* GB\)', err)
+  assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
 
 
 def test_interrupted(capsys, monkeypatch):

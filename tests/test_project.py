@@ -17,7 +17,8 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'},
+  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'}
+  | {'limits'},
   {'image', 'sharding', 'progress', 'attention', 'matmul', 'positions', 'randaugment', 'splits'},
   {'vit', 'augment', 'optim', 'timm_names', 'config'},
   {'sources', 'state', 'weights', 'maps'},

@@ -112,12 +112,12 @@ def leave(error: BaseException) -> None:
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)
-  elif isinstance(error, ValueError | OSError | FloatingPointError):
+  elif isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
     print(f'error: {name}: {error}', file=sys.stderr)
   else:
     traceback.print_exception(error)
     print(f'error: {name} failed.', file=sys.stderr)
-  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+  if isinstance(error, jax.errors.JaxRuntimeError):
     print('If another process died, JAX names it within a minute.', file=sys.stderr, flush=True)
     time.sleep(LOST + 5)  # it ends this process then
   sys.stdout.flush()

@@ -23,6 +23,7 @@ from vit_jax import (
   cluster,
   experiment,
   features,
+  limits,
   optim,
   sharding,
   state,
@@ -51,6 +52,7 @@ class OnFeatures(experiment.Experiment):
     return 1
 
 
+@limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """As `trainer.train`, and for `freeze=backbone` too; with `sweep`, the result lists its points.
 

@@ -32,6 +32,7 @@ from vit_jax import (
   evaluate,
   experiment,
   image,
+  limits,
   optim,
   output,
   progress,
@@ -162,6 +163,7 @@ class Meter:
     return values
 
 
+@limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains, or goes on, until `config.epochs` are done; returns what `result.json` holds.
 
@@ -172,6 +174,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   Raises:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged; the last good checkpoint stays.
+    limits.OutOfMemory: the message says which keys to change.
     cluster.Preempted: it was asked to stop, and has saved.
   """
   workdir = local(workdir)
