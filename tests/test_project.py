@@ -17,11 +17,11 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'}
+  {'names', 'paths', 'backend', 'cluster', 'losses', 'output', 'prepare', 'resnet'}
   | {'limits'},
-  {'image', 'sharding', 'progress', 'attention', 'matmul', 'positions', 'randaugment', 'splits'},
-  {'vit', 'augment', 'optim', 'timm_names', 'config'},
-  {'sources', 'state', 'weights', 'maps'},
+  {'image', 'sharding', 'progress', 'attention', 'draw', 'matmul', 'positions', 'splits'},
+  {'vit', 'optim', 'timm_names', 'config', 'randaugment'},
+  {'sources', 'augment', 'state', 'weights', 'maps'},
   {'memory', 'real'},
   {'stream'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},

@@ -18,6 +18,7 @@ import pathlib
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vit_jax import output
 from vit_jax.paths import local
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
@@ -276,4 +277,6 @@ def find(paths: list[str]) -> list[pathlib.Path]:
 
 def save(image_HWC: np.ndarray, path: pathlib.Path) -> None:
   """Writes a uint8 array as PNG."""
-  Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC).save(path)
+  pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+  with output.writing(path):
+    Image.fromarray(pixels).save(path)

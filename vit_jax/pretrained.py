@@ -11,6 +11,7 @@ Decisions:
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import logging
 import math
@@ -127,8 +128,9 @@ def save(
   if class_names is not None and len(class_names) != model.num_classes:
     raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
   output.check_folder(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix='.writing_', dir=folder) as temporary:
+  with output.writing(folder), contextlib.ExitStack() as stack:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:
       (pathlib.Path(temporary) / 'README.md').write_text(card)

@@ -245,11 +245,25 @@ def fit(
     workdir.mkdir(parents=True, exist_ok=True)
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
   with (
+    intact(workdir),
     (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
     cluster.Preemption() as preemption,
   ):
     return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
+
+
+@contextlib.contextmanager
+def intact(workdir: pathlib.Path) -> Iterator[None]:
+  """Adds to an `output.Unwritten` what is left of the run in a workdir."""
+  try:
+    yield
+  except output.Unwritten as error:
+    whole = next(iter(checkpoint.steps(workdir)), None)
+    left = 'No checkpoint had been saved: the same command starts again.'
+    if whole is not None:
+      left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'
+    raise output.Unwritten(f'{error} {left}') from error
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
