@@ -305,9 +305,9 @@ def main(argv):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    from vit_jax import limits
+    from vit_jax import backend, limits
 
-    with limits.memory_for(f'--mode={args.mode}'):
+    with backend.needed(), limits.memory_for(f'--mode={args.mode}'):
       code = mode(args, overrides)
     sys.stdout.flush()
     return code
@@ -323,5 +323,20 @@ def main(argv):
     return 130
 
 
+def interrupt(*_):
+  """The first Ctrl-C ends what is being done in order; the second ends it at once."""
+  signal.signal(signal.SIGINT, leave)
+  raise KeyboardInterrupt
+
+
+def leave(*_):
+  """Ends this process: a checkpoint that is being written does not appear, those before stay."""
+  os.write(sys.stderr.fileno(), b'Interrupted again: ending at once.\n')
+  os._exit(130)
+
+
 if __name__ == '__main__':
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
+    signal.signal(signal.SIGINT, interrupt)
+  sys.stdout.reconfigure(errors='backslashreplace')  # for letters that the terminal lacks
   sys.exit(main(sys.argv[1:]))

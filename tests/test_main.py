@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -20,6 +22,7 @@ import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import evaluate, experiment, image, output, predict, trainer
 
+ROOT = pathlib.Path(main.__file__).parent
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
 
@@ -104,6 +107,13 @@ def test_paths_with_commas(tmp_path, monkeypatch):
   assert main.paths('') == main.paths(' , ') == []
 
 
+def test_a_pipe_is_no_image(tmp_path):
+  os.mkfifo(tmp_path / 'a.png')
+  assert image.find([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
+  with pytest.raises(image.BadImage, match='a.png: not a file'):
+    image.read(tmp_path / 'a.png')
+
+
 def test_a_folder_is_no_image_whatever_its_name(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
@@ -161,6 +171,9 @@ def test_features_are_in_memory_once():
     ([CONFIG, '--workdir=x', '--config.optimizer.name=adamv'], 'Did you mean adamw'),
     ([CONFIG, '--workdir=x', '--config.data.source=digit'], 'Did you mean digits'),
     ([CONFIG, '--workdir=x', '--config.epochs=-1'], 'epochs'),
+    ([CONFIG, '--workdir=x', '--config.optimizer.lr=nan'], 'optimizer.lr must be a number'),
+    ([CONFIG, '--workdir=x', '--config.model.layer_scale=nan'], 'model.layer_scale must be a'),
+    ([CONFIG, '--workdir=x', '--config.ema=0.99999999'], 'from 0 to 0.9999999, got 0.99999999'),
     ([CONFIG, '--workdir=x', '--config.model.num_heads=5'], 'not divisible by model.num_heads=5'),
     ([CONFIG, '--workdir=x', '--config.model.patch_size=3'], '8x8 pixels'),
     (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
@@ -335,6 +348,51 @@ def test_interrupted(capsys, monkeypatch):
     monkeypatch.setitem(main.MODES, mode, stop)
     code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
     assert code == 130 and ('goes on' in err) == (mode == 'train')
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_a_second_interrupt_ends_what_the_first_left_running(times):
+  script = (
+    'import atexit, runpy, sys, time, vit_jax.evaluate as evaluate\n'
+    'def run(*_):\n'
+    '  try:\n    print("running", flush=True); time.sleep(60)\n'
+    f'  finally:\n    print("ending", flush=True); time.sleep({60 * (times - 1)})\n'
+    'evaluate.run = run\n'
+    'sys.argv = ["main.py", "--mode=eval", "--workdir=x"]\n'
+    'runpy.run_path("main.py", run_name="__main__")'
+  )
+  command = [sys.executable, '-c', script]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  for line in (b'running\n', b'ending\n')[:times]:
+    assert process.stdout.readline() == line
+    process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
+
+
+def test_a_device_that_is_not_there_is_named():
+  command = [sys.executable, 'main.py', CONFIG, '--workdir=x', '--config.epochs=0.05']
+  environment = os.environ | {'JAX_PLATFORMS': 'cuda'}
+  ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+  if ended.returncode == 0:
+    pytest.skip('there is a GPU')
+  assert ended.returncode == 2 and 'Traceback' not in ended.stderr
+  assert 'error: JAX_PLATFORMS=cuda: JAX finds no such device here' in ended.stderr
+
+
+def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
+  letters = 'K\u00e4fer \u732b'
+  script = (
+    'import runpy, sys, vit_jax.summary as summary\n'
+    f'summary.run, summary.show = lambda *_: None, lambda _: {letters!a}\n'
+    'sys.argv = ["main.py", "--mode=inspect"]\n'
+    'runpy.run_path("main.py", run_name="__main__")'
+  )
+  environment = os.environ | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  ended = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, env=environment, cwd=ROOT
+  )
+  assert ended.stdout == 'K\\xe4fer \\u732b\n', ended.stderr
 
 
 @pytest.mark.parametrize('flush', [True, False])

@@ -63,6 +63,20 @@ def test_imports_run_one_way(path):
     assert 'ml_collections' not in others  # a config is read above
 
 
+@pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])
+def test_text_files_are_utf_8_wherever_they_are_opened(folder):
+  """Without an encoding Python takes the locale's, which may lack the letters of a class name."""
+  for path in sorted((ROOT / folder).glob('*.py')):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+        name = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
+        words = {word.arg for word in node.keywords}
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        text = name in ('read_text', 'write_text')
+        text = text or (name == 'open' and {'w', 'a', 'r'} & {*modes})
+        assert not text or 'encoding' in words, f'{path}:{node.lineno}'
+
+
 def test_a_model_needs_only_the_light_dependencies():
   heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'grain', 'cv2']
   script = (

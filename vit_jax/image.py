@@ -14,6 +14,7 @@ import glob
 import io
 import math
 import pathlib
+import stat
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -49,6 +50,8 @@ def read(path: pathlib.Path) -> bytes:
     BadImage: it can't be read.
   """
   try:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe might never end, or begin
+      raise BadImage(f'{path}: not a file.')
     return path.read_bytes()
   except OSError as error:
     raise BadImage(f'{path}: {error.strerror}.') from error

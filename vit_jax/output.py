@@ -51,7 +51,8 @@ def reason(error: Exception) -> str | None:
 def replace(path: pathlib.Path, text: str) -> None:
   """Replaces a file in one step, so that a crash or a full disk leaves the old or the new."""
   with replacing(path) as partial:
-    partial.write_text(text, encoding='utf-8')
+    # The name of a file need not be UTF-8.
+    partial.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 @contextlib.contextmanager

@@ -133,7 +133,9 @@ def save(
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:
-      (pathlib.Path(temporary) / 'README.md').write_text(card)
+      (pathlib.Path(temporary) / 'README.md').write_text(
+        card, encoding='utf-8', errors='backslashreplace'
+      )
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
@@ -452,11 +454,13 @@ def download(name: str) -> pathlib.Path:
   """
   from huggingface_hub import snapshot_download
 
+  log.info('%s is no file or folder here: looking for it on the Hugging Face Hub ...', name)
   try:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
   except Exception as error:  # the Hub's client and its transports raise many kinds
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(
-      f'{name}: there is no such folder here, and the Hugging Face Hub did not give it ({reason})'
+      f'{name}: there is no such file or folder here. Taken for the name of a repository on the '
+      f'Hugging Face Hub, it could not be fetched either: {reason}'
     ) from error
   return pathlib.Path(folder)

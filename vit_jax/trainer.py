@@ -16,6 +16,7 @@ import logging
 import math
 import pathlib
 import re
+import sys
 import time
 
 from clu import parameter_overview, platform
@@ -246,9 +247,9 @@ def fit(
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
   with (
     intact(workdir),
+    cluster.Preemption() as preemption,  # also while the others end
     (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-    cluster.Preemption() as preemption,
   ):
     return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
 
@@ -489,5 +490,7 @@ def save_examples(
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
-    name = re.sub(r'\W+', '-', exp.task.class_names[label])
+    known = sys.getfilesystemencoding()  # which may lack some letters
+    name = exp.task.class_names[label].encode(known, 'replace').decode(known)
+    name = re.sub(r'\W+', '-', name)
     image.save(image_HWC, folder / f'{i}_{name}.png')

@@ -191,7 +191,7 @@ class Silent:
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
   """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is left out."""
   lines = []
-  for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+  for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
   lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
@@ -201,7 +201,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
 def read_json(path: pathlib.Path) -> dict | None:
   """The object that a JSON file holds; None where there is no file, or a damaged one."""
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding='utf-8'))
   except (FileNotFoundError, ValueError):
     return None
   return value if isinstance(value, dict) else None
