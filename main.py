@@ -12,7 +12,8 @@
     python main.py --mode=export --workdir=runs/digits --format=stablehlo --out=program/
     python main.py --mode=inspect --config=configs/cifar10.py:l16      # what it would cost
 
-Any key of the config is overridden by --config.<key>=<value>.
+Any key of the config is overridden by --config.<key>=<value>; one that is true or false also by
+--config.<key> and --noconfig.<key>.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import sys
 
 from vit_jax import config as config_lib
 from vit_jax.names import choose
+from vit_jax.paths import local
 
 log = logging.getLogger('vit_jax')
 
@@ -197,13 +199,8 @@ class Console(logging.Handler):
       tqdm.write(self.format(record), file=sys.stderr)
 
 
-def folder(text):
-  """A path; None for an empty one, which an unset variable leaves."""
-  return pathlib.Path(text).expanduser() if text else None
-
-
 def parse(argv):
-  """The flags, and `{key: text}` of every `--config.key=text` or `--config.key text`.
+  """The flags, and the overrides of the config as `read_overrides` gives them.
 
   Among the flags is `given`, the names of those that stand on the command line.
   """
@@ -212,7 +209,7 @@ def parse(argv):
   )
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
-  parser.add_argument('--workdir', type=folder, help='checkpoints and records')
+  parser.add_argument('--workdir', default='', help='checkpoints and records')
   parser.add_argument(
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
@@ -222,7 +219,7 @@ def parse(argv):
     help='predict: table, json or csv; export: hf, timm, npz, stablehlo, onnx',
   )
   parser.add_argument(
-    '--out', type=folder, help='export, visualize: a folder to write; features: a file'
+    '--out', default='', help='export, visualize: a folder to write; features: a file'
   )
   parser.add_argument(
     '--images', type=paths, help='predict, visualize: files and folders, comma-separated'
@@ -237,16 +234,45 @@ def parse(argv):
   parser.add_argument('--num_processes', type=int, help='in all; 1: alone, whatever Slurm says')
   parser.add_argument('--process_id', type=int, help='0 to num_processes - 1')
   args, rest = parser.parse_known_args(argv)
-  args.given = {re.split('[=.]', word)[0] for word in argv if not word.endswith('=')}
-  overrides = {}
-  while rest:
-    flag, equals, text = rest.pop(0).partition('=')
-    if not re.match(r'--config\.', flag):
-      parser.error(f'unknown argument {flag}; config keys are given as --config.<key>=<value>')
-    if not equals and (not rest or rest[0].startswith('--')):
-      parser.error(f'{flag} needs a value')
-    overrides[flag.removeprefix('--config.')] = text if equals else rest.pop(0)
+  try:
+    overrides = read_overrides(rest)
+  except ValueError as error:
+    parser.error(str(error))
+  flags = (word.partition('=') for word in argv)
+  args.given = {flag for flag, equals, value in flags if value or not equals}
+  args.given |= {'--config'} if overrides else set()
   return args, overrides
+
+
+def read_overrides(words):
+  """The overrides `{key: text}` that words of the command line make.
+
+  They are `--config.key=text`, `--config.key text`, and of a key that is true or false also
+  `--config.key` and `--noconfig.key`.
+
+  Raises:
+    ValueError: another flag, or one whose value is missing or not wanted.
+  """
+  overrides, words = {}, list(words)
+  while words:
+    word = words.pop(0)
+    found = re.fullmatch(r'--(no)?config\.([^=]+)(=.*)?', word, re.DOTALL)
+    if not found:
+      raise ValueError(f'unknown argument {word}; config keys are given as --config.<key>=<value>')
+    negated, key, text = found.groups()
+    if negated and (text or not config_lib.is_switch(key)):
+      raise ValueError(f'{word}: --no is for keys that are true or false, without a value')
+    if negated:
+      overrides[key] = 'false'
+    elif text:
+      overrides[key] = text[1:]
+    elif words and not words[0].startswith('--'):
+      overrides[key] = words.pop(0)
+    elif config_lib.is_switch(key):
+      overrides[key] = 'true'
+    else:
+      raise ValueError(f'{word} needs a value')
+  return overrides
 
 
 def check_flags(args):
@@ -273,17 +299,22 @@ def main(argv):
   try:
     mode = choose('--mode', args.mode, MODES)
     check_flags(args)
+    for name in ('workdir', 'out'):  # an unset variable leaves an empty one
+      setattr(args, name, local(text) if (text := getattr(args, name)) else None)
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    code = mode(args, overrides)
+    from vit_jax import backend, limits
+
+    with backend.needed(), limits.memory_for(f'--mode={args.mode}'):
+      code = mode(args, overrides)
     sys.stdout.flush()
     return code
   except BrokenPipeError:  # whoever reads has read enough, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
     return 141  # as a shell has it of what SIGPIPE ends
-  except (ValueError, OSError, FloatingPointError) as error:
+  except (ValueError, OSError, FloatingPointError, MemoryError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
@@ -292,5 +323,20 @@ def main(argv):
     return 130
 
 
+def interrupt(*_):
+  """The first Ctrl-C ends what is being done in order; the second ends it at once."""
+  signal.signal(signal.SIGINT, leave)
+  raise KeyboardInterrupt
+
+
+def leave(*_):
+  """Ends this process: a checkpoint that is being written does not appear, those before stay."""
+  os.write(sys.stderr.fileno(), b'Interrupted again: ending at once.\n')
+  os._exit(130)
+
+
 if __name__ == '__main__':
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
+    signal.signal(signal.SIGINT, interrupt)
+  sys.stdout.reconfigure(errors='backslashreplace')  # for letters that the terminal lacks
   sys.exit(main(sys.argv[1:]))

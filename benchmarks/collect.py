@@ -41,7 +41,8 @@ def machine() -> str:
   model = platform.processor() or platform.machine()
   cpuinfo = pathlib.Path('/proc/cpuinfo')
   if cpuinfo.exists():
-    names = [line for line in cpuinfo.read_text().splitlines() if line.startswith('model name')]
+    lines = cpuinfo.read_text(encoding='utf-8').splitlines()
+    names = [line for line in lines if line.startswith('model name')]
     model = names[0].split(':')[1].strip() if names else model
   return f'{os.cpu_count()} cores of {model}'
 

@@ -53,10 +53,10 @@ def launch(processes: int, devices: int, workdir: pathlib.Path, flags: list[str]
     command = [sys.executable, 'main.py', f'--workdir={workdir}', *flags, *together]
     command += [f'--process_id={i}'] if together else []
     environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'JAX_PLATFORMS': 'cpu'}
-    with workdir.with_suffix(f'.{i}.log').open('w') as log:
+    with workdir.with_suffix(f'.{i}.log').open('w', encoding='utf-8') as log:
       started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
   if any([process.wait() for process in started]):
-    log = workdir.with_suffix('.0.log').read_text()
+    log = workdir.with_suffix('.0.log').read_text(encoding='utf-8')
     raise SystemExit(f'{" ".join(command)} failed:\n{log[-2000:]}')
 
 

@@ -258,7 +258,7 @@ def main() -> None:
     print(table(results | {'works': results['works'][-1:]}).splitlines()[-1], flush=True)
     if not (args.only or args.dry_run):  # whatever happens to the next one
       path = ROOT / 'results' / f'speed_{backend}.json'
-      path.write_text(json.dumps(results, indent=1) + '\n')
+      path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
   print(table(results))
 
 

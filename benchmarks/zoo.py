@@ -113,7 +113,7 @@ def tables() -> str:
   lines += ['| class | for example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
-  names = json.loads(TIMM_NAMES.read_text())
+  names = json.loads(TIMM_NAMES.read_text(encoding='utf-8'))
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
@@ -131,4 +131,4 @@ def tables() -> str:
 
 if __name__ == '__main__':
   with jax.default_device(jax.devices('cpu')[0]):
-    (ROOT / 'MODELS.md').write_text(tables())
+    (ROOT / 'MODELS.md').write_text(tables(), encoding='utf-8')

@@ -18,7 +18,7 @@ VARIANTS = {
 
 def get_config(variant='tiny'):
   config = default_config()
-  config.model.variant = choose('--config: variant', variant, VARIANTS)
+  config.model.variant = choose('variant', variant, VARIANTS)
   config.model.pool = 'gap'
   config.data.mean = (0.4914, 0.4822, 0.4465)
   config.data.std = (0.2470, 0.2435, 0.2616)

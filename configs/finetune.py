@@ -91,13 +91,13 @@ def parse(variant):
   parts = variant.split(',')
   if len(parts) not in (2, 3):
     raise ValueError(
-      f'--config: variant {variant!r} should be <model>,<dataset> or <model>,<dataset>,adamw, '
+      f'variant {variant!r} should be <model>,<dataset> or <model>,<dataset>,adamw, '
       'e.g. b16,cifar10.'
     )
   model, dataset, recipe = [*parts, 'sgd'][:3]
-  choose('--config: model', model, MODELS)
-  choose('--config: dataset', dataset, DATASETS)
-  choose('--config: recipe', recipe, RECIPES)
+  choose('model', model, MODELS)
+  choose('dataset', dataset, DATASETS)
+  choose('recipe', recipe, RECIPES)
   return model, dataset, recipe
 
 

@@ -94,9 +94,9 @@ RECIPES = {'plain': plain, 'paper': paper, 'i21k': i21k} | {
 
 def get_config(variant='s16'):
   model, *recipe = variant.split(',')
-  choose('--config: model', model, MODELS)
+  choose('model', model, MODELS)
   recipe = ','.join(recipe) or ('plain' if model == 's16' else 'paper')
-  choose('--config: recipe', recipe, RECIPES)
+  choose('recipe', recipe, RECIPES)
 
   config = default_config()
   config.model.variant = MODELS[model]

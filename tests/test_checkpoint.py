@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, evaluate, state, trainer
+from vit_jax import checkpoint, evaluate, output, state, trainer, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -160,20 +160,41 @@ def space(folder):
 
 def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
   error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
-  assert '(No space left on device). Those before' in str(checkpoint.unwritten(tmp_path, error))
+  said = str(checkpoint.unwritten(tmp_path, error))
+  assert f'{tmp_path}/checkpoints can not be written (No space left on device)' in said
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
   checkpoints = trained[0] / 'checkpoints'
   room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2
   with small_disk(tmp_path / 'disk', room) as disk:
     workdir = disk / 'run'
-    with pytest.raises(OSError, match='could not be written.*goes on|No space left'):
+    said = 'run/.* can not be written .No space left.* step 16 is whole: the same command'
+    with pytest.raises(output.Unwritten, match=said):
       trainer.train(small_config(), workdir)
+    assert 'Traceback' not in capfd.readouterr().err
     assert checkpoint.latest_step(workdir) == 16
     subprocess.run(['mount', '-o', f'remount,size={4 * room}', disk], check=True)
     assert trainer.train(small_config(), workdir)['steps'] == 32
     assert_same_end(workdir, trained)
+
+
+@pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl', 'result.json'])
+def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
+  said = f'{name} can not be written .No space left on device'
+  full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
+  with pytest.raises(output.Unwritten, match=said), contextlib.ExitStack() as stack:
+    if name == 'log.txt':
+      full.symlink_to('/dev/full')
+    records = stack.enter_context(writer.Writer(tmp_path, 0))
+    if name != 'log.txt':
+      full.symlink_to('/dev/full')
+    writer.LOG.info('A line.')
+    records.write(1, 'train', loss=1.0)
+    records.result({})
+  err = capfd.readouterr().err
+  assert 'Traceback' not in err and 'Logging error' not in err
+  assert not (tmp_path / 'result.json.partial').exists()
 
 
 def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained, tmp_path):

@@ -14,7 +14,7 @@ from conftest import small_config
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, cluster, trainer, writer
+from vit_jax import checkpoint, cluster, limits, trainer, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -100,6 +100,35 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step']
 
 
+def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
+  codes = []
+  monkeypatch.setattr(cluster.os, '_exit', codes.append)
+  cluster.leave(limits.OutOfMemory('Training ran out of memory.'))
+  assert codes == [2]
+  assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
+  sent = [json.dumps({'error': "Process 0 failed: KeyError: 'x'"}).encode()]
+  monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(cluster, 'broadcast', lambda data: sent.append(data) or data or sent[0])
+  with pytest.raises(KeyError if first else ValueError, match='x'):
+    cluster.from_first(lambda: {}['x'])
+  assert sent[1] == (sent[0] if first else None)
+
+
+def test_a_lone_pod_runs_alone(monkeypatch):
+  for name in cluster.LAUNCHERS:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(cluster.importlib.util, 'find_spec', lambda _: None)
+  monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
+  assert not cluster.in_cluster()
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # of an indexed job
+  assert cluster.in_cluster()
+
+
 def test_flags_that_do_not_go_together():
   with pytest.raises(ValueError, match='--process_id=<0 to n-1> go together'):
     cluster.join('localhost:1234', 2, None)
@@ -114,3 +143,5 @@ def test_processes_that_would_train_differently_are_told(monkeypatch):
   monkeypatch.setattr(cluster, 'from_first', lambda _: {'lr': 0.3, 'sizes': [1, 2]})
   with pytest.raises(ValueError, match='another config: lr: 0.3 there, 0.1 here'):
     cluster.check_same('config', {'lr': 0.1, 'sizes': (1, 2)})
+  monkeypatch.setattr(cluster, 'from_first', lambda _: {'lr': float('nan')})
+  cluster.check_same('config', {'lr': float('nan')})

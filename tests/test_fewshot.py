@@ -89,6 +89,16 @@ def test_features_are_what_the_head_takes(opened):
   np.testing.assert_allclose(feature_ND @ head['kernel'] + head['bias'], logits, atol=1e-4)
 
 
+def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatch):
+  workdir = trained[0]
+  score = {'mean': 0.5, 'std': 0.0, 'accuracy': [0.5]}
+  monkeypatch.setattr(fewshot, 'fewshot', lambda *_: {'shots': {'1': score}})
+  (workdir / 'fewshot.json.partial').symlink_to('/dev/full')
+  assert not main.main(['--mode=fewshot', f'--workdir={workdir}'])
+  out, err = capsys.readouterr()
+  assert ' 1 shots: 50.00%' in out and 'fewshot.json can not be written (No space left' in err
+
+
 def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   workdir, _ = trained
   tested = []

@@ -3,19 +3,26 @@
 import csv
 import io
 import json
+import os
+import pathlib
+import re
+import signal
 import subprocess
 import sys
 import tracemalloc
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 import main
 from tests.conftest import small_config
+import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, image, output, predict
+from vit_jax import evaluate, experiment, image, output, predict, trainer
 
+ROOT = pathlib.Path(main.__file__).parent
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
 
@@ -100,6 +107,13 @@ def test_paths_with_commas(tmp_path, monkeypatch):
   assert main.paths('') == main.paths(' , ') == []
 
 
+def test_a_pipe_is_no_image(tmp_path):
+  os.mkfifo(tmp_path / 'a.png')
+  assert image.find([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
+  with pytest.raises(image.BadImage, match='a.png: not a file'):
+    image.read(tmp_path / 'a.png')
+
+
 def test_a_folder_is_no_image_whatever_its_name(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
@@ -157,6 +171,9 @@ def test_features_are_in_memory_once():
     ([CONFIG, '--workdir=x', '--config.optimizer.name=adamv'], 'Did you mean adamw'),
     ([CONFIG, '--workdir=x', '--config.data.source=digit'], 'Did you mean digits'),
     ([CONFIG, '--workdir=x', '--config.epochs=-1'], 'epochs'),
+    ([CONFIG, '--workdir=x', '--config.optimizer.lr=nan'], 'optimizer.lr must be a number'),
+    ([CONFIG, '--workdir=x', '--config.model.layer_scale=nan'], 'model.layer_scale must be a'),
+    ([CONFIG, '--workdir=x', '--config.ema=0.99999999'], 'from 0 to 0.9999999, got 0.99999999'),
     ([CONFIG, '--workdir=x', '--config.model.num_heads=5'], 'not divisible by model.num_heads=5'),
     ([CONFIG, '--workdir=x', '--config.model.patch_size=3'], '8x8 pixels'),
     (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
@@ -168,10 +185,29 @@ def test_features_are_in_memory_once():
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
     (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'give --images'),
+    (['--config=gs://bucket/digits.py', '--workdir=x'], 'URLs are not supported'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:gs://bucket/x'], 'URLs are not'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=gs://bucket'],
+     'gs://bucket: URLs'),
+    ([CONFIG, '--workdir=x', '--config.data.source=tfds:mnist', '--config.data.dir=hdfs://bucket'],
+     'hdfs://bucket: URLs'),
+    (['--mode=predict', '--workdir=w', '--images=s3://bucket/a.png,b.png'], 's3://bucket/a.png: '),
+    (['--mode=export', '--init=https://host/x.npz', '--format=hf', '--out=x'], 'https://host'),
+    (['--mode=inspect', '--workdir=gs://bucket/run'], 'gs://bucket/run: URLs'),
+    (['--mode=export', '--init=x.npz', '--format=hf', '--out=gs://bucket/run'], 'URLs'),
 ])  # fmt: skip
 def test_mistakes(capsys, argv, message, tmp_path):
-  argv = [a.replace('--workdir=', f'--workdir={tmp_path}/') for a in argv]
+  argv = [re.sub(r'--workdir=(?!.*:)', f'--workdir={tmp_path}/', a) for a in argv]
   assert message in error(capsys, *argv)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', [str, pathlib.Path])
+def test_a_url_is_no_workdir(tmp_path, monkeypatch, kind):
+  monkeypatch.chdir(tmp_path)
+  for train in (vit_jax.train, trainer.train):
+    with pytest.raises(ValueError, match='URLs are not supported'):
+      train(small_config(), kind('gs://bucket/run'))
   assert not list(tmp_path.iterdir())
 
 
@@ -180,13 +216,56 @@ def test_mistakes(capsys, argv, message, tmp_path):
   ('\nimport nothing_of_the_kind', 'line 2: ModuleNotFoundError'),
   ('x = 1', 'defines no function get_config'),
   ('def get_config(): pass', 'must return the config'),
-  (MAKE + '  config.epoch = 3\n  return config', "AttributeError"),
+  (MAKE + '  config.model.widht = 3\n  return config',
+   'broken.py, line 4: widht: there is no such key. Did you mean model.width?'),
+  (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: there is no such key'),
+  (MAKE + '  config.lr = config.optimiser.lr\n', 'line 4: optimiser: there is no such key'),
+  (MAKE + '  config.epochs = float("all")\n', "line 4: could not convert string to float: 'all'"),
+  (MAKE + "  raise KeyError('epoch')", "line 4: KeyError: 'epoch'"),
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files(capsys, text, message, tmp_path):
   (tmp_path / 'broken.py').write_text(text)
-  assert message in error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
+  said = error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
+  assert message in said and len(said) < 400
+
+
+def test_a_config_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  (tmp_path / 'mine.py').write_text(MAKE + '  config.epochs = 7\n  return config')
+  assert config_lib.load_file('~/mine.py').epochs == 7
+
+
+def test_config_overrides_may_be_written_as_for_absl():
+  words = ['--config.deterministic', '--noconfig.data.stretch', '--config.model.qk_norm', 'f']
+  words += ['--config.batch_size=1e2', '--config.init=', '--config.model.remat=a=b']
+  _, overrides = main.parse(words)
+  assert overrides == {
+    'deterministic': 'true', 'data.stretch': 'false', 'model.qk_norm': 'f', 'batch_size': '1e2',
+    'init': '', 'model.remat': 'a=b',
+  }  # fmt: skip
+  config = config_lib.override_all(config_lib.default_config(), overrides)
+  assert (config.deterministic, config.data.stretch, config.model.qk_norm) == (True, False, False)
+  assert config.batch_size == 100 and type(config.batch_size) is int
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--config.batch_size'], '--config.batch_size needs a value'),
+    (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
+    (['--noconfig.batch_size'], '--no is for keys that are true or false'),
+    (['--noconfig.deterministic=true'], '--no is for keys that are true or false'),
+])  # fmt: skip
+def test_config_overrides_without_a_value_are_refused(capsys, argv, message):
+  with pytest.raises(SystemExit, match='2'):
+    main.main(argv)
+  assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['1.5', 'nan', 'inf', '1e400'])
+def test_an_int_is_whole(text):
+  with pytest.raises(ValueError, match='expected int'):
+    config_lib.override(config_lib.default_config(), 'batch_size', text)
 
 
 def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
@@ -203,6 +282,8 @@ def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
 
 @pytest.mark.parametrize('argv, message', [
     (['--images=a.png'], '--images is for predict, visualize, not for --mode=train'),
+    (['--images=x='], '--images is for predict, visualize, not for --mode=train'),
+    (['--mode=export', '--config.init='], '--config is for train'),
     (['--mode=eval', '--topk', '3'], '--topk is for predict, not'),
     (['--mode=predict', '--images=a.png', '--port=7860'], '--port is for serve'),
     (['--mode=inspect', '--out=x'], '--out is for predict, visualize, export'),
@@ -236,6 +317,29 @@ def test_a_place_that_can_not_be_written_is_refused_first(
   assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
 
 
+@pytest.mark.parametrize('given, message', [
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9000000000 bytes.'),
+     'Evaluation ran out of memory (Out of memory allocating 9.0 GB). Set a smaller eval_batch'),
+    (MemoryError('Unable to allocate 7 GiB'), '(Unable to allocate 7 GiB)'),
+    (MemoryError(), 'Evaluation ran out of memory'),
+])  # fmt: skip
+def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, given, message):
+  def fail(*_):
+    raise given
+
+  monkeypatch.setattr(evaluate, 'make_eval_step', lambda *_: fail)
+  code, _, err = call(capsys, '--mode=eval', f'--workdir={trained[0]}')
+  assert code == 2 and message in err
+
+
+def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tmp_path):
+  flags = ['data.image_size=512', 'model.patch_size=1', 'model.depth=1', 'model.width=8']
+  flags = [f'--config.{flag}' for flag in (*flags, 'model.num_heads=1', 'model.mlp_dim=8')]
+  code, _, err = call(capsys, CONFIG, f'--workdir={tmp_path}', *flags)  # a terabyte of attention
+  assert code == 2 and re.search(r'error: Training ran out of memory \(.* GB\)', err)
+  assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
+
+
 def test_interrupted(capsys, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
@@ -244,6 +348,51 @@ def test_interrupted(capsys, monkeypatch):
     monkeypatch.setitem(main.MODES, mode, stop)
     code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
     assert code == 130 and ('goes on' in err) == (mode == 'train')
+
+
+@pytest.mark.parametrize('times', [1, 2])
+def test_a_second_interrupt_ends_what_the_first_left_running(times):
+  script = (
+    'import atexit, runpy, sys, time, vit_jax.evaluate as evaluate\n'
+    'def run(*_):\n'
+    '  try:\n    print("running", flush=True); time.sleep(60)\n'
+    f'  finally:\n    print("ending", flush=True); time.sleep({60 * (times - 1)})\n'
+    'evaluate.run = run\n'
+    'sys.argv = ["main.py", "--mode=eval", "--workdir=x"]\n'
+    'runpy.run_path("main.py", run_name="__main__")'
+  )
+  command = [sys.executable, '-c', script]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  for line in (b'running\n', b'ending\n')[:times]:
+    assert process.stdout.readline() == line
+    process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=30)
+  assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
+
+
+def test_a_device_that_is_not_there_is_named():
+  command = [sys.executable, 'main.py', CONFIG, '--workdir=x', '--config.epochs=0.05']
+  environment = os.environ | {'JAX_PLATFORMS': 'cuda'}
+  ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+  if ended.returncode == 0:
+    pytest.skip('there is a GPU')
+  assert ended.returncode == 2 and 'Traceback' not in ended.stderr
+  assert 'error: JAX_PLATFORMS=cuda: JAX finds no such device here' in ended.stderr
+
+
+def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
+  letters = 'K\u00e4fer \u732b'
+  script = (
+    'import runpy, sys, vit_jax.summary as summary\n'
+    f'summary.run, summary.show = lambda *_: None, lambda _: {letters!a}\n'
+    'sys.argv = ["main.py", "--mode=inspect"]\n'
+    'runpy.run_path("main.py", run_name="__main__")'
+  )
+  environment = os.environ | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  ended = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, env=environment, cwd=ROOT
+  )
+  assert ended.stdout == 'K\\xe4fer \\u732b\n', ended.stderr
 
 
 @pytest.mark.parametrize('flush', [True, False])

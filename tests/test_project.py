@@ -17,10 +17,11 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'image', 'resnet'},
-  {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
-  {'vit', 'augment', 'optim', 'splits', 'config'},
-  {'sources', 'state', 'weights', 'maps'},
+  {'names', 'paths', 'backend', 'cluster', 'losses', 'output', 'prepare', 'resnet'}
+  | {'limits'},
+  {'image', 'sharding', 'progress', 'attention', 'draw', 'matmul', 'positions', 'splits'},
+  {'vit', 'optim', 'timm_names', 'config', 'randaugment'},
+  {'sources', 'augment', 'state', 'weights', 'maps'},
   {'memory', 'real'},
   {'stream'},
   {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
@@ -60,6 +61,20 @@ def test_imports_run_one_way(path):
   assert path.stem == 'prepare' or 'tensorflow' not in others
   if path.stem in LEAVES - {'config'}:
     assert 'ml_collections' not in others  # a config is read above
+
+
+@pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])
+def test_text_files_are_utf_8_wherever_they_are_opened(folder):
+  """Without an encoding Python takes the locale's, which may lack the letters of a class name."""
+  for path in sorted((ROOT / folder).glob('*.py')):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+      if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+        name = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
+        words = {word.arg for word in node.keywords}
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        text = name in ('read_text', 'write_text')
+        text = text or (name == 'open' and {'w', 'a', 'r'} & {*modes})
+        assert not text or 'encoding' in words, f'{path}:{node.lineno}'
 
 
 def test_a_model_needs_only_the_light_dependencies():

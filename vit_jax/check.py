@@ -65,9 +65,12 @@ def check(config: ConfigDict) -> None:
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
   values = config_lib.flatten(config)
+  for key, value in values.items():
+    if any(item != item for item in (value if isinstance(value, list) else [value])):
+      raise ValueError(f'{key} must be a number, got {value}.')
   for key, (low, high) in RANGES.items():
-    if values[key] is not None and not low <= values[key] <= high:  # which NaN is not either
-      raise ValueError(f'{key} must be from {low:g} to {high:g}, got {values[key]}.')
+    if values[key] is not None and not low <= values[key] <= high:
+      raise ValueError(f'{key} must be from {low:.15g} to {high:.15g}, got {values[key]}.')
   check_augment(config)
   check_progressive(config)
   axes = dict(config.mesh)

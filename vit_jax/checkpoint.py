@@ -14,7 +14,6 @@ Decisions:
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vit_jax import cluster
+from vit_jax import cluster, output
 from vit_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -57,6 +56,7 @@ class Checkpoints:
       self._manager = manager(workdir, keep, self._accuracies)
 
   def __enter__(self):
+    be_silent()
     return self
 
   def __exit__(self, kind, *_):
@@ -77,7 +77,7 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      OSError: this one, or the one before it, can't be written.
+      output.Unwritten: this one, or the one before it, can't be written.
     """
     host = cluster.to_host(state)
     step = int(host.step)
@@ -109,7 +109,7 @@ class Checkpoints:
     """Until the last checkpoint is on disk; all processes wait for it.
 
     Raises:
-      OSError: it can't be written; in several processes a ValueError.
+      output.Unwritten: it can't be written; in several processes a ValueError.
     """
     cluster.from_first(self._wait)
 
@@ -257,13 +257,29 @@ def restored(workdir: pathlib.Path, step: int, item: str):
   except MemoryError:
     raise
   except Exception as error:  # orbax and tensorstore raise many kinds
-    sys.unraisablehook = unraisable
+    be_silent()
     check_readable(directory(workdir) / str(step))
     raise damaged(workdir, step, error) from error
 
 
+def be_silent() -> None:
+  """Has nothing printed of what orbax and tensorstore meet in their threads: they raise it too.
+
+  A full disk would else fill a terminal with tracebacks.
+  """
+  sys.unraisablehook = unraisable
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+  """Whether a log record is not of an error that orbax raises as well."""
+  error = record.exc_info and record.exc_info[1]
+  return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
+
+
 def unraisable(found) -> None:
-  """Python's own, but for the reads that were under way when orbax gave a checkpoint up."""
+  """Python's own, but for what was under way when orbax gave a checkpoint up."""
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 
@@ -295,15 +311,10 @@ def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
   return Damaged(f'The checkpoint {path} is damaged: {reason}.')
 
 
-def unwritten(workdir: pathlib.Path, error: Exception) -> OSError:
+def unwritten(workdir: pathlib.Path, error: Exception) -> output.Unwritten:
   """The error for a checkpoint that can't be written."""
-  known = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE))
   first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
-  reason = next((text for text in known if text in str(error)), first)
-  return OSError(
-    f'A checkpoint could not be written into {directory(workdir)} ({reason}). Those before it are '
-    'whole. Make room, or whatever it needs; the same command goes on from them.'
-  )
+  return output.unwritten(directory(workdir), output.reason(error) or first)
 
 
 def set_aside_damaged(workdir: pathlib.Path) -> None:

@@ -29,9 +29,10 @@ import numpy as np
 JOIN = 300  # seconds that a process waits for the others to start
 LOST = 30  # seconds without a sign of life after which a process counts as dead
 TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
-# What Slurm, Open MPI, Kubernetes or a person sets in each process; a TPU has libtpu.
+# What Slurm, Open MPI, an indexed job of Kubernetes or a person sets in each process; a TPU has
+# libtpu. Kubernetes sets KUBERNETES_SERVICE_HOST in lone pods, too.
 LAUNCHERS = (
-  'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'KUBERNETES_SERVICE_HOST',
+  'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
 )  # fmt: skip
 ARRAY = '__array__'  # key of what stands for an array in JSON
@@ -83,6 +84,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   if coordinator and not re.fullmatch(r'.+:\d+', coordinator):
     raise ValueError(f'--coordinator={coordinator}: expected <host>:<port>, as in 10.0.0.1:8476.')
+  began = time.monotonic()
   try:
     with warnings.catch_warnings(action='ignore'):  # of clusters that it can't look into
       jax.distributed.initialize(
@@ -94,8 +96,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return  # no cluster that JAX knows
   except Exception as error:  # the runtime's, and those of each kind of cluster
     raise ValueError(
-      f'The processes did not come together within {JOIN} s: {error}. To run in this process '
-      'alone, give --num_processes=1.'
+      f'The processes did not come together in {time.monotonic() - began:.0f} s (all must start '
+      f'within {JOIN} s): {error}. To run in this process alone, give --num_processes=1.'
     ) from error
   asked_to_stop()  # so that a notice before the first step is for a call that is yet to come
   if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
@@ -112,12 +114,12 @@ def leave(error: BaseException) -> None:
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)
-  elif isinstance(error, ValueError | OSError | FloatingPointError):
+  elif isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
     print(f'error: {name}: {error}', file=sys.stderr)
   else:
     traceback.print_exception(error)
     print(f'error: {name} failed.', file=sys.stderr)
-  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+  if isinstance(error, jax.errors.JaxRuntimeError):
     print('If another process died, JAX names it within a minute.', file=sys.stderr, flush=True)
     time.sleep(LOST + 5)  # it ends this process then
   sys.stdout.flush()
@@ -153,11 +155,12 @@ def from_first(function: Callable[[], object]) -> object:
       tuples come back as lists.
 
   Raises:
-    ValueError: which the function raised, or in the place of its OSError.
+    ValueError: which the function raised, or in the place of its OSError; in the other processes
+      also in the place of any other error.
   """
   if jax.process_count() == 1:
     return function()
-  arrays, text = [], None
+  arrays, text, failure = [], None, None
   if is_first():
 
     def marked(array):
@@ -168,6 +171,9 @@ def from_first(function: Callable[[], object]) -> object:
       text = json.dumps({'value': function()}, default=marked)
     except (ValueError, OSError) as error:
       text = json.dumps({'error': str(error)})
+    except Exception as error:  # the others wait for what it is
+      text = json.dumps({'error': f'Process 0 failed: {type(error).__name__}: {error}'})
+      failure = error
   text = broadcast(text and text.encode())
   waiting = iter(arrays)
 
@@ -179,6 +185,8 @@ def from_first(function: Callable[[], object]) -> object:
     flat = broadcast(None if array is None else np.ascontiguousarray(array).tobytes())
     return np.frombuffer(flat, jax.numpy.dtype(dtype)).reshape(shape)
 
+  if failure:
+    raise failure
   told = json.loads(text, object_hook=filled)
   if 'error' in told:
     raise ValueError(told['error'])
@@ -189,7 +197,8 @@ def check_same(what: str, value: dict) -> None:
   """Raises ValueError where this process has another value than the first: of JSON's kinds."""
   value = json.loads(json.dumps(value))
   first = from_first(lambda: value)
-  keys = [key for key in {**first, **value} if first.get(key) != value.get(key)]
+  text = lambda found, key: json.dumps(found.get(key))  # in which NaN is NaN
+  keys = [key for key in {**first, **value} if text(first, key) != text(value, key)]
   if keys:
     differences = '; '.join(f'{k}: {first.get(k)!r} there, {value.get(k)!r} here' for k in keys)
     raise ValueError(f'The first process has another {what}: {differences}. Start all with one.')

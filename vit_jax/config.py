@@ -6,17 +6,22 @@ read the few keys that they act on, e.g. `data.eval_split`.
 """
 
 import ast
-from collections.abc import Mapping
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import copy
 import difflib
 import importlib.machinery
 import inspect
 import json
 import pathlib
+import re
 import traceback
 import types
 
 from ml_collections import ConfigDict, config_dict
+
+from vit_jax.paths import local
 
 
 def default_config() -> ConfigDict:
@@ -154,6 +159,8 @@ def default_config() -> ConfigDict:
   return c.lock()
 
 
+TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # as absl has them
+
 # What a run may change when it goes on: it touches how far and how, not what.
 MAY_CHANGE = (
     'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
@@ -175,52 +182,99 @@ def load_file(spec: str) -> ConfigDict:
   """The config of `path/to/file.py` or `path/to/file.py:variant`.
 
   Raises:
-    ValueError: no such file, no `get_config` in it, or a variant that it doesn't have.
+    ValueError: no such file, no `get_config` in it, a variant that it doesn't have, or whatever
+      it raises itself; the message names the file and its line.
   """
-  path, _, variant = spec.partition(':')
+  path, _, variant = str(local(spec)).partition(':')
   if not pathlib.Path(path).is_file():
     near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
-    hint = f' Did you mean {" or ".join(near)}?' if near else ''
-    raise ValueError(f'--config: no file {path!r}.{hint}')
-  try:
-    config = run_config(path, variant)
-  except ValueError:
-    raise
-  except Exception as error:
-    line = getattr(error, 'lineno', None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-    raise ValueError(
-      f'--config: {path} failed, line {line}: {type(error).__name__}: {error}'
-    ) from error
+    raise ValueError(f'--config: no file {path!r}.{hint(near)}')
+  with located(path):
+    get_config = run_file(path).get('get_config')
+  if not callable(get_config):
+    raise ValueError(f'--config: {path} defines no function get_config().')
+  if variant and not inspect.signature(get_config).parameters:
+    raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
+  with located(path):
+    config = get_config(variant) if variant else get_config()
   if not isinstance(config, ConfigDict):
     raise ValueError(f'--config: get_config() of {path} must return the config it changed.')
   for key in flatten(config):
-    known_key(key)
+    if not is_key(key):
+      raise ValueError(f'--config: {path} sets {unknown(key)}')
   return config
 
 
-def run_config(path: str, variant: str) -> ConfigDict:
-  """Runs the file, and its `get_config` with the variant if one is given."""
+def run_file(path: str) -> dict[str, object]:
+  """Runs a Python file; returns what it defines."""
   loader = importlib.machinery.SourceFileLoader('experiment_config', path)
   module = types.ModuleType(loader.name)
   module.__file__ = path
   exec(loader.source_to_code(loader.get_data(path), path), module.__dict__)
-  if not callable(getattr(module, 'get_config', None)):
-    raise ValueError(f'--config: {path} defines no function get_config().')
-  if variant and not inspect.signature(module.get_config).parameters:
-    raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
-  return module.get_config(variant) if variant else module.get_config()
+  return module.__dict__
 
 
-def known_key(key: str) -> None:
-  """Raises ValueError for a key that no config has, with the nearest ones."""
-  keys = flatten(default_config())
-  if key not in keys:
-    leaf = key.rpartition('.')[2]
-    near = [name for name in keys if name.startswith(key + '.')]
-    near = near or [name for name in keys if name.rpartition('.')[2] == leaf]
-    near = near or difflib.get_close_matches(key, keys, n=3, cutoff=0.5)
-    hint = f' Did you mean {" or ".join(near)}?' if near else ''
-    raise ValueError(f'--config.{key}: there is no such key.{hint}')
+@contextlib.contextmanager
+def located(path: str) -> Iterator[None]:
+  """Turns what a config file raises into a ValueError that names the file and its line."""
+  try:
+    yield
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+      lines.append(error.lineno)  # nothing of the file has run
+    line = f', line {lines[-1]}' if lines else ''
+    raise ValueError(f'--config: {path}{line}: {reason(error)}') from error
+
+
+def reason(error: Exception) -> str:
+  """What to say of an error that a config file raised."""
+  inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
+  # What ml_collections says of a key that is not there, and then of all those that are.
+  absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))
+  if isinstance(inner, KeyError) and absent:
+    return unknown(absent[1] or absent[2])
+  return str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'
+
+
+def is_key(key: str) -> bool:
+  """Whether it is a dotted key of every config."""
+  return key in flatten(default_config())
+
+
+def is_switch(key: str) -> bool:
+  """Whether it is a key that is true or false."""
+  return is_key(key) and kind_of(key) is bool
+
+
+def kind_of(key: str) -> type:
+  """The type of a key's values."""
+  section, _, leaf = key.rpartition('.')
+  config = default_config()
+  return (config[section] if section else config).get_type(leaf)
+
+
+def unknown(key: str) -> str:
+  """What to say of a key that no config has: the nearest ones."""
+  named = collections.defaultdict(list)  # keys, by what they may be taken for
+  for name in flatten(default_config()):
+    section, _, leaf = name.rpartition('.')
+    for words in {name, leaf}:
+      named[words].append(name)
+    if section:
+      named[section] = [section]
+  near = [name for name in named if name.startswith(key + '.')]
+  near = near or named.get(key.rpartition('.')[2])
+  if not near:
+    close = difflib.get_close_matches(key, named, n=3)
+    near = list(dict.fromkeys(name for words in close for name in named[words]))
+  return f'{key}: there is no such key.{hint(near)}'
+
+
+def hint(near: Sequence[str]) -> str:
+  """The question after a mistyped name; nothing without near ones."""
+  return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
@@ -229,12 +283,9 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   Raises:
     ValueError: an unknown key, with the nearest valid ones, or a value of another type.
   """
-  known_key(key)
-  *path, leaf = key.split('.')
-  holder = config
-  for name in path:
-    holder = holder[name]
-  kind = holder.get_type(leaf)
+  if not is_key(key):
+    raise ValueError(f'--config.{unknown(key)}')
+  kind = kind_of(key)
   try:
     value = parse(text, kind, optional=flatten(default_config())[key] is None)
   except (ValueError, SyntaxError):
@@ -242,6 +293,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     raise ValueError(
       f'--config.{key}: got {text!r}, expected {kind.__name__}, e.g. {example}.'
     ) from None
+  section, _, leaf = key.rpartition('.')
+  holder = config[section] if section else config
   with holder.unlocked():
     holder[leaf] = value
 
@@ -254,13 +307,18 @@ def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict
 
 
 def parse(text: str, kind: type, optional: bool = False):
-  """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`."""
+  """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`, an int also as `1e3`."""
   if optional and (text == 'None' or (kind is not str and text == 'none')):
     return None  # as a word, `none` is a choice: model.position=none
   if kind is bool:
-    if text.lower() not in ('true', 'false', '1', '0'):
+    if text.lower() not in (*TRUE, *FALSE):
       raise ValueError(text)
-    return text.lower() in ('true', '1')
+    return text.lower() in TRUE
+  if kind is int and not text.strip().lstrip('+-').isdecimal():
+    number = float(text)
+    if not number.is_integer():
+      raise ValueError(text)
+    return int(number)
   if kind is tuple:
     value = ast.literal_eval(text)
     value = tuple(value) if isinstance(value, (tuple, list)) else (value,)

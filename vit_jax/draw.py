@@ -20,6 +20,8 @@ from matplotlib import font_manager, ticker
 from matplotlib.figure import Figure
 import numpy as np
 
+from vit_jax import output
+
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
 GROUND = 228  # grey between patches, where white would be taken for theirs
 SPLITS = {'train': BLUE, 'val': GREEN, 'test': ORANGE}
@@ -60,7 +62,8 @@ def save(figure: Figure, path: pathlib.Path) -> None:
   """Writes a PNG 1200 pixels wide, without date or version: the same figure, the same bytes."""
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing from font')
-    figure.savefig(path, dpi=150, metadata={'Software': None})
+    with output.replacing(path) as partial:
+      figure.savefig(partial, dpi=150, format='png', metadata={'Software': None})
 
 
 @styled

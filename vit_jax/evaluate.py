@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax import data, experiment, progress, sharding
+from vit_jax import data, experiment, limits, progress, sharding
 
 Averages = type[metrics.Collection]
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
@@ -98,6 +98,7 @@ def make_eval_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> EvalS
   return jax.jit(eval_step)
 
 
+@limits.memory_for('Evaluation')
 def evaluate(
   eval_step: EvalStep,
   params: dict,
@@ -116,6 +117,7 @@ def evaluate(
   return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 
+@limits.memory_for('Evaluation')
 def run(
   workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> dict[str, float]:

@@ -38,6 +38,7 @@ from vit_jax import (
 from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.names import choose
+from vit_jax.paths import local
 from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
@@ -529,7 +530,7 @@ def load_real(experiment: Experiment, split: str) -> np.ndarray | None:
   if not data.real_labels:
     return None
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  return real.load(pathlib.Path(data.real_labels).expanduser(), source, split)
+  return real.load(local(data.real_labels), source, split)
 
 
 def report(name: str, examples: Split | None) -> None:

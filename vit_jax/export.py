@@ -50,7 +50,7 @@ def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathli
 def check_card(out: pathlib.Path) -> None:
   """Raises ValueError where a folder has a README.md that is not of an export."""
   file = out / card.NAME
-  if file.is_file() and card.SIGNATURE not in file.read_text(errors='replace'):
+  if file.is_file() and card.SIGNATURE not in file.read_text(encoding='utf-8', errors='replace'):
     raise ValueError(
       f'{file} is there already, and no model card of an export: give another folder.'
     )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vit_jax
-from vit_jax import cluster, data, experiment, format_npz, progress, sharding
+from vit_jax import cluster, data, experiment, format_npz, limits, progress, sharding
 from vit_jax.memory import Examples
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ def make_feature_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> Fe
   return jax.jit(feature_step, out_shardings=sharding.replicated(mesh))
 
 
+@limits.memory_for('Feature extraction')
 def compute(
   feature_step: FeatureStep,
   params: dict,

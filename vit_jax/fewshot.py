@@ -18,7 +18,7 @@ import pathlib
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import checkpoint, experiment, features, sharding, writer
+from vit_jax import checkpoint, experiment, features, output, sharding, writer
 from vit_jax import config as config_lib
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def run(
   config: ConfigDict | None = None,
   init: str = '',
 ) -> dict:
-  """Few-shot accuracies of a workdir's newest checkpoint, written to its `fewshot.json`.
+  """Few-shot accuracies of a workdir's newest checkpoint, also in its `fewshot.json` if possible.
 
   Or of published weights, `init`, on the data of the overrides; those are not written.
   """
@@ -127,5 +127,8 @@ def run(
   result = fewshot(*experiment.open_model(workdir, init, overrides, config, classes='data'))
   if workdir:
     result = {'step': checkpoint.latest_step(workdir)} | result
-    writer.write_json(workdir / 'fewshot.json', result)
+    try:
+      writer.write_json(workdir / 'fewshot.json', result)
+    except output.Unwritten as error:  # the workdir may be another's, or archived
+      log.warning('%s The result is printed only.', error)
   return result

@@ -366,8 +366,9 @@ def save(
     config['label2id'] = {name: i for i, name in enumerate(names)}
   processor = processor_config(preprocessing, config['num_channels'])
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-  (folder / 'preprocessor_config.json').write_text(json.dumps(processor, indent=2) + '\n')
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  text = json.dumps(processor, indent=2) + '\n'
+  (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
 
 
 def processor_config(p: Preprocessing, channels: int) -> dict:

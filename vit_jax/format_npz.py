@@ -17,7 +17,7 @@ import zlib
 import ml_dtypes
 import numpy as np
 
-from vit_jax import resnet
+from vit_jax import output, resnet
 from vit_jax.vit import ViT
 from vit_jax.weights import SAME, STACKED, Preprocessing, Row, Weights, refuse, rows, write
 
@@ -222,11 +222,8 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes a `.npz` in one step: a file under its name is whole."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + '.partial')
-  with partial.open('wb') as file:
+  with output.replacing(path) as partial, partial.open('wb') as file:
     np.savez(file, **arrays)  # with checksums, unlike .npy
-  partial.replace(path)
 
 
 def save(

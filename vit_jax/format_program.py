@@ -163,4 +163,4 @@ def write_about(
     },
     'class_names': class_names,
   }  # fmt: skip
-  (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n')
+  (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')

@@ -266,4 +266,4 @@ def save(
   table = [*TABLE, *torch_norm('norm', 'fc_norm' if model.norm_after_pool else 'norm')]
   arrays = write(rows(table, model.depth), params)
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

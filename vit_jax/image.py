@@ -14,9 +14,13 @@ import glob
 import io
 import math
 import pathlib
+import stat
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from vit_jax import output
+from vit_jax.paths import local
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
@@ -46,6 +50,8 @@ def read(path: pathlib.Path) -> bytes:
     BadImage: it can't be read.
   """
   try:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe might never end, or begin
+      raise BadImage(f'{path}: not a file.')
     return path.read_bytes()
   except OSError as error:
     raise BadImage(f'{path}: {error.strerror}.') from error
@@ -255,8 +261,7 @@ def find(paths: list[str]) -> list[pathlib.Path]:
   if not paths:
     raise ValueError('No images are named: give --images=file.png,folder/, comma-separated.')
   found = []
-  for path in map(pathlib.Path, paths):
-    path = path.expanduser()
+  for path in map(local, paths):
     if not path.exists() and any(sign in str(path) for sign in '*?['):
       inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
       inside = [p for p in inside if is_image(p)]
@@ -275,4 +280,6 @@ def find(paths: list[str]) -> list[pathlib.Path]:
 
 def save(image_HWC: np.ndarray, path: pathlib.Path) -> None:
   """Writes a uint8 array as PNG."""
-  Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC).save(path)
+  pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+  with output.writing(path):
+    Image.fromarray(pixels).save(path)

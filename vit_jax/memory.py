@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from vit_jax import image as image_lib
-from vit_jax import progress, sharding, sources, splits
+from vit_jax import limits, progress, sharding, sources, splits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Examples:
     yield 'labels', self.label_N
 
 
+@limits.memory_for('Reading images')
 def load(
   source: sources.Source,
   split: str,

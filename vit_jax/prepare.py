@@ -49,9 +49,9 @@ def convert(source: pathlib.Path, target: pathlib.Path) -> None:
         writer.write(record.numpy())
       writer.close()
     elif file.name == 'dataset_info.json':
-      info = json.loads(file.read_text())
+      info = json.loads(file.read_text(encoding='utf-8'))
       info['fileFormat'] = 'array_record'
-      (partial / file.name).write_text(json.dumps(info, indent=2))
+      (partial / file.name).write_text(json.dumps(info, indent=2), encoding='utf-8')
     elif file.is_file():
       shutil.copy(file, partial / file.name)
   shutil.rmtree(target, ignore_errors=True)

@@ -11,6 +11,7 @@ Decisions:
 """
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import logging
 import math
@@ -35,6 +36,7 @@ from vit_jax import (
   weights,
 )
 from vit_jax.names import choose
+from vit_jax.paths import local
 from vit_jax.weights import Preprocessing, Weights, pair
 
 log = logging.getLogger(__name__)
@@ -120,17 +122,20 @@ def save(
     ValueError: a model that the format can't hold; the message names what.
   """
   write = choose('format', format, FORMATS)
-  folder = pathlib.Path(folder).expanduser()
+  folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
   if class_names is not None and len(class_names) != model.num_classes:
     raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
   output.check_folder(folder)
-  folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix='.writing_', dir=folder) as temporary:
+  with output.writing(folder), contextlib.ExitStack() as stack:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
     write(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:
-      (pathlib.Path(temporary) / 'README.md').write_text(card)
+      (pathlib.Path(temporary) / 'README.md').write_text(
+        card, encoding='utf-8', errors='backslashreplace'
+      )
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
@@ -307,12 +312,12 @@ def read(path: str | pathlib.Path) -> Weights:
   Raises:
     ValueError: nothing that can be read; the message says what would be.
   """
-  local = pathlib.Path(path).expanduser()
-  if local.is_dir():
-    return read_folder(local)
-  if local.is_file():
-    return read_file(local)
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and local.suffix != '.npz':
+  place = local(path)
+  if place.is_dir():
+    return read_folder(place)
+  if place.is_file():
+    return read_file(place)
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_folder(download(str(path)), origin=str(path))
   raise ValueError(f'{path}: there is no such file or folder.')
 
@@ -449,11 +454,13 @@ def download(name: str) -> pathlib.Path:
   """
   from huggingface_hub import snapshot_download
 
+  log.info('%s is no file or folder here: looking for it on the Hugging Face Hub ...', name)
   try:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
   except Exception as error:  # the Hub's client and its transports raise many kinds
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(
-      f'{name}: there is no such folder here, and the Hugging Face Hub did not give it ({reason})'
+      f'{name}: there is no such file or folder here. Taken for the name of a repository on the '
+      f'Hugging Face Hub, it could not be fetched either: {reason}'
     ) from error
   return pathlib.Path(folder)

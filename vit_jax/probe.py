@@ -23,6 +23,7 @@ from vit_jax import (
   cluster,
   experiment,
   features,
+  limits,
   optim,
   sharding,
   state,
@@ -31,6 +32,7 @@ from vit_jax import (
   writer,
 )
 from vit_jax import config as config_lib
+from vit_jax.paths import local
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class OnFeatures(experiment.Experiment):
     return 1
 
 
+@limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """As `trainer.train`, and for `freeze=backbone` too; with `sweep`, the result lists its points.
 
@@ -57,7 +60,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged, at every learning rate where there is a sweep.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = local(workdir)
   if not config.freeze:
     return trainer.train(config, workdir)
   finished, saved = trainer.start_up(config, workdir)

@@ -57,7 +57,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
     ValueError: there are none.
   """
   try:
-    labels = json.loads(path.read_text())
+    labels = json.loads(path.read_text(encoding='utf-8'))
     if {type(number) for label in labels for number in label} - {int}:
       raise ValueError('it holds something else than numbers')
   except (OSError, ValueError, TypeError) as error:

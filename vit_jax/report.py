@@ -12,7 +12,7 @@ import dataclasses
 import html
 import pathlib
 
-from vit_jax import writer
+from vit_jax import output
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5a5a5a; --ground: #fff; --line: #ddd; }
@@ -75,7 +75,7 @@ def write(
     *(section(picture.title, figure(picture)) for picture in pictures),
     section('Left out', table(left_out.items())) if left_out else '',
   ]
-  writer.replace(
+  output.replace(
     path,
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -28,6 +28,7 @@ import numpy as np
 from vit_jax import cluster, progress
 from vit_jax import image as image_lib
 from vit_jax.names import choose
+from vit_jax.paths import local
 
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
 
@@ -220,7 +221,7 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 def folder_root(path: str, data_dir: str) -> pathlib.Path:
   """Where a folder lies; a relative path starts at `data_dir`."""
-  return pathlib.Path(data_dir).expanduser() / pathlib.Path(path).expanduser()
+  return local(data_dir) / local(path)
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
@@ -289,7 +290,7 @@ def tfds_root(name: str, data_dir: str) -> pathlib.Path:
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
   root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return pathlib.Path(root).expanduser()
+  return local(root)
 
 
 def tfds_source(name: str, builder) -> Source:

@@ -16,6 +16,7 @@ import logging
 import math
 import pathlib
 import re
+import sys
 import time
 
 from clu import parameter_overview, platform
@@ -32,6 +33,7 @@ from vit_jax import (
   evaluate,
   experiment,
   image,
+  limits,
   optim,
   output,
   progress,
@@ -41,6 +43,7 @@ from vit_jax import (
 )
 from vit_jax import config as config_lib
 from vit_jax.check import check
+from vit_jax.paths import local
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +164,7 @@ class Meter:
     return values
 
 
+@limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains, or goes on, until `config.epochs` are done; returns what `result.json` holds.
 
@@ -171,9 +175,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   Raises:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged; the last good checkpoint stays.
+    limits.OutOfMemory: the message says which keys to change.
     cluster.Preempted: it was asked to stop, and has saved.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = local(workdir)
   finished, saved = start_up(config, workdir)
   if finished:
     return finished
@@ -241,11 +246,25 @@ def fit(
     workdir.mkdir(parents=True, exist_ok=True)
     writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
   with (
+    intact(workdir),
+    cluster.Preemption() as preemption,  # also while the others end
     (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-    cluster.Preemption() as preemption,
   ):
     return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
+
+
+@contextlib.contextmanager
+def intact(workdir: pathlib.Path) -> Iterator[None]:
+  """Adds to an `output.Unwritten` what is left of the run in a workdir."""
+  try:
+    yield
+  except output.Unwritten as error:
+    whole = next(iter(checkpoint.steps(workdir)), None)
+    left = 'No checkpoint had been saved: the same command starts again.'
+    if whole is not None:
+      left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'
+    raise output.Unwritten(f'{error} {left}') from error
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
@@ -471,5 +490,7 @@ def save_examples(
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
-    name = re.sub(r'\W+', '-', exp.task.class_names[label])
+    known = sys.getfilesystemencoding()  # which may lack some letters
+    name = exp.task.class_names[label].encode(known, 'replace').decode(known)
+    name = re.sub(r'\W+', '-', name)
     image.save(image_HWC, folder / f'{i}_{name}.png')

@@ -201,7 +201,7 @@ def read_json(path: pathlib.Path) -> dict:
     ValueError: missing, or no JSON object.
   """
   try:
-    value = json.loads(path.read_text())
+    value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
   except ValueError as error:

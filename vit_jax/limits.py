@@ -1,0 +1,44 @@
+"""What to say when memory runs out."""
+
+from collections.abc import Iterator
+import contextlib
+import re
+
+import jax
+
+LESS = {  # what takes less memory
+  'Training': (
+    'Raise micro_batches or set model.remat=full, which a run may change when it resumes; or start '
+    'another run with a smaller batch_size or data.image_size, or with model.dtype=bfloat16.'
+  ),
+  'Reading images': 'Set data.cache=stream, a smaller split, or a smaller data.image_size.',
+  'Evaluation': 'Set a smaller eval_batch_size.',
+  'Feature extraction': 'Set a smaller eval_batch_size, or model.dtype=bfloat16.',
+}
+ANY = 'Set a smaller data.image_size, or model.dtype=bfloat16.'
+
+
+class OutOfMemory(MemoryError):
+  """Memory of the host or of a device ran out; the message says which keys to change."""
+
+
+@contextlib.contextmanager
+def memory_for(what: str) -> Iterator[None]:
+  """Turns every kind of error that means too little memory into `OutOfMemory`.
+
+  Also a decorator. Within several of these the innermost decides what is said.
+
+  Args:
+    what: is done; a key of `LESS`, or anything else.
+  """
+  try:
+    yield
+  except OutOfMemory:
+    raise
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    reason = (str(error).removeprefix('RESOURCE_EXHAUSTED: ').splitlines() or [''])[0][:200]
+    in_gb = lambda found: f'{int(found[1]) / 1e9:,.1f} GB'
+    reason = re.sub(r'(\d{8,}) bytes', in_gb, reason).rstrip('.') or 'no details'
+    raise OutOfMemory(f'{what} ran out of memory ({reason}). {LESS.get(what, ANY)}') from error
