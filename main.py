@@ -277,6 +277,9 @@ def main(argv):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
+    from vit_jax import sharding
+
+    sharding.start_up()
     code = mode(args, overrides)
     sys.stdout.flush()
     return code

@@ -112,18 +112,30 @@ def test_more_epochs_go_on(tmp_path):
   assert result['steps'] == 16 and checkpoint.latest_step(tmp_path) == 16
 
 
-def test_a_resumed_run_has_the_devices_that_it_began_with(tmp_path):
-  """Not under conftest, which makes two devices before anything else can make one."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  flags = [
-      '--config=configs/digits.py', f'--workdir={tmp_path}', '--config.model.depth=1',
-      '--config.batch_size=64', '--config.data.source=synthetic', '--config.eval_batch_size=64',
+def test_resume_without_config_uses_all_cores(tmp_path):
+  """In processes of their own, because conftest sets the number of devices in this one."""
+  new = [
+      '--config=configs/digits.py', '--config.model.depth=1', '--config.batch_size=64',
+      '--config.data.source=synthetic', '--config.eval_batch_size=64', '--config.epochs=0.1',
   ]  # fmt: skip
-  for epochs in ('0.1', '0.2'):
-    command = [sys.executable, 'main.py', *flags, f'--config.epochs={epochs}']
+  for flags in (new, ['--config.epochs=0.2']):
+    command = [sys.executable, 'main.py', f'--workdir={tmp_path}', *flags]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
   log = (tmp_path / 'log.txt').read_text()
-  assert log.count(f'on {min(cores, 2)} cpu device(s)') == 2 and 'Going on from step 2' in log
+  devices = f'on {min(cluster.cores(), 2)} cpu device(s)'
+  assert log.count(devices) == 2 and 'Going on from step 2' in log
+
+
+def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
+  script = (
+    'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
+    'from vit_jax import cluster, trainer; cluster.cores = lambda: 4\n'
+    "trainer.train(small_config(epochs='0', batch_size='96'), sys.argv[1])"
+  )
+  script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
+  subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True)
+  warning = 'WARNING JAX was started with 1 CPU device(s), and batch_size=96 is worth 3: '
+  assert warning in (tmp_path / 'log.txt').read_text()
 
 
 def test_another_config_is_refused(trained):

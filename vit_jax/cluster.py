@@ -98,8 +98,6 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       'alone, give --num_processes=1.'
     ) from error
   asked_to_stop()  # so that a notice before the first step is for a call that is yet to come
-  if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
-    jax.config.update('jax_num_cpu_devices', cores())
 
 
 def in_cluster() -> bool:
@@ -155,7 +153,8 @@ def from_first(function: Callable[[], object]) -> object:
   Raises:
     ValueError: which the function raised, or in the place of its OSError.
   """
-  if jax.process_count() == 1:
+  # Asking for the process count alone would start JAX, before `sharding.start_up` may have run.
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text = [], None
   if is_first():

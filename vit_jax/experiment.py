@@ -554,8 +554,16 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
   Raises:
     ValueError: there is none such.
   """
-  parts = config.micro_batches or 1
-  return sharding.make_mesh(config.batch_size, parts, group(config), dict(config.mesh))
+  return sharding.make_mesh(**division(config), shape=dict(config.mesh))
+
+
+def division(config: ConfigDict) -> dict[str, int]:
+  """How a batch may be divided over devices, as `sharding.make_mesh` takes it."""
+  return {
+    'batch_size': config.batch_size,
+    'micro_batches': config.micro_batches or 1,
+    'group': group(config),
+  }
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -115,8 +115,6 @@ def run(
   else:
     asked = config or trainer.saved_config(workdir, overrides)
   check(asked)
-  # Before orbax reads or a shape is asked for: that starts JAX, with one device on a CPU.
-  sharding.start_up(asked.batch_size, asked.micro_batches or 1, experiment.group(asked))
   if init or (workdir and checkpoint.latest_step(workdir) is not None):
     exp, _ = experiment.open_model(workdir, init, overrides, config)
     notes = ('Training is that of the default config and of --config.<key>.',) if init else ()

@@ -192,9 +192,8 @@ def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, Co
   Raises:
     ValueError: a config that can't be, or a workdir that holds another run.
   """
+  sharding.start_up()
   check(config)
-  # Before orbax reads: that starts JAX, with one device on a CPU.
-  sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
   mine = config_lib.flatten(config)
   cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
   checkpoint.set_aside_damaged(workdir)
@@ -288,6 +287,9 @@ class Run:
 
   def run(self) -> dict:
     """Trains to the end and writes `result.json`."""
+    few = sharding.few_devices(**experiment.division(self.config))
+    if few:
+      log.warning(few)
     train_state = self.initial_state()
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
