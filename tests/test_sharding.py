@@ -59,9 +59,9 @@ def test_devices_talk_once_a_batch():
 
 
 def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
-  size = lambda *arguments, **shape: sharding.make_mesh(
-    *arguments, shape=sharding.ALL_DATA | shape
-  ).size
+  size = lambda *arguments, **shape: (
+    sharding.make_mesh(*arguments, shape=sharding.ALL_DATA | shape).size
+  )
   sizes = lambda: [size(32), size(64), size(65), size(64, 1, 64), size(32, tensor=2)]
   assert sizes() == [2, 2, 1, 1, 2]  # the user, here conftest, has asked for two devices
   assert sharding.inference_mesh(7).size == 2

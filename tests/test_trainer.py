@@ -276,10 +276,53 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   assert test[0] == test[1]
 
 
-def test_one_run_at_a_time_writes_into_a_workdir(tmp_path):
-  with writer.Writer(tmp_path, 0), pytest.raises(ValueError, match='another run is writing here'):
-    trainer.train(small_config(), tmp_path)
-  assert trainer.train(small_config(), tmp_path)['steps'] == 32
+def contents(folder):
+  """The files of a folder, with their bytes and when they were written."""
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize('seed', ['0', '1'])
+def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
+  """Refused because another run holds the workdir; later because the config is another."""
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  with writer.held(workdir), pytest.raises(ValueError, match='another run is writing here'):
+    trainer.train(small_config(log_every='4', seed=seed), workdir)
+  assert contents(workdir) == before
+  if seed == '1':
+    with pytest.raises(ValueError, match='seed: 0 there, 1 given'):
+      trainer.train(small_config(log_every='4', seed=seed), workdir)
+    assert contents(workdir) == before
+
+
+def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  monkeypatch.setattr(experiment.Task, 'load', lambda saved: experiment.Task((), (1, 1), 3))
+  with pytest.raises(ValueError, match='the data of synthetic changed'):
+    trainer.train(small_config(log_every='4'), workdir)
+  assert contents(workdir) == before
+
+
+def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
+  workdir = tmp_path / 'new' / 'run'
+  with writer.held(workdir), pytest.raises(ValueError, match='another run'), writer.held(workdir):
+    pass
+  assert not list(tmp_path.iterdir())
+  with writer.held(workdir):
+    (workdir / 'config.json').touch()
+  assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  writer.write_json(workdir / 'config.json', {'seed': 7})
+  assert trainer.saved_config(workdir, {}).seed == 0
+  shutil.rmtree(workdir / 'checkpoints')
+  assert trainer.saved_config(workdir, {}).seed == 7
 
 
 def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):

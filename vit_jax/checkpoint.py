@@ -225,6 +225,18 @@ def latest_step(workdir: pathlib.Path) -> int | None:
   return cluster.from_first(lambda: next(iter(steps(workdir)), None))
 
 
+def newest_config(workdir: pathlib.Path) -> dict | None:
+  """The config of the newest checkpoint whose config is whole; None where there is none."""
+
+  def find():
+    for step in steps(workdir):
+      with contextlib.suppress(Damaged):
+        return read(workdir, step, 'config')['config']
+    return None
+
+  return cluster.from_first(find)
+
+
 def restore_item(workdir: pathlib.Path, step: int, item: str):
   """One item of a checkpoint as it was saved, arrays as NumPy.
 

@@ -45,6 +45,10 @@ from vit_jax.check import check
 log = logging.getLogger(__name__)
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
+# `(experiment, training, mesh, workdir) -> result`
+Procedure = Callable[
+  [experiment.Experiment, experiment.Training, jax.sharding.Mesh, pathlib.Path], dict
+]
 
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
 
@@ -161,12 +165,15 @@ class Meter:
     return values
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
-  """Trains, or goes on, until `config.epochs` are done; returns what `result.json` holds.
+def train(
+  config: ConfigDict, workdir: str | pathlib.Path, procedure: Procedure | None = None
+) -> dict:
+  """Trains, or resumes, until `config.epochs` are done; returns what `result.json` holds.
 
   Args:
     config: from `configs/`, or `config.default_config()` changed.
-    workdir: where checkpoints and records are; a run in it goes on.
+    workdir: folder of checkpoints and records; a run in it is resumed.
+    procedure: how to train once the data is open; None: `fit`, after `record`.
 
   Raises:
     ValueError: a config, data or workdir that does not work; the message says why.
@@ -174,28 +181,31 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     cluster.Preempted: it was asked to stop, and has saved.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  finished, saved = start_up(config, workdir)
-  if finished:
-    return finished
-  mesh = experiment.make_mesh(config)
-  exp, training = experiment.from_config(config, saved)
-  save_examples(exp, training.test, workdir)
-  return fit(exp, training, mesh, workdir)
+  sharding.start_up()
+  check(config)
+  mine = config_lib.flatten(config)
+  cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
+  with writer.held(workdir):
+    finished, saved = begin(config, workdir)
+    if finished:
+      return finished
+    mesh = experiment.make_mesh(config)
+    exp, training = experiment.from_config(config, saved)
+    if procedure:
+      return procedure(exp, training, mesh, workdir)
+    record(exp, workdir, training.test)
+    return fit(exp, training, mesh, workdir)
 
 
-def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
-  """Checks a run before anything is read.
+def begin(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
+  """Checks a config against the run in a workdir, which must be held.
 
   Returns:
     The result of a run that is finished, and the config of one that has begun; else None.
 
   Raises:
-    ValueError: a config that can't be, or a workdir that holds another run.
+    ValueError: the workdir holds another run, or can't be written into.
   """
-  sharding.start_up()
-  check(config)
-  mine = config_lib.flatten(config)
-  cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
   checkpoint.set_aside_damaged(workdir)
   start, finished, saved = checkpoint.latest_step(workdir), None, None
   if start is not None:
@@ -222,23 +232,18 @@ def fit(
     exp: what is trained.
     training: on what and how, and from which weights.
     mesh: of the devices.
-    workdir: made where there is none.
+    workdir: a folder that is held.
     **notes: put into `result.json` as they are.
 
   Raises:
-    ValueError: the run can't go on with this data, is beyond its end, or is under way.
+    ValueError: the run is beyond its end.
   """
   config, start = exp.config, checkpoint.latest_step(workdir)
-  cluster.check_same('data', dataclasses.asdict(exp.task))
-  experiment.check_same_data(exp, workdir)
   if start and start > training.steps:
     raise ValueError(
       f'{workdir} is at step {start} already, and epochs={config.epochs} ends at step '
       f'{training.steps}: give more epochs, or another --workdir.'
     )
-  if cluster.is_first():
-    workdir.mkdir(parents=True, exist_ok=True)
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
   with (
     (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
     checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
@@ -250,12 +255,14 @@ def fit(
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
   """The config of the run in a workdir, with overrides.
 
+  It is that of the newest checkpoint, and `config.json` only where there is no checkpoint.
+
   Raises:
     ValueError: there is no run.
   """
-  saved = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
-  if saved is None and (step := checkpoint.latest_step(workdir)) is not None:
-    saved = checkpoint.restore_item(workdir, step, 'config')['config']
+  saved = checkpoint.newest_config(workdir)
+  if saved is None:
+    saved = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
   if saved is None:
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
@@ -463,12 +470,28 @@ class Run:
     return result
 
 
+def record(
+  exp: experiment.Experiment, workdir: pathlib.Path, test: experiment.Split | None = None
+) -> None:
+  """Writes `config.json`, and `examples/` of the test images, once the data has been checked.
+
+  The workdir must be held: these are the first files that a run writes.
+
+  Raises:
+    ValueError: the run can't be resumed with this data.
+  """
+  cluster.check_same('data', dataclasses.asdict(exp.task))
+  experiment.check_same_data(exp, workdir)
+  if cluster.is_first():
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+    if test is not None:
+      save_examples(exp, test, workdir)
+
+
 def save_examples(
   exp: experiment.Experiment, test: experiment.Split, workdir: pathlib.Path
 ) -> None:
   """A few images of the test split as PNG files, to try `predict` on."""
-  if not cluster.is_first():
-    return
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
