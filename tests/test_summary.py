@@ -174,8 +174,8 @@ def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch
 
 def test_the_plan_is_that_of_training():
   config = small_config()
-  steps, warmup = experiment.length(config, 1000)
-  assert (steps, warmup) == (31, 6)  # 31.25 batches; 5 epochs of warm-up, a fifth at most
+  assert experiment.length(config, 1000) == 31  # of 31.25 batches
+  assert experiment.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
 
 
 def test_what_is_done_to_an_image_is_no_work_of_the_model():

@@ -2,7 +2,7 @@
 
 A workdir keeps them in `checkpoints/<step>/`, each with three items: `params`, `state`
 (step, optimizer state, averages) and `config` (JSON: the config, what the data told: class names,
-channels, stored size, and digests of all three items).
+channels, stored size, the last steps of the run's earlier cycles, and digests of all three items).
 
 Decisions:
   * Arrays are saved whole and as NumPy arrays, by the first process. Saved as JAX arrays they carry
@@ -226,12 +226,12 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
-  """The config of the newest checkpoint whose config is whole; None where there is none."""
+  """The newest item `config` that is whole, and its `step`; None where there is none."""
 
   def find():
     for step in steps(workdir):
       with contextlib.suppress(Damaged):
-        return read(workdir, step, 'config')['config']
+        return read(workdir, step, 'config') | {'step': step}
     return None
 
   return cluster.from_first(find)

@@ -194,7 +194,7 @@ def on_all(
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr = rate
-  plan = experiment.plan(config, both, None, training.test, training.params)
+  plan = experiment.plan(config, both, None, training.test, training.params, training.cycles)
   return of_all(exp, training), plan
 
 
