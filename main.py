@@ -305,8 +305,9 @@ def main(argv):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    from vit_jax import backend, limits
+    from vit_jax import backend, limits, sharding
 
+    sharding.start_up()
     with backend.needed(), limits.memory_for(f'--mode={args.mode}'):
       code = mode(args, overrides)
     sys.stdout.flush()

@@ -69,7 +69,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
 
   config = works.settings(work)
   config.augment.pad_crop.padding, config.augment.flip.probability = 0, 0.0
-  sharding.start_up(work.batch_size)
+  sharding.start_up()
   mesh = sharding.make_mesh(work.batch_size)
   exp, training = experiment.from_config(config)
   replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
@@ -102,7 +102,7 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
 
   from vit_jax import data, experiment, sharding
 
-  sharding.start_up(work.batch_size)
+  sharding.start_up()
   mesh = sharding.make_mesh(work.batch_size)
   exp, training = experiment.from_config(works.settings(work))
   batches = data.train_batches(training.train, work.batch_size, 0, 0, sharding.over_batch(mesh))

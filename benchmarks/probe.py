@@ -71,7 +71,7 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
 
 def measure(config, examples: int, rounds: int) -> dict:
   """Medians of the two epochs, their ratio, and what the features cost."""
-  sharding.start_up(config.batch_size)
+  sharding.start_up()
   mesh = sharding.make_mesh(config.batch_size)
   exp, training = experiment.from_config(config)
   random, shape = np.random.RandomState(0), (examples, *training.train.image_NHWC.shape[1:])

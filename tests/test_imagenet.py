@@ -38,7 +38,8 @@ def test_a_recipe_is_the_papers(variant):
   assert config.augment.resized_crop.min_area == 0.05 and config.augment.flip.probability == 0.5
   assert tuple(config.data.image_size) == (224, 224) and round(224 / config.data.crop) == 256
   examples = TRAIN['imagenet21k' if 'i21k' in variant else 'imagenet2012']
-  assert experiment.length(config, examples) == (steps, 10_000)
+  assert experiment.length(config, examples) == steps
+  assert experiment.warmup_steps(config, examples, steps) == 10_000
 
 
 # (mixup p, RandAugment (n, m)), AugReg, Section 3; that of `plain` is its light2.

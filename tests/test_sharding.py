@@ -56,3 +56,15 @@ def test_devices_talk_once_a_batch():
   text = jax.jit(gradient).lower(jnp.ones((12, 4)), jnp.ones((4, 2))).compile().as_text()
   assert ' while(' in text and text.count(' all-reduce(') == 1
   assert text.index(' all-reduce(') > text.index('ENTRY')
+
+
+def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
+  size = lambda *arguments, **shape: (
+    sharding.make_mesh(*arguments, shape=sharding.ALL_DATA | shape).size
+  )
+  sizes = lambda: [size(32), size(64), size(65), size(64, 1, 64), size(32, tensor=2)]
+  assert sizes() == [2, 2, 1, 1, 2]  # the user, here conftest, has asked for two devices
+  assert sharding.inference_mesh(7).size == 2
+  monkeypatch.setattr(sharding, '_one_per_core', True)
+  assert sizes() == [1, 2, 1, 1, 2] and sharding.make_mesh().size == 2
+  assert [sharding.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]

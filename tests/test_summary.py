@@ -160,23 +160,22 @@ def test_inspect(capsys, trained, tmp_path):
 
 
 def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
-  asked = []
-  monkeypatch.setattr(summary.sharding, 'start_up', lambda *arguments: asked.append(arguments))
+  monkeypatch.setattr(summary.sharding, '_one_per_core', True)
   workdir, _ = trained
   found = summary.run(None, workdir, '', {})
   same = summary.run(small_config(), None, '', {})
   assert summary.show(found) == summary.show(same)
-  summary.run(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
-  summary.run(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
+  more = summary.run(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
+  published = summary.run(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
+  assert [s.devices for s in (found, more, published)] == [1, 2, 2]
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
   assert summary.show(summary.run(None, tmp_path, '', {})) == summary.show(same)  # nothing saved
-  assert asked == [(32, 1, 1), (32, 1, 1), (64, 2, 1), (128, 1, 1), (32, 1, 1)]
 
 
 def test_the_plan_is_that_of_training():
   config = small_config()
-  steps, warmup = experiment.length(config, 1000)
-  assert (steps, warmup) == (31, 6)  # 31.25 batches; 5 epochs of warm-up, a fifth at most
+  assert experiment.length(config, 1000) == 31  # of 31.25 batches
+  assert experiment.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
 
 
 def test_what_is_done_to_an_image_is_no_work_of_the_model():

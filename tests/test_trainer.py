@@ -105,25 +105,47 @@ def test_a_finished_run_changes_nothing(trained):
   assert snapshot() == before
 
 
-def test_more_epochs_go_on(tmp_path):
+def test_bfloat16_moments_are_resumed(tmp_path):
   rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
   trainer.train(small_config(epochs='0.25', **rounded), tmp_path)
   result = trainer.train(small_config(epochs='0.5', log_every='4', **rounded), tmp_path)
   assert result['steps'] == 16 and checkpoint.latest_step(tmp_path) == 16
 
 
-def test_a_resumed_run_has_the_devices_that_it_began_with(tmp_path):
-  """Not under conftest, which makes two devices before anything else can make one."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  flags = [
-      '--config=configs/digits.py', f'--workdir={tmp_path}', '--config.model.depth=1',
-      '--config.batch_size=64', '--config.data.source=synthetic', '--config.eval_batch_size=64',
+def test_other_epochs_are_refused_before_the_run_is_finished(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.rmtree(workdir / 'checkpoints' / '32')
+  before = contents(workdir)
+  for epochs in ('0.75', '2'):
+    with pytest.raises(ValueError, match=f'at step 16 of 32: epochs=1 can not become {epochs}'):
+      trainer.train(small_config(epochs=epochs), workdir)
+  assert contents(workdir) == before
+
+
+def test_resume_without_config_uses_all_cores(tmp_path):
+  """In processes of their own, because conftest sets the number of devices in this one."""
+  new = [
+      '--config=configs/digits.py', '--config.model.depth=1', '--config.batch_size=64',
+      '--config.data.source=synthetic', '--config.eval_batch_size=64', '--config.epochs=0.1',
   ]  # fmt: skip
-  for epochs in ('0.1', '0.2'):
-    command = [sys.executable, 'main.py', *flags, f'--config.epochs={epochs}']
+  for flags in (new, ['--config.epochs=0.2']):
+    command = [sys.executable, 'main.py', f'--workdir={tmp_path}', *flags]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
   log = (tmp_path / 'log.txt').read_text()
-  assert log.count(f'on {min(cores, 2)} cpu device(s)') == 2 and 'Going on from step 2' in log
+  devices = f'on {min(cluster.cores(), 2)} cpu device(s)'
+  assert log.count(devices) == 2 and 'Going on from step 2' in log
+
+
+def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
+  script = (
+    'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
+    'from vit_jax import cluster, trainer; cluster.cores = lambda: 4\n'
+    "trainer.train(small_config(epochs='0', batch_size='96'), sys.argv[1])"
+  )
+  script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
+  subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True)
+  warning = 'WARNING JAX was started with 1 CPU device(s), and batch_size=96 is worth 3: '
+  assert warning in (tmp_path / 'log.txt').read_text()
 
 
 def test_another_config_is_refused(trained):
@@ -151,12 +173,13 @@ def test_evaluation_is_the_mean_in_float64(trained):
   assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
 
 
-def prepare(parts, devices, **overrides):
+def prepare(parts, devices, cycles=(), **overrides):
   """The step, a state to begin with and batches, in `parts` micro-batches on `devices` devices.
 
   The parameters are all random: a head of zeros would hide the gradient of the rest.
   """
-  exp, training = experiment.from_config(small_config(micro_batches=str(parts), **overrides))
+  config = small_config(micro_batches=str(parts), **overrides)
+  exp, training = experiment.from_config(config, cycles=cycles)
   mesh = sharding.make_mesh(32, parts, shape=sharding.ALL_DATA | {'data': devices})
   train_state = trainer.Run(exp, training, mesh, None, NoCheckpoints(), None, {}).initial_state()
   draw = np.random.RandomState(0).normal
@@ -222,6 +245,71 @@ def test_strong_augmentation_ends_when_the_config_says():
     assert norms['weak', i] == pytest.approx(norms['strong', i], rel=1e-5)
 
 
+def test_an_added_cycle_has_weak_augmentation_only():
+  norms = {}
+  for name, settings in {'weak': {'model.depth': '1'}, 'strong': STRONG}.items():
+    step, train_state, batches = prepare(1, 1, cycles=(32,), epochs='2', **settings)
+    kept, batch = jax.device_get(train_state), next(batches)
+    for i in (31, 32):
+      metrics = step(jax.tree.map(jnp.array, kept.replace(step=np.int32(i))), batch)[1]
+      norms[name, i] = float(metrics['grad_norm'])
+  assert norms['weak', 31] != pytest.approx(norms['strong', 31], rel=1e-2)
+  assert norms['weak', 32] == pytest.approx(norms['strong', 32], rel=1e-5)
+
+
+def test_added_cycles_warm_up_to_half_the_peak_and_decay():
+  config = small_config(epochs='3', **{'schedule.warmup': '0.125', 'progressive.sizes': '4',
+                                       'progressive.until': '0.5'})  # fmt: skip
+  found = experiment.recipe(config, 1024, (32, 64))
+  rates = [float(found['schedule'](jnp.int32(i))) for i in range(96)]
+  cycle = [min((i + 1) / 4, (1 + np.cos(np.pi * max(i - 4, 0) / 28)) / 2) for i in range(32)]
+  expected = np.concatenate([0.01 * np.array(cycle), *2 * [0.005 * np.array(cycle)]])
+  np.testing.assert_allclose(rates, expected, rtol=1e-4)
+  assert found['stages'] == ((16, (4, 4)), (96, (8, 8)))
+  assert (found['steps'], found['early_steps']) == (96, 32)
+
+
+def die(step):
+  """Has a run end at this step, where a line of metrics is due."""
+
+  def log(self, now, *_):
+    if now == step:
+      raise KeyboardInterrupt
+
+  return log
+
+
+def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trained, tmp_path):
+  whole, killed = (shutil.copytree(trained[0], tmp_path / name) for name in ('whole', 'killed'))
+  result = trainer.train(small_config(epochs='2'), whole)
+  assert result['steps'] == 64 and result['config']['epochs'] == 2
+  line = 'Cycle 2, steps 33 to 64: 6 steps of warm-up to a learning rate of 0.005, then cosine; '
+  assert line + 'crops and flips only.' in (whole / 'log.txt').read_text()
+  rates = {
+    line['step']: line['learning_rate']
+    for line in writer.read_metrics(whole)
+    if line['split'] == 'train'
+  }
+  assert rates[40] == pytest.approx(0.0025 * (1 + np.cos(np.pi * 1 / 26)), rel=1e-4)
+
+  for end in (40, 56):  # before the cycle's first checkpoint, and after it
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(trainer.Run, 'log', die(end))
+      overrides = {'epochs': '2'} if end == 40 else {}
+      with pytest.raises(KeyboardInterrupt):
+        trainer.train(trainer.saved_config(killed, overrides), killed)
+  with pytest.raises(ValueError, match='at step 48 of 64: epochs=2 can not become 3 before'):
+    trainer.train(small_config(epochs='3'), killed)
+  trainer.train(trainer.saved_config(killed, {}), killed)
+  for item in ('params', 'state'):
+    assert_equal(*[checkpoint.restore_item(path, 64, item) for path in (whole, killed)])
+
+  with pytest.raises(ValueError, match='at step 64 already, and epochs=1 ends at step 32'):
+    trainer.train(small_config(), whole)
+  finished, _, cycles = trainer.begin(small_config(epochs='2.5'), whole)
+  assert not finished and cycles == (32, 64)
+
+
 def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
   config = small_config(
       epochs='2', eval_every='0', checkpoint_every='4', keep_checkpoints='1',
@@ -264,10 +352,53 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   assert test[0] == test[1]
 
 
-def test_one_run_at_a_time_writes_into_a_workdir(tmp_path):
-  with writer.Writer(tmp_path, 0), pytest.raises(ValueError, match='another run is writing here'):
-    trainer.train(small_config(), tmp_path)
-  assert trainer.train(small_config(), tmp_path)['steps'] == 32
+def contents(folder):
+  """The files of a folder, with their bytes and when they were written."""
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize('seed', ['0', '1'])
+def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
+  """Refused because another run holds the workdir; later because the config is another."""
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  with writer.held(workdir), pytest.raises(ValueError, match='another run is writing here'):
+    trainer.train(small_config(log_every='4', seed=seed), workdir)
+  assert contents(workdir) == before
+  if seed == '1':
+    with pytest.raises(ValueError, match='seed: 0 there, 1 given'):
+      trainer.train(small_config(log_every='4', seed=seed), workdir)
+    assert contents(workdir) == before
+
+
+def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  monkeypatch.setattr(experiment.Task, 'load', lambda saved: experiment.Task((), (1, 1), 3))
+  with pytest.raises(ValueError, match='the data of synthetic changed'):
+    trainer.train(small_config(log_every='4'), workdir)
+  assert contents(workdir) == before
+
+
+def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
+  workdir = tmp_path / 'new' / 'run'
+  with writer.held(workdir), pytest.raises(ValueError, match='another run'), writer.held(workdir):
+    pass
+  assert not list(tmp_path.iterdir())
+  with writer.held(workdir):
+    (workdir / 'config.json').touch()
+  assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  writer.write_json(workdir / 'config.json', {'seed': 7})
+  assert trainer.saved_config(workdir, {}).seed == 0
+  shutil.rmtree(workdir / 'checkpoints')
+  assert trainer.saved_config(workdir, {}).seed == 7
 
 
 def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):

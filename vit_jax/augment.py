@@ -203,7 +203,7 @@ def augment_and_mix(
   example_B: jax.Array,
   image_BHWC: jax.Array,
   arguments: Mapping[str, Mapping],
-  early: jax.Array,
+  early: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
   """What a training step sees of a micro-batch.
 
@@ -211,9 +211,9 @@ def augment_and_mix(
     key: of the step.
     example_B: positions in the global batch; neighbours that mix stand beside each other.
     image_BHWC: uint8.
-    arguments: for each of `AUGMENTATIONS` and for `mix` the keyword arguments, and `off_for_last`.
-    early: whether the run is yet to come to `off_for_last`; after that, what is strong is not
-      even computed.
+    arguments: for each of `AUGMENTATIONS` and for `mix` the keyword arguments.
+    early: whether the step has strong augmentations; they are not even computed where it has
+      not. None: all steps have them.
 
   Returns:
     image_BHWC, uint8, and own_B, each label's share in its own image; the rest is `partner`'s.
@@ -226,7 +226,7 @@ def augment_and_mix(
     return mix(keys(key, MIX_PLACE, example_B), image_BHWC, **arguments['mix'])
 
   image_BHWC = augment(key, example_B, image_BHWC, arguments, strong=False)
-  if not arguments['off_for_last']:
+  if early is None:
     return strongly(image_BHWC)
   weakly = lambda image_BHWC: (image_BHWC, jnp.ones(len(image_BHWC)))
   return jax.lax.cond(early, strongly, weakly, image_BHWC)

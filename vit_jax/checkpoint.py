@@ -2,7 +2,7 @@
 
 A workdir keeps them in `checkpoints/<step>/`, each with three items: `params`, `state`
 (step, optimizer state, averages) and `config` (JSON: the config, what the data told: class names,
-channels, stored size, and digests of all three items).
+channels, stored size, the last steps of the run's earlier cycles, and digests of all three items).
 
 Decisions:
   * Arrays are saved whole and as NumPy arrays, by the first process. Saved as JAX arrays they carry
@@ -223,6 +223,18 @@ def steps(workdir: pathlib.Path) -> list[int]:
 def latest_step(workdir: pathlib.Path) -> int | None:
   """The newest checkpoint; None where there is none. Writes nothing."""
   return cluster.from_first(lambda: next(iter(steps(workdir)), None))
+
+
+def newest_config(workdir: pathlib.Path) -> dict | None:
+  """The newest item `config` that is whole, and its `step`; None where there is none."""
+
+  def find():
+    for step in steps(workdir):
+      with contextlib.suppress(Damaged):
+        return read(workdir, step, 'config') | {'step': step}
+    return None
+
+  return cluster.from_first(find)
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):

@@ -100,8 +100,6 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       f'within {JOIN} s): {error}. To run in this process alone, give --num_processes=1.'
     ) from error
   asked_to_stop()  # so that a notice before the first step is for a call that is yet to come
-  if jax.config.jax_num_cpu_devices < 1:  # else it is one, as long as nobody says how many
-    jax.config.update('jax_num_cpu_devices', cores())
 
 
 def in_cluster() -> bool:
@@ -158,7 +156,8 @@ def from_first(function: Callable[[], object]) -> object:
     ValueError: which the function raised, or in the place of its OSError; in the other processes
       also in the place of any other error.
   """
-  if jax.process_count() == 1:
+  # Asking for the process count alone would start JAX, before `sharding.start_up` may have run.
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None
   if is_first():

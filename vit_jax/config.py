@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
   """
   c = ConfigDict()
   c.seed = 0  # of the initial weights, the order of the data and every random draw
-  c.epochs = 100.0  # passes over the training split
+  c.epochs = 100.0  # passes over the training split; more on a finished run add a cycle
   c.batch_size = 256  # examples a step, over all devices and processes
   c.micro_batches = config_dict.placeholder(int)  # of a batch, one after the other; None: as
   # suits the device, 1 on an accelerator and what stays in the cache on a CPU
@@ -161,9 +161,9 @@ def default_config() -> ConfigDict:
 
 TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # as absl has them
 
-# What a run may change when it goes on: it touches how far and how, not what.
+# What a run may change when it is resumed: how it trains, not what. Epochs: `trainer.add_cycle`.
 MAY_CHANGE = (
-    'epochs', 'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
+    'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
     'data.eval_split', 'data.real_labels', 'data.workers', 'data.threads', 'data.skip_bad_images',
     'model.remat',
@@ -384,10 +384,11 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   differences = [
     f'  {key}: {before[key]!r} there, {now[key]!r} given'
     for key in before
-    if before[key] != now[key] and key not in {*MAY_CHANGE, *unset(given)}
+    if before[key] != now[key] and key not in {'epochs', *MAY_CHANGE, *unset(given)}
   ]
   if differences:
     raise ValueError(
       f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
-      'same values, or another --workdir. What may change: ' + ', '.join(MAY_CHANGE) + '.'
+      'same values, or another --workdir. What may change: ' + ', '.join(MAY_CHANGE) + ', and '
+      'more epochs once the run is finished.'
     )

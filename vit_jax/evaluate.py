@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import config as config_lib
 from vit_jax import data, experiment, limits, progress, sharding
 
 Averages = type[metrics.Collection]
@@ -122,7 +121,6 @@ def run(
   workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> dict[str, float]:
   """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
-  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
   exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
@@ -133,7 +131,7 @@ def run(
       'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
     )
   beside = {} if real_NL is None else {'real': real_NL}
-  mesh = sharding.make_mesh()
+  mesh = sharding.inference_mesh(batch_size)
   params = sharding.replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
   return {'step': step} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import pathlib
 
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 Split = memory.Examples | stream.Stream
 # The last step of each part of a run, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
+
+LATER_PEAK = 0.5  # of `optimizer.lr`, to which a cycle that more epochs add warms up
 
 # What the keys that `init` may decide are without it.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -145,7 +148,7 @@ class Experiment:
     )
 
   def training_loss(
-    self, params: dict, batch: dict, key: jax.Array, early: jax.Array
+    self, params: dict, batch: dict, key: jax.Array, early: jax.Array | None
   ) -> tuple[jax.Array, jax.Array]:
     """The loss `[B]` and the logits `[B, L]` of a micro-batch, augmented and mixed.
 
@@ -153,7 +156,7 @@ class Experiment:
       params: of the model.
       batch: `image`, `label` and `example`.
       key: of the step.
-      early: whether the run is yet to come to `augment.off_for_last`.
+      early: whether the step has strong augmentations; None: all steps have them.
     """
     image_key, dropout_key = jax.random.split(key)
     example_B, label_B = batch['example'], batch['label']
@@ -187,7 +190,8 @@ class Training:
   val: Split | None
   test: Split
   steps: int
-  early_steps: int  # until `augment.off_for_last`
+  cycles: tuple[int, ...]  # the last steps of the earlier cycles, to which more epochs added one
+  early_steps: int  # with strong augmentations: until `augment.off_for_last` of the first cycle
   stages: Stages
   schedule: optim.Schedule
   optimizer: optax.GradientTransformation
@@ -246,13 +250,16 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   return experiment
 
 
-def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Experiment, Training]:
+def from_config(
+  config: ConfigDict, saved: ConfigDict | None = None, cycles: tuple[int, ...] = ()
+) -> tuple[Experiment, Training]:
   """Opens the data and the weights of `init`, then builds the rest.
 
   Args:
     config: of the run.
     saved: the config of the run that goes on, which decides what `init` decided; None for
       a run that begins.
+    cycles: as in `Training`.
 
   Raises:
     ValueError: whatever the person can mend; the message says how.
@@ -289,7 +296,7 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   test = read(data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
-  return experiment, plan(config, train, val, test, params)
+  return experiment, plan(config, train, val, test, params, cycles)
 
 
 def decide_cache(
@@ -348,34 +355,49 @@ def plan(
   val: Split | None,
   test: Split,
   params: dict | None,
+  cycles: tuple[int, ...] = (),
 ) -> Training:
-  """How the config trains on these examples, from these weights.
+  """How the config trains on these examples, from these weights, after earlier cycles.
 
   Raises:
     ValueError: too few epochs for a step.
   """
-  return Training(train, val, test, params=params, **recipe(config, len(train)))
+  return Training(train, val, test, params=params, **recipe(config, len(train), cycles))
 
 
-def recipe(config: ConfigDict, examples: int) -> dict:
-  """`steps`, `early_steps`, `stages`, `schedule` and `optimizer` for so many training examples.
+def recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
+  """The fields of `Training` that depend on the config and the number of training examples.
+
+  The first cycle is the run as it was begun. Each later one warms up to `LATER_PEAK` of the
+  learning rate, then decays like the first; its images are of full size, cropped and flipped only.
+
+  Args:
+    config: of the run.
+    examples: in the training split.
+    cycles: as in `Training`.
 
   Raises:
     ValueError: too few epochs for a step.
   """
-  steps, warmup = length(config, examples)
+  steps = length(config, examples)
   if config.epochs and not steps:
     raise ValueError(
       f'epochs={config.epochs} of {examples} examples in batches of {config.batch_size} is no '
       'step at all: train longer or make batch_size smaller.'
     )
-  schedule = optim.make_schedule(config.schedule.name, config.optimizer.lr, steps, warmup)
   arguments = dict(config.optimizer)
-  del arguments['lr']
+  peak, schedules = arguments.pop('lr'), []
+  for begin, end in itertools.pairwise((0, *cycles, steps)):
+    warmup = warmup_steps(config, examples, end - begin)
+    schedules.append(optim.make_schedule(config.schedule.name, peak, end - begin, warmup))
+    peak = LATER_PEAK * config.optimizer.lr
+  schedule = optax.join_schedules(schedules, cycles) if cycles else schedules[0]
+  first = (*cycles, steps)[0]
   return {
     'steps': steps,
-    'early_steps': round((1 - config.augment.off_for_last) * steps),
-    'stages': stages(config, steps),
+    'cycles': cycles,
+    'early_steps': round((1 - config.augment.off_for_last) * first),
+    'stages': (*stages(config, first)[:-1], (steps, pair(config.data.image_size))),
     'schedule': schedule,
     'optimizer': optim.make_optimizer(schedule=schedule, **arguments),
   }
@@ -400,11 +422,14 @@ def stages(config: ConfigDict, steps: int) -> Stages:
   return (*found, (steps, (height, width)))
 
 
-def length(config: ConfigDict, examples: int) -> tuple[int, int]:
-  """Steps of a run on so many training examples, and those of its warm-up."""
-  steps_per_epoch = examples / config.batch_size
-  steps = round(config.epochs * steps_per_epoch)
-  return steps, min(round(config.schedule.warmup * steps_per_epoch), steps // 5)
+def length(config: ConfigDict, examples: int) -> int:
+  """Number of steps of a run on so many training examples."""
+  return round(config.epochs * (examples / config.batch_size))
+
+
+def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
+  """Number of warm-up steps in a cycle of so many steps."""
+  return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
 def from_init(
@@ -555,8 +580,16 @@ def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
   Raises:
     ValueError: there is none such.
   """
-  parts = config.micro_batches or 1
-  return sharding.make_mesh(config.batch_size, parts, group(config), dict(config.mesh))
+  return sharding.make_mesh(**division(config), shape=dict(config.mesh))
+
+
+def division(config: ConfigDict) -> dict[str, int]:
+  """How a batch may be divided over devices, as `sharding.make_mesh` takes it."""
+  return {
+    'batch_size': config.batch_size,
+    'micro_batches': config.micro_batches or 1,
+    'group': group(config),
+  }
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:

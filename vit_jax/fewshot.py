@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import checkpoint, experiment, features, output, sharding, writer
-from vit_jax import config as config_lib
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
     log.warning('No more than %d shots: a class has %d images.', most, fewest)
   drawn = {seed: draw(train.label_N, exp.task.class_names, most, seed) for seed in SEEDS}
   needed = np.unique(np.concatenate([index.ravel() for index in drawn.values()]))
-  mesh = sharding.make_mesh()
+  mesh = sharding.inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
   params = sharding.replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
@@ -123,7 +122,6 @@ def run(
 
   Or of published weights, `init`, on the data of the overrides; those are not written.
   """
-  sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
   result = fewshot(*experiment.open_model(workdir, init, overrides, config, classes='data'))
   if workdir:
     result = {'step': checkpoint.latest_step(workdir)} | result

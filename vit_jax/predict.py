@@ -46,7 +46,6 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
-  sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config)
   names = exp.task.class_names
   found = rows(exp, params, files, probabilities(exp))
@@ -90,7 +89,6 @@ def features(
   """
   choose('--features', kind, KINDS)
   files = image.find(paths)
-  sharding.start_up(min(len(files), BATCH))
   exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='any')
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
@@ -138,8 +136,9 @@ def rows(
     files: one at least.
     function: of uint8 images; it gives an array with a row for each.
   """
-  mesh = sharding.make_mesh()
-  batch_size = -(-min(len(files), BATCH) // mesh.size) * mesh.size
+  batch_size = min(len(files), BATCH)
+  mesh = sharding.inference_mesh(batch_size)
+  batch_size = -(-batch_size // mesh.size) * mesh.size
   params = sharding.replicate(mesh, params)
   step = make_step(exp, mesh, function)
   blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)

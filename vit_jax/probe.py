@@ -23,7 +23,6 @@ from vit_jax import (
   cluster,
   experiment,
   features,
-  limits,
   optim,
   sharding,
   state,
@@ -32,7 +31,6 @@ from vit_jax import (
   writer,
 )
 from vit_jax import config as config_lib
-from vit_jax.paths import local
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +50,6 @@ class OnFeatures(experiment.Experiment):
     return 1
 
 
-@limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """As `trainer.train`, and for `freeze=backbone` too; with `sweep`, the result lists its points.
 
@@ -60,22 +57,22 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     ValueError: a config, data or workdir that does not work; the message says why.
     FloatingPointError: training diverged, at every learning rate where there is a sweep.
   """
-  workdir = local(workdir)
-  if not config.freeze:
-    return trainer.train(config, workdir)
-  finished, saved = trainer.start_up(config, workdir)
-  if finished:
-    return finished
-  mesh = experiment.make_mesh(config)
-  exp, training = experiment.from_config(config, saved)
+  return trainer.train(config, workdir, train_head if config.freeze else None)
+
+
+def train_head(
+  exp: experiment.Experiment,
+  training: experiment.Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+) -> dict:
+  """Trains the head in a workdir that is held, at the best rate of the sweep where there is one."""
+  config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
-  trainer.save_examples(exp, training.test, workdir)
-  if not exp.augments:
+  images = training.test
+  if not exp.augments:  # what this caches is found by its content, so it may precede the checks
     exp, training = on_features(exp, training, mesh, workdir / 'features')
-  notes = {}
-  if cluster.is_first():
-    workdir.mkdir(parents=True, exist_ok=True)
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+  trainer.record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
     best = max(points, key=lambda point: point['val_accuracy'] or 0.0)
@@ -168,10 +165,12 @@ def score(
   if result := cluster.from_first(lambda: trainer.finished_result(config, folder)):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
   else:
-    trainer.start_up(config, folder)
     splits = training.train, training.val, training.test
     plan = experiment.plan(config, *splits, training.params)
-    result = trainer.fit(exp, plan, mesh, folder)
+    with writer.held(folder):
+      trainer.begin(config, folder)
+      trainer.record(exp, folder)
+      result = trainer.fit(exp, plan, mesh, folder)
   # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
   cluster.from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
@@ -195,6 +194,11 @@ def on_all(
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr = rate
-  task = dataclasses.replace(exp.task, train_examples=len(both))
-  plan = experiment.plan(config, both, None, training.test, training.params)
-  return dataclasses.replace(exp, task=task), plan
+  plan = experiment.plan(config, both, None, training.test, training.params, training.cycles)
+  return of_all(exp, training), plan
+
+
+def of_all(exp: experiment.Experiment, training: experiment.Training) -> experiment.Experiment:
+  """The experiment of the last run, whose checkpoints name the number of its examples."""
+  count = len(training.train) + len(training.val)
+  return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

@@ -53,20 +53,46 @@ TOKENS = 1024
 TOKENS_PER_WIDTH = 4
 MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
 
+_one_per_core = False  # whether `start_up` set the number of CPU devices, not the user
 
-def start_up(batch_size: int, micro_batches: int = 1, group: int = 1) -> None:
-  """On a CPU, makes one device of each core, as far as they divide a micro-batch.
 
-  A `group` of neighbours stays together.
+def start_up() -> None:
+  """Makes one CPU device per core, of which a mesh takes as many as its batch is worth.
 
-  Does nothing where JAX is running already, or was told how many to make.
+  The first question about devices starts JAX, with a single CPU device unless it was told
+  otherwise. So this is called before all else. It does nothing where the user has set the number
+  of CPU devices, and nothing where JAX runs already.
   """
-  rows = batch_size // micro_batches // group
-  most = min(cluster.cores(), batch_size // MIN_EXAMPLES)
-  count = max([n for n in range(1, most + 1) if rows % n == 0], default=1)
+  global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
-    with contextlib.suppress(RuntimeError):  # the backend runs, with the devices that it has
-      jax.config.update('jax_num_cpu_devices', count)
+    with contextlib.suppress(RuntimeError):  # JAX runs already: see `few_devices`
+      jax.config.update('jax_num_cpu_devices', cluster.cores())
+      _one_per_core = True
+
+
+def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str | None:
+  """Why a batch is divided over fewer CPU devices than it could be; None where it is not.
+
+  Args: see `make_mesh`.
+  """
+  count = jax.device_count()
+  user_set_count = jax.config.jax_num_cpu_devices > 0 and not _one_per_core
+  if user_set_count or jax.default_backend() != 'cpu' or jax.process_count() > 1:
+    return None
+  rows, most = batch_size // micro_batches // group, worth(cluster.cores(), batch_size)
+  wanted = max(n for n in range(1, most + 1) if rows % n == 0)
+  if wanted <= count:
+    return None
+  return (
+    f'JAX was started with {count} CPU device(s), and batch_size={batch_size} is worth {wanted}: '
+    'results differ in rounding from those of a run with all devices. Call vit_jax.train before '
+    f'other JAX code, or set JAX_NUM_CPU_DEVICES={wanted}.'
+  )
+
+
+def worth(count: int, batch_size: int) -> int:
+  """How many of `count` CPU devices, at most, a batch is divided over."""
+  return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 
 def make_mesh(
@@ -75,10 +101,12 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """A mesh of all devices; given a batch, on a CPU, of as many as divide it.
+  """A mesh of all devices; on a CPU of as many as divide the batch and are worth it.
+
+  Where the user has set the number of CPU devices, all that divide the batch are used.
 
   Args:
-    batch_size: examples over all devices.
+    batch_size: examples over all devices; None: a mesh of all devices.
     micro_batches: that a device's share is to divide into.
     group: neighbours that stay together on a device and in a micro-batch.
     shape: devices along each of `AXES`; -1, of one of them, for all that remain. That of `data`
@@ -87,9 +115,8 @@ def make_mesh(
   Raises:
     ValueError: devices that make no such mesh, or that the batch does not divide over.
   """
-  devices = jax.devices()
-  if batch_size is None:
-    batch_size = len(devices)
+  devices, given = jax.devices(), batch_size is not None
+  batch_size = batch_size if given else len(devices)
   if batch_size < 1 or micro_batches < 1 or batch_size % (micro_batches * group):
     raise ValueError(
       f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}'
@@ -98,7 +125,9 @@ def make_mesh(
   rows = batch_size // micro_batches // group
   counts = [len(devices)]
   if devices[0].platform == 'cpu' and jax.process_count() == 1:
-    counts = range(len(devices), 0, -1)  # one of which the batch divides over
+    most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
+    # The first that fits is taken: more than are worth it only where `shape` asks for them.
+    counts = [*range(most, 0, -1), *range(most + 1, len(devices) + 1)]
   sizes = [fill(shape, count) for count in counts]
   sizes = [found for found in sizes if found]
   if not sizes:
@@ -115,8 +144,19 @@ def make_mesh(
       f'{data * fsdp} devices: make batch_size a multiple of '
       f'{micro_batches * data * fsdp * group}.'
     )
-  devices = devices[: math.prod(fitting[0])]
-  return jax.make_mesh(fitting[0], AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return mesh_of(fitting[0])
+
+
+def inference_mesh(batch_size: int) -> Mesh:
+  """A mesh of all devices, which share a padded batch; on a CPU of as many as it is worth."""
+  count = jax.device_count()
+  return mesh_of((worth(count, batch_size) if _one_per_core else count, 1, 1))
+
+
+def mesh_of(sizes: tuple[int, ...]) -> Mesh:
+  """A mesh of the first devices, so many along each of `AXES`."""
+  devices = jax.devices()[: math.prod(sizes)]
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:

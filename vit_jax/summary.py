@@ -115,12 +115,16 @@ def run(
   else:
     asked = config or trainer.saved_config(workdir, overrides)
   check(asked)
-  # Before orbax reads or a shape is asked for: that starts JAX, with one device on a CPU.
-  sharding.start_up(asked.batch_size, asked.micro_batches or 1, experiment.group(asked))
   if init or (workdir and checkpoint.latest_step(workdir) is not None):
     exp, _ = experiment.open_model(workdir, init, overrides, config)
-    notes = ('Training is that of the default config and of --config.<key>.',) if init else ()
-    return summarize(exp, exp.task.train_examples or None, notes)
+    notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
+    if not init:
+      cycles = tuple(checkpoint.newest_config(workdir).get('cycles', ()))
+      notes = tuple(
+        f'After step {end:,}, a cycle of {experiment.LATER_PEAK:g} times the learning rate.'
+        for end in cycles
+      )
+    return summarize(exp, exp.task.train_examples or None, notes, cycles)
   exp, examples, notes = from_config(asked)
   return summarize(exp, examples, notes)
 
@@ -148,7 +152,10 @@ def from_config(config: ConfigDict) -> tuple[experiment.Experiment, int | None, 
 
 
 def summarize(
-  exp: experiment.Experiment, examples: int | None, notes: tuple[str, ...] = ()
+  exp: experiment.Experiment,
+  examples: int | None,
+  notes: tuple[str, ...] = (),
+  cycles: tuple[int, ...] = (),
 ) -> Summary:
   """What an experiment costs.
 
@@ -156,12 +163,15 @@ def summarize(
     exp: the experiment.
     examples: in the training split; None where that is unknown.
     notes: what was assumed.
+    cycles: as in `experiment.Training`.
 
   Raises:
     ValueError: a batch that can't be divided over this machine's devices.
   """
   config, mesh = exp.config, experiment.make_mesh(exp.config)
-  recipe = experiment.recipe(config, examples or MANY)
+  recipe = experiment.recipe(config, examples or MANY, cycles)
+  steps = recipe['steps'] if examples else None
+  warmup = experiment.warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
   begin = functools.partial(
     state.init_state,
     exp.model,
@@ -198,7 +208,8 @@ def summarize(
     mesh.size,
     at_once,
     round(at_once * kept.total()),
-    *(experiment.length(config, examples) if examples else (None, None)),
+    steps,
+    warmup,
     notes,
   )
 
@@ -262,7 +273,8 @@ def batch(exp: experiment.Experiment, count: int) -> tuple:
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
     'label': jax.ShapeDtypeStruct((count,), jnp.int32),
   }
-  return images, jax.ShapeDtypeStruct((), jnp.bool), jax.ShapeDtypeStruct((), jnp.uint32)
+  early = jax.ShapeDtypeStruct((), jnp.bool) if exp.config.augment.off_for_last else None
+  return images, early, jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 def size_of(tree) -> int:

@@ -48,6 +48,10 @@ from vit_jax.paths import local
 log = logging.getLogger(__name__)
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
+# `(experiment, training, mesh, workdir) -> result`
+Procedure = Callable[
+  [experiment.Experiment, experiment.Training, jax.sharding.Mesh, pathlib.Path], dict
+]
 
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
 
@@ -81,7 +85,8 @@ def make_train_step(
     batch = batch | {'example': jnp.arange(config.batch_size)}
     bad_B = batch.pop('bad', None)
     trained, frozen = optim.split(old.params, config.freeze)
-    grads, score = gradients(batch, trained, frozen, key, old.step < training.early_steps)
+    early = old.step < training.early_steps if training.early_steps < training.steps else None
+    grads, score = gradients(batch, trained, frozen, key, early)
     updates, opt_state = training.optimizer.update(grads, old.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = old.ema
@@ -165,12 +170,15 @@ class Meter:
 
 
 @limits.memory_for('Training')
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
-  """Trains, or goes on, until `config.epochs` are done; returns what `result.json` holds.
+def train(
+  config: ConfigDict, workdir: str | pathlib.Path, procedure: Procedure | None = None
+) -> dict:
+  """Trains, or resumes, until `config.epochs` are done; returns what `result.json` holds.
 
   Args:
     config: from `configs/`, or `config.default_config()` changed.
-    workdir: where checkpoints and records are; a run in it goes on.
+    workdir: folder of checkpoints and records; a run in it is resumed.
+    procedure: how to train once the data is open; None: `fit`, after `record`.
 
   Raises:
     ValueError: a config, data or workdir that does not work; the message says why.
@@ -179,40 +187,79 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     cluster.Preempted: it was asked to stop, and has saved.
   """
   workdir = local(workdir)
-  finished, saved = start_up(config, workdir)
-  if finished:
-    return finished
-  mesh = experiment.make_mesh(config)
-  exp, training = experiment.from_config(config, saved)
-  save_examples(exp, training.test, workdir)
-  return fit(exp, training, mesh, workdir)
-
-
-def start_up(config: ConfigDict, workdir: pathlib.Path) -> tuple[dict | None, ConfigDict | None]:
-  """Checks a run before anything is read.
-
-  Returns:
-    The result of a run that is finished, and the config of one that has begun; else None.
-
-  Raises:
-    ValueError: a config that can't be, or a workdir that holds another run.
-  """
+  sharding.start_up()
   check(config)
-  # Before orbax reads: that starts JAX, with one device on a CPU.
-  sharding.start_up(config.batch_size, config.micro_batches or 1, experiment.group(config))
   mine = config_lib.flatten(config)
   cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
+  with writer.held(workdir):
+    finished, saved, cycles = begin(config, workdir)
+    if finished:
+      return finished
+    mesh = experiment.make_mesh(config)
+    exp, training = experiment.from_config(config, saved, cycles)
+    if procedure:
+      return procedure(exp, training, mesh, workdir)
+    record(exp, workdir, training.test)
+    return fit(exp, training, mesh, workdir)
+
+
+def begin(
+  config: ConfigDict, workdir: pathlib.Path
+) -> tuple[dict | None, ConfigDict | None, tuple[int, ...]]:
+  """Checks a config against the run in a workdir, which must be held.
+
+  Returns:
+    The result of a run that is finished, else None; the config of one that has begun, else None;
+    and the last steps of its earlier cycles.
+
+  Raises:
+    ValueError: the workdir holds another run, or can't be written into.
+  """
   checkpoint.set_aside_damaged(workdir)
-  start, finished, saved = checkpoint.latest_step(workdir), None, None
+  start, finished, saved, cycles = checkpoint.latest_step(workdir), None, None, ()
   if start is not None:
-    saved = config_lib.from_dict(checkpoint.restore_item(workdir, start, 'config')['config'])
+    item = checkpoint.restore_item(workdir, start, 'config')
+    saved = config_lib.from_dict(item['config'])
     config_lib.check_same_run(saved, config, workdir)
+    cycles = add_cycle(config, item, start, workdir)
     finished = cluster.from_first(lambda: finished_result(config, workdir))
     if finished and finished.get('steps') != start:  # its last checkpoint is gone
       finished = None
   if not finished:
     cluster.from_first(lambda: output.check_folder(workdir))
-  return finished, saved
+  return finished, saved, cycles
+
+
+def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
+  """The last steps of a run's earlier cycles; more epochs on a finished run add one.
+
+  Args:
+    config: the one given.
+    item: the item `config` of the newest checkpoint.
+    start: the step of this checkpoint.
+    workdir: of the run.
+
+  Raises:
+    ValueError: other epochs for a run that is not finished, or fewer for one that is.
+  """
+  saved, examples = config_lib.from_dict(item['config']), item['task']['train_examples']
+  then, now = experiment.length(saved, examples), experiment.length(config, examples)
+  cycles = tuple(item.get('cycles', ()))
+  if now == then:
+    return cycles
+  if start < then:
+    raise ValueError(
+      f'{workdir} is at step {start} of {then}: epochs={saved.epochs:g} can not become '
+      f'{config.epochs:g} before the run is finished, because the learning rate of each step '
+      f'depends on it. Resume with --config.epochs={saved.epochs:g}; more epochs are possible '
+      'once the run is finished.'
+    )
+  if now < start:
+    raise ValueError(
+      f'{workdir} is at step {start} already, and epochs={config.epochs:g} ends at step {now}: '
+      f'give more than epochs={saved.epochs:g}, or another --workdir.'
+    )
+  return (*cycles, then) if then else ()
 
 
 def fit(
@@ -228,23 +275,10 @@ def fit(
     exp: what is trained.
     training: on what and how, and from which weights.
     mesh: of the devices.
-    workdir: made where there is none.
+    workdir: a folder that is held.
     **notes: put into `result.json` as they are.
-
-  Raises:
-    ValueError: the run can't go on with this data, is beyond its end, or is under way.
   """
   config, start = exp.config, checkpoint.latest_step(workdir)
-  cluster.check_same('data', dataclasses.asdict(exp.task))
-  experiment.check_same_data(exp, workdir)
-  if start and start > training.steps:
-    raise ValueError(
-      f'{workdir} is at step {start} already, and epochs={config.epochs} ends at step '
-      f'{training.steps}: give more epochs, or another --workdir.'
-    )
-  if cluster.is_first():
-    workdir.mkdir(parents=True, exist_ok=True)
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(config))
   with (
     intact(workdir),
     cluster.Preemption() as preemption,  # also while the others end
@@ -270,12 +304,19 @@ def intact(workdir: pathlib.Path) -> Iterator[None]:
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
   """The config of the run in a workdir, with overrides.
 
+  It is that of the newest checkpoint, and `config.json` only where there is no checkpoint. The
+  epochs of a cycle that has saved no checkpoint yet are also those of `config.json`.
+
   Raises:
     ValueError: there is no run.
   """
-  saved = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
-  if saved is None and (step := checkpoint.latest_step(workdir)) is not None:
-    saved = checkpoint.restore_item(workdir, step, 'config')['config']
+  item = checkpoint.newest_config(workdir)
+  written = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
+  saved = item['config'] if item else written
+  if item and written:
+    steps = experiment.length(config_lib.from_dict(saved), item['task']['train_examples'])
+    if item['step'] == steps:  # finished, so nothing but more epochs can have been begun
+      saved = saved | {'epochs': max(saved['epochs'], written.get('epochs', 0))}
   if saved is None:
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
@@ -284,13 +325,13 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """`result.json` of a run that has done all of `config.epochs`; None of any other."""
+  """`result.json` of a run that has done `config.epochs` and no more; None of any other."""
   result = writer.read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])
   except (TypeError, KeyError, ValueError):  # none, damaged, or another version's
     return None
-  same = then.epochs >= config.epochs and then.data.eval_split == config.data.eval_split
+  same = then.epochs == config.epochs and then.data.eval_split == config.data.eval_split
   return result if same else None
 
 
@@ -307,9 +348,13 @@ class Run:
 
   def run(self) -> dict:
     """Trains to the end and writes `result.json`."""
+    few = sharding.few_devices(**experiment.division(self.config))
+    if few:
+      log.warning(few)
     train_state = self.initial_state()
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
+      self.log_cycle()
       train_state, scores = self.loop(train_state, start, steps)
     else:
       self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
@@ -368,6 +413,18 @@ class Run:
           self.save(train_state, scores)
         meter.go_on()
     return train_state, scores
+
+  def log_cycle(self) -> None:
+    """Logs what the cycle that more epochs have added does."""
+    if not (cycles := self.training.cycles):
+      return
+    config, begin, end = self.config, cycles[-1], self.training.steps
+    warmup = experiment.warmup_steps(config, len(self.training.train), end - begin)
+    log.info(
+        'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s; crops '
+        'and flips only.', len(cycles) + 1, begin + 1, end, warmup,
+        experiment.LATER_PEAK * config.optimizer.lr, config.schedule.name,
+    )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
     """Whether the run was asked to stop after a step that an evaluation is due after."""
@@ -459,7 +516,10 @@ class Run:
 
   def save(self, train_state: state.TrainState, scores: dict[str, dict]) -> None:
     """A checkpoint, with the held-out accuracy where there is one: never that on test."""
-    saved = self.exp.saved() | {'seconds': time.perf_counter() - self.began}
+    saved = self.exp.saved() | {
+      'cycles': self.training.cycles,
+      'seconds': time.perf_counter() - self.began,
+    }
     self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
 
   def finish(self, train_state: state.TrainState, scores: dict[str, dict]) -> dict:
@@ -480,12 +540,28 @@ class Run:
     return result
 
 
+def record(
+  exp: experiment.Experiment, workdir: pathlib.Path, test: experiment.Split | None = None
+) -> None:
+  """Writes `config.json`, and `examples/` of the test images, once the data has been checked.
+
+  The workdir must be held: these are the first files that a run writes.
+
+  Raises:
+    ValueError: the run can't be resumed with this data.
+  """
+  cluster.check_same('data', dataclasses.asdict(exp.task))
+  experiment.check_same_data(exp, workdir)
+  if cluster.is_first():
+    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+    if test is not None:
+      save_examples(exp, test, workdir)
+
+
 def save_examples(
   exp: experiment.Experiment, test: experiment.Split, workdir: pathlib.Path
 ) -> None:
   """A few images of the test split as PNG files, to try `predict` on."""
-  if not cluster.is_first():
-    return
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))

@@ -96,7 +96,6 @@ def gather(
   init: str,
 ) -> Subject:
   """Reads and computes what the pictures are of; see `run`."""
-  sharding.start_up(SHOWN if init else config_lib.default_config().eval_batch_size)  # before orbax
   lines = read_lines(workdir)
   if init and images is None:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
@@ -112,7 +111,7 @@ def gather(
 
   exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
   chosen = read_images(files, exp) if files else None
-  mesh = sharding.make_mesh()
+  mesh = sharding.inference_mesh(SHOWN if init else exp.config.eval_batch_size)
   on_device = sharding.replicate(mesh, params)
   test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
   there = not isinstance(test, Missing)

@@ -1,13 +1,18 @@
 """A run's records: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
-clu's own writers import TensorFlow; tensorboardX does not.
+Decisions:
+  * A run holds a lock on its workdir's `log.txt` while it checks and writes. It writes nothing
+    before that, so a command that is refused leaves another run as it is.
+  * clu's own writers import TensorFlow; tensorboardX does not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
+import errno
 import fcntl
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -17,7 +22,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from vit_jax import output
+from vit_jax import cluster, output
 
 LOG = logging.getLogger('vit_jax')
 DETAILS = logging.getLogger('vit_jax.details')  # what is for log.txt alone
@@ -29,16 +34,14 @@ class Writer:
   """Appends to the records of a workdir; a context manager."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Drops what an interrupted run wrote after step `start`, from which it goes on.
+    """Drops what an interrupted run wrote after step `start`, from which it resumes.
 
-    Raises:
-      ValueError: another run writes there.
+    The workdir must be `held`.
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
     with contextlib.ExitStack() as opened:
       self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
-      lock(self._log.stream)
       self.keep(lambda line: line['step'] <= start)
       events = Events(workdir / 'tensorboard', start + 1)
       self._events = opened.enter_context(contextlib.closing(events))
@@ -146,24 +149,69 @@ class Events:
       self._writer.close()
 
 
-def lock(file: IO) -> None:
-  """Holds an open file until it is closed, or this process ends.
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds a workdir, made where there is none, so that one run at a time writes into it.
+
+  Process 0 holds it for all. What this made is removed again if the block writes nothing. A
+  read-only workdir is not held, since nothing can be written into it.
 
   Raises:
-    ValueError: another holds it.
+    ValueError: another run, in this process or another, holds it.
   """
+  with contextlib.ExitStack() as stack:
+    cluster.from_first(lambda: stack.enter_context(_held(workdir)))
+    yield
+
+
+@contextlib.contextmanager
+def _held(workdir: pathlib.Path) -> Iterator[None]:
+  made = [path for path in (workdir / 'log.txt', workdir, *workdir.parents) if not path.exists()]
+  file = lock(workdir)
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    file.close()
-    raise ValueError(
-      f'{pathlib.Path(file.name).parent}: another run is writing here. Wait for its end, or give '
-      'another --workdir.'
-    ) from error
-  except OSError as error:  # some network file systems have no locks
-    LOG.info(
-      '%s can not be locked (%s): see to it that one run at a time writes.', file.name, error
-    )
+    yield
+  finally:
+    if file is not None:
+      with contextlib.suppress(OSError):  # a folder with something in it stays
+        for path in made:
+          if path.is_dir():
+            path.rmdir()
+          elif not path.stat().st_size:
+            path.unlink()
+      file.close()
+
+
+def lock(workdir: pathlib.Path) -> IO | None:
+  """Opens and locks `log.txt` until it is closed; None where it can't be written.
+
+  Raises:
+    ValueError: another run has it locked.
+  """
+  while True:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      file = (workdir / 'log.txt').open('a', encoding='utf-8')
+    except OSError as error:
+      if error.errno in UNWRITABLE:
+        return None
+      raise
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.close()
+      raise ValueError(
+        f'{workdir}: another run is writing here. Wait for its end, or give another --workdir.'
+      ) from error
+    except OSError as error:  # some network file systems have no locks
+      LOG.info('%s can not be locked (%s): start one run at a time here.', file.name, error)
+      return file
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+        return file
+    file.close()  # the run that had it locked has removed it since
 
 
 class Silent:
