@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import attention
+from vit_jax import attention, backend, vit
 
 # In units of a dtype's rounding, on values and gradients of order 1.
 ROUNDING = {'float32': 2.0**-24, 'bfloat16': 2.0**-8}
@@ -99,9 +99,9 @@ def test_the_kernel_follows_the_backend(
   want = attention.plain(*given)
   calls, fused = [], jax.nn.dot_product_attention
 
-  def flash(query, key, value, implementation):
+  def flash(*qkv, implementation, **lengths):
     calls.append(implementation)
-    return fused(query, key, value, implementation='xla')
+    return fused(*qkv, implementation='xla', **lengths)
 
   def spy(name):
     function = getattr(attention, name)
@@ -117,3 +117,46 @@ def test_the_kernel_follows_the_backend(
   y = attention.attention(*given)
   assert calls == [kernel]
   np.testing.assert_allclose(np.float32(y), np.float32(want), atol=0.02)
+
+
+@pytest.mark.parametrize('tokens', [6, 7])
+def test_flash_of_an_odd_number_of_tokens_is_exact(monkeypatch, tokens):
+  """XLA computes what cuDNN is asked for: padded, masked and cut off."""
+  fused = jax.nn.dot_product_attention
+  xla = lambda *qkv, implementation, **lengths: fused(*qkv, implementation='xla', **lengths)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', xla)
+  given = draw((2, tokens, tokens, 3, 8), 'float32', 0, 3)
+  compute = jax.jit(value_and_gradients, static_argnums=(0, 5))
+  got = compute(lambda query, key, value, *_: attention.flash(query, key, value), *given)
+  for mine, theirs in zip(got, compute(attention.plain, *given), strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'image', 'class_token', 'flash'),
+  [
+    ('bfloat16', (224, 224), False, True),  # 196 tokens
+    ('bfloat16', (224, 224), True, True),  # 197
+    ('bfloat16', (256, 256), True, True),  # 257
+    ('float32', (224, 224), True, False),
+  ],
+)
+def test_gradients_lower_to_flash_attention_on_an_nvidia_gpu(
+  monkeypatch, dtype, image, class_token, flash
+):
+  from jax._src.cudnn import fused_attention_stablehlo
+
+  monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(backend, 'target', lambda: 'gpu')
+  monkeypatch.setattr(backend, 'is_ampere', lambda: True)
+  model = vit.ViT(
+    num_classes=3, patch_size=(16, 16), width=16, depth=1, num_heads=2, mlp_dim=16,
+    pool='cls' if class_token else 'gap', dtype=dtype,
+  )  # fmt: skip
+  image_BHWC = jax.ShapeDtypeStruct((2, *image, 3), np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image_BHWC)
+  gradient = jax.grad(lambda variables, image_BHWC: model.apply(variables, image_BHWC).sum())
+  traced = jax.jit(gradient).trace(variables, image_BHWC)
+  program = traced.lower(lowering_platforms=('cuda',)).as_text()
+  for kernel in ('__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'):
+    assert (f'@{kernel}(' in program) == flash, kernel

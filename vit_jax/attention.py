@@ -6,8 +6,8 @@
   * `with_gradient`, on a CPU, is the same with a gradient of its own: two passes over the
     weights fewer, and arrays laid out so that both it and XLA's products run along
     contiguous tokens.
-  * cuDNN's flash attention (Dao et al. 2022, 2205.14135), on an NVIDIA GPU in half precision,
-    never forms the weights.
+  * `flash`, cuDNN's flash attention (Dao et al. 2022, 2205.14135), never forms the weights. It
+    runs on an NVIDIA GPU in half precision.
 
 A program that is exported, for any backend, has `plain` (`backend.portable`).
 
@@ -16,6 +16,7 @@ layout `[B, N, K, E]`; Q is the number of queries where it may differ from N.
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +49,32 @@ def attention(
   if target == 'cpu':
     return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
   if target and keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
-    return jax.nn.dot_product_attention(query_BQKE, key_BNKE, value_BNKE, implementation='cudnn')
+    return flash(query_BQKE, key_BNKE, value_BNKE)
   return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
 
 
 def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
   """Whether cuDNN takes these: self-attention in half precision, heads of 8 to 128, Ampere on."""
-  device, size = jax.devices()[0], query_BQKE.shape[-1]
-  if 'cuda' not in device.client.platform_version or float(device.compute_capability) < 8:
-    return False
-  half = query_BQKE.dtype in (jnp.bfloat16, jnp.float16)
-  return half and size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
+  half, size = query_BQKE.dtype in (jnp.bfloat16, jnp.float16), query_BQKE.shape[-1]
+  fits = size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
+  return half and fits and backend.is_ampere()
+
+
+def flash(query_BNKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array) -> jax.Array:
+  """The values averaged by the weights, by cuDNN: `[B, N, K, E]`.
+
+  An odd number of tokens, such as 196 patches and a class token, has no gradient in cuDNN. One
+  token is added then, masked, and cut off again: output and gradient stay the same.
+  """
+  attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+  batch, tokens = query_BNKE.shape[:2]
+  if tokens % 2 == 0:
+    return attend(query_BNKE, key_BNKE, value_BNKE)
+  padding = ((0, 0), (0, 1), (0, 0), (0, 0))
+  padded = (jnp.pad(x, padding) for x in (query_BNKE, key_BNKE, value_BNKE))
+  tokens_B = jnp.full(batch, tokens, jnp.int32)
+  y_BNKE = attend(*padded, query_seq_lengths=tokens_B, key_value_seq_lengths=tokens_B)
+  return y_BNKE[:, :tokens]
 
 
 def attention_weights(query_BQKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:

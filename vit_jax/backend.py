@@ -15,6 +15,12 @@ def target() -> str | None:
   return None if _portable.get() else jax.default_backend()
 
 
+def is_ampere() -> bool:
+  """Whether it is an NVIDIA GPU of Ampere's generation or a later one."""
+  device = jax.devices()[0]
+  return 'cuda' in device.client.platform_version and float(device.compute_capability) >= 8
+
+
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
   """Turns what JAX raises where it has no devices into a ValueError that says so.
