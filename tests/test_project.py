@@ -19,11 +19,11 @@ PACKAGE = ROOT / 'vit_jax'
 LAYERS = (
   {'names', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'image', 'resnet'},
   {'sharding', 'progress', 'attention', 'matmul', 'positions', 'timm_names', 'randaugment'},
-  {'vit', 'augment', 'optim', 'splits', 'config'},
+  {'vit', 'augment', 'optim', 'splits', 'config', 'writer'},
   {'sources', 'state', 'weights', 'maps'},
   {'memory', 'real'},
   {'stream'},
-  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
+  {'data', 'checkpoint', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained', 'report'},
   {'check', 'inherit', 'card'},
   {'experiment', 'export'},

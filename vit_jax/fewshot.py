@@ -18,7 +18,7 @@ import pathlib
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import checkpoint, experiment, features, sharding, writer
+from vit_jax import experiment, features, sharding, writer
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +117,16 @@ def run(
   overrides: dict[str, str],
   config: ConfigDict | None = None,
   init: str = '',
+  step: str = '',
 ) -> dict:
-  """Few-shot accuracies of a workdir's newest checkpoint, written to its `fewshot.json`.
+  """Few-shot accuracies of a workdir's checkpoint, written to its `fewshot.json`.
 
-  Or of published weights, `init`, on the data of the overrides; those are not written.
+  `step` says which, as in `checkpoint.preferred`. Or of published weights, `init`, on the data of
+  the overrides; those are not written.
   """
-  result = fewshot(*experiment.open_model(workdir, init, overrides, config, classes='data'))
+  exp, params, loaded = experiment.open_model(workdir, init, overrides, config, 'data', step)
+  result = fewshot(exp, params)
   if workdir:
-    result = {'step': checkpoint.latest_step(workdir)} | result
+    result = {'step': loaded} | result
     writer.write_json(workdir / 'fewshot.json', result)
   return result

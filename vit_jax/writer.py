@@ -16,8 +16,6 @@ import os
 import pathlib
 from typing import IO
 
-from tensorboardX import SummaryWriter
-
 from vit_jax import cluster
 
 LOG = logging.getLogger('vit_jax')
@@ -39,6 +37,8 @@ class Writer:
     self._log = logging.FileHandler(workdir / 'log.txt', **arguments)
     self._file = workdir / 'metrics.jsonl'
     self.keep(lambda line: line['step'] <= start)
+    from tensorboardX import SummaryWriter  # those who only read records need not have it
+
     self._events = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start + 1)
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     for logger in (LOG, DETAILS):
@@ -62,10 +62,10 @@ class Writer:
       kept = [line for line in read_metrics(self.workdir) if wanted(line)]
       replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
-  def has(self, step: int, split: str) -> bool:
-    """Whether there is a line of metrics of a split after `step` updates."""
-    lines = read_metrics(self.workdir) if self._file.exists() else []
-    return any((line['step'], line['split']) == (step, split) for line in lines)
+  def find(self, step: int, split: str) -> dict:
+    """The metrics of a split after `step` updates; empty where there are none."""
+    lines = [line for line in read_metrics(self.workdir) if line['split'] == split]
+    return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
     """One line of metrics of a split after `step` updates."""
@@ -167,9 +167,12 @@ class Silent:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is left out."""
-  lines = []
-  for line in (workdir / 'metrics.jsonl').read_text().splitlines():
+  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is skipped.
+
+  There are no lines where there is no file.
+  """
+  file, lines = workdir / 'metrics.jsonl', []
+  for line in file.read_text().splitlines() if file.exists() else ():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
   lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
