@@ -1,7 +1,7 @@
 """Trains, evaluates, predicts with, draws, converts and sizes up Vision Transformers.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
-    python main.py --mode=eval --workdir=runs/digits
+    python main.py --mode=eval --workdir=runs/digits [--step=best|last|<number>]
     python main.py --mode=fewshot --workdir=runs/digits
     python main.py --mode=predict --workdir=runs/digits --images=a.png,folder/
     python main.py --mode=predict --init=ViT-B_16.npz --images=a.png      # published weights
@@ -69,7 +69,7 @@ def evaluate(args, overrides):
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
     # JAX would keep it for whoever asks for it, as training does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    result = evaluate.run(args.workdir, overrides, given_config(args, overrides))
+    result = evaluate.run(args.workdir, overrides, given_config(args, overrides), args.step)
     if cluster.is_first():
       print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
 
@@ -77,7 +77,8 @@ def evaluate(args, overrides):
 def fewshot(args, overrides):
   from vit_jax import fewshot
 
-  result = fewshot.run(args.workdir, overrides, given_config(args, overrides), args.init)
+  config = given_config(args, overrides)
+  result = fewshot.run(args.workdir, overrides, config, args.init, args.step)
   for shots, score in result['shots'].items():
     seeds = len(score['accuracy'])
     print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
@@ -91,7 +92,7 @@ def predict(args, overrides):
   if args.out:
     raise ValueError('--out is for --features=pooled or tokens; predictions are printed.')
   images, config = args.images or [], given_config(args, overrides)
-  found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init)
+  found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init, args.step)
   return finish(predict.show(found, args.format or 'table'))
 
 
@@ -108,7 +109,7 @@ def features(args, overrides):
   output.check_folder(args.out.parent)
   images, config = args.images or [], given_config(args, overrides)
   arrays, errors = predict.features(
-    args.workdir, images, args.features, overrides, config, args.init
+    args.workdir, images, args.features, overrides, config, args.init, args.step
   )
   format_npz.write_arrays(args.out, arrays)
   print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
@@ -128,7 +129,9 @@ def visualize(args, overrides):
   if args.init and not args.out:
     raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
   config = given_config(args, overrides)
-  for path in visualize.run(args.workdir, args.images, overrides, config, args.init, args.out):
+  for path in visualize.run(
+    args.workdir, args.images, overrides, config, args.init, args.out, args.step
+  ):
     print(path)
 
 
@@ -140,7 +143,7 @@ def serve(args, overrides):
       f'--mode=serve needs {error.name}: pip install -r requirements-demo.txt'
     ) from error
   config = given_config(args, overrides)
-  serve.run(args.workdir, args.host, args.port, overrides, config, args.init)
+  serve.run(args.workdir, args.host, args.port, overrides, config, args.init, args.step)
 
 
 def export(args, overrides):
@@ -150,7 +153,8 @@ def export(args, overrides):
     raise ValueError(
       '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
     )
-  for path in export.run(args.init or args.workdir, args.format, args.out):
+  step = 'last' if args.init else args.step
+  for path in export.run(args.init or args.workdir, args.format, args.out, step):
     print(path)
 
 
@@ -174,6 +178,7 @@ MODES = {
 TAKEN_BY = {  # but --workdir, which all modes take
   '--config': [mode for mode in MODES if mode != 'export'],
   '--init': ('fewshot', 'predict', 'visualize', 'export', 'serve', 'inspect'),
+  '--step': ('eval', 'fewshot', 'predict', 'visualize', 'export', 'serve'),
   '--images': ('predict', 'visualize'),
   '--topk': ('predict',),
   '--features': ('predict',),
@@ -210,6 +215,9 @@ def parse(argv):
   parser.add_argument('--mode', default='train', help=', '.join(MODES))
   parser.add_argument('--config', default='', help='configs/<experiment>.py[:<variant>]')
   parser.add_argument('--workdir', default='', help='checkpoints and records')
+  parser.add_argument(
+    '--step', default='', help='checkpoint: best (by validation accuracy), last or a number'
+  )
   parser.add_argument(
     '--init', default='', help='weights in the place of a workdir: any file, or a Hub name'
   )
@@ -303,6 +311,8 @@ def main(argv):
       setattr(args, name, local(text) if (text := getattr(args, name)) else None)
     if args.init and (args.workdir or args.config):
       raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
+    if args.init and args.step:
+      raise ValueError('--step chooses a checkpoint of a --workdir: leave it out with --init.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
     from vit_jax import backend, limits, sharding

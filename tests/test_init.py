@@ -194,7 +194,7 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
   init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
   take = lambda kind: predict.features(None, [str(file)], kind, init=str(init))[0]['feature']
   tokens_BND, pooled_BD = take('tokens'), take('pooled')
-  exp, params = experiment.open_model(None, str(init), {}, None, classes='any')
+  exp, params, _ = experiment.open_model(None, str(init), {}, None, classes='any')
   patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))
   assert tokens_BND.shape == (1, exp.model.num_prefix + patches, exp.model.width)
   want_BD = tokens_BND[:, 0]

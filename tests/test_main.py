@@ -19,8 +19,8 @@ import pytest
 import main
 from tests.conftest import small_config
 import vit_jax
+from vit_jax import checkpoint, evaluate, experiment, image, output, predict, trainer
 from vit_jax import config as config_lib
-from vit_jax import evaluate, experiment, image, output, predict, trainer
 
 ROOT = pathlib.Path(main.__file__).parent
 CONFIG = '--config=configs/digits.py'
@@ -62,6 +62,35 @@ def test_eval(capsys, trained):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--config.eval_batch_size=7')
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
+
+
+@pytest.mark.parametrize('mode', main.TAKEN_BY['--step'])
+def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, monkeypatch, mode):
+  if mode == 'serve':
+    pytest.importorskip('gradio')
+  asked = []
+
+  def load(workdir, step='last'):
+    asked.append(step)
+    raise ValueError('enough')
+
+  monkeypatch.setattr(checkpoint, 'load', load)
+  more = {'predict': [f'--images={trained[0]}/examples'],
+          'export': ['--format=npz', f'--out={tmp_path}']}  # fmt: skip
+  flags = [f'--mode={mode}', f'--workdir={trained[0]}', *more.get(mode, [])]
+  for step in ([], ['--step=16']):
+    assert 'enough' in error(capsys, *flags, *step)
+  assert asked == ['', '16']
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(capsys, trained):
+  flags = ['--mode=eval', f'--workdir={trained[0]}']
+  err = error(capsys, *flags, '--step=7')
+  assert '--step=7' in err and 'the checkpoints 16, 32' in err
+  assert 'has a validation accuracy. Give --step=last' in error(capsys, *flags, '--step=best')
+  assert '--step is for eval, fewshot' in error(capsys, f'--workdir={trained[0]}', '--step=16')
+  flags = ['--mode=predict', '--init=x.npz', '--images=a.png', '--step=16']
+  assert 'leave it out with --init' in error(capsys, *flags)
 
 
 def test_predict(capsys, trained, tmp_path):

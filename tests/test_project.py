@@ -17,14 +17,14 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'paths', 'backend', 'cluster', 'losses', 'output', 'prepare', 'resnet'}
-  | {'limits'},
-  {'image', 'sharding', 'progress', 'attention', 'draw', 'matmul', 'positions', 'splits'},
-  {'vit', 'optim', 'timm_names', 'config', 'randaugment'},
-  {'sources', 'augment', 'state', 'weights', 'maps'},
+  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'},
+  {'limits', 'events', 'image', 'sharding', 'progress', 'attention', 'matmul', 'positions'},
+  {'timm_names', 'splits', 'writer', 'randaugment'},
+  {'vit', 'augment', 'optim', 'config'},
+  {'sources', 'state', 'weights', 'maps'},
   {'memory', 'real'},
   {'stream'},
-  {'data', 'checkpoint', 'writer', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
+  {'data', 'checkpoint', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
   {'pretrained', 'report'},
   {'check', 'inherit', 'card'},
   {'experiment', 'export'},

@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import checkpoint, cluster, data, evaluate, experiment, sharding, trainer, writer
+from vit_jax import (
+  checkpoint,
+  cluster,
+  data,
+  evaluate,
+  experiment,
+  pretrained,
+  sharding,
+  trainer,
+  writer,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -310,22 +320,54 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
   assert not finished and cycles == (32, 64)
 
 
-def test_the_best_on_val_is_kept_beside_the_newest(tmp_path):
-  config = small_config(
-      epochs='2', eval_every='0', checkpoint_every='4', keep_checkpoints='1',
-      **{'data.train_split': 'train[:50%]', 'data.val_split': 'train[50%:]',
-         'optimizer.lr': '0.01', 'schedule.name': 'constant'},
-  )  # fmt: skip
-  trainer.train(config, tmp_path)
-  scores = {
-    line['step']: line['accuracy']
-    for line in writer.read_metrics(tmp_path)
-    if line['split'] == 'val'
-  }
-  kept = sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit())
-  assert sorted(scores) == list(range(4, 33, 4)) and 32 in kept
-  assert max(scores.values()) == max(scores[step] for step in kept)
-  assert len(kept) <= 2
+VALIDATED = {
+  'eval_every': '0', 'checkpoint_every': '8', 'keep_checkpoints': '1', 'data.train_split':
+  'train[:50%]', 'data.val_split': 'train[50%:]', 'epochs': '2',
+}  # fmt: skip
+
+
+@pytest.fixture
+def scored(monkeypatch):
+  """Has evaluations find these accuracies: the best on val and the best on test in the middle."""
+  scores = {'val': iter([0.2, 0.9, 0.4, 0.5]), 'test': iter([0.3, 0.4, 0.8, 0.6])}
+
+  def score(self, params, examples):
+    split = 'val' if examples is self.training.val else 'test'
+    return {'accuracy': next(scores[split]), 'loss': 1.0, 'examples': len(examples)}
+
+  monkeypatch.setattr(trainer.Run, 'score', score)
+
+
+def assert_best_is_used(workdir, result):
+  """Step 16 is kept besides the last, and taken unless another is asked for."""
+  assert sorted(checkpoint.steps(workdir)) == [16, 32]
+  assert result['best'] == {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4}
+  assert result['last'] == {'step': 32, 'val_accuracy': 0.5, 'test_accuracy': 0.6}
+  assert (result['test_accuracy'], result['val_accuracy'], result['steps']) == (0.6, 0.5, 32)
+  steps = {step: checkpoint.load(workdir, step)[0] for step in ('', 'best', 'last', '32')}
+  assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
+
+
+def test_the_best_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
+  result = trainer.train(small_config(**VALIDATED), tmp_path)
+  with caplog.at_level('INFO'):
+    assert_best_is_used(tmp_path, result)
+  assert 'step 16, best of 2 by validation accuracy 90.00%' in caplog.text
+  assert 'step 32, the last checkpoint' in caplog.text
+  assert evaluate.run(tmp_path, {})['step'] == 16
+  assert pretrained.read(tmp_path).run['step'] == 32  # what `init` starts from
+
+
+def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
+  tmp_path, scored, monkeypatch
+):
+  calls = itertools.count(1)
+  with monkeypatch.context() as patch:
+    patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
+    with pytest.raises(cluster.Preempted):
+      trainer.train(small_config(**VALIDATED), tmp_path)
+  assert checkpoint.accuracies(tmp_path) == {8: 0.2}
+  assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
 
 
 def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
@@ -465,27 +507,31 @@ def test_a_val_split_that_is_trained_or_tested_on_is_refused():
     experiment.from_config(small_config(**overrides))
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-  real = trainer.make_train_step
+@pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
+def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
+  """Between two saves, at a save, and where the run is asked to stop."""
+  real, calls = trainer.make_train_step, itertools.count(1)
+  monkeypatch.setattr(cluster.Preemption, 'is_due', lambda self: stops and next(calls) == last)
 
-  def breaks_at_21(*arguments):
+  def breaks(*arguments):
     step = real(*arguments)
 
     def broken(state, batch):
       state, metrics = step(state, batch)
-      bad = jnp.where(state.step == 21, jnp.nan, 1.0)
+      bad = jnp.where(state.step == last, jnp.nan, 1.0)
       score = metrics['score']
       score = score.replace(loss=score.loss.replace(total=score.loss.total * bad))
       return state, metrics | {'score': score}
 
     return jax.jit(broken, donate_argnums=0)
 
-  monkeypatch.setattr(trainer, 'make_train_step', breaks_at_21)
-  with pytest.raises(FloatingPointError, match='loss of step 21 is nan'):
+  monkeypatch.setattr(trainer, 'make_train_step', breaks)
+  with pytest.raises(FloatingPointError, match=f'loss of step {last} is nan'):
     trainer.train(small_config(), tmp_path)
   assert checkpoint.latest_step(tmp_path) == 16
-  monkeypatch.undo()
-  assert trainer.train(small_config(), tmp_path)['steps'] == 32
+  if last == 21 and not stops:
+    monkeypatch.undo()
+    assert trainer.train(small_config(), tmp_path)['steps'] == 32
 
 
 def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):

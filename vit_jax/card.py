@@ -133,12 +133,13 @@ def public(path: str) -> str:
 
 
 def accuracy(loaded: Pretrained, result: dict | None) -> str:
-  """That of the run's result, if it is of these weights."""
+  """That of the run's result, if it is of these weights: the last or the best."""
   try:
-    split = result['config']['data']['eval_split']
-    found = f'{result["test_accuracy"]:.2%} of the {result["examples"]:,} images of `{split}`'
-    return found if result['steps'] == loaded.run['step'] else 'unknown'
-  except (TypeError, KeyError, ValueError):  # no result or no run, or a damaged one
+    split, best = result['config']['data']['eval_split'], result.get('best', {})
+    found = {best.get('step'): best.get('test_accuracy'), result['steps']: result['test_accuracy']}
+    value = found[loaded.run['step']]
+    return f'{value:.2%} of the {result["examples"]:,} images of `{split}`'
+  except (AttributeError, TypeError, KeyError, ValueError):  # no result or no run, or a damaged one
     return 'unknown'
 
 

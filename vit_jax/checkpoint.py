@@ -27,7 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vit_jax import cluster, output
+from vit_jax import cluster, output, writer
 from vit_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,15 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The newest step; None where there is none."""
     return latest_step(self._workdir)
+
+  def rate(self, step: int, accuracy: float | None) -> None:
+    """Adds the accuracy of a checkpoint that was saved before its evaluation."""
+    if accuracy is not None:
+      self._accuracies[step] = accuracy
+
+  def best(self) -> int:
+    """The step of the best checkpoint, of those that have an accuracy."""
+    return ranked(self._accuracies)[0][0]
 
   def save(self, state: TrainState, config: dict, accuracy: float | None = None) -> None:
     """Copies the state to the host, then writes it while training goes on.
@@ -147,7 +156,7 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class Best(policies.PreservationPolicy):
-  """Keeps the checkpoint of the highest accuracy, the newest of those; `accuracies` by step.
+  """Keeps the first checkpoint of those `ranked`; `accuracies` by step.
 
   orbax's own policy knows only what was saved since it was opened.
   """
@@ -156,17 +165,27 @@ class Best(policies.PreservationPolicy):
 
   def should_preserve(self, checkpoints, *, context):
     del context
-    scored = [(self.accuracies[c.step], c.step) for c in checkpoints if c.step in self.accuracies]
-    best = max(scored, default=(None, None))[1]
+    there = {c.step for c in checkpoints}
+    best = next((step for step, _ in ranked(self.accuracies) if step in there), None)
     return [c.step == best for c in checkpoints]
 
 
+def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
+  """`(step, accuracy)`, the highest accuracy first, and of equal ones the newest."""
+  return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
+
+
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
-  """The held-out accuracy of each checkpoint that has one."""
+  """The validation accuracy of each checkpoint that has one.
+
+  A checkpoint that was saved before its evaluation has it in `metrics.jsonl` alone.
+  """
+  lines = writer.read_metrics(workdir)
+  recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
   found = {}
   for step in steps(workdir):
     with contextlib.suppress(Damaged):
-      found[step] = read(workdir, step, 'config').get('accuracy')
+      found[step] = read(workdir, step, 'config').get('accuracy', recorded.get(step))
   return {step: accuracy for step, accuracy in found.items() if accuracy is not None}
 
 
@@ -357,14 +376,14 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
     )
 
 
-def load(workdir: pathlib.Path, step: int | None = None) -> tuple[int, dict, dict]:
+def load(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   """A checkpoint for inference: step, weights (NumPy), `config` item.
 
-  The weights are the averaged ones where the run keeps them.
+  The weights are the averaged ones where the run keeps them. A damaged checkpoint is skipped.
 
   Args:
     workdir: of a training run.
-    step: of the checkpoint; None for the newest that is whole.
+    step: which checkpoint, as in `preferred`.
 
   Raises:
     ValueError: the workdir holds no such checkpoint.
@@ -373,20 +392,55 @@ def load(workdir: pathlib.Path, step: int | None = None) -> tuple[int, dict, dic
   return tuple(found)
 
 
-def _load(workdir: pathlib.Path, step: int | None) -> tuple[int, dict, dict]:
-  found = steps(workdir) if step is None else [step]
+def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
+  found = preferred(workdir, step)
+  for (step, why), following in zip(found, [*found[1:], None]):
+    try:
+      config = read(workdir, step, 'config')
+      if config['config']['ema'] > 0:
+        params = read(workdir, step, 'state')['ema']
+      else:
+        params = read(workdir, step, 'params')
+      if why:
+        log.info('%s: step %d, %s.', workdir, step, why)
+      return step, params, config
+    except Damaged as error:
+      if following is None:
+        raise
+      log.warning('%s That of step %d is used.', error, following[0])
+
+
+def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
+  """The checkpoints to try, the preferred one first, each with the reason, if there was a choice.
+
+  Args:
+    workdir: of a training run.
+    step: `best` by validation accuracy, `last`, or a number; empty: the best where there is a
+      validation accuracy, else the last.
+
+  Raises:
+    ValueError: the workdir holds no such checkpoint.
+  """
+  found = steps(workdir)
   if not found:
     raise ValueError(
       f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
       'run that has saved one (every checkpoint_every steps, and at its end).'
     )
-  for step, older in zip(found, [*found[1:], None]):
-    try:
-      config = read(workdir, step, 'config')
-      if config['config']['ema'] > 0:
-        return step, read(workdir, step, 'state')['ema'], config
-      return step, read(workdir, step, 'params'), config
-    except Damaged as error:
-      if older is None:
-        raise
-      log.warning('%s That of step %d is used.', error, older)
+  if step == 'last':
+    return [(n, 'the last checkpoint') for n in found]
+  if step in ('best', ''):
+    scores = ranked(accuracies(workdir))
+    best = [(n, f'best of {len(scores)} by validation accuracy {a:.2%}') for n, a in scores]
+    if step == 'best' and not best:
+      raise ValueError(
+        f'--step=best: no checkpoint of {workdir} has a validation accuracy. Give --step=last, or '
+        'train with a data.val_split.'
+      )
+    return best if step == 'best' else best + [(n, '') for n in found if n not in dict(best)]
+  if not step.isdecimal() or int(step) not in found:
+    there = ', '.join(str(n) for n in sorted(found))
+    raise ValueError(
+      f'--step={step}: {workdir} has the checkpoints {there}. Give one of these, best or last.'
+    )
+  return [(int(step), 'as asked')]

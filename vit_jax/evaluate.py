@@ -118,10 +118,16 @@ def evaluate(
 
 @limits.memory_for('Evaluation')
 def run(
-  workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
+  workdir: pathlib.Path,
+  overrides: dict[str, str],
+  config: ConfigDict | None = None,
+  step: str = '',
 ) -> dict[str, float]:
-  """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
-  exp, params, step = experiment.from_workdir(workdir, overrides, config)
+  """Evaluates a checkpoint of a workdir on its `data.eval_split`.
+
+  `step` says which, as in `checkpoint.preferred`.
+  """
+  exp, params, loaded = experiment.from_workdir(workdir, overrides, config, step)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
   examples, real_NL = experiment.load_split(exp, split), experiment.load_real(exp, split)
@@ -134,4 +140,4 @@ def run(
   mesh = sharding.inference_mesh(batch_size)
   params = sharding.replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
-  return {'step': step} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  return {'step': loaded} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)

@@ -482,18 +482,20 @@ def from_workdir(
   workdir: pathlib.Path,
   overrides: dict[str, str] | None = None,
   config: ConfigDict | None = None,
+  step: str = '',
 ) -> tuple[Experiment, dict, int]:
-  """The experiment of a workdir's newest checkpoint, its weights and its step.
+  """The experiment of a workdir's checkpoint, its weights and its step.
 
   Args:
     workdir: of a training run.
     overrides: dotted keys and values put over the workdir's own config.
     config: what the run must have been trained with, overrides included; None to trust it.
+    step: which checkpoint, as in `checkpoint.preferred`: by default the best.
 
   Raises:
     ValueError: no checkpoint, or a config or overrides that contradict it.
   """
-  step, params, saved = checkpoint.load(workdir)
+  loaded, params, saved = checkpoint.load(workdir, step)
   own = config_lib.from_dict(saved['config'])
   trained_size = own.data.image_size
   if config is None:
@@ -504,7 +506,7 @@ def from_workdir(
   check(config)
   experiment = assemble(config, Task.load(saved['task'])).at(size)
   pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
-  return experiment, params, step
+  return experiment, params, loaded
 
 
 def open_model(
@@ -513,11 +515,12 @@ def open_model(
   overrides: dict[str, str],
   config: ConfigDict | None,
   classes: str = 'weights',
-) -> tuple[Experiment, dict]:
-  """The model of a workdir, or of published weights where `init` names some."""
+  step: str = '',
+) -> tuple[Experiment, dict, int | None]:
+  """The model of a workdir's checkpoint and its step, or that of published weights, `init`."""
   if init:
-    return from_init(init, overrides, classes)
-  return from_workdir(workdir, overrides, config)[:2]
+    return *from_init(init, overrides, classes), None
+  return from_workdir(workdir, overrides, config, step)
 
 
 def load_split(experiment: Experiment, split: str) -> Split:

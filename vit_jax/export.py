@@ -12,13 +12,16 @@ log = logging.getLogger(__name__)
 MANY = 10_000_000  # parameters: with more, writing takes some seconds
 
 
-def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathlib.Path]:
+def run(
+  path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
+) -> list[pathlib.Path]:
   """Writes the weights at `path` (all that `pretrained.load` reads) into the folder `out`.
 
   Args:
     path: a workdir, a file or a name on the Hub.
     format: one of `pretrained.FORMATS`.
     out: made where it is missing; an earlier export in it is replaced, its model card too.
+    step: which checkpoint of a workdir, as in `checkpoint.preferred`.
 
   Returns:
     The files there.
@@ -30,7 +33,7 @@ def run(path: str | pathlib.Path, format: str, out: pathlib.Path) -> list[pathli
   choose('format', format, pretrained.FORMATS)
   output.check_folder(out)
   check_card(out)
-  found = pretrained.read(path)
+  found = pretrained.read(path, step)
   loaded = pretrained.adapt(found, tokens=False)
   count = sum(leaf.size for leaf in weights_lib.flatten(loaded.params).values())
   if count > MANY:

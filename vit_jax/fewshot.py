@@ -18,7 +18,7 @@ import pathlib
 from ml_collections import ConfigDict
 import numpy as np
 
-from vit_jax import checkpoint, experiment, features, output, sharding, writer
+from vit_jax import experiment, features, output, sharding, writer
 
 log = logging.getLogger(__name__)
 
@@ -117,14 +117,17 @@ def run(
   overrides: dict[str, str],
   config: ConfigDict | None = None,
   init: str = '',
+  step: str = '',
 ) -> dict:
-  """Few-shot accuracies of a workdir's newest checkpoint, also in its `fewshot.json` if possible.
+  """Few-shot accuracies of a workdir's checkpoint, also in its `fewshot.json` if possible.
 
-  Or of published weights, `init`, on the data of the overrides; those are not written.
+  `step` says which, as in `checkpoint.preferred`. Or of published weights, `init`, on the data of
+  the overrides; those are not written.
   """
-  result = fewshot(*experiment.open_model(workdir, init, overrides, config, classes='data'))
+  exp, params, loaded = experiment.open_model(workdir, init, overrides, config, 'data', step)
+  result = fewshot(exp, params)
   if workdir:
-    result = {'step': checkpoint.latest_step(workdir)} | result
+    result = {'step': loaded} | result
     try:
       writer.write_json(workdir / 'fewshot.json', result)
     except output.Unwritten as error:  # the workdir may be another's, or archived

@@ -51,6 +51,7 @@ class Subject:
     scores: of the test split.
     shown: `[B, H, W, C]` uint8, the images drawn as the model sees them.
     attention: over these, and some more.
+    step: of the checkpoint; None for published weights.
   """
 
   lines: list[dict] | Missing
@@ -60,6 +61,7 @@ class Subject:
   scores: Scores | Missing
   shown: np.ndarray | Missing
   attention: Attention | Missing
+  step: int | None = None
 
   def need(self, *names: str) -> list:
     """These parts.

@@ -31,10 +31,12 @@ def predict(
   overrides: dict[str, str] | None = None,
   config: ConfigDict | None = None,
   init: str = '',
+  step: str = '',
 ) -> Iterator[dict]:
   """For each file its `topk` classes, or why it can't be read, in the order given.
 
-  The model is that of a workdir, or published weights as they are: `init`.
+  The model is that of a workdir's checkpoint, `step` as in `checkpoint.preferred`, or published
+  weights as they are: `init`.
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
@@ -46,7 +48,7 @@ def predict(
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = image.find(paths)
-  exp, params = experiment.open_model(workdir, init, overrides or {}, config)
+  exp, params, _ = experiment.open_model(workdir, init, overrides or {}, config, step=step)
   names = exp.task.class_names
   found = rows(exp, params, files, probabilities(exp))
   if not sys.stdout.isatty():  # where what is printed shows how far it is
@@ -67,6 +69,7 @@ def features(
   overrides: dict[str, str] | None = None,
   config: ConfigDict | None = None,
   init: str = '',
+  step: str = '',
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """What the model makes of each file, without its head.
 
@@ -79,6 +82,7 @@ def features(
     overrides: dotted keys and values put over the model's config.
     config: what the run must have been trained with; None to trust it.
     init: published weights, which need no head.
+    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
 
   Returns:
     `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
@@ -89,7 +93,7 @@ def features(
   """
   choose('--features', kind, KINDS)
   files = image.find(paths)
-  exp, params = experiment.open_model(workdir, init, overrides or {}, config, classes='any')
+  exp, params, _ = experiment.open_model(workdir, init, overrides or {}, config, 'any', step)
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
     has_class = exp.model.has_class  # else it would go with the pool that reads it

@@ -306,15 +306,19 @@ def compare(wanted: dict, given: dict, origin: object) -> None:
     raise ValueError(f'{origin}: its weights are not those of the model asked for:\n{shown}')
 
 
-def read(path: str | pathlib.Path) -> Weights:
+def read(path: str | pathlib.Path, step: str = 'last') -> Weights:
   """What lies at a path, or on the Hub under that name, as it is.
+
+  Args:
+    path: see `load`.
+    step: which checkpoint of a workdir, as in `checkpoint.preferred`.
 
   Raises:
     ValueError: nothing that can be read; the message says what would be.
   """
   place = local(path)
   if place.is_dir():
-    return read_folder(place)
+    return read_folder(place, step=step)
   if place.is_file():
     return read_file(place)
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
@@ -337,13 +341,13 @@ def read_file(path: pathlib.Path) -> Weights:
   raise ValueError(f'{path}: expected .npz, .safetensors, or a folder.')
 
 
-def read_folder(folder: pathlib.Path, origin: str | None = None) -> Weights:
+def read_folder(folder: pathlib.Path, origin: str | None = None, step: str = 'last') -> Weights:
   """A workdir, a checkpoint, or what Hugging Face, timm or `save` wrote."""
   origin = origin or str(folder)
   if (folder / 'checkpoints').is_dir():
-    return read_checkpoint(folder)
+    return read_checkpoint(folder, step)
   if folder.parent.name == 'checkpoints' and folder.name.isdigit():
-    return read_checkpoint(folder.parent.parent, int(folder.name))
+    return read_checkpoint(folder.parent.parent, folder.name)
   files = sorted(folder.glob('*.safetensors'))
   if (folder / INDEX).is_file():
     index = weights.read_json(folder / INDEX).get('weight_map')
@@ -412,7 +416,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise ValueError(f'{path}: no safetensors file, or a damaged one ({error}).') from error
 
 
-def read_checkpoint(workdir: pathlib.Path, step: int | None = None) -> Weights:
+def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   """This project's own: the averaged weights where the run keeps them."""
   step, params, saved = checkpoint.load(workdir, step)
   config, task = saved['config'], saved['task']

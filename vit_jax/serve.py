@@ -236,6 +236,7 @@ def run(
   overrides: dict[str, str] | None = None,
   config: ConfigDict | None = None,
   init: str = '',
+  step: str = '',
 ) -> None:
   """Serves the model of a workdir, or of published weights, until it is interrupted.
 
@@ -246,12 +247,13 @@ def run(
     overrides: dotted keys and values put over the model's config.
     config: what the run must have been trained with; None to trust it.
     init: published weights with a head.
+    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
 
   Raises:
     ValueError: an address that is taken, no checkpoint, or overrides that contradict it.
   """
   check_address(host, port)
-  exp, params = experiment.open_model(workdir, init, overrides or {}, config)
+  exp, params, _ = experiment.open_model(workdir, init, overrides or {}, config, step=step)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
   examples = sorted((workdir / 'examples').glob('*.png')) if workdir else []

@@ -116,7 +116,7 @@ def run(
     asked = config or trainer.saved_config(workdir, overrides)
   check(asked)
   if init or (workdir and checkpoint.latest_step(workdir) is not None):
-    exp, _ = experiment.open_model(workdir, init, overrides, config)
+    exp, *_ = experiment.open_model(workdir, init, overrides, config)
     notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
     if not init:
       cycles = tuple(checkpoint.newest_config(workdir).get('cycles', ()))

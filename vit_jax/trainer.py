@@ -357,8 +357,7 @@ class Run:
       self.log_cycle()
       train_state, scores = self.loop(train_state, start, steps)
     else:
-      self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
-      scores = self.evaluate(start, train_state)
+      scores = self.evaluate_start(start, train_state)
       if self.checkpoints.latest() is None:
         self.save(train_state, scores)
     return self.finish(train_state, scores)
@@ -368,7 +367,7 @@ class Run:
     config, examples = self.config, self.training.train
     over_batch = sharding.over_batch(self.mesh)
     batches = data.train_batches(examples, config.batch_size, config.seed, start, over_batch)
-    scores = self.evaluate(start, train_state) if self.owes_evaluation(start) else {}
+    scores = self.evaluate_start(start, train_state) if self.owes_evaluation(start) else {}
     late = None
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # which ends what reads them
@@ -429,7 +428,14 @@ class Run:
   def owes_evaluation(self, start: int) -> bool:
     """Whether the run was asked to stop after a step that an evaluation is due after."""
     due = start > 0 and 'eval' in self.due(start)
-    return due and not cluster.from_first(lambda: self.records.has(start, 'test'))
+    return due and not cluster.from_first(lambda: self.records.find(start, 'test'))
+
+  def evaluate_start(self, start: int, train_state: state.TrainState) -> dict[str, dict]:
+    """Evaluates the checkpoint that the run resumes from, which was saved before that."""
+    self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
+    scores = self.evaluate(start, train_state)
+    self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
+    return scores
 
   def initial_state(self) -> state.TrainState:
     """From the newest checkpoint, else from the weights of `init`, else random."""
@@ -536,8 +542,19 @@ class Run:
     } | self.notes
     if 'val' in scores:
       result['val_accuracy'] = scores['val']['accuracy']
+      result |= cluster.from_first(lambda: self.last_and_best(result['steps']))
     self.records.result(result)
     return result
+
+  def last_and_best(self, last: int) -> dict[str, dict]:
+    """Step and accuracies of the last checkpoint, and of the best by validation accuracy."""
+
+    def accuracies(step):
+      splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}
+      found = {name: self.records.find(step, split) for name, split in splits.items()}
+      return {'step': step} | {name: line.get('accuracy') for name, line in found.items()}
+
+    return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
 
 
 def record(

@@ -47,6 +47,7 @@ def run(
   config: ConfigDict | None = None,
   init: str = '',
   out: pathlib.Path | None = None,
+  step: str = '',
 ) -> list[pathlib.Path]:
   """Draws all there is to draw; returns the files, the report last.
 
@@ -57,6 +58,7 @@ def run(
     config: what the run must have been trained with; None to trust it.
     init: published weights in the place of a workdir.
     out: the folder that is written into; the workdir by default.
+    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
 
   Raises:
     ValueError: nothing to draw, no place for it, images of which none can be read, or a config
@@ -65,7 +67,7 @@ def run(
   out = out or workdir
   folder = out / 'figures'
   output.check_folder(folder)
-  subject = gather(workdir, images, overrides or {}, config, init)
+  subject = gather(workdir, images, overrides or {}, config, init, step)
   folder.mkdir(parents=True, exist_ok=True)
   drawn, left_out = [], {}
   for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
@@ -94,13 +96,14 @@ def gather(
   overrides: dict[str, str],
   config: ConfigDict | None,
   init: str,
+  step: str = '',
 ) -> Subject:
   """Reads and computes what the pictures are of; see `run`."""
   lines = read_lines(workdir)
   if init and images is None:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
   files = None if images is None else image.find(images)
-  asked = init or files or overrides or config
+  asked = init or files or overrides or config or step
   if not asked and checkpoint.latest_step(workdir) is None:
     if isinstance(lines, Missing):
       raise ValueError(
@@ -109,7 +112,7 @@ def gather(
       )
     return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
-  exp, params = experiment.open_model(workdir, init, overrides, config, classes='any')
+  exp, params, loaded = experiment.open_model(workdir, init, overrides, config, 'any', step)
   chosen = read_images(files, exp) if files else None
   mesh = sharding.inference_mesh(SHOWN if init else exp.config.eval_batch_size)
   on_device = sharding.replicate(mesh, params)
@@ -117,10 +120,11 @@ def gather(
   there = not isinstance(test, Missing)
   scores = score(exp, on_device, test, mesh) if there else test
   if not there and chosen is None:
-    return Subject(lines, exp, params, test, scores, test, test)
+    return Subject(lines, exp, params, test, scores, test, test, loaded)
   chosen = choose(test, exp) if chosen is None else chosen
   attention = look(exp, on_device, chosen, mesh)
-  return Subject(lines, exp, params, test, scores, as_seen(exp, chosen[:SHOWN]), attention)
+  seen = as_seen(exp, chosen[:SHOWN])
+  return Subject(lines, exp, params, test, scores, seen, attention, loaded)
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
@@ -260,6 +264,8 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
     found['training steps'] = f'{last:,}, not finished'
     if tested:
       found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
+  if subject.step is not None:
+    found['checkpoint that is drawn'] = f'step {subject.step:,}'
   if not isinstance(subject.params, Missing):
     classes = len(subject.exp.task.class_names)
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'

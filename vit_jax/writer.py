@@ -15,19 +15,13 @@ import logging
 import os
 import pathlib
 import sys
-import time
 from typing import IO
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from vit_jax import cluster, output
 
 LOG = logging.getLogger('vit_jax')
 DETAILS = logging.getLogger('vit_jax.details')  # what is for log.txt alone
 DETAILS.propagate = False
-FLUSH = 30  # seconds that events may wait in memory
 
 
 class Writer:
@@ -40,6 +34,8 @@ class Writer:
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
+    from vit_jax.events import Events  # those who only read records need no tensorboardX
+
     with contextlib.ExitStack() as opened:
       self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
       self.keep(lambda line: line['step'] <= start)
@@ -71,10 +67,10 @@ class Writer:
       kept = [line for line in read_metrics(self.workdir) if wanted(line)]
       output.replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
-  def has(self, step: int, split: str) -> bool:
-    """Whether there is a line of metrics of a split after `step` updates."""
-    lines = read_metrics(self.workdir) if self._file.exists() else []
-    return any((line['step'], line['split']) == (step, split) for line in lines)
+  def find(self, step: int, split: str) -> dict:
+    """The metrics of a split after `step` updates; empty where there are none."""
+    lines = [line for line in read_metrics(self.workdir) if line['split'] == split]
+    return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
     """One line of metrics of a split after `step` updates."""
@@ -111,42 +107,6 @@ class LogFile(logging.FileHandler):
     with output.writing(self._path):
       super().close()
     self.check()
-
-
-class Events:
-  """TensorBoard's events, written by the thread that asks for it.
-
-  tensorboardX's own `SummaryWriter` has another thread, which a full disk ends: whoever writes then
-  waits for it forever.
-  """
-
-  def __init__(self, folder: pathlib.Path, start: int):
-    """What TensorBoard knows of steps from `start` on is void."""
-    self._folder, self._flushed = folder, time.monotonic()
-    with output.writing(folder):
-      folder.mkdir(exist_ok=True)
-      self._writer = EventsWriter(str(folder / 'events'))
-    self._add(Event(step=start, file_version='brain.Event:2'))
-    self._add(Event(step=start, session_log=SessionLog(status=SessionLog.START)))
-
-  def _add(self, event: Event) -> None:
-    event.wall_time = time.time()
-    with output.writing(self._folder):
-      self._writer.write_event(event)
-
-  def write(self, step: int, values: dict[str, float]) -> None:
-    """The values by their names after `step` updates."""
-    for name, value in values.items():
-      self._add(Event(step=step, summary=scalar(name, value)))
-    if time.monotonic() > self._flushed + FLUSH:
-      with output.writing(self._folder):
-        self._writer.flush()
-      self._flushed = time.monotonic()
-
-  def close(self) -> None:
-    """Writes what waits."""
-    with output.writing(self._folder):
-      self._writer.close()
 
 
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
@@ -237,9 +197,12 @@ class Silent:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is left out."""
-  lines = []
-  for line in (workdir / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
+  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is skipped.
+
+  There are no lines where there is no file.
+  """
+  file, lines = workdir / 'metrics.jsonl', []
+  for line in file.read_text(encoding='utf-8').splitlines() if file.exists() else ():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
   lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
