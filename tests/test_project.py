@@ -17,9 +17,9 @@ PACKAGE = ROOT / 'vit_jax'
 
 # A module imports only from the lines above its own.
 LAYERS = (
-  {'names', 'paths', 'backend', 'cluster', 'draw', 'losses', 'output', 'prepare', 'resnet'},
-  {'limits', 'events', 'image', 'sharding', 'progress', 'attention', 'matmul', 'positions'},
-  {'timm_names', 'splits', 'writer', 'randaugment'},
+  {'names', 'paths', 'backend', 'cluster', 'losses', 'output', 'prepare', 'resnet'},
+  {'limits', 'events', 'draw', 'image', 'sharding', 'progress', 'attention', 'matmul'},
+  {'timm_names', 'positions', 'splits', 'writer', 'randaugment'},
   {'vit', 'augment', 'optim', 'config'},
   {'sources', 'state', 'weights', 'maps'},
   {'memory', 'real'},
