@@ -311,3 +311,7 @@ def test_figures_of_images_of_any_shape(channels, tmp_path):
     draw.save(figure, tmp_path / 'f.png')
     with Image.open(tmp_path / 'f.png') as drawn:
       assert drawn.width == 1200 and drawn.height < 1500
+
+
+def test_a_class_name_that_is_no_text_is_drawn():
+  assert draw.short('K\udcc3\udca4fer  Käfer') == 'K??fer Käfer'

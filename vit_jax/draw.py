@@ -395,6 +395,6 @@ def resize(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def short(name: str, most: int = 16) -> str:
   """A class name, in a line that fits beside its tick; a dollar sign would begin a formula."""
-  name = ' '.join(name.split())
+  name = ' '.join(name.encode(errors='replace').decode().split())  # a folder's need not be UTF-8
   name = name if len(name) <= most else name[: most - 1] + '…'
   return name.replace('$', r'\$')
