@@ -50,13 +50,14 @@ def test_pad_crop_takes_a_window_of_the_padded_image(mode):
   assert len(windows) == 25  # every window is drawn
 
 
-def test_flip_mirrors_about_half():
-  images = np.concatenate([IMAGES] * 16)
-  out = run(images, np.arange(256), probability=0.5)
-  mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(out, images)]
-  same = [np.array_equal(a, b) for a, b in zip(out, images)]
-  assert np.all(np.logical_xor(mirrored, same))
-  assert 90 < sum(mirrored) < 166
+@pytest.mark.parametrize('probability', [0.2, 0.5, 1.0])
+def test_flip_mirrors_the_share_asked_for(probability):
+  images = np.concatenate([IMAGES] * 64)
+  out = run(images, np.arange(1024), probability=probability)
+  mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
+  same = (out == images).all((1, 2, 3))
+  assert np.all(mirrored ^ same)
+  assert mirrored.mean() == pytest.approx(probability, abs=0.07)  # 0.5: 4.5 standard deviations
 
 
 def test_draws_depend_on_the_example_alone():

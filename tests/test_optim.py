@@ -77,6 +77,37 @@ def test_sgd_with_momentum():
     np.testing.assert_allclose(out[name], p, rtol=1e-5)
 
 
+def every_kind_of_parameter():
+  """A tiny array, none of it zero, for each parameter of a model that has all kinds of them."""
+  model = vit.make(
+    'R+Ti', 3, patch_size=8, resnet_width=32, width=8, depth=1, num_heads=2, mlp_dim=4, pool='map',
+    class_token=True, num_registers=2, position_prefix='all', layer_scale=0.1, pre_norm=True,
+    qk_norm=True, representation_size=6,
+  )  # fmt: skip
+  model = model.clone(resnet=(1,))
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))['params']
+  return jax.tree.map(lambda x: np.full((2,) * x.ndim, 2, np.float32), params)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'sgd'])
+def test_weight_decay_shrinks_kernels_and_leaves_everything_else_alone(name):
+  params = every_kind_of_parameter()
+  zeros = jax.tree.map(np.zeros_like, params)
+  optimizer = optim.make_optimizer(
+    name, lambda _: 0.1, clip=0.0, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.9
+  )
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  flat = jax.tree_util.tree_leaves_with_path(updates)
+  found = {jax.tree_util.keystr(path, simple=True, separator='/'): x for path, x in flat}
+  others = {'cls', 'registers', 'pos_embedding', 'map/query', 'block_0/mlp_scale', 'norm/scale'}
+  assert others < found.keys() and {n.rpartition('/')[2] for n in found.keys() - others} == {
+    'kernel', 'bias', 'scale', 'attention_scale'
+  }  # fmt: skip
+  for path, update in found.items():
+    want = -0.1 * 0.3 * 2 if path.endswith('/kernel') else 0
+    np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=path)
+
+
 def test_muon_orthogonalizes_the_matrices_of_blocks():
   """The first step, by the singular values: Newton-Schulz is a polynomial in each of them."""
   draw = np.random.RandomState(0).normal

@@ -26,6 +26,8 @@ FIXTURES = {
   'paper_hybrid_root': ({}, {'npz'}),
   'hf_classifier': ({}, {'hf'}),
   'hf_backbone': ({}, {'hf'}),
+  'hf_deit': ({}, {'hf'}),
+  'hf_dinov2': ({}, {'hf'}),
   'timm_token': ({}, {'timm', 'hf'}),
   'timm_avg_registers_qknorm_layerscale': ({}, {'timm'}),
   'timm_dinov2_registers': ({}, {'timm'}),
@@ -49,6 +51,7 @@ def equal(a, b):
   return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.filterwarnings('error::RuntimeWarning')
 @pytest.mark.parametrize('name', FIXTURES)
 def test_outputs_are_those_of_the_original_before_and_after_a_round_trip(name, tmp_path):
   arguments, held = FIXTURES[name]
@@ -76,7 +79,11 @@ def three_channels(p):
   return dataclasses.replace(p, mean=p.mean * (3 // len(p.mean)), std=p.std * (3 // len(p.std)))
 
 
-@pytest.mark.parametrize('name', [n for n in FIXTURES if not n.startswith('paper')])
+REWRITTEN = [n for n in FIXTURES if not n.startswith('paper')]
+REWRITTEN.remove('hf_deit')  # whose two classifiers' biases become one
+
+
+@pytest.mark.parametrize('name', REWRITTEN)
 def test_a_file_is_written_again_to_the_bit(name, tmp_path):
   form = name.split('_')[0]
   loaded = vit_jax.load(source(name))

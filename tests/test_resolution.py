@@ -55,27 +55,44 @@ def small(**fields):
 
 
 def random_params(model, image=IMAGES):
-  params = model.init(jax.random.key(0), image)['params']
+  params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
   draw = np.random.RandomState(1)
   return jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params)
+
+
+def resized_by_pillow(position_1ND, before, after, prefix=0, method='bilinear'):
+  """The same as `positions.resize`; Pillow averages where it reduces."""
+  filter_ = getattr(Image.Resampling, method.upper())
+  planes = np.moveaxis(np.asarray(position_1ND)[0, prefix:].reshape(*before, -1), 2, 0)
+  resized = [np.asarray(Image.fromarray(p).resize(after[::-1], filter_)) for p in planes]
+  table_1ND = np.stack(resized, axis=2).reshape(1, math.prod(after), -1)
+  return np.concatenate([position_1ND[:, :prefix], table_1ND], axis=1)
+
+
+@pytest.mark.parametrize('method', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('after', [(3, 5), (4, 4), (12, 9), (1, 1)])
+def test_positions_are_resized_as_pillow_resizes_an_image(method, after):
+  table = np.random.RandomState(5).normal(size=(1, 2 + 8 * 6, 3)).astype(np.float32)
+  want = resized_by_pillow(table, (8, 6), after, 2, method)
+  for array in (table, jnp.asarray(table)):
+    found = positions.resize(array, (8, 6), after, 2, method)
+    np.testing.assert_allclose(found, want, atol=1e-5)
 
 
 @pytest.mark.parametrize('fields', [
     dict(pool='cls'), dict(pool='gap'),
     dict(pool='cls', num_registers=2, position_prefix='all'),
 ])  # fmt: skip
-def test_learned_positions_are_resized_in_the_model_as_when_weights_are_loaded(fields):
+def test_learned_positions_are_resized_in_the_model_as_pillow_does(fields):
   model = small(position_grid=WHOLE, **fields)
   params = random_params(model)
-  assert params['pos_embedding'].shape == (1, model.num_positions + 24, 16)
   prefix = model.num_positions
-  resized = positions.resize(params['pos_embedding'], WHOLE, (2, 4), prefix)  # held to PyTorch
-  np.testing.assert_allclose(
-    model.apply({'params': params}, IMAGES),
-    model.clone(position_grid=None).apply({'params': params | {'pos_embedding': resized}}, IMAGES),
-    rtol=1e-5,
-    atol=1e-5,
-  )
+  assert params['pos_embedding'].shape == (1, prefix + 24, 16)
+  resized = resized_by_pillow(params['pos_embedding'], WHOLE, (2, 4), prefix)
+  resized = params | {'pos_embedding': resized}
+  want = jax.jit(model.clone(position_grid=None).apply)({'params': resized}, IMAGES)
+  found = jax.jit(model.apply)({'params': params}, IMAGES)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_whole_table_has_a_gradient():

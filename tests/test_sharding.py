@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from vit_jax import sharding
+from vit_jax import sharding, vit
 
 
 @pytest.mark.parametrize(
@@ -68,3 +69,52 @@ def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
   monkeypatch.setattr(sharding, '_one_per_core', True)
   assert sizes() == [1, 2, 1, 1, 2] and sharding.make_mesh().size == 2
   assert [sharding.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
+
+
+# Which mesh axis splits each axis of an array, over `fsdp` alone and together with `tensor`.
+SPECS = {
+  'embedding/kernel': ((4, 4, 3, 128), [None, None, None, 'fsdp'], [None, None, None, 'fsdp']),
+  'embedding/bias': ((128,), [None], [None]),
+  'pos_embedding': ((1, 65, 128), [None, None, 'fsdp'], [None, None, 'fsdp']),
+  'block_0/attention/query/kernel': (
+    (128, 4, 48), ['fsdp', None, None], ['fsdp', 'tensor', None]
+  ),
+  'block_0/attention/query/bias': ((4, 48), [None, None], ['tensor', None]),
+  'block_0/attention/out/kernel': (
+    (4, 48, 128), [None, None, 'fsdp'], ['tensor', None, 'fsdp']
+  ),
+  'block_0/attention/out/bias': ((128,), [None], [None]),
+  'block_0/mlp/up/kernel': ((128, 512), [None, 'fsdp'], ['fsdp', 'tensor']),
+  'block_0/mlp/up/bias': ((512,), [None], ['tensor']),
+  'block_0/mlp/down/kernel': ((512, 128), ['fsdp', None], ['tensor', 'fsdp']),
+  'block_0/mlp/down/bias': ((128,), [None], [None]),
+  'block_0/mlp_norm/scale': ((128,), [None], [None]),
+  'head/kernel': ((128, 1000), [None, 'fsdp'], [None, 'fsdp']),
+  'head/bias': ((1000,), [None], [None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('sizes', 'column'), [((1, 4, 1), 0), ((2, 4, 2), 1)])
+def test_fsdp_splits_the_longest_axis_and_tensor_the_heads_and_hidden_units(sizes, column):
+  model = vit.make(
+    'tiny', 1000, width=128, depth=1, num_heads=4, head_dim=48, mlp_dim=512, pool='cls'
+  )
+  image = jnp.zeros((1, 32, 32, 3))
+  params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+  found = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): (x.shape, layout.spec)
+    for (path, x), layout in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharding.layout(mesh, params))
+    )
+  }
+  for name, (shape, *specs) in SPECS.items():
+    assert found[name] == (shape, PartitionSpec(*specs[column])), name
+
+
+def test_an_axis_that_devices_do_not_divide_stays_whole():
+  mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
+  path = tuple(map(jax.tree_util.DictKey, ('query', 'kernel')))
+  split = lambda *shape: tuple(sharding.partition(mesh, path, shape))
+  assert split(66, 3, 64) == (None, None, 'fsdp')  # three heads; 66 features
+  assert split(66, 2, 66) == (None, 'tensor', None)

@@ -25,6 +25,7 @@ from vit_jax import (
   experiment,
   pretrained,
   sharding,
+  state,
   trainer,
   writer,
 )
@@ -211,6 +212,31 @@ def two_steps(parts, devices, **overrides):
 class NoCheckpoints:
   def latest(self):
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing(experiment.Experiment):
+  """An experiment whose gradient is what a step draws."""
+
+  def training_loss(self, params, batch, key, early):
+    logits_BL = jnp.zeros((len(batch['label']), 10))
+    return params['weight'] * jax.random.uniform(key) * jnp.ones(len(batch['label'])), logits_BL
+
+
+def test_each_step_and_each_seed_draws_anew():
+  def draws(seed):
+    exp, training = experiment.from_config(small_config(seed=str(seed), micro_batches='2'))
+    mesh = sharding.make_mesh(32, 2)
+    step = trainer.make_train_step(Drawing(**vars(exp)), training, mesh)
+    batch = {'label': np.zeros(32, np.int32)}
+    params = {'weight': jnp.ones(())}
+    for i in (0, 1, 2, 1):
+      now = state.TrainState(jnp.int32(i), params, training.optimizer.init(params), None)
+      yield float(step(jax.tree.map(jnp.array, now), batch)[1]['grad_norm'])
+
+  zero, one, two, again = draws(0)
+  assert len({zero, one, two, *draws(1)}) == 6
+  assert again == one
 
 
 def test_micro_batches_and_devices_change_only_rounding():

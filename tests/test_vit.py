@@ -3,6 +3,7 @@
 import math
 import re
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,11 +77,9 @@ def small(**fields):
 
 def perturbed(model, image, seed=0):
   """Parameters of the model, all random: biases, scales and head too."""
-  params = model.init(jax.random.key(seed), image)['params']
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
-  return {'params': jax.tree.unflatten(tree, leaves)}
+  params = jax.jit(model.init)(jax.random.key(seed), image)['params']
+  draw = np.random.RandomState(seed).normal
+  return {'params': jax.tree.map(lambda x: x + 0.3 * draw(size=x.shape).astype(x.dtype), params)}
 
 
 IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
@@ -171,20 +170,65 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   assert 0 < np.abs(model.apply(variables, IMAGE) - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_dropout_depends_on_the_example_alone():
-  model = small(dropout=0.3, attention_dropout=0.3, stochastic_depth=0.3)
+@pytest.mark.parametrize('rate', ['dropout', 'attention_dropout', 'stochastic_depth'])
+def test_dropout_depends_on_the_example_alone(rate):
+  model = small(**{rate: 0.3})
   variables = perturbed(model, IMAGE)
-  apply = lambda rows: model.apply(
-    variables,
-    IMAGE[rows],
-    train=True,
-    example_B=jnp.array(rows),
-    rngs={'dropout': jax.random.key(4)},
-  )
-  whole = apply([0, 1, 2, 3])
-  np.testing.assert_allclose(whole[2:], apply([2, 3]), atol=1e-5)
-  np.testing.assert_allclose(whole[1], apply([3, 1])[1], atol=1e-5)
-  assert np.abs(whole - model.apply(variables, IMAGE)).max() > 0.01
+  key = {'dropout': jax.random.key(4)}
+
+  @jax.jit
+  def apply(image_BHWC, example_B):
+    return model.apply(variables, image_BHWC, train=True, example_B=example_B, rngs=key)
+
+  rows = np.array([3, 1, 0, 2])
+  whole = apply(IMAGE, np.arange(4))
+  np.testing.assert_allclose(apply(IMAGE[rows], rows), whole[rows], atol=1e-5)
+  assert np.abs(apply(IMAGE, np.arange(4, 8)) - whole).max() > 0.01
+
+
+def drops(**fields):
+  """Each `Dropout` that a training step calls, in order: (module, rate, whole, shape dropped)."""
+  calls = []
+
+  def spy(call, args, kwargs, context):
+    module = context.module
+    if isinstance(module, vit.Dropout) and module.rate:
+      calls.append((module.path[:-1], round(module.rate, 6), module.whole, args[0].shape))
+    return call(*args, **kwargs)
+
+  model = small(depth=3, **fields)
+  init = lambda key, image: model.init({'params': key, 'dropout': key}, image, train=True)
+  with nn.intercept_methods(spy):
+    jax.eval_shape(init, jax.random.key(0), IMAGE)
+  return calls
+
+
+TOKENS = (4, 9, 16)  # of `IMAGE`: 8 patches and the class token
+BLOCKS = ('block_0', 'block_1', 'block_2')
+
+
+def test_dropout_follows_the_positions_each_branch_and_the_hidden_layer_of_an_mlp():
+  """As in the paper's code, which has its second dropout of an MLP where the branch ends."""
+  want = [((), 0.1, False, TOKENS)]
+  for block in BLOCKS:
+    want += [
+      ((block,), 0.1, False, TOKENS),
+      ((block, 'mlp'), 0.1, False, (4, 9, 24)),
+      ((block,), 0.1, False, TOKENS),
+    ]
+  assert drops(dropout=0.1) == want
+
+
+def test_attention_dropout_has_a_rate_of_its_own():
+  weights = (4, 2, 9, 9)
+  want = [((block, 'attention'), 0.2, False, weights) for block in BLOCKS]
+  assert drops(attention_dropout=0.2) == want
+  assert [call for call in drops(dropout=0.1, attention_dropout=0.2) if call[3] == weights] == want
+
+
+def test_stochastic_depth_rises_linearly_from_zero_to_its_rate():
+  want = [((block,), rate, True, TOKENS) for block, rate in (('block_1', 0.2), ('block_2', 0.4))]
+  assert drops(stochastic_depth=0.4) == [want[0]] * 2 + [want[1]] * 2
 
 
 @pytest.mark.parametrize('whole', [False, True])

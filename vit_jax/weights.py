@@ -266,7 +266,7 @@ def read(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> tuple[dict, tu
     if missing:
       continue
     own = [wanted[name] for name in row.ours]
-    expected = [x.shape for x in row.layout.write([np.empty(s, np.float32) for s in own])]
+    expected = [x.shape for x in row.layout.write([np.zeros(s, np.float32) for s in own])]
     theirs = [weights.arrays[name] for name in row.theirs]
     wrong = [check_array(*item) for item in zip(row.theirs, theirs, expected)]
     problems += filter(None, wrong)
