@@ -53,6 +53,7 @@ def get_config(variant='tiny'):
   else:  # the paper's models: a class token, and images enlarged to the size they know
     config.model.pool = 'cls'
     config.data.image_size = (224, 224)
+    config.data.cache = 'memory'  # images are augmented at their 32 pixels, and then enlarged
     config.data.mean = config.data.std = (0.5,)
     config.model.dropout = 0.1
     config.model.dtype = 'bfloat16'

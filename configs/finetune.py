@@ -51,7 +51,13 @@ def passes(steps, examples):
   return steps * BATCH_SIZE / examples
 
 
-CIFAR = dict(test='test', epochs=passes(10_000, 50_000), warmup=passes(500, 50_000), padding=4)
+CIFAR = dict(
+  test='test',
+  epochs=passes(10_000, 50_000),
+  warmup=passes(500, 50_000),
+  padding=4,
+  cache='memory',  # which keeps images at their 32 pixels until they have been augmented
+)
 DATASETS = {  # where it is, what it is tested on, epochs, those of warm-up, how it is cropped
   'cifar10': CIFAR | dict(source='tfds:cifar10'),
   'cifar100': CIFAR | dict(source='tfds:cifar100'),

@@ -71,7 +71,7 @@ def test_augmentation_is_that_of_augreg(name):
 def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   config = config_lib.load_file(f'configs/{spec}')
   source = sources.Source({'train': 1_281_167}, ('a', 'b'), 3, None)
-  config = experiment.decide_cache(config, source, 'train', (224, 224))
+  config = experiment.decide_cache(config, source, ['train'], (224, 224), trains=True)
   split = experiment.open_split(config, source, 'train', (224, 224), None, to_train=True)
   assert len(split) == 1_281_167 and split.size == (224, 224)
   assert (split.crop or {}).get('min_area') == min_area

@@ -8,6 +8,8 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ from tests.conftest import DATA
 from vit_jax import image as image_lib
 from vit_jax import memory, progress, sources, splits
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = {'train': 100, 'test': 20}
 
 
@@ -48,7 +51,7 @@ def test_overlap():
 
 def test_digits_are_stratified():
   source = sources.open_source('digits', '', (8, 8))
-  train, test = (memory.load(source, split, (8, 8), keep_smaller=True) for split in SIZES)
+  train, test = (memory.load(source, split, (8, 8)) for split in SIZES)
   assert train.image_NHWC.shape == (1437, 8, 8, 1) and len(test) == 360
   both = np.concatenate([train.image_NHWC, test.image_NHWC]).reshape(1797, -1)
   assert both.max() == 255
@@ -76,10 +79,10 @@ def load(root, split='train', size=(32, 32), **arguments):
 @pytest.mark.parametrize('held_out', ['test', 'val', 'validation'])
 def test_a_folder_with_splits(tmp_path, held_out):
   make_folder(tmp_path, [f'{s}/{c}' for s in ('train', held_out) for c in ('cat', 'dog', 'ant')])
-  source, train = load(tmp_path, keep_smaller=True)
+  source, train = load(tmp_path, size=(10, 8))
   assert source.class_names == ('ant', 'cat', 'dog')
   assert source.sizes == {'train': 36, 'test': 36}
-  assert train.image_NHWC.shape == (36, 10, 8, 3)  # all of one size: kept as they are
+  assert train.image_NHWC.shape == (36, 10, 8, 3)
   assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
   assert len(set(train.label_N[:12].tolist())) == 3  # mixed
 
@@ -159,11 +162,27 @@ def test_a_long_listing_is_announced(tmp_path, monkeypatch, caplog):
   assert f'Listing the images in {tmp_path} ...' in caplog.text
 
 
-def test_images_of_several_sizes_are_fitted(tmp_path):
+def test_images_of_one_smaller_size_have_a_size_of_their_own(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])  # of 10x8 pixels
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  own_size = lambda *size: memory.own_size(source, 'train+test', size)
+  assert own_size(16, 12) == own_size(10, 9) == (10, 8)
+  assert own_size(10, 8) is own_size(9, 9) is own_size(16, 7) is None
+  (tmp_path / 'a' / '0.png').write_bytes(b'of no size')
+  assert own_size(16, 12) == (10, 8)
+
+
+def test_images_of_several_sizes_have_none(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
-  Image.new('RGB', (40, 20), 'red').save(tmp_path / 'a' / 'z.png')
-  _, train = load(tmp_path, 'train+test', (16, 12), keep_smaller=True)
-  assert train.image_NHWC.shape == (25, 16, 12, 3)
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  Image.new('RGB', (10, 8), 'red').save(tmp_path / 'a' / 'z.png', exif=turned)  # 10x8, upright
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  assert memory.own_size(source, 'train+test', (16, 12)) == (10, 8)
+  Image.new('RGB', (9, 7), 'red').save(tmp_path / 'a' / 'y.png')
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  assert memory.own_size(source, 'train+test', (16, 12)) is None
+  assert load(tmp_path, 'train+test', (16, 12))[1].image_NHWC.shape == (26, 16, 12, 3)
 
 
 def test_modes_and_rotation(tmp_path):
@@ -269,10 +288,76 @@ def test_hidden_files_are_no_images(tmp_path):
   assert len(examples) == 24
 
 
-def test_too_large_for_memory_is_refused():
-  source = sources.Source({'train': 10**9}, ('a', 'b'), 3, None)
-  with pytest.raises(ValueError, match=r'train\[:10%\]'):
-    memory.load(source, 'train', (224, 224))
+def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monkeypatch):
+  source = sources.Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
+  monkeypatch.setattr(memory, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
+  for names in (['train'], ['test'], ['train', 'test[:10]']):
+    memory.check(source, names, (10, 10))
+  with pytest.raises(ValueError, match=r'^train, test: 50 images of 10x10 need .*train\[:10%\]'):
+    memory.check(source, ['train', 'test'], (10, 10))
+
+
+@pytest.mark.parametrize(
+  ('groups', 'files', 'limit'),
+  [
+    ('', {}, 2**40),  # no cgroup: the machine's
+    ('0::/', {'memory.max': '5000'}, 5000),
+    ('0::/a/b', {'a/b/memory.max': 'max', 'a/memory.max': '7000', 'memory.max': '9000'}, 7000),
+    ('0::/a/b', {'a/b/memory.max': '6000', 'a/memory.max': '7000'}, 6000),
+    ('0::/host/path', {'memory.max': '5000'}, 5000),  # which a container does not see
+    ('0::/a', {'a/memory.max': 'max'}, 2**40),
+    (
+      '12:cpu,cpuacct:/job\n4:memory:/job/step\n0::/',
+      {'memory/job/memory.limit_in_bytes': '8000', 'memory/memory.limit_in_bytes': f'{2**62}'},
+      8000,
+    ),
+    ('4:memory:/docker/1', {'memory/memory.limit_in_bytes': '4000'}, 4000),
+    ('4:cpuset:/job', {'memory/job/memory.limit_in_bytes': '8000'}, 2**40),  # not this process's
+  ],
+)
+def test_memory_is_the_least_of_the_machine_and_its_cgroups(
+  tmp_path, monkeypatch, groups, files, limit
+):
+  monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 2**28}.get)
+  if groups:
+    (tmp_path / 'proc/self').mkdir(parents=True)
+    (tmp_path / 'proc/self/cgroup').write_text(f'{groups}\n')
+  for name, text in files.items():
+    (tmp_path / 'sys/fs/cgroup' / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'sys/fs/cgroup' / name).write_text(f'{text}\n')
+  assert memory.limit(tmp_path) == limit
+
+
+LOAD = """
+import resource, sys
+from vit_jax import memory, sources
+source = sources.open_source('folder:' + sys.argv[1], '', (0, 0))
+count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+memory.load(source, 'test', (256, 256), skip_bad_images=True)  # what is loaded once
+before = count()
+train = memory.load(source, 'train', (256, 256), skip_bad_images=True)
+print(train.image_NHWC.nbytes, len(train.skipped), count() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in other units')
+def test_loading_takes_little_more_memory_than_the_split(tmp_path):
+  source = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+  for split, count in (('train', 150), ('test', 2)):
+    for name in ('a', 'b'):
+      (tmp_path / split / name).mkdir(parents=True)
+      for i in range(count):
+        Image.fromarray(source + np.uint8(i)).resize((256, 256)).save(
+          tmp_path / split / name / f'{i}.jpg'
+        )
+  for i in range(5):
+    (tmp_path / 'train' / 'b' / f'{i}.jpg').write_bytes(b'bad')
+  command = [sys.executable, '-c', LOAD, str(tmp_path)]
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+  size, skipped, grown = map(int, out.split())
+  assert size == 295 * 256 * 256 * 3 and skipped == 5  # 58 MB
+  assert grown < 1.2 * size
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -312,7 +397,7 @@ def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
 
 
 def check_mini(source):
-  train = memory.load(source, 'train', (8, 8), keep_smaller=True)
+  train = memory.load(source, 'train', (8, 8))
   assert train.image_NHWC.shape == (6, 8, 8, 3)
   for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
     assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()

@@ -377,26 +377,81 @@ def test_every_run_says_what_it_waited(trained):
   assert all(0 < line['data_wait'] < 1 for line in lines)
 
 
+def few(monkeypatch):
+  """A machine on which nothing fits into memory."""
+  monkeypatch.setattr(memory, 'limit', lambda: 2)
+
+
 def test_what_does_not_fit_is_streamed(photos, monkeypatch, caplog):
-  config_ = photo_config(photos, **{'data.cache': 'auto'})
+  off = {'augment.resized_crop.min_area': '1'}
+  config_ = photo_config(photos, **off, **{'data.cache': 'auto'})
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = experiment.from_config(config_)
   assert isinstance(training.train, memory.Examples) and exp.config.data.cache == 'memory'
-  assert 'auto takes memory: train fits' in caplog.text
-  pages = {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 2}
-  monkeypatch.setattr(sources.os, 'sysconf', pages.get)
+  assert 'auto takes memory: train, test fit' in caplog.text
+  few(monkeypatch)
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = experiment.from_config(config_)
   assert isinstance(training.train, stream_lib.Stream) and exp.config.data.cache == 'stream'
-  assert 'auto takes stream: 60 images of 8x8 need 0.0 GB' in caplog.text
+  assert 'auto takes stream: 81 images of 8x8 need 0.0 GB' in caplog.text  # train and test
   with pytest.raises(ValueError, match='data.cache=stream'):
-    experiment.from_config(photo_config(photos, **{'data.cache': 'memory'}))
+    experiment.from_config(photo_config(photos, **off, **{'data.cache': 'memory'}))
   monkeypatch.undo()  # on a larger machine a run goes on as it began
   exp, _ = experiment.from_config(config_, saved=exp.config)
   assert exp.config.data.cache == 'stream'
   config.check_same_run(exp.config, config_, 'here')
   with pytest.raises(ValueError, match='data.cache'):
-    config.check_same_run(exp.config, photo_config(photos, **{'data.cache': 'memory'}), 'here')
+    other = photo_config(photos, **off, **{'data.cache': 'memory'})
+    config.check_same_run(exp.config, other, 'here')
+
+
+CROPPED = {'augment.resized_crop.min_area': '0.3'}
+DIGITS = {'data.source': 'digits', 'data.train_split': 'train[:40]', 'data.eval_split': 'test[:9]'}
+ENLARGED = {'data.image_size': '64'}
+
+
+@pytest.mark.parametrize('name, overrides, cache', [
+    ('photos', {}, 'memory'), ('photos', {'data.crop': '0.8'}, 'memory'),
+    ('photos', {'augment.pad_crop.padding': '2'}, 'memory'), ('photos', CROPPED, 'stream'),
+    ('photos', {'data.skip_bad_images': 'true'}, 'stream'),
+    ('photos', ENLARGED, 'memory'),  # all are smaller, of several sizes
+    ('small', {}, 'memory'), ('small', {'data.crop': '0.8'}, 'memory'),
+    ('small', ENLARGED, 'stream'),  # memory would augment them before they are enlarged
+    ('digits', {}, 'memory'), ('digits', {'data.image_size': '16'}, 'stream'),
+    ('digits', {'data.image_size': '4'}, 'memory'), ('synthetic', {}, 'memory'),
+])  # fmt: skip
+def test_auto_takes_memory_only_for_the_batches_of_a_stream(
+  photos, tmp_path, monkeypatch, name, overrides, cache
+):
+  if name == 'small':
+    draw = np.random.RandomState(0)
+    for i in range(24):
+      file = tmp_path / 'photos' / 'ab'[i % 2] / f'{i}.png'
+      file.parent.mkdir(parents=True, exist_ok=True)
+      smooth(draw, 8, 8).save(file)
+    overrides = {'data.source': f'folder:{tmp_path}/photos'} | overrides
+  own = {'photos': {'data.source': f'folder:{photos}'}, 'digits': DIGITS}.get(name, {})
+  settings = {'batch_size': '8', 'model.patch_size': '4'} | own | overrides
+  config_ = small_config(**settings, **{'data.cache': 'auto'})
+  exp, training = experiment.from_config(config_)
+  assert exp.config.data.cache == cache
+  few(monkeypatch)
+  streamed, streaming = experiment.from_config(config_)
+  assert streamed.config.data.cache == 'stream'
+  assert streamed.task == exp.task
+  same(take(streaming.train, 6, 8), take(training.train, 6, 8))
+  same(*([jax.device_get(b) for b in data.eval_batches(split, 4, over(sharding.make_mesh(4)))]
+         for split in (streaming.test, training.test)))  # fmt: skip
+  images = take(training.train, 1, 8)[0]['image']
+  seen = [e.normalize(e.augment(jax.random.key(0), np.arange(8), images)) for e in (exp, streamed)]
+  np.testing.assert_array_equal(*seen)
+
+
+def test_memory_keeps_small_images_and_the_device_enlarges_them(tmp_path):
+  settings = DIGITS | {'data.image_size': '16', 'model.patch_size': '4', 'data.cache': 'memory'}
+  exp, training = experiment.from_config(small_config(**settings))
+  assert exp.task.stored_size == training.train.size == training.test.size == (8, 8)
+  assert exp.normalize(training.train.image_NHWC[:2]).shape == (2, 16, 16, 1)
 
 
 def break_(file, how):

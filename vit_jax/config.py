@@ -75,8 +75,8 @@ def default_config() -> ConfigDict:
   c.data.crop = 1.0  # part of a file's shorter side that is kept, about the centre
   c.data.stretch = False  # scale height and width by themselves, instead of cutting the longer one
   c.data.skip_bad_images = False  # leave out what can't be decoded, instead of stopping
-  c.data.cache = 'auto'  # where examples are: memory, or stream: decoded anew in every epoch; auto:
-  # in memory if the training split fills no more than half of it
+  c.data.cache = 'auto'  # memory, or stream: decoded again in every epoch; auto: memory if it is
+  # enough and training sees the same batches; memory keeps images that are all of one smaller size
   c.data.workers = 0  # streamed: processes that decode, beside each that trains; 0: that one does
   c.data.threads = config_dict.placeholder(int)  # streamed: that decode, in each process; None: one
   # a core, shared among the workers, and 16 at most

@@ -5,7 +5,7 @@ experiment, params, step = from_workdir(workdir)   # to evaluate, predict, draw
 experiment, params = from_init(weights)            # published ones, as they are
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import functools
@@ -280,39 +280,77 @@ def from_config(
     config = config_lib.fill(config, config_lib.flatten(saved))
   elif config.init:
     config, params = inherit.open_init(config, source)
-  blank = Task(source.class_names, pair(data.image_size), source.channels)
-  fit = assemble(config, blank).fit  # and a mistake shows before the images are read
-  config = decide_cache(config, source, data.train_split, blank.stored_size)
-  train = open_split(config, source, data.train_split, blank.stored_size, fit, to_train=True)
-  task = dataclasses.replace(
-    blank,
-    stored_size=tuple(train.size),
-    train_examples=len(train),
-    fingerprint=source.fingerprint,
-  )
-  experiment = assemble(config, task)
-  read = lambda split: open_split(config, source, split, task.stored_size, experiment.fit)
+  names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
+  size = pair(data.image_size)
+  config = decide_cache(config, source, names, size, trains=True)
+  if config.data.cache == 'memory':
+    size = memory.own_size(source, data.train_split, size) or size
+    memory.check(source, names, size)
+  task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
+  experiment = assemble(config, task)  # and a mistake shows before the images are read
+  read = lambda split, **how: open_split(config, source, split, size, experiment.fit, **how)
+  train = read(data.train_split, to_train=True)
   val = read(data.val_split) if data.val_split else None
   test = read(data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
+  task = dataclasses.replace(task, train_examples=len(train))
+  experiment = dataclasses.replace(experiment, task=task)
   return experiment, plan(config, train, val, test, params, cycles)
 
 
 def decide_cache(
-  config: ConfigDict, source: sources.Source, split: str, size: tuple[int, int]
+  config: ConfigDict,
+  source: sources.Source,
+  names: Sequence[str],
+  size: tuple[int, int],
+  trains: bool = False,
 ) -> ConfigDict:
-  """The config with `data.cache` decided, if it is left open, by the size of a split."""
+  """The config with `data.cache` decided, if it is left open.
+
+  Memory is taken where the splits fill no more than half of it, and where training sees the same
+  batches as of a stream (`differs`): a run must not depend on the memory of its machine.
+  Evaluation always sees the same pixels.
+
+  Args:
+    config: of the run.
+    source: of the splits.
+    names: of all splits that are held at once.
+    size: (height, width) that images are fitted to.
+    trains: whether the first of them is trained on.
+  """
   if config.data.cache != 'auto':
     return config
-  count = sum(stop - start for _, start, stop in splits.resolve(split, source.sizes))
-  too_much = memory.need(count, size, source.channels)
-  if jax.distributed.is_initialized():  # hosts may have more or less memory: the first decides
-    too_much = cluster.from_first(lambda: too_much)
-  cache = 'stream' if too_much else 'memory'
-  why = too_much or f'{split} fits into half of it'
-  log.info('data.cache: auto takes %s: %s.', cache, why)
+
+  def reason():
+    too_much = memory.need(source, names, size)
+    return too_much or (differs(config, source, names[0], size) if trains else '')
+
+  # Hosts may have more or less memory: the first decides.
+  why = cluster.from_first(reason) if jax.distributed.is_initialized() else reason()
+  cache = 'stream' if why else 'memory'
+  log.info(
+    'data.cache: auto takes %s: %s.', cache, why or f'{", ".join(names)} fit into half of it'
+  )
   return config_lib.fill(config, {'data.cache': cache})
+
+
+def differs(config: ConfigDict, source: sources.Source, split: str, size: tuple[int, int]) -> str:
+  """Why training on a split in memory sees other batches than of a stream; empty if it does not.
+
+  All else is the same on both ways: their order, how they are decoded and fitted, and what the
+  device does to them.
+  """
+  if augment.AUGMENTATIONS['resized_crop'].on(config.augment.resized_crop):
+    return 'augment.resized_crop cuts parts from the files, not from what was made of them'
+  if config.data.skip_bad_images:
+    return 'data.skip_bad_images puts other images in the place of bad ones'
+  if own := memory.own_size(source, split, size):
+    return (
+      f'memory would keep all images at their {own[0]}x{own[1]} pixels and augment them there, '
+      f'before the device enlarges them to {size[0]}x{size[1]}'
+    )
+  return ''
 
 
 def open_split(
@@ -331,11 +369,11 @@ def open_split(
     split: in TFDS notation.
     size: (height, width) of what comes out.
     fit: `Experiment.fit`.
-    to_train: it may be cropped at random, or kept smaller where all images are.
+    to_train: it may be cropped at random.
   """
   data, crop = config.data, config.augment.resized_crop
   if data.cache == 'memory':
-    return memory.load(source, split, size, to_train, data.skip_bad_images, fit)
+    return memory.load(source, split, size, data.skip_bad_images, fit)
   cropped = to_train and augment.AUGMENTATIONS['resized_crop'].on(crop)
   return stream.open_stream(
     source,
@@ -523,11 +561,11 @@ def open_model(
   return from_workdir(workdir, overrides, config, step)
 
 
-def load_split(experiment: Experiment, split: str) -> Split:
-  """A split of the experiment's data, as its model was trained to see it.
+def load_splits(experiment: Experiment, *names: str) -> list[Split]:
+  """Splits of the experiment's data, as its model was trained to see it.
 
   Raises:
-    ValueError: data of other classes than the model's.
+    ValueError: data of other classes than the model's, or too much of it for the memory.
   """
   data, task = experiment.config.data, experiment.task
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
@@ -542,10 +580,18 @@ def load_split(experiment: Experiment, split: str) -> Split:
       f'The model takes images of {task.channels} channels, those of {data.source} have '
       f'{source.channels}.'
     )
-  config = decide_cache(experiment.config, source, split, task.stored_size)
-  examples = open_split(config, source, split, task.stored_size, experiment.fit)
-  report(split, examples)
-  return examples
+  config = decide_cache(experiment.config, source, names, task.stored_size)
+  if config.data.cache == 'memory':
+    memory.check(source, names, task.stored_size)
+  found = [open_split(config, source, name, task.stored_size, experiment.fit) for name in names]
+  for name, examples in zip(names, found):
+    report(name, examples)
+  return found
+
+
+def load_split(experiment: Experiment, name: str) -> Split:
+  """One split; see `load_splits`."""
+  return load_splits(experiment, name)[0]
 
 
 def load_real(experiment: Experiment, split: str) -> np.ndarray | None:

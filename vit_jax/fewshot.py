@@ -88,8 +88,7 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
     ValueError: a class has no image.
   """
   config = exp.config
-  train = experiment.load_split(exp, config.data.train_split)
-  test = experiment.load_split(exp, config.data.eval_split)
+  train, test = experiment.load_splits(exp, config.data.train_split, config.data.eval_split)
   fewest = np.bincount(train.label_N, minlength=len(exp.task.class_names)).min()
   most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
   if most < max(SHOTS):

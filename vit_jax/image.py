@@ -80,6 +80,18 @@ def open_header(encoded: bytes) -> Image.Image:
   return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
+def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
+  """Height and width of the upright image in a file, by its header alone.
+
+  Raises:
+    BadImage: the header can't be read.
+  """
+  with refused(encoded, name):
+    opened = open_header(encoded)
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+
+
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
   """Turns whatever decoding raises into a `BadImage`."""

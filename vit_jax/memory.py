@@ -1,15 +1,19 @@
 """A split in memory: what is decoded once. `stream.py` has what is decoded anew in every epoch.
 
 Decisions:
-  * Images are kept as uint8, at their own size where all have one and it is no larger
-    than the model's; the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
+  * Images are kept as uint8, at their own size where all have one and it is smaller than the
+    model's (`own_size`); the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
+  * Each image is decoded into its row of one array, so that loading takes no more memory than
+    the split.
 """
 
 from collections.abc import Iterator, Sequence
 import concurrent.futures
 import dataclasses
+import itertools
 import math
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -65,7 +69,6 @@ def load(
   source: sources.Source,
   split: str,
   size: tuple[int, int],
-  keep_smaller: bool = False,
   skip_bad_images: bool = False,
   fit: image_lib.Fit = image_lib.fit,
 ) -> Examples:
@@ -75,7 +78,6 @@ def load(
     source: what to read.
     split: in TFDS notation.
     size: (height, width) that images are fitted to.
-    keep_smaller: leave images as they are where all are of one size not above `size`.
     skip_bad_images: leave out what can't be decoded, instead of raising.
     fit: `image.fit`, its further arguments bound.
 
@@ -83,57 +85,98 @@ def load(
     image.BadImage: the first file that can't be decoded.
     ValueError: the split doesn't exist or holds nothing.
   """
+  pieces = splits.resolve(split, source.sizes)
+  count = splits.count(pieces)
+  image_NHWC = np.empty((count, *size, source.channels), np.uint8)
+  label_N = np.empty(count, np.int32)
 
-  def keep_or_fit(image, size):
-    smaller = image.height <= size[0] and image.width <= size[1]
-    return np.asarray(image) if keep_smaller and smaller else fit(image, size)
-
-  def decode(example):
+  def decode(example, row):
+    """Fills a row. Returns what is wrong with the image, or an empty text."""
     try:
-      return example[0], sources.pixels(source, example, size, keep_or_fit), example[2]
+      image_NHWC[row] = sources.pixels(source, example, size, fit)
     except image_lib.BadImage as error:
       if not skip_bad_images:
         sources.stop_at(error)
-      return str(error), None, example[2]
+      return str(error)
+    label_N[row] = example[2]
+    return ''
 
-  pieces = splits.resolve(split, source.sizes)
-  count = sum(stop - start for _, start, stop in pieces)
-  check_memory(split, count, size, source.channels)
-
-  def read():
-    for name, start, stop in pieces:
-      yield from source.read(name, range(start, stop))
-
+  rows = itertools.count()
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    chunks = sources.chunks(read(), 4096)
-    read_all = (example for chunk in chunks for example in pool.map(decode, chunk))
-    decoded = list(progress.bar(read_all, f'Reading {split}', 'image', count))
-  skipped = tuple(name for name, image, _ in decoded if image is None)
-  good = [(image, label) for _, image, label in decoded if image is not None]
+    chunks = sources.read_pieces(source, pieces)
+    decoded = (error for chunk in chunks for error in pool.map(decode, chunk, rows))
+    errors = list(progress.bar(decoded, f'Reading {split}', 'image', count))
+  good = [row for row, error in enumerate(errors) if not error]
   if not good:
-    raise ValueError(f'Split {split!r}: all {len(skipped)} images are bad.')
-  images = [image for image, _ in good]
-  if keep_smaller and len({image.shape for image in images}) > 1:
-    images = [image_lib.refit(image, size, fit) for image in images]
-  return Examples(np.stack(images), np.array([label for _, label in good], np.int32), skipped)
+    raise ValueError(f'Split {split!r}: all {count} images are bad.')
+  for row, old in enumerate(good):  # in place: a second array would double the memory
+    if row != old:
+      image_NHWC[row], label_N[row] = image_NHWC[old], label_N[old]
+  return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
 
 
-def need(count: int, size: tuple[int, int], channels: int) -> str:
-  """How much memory images need where that is more than half of the machine's; else empty."""
-  bytes_ = count * math.prod(size) * channels
-  memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if bytes_ <= memory / 2:
+def own_size(source: sources.Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
+  """The (height, width) of all images of a split, where they have one size smaller than `size`.
+
+  None where they don't. Headers are read, up to the first one that shows it.
+  """
+  found = None
+  for chunk in sources.read_pieces(source, splits.resolve(split, source.sizes)):
+    for example in chunk:
+      try:
+        own = sources.own_size(example)
+      except image_lib.BadImage:  # to be named or skipped when it is decoded
+        continue
+      smaller = own[0] <= size[0] and own[1] <= size[1] and own != size
+      if not smaller or found not in (None, own):
+        return None
+      found = own
+  return found
+
+
+def need(source: sources.Source, names: Sequence[str], size: tuple[int, int]) -> str:
+  """What splits need together where that is more than half of `limit`; else an empty text."""
+  count = sum(splits.count(splits.resolve(name, source.sizes)) for name in names)
+  bytes_, most = count * math.prod(size) * source.channels, limit()
+  if bytes_ <= most / 2:
     return ''
   return (
-    f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, this machine has '
-    f'{memory / 1e9:.1f} GB'
+    f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, more than half of the '
+    f'{most / 1e9:.1f} GB of memory'
   )
 
 
-def check_memory(split: str, count: int, size: tuple[int, int], channels: int) -> None:
-  """Raises ValueError where a split would fill more than half of the memory."""
-  if too_much := need(count, size, channels):
+def check(source: sources.Source, names: Sequence[str], size: tuple[int, int]) -> None:
+  """Raises ValueError where splits together would fill more than half of the memory."""
+  if too_much := need(source, names, size):
     raise ValueError(
-      f'Split {split!r}: {too_much}. Stream it (data.cache=stream), take a part, e.g. '
-      f'{split}[:10%], or set a smaller data.image_size.'
+      f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), take a part, e.g. '
+      f'{names[0]}[:10%], or set a smaller data.image_size.'
     )
+
+
+def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
+  """Bytes of memory that this process may use: the machine's, or less where a cgroup sets a limit.
+
+  Containers and batch systems set it, for a group of processes or for a group above that one.
+
+  Args:
+    root: of the files that tell.
+  """
+  limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+  groups = root / 'proc/self/cgroup'
+  for line in groups.read_text().splitlines() if groups.exists() else ():
+    _, controllers, path = line.split(':', 2)
+    if not controllers:
+      top, name = root / 'sys/fs/cgroup', 'memory.max'
+    elif 'memory' in controllers.split(','):
+      top, name = root / 'sys/fs/cgroup/memory', 'memory.limit_in_bytes'
+    else:
+      continue
+    own = top / path.lstrip('/')
+    # Within a container the path may be the host's, of which only the top is seen.
+    for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+      file = folder / name
+      text = file.read_text().strip() if file.exists() else 'max'
+      limits += [int(text)] if text != 'max' else []
+  return min(limits)

@@ -32,6 +32,8 @@ from vit_jax.paths import local
 
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
 
+READ_AHEAD = 1024  # examples that are held encoded
+
 TEST_NAMES = ('test', 'val', 'validation')
 
 CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
@@ -88,7 +90,7 @@ def look(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None
 def pixels(
   source: Source, example: Example, size: tuple[int, int], fit: image_lib.Fit
 ) -> np.ndarray:
-  """What is in an example that was read, `image_HWC`: files fitted, arrays as they are.
+  """The pixels of an example, fitted to `size`: `image_HWC`. An array of that size stays whole.
 
   Raises:
     image.BadImage: it can't be decoded, or has a label that the source has not.
@@ -96,8 +98,29 @@ def pixels(
   name, encoded, label = example
   check_label(source, name, label)
   if isinstance(encoded, np.ndarray):
-    return encoded
+    return encoded if encoded.shape[:2] == size else image_lib.refit(encoded, size, fit)
   return fit(image_lib.decode(as_bytes(encoded), name, source.channels), size)
+
+
+def own_size(example: Example) -> tuple[int, int]:
+  """Height and width of an example, as its array or the header of its file says.
+
+  Raises:
+    image.BadImage: the header can't be read.
+  """
+  name, encoded, _ = example
+  if isinstance(encoded, np.ndarray):
+    return encoded.shape[:2]
+  return image_lib.upright_size(as_bytes(encoded), name)
+
+
+def read_pieces(
+  source: Source, pieces: Iterable[tuple[str, int, int]]
+) -> Iterator[Iterator[Example]]:
+  """The examples of `splits.resolve`'s pieces in order, at most `READ_AHEAD` at once."""
+  for split, start, stop in pieces:
+    for first in range(start, stop, READ_AHEAD):
+      yield source.read(split, range(first, min(first + READ_AHEAD, stop)))
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:

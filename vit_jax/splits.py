@@ -42,6 +42,11 @@ def resolve(spec: str, sizes: dict[str, int]) -> list[tuple[str, int, int]]:
   return pieces
 
 
+def count(pieces: list[tuple[str, int, int]]) -> int:
+  """The number of examples in pieces of `resolve`."""
+  return sum(stop - start for _, start, stop in pieces)
+
+
 def overlap(a: str, b: str, sizes: dict[str, int]) -> bool:
   """Whether two splits share an example."""
   return any(

@@ -65,7 +65,7 @@ class Stream:
   threads: int = 1
 
   def __len__(self) -> int:
-    return sum(stop - start for _, start, stop in self.pieces)
+    return splits.count(self.pieces)
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
@@ -194,9 +194,7 @@ class Stream:
     """
     name, encoded, label = example
     if uniform_4 is None:
-      image_HWC = pixels(self.source, example, self.size, self.fit)
-      same = image_HWC.shape[:2] == tuple(self.size)
-      return image_HWC if same else image_lib.refit(image_HWC, self.size, self.fit)
+      return pixels(self.source, example, self.size, self.fit)
     check_label(self.source, name, label)
     choose = functools.partial(image_lib.random_part, uniform_4, **self.crop)
     if isinstance(encoded, np.ndarray):
