@@ -155,7 +155,6 @@ def lock(file: IO) -> None:
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:
-    file.close()
     raise ValueError(
       f'{pathlib.Path(file.name).parent}: another run is writing here. Wait for its end, or give '
       'another --workdir.'
