@@ -165,7 +165,7 @@ def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
   """
   limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   groups = root / 'proc/self/cgroup'
-  for line in groups.read_text().splitlines() if groups.exists() else ():
+  for line in groups.read_text(encoding='utf-8').splitlines() if groups.exists() else ():
     _, controllers, path = line.split(':', 2)
     if not controllers:
       top, name = root / 'sys/fs/cgroup', 'memory.max'
@@ -177,6 +177,6 @@ def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
     # Within a container the path may be the host's, of which only the top is seen.
     for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
       file = folder / name
-      text = file.read_text().strip() if file.exists() else 'max'
+      text = file.read_text(encoding='utf-8').strip() if file.exists() else 'max'
       limits += [int(text)] if text != 'max' else []
   return min(limits)
