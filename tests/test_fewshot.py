@@ -1,5 +1,6 @@
 """The draw's exact properties, the regression against independent solvers, and what is written."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from sklearn import linear_model
 
 import main
-from vit_jax import experiment, features, fewshot, sharding
+from vit_jax import experiment, features, fewshot, sharding, sources, stream
 
 NAMES = ('a', 'b', 'c')
+NAMES10 = tuple('0123456789')
 LABELS = np.random.RandomState(0).permutation(np.repeat(np.arange(3), [30, 40, 50]))
 
 
@@ -125,6 +127,33 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
     apply(train.image_NHWC[index]), train.label_N[index], apply(test.image_NHWC), test.label_N
   )
   assert result['shots']['5']['accuracy'][1] == pytest.approx(want, abs=1 / 256)
+
+
+def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
+  exp, params, _ = opened
+  source = sources.open_source('synthetic', '', (8, 8))
+  streams = [
+    stream.open_stream(source, split, size=(8, 8), fit=exp.fit, skip_bad_images=True)
+    for split in ('train[:150]', 'test[:40]')
+  ]
+  index = np.concatenate([fewshot.draw(streams[0].label_N, NAMES10, 10, s)[:2] for s in (0, 1)])
+  bad = set(index[:, 0].tolist())  # of the first two classes, the first images drawn
+
+  def read(split, indices):
+    for i, (name, pixels, label) in zip(indices, source.read(split, indices)):
+      yield name, b'bad' if split == 'train' and i in bad else pixels, label
+
+  streams = [dataclasses.replace(s, source=dataclasses.replace(source, read=read)) for s in streams]
+  monkeypatch.setattr(experiment, 'load_splits', lambda *_: streams)
+  labels, real = [], fewshot.accuracy
+  monkeypatch.setattr(fewshot, 'accuracy', lambda *a: labels.append(a[1]) or real(*a))
+  result = fewshot.fewshot(exp, params)
+  assert list(result['shots']) == ['1', '5', '10'] and result['examples'] == 40
+  for label_N, shots in zip(labels, np.repeat([1, 5, 10], 3)):
+    np.testing.assert_array_equal(np.bincount(label_N, minlength=10), shots)
+  for index_LS in fewshot.draw_readable(streams[0], NAMES10)[0]:
+    assert not bad & set(index_LS.ravel().tolist())
+  assert streams[0].readable([]).shape == (0,)
 
 
 def test_a_split_that_is_too_small_is_refused(capsys, trained):

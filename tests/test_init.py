@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from tests.test_pretrained import equal
 import vit_jax
@@ -153,6 +153,22 @@ def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
   classes = tuple(f'other {i}' for i in range(len(again.class_names)))  # as many, but others
   own = inherit.open_init(fine_tuning(tmp_path / 'out', {}), sources.Source({}, classes, 3, None))
   assert not np.any(own[1]['head']['kernel'])
+
+
+def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path, monkeypatch):
+  """The paper's head for pre-training is both, and fine-tuning removes all of it (Section 3.2)."""
+  vit_jax.train(small_config(**{'epochs': '0', 'model.representation_size': '12'}), tmp_path)
+  own = tuple(f'pattern {i}' for i in range(10))
+  for classes, size in ((own, 12), (tuple('abcdefghij'), None), (('a', 'b'), None)):
+    source = sources.Source({}, classes, 3, None)
+    config = small_config(init=str(tmp_path), **{'model.variant': 'None'})
+    filled, params = inherit.open_init(config, source)
+    monkeypatch.setattr(sources, 'open_source', lambda *_, source=source: source)
+    exp, fewshot_params = experiment.from_init(str(tmp_path), {}, 'data')
+    assert filled.model.representation_size == exp.model.representation_size == size
+    for found in (params, fewshot_params):
+      assert ('pre_logits' in found) == (size is not None)
+      assert found['head']['kernel'].shape == (size or 16, len(classes))
 
 
 def test_few_shot_accuracy_of_published_weights(capsys, weights):

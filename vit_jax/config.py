@@ -121,7 +121,8 @@ def default_config() -> ConfigDict:
   c.model.position_prefix = config_dict.placeholder(str)  # tokens with a learned position beside
   # the patches: cls, none or all
   c.model.num_registers = config_dict.placeholder(int)  # tokens added to the patches
-  c.model.representation_size = config_dict.placeholder(int)  # of the pre-logits; None: none
+  c.model.representation_size = config_dict.placeholder(int)  # of the pre-logits; None: none, or
+  # those of the weights of `init`, which a new head does without
   c.model.dropout = 0.0  # rate
   c.model.attention_dropout = 0.0  # rate, on the attention weights
   c.model.stochastic_depth = 0.0  # rate at the last block, rising linearly from 0

@@ -501,7 +501,10 @@ def from_init(
     config.data.image_size = found.preprocessing.size
   grid = inherit.grid_of(config, found) if any(config.data.image_size) else None
   count = names and len(names)
-  loaded = pretrained.adapt(found, grid, None, count, config.init_resize, tokens=False)
+  new_head = names not in (None, found.class_names)
+  loaded = pretrained.adapt(
+    found, grid, None, count, config.init_resize, tokens=False, new_head=new_head
+  )
   if loaded.model.pool == 'none':  # the weights leave it open
     pool = 'cls' if loaded.model.has_class else 'gap'
     loaded = dataclasses.replace(loaded, model=loaded.model.clone(pool=pool))

@@ -49,6 +49,36 @@ def draw(label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: in
   return np.stack(rows)
 
 
+def draw_readable(
+  train: experiment.Split, class_names: tuple[str, ...]
+) -> tuple[list[np.ndarray], np.ndarray]:
+  """For each of `SEEDS` the `draw` of as many of `SHOTS` as all classes have, and its images.
+
+  A bad image that is to be skipped counts as none, so that another one of its class is drawn: the
+  next one in the split, which training would take, may be of another class.
+
+  Raises:
+    ValueError: a class has no image.
+  """
+  label_N, checked = train.label_N.copy(), np.empty(0, int)
+  while True:
+    fewest = np.bincount(label_N[label_N >= 0], minlength=len(class_names))[
+      : len(class_names)
+    ].min()
+    most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
+    drawn = [draw(label_N, class_names, most, seed) for seed in SEEDS]
+    needed = np.unique(drawn)
+    unknown = np.setdiff1d(needed, checked)
+    bad = unknown[~train.readable(unknown)]
+    if not len(bad):
+      break
+    label_N[bad] = -1
+    checked = np.union1d(checked, unknown)
+  if most < max(SHOTS):
+    log.warning('No more than %d shots: a class has %d images.', most, fewest)
+  return drawn, needed
+
+
 def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
   """The w `[D, L]` that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
   x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
@@ -89,21 +119,16 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   """
   config = exp.config
   train, test = experiment.load_splits(exp, config.data.train_split, config.data.eval_split)
-  fewest = np.bincount(train.label_N, minlength=len(exp.task.class_names)).min()
-  most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
-  if most < max(SHOTS):
-    log.warning('No more than %d shots: a class has %d images.', most, fewest)
-  drawn = {seed: draw(train.label_N, exp.task.class_names, most, seed) for seed in SEEDS}
-  needed = np.unique(np.concatenate([index.ravel() for index in drawn.values()]))
+  drawn, needed = draw_readable(train, exp.task.class_names)
   mesh = sharding.inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
   params = sharding.replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
   known, tested = compute(train.some(needed)), compute(test)
   scores = {}
-  for shots in (n for n in SHOTS if n <= most):
+  for shots in (n for n in SHOTS if n <= drawn[0].shape[1]):
     values = []
-    for index_LS in drawn.values():
+    for index_LS in drawn:
       index = index_LS[:, :shots].ravel()
       chosen = known.some(np.searchsorted(needed, index))
       values.append(accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N))

@@ -2,9 +2,7 @@
 
 import logging
 
-import jax
 from ml_collections import ConfigDict
-import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import pretrained, sources, vit, weights
@@ -15,6 +13,8 @@ log = logging.getLogger(__name__)
 
 def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
   """The weights that `init` names, for the data's classes and size, and what they decide.
+
+  The head is new, and its pre-logits layer is dropped, unless the weights are of the same classes.
 
   Raises:
     ValueError: no such weights, or a config that contradicts them.
@@ -27,11 +27,11 @@ def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, d
       f'{config.data.source} have {source.channels}.'
     )
   classes = source.class_names
-  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize)
+  new_head = found.class_names != classes  # others, or who knows which
+  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
-  if loaded.class_names != classes:  # others, or who knows which
+  if new_head:
     log.info('The head is new: the classes are not those of the weights.')
-    loaded.params['head'] = jax.tree.map(np.zeros_like, loaded.params['head'])
   return follow(config, loaded), loaded.params
 
 

@@ -51,6 +51,10 @@ class Examples:
     """Those at these places."""
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
+  def readable(self, index_N: Sequence[int]) -> np.ndarray:
+    """Whether the images at these places can be decoded, `[N]`."""
+    return np.ones(len(index_N), bool)
+
   def joined(self, other: 'Examples') -> 'Examples':
     """These, and after them the others."""
     return Examples(

@@ -7,6 +7,8 @@ Decisions:
   * The file decides the model: its activation, epsilon, pooling. Where a format does not say, its
     code base does.
   * safetensors and `np.load` without pickle only: what could run code is refused.
+  * A new head takes the place of the pre-logits layer too: the paper's head for pre-training is
+    both (Section 3.1), and fine-tuning removes all of it (Section 3.2).
   * `FORMATS` writes; what a path is, is told from what lies there.
 """
 
@@ -86,8 +88,9 @@ def load(
     grid: patches (down, across) of the images wanted; None for the file's own.
     source_grid: the file's, where it doesn't tell and is no square; `grid` where that has as
       many patches.
-    num_classes: of the head; one other than the file's gives a new head of zeros. None for
-      the file's; where it has no head, the model gives the normalised tokens `[B, N, D]`.
+    num_classes: of the head; one other than the file's gives a new head of zeros, without
+      pre-logits. None for the file's; where it has no head, the model gives the normalised tokens
+      `[B, N, D]`.
     resize: how positions are brought to another grid, one of `positions.RESIZES`.
 
   Raises:
@@ -188,10 +191,18 @@ def adapt(
   num_classes: int | None = None,
   resize: str = 'bilinear',
   tokens: bool = True,
+  new_head: bool = False,
 ) -> Pretrained:
   """The model of a file, for the grid and the classes wanted; see `load`.
 
-  `tokens` is whether a file without a head gives tokens, or what its own pooling makes of them.
+  Args:
+    source: what was read.
+    grid: see `load`.
+    source_grid: see `load`.
+    num_classes: see `load`.
+    resize: see `load`.
+    tokens: whether a file without a head gives tokens, or what its own pooling makes of them.
+    new_head: whether the head is new even if it has as many classes as the file's.
   """
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'num_classes must be positive, got {num_classes}.')
@@ -210,7 +221,7 @@ def adapt(
   class_names = source.class_names
   if num_classes is None and model.num_classes is None and tokens:
     model, dropped = model.clone(pool='none', class_token=model.has_class), ('map', 'pre_logits')
-  elif num_classes not in (None, model.num_classes):
+  elif new_head or num_classes not in (None, model.num_classes):
     model, dropped = model.clone(num_classes=num_classes), ('pre_logits', 'head')
     class_names = None
     if model.pool == 'none':  # the file leaves it open

@@ -112,10 +112,20 @@ class Stream:
 
   def some(self, index_N: Sequence[int]) -> Examples:
     """Those at these places, in memory, as evaluation sees them."""
+    found = self.decode_all(index_N)
+    return Examples(found['image'], found['label'])
+
+  def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
+    """The `rows` at these places, decoded by several threads."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-      found = concatenate(list(pool.map(self.rows, parts)))
-    return Examples(found['image'], found['label'])
+      return concatenate(list(pool.map(self.rows, parts)))
+
+  def readable(self, index_N: Sequence[int]) -> np.ndarray:
+    """Whether the images at these places can be decoded, `[N]`; all where bad ones stop the run."""
+    if not self.skip_bad_images or not len(index_N):
+      return np.ones(len(index_N), bool)
+    return self.decode_all(index_N)['bad'] == 0
 
   def joined(self, other: 'Stream') -> 'Stream':
     """These, and after them the others."""
