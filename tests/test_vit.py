@@ -226,6 +226,17 @@ def test_attention_dropout_has_a_rate_of_its_own():
   assert [call for call in drops(dropout=0.1, attention_dropout=0.2) if call[3] == weights] == want
 
 
+def test_attention_dropout_keeps_the_mean():
+  """Of eight equal tokens each weighs 1/8: k of them kept, the output is k / (8 (1 - rate))."""
+  module = vit.Attention(num_heads=1, head_dim=3, dropout=0.25)
+  x_BND = jnp.ones((64, 8, 2))
+  params = jax.jit(module.init)(jax.random.key(0), x_BND)
+  key = {'dropout': jax.random.key(1)}
+  kept = 6 * module.apply(params, x_BND, jnp.arange(64), rngs=key) / module.apply(params, x_BND)
+  np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+  assert kept.min() < 5 and kept.max() > 7.9 and abs(kept.mean() - 6) < 0.2
+
+
 def test_stochastic_depth_rises_linearly_from_zero_to_its_rate():
   want = [((block,), rate, True, TOKENS) for block, rate in (('block_1', 0.2), ('block_2', 0.4))]
   assert drops(stochastic_depth=0.4) == [want[0]] * 2 + [want[1]] * 2
