@@ -17,7 +17,7 @@ _PUBLIC = {  # imported when asked for: a model needs neither datasets nor check
 }
 
 __all__ = list(_PUBLIC)
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 
 def __getattr__(name: str):

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import optax
 
+import vit_jax
 from vit_jax import (
   augment,
   checkpoint,
@@ -179,7 +180,11 @@ class Experiment:
 
   def saved(self) -> dict:
     """The item `config` of a checkpoint."""
-    return {'config': config_lib.to_dict(self.config), 'task': dataclasses.asdict(self.task)}
+    return {
+      'version': vit_jax.__version__,
+      'config': config_lib.to_dict(self.config),
+      'task': dataclasses.asdict(self.task),
+    }
 
 
 @dataclasses.dataclass(frozen=True)

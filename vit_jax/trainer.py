@@ -227,7 +227,24 @@ def begin(
       finished = None
   if not finished:
     cluster.from_first(lambda: output.check_folder(workdir))
+    if start is not None:
+      check_rules(item, workdir)
   return finished, saved, cycles
+
+
+def check_rules(item: dict, workdir: pathlib.Path) -> None:
+  """Raises ValueError for a run of 0.1.0 whose optimizer has changed since.
+
+  Args:
+    item: the item `config` of the newest checkpoint. 0.1.0 wrote no version into it.
+    workdir: of the run.
+  """
+  if 'version' not in item and item['config']['optimizer']['name'] == 'muon':
+    raise ValueError(
+      f'{workdir} holds a run of version 0.1.0, whose Muon decayed neither the embedding nor the '
+      'head. It can be evaluated and used, but not resumed. Start a new run in another --workdir, '
+      f'from these weights if you like: --config.init={workdir}'
+    )
 
 
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
