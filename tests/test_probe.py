@@ -12,6 +12,7 @@ from benchmarks import probe as benchmark
 import main
 from tests.conftest import small_config
 from vit_jax import (
+  attention,
   checkpoint,
   data,
   evaluate,
@@ -222,6 +223,15 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
     out, new = cached()
     assert new == 1
     assert_equal(out, first)
+
+
+def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
+  exp, training = experiment.from_config(small_config(**FROZEN))
+  params = probe.initial_params(exp, training, tmp_path / 'none')
+  before, attend = features.key(exp, params, training.test), attention.attention
+  assert features.key(exp, params, training.test) == before
+  monkeypatch.setattr(attention, 'attention', lambda *x, **how: attend(*x, **how) + 0.1)
+  assert features.key(exp, params, training.test) != before
 
 
 def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):

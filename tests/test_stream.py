@@ -17,6 +17,7 @@ import time
 
 import jax
 import numpy as np
+import PIL
 from PIL import Image
 import pytest
 
@@ -538,7 +539,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   name, _, _ = next(source.read('train', [7]))
   pathlib.Path(name).unlink()
   after = [array.tobytes() for _, array in skipping.content()]
-  assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [1 + 7]
+  assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [2 + 7]
   with pytest.raises(image.BadImage, match=f'{name}: No such file.*skip_bad_images=True'):
     list(strict.content())
 
@@ -572,6 +573,19 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
   shown = training.test.some(same_scores.index_N)
   loaded = memory.load(training.test.source, 'test', (8, 8), skip_bad_images=True)
   np.testing.assert_array_equal(shown.image_NHWC, loaded.image_NHWC)
+
+
+def test_streamed_features_depend_on_the_code_that_decodes(photos, monkeypatch):
+  exp, training = experiment.from_config(photo_config(photos))
+  params = jax.device_get(exp.model.init(jax.random.key(0), np.zeros((1, *exp.image_shape))))
+  key = lambda: features.key(exp, params['params'], training.test)
+  before = key()
+  assert key() == before
+  with monkeypatch.context() as other:
+    other.setattr(PIL, '__version__', '0')
+    assert key() != before
+  monkeypatch.setattr(stream_lib.inspect, 'getsource', lambda module: f'# of {module.__name__}')
+  assert key() != before
 
 
 def resident():

@@ -3,12 +3,14 @@
 Decisions:
   * Features are what the head takes: pooled, after the pre-logits layer where there is one, and
     float32, which holds what a bfloat16 backbone gives exactly.
-  * A cache is found by a hash of all that features depend on: weights, model, preprocessing and
-    the pixels and labels themselves. Whatever changes, another file is looked for.
+  * A cache is found by a hash of all that features depend on: weights, preprocessing, the program
+    that JAX makes of the backbone, and the pixels and labels themselves. Of streamed images it is
+    the files and the code that decodes them. Whatever changes, another file is looked for.
 """
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
@@ -19,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import vit_jax
 from vit_jax import cluster, data, experiment, format_npz, limits, progress, sharding
 from vit_jax.memory import Examples
 
@@ -30,17 +31,19 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 
 def make_feature_step(exp: experiment.Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
   """`(batch, params) -> feature_BD` of a batch of uint8 images, on every device."""
-  backbone = exp.model.clone(num_classes=None)
-
-  def extract(part, params):
-    feature_BD = backbone.apply({'params': params}, exp.normalize(part['image']))
-    return feature_BD.astype(jnp.float32)
 
   def feature_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
-    return sharding.concatenate(extract, mesh, parts)(batch, params)
+    return sharding.concatenate(functools.partial(extract, exp), mesh, parts)(batch, params)
 
   return jax.jit(feature_step, out_shardings=sharding.replicated(mesh))
+
+
+def extract(exp: experiment.Experiment, batch: dict[str, jax.Array], params: dict) -> jax.Array:
+  """The features `[B, D]` of a batch of uint8 images."""
+  backbone = exp.model.clone(num_classes=None)
+  feature_BD = backbone.apply({'params': params}, exp.normalize(batch['image']))
+  return feature_BD.astype(jnp.float32)
 
 
 @limits.memory_for('Feature extraction')
@@ -107,12 +110,28 @@ def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     return None
 
 
+def program(exp: experiment.Experiment, params: dict) -> str:
+  """What `extract` computes of one image, on one device, and the version of JAX.
+
+  Any change of its code shows here, whichever file it is in.
+  """
+  shape = (1, *exp.task.stored_size, exp.task.channels)
+  arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
+  lowered = jax.jit(functools.partial(extract, exp)).lower(*arguments)
+  return f'{jax.__version__} {lowered.as_text()}'
+
+
+def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+  """Its shape and type, wherever it lies."""
+  return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
 def key(exp: experiment.Experiment, params: dict, examples: experiment.Split) -> str:
   """A hash of all that the features depend on."""
   skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}
-  about = (vit_jax.__version__, model, sorted(exp.normalize.keywords.items()))
+  about = (program(exp, params), model, sorted(exp.normalize.keywords.items()))
   digest = hashlib.sha256(repr(about).encode())
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))

@@ -17,6 +17,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import multiprocessing
@@ -28,6 +29,7 @@ import threading
 
 import jax
 import numpy as np
+import PIL
 
 from vit_jax import cluster, splits
 from vit_jax import image as image_lib
@@ -133,8 +135,9 @@ class Stream:
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
     """What tells these examples from others: arrays by name, of files and what is made of them."""
-    about = self.size, sorted(getattr(self.fit, 'keywords', {}).items())
+    about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
+    yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
     for name, encoded, label in self.read_all():
       try:
         whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
