@@ -119,12 +119,19 @@ def evaluate(
 def run(
   workdir: pathlib.Path, overrides: dict[str, str], config: ConfigDict | None = None
 ) -> dict[str, float]:
-  """Evaluates the newest checkpoint of a workdir on its `data.eval_split`."""
+  """Evaluates the newest checkpoint of a workdir on its `data.eval_split`.
+
+  Returns:
+    The step and what `evaluate` gives. `left_out` is the number of images that are not scored
+    because the weights were trained on files of their names; missing where there is none.
+  """
   sharding.start_up(config_lib.default_config().eval_batch_size)  # before orbax starts JAX
   exp, params, step = experiment.from_workdir(workdir, overrides, config)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
-  examples, real_NL = experiment.load_split(exp, split), experiment.load_real(exp, split)
+  source, left_out = experiment.open_test(exp)
+  examples = experiment.load_split(exp, split, source)
+  real_NL = experiment.load_real(exp, split, source)
   if real_NL is not None and len(real_NL) != len(examples):
     raise ValueError(
       f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
@@ -134,4 +141,5 @@ def run(
   mesh = sharding.make_mesh()
   params = sharding.replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
-  return {'step': step} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  result = {'step': step} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  return result | ({'left_out': left_out} if left_out else {})

@@ -33,6 +33,7 @@ from vit_jax import (
   sources,
   splits,
   stream,
+  trained,
   vit,
 )
 from vit_jax import config as config_lib
@@ -76,7 +77,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound."""
+  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound.
+
+  `names` is of the files that the weights were trained on; None where a run kept none.
+  """
 
   config: ConfigDict
   task: Task
@@ -86,6 +90,7 @@ class Experiment:
   augment_and_mix: Callable[..., tuple[jax.Array, jax.Array]]
   normalize: Callable[[jax.Array], jax.Array]
   fit: image.Fit
+  names: trained.Names | None = dataclasses.field(default_factory=trained.Names)
 
   @property
   def augments(self) -> bool:
@@ -174,8 +179,9 @@ class Experiment:
     return sharding.micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
-    """The item `config` of a checkpoint."""
-    return {'config': config_lib.to_dict(self.config), 'task': dataclasses.asdict(self.task)}
+    """What a checkpoint holds of it; see `Checkpoints.save`."""
+    config, task = config_lib.to_dict(self.config), dataclasses.asdict(self.task)
+    return {'config': config, 'task': task, 'names': self.names.item()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,13 +251,16 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   return experiment
 
 
-def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Experiment, Training]:
+def from_config(
+  config: ConfigDict, saved: ConfigDict | None = None, names: trained.Names | None = None
+) -> tuple[Experiment, Training]:
   """Opens the data and the weights of `init`, then builds the rest.
 
   Args:
     config: of the run.
     saved: the config of the run that goes on, which decides what `init` decided; None for
       a run that begins.
+    names: of the files that the run that goes on was trained on.
 
   Raises:
     ValueError: whatever the person can mend; the message says how.
@@ -259,10 +268,11 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   check(config)
   data = config.data
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  sizes = source.sizes
+  for warning in source.warnings:
+    log.warning('%s', warning)
   if data.val_split:
     for name in ('train_split', 'eval_split'):
-      if splits.overlap(data.val_split, data[name], sizes):
+      if splits.overlap(source.pieces(data.val_split), source.pieces(data[name])):
         raise ValueError(
           f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
           "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
@@ -270,8 +280,19 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
-  elif config.init:
-    config, params = inherit.open_init(config, source)
+  else:
+    names = trained.Names()
+    if config.init:
+      config, params, names = inherit.open_init(config, source)
+    # The last run of a sweep trains on the held-out split, too.
+    trained_on = [data.train_split, *[data.val_split] * bool(config.sweep)]
+    names = trained.Names(trained.own_names(source, trained_on), names.all_N)
+  if names is None:
+    raise ValueError(
+      f'data.source={data.source}: this run began under version 0.1.0, which held other files out '
+      'and read files in another order: it can not be resumed. Its weights still load: train from '
+      'them with --config.init=<its workdir> and another --workdir.'
+    )
   blank = Task(source.class_names, pair(data.image_size), source.channels)
   fit = assemble(config, blank).fit  # and a mistake shows before the images are read
   config = decide_cache(config, source, data.train_split, blank.stored_size)
@@ -282,10 +303,15 @@ def from_config(config: ConfigDict, saved: ConfigDict | None = None) -> tuple[Ex
     train_examples=len(train),
     fingerprint=source.fingerprint,
   )
-  experiment = assemble(config, task)
-  read = lambda split: open_split(config, source, split, task.stored_size, experiment.fit)
-  val = read(data.val_split) if data.val_split else None
-  test = read(data.eval_split)
+  experiment = dataclasses.replace(assemble(config, task), names=names)
+
+  def read(split, hash_N):
+    unseen, _ = trained.leave_out(source, split, hash_N)
+    return open_split(config, unseen, split, task.stored_size, experiment.fit)
+
+  seen_N = names.inherited_N if config.sweep else names.all_N
+  val = read(data.val_split, seen_N) if data.val_split else None
+  test = read(data.eval_split, names.all_N)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
   return experiment, plan(config, train, val, test, params)
@@ -297,7 +323,7 @@ def decide_cache(
   """The config with `data.cache` decided, if it is left open, by the size of a split."""
   if config.data.cache != 'auto':
     return config
-  count = sum(stop - start for _, start, stop in splits.resolve(split, source.sizes))
+  count = splits.length(source.pieces(split))
   too_much = memory.need(count, size, source.channels)
   if jax.distributed.is_initialized():  # hosts may have more or less memory: the first decides
     too_much = cluster.from_first(lambda: too_much)
@@ -449,7 +475,8 @@ def from_init(
   count = loaded.model.num_classes or 0
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels)
-  return assemble(inherit.follow(config, loaded), task), loaded.params
+  experiment = assemble(inherit.follow(config, loaded), task)
+  return dataclasses.replace(experiment, names=inherit.names_of(loaded)), loaded.params
 
 
 def from_workdir(
@@ -477,6 +504,7 @@ def from_workdir(
   size, config.data.image_size = pair(config.data.image_size), trained_size
   check(config)
   experiment = assemble(config, Task.load(saved['task'])).at(size)
+  experiment = dataclasses.replace(experiment, names=trained.Names.load(saved))
   pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, step
 
@@ -494,8 +522,8 @@ def open_model(
   return from_workdir(workdir, overrides, config)[:2]
 
 
-def load_split(experiment: Experiment, split: str) -> Split:
-  """A split of the experiment's data, as its model was trained to see it.
+def open_source(experiment: Experiment) -> sources.Source:
+  """The source of the experiment's data.
 
   Raises:
     ValueError: data of other classes than the model's.
@@ -513,23 +541,54 @@ def load_split(experiment: Experiment, split: str) -> Split:
       f'The model takes images of {task.channels} channels, those of {data.source} have '
       f'{source.channels}.'
     )
-  config = decide_cache(experiment.config, source, split, task.stored_size)
-  examples = open_split(config, source, split, task.stored_size, experiment.fit)
+  return source
+
+
+def open_test(experiment: Experiment) -> tuple[sources.Source, int]:
+  """The source without files that the weights were trained on, and their number in the test split.
+
+  Raises:
+    ValueError: data of other classes than the model's, or a test split trained on as a whole.
+  """
+  source, names = open_source(experiment), experiment.names
+  for warning in source.warnings:
+    log.warning('%s', warning)
+  if names is None:
+    names = trained.Names()
+    if source.files:
+      log.warning(
+        'Version 0.1.0 trained these weights and kept no names of its training files: they may '
+        'have been trained on some of the test images.'
+      )
+  return trained.leave_out(source, experiment.config.data.eval_split, names.all_N)
+
+
+def load_split(experiment: Experiment, split: str, source: sources.Source | None = None) -> Split:
+  """A split of the experiment's data, as its model was trained to see it.
+
+  Args:
+    experiment: of the model.
+    split: in TFDS notation.
+    source: that `open_source` or `open_test` gave; None to open it.
+
+  Raises:
+    ValueError: data of other classes than the model's.
+  """
+  source, size = source or open_source(experiment), experiment.task.stored_size
+  config = decide_cache(experiment.config, source, split, size)
+  examples = open_split(config, source, split, size, experiment.fit)
   report(split, examples)
   return examples
 
 
-def load_real(experiment: Experiment, split: str) -> np.ndarray | None:
-  """ReaL's labels of a split of the experiment's data, bool `[N, L]`, where the config has them.
+def load_real(experiment: Experiment, split: str, source: sources.Source) -> np.ndarray | None:
+  """ReaL's labels of a split of a source, bool `[N, L]`, where the config has them.
 
   Raises:
     ValueError: they can't be read, or are of other data.
   """
-  data = experiment.config.data
-  if not data.real_labels:
-    return None
-  source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  return real.load(pathlib.Path(data.real_labels).expanduser(), source, split)
+  path = experiment.config.data.real_labels
+  return real.load(pathlib.Path(path).expanduser(), source, split) if path else None
 
 
 def report(name: str, examples: Split | None) -> None:

@@ -78,19 +78,21 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   """Few-shot accuracies of a backbone on the experiment's data.
 
   Args:
-    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on.
+    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on, but for images
+      that the backbone was trained on.
     params: of its model; the head is not used.
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one a seed]}, ...}, 'examples': ...,
-    'l2': ...}`; the standard deviation is that of the population.
+    'l2': ...}`; the standard deviation is that of the population. `left_out` as of `evaluate.run`.
 
   Raises:
     ValueError: a class has no image.
   """
   config = exp.config
   train = experiment.load_split(exp, config.data.train_split)
-  test = experiment.load_split(exp, config.data.eval_split)
+  source, left_out = experiment.open_test(exp)
+  test = experiment.load_split(exp, config.data.eval_split, source)
   fewest = np.bincount(train.label_N, minlength=len(exp.task.class_names)).min()
   most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
   if most < max(SHOTS):
@@ -110,7 +112,8 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
       chosen = known.some(np.searchsorted(needed, index))
       values.append(accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N))
     scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
-  return {'shots': scores, 'examples': len(tested), 'l2': L2}
+  result = {'shots': scores, 'examples': len(tested), 'l2': L2}
+  return result | ({'left_out': left_out} if left_out else {})
 
 
 def run(

@@ -95,8 +95,8 @@ def load(
         sources.stop_at(error)
       return str(error), None, example[2]
 
-  pieces = splits.resolve(split, source.sizes)
-  count = sum(stop - start for _, start, stop in pieces)
+  pieces = source.pieces(split)
+  count = splits.length(pieces)
   check_memory(split, count, size, source.channels)
 
   def read():

@@ -26,6 +26,7 @@ from vit_jax import (
   optim,
   sharding,
   state,
+  trained,
   trainer,
   vit,
   writer,
@@ -64,7 +65,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if finished:
     return finished
   mesh = experiment.make_mesh(config)
-  exp, training = experiment.from_config(config, saved)
+  exp, training = experiment.from_config(config, saved, trained.of_run(workdir))
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   trainer.save_examples(exp, training.test, workdir)
   if not exp.augments:

@@ -37,6 +37,7 @@ from vit_jax import (
   progress,
   sharding,
   state,
+  trained,
   writer,
 )
 from vit_jax import config as config_lib
@@ -178,7 +179,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   if finished:
     return finished
   mesh = experiment.make_mesh(config)
-  exp, training = experiment.from_config(config, saved)
+  exp, training = experiment.from_config(config, saved, trained.of_run(workdir))
   save_examples(exp, training.test, workdir)
   return fit(exp, training, mesh, workdir)
 
