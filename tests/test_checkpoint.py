@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from vit_jax import checkpoint, evaluate, output, state, trainer, writer
+from vit_jax import trained as trained_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -129,12 +130,12 @@ def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
 
 def test_the_best_stays_through_resuming(tmp_path):
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
-  step = 0
+  step, names = 0, trained_lib.Names().item()
   for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
     with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
       for accuracy in accuracies:
         step += 1
-        saved = {'config': {}, 'task': {}, 'seconds': 0}
+        saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': names}
         checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
         checkpoints.wait()
     assert checkpoint.steps(tmp_path) == kept

@@ -308,7 +308,7 @@ def test_all_rates_diverge(trained, tmp_path):
 
 def test_other_classes_have_a_new_head(trained, tmp_path):
   source = sources.Source({}, ('cat', 'dog'), 3, None)
-  _, params = inherit.open_init(small_config(init=str(trained[0])), source)
+  _, params, _ = inherit.open_init(small_config(init=str(trained[0])), source)
   assert params['head']['kernel'].shape == (16, 2) and not params['head']['kernel'].any()
   assert_equal(backbone(params), backbone(checkpoint.load(trained[0])[1]))
 

@@ -17,6 +17,7 @@ from PIL import Image
 import pytest
 
 from tests.conftest import DATA
+from vit_jax import folder as folder_lib
 from vit_jax import image as image_lib
 from vit_jax import memory, progress, sources, splits
 
@@ -45,8 +46,9 @@ def test_bad_splits_are_refused(spec, message):
 
 
 def test_overlap():
-  assert splits.overlap('train', 'train[98%:]', SIZES)
-  assert not splits.overlap('train[:98%]', 'train[98%:]+test', SIZES)
+  one = lambda spec: splits.resolve(spec, SIZES)
+  assert splits.overlap(one('train'), one('train[98%:]'))
+  assert not splits.overlap(one('train[:98%]'), one('train[98%:]+test'))
 
 
 def test_digits_are_stratified():
@@ -87,26 +89,68 @@ def test_a_folder_with_splits(tmp_path, held_out):
   assert len(set(train.label_N[:12].tolist())) == 3  # mixed
 
 
-def test_a_plain_folder_is_split_for_good(tmp_path):
-  make_folder(tmp_path, ['a', 'b'])
-  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
-  assert source.sizes == {'train': 18, 'test': 6}
-  files = {s: [name for name, _, _ in source.read(s, range(n))] for s, n in source.sizes.items()}
-  again = sources.open_source(tmp_path.name.join(['folder:', '']), str(tmp_path.parent), (4, 4))
-  for s, n in again.sizes.items():
-    assert files[s] == [name for name, _, _ in again.read(s, range(n))]
-  assert not set(files['train']) & set(files['test'])
+def touch(root, names):
+  """Empty files: a source looks at names only."""
+  for name in names:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).touch()
 
 
-def test_the_order_is_that_of_hashed_paths(tmp_path):
-  """As it was before, so that a run goes on in the same order: files below subfolders too."""
+def members(root, *specs):
+  """The files of each split, as paths from the root."""
+  source = sources.open_source(f'folder:{root}', '', (4, 4))
+  read = lambda spec: [source.read(name, range(a, b)) for name, a, b in source.pieces(spec)]
+  paths = [[file for part in read(spec) for _, file, _ in part] for spec in specs]
+  return [{str(file.relative_to(root)) for file in found} for found in paths]
+
+
+@pytest.mark.parametrize('layout', ['', 'train/'])
+def test_other_files_move_no_file_between_splits(tmp_path, layout):
+  specs = 'train', 'test', 'train[:90%]', 'train[90%:]', 'test[:50%]'
+  touch(tmp_path, [f'{layout}{c}/{c}{i}.jpg' for c in 'ab' for i in range(60)])
+  before = members(tmp_path, *specs)
+  assert all(before) and not before[0] & before[1] and not before[2] & before[3]
+  assert before[0] == before[2] | before[3]
+  files = sorted(set.union(*before))
+  for file in files[::7]:
+    (tmp_path / file).unlink()
+  touch(tmp_path, [f'{layout}{c}/new{i}.jpg' for c in 'abc' for i in range(9)])
+  moved = f'{layout}b/a1.jpg'  # to another class
+  (tmp_path / layout / 'a' / 'a1.jpg').rename(tmp_path / moved)
+  for was, now in zip(before, members(tmp_path, *specs)):
+    old = {file for file in now if 'new' not in file}
+    assert {file.replace(moved, f'{layout}a/a1.jpg') for file in old} == was - set(files[::7])
+
+
+def test_a_fifth_of_a_plain_folder_is_held_out_and_slices_are_even(tmp_path):
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(1000)])
+  specs = 'test', 'train', *(f'train[{i}%:{i + 20}%]' for i in range(0, 100, 20)), 'train[99.5%:]'
+  count = [len(found) for found in members(tmp_path, *specs)]
+  assert count[0] == pytest.approx(400, abs=50) and count[0] + count[1] == 2000
+  assert count[2:7] == pytest.approx([320] * 5, abs=50) and sum(count[2:7]) == count[1]
+  assert 0 < count[7] < 20
+
+
+def test_images_of_one_name_stay_in_one_percentage(tmp_path):
+  folders = [f'{split}/{c}' for split in ('train', 'test') for c in 'ab']
+  touch(tmp_path, [f'{inside}/{i}.jpg' for inside in folders for i in range(40)])
+  for percent in range(7, 97, 9):
+    ones, others = members(tmp_path, f'train[:{percent}%]', f'train[{percent}%:]')
+    assert len(ones) + len(others) == 80
+    of = lambda files: {file.rpartition('/')[2] for file in files}
+    assert not of(ones) & of(others)
+
+
+def test_the_order_is_that_of_hashed_names(tmp_path):
+  """So that a run resumes in the same order; files below subfolders, too."""
   make_folder(tmp_path, ['train/a', 'train/b', 'train/b/deep/er', 'test/a', 'test/b'], count=6)
   os.symlink(tmp_path / 'train' / 'a' / '0.png', tmp_path / 'train' / 'b' / 'link.JPG')
   (tmp_path / 'train' / 'a' / os.fsdecode(b'na\xefve.jpg')).write_bytes(b'')
   (tmp_path / 'train' / 'a' / 'folder.png').mkdir()
   root = tmp_path / 'train'
   files = [file for file in root.rglob('*') if image_lib.is_image(file)]
-  digest = lambda file: hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
+  below = lambda file: os.fsencode(pathlib.PurePath(*file.relative_to(root).parts[1:]))
+  digest = lambda file: (hashlib.sha256(below(file)).digest(), file.relative_to(root).parts[0])
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 20, 'test': 12}
   read = list(source.read('train', range(20)))
@@ -114,6 +158,23 @@ def test_the_order_is_that_of_hashed_paths(tmp_path):
   assert [label for name, _, label in read] == ['/train/b/' in name for name, _, _ in read]
   assert all(str(file) == name and '/test/' not in name for name, file, _ in read)
   assert all('/test/' in name for name, _, _ in source.read('test', range(12)))
+
+
+def test_classes_that_are_not_tested_are_named(tmp_path):
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(40)] + ['c/a0.jpg'])
+  assert 'a/a0.jpg' in members(tmp_path, 'train')[0]
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert [w for w in source.warnings if 'no test image of class c:' in w]
+
+
+def test_a_folder_of_which_nothing_is_held_out_is_refused(tmp_path):
+  touch(tmp_path, ['a/a0.jpg', 'b/a0.jpg'])
+  with pytest.raises(ValueError, match='no image to test on.*add images, or divide them'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  held_out = next(f'{i}.jpg' for i in range(99) if folder_lib.hash_name(f'{i}.jpg') / 2**64 < 0.2)
+  touch(tmp_path, [f'c/{held_out}'])
+  with pytest.raises(ValueError, match='all images of class c are held out'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
 
 
 def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):

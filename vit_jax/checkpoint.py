@@ -1,8 +1,9 @@
 """Checkpoints with orbax, and orbax only here.
 
-A workdir keeps them in `checkpoints/<step>/`, each with three items: `params`, `state`
-(step, optimizer state, averages) and `config` (JSON: the config, what the data told: class names,
-channels, stored size, the last steps of the run's earlier cycles, and digests of all three items).
+A workdir keeps them in `checkpoints/<step>/`, each with four items: `params`, `state`
+(step, optimizer state, averages), `names` (hashes of the training files' names, `trained.py`) and
+`config` (JSON: version, config, what the data told: class names, channels, stored size, the last
+steps of the run's earlier cycles, and digests of all items).
 
 Decisions:
   * Arrays are saved whole and as NumPy arrays, by the first process. Saved as JAX arrays they carry
@@ -32,7 +33,7 @@ from vit_jax.state import TrainState
 
 log = logging.getLogger(__name__)
 
-ITEMS = ('config', 'params', 'state')
+ITEMS = ('config', 'params', 'state', 'names')
 SAVED = {'config', 'task', 'seconds'}  # keys of the item `config`
 ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # the first process
 
@@ -84,6 +85,11 @@ class Checkpoints:
   def save(self, state: TrainState, config: dict, accuracy: float | None = None) -> None:
     """Copies the state to the host, then writes it while training goes on.
 
+    Args:
+      state: of the run.
+      config: the item `config`, and in it the item `names`.
+      accuracy: that the best checkpoint is chosen by; None for none.
+
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
       output.Unwritten: this one, or the one before it, can't be written.
@@ -96,7 +102,9 @@ class Checkpoints:
         raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
     if self._manager is None:
       return
-    items = {'params': host.params, 'state': rest(host)}
+    names = config['names']
+    config = {key: value for key, value in config.items() if key != 'names'}
+    items = {'params': host.params, 'state': rest(host), 'names': names}
     if accuracy is not None:
       config = config | {'accuracy': accuracy}
       self._accuracies[step] = accuracy
@@ -108,6 +116,7 @@ class Checkpoints:
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(items['params']),
           state=ocp.args.StandardSave(items['state']),
+          names=ocp.args.StandardSave(names),
           config=ocp.args.JsonSave(config | {'digests': digests}),
         ),
       )
@@ -257,7 +266,7 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """One item of a checkpoint as it was saved, arrays as NumPy.
+  """One item of a checkpoint as it was saved, arrays as NumPy; None for the `names` of 0.1.0.
 
   Raises:
     Damaged: it can't be read, or is not as it was saved.
@@ -267,11 +276,13 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
 
 def read(workdir: pathlib.Path, step: int, item: str):
   """The same, in this process."""
-  found = restored(workdir, step, item)
-  about = found if item == 'config' else restored(workdir, step, 'config')
+  about = restored(workdir, step, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
     raise damaged(workdir, step, f'its config has not {", ".join(sorted(SAVED))}')
   digests = about.pop('digests', {})  # an older version wrote none
+  if item == 'names' and item not in digests:
+    return None
+  found = about if item == 'config' else restored(workdir, step, item)
   now = digest(found)
   if digests.get(item, now) != now:
     raise damaged(workdir, step, f'its {item} is not what was saved')
@@ -377,7 +388,7 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 
 
 def load(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
-  """A checkpoint for inference: step, weights (NumPy), `config` item.
+  """A checkpoint for inference: step, weights (NumPy), `config` item and in it `names`.
 
   The weights are the averaged ones where the run keeps them. A damaged checkpoint is skipped.
 
@@ -396,7 +407,7 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
   found = preferred(workdir, step)
   for (step, why), following in zip(found, [*found[1:], None]):
     try:
-      config = read(workdir, step, 'config')
+      config = read(workdir, step, 'config') | {'names': read(workdir, step, 'names')}
       if config['config']['ema'] > 0:
         params = read(workdir, step, 'state')['ema']
       else:

@@ -126,11 +126,17 @@ def run(
   """Evaluates a checkpoint of a workdir on its `data.eval_split`.
 
   `step` says which, as in `checkpoint.preferred`.
+
+  Returns:
+    The step and what `evaluate` gives. `left_out` is the number of images that are not scored
+    because the weights were trained on files of their names; missing where there is none.
   """
   exp, params, loaded = experiment.from_workdir(workdir, overrides, config, step)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
-  examples, real_NL = experiment.load_split(exp, split), experiment.load_real(exp, split)
+  source, left_out = experiment.open_test(exp)
+  examples = experiment.load_split(exp, split, source)
+  real_NL = experiment.load_real(exp, split, source)
   if real_NL is not None and len(real_NL) != len(examples):
     raise ValueError(
       f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
@@ -140,4 +146,5 @@ def run(
   mesh = sharding.inference_mesh(batch_size)
   params = sharding.replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
-  return {'step': loaded} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  result = {'step': loaded} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  return result | ({'left_out': left_out} if left_out else {})

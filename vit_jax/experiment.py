@@ -35,6 +35,7 @@ from vit_jax import (
   sources,
   splits,
   stream,
+  trained,
   vit,
 )
 from vit_jax import config as config_lib
@@ -81,7 +82,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound."""
+  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound.
+
+  `names` is of the files that the weights were trained on; None where a run kept none.
+  """
 
   config: ConfigDict
   task: Task
@@ -91,6 +95,7 @@ class Experiment:
   augment_and_mix: Callable[..., tuple[jax.Array, jax.Array]]
   normalize: Callable[[jax.Array], jax.Array]
   fit: image.Fit
+  names: trained.Names | None = dataclasses.field(default_factory=trained.Names)
 
   @property
   def augments(self) -> bool:
@@ -179,11 +184,12 @@ class Experiment:
     return sharding.micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
-    """The item `config` of a checkpoint."""
+    """What a checkpoint holds of it; see `Checkpoints.save`."""
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
       'task': dataclasses.asdict(self.task),
+      'names': self.names.item(),
     }
 
 
@@ -256,7 +262,10 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def from_config(
-  config: ConfigDict, saved: ConfigDict | None = None, cycles: tuple[int, ...] = ()
+  config: ConfigDict,
+  saved: ConfigDict | None = None,
+  cycles: tuple[int, ...] = (),
+  seen: trained.Names | None = None,
 ) -> tuple[Experiment, Training]:
   """Opens the data and the weights of `init`, then builds the rest.
 
@@ -265,6 +274,7 @@ def from_config(
     saved: the config of the run that goes on, which decides what `init` decided; None for
       a run that begins.
     cycles: as in `Training`.
+    seen: names of the files that the run that goes on was trained on.
 
   Raises:
     ValueError: whatever the person can mend; the message says how.
@@ -272,10 +282,11 @@ def from_config(
   check(config)
   data = config.data
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  sizes = source.sizes
+  for warning in source.warnings:
+    log.warning('%s', warning)
   if data.val_split:
     for name in ('train_split', 'eval_split'):
-      if splits.overlap(data.val_split, data[name], sizes):
+      if splits.overlap(source.pieces(data.val_split), source.pieces(data[name])):
         raise ValueError(
           f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
           "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
@@ -283,8 +294,19 @@ def from_config(
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
-  elif config.init:
-    config, params = inherit.open_init(config, source)
+  else:
+    seen = trained.Names()
+    if config.init:
+      config, params, seen = inherit.open_init(config, source)
+    # The last run of a sweep trains on the held-out split, too.
+    trained_on = [data.train_split, *[data.val_split] * bool(config.sweep)]
+    seen = trained.Names(trained.own_names(source, trained_on), seen.all_N)
+  if seen is None:
+    raise ValueError(
+      f'data.source={data.source}: this run began under version 0.1.0, which held other files out '
+      'and read files in another order: it can not be resumed. Its weights still load: train from '
+      'them with --config.init=<its workdir> and another --workdir.'
+    )
   names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
   size = pair(data.image_size)
   config = decide_cache(config, source, names, size, trains=True)
@@ -292,11 +314,18 @@ def from_config(
     size = memory.own_size(source, data.train_split, size) or size
     memory.check(source, names, size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
-  experiment = assemble(config, task)  # and a mistake shows before the images are read
-  read = lambda split, **how: open_split(config, source, split, size, experiment.fit, **how)
+  # A mistake shows here, before the images are read.
+  experiment = dataclasses.replace(assemble(config, task), names=seen)
+
+  def read(split, hash_N=trained.NONE, **how):
+    unseen, _ = trained.leave_out(source, split, hash_N)
+    return open_split(config, unseen, split, size, experiment.fit, **how)
+
   train = read(data.train_split, to_train=True)
-  val = read(data.val_split) if data.val_split else None
-  test = read(data.eval_split)
+  val = None
+  if data.val_split:
+    val = read(data.val_split, seen.inherited_N if config.sweep else seen.all_N)
+  test = read(data.eval_split, seen.all_N)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
   task = dataclasses.replace(task, train_examples=len(train))
@@ -521,7 +550,8 @@ def from_init(
   count = loaded.model.num_classes or 0
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels)
-  return assemble(inherit.follow(config, loaded), task), loaded.params
+  experiment = assemble(inherit.follow(config, loaded), task)
+  return dataclasses.replace(experiment, names=inherit.names_of(loaded)), loaded.params
 
 
 def from_workdir(
@@ -551,6 +581,7 @@ def from_workdir(
   size, config.data.image_size = pair(config.data.image_size), trained_size
   check(config)
   experiment = assemble(config, Task.load(saved['task'])).at(size)
+  experiment = dataclasses.replace(experiment, names=trained.Names.load(saved))
   pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 
@@ -569,8 +600,8 @@ def open_model(
   return from_workdir(workdir, overrides, config, step)
 
 
-def load_splits(experiment: Experiment, *names: str) -> list[Split]:
-  """Splits of the experiment's data, as its model was trained to see it.
+def open_source(experiment: Experiment) -> sources.Source:
+  """The source of the experiment's data.
 
   Raises:
     ValueError: data of other classes than the model's, or too much of it for the memory.
@@ -588,31 +619,67 @@ def load_splits(experiment: Experiment, *names: str) -> list[Split]:
       f'The model takes images of {task.channels} channels, those of {data.source} have '
       f'{source.channels}.'
     )
-  config = decide_cache(experiment.config, source, names, task.stored_size)
+  return source
+
+
+def open_test(
+  experiment: Experiment, source: sources.Source | None = None
+) -> tuple[sources.Source, int]:
+  """The source without files that the weights were trained on, and their number in the test split.
+
+  Args:
+    experiment: of the weights.
+    source: that `open_source` gave; None to open it.
+
+  Raises:
+    ValueError: data of other classes than the model's, or a test split trained on as a whole.
+  """
+  source, names = source or open_source(experiment), experiment.names
+  for warning in source.warnings:
+    log.warning('%s', warning)
+  if names is None:
+    names = trained.Names()
+    if source.files:
+      log.warning(
+        'Version 0.1.0 trained these weights and kept no names of its training files: they may '
+        'have been trained on some of the test images.'
+      )
+  return trained.leave_out(source, experiment.config.data.eval_split, names.all_N)
+
+
+def load_splits(experiment: Experiment, *parts: tuple[sources.Source, str]) -> list[Split]:
+  """Splits of the experiment's data, as its model was trained to see it.
+
+  Args:
+    experiment: of the model.
+    parts: each split in TFDS notation, after what `open_source` or `open_test` gave.
+
+  Raises:
+    ValueError: more than the memory holds.
+  """
+  size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
+  config = decide_cache(experiment.config, source, names, size)
   if config.data.cache == 'memory':
-    memory.check(source, names, task.stored_size)
-  found = [open_split(config, source, name, task.stored_size, experiment.fit) for name in names]
+    memory.check(source, names, size)
+  found = [open_split(config, own, name, size, experiment.fit) for own, name in parts]
   for name, examples in zip(names, found):
     report(name, examples)
   return found
 
 
-def load_split(experiment: Experiment, name: str) -> Split:
-  """One split; see `load_splits`."""
-  return load_splits(experiment, name)[0]
+def load_split(experiment: Experiment, name: str, source: sources.Source | None = None) -> Split:
+  """One split, of a source that is open or to be opened; see `load_splits`."""
+  return load_splits(experiment, (source or open_source(experiment), name))[0]
 
 
-def load_real(experiment: Experiment, split: str) -> np.ndarray | None:
-  """ReaL's labels of a split of the experiment's data, bool `[N, L]`, where the config has them.
+def load_real(experiment: Experiment, split: str, source: sources.Source) -> np.ndarray | None:
+  """ReaL's labels of a split of a source, bool `[N, L]`, where the config has them.
 
   Raises:
     ValueError: they can't be read, or are of other data.
   """
-  data = experiment.config.data
-  if not data.real_labels:
-    return None
-  source = sources.open_source(data.source, data.dir, pair(data.image_size))
-  return real.load(local(data.real_labels), source, split)
+  path = experiment.config.data.real_labels
+  return real.load(local(path), source, split) if path else None
 
 
 def report(name: str, examples: Split | None) -> None:

@@ -107,18 +107,21 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
   """Few-shot accuracies of a backbone on the experiment's data.
 
   Args:
-    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on.
+    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on, but for images
+      that the backbone was trained on.
     params: of its model; the head is not used.
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one a seed]}, ...}, 'examples': ...,
-    'l2': ...}`; the standard deviation is that of the population.
+    'l2': ...}`; the standard deviation is that of the population. `left_out` as of `evaluate.run`.
 
   Raises:
     ValueError: a class has no image.
   """
   config = exp.config
-  train, test = experiment.load_splits(exp, config.data.train_split, config.data.eval_split)
+  source, data = experiment.open_source(exp), config.data
+  unseen, left_out = experiment.open_test(exp, source)
+  train, test = experiment.load_splits(exp, (source, data.train_split), (unseen, data.eval_split))
   drawn, needed = draw_readable(train, exp.task.class_names)
   mesh = sharding.inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
@@ -133,7 +136,8 @@ def fewshot(exp: experiment.Experiment, params: dict) -> dict:
       chosen = known.some(np.searchsorted(needed, index))
       values.append(accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N))
     scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
-  return {'shots': scores, 'examples': len(tested), 'l2': L2}
+  result = {'shots': scores, 'examples': len(tested), 'l2': L2}
+  return result | ({'left_out': left_out} if left_out else {})
 
 
 def run(

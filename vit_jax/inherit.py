@@ -5,16 +5,22 @@ import logging
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax import pretrained, sources, vit, weights
+from vit_jax import pretrained, sources, trained, vit, weights
 from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
 
 
-def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, dict]:
+def open_init(
+  config: ConfigDict, source: sources.Source
+) -> tuple[ConfigDict, dict, trained.Names]:
   """The weights that `init` names, for the data's classes and size, and what they decide.
 
   The head is new, and its pre-logits layer is dropped, unless the weights are of the same classes.
+
+  Returns:
+    The config with what the weights decide, their parameters, and the names of the files that
+    they were trained on, as far as they tell.
 
   Raises:
     ValueError: no such weights, or a config that contradicts them.
@@ -32,7 +38,18 @@ def open_init(config: ConfigDict, source: sources.Source) -> tuple[ConfigDict, d
   log.info('Starting from the weights in %s', config.init)
   if new_head:
     log.info('The head is new: the classes are not those of the weights.')
-  return follow(config, loaded), loaded.params
+  return follow(config, loaded), loaded.params, names_of(loaded)
+
+
+def names_of(loaded: pretrained.Pretrained) -> trained.Names:
+  """The names of the files that weights were trained on; none where they don't tell."""
+  names = trained.Names() if loaded.run is None else trained.Names.load(loaded.run)
+  if names is None:
+    log.warning(
+      'Version 0.1.0 trained the weights of init and kept no names of its training files: they may '
+      'have been trained on some of the test images.'
+    )
+  return names or trained.Names()
 
 
 def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:

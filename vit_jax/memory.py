@@ -89,8 +89,8 @@ def load(
     image.BadImage: the first file that can't be decoded.
     ValueError: the split doesn't exist or holds nothing.
   """
-  pieces = splits.resolve(split, source.sizes)
-  count = splits.count(pieces)
+  pieces = source.pieces(split)
+  count = splits.length(pieces)
   image_NHWC = np.empty((count, *size, source.channels), np.uint8)
   label_N = np.empty(count, np.int32)
 
@@ -125,7 +125,7 @@ def own_size(source: sources.Source, split: str, size: tuple[int, int]) -> tuple
   None where they don't. Headers are read, up to the first one that shows it.
   """
   found = None
-  for chunk in sources.read_pieces(source, splits.resolve(split, source.sizes)):
+  for chunk in sources.read_pieces(source, source.pieces(split)):
     for example in chunk:
       try:
         own = sources.own_size(example)
@@ -140,7 +140,7 @@ def own_size(source: sources.Source, split: str, size: tuple[int, int]) -> tuple
 
 def need(source: sources.Source, names: Sequence[str], size: tuple[int, int]) -> str:
   """What splits need together where that is more than half of `limit`; else an empty text."""
-  count = sum(splits.count(splits.resolve(name, source.sizes)) for name in names)
+  count = sum(splits.length(source.pieces(name)) for name in names)
   bytes_, most = count * math.prod(size) * source.channels, limit()
   if bytes_ <= most / 2:
     return ''

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from vit_jax import sources, splits
+from vit_jax import sources
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # of a file, from 1 on
 CLASS = re.compile(r'n\d{8}')  # in whose order the labels number the classes
@@ -34,7 +34,7 @@ def load(path: pathlib.Path, source: sources.Source, split: str) -> np.ndarray:
     )
   labels = read(path, name, len(classes))
   found = []
-  for part, start, stop in splits.resolve(split, source.sizes):
+  for part, start, stop in source.pieces(split):
     for example, _, _ in source.read(part, range(start, stop)):
       number = NUMBER.search(example)
       if not number or not 0 < int(number[1]) <= len(labels):

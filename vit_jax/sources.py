@@ -5,15 +5,14 @@ Decisions:
     speaks TFDS notation and only what is asked for is read.
   * A source is read by split and index, in any order, and may be sent to another process: what
     reads it holds names and paths, not open files.
-  * The order of a folder's files is that of a hash of their paths: mixed, so that
-    `train[:98%]` holds every class, and independent of file system and NumPy version.
+  * A percentage of a folder's split is one of its files' positions (`folder.py`), of every other
+    split one of its size.
   * TensorFlow runs in a child process only, to download and prepare (`prepare.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
-import hashlib
 import logging
 import os
 import pathlib
@@ -25,7 +24,8 @@ from typing import NoReturn
 import jax
 import numpy as np
 
-from vit_jax import cluster, progress
+from vit_jax import cluster, splits
+from vit_jax import folder as folder_lib
 from vit_jax import image as image_lib
 from vit_jax.names import choose
 from vit_jax.paths import local
@@ -33,8 +33,6 @@ from vit_jax.paths import local
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
 
 READ_AHEAD = 1024  # examples that are held encoded
-
-TEST_NAMES = ('test', 'val', 'validation')
 
 CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
 
@@ -50,6 +48,9 @@ class Source:
     read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
       bytes or a uint8 array; not yet looked at, see `pixels`.
     fingerprint: of the training split's names and labels; empty where unknown.
+    files: of a folder's splits; empty for other kinds.
+    left_out: hashes of names of files that no split gives, uint64.
+    warnings: what a person should know about the data.
   """
 
   sizes: dict[str, int]
@@ -57,6 +58,22 @@ class Source:
   channels: int
   read: Callable[[str, Sequence[int]], Iterator[Example]]
   fingerprint: str = ''
+  files: Mapping[str, folder_lib.Files] = dataclasses.field(default_factory=dict)
+  left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))
+  warnings: tuple[str, ...] = ()
+
+  def pieces(self, split: str) -> list[splits.Piece]:
+    """The ranges of examples that a split names, without files that are left out.
+
+    Raises:
+      ValueError: bad notation, an unknown name, or no examples.
+    """
+    positions = {name: files.position_N for name, files in self.files.items()}
+    pieces = splits.resolve(split, self.sizes, positions)
+    if not self.files or not len(self.left_out):
+      return pieces
+    hashes = {name: files.hash_N for name, files in self.files.items()}
+    return splits.leave_out(pieces, hashes, self.left_out)
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -66,6 +83,8 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
     ValueError: an unknown kind, or a source that can't be read; the message says what to do.
   """
   kind, _, argument = spec.partition(':')
+  if kind not in SOURCES and ('/' in kind or folder_root(kind, data_dir).is_dir()):
+    raise ValueError(f'data.source={spec!r}: write folder:{spec} to read a folder of images.')
   return choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
 
 
@@ -190,11 +209,9 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """A folder of images, one folder a class.
+  """A folder of images, one folder a class; see `folder.open_folder` for its splits.
 
-  Either `train/<class>/*` with `test/`, `val/` or `validation/` beside it (the first of them
-  is the split `test`, the others keep their names), or plain `<class>/*`, where
-  every fifth file of a class is held out as `test`. A relative path starts at `data_dir`.
+  A relative path starts at `data_dir`.
   """
   del image_size
   root = folder_root(path, data_dir)
@@ -202,97 +219,29 @@ def folder(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
     raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
   if not root.is_dir():
     raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
-  held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
-  if (root / 'train').is_dir():
-    names = ['train', *held_out]
-    class_names = subfolders(root / 'train')
-    files = {name: list_files(root / name, class_names) for name in names}
-    tops = {name: root / name for name in names}
-    if held_out:  # the first answers to `test` alone: it can't be chosen by as `val` as well
-      files['test'], tops['test'] = files.pop(held_out[0]), tops.pop(held_out[0])
-    else:
-      files, tops = hold_out(files['train']), dict.fromkeys(('train', 'test'), root / 'train')
-  else:
-    class_names = subfolders(root)
-    files, tops = hold_out(list_files(root, class_names)), dict.fromkeys(('train', 'test'), root)
-  if len(class_names) < 2:
-    raise ValueError(
-      f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
-      'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
-    )
-  empty = set(range(len(class_names))) - {label for label, _ in files['train']}
-  if empty:
-    raise ValueError(
-      f'{root}: no images for class {", ".join(class_names[label] for label in sorted(empty))}; '
-      f'looked for {", ".join(image_lib.EXTENSIONS)}. Add some, or remove the folder.'
-    )
-
-  # A million paths as one array: small, and quickly sent to another process.
-  label_N, file_N = {}, {}
-  for name, members in files.items():
-    label_N[name] = np.array([label for label, _ in members], np.int32)
-    file_N[name] = np.array([os.fsencode(file) for _, file in members], np.bytes_)
+  found = folder_lib.open_folder(root)
+  files = found.files
 
   def read(split, indices):
+    top, path_N, label_N = files[split].top, files[split].path_N, files[split].label_N
     for i in indices:
-      file = tops[split] / os.fsdecode(bytes(file_N[split][i]))
-      yield str(file), file, int(label_N[split][i])
+      file = top / os.fsdecode(bytes(path_N[i]))
+      yield str(file), file, int(label_N[i])
 
-  sizes = {name: len(members) for name, members in files.items()}
-  return Source(sizes, class_names, 3, read, fingerprint(files['train']))
+  return Source(
+    {name: len(part) for name, part in files.items()},
+    found.class_names,
+    3,
+    read,
+    files['train'].fingerprint(),
+    files,
+    warnings=found.warnings,
+  )
 
 
 def folder_root(path: str, data_dir: str) -> pathlib.Path:
   """Where a folder lies; a relative path starts at `data_dir`."""
   return local(data_dir) / local(path)
-
-
-def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """The classes: the folders in `root`, sorted, hidden ones left out."""
-  return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
-
-
-def list_files(root: pathlib.Path, class_names: tuple[str, ...]) -> list[tuple[int, str]]:
-  """`(label, path from root)` of every image below `root`, mixed by a hash of that path.
-
-  Names alone are looked at: a link that leads nowhere is found out when it is read.
-
-  Raises:
-    ValueError: a class folder that is not among `class_names`, or a folder that can't be read.
-  """
-  for name in subfolders(root):
-    choose(f'{root}: class folder', name, class_names)
-
-  def refuse(error):
-    raise ValueError(f'{error.filename}: {error.strerror}.') from error
-
-  def mixed(item):
-    return hashlib.sha256(os.fsencode(item[1])).digest()
-
-  with progress.announced(f'Listing the images in {root} ...'):
-    files = []
-    for label, class_name in enumerate(class_names):
-      for folder, _, names in os.walk(root / class_name, onerror=refuse):
-        inside = os.path.relpath(folder, root)
-        files += [(label, f'{inside}/{name}') for name in names if image_lib.has_image_name(name)]
-    return sorted(files, key=mixed)
-
-
-def fingerprint(files: list[tuple[int, str]]) -> str:
-  """16 hex digits that other files, other labels or another order would change."""
-  digest = hashlib.sha256()
-  for label, file in files:
-    digest.update(b'%d %b\0' % (label, os.fsencode(file)))
-  return digest.hexdigest()[:16]
-
-
-def hold_out(files: list[tuple[int, str]]) -> dict[str, list]:
-  """Every fifth file of each class to `test`, from its second on; the rest to `train`."""
-  seen, parts = {}, {'train': [], 'test': []}
-  for label, file in files:
-    seen[label] = seen.get(label, -1) + 1
-    parts['test' if seen[label] % 5 == 1 else 'train'].append((label, file))
-  return parts
 
 
 def tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:

@@ -67,7 +67,7 @@ class Stream:
   threads: int = 1
 
   def __len__(self) -> int:
-    return splits.count(self.pieces)
+    return splits.length(self.pieces)
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
@@ -156,10 +156,12 @@ class Stream:
     """The examples at these places, not decoded."""
     index_N = np.asarray(index_N)
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
+    piece_N = np.searchsorted(begins, index_N, side='right') - 1
     found = [None] * len(index_N)
-    for (split, start, _), first, end in zip(self.pieces, begins, begins[1:]):
-      rows = np.flatnonzero((index_N >= first) & (index_N < end))
-      places = (index_N[rows] - first + start).tolist()
+    for piece in np.unique(piece_N):  # of what may be thousands, where examples are left out
+      split, start, _ = self.pieces[piece]
+      rows = np.flatnonzero(piece_N == piece)
+      places = (index_N[rows] - begins[piece] + start).tolist()
       for row, example in zip(rows, self.source.read(split, places)):
         found[row] = example
     return found
@@ -243,7 +245,7 @@ def open_stream(source: Source, split: str, **arguments) -> Stream:
   Raises:
     ValueError: the split doesn't exist or holds nothing.
   """
-  return Stream(source, tuple(splits.resolve(split, source.sizes)), **arguments)
+  return Stream(source, tuple(source.pieces(split)), **arguments)
 
 
 def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:

@@ -143,9 +143,9 @@ def from_config(config: ConfigDict) -> tuple[experiment.Experiment, int | None, 
     source = sources.Source({}, ASSUMED, 3, None)
     notes = (f'{data.source} is not there: {len(ASSUMED):,} classes of RGB images are assumed.',)
   if source.sizes:
-    examples = splits.count(splits.resolve(data.train_split, source.sizes))
+    examples = splits.length(source.pieces(data.train_split))
   if config.init:
-    config, _ = inherit.open_init(config, source)
+    config, *_ = inherit.open_init(config, source)
   task = experiment.Task(source.class_names, pair(data.image_size), source.channels)
   return experiment.assemble(config, task), examples, notes
 

@@ -39,6 +39,7 @@ from vit_jax import (
   progress,
   sharding,
   state,
+  trained,
   writer,
 )
 from vit_jax import config as config_lib
@@ -196,7 +197,7 @@ def train(
     if finished:
       return finished
     mesh = experiment.make_mesh(config)
-    exp, training = experiment.from_config(config, saved, cycles)
+    exp, training = experiment.from_config(config, saved, cycles, trained.of_run(workdir))
     if procedure:
       return procedure(exp, training, mesh, workdir)
     record(exp, workdir, training.test)

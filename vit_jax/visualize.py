@@ -137,13 +137,14 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
 
 
 def load_test(exp: experiment.Experiment, overrides: dict[str, str]) -> experiment.Split | Missing:
-  """The run's test split; the reason where it is not there any more.
+  """The run's test split, without images trained on; the reason where it is not there any more.
 
   Raises:
     ValueError: it is not where the overrides say.
   """
   try:
-    return experiment.load_split(exp, exp.config.data.eval_split)
+    source, _ = experiment.open_test(exp)
+    return experiment.load_split(exp, exp.config.data.eval_split, source)
   except (ValueError, OSError) as error:
     if any(key.startswith('data.') for key in overrides):
       raise

@@ -1,0 +1,155 @@
+"""No image counts in a test that the weights were trained on: whatever changed in the folder."""
+
+import json
+import logging
+import shutil
+import zlib
+
+from conftest import small_config
+import numpy as np
+from PIL import Image
+import pytest
+
+import main
+from vit_jax import checkpoint, evaluate, experiment, fewshot, folder, sources, trainer, visualize
+from vit_jax import trained as trained_lib
+
+CLASSES = 'ant', 'cat'
+
+
+def make_images(folder, names):
+  """An image of noise for each name."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in names:
+    draw = np.random.RandomState(zlib.crc32(f'{folder.name}/{name}'.encode()))
+    Image.fromarray(draw.randint(0, 256, (8, 8, 3)).astype(np.uint8)).save(folder / f'{name}.png')
+
+
+def config_of(folder, **overrides):
+  """A run of a few steps on a folder."""
+  settings = {'data.source': f'folder:{folder}', 'epochs': '2', 'batch_size': '16'}
+  return small_config(**settings | {'eval_every': '0', 'checkpoint_every': '2'} | overrides)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run on a plain folder: (folder, workdir)."""
+  root = tmp_path_factory.mktemp('trained')
+  for name in CLASSES:
+    make_images(root / 'photos' / name, [f'{name}{i}' for i in range(30)])
+  trainer.train(config_of(root / 'photos'), root / 'run')
+  return root / 'photos', root / 'run'
+
+
+@pytest.fixture
+def rearranged(run, tmp_path):
+  """The images once more, by hand: train/, and test/ with 7 that were trained on and 3 new ones."""
+  files = files_of(run[0], 'train')
+  for i, file in enumerate(files):
+    split = 'test' if i < 7 else 'train'
+    (tmp_path / split / file.parent.name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, tmp_path / split / file.parent.name / file.name)
+  make_images(tmp_path / 'test' / 'cat', ['new1', 'new2', 'new3'])
+  return tmp_path
+
+
+def files_of(folder, split):
+  source = sources.open_source(f'folder:{folder}', '', (8, 8))
+  return [file for _, file, _ in source.read(split, range(source.sizes[split]))]
+
+
+def test_a_checkpoint_keeps_the_names_of_training_files(run):
+  photos, workdir = run
+  names = trained_lib.of_run(workdir)
+  wanted = [folder.hash_name(file.name) for file in files_of(photos, 'train')]
+  np.testing.assert_array_equal(names.own_N, np.array(sorted(wanted), np.uint64))
+  assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
+
+
+@pytest.mark.parametrize('cache', ['memory', 'stream'])
+def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, caplog):
+  flags = {'data.source': f'folder:{rearranged}', 'data.cache': cache}
+  with caplog.at_level(logging.WARNING):
+    result = evaluate.run(run[1], flags)
+  assert result['examples'] == 3 and result['left_out'] == 7
+  assert 'test: 7 of 10 images are left out: the weights were trained on files' in caplog.text
+  source = experiment.open_test(experiment.from_workdir(run[1], flags)[0])[0]
+  assert 'left_out' not in evaluate.run(run[1], {})
+  parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
+  names = {file.name for part in parts for _, file, _ in part}
+  assert names == {'new1.png', 'new2.png', 'new3.png'}
+
+
+def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
+  flags = ['--mode=eval', f'--workdir={run[1]}', '--config.data.eval_split=train']
+  assert main.main(flags) == 2
+  assert "error: Split 'train': the weights were trained on" in capsys.readouterr().err
+
+
+def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
+  flags = {'data.source': f'folder:{rearranged}'}
+  exp, params, _ = experiment.from_workdir(run[1], flags)
+  result = fewshot.fewshot(exp, params)
+  assert result['examples'] == 3 and result['left_out'] == 7
+  assert len(visualize.load_test(exp, flags)) == 3
+  exp, _ = experiment.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
+  assert experiment.open_test(exp)[1] == 7
+
+
+def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
+  config = config_of(rearranged, init=str(run[1]))
+  result = trainer.train(config, tmp_path / 'next')
+  assert result['examples'] == 3
+  names, before = trained_lib.of_run(tmp_path / 'next'), trained_lib.of_run(run[1])
+  np.testing.assert_array_equal(names.inherited_N, before.all_N)
+  third = config_of(rearranged, init=str(tmp_path / 'next'), epochs='0')
+  trainer.train(third, tmp_path / 'third')
+  assert set(trained_lib.of_run(tmp_path / 'third').inherited_N) >= set(before.own_N)
+
+
+def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
+  config = config_of(rearranged)
+  assert trainer.train(config, tmp_path / 'run')['examples'] == 10
+  (tmp_path / 'run' / 'result.json').unlink()
+  file = files_of(rearranged, 'train')[0]
+  shutil.copy(file, rearranged / 'test' / file.parent.name / file.name)
+  assert trainer.train(config, tmp_path / 'run')['examples'] == 10
+  assert file.stem not in [path.stem for path in (tmp_path / 'run' / 'examples').iterdir()]
+
+
+def test_names_that_held_out_files_have_too_are_not_kept(tmp_path, caplog):
+  for split, numbers in (('train', range(30)), ('test', range(10))):
+    for name in CLASSES:
+      make_images(tmp_path / split / name, numbers)
+  with caplog.at_level(logging.INFO):
+    exp, training = experiment.from_config(config_of(tmp_path))
+  assert len(training.test) == 20 and len(exp.names.own_N) == 20
+  assert '10 of 30 names of training files are names of held-out files' in caplog.text
+
+
+def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
+  for name in CLASSES:
+    make_images(tmp_path / name, [f'{name}{i}' for i in range(30)])
+  parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
+  exp, training = experiment.from_config(
+    config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
+  )
+  assert len(exp.names.own_N) == len(training.train) + len(training.val)
+  exp, training = experiment.from_config(config_of(tmp_path, **parts))
+  assert len(exp.names.own_N) == len(training.train)
+
+
+def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, caplog):
+  workdir = shutil.copytree(run[1], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  for step in checkpoint.steps(workdir):
+    saved = workdir / 'checkpoints' / str(step)
+    shutil.rmtree(saved / 'names')
+    about = json.loads((saved / 'config' / 'metadata').read_text())
+    del about['digests']['names']
+    (saved / 'config' / 'metadata').write_text(json.dumps(about))
+  with caplog.at_level(logging.WARNING):
+    assert 'left_out' not in evaluate.run(workdir, {})
+  assert 'may have been trained on some of the test images' in caplog.text
+  with pytest.raises(ValueError, match='began under version 0.1.0.*can not be resumed'):
+    trainer.train(config_of(run[0]), workdir)
