@@ -66,6 +66,32 @@ def test_draws_depend_on_the_example_alone():
   np.testing.assert_array_equal(run(IMAGES[rows], rows, 2, 0.5), whole[rows])
 
 
+def test_each_step_augmentation_and_example_draws_from_a_key_of_its_own():
+  keys = [augment.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in range(3)]
+  data = np.concatenate([jax.random.key_data(key_B) for key_B in keys])
+  assert len(np.unique(data, axis=0)) == 2 * 3 * 5
+
+
+def test_augmentation_and_dropout_draw_from_different_keys():
+  seen = []
+
+  class Spy(experiment.Experiment):
+    def logits(self, params, batch, key=None):
+      seen.append(key)
+      return jnp.zeros((2, 10))
+
+  def augment_and_mix(key, *_, early):
+    seen.append(key)
+    return None, None
+
+  exp, _ = experiment.from_config(small_config())
+  batch = {'image': None, 'label': jnp.arange(2), 'example': jnp.arange(2)}
+  spy = Spy(**vars(exp) | {'augment_and_mix': augment_and_mix})
+  spy.training_loss({}, batch, KEY, True)
+  spy.training_loss({}, batch, jax.random.key(1), True)
+  assert len({tuple(np.asarray(jax.random.key_data(key))) for key in seen}) == 4
+
+
 def test_nothing_happens_by_default():
   np.testing.assert_array_equal(run(IMAGES, np.arange(16)), IMAGES)
   assert augment.active(arguments()) == []

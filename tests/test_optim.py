@@ -145,11 +145,11 @@ def test_clipping_scales_by_the_global_norm():
   grads = GRADS[0]
   norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
   optimizer = optim.make_optimizer(
-    'sgd', lambda step: 1.0, clip=0.1, weight_decay=0.0, momentum=0.0
+    'sgd', lambda step: 0.5, clip=0.1, weight_decay=0.0, momentum=0.0
   )
   updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
   jax.tree.map(
-    lambda u, g: np.testing.assert_allclose(u, -g * 0.1 / norm, rtol=1e-5), updates, grads
+    lambda u, g: np.testing.assert_allclose(u, -0.5 * g * 0.1 / norm, rtol=1e-5), updates, grads
   )
 
 

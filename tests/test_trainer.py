@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,20 @@ def two_steps(parts, devices, **overrides):
   for _ in range(2):
     train_state, metrics = step(train_state, next(batches))
   return jax.device_get(train_state.params), jax.device_get(metrics)
+
+
+def test_averaged_weights_are_evaluated_and_the_raw_ones_reported_beside_them():
+  score = lambda params, examples: {'loss': params, 'accuracy': params + 1, 'examples': 8}
+  run = types.SimpleNamespace(
+    training=types.SimpleNamespace(val=None, test=[]),
+    records=types.SimpleNamespace(write=lambda *_, **__: None),
+    score=score,
+  )
+  now = state.TrainState(step=4, params=20, opt_state=None, ema=10)
+  scores = trainer.Run.evaluate(run, 4, now)
+  averaged = {'loss': 10, 'accuracy': 11, 'examples': 8}
+  assert scores == {'test': averaged | {'raw_loss': 20, 'raw_accuracy': 21}}
+  assert trainer.Run.evaluate(run, 4, now.replace(ema=None)) == {'test': score(20, [])}
 
 
 class NoCheckpoints:

@@ -117,6 +117,19 @@ def test_sincos_positions_are_the_closed_form():
     np.testing.assert_allclose(table[token], want, atol=1e-6)
 
 
+def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
+  module, x_BND = vit.Attention(num_heads=2, head_dim=8), jnp.ones((1, 13, 16))
+  params = jax.jit(module.init)(jax.random.key(0), x_BND)['params']
+  rope_NE = positions.rope_angles(3, 4, 8, prefix=1)
+  _, sown = module.apply({'params': params}, x_BND, None, rope_NE, mutable=['intermediates'])
+  logit_KNN = np.log(sown['intermediates']['attention_BKNN'][0][0, :, 1:, 1:])
+  logit_KNN -= np.einsum('knn->kn', logit_KNN)[..., None]
+  at = logit_KNN.reshape(2, 3, 4, 3, 4)
+  np.testing.assert_allclose(at[:, 0, 0, 1, 2], at[:, 1, 1, 2, 3], atol=1e-5)
+  np.testing.assert_allclose(at[:, 2, 3, 0, 1], at[:, 2, 2, 0, 0], atol=1e-5)
+  assert np.abs(at[:, 0, 0]).max() > 0.01
+
+
 def test_rope_depends_on_the_offset_alone():
   cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
   query, key = np.random.RandomState(1).normal(size=(2, 8))
@@ -166,8 +179,10 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   model = small(dtype='bfloat16')
   variables = perturbed(model, IMAGE)
   assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  exact = small().apply(variables, IMAGE)
-  assert 0 < np.abs(model.apply(variables, IMAGE) - exact).max() < 0.1 * np.abs(exact).max()
+  exact = jax.jit(small().apply)(variables, IMAGE)
+  logits = jax.jit(model.apply)(variables, IMAGE)
+  assert logits.dtype == jnp.float32  # the head's product, too, is of float32
+  assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize('rate', ['dropout', 'attention_dropout', 'stochastic_depth'])
@@ -226,6 +241,22 @@ def test_attention_dropout_has_a_rate_of_its_own():
   assert [call for call in drops(dropout=0.1, attention_dropout=0.2) if call[3] == weights] == want
 
 
+class Twice(nn.Module):
+  """Two places that drop out."""
+
+  @nn.compact
+  def __call__(self, x, example_B):
+    return jnp.stack([vit.Dropout(0.5)(x, example_B), vit.Dropout(0.5)(x, example_B)])
+
+
+def test_each_place_and_each_key_drops_others():
+  apply = lambda seed: Twice().apply(
+    {}, jnp.ones((4, 50)), jnp.arange(4), rngs={'dropout': jax.random.key(seed)}
+  )
+  masks = np.concatenate([apply(0), apply(1)]).reshape(16, 50)
+  assert len({tuple(mask) for mask in masks}) == 16
+
+
 def test_attention_dropout_keeps_the_mean():
   """Of eight equal tokens each weighs 1/8: k of them kept, the output is k / (8 (1 - rate))."""
   module = vit.Attention(num_heads=1, head_dim=3, dropout=0.25)
@@ -252,6 +283,35 @@ def test_dropout_keeps_the_mean(whole):
   assert abs(y.mean() - 1) < 0.03
   one_draw_an_example = bool((y.reshape(4000, -1).std(axis=1) == 0).all())
   assert one_draw_an_example == whole
+
+
+def test_parameters_start_as_in_the_papers_code():
+  """And LayerScale at its constant; registers as positions. The deviations are those of draws."""
+  model = small(width=64, head_dim=24, mlp_dim=96, depth=1, num_registers=8, layer_scale=0.3)
+  params = jax.jit(model.init)(jax.random.key(0), IMAGE)['params']
+  found = {
+    jax.tree_util.keystr(path, simple=True, separator='/').removeprefix('block_0/'): x
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+  }
+  constant = {'cls': 0, 'attention_scale': 0.3, 'mlp_scale': 0.3, 'head/kernel': 0, 'head/bias': 0}
+  constant |= {f'{name}norm/scale': 1 for name in ('', 'mlp_', 'attention_')}
+  constant |= {f'{name}norm/bias': 0 for name in ('', 'mlp_', 'attention_')}
+  heads = [f'attention/{name}' for name in ('query', 'key', 'value', 'out')]
+  constant |= {f'{name}/bias': 0 for name in ('embedding', *heads)}
+  deviation = {'pos_embedding': 0.02, 'registers': 0.02, 'mlp/up/bias': 1e-6, 'mlp/down/bias': 1e-6}
+  deviation |= {'embedding/kernel': (4 * 4 * 3) ** -0.5}  # LeCun's
+  sums = {'mlp/up': 64 + 96, 'mlp/down': 96 + 64} | dict.fromkeys(heads, 64 + 2 * 24)
+  deviation |= {f'{name}/kernel': (2 / total) ** 0.5 for name, total in sums.items()}  # Xavier's
+  assert found.keys() == constant.keys() | deviation.keys()
+  for name, value in constant.items():
+    np.testing.assert_array_equal(found[name], np.float32(value), err_msg=name)
+  for name, value in deviation.items():
+    draws = found[name].size
+    assert found[name].std() == pytest.approx(value, rel=4 / (2 * draws) ** 0.5), name
+    assert abs(found[name].mean()) < 4 * value / draws**0.5, name
+  for name, total in sums.items():  # uniform
+    edge = np.abs(found[f'{name}/kernel']).max() / (6 / total) ** 0.5
+    assert 0.99 < edge <= 1 + 1e-6, name
 
 
 def test_the_head_starts_at_zero():
