@@ -103,7 +103,8 @@ def test_what_a_run_leaves(trained):
   assert rates[-1] > 0 and rates == sorted(rates, reverse=True)
   test = [line for line in lines if line['split'] == 'test']
   assert [line['step'] for line in test] == [16, 32]
-  assert test[-1]['accuracy'] == result['test_accuracy'] and test[-1]['top5_accuracy'] <= 1
+  assert test[-1]['accuracy'] == result['test_accuracy']
+  assert all('top5_accuracy' not in line for line in train)
   assert list((workdir / 'tensorboard').glob('events.*'))
   assert 'block_0/attention/query/kernel' in (workdir / 'log.txt').read_text()
   assert len(list((workdir / 'examples').glob('*.png'))) == 8
@@ -183,6 +184,22 @@ def test_evaluation_is_the_mean_in_float64(trained):
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
   assert result['test_loss'] == pytest.approx(-log_p[np.arange(256), test.label_N].mean(), abs=1e-6)
   assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
+  top5 = (logits.argsort(axis=1)[:, -5:] == test.label_N[:, None]).any(axis=1).mean()
+  assert writer.read_metrics(workdir)[-1]['top5_accuracy'] == top5
+
+
+@pytest.mark.parametrize(('classes', 'top5'), [(7, 5 / 7), (6, 5 / 6), (5, None)])
+def test_top_5_counts_five_classes(classes, top5):
+  """The label of row i is the class of rank i."""
+  rank_BL = np.stack([np.roll(np.arange(classes), i) for i in range(classes)])
+  label_B = np.argmax(rank_BL == np.arange(classes)[:, None], axis=1)
+  loss_B, mask_B = np.arange(classes + 2.0), np.ones(classes + 2)
+  mask_B[-2:] = 0  # padding, of which the label would be right
+  rows = np.r_[np.arange(classes), 0, 0]
+  metrics = evaluate.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
+  want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
+  want |= {} if top5 is None else {'top5_accuracy': top5}
+  assert evaluate.summarize([jax.device_get(metrics)]) == pytest.approx(want)
 
 
 def prepare(parts, devices, cycles=(), **overrides):
@@ -200,6 +217,11 @@ def prepare(parts, devices, cycles=(), **overrides):
   step = trainer.make_train_step(exp, training, mesh)
   batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
   return step, train_state, batches
+
+
+def test_training_computes_no_top_5():
+  step, train_state, batches = prepare(2, 1)
+  assert 'top_k' not in step.lower(train_state, next(batches)).as_text()
 
 
 def two_steps(parts, devices, **overrides):

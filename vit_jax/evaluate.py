@@ -14,7 +14,6 @@ import numpy as np
 
 from vit_jax import data, experiment, limits, progress, sharding
 
-Averages = type[metrics.Collection]
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
@@ -29,36 +28,47 @@ class RealAccuracy(metrics.Average):
 
 
 @functools.cache  # one class for the same metrics, so that JAX takes sums of them
-def averages(num_classes: int, real: bool = False) -> Averages:
-  """The metrics: loss, accuracy, top-5 accuracy where there are more than 5 classes, and ReaL's."""
-  names = ['loss', 'accuracy'] + ['top5_accuracy'] * (num_classes > 5)
-  means = {name: metrics.Average.from_output(name) for name in names}
-  return metrics.Collection.create(**means, **({'real_accuracy': RealAccuracy} if real else {}))
+def averages(*names: str) -> type[metrics.Collection]:
+  """The metrics of these names."""
+  kinds = {'real_accuracy': RealAccuracy}
+  return metrics.Collection.create(
+    **{name: kinds.get(name) or metrics.Average.from_output(name) for name in names}
+  )
+
+
+def training_score(
+  logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array
+) -> metrics.Collection:
+  """Loss and accuracy of a micro-batch in training, where every row counts."""
+  return averages('loss', 'accuracy').single_from_model_output(
+    loss=loss_B, accuracy=logits_BL.argmax(axis=1) == label_B
+  )
 
 
 def score(
   logits_BL: jax.Array,
   label_B: jax.Array,
   loss_B: jax.Array,
-  mask_B: jax.Array | None = None,
+  mask_B: jax.Array,
   real_BL: jax.Array | None = None,
 ) -> metrics.Collection:
-  """The metrics of a batch.
+  """Loss and accuracies of a batch in evaluation; top-5 where there are more than 5 classes.
 
   Args:
     logits_BL: of the model.
     label_B: of the data.
     loss_B: of each example.
     mask_B: 0 for rows that don't count.
-    real_BL: of `real.load`; needs `mask_B`.
+    real_BL: of `real.load`; None without ReaL's accuracy.
   """
-  label_B1 = label_B[:, None]
+  names = ['loss', 'accuracy'] + ['top5_accuracy'] * (logits_BL.shape[1] > 5)
+  names += ['real_accuracy'] * (real_BL is not None)
   top5_BL = jax.lax.top_k(logits_BL, min(5, logits_BL.shape[1]))[1]
-  return averages(logits_BL.shape[1], real_BL is not None).single_from_model_output(
+  return averages(*names).single_from_model_output(
     loss=loss_B,
     accuracy=top5_BL[:, 0] == label_B,
-    top5_accuracy=(top5_BL == label_B1).any(axis=1),
-    mask=None if mask_B is None else mask_B.astype(bool),
+    top5_accuracy=(top5_BL == label_B[:, None]).any(axis=1),
+    mask=mask_B.astype(bool),
     predicted_B=top5_BL[:, 0],
     real_BL=real_BL,
   )

@@ -72,7 +72,8 @@ def make_train_step(
 
   def loss_fn(trained, frozen, part, key, early):
     loss_B, logits_BL = exp.training_loss(trained | frozen, part, key, early)
-    return loss_B.sum() / config.batch_size, evaluate.score(logits_BL, part['label'], loss_B)
+    score = evaluate.training_score(logits_BL, part['label'], loss_B)
+    return loss_B.sum() / config.batch_size, score
 
   def gradient(part, trained, frozen, key, early):
     """A micro-batch's share of the gradient of the mean loss, and its metrics."""
