@@ -78,7 +78,7 @@ def load(root, split='train', size=(32, 32), **arguments):
   return source, memory.load(source, split, size, **arguments)
 
 
-@pytest.mark.parametrize('held_out', ['test', 'val', 'validation'])
+@pytest.mark.parametrize('held_out', ['test', 'val', 'valid', 'validation'])
 def test_a_folder_with_splits(tmp_path, held_out):
   make_folder(tmp_path, [f'{s}/{c}' for s in ('train', held_out) for c in ('cat', 'dog', 'ant')])
   source, train = load(tmp_path, size=(10, 8))
@@ -297,6 +297,40 @@ def test_bad_folders_are_refused(tmp_path, layout, message):
   make_folder(tmp_path, layout)
   with pytest.raises(ValueError, match=message):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_what_a_folder_holds_beside_images_is_counted(tmp_path):
+  images = [f'{s}/{c}/{i}.jpg' for s in ('train', 'test') for c in 'ab' for i in range(2)]
+  others = ['a.gif', 'b.GIF', 'c.tif', 'd.heic', 'e', '.hidden.gif']
+  others = [f'train/a/{name}' for name in others] + ['test/b/f.gif', 'held/a/0.jpg']
+  touch(tmp_path, images + others)
+  warnings = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
+  assert len(warnings) == 2
+  assert '6 files are not used: 3 .gif, 1 .heic, 1 .tif, 1 without an extension.' in warnings[0]
+  assert 'not used beside train/: held. Folders to test on are test, val, valid' in warnings[1]
+
+
+def test_a_jfif_file_is_an_image(tmp_path):
+  make_folder(tmp_path, ['train/a', 'train/b', 'test/a', 'test/b'], count=2)
+  Image.new('RGB', (4, 4)).save(tmp_path / 'train' / 'a' / 'x.jfif', 'jpeg')
+  _, train = load(tmp_path)
+  assert len(train) == 5
+
+
+def test_a_class_without_a_folder_to_test_on_is_named(tmp_path):
+  touch(tmp_path, ['train/a/0.jpg', 'train/b/0.jpg', 'test/a/0.jpg'])
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 2, 'test': 1}
+  assert source.warnings == (
+    f'{tmp_path}: no test image of class b: the test says nothing about them.',
+  )
+
+
+def test_a_path_without_its_kind_is_told_how_to_write_it(tmp_path):
+  touch(tmp_path, ['a/0.jpg'])
+  for spec, data_dir in ((str(tmp_path), ''), (tmp_path.name, str(tmp_path.parent))):
+    with pytest.raises(ValueError, match=f'write folder:{spec} to read a folder of images'):
+      sources.open_source(spec, data_dir, (4, 4))
 
 
 def test_an_absent_or_empty_folder_is_refused(tmp_path):

@@ -131,10 +131,11 @@ def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
   for name in CLASSES:
     make_images(tmp_path / name, [f'{name}{i}' for i in range(30)])
   parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
-  exp, training = experiment.from_config(
-    config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
-  )
+  config = config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
+  exp, training = experiment.from_config(config)
   assert len(exp.names.own_N) == len(training.train) + len(training.val)
+  _, again = experiment.from_config(config, exp.config, exp.names)  # its last run is resumed
+  assert len(again.val) == len(training.val)
   exp, training = experiment.from_config(config_of(tmp_path, **parts))
   assert len(exp.names.own_N) == len(training.train)
 

@@ -77,9 +77,11 @@ def small(**fields):
 
 def perturbed(model, image, seed=0):
   """Parameters of the model, all random: biases, scales and head too."""
-  params = jax.jit(model.init)(jax.random.key(seed), image)['params']
-  draw = np.random.RandomState(seed).normal
-  return {'params': jax.tree.map(lambda x: x + 0.3 * draw(size=x.shape).astype(x.dtype), params)}
+  params = model.init(jax.random.key(seed), image)['params']
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+  return {'params': jax.tree.unflatten(tree, leaves)}
 
 
 IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)

@@ -150,9 +150,10 @@ def warnings(
   if absent := without(class_names, files['test']):
     yield f'{root}: no test image of class {some(absent)}: the test says nothing about them.'
   if passed_over:
-    kinds = ', '.join(f'{count:,} {kind}' for kind, count in passed_over.most_common(SHOWN))
+    most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
-      f'{root}: {passed_over.total():,} files are not used: {kinds}. Images are '
+      f'{root}: {passed_over.total():,} files are not used: '
+      f'{some([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images are '
       f'{", ".join(image.EXTENSIONS)}.'
     )
   others = sorted(set(subfolders(root)) - {'train', *TEST_NAMES})

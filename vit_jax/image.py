@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vit_jax import output
 from vit_jax.paths import local
 
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
+EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
