@@ -398,7 +398,7 @@ def test_what_does_not_fit_is_streamed(photos, monkeypatch, caplog):
   with pytest.raises(ValueError, match='data.cache=stream'):
     experiment.from_config(photo_config(photos, **off, **{'data.cache': 'memory'}))
   monkeypatch.undo()  # on a larger machine a run goes on as it began
-  exp, _ = experiment.from_config(config_, saved=exp.config, names=exp.names)
+  exp, _ = experiment.from_config(config_, saved=exp.config, seen=exp.names)
   assert exp.config.data.cache == 'stream'
   config.check_same_run(exp.config, config_, 'here')
   with pytest.raises(ValueError, match='data.cache'):

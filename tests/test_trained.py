@@ -134,7 +134,7 @@ def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
   config = config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
   exp, training = experiment.from_config(config)
   assert len(exp.names.own_N) == len(training.train) + len(training.val)
-  _, again = experiment.from_config(config, exp.config, exp.names)  # its last run is resumed
+  _, again = experiment.from_config(config, exp.config, seen=exp.names)  # its last run is resumed
   assert len(again.val) == len(training.val)
   exp, training = experiment.from_config(config_of(tmp_path, **parts))
   assert len(exp.names.own_N) == len(training.train)

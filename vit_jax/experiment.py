@@ -309,12 +309,13 @@ def from_config(
     )
   names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
   size = pair(data.image_size)
+  task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
+  assemble(config, task)  # a mistake in the model shows before an image is looked at
   config = decide_cache(config, source, names, size, trains=True)
   if config.data.cache == 'memory':
     size = memory.own_size(source, data.train_split, size) or size
     memory.check(source, names, size)
-  task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
-  # A mistake shows here, before the images are read.
+  task = dataclasses.replace(task, stored_size=size)
   experiment = dataclasses.replace(assemble(config, task), names=seen)
 
   def read(split, hash_N=trained.NONE, **how):
