@@ -211,6 +211,21 @@ def test_a_crop_of_the_whole_is_the_image_and_crops_are_everywhere():
   assert (np.diff(out, axis=2) >= 0).all() and np.ptp(out, axis=1).max() == 0
 
 
+def test_the_row_and_the_column_of_a_crop_are_independent():
+  size = 48
+  ramp = np.arange(0, 5 * size, 5, dtype=np.uint8)
+  image_HWC = np.stack(np.meshgrid(ramp, ramp, indexing='ij'), axis=-1)  # rows, columns
+  image_BHWC = np.broadcast_to(image_HWC, (256, size, size, 2))
+  out = np.asarray(jax.jit(augment.resized_crop)(KEYS, image_BHWC, 0.05, 4 / 3)).astype(float) / 5
+  first = np.stack([out[:, 0, size // 2, 0], out[:, size // 2, 0, 1]])
+  last = np.stack([out[:, -1, size // 2, 0], out[:, size // 2, -1, 1]])
+  length = (last - first) * size / (size - 1)
+  shares = first / (size - length)
+  small = (length < 40).all(0)  # others have no choice where to lie
+  assert small.sum() > 100 and np.ptp(shares[:, small]) > 0.9
+  assert abs(np.corrcoef(shares[:, small])[0, 1]) < 0.3
+
+
 def test_erasing_puts_noise_into_a_rectangle():
   images = np.full((256, 20, 30, 3), 7, np.uint8)
   out = np.asarray(jax.jit(augment.erasing)(KEYS, images, 0.6, 0.02, 1 / 3, 10 / 3))

@@ -219,6 +219,12 @@ def test_crops_differ_by_position_and_seed_alone():
   np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(4), atol=0.06)
 
 
+def test_no_epoch_repeats_the_crops_of_another():
+  one = open_numbered(split='train[:1]', crop=CROP)  # of which each batch is an epoch
+  crops = {batch['image'].tobytes() for batch in take(one, 24, batch_size=1)}
+  assert len(crops) > 12  # some round to the whole image
+
+
 def test_parts_are_drawn_as_the_device_draws_them():
   height, width, count = 30, 50, 3000
   draw = np.random.RandomState(0).rand(count, 4)
@@ -235,6 +241,9 @@ def test_parts_are_drawn_as_the_device_draws_them():
     assert abs(difference).max() < 0.04 * scale
   area = (right - left) * (bottom - top) / (height * width)
   np.testing.assert_allclose(area, 0.05 + 0.95 * draw[:, 0], rtol=1e-6)
+  free = np.stack([height - (bottom - top), width - (right - left)])
+  shares = (np.stack([top, left]) / np.maximum(free, 1e-9))[:, (free > 1).all(0)]
+  np.testing.assert_allclose(np.corrcoef(shares), np.eye(2), atol=0.08)  # of row and column
 
 
 def mean_over_areas(image_HWC, size):
@@ -307,26 +316,21 @@ def test_odd_files_are_decoded_by_pillow(tmp_path):
   assert grey.shape == (20, 30, 1)
 
 
-@pytest.mark.parametrize('cache', ['memory', 'stream'])
-def test_evaluation_sees_the_same_pixels(photos, cache, trained_on_photos):
-  exp, training = experiment.from_config(photo_config(photos, **{'data.cache': cache}))
-  mesh, params = sharding.make_mesh(), trained_on_photos
-  batches = [jax.device_get(b) for b in data.eval_batches(training.test, 10, over(mesh))]
-  scores = evaluate.evaluate(evaluate.make_eval_step(exp, mesh), params, training.test, 10, mesh)
-  same(batches, SEEN.setdefault('batches', batches))
-  assert scores == SEEN.setdefault('scores', scores)
-  assert scores['examples'] == 21
-
-
-SEEN = {}
-over = sharding.over_batch
-
-
-@pytest.fixture(scope='module')
-def trained_on_photos(photos):
-  exp, _ = experiment.from_config(photo_config(photos))
-  shape = (1, *exp.image_shape)
-  return exp.model.init(jax.random.key(0), np.zeros(shape, np.float32))['params']
+def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
+  mesh, (memory_, streamed) = sharding.make_mesh(), (
+    experiment.from_config(photo_config(photos, **{'data.cache': cache}))
+    for cache in ('memory', 'stream')
+  )
+  blank = np.zeros((1, *memory_[0].image_shape), np.float32)
+  params = memory_[0].model.init(jax.random.key(0), blank)['params']
+  batches, scores = [], []
+  for exp, training in (memory_, streamed):
+    found = data.eval_batches(training.test, 10, sharding.over_batch(mesh))
+    batches.append([jax.device_get(batch) for batch in found])
+    step = evaluate.make_eval_step(exp, mesh)
+    scores.append(evaluate.evaluate(step, params, training.test, 10, mesh))
+  same(*batches)
+  assert scores[0] == scores[1] and scores[0]['examples'] == 21
 
 
 def test_the_device_does_not_crop_again(photos):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -15,6 +16,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from tests.conftest import small_config
@@ -540,6 +542,26 @@ def test_a_name_that_is_no_text_is_logged(tmp_path):
   child = subprocess.run(command, stderr=subprocess.PIPE, cwd=ROOT, check=True)
   assert b'Logging error' not in child.stderr
   assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
+
+
+def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    for i in range(40):
+      Image.new('RGB', (30, 20)).save(tmp_path / name / f'{name}{i}.png')
+  config = small_config(**{'data.source': f'folder:{tmp_path}', 'batch_size': '16', 'epochs': '3'})
+  with caplog.at_level(logging.INFO):
+    _, training = experiment.from_config(config)
+  count, steps = len(training.train), training.steps
+  line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
+  assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
+  few = f'{steps} steps are too few to learn much: set a smaller batch_size, e.g. '
+  assert f'{few}{3 * count // 100} or more epochs, e.g. {-(-1600 // count)}.' in caplog.text
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    experiment.from_config(small_config(epochs='10'))
+  assert 'Training on 1,024 images of 8x8 pixels: 320 steps in batches of 32, 64' in caplog.text
+  assert 'too few' not in caplog.text
 
 
 def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import pathlib
 
 import jax
@@ -45,6 +46,8 @@ from vit_jax.paths import local
 from vit_jax.weights import pair
 
 log = logging.getLogger(__name__)
+
+FEW_STEPS = 100  # of training; with fewer, a person is warned
 
 Split = memory.Examples | stream.Stream
 # The last step of each part of a run, and the (height, width) of its images.
@@ -329,6 +332,7 @@ def from_config(
   test = read(data.eval_split, seen.all_N)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
+  announce(config, len(train), sources.first_size(source, data.train_split))
   task = dataclasses.replace(task, train_examples=len(train))
   experiment = dataclasses.replace(experiment, task=task)
   return experiment, plan(config, train, val, test, params, cycles)
@@ -503,6 +507,31 @@ def length(config: ConfigDict, examples: int) -> int:
 def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
   """Number of warm-up steps in a cycle of so many steps."""
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
+
+
+def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -> None:
+  """Logs how long a run is, and warns where it is too short to learn much.
+
+  Args:
+    config: of the run.
+    examples: that it trains on.
+    found: (height, width) of the first of them as it was found; None where unknown.
+  """
+  steps = length(config, examples)
+  if not steps:
+    return
+  size, batch_size = pair(config.data.image_size), config.batch_size
+  own = '' if found in (None, size) else ' (the first file has {}x{})'.format(*found)
+  log.info(
+    'Training on %s images of %dx%d pixels%s: %s steps in batches of %d, %d of them warm-up.',
+    f'{examples:,}', *size, own, f'{steps:,}', batch_size,
+    warmup_steps(config, examples, steps),
+  )  # fmt: skip
+  if steps < FEW_STEPS:
+    smaller = int(config.epochs * examples / FEW_STEPS)
+    ways = [f'a smaller batch_size, e.g. {smaller}'] * (smaller > 0)
+    ways.append(f'more epochs, e.g. {math.ceil(FEW_STEPS * batch_size / examples)}')
+    log.warning('%d steps are too few to learn much: set %s.', steps, ' or '.join(ways))
 
 
 def from_init(

@@ -142,6 +142,16 @@ def read_pieces(
       yield source.read(split, range(first, min(first + READ_AHEAD, stop)))
 
 
+def first_size(source: Source, split: str) -> tuple[int, int] | None:
+  """(height, width) of a split's first image; None where it is bad."""
+  name, start, _ = source.pieces(split)[0]
+  (example,) = source.read(name, [start])
+  try:
+    return own_size(example)
+  except image_lib.BadImage:
+    return None
+
+
 def stop_at(error: image_lib.BadImage) -> NoReturn:
   """Raises what a bad image raises where none is skipped, with what to do about it."""
   raise image_lib.BadImage(
