@@ -445,8 +445,9 @@ def test_auto_takes_memory_only_for_the_batches_of_a_stream(
   assert streamed.config.data.cache == 'stream'
   assert streamed.task == exp.task
   same(take(streaming.train, 6, 8), take(training.train, 6, 8))
-  same(*([jax.device_get(b) for b in data.eval_batches(split, 4, over(sharding.make_mesh(4)))]
-         for split in (streaming.test, training.test)))  # fmt: skip
+  over_batch = sharding.over_batch(sharding.make_mesh(4))
+  evaluated = lambda split: jax.device_get(list(data.eval_batches(split, 4, over_batch)))
+  same(evaluated(streaming.test), evaluated(training.test))
   images = take(training.train, 1, 8)[0]['image']
   seen = [e.normalize(e.augment(jax.random.key(0), np.arange(8), images)) for e in (exp, streamed)]
   np.testing.assert_array_equal(*seen)

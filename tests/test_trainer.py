@@ -555,8 +555,8 @@ def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
   count, steps = len(training.train), training.steps
   line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
   assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
-  few = f'{steps} steps are too few to learn much: set a smaller batch_size, e.g. '
-  assert f'{few}{3 * count // 100} or more epochs, e.g. {-(-1600 // count)}.' in caplog.text
+  few = f'{steps} steps are too few to learn much: set a smaller batch_size (e.g. '
+  assert f'{few}{3 * count // 100}) or more epochs (e.g. {-(-1600 // count)}).' in caplog.text
   caplog.clear()
   with caplog.at_level(logging.INFO):
     experiment.from_config(small_config(epochs='10'))

@@ -529,8 +529,8 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
   )  # fmt: skip
   if steps < FEW_STEPS:
     smaller = int(config.epochs * examples / FEW_STEPS)
-    ways = [f'a smaller batch_size, e.g. {smaller}'] * (smaller > 0)
-    ways.append(f'more epochs, e.g. {math.ceil(FEW_STEPS * batch_size / examples)}')
+    ways = [f'a smaller batch_size (e.g. {smaller})'] * (smaller > 0)
+    ways.append(f'more epochs (e.g. {math.ceil(FEW_STEPS * batch_size / examples)})')
     log.warning('%d steps are too few to learn much: set %s.', steps, ' or '.join(ways))
 
 
