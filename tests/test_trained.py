@@ -5,12 +5,12 @@ import logging
 import shutil
 import zlib
 
-from conftest import small_config
 import numpy as np
 from PIL import Image
 import pytest
 
 import main
+from tests.conftest import small_config
 from vit_jax import checkpoint, evaluate, experiment, fewshot, folder, sources, trainer, visualize
 from vit_jax import trained as trained_lib
 
@@ -72,7 +72,7 @@ def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, capl
   with caplog.at_level(logging.WARNING):
     result = evaluate.run(run[1], flags)
   assert result['examples'] == 3 and result['left_out'] == 7
-  assert 'test: 7 of 10 images are left out: the weights were trained on files' in caplog.text
+  assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
   source = experiment.open_test(experiment.from_workdir(run[1], flags)[0])[0]
   assert 'left_out' not in evaluate.run(run[1], {})
   parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
@@ -117,14 +117,41 @@ def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
   assert file.stem not in [path.stem for path in (tmp_path / 'run' / 'examples').iterdir()]
 
 
-def test_names_that_held_out_files_have_too_are_not_kept(tmp_path, caplog):
-  for split, numbers in (('train', range(30)), ('test', range(10))):
-    for name in CLASSES:
-      make_images(tmp_path / split / name, numbers)
+def test_files_of_names_that_both_parts_have_are_known_by_their_content(tmp_path, caplog):
+  for name in CLASSES:
+    make_images(tmp_path / 'train' / name, range(30))
+    make_images(tmp_path / 'test' / name, range(100, 110))  # other images, then under taken names
+    for i, file in enumerate(sorted((tmp_path / 'test' / name).iterdir())):
+      file.rename(file.with_name(f'{i}.png'))
+  for i in range(3):
+    shutil.copy(tmp_path / 'train' / 'ant' / f'{i}.png', tmp_path / 'test' / 'ant')
+  config = config_of(tmp_path, epochs='0')
   with caplog.at_level(logging.INFO):
-    exp, training = experiment.from_config(config_of(tmp_path))
-  assert len(training.test) == 20 and len(exp.names.own_N) == 20
+    assert trainer.train(config, tmp_path / 'run')['examples'] == 17
   assert '10 of 30 names of training files are names of held-out files' in caplog.text
+  with pytest.raises(ValueError, match='trained on all 60 images'):
+    evaluate.run(tmp_path / 'run', {'data.eval_split': 'train'})
+
+
+def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
+  for split in ('train', 'test'):
+    for name in CLASSES:
+      make_images(tmp_path / split / name, range(10))
+  with pytest.raises(ValueError, match='trained on all 20 images, going by the names'):
+    experiment.from_config(config_of(tmp_path))
+
+
+@pytest.mark.parametrize('names', [('Train', 'Test'), ('training', 'test'), ('cat', 'valid')])
+def test_classes_that_look_like_parts_of_the_data_are_refused(tmp_path, names):
+  for name in names:
+    make_images(tmp_path / name, range(10))
+  with pytest.raises(ValueError, match='looks like a part of the data. Name the parts train/'):
+    sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+
+
+def test_case_and_unicode_form_of_a_name_do_not_matter():
+  assert folder.hash_name('Bäume_1.JPG') == folder.hash_name('Ba\u0308ume_1.jpg')
+  assert folder.hash_name('a/1.jpg') != folder.hash_name('b/1.jpg')
 
 
 def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):

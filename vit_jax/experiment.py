@@ -303,7 +303,7 @@ def from_config(
       config, params, seen = inherit.open_init(config, source)
     # The last run of a sweep trains on the held-out split, too.
     trained_on = [data.train_split, *[data.val_split] * bool(config.sweep)]
-    seen = trained.Names(trained.own_names(source, trained_on), seen.all_N)
+    seen = trained.of_files(source, trained_on, seen)
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run began under version 0.1.0, which held other files out '
@@ -321,15 +321,15 @@ def from_config(
   task = dataclasses.replace(task, stored_size=size)
   experiment = dataclasses.replace(assemble(config, task), names=seen)
 
-  def read(split, hash_N=trained.NONE, **how):
-    unseen, _ = trained.leave_out(source, split, hash_N)
-    return open_split(config, unseen, split, size, experiment.fit, **how)
+  def read(split, seen):
+    unseen, _ = trained.leave_out(source, split, seen)
+    return open_split(config, unseen, split, size, experiment.fit)
 
-  train = read(data.train_split, to_train=True)
+  train = open_split(config, source, data.train_split, size, experiment.fit, to_train=True)
   val = None
   if data.val_split:
-    val = read(data.val_split, seen.inherited_N if config.sweep else seen.all_N)
-  test = read(data.eval_split, seen.all_N)
+    val = read(data.val_split, seen.before() if config.sweep else seen)
+  test = read(data.eval_split, seen)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report(name, examples)
   announce(config, len(train), sources.first_size(source, data.train_split))
@@ -674,7 +674,7 @@ def open_test(
         'Version 0.1.0 trained these weights and kept no names of its training files: they may '
         'have been trained on some of the test images.'
       )
-  return trained.leave_out(source, experiment.config.data.eval_split, names.all_N)
+  return trained.leave_out(source, experiment.config.data.eval_split, names)
 
 
 def load_splits(experiment: Experiment, *parts: tuple[sources.Source, str]) -> list[Split]:

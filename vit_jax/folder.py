@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import unicodedata
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from vit_jax.names import choose
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
 HELD_OUT = 0.2  # share of a folder's files, where no others are there to test on
 SHOWN = 5  # names in a warning
+# Folders of these names are hardly classes.
+SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,11 @@ class Folder:
 
 
 def hash_name(name: str) -> int:
-  """64 bits of a file's name below its class's folder."""
-  return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], 'big')
+  """64 bits of a file's name below its class's folder, whatever its case and Unicode form."""
+  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # also where the locale is not UTF-8
+  text = unicodedata.normalize('NFC', text).casefold()
+  digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big')
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
@@ -103,6 +109,12 @@ def open_folder(root: pathlib.Path) -> Folder:
     raise ValueError(
       f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
       'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
+    )
+  split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
+  if split_like and not split:
+    raise ValueError(
+      f'{root}: {some(split_like)} would be a class, and looks like a part of the data. Name the '
+      f'parts train/ and {"/ or ".join(TEST_NAMES)}/, each with a folder for every class.'
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}

@@ -49,7 +49,7 @@ class Source:
       bytes or a uint8 array; not yet looked at, see `pixels`.
     fingerprint: of the training split's names and labels; empty where unknown.
     files: of a folder's splits; empty for other kinds.
-    left_out: hashes of names of files that no split gives, uint64.
+    left_out: which files of a split are not given, bool `[N]` by the name of the split.
     warnings: what a person should know about the data.
   """
 
@@ -59,7 +59,7 @@ class Source:
   read: Callable[[str, Sequence[int]], Iterator[Example]]
   fingerprint: str = ''
   files: Mapping[str, folder_lib.Files] = dataclasses.field(default_factory=dict)
-  left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint64))
+  left_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   warnings: tuple[str, ...] = ()
 
   def pieces(self, split: str) -> list[splits.Piece]:
@@ -70,10 +70,7 @@ class Source:
     """
     positions = {name: files.position_N for name, files in self.files.items()}
     pieces = splits.resolve(split, self.sizes, positions)
-    if not self.files or not len(self.left_out):
-      return pieces
-    hashes = {name: files.hash_N for name, files in self.files.items()}
-    return splits.leave_out(pieces, hashes, self.left_out)
+    return splits.leave_out(pieces, self.left_out)
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:

@@ -75,20 +75,20 @@ def length(pieces: Sequence[Piece]) -> int:
   return sum(stop - start for _, start, stop in pieces)
 
 
-def leave_out(
-  pieces: Sequence[Piece], hashes: Mapping[str, np.ndarray], unwanted_N: np.ndarray
-) -> list[Piece]:
-  """What remains of pieces without the examples of these hashes.
+def leave_out(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
+  """What remains of pieces without some examples.
 
   Args:
     pieces: of splits.
-    hashes: of each split's examples.
-    unwanted_N: hashes.
+    unwanted: bool `[N]` for the examples of whole splits; a split may be missing.
   """
 
   def runs() -> Iterator[Piece]:
     for name, start, stop in pieces:
-      kept = ~np.isin(hashes[name][start:stop], unwanted_N)
+      if name not in unwanted:
+        yield name, start, stop
+        continue
+      kept = ~unwanted[name][start:stop]
       edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # where runs begin and end
       yield from ((name, start + a, start + b) for a, b in edges.reshape(-1, 2).tolist())
 

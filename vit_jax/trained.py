@@ -3,19 +3,23 @@
 Decisions:
   * A file is known by the hash of its name below its class's folder (`folder.py`), so that it is
     known in another split, another class and another folder, too.
-  * A name that held-out files of the same data have as well identifies no image and is not kept:
-    where both parts count from 0001.jpg, these are different images.
-  * Only names are compared. Copies of an image under another name are not found.
+  * A name that held-out files of the same data have as well identifies no image: often both parts
+    count from 0001.jpg. Files of such names are known by the hash of their content.
+  * Copies of an image under another name are not found.
 """
 
 from collections.abc import Mapping, Sequence
+import concurrent.futures
 import dataclasses
+import hashlib
 import logging
+import os
 import pathlib
 
 import numpy as np
 
-from vit_jax import checkpoint, sources, splits
+from vit_jax import checkpoint, progress, sources, splits
+from vit_jax.folder import Files
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +28,26 @@ NONE = np.zeros(0, np.uint64)
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-  """Hashes of names, uint64: of a run's own training files, and of those of the runs before it."""
+  """What training files are known by, uint64 hashes of names and of content.
+
+  Attributes:
+    own_N: of a run's own training files.
+    inherited_N: of those of the runs that its weights come from.
+    shared_N: hashes of the names whose files are known by their content.
+  """
 
   own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
   inherited_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+  shared_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
 
   @property
   def all_N(self) -> np.ndarray:
     """Both, each hash once."""
     return np.union1d(self.own_N, self.inherited_N)
+
+  def before(self) -> 'Names':
+    """Those of earlier runs alone."""
+    return dataclasses.replace(self, own_N=NONE)
 
   def item(self) -> dict[str, np.ndarray]:
     """The item of a checkpoint. A zero leads each array, because orbax saves no empty one."""
@@ -55,47 +70,79 @@ def of_run(workdir: pathlib.Path) -> Names | None:
   return Names.load(about | {'names': checkpoint.restore_item(workdir, step, 'names')})
 
 
-def own_names(source: sources.Source, trained_on: Sequence[str]) -> np.ndarray:
-  """The hashes of the names of all files in some splits of a source, sorted, each once."""
+def of_files(source: sources.Source, trained_on: Sequence[str], earlier: Names) -> Names:
+  """What the files in some splits of a source are known by, after those of earlier runs."""
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
-    return NONE
+    return Names(NONE, earlier.all_N, earlier.shared_N)
   for split in trained_on:
     for name, start, stop in source.pieces(split):
       inside[name][start:stop] = True
   hashes = {name: files.hash_N for name, files in source.files.items()}
   found_N = np.unique(np.concatenate([hashes[name][mask] for name, mask in inside.items()]))
   others_N = np.concatenate([hashes[name][~mask] for name, mask in inside.items()])
-  shared_N = np.isin(found_N, others_N)
-  if shared_N.any():
+  shared_N = found_N[np.isin(found_N, others_N)]
+  own = [np.setdiff1d(found_N, shared_N)]
+  if len(shared_N):
     log.info(
-      '%d of %d names of training files are names of held-out files, too: they do not identify '
-      'an image, and the checkpoint does not keep them.',
-      shared_N.sum(),
+      '%d of %d names of training files are names of held-out files, too: files of these names are '
+      'compared by their content.',
+      len(shared_N),
       len(found_N),
     )
-  return found_N[~shared_N]
+    own += [
+      content(files, np.flatnonzero(inside[name] & np.isin(files.hash_N, shared_N)))
+      for name, files in source.files.items()
+    ]
+  shared_N = np.union1d(shared_N, earlier.shared_N)
+  return Names(np.unique(np.concatenate(own)), earlier.all_N, shared_N)
 
 
-def leave_out(
-  source: sources.Source, split: str, hash_N: np.ndarray
-) -> tuple[sources.Source, int]:
-  """The source without the files of these names, and how many of a split they are.
+def content(files: Files, index_N: np.ndarray) -> np.ndarray:
+  """64 bits of the SHA-256 of each of these files' bytes; 0 where a file can't be read."""
+
+  def of_one(index):
+    try:
+      path = files.top / os.fsdecode(bytes(files.path_N[index]))
+      return int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], 'big')
+    except OSError:  # it is named when it is decoded
+      return 0
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    hashes = progress.bar(pool.map(of_one, index_N), 'Comparing', 'image', len(index_N))
+    return np.array(list(hashes), np.uint64)
+
+
+def known(files: Files, names: Names) -> np.ndarray:
+  """Which of the files were trained on, bool `[N]`."""
+  found_N = np.isin(files.hash_N, names.all_N)
+  index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
+  if len(index_N):
+    found_N[index_N] = np.isin(content(files, index_N), names.all_N)
+  return found_N
+
+
+def leave_out(source: sources.Source, split: str, names: Names) -> tuple[sources.Source, int]:
+  """The source without the files of a split that were trained on, and their number.
 
   Raises:
     ValueError: they are all of it.
   """
-  before = splits.length(source.pieces(split))
-  source = dataclasses.replace(source, left_out=hash_N)
+  pieces = source.pieces(split)
+  inside = {name for name, _, _ in pieces} & set(source.files)
+  masks = {name: known(source.files[name], names) for name in inside}
+  source = dataclasses.replace(source, left_out=masks)
+  before = splits.length(pieces)
   number = before - splits.length(source.pieces(split))
   if number == before:
     raise ValueError(
-      f'Split {split!r}: the weights were trained on files of the names of all {before:,} images, '
-      'so they are no test. Choose another split, or another folder.'
+      f'Split {split!r}: the weights were trained on all {before:,} images, going by the names or '
+      'the content of their files, so they are no test. Choose another split, or another folder.'
     )
   if number:
     log.warning(
-      '%s: %d of %d images are left out: the weights were trained on files of their names.',
+      '%s: %d of %d images are left out: the weights were trained on them, going by the names or '
+      'the content of their files.',
       split,
       number,
       before,
