@@ -17,6 +17,7 @@ Any key of the config is overridden by --config.<key>=<value>; one that is true 
 """
 
 import argparse
+import codecs
 import logging
 import os
 import pathlib
@@ -24,7 +25,6 @@ import re
 import signal
 import sys
 
-from vit_jax import config as config_lib
 from vit_jax.names import choose
 from vit_jax.paths import local
 
@@ -33,6 +33,8 @@ log = logging.getLogger('vit_jax')
 
 def given_config(args, overrides):
   """The config of `--config` with its overrides; None without `--config`."""
+  from vit_jax import config as config_lib
+
   if not args.config:
     return None
   return config_lib.override_all(config_lib.load_file(args.config), overrides)
@@ -261,6 +263,8 @@ def read_overrides(words):
   Raises:
     ValueError: another flag, or one whose value is missing or not wanted.
   """
+  from vit_jax import config as config_lib
+
   overrides, words = {}, list(words)
   while words:
     word = words.pop(0)
@@ -320,7 +324,8 @@ def main(argv):
     sharding.start_up()
     with backend.needed(), limits.memory_for(f'--mode={args.mode}'):
       code = mode(args, overrides)
-    sys.stdout.flush()
+    if sys.stdout:
+      sys.stdout.flush()
     return code
   except BrokenPipeError:  # whoever reads has read enough, as `head` does
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to flush
@@ -329,25 +334,42 @@ def main(argv):
     print(f'error: {error}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    goes_on = ' The same command goes on from what was saved.' if args.mode == 'train' else ''
+    goes_on = ' The same command resumes from what was saved.' if args.mode == 'train' else ''
     print(f'Interrupted.{goes_on}', file=sys.stderr)
     return 130
 
 
-def interrupt(*_):
-  """The first Ctrl-C ends what is being done in order; the second ends it at once."""
-  signal.signal(signal.SIGINT, leave)
+def interrupt(_, frame):
+  """The first Ctrl-C ends what is being done in order; the second ends it at once.
+
+  So does the first one during an import, which may swallow what is raised in it.
+  """
+  while frame:
+    if frame.f_code.co_filename.startswith('<frozen importlib'):
+      leave('Interrupted.')
+    frame = frame.f_back
+  signal.signal(signal.SIGINT, lambda *_: leave('Interrupted again: ending at once.'))
   raise KeyboardInterrupt
 
 
-def leave(*_):
+def leave(message):
   """Ends this process: a checkpoint that is being written does not appear, those before stay."""
-  os.write(sys.stderr.fileno(), b'Interrupted again: ending at once.\n')
+  os.write(sys.stderr.fileno(), f'{message}\n'.encode())
   os._exit(130)
+
+
+def as_bytes(error):
+  """How to print what the terminal has no letters for: as a file's name has it, else escaped."""
+  try:
+    return codecs.lookup_error('surrogateescape')(error)
+  except UnicodeEncodeError:
+    return codecs.backslashreplace_errors(error)
 
 
 if __name__ == '__main__':
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
     signal.signal(signal.SIGINT, interrupt)
-  sys.stdout.reconfigure(errors='backslashreplace')  # for letters that the terminal lacks
+  if sys.stdout:  # not closed, as by >&-
+    codecs.register_error('as_bytes', as_bytes)
+    sys.stdout.reconfigure(errors='as_bytes')
   sys.exit(main(sys.argv[1:]))

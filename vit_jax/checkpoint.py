@@ -350,7 +350,7 @@ def check_readable(folder: pathlib.Path) -> None:
 def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
   """The error for a checkpoint that is of no use."""
   path, reason = directory(workdir) / str(step), (str(reason).splitlines() or [''])[0][:200]
-  return Damaged(f'The checkpoint {path} is damaged: {reason}.')
+  return Damaged(f'The checkpoint {path} is damaged: {reason.rstrip(".")}.')
 
 
 def unwritten(workdir: pathlib.Path, error: Exception) -> output.Unwritten:

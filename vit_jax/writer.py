@@ -202,7 +202,8 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
   There are no lines where there is no file.
   """
   file, lines = workdir / 'metrics.jsonl', []
-  for line in file.read_text(encoding='utf-8').splitlines() if file.exists() else ():
+  text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
+  for line in text.splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
   lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
