@@ -275,6 +275,14 @@ def test_fit_covers_and_crops_the_centre():
   assert out.shape == (8, 8, 3) and (out == 200).all()
 
 
+@pytest.mark.parametrize('stretch', [False, True])
+def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
+  image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+  out = image_lib.fit(image, (8, 8), crop=0.5, stretch=stretch)
+  centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
+  np.testing.assert_array_equal(out, np.asarray(centre))
+
+
 def test_bad_images_stop_or_are_counted(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   good = (tmp_path / 'a' / '0.png').read_bytes()
