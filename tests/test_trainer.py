@@ -253,6 +253,19 @@ class NoCheckpoints:
     return None
 
 
+def test_the_average_begins_at_the_weights_of_init():
+  exp, training = experiment.from_config(small_config(ema='0.9', **{'model.depth': '1'}))
+  shapes = jax.eval_shape(lambda: state.init_params(exp.model, exp.image_shape, 0))
+  draw = np.random.RandomState(0)
+  weights = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
+  training = dataclasses.replace(training, params=weights)
+  mesh = sharding.make_mesh()
+  run = trainer.Run(exp, training, mesh, None, NoCheckpoints(), None, {})
+  begun = run.initial_state()
+  assert_equal(begun.params, weights)
+  assert_equal(begun.ema, weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawing(experiment.Experiment):
   """An experiment whose gradient is what a step draws."""
@@ -318,6 +331,11 @@ def test_strong_augmentation_ends_when_the_config_says():
     assert norms['weak', i] != pytest.approx(norms['strong', i], rel=1e-2)
   for i in (24, 31):
     assert norms['weak', i] == pytest.approx(norms['strong', i], rel=1e-5)
+
+
+@pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
+def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
+  assert experiment.length(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
 def test_an_added_cycle_has_weak_augmentation_only():
