@@ -275,6 +275,12 @@ def test_fit_covers_and_crops_the_centre():
   assert out.shape == (8, 8, 3) and (out == 200).all()
 
 
+def test_16_bit_grey_is_scaled_to_8_bits_exactly():
+  grey, file = np.arange(256, dtype=np.uint16).reshape(16, 16), io.BytesIO()
+  Image.fromarray(grey * 257).save(file, 'png')
+  np.testing.assert_array_equal(image_lib.decode(file.getvalue(), '', channels=1), grey)
+
+
 @pytest.mark.parametrize('stretch', [False, True])
 def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
   image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))

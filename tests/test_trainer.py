@@ -291,6 +291,32 @@ def test_each_step_and_each_seed_draws_anew():
   assert again == one
 
 
+class Steep(experiment.Experiment):
+  """An experiment whose gradient is 7."""
+
+  def training_loss(self, params, batch, key, early):
+    return params['weight'] * 7 * jnp.ones(len(batch['label'])), jnp.zeros((32, 10))
+
+
+def test_the_norm_of_the_gradient_is_that_before_clipping():
+  exp, training = experiment.from_config(small_config(**{'optimizer.clip': '0.1'}))
+  step = trainer.make_train_step(Steep(**vars(exp)), training, sharding.make_mesh(1))
+  params = {'weight': jnp.ones(())}
+  now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
+  assert float(step(now, {'label': np.zeros(32, np.int32)})[1]['grad_norm']) == 7
+
+
+def test_the_time_before_a_resume_counts(monkeypatch):
+  blank = state.TrainState(jnp.int32(0), {}, (), None)
+  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
+  found = types.SimpleNamespace(
+    latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
+  )
+  exp, training = experiment.from_config(small_config())
+  run = trainer.Run(exp, training, sharding.make_mesh(), None, found, None, {})
+  assert run.initial_state().step == 5 and 1000 < time.perf_counter() - run.began < 1060
+
+
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
   params, metrics = two_steps(1, 1, **settings)
