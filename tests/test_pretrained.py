@@ -304,10 +304,8 @@ def test_timms_names_stand_for_its_arguments():
 def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
   assert int(28 * (61 / 28)) == 60  # timm rounds down
   model = vit.ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
-  params = weights.unflatten({
-    name: np.zeros(shape, np.float32)
-    for name, shape in weights.param_shapes(model, (8, 8, 3)).items()
-  })
+  shapes = weights.param_shapes(model, (8, 8, 3))
+  params = weights.unflatten({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
   vit_jax.save(model, params, tmp_path, format='timm')
   config = json.loads((tmp_path / 'config.json').read_text())
   assert int(28 * config['model_args']['mlp_ratio']) == 61
