@@ -64,6 +64,17 @@ def test_kernels_agree_with_float64(kernel, shape, dtype, rate, seed):
     assert error <= 16 * ROUNDING[dtype] * max(np.abs(want).max(), 1), name
 
 
+@pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient])
+def test_logits_are_not_rounded_to_the_type_of_the_computation(kernel):
+  """They are 256 and 257, which one number of bfloat16 stands for."""
+  array = lambda *rows: jnp.array(rows, jnp.bfloat16)[None, :, None]
+  query, key = array([32, 2, 0, 0]), array([16, 0, 0, 0], [16, 1, 0, 0])
+  value, dy = array([0] * 4, [1] * 4), array([1] * 4)
+  compute = jax.jit(value_and_gradients, static_argnums=(0, 5))
+  y, *_ = compute(kernel, query, key, value, None, 0.0, dy)
+  np.testing.assert_allclose(np.float32(y), 1 / (1 + np.exp(-1)), rtol=2**-7)
+
+
 def test_large_logits_do_not_overflow():
   query, key, value, _, _, dy = draw((1, 4, 5, 2, 8), 'float32', 0, 0)
   got = value_and_gradients(attention.with_gradient, 300 * query, 300 * key, value, None, 0, dy)

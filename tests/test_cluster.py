@@ -100,6 +100,20 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step']
 
 
+def test_a_notice_is_heard_during_a_run_alone():
+  heard = []
+  before = signal.signal(signal.SIGTERM, lambda *_: heard.append('after'))
+  try:
+    with cluster.Preemption() as preemption:
+      assert not preemption.is_due()
+      signal.raise_signal(signal.SIGTERM)
+      assert preemption.is_due() and not heard
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ['after']
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
   codes = []
   monkeypatch.setattr(cluster.os, '_exit', codes.append)

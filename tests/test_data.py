@@ -23,6 +23,11 @@ def test_every_epoch_holds_every_example_once(size, batch):
   assert len({tuple(epoch) for epoch in epochs}) > 3  # and in another order each time
 
 
+def test_each_epoch_of_each_seed_has_an_order_of_its_own():
+  orders = {tuple(data.epoch_order(20, seed, epoch)) for seed in range(6) for epoch in range(6)}
+  assert len(orders) == 36
+
+
 def test_the_step_is_the_whole_state():
   whole = take(20, size=11, batch_size=4, seed=3, start=0)
   np.testing.assert_array_equal(take(9, size=11, batch_size=4, seed=3, start=11), whole[11:])

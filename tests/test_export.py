@@ -271,13 +271,15 @@ def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
   config = small_config(**{
       'epochs': '0', 'data.source': 'digits', 'data.image_size': '16', 'model.dtype': 'bfloat16',
       'model.patch_size': '4', 'data.mean': '0.3', 'data.std': '0.4',
+      'data.cache': 'memory',  # which keeps small images as they are, neither cut nor stretched
+      'data.crop': '0.5', 'data.stretch': 'true',
   })  # fmt: skip
   vit_jax.train(config, tmp_path / 'run')
   model, params = vit_jax.load(tmp_path / 'run')
   kernel = params['head']['kernel']  # which begins at zero
   kernel += np.random.RandomState(0).normal(size=kernel.shape)
   p = pretrained.read(tmp_path / 'run').preprocessing
-  assert p.stored_size == (8, 8) and p.size == (16, 16)
+  assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
   vit_jax.save(
     model.clone(dtype=jnp.bfloat16), params, tmp_path / 'out', format='stablehlo', preprocessing=p
   )

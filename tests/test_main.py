@@ -58,6 +58,16 @@ def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
   assert not code and 'after 6 steps' in out
 
 
+def test_what_is_compiled_is_kept_where_the_person_says(monkeypatch, tmp_path):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
+  main.keep_compiled()
+  assert os.environ['JAX_COMPILATION_CACHE_DIR'] == 'mine'
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  main.keep_compiled()
+  assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'vit_jax' / 'compiled')
+
+
 def test_eval(capsys, trained):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--config.eval_batch_size=7')

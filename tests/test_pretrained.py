@@ -301,6 +301,16 @@ def test_timms_names_stand_for_its_arguments():
   assert {name: timm_names.arguments(name) for name in reference} == reference
 
 
+def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
+  assert int(28 * (61 / 28)) == 60  # timm rounds down
+  model = vit.ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
+  shapes = weights.param_shapes(model, (8, 8, 3))
+  params = weights.unflatten({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
+  vit_jax.save(model, params, tmp_path, format='timm')
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert int(28 * config['model_args']['mlp_ratio']) == 61
+
+
 def timm_folder(tmp_path, fields, drop=('model_args',)):
   """A copy of timm_token with another config."""
   config = json.loads((DATA / 'timm_token' / 'config.json').read_text())

@@ -275,6 +275,20 @@ def test_fit_covers_and_crops_the_centre():
   assert out.shape == (8, 8, 3) and (out == 200).all()
 
 
+def test_16_bit_grey_is_scaled_to_8_bits_exactly():
+  grey, file = np.arange(256, dtype=np.uint16).reshape(16, 16), io.BytesIO()
+  Image.fromarray(grey * 257).save(file, 'png')
+  np.testing.assert_array_equal(image_lib.decode(file.getvalue(), '', channels=1), grey)
+
+
+@pytest.mark.parametrize('stretch', [False, True])
+def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
+  image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+  out = image_lib.fit(image, (8, 8), crop=0.5, stretch=stretch)
+  centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
+  np.testing.assert_array_equal(out, np.asarray(centre))
+
+
 def test_bad_images_stop_or_are_counted(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   good = (tmp_path / 'a' / '0.png').read_bytes()

@@ -219,6 +219,11 @@ def test_crops_differ_by_position_and_seed_alone():
   np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(4), atol=0.06)
 
 
+def test_each_seed_draws_other_crops_at_every_position():
+  draws = np.stack([[stream_lib.draw(seed, i) for i in range(500)] for seed in range(8)])
+  assert len(np.unique(draws)) == draws.size  # 53 random bits each
+
+
 def test_no_epoch_repeats_the_crops_of_another():
   one = open_numbered(split='train[:1]', crop=CROP)  # of which each batch is an epoch
   crops = {batch['image'].tobytes() for batch in take(one, 24, batch_size=1)}
@@ -316,6 +321,18 @@ def test_odd_files_are_decoded_by_pillow(tmp_path):
   assert grey.shape == (20, 30, 1)
 
 
+def test_parts_of_a_turned_jpeg_are_those_of_the_upright_image(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # shown turned clockwise
+  stored = smooth(np.random.RandomState(3), 60, 40)
+  stored.save(tmp_path / 'turned.jpg', exif=exif, quality=95, subsampling=0)
+  encoded, shapes = (tmp_path / 'turned.jpg').read_bytes(), []
+  choose = lambda *shape: shapes.append(shape) or (5, 4, 35, 24)
+  got = image.decode_part(encoded, '', 3, choose, (20, 30))
+  upright = np.asarray(stored.rotate(-90, expand=True)).astype(int)
+  assert shapes == [(40, 60)] and abs(got - upright[4:24, 5:35]).mean() < 2
+
+
 def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
   mesh, (memory_, streamed) = sharding.make_mesh(), (
     experiment.from_config(photo_config(photos, **{'data.cache': cache}))
@@ -359,6 +376,14 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
   again = trainer.train(config_, tmp_path / 'again')
   assert again['test_loss'] == whole['test_loss'] and again['steps'] == whole['steps'] == 8
   assert sorted(p.name for p in (tmp_path / 'whole' / 'examples').iterdir())
+
+
+def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
+  contents = set()
+  for fit in ({}, {'crop': 0.5}, {'interpolation': 'nearest'}, {'stretch': True}):
+    stream = open_numbered(fit=functools.partial(image.fit, **fit))
+    contents.add(b''.join(array.tobytes() for _, array in stream.content()))
+  assert len(contents) == 4
 
 
 def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photos, tmp_path):

@@ -253,6 +253,18 @@ class NoCheckpoints:
     return None
 
 
+def test_the_average_begins_at_the_weights_of_init(monkeypatch):
+  random, weights = {'kernel': jnp.zeros(3)}, {'kernel': np.arange(3, dtype=np.float32)}
+  blank = state.TrainState(jnp.int32(0), random, (), random)
+  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
+  exp, training = experiment.from_config(small_config(ema='0.9'))
+  training = dataclasses.replace(training, params=weights)
+  run = trainer.Run(exp, training, sharding.make_mesh(), None, NoCheckpoints(), None, {})
+  begun = run.initial_state()
+  assert_equal(begun.params, weights)
+  assert_equal(begun.ema, weights)
+
+
 @dataclasses.dataclass(frozen=True)
 class Drawing(experiment.Experiment):
   """An experiment whose gradient is what a step draws."""
@@ -276,6 +288,32 @@ def test_each_step_and_each_seed_draws_anew():
   zero, one, two, again = draws(0)
   assert len({zero, one, two, *draws(1)}) == 6
   assert again == one
+
+
+class Steep(experiment.Experiment):
+  """An experiment whose gradient is 7."""
+
+  def training_loss(self, params, batch, key, early):
+    return params['weight'] * 7 * jnp.ones(len(batch['label'])), jnp.zeros((32, 10))
+
+
+def test_the_norm_of_the_gradient_is_that_before_clipping():
+  exp, training = experiment.from_config(small_config(**{'optimizer.clip': '0.1'}))
+  step = trainer.make_train_step(Steep(**vars(exp)), training, sharding.make_mesh(1))
+  params = {'weight': jnp.ones(())}
+  now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
+  assert float(step(now, {'label': np.zeros(32, np.int32)})[1]['grad_norm']) == 7
+
+
+def test_the_time_before_a_resume_counts(monkeypatch):
+  blank = state.TrainState(jnp.int32(0), {}, (), None)
+  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
+  found = types.SimpleNamespace(
+    latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
+  )
+  exp, training = experiment.from_config(small_config())
+  run = trainer.Run(exp, training, sharding.make_mesh(), None, found, None, {})
+  assert run.initial_state().step == 5 and 1000 < time.perf_counter() - run.began < 1060
 
 
 def test_micro_batches_and_devices_change_only_rounding():
@@ -318,6 +356,11 @@ def test_strong_augmentation_ends_when_the_config_says():
     assert norms['weak', i] != pytest.approx(norms['strong', i], rel=1e-2)
   for i in (24, 31):
     assert norms['weak', i] == pytest.approx(norms['strong', i], rel=1e-5)
+
+
+@pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
+def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
+  assert experiment.length(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
 def test_an_added_cycle_has_weak_augmentation_only():

@@ -1,5 +1,6 @@
 """The model against the paper's own outputs, float64 and exact properties."""
 
+import functools
 import math
 import re
 
@@ -130,6 +131,41 @@ def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
   np.testing.assert_allclose(at[:, 0, 0, 1, 2], at[:, 1, 1, 2, 3], atol=1e-5)
   np.testing.assert_allclose(at[:, 2, 3, 0, 1], at[:, 2, 2, 0, 0], atol=1e-5)
   assert np.abs(at[:, 0, 0]).max() > 0.01
+
+
+def normalising_attention(x_ND, rope_NE=None, **fields):
+  """Random parameters of one head that normalises queries and keys; its weights `[N, N]`."""
+  module = vit.Attention(num_heads=1, head_dim=8, qk_norm=True, **fields)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x_ND[None])['params']
+  draw = np.random.RandomState(1)
+  params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
+  apply = jax.jit(functools.partial(module.apply, mutable=['intermediates']))
+  _, sown = apply({'params': params}, x_ND[None], rope_NE=rope_NE)
+  return params, np.asarray(sown['intermediates']['attention_BKNN'][0][0, 0])
+
+
+def test_queries_and_keys_are_normalised_before_they_are_turned():
+  """Scales of the norm's own, one an entry, would break rope's dependence on the offset alone."""
+  rope_NE = positions.rope_angles(3, 4, 8, prefix=0)
+  at = np.log(normalising_attention(np.ones((12, 8), np.float32), rope_NE)[1]).reshape(3, 4, 3, 4)
+  at -= np.einsum('hwhw->hw', at)[..., None, None]
+  np.testing.assert_allclose(at[0, 0, 1, 2], at[1, 1, 2, 3], atol=1e-4)
+  assert np.abs(at).max() > 0.1
+
+
+def test_queries_and_keys_are_normalised_with_the_models_epsilon():
+  x_ND = np.random.RandomState(0).normal(size=(6, 8)).astype(np.float32)
+  params, got_NN = normalising_attention(x_ND, norm_epsilon=0.5)
+
+  def normalised(name):
+    dense, norm = params[name], params[f'{name}_norm']
+    y_NE = x_ND @ dense['kernel'][:, 0] + dense['bias'][0]
+    y_NE = (y_NE - y_NE.mean(1, keepdims=True)) / np.sqrt(y_NE.var(1, keepdims=True) + 0.5)
+    return y_NE * norm['scale'] + norm['bias']
+
+  weights_NN = np.exp(normalised('query') @ normalised('key').T / math.sqrt(8))
+  weights_NN /= weights_NN.sum(1, keepdims=True)
+  np.testing.assert_allclose(got_NN, weights_NN, atol=1e-5)
 
 
 def test_rope_depends_on_the_offset_alone():
