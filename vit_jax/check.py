@@ -64,6 +64,7 @@ def check(config: ConfigDict) -> None:
   choose('data.cache', config.data.cache, CACHES)
   choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
   choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
+  pair(config.data.image_size, 'data.image_size')
   values = config_lib.flatten(config)
   for key, value in values.items():
     if any(item != item for item in (value if isinstance(value, list) else [value])):

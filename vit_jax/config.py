@@ -286,11 +286,12 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   """
   if not is_key(key):
     raise ValueError(f'--config.{unknown(key)}')
-  kind = kind_of(key)
+  kind, default = kind_of(key), flatten(default_config())[key]
   try:
-    value = parse(text, kind, optional=flatten(default_config())[key] is None)
+    value = parse(text, kind, optional=default is None)
   except (ValueError, SyntaxError):
-    example = {int: '8', float: '0.1', bool: 'true', tuple: '32,32'}[kind]
+    example = {int: '8', float: '0.1', bool: 'true', tuple: '0.1,0.2'}[kind]
+    example = ','.join(map(str, default)) if kind is tuple and default else example
     raise ValueError(
       f'--config.{key}: got {text!r}, expected {kind.__name__}, e.g. {example}.'
     ) from None
