@@ -16,7 +16,7 @@ import sys
 from typing import NamedTuple
 
 from benchmarks import collect
-from vit_jax import draw, writer
+from vit_jax import draw, output, writer
 from vit_jax.names import choose
 
 RUNS = pathlib.Path('runs/results')
@@ -135,7 +135,7 @@ def main(where: str, source: str, *names: str) -> None:
       train(name, seed, source)
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
-      writer.replace(collect.RESULTS / 'README.md', table)
+      output.replace(collect.RESULTS / 'README.md', table)
     print(row(name), flush=True)
 
 

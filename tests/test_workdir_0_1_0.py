@@ -49,14 +49,17 @@ def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
     np.testing.assert_allclose(leaf, reference[f'resumed/{name}'], rtol=1e-3, atol=1e-4)
 
 
-def test_a_run_of_0_1_0_with_muon_is_not_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize(('key', 'value'), [('optimizer.name', 'muon'), ('data.crop', '0.9')])
+def test_a_run_of_0_1_0_that_depends_on_an_old_rule_is_not_resumed(
+  tmp_path, monkeypatch, key, value
+):
   saved = experiment.Experiment.saved
-  config = small_config(**{'optimizer.name': 'muon', 'epochs': '0.5'})
+  config = small_config(**{key: value, 'epochs': '0.5', 'data.cache': 'memory'})
   with monkeypatch.context() as patch:
     unversioned = lambda exp: {k: v for k, v in saved(exp).items() if k != 'version'}
     patch.setattr(experiment.Experiment, 'saved', unversioned)
     trainer.train(config, tmp_path)
   assert trainer.train(config, tmp_path)['steps'] == 16  # finished: nothing is trained
   config.epochs = 1.0
-  with pytest.raises(ValueError, match=r'0\.1\.0, whose Muon decayed neither .* --config\.init='):
+  with pytest.raises(ValueError, match=r'0\.1\.0, in which (Muon|data\.crop) .* --config\.init='):
     trainer.train(config, tmp_path)

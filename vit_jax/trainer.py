@@ -235,17 +235,25 @@ def begin(
 
 
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError for a run of 0.1.0 whose optimizer has changed since.
+  """Raises ValueError for a run of 0.1.0 that depends on a rule that has changed since.
+
+  `experiment.from_config` refuses those on folders, of which other files are held out now.
 
   Args:
     item: the item `config` of the newest checkpoint. 0.1.0 wrote no version into it.
     workdir: of the run.
   """
-  if 'version' not in item and item['config']['optimizer']['name'] == 'muon':
+  optimizer, data = item['config']['optimizer'], item['config']['data']
+  changed = {
+    'Muon decayed neither the embedding nor the head': optimizer['name'] == 'muon',
+    'data.crop left some images whole': data['cache'] == 'memory' and data['crop'] < 1,
+  }
+  reasons = [reason for reason, depends in changed.items() if depends]
+  if 'version' not in item and reasons:
     raise ValueError(
-      f'{workdir} holds a run of version 0.1.0, whose Muon decayed neither the embedding nor the '
-      'head. It can be evaluated and used, but not resumed. Start a new run in another --workdir, '
-      f'from these weights if you like: --config.init={workdir}'
+      f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. It can be '
+      'evaluated and used, but not resumed. Start a new run in another --workdir, from these '
+      f'weights if you like: --config.init={workdir}'
     )
 
 
