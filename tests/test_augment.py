@@ -350,7 +350,7 @@ class Fixed(experiment.Experiment):
     ({'rand_augment.space': 'huge'}, 'standard, timm, wide'),
     ({'rand_augment.magnitude': '11'}, 'from 0 to 10 for space=standard'),
     ({'rand_augment.magnitude': '31', 'rand_augment.space': 'big_vision'}, 'from 0 to 30'),
-    ({'rand_augment.magnitude': 'nan'}, 'from 0 to 10'),
+    ({'rand_augment.magnitude': 'nan'}, 'must be a number'),
     ({'resized_crop.min_area': '0'}, 'min_area must be from 0.001'),
 ])  # fmt: skip
 def test_arguments_that_cannot_be_are_refused(overrides, message):

@@ -112,7 +112,7 @@ def check_augment(config: ConfigDict) -> None:
   """Raises ValueError for arguments of augmentations that don't fit each other."""
   erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
   most = randaugment.MAX_MAGNITUDES[drawn.space]
-  if not 0 <= drawn.magnitude <= most:  # which NaN is not either
+  if not 0 <= drawn.magnitude <= most:
     spaces = [f'{space} to {most}' for space, most in randaugment.MAX_MAGNITUDES.items()]
     raise ValueError(
       f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
