@@ -126,6 +126,7 @@ def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, mo
 def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
   sent = [json.dumps({'error': "Process 0 failed: KeyError: 'x'"}).encode()]
   monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(cluster, 'is_first', lambda: first)
   monkeypatch.setattr(cluster, 'broadcast', lambda data: sent.append(data) or data or sent[0])
   with pytest.raises(KeyError if first else ValueError, match='x'):

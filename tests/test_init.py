@@ -166,7 +166,7 @@ def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path
   for classes, size in ((own, 12), (tuple('abcdefghij'), None), (('a', 'b'), None)):
     source = sources.Source({}, classes, 3, None)
     config = small_config(init=str(tmp_path), **{'model.variant': 'None'})
-    filled, params = inherit.open_init(config, source)
+    filled, params, _ = inherit.open_init(config, source)
     monkeypatch.setattr(sources, 'open_source', lambda *_, source=source: source)
     exp, fewshot_params = experiment.from_init(str(tmp_path), {}, 'data')
     assert filled.model.representation_size == exp.model.representation_size == size

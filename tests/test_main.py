@@ -386,7 +386,7 @@ def test_interrupted(capsys, monkeypatch):
   for mode in ('train', 'eval'):
     monkeypatch.setitem(main.MODES, mode, stop)
     code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
-    assert code == 130 and ('goes on' in err) == (mode == 'train')
+    assert code == 130 and ('resumes' in err) == (mode == 'train')
 
 
 def test_a_second_interrupt_ends_the_program_at_once():

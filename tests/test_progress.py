@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+import tqdm
+
 from vit_jax import progress
 
 
@@ -18,6 +20,7 @@ def test_what_takes_long_is_announced(caplog, monkeypatch):
 
 
 def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
+  tqdm.tqdm._instances.clear()  # bars of loops that other tests broke off
   monkeypatch.setattr(progress, 'SOON', 0.05)
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
   caplog.set_level(logging.INFO)

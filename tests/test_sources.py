@@ -149,7 +149,7 @@ def test_the_order_is_that_of_hashed_names(tmp_path):
   (tmp_path / 'train' / 'a' / 'folder.png').mkdir()
   root = tmp_path / 'train'
   files = [file for file in root.rglob('*') if image_lib.is_image(file)]
-  below = lambda file: os.fsencode(pathlib.PurePath(*file.relative_to(root).parts[1:]))
+  below = lambda file: os.fsencode(pathlib.PurePath(*file.relative_to(root).parts[1:])).lower()
   digest = lambda file: (hashlib.sha256(below(file)).digest(), file.relative_to(root).parts[0])
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 20, 'test': 12}
