@@ -1,7 +1,7 @@
 """Checkpoints with orbax, and orbax only here.
 
 A workdir keeps them in `checkpoints/<step>/`, each with four items: `params`, `state`
-(step, optimizer state, averages), `names` (hashes of the training files' names, `trained.py`) and
+(step, optimizer state, averages), `names` (what the training files are known by, `trained.py`) and
 `config` (JSON: version, config, what the data told: class names, channels, stored size, the last
 steps of the run's earlier cycles, and digests of all items).
 

@@ -634,7 +634,7 @@ def open_source(experiment: Experiment) -> sources.Source:
   """The source of the experiment's data.
 
   Raises:
-    ValueError: data of other classes than the model's, or too much of it for the memory.
+    ValueError: data of other classes or channels than the model's.
   """
   data, task = experiment.config.data, experiment.task
   source = sources.open_source(data.source, data.dir, pair(data.image_size))
