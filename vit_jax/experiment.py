@@ -298,12 +298,7 @@ def from_config(
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
   else:
-    seen = trained.Names()
-    if config.init:
-      config, params, seen = inherit.open_init(config, source)
-    # The last run of a sweep trains on the held-out split, too.
-    trained_on = [data.train_split, *[data.val_split] * bool(config.sweep)]
-    seen = trained.of_files(source, trained_on, seen)
+    config, params, seen = begin_from(config, source)
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run began under version 0.1.0, which held other files out '
@@ -336,6 +331,23 @@ def from_config(
   task = dataclasses.replace(task, train_examples=len(train))
   experiment = dataclasses.replace(experiment, task=task)
   return experiment, plan(config, train, val, test, params, cycles)
+
+
+def begin_from(
+  config: ConfigDict, source: sources.Source
+) -> tuple[ConfigDict, dict | None, trained.Names]:
+  """What a new run begins with.
+
+  Returns:
+    The config with what the weights of `init` decide, these weights if there are any, and the
+    names of the files that the run and those before it are trained on.
+  """
+  params, earlier = None, trained.Names()
+  if config.init:
+    config, params, earlier = inherit.open_init(config, source)
+  # The last run of a sweep trains on the held-out split, too.
+  trained_on = [config.data.train_split, *[config.data.val_split] * bool(config.sweep)]
+  return config, params, trained.of_files(source, trained_on, earlier)
 
 
 def decide_cache(
