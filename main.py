@@ -26,7 +26,7 @@ import signal
 import sys
 
 from vit_jax.names import choose
-from vit_jax.paths import local
+from vit_jax.storage import local
 
 log = logging.getLogger('vit_jax')
 
@@ -48,12 +48,13 @@ def paths(text):
 
 
 def train(args, overrides):
-  from vit_jax import cluster, probe, trainer
+  from vit_jax.distributed import cluster
+  from vit_jax.training import resume, trainer
 
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
-    config = given_config(args, overrides) or trainer.saved_config(args.workdir, overrides)
+    config = given_config(args, overrides) or resume.saved_config(args.workdir, overrides)
     try:
-      result = probe.train(config, args.workdir)
+      result = trainer.train(config, args.workdir)
     except cluster.Preempted as error:
       log.info('%s The same command goes on.', error)
       return cluster.TRY_AGAIN
@@ -66,7 +67,8 @@ def train(args, overrides):
 
 
 def evaluate(args, overrides):
-  from vit_jax import cluster, evaluate
+  from vit_jax.distributed import cluster
+  from vit_jax.evaluation import evaluate
 
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
     # JAX would keep it for whoever asks for it, as training does.
@@ -77,7 +79,7 @@ def evaluate(args, overrides):
 
 
 def fewshot(args, overrides):
-  from vit_jax import fewshot
+  from vit_jax.evaluation import fewshot
 
   config = given_config(args, overrides)
   result = fewshot.run(args.workdir, overrides, config, args.init, args.step)
@@ -87,7 +89,7 @@ def fewshot(args, overrides):
 
 
 def predict(args, overrides):
-  from vit_jax import predict
+  from vit_jax.inference import predict
 
   if args.features:
     return features(args, overrides)
@@ -100,7 +102,9 @@ def predict(args, overrides):
 
 def features(args, overrides):
   """What --mode=predict does with --features."""
-  from vit_jax import format_npz, output, predict
+  from vit_jax import storage
+  from vit_jax.inference import predict
+  from vit_jax.weights import npz
 
   if args.given & {'--format', '--topk'}:
     raise ValueError('--features writes arrays: leave --format and --topk out.')
@@ -108,12 +112,12 @@ def features(args, overrides):
     raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
   if args.out.exists():
     raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
-  output.check_folder(args.out.parent)
+  storage.check_folder(args.out.parent)
   images, config = args.images or [], given_config(args, overrides)
   arrays, errors = predict.features(
     args.workdir, images, args.features, overrides, config, args.init, args.step
   )
-  format_npz.write_arrays(args.out, arrays)
+  npz.write_arrays(args.out, arrays)
   print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
   return finish(errors)
 
@@ -126,7 +130,7 @@ def finish(errors):
 
 
 def visualize(args, overrides):
-  from vit_jax import visualize
+  from vit_jax.figures import visualize
 
   if args.init and not args.out:
     raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
@@ -139,7 +143,7 @@ def visualize(args, overrides):
 
 def serve(args, overrides):
   try:
-    from vit_jax import serve
+    from vit_jax.inference import serve
   except ModuleNotFoundError as error:
     raise ValueError(
       f'--mode=serve needs {error.name}: pip install -r requirements-demo.txt'
@@ -149,7 +153,7 @@ def serve(args, overrides):
 
 
 def export(args, overrides):
-  from vit_jax import export
+  from vit_jax.inference import export
 
   if not args.format or not args.out:
     raise ValueError(
@@ -161,7 +165,7 @@ def export(args, overrides):
 
 
 def inspect(args, overrides):
-  from vit_jax import summary
+  from vit_jax.inference import summary
 
   config = given_config(args, overrides)
   print(summary.show(summary.run(config, args.workdir, args.init, overrides)))
@@ -200,7 +204,7 @@ class Console(logging.Handler):
   def emit(self, record):
     from tqdm import tqdm
 
-    from vit_jax import cluster
+    from vit_jax.distributed import cluster
 
     if cluster.is_first() or record.levelno >= logging.WARNING:
       tqdm.write(self.format(record), file=sys.stderr)
@@ -319,9 +323,10 @@ def main(argv):
       raise ValueError('--step chooses a checkpoint of a --workdir: leave it out with --init.')
     if args.workdir is None and not args.init and args.mode != 'inspect':
       raise ValueError('--workdir is missing: where checkpoints and records are or shall be.')
-    from vit_jax import backend, limits, sharding
+    from vit_jax import limits
+    from vit_jax.distributed import backend, devices
 
-    sharding.start_up()
+    devices.start_up()
     with backend.needed(), limits.memory_for(f'--mode={args.mode}'):
       code = mode(args, overrides)
     if sys.stdout:

@@ -16,7 +16,7 @@ import sys
 
 import jax
 
-from vit_jax import writer
+from vit_jax.workdir import writer
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
 

@@ -25,7 +25,7 @@ import time
 
 from benchmarks import collect
 import main as program
-from vit_jax import checkpoint, writer
+from vit_jax.workdir import stored, writer
 
 FLAGS = [
   '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
@@ -91,8 +91,8 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Of all arrays of a checkpoint, the newest by default."""
-  step = checkpoint.latest_step(workdir) if step is None else step
-  items = [checkpoint.digest(checkpoint.read(workdir, step, name)) for name in ('params', 'state')]
+  step = stored.latest_step(workdir) if step is None else step
+  items = [stored.digest(stored.read(workdir, step, name)) for name in ('params', 'state')]
   return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
 
 
@@ -116,8 +116,8 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
     if process.is_alive():
       raise SystemExit(f'{workdir}: a process outlived the other by {LIMIT} s.')
   outlived, codes = time.monotonic() - died, [process.exitcode for process in started]
-  reached = checkpoint.latest_step(workdir)
-  partial = [p.name for p in checkpoint.directory(workdir).glob('*tmp*')]
+  reached = stored.latest_step(workdir)
+  partial = [p.name for p in stored.directory(workdir).glob('*tmp*')]
   finish(workdir, processes)
   same = fingerprint(workdir) == want
   found = {
@@ -136,7 +136,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
 
 def averages(workdir: pathlib.Path, step: int) -> str:
   """Of the weights that inference takes from a checkpoint."""
-  return checkpoint.digest(checkpoint.read(workdir, step, 'state')['ema'])
+  return stored.digest(stored.read(workdir, step, 'state')['ema'])
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
@@ -144,8 +144,8 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
   draw = random.Random(number)
   workdir = folder / f'damaged{number}'
   shutil.copytree(finished, workdir)
-  newest = checkpoint.latest_step(workdir)
-  files = [p for p in (checkpoint.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
+  newest = stored.latest_step(workdir)
+  files = [p for p in (stored.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
   path = draw.choice(sorted(files))
   how = draw.choice(['flip', 'cut', 'empty', 'remove'])
   data = bytearray(path.read_bytes())
@@ -158,14 +158,14 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
     path.write_bytes(b'')
   else:
     path.unlink()
-  loaded, params, _ = checkpoint.load(workdir)  # as `predict` does
-  checkpoint.set_aside_damaged(workdir)  # as training does
-  step = checkpoint.latest_step(workdir)
+  loaded, params, _ = stored.load(workdir)  # as `predict` does
+  stored.set_aside_damaged(workdir)  # as training does
+  step = stored.latest_step(workdir)
   found = {
-    'file': str(path.relative_to(checkpoint.directory(workdir) / str(newest))),
+    'file': str(path.relative_to(stored.directory(workdir) / str(newest))),
     'how': how,
     'used': 'newest' if step == newest else 'the one before',
-    'good': checkpoint.digest(params) == averages(finished, loaded)
+    'good': stored.digest(params) == averages(finished, loaded)
     and fingerprint(workdir) == fingerprint(finished, step),
   }
   shutil.rmtree(workdir)
@@ -176,7 +176,7 @@ def main(
   alone: str = '40', together: str = '12', damages: str = '40', out: str | None = None
 ) -> None:
   program.keep_compiled()
-  multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.probe'])
+  multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.training.probe'])
   kills, damaged = [], []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)

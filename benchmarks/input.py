@@ -35,8 +35,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import collect, photos
-from vit_jax import cluster, data, image, memory, sharding, sources, stream, trainer, writer
 from vit_jax import config as config_lib
+from vit_jax.data import batching, sources, stream
+from vit_jax.data import image as image_lib
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import cluster, devices, sharding
+from vit_jax.training import trainer
+from vit_jax.workdir import writer
 
 COUNT = 20_000
 SIZE = (224, 224)
@@ -58,11 +63,11 @@ STEPS = 20
 def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
   """What `data.cache=stream` trains on."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
-  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers)
+  arguments = dict(size=SIZE, fit=image_lib.fit, crop=CROP, workers=workers)
   arguments |= dict(threads=stream.best_threads(workers))
   examples = stream.open_stream(source, split, **arguments)
-  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
-  for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):
+  over_batch = sharding.over_batch(devices.make_mesh(BATCH))
+  for batch in batching.train_batches(examples, BATCH, 0, 0, over_batch):
     yield len(jax.block_until_ready(batch['image']))
 
 
@@ -101,7 +106,7 @@ class Photos:
     import torch
 
     opened = Image.open(self.files[i])
-    box = image.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
+    box = image_lib.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
     part = opened.convert('RGB').resize(SIZE[::-1], Image.Resampling.BILINEAR, box)
     return torch.from_numpy(np.array(part))
 
@@ -208,12 +213,12 @@ def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
   import simplejpeg
 
   box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
-  return image.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
+  return image_lib.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
 
 
 def opencv(encoded: bytes, choose: Callable) -> np.ndarray:
   """What this project does."""
-  return image.decode_part(encoded, 'a file', 3, choose, SIZE)
+  return image_lib.decode_part(encoded, 'a file', 3, choose, SIZE)
 
 
 DECODERS = {
@@ -228,7 +233,7 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
   """Milliseconds of one core for each way to decode a file and take a part: medians."""
   files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
   chosen = [
-    functools.partial(image.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
+    functools.partial(image_lib.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
   ]
   times = {}
   for _ in range(ROUNDS):
@@ -246,9 +251,9 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   """Images a second of CIFAR's size that are gathered into batches: the most of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
-  examples = memory.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
-  over_batch = sharding.over_batch(sharding.make_mesh(batch))
-  batches, rates = data.train_batches(examples, batch, 0, 0, over_batch), []
+  examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
+  over_batch = sharding.over_batch(devices.make_mesh(batch))
+  batches, rates = batching.train_batches(examples, batch, 0, 0, over_batch), []
   for _ in range(2 * ROUNDS):
     began = time.perf_counter()
     for found in itertools.islice(batches, size // batch):

@@ -23,8 +23,15 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from benchmarks import collect
-from vit_jax import backend, experiment, sharding, state, trainer, writer
 from vit_jax import config as config_lib
+from vit_jax.distributed import backend, sharding
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.experiment import Task, assemble
+from vit_jax.optim import plan as plan_lib
+from vit_jax.optim.plan import Training
+from vit_jax.training import state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import writer
 
 BATCH, CLASSES, SIZE, EXAMPLES = 4096, 1000, 224, 1_281_167  # ImageNet, in the paper's batches
 PATH = collect.RESULTS / 'pods.json'
@@ -59,14 +66,12 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
   config = settings(variant, sizes, remat)
   topology = topologies.get_topology_desc(platform='tpu', topology_name=pod)
   devices = np.array(topology.devices[: math.prod(sizes)]).reshape(sizes)
-  mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(devices, devices_lib.AXES, axis_types=(AxisType.Auto,) * 3)
   classes = tuple(f'class {i}' for i in range(CLASSES))
-  exp = experiment.assemble(config, experiment.Task(classes, (SIZE, SIZE), 3, EXAMPLES))
-  training = experiment.Training(
-    None, None, None, params=None, **experiment.recipe(config, EXAMPLES)
-  )
+  exp = assemble(config, Task(classes, (SIZE, SIZE), 3, EXAMPLES))
+  training = Training(None, None, None, params=None, **plan_lib.recipe(config, EXAMPLES))
   begin = lambda: state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, False, sharding.make_mesh()
+    exp.model, training.optimizer, exp.image_shape, 0, False, devices_lib.make_mesh()
   )
 
   def abstract(shape, dtype, where):
@@ -82,7 +87,7 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
     'label': abstract((BATCH,), 'int32', over_batch),
   }
   with backend.portable():  # the kernels that a TPU gets
-    return trainer.make_train_step(exp, training, mesh).lower(now, batch).compile()
+    return make_train_step(exp, training, mesh).lower(now, batch).compile()
 
 
 def group_size(line: str) -> int:
@@ -146,7 +151,7 @@ def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict
   return {
     'model': variant,
     'pod': pod,
-    'mesh': dict(zip(sharding.AXES, sizes)),
+    'mesh': dict(zip(devices_lib.AXES, sizes)),
     'remat': remat,
     'batch_size': BATCH,
     'arguments_bytes': memory.argument_size_in_bytes,

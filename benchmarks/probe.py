@@ -20,8 +20,15 @@ import numpy as np
 
 from benchmarks import collect
 from vit_jax import config as config_lib
-from vit_jax import data, experiment, features, probe, sharding, state, trainer, writer
-from vit_jax.memory import Examples
+from vit_jax import opening
+from vit_jax.data import batching
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices, sharding
+from vit_jax.evaluation import features
+from vit_jax.optim import plan as plan_lib
+from vit_jax.training import probe, state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import writer
 
 EXAMPLES = 8192
 ROUNDS = 7
@@ -55,10 +62,10 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
     config.freeze,
   )
   train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
-  batches = data.train_batches(
+  batches = batching.train_batches(
     training.train, config.batch_size, config.seed, 0, sharding.over_batch(mesh)
   )
-  step = trainer.make_train_step(exp, training, mesh)
+  step = make_train_step(exp, training, mesh)
   states = [step(train_state, next(batches))[0]]
 
   def epoch():
@@ -71,14 +78,14 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
 
 def measure(config, examples: int, rounds: int) -> dict:
   """Medians of the two epochs, their ratio, and what the features cost."""
-  sharding.start_up()
-  mesh = sharding.make_mesh(config.batch_size)
-  exp, training = experiment.from_config(config)
+  devices.start_up()
+  mesh = devices.make_mesh(config.batch_size)
+  exp, training = opening.from_config(config)
   random, shape = np.random.RandomState(0), (examples, *training.train.image_NHWC.shape[1:])
   many = Examples(
     random.randint(0, 256, shape, np.uint8), random.randint(0, 10, examples).astype(np.int32)
   )
-  training = experiment.plan(config, many, None, training.test, training.params)
+  training = plan_lib.make(config, many, None, training.test, training.params)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     weights = probe.initial_params(exp, training, folder)

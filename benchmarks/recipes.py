@@ -16,8 +16,10 @@ import sys
 from typing import NamedTuple
 
 from benchmarks import collect
-from vit_jax import draw, output, writer
+from vit_jax import storage
+from vit_jax.figures import canvas, draw
 from vit_jax.names import choose
+from vit_jax.workdir import writer
 
 RUNS = pathlib.Path('runs/results')
 
@@ -102,7 +104,7 @@ def gather(name: str) -> None:
   folder.mkdir(exist_ok=True)
   for path in finished:
     shutil.copy(path / 'metrics.jsonl', folder / f'{path.name}.jsonl')
-  draw.save(draw.curves(writer.read_metrics(finished[0])), folder / 'curves.png')
+  canvas.save(draw.curves(writer.read_metrics(finished[0])), folder / 'curves.png')
 
 
 def row(name: str) -> str:
@@ -135,7 +137,7 @@ def main(where: str, source: str, *names: str) -> None:
       train(name, seed, source)
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
-      output.replace(collect.RESULTS / 'README.md', table)
+      storage.replace(collect.RESULTS / 'README.md', table)
     print(row(name), flush=True)
 
 

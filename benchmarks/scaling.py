@@ -17,7 +17,7 @@ import sys
 import tempfile
 
 from benchmarks import collect
-from vit_jax import writer
+from vit_jax.workdir import writer
 
 FLAGS = [
   '--config=configs/cifar10.py:tiny', '--config.data.source=synthetic',

@@ -20,7 +20,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from benchmarks import collect
-from vit_jax import data, image, sharding, sources, stream, writer
+from vit_jax.data import batching, sources, stream
+from vit_jax.data import image as image_lib
+from vit_jax.distributed import devices, sharding
+from vit_jax.workdir import writer
 
 BATCH = 100
 NAME = 'folder_as_tfds'
@@ -74,10 +77,10 @@ def digest(image_HWC: np.ndarray) -> bytes:
 def epoch(source: str, data_dir: str, size: int) -> Seen:
   """What one epoch of training sees."""
   found = sources.open_source(source, data_dir, (size, size))
-  arguments = dict(size=(size, size), fit=image.fit, threads=stream.best_threads(0))
+  arguments = dict(size=(size, size), fit=image_lib.fit, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)
-  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
-  batches, seen = data.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
+  over_batch = sharding.over_batch(devices.make_mesh(BATCH))
+  batches, seen = batching.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
   for _ in range(len(examples) // BATCH):
     batch = next(batches)
     seen.update(zip(np.asarray(batch['label']).tolist(), map(digest, np.asarray(batch['image']))))

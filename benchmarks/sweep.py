@@ -20,7 +20,7 @@ import statistics
 import sys
 
 from benchmarks import collect
-from vit_jax import writer
+from vit_jax.workdir import writer
 
 HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 

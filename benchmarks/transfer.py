@@ -14,7 +14,7 @@ import pathlib
 import sys
 
 from benchmarks import collect
-from vit_jax import writer
+from vit_jax.workdir import writer
 
 SEEDS = (0, 1)
 ALL = {'epochs': 10, 'batch_size': 512}

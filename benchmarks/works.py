@@ -71,10 +71,10 @@ def settings(work: Work) -> ConfigDict:
 
 def sizes(work: Work) -> dict:
   """Keyword arguments that every peer builds its model from."""
-  from vit_jax import experiment, weights  # which bring JAX: not into a peer's process
+  from vit_jax import experiment, names  # which bring JAX: not into a peer's process
 
   config = settings(work)
-  height, width = weights.pair(config.data.image_size)
+  height, width = names.pair(config.data.image_size)
   task = experiment.Task(tuple(map(str, range(NUM_CLASSES))), (height, width), 3)
   model = experiment.assemble(config, task).model
   assert height == width and model.patch_size[0] == model.patch_size[1]

@@ -9,8 +9,10 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from vit_jax import format_timm, vit
-from vit_jax.weights import param_shapes
+from vit_jax.model import variants
+from vit_jax.model.vit import ViT
+from vit_jax.weights import timm
+from vit_jax.weights.param_tree import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMM_NAMES = ROOT / 'tests/data/timm_names.json'  # every ViT of timm 1.0.31, None: not read here
@@ -78,7 +80,7 @@ HUGGING_FACE = {  # class: an example on the Hub, how it differs from B/16 with 
 }
 
 
-def parameters(model: vit.ViT, pixels: int = PIXELS) -> int:
+def parameters(model: ViT, pixels: int = PIXELS) -> int:
   """The number of a model's parameters, from those of its first blocks: all are alike."""
   size = [pixels // p * p for p in model.patch_size]
   count = lambda depth: sum(
@@ -93,9 +95,9 @@ def millions(count: int) -> str:
   return f'{count / 1e6:.2f}'
 
 
-def timm_model(name: str) -> vit.ViT:
+def timm_model(name: str) -> ViT:
   """The model of a timm architecture name, with 1,000 classes."""
-  return vit.ViT(**format_timm.read(pathlib.Path(name), {'architecture': name}, {}).fields)
+  return ViT(**timm.read(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 
 def tables() -> str:
@@ -104,10 +106,10 @@ def tables() -> str:
   lines += ['| --- | --- | --- | --- |']
   for name, (published, test) in VARIANTS.items():
     files = published.format(name.replace('/', '_'))
-    count = millions(parameters(vit.make(name, 1000)))
+    count = millions(parameters(variants.make(name, 1000)))
     lines.append(f'| `{name}` | {count} | {files} | `{test}` |')
   for name, trained in SMALL.items():
-    count = millions(parameters(vit.make(name, 10, pool='gap'), 32))
+    count = millions(parameters(variants.make(name, 10, pool='gap'), 32))
     lines.append(f'| `{name}` (32, 10 classes) | {count} | trained here: {trained} | `test_main` |')
   lines += ['\n## Hugging Face\n', 'Any size of these classes, safetensors with `config.json`.\n']
   lines += ['| class | for example | tests |', '| --- | --- | --- |']

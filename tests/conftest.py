@@ -40,7 +40,7 @@ def small_config(**overrides):
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
   """A finished run: (workdir, result)."""
-  from vit_jax import trainer
+  from vit_jax.training import trainer
 
   workdir = tmp_path_factory.mktemp('run')
   return workdir, trainer.train(small_config(), workdir)

@@ -8,7 +8,13 @@ from conftest import small_config
 import jax
 import numpy as np
 
-from vit_jax import checkpoint, data, evaluate, experiment, sharding, state, trainer
+from vit_jax import experiment, opening
+from vit_jax.data import batching
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import evaluate, scoring
+from vit_jax.training import state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import checkpoint
 
 MESHES = {
   'replicated': {'data': 8},
@@ -26,7 +32,7 @@ def build(mesh: dict[str, int], **overrides: str):
     'model.width': '64', 'model.depth': '1', 'model.num_heads': '4', 'model.mlp_dim': '256',
     'model.pool': 'map', 'batch_size': '64', 'ema': '0.9', 'model.dropout': '0.1',
   } | sizes | overrides  # fmt: skip
-  exp, training = experiment.from_config(small_config(**overrides))
+  exp, training = opening.from_config(small_config(**overrides))
   return exp, training, experiment.make_mesh(exp.config)
 
 
@@ -42,12 +48,12 @@ def run(mesh: dict[str, int], **overrides: str) -> dict:
   arrays = jax.tree.leaves((now.params, now.opt_state, now.ema))
   held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
   small = sum(x.nbytes for x in arrays if x.size < sharding.SPLIT_FROM)
-  batches = data.train_batches(training.train, 64, 0, 0, sharding.over_batch(mesh))
-  step = trainer.make_train_step(exp, training, mesh)
+  batches = batching.train_batches(training.train, 64, 0, 0, sharding.over_batch(mesh))
+  step = make_train_step(exp, training, mesh)
   before, losses = [x.sharding for x in arrays], []
   for _ in range(STEPS):
     now, metrics = step(now, next(batches))
-    losses.append(evaluate.summarize([metrics['score']])['loss'])
+    losses.append(scoring.summarize([metrics['score']])['loss'])
   after = [x.sharding for x in jax.tree.leaves((now.params, now.opt_state, now.ema))]
   eval_step = evaluate.make_eval_step(exp, mesh)
   return {

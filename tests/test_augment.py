@@ -10,8 +10,13 @@ from PIL import Image
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import augment, config, experiment, sharding
+from vit_jax import config as config_lib
+from vit_jax import opening
+from vit_jax.augment import crops, pipeline
+from vit_jax.augment.mixing import mix, partner
 from vit_jax.check import check
+from vit_jax.distributed import devices, microbatch
+from vit_jax.experiment import Experiment
 
 IMAGES = np.random.RandomState(0).randint(0, 256, (16, 6, 8, 3)).astype(np.uint8)
 KEY = jax.random.key(0)
@@ -19,7 +24,7 @@ KEY = jax.random.key(0)
 
 def arguments(**changes):
   """The default arguments with these changes: name=dict(...)."""
-  section = config.default_config().augment.to_dict()
+  section = config_lib.default_config().augment.to_dict()
   for name, values in changes.items():
     section[name] = section[name] | values if isinstance(values, dict) else values
   return section
@@ -29,10 +34,10 @@ def run(images, example, padding=0, probability=0.0, mode='reflect'):
   settings = arguments(
     pad_crop={'padding': padding, 'mode': mode}, flip={'probability': probability}
   )
-  return np.asarray(augment.augment(KEY, jnp.asarray(example), images, settings))
+  return np.asarray(pipeline.augment(KEY, jnp.asarray(example), images, settings))
 
 
-@pytest.mark.parametrize('mode', augment.PAD_MODES)
+@pytest.mark.parametrize('mode', crops.PAD_MODES)
 def test_pad_crop_takes_a_window_of_the_padded_image(mode):
   images = np.concatenate([IMAGES] * 8)
   out = run(images, np.arange(128), padding=2, mode=mode)
@@ -67,7 +72,7 @@ def test_draws_depend_on_the_example_alone():
 
 
 def test_each_step_augmentation_and_example_draws_from_a_key_of_its_own():
-  keys = [augment.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in range(3)]
+  keys = [pipeline.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in range(3)]
   data = np.concatenate([jax.random.key_data(key_B) for key_B in keys])
   assert len(np.unique(data, axis=0)) == 2 * 3 * 5
 
@@ -75,7 +80,7 @@ def test_each_step_augmentation_and_example_draws_from_a_key_of_its_own():
 def test_augmentation_and_dropout_draw_from_different_keys():
   seen = []
 
-  class Spy(experiment.Experiment):
+  class Spy(Experiment):
     def logits(self, params, batch, key=None):
       seen.append(key)
       return jnp.zeros((2, 10))
@@ -84,7 +89,7 @@ def test_augmentation_and_dropout_draw_from_different_keys():
     seen.append(key)
     return None, None
 
-  exp, _ = experiment.from_config(small_config())
+  exp, _ = opening.from_config(small_config())
   batch = {'image': None, 'label': jnp.arange(2), 'example': jnp.arange(2)}
   spy = Spy(**vars(exp) | {'augment_and_mix': augment_and_mix})
   spy.training_loss({}, batch, KEY, True)
@@ -94,8 +99,8 @@ def test_augmentation_and_dropout_draw_from_different_keys():
 
 def test_nothing_happens_by_default():
   np.testing.assert_array_equal(run(IMAGES, np.arange(16)), IMAGES)
-  assert augment.active(arguments()) == []
-  out, own = augment.augment_and_mix(KEY, jnp.arange(16), IMAGES, arguments(), early=True)
+  assert pipeline.active(arguments()) == []
+  out, own = pipeline.augment_and_mix(KEY, jnp.arange(16), IMAGES, arguments(), early=True)
   np.testing.assert_array_equal(out, IMAGES)
   np.testing.assert_array_equal(own, np.ones(16))
 
@@ -113,11 +118,11 @@ ON = {
 
 
 def test_each_is_turned_on_by_its_switch():
-  assert list(ON) == [*augment.AUGMENTATIONS, 'mix']
+  assert list(ON) == [*pipeline.AUGMENTATIONS, 'mix']
   for name, values in ON.items():
-    assert augment.active(arguments(**{name: values})) == [name]
+    assert pipeline.active(arguments(**{name: values})) == [name]
   others = {'rand_augment': {'magnitude': 1.0}, 'mix': {'switch': 0.1}, 'off_for_last': 0.5}
-  assert augment.active(arguments(**others)) == []
+  assert pipeline.active(arguments(**others)) == []
 
 
 @functools.cache
@@ -126,7 +131,7 @@ def early_and_late():
   most = {name: values for name, values in ON.items() if name != 'trivial_augment'}
   settings = arguments(**most, off_for_last=0.5)
   return jax.jit(
-    lambda example, images, early: augment.augment_and_mix(KEY, example, images, settings, early)
+    lambda example, images, early: pipeline.augment_and_mix(KEY, example, images, settings, early)
   )
 
 
@@ -147,7 +152,7 @@ def test_at_the_end_of_a_run_images_are_only_cropped_and_flipped():
   out, own = early_and_late()(places, images, False)
   np.testing.assert_array_equal(own, np.ones(16))
   weak = {name: ON[name] for name in ('pad_crop', 'flip', 'resized_crop')}
-  run = jax.jit(lambda images: augment.augment(KEY, places, images, arguments(**weak)))
+  run = jax.jit(lambda images: pipeline.augment(KEY, places, images, arguments(**weak)))
   want = np.asarray(run(images)).astype(int)
   np.testing.assert_allclose(np.asarray(out), want, atol=1)  # another program rounds otherwise
   assert (np.asarray(out) == want).mean() > 0.999
@@ -159,7 +164,7 @@ KEYS = jax.random.split(KEY, 256)
 
 def rectangles(count, height, width, min_area, max_area, max_aspect):
   """(heights, widths) of many draws."""
-  draw = lambda key: augment.rectangle(key, height, width, min_area, max_area, max_aspect)
+  draw = lambda key: crops.rectangle(key, height, width, min_area, max_area, max_aspect)
   keys = jax.random.split(KEY, count)
   return np.asarray(jax.jit(jax.vmap(draw))(keys)).T
 
@@ -188,18 +193,18 @@ def test_a_resized_crop_is_that_of_pillow(monkeypatch):
     (11.0, 15.0, 1.0, 1.0),
   ]  # fmt: skip
   for top, left, height, width in boxes:
-    monkeypatch.setattr(augment, 'rectangle', lambda *_, size=(height, width): jnp.array(size))
+    monkeypatch.setattr(crops, 'rectangle', lambda *_, size=(height, width): jnp.array(size))
     free = np.array([12 - height, 16 - width])
     share = np.array([top, left]) / np.where(free > 0, free, 1)
     monkeypatch.setattr(jax.random, 'uniform', lambda *_, share=share: jnp.asarray(share))
-    out = augment.resized_crop(KEYS[:1], DRAWN[:1], 0.1, 1.3)[0]
+    out = crops.resized_crop(KEYS[:1], DRAWN[:1], 0.1, 1.3)[0]
     place = (left, top, left + width, top + height)
     want = Image.fromarray(DRAWN[0]).resize((16, 12), Image.Resampling.BILINEAR, box=place)
     np.testing.assert_allclose(np.asarray(out).astype(int), want, atol=1)
 
 
 def test_a_crop_of_the_whole_is_the_image_and_crops_are_everywhere():
-  crop = jax.jit(augment.resized_crop)
+  crop = jax.jit(crops.resized_crop)
   # A ramp tells where the crop was: its first and last levels.
   ramp = np.broadcast_to(
     np.arange(0, 240, 5, dtype=np.uint8)[None, None, :, None], (256, 12, 48, 1)
@@ -216,7 +221,7 @@ def test_the_row_and_the_column_of_a_crop_are_independent():
   ramp = np.arange(0, 5 * size, 5, dtype=np.uint8)
   image_HWC = np.stack(np.meshgrid(ramp, ramp, indexing='ij'), axis=-1)  # rows, columns
   image_BHWC = np.broadcast_to(image_HWC, (256, size, size, 2))
-  out = np.asarray(jax.jit(augment.resized_crop)(KEYS, image_BHWC, 0.05, 4 / 3)).astype(float) / 5
+  out = np.asarray(jax.jit(crops.resized_crop)(KEYS, image_BHWC, 0.05, 4 / 3)).astype(float) / 5
   first = np.stack([out[:, 0, size // 2, 0], out[:, size // 2, 0, 1]])
   last = np.stack([out[:, -1, size // 2, 0], out[:, size // 2, -1, 1]])
   length = (last - first) * size / (size - 1)
@@ -228,7 +233,7 @@ def test_the_row_and_the_column_of_a_crop_are_independent():
 
 def test_erasing_puts_noise_into_a_rectangle():
   images = np.full((256, 20, 30, 3), 7, np.uint8)
-  out = np.asarray(jax.jit(augment.erasing)(KEYS, images, 0.6, 0.02, 1 / 3, 10 / 3))
+  out = np.asarray(jax.jit(crops.erasing)(KEYS, images, 0.6, 0.02, 1 / 3, 10 / 3))
   hit = (out != 7).any(3)
   erased = hit.any((1, 2))
   assert abs(erased.mean() - 0.6) < 0.1
@@ -247,7 +252,7 @@ def test_erasing_puts_noise_into_a_rectangle():
   assert abs(levels.mean() - 127.5) < 1 and levels.min() == 0 and levels.max() == 255
 
 
-MIX = jax.jit(augment.mix)  # of one shape, which compiles once
+MIX = jax.jit(mix)  # of one shape, which compiles once
 
 
 def mixed(images, probability=1.0, mixup_alpha=0.0, cutmix_alpha=0.0, switch=0.5):
@@ -265,11 +270,11 @@ def own_parts(images, out):
 
 
 def test_the_partner_is_the_neighbour():
-  np.testing.assert_array_equal(augment.partner(jnp.arange(6)), [1, 0, 3, 2, 5, 4])
-  out = augment.partner(IMAGES)
+  np.testing.assert_array_equal(partner(jnp.arange(6)), [1, 0, 3, 2, 5, 4])
+  out = partner(IMAGES)
   np.testing.assert_array_equal(out, IMAGES[np.arange(16) ^ 1])
   with pytest.raises(AssertionError, match='5 examples'):
-    augment.partner(IMAGES[:5])
+    partner(IMAGES[:5])
 
 
 def test_mixup_is_a_weighted_mean_and_its_weight_that_of_the_label():
@@ -319,7 +324,7 @@ def test_each_image_switches_between_mixup_cutmix_and_neither(probability, switc
 
 def test_the_loss_is_weighted_between_the_two_labels():
   settings = {'augment.mix.probability': '1', 'loss.label_smoothing': '0.1'}
-  exp, _ = experiment.from_config(small_config(**settings))
+  exp, _ = opening.from_config(small_config(**settings))
   labels = np.arange(8) % 10
   logits = np.random.RandomState(0).normal(size=(8, 10)).astype(np.float32)
   own = np.linspace(0, 1, 8).astype(np.float32)
@@ -334,7 +339,7 @@ def test_the_loss_is_weighted_between_the_two_labels():
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed(experiment.Experiment):
+class Fixed(Experiment):
   """An experiment whose model says always the same."""
 
   logits_BL: np.ndarray = None
@@ -368,25 +373,25 @@ def test_a_batch_that_leaves_one_without_a_partner_is_refused(batch, parts, mult
 
 
 def test_neighbours_stay_together():
-  assert sharding.make_mesh(6, 1).size == 2 and sharding.make_mesh(6, 1, group=2).size == 1
-  assert sharding.make_mesh(8, 1, group=2).size == 2
+  assert devices.make_mesh(6, 1).size == 2 and devices.make_mesh(6, 1, group=2).size == 1
+  assert devices.make_mesh(8, 1, group=2).size == 2
   with pytest.raises(ValueError, match='micro_batches=3, and of 6'):
-    sharding.make_mesh(9, 3, group=2)
-  mesh = sharding.make_mesh(2)
+    devices.make_mesh(9, 3, group=2)
+  mesh = devices.make_mesh(2)
   # 15 examples a device would be best: 30 = 2 x 15 in one part a device is odd.
-  assert sharding.micro_batches(mesh, 60, 64, 48) == 2
-  assert sharding.micro_batches(mesh, 60, 64, 48, group=2) in (1, 3, 5)
+  assert microbatch.micro_batches(mesh, 60, 64, 48) == 2
+  assert microbatch.micro_batches(mesh, 60, 64, 48, group=2) in (1, 3, 5)
 
 
 def test_normalize():
-  out = augment.normalize(IMAGES, (6, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+  out = pipeline.normalize(IMAGES, (6, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
   want = (IMAGES / 255.0 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
   np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 def test_enlarging_is_bicubic_as_in_pillow():
   grey = IMAGES[0, :, :, 0].astype(np.float32)
-  out = augment.normalize(grey[None, :, :, None].astype(np.uint8), (12, 24), (0.0,), (1.0,))
+  out = pipeline.normalize(grey[None, :, :, None].astype(np.uint8), (12, 24), (0.0,), (1.0,))
   want = Image.fromarray(grey).resize((24, 12), Image.Resampling.BICUBIC)
   # Away from the border: there the two extend the image differently.
   np.testing.assert_allclose(255 * out[0, 4:-4, 6:-6, 0], np.asarray(want)[4:-4, 6:-6], atol=0.01)

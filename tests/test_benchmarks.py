@@ -14,7 +14,9 @@ import pytest
 from benchmarks import input as input_lib
 from benchmarks import memory, photos, pods, scaling, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
-from vit_jax import augment, sources, splits, vit
+from vit_jax.augment import pipeline
+from vit_jax.data import sources, splits
+from vit_jax.model import variants
 
 WORKS = [works.dry(work) for work in works.WORKS['cpu']]
 TRAIN, INFERENCE = WORKS[0], WORKS[1]
@@ -27,7 +29,7 @@ def ours(work):
   image_BHWC = np.random.RandomState(0).normal(size=(4, *(size['image_size'],) * 2, 3))
   image_BHWC = image_BHWC.astype(np.float32)
   names = ('width', 'depth', 'num_heads', 'mlp_dim', 'pool', 'activation', 'patch_size')
-  model = vit.make('Ti/16', works.NUM_CLASSES, **{name: size[name] for name in names})
+  model = variants.make('Ti/16', works.NUM_CLASSES, **{name: size[name] for name in names})
   params = model.init(jax.random.key(0), image_BHWC)['params']
   draw = np.random.RandomState(1).normal
   return model, jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), params), image_BHWC
@@ -169,7 +171,7 @@ def test_every_work_finds_its_images(work):
 def test_a_step_is_one_that_the_peers_take(work):
   config = works.settings(work)
   assert config.optimizer.name == 'adamw' and not config.optimizer.clip and not config.ema
-  assert set(augment.active(config.augment)) <= {'pad_crop', 'flip'}
+  assert set(pipeline.active(config.augment)) <= {'pad_crop', 'flip'}
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
@@ -234,10 +236,10 @@ def test_models_have_the_parameters_that_are_published():
   listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))
   assert {name: listed[name] for name in MILLIONS} == MILLIONS
   for name in ('Ti/16', 'R26+S/32'):
-    assert zoo.millions(zoo.parameters(vit.make(name, 1000))) == MILLIONS[name]
+    assert zoo.millions(zoo.parameters(variants.make(name, 1000))) == MILLIONS[name]
   name = 'vit_wee_patch16_reg1_gap_256'
   assert zoo.millions(zoo.parameters(zoo.timm_model(name))) == listed[name]
-  assert set(vit.VARIANTS) <= {name.split('/')[0] for name in listed}
+  assert set(variants.VARIANTS) <= {name.split('/')[0] for name in listed}
 
 
 # Lines as the TPU's compiler and XLA's older printer write them.

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, evaluate, output, state, trainer, writer
-from vit_jax import trained as trained_lib
+from vit_jax import storage
+from vit_jax.evaluation import evaluate
+from vit_jax.training import state, trainer
+from vit_jax.workdir import checkpoint, stored, trained, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -26,7 +28,7 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   readme = (ROOT / 'README.md').read_text()
   lines = re.search(r'```python\n(import orbax.*?)```', readme, re.DOTALL).group(1)
   assert len([line for line in lines.splitlines() if line]) == 3
-  step, params, _ = checkpoint.load(workdir)
+  step, params, _ = stored.load(workdir)
   lines = re.sub(r"'[^']*/params'", repr(f'{workdir}/checkpoints/{step}/params'), lines)
   script = lines + (
     "\nimport jax, numpy, sys; assert jax.device_count() == 1 and 'vit_jax' not in sys.modules"
@@ -39,7 +41,7 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no checkpoint'):
-    checkpoint.load(tmp_path)
+    stored.load(tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -63,17 +65,17 @@ def damage(workdir, step, item, how):
 
 def assert_same_end(workdir, trained):
   for item in ('params', 'state'):
-    ends = [checkpoint.restore_item(path, 32, item) for path in (workdir, trained[0])]
+    ends = [stored.restore_item(path, 32, item) for path in (workdir, trained[0])]
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
-@pytest.mark.parametrize('item', checkpoint.ITEMS)
+@pytest.mark.parametrize('item', stored.ITEMS)
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty'])
 def test_what_is_damaged_is_found(trained, tmp_path, item, how):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, item, how)
-  with pytest.raises(checkpoint.Damaged, match=r'checkpoints/32 is damaged'):
-    checkpoint.restore_item(workdir, 32, item)
+  with pytest.raises(stored.Damaged, match=r'checkpoints/32 is damaged'):
+    stored.restore_item(workdir, 32, item)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(trained, tmp_path, caplog):
@@ -91,7 +93,7 @@ def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tm
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
   damage(workdir, 16, 'config', 'empty')
-  with pytest.raises(checkpoint.Damaged, match='checkpoints/16 is damaged'):
+  with pytest.raises(stored.Damaged, match='checkpoints/16 is damaged'):
     evaluate.run(workdir, {})
   with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
     trainer.train(small_config(), workdir)
@@ -107,10 +109,10 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
   def refuse(path, mode):
     raise PermissionError(13, 'Permission denied', str(path))
 
-  monkeypatch.setattr(checkpoint, 'open', refuse, raising=False)
+  monkeypatch.setattr(stored, 'open', refuse, raising=False)
   with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
     trainer.train(small_config(), workdir)
-  assert checkpoint.steps(workdir) == [32, 16]
+  assert stored.steps(workdir) == [32, 16]
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
@@ -124,13 +126,13 @@ def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   damage(workdir, 32, 'params', 'flip')
   assert trainer.train(small_config(), workdir)['steps'] == 32
-  assert checkpoint.latest_step(workdir) == 32
+  assert stored.latest_step(workdir) == 32
   assert_same_end(workdir, trained)
 
 
 def test_the_best_stays_through_resuming(tmp_path):
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
-  step, names = 0, trained_lib.Names().item()
+  step, names = 0, trained.Names().item()
   for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
     with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
       for accuracy in accuracies:
@@ -138,7 +140,7 @@ def test_the_best_stays_through_resuming(tmp_path):
         saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': names}
         checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
         checkpoints.wait()
-    assert checkpoint.steps(tmp_path) == kept
+    assert stored.steps(tmp_path) == kept
 
 
 @contextlib.contextmanager
@@ -171,10 +173,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
   with small_disk(tmp_path / 'disk', room) as disk:
     workdir = disk / 'run'
     said = 'run/.* can not be written .No space left.* step 16 is whole: the same command'
-    with pytest.raises(output.Unwritten, match=said):
+    with pytest.raises(storage.Unwritten, match=said):
       trainer.train(small_config(), workdir)
     assert 'Traceback' not in capfd.readouterr().err
-    assert checkpoint.latest_step(workdir) == 16
+    assert stored.latest_step(workdir) == 16
     subprocess.run(['mount', '-o', f'remount,size={4 * room}', disk], check=True)
     assert trainer.train(small_config(), workdir)['steps'] == 32
     assert_same_end(workdir, trained)
@@ -184,7 +186,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
 def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
   said = f'{name} can not be written .No space left on device'
   full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
-  with pytest.raises(output.Unwritten, match=said), contextlib.ExitStack() as stack:
+  with pytest.raises(storage.Unwritten, match=said), contextlib.ExitStack() as stack:
     if name == 'log.txt':
       full.symlink_to('/dev/full')
     records = stack.enter_context(writer.Writer(tmp_path, 0))

@@ -14,7 +14,10 @@ from conftest import small_config
 import numpy as np
 import pytest
 
-from vit_jax import checkpoint, cluster, limits, trainer, writer
+from vit_jax import limits
+from vit_jax.distributed import cluster
+from vit_jax.training import trainer
+from vit_jax.workdir import stored, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
@@ -62,12 +65,12 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   workdir = tmp_path / 'together'
 
   processes = start_both(workdir)
-  wait_for(lambda: len(lines(workdir)) > 12 and checkpoint.latest_step(workdir), processes)
+  wait_for(lambda: len(lines(workdir)) > 12 and stored.latest_step(workdir), processes)
   processes[1].send_signal(signal.SIGKILL)
   assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
   said = (tmp_path / '0.log').read_text()
   assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # which one died
-  saved = checkpoint.latest_step(workdir)
+  saved = stored.latest_step(workdir)
   assert saved in (10, 20, 30, 40, 50)
   processes[1].wait()
 
@@ -75,7 +78,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   wait_for(lambda: 'Going on from' in (tmp_path / '0.log').read_text(), processes)
   processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
   assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
-  assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
+  assert stored.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
 
   processes = start_both(workdir)
   assert [process.wait(120) for process in processes] == [0, 0]
@@ -97,7 +100,7 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   wait_for(lambda: len(lines(workdir)) > 2, [process])
   process.send_signal(signal.SIGTERM)
   assert process.wait(60) == cluster.TRY_AGAIN
-  assert checkpoint.latest_step(workdir) == lines(workdir)[-1]['step']
+  assert stored.latest_step(workdir) == lines(workdir)[-1]['step']
 
 
 def test_a_notice_is_heard_during_a_run_alone():

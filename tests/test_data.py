@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import data, memory, sharding
+from vit_jax.data import batching
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.distributed import sharding
 
 
 def take(count, **arguments):
-  plan = data.train_plan(**arguments)
+  plan = batching.train_plan(**arguments)
   return [plan.examples(plan.positions(step)) for step in itertools.islice(plan.steps, count)]
 
 
@@ -24,7 +27,7 @@ def test_every_epoch_holds_every_example_once(size, batch):
 
 
 def test_each_epoch_of_each_seed_has_an_order_of_its_own():
-  orders = {tuple(data.epoch_order(20, seed, epoch)) for seed in range(6) for epoch in range(6)}
+  orders = {tuple(batching.epoch_order(20, seed, epoch)) for seed in range(6) for epoch in range(6)}
   assert len(orders) == 36
 
 
@@ -37,9 +40,9 @@ def test_the_step_is_the_whole_state():
 @pytest.mark.parametrize('batch_size', [1, 4, 7, 13, 50])
 def test_evaluation_counts_each_example_once(batch_size):
   image = np.arange(13 * 4, dtype=np.uint8).reshape(13, 2, 2, 1)
-  examples = memory.Examples(image, np.arange(13, dtype=np.int32))
+  examples = Examples(image, np.arange(13, dtype=np.int32))
   batches = list(
-    data.eval_batches(examples, batch_size, sharding.over_batch(sharding.make_mesh(2)))
+    batching.eval_batches(examples, batch_size, sharding.over_batch(devices_lib.make_mesh(2)))
   )
   assert len({batch['image'].shape for batch in batches}) == 1
   seen = [label for b in batches for label, m in zip(b['label'], b['mask']) if m]
@@ -49,19 +52,19 @@ def test_evaluation_counts_each_example_once(batch_size):
 
 
 def test_a_batch_lies_over_the_devices():
-  mesh = sharding.make_mesh(8)
-  examples = memory.Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
-  batch = next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(mesh)))
+  mesh = devices_lib.make_mesh(8)
+  examples = Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
+  batch = next(batching.train_batches(examples, 8, 0, 0, sharding.over_batch(mesh)))
   assert mesh.size == len(jax.devices()) == 2
   assert [shard.data.shape for shard in batch['image'].addressable_shards] == [(4, 2, 2, 1)] * 2
 
 
 @pytest.mark.parametrize('batch, parts, devices', [(8, 1, 2), (7, 1, 1), (6, 2, 1), (12, 3, 2)])
 def test_on_a_cpu_the_devices_divide_the_batch(batch, parts, devices):
-  assert sharding.make_mesh(batch, parts).size == devices
+  assert devices_lib.make_mesh(batch, parts).size == devices
 
 
 @pytest.mark.parametrize('batch, parts', [(0, 1), (-4, 1), (8, 3)])
 def test_impossible_batches_are_refused(batch, parts):
   with pytest.raises(ValueError, match='must be a positive multiple'):
-    sharding.make_mesh(batch, parts)
+    devices_lib.make_mesh(batch, parts)

@@ -19,7 +19,10 @@ import yaml
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 import vit_jax
-from vit_jax import card, export, format_program, image, pretrained, weights
+from vit_jax.data import image as image_lib
+from vit_jax.inference import card_code, export, program
+from vit_jax.weights import reader
+from vit_jax.weights.formats import Preprocessing
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ONNX = 'needs requirements-onnx.txt'
@@ -105,7 +108,7 @@ def test_programs_give_what_the_model_does(format, name, tmp_path):
     model, params = model.clone(num_classes=None), {k: v for k, v in params.items() if k != 'head'}
   else:
     model, params = random_model(**fields)
-  p = weights.Preprocessing((8, 8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+  p = Preprocessing((8, 8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
   vit_jax.save(model, params, tmp_path, format=format, preprocessing=p)
   image_BHWC = images(p, 3)
   want = model.apply({'params': params}, normalized(image_BHWC, p))
@@ -142,7 +145,7 @@ def save_image(folder, size):
   exif = Image.Exif()
   exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
   Image.fromarray(pixels).save(folder / 'image.png', 'JPEG', exif=exif)
-  seen = image.decode((folder / 'image.png').read_bytes(), 'image.png')
+  seen = image_lib.decode((folder / 'image.png').read_bytes(), 'image.png')
   assert seen.size == (size[1], size[0])
   return seen
 
@@ -155,7 +158,7 @@ def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
   loaded = vit_jax.load(workdir)
   p = loaded.preprocessing
   file = save_image(tmp_path / 'out', (20, 30))
-  pixels = image.fit(file, p.size, p.interpolation, p.crop, p.stretch)
+  pixels = image_lib.fit(file, p.size, p.interpolation, p.crop, p.stretch)
   want_L = loaded.model.apply({'params': loaded.params}, normalized(pixels[None], p))[0]
   code = snippet(tmp_path / 'out') + "np.save('out.npy', output)"
   printed = run(code, tmp_path / 'out', OURS | ({'jax'} if format == 'onnx' else set()))
@@ -171,12 +174,12 @@ def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
     {'crop': 0.8}, {'crop': 0.8, 'stretch': True}, {'stretch': True, 'interpolation': 'bilinear'},
 ])  # fmt: skip
 def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
-  p = weights.Preprocessing((8, 12), **fields)
+  p = Preprocessing((8, 12), **fields)
   file = save_image(tmp_path, (31, 40))
   variables = {'Image': Image, 'ImageOps': ImageOps}
   with contextlib.chdir(tmp_path):
-    exec(card.prepare(p, 3, p.size), variables)
-  want = image.fit(file, p.size, p.interpolation, p.crop, p.stretch)
+    exec(card_code.prepare(p, 3, p.size), variables)
+  want = image_lib.fit(file, p.size, p.interpolation, p.crop, p.stretch)
   assert np.array_equal(np.asarray(variables['image']), want)
 
 
@@ -278,7 +281,7 @@ def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
   model, params = vit_jax.load(tmp_path / 'run')
   kernel = params['head']['kernel']  # which begins at zero
   kernel += np.random.RandomState(0).normal(size=kernel.shape)
-  p = pretrained.read(tmp_path / 'run').preprocessing
+  p = reader.read(tmp_path / 'run').preprocessing
   assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
   vit_jax.save(
     model.clone(dtype=jnp.bfloat16), params, tmp_path / 'out', format='stablehlo', preprocessing=p
@@ -315,14 +318,14 @@ def test_mistakes(capsys, trained, tmp_path, monkeypatch):
   ]  # fmt: skip
   assert not call(capsys, *flags, '--format=stablehlo')[0]  # over an earlier export of its own
   assert 'holds model.stablehlo already' in error(capsys, *flags, '--format=timm')
-  monkeypatch.setattr(format_program, 'LIMIT', 2**24)
+  monkeypatch.setattr(program, 'LIMIT', 2**24)
   assert 'less than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
 
 
 def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   needs('onnx')
   model, params = random_model()
-  monkeypatch.setattr(format_program, 'TOLERANCE', -1.0)
+  monkeypatch.setattr(program, 'TOLERANCE', -1.0)
   with pytest.raises(ValueError, match='gives other logits than this one'):
     vit_jax.save(model, params, tmp_path, format='onnx')
   assert not list(tmp_path.iterdir())

@@ -8,7 +8,10 @@ import pytest
 from sklearn import linear_model
 
 import main
-from vit_jax import experiment, features, fewshot, sharding, sources, stream
+from vit_jax import opening
+from vit_jax.data import sources, stream
+from vit_jax.distributed import devices
+from vit_jax.evaluation import features, fewshot
 
 NAMES = ('a', 'b', 'c')
 NAMES10 = tuple('0123456789')
@@ -74,13 +77,13 @@ def test_the_accuracy_is_that_of_a_ridge_regression():
 
 @pytest.fixture(scope='module')
 def opened(trained):
-  return experiment.from_workdir(trained[0])
+  return opening.from_workdir(trained[0])
 
 
 def test_features_are_what_the_head_takes(opened):
   exp, params, _ = opened
-  test = experiment.load_split(exp, 'test[:70]')
-  mesh = sharding.make_mesh()
+  test = opening.load_split(exp, 'test[:70]')
+  mesh = devices.make_mesh()
   step = features.make_feature_step(exp, mesh)
   found = features.compute(step, params, test, 33, mesh)  # which neither 70 nor 2 divides
   np.testing.assert_array_equal(found.label_N, test.label_N)
@@ -119,7 +122,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   assert result['shots']['25']['mean'] > 0.5 and f'{result["shots"]["25"]["mean"]:.2%}' in out
 
   exp, params, _ = opened
-  train, test = (experiment.load_split(exp, split) for split in ('train', 'test'))
+  train, test = (opening.load_split(exp, split) for split in ('train', 'test'))
   backbone = exp.model.clone(num_classes=None)
   apply = lambda image: np.asarray(backbone.apply({'params': params}, exp.normalize(image)), float)
   index = fewshot.draw(train.label_N, exp.task.class_names, 5, seed=1).ravel()
@@ -144,7 +147,7 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
       yield name, b'bad' if split == 'train' and i in bad else pixels, label
 
   streams = [dataclasses.replace(s, source=dataclasses.replace(source, read=read)) for s in streams]
-  monkeypatch.setattr(experiment, 'load_splits', lambda *_: streams)
+  monkeypatch.setattr(opening, 'load_splits', lambda *_: streams)
   labels, real = [], fewshot.accuracy
   monkeypatch.setattr(fewshot, 'accuracy', lambda *a: labels.append(a[1]) or real(*a))
   result = fewshot.fewshot(exp, params)

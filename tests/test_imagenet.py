@@ -12,8 +12,14 @@ import pytest
 from configs import imagenet
 from tests.conftest import DATA, small_config
 from vit_jax import config as config_lib
-from vit_jax import evaluate, experiment, memory, pretrained, real, sources, trainer
+from vit_jax import opening
 from vit_jax.check import check
+from vit_jax.data import loading, memory, sources, tfds
+from vit_jax.data.source import Source
+from vit_jax.evaluation import evaluate, real
+from vit_jax.optim import plan as plan_lib
+from vit_jax.training import trainer
+from vit_jax.weights import pretrained
 
 TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of each
 
@@ -38,8 +44,8 @@ def test_a_recipe_is_the_papers(variant):
   assert config.augment.resized_crop.min_area == 0.05 and config.augment.flip.probability == 0.5
   assert tuple(config.data.image_size) == (224, 224) and round(224 / config.data.crop) == 256
   examples = TRAIN['imagenet21k' if 'i21k' in variant else 'imagenet2012']
-  assert experiment.length(config, examples) == steps
-  assert experiment.warmup_steps(config, examples, steps) == 10_000
+  assert plan_lib.length(config, examples) == steps
+  assert plan_lib.warmup_steps(config, examples, steps) == 10_000
 
 
 # (mixup p, RandAugment (n, m)), AugReg, Section 3; that of `plain` is its light2.
@@ -70,16 +76,16 @@ def test_augmentation_is_that_of_augreg(name):
 ])  # fmt: skip
 def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   config = config_lib.load_file(f'configs/{spec}')
-  source = sources.Source({'train': 1_281_167}, ('a', 'b'), 3, None)
-  config = experiment.decide_cache(config, source, ['train'], (224, 224), trains=True)
-  split = experiment.open_split(config, source, 'train', (224, 224), None, to_train=True)
+  source = Source({'train': 1_281_167}, ('a', 'b'), 3, None)
+  config = loading.decide_cache(config, source, ['train'], (224, 224), trains=True)
+  split = loading.open_split(config, source, 'train', (224, 224), None, to_train=True)
   assert len(split) == 1_281_167 and split.size == (224, 224)
   assert (split.crop or {}).get('min_area') == min_area
 
 
 def test_weight_decay_is_that_of_big_vision():
   """It takes `wd` of the weights a step, scaled by the schedule but not by the rate: 1e-4."""
-  recipe = experiment.recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
+  recipe = plan_lib.recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
   params = {'head': {'kernel': jnp.full((2, 3), 2.0), 'bias': jnp.full(3, 2.0)}}
   optimizer = recipe['optimizer']
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -129,7 +135,7 @@ def photos(tmp_path_factory):
 def predictions(workdir, source):
   """{path: class}, of the model as a library loads it."""
   model, params = pretrained.load(workdir)
-  exp = experiment.from_workdir(workdir)[0]
+  exp = opening.from_workdir(workdir)[0]
   names = [name for name, _, _ in source.read('test', range(source.sizes['test']))]
   images = memory.load(source, 'test', (8, 8), fit=exp.fit).image_NHWC
   logits = jax.jit(model.apply)({'params': params}, images / np.float32(127.5) - 1)
@@ -175,7 +181,7 @@ def test_labels_that_cannot_be_are_refused(photos, tmp_path, text, split, messag
 
 
 def test_classes_that_are_not_imagenets_are_refused(photos):
-  source = sources.Source({'test': 1}, ('cat', 'dog'), 3, None)
+  source = Source({'test': 1}, ('cat', 'dog'), 3, None)
   with pytest.raises(ValueError, match='those here are cat, dog'):
     real.load(photos / 'real.json', source, 'test')
 
@@ -204,7 +210,7 @@ def test_another_test_set_of_the_same_classes_is_evaluated_by_config(photos, tmp
 
 def test_imagenet_and_its_second_test_set_have_the_same_classes_in_reals_order(tmp_path):
   names = [
-    sources.find_builder(name, tmp_path).info.features['label'].names
+    tfds.find_builder(name, tmp_path).info.features['label'].names
     for name in ('imagenet2012', 'imagenet_v2/matched-frequency')
   ]
   assert names[0] == names[1] == sorted(names[0]) and len(names[0]) == 1000
@@ -213,7 +219,7 @@ def test_imagenet_and_its_second_test_set_have_the_same_classes_in_reals_order(t
 def test_examples_of_tfds_have_the_names_of_their_files(monkeypatch):
   record = {'image': b'', 'label': 3, 'file_name': b'ILSVRC2012_val_00000007.JPEG'}
   records = types.SimpleNamespace(__getitems__=lambda indices: [record for _ in indices])
-  monkeypatch.setattr(sources, 'open_records', lambda *_: records)
+  monkeypatch.setattr(tfds, 'open_records', lambda *_: records)
   source = sources.open_source('tfds:mini', str(DATA / 'tfds'), (8, 8))
   ((name, _, label),) = source.read('test', [5])
   assert label == 3 and name == 'tfds:mini/test/5 (ILSVRC2012_val_00000007.JPEG)'

@@ -16,7 +16,12 @@ from tests.test_main import call, error
 from tests.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax import experiment, export, inherit, maps, predict, probe, sources
+from vit_jax import inherit, opening
+from vit_jax.data import sources
+from vit_jax.data.source import Source
+from vit_jax.figures import maps
+from vit_jax.inference import export, predict
+from vit_jax.training import trainer
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -96,7 +101,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, me
 
 
 def test_positions_follow_the_image_size(weights):
-  _, training = experiment.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
+  _, training = opening.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
   want = vit_jax.load(weights, grid=(2, 6)).params['pos_embedding']
   assert np.array_equal(training.params['pos_embedding'], want)
 
@@ -155,7 +160,7 @@ def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
 def test_the_head_is_kept_for_the_same_classes_in_the_same_order_alone(trained):
   config, own = small_config(init=str(trained[0])), tuple(f'pattern {i}' for i in range(10))
   for classes in (own, own[::-1]):  # as many, but others
-    _, params, _ = inherit.open_init(config, sources.Source({}, classes, 3, None))
+    _, params, _ = inherit.open_init(config, Source({}, classes, 3, None))
     assert np.any(params['head']['kernel']) == (classes == own)
 
 
@@ -164,11 +169,11 @@ def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path
   vit_jax.train(small_config(**{'epochs': '0', 'model.representation_size': '12'}), tmp_path)
   own = tuple(f'pattern {i}' for i in range(10))
   for classes, size in ((own, 12), (tuple('abcdefghij'), None), (('a', 'b'), None)):
-    source = sources.Source({}, classes, 3, None)
+    source = Source({}, classes, 3, None)
     config = small_config(init=str(tmp_path), **{'model.variant': 'None'})
     filled, params, _ = inherit.open_init(config, source)
     monkeypatch.setattr(sources, 'open_source', lambda *_, source=source: source)
-    exp, fewshot_params = experiment.from_init(str(tmp_path), {}, 'data')
+    exp, fewshot_params = opening.from_init(str(tmp_path), {}, 'data')
     assert filled.model.representation_size == exp.model.representation_size == size
     for found in (params, fewshot_params):
       assert ('pre_logits' in found) == (size is not None)
@@ -214,7 +219,7 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
   init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
   take = lambda kind: predict.features(None, [str(file)], kind, init=str(init))[0]['feature']
   tokens_BND, pooled_BD = take('tokens'), take('pooled')
-  exp, params, _ = experiment.open_model(None, str(init), {}, None, classes='any')
+  exp, params, _ = opening.open_model(None, str(init), {}, None, classes='any')
   patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))
   assert tokens_BND.shape == (1, exp.model.num_prefix + patches, exp.model.width)
   want_BD = tokens_BND[:, 0]
@@ -251,8 +256,8 @@ def test_mistakes(capsys, argv, message, weights, tmp_path, monkeypatch):
 
 def test_a_frozen_run_and_a_fine_tune_start_alike(weights, tmp_path):
   config = fine_tuning(weights, {'epochs': '0', 'freeze': 'backbone'})
-  frozen = probe.train(config, tmp_path / 'frozen')
-  tuned = probe.train(fine_tuning(weights, {'epochs': '0'}), tmp_path / 'tuned')
+  frozen = trainer.train(config, tmp_path / 'frozen')
+  tuned = trainer.train(fine_tuning(weights, {'epochs': '0'}), tmp_path / 'tuned')
   assert frozen['test_loss'] == pytest.approx(tuned['test_loss'], rel=1e-6)
 
 

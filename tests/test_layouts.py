@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax import sharding, vit
+from vit_jax.distributed import devices, sharding
+from vit_jax.model import variants
 
 TESTS = pathlib.Path(__file__).parent
 SPLIT = ['fsdp', 'fsdp_tensor', 'parts']
@@ -50,10 +51,10 @@ def test_every_layout_restores_what_any_wrote(found):
 
 @pytest.mark.parametrize('name', ['B/16', 'g/14'])
 def test_of_published_sizes_all_that_is_large_is_split(name):
-  model = vit.make(name, num_classes=1000)
+  model = variants.make(name, num_classes=1000)
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), 'float32')
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
-  mesh = jax.sharding.AbstractMesh((2, 16, 4), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((2, 16, 4), devices.AXES)
   for path, x in jax.tree_util.tree_leaves_with_path(params):
     spec = sharding.partition(mesh, path, x.shape)
     name = jax.tree_util.keystr(path, simple=True, separator='/')

@@ -19,8 +19,13 @@ import pytest
 import main
 from tests.conftest import small_config
 import vit_jax
-from vit_jax import checkpoint, evaluate, experiment, image, output, predict, trainer
 from vit_jax import config as config_lib
+from vit_jax import opening, storage
+from vit_jax.data import image as image_lib
+from vit_jax.evaluation import evaluate, forward
+from vit_jax.inference import predict
+from vit_jax.training import trainer
+from vit_jax.workdir import stored
 
 ROOT = pathlib.Path(main.__file__).parent
 CONFIG = '--config=configs/digits.py'
@@ -84,7 +89,7 @@ def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, mon
     asked.append(step)
     raise ValueError('enough')
 
-  monkeypatch.setattr(checkpoint, 'load', load)
+  monkeypatch.setattr(stored, 'load', load)
   more = {'predict': [f'--images={trained[0]}/examples'],
           'export': ['--format=npz', f'--out={tmp_path}']}  # fmt: skip
   flags = [f'--mode={mode}', f'--workdir={trained[0]}', *more.get(mode, [])]
@@ -148,21 +153,21 @@ def test_paths_with_commas(tmp_path, monkeypatch):
 
 def test_a_pipe_is_no_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
-  assert image.find([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
-  with pytest.raises(image.BadImage, match='a.png: not a file'):
-    image.read(tmp_path / 'a.png')
+  assert image_lib.find([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
+  with pytest.raises(image_lib.BadImage, match='a.png: not a file'):
+    image_lib.read(tmp_path / 'a.png')
 
 
 def test_a_folder_is_no_image_whatever_its_name(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
-  assert image.find([str(tmp_path)]) == image.find([f'{tmp_path}/**/*.png'])
-  assert image.find([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
+  assert image_lib.find([str(tmp_path)]) == image_lib.find([f'{tmp_path}/**/*.png'])
+  assert image_lib.find([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
 
 
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])
 def test_features(capsys, trained, tmp_path, kind, monkeypatch):
-  monkeypatch.setattr(predict, 'BATCH', 3)  # so that there are several, and a part of one
+  monkeypatch.setattr(forward, 'BATCH', 3)  # so that there are several, and a part of one
   workdir, _ = trained
   (tmp_path / 'broken.png').write_bytes(b'no image')
   first = min((workdir / 'examples').iterdir())
@@ -174,7 +179,7 @@ def test_features(capsys, trained, tmp_path, kind, monkeypatch):
   assert code == 1 and str(list(shape)) in out and 'broken.png' in err
   assert arrays['feature'].shape == shape and arrays['feature'].dtype == np.float32
 
-  exp, params, _ = experiment.from_workdir(workdir)
+  exp, params, _ = opening.from_workdir(workdir)
   files = [first, *sorted((workdir / 'examples').iterdir())]  # one that is named twice, twice
   assert list(arrays['path']) == [str(file) for file in files]
   image_BHWC = np.stack([np.asarray(Image.open(file)) for file in files])
@@ -350,7 +355,7 @@ def test_a_place_that_can_not_be_written_is_refused_first(
   for place in ('file', 'file/in/it'):
     err = error(capsys, *argv, f'--out={tmp_path / place / inside}')
     assert f'{tmp_path}/file is a file; a folder is needed' in err and 'Errno' not in err
-  monkeypatch.setattr(output.os, 'access', lambda path, _: path != tmp_path)
+  monkeypatch.setattr(storage.os, 'access', lambda path, _: path != tmp_path)
   err = error(capsys, *argv, f'--out={tmp_path / "new" / "deep" / inside}')
   assert f'{tmp_path} is read-only' in err and not (tmp_path / 'new').exists()
   assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
@@ -391,7 +396,7 @@ def test_interrupted(capsys, monkeypatch):
 
 def test_a_second_interrupt_ends_the_program_at_once():
   script = (
-    'import atexit, runpy, sys, time, vit_jax.evaluate as evaluate\n'
+    'import atexit, runpy, sys, time, vit_jax.evaluation.evaluate as evaluate\n'
     'wait = lambda word: (print(word, flush=True), time.sleep(60))\n'
     'evaluate.run = lambda *_: wait("running")\n'
     'atexit.register(wait, "ending")\n'  # as orbax does while it writes
@@ -421,7 +426,7 @@ def test_a_device_that_is_not_there_is_named():
 def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
   letters = 'K\u00e4fer \u732b'
   script = (
-    'import runpy, sys, vit_jax.summary as summary\n'
+    'import runpy, sys, vit_jax.inference.summary as summary\n'
     f'summary.run, summary.show = lambda *_: None, lambda _: {letters!a}\n'
     'sys.argv = ["main.py", "--mode=inspect"]\n'
     'runpy.run_path("main.py", run_name="__main__")'

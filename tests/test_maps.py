@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from sklearn import decomposition, metrics
 
-from vit_jax import attention, maps, resnet, vit
+from vit_jax.figures import maps
+from vit_jax.figures.maps import Missing
+from vit_jax.model import attention, resnet, variants
+from vit_jax.model.pooling import POOLS
 
 SIZE = (8, 12)  # pixels; the grid is (2, 3)
 GRID = (2, 3)
@@ -29,7 +32,7 @@ CASES = {
 def build(**overrides):
   """(model, random parameters, two images)."""
   sizes = dict(width=16, depth=2, num_heads=2, mlp_dim=16, patch_size=4)
-  model = vit.make(None, 5, **(sizes | overrides))
+  model = variants.make(None, 5, **(sizes | overrides))
   random = np.random.RandomState(0)
   image = jnp.asarray(random.normal(size=(2, *SIZE, 3)), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
@@ -111,7 +114,7 @@ def test_what_a_pool_reads_is_what_it_does_to_unit_tokens(case):
   layers, read = maps.attentions(model, params, image)
   tokens = layers[0].shape[-1]
   assert tokens == model.num_prefix + 6
-  pooled = vit.POOLS[model.pool](model, jnp.eye(tokens)[None])  # the share of token n at n
+  pooled = POOLS[model.pool](model, jnp.eye(tokens)[None])  # the share of token n at n
   want = np.asarray(pooled).reshape(-1, tokens).mean(axis=0)
   np.testing.assert_allclose(read, np.broadcast_to(want, (2, 1, tokens)), atol=1e-7)
 
@@ -142,7 +145,7 @@ def test_the_first_blocks_attention_is_the_papers_formula(case):
 
 def test_a_model_that_does_not_pool_has_no_rollout():
   model, params, image = build(pool='none', class_token=True)
-  with pytest.raises(maps.Missing, match='ask for a pool'):
+  with pytest.raises(Missing, match='ask for a pool'):
     maps.attentions(model, params, image)
 
 
@@ -225,7 +228,7 @@ def test_the_heads_of_a_class_token_are_its_own_row():
 
 
 def test_eight_images_of_224_pixels_need_little_memory_beside_a_b16():
-  model = vit.make('B/16', 10)
+  model = variants.make('B/16', 10)
   image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
   compiled = jax.jit(functools.partial(maps.summary, model)).lower(params, image).compile()
@@ -276,7 +279,7 @@ def test_fixed_positions_are_alike_by_their_distance_alone():
 @pytest.mark.parametrize('position', ['rope', 'none'])
 def test_a_model_without_position_embeddings_says_so(position):
   model, params, _ = build(position=position)
-  with pytest.raises(maps.Missing, match=f'model.position={position}'):
+  with pytest.raises(Missing, match=f'model.position={position}'):
     maps.position_embeddings(model, params, GRID)
 
 
@@ -303,10 +306,10 @@ def test_there_are_no_more_filters_than_the_embedding_has():
 
 def test_a_hybrid_has_no_filters_of_colours():
   stride = resnet.stride((1,))
-  model = vit.make(
+  model = variants.make(
     None, 5, width=16, depth=1, num_heads=2, mlp_dim=16, patch_size=stride, resnet=(1,)
   )
-  with pytest.raises(maps.Missing, match='feature map'):
+  with pytest.raises(Missing, match='feature map'):
     maps.filters(model, {})
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax import losses, optim, vit
+from vit_jax.model import variants
+from vit_jax.optim import losses, optimizers
+from vit_jax.optim.schedules import make_schedule
 
 PARAMS = {'a': {'kernel': jnp.array([[1.0, -2.0]]), 'bias': jnp.array([[0.5, 3.0]])}}
 GRADS = [
@@ -21,7 +23,7 @@ GRADS = [
     ('cosine', 0.5, 0.0), ('linear', 0.5, 0.0), ('constant', 1.0, 1.0),
 ])  # fmt: skip
 def test_schedules(name, middle, end):
-  schedule = optim.make_schedule(name, 0.2, steps=110, warmup=10)
+  schedule = make_schedule(name, 0.2, steps=110, warmup=10)
   rates = [float(schedule(step)) for step in range(111)]
   np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11) / 10, rtol=1e-5)
   np.testing.assert_allclose([rates[60], rates[110]], [0.2 * middle, 0.2 * end], atol=1e-7)
@@ -31,11 +33,11 @@ def test_schedules(name, middle, end):
 
 
 def test_a_run_of_no_steps_and_no_warmup_has_a_schedule():
-  assert np.isfinite(optim.make_schedule('cosine', 0.1, steps=0, warmup=0)(0))
+  assert np.isfinite(make_schedule('cosine', 0.1, steps=0, warmup=0)(0))
 
 
 def steps(name, **arguments):
-  optimizer = optim.make_optimizer(name, lambda step: 0.1, **arguments)
+  optimizer = optimizers.make_optimizer(name, lambda step: 0.1, **arguments)
   params, state = PARAMS, optimizer.init(PARAMS)
   for grads in GRADS:
     updates, state = optimizer.update(grads, state, params)
@@ -62,7 +64,7 @@ def test_the_first_moment_can_be_bfloat16(name, saved):
   rounded = steps(name, moment_dtype='bfloat16', **arguments)
   np.testing.assert_allclose(rounded['kernel'], exact['kernel'], rtol=2e-2)
   assert rounded['kernel'].dtype == jnp.float32 and (rounded['kernel'] != exact['kernel']).any()
-  optimizer = optim.make_optimizer(name, lambda _: 0.1, moment_dtype='bfloat16', **arguments)
+  optimizer = optimizers.make_optimizer(name, lambda _: 0.1, moment_dtype='bfloat16', **arguments)
   moments = optax.tree.get(optimizer.init(PARAMS), saved)
   assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype('bfloat16')}
 
@@ -79,7 +81,7 @@ def test_sgd_with_momentum():
 
 def every_kind_of_parameter():
   """A tiny array, none of it zero, for each parameter of a model that has all kinds of them."""
-  model = vit.make(
+  model = variants.make(
     'R+Ti', 3, patch_size=8, resnet_width=32, width=8, depth=1, num_heads=2, mlp_dim=4, pool='map',
     class_token=True, num_registers=2, position_prefix='all', layer_scale=0.1, pre_norm=True,
     qk_norm=True, representation_size=6,
@@ -93,7 +95,7 @@ def every_kind_of_parameter():
 def test_weight_decay_shrinks_kernels_and_leaves_everything_else_alone(name):
   params = every_kind_of_parameter()
   zeros = jax.tree.map(np.zeros_like, params)
-  optimizer = optim.make_optimizer(
+  optimizer = optimizers.make_optimizer(
     name, lambda _: 0.1, clip=0.0, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.9
   )
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -116,7 +118,7 @@ def test_muon_orthogonalizes_the_matrices_of_blocks():
   grads = {'block_0': {'attention': kernels, 'mlp': {'up': {'kernel': draw(size=(6, 9))}}}}
   grads |= {'embedding': {'kernel': draw(size=(6, 6))}}
   params = jax.tree.map(lambda g: jnp.asarray(draw(size=g.shape), jnp.float32), grads)
-  optimizer = optim.make_optimizer(
+  optimizer = optimizers.make_optimizer(
     'muon', lambda _: 0.1, clip=0.0, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.95
   )
   grads32 = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads)
@@ -144,7 +146,7 @@ def test_muon_orthogonalizes_the_matrices_of_blocks():
 def test_clipping_scales_by_the_global_norm():
   grads = GRADS[0]
   norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
-  optimizer = optim.make_optimizer(
+  optimizer = optimizers.make_optimizer(
     'sgd', lambda step: 0.5, clip=0.1, weight_decay=0.0, momentum=0.0
   )
   updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
@@ -155,9 +157,9 @@ def test_clipping_scales_by_the_global_norm():
 
 def test_unknown_names_list_the_valid_ones():
   with pytest.raises(ValueError, match='Did you mean adamw.*Valid: adamw, muon, sgd'):
-    optim.make_optimizer('adamv', None, 1.0)
+    optimizers.make_optimizer('adamv', None, 1.0)
   with pytest.raises(ValueError, match='Valid: constant, cosine, linear'):
-    optim.make_schedule('step', 1.0, 1, 1)
+    make_schedule('step', 1.0, 1, 1)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
@@ -210,7 +212,7 @@ def test_each_layer_learns_slower_than_the_one_above(name):
   leaf = lambda: {'kernel': jnp.asarray(draw(size=(3, 2)), jnp.float32)}
   params, grads = {key: leaf() for key in DEEP}, [{key: leaf() for key in DEEP} for _ in range(3)]
   rate = {key: 0.1 * 0.7**power for key, power in DEEP.items()}
-  optimizer = optim.make_optimizer(
+  optimizer = optimizers.make_optimizer(
     name, lambda _: 0.1, clip=0.0, layer_decay=0.7, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.9
   )
   state, now = optimizer.init(params), params
@@ -230,17 +232,17 @@ def test_each_layer_learns_slower_than_the_one_above(name):
 
 
 def test_a_parameter_of_no_known_layer_is_a_mistake():
-  optimizer = optim.scale_by_layer(0.5)
+  optimizer = optimizers.scale_by_layer(0.5)
   with pytest.raises(AssertionError, match='Which layer is tail'):
     optimizer.update({'tail': jnp.ones(1)}, optimizer.init({}), None)
 
 
 def test_every_parameter_of_a_model_has_a_layer():
   for pool in ('cls', 'map'):
-    model = vit.make('tiny', 2, pool=pool, num_registers=1, representation_size=8, depth=11)
+    model = variants.make('tiny', 2, pool=pool, num_registers=1, representation_size=8, depth=11)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
-    scaled, _ = optim.scale_by_layer(0.5).update(ones, optax.EmptyState(), None)
+    scaled, _ = optimizers.scale_by_layer(0.5).update(ones, optax.EmptyState(), None)
     assert float(scaled['block_10']['mlp']['up']['bias'][0]) == 0.5
     assert float(scaled['block_2']['mlp']['up']['bias'][0]) == 0.5**9
     assert float(scaled['head']['bias'][0]) == 1
@@ -248,7 +250,7 @@ def test_every_parameter_of_a_model_has_a_layer():
 
 def test_what_is_frozen():
   params = {'embedding': 1, 'block_0': 2, 'head': 3}
-  assert optim.split(params, '') == (params, {})
-  assert optim.split(params, 'backbone') == ({'head': 3}, {'embedding': 1, 'block_0': 2})
+  assert optimizers.split(params, '') == (params, {})
+  assert optimizers.split(params, 'backbone') == ({'head': 3}, {'embedding': 1, 'block_0': 2})
   with pytest.raises(ValueError, match='freeze: unknown'):
-    optim.split(params, 'head')
+    optimizers.split(params, 'head')

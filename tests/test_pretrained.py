@@ -15,7 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
 import vit_jax
-from vit_jax import export, format_hf, format_npz, positions, pretrained, timm_names, vit, weights
+from vit_jax.inference import export
+from vit_jax.model import positions, variants
+from vit_jax.model.vit import ViT
+from vit_jax.weights import hf, npz, param_tree, reader, timm_names
+from vit_jax.weights.formats import Preprocessing
 
 # The folder, the arguments that its file needs, and the formats that can hold the model.
 FIXTURES = {
@@ -47,7 +51,7 @@ def logits(loaded, image):
 
 def equal(a, b):
   """Whether two trees hold the same arrays, to the bit."""
-  a, b = weights.flatten(a), weights.flatten(b)
+  a, b = param_tree.flatten(a), param_tree.flatten(b)
   return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -98,8 +102,8 @@ def test_a_file_is_written_again_to_the_bit(name, tmp_path):
 def test_the_papers_files_are_written_again_to_the_bit_in_the_older_spelling(tmp_path):
   loaded = vit_jax.load(source('paper_hybrid'))
   vit_jax.save(*loaded, tmp_path, format='npz')
-  before = format_npz.read_arrays(source('paper_hybrid'))
-  after = format_npz.read_arrays(tmp_path / 'model.npz')
+  before = npz.read_arrays(source('paper_hybrid'))
+  after = npz.read_arrays(tmp_path / 'model.npz')
   assert before.keys() == after.keys()
   assert all(before[key].tobytes() == after[key].tobytes() for key in before)
 
@@ -172,7 +176,7 @@ def test_big_vision(pool, scan, prefix, tmp_path):
   keys = jax.random.split(jax.random.key(1), len(leaves))
   leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
   variables = jax.tree.unflatten(tree, leaves)
-  arrays = {prefix + n: np.asarray(x) for n, x in weights.flatten(variables['params']).items()}
+  arrays = {prefix + n: np.asarray(x) for n, x in param_tree.flatten(variables['params']).items()}
   if prefix:
     other = 'params/txt/head/bias' if 'img' in prefix else 'chrono/seconds'
     arrays |= {other: np.zeros(3, np.float32), 'opt/count': np.zeros(())}
@@ -185,7 +189,7 @@ def test_big_vision(pool, scan, prefix, tmp_path):
 
 
 def test_the_papers_two_spellings_are_one_model(tmp_path):
-  older = format_npz.read_arrays(source('paper_token'))
+  older = npz.read_arrays(source('paper_token'))
   newer = {
     name.replace('MultiHeadDotProductAttention_1', 'MultiHeadDotProductAttention_0')
     .replace('LayerNorm_2', 'LayerNorm_1')
@@ -198,7 +202,7 @@ def test_the_papers_two_spellings_are_one_model(tmp_path):
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
-  exact = format_npz.read_arrays(source('paper_gap'))
+  exact = npz.read_arrays(source('paper_gap'))
   for dtype in (np.float16, ml_dtypes.bfloat16, np.float64):
     np.savez(tmp_path / 'weights.npz', **{n: x.astype(dtype) for n, x in exact.items()})
     params = vit_jax.load(tmp_path, grid=(2, 4)).params
@@ -303,9 +307,9 @@ def test_timms_names_stand_for_its_arguments():
 
 def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
   assert int(28 * (61 / 28)) == 60  # timm rounds down
-  model = vit.ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
-  shapes = weights.param_shapes(model, (8, 8, 3))
-  params = weights.unflatten({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
+  model = ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
+  shapes = param_tree.param_shapes(model, (8, 8, 3))
+  params = param_tree.unflatten({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
   vit_jax.save(model, params, tmp_path, format='timm')
   config = json.loads((tmp_path / 'config.json').read_text())
   assert int(28 * config['model_args']['mlp_ratio']) == 61
@@ -394,7 +398,7 @@ def test_what_the_config_says_decides_the_model(tmp_path):
     do_center_crop=True, image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3],
   )  # fmt: skip
   (tmp_path / 'preprocessor_config.json').write_text(json.dumps(processor))
-  assert vit_jax.load(tmp_path).preprocessing == weights.Preprocessing(
+  assert vit_jax.load(tmp_path).preprocessing == Preprocessing(
     (16, 16), (0.1, 0.2, 0.3), (1, 2, 3), 'bicubic', 0.8, False
   )
 
@@ -427,7 +431,7 @@ DINO_PROCESSOR = dict(
 def test_configs_as_the_hub_has_them_are_read(kind, architecture, fields, tmp_path):
   config = HF_FIELDS | dict(model_type=kind, architectures=[architecture]) | fields
   (tmp_path / 'preprocessor_config.json').write_text(json.dumps(DINO_PROCESSOR))
-  found = format_hf.read(tmp_path, config, {})
+  found = hf.read(tmp_path, config, {})
   registers = {'deit': 1, 'dinov2_with_registers': 4}.get(kind, 0)
   assert found.fields['width'] == 768 and found.fields.get('num_registers', 0) == registers
   patches = found.preprocessing.size[0] / found.fields['patch_size'][0]
@@ -489,7 +493,7 @@ def test_what_is_not_there_or_can_run_code_is_refused(tmp_path):
 
 
 def changed_arrays(change):
-  arrays = format_npz.read_arrays(source('paper_token'))
+  arrays = npz.read_arrays(source('paper_token'))
   change(arrays)
   return arrays
 
@@ -579,7 +583,7 @@ def test_weights_in_several_files(tmp_path):
     parts[index[name]][name] = array
   for name, part in parts.items():
     save_file(part, tmp_path / name)
-  (tmp_path / pretrained.INDEX).write_text(json.dumps({'weight_map': index}))
+  (tmp_path / reader.INDEX).write_text(json.dumps({'weight_map': index}))
   assert equal(vit_jax.load(tmp_path).params, vit_jax.load(source('hf_classifier')).params)
   (tmp_path / 'model-2.safetensors').unlink()
   with pytest.raises(ValueError, match='model-2.safetensors'):
@@ -603,7 +607,7 @@ def test_saving_refuses_what_is_not_the_models(tmp_path):
 
 def test_what_an_npz_has_no_place_for_is_said(tmp_path, monkeypatch):
   said = []
-  monkeypatch.setattr(format_npz.log, 'warning', lambda text, *values: said.append(text % values))
+  monkeypatch.setattr(npz.log, 'warning', lambda text, *values: said.append(text % values))
   loaded = vit_jax.load(source('paper_token'))
   vit_jax.save(*loaded, tmp_path, format='npz', preprocessing=loaded.preprocessing)
   assert not said
@@ -620,7 +624,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     'metrics.jsonl',
     'model-1.safetensors',
     'other.npz',
-    pretrained.INDEX,
+    reader.INDEX,
   ):
     folder = tmp_path / name
     (folder / name).mkdir(parents=True)
@@ -648,11 +652,11 @@ def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path):
 
 def test_a_processor_that_hugging_face_can_not_have_is_refused(tmp_path):
   loaded = vit_jax.load(source('hf_classifier'), grid=(2, 4))
-  cut = weights.Preprocessing((8, 16))
+  cut = Preprocessing((8, 16))
   with pytest.raises(ValueError, match='cut squares only, and images here are 8x16'):
     vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=cut)
   vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=loaded.preprocessing)
-  grey = vit.make('tiny', 3, pool='cls', activation='gelu')
+  grey = variants.make('tiny', 3, pool='cls', activation='gelu')
   params = grey.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))['params']
   vit_jax.save(grey, jax.device_get(params), tmp_path / 'grey', format='hf')
   assert vit_jax.load(tmp_path / 'grey').preprocessing.mean == (0.5,)
@@ -660,9 +664,9 @@ def test_a_processor_that_hugging_face_can_not_have_is_refused(tmp_path):
 
 def test_hybrids_reduce_the_image_as_their_names_say():
   for variant, patch in (('R50+B/16', 16), ('R50+L/32', 32), ('R26+S/32', 32), ('R+Ti/32', 32)):
-    model = vit.make(variant, 10)
+    model = variants.make(variant, 10)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
     assert shapes['pos_embedding'].shape[1] == (224 // patch) ** 2 + 1
   with pytest.raises(ValueError, match='must be a multiple of 16'):
-    vit.make('R50+B/8', 10)
+    variants.make('R50+B/8', 10)

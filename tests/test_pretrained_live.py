@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from vit_jax import format_hf, pretrained
-from vit_jax import image as image_lib
+from vit_jax.data import image as image_lib
+from vit_jax.inference import export
+from vit_jax.weights import hf, pretrained
 
 torch = pytest.importorskip('torch', reason='needs requirements-peers.txt: torch')
 
@@ -87,7 +88,7 @@ def test_hugging_face(name, tmp_path):
   read = lambda output: output.logits if headed else output.last_hidden_state
   loaded = check(theirs, tmp_path / 'theirs', read, image)
 
-  pretrained.save(
+  export.save(
     *loaded,
     tmp_path / 'ours',
     format='hf',
@@ -135,7 +136,7 @@ def test_timm(fields, tmp_path):
   if not arguments['num_classes']:
     theirs.forward = theirs.forward_features
   loaded = check(theirs, folder, lambda output: output)
-  pretrained.save(
+  export.save(
     *loaded, tmp_path / 'ours', format='timm', preprocessing=loaded.preprocessing
   )  # fmt: skip
   again = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval()
@@ -154,7 +155,7 @@ def test_images_are_prepared_as_hugging_faces_processor_does(fields, tmp_path):
   processor = kind(**fields, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
   pixels = np.random.RandomState(0).randint(0, 256, (50, 70, 3), np.uint8)
   want = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
-  p = format_hf.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
+  p = hf.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
   ours = image_lib.fit(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
   ours = (ours / 255 - np.array(p.mean)) / np.array(p.std)
   np.testing.assert_allclose(ours, want.transpose(1, 2, 0), atol=1e-5)

@@ -11,21 +11,16 @@ import pytest
 from benchmarks import probe as benchmark
 import main
 from tests.conftest import small_config
-from vit_jax import (
-  attention,
-  checkpoint,
-  data,
-  evaluate,
-  experiment,
-  features,
-  inherit,
-  probe,
-  sharding,
-  sources,
-  state,
-  trainer,
-  writer,
-)
+from vit_jax import inherit, opening
+from vit_jax.data import batching
+from vit_jax.data.source import Source
+from vit_jax.distributed import devices, sharding
+from vit_jax.evaluation import evaluate, features
+from vit_jax.model import attention
+from vit_jax.training import loop, probe, state, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import stored, writer
 
 FROZEN = {'freeze': 'backbone', 'augment.flip.probability': '0'}
 AUGMENTED = {'freeze': 'backbone'}  # conftest's flips
@@ -48,13 +43,13 @@ def backbone(params):
 
 def make_step(**overrides):
   """(experiment, state, compiled step, batches) as a run has them."""
-  exp, training = experiment.from_config(small_config(**overrides))
-  mesh = sharding.make_mesh(32)
+  exp, training = opening.from_config(small_config(**overrides))
+  mesh = devices.make_mesh(32)
   train_state = state.init_state(
     exp.model, training.optimizer, exp.image_shape, 0, exp.config.ema > 0, mesh, exp.config.freeze
   )
-  batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
-  step = trainer.make_train_step(exp, training, mesh)
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  step = make_train_step(exp, training, mesh)
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
 
 
@@ -93,10 +88,10 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
       'schedule.warmup': '0', 'model.dropout': '0.3', 'model.stochastic_depth': '0.5',
   }  # fmt: skip
   exp, train_state, step, batches = make_step(**overrides)
-  params = checkpoint.load(trained[0])[1]
+  params = stored.load(trained[0])[1]
   head = {name: np.asarray(x, np.float64) for name, x in params['head'].items()}
   average = {name: x.copy() for name, x in head.items()}
-  replicated = sharding.replicated(sharding.make_mesh(32))
+  replicated = sharding.replicated(devices.make_mesh(32))
   place = lambda tree: jax.device_put(jax.tree.map(np.copy, tree), replicated)
   train_state = train_state.replace(params=place(params), ema=place(params))
   pooled = exp.model.clone(num_classes=None)
@@ -122,26 +117,26 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
 def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, capsys, overrides):
   init = shutil.copytree(trained[0], tmp_path / 'init')
   overrides = overrides | {'ema': '0.9', 'init': str(init), 'checkpoint_every': '8'}
-  whole = probe.train(small_config(**overrides), tmp_path / 'whole')
+  whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
 
   def stop(*_):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer.Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
+    patch.setattr(Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
     with pytest.raises(KeyboardInterrupt):
-      probe.train(small_config(**overrides), tmp_path / 'cut')
-  assert checkpoint.latest_step(tmp_path / 'cut') == 16
+      trainer.train(small_config(**overrides), tmp_path / 'cut')
+  assert stored.latest_step(tmp_path / 'cut') == 16
   shutil.rmtree(init)  # what a run began with is in its checkpoints
-  resumed = probe.train(small_config(**overrides), tmp_path / 'cut')
+  resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
   assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
   for item in ('params', 'state'):
-    a, b = (checkpoint.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
+    a, b = (stored.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
     assert_equal(a, b)
 
-  params = checkpoint.restore_item(tmp_path / 'cut', 32, 'params')
-  assert_equal(backbone(params), backbone(checkpoint.load(trained[0])[1]))
-  assert sorted(params) == sorted(checkpoint.load(trained[0])[1])  # all of the model
+  params = stored.restore_item(tmp_path / 'cut', 32, 'params')
+  assert_equal(backbone(params), backbone(stored.load(trained[0])[1]))
+  assert sorted(params) == sorted(stored.load(trained[0])[1])  # all of the model
   again = evaluate.run(tmp_path / 'cut', {})
   assert again['accuracy'] == whole['test_accuracy'] and again['examples'] == 256
   assert again['loss'] == pytest.approx(whole['test_loss'], abs=1e-5)
@@ -151,19 +146,19 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
 
 def test_features_computed_once_change_nothing(trained, tmp_path):
   overrides = FROZEN | {'init': str(trained[0]), 'ema': '0.9', 'loss.label_smoothing': '0.1'}
-  cached = probe.train(small_config(**overrides), tmp_path / 'cached')
+  cached = trainer.train(small_config(**overrides), tmp_path / 'cached')
   plain = trainer.train(small_config(**overrides), tmp_path / 'plain')
   assert list((tmp_path / 'cached' / 'features').glob('*.npz'))
   assert not (tmp_path / 'plain' / 'features').exists()
   for name in ('params', 'state'):
-    a, b = (checkpoint.restore_item(tmp_path / run, 32, name) for run in ('cached', 'plain'))
+    a, b = (stored.restore_item(tmp_path / run, 32, name) for run in ('cached', 'plain'))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
   for name in ('test_accuracy', 'test_loss', 'examples', 'steps', 'params'):
     assert cached[name] == pytest.approx(plain[name], abs=1e-5)
   lines = [writer.read_metrics(tmp_path / run) for run in ('cached', 'plain')]
   for a, b in zip(*lines, strict=True):
     assert a['step'] == b['step'] and a['loss'] == pytest.approx(b['loss'], abs=1e-5)
-  start, end = checkpoint.load(trained[0])[1]['head'], checkpoint.load(tmp_path / 'cached')[1]
+  start, end = stored.load(trained[0])[1]['head'], stored.load(tmp_path / 'cached')[1]
   assert abs(start['kernel'] - end['head']['kernel']).max() > 1e-3
 
 
@@ -179,13 +174,13 @@ def counted(monkeypatch):
 
 
 def test_augmented_images_are_not_cached(tmp_path, counted):
-  probe.train(small_config(epochs='0.25', **AUGMENTED), tmp_path)
+  trainer.train(small_config(epochs='0.25', **AUGMENTED), tmp_path)
   assert not counted and not (tmp_path / 'features').exists()
 
 
 def test_only_the_same_features_are_found_again(tmp_path, counted):
-  exp, training = experiment.from_config(small_config(**FROZEN))
-  mesh, examples = sharding.make_mesh(), training.test
+  exp, training = opening.from_config(small_config(**FROZEN))
+  mesh, examples = devices.make_mesh(), training.test
   params = probe.initial_params(exp, training, tmp_path / 'none')
   step = features.make_feature_step(exp, mesh)
 
@@ -204,8 +199,8 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
   pixel = training.test.image_NHWC.copy()
   pixel[100, 3, 3, 0] ^= 1
   other = {**params, 'norm': {**params['norm'], 'bias': params['norm']['bias'] + 1e-6}}
-  sized = experiment.from_config(small_config(**FROZEN, **{'data.mean': '0.4'}))[0]
-  exact = experiment.from_config(small_config(**FROZEN, **{'model.activation': 'gelu'}))[0]
+  sized = opening.from_config(small_config(**FROZEN, **{'data.mean': '0.4'}))[0]
+  exact = opening.from_config(small_config(**FROZEN, **{'model.activation': 'gelu'}))[0]
   for change in (
     {'examples': type(examples)(pixel, examples.label_N)},
     {'examples': type(examples)(examples.image_NHWC, examples.label_N[::-1])},
@@ -226,7 +221,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
 
 
 def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
-  exp, training = experiment.from_config(small_config(**FROZEN))
+  exp, training = opening.from_config(small_config(**FROZEN))
   params = probe.initial_params(exp, training, tmp_path / 'none')
   before, attend = features.key(exp, params, training.test), attention.attention
   assert features.key(exp, params, training.test) == before
@@ -236,7 +231,7 @@ def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
 
 def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
   config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
-  fitted, real = [], trainer.fit
+  fitted, real = [], loop.fit
 
   def fit(exp, training, mesh, workdir, **notes):
     fitted.append((workdir.name, len(training.train)))
@@ -245,12 +240,12 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
     return real(exp, training, mesh, workdir, **notes)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer, 'fit', fit)
+    patch.setattr(loop, 'fit', fit)
     with pytest.raises(KeyboardInterrupt):
-      probe.train(config, tmp_path)
+      trainer.train(config, tmp_path)
     assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
-    result = probe.train(config, tmp_path)
-    assert probe.train(config, tmp_path) == result
+    result = trainer.train(config, tmp_path)
+    assert trainer.train(config, tmp_path) == result
     assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
     assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
   assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
@@ -272,11 +267,11 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
   assert result['test_loss'] == pytest.approx(alone['test_loss'], abs=1e-5)
 
   more = small_config(init=str(trained[0]), epochs='3', **SWEPT)
-  assert probe.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
+  assert trainer.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
 
 
 def test_a_run_on_another_backbone_is_told(trained, tmp_path):
-  params = checkpoint.load(trained[0])[1]
+  params = stored.load(trained[0])[1]
   other_head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
   other = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
   assert not probe.began_with_others(tmp_path, params)  # nothing began there
@@ -296,21 +291,21 @@ def test_a_run_on_another_backbone_is_told(trained, tmp_path):
 ])  # fmt: skip
 def test_bad_values_are_refused(overrides, message, tmp_path):
   with pytest.raises(ValueError, match=message):
-    probe.train(small_config(**overrides), tmp_path / 'run')
+    trainer.train(small_config(**overrides), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
 def test_all_rates_diverge(trained, tmp_path):
   overrides = SWEPT | {'sweep': '1e30,1e31', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match=r'No learning rate of sweep=\(1e\+30, 1e\+31\)'):
-    probe.train(small_config(init=str(trained[0]), **overrides), tmp_path)
+    trainer.train(small_config(init=str(trained[0]), **overrides), tmp_path)
 
 
 def test_other_classes_have_a_new_head(trained, tmp_path):
-  source = sources.Source({}, ('cat', 'dog'), 3, None)
+  source = Source({}, ('cat', 'dog'), 3, None)
   _, params, _ = inherit.open_init(small_config(init=str(trained[0])), source)
   assert params['head']['kernel'].shape == (16, 2) and not params['head']['kernel'].any()
-  assert_equal(backbone(params), backbone(checkpoint.load(trained[0])[1]))
+  assert_equal(backbone(params), backbone(stored.load(trained[0])[1]))
 
 
 def test_finetune_configs_are_the_papers(capsys):

@@ -9,8 +9,8 @@ import pytest
 
 from configs import finetune, imagenet
 from vit_jax import config as config_lib
-from vit_jax import experiment
 from vit_jax.check import check
+from vit_jax.experiment import Task, assemble
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
@@ -84,7 +84,7 @@ def test_a_model_needs_only_the_light_dependencies():
     "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"
     'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
     "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
-    'from vit_jax import predict'
+    'from vit_jax.inference import predict'
   )
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
@@ -112,8 +112,8 @@ def test_every_config_builds(spec):
   config = config_lib.load_file(f'{ROOT}/configs/{spec}')
   check(config)
   channels = 1 if spec == 'digits.py' else 3
-  task = experiment.Task(('a', 'b'), (32, 32), channels)
-  assert experiment.assemble(config, task).image_shape[-1] == channels
+  task = Task(('a', 'b'), (32, 32), channels)
+  assert assemble(config, task).image_shape[-1] == channels
   assert config.log_every == 50
 
 

@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 import pytest
 
-from vit_jax import randaugment
+from vit_jax.augment import randaugment
+from vit_jax.augment.operations import OPERATIONS, operate
+from vit_jax.augment.randaugment import rand_augment, trivial_augment
 
 AFFINE, BILINEAR = Image.Transform.AFFINE, Image.Resampling.BILINEAR
 
@@ -79,7 +81,7 @@ PILLOW = {  # operation: Pillow's, and arguments to try
   'cutout': (cutout, (0, 1, 5, 12)),
 }  # fmt: skip
 CASES = [(name, value) for name, (_, values) in PILLOW.items() for value in values]
-operate = jax.jit(randaugment.operate)
+operate = jax.jit(operate)
 
 
 def images(height, width, channels, kind):
@@ -97,7 +99,7 @@ def images(height, width, channels, kind):
 def results(height, width, channels, kind):
   """(ours, Pillow's) for each of `CASES`: all in one batch, each under another operation."""
   before = images(height, width, channels, kind)
-  operation = jnp.asarray([randaugment.OPERATIONS.index(name) for name, _ in CASES])
+  operation = jnp.asarray([OPERATIONS.index(name) for name, _ in CASES])
   centre = jnp.tile(jnp.asarray(CENTRE), (len(CASES), 1))
   ours = operate(operation, jnp.asarray([float(value) for _, value in CASES]), centre, before)
   squeeze = lambda array: array[:, :, 0] if channels == 1 else array
@@ -126,7 +128,7 @@ def test_rounding_is_that_of_pillow():
 
 
 def test_every_operation_is_tested():
-  assert tuple(PILLOW) == randaugment.OPERATIONS
+  assert tuple(PILLOW) == OPERATIONS
   assert {name for space in randaugment.SPACES.values() for name in space} == {*PILLOW}
 
 
@@ -145,8 +147,8 @@ def drawer(space):
 def drawn(space, strength, probability=1.0):
   """{operation: its arguments} of many draws at a strength."""
   operation, argument = map(np.asarray, drawer(space)(KEYS, strength, probability)[:2])
-  assert operation.max() < len(randaugment.OPERATIONS)
-  return {name: argument[operation == i] for i, name in enumerate(randaugment.OPERATIONS)}
+  assert operation.max() < len(OPERATIONS)
+  return {name: argument[operation == i] for i, name in enumerate(OPERATIONS)}
 
 
 # What the strongest draws are: (least, most), of the papers' tables and codes.
@@ -236,7 +238,7 @@ def test_beyond_ten_goes_whoever_defines_it():
 def test_cutout_is_anywhere():
   draw = lambda key: randaugment.draw(key, 'big_vision', lambda _: 1.0, 1.0)
   operation, _, centre = jax.jit(jax.vmap(draw))(KEYS)
-  cut = np.asarray(operation) == randaugment.OPERATIONS.index('cutout')
+  cut = np.asarray(operation) == OPERATIONS.index('cutout')
   for share in np.asarray(centre)[cut].T:
     counts, _ = np.histogram(share, 8, (0, 1))
     assert np.abs(counts - cut.sum() / 8).max() < 5 * np.sqrt(cut.sum() / 8)
@@ -270,7 +272,7 @@ IMAGE_KEYS = KEYS[: len(IMAGES)]
 def test_layers_follow_each_other():
   """Each under draws of its own, what comes out of one going into the next."""
   draw = jax.jit(jax.vmap(lambda key: randaugment.draw(key, 'standard', lambda _: 0.9, 1.0)))
-  run = jax.jit(randaugment.rand_augment, static_argnums=(6,))
+  run = jax.jit(rand_augment, static_argnums=(6,))
   image, seen = IMAGES, []
   for layer in range(2):
     key_B = jax.vmap(lambda key, layer=layer: jax.random.fold_in(key, layer))(IMAGE_KEYS)
@@ -283,7 +285,7 @@ def test_layers_follow_each_other():
 
 
 def test_trivial_augment_is_one_operation_or_none():
-  run = jax.jit(randaugment.trivial_augment)
+  run = jax.jit(trivial_augment)
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0.0), IMAGES)
   draw = jax.jit(jax.vmap(lambda key: randaugment.draw(key, 'wide', randaugment.any_strength, 1.0)))
   once = operate(*draw(IMAGE_KEYS), IMAGES)

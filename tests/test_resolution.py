@@ -10,20 +10,18 @@ from PIL import Image
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import (
-  checkpoint,
-  evaluate,
-  experiment,
-  losses,
-  maps,
-  positions,
-  pretrained,
-  sources,
-  summary,
-  trainer,
-  vit,
-  writer,
-)
+from vit_jax import opening
+from vit_jax.data import sources
+from vit_jax.evaluation import evaluate
+from vit_jax.figures import maps
+from vit_jax.inference import summary
+from vit_jax.model import positions, variants
+from vit_jax.optim import losses
+from vit_jax.training import step, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.weights import pretrained
+from vit_jax.workdir import stored, writer
 
 IMAGES = np.random.RandomState(0).normal(size=(3, 8, 16, 3)).astype(np.float32)
 WHOLE = (4, 6)  # patches that positions are of; those of `IMAGES` are 2 x 4
@@ -51,7 +49,7 @@ def test_stretched_sincos_and_rope_are_the_closed_form():
 
 
 def small(**fields):
-  return vit.make('tiny', 5, width=16, depth=1, mlp_dim=8, patch_size=4, **fields)
+  return variants.make('tiny', 5, width=16, depth=1, mlp_dim=8, patch_size=4, **fields)
 
 
 def random_params(model, image=IMAGES):
@@ -147,7 +145,7 @@ def test_a_size_that_patches_do_not_divide_is_refused(trained):
 
 
 def test_files_are_read_at_the_size_asked_for(trained, monkeypatch):
-  exp = experiment.from_workdir(trained[0])[0]
+  exp = opening.from_workdir(trained[0])[0]
   assert exp.at((8, 8)) is exp
   larger = exp.at((16, 16))
   assert larger.task.stored_size == larger.image_shape[:2] == (16, 16)
@@ -164,7 +162,7 @@ STAGES |= {'eval_every': '0', 'ema': '0.9'}  # 32 steps, of which 12 see images 
 def whole(tmp_path_factory):
   """A run with smaller images first: its workdir, and what was compiled after which step."""
   workdir, seen = tmp_path_factory.mktemp('stages'), []
-  compile_, make = trainer.Run.compile, trainer.make_train_step
+  compile_, make = Run.compile, make_train_step
 
   def after(self, train_state, batch, size):
     seen.append(int(train_state.step))
@@ -175,8 +173,8 @@ def whole(tmp_path_factory):
     return make(exp, training, mesh)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer.Run, 'compile', after)
-    patch.setattr(trainer, 'make_train_step', of)
+    patch.setattr(Run, 'compile', after)
+    patch.setattr(step, 'make_train_step', of)
     trainer.train(small_config(**STAGES), workdir)
   return workdir, seen
 
@@ -184,7 +182,7 @@ def whole(tmp_path_factory):
 def test_smaller_images_come_first(whole):
   workdir, seen = whole
   assert seen == [0, (8, 8), 12, (16, 16)]
-  _, params, _ = checkpoint.load(workdir)
+  _, params, _ = stored.load(workdir)
   assert params['pos_embedding'].shape == (1, 16, 16)  # always of the whole
   lines = writer.read_metrics(workdir)
   assert [line['step'] for line in lines if line['split'] == 'train'] == [8, 16, 24, 32]
@@ -195,7 +193,7 @@ def test_smaller_images_come_first(whole):
 @pytest.mark.parametrize('stop', [8, 12])
 def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
   settings = STAGES | {'checkpoint_every': str(stop)}
-  save = trainer.Run.save
+  save = Run.save
 
   def save_and_die(self, *args):
     save(self, *args)
@@ -203,20 +201,20 @@ def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
     raise KeyboardInterrupt
 
   with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(trainer.Run, 'save', save_and_die)
+    patch.setattr(Run, 'save', save_and_die)
     trainer.train(small_config(**settings), tmp_path)
-  assert checkpoint.latest_step(tmp_path) == stop
+  assert stored.latest_step(tmp_path) == stop
   trainer.train(small_config(**settings), tmp_path)
   for item in ('params', 'state'):
     jax.tree.map(
       np.testing.assert_array_equal,
-      *(checkpoint.restore_item(workdir, 32, item) for workdir in (whole[0], tmp_path)),
+      *(stored.restore_item(workdir, 32, item) for workdir in (whole[0], tmp_path)),
     )
 
 
 def test_a_step_before_the_change_sees_the_image_reduced(whole):
   """As Pillow reduces it, away from the border."""
-  exp, _, _ = experiment.from_workdir(whole[0])
+  exp, _, _ = opening.from_workdir(whole[0])
   image = np.random.RandomState(4).randint(0, 256, (1, 16, 16, 3)).astype(np.uint8)
   out = np.asarray(exp.at((8, 8)).normalize(image))[0]
   for channel in range(3):
@@ -226,7 +224,7 @@ def test_a_step_before_the_change_sees_the_image_reduced(whole):
 
 
 def test_inspecting_counts_each_size(whole):
-  exp, _, _ = experiment.from_workdir(whole[0])
+  exp, _, _ = opening.from_workdir(whole[0])
   found = summary.summarize(exp, 512)
   each = {n: summary.summarize(exp.at((n, n)), 512).train_flops for n in (8, 16)}
   assert found.train_flops == each[16] > 3 * each[8]

@@ -18,12 +18,12 @@ from PIL import Image
 import pytest
 
 import main
-from vit_jax import predict
+from vit_jax.inference import page as page_lib
+from vit_jax.inference import predict, serve
 
 pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
 browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
-from vit_jax import serve  # noqa: E402 - it imports Gradio
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHROMIUM = next(
@@ -57,7 +57,7 @@ def client(page):
   return gradio_client.Client(page, verbose=False)
 
 
-def ask(client, path, layer=serve.ROLLOUT, head=serve.MEAN):
+def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
   """`{class: probability}` and the picture's file."""
   label, picture = client.predict(gradio_client.handle_file(path), layer, head, api_name='/predict')
   return {found['label']: found['confidence'] for found in label['confidences']}, picture
@@ -89,7 +89,7 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
     classes = tab.locator('#classes')
     browser.expect(classes).to_contain_text(best['class'])
     assert f'{best["probability"]:.0%}' in classes.inner_text()
-    assert len(re.findall('%', classes.inner_text())) == serve.TOPK
+    assert len(re.findall('%', classes.inner_text())) == page_lib.TOPK
     browser.expect(picture).to_be_visible()
     browser.expect(given).to_be_visible()
 
@@ -124,7 +124,7 @@ def test_fifty_at_once(client, trained):
   with concurrent.futures.ThreadPoolExecutor(50) as pool:
     answers = list(pool.map(lambda i: ask(client, files[i % 8])[0], range(50)))
   for i, answer in enumerate(answers):
-    for guess in wanted[i % 8][: serve.TOPK]:
+    for guess in wanted[i % 8][: page_lib.TOPK]:
       assert answer[guess['class']] == pytest.approx(guess['probability'], abs=1e-4)
 
 
@@ -150,10 +150,12 @@ def test_what_is_let_in(client, tmp_path):
 def test_nothing_is_fetched_for_a_client(client):
   address = {'path': 'http://127.0.0.1:1/a.png', 'meta': {'_type': 'gradio.FileData'}}
   with pytest.raises(Exception, match='Upload the file itself'):
-    client.predict(address, serve.ROLLOUT, serve.MEAN, api_name='/predict')
+    client.predict(address, page_lib.ROLLOUT, page_lib.MEAN, api_name='/predict')
 
 
-@pytest.mark.parametrize('layer, head', [('block 9', serve.MEAN), ('block 1', 'head 9'), (None, 1)])
+@pytest.mark.parametrize(
+  'layer, head', [('block 9', page_lib.MEAN), ('block 1', 'head 9'), (None, 1)]
+)
 def test_layers_and_heads_that_there_are_not(client, trained, layer, head):
   file = next((trained[0] / 'examples').iterdir())
   with pytest.raises(Exception, match='block 2|choices'):
@@ -176,10 +178,10 @@ def test_other_machines_are_not_let_in(page):
 
 def test_a_picture_is_lit_where_attention_is():
   image_HWC = np.full((4, 8, 3), 200, np.uint8)
-  lit_HWC = serve.light(image_HWC, np.array([[0.0, 0.5]]))
+  lit_HWC = page_lib.light(image_HWC, np.array([[0.0, 0.5]]))
   assert lit_HWC.shape == (448, 896, 3) and lit_HWC.dtype == np.uint8
-  assert np.all(lit_HWC[:, :200] == round(200 * serve.DARK)) and np.all(lit_HWC[:, -200:] == 200)
-  assert serve.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
+  assert np.all(lit_HWC[:, :200] == round(200 * page_lib.DARK)) and np.all(lit_HWC[:, -200:] == 200)
+  assert page_lib.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
 
 
 def test_a_port_that_is_taken(trained, capsys):

@@ -6,7 +6,9 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
-from vit_jax import sharding, vit
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.distributed import microbatch, sharding
+from vit_jax.model import variants
 
 
 @pytest.mark.parametrize(
@@ -24,12 +26,12 @@ from vit_jax import sharding, vit
   ],
 )
 def test_a_part_fits_the_cache(batch_size, tokens, width, parts):
-  assert sharding.micro_batches(sharding.make_mesh(2), batch_size, tokens, width) == parts
+  assert microbatch.micro_batches(devices_lib.make_mesh(2), batch_size, tokens, width) == parts
 
 
 @pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_parts_are_the_whole(devices, parts):
-  mesh = sharding.make_mesh(devices)
+  mesh = devices_lib.make_mesh(devices)
   x = np.random.RandomState(0).normal(size=(12, 4)).astype(np.float32)
   matrix = jnp.arange(8.0).reshape(4, 2)
   sizes = []
@@ -42,18 +44,18 @@ def test_parts_are_the_whole(devices, parts):
     return {'sum': rows(batch, matrix).sum(axis=0), 'count': jnp.ones(len(batch['x'])).sum()}
 
   batch = jax.device_put({'x': x}, sharding.over_batch(mesh))
-  each = jax.jit(sharding.concatenate(rows, mesh, parts))(batch, matrix)
+  each = jax.jit(microbatch.concatenate(rows, mesh, parts))(batch, matrix)
   np.testing.assert_allclose(each, x @ matrix, rtol=1e-4, atol=1e-5)
-  total = jax.jit(sharding.add_up(sums, mesh, parts))(batch, matrix)
+  total = jax.jit(microbatch.add_up(sums, mesh, parts))(batch, matrix)
   np.testing.assert_allclose(total['sum'], (x @ matrix).sum(axis=0), rtol=1e-4)
   assert total['count'] == 12 and set(sizes) == {12 // devices // parts}
 
 
 def test_devices_talk_once_a_batch():
   """Not once a micro-batch: what a loop's body compiles to holds no communication."""
-  mesh = sharding.make_mesh(2)
+  mesh = devices_lib.make_mesh(2)
   loss = lambda batch, weights: jnp.tanh(batch @ weights).sum()
-  gradient = sharding.add_up(jax.grad(loss, argnums=1), mesh, parts=3)
+  gradient = microbatch.add_up(jax.grad(loss, argnums=1), mesh, parts=3)
   text = jax.jit(gradient).lower(jnp.ones((12, 4)), jnp.ones((4, 2))).compile().as_text()
   assert ' while(' in text and text.count(' all-reduce(') == 1
   assert text.index(' all-reduce(') > text.index('ENTRY')
@@ -61,14 +63,14 @@ def test_devices_talk_once_a_batch():
 
 def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
   size = lambda *arguments, **shape: (
-    sharding.make_mesh(*arguments, shape=sharding.ALL_DATA | shape).size
+    devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape).size
   )
   sizes = lambda: [size(32), size(64), size(65), size(64, 1, 64), size(32, tensor=2)]
   assert sizes() == [2, 2, 1, 1, 2]  # the user, here conftest, has asked for two devices
-  assert sharding.inference_mesh(7).size == 2
-  monkeypatch.setattr(sharding, '_one_per_core', True)
-  assert sizes() == [1, 2, 1, 1, 2] and sharding.make_mesh().size == 2
-  assert [sharding.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
+  assert devices_lib.inference_mesh(7).size == 2
+  monkeypatch.setattr(devices_lib, '_one_per_core', True)
+  assert sizes() == [1, 2, 1, 1, 2] and devices_lib.make_mesh().size == 2
+  assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
 
 
 # Which mesh axis splits each axis of an array, over `fsdp` alone and together with `tensor`.
@@ -96,12 +98,12 @@ SPECS = {
 
 @pytest.mark.parametrize(('sizes', 'column'), [((1, 4, 1), 0), ((2, 4, 2), 1)])
 def test_fsdp_splits_the_longest_axis_and_tensor_the_heads_and_hidden_units(sizes, column):
-  model = vit.make(
+  model = variants.make(
     'tiny', 1000, width=128, depth=1, num_heads=4, head_dim=48, mlp_dim=512, pool='cls'
   )
   image = jnp.zeros((1, 32, 32, 3))
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
-  mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+  mesh = jax.sharding.AbstractMesh(sizes, devices_lib.AXES)
   found = {
     jax.tree_util.keystr(path, simple=True, separator='/'): (x.shape, layout.spec)
     for (path, x), layout in zip(
@@ -113,7 +115,7 @@ def test_fsdp_splits_the_longest_axis_and_tensor_the_heads_and_hidden_units(size
 
 
 def test_an_axis_that_devices_do_not_divide_stays_whole():
-  mesh = jax.sharding.AbstractMesh((1, 4, 2), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((1, 4, 2), devices_lib.AXES)
   path = tuple(map(jax.tree_util.DictKey, ('query', 'kernel')))
   split = lambda *shape: tuple(sharding.partition(mesh, path, shape))
   assert split(66, 3, 64) == (None, None, 'fsdp')  # three heads; 66 features

@@ -17,9 +17,11 @@ from PIL import Image
 import pytest
 
 from tests.conftest import DATA
-from vit_jax import folder as folder_lib
-from vit_jax import image as image_lib
-from vit_jax import memory, progress, sources, splits
+from vit_jax import limits, progress
+from vit_jax.data import folder as folder_lib
+from vit_jax.data import image as image_lib
+from vit_jax.data import memory, sources, splits
+from vit_jax.data.source import Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = {'train': 100, 'test': 20}
@@ -398,8 +400,8 @@ def test_hidden_files_are_no_images(tmp_path):
 
 
 def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monkeypatch):
-  source = sources.Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
-  monkeypatch.setattr(memory, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
+  source = Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
+  monkeypatch.setattr(limits, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
   for names in (['train'], ['test'], ['train', 'test[:10]']):
     memory.check(source, names, (10, 10))
   with pytest.raises(ValueError, match=r'^train, test: 50 images of 10x10 need .*train\[:10%\]'):
@@ -434,7 +436,7 @@ def test_memory_is_the_least_of_the_machine_and_its_cgroups(
   for name, text in files.items():
     (tmp_path / 'sys/fs/cgroup' / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / 'sys/fs/cgroup' / name).write_text(f'{text}\n')
-  assert memory.limit(tmp_path) == limit
+  assert limits.limit(tmp_path) == limit
 
 
 LOAD = """

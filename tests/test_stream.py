@@ -22,22 +22,20 @@ from PIL import Image
 import pytest
 
 from tests.conftest import DATA, small_config
-from vit_jax import (
-  augment,
-  config,
-  data,
-  evaluate,
-  experiment,
-  features,
-  image,
-  memory,
-  sharding,
-  sources,
-  trainer,
-  visualize,
-  writer,
-)
-from vit_jax import stream as stream_lib
+from vit_jax import config as config_lib
+from vit_jax import limits, opening
+from vit_jax.augment import crops
+from vit_jax.data import batching, memory, sources, tfds
+from vit_jax.data import image as image_lib
+from vit_jax.data import stream as stream_lib
+from vit_jax.data.memory import Examples
+from vit_jax.data.source import Source
+from vit_jax.data.stream import Stream
+from vit_jax.distributed import devices, sharding
+from vit_jax.evaluation import evaluate, features
+from vit_jax.figures import visualize
+from vit_jax.training import trainer
+from vit_jax.workdir import writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CROP = {'min_area': 0.05, 'max_aspect': 4 / 3}
@@ -60,15 +58,15 @@ def bad_ones(bad, split, indices):
 
 
 def open_numbered(read=numbered, split='train', **arguments):
-  source = sources.Source({'train': IDS}, tuple(map(str, range(IDS))), 3, read)
-  arguments = {'size': (12, 10), 'fit': image.fit} | arguments
+  source = Source({'train': IDS}, tuple(map(str, range(IDS))), 3, read)
+  arguments = {'size': (12, 10), 'fit': image_lib.fit} | arguments
   return stream_lib.open_stream(source, split, **arguments)
 
 
 def take(stream, count, batch_size=4, seed=3, start=0):
   """The first batches, as NumPy."""
-  over_batch = sharding.over_batch(sharding.make_mesh(batch_size))
-  batches = data.train_batches(stream, batch_size, seed, start, over_batch)
+  over_batch = sharding.over_batch(devices.make_mesh(batch_size))
+  batches = batching.train_batches(stream, batch_size, seed, start, over_batch)
   found = [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
   batches.close()
   return found
@@ -107,13 +105,13 @@ def photo_config(photos, **overrides):
 def test_the_order_is_that_of_examples_in_memory():
   stream = open_numbered()
   images = np.stack([image_HWC for _, image_HWC, _ in numbered('train', range(IDS))])
-  loaded = memory.Examples(images, np.arange(IDS, dtype=np.int32))
+  loaded = Examples(images, np.arange(IDS, dtype=np.int32))
   same(take(stream, 9), take(loaded, 9))
 
 
 def test_threads_workers_and_where_it_begins_change_nothing(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
-  arguments = {'size': (16, 16), 'fit': image.fit, 'crop': CROP}
+  arguments = {'size': (16, 16), 'fit': image_lib.fit, 'crop': CROP}
   open_photos = functools.partial(stream_lib.open_stream, source, 'train', **arguments)
   whole = take(open_photos(), 6, batch_size=40)  # three parts each
   assert len({batch['image'].tobytes() for batch in whole}) == 6
@@ -125,9 +123,9 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
 
 
 def test_workers_change_nothing_in_evaluation():
-  over_batch = sharding.over_batch(sharding.make_mesh(8))
+  over_batch = sharding.over_batch(devices.make_mesh(8))
   ones, others = (
-    [jax.device_get(batch) for batch in data.eval_batches(stream, 8, over_batch)]
+    [jax.device_get(batch) for batch in batching.eval_batches(stream, 8, over_batch)]
     for stream in (open_numbered(), open_numbered(workers=2))  # of three parts
   )
   same(others, ones)
@@ -136,7 +134,7 @@ def test_workers_change_nothing_in_evaluation():
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_any_number_of_processes_makes_one_sequence(processes):
-  stream, plan = open_numbered(crop=CROP), data.train_plan(IDS, 8, seed=3, start=2)
+  stream, plan = open_numbered(crop=CROP), batching.train_plan(IDS, 8, seed=3, start=2)
   whole = take(stream, 5, batch_size=8, start=2)
   for number, batch in enumerate(whole):
     rows = np.split(np.arange(8), processes)  # what the devices of each hold
@@ -180,7 +178,7 @@ def test_two_real_processes_make_the_batches_of_one(photos):
   ]  # fmt: skip
   shares = [list(map(json.loads, p.communicate(timeout=120)[0].splitlines())) for p in processes]
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
-  stream = stream_lib.open_stream(source, 'train', size=(16, 16), fit=image.fit, crop=CROP)
+  stream = stream_lib.open_stream(source, 'train', size=(16, 16), fit=image_lib.fit, crop=CROP)
   wanted = [
     [step, row, hashlib.sha256(image_HWC).hexdigest()]
     for step, batch in enumerate(take(stream, 4, batch_size=8, start=5), 5)
@@ -191,14 +189,14 @@ def test_two_real_processes_make_the_batches_of_one(photos):
 
 
 def test_a_process_decodes_the_rows_of_its_own_devices():
-  over_batch = sharding.over_batch(sharding.make_mesh(8))
+  over_batch = sharding.over_batch(devices.make_mesh(8))
 
   class Other:  # the first device is another process's
     def addressable_devices_indices_map(self, shape):
       return dict(list(over_batch.devices_indices_map(shape).items())[1:])
 
-  np.testing.assert_array_equal(stream_lib.local_rows(over_batch, 8), np.arange(8))
-  np.testing.assert_array_equal(stream_lib.local_rows(Other(), 8), np.arange(4, 8))
+  np.testing.assert_array_equal(sharding.local_rows(over_batch, 8), np.arange(8))
+  np.testing.assert_array_equal(sharding.local_rows(Other(), 8), np.arange(4, 8))
 
 
 def test_every_epoch_holds_every_example_once():
@@ -233,11 +231,11 @@ def test_no_epoch_repeats_the_crops_of_another():
 def test_parts_are_drawn_as_the_device_draws_them():
   height, width, count = 30, 50, 3000
   draw = np.random.RandomState(0).rand(count, 4)
-  boxes = np.array([image.random_part(u, height, width, **CROP) for u in draw])
+  boxes = np.array([image_lib.random_part(u, height, width, **CROP) for u in draw])
   left, top, right, bottom = boxes.T
   assert (boxes >= 0).all() and (right <= width + 1e-9).all() and (bottom <= height + 1e-9).all()
   keys = jax.random.split(jax.random.key(0), count)
-  rectangle = lambda key: augment.rectangle(key, height, width, CROP['min_area'], 1.0, 4 / 3)
+  rectangle = lambda key: crops.rectangle(key, height, width, CROP['min_area'], 1.0, 4 / 3)
   high, wide = np.asarray(jax.vmap(rectangle)(keys)).T
   quantiles = np.linspace(0.02, 0.98, 25)
   for ours, theirs in (((right - left) * (bottom - top), high * wide), (right - left, wide)):
@@ -262,7 +260,7 @@ def mean_over_areas(image_HWC, size):
 @pytest.mark.parametrize('height, width', [(90, 60), (120, 96), (70, 90), (60, 96)])
 def test_what_becomes_smaller_is_anti_aliased_as_by_pillow(height, width):
   noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
-  got = image.scale_part(noise_HWC, (0, 0, width, height), (64, 48)).astype(float)
+  got = image_lib.scale_part(noise_HWC, (0, 0, width, height), (64, 48)).astype(float)
   pillow = Image.fromarray(noise_HWC)
   wanted = np.asarray(pillow.resize((48, 64), Image.Resampling.BILINEAR)).astype(float)
   aliased = np.asarray(pillow.resize((48, 64), Image.Resampling.NEAREST)).astype(float)
@@ -274,13 +272,13 @@ def test_what_becomes_smaller_is_anti_aliased_as_by_pillow(height, width):
 @pytest.mark.parametrize('height, width', [(160, 60), (300, 250)])
 def test_what_becomes_much_smaller_is_the_mean_over_areas(height, width):
   noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
-  got = image.scale_part(noise_HWC, (0, 0, width, height), (64, 48))
+  got = image_lib.scale_part(noise_HWC, (0, 0, width, height), (64, 48))
   assert abs(got - mean_over_areas(noise_HWC, (64, 48))).max() <= 1
 
 
 def test_each_axis_is_scaled_by_itself():
   noise_HWC = np.random.RandomState(0).randint(0, 256, (80, 20, 3)).astype(np.uint8)
-  got = image.scale_part(noise_HWC, (0, 0, 20, 80), (30, 60))
+  got = image_lib.scale_part(noise_HWC, (0, 0, 20, 80), (30, 60))
   shorter = mean_over_areas(noise_HWC, (30, 20))
   between = (np.arange(60) + 0.5) / 3 - 0.5  # the centres of pixels
   longer = lambda row_W: np.interp(between, np.arange(20), row_W)
@@ -292,14 +290,16 @@ def test_a_part_of_a_jpeg_is_that_of_its_pixels(tmp_path, height, width, shrink,
   file, whole = tmp_path / 'a.jpg', smooth(np.random.RandomState(1), height, width)
   whole.save(file, quality=95, subsampling=0)
   box = (0.125 * width, 0.125 * height, 0.875 * width, 0.875 * height)
-  cv2, shapes = image.opencv(), []
+  cv2, shapes = image_lib.opencv(), []
   decode = cv2.imdecode
   monkeypatch.setattr(cv2, 'imdecode', lambda *a: shapes.append(decode(*a).shape) or decode(*a))
-  got = image.decode_part(file.read_bytes(), file, 3, lambda *_: box, (64, 48))
+  got = image_lib.decode_part(file.read_bytes(), file, 3, lambda *_: box, (64, 48))
   assert shapes == [(-(-height // shrink), -(-width // shrink), 3)]
   wanted = mean_over_areas(np.asarray(whole.crop([round(edge) for edge in box])), (64, 48))
   assert abs(got - wanted).mean() < 2  # edges are rounded to pixels of the size that is decoded
-  whole_box = image.decode_part(file.read_bytes(), file, 3, lambda h, w: (0, 0, w, h), whole.size)
+  whole_box = image_lib.decode_part(
+    file.read_bytes(), file, 3, lambda h, w: (0, 0, w, h), whole.size
+  )
   assert whole_box.shape == (width, height, 3)
 
 
@@ -314,10 +314,10 @@ def test_odd_files_are_decoded_by_pillow(tmp_path):
   Image.fromarray(sixteen).save(tmp_path / 'sixteen.png')
   whole = lambda height, width: (0, 0, width, height)
   for file in sorted(tmp_path.iterdir()):
-    part_HWC = image.decode_part(file.read_bytes(), file, 3, whole, (40, 60))
-    wanted = np.asarray(image.decode(file.read_bytes(), file))
+    part_HWC = image_lib.decode_part(file.read_bytes(), file, 3, whole, (40, 60))
+    wanted = np.asarray(image_lib.decode(file.read_bytes(), file))
     np.testing.assert_array_equal(part_HWC, wanted, err_msg=file.name)
-  grey = image.decode_part((tmp_path / 'cmyk.jpg').read_bytes(), '', 1, whole, (20, 30))
+  grey = image_lib.decode_part((tmp_path / 'cmyk.jpg').read_bytes(), '', 1, whole, (20, 30))
   assert grey.shape == (20, 30, 1)
 
 
@@ -328,21 +328,24 @@ def test_parts_of_a_turned_jpeg_are_those_of_the_upright_image(tmp_path):
   stored.save(tmp_path / 'turned.jpg', exif=exif, quality=95, subsampling=0)
   encoded, shapes = (tmp_path / 'turned.jpg').read_bytes(), []
   choose = lambda *shape: shapes.append(shape) or (5, 4, 35, 24)
-  got = image.decode_part(encoded, '', 3, choose, (20, 30))
+  got = image_lib.decode_part(encoded, '', 3, choose, (20, 30))
   upright = np.asarray(stored.rotate(-90, expand=True)).astype(int)
   assert shapes == [(40, 60)] and abs(got - upright[4:24, 5:35]).mean() < 2
 
 
 def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
-  mesh, (memory_, streamed) = sharding.make_mesh(), (
-    experiment.from_config(photo_config(photos, **{'data.cache': cache}))
-    for cache in ('memory', 'stream')
+  mesh, (memory_, streamed) = (
+    devices.make_mesh(),
+    (
+      opening.from_config(photo_config(photos, **{'data.cache': cache}))
+      for cache in ('memory', 'stream')
+    ),
   )
   blank = np.zeros((1, *memory_[0].image_shape), np.float32)
   params = memory_[0].model.init(jax.random.key(0), blank)['params']
   batches, scores = [], []
   for exp, training in (memory_, streamed):
-    found = data.eval_batches(training.test, 10, sharding.over_batch(mesh))
+    found = batching.eval_batches(training.test, 10, sharding.over_batch(mesh))
     batches.append([jax.device_get(batch) for batch in found])
     step = evaluate.make_eval_step(exp, mesh)
     scores.append(evaluate.evaluate(step, params, training.test, 10, mesh))
@@ -352,14 +355,14 @@ def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
 
 def test_the_device_does_not_crop_again(photos):
   config_ = photo_config(photos, **{'augment.flip.probability': '0'})
-  exp, training = experiment.from_config(config_)
+  exp, training = opening.from_config(config_)
   assert exp.augments and training.train.crop == config_.augment.resized_crop.to_dict()
   assert training.test.crop is None
   pixels = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
   key, numbers = jax.random.key(0), np.arange(4)
   np.testing.assert_array_equal(exp.augment(key, numbers, pixels), pixels)
   config_.data.cache = 'memory'
-  exp, _ = experiment.from_config(config_)
+  exp, _ = opening.from_config(config_)
   assert (np.asarray(exp.augment(key, numbers, pixels)) != pixels).any()
 
 
@@ -381,7 +384,7 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
 def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
   contents = set()
   for fit in ({}, {'crop': 0.5}, {'interpolation': 'nearest'}, {'stretch': True}):
-    stream = open_numbered(fit=functools.partial(image.fit, **fit))
+    stream = open_numbered(fit=functools.partial(image_lib.fit, **fit))
     contents.add(b''.join(array.tobytes() for _, array in stream.content()))
   assert len(contents) == 4
 
@@ -409,30 +412,30 @@ def test_every_run_says_what_it_waited(trained):
 
 def few(monkeypatch):
   """A machine on which nothing fits into memory."""
-  monkeypatch.setattr(memory, 'limit', lambda: 2)
+  monkeypatch.setattr(limits, 'limit', lambda: 2)
 
 
 def test_what_does_not_fit_is_streamed(photos, monkeypatch, caplog):
   off = {'augment.resized_crop.min_area': '1'}
   config_ = photo_config(photos, **off, **{'data.cache': 'auto'})
   with caplog.at_level('INFO', logger='vit_jax'):
-    exp, training = experiment.from_config(config_)
-  assert isinstance(training.train, memory.Examples) and exp.config.data.cache == 'memory'
+    exp, training = opening.from_config(config_)
+  assert isinstance(training.train, Examples) and exp.config.data.cache == 'memory'
   assert 'auto takes memory: train, test fit' in caplog.text
   few(monkeypatch)
   with caplog.at_level('INFO', logger='vit_jax'):
-    exp, training = experiment.from_config(config_)
-  assert isinstance(training.train, stream_lib.Stream) and exp.config.data.cache == 'stream'
+    exp, training = opening.from_config(config_)
+  assert isinstance(training.train, Stream) and exp.config.data.cache == 'stream'
   assert 'auto takes stream: 81 images of 8x8 need 0.0 GB' in caplog.text  # train and test
   with pytest.raises(ValueError, match='data.cache=stream'):
-    experiment.from_config(photo_config(photos, **off, **{'data.cache': 'memory'}))
+    opening.from_config(photo_config(photos, **off, **{'data.cache': 'memory'}))
   monkeypatch.undo()  # on a larger machine a run goes on as it began
-  exp, _ = experiment.from_config(config_, saved=exp.config, seen=exp.names)
+  exp, _ = opening.from_config(config_, saved=exp.config, seen=exp.names)
   assert exp.config.data.cache == 'stream'
-  config.check_same_run(exp.config, config_, 'here')
+  config_lib.check_same_run(exp.config, config_, 'here')
   with pytest.raises(ValueError, match='data.cache'):
     other = photo_config(photos, **off, **{'data.cache': 'memory'})
-    config.check_same_run(exp.config, other, 'here')
+    config_lib.check_same_run(exp.config, other, 'here')
 
 
 CROPPED = {'augment.resized_crop.min_area': '0.3'}
@@ -463,15 +466,15 @@ def test_auto_takes_memory_only_for_the_batches_of_a_stream(
   own = {'photos': {'data.source': f'folder:{photos}'}, 'digits': DIGITS}.get(name, {})
   settings = {'batch_size': '8', 'model.patch_size': '4'} | own | overrides
   config_ = small_config(**settings, **{'data.cache': 'auto'})
-  exp, training = experiment.from_config(config_)
+  exp, training = opening.from_config(config_)
   assert exp.config.data.cache == cache
   few(monkeypatch)
-  streamed, streaming = experiment.from_config(config_)
+  streamed, streaming = opening.from_config(config_)
   assert streamed.config.data.cache == 'stream'
   assert streamed.task == exp.task
   same(take(streaming.train, 6, 8), take(training.train, 6, 8))
-  over_batch = sharding.over_batch(sharding.make_mesh(4))
-  evaluated = lambda split: jax.device_get(list(data.eval_batches(split, 4, over_batch)))
+  over_batch = sharding.over_batch(devices.make_mesh(4))
+  evaluated = lambda split: jax.device_get(list(batching.eval_batches(split, 4, over_batch)))
   same(evaluated(streaming.test), evaluated(training.test))
   images = take(training.train, 1, 8)[0]['image']
   seen = [e.normalize(e.augment(jax.random.key(0), np.arange(8), images)) for e in (exp, streamed)]
@@ -480,7 +483,7 @@ def test_auto_takes_memory_only_for_the_batches_of_a_stream(
 
 def test_memory_keeps_small_images_and_the_device_enlarges_them(tmp_path):
   settings = DIGITS | {'data.image_size': '16', 'model.patch_size': '4', 'data.cache': 'memory'}
-  exp, training = experiment.from_config(small_config(**settings))
+  exp, training = opening.from_config(small_config(**settings))
   assert exp.task.stored_size == training.train.size == training.test.size == (8, 8)
   assert exp.normalize(training.train.image_NHWC[:2]).shape == (2, 16, 16, 1)
 
@@ -495,17 +498,17 @@ def break_(file, how):
 def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   shutil.copytree(photos, tmp_path / 'photos')
   source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
-  arguments = {'size': (8, 8), 'fit': image.fit, 'crop': crop}
+  arguments = {'size': (8, 8), 'fit': image_lib.fit, 'crop': crop}
   good = take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   names = [name for name, _, _ in source.read('train', range(60))]
   break_(tmp_path / 'photos' / names[41], how)
   message = f'{names[41]}: not a readable image .*Mend .* or .*skip_bad_images=True\\.'
-  with pytest.raises(image.BadImage, match=message):
+  with pytest.raises(image_lib.BadImage, match=message):
     take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   skipping = stream_lib.open_stream(source, 'train', skip_bad_images=True, **arguments)
   found = take(skipping, 8, batch_size=8)
   bad = np.concatenate([batch.pop('bad') for batch in found])
-  place = np.flatnonzero(data.train_plan(60, 8, 3, 0).examples(np.arange(64)) == 41)
+  place = np.flatnonzero(batching.train_plan(60, 8, 3, 0).examples(np.arange(64)) == 41)
   np.testing.assert_array_equal(np.flatnonzero(bad), place)
   batch, row = divmod(place[0], 8)
   _, _, label = next(source.read('train', [42]))
@@ -518,15 +521,17 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
 
 def test_a_label_without_a_class_is_named_or_replaced():
   read = functools.partial(bad_ones, {5, 6, IDS - 1})
-  with pytest.raises(image.BadImage, match=r'train/(5|6|22): label 24 is none of the 23 classes'):
+  with pytest.raises(
+    image_lib.BadImage, match=r'train/(5|6|22): label 24 is none of the 23 classes'
+  ):
     take(open_numbered(read), 8)
   found = take(open_numbered(read, skip_bad_images=True), IDS, batch_size=IDS)[0]
-  order = data.train_plan(IDS, IDS, 3, 0).examples(np.arange(IDS))
+  order = batching.train_plan(IDS, IDS, 3, 0).examples(np.arange(IDS))
   instead = {5: (7, 2), 6: (7, 1), IDS - 1: (0, 1)}
   wanted = np.array([instead.get(i, (i, 0)) for i in order])
   np.testing.assert_array_equal(found['label'], wanted[:, 0])
   np.testing.assert_array_equal(found['bad'], wanted[:, 1])
-  with pytest.raises(image.BadImage, match='label 24') as found:  # nothing is good
+  with pytest.raises(image_lib.BadImage, match='label 24') as found:  # nothing is good
     take(open_numbered(functools.partial(bad_ones, set(range(IDS))), skip_bad_images=True), 1)
   assert 'skip_bad_images' not in str(found.value)
 
@@ -562,7 +567,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
   strict, skipping = (
-    stream_lib.open_stream(source, 'train', size=(8, 8), fit=image.fit, skip_bad_images=skip)
+    stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit, skip_bad_images=skip)
     for skip in (False, True)
   )
   before = [array.tobytes() for _, array in skipping.content()]
@@ -570,7 +575,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   pathlib.Path(name).unlink()
   after = [array.tobytes() for _, array in skipping.content()]
   assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b] == [2 + 7]
-  with pytest.raises(image.BadImage, match=f'{name}: No such file.*skip_bad_images=True'):
+  with pytest.raises(image_lib.BadImage, match=f'{name}: No such file.*skip_bad_images=True'):
     list(strict.content())
 
 
@@ -583,8 +588,8 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
   for cache in ('memory', 'stream'):
     config_ = photo_config(tmp_path / 'photos', **{'data.cache': cache})
     config_.data.skip_bad_images = True
-    exp, training = experiment.from_config(config_)
-    mesh, shape = sharding.make_mesh(), (1, *exp.image_shape)
+    exp, training = opening.from_config(config_)
+    mesh, shape = devices.make_mesh(), (1, *exp.image_shape)
     params = exp.model.init(jax.random.key(0), np.zeros(shape, np.float32))['params']
     step = features.make_feature_step(exp, mesh)
     for _ in ('computed', 'read'):
@@ -606,7 +611,7 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
 
 
 def test_streamed_features_depend_on_the_code_that_decodes(photos, monkeypatch):
-  exp, training = experiment.from_config(photo_config(photos))
+  exp, training = opening.from_config(photo_config(photos))
   params = jax.device_get(exp.model.init(jax.random.key(0), np.zeros((1, *exp.image_shape))))
   key = lambda: features.key(exp, params['params'], training.test)
   before = key()
@@ -626,10 +631,10 @@ def resident():
 @pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='Linux says it')
 def test_memory_does_not_grow(photos):
   source = sources.open_source(f'folder:{photos}', '', (128, 128))
-  arguments = {'size': (128, 128), 'fit': image.fit, 'crop': CROP, 'threads': 2}
+  arguments = {'size': (128, 128), 'fit': image_lib.fit, 'crop': CROP, 'threads': 2}
   stream = stream_lib.open_stream(source, 'train', **arguments)
-  over_batch = sharding.over_batch(sharding.make_mesh(60))
-  batches, held = data.train_batches(stream, 60, 3, 0, over_batch), []
+  over_batch = sharding.over_batch(devices.make_mesh(60))
+  batches, held = batching.train_batches(stream, 60, 3, 0, over_batch), []
   for _ in range(45):  # epochs of 3 MB
     next(batches)
     held.append(resident())
@@ -638,8 +643,8 @@ def test_memory_does_not_grow(photos):
 
 
 def test_a_worker_that_dies_ends_the_run():
-  over_batch = sharding.over_batch(sharding.make_mesh(4))
-  batches = data.train_batches(open_numbered(workers=2), 4, 3, 0, over_batch)
+  over_batch = sharding.over_batch(devices.make_mesh(4))
+  batches = batching.train_batches(open_numbered(workers=2), 4, 3, 0, over_batch)
   next(batches)
   multiprocessing.active_children()[0].kill()
   with pytest.raises(ValueError, match='A worker process that decodes images died.*code -9'):
@@ -725,13 +730,13 @@ def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
 def test_tfds_is_streamed(tmp_path):
   shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
-  stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image.fit)
+  stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit)
   loaded = memory.load(source, 'train', (8, 8))
   same(take(stream, 4), take(loaded, 4))
   np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   names = [name for name, _, _ in source.read('train', [4, 1, 1])]
   assert names == [f'tfds:mini/train/{i}' for i in (4, 1, 1)]
-  sources.open_records.cache_clear()  # what this process has opened it goes on to read
+  tfds.open_records.cache_clear()  # what this process has opened it goes on to read
   next(tmp_path.rglob('*train*array_record-*')).unlink()
   with pytest.raises(ValueError, match='mini/train: .*shard is missing or damaged'):
     take(stream, 1)
@@ -739,7 +744,7 @@ def test_tfds_is_streamed(tmp_path):
 
 def test_a_part_of_a_stream_is_that_of_the_examples_in_memory(photos):
   source = sources.open_source(f'folder:{photos}', '', (8, 8))
-  split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image.fit}
+  split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image_lib.fit}
   stream = stream_lib.open_stream(source, split, **arguments)
   loaded = memory.load(source, split, **arguments)
   assert len(stream) == len(loaded) == 26

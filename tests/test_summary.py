@@ -12,7 +12,9 @@ from benchmarks import works
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax import config as config_lib
-from vit_jax import experiment, summary
+from vit_jax.experiment import assemble
+from vit_jax.inference import summary
+from vit_jax.optim import plan as plan_lib
 
 
 def summarize(**overrides):
@@ -174,12 +176,12 @@ def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch
 
 def test_the_plan_is_that_of_training():
   config = small_config()
-  assert experiment.length(config, 1000) == 31  # of 31.25 batches
-  assert experiment.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
+  assert plan_lib.length(config, 1000) == 31  # of 31.25 batches
+  assert plan_lib.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
 
 
 def test_what_is_done_to_an_image_is_no_work_of_the_model():
   exp = summary.from_config(small_config())[0]
   task = dataclasses.replace(exp.task, stored_size=(4, 4))
-  enlarged = experiment.assemble(exp.config, task)  # by products, too
+  enlarged = assemble(exp.config, task)  # by products, too
   assert summary.summarize(enlarged, None).train_flops == summary.summarize(exp, None).train_flops

@@ -11,8 +11,13 @@ import pytest
 
 import main
 from tests.conftest import small_config
-from vit_jax import checkpoint, evaluate, experiment, fewshot, folder, sources, trainer, visualize
-from vit_jax import trained as trained_lib
+from vit_jax import opening
+from vit_jax.data import folder as folder_lib
+from vit_jax.data import sources
+from vit_jax.evaluation import evaluate, fewshot
+from vit_jax.figures import visualize
+from vit_jax.training import trainer
+from vit_jax.workdir import stored, trained
 
 CLASSES = 'ant', 'cat'
 
@@ -60,8 +65,8 @@ def files_of(folder, split):
 
 def test_a_checkpoint_keeps_the_names_of_training_files(run):
   photos, workdir = run
-  names = trained_lib.of_run(workdir)
-  wanted = [folder.hash_name(file.name) for file in files_of(photos, 'train')]
+  names = trained.of_run(workdir)
+  wanted = [folder_lib.hash_name(file.name) for file in files_of(photos, 'train')]
   np.testing.assert_array_equal(names.own_N, np.array(sorted(wanted), np.uint64))
   assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
 
@@ -73,7 +78,7 @@ def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, capl
     result = evaluate.run(run[1], flags)
   assert result['examples'] == 3 and result['left_out'] == 7
   assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
-  source = experiment.open_test(experiment.from_workdir(run[1], flags)[0])[0]
+  source = opening.open_test(opening.from_workdir(run[1], flags)[0])[0]
   assert 'left_out' not in evaluate.run(run[1], {})
   parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
   names = {file.name for part in parts for _, file, _ in part}
@@ -88,23 +93,23 @@ def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
 
 def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
-  exp, params, _ = experiment.from_workdir(run[1], flags)
+  exp, params, _ = opening.from_workdir(run[1], flags)
   result = fewshot.fewshot(exp, params)
   assert result['examples'] == 3 and result['left_out'] == 7
   assert len(visualize.load_test(exp, flags)) == 3
-  exp, _ = experiment.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
-  assert experiment.open_test(exp)[1] == 7
+  exp, _ = opening.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
+  assert opening.open_test(exp)[1] == 7
 
 
 def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
   config = config_of(rearranged, init=str(run[1]))
   result = trainer.train(config, tmp_path / 'next')
   assert result['examples'] == 3
-  names, before = trained_lib.of_run(tmp_path / 'next'), trained_lib.of_run(run[1])
+  names, before = trained.of_run(tmp_path / 'next'), trained.of_run(run[1])
   np.testing.assert_array_equal(names.inherited_N, before.all_N)
   third = config_of(rearranged, init=str(tmp_path / 'next'), epochs='0')
   trainer.train(third, tmp_path / 'third')
-  assert set(trained_lib.of_run(tmp_path / 'third').inherited_N) >= set(before.own_N)
+  assert set(trained.of_run(tmp_path / 'third').inherited_N) >= set(before.own_N)
 
 
 def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
@@ -138,7 +143,7 @@ def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
     for name in CLASSES:
       make_images(tmp_path / split / name, range(10))
   with pytest.raises(ValueError, match='trained on all 20 images, going by the names'):
-    experiment.from_config(config_of(tmp_path))
+    opening.from_config(config_of(tmp_path))
 
 
 @pytest.mark.parametrize('names', [('Train', 'Test'), ('training', 'test'), ('cat', 'valid')])
@@ -150,8 +155,8 @@ def test_classes_that_look_like_parts_of_the_data_are_refused(tmp_path, names):
 
 
 def test_case_and_unicode_form_of_a_name_do_not_matter():
-  assert folder.hash_name('Bäume_1.JPG') == folder.hash_name('Ba\u0308ume_1.jpg')
-  assert folder.hash_name('a/1.jpg') != folder.hash_name('b/1.jpg')
+  assert folder_lib.hash_name('Bäume_1.JPG') == folder_lib.hash_name('Ba\u0308ume_1.jpg')
+  assert folder_lib.hash_name('a/1.jpg') != folder_lib.hash_name('b/1.jpg')
 
 
 def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
@@ -159,18 +164,18 @@ def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
     make_images(tmp_path / name, [f'{name}{i}' for i in range(30)])
   parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
   config = config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
-  exp, training = experiment.from_config(config)
+  exp, training = opening.from_config(config)
   assert len(exp.names.own_N) == len(training.train) + len(training.val)
-  _, again = experiment.from_config(config, exp.config, seen=exp.names)  # its last run is resumed
+  _, again = opening.from_config(config, exp.config, seen=exp.names)  # its last run is resumed
   assert len(again.val) == len(training.val)
-  exp, training = experiment.from_config(config_of(tmp_path, **parts))
+  exp, training = opening.from_config(config_of(tmp_path, **parts))
   assert len(exp.names.own_N) == len(training.train)
 
 
 def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, caplog):
   workdir = shutil.copytree(run[1], tmp_path / 'run')
   (workdir / 'result.json').unlink()
-  for step in checkpoint.steps(workdir):
+  for step in stored.steps(workdir):
     saved = workdir / 'checkpoints' / str(step)
     shutil.rmtree(saved / 'names')
     about = json.loads((saved / 'config' / 'metadata').read_text())

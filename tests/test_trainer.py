@@ -20,18 +20,18 @@ from PIL import Image
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import (
-  checkpoint,
-  cluster,
-  data,
-  evaluate,
-  experiment,
-  pretrained,
-  sharding,
-  state,
-  trainer,
-  writer,
-)
+from vit_jax import opening
+from vit_jax.data import batching
+from vit_jax.distributed import cluster, sharding
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.evaluation import evaluate, scoring
+from vit_jax.experiment import Experiment, Task
+from vit_jax.optim import plan as plan_lib
+from vit_jax.training import resume, state, step, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.weights import reader
+from vit_jax.workdir import lock, stored, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   assert whole.wait(120) == 0, whole.stderr.read().decode()
 
   killed = start_process(tmp_path / 'killed', **overrides)
-  while (checkpoint.latest_step(tmp_path / 'killed') or 0) < 96:
+  while (stored.latest_step(tmp_path / 'killed') or 0) < 96:
     assert killed.poll() is None, killed.stderr.read().decode()
     time.sleep(0.01)
   os.kill(killed.pid, signal.SIGKILL)
@@ -69,15 +69,15 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   resumed = start_process(tmp_path / 'killed', **overrides)
   assert resumed.wait(120) == 0, resumed.stderr.read().decode()
 
-  step, params, saved = checkpoint.load(tmp_path / 'whole')
-  again, same_params, _ = checkpoint.load(tmp_path / 'killed')
+  step, params, saved = stored.load(tmp_path / 'whole')
+  again, same_params, _ = stored.load(tmp_path / 'killed')
   assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
   last = writer.read_metrics(tmp_path / 'whole')[-1]
   assert last['split'] == 'test' and 0 < abs(last['raw_loss'] - last['loss']) < 1
   assert_equal(params, same_params)
   for item in ('params', 'state'):
     assert_equal(
-      *[checkpoint.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')]
+      *[stored.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')]
     )
   lines = [writer.read_metrics(tmp_path / name) for name in ('whole', 'killed')]
   test = [[line for line in part if line['split'] == 'test'] for part in lines]
@@ -86,7 +86,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_xla_knows_how_to_be_deterministic():
-  double = jax.jit(lambda x: 2 * x, compiler_options=trainer.DETERMINISTIC)
+  double = jax.jit(lambda x: 2 * x, compiler_options=step.DETERMINISTIC)
   assert double(jnp.ones(())) == 2  # XLA refuses options that it does not know
 
 
@@ -124,7 +124,7 @@ def test_bfloat16_moments_are_resumed(tmp_path):
   rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
   trainer.train(small_config(epochs='0.25', **rounded), tmp_path)
   result = trainer.train(small_config(epochs='0.5', log_every='4', **rounded), tmp_path)
-  assert result['steps'] == 16 and checkpoint.latest_step(tmp_path) == 16
+  assert result['steps'] == 16 and stored.latest_step(tmp_path) == 16
 
 
 def test_other_epochs_are_refused_before_the_run_is_finished(trained, tmp_path):
@@ -154,7 +154,8 @@ def test_resume_without_config_uses_all_cores(tmp_path):
 def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
   script = (
     'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
-    'from vit_jax import cluster, trainer; cluster.cores = lambda: 4\n'
+    'from vit_jax.distributed import cluster\n'
+    'from vit_jax.training import trainer; cluster.cores = lambda: 4\n'
     "trainer.train(small_config(epochs='0', batch_size='96'), sys.argv[1])"
   )
   script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
@@ -179,8 +180,8 @@ def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
 
 def test_evaluation_is_the_mean_in_float64(trained):
   workdir, result = trained
-  exp, params, _ = experiment.from_workdir(workdir)
-  test = experiment.load_split(exp, 'test')
+  exp, params, _ = opening.from_workdir(workdir)
+  test = opening.load_split(exp, 'test')
   logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
   logits = np.asarray(logits, np.float64)
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -198,10 +199,10 @@ def test_top_5_counts_five_classes(classes, top5):
   loss_B, mask_B = np.arange(classes + 2.0), np.ones(classes + 2)
   mask_B[-2:] = 0  # padding, of which the label would be right
   rows = np.r_[np.arange(classes), 0, 0]
-  metrics = evaluate.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
+  metrics = scoring.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
   want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
   want |= {} if top5 is None else {'top5_accuracy': top5}
-  assert evaluate.summarize([jax.device_get(metrics)]) == pytest.approx(want)
+  assert scoring.summarize([jax.device_get(metrics)]) == pytest.approx(want)
 
 
 def prepare(parts, devices, cycles=(), **overrides):
@@ -210,14 +211,14 @@ def prepare(parts, devices, cycles=(), **overrides):
   The parameters are all random: a head of zeros would hide the gradient of the rest.
   """
   config = small_config(micro_batches=str(parts), **overrides)
-  exp, training = experiment.from_config(config, cycles=cycles)
-  mesh = sharding.make_mesh(32, parts, shape=sharding.ALL_DATA | {'data': devices})
-  train_state = trainer.Run(exp, training, mesh, None, NoCheckpoints(), None, {}).initial_state()
+  exp, training = opening.from_config(config, cycles=cycles)
+  mesh = devices_lib.make_mesh(32, parts, shape=devices_lib.ALL_DATA | {'data': devices})
+  train_state = Run(exp, training, mesh, None, NoCheckpoints(), None, {}).initial_state()
   draw = np.random.RandomState(0).normal
   params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
   train_state = train_state.replace(params=params)
-  step = trainer.make_train_step(exp, training, mesh)
-  batches = data.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  step = make_train_step(exp, training, mesh)
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
   return step, train_state, batches
 
 
@@ -242,10 +243,10 @@ def test_averaged_weights_are_evaluated_and_the_raw_ones_reported_beside_them():
     score=score,
   )
   now = state.TrainState(step=4, params=20, opt_state=None, ema=10)
-  scores = trainer.Run.evaluate(run, 4, now)
+  scores = Run.evaluate(run, 4, now)
   averaged = {'loss': 10, 'accuracy': 11, 'examples': 8}
   assert scores == {'test': averaged | {'raw_loss': 20, 'raw_accuracy': 21}}
-  assert trainer.Run.evaluate(run, 4, now.replace(ema=None)) == {'test': score(20, [])}
+  assert Run.evaluate(run, 4, now.replace(ema=None)) == {'test': score(20, [])}
 
 
 class NoCheckpoints:
@@ -257,16 +258,16 @@ def test_the_average_begins_at_the_weights_of_init(monkeypatch):
   random, weights = {'kernel': jnp.zeros(3)}, {'kernel': np.arange(3, dtype=np.float32)}
   blank = state.TrainState(jnp.int32(0), random, (), random)
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
-  exp, training = experiment.from_config(small_config(ema='0.9'))
+  exp, training = opening.from_config(small_config(ema='0.9'))
   training = dataclasses.replace(training, params=weights)
-  run = trainer.Run(exp, training, sharding.make_mesh(), None, NoCheckpoints(), None, {})
+  run = Run(exp, training, devices_lib.make_mesh(), None, NoCheckpoints(), None, {})
   begun = run.initial_state()
   assert_equal(begun.params, weights)
   assert_equal(begun.ema, weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing(experiment.Experiment):
+class Drawing(Experiment):
   """An experiment whose gradient is what a step draws."""
 
   def training_loss(self, params, batch, key, early):
@@ -276,9 +277,9 @@ class Drawing(experiment.Experiment):
 
 def test_each_step_and_each_seed_draws_anew():
   def draws(seed):
-    exp, training = experiment.from_config(small_config(seed=str(seed), micro_batches='2'))
-    mesh = sharding.make_mesh(32, 2)
-    step = trainer.make_train_step(Drawing(**vars(exp)), training, mesh)
+    exp, training = opening.from_config(small_config(seed=str(seed), micro_batches='2'))
+    mesh = devices_lib.make_mesh(32, 2)
+    step = make_train_step(Drawing(**vars(exp)), training, mesh)
     batch = {'label': np.zeros(32, np.int32)}
     params = {'weight': jnp.ones(())}
     for i in (0, 1, 2, 1):
@@ -290,7 +291,7 @@ def test_each_step_and_each_seed_draws_anew():
   assert again == one
 
 
-class Steep(experiment.Experiment):
+class Steep(Experiment):
   """An experiment whose gradient is 7."""
 
   def training_loss(self, params, batch, key, early):
@@ -298,8 +299,8 @@ class Steep(experiment.Experiment):
 
 
 def test_the_norm_of_the_gradient_is_that_before_clipping():
-  exp, training = experiment.from_config(small_config(**{'optimizer.clip': '0.1'}))
-  step = trainer.make_train_step(Steep(**vars(exp)), training, sharding.make_mesh(1))
+  exp, training = opening.from_config(small_config(**{'optimizer.clip': '0.1'}))
+  step = make_train_step(Steep(**vars(exp)), training, devices_lib.make_mesh(1))
   params = {'weight': jnp.ones(())}
   now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
   assert float(step(now, {'label': np.zeros(32, np.int32)})[1]['grad_norm']) == 7
@@ -311,19 +312,19 @@ def test_the_time_before_a_resume_counts(monkeypatch):
   found = types.SimpleNamespace(
     latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
   )
-  exp, training = experiment.from_config(small_config())
-  run = trainer.Run(exp, training, sharding.make_mesh(), None, found, None, {})
+  exp, training = opening.from_config(small_config())
+  run = Run(exp, training, devices_lib.make_mesh(), None, found, None, {})
   assert run.initial_state().step == 5 and 1000 < time.perf_counter() - run.began < 1060
 
 
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
   params, metrics = two_steps(1, 1, **settings)
-  summary = evaluate.summarize([metrics['score']])
+  summary = scoring.summarize([metrics['score']])
   for parts, devices in ((1, 2), (4, 2)):
     other, other_metrics = two_steps(parts, devices, **settings)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
-    assert evaluate.summarize([other_metrics['score']]) == pytest.approx(summary, rel=1e-5)
+    assert scoring.summarize([other_metrics['score']]) == pytest.approx(summary, rel=1e-5)
 
 
 STRONG = {
@@ -360,7 +361,7 @@ def test_strong_augmentation_ends_when_the_config_says():
 
 @pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
 def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
-  assert experiment.length(small_config(epochs=epochs), 95) == steps  # batches of 32
+  assert plan_lib.length(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
 def test_an_added_cycle_has_weak_augmentation_only():
@@ -378,7 +379,7 @@ def test_an_added_cycle_has_weak_augmentation_only():
 def test_added_cycles_warm_up_to_half_the_peak_and_decay():
   config = small_config(epochs='3', **{'schedule.warmup': '0.125', 'progressive.sizes': '4',
                                        'progressive.until': '0.5'})  # fmt: skip
-  found = experiment.recipe(config, 1024, (32, 64))
+  found = plan_lib.recipe(config, 1024, (32, 64))
   rates = [float(found['schedule'](jnp.int32(i))) for i in range(96)]
   cycle = [min((i + 1) / 4, (1 + np.cos(np.pi * max(i - 4, 0) / 28)) / 2) for i in range(32)]
   expected = np.concatenate([0.01 * np.array(cycle), *2 * [0.005 * np.array(cycle)]])
@@ -412,19 +413,19 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
 
   for end in (40, 56):  # before the cycle's first checkpoint, and after it
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(trainer.Run, 'log', die(end))
+      patch.setattr(Run, 'log', die(end))
       overrides = {'epochs': '2'} if end == 40 else {}
       with pytest.raises(KeyboardInterrupt):
-        trainer.train(trainer.saved_config(killed, overrides), killed)
+        trainer.train(resume.saved_config(killed, overrides), killed)
   with pytest.raises(ValueError, match='at step 48 of 64: epochs=2 can not become 3 before'):
     trainer.train(small_config(epochs='3'), killed)
-  trainer.train(trainer.saved_config(killed, {}), killed)
+  trainer.train(resume.saved_config(killed, {}), killed)
   for item in ('params', 'state'):
-    assert_equal(*[checkpoint.restore_item(path, 64, item) for path in (whole, killed)])
+    assert_equal(*[stored.restore_item(path, 64, item) for path in (whole, killed)])
 
   with pytest.raises(ValueError, match='at step 64 already, and epochs=1 ends at step 32'):
     trainer.train(small_config(), whole)
-  finished, _, cycles = trainer.begin(small_config(epochs='2.5'), whole)
+  finished, _, cycles = resume.begin(small_config(epochs='2.5'), whole)
   assert not finished and cycles == (32, 64)
 
 
@@ -443,16 +444,16 @@ def scored(monkeypatch):
     split = 'val' if examples is self.training.val else 'test'
     return {'accuracy': next(scores[split]), 'loss': 1.0, 'examples': len(examples)}
 
-  monkeypatch.setattr(trainer.Run, 'score', score)
+  monkeypatch.setattr(Run, 'score', score)
 
 
 def assert_best_is_used(workdir, result):
   """Step 16 is kept besides the last, and taken unless another is asked for."""
-  assert sorted(checkpoint.steps(workdir)) == [16, 32]
+  assert sorted(stored.steps(workdir)) == [16, 32]
   assert result['best'] == {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4}
   assert result['last'] == {'step': 32, 'val_accuracy': 0.5, 'test_accuracy': 0.6}
   assert (result['test_accuracy'], result['val_accuracy'], result['steps']) == (0.6, 0.5, 32)
-  steps = {step: checkpoint.load(workdir, step)[0] for step in ('', 'best', 'last', '32')}
+  steps = {step: stored.load(workdir, step)[0] for step in ('', 'best', 'last', '32')}
   assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
 
 
@@ -463,7 +464,7 @@ def test_the_best_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
   assert 'step 16, best of 2 by validation accuracy 90.00%' in caplog.text
   assert 'step 32, the last checkpoint' in caplog.text
   assert evaluate.run(tmp_path, {})['step'] == 16
-  assert pretrained.read(tmp_path).run['step'] == 32  # what `init` starts from
+  assert reader.read(tmp_path).run['step'] == 32  # what `init` starts from
 
 
 def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
@@ -474,7 +475,7 @@ def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
     patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
     with pytest.raises(cluster.Preempted):
       trainer.train(small_config(**VALIDATED), tmp_path)
-  assert checkpoint.accuracies(tmp_path) == {8: 0.2}
+  assert stored.accuracies(tmp_path) == {8: 0.2}
   assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
 
 
@@ -491,7 +492,7 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
   calls = itertools.count(1)  # one after each step
   with monkeypatch.context() as patch:
     patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
-    patch.setattr(trainer.Run, 'evaluate', None)  # there is no time for it
+    patch.setattr(Run, 'evaluate', None)  # there is no time for it
     with pytest.raises(cluster.Preempted, match='step 16 of 32 is saved'):
       trainer.train(small_config(), tmp_path)
   assert steps(writer.read_metrics(tmp_path)) == [(8, 'train'), (16, 'train')]
@@ -514,7 +515,7 @@ def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
   before = contents(workdir)
-  with writer.held(workdir), pytest.raises(ValueError, match='another run is writing here'):
+  with lock.held(workdir), pytest.raises(ValueError, match='another run is writing here'):
     trainer.train(small_config(log_every='4', seed=seed), workdir)
   assert contents(workdir) == before
   if seed == '1':
@@ -527,7 +528,7 @@ def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
   before = contents(workdir)
-  monkeypatch.setattr(experiment.Task, 'load', lambda saved: experiment.Task((), (1, 1), 3))
+  monkeypatch.setattr(Task, 'load', lambda saved: Task((), (1, 1), 3))
   with pytest.raises(ValueError, match='the data of synthetic changed'):
     trainer.train(small_config(log_every='4'), workdir)
   assert contents(workdir) == before
@@ -535,10 +536,10 @@ def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
 
 def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
   workdir = tmp_path / 'new' / 'run'
-  with writer.held(workdir), pytest.raises(ValueError, match='another run'), writer.held(workdir):
+  with lock.held(workdir), pytest.raises(ValueError, match='another run'), lock.held(workdir):
     pass
   assert not list(tmp_path.iterdir())
-  with writer.held(workdir):
+  with lock.held(workdir):
     (workdir / 'config.json').touch()
   assert [path.name for path in workdir.iterdir()] == ['config.json']
 
@@ -546,9 +547,9 @@ def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
 def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   writer.write_json(workdir / 'config.json', {'seed': 7})
-  assert trainer.saved_config(workdir, {}).seed == 0
+  assert resume.saved_config(workdir, {}).seed == 0
   shutil.rmtree(workdir / 'checkpoints')
-  assert trainer.saved_config(workdir, {}).seed == 7
+  assert resume.saved_config(workdir, {}).seed == 7
 
 
 def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
@@ -556,10 +557,10 @@ def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
     raise ValueError('test/3.jpg: not a readable image')
 
   with monkeypatch.context() as patch:
-    patch.setattr(trainer.Run, 'score', bad)
+    patch.setattr(Run, 'score', bad)
     with pytest.raises(ValueError, match='not a readable'):
       trainer.train(small_config(), tmp_path)
-  assert checkpoint.latest_step(tmp_path) == 16
+  assert stored.latest_step(tmp_path) == 16
   assert trainer.train(small_config(), tmp_path)['test_accuracy'] == trained[1]['test_accuracy']
   ends = [
     [(line['step'], line['loss']) for line in writer.read_metrics(path) if line['split'] == 'test']
@@ -577,7 +578,7 @@ def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
 
 def test_a_name_that_is_no_text_is_logged(tmp_path):
   script = (
-    'import os, pathlib, sys; from vit_jax import writer\n'
+    'import os, pathlib, sys; from vit_jax.workdir import writer\n'
     'with writer.Writer(pathlib.Path(sys.argv[1]), 0):\n'
     "  writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\\xefve.jpg'))"
   )
@@ -594,7 +595,7 @@ def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
       Image.new('RGB', (30, 20)).save(tmp_path / name / f'{name}{i}.png')
   config = small_config(**{'data.source': f'folder:{tmp_path}', 'batch_size': '16', 'epochs': '3'})
   with caplog.at_level(logging.INFO):
-    _, training = experiment.from_config(config)
+    _, training = opening.from_config(config)
   count, steps = len(training.train), training.steps
   line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
   assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
@@ -602,7 +603,7 @@ def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
   assert f'{few}{3 * count // 100}) or more epochs (e.g. {-(-1600 // count)}).' in caplog.text
   caplog.clear()
   with caplog.at_level(logging.INFO):
-    experiment.from_config(small_config(epochs='10'))
+    opening.from_config(small_config(epochs='10'))
   assert 'Training on 1,024 images of 8x8 pixels: 320 steps in batches of 32, 64' in caplog.text
   assert 'too few' not in caplog.text
 
@@ -610,35 +611,35 @@ def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
 def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   config = small_config(epochs='2')
-  exp, _ = experiment.from_config(config)
+  exp, _ = opening.from_config(config)
   changed = dataclasses.replace(exp.task, class_names=('zebra', *exp.task.class_names[1:]))
   with pytest.raises(ValueError, match='class_names was'):
-    experiment.check_same_data(dataclasses.replace(exp, task=changed), workdir)
-  experiment.check_same_data(exp, workdir)
+    resume.check_same_data(dataclasses.replace(exp, task=changed), workdir)
+  resume.check_same_data(exp, workdir)
   known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # it was not when it began
-  experiment.check_same_data(dataclasses.replace(exp, task=known), workdir)
+  resume.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
 def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
   bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match='training diverged'):
     trainer.train(small_config(**bad), tmp_path)
-  assert checkpoint.latest_step(tmp_path) is None
+  assert stored.latest_step(tmp_path) is None
   assert trainer.train(small_config(epochs='0.25'), tmp_path)['steps'] == 8
 
 
 def test_a_val_split_that_is_trained_or_tested_on_is_refused():
   with pytest.raises(ValueError, match='shares examples with data.train_split'):
-    experiment.from_config(small_config(**{'data.val_split': 'train[98%:]'}))
+    opening.from_config(small_config(**{'data.val_split': 'train[98%:]'}))
   overrides = {'data.val_split': 'test[:5]', 'data.train_split': 'train'}
   with pytest.raises(ValueError, match='shares examples with data.eval_split'):
-    experiment.from_config(small_config(**overrides))
+    opening.from_config(small_config(**overrides))
 
 
 @pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
 def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
   """Between two saves, at a save, and where the run is asked to stop."""
-  real, calls = trainer.make_train_step, itertools.count(1)
+  real, calls = make_train_step, itertools.count(1)
   monkeypatch.setattr(cluster.Preemption, 'is_due', lambda self: stops and next(calls) == last)
 
   def breaks(*arguments):
@@ -653,10 +654,10 @@ def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
 
     return jax.jit(broken, donate_argnums=0)
 
-  monkeypatch.setattr(trainer, 'make_train_step', breaks)
+  monkeypatch.setattr(step, 'make_train_step', breaks)
   with pytest.raises(FloatingPointError, match=f'loss of step {last} is nan'):
     trainer.train(small_config(), tmp_path)
-  assert checkpoint.latest_step(tmp_path) == 16
+  assert stored.latest_step(tmp_path) == 16
   if last == 21 and not stops:
     monkeypatch.undo()
     assert trainer.train(small_config(), tmp_path)['steps'] == 32
@@ -666,7 +667,7 @@ def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
   workdir, result = trained
   out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)
   assert out['steps'] == 0 and out['test_accuracy'] == result['test_accuracy']
-  assert_equal(checkpoint.load(tmp_path)[1], checkpoint.load(workdir)[1])
+  assert_equal(stored.load(tmp_path)[1], stored.load(workdir)[1])
   with pytest.raises(ValueError, match=r'model.width: 32 in the config, 16 in the weights'):
     config = small_config(init=str(workdir), **{'model.width': '32'})
     trainer.train(config, tmp_path / 'wide')

@@ -13,7 +13,9 @@ import pytest
 
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
-from vit_jax import draw, maps, memory, pictures, report, trainer, visualize
+from vit_jax.data.memory import Examples
+from vit_jax.figures import canvas, draw, maps, pictures, report, visualize
+from vit_jax.training import trainer
 
 PICTURES = set(pictures.PICTURES)
 OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
@@ -106,7 +108,7 @@ def test_it_scores_what_eval_scores(trained):
 def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
   image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
   image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
-  test = memory.Examples(image, np.arange(300) % 4)
+  test = Examples(image, np.arange(300) % 4)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
   found = visualize.choose(test, exp)[:, 0, 0, 0].tolist()
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
@@ -232,7 +234,7 @@ def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
   assert bars.patches[0].get_width() in np.diag(shown)
   named = [text.get_text() for text in bars.get_yticklabels()]
   assert len(named) == min(classes, 20 if classes > 40 else 40)
-  draw.save(figure, tmp_path / 'c.png')
+  canvas.save(figure, tmp_path / 'c.png')
   with Image.open(tmp_path / 'c.png') as image:
     assert image.width == 1200
 
@@ -246,14 +248,14 @@ def test_names_of_any_script(tmp_path, caplog):
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     for figure in figures:
-      draw.save(figure, tmp_path / 'c.png')
+      canvas.save(figure, tmp_path / 'c.png')
   assert not caplog.messages  # as of a font that is not installed
   assert figures[0].axes[1].get_yticklabels()[0].get_text() == 'two lines and m…'
 
 
 def test_a_class_without_examples_is_drawn(tmp_path):
   figure = draw.confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
-  draw.save(figure, tmp_path / 'c.png')
+  canvas.save(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 
 
@@ -274,15 +276,15 @@ def test_curves_show_what_was_recorded():
 
 def test_tiles_lie_where_they_belong():
   tiles = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2).astype(np.uint8)
-  image = draw.mosaic(tiles, gap=1)
+  image = canvas.mosaic(tiles, gap=1)
   assert image.shape == (5, 8)
   np.testing.assert_array_equal(image[3:, 6:], tiles[1, 2])
-  assert (image[2] == draw.GROUND).all() and (image[:, 5] == draw.GROUND).all()
+  assert (image[2] == canvas.GROUND).all() and (image[:, 5] == canvas.GROUND).all()
 
 
 def test_maps_are_enlarged_about_the_centres_of_patches():
   want = [[0, 0.25, 0.75, 1]] * 2
-  np.testing.assert_allclose(draw.resize(np.array([[0.0, 1.0]]), (2, 4)), want)
+  np.testing.assert_allclose(canvas.resize(np.array([[0.0, 1.0]]), (2, 4)), want)
 
 
 def test_lit_images_are_dark_where_nothing_comes_from():
@@ -308,10 +310,10 @@ def test_figures_of_images_of_any_shape(channels, tmp_path):
     draw.attention_distance(random.uniform(size=(1, 3)), 0.5),
   ]
   for figure in figures:
-    draw.save(figure, tmp_path / 'f.png')
+    canvas.save(figure, tmp_path / 'f.png')
     with Image.open(tmp_path / 'f.png') as drawn:
       assert drawn.width == 1200 and drawn.height < 1500
 
 
 def test_a_class_name_that_is_no_text_is_drawn():
-  assert draw.short('K\udcc3\udca4fer  Käfer') == 'K??fer Käfer'
+  assert canvas.short('K\udcc3\udca4fer  Käfer') == 'K??fer Käfer'

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from vit_jax import positions, vit
-from vit_jax.matmul import matmul
+from vit_jax.model import positions, variants, vit
+from vit_jax.model.layers import Attention, Dropout, matmul
 
 # The paper's names, in both spellings, and ours.
 PAPER_NAMES = (
@@ -49,7 +49,7 @@ def paper_params(path):
   ],
 )
 def test_logits_are_those_of_the_papers_code(folder, fields):
-  model = vit.make('tiny', 5, width=24, depth=2, **fields)
+  model = variants.make('tiny', 5, width=24, depth=2, **fields)
   params = paper_params(DATA / folder / 'weights.npz')
   io = np.load(DATA / folder / 'io.npz')
   logits = model.apply({'params': params}, io['image'], train=False)
@@ -68,12 +68,14 @@ def test_logits_are_those_of_the_papers_code(folder, fields):
 )
 def test_parameter_counts(variant, size, classes, count):
   image = jnp.zeros((1, size, size, 3))
-  variables = jax.eval_shape(vit.make(variant, classes).init, jax.random.key(0), image)
+  variables = jax.eval_shape(variants.make(variant, classes).init, jax.random.key(0), image)
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == count
 
 
 def small(**fields):
-  return vit.make('tiny', 5, **{'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_dim': 24} | fields)
+  return variants.make(
+    'tiny', 5, **{'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_dim': 24} | fields
+  )
 
 
 def perturbed(model, image, seed=0):
@@ -91,7 +93,7 @@ IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
 @pytest.mark.parametrize('pool, shape', [
     ('cls', (4, 5)), ('gap', (4, 5)), ('map', (4, 5)), ('none', (4, 8 + 2, 5)),
 ])  # fmt: skip
-@pytest.mark.parametrize('position', vit.POSITIONS)
+@pytest.mark.parametrize('position', variants.POSITIONS)
 def test_every_pool_and_position(pool, position, shape):
   model = small(
     pool=pool,
@@ -121,7 +123,7 @@ def test_sincos_positions_are_the_closed_form():
 
 
 def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
-  module, x_BND = vit.Attention(num_heads=2, head_dim=8), jnp.ones((1, 13, 16))
+  module, x_BND = Attention(num_heads=2, head_dim=8), jnp.ones((1, 13, 16))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)['params']
   rope_NE = positions.rope_angles(3, 4, 8, prefix=1)
   _, sown = module.apply({'params': params}, x_BND, None, rope_NE, mutable=['intermediates'])
@@ -135,7 +137,7 @@ def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
 
 def normalising_attention(x_ND, rope_NE=None, **fields):
   """Random parameters of one head that normalises queries and keys; its weights `[N, N]`."""
-  module = vit.Attention(num_heads=1, head_dim=8, qk_norm=True, **fields)
+  module = Attention(num_heads=1, head_dim=8, qk_norm=True, **fields)
   shapes = jax.eval_shape(module.init, jax.random.key(0), x_ND[None])['params']
   draw = np.random.RandomState(1)
   params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
@@ -245,7 +247,7 @@ def drops(**fields):
 
   def spy(call, args, kwargs, context):
     module = context.module
-    if isinstance(module, vit.Dropout) and module.rate:
+    if isinstance(module, Dropout) and module.rate:
       calls.append((module.path[:-1], round(module.rate, 6), module.whole, args[0].shape))
     return call(*args, **kwargs)
 
@@ -284,7 +286,7 @@ class Twice(nn.Module):
 
   @nn.compact
   def __call__(self, x, example_B):
-    return jnp.stack([vit.Dropout(0.5)(x, example_B), vit.Dropout(0.5)(x, example_B)])
+    return jnp.stack([Dropout(0.5)(x, example_B), Dropout(0.5)(x, example_B)])
 
 
 def test_each_place_and_each_key_drops_others():
@@ -297,7 +299,7 @@ def test_each_place_and_each_key_drops_others():
 
 def test_attention_dropout_keeps_the_mean():
   """Of eight equal tokens each weighs 1/8: k of them kept, the output is k / (8 (1 - rate))."""
-  module = vit.Attention(num_heads=1, head_dim=3, dropout=0.25)
+  module = Attention(num_heads=1, head_dim=3, dropout=0.25)
   x_BND = jnp.ones((64, 8, 2))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)
   key = {'dropout': jax.random.key(1)}
@@ -314,9 +316,7 @@ def test_stochastic_depth_rises_linearly_from_zero_to_its_rate():
 @pytest.mark.parametrize('whole', [False, True])
 def test_dropout_keeps_the_mean(whole):
   x = jnp.ones((4000, 3, 5))
-  y = vit.Dropout(0.25, whole=whole).apply(
-    {}, x, jnp.arange(4000), rngs={'dropout': jax.random.key(0)}
-  )
+  y = Dropout(0.25, whole=whole).apply({}, x, jnp.arange(4000), rngs={'dropout': jax.random.key(0)})
   assert set(np.unique(y)) == {0, np.float32(1 / 0.75)}
   assert abs(y.mean() - 1) < 0.03
   one_draw_an_example = bool((y.reshape(4000, -1).std(axis=1) == 0).all())
@@ -375,7 +375,7 @@ def test_the_head_starts_at_zero():
 )
 def test_impossible_models_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):
-    small(**fields) if 'variant' not in fields else vit.make(fields['variant'], 5)
+    small(**fields) if 'variant' not in fields else variants.make(fields['variant'], 5)
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])

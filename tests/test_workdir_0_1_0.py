@@ -14,7 +14,10 @@ import pytest
 import main
 from tests.conftest import DATA, small_config
 import vit_jax
-from vit_jax import checkpoint, experiment, trainer
+from vit_jax import opening
+from vit_jax.experiment import Experiment
+from vit_jax.training import resume, trainer
+from vit_jax.workdir import stored
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def reference():
 
 
 def test_its_weights_give_the_logits_that_0_1_0_gave(workdir, reference):
-  exp, params, step = experiment.from_workdir(workdir)
+  exp, params, step = opening.from_workdir(workdir)
   assert step == 700
   logits_BL = exp.logits(params, {'image': reference['image']})
   np.testing.assert_allclose(logits_BL, reference['logits'], rtol=1e-4, atol=1e-5)
@@ -42,9 +45,9 @@ def test_it_is_evaluated(workdir, capsys):
 
 
 def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
-  result = trainer.train(trainer.saved_config(workdir, {}), workdir)
+  result = trainer.train(resume.saved_config(workdir, {}), workdir)
   assert result['steps'] == 718
-  for path, leaf in jax.tree_util.tree_leaves_with_path(checkpoint.load(workdir)[1]):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(stored.load(workdir)[1]):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     np.testing.assert_allclose(leaf, reference[f'resumed/{name}'], rtol=1e-3, atol=1e-4)
 
@@ -53,11 +56,11 @@ def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
 def test_a_run_of_0_1_0_that_depends_on_an_old_rule_is_not_resumed(
   tmp_path, monkeypatch, key, value
 ):
-  saved = experiment.Experiment.saved
+  saved = Experiment.saved
   config = small_config(**{key: value, 'epochs': '0.5', 'data.cache': 'memory'})
   with monkeypatch.context() as patch:
     unversioned = lambda exp: {k: v for k, v in saved(exp).items() if k != 'version'}
-    patch.setattr(experiment.Experiment, 'saved', unversioned)
+    patch.setattr(Experiment, 'saved', unversioned)
     trainer.train(config, tmp_path)
   assert trainer.train(config, tmp_path)['steps'] == 16  # finished: nothing is trained
   config.epochs = 1.0

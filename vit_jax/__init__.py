@@ -7,13 +7,13 @@ result = vit_jax.train(config, workdir)
 import importlib
 
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
-  'ViT': 'vit',
-  'make': 'vit',
-  'block_tokens': 'vit',
-  'load': 'pretrained',
-  'save': 'pretrained',
+  'ViT': 'model.vit',
+  'make': 'model.variants',
+  'block_tokens': 'model.vit',
+  'load': 'weights.pretrained',
+  'save': 'inference.export',
   'default_config': 'config',
-  'train': 'probe',
+  'train': 'training.trainer',
 }
 
 __all__ = list(_PUBLIC)

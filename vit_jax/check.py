@@ -2,10 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from vit_jax import augment, image, optim, positions, randaugment
 from vit_jax import config as config_lib
-from vit_jax.names import choose
-from vit_jax.weights import pair
+from vit_jax.augment import crops, pipeline, randaugment
+from vit_jax.data import image as image_lib
+from vit_jax.model import positions
+from vit_jax.names import choose, pair
+from vit_jax.optim import optimizers, schedules
 
 RANGES = {  # what a number may be, both ends included
   'seed': (0, 2**32 - 1),
@@ -55,14 +57,14 @@ CACHES = ('auto', 'memory', 'stream')
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
-  choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
-  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
-  choose('freeze', config.freeze, optim.FREEZE)
-  choose('schedule.name', config.schedule.name, optim.SCHEDULES)
+  choose('optimizer.name', config.optimizer.name, optimizers.OPTIMIZERS)
+  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optimizers.MOMENT_DTYPES)
+  choose('freeze', config.freeze, optimizers.FREEZE)
+  choose('schedule.name', config.schedule.name, schedules.SCHEDULES)
   choose('init_resize', config.init_resize, positions.RESIZES)
-  choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
+  choose('data.interpolation', config.data.interpolation, image_lib.INTERPOLATIONS)
   choose('data.cache', config.data.cache, CACHES)
-  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
+  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, crops.PAD_MODES)
   choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
   pair(config.data.image_size, 'data.image_size')
   values = config_lib.flatten(config)
@@ -122,7 +124,7 @@ def check_augment(config: ConfigDict) -> None:
     raise ValueError(
       f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
     )
-  if not augment.mixes(config.augment):
+  if not pipeline.mixes(config.augment):
     return
   if not mix.mixup_alpha and not mix.cutmix_alpha:
     raise ValueError(

@@ -21,7 +21,7 @@ import types
 
 from ml_collections import ConfigDict, config_dict
 
-from vit_jax.paths import local
+from vit_jax.storage import local
 
 
 def default_config() -> ConfigDict:

@@ -5,15 +5,19 @@ import logging
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax import pretrained, sources, trained, vit, weights
-from vit_jax.weights import pair
+from vit_jax.data.source import Source
+from vit_jax.model import variants
+from vit_jax.model.vit import ViT
+from vit_jax.names import pair
+from vit_jax.weights import pretrained, reader
+from vit_jax.weights.formats import Weights
+from vit_jax.weights.pretrained import Pretrained
+from vit_jax.workdir import trained
 
 log = logging.getLogger(__name__)
 
 
-def open_init(
-  config: ConfigDict, source: sources.Source
-) -> tuple[ConfigDict, dict, trained.Names]:
+def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, trained.Names]:
   """The weights that `init` names, for the data's classes and size, and what they decide.
 
   The head is new, and its pre-logits layer is dropped, unless the weights are of the same classes.
@@ -25,7 +29,7 @@ def open_init(
   Raises:
     ValueError: no such weights, or a config that contradicts them.
   """
-  found = pretrained.read(config.init)
+  found = reader.read(config.init)
   grid = grid_of(config, found)
   if found.channels != source.channels:
     raise ValueError(
@@ -41,7 +45,7 @@ def open_init(
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
-def names_of(loaded: pretrained.Pretrained) -> trained.Names:
+def names_of(loaded: Pretrained) -> trained.Names:
   """The names of the files that weights were trained on; none where they don't tell."""
   names = trained.Names() if loaded.run is None else trained.Names.load(loaded.run)
   if names is None:
@@ -52,13 +56,13 @@ def names_of(loaded: pretrained.Pretrained) -> trained.Names:
   return names or trained.Names()
 
 
-def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:
+def grid_of(config: ConfigDict, found: Weights) -> tuple[int, int]:
   """The patches (down, across) of the config's images under the model of some weights.
 
   Raises:
     ValueError: images that don't divide into patches.
   """
-  size, patch = pair(config.data.image_size), vit.ViT(**found.fields).patch_size
+  size, patch = pair(config.data.image_size), ViT(**found.fields).patch_size
   if any(n % p for n, p in zip(size, patch)):
     raise ValueError(
       f'data.image_size={size} does not divide into the patches of init={config.init}, '
@@ -67,14 +71,14 @@ def grid_of(config: ConfigDict, found: weights.Weights) -> tuple[int, int]:
   return size[0] // patch[0], size[1] // patch[1]
 
 
-def follow(config: ConfigDict, loaded: pretrained.Pretrained) -> ConfigDict:
+def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
   """The config with what the weights decide.
 
   Raises:
     ValueError: it asks for another model; the message lists the differences.
   """
-  own = {name: getattr(loaded.model, name) for name in vit.ATTRIBUTES if name in config.model}
-  asked = vit.variant_fields(config.model.variant) if config.model.variant else {}
+  own = {name: getattr(loaded.model, name) for name in variants.ATTRIBUTES if name in config.model}
+  asked = variants.variant_fields(config.model.variant) if config.model.variant else {}
   asked |= {name: value for name, value in config.model.items() if value is not None}
   differences = [
     f'  model.{name}: {asked[name]!r} in the config, {value!r} in the weights'
@@ -106,7 +110,7 @@ def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
 FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
 
 
-def same(name: str, asked: object, own: object, model: vit.ViT) -> bool:
+def same(name: str, asked: object, own: object, model: ViT) -> bool:
   """Whether the config's value of an attribute is that of the weights."""
   if name == 'patch_size':
     return pair(asked) == own

@@ -1,7 +1,9 @@
-"""What to say when memory runs out."""
+"""How much memory there is, and what to say when it runs out."""
 
 from collections.abc import Iterator
 import contextlib
+import os
+import pathlib
 import re
 
 import jax
@@ -42,3 +44,30 @@ def memory_for(what: str) -> Iterator[None]:
     in_gb = lambda found: f'{int(found[1]) / 1e9:,.1f} GB'
     reason = re.sub(r'(\d{8,}) bytes', in_gb, reason).rstrip('.') or 'no details'
     raise OutOfMemory(f'{what} ran out of memory ({reason}). {LESS.get(what, ANY)}') from error
+
+
+def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
+  """Bytes of memory that this process may use: the machine's, or less where a cgroup sets a limit.
+
+  Containers and batch systems set it, for a group of processes or for a group above that one.
+
+  Args:
+    root: of the files that tell.
+  """
+  limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+  groups = root / 'proc/self/cgroup'
+  for line in groups.read_text(encoding='utf-8').splitlines() if groups.exists() else ():
+    _, controllers, path = line.split(':', 2)
+    if not controllers:
+      top, name = root / 'sys/fs/cgroup', 'memory.max'
+    elif 'memory' in controllers.split(','):
+      top, name = root / 'sys/fs/cgroup/memory', 'memory.limit_in_bytes'
+    else:
+      continue
+    own = top / path.lstrip('/')
+    # Within a container the path may be the host's, of which only the top is seen.
+    for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+      file = folder / name
+      text = file.read_text(encoding='utf-8').strip() if file.exists() else 'max'
+      limits += [int(text)] if text != 'max' else []
+  return min(limits)

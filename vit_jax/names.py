@@ -1,6 +1,6 @@
-"""Looks a name up in a table, and says what was meant when it isn't there."""
+"""Names looked up in tables, and sizes: what people write, and what is said of mistakes."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 import difflib
 
 
@@ -18,3 +18,15 @@ def choose(what: str, name: str, table: Collection[str]):
     valid = f' Valid: {", ".join(names)}.' if len(names) <= 40 else ''
     raise ValueError(f'{what}: unknown {name!r}.{hint}{valid}')
   return table[name] if isinstance(table, dict) else name
+
+
+def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
+  """(height, width) from one number or two.
+
+  Raises:
+    ValueError: not one or two positive integers; the message begins with `what`.
+  """
+  both = tuple(size) if isinstance(size, (tuple, list)) else (size,)
+  if len(both) not in (1, 2) or not all(type(n) is int and n > 0 for n in both):
+    raise ValueError(f'{what}: expected one or two positive integers, got {size!r}.')
+  return both * 2 if len(both) == 1 else both

@@ -8,7 +8,7 @@ import threading
 
 from tqdm import tqdm
 
-from vit_jax import cluster
+from vit_jax.distributed import cluster
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What the device does to a batch of training images."""

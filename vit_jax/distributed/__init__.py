@@ -1,0 +1,1 @@
+"""Processes, devices, and how arrays lie on them."""

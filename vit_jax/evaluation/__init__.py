@@ -1,0 +1,1 @@
+"""What a model scores, and what its backbone makes of images."""

@@ -1,0 +1,99 @@
+"""Exact evaluation: every example counts once, for any batch size and number of devices."""
+
+from collections.abc import Callable
+import math
+import pathlib
+
+from clu import metrics
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import limits, opening, progress
+from vit_jax.data import batching
+from vit_jax.data.loading import Split
+from vit_jax.data.source import Source
+from vit_jax.distributed import devices, microbatch, sharding
+from vit_jax.evaluation import real, scoring
+from vit_jax.experiment import Experiment
+from vit_jax.storage import local
+
+EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
+
+
+def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
+  """`(batch, params) -> metrics` of one padded batch."""
+
+  def score_part(part, params):
+    logits_BL = exp.logits(params, part)
+    loss_B = exp.loss(logits_BL, part['label'])
+    return scoring.score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
+
+  def eval_step(batch, params):
+    parts = exp.micro_batches(mesh, len(batch['mask']))
+    return microbatch.add_up(score_part, mesh, parts)(batch, params)
+
+  return jax.jit(eval_step)
+
+
+@limits.memory_for('Evaluation')
+def evaluate(
+  eval_step: EvalStep,
+  params: dict,
+  examples: Split,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  **beside: np.ndarray,
+) -> dict[str, float]:
+  """Loss, accuracies and the number of examples counted.
+
+  `beside` may be `real`, of `real.load`, with a row for each example.
+  """
+  batches = batching.eval_batches(examples, batch_size, sharding.over_batch(mesh), **beside)
+  count = math.ceil(len(examples) / batch_size)
+  batches = progress.bar(batches, 'Evaluating', 'batch', count)
+  return scoring.summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
+
+
+@limits.memory_for('Evaluation')
+def run(
+  workdir: pathlib.Path,
+  overrides: dict[str, str],
+  config: ConfigDict | None = None,
+  step: str = '',
+) -> dict[str, float]:
+  """Evaluates a checkpoint of a workdir on its `data.eval_split`.
+
+  `step` says which, as in `checkpoint.preferred`.
+
+  Returns:
+    The step and what `evaluate` gives. `left_out` is the number of images that are not scored
+    because the weights were trained on files of their names; missing where there is none.
+  """
+  exp, params, loaded = opening.from_workdir(workdir, overrides, config, step)
+  batch_size = exp.config.eval_batch_size
+  split = exp.config.data.eval_split
+  source, left_out = opening.open_test(exp)
+  examples = opening.load_split(exp, split, source)
+  real_NL = load_real(exp, split, source)
+  if real_NL is not None and len(real_NL) != len(examples):
+    raise ValueError(
+      f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
+      'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
+    )
+  beside = {} if real_NL is None else {'real': real_NL}
+  mesh = devices.inference_mesh(batch_size)
+  params = sharding.replicate(mesh, params)
+  eval_step = make_eval_step(exp, mesh)
+  result = {'step': loaded} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  return result | ({'left_out': left_out} if left_out else {})
+
+
+def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray | None:
+  """ReaL's labels of a split of a source, bool `[N, L]`, where the config has them.
+
+  Raises:
+    ValueError: they can't be read, or are of other data.
+  """
+  path = experiment.config.data.real_labels
+  return real.load(local(path), source, split) if path else None

@@ -1,0 +1,211 @@
+"""Each picture of a run: what it is drawn from, and its caption.
+
+A picture is a function of a `Subject` that gives a figure and one or two sentences on it, or
+raises `Missing` where the subject lacks what it shows.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+from matplotlib.figure import Figure
+import numpy as np
+
+from vit_jax.data.loading import Split
+from vit_jax.experiment import Experiment
+from vit_jax.figures import draw, maps
+from vit_jax.figures.maps import Missing
+
+MISTAKES = 10  # drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What the model made of each test example: a class, and its probability.
+
+  `index_N` are their places in the split, from which bad images may be missing.
+  """
+
+  index_N: np.ndarray
+  label_N: np.ndarray
+  predicted_N: np.ndarray
+  confidence_N: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Of the images drawn `rollout` and `heads` (`maps.summary`); `distance_DK` the mean over all."""
+
+  rollout: np.ndarray
+  heads: np.ndarray
+  distance_DK: np.ndarray
+  measured: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What the pictures are of; of each part that is not there the reason why.
+
+  Attributes:
+    lines: of `metrics.jsonl`.
+    exp: the experiment of the weights.
+    params: its parameters.
+    test: the test split.
+    scores: of the test split.
+    shown: `[B, H, W, C]` uint8, the images drawn as the model sees them.
+    attention: over these, and some more.
+    step: of the checkpoint; None for published weights.
+  """
+
+  lines: list[dict] | Missing
+  exp: Experiment | Missing
+  params: dict | Missing
+  test: Split | Missing
+  scores: Scores | Missing
+  shown: np.ndarray | Missing
+  attention: Attention | Missing
+  step: int | None = None
+
+  def need(self, *names: str) -> list:
+    """These parts.
+
+    Raises:
+      Missing: the first that is not there.
+    """
+    parts = [getattr(self, name) for name in names]
+    for part in parts:
+      if isinstance(part, Missing):
+        raise part
+    return parts
+
+
+def curves(subject: Subject) -> tuple[Figure, str]:
+  """Of the metrics."""
+  (lines,) = subject.need('lines')
+  return draw.curves(lines), (
+    'Loss and accuracy over training: of the augmented training batches, averaged between log '
+    'lines, and of whole splits that were held out.'
+  )
+
+
+def confusion(subject: Subject) -> tuple[Figure, str]:
+  """Of the test split."""
+  exp, scores = subject.need('exp', 'scores')
+  names, count = exp.task.class_names, len(scores.label_N)
+  count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
+  right = np.trace(count_LL)
+  return draw.confusion(count_LL, maps.class_accuracy(count_LL), names), (
+    f'What {count:,} test images were taken for, in percent of each true class, and beside it '
+    f'the diagonal: {right:,} are right, {right / count:.2%}.'
+  )
+
+
+def mistakes(subject: Subject) -> tuple[Figure, str]:
+  """Of the test split."""
+  exp, test, scores = subject.need('exp', 'test', 'scores')
+  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
+  if not len(index):
+    raise Missing('no test image was taken for another class.')
+  name = lambda labels: [exp.task.class_names[label] for label in labels]
+  figure = draw.mistakes(
+    test.some(scores.index_N[index]).image_NHWC,
+    name(scores.label_N[index]),
+    name(scores.predicted_N[index]),
+    scores.confidence_N[index],
+  )
+  return figure, (
+    'The wrong predictions that the model gave the highest probability, the surest first. Some '
+    'show what it can not tell apart, some a label that is doubtful.'
+  )
+
+
+def patches(subject: Subject) -> tuple[Figure, str]:
+  """Of the first image."""
+  exp, shown = subject.need('exp', 'shown')
+  figure = draw.patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
+  return figure, (
+    'An image as the model sees it is cut into patches, read row by row: each becomes a token '
+    '(Figure 1 of the paper).'
+  )
+
+
+def filters(subject: Subject) -> tuple[Figure, str]:
+  """Of the patch embedding."""
+  exp, params = subject.need('exp', 'params')
+  filter_FpqC, share_F = maps.filters(exp.model, params)
+  return draw.filters(filter_FpqC, share_F), (
+    f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
+    'patch, with their share of the variance; each is scaled by itself, zero is mid-grey '
+    '(Figure 7 of the paper, left).'
+  )
+
+
+def positions(subject: Subject) -> tuple[Figure, str]:
+  """Of the position embeddings."""
+  exp, params = subject.need('exp', 'params')
+  position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
+  figure = draw.position_similarity(maps.position_similarity(position_hwD))
+  kind = 'learned' if exp.model.position == 'learned' else 'fixed sine-cosine'
+  return figure, (
+    f"Each small map is the cosine similarity of one patch's {kind} position embedding to those "
+    'of all patches, where they lie in the image (Figure 7 of the paper, centre).'
+  )
+
+
+def distance(subject: Subject) -> tuple[Figure, str]:
+  """Of all images looked at."""
+  exp, attention = subject.need('exp', 'attention')
+  even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
+  return draw.attention_distance(attention.distance_DK, even), (
+    'How far each head looks: the distance in the image between a patch and those that it attends '
+    f'to, averaged over {attention.measured} images. A dot is a head (Figure 7 of the paper, '
+    'right).'
+  )
+
+
+def rollout(subject: Subject) -> tuple[Figure, str]:
+  """Of the images drawn."""
+  shown, attention = subject.need('shown', 'attention')
+  return draw.rollout(shown, attention.rollout), (
+    'Where the output comes from: attention rollout from the pooled output down to the patches, '
+    'and the images lit by it (Figure 6 of the paper). 1 is what a patch would have if all were '
+    'alike.'
+  )
+
+
+READS = {  # whose attention `maps.head_attention` gives, by pool
+  'cls': 'the class token attends to',
+  'gap': 'the patches attend to on average, since the pool averages them',
+  'map': 'the patches attend to, weighted as the probe weights them, and the probe itself (pool)',
+  'cls_gap': 'class token and averaged patches attend to, half and half',
+  'distilled': 'class and distillation token attend to, half and half',
+}
+
+
+def heads(subject: Subject) -> tuple[Figure, str]:
+  """Of the first image."""
+  exp, shown, attention = subject.need('exp', 'shown', 'attention')
+  map_RKhw = attention.heads[0]
+  rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
+  return draw.head_attention(shown[0], map_RKhw, rows[: len(map_RKhw)]), (
+    f'What {READS[exp.model.pool]}, by block and head. Each map is scaled by its own largest value.'
+  )
+
+
+# By the name of its file: its title, and the function.
+PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
+  'curves': ('Loss and accuracy', curves),
+  'confusion': ('Which class is taken for which', confusion),
+  'mistakes': ('Most confident mistakes', mistakes),
+  'patches': ('An image as patches', patches),
+  'filters': ('Filters of the patch embedding', filters),
+  'positions': ('Similarity of position embeddings', positions),
+  'distance': ('Mean attention distance', distance),
+  'rollout': ('Attention rollout', rollout),
+  'heads': ('Attention by head', heads),
+}
+
+
+def grid(exp: Experiment) -> tuple[int, int]:
+  """Patches (down, across) of the model's input."""
+  height, width, _ = exp.image_shape
+  return height // exp.model.patch_size[0], width // exp.model.patch_size[1]

@@ -1,0 +1,282 @@
+"""Pictures of a run, or of published weights: `figures/*.png` and `report.html`.
+
+Decisions:
+  * A picture whose data is not there is left out and the report says why; the others are drawn.
+  * Test images are chosen by their place in the split, the first of each class: the same at every
+    call, and the same for two runs on the same data.
+"""
+
+from collections.abc import Iterator
+import logging
+import math
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import opening, progress, storage
+from vit_jax.data import batching
+from vit_jax.data import image as image_lib
+from vit_jax.data.loading import Split
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices, microbatch, sharding
+from vit_jax.evaluation import forward
+from vit_jax.experiment import Experiment
+from vit_jax.figures import canvas, maps, report
+from vit_jax.figures.maps import Missing
+from vit_jax.figures.pictures import PICTURES, Attention, Scores, Subject, grid
+from vit_jax.workdir import stored, writer
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # images drawn
+MEASURED = 128  # images that attention distance is averaged over, as in the paper
+
+
+def run(
+  workdir: pathlib.Path | None,
+  images: list[str] | None = None,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+  out: pathlib.Path | None = None,
+  step: str = '',
+) -> list[pathlib.Path]:
+  """Draws all there is to draw; returns the files, the report last.
+
+  Args:
+    workdir: of a training run, finished or not; None with `init`.
+    images: files and folders to look at; None for a few test images of the run.
+    overrides: dotted keys and values put over the config of the weights.
+    config: what the run must have been trained with; None to trust it.
+    init: published weights in the place of a workdir.
+    out: the folder that is written into; the workdir by default.
+    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
+
+  Raises:
+    ValueError: nothing to draw, no place for it, images of which none can be read, or a config
+      that contradicts the weights.
+  """
+  out = out or workdir
+  folder = out / 'figures'
+  storage.check_folder(folder)
+  subject = gather(workdir, images, overrides or {}, config, init, step)
+  folder.mkdir(parents=True, exist_ok=True)
+  drawn, left_out = [], {}
+  for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
+    path = folder / f'{name}.png'
+    try:
+      figure, caption = picture(subject)
+    except Missing as reason:
+      log.info('%s is left out: %s', path.name, reason)
+      left_out[title] = str(reason)
+      path.unlink(missing_ok=True)  # of an earlier call: the report would not have it
+      continue
+    canvas.save(figure, path)
+    drawn.append(report.Picture(path, title, caption))
+  page = out / 'report.html'
+  changed, unchanged = compare(subject, workdir)
+  name = init or workdir.resolve().name
+  report.write(
+    page, name, describe(subject), numbers(subject, workdir), changed, unchanged, drawn, left_out
+  )
+  return [picture.path for picture in drawn] + [page]
+
+
+def gather(
+  workdir: pathlib.Path | None,
+  images: list[str] | None,
+  overrides: dict[str, str],
+  config: ConfigDict | None,
+  init: str,
+  step: str = '',
+) -> Subject:
+  """Reads and computes what the pictures are of; see `run`."""
+  lines = read_lines(workdir)
+  if init and images is None:
+    raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
+  files = None if images is None else image_lib.find(images)
+  asked = init or files or overrides or config or step
+  if not asked and stored.latest_step(workdir) is None:
+    if isinstance(lines, Missing):
+      raise ValueError(
+        f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
+        'training run.'
+      )
+    return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
+
+  exp, params, loaded = opening.open_model(workdir, init, overrides, config, 'any', step)
+  chosen = read_images(files, exp) if files else None
+  mesh = devices.inference_mesh(SHOWN if init else exp.config.eval_batch_size)
+  on_device = sharding.replicate(mesh, params)
+  test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
+  there = not isinstance(test, Missing)
+  scores = score(exp, on_device, test, mesh) if there else test
+  if not there and chosen is None:
+    return Subject(lines, exp, params, test, scores, test, test, loaded)
+  chosen = choose(test, exp) if chosen is None else chosen
+  attention = look(exp, on_device, chosen, mesh)
+  seen = as_seen(exp, chosen[:SHOWN])
+  return Subject(lines, exp, params, test, scores, seen, attention, loaded)
+
+
+def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
+  """The run's metrics."""
+  if workdir is None:
+    return Missing('weights without a run have no metrics.')
+  if not (workdir / 'metrics.jsonl').exists():
+    return Missing('the workdir holds no metrics.jsonl.')
+  return writer.read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
+
+
+def load_test(exp: Experiment, overrides: dict[str, str]) -> Split | Missing:
+  """The run's test split, without images trained on; the reason where it is not there any more.
+
+  Raises:
+    ValueError: it is not where the overrides say.
+  """
+  try:
+    source, _ = opening.open_test(exp)
+    return opening.load_split(exp, exp.config.data.eval_split, source)
+  except (ValueError, OSError) as error:
+    if any(key.startswith('data.') for key in overrides):
+      raise
+    log.warning('The test data can not be read: %s', error)
+    return Missing(f'the test data can not be read: {error}')
+
+
+def score(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
+  """The model's answer to every test example that is not bad."""
+  step, size = forward.make_step(exp, mesh, forward.probabilities(exp)), exp.config.eval_batch_size
+  found = []
+  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
+    row_N = np.flatnonzero(batch['mask'])
+    probability_NL = np.asarray(step(batch['image'], params))[row_N]
+    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
+    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
+  return Scores(*map(np.concatenate, zip(*found)))
+
+
+def batches(
+  examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
+) -> Iterator[dict[str, jax.Array]]:
+  """Every example once, under a progress bar."""
+  found = batching.eval_batches(examples, size, sharding.over_batch(mesh))
+  return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
+
+
+def choose(test: Split, exp: Experiment) -> np.ndarray:
+  """Test images evenly over the classes, those that are drawn first."""
+  classes = len(exp.task.class_names)
+  shown, measured = (maps.spread(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
+  shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
+  index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
+  return test.some(index).image_NHWC
+
+
+def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
+  """Image files, as many as are looked at.
+
+  Raises:
+    ValueError: none of them can be read.
+  """
+  if len(files) > MEASURED:
+    log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
+  rows = [forward.read(file, exp) for file in files[:MEASURED]]
+  good = [row for row in rows if not isinstance(row, str)]
+  bad = [row for row in rows if isinstance(row, str)]
+  if not good:
+    raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
+  for row in bad:
+    log.warning('Left out: %s', row)
+  return np.stack(good)
+
+
+def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
+  """Images at the size of the model's input, uint8."""
+  mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
+  pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
+  return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+
+
+def look(
+  exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
+) -> Attention:
+  """Attention over images, of which the first are drawn."""
+
+  def summary(image_BHWC, params):
+    return maps.summary(exp.model, params, exp.normalize(image_BHWC))
+
+  step = jax.jit(microbatch.concatenate(summary, mesh, parts=1))
+  count = len(image_BHWC)
+  examples = Examples(image_BHWC, np.zeros(count, np.int32))
+  first, distances = None, []
+  for batch in batches(examples, SHOWN, mesh, 'Attention'):
+    found = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], step(batch['image'], params))
+    first = first or found
+    distances.append(found['distance'])
+  rollout, heads = first['rollout'][:count], first['heads'][:count]
+  return Attention(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)
+
+
+def describe(subject: Subject) -> str:
+  """The model in a line."""
+  if isinstance(subject.exp, Missing):
+    return 'Vision Transformer, no checkpoint yet'
+  model, (height, width, _) = subject.exp.model, subject.exp.image_shape
+  h, w = grid(subject.exp)
+  return (
+    f'Vision Transformer, {model.depth} blocks of width {model.width}, {model.num_heads} heads, on '
+    f'images of {height} x {width} pixels in {h} x {w} patches'
+  )
+
+
+RESULT = {  # of `result.json`: name and format in the report
+  'test_accuracy': ('test accuracy', '{:.2%}'),
+  'test_loss': ('test loss', '{:.4f} nats'),
+  'examples': ('test images', '{:,}'),
+  'steps': ('training steps', '{:,}'),
+  'seconds': ('seconds, compilation included', '{:,.0f}'),
+}
+
+
+def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
+  """What the run gave, as text; of one that is not finished, its last lines."""
+  found = {}
+  lines = [] if isinstance(subject.lines, Missing) else subject.lines
+  last = lines[-1]['step'] if lines else 0
+  tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
+  result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
+  result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+  if result.get('steps', -1) >= last:  # else the run has gone on since then
+    known = [(result[key], *text) for key, text in RESULT.items() if key in result]
+    found = {name: form.format(value) for value, name, form in known}
+  elif lines:
+    found['training steps'] = f'{last:,}, not finished'
+    if tested:
+      found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
+  if subject.step is not None:
+    found['checkpoint that is drawn'] = f'step {subject.step:,}'
+  if not isinstance(subject.params, Missing):
+    classes = len(subject.exp.task.class_names)
+    found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
+    found['classes'] = f'{classes:,}' if classes else 'none, the weights have no head'
+  return found
+
+
+def compare(
+  subject: Subject, workdir: pathlib.Path | None
+) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
+  """The config's keys that differ from the default, with both values; and those that don't."""
+  default = config_lib.flatten(config_lib.default_config())
+  if not isinstance(subject.exp, Missing):
+    config = config_lib.flatten(subject.exp.config)
+  else:
+    config = config_lib.flatten(writer.read_json(workdir / 'config.json') or {})
+  changed = [
+    (key, value, default.get(key)) for key, value in config.items() if value != default.get(key)
+  ]
+  return changed, {key: value for key, value in config.items() if value == default.get(key)}

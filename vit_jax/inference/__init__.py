@@ -1,0 +1,1 @@
+"""What trained weights are used for: predictions, exports, a demo, and what a model costs."""

@@ -1,0 +1,163 @@
+"""What a model says of image files: their classes, or their features."""
+
+from collections.abc import Iterable, Iterator
+import csv
+import json
+import pathlib
+import sys
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import opening, progress
+from vit_jax.data import image as image_lib
+from vit_jax.evaluation import forward
+from vit_jax.names import choose
+
+KINDS = ('pooled', 'tokens')  # of features
+
+
+def predict(
+  workdir: pathlib.Path | None,
+  paths: list[str],
+  topk: int = 5,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+  step: str = '',
+) -> Iterator[dict]:
+  """For each file its `topk` classes, or why it can't be read, in the order given.
+
+  The model is that of a workdir's checkpoint, `step` as in `checkpoint.preferred`, or published
+  weights as they are: `init`.
+
+  Yields:
+    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
+    `{'file': ..., 'error': ...}`.
+
+  Raises:
+    ValueError: no checkpoint, no such folder, or overrides that contradict the checkpoint.
+  """
+  if topk < 1:
+    raise ValueError(f'--topk must be positive, got {topk}.')
+  files = image_lib.find(paths)
+  exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, step=step)
+  names = exp.task.class_names
+  found = forward.rows(exp, params, files, forward.probabilities(exp))
+  if not sys.stdout.isatty():  # where what is printed shows how far it is
+    found = progress.bar(found, 'Predicting', 'image', len(files))
+  for file, row in found:
+    if isinstance(row, str):
+      yield {'file': str(file), 'error': row}
+      continue
+    best = np.argsort(-row, kind='stable')[:topk]
+    found = [{'class': names[i], 'probability': float(row[i])} for i in best]
+    yield {'file': str(file), 'predictions': found}
+
+
+def features(
+  workdir: pathlib.Path | None,
+  paths: list[str],
+  kind: str,
+  overrides: dict[str, str] | None = None,
+  config: ConfigDict | None = None,
+  init: str = '',
+  step: str = '',
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """What the model makes of each file, without its head.
+
+  Args:
+    workdir: of a run; None with `init`.
+    paths: files, folders and patterns.
+    kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that the pool reads, class
+      token and registers first, after the last LayerNorm where that comes before the pool:
+      `[N, T, D]`.
+    overrides: dotted keys and values put over the model's config.
+    config: what the run must have been trained with; None to trust it.
+    init: published weights, which need no head.
+    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
+
+  Returns:
+    `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
+    why.
+
+  Raises:
+    ValueError: as `predict`; or no file at all could be read.
+  """
+  choose('--features', kind, KINDS)
+  files = image_lib.find(paths)
+  exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, 'any', step)
+  backbone = exp.model.clone(num_classes=None)
+  if kind == 'tokens':
+    has_class = exp.model.has_class  # else it would go with the pool that reads it
+    backbone = backbone.clone(pool='none', class_token=has_class, representation_size=None)
+
+  def extract(image_BHWC, params):
+    return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
+
+  found = forward.rows(exp, params, files, extract)
+  found = progress.bar(found, 'Computing features', 'image', len(files))
+  return stack(found, len(files))
+
+
+def stack(
+  found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+  """What `rows` gives of `count` files, in arrays as `features` gives them: once in memory.
+
+  Raises:
+    ValueError: no file could be read.
+  """
+  paths, errors, feature = [], [], None
+  for file, row in found:
+    if isinstance(row, str):
+      errors.append(row)
+      continue
+    if feature is None:
+      feature = np.empty((count, *row.shape), row.dtype)
+    feature[len(paths)] = row
+    paths.append(str(file))
+  if not paths:
+    raise ValueError(f'None of the {count} files is a readable image, e.g. {errors[0]}')
+  return {'path': np.array(paths), 'feature': feature[: len(paths)]}, errors
+
+
+def as_table(found: Iterable[dict]) -> None:
+  """For each file its name and, below, its classes."""
+  for row in found:
+    if 'predictions' in row:
+      print(row['file'])
+      for guess in row['predictions']:
+        print(f'  {guess["probability"]:7.2%}  {guess["class"]}', flush=True)
+
+
+def as_json(found: Iterable[dict]) -> None:
+  """An object a line, as `predict` gives it."""
+  for row in found:
+    print(json.dumps(row), flush=True)
+
+
+def as_csv(found: Iterable[dict]) -> None:
+  """A line for each class of each file, the likeliest first."""
+  lines = csv.writer(sys.stdout, lineterminator='\n')
+  lines.writerow(('file', 'rank', 'class', 'probability'))
+  for row in found:
+    for rank, guess in enumerate(row.get('predictions', ()), start=1):
+      lines.writerow((row['file'], rank, guess['class'], guess['probability']))
+
+
+FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
+
+
+def show(found: Iterable[dict], format: str) -> list[str]:
+  """Prints what was predicted; returns of each file that can't be read why."""
+  errors = []
+
+  def noted():
+    for row in found:
+      errors.extend([row['error']] if 'error' in row else [])
+      yield row
+
+  choose('--format', format, FORMATS)(noted())
+  return errors

@@ -1,0 +1,261 @@
+"""The Vision Transformer (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929).
+
+Dimension letters, used in the names of arrays throughout the project:
+
+  B batch, H W image height and width, C channels, h w patch grid, N tokens, D width,
+  K heads, E head size, M MLP width, L classes.
+
+Parameters are float32; `dtype` is the type of the computation. LayerNorm, softmax and logits are
+float32.
+"""
+
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.model import encoder, positions, resnet
+from vit_jax.model.encoder import EncoderBlock
+from vit_jax.model.layers import Dense, Dropout
+from vit_jax.model.pooling import CLASS_POOLS, POOLS
+
+
+class ViT(nn.Module):
+  """Patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
+
+  Attributes:
+    num_classes: width of the head; None for none (the pooled features are returned).
+    patch_size: (height, width) of a patch, pixels.
+    width: D, size of a token.
+    depth: number of encoder blocks.
+    num_heads: K, attention heads.
+    mlp_dim: M, hidden width of a block's MLP.
+    head_dim: E, size of a head; None for `width / num_heads`.
+    pool: how tokens become one vector, one of `POOLS`.
+    class_token: whether there is one; None where the pool reads it.
+    position: one of `POSITIONS`.
+    position_prefix: which tokens before the patches have a learned position: `cls` (as in the
+      paper; registers have none), `none`, or `all`.
+    position_grid: (down, across) of the patches that the positions are of, for images of any
+      number of patches, over which they are stretched; None: as many as the image has.
+    num_registers: tokens between the class token and the patches (Darcet et al. 2023,
+      2309.16588).
+    representation_size: width of the tanh pre-logits layer; None for no such layer.
+    dropout: rate after positions, in the MLP, and at the end of each branch.
+    attention_dropout: rate on the attention weights.
+    stochastic_depth: rate at which the last block's branches drop; rises linearly from 0.
+    layer_scale: initial LayerScale; None for no LayerScale.
+    pre_norm: LayerNorm before the first block, and no bias in the embedding, as in CLIP.
+    norm_after_pool: the last LayerNorm follows the pooling instead of the last block.
+    qkv_bias: whether queries, keys and values have biases.
+    qk_norm: LayerNorm on queries and keys.
+    activation: one of `ACTIVATIONS`.
+    norm_epsilon: LayerNorm's epsilon.
+    resnet: units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
+    resnet_width: channels of the stem's root.
+    dtype: type of the computation; parameters are float32.
+    remat: one of `REMAT`.
+  """
+
+  num_classes: int | None
+  patch_size: tuple[int, int]
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  head_dim: int | None = None
+  pool: str = 'cls'
+  class_token: bool | None = None
+  position: str = 'learned'
+  position_prefix: str = 'cls'
+  position_grid: tuple[int, int] | None = None
+  num_registers: int = 0
+  representation_size: int | None = None
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  layer_scale: float | None = None
+  pre_norm: bool = False
+  norm_after_pool: bool = False
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  activation: str = 'gelu_tanh'
+  norm_epsilon: float = 1e-6
+  resnet: tuple[int, ...] | None = None
+  resnet_width: int = 64
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+
+  @property
+  def head_size(self) -> int:
+    return self.head_dim or self.width // self.num_heads
+
+  @property
+  def has_class(self) -> bool:
+    return self.pool in CLASS_POOLS if self.class_token is None else self.class_token
+
+  @property
+  def num_prefix(self) -> int:
+    """Tokens before the patches."""
+    return self.has_class + self.num_registers
+
+  @property
+  def num_positions(self) -> int:
+    """Those of them that have a learned position."""
+    return {'cls': int(self.has_class), 'none': 0, 'all': self.num_prefix}[self.position_prefix]
+
+  @nn.compact
+  def __call__(
+    self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits `[B, L]`, float32.
+
+    Args:
+      image_BHWC: normalised images; H and W are multiples of the patch.
+      train: whether to drop out; needs `rngs={'dropout': key}`.
+      example_B: position of each example in the global batch, which the draws derive
+        from; `0..B-1` by default.
+
+    Returns:
+      Logits; the pooled features (tokens, for `pool='none'`) where `num_classes` is None.
+
+    Raises:
+      ValueError: the patch does not divide the image.
+    """
+    if not train:
+      example_B = None
+    elif example_B is None:
+      example_B = jnp.arange(len(image_BHWC))
+
+    x_BhwD = self.embed(image_BHWC)
+    x_BND, rope_NE = self.tokens(x_BhwD)
+    if self.pre_norm:
+      x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
+    x_BND = Dropout(self.dropout)(x_BND, example_B)
+
+    block = EncoderBlock
+    if self.remat != 'none':
+      block = nn.remat(EncoderBlock, policy=encoder.REMAT[self.remat])
+    for i in range(self.depth):
+      x_BND = block(
+        self.num_heads,
+        self.head_size,
+        self.mlp_dim,
+        self.dropout,
+        self.attention_dropout,
+        self.stochastic_depth * i / max(self.depth - 1, 1),
+        self.layer_scale,
+        self.qkv_bias,
+        self.qk_norm,
+        self.activation,
+        self.norm_epsilon,
+        self.dtype,
+        name=f'block_{i}',
+      )(x_BND, example_B, rope_NE)
+    norm = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')
+    if self.norm_after_pool:
+      x = norm(POOLS[self.pool](self, x_BND))
+    else:
+      x = POOLS[self.pool](self, norm(x_BND))
+    if self.representation_size is not None:
+      x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
+      x = jnp.tanh(x)
+    if self.num_classes is None:
+      return x
+    # The head starts at zero (Appendix B.1.1): the first loss is log L whatever the body.
+    return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
+
+  def embed(self, image_BHWC: jax.Array) -> jax.Array:
+    """Patches, each embedded by the same linear map (equation 1): `[B, h, w, D]`.
+
+    A hybrid's are patches of the stem's feature map.
+    """
+    _, height, width, _ = image_BHWC.shape
+    p, q = self.patch_size
+    if height % p or width % q:
+      raise ValueError(
+        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
+        'data.image_size to multiples of model.patch_size.'
+      )
+    x = image_BHWC
+    if self.resnet is not None:
+      x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
+      stride = resnet.stride(self.resnet)
+      p, q = p // stride, q // stride
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
+    embedding = Dense(
+      (self.width,),
+      axes=3,
+      use_bias=not self.pre_norm,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.lecun_normal(),
+      name='embedding',
+    )
+    return embedding(x)
+
+  def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Adds positions, class token and registers: `[B, N, D]`, and RoPE's angles if asked.
+
+    The class token comes first and the registers after it. Of the positions only learned ones
+    reach them, as `position_prefix` says.
+    """
+    batch, h, w, width = x_BhwD.shape
+    whole = self.position_grid or (h, w)
+    x_BND = x_BhwD.reshape(batch, h * w, width)
+    zeros, normal = nn.initializers.zeros, nn.initializers.normal(stddev=0.02)
+
+    prefix = []
+    if self.has_class:
+      prefix.append(self.param('cls', zeros, (1, 1, width)))
+    if self.num_registers:
+      prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
+    prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
+
+    rope_NE = None
+    if self.position == 'sincos':
+      x_BND = x_BND + positions.sincos(h, w, width, whole).astype(x_BND.dtype)
+    elif self.position == 'rope':
+      rope_NE = positions.rope_angles(h, w, self.head_size, self.num_prefix, whole)
+    elif self.position == 'learned':
+      count = self.num_positions
+      position = self.learned_positions(normal, (1, count + math.prod(whole), width))
+      position = positions.resize(position, whole, (h, w), count).astype(x_BND.dtype)
+      x_BND = x_BND + position[:, count:]
+      if count:
+        prefix_BND = jnp.concatenate(prefix, axis=1)
+        prefix = [prefix_BND[:, :count] + position[:, :count], prefix_BND[:, count:]]
+    return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
+
+  def learned_positions(self, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
+    """The parameter `pos_embedding`.
+
+    Raises:
+      ValueError: the parameters given are of another grid.
+    """
+    given = self.get_variable('params', 'pos_embedding')
+    if given is not None and given.shape != shape:
+      raise ValueError(
+        f'The image has {shape[1] - self.num_positions} patches, the position embeddings are for '
+        f'{given.shape[1] - self.num_positions}: resize the image, or load the weights with '
+        'grid=(h, w), the number of patches down and across.'
+      )
+    return self.param('pos_embedding', init, shape)
+
+
+def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
+  """The tokens `[B, N, D]` after each block, the first one's first, before the last LayerNorm.
+
+  Args:
+    model: whose blocks they are.
+    params: its parameters.
+    image_BHWC: normalised images.
+  """
+  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
+  _, state = model.clone(remat='none').apply(
+    {'params': params}, image_BHWC, capture_intermediates=is_block
+  )
+  blocks = state['intermediates']
+  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]

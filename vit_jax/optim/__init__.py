@@ -1,0 +1,1 @@
+"""Losses, optimizers, schedules, and the plan of a run."""

@@ -1,0 +1,48 @@
+"""Trains a config in a workdir, from its beginning or from where it stopped."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as config_lib
+from vit_jax import experiment, limits, opening
+from vit_jax.check import check
+from vit_jax.distributed import cluster, devices
+from vit_jax.storage import local
+from vit_jax.training import loop, probe, resume
+from vit_jax.workdir import lock, trained
+
+OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
+
+
+@limits.memory_for('Training')
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
+  """Trains, or resumes, until `config.epochs` are done; returns what `result.json` holds.
+
+  With `freeze=backbone` only the head is trained (`probe.py`); with `sweep`, at several rates.
+
+  Args:
+    config: from `configs/`, or `config.default_config()` changed.
+    workdir: folder of checkpoints and records; a run in it is resumed.
+
+  Raises:
+    ValueError: a config, data or workdir that does not work; the message says why.
+    FloatingPointError: training diverged, at every rate of a sweep; the last good checkpoint stays.
+    limits.OutOfMemory: the message says which keys to change.
+    cluster.Preempted: it was asked to stop, and has saved.
+  """
+  workdir = local(workdir)
+  devices.start_up()
+  check(config)
+  mine = config_lib.flatten(config)
+  cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
+  with lock.held(workdir):
+    finished, saved, cycles = resume.begin(config, workdir)
+    if finished:
+      return finished
+    mesh = experiment.make_mesh(config)
+    exp, training = opening.from_config(config, saved, cycles, trained.of_run(workdir))
+    if config.freeze:
+      return probe.train_head(exp, training, mesh, workdir)
+    resume.record(exp, workdir, training.test)
+    return loop.fit(exp, training, mesh, workdir)

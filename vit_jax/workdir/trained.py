@@ -1,0 +1,153 @@
+"""The files that weights were trained on: what no test may count.
+
+Decisions:
+  * A file is known by the hash of its name below its class's folder (`folder.py`), so that it is
+    known in another split, another class and another folder, too.
+  * A name that held-out files of the same data have as well identifies no image: often both parts
+    count from 0001.jpg. Files of such names are known by the hash of their content.
+  * Copies of an image under another name are not found.
+"""
+
+from collections.abc import Mapping, Sequence
+import concurrent.futures
+import dataclasses
+import hashlib
+import logging
+import os
+import pathlib
+
+import numpy as np
+
+from vit_jax import progress
+from vit_jax.data import splits
+from vit_jax.data.folder import Files
+from vit_jax.data.source import Source
+from vit_jax.workdir import stored
+
+log = logging.getLogger(__name__)
+
+NONE = np.zeros(0, np.uint64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+  """What training files are known by, uint64 hashes of names and of content.
+
+  Attributes:
+    own_N: of a run's own training files.
+    inherited_N: of those of the runs that its weights come from.
+    shared_N: hashes of the names whose files are known by their content.
+  """
+
+  own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+  inherited_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+  shared_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+
+  @property
+  def all_N(self) -> np.ndarray:
+    """Both, each hash once."""
+    return np.union1d(self.own_N, self.inherited_N)
+
+  def before(self) -> 'Names':
+    """Those of earlier runs alone."""
+    return dataclasses.replace(self, own_N=NONE)
+
+  def item(self) -> dict[str, np.ndarray]:
+    """The item of a checkpoint. A zero leads each array, because orbax saves no empty one."""
+    return {field: np.append(np.uint64(0), value) for field, value in vars(self).items()}
+
+  @classmethod
+  def load(cls, saved: Mapping) -> 'Names | None':
+    """From what a checkpoint holds; None where a folder was trained on and its names not kept."""
+    if saved['names'] is not None:
+      return cls(**{field: value[1:] for field, value in saved['names'].items()})
+    return None if saved['task'].get('fingerprint') else cls()
+
+
+def of_run(workdir: pathlib.Path) -> Names | None:
+  """As `Names.load`, of a workdir's newest checkpoint; none where there is no checkpoint."""
+  step = stored.latest_step(workdir)
+  if step is None:
+    return Names()
+  about = stored.restore_item(workdir, step, 'config')
+  return Names.load(about | {'names': stored.restore_item(workdir, step, 'names')})
+
+
+def of_files(source: Source, trained_on: Sequence[str], earlier: Names) -> Names:
+  """What the files in some splits of a source are known by, after those of earlier runs."""
+  inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
+  if not inside:
+    return Names(NONE, earlier.all_N, earlier.shared_N)
+  for split in trained_on:
+    for name, start, stop in source.pieces(split):
+      inside[name][start:stop] = True
+  hashes = {name: files.hash_N for name, files in source.files.items()}
+  found_N = np.unique(np.concatenate([hashes[name][mask] for name, mask in inside.items()]))
+  others_N = np.concatenate([hashes[name][~mask] for name, mask in inside.items()])
+  shared_N = found_N[np.isin(found_N, others_N)]
+  own = [np.setdiff1d(found_N, shared_N)]
+  if len(shared_N):
+    log.info(
+      '%d of %d names of training files are names of held-out files, too: files of these names are '
+      'compared by their content.',
+      len(shared_N),
+      len(found_N),
+    )
+    own += [
+      content(files, np.flatnonzero(inside[name] & np.isin(files.hash_N, shared_N)))
+      for name, files in source.files.items()
+    ]
+  shared_N = np.union1d(shared_N, earlier.shared_N)
+  return Names(np.unique(np.concatenate(own)), earlier.all_N, shared_N)
+
+
+def content(files: Files, index_N: np.ndarray) -> np.ndarray:
+  """64 bits of the SHA-256 of each of these files' bytes; 0 where a file can't be read."""
+
+  def of_one(index):
+    try:
+      path = files.top / os.fsdecode(bytes(files.path_N[index]))
+      return int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], 'big')
+    except OSError:  # it is named when it is decoded
+      return 0
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    hashes = progress.bar(pool.map(of_one, index_N), 'Comparing', 'image', len(index_N))
+    return np.array(list(hashes), np.uint64)
+
+
+def known(files: Files, names: Names) -> np.ndarray:
+  """Which of the files were trained on, bool `[N]`."""
+  found_N = np.isin(files.hash_N, names.all_N)
+  index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
+  if len(index_N):
+    found_N[index_N] = np.isin(content(files, index_N), names.all_N)
+  return found_N
+
+
+def leave_out(source: Source, split: str, names: Names) -> tuple[Source, int]:
+  """The source without the files of a split that were trained on, and their number.
+
+  Raises:
+    ValueError: they are all of it.
+  """
+  pieces = source.pieces(split)
+  inside = {name for name, _, _ in pieces} & set(source.files)
+  masks = {name: known(source.files[name], names) for name in inside}
+  source = dataclasses.replace(source, left_out=masks)
+  before = splits.length(pieces)
+  number = before - splits.length(source.pieces(split))
+  if number == before:
+    raise ValueError(
+      f'Split {split!r}: the weights were trained on all {before:,} images, going by the names or '
+      'the content of their files, so they are no test. Choose another split, or another folder.'
+    )
+  if number:
+    log.warning(
+      '%s: %d of %d images are left out: the weights were trained on them, going by the names or '
+      'the content of their files.',
+      split,
+      number,
+      before,
+    )
+  return source, number
