@@ -68,42 +68,44 @@ def train(args, overrides):
 
 def evaluate(args, overrides):
   from vit_jax.distributed import cluster
-  from vit_jax.evaluation import evaluate
+  from vit_jax.evaluation import exact
 
   with cluster.joined(args.coordinator, args.num_processes, args.process_id):
     # JAX would keep it for whoever asks for it, as training does.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    result = evaluate.run(args.workdir, overrides, given_config(args, overrides), args.step)
+    result = exact.evaluate(args.workdir, overrides, given_config(args, overrides), args.step)
     if cluster.is_first():
       print(', '.join(f'{name} {value:.9g}' for name, value in result.items()))
 
 
 def fewshot(args, overrides):
-  from vit_jax.evaluation import fewshot
+  from vit_jax.evaluation import few_shot
 
   config = given_config(args, overrides)
-  result = fewshot.run(args.workdir, overrides, config, args.init, args.step)
+  result = few_shot.fewshot(args.workdir, overrides, config, args.init, args.step)
   for shots, score in result['shots'].items():
     seeds = len(score['accuracy'])
     print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
 
 
 def predict(args, overrides):
-  from vit_jax.inference import predict
+  from vit_jax.inference import prediction
 
   if args.features:
     return features(args, overrides)
   if args.out:
     raise ValueError('--out is for --features=pooled or tokens; predictions are printed.')
   images, config = args.images or [], given_config(args, overrides)
-  found = predict.predict(args.workdir, images, args.topk, overrides, config, args.init, args.step)
-  return finish(predict.show(found, args.format or 'table'))
+  found = prediction.predict(
+    args.workdir, images, args.topk, overrides, config, args.init, args.step
+  )
+  return finish(prediction.print_predictions(found, args.format or 'table'))
 
 
 def features(args, overrides):
   """What --mode=predict does with --features."""
   from vit_jax import storage
-  from vit_jax.inference import predict
+  from vit_jax.inference import prediction
   from vit_jax.weights import npz
 
   if args.given & {'--format', '--topk'}:
@@ -114,7 +116,7 @@ def features(args, overrides):
     raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
   storage.check_folder(args.out.parent)
   images, config = args.images or [], given_config(args, overrides)
-  arrays, errors = predict.features(
+  arrays, errors = prediction.features(
     args.workdir, images, args.features, overrides, config, args.init, args.step
   )
   npz.write_arrays(args.out, arrays)
@@ -130,12 +132,12 @@ def finish(errors):
 
 
 def visualize(args, overrides):
-  from vit_jax.figures import visualize
+  from vit_jax.figures import gallery
 
   if args.init and not args.out:
     raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
   config = given_config(args, overrides)
-  for path in visualize.run(
+  for path in gallery.visualize(
     args.workdir, args.images, overrides, config, args.init, args.out, args.step
   ):
     print(path)
@@ -143,32 +145,32 @@ def visualize(args, overrides):
 
 def serve(args, overrides):
   try:
-    from vit_jax.inference import serve
+    from vit_jax.inference import server
   except ModuleNotFoundError as error:
     raise ValueError(
       f'--mode=serve needs {error.name}: pip install -r requirements-demo.txt'
     ) from error
   config = given_config(args, overrides)
-  serve.run(args.workdir, args.host, args.port, overrides, config, args.init, args.step)
+  server.serve(args.workdir, args.host, args.port, overrides, config, args.init, args.step)
 
 
 def export(args, overrides):
-  from vit_jax.inference import export
+  from vit_jax.inference import exporting
 
   if not args.format or not args.out:
     raise ValueError(
       '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
     )
   step = 'last' if args.init else args.step
-  for path in export.run(args.init or args.workdir, args.format, args.out, step):
+  for path in exporting.export(args.init or args.workdir, args.format, args.out, step):
     print(path)
 
 
 def inspect(args, overrides):
-  from vit_jax.inference import summary
+  from vit_jax.inference import cost
 
   config = given_config(args, overrides)
-  print(summary.show(summary.run(config, args.workdir, args.init, overrides)))
+  print(cost.as_text(cost.summary_of(config, args.workdir, args.init, overrides)))
 
 
 MODES = {

@@ -77,10 +77,10 @@ def vit_jax(work: works.Work, _: dict) -> Program:
   devices.start_up()
   mesh = devices.make_mesh(work.batch_size)
   exp, training = opening.from_config(config)
-  replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
+  replicated, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   batch = next(batching.train_batches(training.train, work.batch_size, 0, 0, over_batch))
   if work.mode == 'inference':
-    step = forward.make_step(exp, mesh, forward.probabilities(exp))
+    step = forward.make_inference_step(exp, mesh, forward.probabilities(exp))
     params = jax.device_put(state.init_params(exp.model, exp.image_shape, 0), replicated)
 
     def run(steps):
@@ -112,7 +112,9 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
   devices.start_up()
   mesh = devices.make_mesh(work.batch_size)
   exp, training = opening.from_config(works.settings(work))
-  batches = batching.train_batches(training.train, work.batch_size, 0, 0, sharding.over_batch(mesh))
+  batches = batching.train_batches(
+    training.train, work.batch_size, 0, 0, sharding.batch_sharding(mesh)
+  )
   example_B = jnp.arange(work.batch_size)
 
   def augmented(part, key):

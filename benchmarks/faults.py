@@ -92,7 +92,7 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Of all arrays of a checkpoint, the newest by default."""
   step = stored.latest_step(workdir) if step is None else step
-  items = [stored.digest(stored.read(workdir, step, name)) for name in ('params', 'state')]
+  items = [stored.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
   return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
 
 
@@ -136,7 +136,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
 
 def averages(workdir: pathlib.Path, step: int) -> str:
   """Of the weights that inference takes from a checkpoint."""
-  return stored.digest(stored.read(workdir, step, 'state')['ema'])
+  return stored.digest(stored.read_item(workdir, step, 'state')['ema'])
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
@@ -158,7 +158,7 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
     path.write_bytes(b'')
   else:
     path.unlink()
-  loaded, params, _ = stored.load(workdir)  # as `predict` does
+  loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
   stored.set_aside_damaged(workdir)  # as training does
   step = stored.latest_step(workdir)
   found = {

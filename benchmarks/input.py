@@ -63,10 +63,10 @@ STEPS = 20
 def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
   """What `data.cache=stream` trains on."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
-  arguments = dict(size=SIZE, fit=image_lib.fit, crop=CROP, workers=workers)
+  arguments = dict(size=SIZE, fit=image_lib.fit_image, crop=CROP, workers=workers)
   arguments |= dict(threads=stream.best_threads(workers))
   examples = stream.open_stream(source, split, **arguments)
-  over_batch = sharding.over_batch(devices.make_mesh(BATCH))
+  over_batch = sharding.batch_sharding(devices.make_mesh(BATCH))
   for batch in batching.train_batches(examples, BATCH, 0, 0, over_batch):
     yield len(jax.block_until_ready(batch['image']))
 
@@ -116,7 +116,7 @@ def torch_loader(folder: pathlib.Path) -> Iterator[int]:
   from torch.utils.data import DataLoader
 
   loader = DataLoader(
-    Photos(folder), BATCH, shuffle=True, num_workers=cluster.cores(), persistent_workers=True
+    Photos(folder), BATCH, shuffle=True, num_workers=cluster.num_cores(), persistent_workers=True
   )
   for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
     yield len(batch)
@@ -124,7 +124,7 @@ def torch_loader(folder: pathlib.Path) -> Iterator[int]:
 
 CONTESTANTS = {  # name: (what it needs, its batches)
   'ours': ('grain', ours),
-  'ours_workers': ('grain', functools.partial(ours, workers=cluster.cores())),
+  'ours_workers': ('grain', functools.partial(ours, workers=cluster.num_cores())),
   'tfdata': ('tensorflow', tfdata),
   'tfdata_without_antialiasing': ('tensorflow', functools.partial(tfdata, antialias=False)),
   'torch': ('torch', torch_loader),
@@ -233,7 +233,8 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
   """Milliseconds of one core for each way to decode a file and take a part: medians."""
   files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
   chosen = [
-    functools.partial(image_lib.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
+    functools.partial(image_lib.random_part, stream.draw_uniform(0, i), **CROP)
+    for i in range(len(files))
   ]
   times = {}
   for _ in range(ROUNDS):
@@ -252,7 +253,7 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
   examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
-  over_batch = sharding.over_batch(devices.make_mesh(batch))
+  over_batch = sharding.batch_sharding(devices.make_mesh(batch))
   batches, rates = batching.train_batches(examples, batch, 0, 0, over_batch), []
   for _ in range(2 * ROUNDS):
     began = time.perf_counter()
@@ -321,7 +322,7 @@ def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def main() -> None:
-  load, cores = os.getloadavg()[0], cluster.cores()
+  load, cores = os.getloadavg()[0], cluster.num_cores()
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     print(f'Making {COUNT:,} JPEGs ...', flush=True)

@@ -69,7 +69,7 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
   mesh = Mesh(devices, devices_lib.AXES, axis_types=(AxisType.Auto,) * 3)
   classes = tuple(f'class {i}' for i in range(CLASSES))
   exp = assemble(config, Task(classes, (SIZE, SIZE), 3, EXAMPLES))
-  training = Training(None, None, None, params=None, **plan_lib.recipe(config, EXAMPLES))
+  training = Training(None, None, None, params=None, **plan_lib.training_recipe(config, EXAMPLES))
   begin = lambda: state.init_state(
     exp.model, training.optimizer, exp.image_shape, 0, False, devices_lib.make_mesh()
   )
@@ -81,7 +81,7 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
   now = jax.tree.map(
     lambda x, where: abstract(x.shape, x.dtype, where), shapes, sharding.layout(mesh, shapes)
   )
-  over_batch = sharding.over_batch(mesh)
+  over_batch = sharding.batch_sharding(mesh)
   batch = {
     'image': abstract((BATCH, SIZE, SIZE, 3), 'uint8', over_batch),
     'label': abstract((BATCH,), 'int32', over_batch),

@@ -63,7 +63,7 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
   )
   train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
   batches = batching.train_batches(
-    training.train, config.batch_size, config.seed, 0, sharding.over_batch(mesh)
+    training.train, config.batch_size, config.seed, 0, sharding.batch_sharding(mesh)
   )
   step = make_train_step(exp, training, mesh)
   states = [step(train_state, next(batches))[0]]
@@ -85,7 +85,7 @@ def measure(config, examples: int, rounds: int) -> dict:
   many = Examples(
     random.randint(0, 256, shape, np.uint8), random.randint(0, 10, examples).astype(np.int32)
   )
-  training = plan_lib.make(config, many, None, training.test, training.params)
+  training = plan_lib.plan_training(config, many, None, training.test, training.params)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     weights = probe.initial_params(exp, training, folder)
@@ -94,7 +94,9 @@ def measure(config, examples: int, rounds: int) -> dict:
     step = features.make_feature_step(exp, mesh)
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
     features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles it
-    cost = seconds(lambda: features.cached(exp, step, params, many, mesh, folder).image_NHWC)
+    cost = seconds(
+      lambda: features.cached_features(exp, step, params, many, mesh, folder).image_NHWC
+    )
     on_features = probe.on_features(exp, training, mesh, folder)
   epochs = {
     'frozen': make_epoch(exp, training, mesh),

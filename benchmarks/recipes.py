@@ -104,7 +104,7 @@ def gather(name: str) -> None:
   folder.mkdir(exist_ok=True)
   for path in finished:
     shutil.copy(path / 'metrics.jsonl', folder / f'{path.name}.jsonl')
-  canvas.save(draw.curves(writer.read_metrics(finished[0])), folder / 'curves.png')
+  canvas.save_figure(draw.draw_curves(writer.read_metrics(finished[0])), folder / 'curves.png')
 
 
 def row(name: str) -> str:

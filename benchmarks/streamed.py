@@ -77,9 +77,9 @@ def digest(image_HWC: np.ndarray) -> bytes:
 def epoch(source: str, data_dir: str, size: int) -> Seen:
   """What one epoch of training sees."""
   found = sources.open_source(source, data_dir, (size, size))
-  arguments = dict(size=(size, size), fit=image_lib.fit, threads=stream.best_threads(0))
+  arguments = dict(size=(size, size), fit=image_lib.fit_image, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)
-  over_batch = sharding.over_batch(devices.make_mesh(BATCH))
+  over_batch = sharding.batch_sharding(devices.make_mesh(BATCH))
   batches, seen = batching.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
   for _ in range(len(examples) // BATCH):
     batch = next(batches)

@@ -97,7 +97,7 @@ def millions(count: int) -> str:
 
 def timm_model(name: str) -> ViT:
   """The model of a timm architecture name, with 1,000 classes."""
-  return ViT(**timm.read(pathlib.Path(name), {'architecture': name}, {}).fields)
+  return ViT(**timm.read_timm(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 
 def tables() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from vit_jax import experiment, opening
 from vit_jax.data import batching
 from vit_jax.distributed import sharding
-from vit_jax.evaluation import evaluate, scoring
+from vit_jax.evaluation import exact, scoring
 from vit_jax.training import state
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import checkpoint
@@ -33,7 +33,7 @@ def build(mesh: dict[str, int], **overrides: str):
     'model.pool': 'map', 'batch_size': '64', 'ema': '0.9', 'model.dropout': '0.1',
   } | sizes | overrides  # fmt: skip
   exp, training = opening.from_config(small_config(**overrides))
-  return exp, training, experiment.make_mesh(exp.config)
+  return exp, training, experiment.mesh_for(exp.config)
 
 
 def begin(exp, training, mesh):
@@ -48,17 +48,17 @@ def run(mesh: dict[str, int], **overrides: str) -> dict:
   arrays = jax.tree.leaves((now.params, now.opt_state, now.ema))
   held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
   small = sum(x.nbytes for x in arrays if x.size < sharding.SPLIT_FROM)
-  batches = batching.train_batches(training.train, 64, 0, 0, sharding.over_batch(mesh))
+  batches = batching.train_batches(training.train, 64, 0, 0, sharding.batch_sharding(mesh))
   step = make_train_step(exp, training, mesh)
   before, losses = [x.sharding for x in arrays], []
   for _ in range(STEPS):
     now, metrics = step(now, next(batches))
     losses.append(scoring.summarize([metrics['score']])['loss'])
   after = [x.sharding for x in jax.tree.leaves((now.params, now.opt_state, now.ema))]
-  eval_step = evaluate.make_eval_step(exp, mesh)
+  eval_step = exact.make_eval_step(exp, mesh)
   return {
     'losses': losses,
-    'scores': evaluate.evaluate(eval_step, now.ema, training.test, 100, mesh),
+    'scores': exact.score_split(eval_step, now.ema, training.test, 100, mesh),
     'held': held,
     'all': sum(x.nbytes for x in arrays),
     'small': small,

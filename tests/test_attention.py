@@ -160,7 +160,7 @@ def test_gradients_lower_to_flash_attention_on_an_nvidia_gpu(
   from jax._src.cudnn import fused_attention_stablehlo
 
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
-  monkeypatch.setattr(backend, 'target', lambda: 'gpu')
+  monkeypatch.setattr(backend, 'target_backend', lambda: 'gpu')
   monkeypatch.setattr(backend, 'is_ampere', lambda: True)
   model = ViT(
     num_classes=3, patch_size=(16, 16), width=16, depth=1, num_heads=2, mlp_dim=16,

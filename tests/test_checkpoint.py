@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from vit_jax import storage
-from vit_jax.evaluation import evaluate
+from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
 from vit_jax.workdir import checkpoint, stored, trained, writer
 
@@ -28,7 +28,7 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   readme = (ROOT / 'README.md').read_text()
   lines = re.search(r'```python\n(import orbax.*?)```', readme, re.DOTALL).group(1)
   assert len([line for line in lines.splitlines() if line]) == 3
-  step, params, _ = stored.load(workdir)
+  step, params, _ = stored.load_checkpoint(workdir)
   lines = re.sub(r"'[^']*/params'", repr(f'{workdir}/checkpoints/{step}/params'), lines)
   script = lines + (
     "\nimport jax, numpy, sys; assert jax.device_count() == 1 and 'vit_jax' not in sys.modules"
@@ -41,7 +41,7 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no checkpoint'):
-    stored.load(tmp_path)
+    stored.load_checkpoint(tmp_path)
   assert not list(tmp_path.iterdir())
 
 
@@ -82,7 +82,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(trained, tmp_path, caplog):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'flip')
   with caplog.at_level(logging.WARNING):
-    assert evaluate.run(workdir, {})['step'] == 16
+    assert exact.evaluate(workdir, {})['step'] == 16
   assert 'checkpoints/32 is damaged' in caplog.text and 'That of step 16' in caplog.text
   assert trainer.train(small_config(), workdir)['steps'] == 32
   assert len(list((workdir / 'damaged').glob('32-*/params'))) == 1  # kept, for whoever can use it
@@ -94,7 +94,7 @@ def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tm
   damage(workdir, 32, 'params', 'cut')
   damage(workdir, 16, 'config', 'empty')
   with pytest.raises(stored.Damaged, match='checkpoints/16 is damaged'):
-    evaluate.run(workdir, {})
+    exact.evaluate(workdir, {})
   with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
     trainer.train(small_config(), workdir)
   trainer.train(small_config(), workdir)
@@ -112,14 +112,14 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
   monkeypatch.setattr(stored, 'open', refuse, raising=False)
   with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
     trainer.train(small_config(), workdir)
-  assert stored.steps(workdir) == [32, 16]
+  assert stored.saved_steps(workdir) == [32, 16]
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
 def test_a_config_of_another_kind_is_damaged(trained, tmp_path, text):
   workdir = copied(trained, tmp_path)
   (workdir / 'checkpoints' / '32' / 'config' / 'metadata').write_text(text)
-  assert evaluate.run(workdir, {})['step'] == 16
+  assert exact.evaluate(workdir, {})['step'] == 16
 
 
 def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
@@ -132,7 +132,7 @@ def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
 
 def test_the_best_stays_through_resuming(tmp_path):
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
-  step, names = 0, trained.Names().item()
+  step, names = 0, trained.TrainingFiles().item()
   for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
     with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
       for accuracy in accuracies:
@@ -140,7 +140,7 @@ def test_the_best_stays_through_resuming(tmp_path):
         saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': names}
         checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
         checkpoints.wait()
-    assert stored.steps(tmp_path) == kept
+    assert stored.saved_steps(tmp_path) == kept
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def space(folder):
 
 def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
   error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
-  said = str(checkpoint.unwritten(tmp_path, error))
+  said = str(checkpoint.not_saved(tmp_path, error))
   assert f'{tmp_path}/checkpoints can not be written (No space left on device)' in said
 
 
@@ -206,5 +206,5 @@ def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained,
     subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
     with pytest.raises(ValueError, match='can not be written into.*read-only'):
       trainer.train(small_config(epochs='2'), workdir)
-    assert evaluate.run(workdir, {})['step'] == 32
+    assert exact.evaluate(workdir, {})['step'] == 32
     assert trainer.train(small_config(), workdir) == trained[1]  # finished before

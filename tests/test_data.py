@@ -42,7 +42,7 @@ def test_evaluation_counts_each_example_once(batch_size):
   image = np.arange(13 * 4, dtype=np.uint8).reshape(13, 2, 2, 1)
   examples = Examples(image, np.arange(13, dtype=np.int32))
   batches = list(
-    batching.eval_batches(examples, batch_size, sharding.over_batch(devices_lib.make_mesh(2)))
+    batching.eval_batches(examples, batch_size, sharding.batch_sharding(devices_lib.make_mesh(2)))
   )
   assert len({batch['image'].shape for batch in batches}) == 1
   seen = [label for b in batches for label, m in zip(b['label'], b['mask']) if m]
@@ -54,7 +54,7 @@ def test_evaluation_counts_each_example_once(batch_size):
 def test_a_batch_lies_over_the_devices():
   mesh = devices_lib.make_mesh(8)
   examples = Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
-  batch = next(batching.train_batches(examples, 8, 0, 0, sharding.over_batch(mesh)))
+  batch = next(batching.train_batches(examples, 8, 0, 0, sharding.batch_sharding(mesh)))
   assert mesh.size == len(jax.devices()) == 2
   assert [shard.data.shape for shard in batch['image'].addressable_shards] == [(4, 2, 2, 1)] * 2
 

@@ -20,7 +20,7 @@ from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 import vit_jax
 from vit_jax.data import image as image_lib
-from vit_jax.inference import card_code, export, program
+from vit_jax.inference import card_code, exporting, program
 from vit_jax.weights import reader
 from vit_jax.weights.formats import Preprocessing
 
@@ -127,7 +127,7 @@ FIXTURES = ('paper_token', 'timm_map')
 def test_programs_of_published_weights_give_what_the_original_does(format, name, tmp_path):
   needs(format)
   path = DATA / name / 'weights.npz'
-  export.run(path if path.exists() else DATA / name, format, tmp_path / 'out')
+  exporting.export(path if path.exists() else DATA / name, format, tmp_path / 'out')
   loaded = vit_jax.load(path if path.exists() else DATA / name)
   image_BHWC = images(loaded.preprocessing, 3)
   want = loaded.model.apply({'params': loaded.params}, normalized(image_BHWC, loaded.preprocessing))
@@ -145,7 +145,7 @@ def save_image(folder, size):
   exif = Image.Exif()
   exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
   Image.fromarray(pixels).save(folder / 'image.png', 'JPEG', exif=exif)
-  seen = image_lib.decode((folder / 'image.png').read_bytes(), 'image.png')
+  seen = image_lib.decode_image((folder / 'image.png').read_bytes(), 'image.png')
   assert seen.size == (size[1], size[0])
   return seen
 
@@ -154,11 +154,11 @@ def save_image(folder, size):
 def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
   needs(format)
   workdir, _ = trained
-  export.run(workdir, format, tmp_path / 'out')
+  exporting.export(workdir, format, tmp_path / 'out')
   loaded = vit_jax.load(workdir)
   p = loaded.preprocessing
   file = save_image(tmp_path / 'out', (20, 30))
-  pixels = image_lib.fit(file, p.size, p.interpolation, p.crop, p.stretch)
+  pixels = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
   want_L = loaded.model.apply({'params': loaded.params}, normalized(pixels[None], p))[0]
   code = snippet(tmp_path / 'out') + "np.save('out.npy', output)"
   printed = run(code, tmp_path / 'out', OURS | ({'jax'} if format == 'onnx' else set()))
@@ -178,8 +178,8 @@ def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
   file = save_image(tmp_path, (31, 40))
   variables = {'Image': Image, 'ImageOps': ImageOps}
   with contextlib.chdir(tmp_path):
-    exec(card_code.prepare(p, 3, p.size), variables)
-  want = image_lib.fit(file, p.size, p.interpolation, p.crop, p.stretch)
+    exec(card_code.prepare_lines(p, 3, p.size), variables)
+  want = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
   assert np.array_equal(np.asarray(variables['image']), want)
 
 
@@ -193,7 +193,7 @@ def run_card(folder, seen, pixels_BHWC, blocked=()):
 
 def test_other_cards_run(trained, tmp_path):
   workdir, _ = trained
-  export.run(workdir, 'npz', tmp_path / 'npz')
+  exporting.export(workdir, 'npz', tmp_path / 'npz')
   file = save_image(tmp_path / 'npz', (8, 8))
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
@@ -205,7 +205,7 @@ def test_other_cards_run(trained, tmp_path):
 def test_hugging_faces_card_runs(tmp_path):
   pytest.importorskip('transformers', reason='needs requirements-peers.txt')
   loaded = vit_jax.load(DATA / 'hf_classifier')
-  export.run(DATA / 'hf_classifier', 'hf', tmp_path)
+  exporting.export(DATA / 'hf_classifier', 'hf', tmp_path)
   file = save_image(tmp_path, loaded.preprocessing.size)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
   best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
@@ -219,7 +219,7 @@ def test_hugging_faces_card_runs(tmp_path):
 def test_timms_card_runs(trained, tmp_path):
   pytest.importorskip('timm', reason='needs timm, with torchvision', exc_type=ImportError)
   workdir, _ = trained
-  export.run(workdir, 'timm', tmp_path)
+  exporting.export(workdir, 'timm', tmp_path)
   file = save_image(tmp_path, (8, 8))
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
@@ -230,7 +230,7 @@ def test_timms_card_runs(trained, tmp_path):
 
 def test_a_card_says_what_is_known(trained, tmp_path):
   workdir, result = trained
-  export.run(workdir, 'stablehlo', tmp_path / 'out')
+  exporting.export(workdir, 'stablehlo', tmp_path / 'out')
   text = (tmp_path / 'out' / 'README.md').read_text()
   for fact in (
     f'{result["test_accuracy"]:.2%} of the 256 images of `test`',
@@ -242,10 +242,10 @@ def test_a_card_says_what_is_known(trained, tmp_path):
     '| license | not chosen yet |',
   ):
     assert fact in text
-  export.run(workdir / 'checkpoints' / '16', 'stablehlo', tmp_path / 'earlier')
+  exporting.export(workdir / 'checkpoints' / '16', 'stablehlo', tmp_path / 'earlier')
   earlier = (tmp_path / 'earlier' / 'README.md').read_text()
   assert '| accuracy | unknown |' in earlier and 'of step 16' in earlier
-  export.run(DATA / 'paper_token' / 'weights.npz', 'npz', tmp_path / 'paper')
+  exporting.export(DATA / 'paper_token' / 'weights.npz', 'npz', tmp_path / 'paper')
   paper = (tmp_path / 'paper' / 'README.md').read_text()
   assert '| trained on | unknown to this file |' in paper and str(DATA) not in paper
   assert 'those of `weights.npz`' in paper and '5 classes, whose names are unknown' in paper
@@ -281,7 +281,7 @@ def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
   model, params = vit_jax.load(tmp_path / 'run')
   kernel = params['head']['kernel']  # which begins at zero
   kernel += np.random.RandomState(0).normal(size=kernel.shape)
-  p = reader.read(tmp_path / 'run').preprocessing
+  p = reader.read_weights(tmp_path / 'run').preprocessing
   assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
   vit_jax.save(
     model.clone(dtype=jnp.bfloat16), params, tmp_path / 'out', format='stablehlo', preprocessing=p

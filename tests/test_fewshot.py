@@ -11,7 +11,7 @@ import main
 from vit_jax import opening
 from vit_jax.data import sources, stream
 from vit_jax.distributed import devices
-from vit_jax.evaluation import features, fewshot
+from vit_jax.evaluation import features, few_shot
 
 NAMES = ('a', 'b', 'c')
 NAMES10 = tuple('0123456789')
@@ -19,25 +19,25 @@ LABELS = np.random.RandomState(0).permutation(np.repeat(np.arange(3), [30, 40, 5
 
 
 def test_the_draw_is_without_replacement_and_nested():
-  drawn = [fewshot.draw(LABELS, NAMES, 25, seed) for seed in fewshot.SEEDS]
+  drawn = [few_shot.draw_shots(LABELS, NAMES, 25, seed) for seed in few_shot.SEEDS]
   for index_LS in drawn:
     assert index_LS.shape == (3, 25) and len(set(index_LS.ravel())) == 75
     assert (LABELS[index_LS] == np.arange(3)[:, None]).all()
   sets = [set(index_LS.ravel()) for index_LS in drawn]
   assert sets[0] != sets[1] != sets[2] != sets[0]
-  np.testing.assert_array_equal(fewshot.draw(LABELS, NAMES, 5, 1), drawn[1][:, :5])
+  np.testing.assert_array_equal(few_shot.draw_shots(LABELS, NAMES, 5, 1), drawn[1][:, :5])
 
 
 def test_too_few_images_of_a_class_are_refused():
   with pytest.raises(ValueError, match="31 shots need 31 images of each class, and 'a' has 30"):
-    fewshot.draw(LABELS, NAMES, 31, 0)
+    few_shot.draw_shots(LABELS, NAMES, 31, 0)
 
 
 @pytest.mark.parametrize('shape', [(7, 20), (60, 20), (20, 20)])
 def test_the_closed_form(shape):
   draw = np.random.RandomState(1).normal
   x, y = draw(size=shape), draw(size=(shape[0], 3))
-  w = fewshot.solve(x, y, 3.0)
+  w = few_shot.solve(x, y, 3.0)
   assert w.dtype == np.float64
   rows = np.concatenate([x, np.sqrt(3.0) * np.eye(shape[1])])  # the penalty as more examples
   want = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((shape[1], 3))]), rcond=None)[0]
@@ -70,7 +70,7 @@ def test_the_accuracy_is_that_of_a_ridge_regression():
 
   label, train = make([400, 300, 300, 200, 200])  # uneven, or the bias would make no difference
   test_label, test = make([200] * 5)
-  got = fewshot.accuracy(train, label, test, test_label)
+  got = few_shot.regression_accuracy(train, label, test, test_label)
   assert got == reference(train.astype(float), label, test.astype(float), test_label)
   assert 0.3 < got < 0.95  # neither chance nor trivial
 
@@ -97,7 +97,7 @@ def test_features_are_what_the_head_takes(opened):
 def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatch):
   workdir = trained[0]
   score = {'mean': 0.5, 'std': 0.0, 'accuracy': [0.5]}
-  monkeypatch.setattr(fewshot, 'fewshot', lambda *_: {'shots': {'1': score}})
+  monkeypatch.setattr(few_shot, 'score_backbone', lambda *_: {'shots': {'1': score}})
   (workdir / 'fewshot.json.partial').symlink_to('/dev/full')
   assert not main.main(['--mode=fewshot', f'--workdir={workdir}'])
   out, err = capsys.readouterr()
@@ -107,8 +107,10 @@ def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatc
 def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   workdir, _ = trained
   tested = []
-  real = fewshot.accuracy
-  monkeypatch.setattr(fewshot, 'accuracy', lambda *a: tested.append(len(a[2])) or real(*a))
+  real = few_shot.regression_accuracy
+  monkeypatch.setattr(
+    few_shot, 'regression_accuracy', lambda *a: tested.append(len(a[2])) or real(*a)
+  )
   assert not main.main(['--mode=fewshot', f'--workdir={workdir}'])
   out = capsys.readouterr().out
   result = json.loads((workdir / 'fewshot.json').read_text())
@@ -125,7 +127,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   train, test = (opening.load_split(exp, split) for split in ('train', 'test'))
   backbone = exp.model.clone(num_classes=None)
   apply = lambda image: np.asarray(backbone.apply({'params': params}, exp.normalize(image)), float)
-  index = fewshot.draw(train.label_N, exp.task.class_names, 5, seed=1).ravel()
+  index = few_shot.draw_shots(train.label_N, exp.task.class_names, 5, seed=1).ravel()
   want = reference(
     apply(train.image_NHWC[index]), train.label_N[index], apply(test.image_NHWC), test.label_N
   )
@@ -139,7 +141,9 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
     stream.open_stream(source, split, size=(8, 8), fit=exp.fit, skip_bad_images=True)
     for split in ('train[:150]', 'test[:40]')
   ]
-  index = np.concatenate([fewshot.draw(streams[0].label_N, NAMES10, 10, s)[:2] for s in (0, 1)])
+  index = np.concatenate(
+    [few_shot.draw_shots(streams[0].label_N, NAMES10, 10, s)[:2] for s in (0, 1)]
+  )
   bad = set(index[:, 0].tolist())  # of the first two classes, the first images drawn
 
   def read(split, indices):
@@ -148,13 +152,13 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
 
   streams = [dataclasses.replace(s, source=dataclasses.replace(source, read=read)) for s in streams]
   monkeypatch.setattr(opening, 'load_splits', lambda *_: streams)
-  labels, real = [], fewshot.accuracy
-  monkeypatch.setattr(fewshot, 'accuracy', lambda *a: labels.append(a[1]) or real(*a))
-  result = fewshot.fewshot(exp, params)
+  labels, real = [], few_shot.regression_accuracy
+  monkeypatch.setattr(few_shot, 'regression_accuracy', lambda *a: labels.append(a[1]) or real(*a))
+  result = few_shot.score_backbone(exp, params)
   assert list(result['shots']) == ['1', '5', '10'] and result['examples'] == 40
   for label_N, shots in zip(labels, np.repeat([1, 5, 10], 3)):
     np.testing.assert_array_equal(np.bincount(label_N, minlength=10), shots)
-  for index_LS in fewshot.draw_readable(streams[0], NAMES10)[0]:
+  for index_LS in few_shot.draw_readable(streams[0], NAMES10)[0]:
     assert not bad & set(index_LS.ravel().tolist())
   assert streams[0].readable([]).shape == (0,)
 

@@ -16,7 +16,7 @@ from vit_jax import opening
 from vit_jax.check import check
 from vit_jax.data import loading, memory, sources, tfds
 from vit_jax.data.source import Source
-from vit_jax.evaluation import evaluate, real
+from vit_jax.evaluation import exact, real
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import trainer
 from vit_jax.weights import pretrained
@@ -44,7 +44,7 @@ def test_a_recipe_is_the_papers(variant):
   assert config.augment.resized_crop.min_area == 0.05 and config.augment.flip.probability == 0.5
   assert tuple(config.data.image_size) == (224, 224) and round(224 / config.data.crop) == 256
   examples = TRAIN['imagenet21k' if 'i21k' in variant else 'imagenet2012']
-  assert plan_lib.length(config, examples) == steps
+  assert plan_lib.num_steps(config, examples) == steps
   assert plan_lib.warmup_steps(config, examples, steps) == 10_000
 
 
@@ -85,7 +85,7 @@ def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
 
 def test_weight_decay_is_that_of_big_vision():
   """It takes `wd` of the weights a step, scaled by the schedule but not by the rate: 1e-4."""
-  recipe = plan_lib.recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
+  recipe = plan_lib.training_recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
   params = {'head': {'kernel': jnp.full((2, 3), 2.0), 'bias': jnp.full(3, 2.0)}}
   optimizer = recipe['optimizer']
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -137,7 +137,7 @@ def predictions(workdir, source):
   model, params = pretrained.load(workdir)
   exp = opening.from_workdir(workdir)[0]
   names = [name for name, _, _ in source.read('test', range(source.sizes['test']))]
-  images = memory.load(source, 'test', (8, 8), fit=exp.fit).image_NHWC
+  images = memory.load_examples(source, 'test', (8, 8), fit=exp.fit).image_NHWC
   logits = jax.jit(model.apply)({'params': params}, images / np.float32(127.5) - 1)
   return dict(zip(names, np.asarray(logits.argmax(1)).tolist()))
 
@@ -146,7 +146,7 @@ def predictions(workdir, source):
 def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
   path = photos / 'real.json'
   overrides = {'data.cache': cache, 'data.real_labels': str(path), 'data.eval_split': split}
-  found = evaluate.run(photos / 'run', overrides | {'eval_batch_size': '7'})
+  found = exact.evaluate(photos / 'run', overrides | {'eval_batch_size': '7'})
   source = sources.open_source(f'folder:{photos}/data', '', (8, 8))
   ((_, start, _),) = source.pieces(split)
   assert (start > 0) == ('40' in split)
@@ -162,7 +162,7 @@ def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
 
 
 def test_without_them_nothing_is_said_of_real(photos):
-  assert not {'real_accuracy', 'real_examples'} & set(evaluate.run(photos / 'run', {}))
+  assert not {'real_accuracy', 'real_examples'} & set(exact.evaluate(photos / 'run', {}))
 
 
 @pytest.mark.parametrize('text, split, message', [
@@ -177,13 +177,13 @@ def test_labels_that_cannot_be_are_refused(photos, tmp_path, text, split, messag
     path.write_text(text)
   source = sources.open_source(f'folder:{photos}/data', '', (8, 8))
   with pytest.raises(ValueError, match=message):
-    real.load(path, source, split)
+    real.load_real_labels(path, source, split)
 
 
 def test_classes_that_are_not_imagenets_are_refused(photos):
   source = Source({'test': 1}, ('cat', 'dog'), 3, None)
   with pytest.raises(ValueError, match='those here are cat, dog'):
-    real.load(photos / 'real.json', source, 'test')
+    real.load_real_labels(photos / 'real.json', source, 'test')
 
 
 def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
@@ -194,15 +194,15 @@ def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
   flags = {'data.source': f'folder:{tmp_path}/all', 'data.skip_bad_images': 'true'}
   flags |= {'data.real_labels': str(photos / 'real.json')}
   with pytest.raises(ValueError, match='1 of the 12 images.*data.cache=stream'):
-    evaluate.run(photos / 'run', flags)
-  assert evaluate.run(photos / 'run', flags | {'data.cache': 'stream'})['examples'] == 11
+    exact.evaluate(photos / 'run', flags)
+  assert exact.evaluate(photos / 'run', flags | {'data.cache': 'stream'})['examples'] == 11
 
 
 def test_another_test_set_of_the_same_classes_is_evaluated_by_config(photos, tmp_path):
   make_images(tmp_path / 'train', range(6), seed=3)
   make_images(tmp_path / 'test', [f'other{i}' for i in range(24)], seed=4)
   other = {'data.source': f'folder:{tmp_path}', 'data.eval_split': 'test'}
-  found = evaluate.run(photos / 'run', other)
+  found = exact.evaluate(photos / 'run', other)
   source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
   right = [CLASSES[n] in name for name, n in predictions(photos / 'run', source).items()]
   assert found['accuracy'] == pytest.approx(np.mean(right)) and found['examples'] == 24

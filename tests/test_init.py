@@ -20,7 +20,7 @@ from vit_jax import inherit, opening
 from vit_jax.data import sources
 from vit_jax.data.source import Source
 from vit_jax.figures import maps
-from vit_jax.inference import export, predict
+from vit_jax.inference import exporting, prediction
 from vit_jax.training import trainer
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
@@ -152,7 +152,7 @@ def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
   p = vit_jax.load(tmp_path / 'run').preprocessing
   assert (p.interpolation, p.crop, p.stretch) == ('nearest', 0.8, True)
   assert (p.mean, p.std) == tuple(tuple(PROCESSOR[key]) for key in ('image_mean', 'image_std'))
-  export.run(tmp_path / 'run', 'hf', tmp_path / 'out')
+  exporting.export(tmp_path / 'run', 'hf', tmp_path / 'out')
   again = vit_jax.load(tmp_path / 'out')
   assert again.preprocessing == p and again.class_names[0] == 'pattern 0'
 
@@ -217,7 +217,7 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
   file = tmp_path / 'a.png'
   Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(file)
   init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
-  take = lambda kind: predict.features(None, [str(file)], kind, init=str(init))[0]['feature']
+  take = lambda kind: prediction.features(None, [str(file)], kind, init=str(init))[0]['feature']
   tokens_BND, pooled_BD = take('tokens'), take('pooled')
   exp, params, _ = opening.open_model(None, str(init), {}, None, classes='any')
   patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))

@@ -22,8 +22,8 @@ import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import opening, storage
 from vit_jax.data import image as image_lib
-from vit_jax.evaluation import evaluate, forward
-from vit_jax.inference import predict
+from vit_jax.evaluation import exact, forward
+from vit_jax.inference import prediction
 from vit_jax.training import trainer
 from vit_jax.workdir import stored
 
@@ -89,7 +89,7 @@ def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, mon
     asked.append(step)
     raise ValueError('enough')
 
-  monkeypatch.setattr(stored, 'load', load)
+  monkeypatch.setattr(stored, 'load_checkpoint', load)
   more = {'predict': [f'--images={trained[0]}/examples'],
           'export': ['--format=npz', f'--out={tmp_path}']}  # fmt: skip
   flags = [f'--mode={mode}', f'--workdir={trained[0]}', *more.get(mode, [])]
@@ -153,16 +153,16 @@ def test_paths_with_commas(tmp_path, monkeypatch):
 
 def test_a_pipe_is_no_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
-  assert image_lib.find([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
+  assert image_lib.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
   with pytest.raises(image_lib.BadImage, match='a.png: not a file'):
-    image_lib.read(tmp_path / 'a.png')
+    image_lib.read_file(tmp_path / 'a.png')
 
 
 def test_a_folder_is_no_image_whatever_its_name(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
-  assert image_lib.find([str(tmp_path)]) == image_lib.find([f'{tmp_path}/**/*.png'])
-  assert image_lib.find([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
+  assert image_lib.find_images([str(tmp_path)]) == image_lib.find_images([f'{tmp_path}/**/*.png'])
+  assert image_lib.find_images([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
 
 
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])
@@ -192,7 +192,7 @@ def test_features_are_in_memory_once():
   rows = ((i, np.full(2**17, i, np.float32)) for i in range(20))
   tracemalloc.start()
   try:
-    arrays, _ = predict.stack(rows, 20)
+    arrays, _ = prediction.stack(rows, 20)
     peak = tracemalloc.get_traced_memory()[1]
   finally:
     tracemalloc.stop()
@@ -371,7 +371,7 @@ def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, giv
   def fail(*_):
     raise given
 
-  monkeypatch.setattr(evaluate, 'make_eval_step', lambda *_: fail)
+  monkeypatch.setattr(exact, 'make_eval_step', lambda *_: fail)
   code, _, err = call(capsys, '--mode=eval', f'--workdir={trained[0]}')
   assert code == 2 and message in err
 
@@ -396,9 +396,9 @@ def test_interrupted(capsys, monkeypatch):
 
 def test_a_second_interrupt_ends_the_program_at_once():
   script = (
-    'import atexit, runpy, sys, time, vit_jax.evaluation.evaluate as evaluate\n'
+    'import atexit, runpy, sys, time, vit_jax.evaluation.exact as exact\n'
     'wait = lambda word: (print(word, flush=True), time.sleep(60))\n'
-    'evaluate.run = lambda *_: wait("running")\n'
+    'exact.evaluate = lambda *_: wait("running")\n'
     'atexit.register(wait, "ending")\n'  # as orbax does while it writes
     'sys.argv = ["main.py", "--mode=eval", "--workdir=x"]\n'
     'runpy.run_path("main.py", run_name="__main__")'
@@ -426,8 +426,8 @@ def test_a_device_that_is_not_there_is_named():
 def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
   letters = 'K\u00e4fer \u732b'
   script = (
-    'import runpy, sys, vit_jax.inference.summary as summary\n'
-    f'summary.run, summary.show = lambda *_: None, lambda _: {letters!a}\n'
+    'import runpy, sys, vit_jax.inference.cost as cost\n'
+    f'cost.summary_of, cost.as_text = lambda *_: None, lambda _: {letters!a}\n'
     'sys.argv = ["main.py", "--mode=inspect"]\n'
     'runpy.run_path("main.py", run_name="__main__")'
   )

@@ -203,7 +203,7 @@ def test_maps_are_the_same_where_activations_are_computed_again():
 @pytest.mark.parametrize('case', ['registers', 'gap', 'map with a class token'])
 def test_the_summary_is_that_of_the_whole_batch(case):
   model, params, image = build(**CASES[case])
-  found = jax.jit(functools.partial(maps.summary, model))(params, image)
+  found = jax.jit(functools.partial(maps.attention_summary, model))(params, image)
   layers, read = maps.attentions(model, params, image)
   read_mean = read.mean(axis=1)
   close = functools.partial(np.testing.assert_allclose, atol=1e-5)
@@ -231,7 +231,9 @@ def test_eight_images_of_224_pixels_need_little_memory_beside_a_b16():
   model = variants.make('B/16', 10)
   image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
-  compiled = jax.jit(functools.partial(maps.summary, model)).lower(params, image).compile()
+  compiled = (
+    jax.jit(functools.partial(maps.attention_summary, model)).lower(params, image).compile()
+  )
   assert compiled.memory_analysis().temp_size_in_bytes < 1e8
 
 
@@ -305,7 +307,7 @@ def test_there_are_no_more_filters_than_the_embedding_has():
 
 
 def test_a_hybrid_has_no_filters_of_colours():
-  stride = resnet.stride((1,))
+  stride = resnet.stem_stride((1,))
   model = variants.make(
     None, 5, width=16, depth=1, num_heads=2, mlp_dim=16, patch_size=stride, resnet=(1,)
   )
@@ -351,4 +353,4 @@ def test_the_surest_mistakes_come_first():
   ([3, 1, 1, 1], 4, 2, [0, 1]),  # neither 0 nor 2: what there is
 ])  # fmt: skip
 def test_examples_are_spread_over_the_classes(labels, classes, count, want):
-  assert maps.spread(np.array(labels), classes, count).tolist() == want
+  assert maps.spread_over_classes(np.array(labels), classes, count).tolist() == want

@@ -250,7 +250,10 @@ def test_every_parameter_of_a_model_has_a_layer():
 
 def test_what_is_frozen():
   params = {'embedding': 1, 'block_0': 2, 'head': 3}
-  assert optimizers.split(params, '') == (params, {})
-  assert optimizers.split(params, 'backbone') == ({'head': 3}, {'embedding': 1, 'block_0': 2})
+  assert optimizers.split_frozen(params, '') == (params, {})
+  assert optimizers.split_frozen(params, 'backbone') == (
+    {'head': 3},
+    {'embedding': 1, 'block_0': 2},
+  )
   with pytest.raises(ValueError, match='freeze: unknown'):
-    optimizers.split(params, 'head')
+    optimizers.split_frozen(params, 'head')

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA
 import vit_jax
-from vit_jax.inference import export
+from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
 from vit_jax.weights import hf, npz, param_tree, reader, timm_names
@@ -51,7 +51,7 @@ def logits(loaded, image):
 
 def equal(a, b):
   """Whether two trees hold the same arrays, to the bit."""
-  a, b = param_tree.flatten(a), param_tree.flatten(b)
+  a, b = param_tree.flatten_params(a), param_tree.flatten_params(b)
   return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -176,7 +176,9 @@ def test_big_vision(pool, scan, prefix, tmp_path):
   keys = jax.random.split(jax.random.key(1), len(leaves))
   leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
   variables = jax.tree.unflatten(tree, leaves)
-  arrays = {prefix + n: np.asarray(x) for n, x in param_tree.flatten(variables['params']).items()}
+  arrays = {
+    prefix + n: np.asarray(x) for n, x in param_tree.flatten_params(variables['params']).items()
+  }
   if prefix:
     other = 'params/txt/head/bias' if 'img' in prefix else 'chrono/seconds'
     arrays |= {other: np.zeros(3, np.float32), 'opt/count': np.zeros(())}
@@ -221,7 +223,7 @@ def test_positions_are_resized_as_pytorch_and_the_papers_code_do(before, after, 
   given = np.random.RandomState(0).normal(size=(1, prefix + before[0] * before[1], 7))
   given = given.astype(np.float32)
   table = given[0, prefix:].reshape(*before, 7)
-  ours = {m: positions.resize(given, before, after, prefix, m) for m in positions.RESIZES}
+  ours = {m: positions.resize_positions(given, before, after, prefix, m) for m in positions.RESIZES}
   for resized in ours.values():
     assert np.array_equal(resized[:, :prefix], given[:, :prefix])
     assert resized.shape == (1, prefix + after[0] * after[1], 7)
@@ -278,7 +280,7 @@ def test_the_grid_is_explicit():
     vit_jax.load(source('paper_gap'), grid=4)
   loaded = vit_jax.load(source('paper_gap'), grid=(4, 2), source_grid=(2, 4))
   own = vit_jax.load(source('paper_gap'), grid=(2, 4))
-  want = positions.resize(own.params['pos_embedding'], (2, 4), (4, 2), 0)
+  want = positions.resize_positions(own.params['pos_embedding'], (2, 4), (4, 2), 0)
   assert np.array_equal(loaded.params['pos_embedding'], want)
   with pytest.raises(ValueError, match='image has 4 patches, the position embeddings are for 8'):
     logits(own, np.zeros((1, 16, 16, 3)))
@@ -302,14 +304,16 @@ def test_a_workdir_and_its_checkpoints_load(trained):
 def test_timms_names_stand_for_its_arguments():
   reference = json.loads((DATA / 'timm_names.json').read_text())
   assert len(reference) > 130
-  assert {name: timm_names.arguments(name) for name in reference} == reference
+  assert {name: timm_names.arguments_of(name) for name in reference} == reference
 
 
 def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
   assert int(28 * (61 / 28)) == 60  # timm rounds down
   model = ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
   shapes = param_tree.param_shapes(model, (8, 8, 3))
-  params = param_tree.unflatten({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
+  params = param_tree.unflatten_params(
+    {name: np.zeros(shape, 'f4') for name, shape in shapes.items()}
+  )
   vit_jax.save(model, params, tmp_path, format='timm')
   config = json.loads((tmp_path / 'config.json').read_text())
   assert int(28 * config['model_args']['mlp_ratio']) == 61
@@ -431,7 +435,7 @@ DINO_PROCESSOR = dict(
 def test_configs_as_the_hub_has_them_are_read(kind, architecture, fields, tmp_path):
   config = HF_FIELDS | dict(model_type=kind, architectures=[architecture]) | fields
   (tmp_path / 'preprocessor_config.json').write_text(json.dumps(DINO_PROCESSOR))
-  found = hf.read(tmp_path, config, {})
+  found = hf.read_hf(tmp_path, config, {})
   registers = {'deit': 1, 'dinov2_with_registers': 4}.get(kind, 0)
   assert found.fields['width'] == 768 and found.fields.get('num_registers', 0) == registers
   patches = found.preprocessing.size[0] / found.fields['patch_size'][0]
@@ -642,7 +646,7 @@ def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path):
   arrays = {name: x for name, x in arrays.items() if not name.startswith('head.')}
   save_file(arrays, tmp_path / 'model.safetensors')
   (tmp_path / 'config.json').write_text(json.dumps(config))
-  export.run(tmp_path, 'timm', tmp_path / 'out')
+  exporting.export(tmp_path, 'timm', tmp_path / 'out')
   again = load_file(tmp_path / 'out' / 'model.safetensors')
   assert all(np.array_equal(again[name], arrays[name]) for name in arrays | again)
   image = np.load(DATA / 'timm_map' / 'io.npz')['image']

@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 from vit_jax.data import image as image_lib
-from vit_jax.inference import export
+from vit_jax.inference import exporting
 from vit_jax.weights import hf, pretrained
 
 torch = pytest.importorskip('torch', reason='needs requirements-peers.txt: torch')
@@ -88,7 +88,7 @@ def test_hugging_face(name, tmp_path):
   read = lambda output: output.logits if headed else output.last_hidden_state
   loaded = check(theirs, tmp_path / 'theirs', read, image)
 
-  export.save(
+  exporting.save(
     *loaded,
     tmp_path / 'ours',
     format='hf',
@@ -136,7 +136,7 @@ def test_timm(fields, tmp_path):
   if not arguments['num_classes']:
     theirs.forward = theirs.forward_features
   loaded = check(theirs, folder, lambda output: output)
-  export.save(
+  exporting.save(
     *loaded, tmp_path / 'ours', format='timm', preprocessing=loaded.preprocessing
   )  # fmt: skip
   again = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval()
@@ -156,6 +156,6 @@ def test_images_are_prepared_as_hugging_faces_processor_does(fields, tmp_path):
   pixels = np.random.RandomState(0).randint(0, 256, (50, 70, 3), np.uint8)
   want = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
   p = hf.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
-  ours = image_lib.fit(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
+  ours = image_lib.fit_image(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
   ours = (ours / 255 - np.array(p.mean)) / np.array(p.std)
   np.testing.assert_allclose(ours, want.transpose(1, 2, 0), atol=1e-5)

@@ -15,7 +15,7 @@ from vit_jax import inherit, opening
 from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
-from vit_jax.evaluation import evaluate, features
+from vit_jax.evaluation import exact, features
 from vit_jax.model import attention
 from vit_jax.training import loop, probe, state, trainer
 from vit_jax.training.loop import Run
@@ -48,7 +48,7 @@ def make_step(**overrides):
   train_state = state.init_state(
     exp.model, training.optimizer, exp.image_shape, 0, exp.config.ema > 0, mesh, exp.config.freeze
   )
-  batches = batching.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.batch_sharding(mesh))
   step = make_train_step(exp, training, mesh)
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
 
@@ -88,7 +88,7 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
       'schedule.warmup': '0', 'model.dropout': '0.3', 'model.stochastic_depth': '0.5',
   }  # fmt: skip
   exp, train_state, step, batches = make_step(**overrides)
-  params = stored.load(trained[0])[1]
+  params = stored.load_checkpoint(trained[0])[1]
   head = {name: np.asarray(x, np.float64) for name, x in params['head'].items()}
   average = {name: x.copy() for name, x in head.items()}
   replicated = sharding.replicated(devices.make_mesh(32))
@@ -135,9 +135,9 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
     assert_equal(a, b)
 
   params = stored.restore_item(tmp_path / 'cut', 32, 'params')
-  assert_equal(backbone(params), backbone(stored.load(trained[0])[1]))
-  assert sorted(params) == sorted(stored.load(trained[0])[1])  # all of the model
-  again = evaluate.run(tmp_path / 'cut', {})
+  assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
+  assert sorted(params) == sorted(stored.load_checkpoint(trained[0])[1])  # all of the model
+  again = exact.evaluate(tmp_path / 'cut', {})
   assert again['accuracy'] == whole['test_accuracy'] and again['examples'] == 256
   assert again['loss'] == pytest.approx(whole['test_loss'], abs=1e-5)
   flags = ['--mode=predict', f'--workdir={tmp_path}/cut', f'--images={tmp_path}/cut/examples']
@@ -158,7 +158,10 @@ def test_features_computed_once_change_nothing(trained, tmp_path):
   lines = [writer.read_metrics(tmp_path / run) for run in ('cached', 'plain')]
   for a, b in zip(*lines, strict=True):
     assert a['step'] == b['step'] and a['loss'] == pytest.approx(b['loss'], abs=1e-5)
-  start, end = stored.load(trained[0])[1]['head'], stored.load(tmp_path / 'cached')[1]
+  start, end = (
+    stored.load_checkpoint(trained[0])[1]['head'],
+    stored.load_checkpoint(tmp_path / 'cached')[1],
+  )
   assert abs(start['kernel'] - end['head']['kernel']).max() > 1e-3
 
 
@@ -186,7 +189,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
 
   def cached(exp=exp, params=params, examples=examples):
     before = len(counted)
-    out = features.cached(exp, step, params, examples, mesh, tmp_path)
+    out = features.cached_features(exp, step, params, examples, mesh, tmp_path)
     return out.image_NHWC, len(counted) - before
 
   first, new = cached()
@@ -271,7 +274,7 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
 
 
 def test_a_run_on_another_backbone_is_told(trained, tmp_path):
-  params = stored.load(trained[0])[1]
+  params = stored.load_checkpoint(trained[0])[1]
   other_head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
   other = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
   assert not probe.began_with_others(tmp_path, params)  # nothing began there
@@ -305,7 +308,7 @@ def test_other_classes_have_a_new_head(trained, tmp_path):
   source = Source({}, ('cat', 'dog'), 3, None)
   _, params, _ = inherit.open_init(small_config(init=str(trained[0])), source)
   assert params['head']['kernel'].shape == (16, 2) and not params['head']['kernel'].any()
-  assert_equal(backbone(params), backbone(stored.load(trained[0])[1]))
+  assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
 
 
 def test_finetune_configs_are_the_papers(capsys):

@@ -138,7 +138,7 @@ KEYS = jax.random.split(jax.random.key(0), 20_000)
 @functools.cache
 def drawer(space):
   """`(keys, strength, probability) -> (operation, argument)` of each key."""
-  draw = lambda key, strength, probability: randaugment.draw(
+  draw = lambda key, strength, probability: randaugment.draw_operation(
     key, space, lambda _: strength, probability
   )
   return jax.jit(jax.vmap(draw, in_axes=(0, None, None)))
@@ -236,7 +236,7 @@ def test_beyond_ten_goes_whoever_defines_it():
 
 
 def test_cutout_is_anywhere():
-  draw = lambda key: randaugment.draw(key, 'big_vision', lambda _: 1.0, 1.0)
+  draw = lambda key: randaugment.draw_operation(key, 'big_vision', lambda _: 1.0, 1.0)
   operation, _, centre = jax.jit(jax.vmap(draw))(KEYS)
   cut = np.asarray(operation) == OPERATIONS.index('cutout')
   for share in np.asarray(centre)[cut].T:
@@ -271,7 +271,9 @@ IMAGE_KEYS = KEYS[: len(IMAGES)]
 
 def test_layers_follow_each_other():
   """Each under draws of its own, what comes out of one going into the next."""
-  draw = jax.jit(jax.vmap(lambda key: randaugment.draw(key, 'standard', lambda _: 0.9, 1.0)))
+  draw = jax.jit(
+    jax.vmap(lambda key: randaugment.draw_operation(key, 'standard', lambda _: 0.9, 1.0))
+  )
   run = jax.jit(rand_augment, static_argnums=(6,))
   image, seen = IMAGES, []
   for layer in range(2):
@@ -287,7 +289,9 @@ def test_layers_follow_each_other():
 def test_trivial_augment_is_one_operation_or_none():
   run = jax.jit(trivial_augment)
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0.0), IMAGES)
-  draw = jax.jit(jax.vmap(lambda key: randaugment.draw(key, 'wide', randaugment.any_strength, 1.0)))
+  draw = jax.jit(
+    jax.vmap(lambda key: randaugment.draw_operation(key, 'wide', randaugment.any_strength, 1.0))
+  )
   once = operate(*draw(IMAGE_KEYS), IMAGES)
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 1.0), once)
   assert (np.asarray(once) != IMAGES).any()

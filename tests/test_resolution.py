@@ -12,9 +12,9 @@ import pytest
 from tests.conftest import small_config
 from vit_jax import opening
 from vit_jax.data import sources
-from vit_jax.evaluation import evaluate
+from vit_jax.evaluation import exact
 from vit_jax.figures import maps
-from vit_jax.inference import summary
+from vit_jax.inference import cost
 from vit_jax.model import positions, variants
 from vit_jax.optim import losses
 from vit_jax.training import step, trainer
@@ -73,7 +73,7 @@ def test_positions_are_resized_as_pillow_resizes_an_image(method, after):
   table = np.random.RandomState(5).normal(size=(1, 2 + 8 * 6, 3)).astype(np.float32)
   want = resized_by_pillow(table, (8, 6), after, 2, method)
   for array in (table, jnp.asarray(table)):
-    found = positions.resize(array, (8, 6), after, 2, method)
+    found = positions.resize_positions(array, (8, 6), after, 2, method)
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
@@ -96,9 +96,9 @@ def test_learned_positions_are_resized_in_the_model_as_pillow_does(fields):
 def test_the_whole_table_has_a_gradient():
   """That of a linear map, whose matrix the host's resizing gives."""
   basis = np.eye(24, dtype=np.float32)[None]  # `[1, 24, 24]`: every position by itself
-  matrix = positions.resize(basis, WHOLE, (2, 4), 0)[0]  # `[8, 24]`
+  matrix = positions.resize_positions(basis, WHOLE, (2, 4), 0)[0]  # `[8, 24]`
   weight = np.random.RandomState(2).normal(size=(1, 8, 24)).astype(np.float32)
-  function = lambda table: (positions.resize(table, WHOLE, (2, 4), 0) * weight).sum()
+  function = lambda table: (positions.resize_positions(table, WHOLE, (2, 4), 0) * weight).sum()
   gradient = jax.jit(jax.grad(function))(jnp.asarray(basis))
   np.testing.assert_allclose(gradient[0], matrix.T @ weight[0], atol=1e-5)
   assert (np.abs(gradient) > 1e-4).any(axis=2).all()
@@ -128,7 +128,7 @@ def test_the_map_of_positions_is_that_of_the_image():
 
 def test_a_run_is_evaluated_at_another_size(trained):
   workdir, _ = trained
-  found = evaluate.run(workdir, {'data.image_size': '16'})
+  found = exact.evaluate(workdir, {'data.image_size': '16'})
   model, params = pretrained.load(workdir, grid=(4, 4))  # which resizes the table by itself
   source = sources.synthetic('', '', (16, 16))
   _, images, labels = zip(*source.read('test', range(256)))
@@ -141,7 +141,7 @@ def test_a_run_is_evaluated_at_another_size(trained):
 
 def test_a_size_that_patches_do_not_divide_is_refused(trained):
   with pytest.raises(ValueError, match='does not divide into patches of 4x4'):
-    evaluate.run(trained[0], {'data.image_size': '10'})
+    exact.evaluate(trained[0], {'data.image_size': '10'})
 
 
 def test_files_are_read_at_the_size_asked_for(trained, monkeypatch):
@@ -182,12 +182,12 @@ def whole(tmp_path_factory):
 def test_smaller_images_come_first(whole):
   workdir, seen = whole
   assert seen == [0, (8, 8), 12, (16, 16)]
-  _, params, _ = stored.load(workdir)
+  _, params, _ = stored.load_checkpoint(workdir)
   assert params['pos_embedding'].shape == (1, 16, 16)  # always of the whole
   lines = writer.read_metrics(workdir)
   assert [line['step'] for line in lines if line['split'] == 'train'] == [8, 16, 24, 32]
-  assert evaluate.run(workdir, {})['accuracy'] > 0.2  # ten patterns: chance is 0.1
-  assert evaluate.run(workdir, {'data.image_size': '4'})['examples'] == 32
+  assert exact.evaluate(workdir, {})['accuracy'] > 0.2  # ten patterns: chance is 0.1
+  assert exact.evaluate(workdir, {'data.image_size': '4'})['examples'] == 32
 
 
 @pytest.mark.parametrize('stop', [8, 12])
@@ -225,8 +225,8 @@ def test_a_step_before_the_change_sees_the_image_reduced(whole):
 
 def test_inspecting_counts_each_size(whole):
   exp, _, _ = opening.from_workdir(whole[0])
-  found = summary.summarize(exp, 512)
-  each = {n: summary.summarize(exp.at((n, n)), 512).train_flops for n in (8, 16)}
+  found = cost.measure(exp, 512)
+  each = {n: cost.measure(exp.at((n, n)), 512).train_flops for n in (8, 16)}
   assert found.train_flops == each[16] > 3 * each[8]
   assert found.run_flops == 16 * (12 * each[8] + 20 * each[16])
 

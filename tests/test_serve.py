@@ -19,7 +19,7 @@ import pytest
 
 import main
 from vit_jax.inference import page as page_lib
-from vit_jax.inference import predict, serve
+from vit_jax.inference import prediction, server
 
 pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
@@ -66,7 +66,7 @@ def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
 def test_the_page_in_a_browser(page, trained, tmp_path):
   file = sorted((trained[0] / 'examples').iterdir())[0]
-  best = next(predict.predict(trained[0], [str(file)]))['predictions'][0]
+  best = next(prediction.predict(trained[0], [str(file)]))['predictions'][0]
   (tmp_path / 'fake.png').write_bytes(b'no image')
   with browser.sync_playwright() as playwright:
     chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
@@ -120,7 +120,9 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
 
 def test_fifty_at_once(client, trained):
   files = sorted((trained[0] / 'examples').iterdir())
-  wanted = [row['predictions'] for row in predict.predict(trained[0], [str(f) for f in files], 10)]
+  wanted = [
+    row['predictions'] for row in prediction.predict(trained[0], [str(f) for f in files], 10)
+  ]
   with concurrent.futures.ThreadPoolExecutor(50) as pool:
     answers = list(pool.map(lambda i: ask(client, files[i % 8])[0], range(50)))
   for i, answer in enumerate(answers):
@@ -142,7 +144,7 @@ def test_what_is_let_in(client, tmp_path):
   refused('empty.png', b'', 'empty file')
   Image.new('RGB', (9, 9)).save(tmp_path / 'drawing.eps')
   refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'of no known format')
-  refused('large.png', bytes(serve.MAX_BYTES + 1), 'exceed|413|large')
+  refused('large.png', bytes(server.MAX_BYTES + 1), 'exceed|413|large')
   Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
   assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers
 

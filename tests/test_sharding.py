@@ -43,7 +43,7 @@ def test_parts_are_the_whole(devices, parts):
   def sums(batch, matrix):
     return {'sum': rows(batch, matrix).sum(axis=0), 'count': jnp.ones(len(batch['x'])).sum()}
 
-  batch = jax.device_put({'x': x}, sharding.over_batch(mesh))
+  batch = jax.device_put({'x': x}, sharding.batch_sharding(mesh))
   each = jax.jit(microbatch.concatenate(rows, mesh, parts))(batch, matrix)
   np.testing.assert_allclose(each, x @ matrix, rtol=1e-4, atol=1e-5)
   total = jax.jit(microbatch.add_up(sums, mesh, parts))(batch, matrix)

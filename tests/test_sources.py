@@ -55,7 +55,7 @@ def test_overlap():
 
 def test_digits_are_stratified():
   source = sources.open_source('digits', '', (8, 8))
-  train, test = (memory.load(source, split, (8, 8)) for split in SIZES)
+  train, test = (memory.load_examples(source, split, (8, 8)) for split in SIZES)
   assert train.image_NHWC.shape == (1437, 8, 8, 1) and len(test) == 360
   both = np.concatenate([train.image_NHWC, test.image_NHWC]).reshape(1797, -1)
   assert both.max() == 255
@@ -77,7 +77,7 @@ def make_folder(root, layout, count=12, size=(10, 8)):
 
 def load(root, split='train', size=(32, 32), **arguments):
   source = sources.open_source(f'folder:{root}', '', size)
-  return source, memory.load(source, split, size, **arguments)
+  return source, memory.load_examples(source, split, size, **arguments)
 
 
 @pytest.mark.parametrize('held_out', ['test', 'val', 'valid', 'validation'])
@@ -228,7 +228,7 @@ def test_a_long_listing_is_announced(tmp_path, monkeypatch, caplog):
 def test_images_of_one_smaller_size_have_a_size_of_their_own(tmp_path):
   make_folder(tmp_path, ['a', 'b'])  # of 10x8 pixels
   source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
-  own_size = lambda *size: memory.own_size(source, 'train+test', size)
+  own_size = lambda *size: memory.common_size(source, 'train+test', size)
   assert own_size(16, 12) == own_size(10, 9) == (10, 8)
   assert own_size(10, 8) is own_size(9, 9) is own_size(16, 7) is None
   (tmp_path / 'a' / '0.png').write_bytes(b'of no size')
@@ -241,10 +241,10 @@ def test_images_of_several_sizes_have_none(tmp_path):
   turned[0x0112] = 6
   Image.new('RGB', (10, 8), 'red').save(tmp_path / 'a' / 'z.png', exif=turned)  # 10x8, upright
   source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
-  assert memory.own_size(source, 'train+test', (16, 12)) == (10, 8)
+  assert memory.common_size(source, 'train+test', (16, 12)) == (10, 8)
   Image.new('RGB', (9, 7), 'red').save(tmp_path / 'a' / 'y.png')
   source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
-  assert memory.own_size(source, 'train+test', (16, 12)) is None
+  assert memory.common_size(source, 'train+test', (16, 12)) is None
   assert load(tmp_path, 'train+test', (16, 12))[1].image_NHWC.shape == (26, 16, 12, 3)
 
 
@@ -264,29 +264,29 @@ def test_modes_and_rotation(tmp_path):
   clear[0, :, :3] = 0
   Image.fromarray(clear).save(tmp_path / 'clear.png')
   for file in tmp_path.iterdir():
-    image = image_lib.decode(file.read_bytes(), file)
+    image = image_lib.decode_image(file.read_bytes(), file)
     assert image.mode == 'RGB'
     np.testing.assert_allclose(np.asarray(image).astype(int), upright, atol=8, err_msg=file.name)
-  assert image_lib.decode((tmp_path / 'palette.png').read_bytes(), '', channels=1).mode == 'L'
+  assert image_lib.decode_image((tmp_path / 'palette.png').read_bytes(), '', channels=1).mode == 'L'
 
 
 def test_fit_covers_and_crops_the_centre():
   wide = np.zeros((8, 24, 3), np.uint8)
   wide[:, 8:16] = 200
-  out = image_lib.fit(Image.fromarray(wide), (8, 8))
+  out = image_lib.fit_image(Image.fromarray(wide), (8, 8))
   assert out.shape == (8, 8, 3) and (out == 200).all()
 
 
 def test_16_bit_grey_is_scaled_to_8_bits_exactly():
   grey, file = np.arange(256, dtype=np.uint16).reshape(16, 16), io.BytesIO()
   Image.fromarray(grey * 257).save(file, 'png')
-  np.testing.assert_array_equal(image_lib.decode(file.getvalue(), '', channels=1), grey)
+  np.testing.assert_array_equal(image_lib.decode_image(file.getvalue(), '', channels=1), grey)
 
 
 @pytest.mark.parametrize('stretch', [False, True])
 def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
   image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
-  out = image_lib.fit(image, (8, 8), crop=0.5, stretch=stretch)
+  out = image_lib.fit_image(image, (8, 8), crop=0.5, stretch=stretch)
   centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
   np.testing.assert_array_equal(out, np.asarray(centre))
 
@@ -364,10 +364,10 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
 def test_more_pixels_than_are_taken_are_not_decoded(monkeypatch):
   encoded = io.BytesIO()
   Image.new('1', (300, 200)).save(encoded, 'png')
-  assert image_lib.decode(encoded.getvalue(), 'a.png', max_pixels=60_000).size == (300, 200)
+  assert image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=60_000).size == (300, 200)
   monkeypatch.setattr(Image.Image, 'load', None)  # nothing but the header is read
   with pytest.raises(image_lib.BadImage, match='a.png.*300x200 pixels, at most 59,999'):
-    image_lib.decode(encoded.getvalue(), 'a.png', max_pixels=59_999)
+    image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=59_999)
 
 
 def test_decoders_never_let_another_error_through(tmp_path):
@@ -385,7 +385,7 @@ def test_decoders_never_let_another_error_through(tmp_path):
       for position in draw.randint(0, len(whole), 4):
         broken[position] = draw.randint(256)
       try:
-        image_lib.decode(bytes(broken), file)
+        image_lib.decode_image(bytes(broken), file)
       except image_lib.BadImage as error:
         refused += 1
         assert str(error).startswith(f'{file}: not a readable image (')
@@ -403,9 +403,9 @@ def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monk
   source = Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
   monkeypatch.setattr(limits, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
   for names in (['train'], ['test'], ['train', 'test[:10]']):
-    memory.check(source, names, (10, 10))
+    memory.check_memory(source, names, (10, 10))
   with pytest.raises(ValueError, match=r'^train, test: 50 images of 10x10 need .*train\[:10%\]'):
-    memory.check(source, ['train', 'test'], (10, 10))
+    memory.check_memory(source, ['train', 'test'], (10, 10))
 
 
 @pytest.mark.parametrize(
@@ -495,8 +495,8 @@ def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
     shard.unlink()
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
   with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 can not be read.*missing or'):
-    memory.load(source, 'train', (8, 8))
-  assert len(memory.load(source, 'test', (8, 8))) == 3
+    memory.load_examples(source, 'train', (8, 8))
+  assert len(memory.load_examples(source, 'test', (8, 8))) == 3
 
 
 def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
@@ -508,7 +508,7 @@ def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
 
 
 def check_mini(source):
-  train = memory.load(source, 'train', (8, 8))
+  train = memory.load_examples(source, 'train', (8, 8))
   assert train.image_NHWC.shape == (6, 8, 8, 3)
   for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
     assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()

@@ -32,8 +32,8 @@ from vit_jax.data.memory import Examples
 from vit_jax.data.source import Source
 from vit_jax.data.stream import Stream
 from vit_jax.distributed import devices, sharding
-from vit_jax.evaluation import evaluate, features
-from vit_jax.figures import visualize
+from vit_jax.evaluation import exact, features
+from vit_jax.figures import gallery
 from vit_jax.training import trainer
 from vit_jax.workdir import writer
 
@@ -59,13 +59,13 @@ def bad_ones(bad, split, indices):
 
 def open_numbered(read=numbered, split='train', **arguments):
   source = Source({'train': IDS}, tuple(map(str, range(IDS))), 3, read)
-  arguments = {'size': (12, 10), 'fit': image_lib.fit} | arguments
+  arguments = {'size': (12, 10), 'fit': image_lib.fit_image} | arguments
   return stream_lib.open_stream(source, split, **arguments)
 
 
 def take(stream, count, batch_size=4, seed=3, start=0):
   """The first batches, as NumPy."""
-  over_batch = sharding.over_batch(devices.make_mesh(batch_size))
+  over_batch = sharding.batch_sharding(devices.make_mesh(batch_size))
   batches = batching.train_batches(stream, batch_size, seed, start, over_batch)
   found = [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
   batches.close()
@@ -111,7 +111,7 @@ def test_the_order_is_that_of_examples_in_memory():
 
 def test_threads_workers_and_where_it_begins_change_nothing(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
-  arguments = {'size': (16, 16), 'fit': image_lib.fit, 'crop': CROP}
+  arguments = {'size': (16, 16), 'fit': image_lib.fit_image, 'crop': CROP}
   open_photos = functools.partial(stream_lib.open_stream, source, 'train', **arguments)
   whole = take(open_photos(), 6, batch_size=40)  # three parts each
   assert len({batch['image'].tobytes() for batch in whole}) == 6
@@ -123,7 +123,7 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
 
 
 def test_workers_change_nothing_in_evaluation():
-  over_batch = sharding.over_batch(devices.make_mesh(8))
+  over_batch = sharding.batch_sharding(devices.make_mesh(8))
   ones, others = (
     [jax.device_get(batch) for batch in batching.eval_batches(stream, 8, over_batch)]
     for stream in (open_numbered(), open_numbered(workers=2))  # of three parts
@@ -139,7 +139,7 @@ def test_any_number_of_processes_makes_one_sequence(processes):
   for number, batch in enumerate(whole):
     rows = np.split(np.arange(8), processes)  # what the devices of each hold
     shares = [stream_lib.read_part(stream, plan, [own], number) for own in rows]
-    same([stream_lib.concatenate(shares)], [batch])
+    same([stream_lib.join_parts(shares)], [batch])
 
 
 SHARE = """
@@ -178,7 +178,9 @@ def test_two_real_processes_make_the_batches_of_one(photos):
   ]  # fmt: skip
   shares = [list(map(json.loads, p.communicate(timeout=120)[0].splitlines())) for p in processes]
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
-  stream = stream_lib.open_stream(source, 'train', size=(16, 16), fit=image_lib.fit, crop=CROP)
+  stream = stream_lib.open_stream(
+    source, 'train', size=(16, 16), fit=image_lib.fit_image, crop=CROP
+  )
   wanted = [
     [step, row, hashlib.sha256(image_HWC).hexdigest()]
     for step, batch in enumerate(take(stream, 4, batch_size=8, start=5), 5)
@@ -189,7 +191,7 @@ def test_two_real_processes_make_the_batches_of_one(photos):
 
 
 def test_a_process_decodes_the_rows_of_its_own_devices():
-  over_batch = sharding.over_batch(devices.make_mesh(8))
+  over_batch = sharding.batch_sharding(devices.make_mesh(8))
 
   class Other:  # the first device is another process's
     def addressable_devices_indices_map(self, shape):
@@ -210,15 +212,15 @@ def test_crops_differ_by_position_and_seed_alone():
   ones, others = (take(open_numbered(crop=CROP), 2 * IDS, seed=s, batch_size=2) for s in (3, 4))
   label, pixels = (np.concatenate([b[name] for b in ones]) for name in ('label', 'image'))
   assert len({image_HWC.tobytes() for image_HWC in pixels[label == 7]}) == 4  # of four epochs
-  assert not np.array_equal(stream_lib.draw(3, 5), stream_lib.draw(5, 3))
+  assert not np.array_equal(stream_lib.draw_uniform(3, 5), stream_lib.draw_uniform(5, 3))
   assert any((a['image'] != b['image']).any() for a, b in zip(ones, others))
-  draws = np.stack([stream_lib.draw(0, i) for i in range(4000)])
+  draws = np.stack([stream_lib.draw_uniform(0, i) for i in range(4000)])
   np.testing.assert_allclose(draws.mean(0), 0.5, atol=0.02)
   np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(4), atol=0.06)
 
 
 def test_each_seed_draws_other_crops_at_every_position():
-  draws = np.stack([[stream_lib.draw(seed, i) for i in range(500)] for seed in range(8)])
+  draws = np.stack([[stream_lib.draw_uniform(seed, i) for i in range(500)] for seed in range(8)])
   assert len(np.unique(draws)) == draws.size  # 53 random bits each
 
 
@@ -315,7 +317,7 @@ def test_odd_files_are_decoded_by_pillow(tmp_path):
   whole = lambda height, width: (0, 0, width, height)
   for file in sorted(tmp_path.iterdir()):
     part_HWC = image_lib.decode_part(file.read_bytes(), file, 3, whole, (40, 60))
-    wanted = np.asarray(image_lib.decode(file.read_bytes(), file))
+    wanted = np.asarray(image_lib.decode_image(file.read_bytes(), file))
     np.testing.assert_array_equal(part_HWC, wanted, err_msg=file.name)
   grey = image_lib.decode_part((tmp_path / 'cmyk.jpg').read_bytes(), '', 1, whole, (20, 30))
   assert grey.shape == (20, 30, 1)
@@ -345,10 +347,10 @@ def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
   params = memory_[0].model.init(jax.random.key(0), blank)['params']
   batches, scores = [], []
   for exp, training in (memory_, streamed):
-    found = batching.eval_batches(training.test, 10, sharding.over_batch(mesh))
+    found = batching.eval_batches(training.test, 10, sharding.batch_sharding(mesh))
     batches.append([jax.device_get(batch) for batch in found])
-    step = evaluate.make_eval_step(exp, mesh)
-    scores.append(evaluate.evaluate(step, params, training.test, 10, mesh))
+    step = exact.make_eval_step(exp, mesh)
+    scores.append(exact.score_split(step, params, training.test, 10, mesh))
   same(*batches)
   assert scores[0] == scores[1] and scores[0]['examples'] == 21
 
@@ -384,7 +386,7 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
 def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
   contents = set()
   for fit in ({}, {'crop': 0.5}, {'interpolation': 'nearest'}, {'stretch': True}):
-    stream = open_numbered(fit=functools.partial(image_lib.fit, **fit))
+    stream = open_numbered(fit=functools.partial(image_lib.fit_image, **fit))
     contents.add(b''.join(array.tobytes() for _, array in stream.content()))
   assert len(contents) == 4
 
@@ -473,7 +475,7 @@ def test_auto_takes_memory_only_for_the_batches_of_a_stream(
   assert streamed.config.data.cache == 'stream'
   assert streamed.task == exp.task
   same(take(streaming.train, 6, 8), take(training.train, 6, 8))
-  over_batch = sharding.over_batch(devices.make_mesh(4))
+  over_batch = sharding.batch_sharding(devices.make_mesh(4))
   evaluated = lambda split: jax.device_get(list(batching.eval_batches(split, 4, over_batch)))
   same(evaluated(streaming.test), evaluated(training.test))
   images = take(training.train, 1, 8)[0]['image']
@@ -498,7 +500,7 @@ def break_(file, how):
 def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   shutil.copytree(photos, tmp_path / 'photos')
   source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
-  arguments = {'size': (8, 8), 'fit': image_lib.fit, 'crop': crop}
+  arguments = {'size': (8, 8), 'fit': image_lib.fit_image, 'crop': crop}
   good = take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   names = [name for name, _, _ in source.read('train', range(60))]
   break_(tmp_path / 'photos' / names[41], how)
@@ -567,7 +569,9 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
   strict, skipping = (
-    stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit, skip_bad_images=skip)
+    stream_lib.open_stream(
+      source, 'train', size=(8, 8), fit=image_lib.fit_image, skip_bad_images=skip
+    )
     for skip in (False, True)
   )
   before = [array.tobytes() for _, array in skipping.content()]
@@ -593,8 +597,8 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
     params = exp.model.init(jax.random.key(0), np.zeros(shape, np.float32))['params']
     step = features.make_feature_step(exp, mesh)
     for _ in ('computed', 'read'):
-      examples = features.cached(exp, step, params, training.test, mesh, tmp_path / cache)
-      scores = visualize.score(exp, params, training.test, mesh)
+      examples = features.cached_features(exp, step, params, training.test, mesh, tmp_path / cache)
+      scores = gallery.answers(exp, params, training.test, mesh)
       found.setdefault(cache, []).append((examples, scores))
   assert len(list((tmp_path / 'stream').iterdir())) == 1
   for (examples, scores), (same_, same_scores) in zip(
@@ -606,7 +610,7 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
     np.testing.assert_array_equal(same_scores.label_N, examples.label_N)
     np.testing.assert_array_equal(same_scores.predicted_N, scores.predicted_N)
   shown = training.test.some(same_scores.index_N)
-  loaded = memory.load(training.test.source, 'test', (8, 8), skip_bad_images=True)
+  loaded = memory.load_examples(training.test.source, 'test', (8, 8), skip_bad_images=True)
   np.testing.assert_array_equal(shown.image_NHWC, loaded.image_NHWC)
 
 
@@ -631,9 +635,9 @@ def resident():
 @pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='Linux says it')
 def test_memory_does_not_grow(photos):
   source = sources.open_source(f'folder:{photos}', '', (128, 128))
-  arguments = {'size': (128, 128), 'fit': image_lib.fit, 'crop': CROP, 'threads': 2}
+  arguments = {'size': (128, 128), 'fit': image_lib.fit_image, 'crop': CROP, 'threads': 2}
   stream = stream_lib.open_stream(source, 'train', **arguments)
-  over_batch = sharding.over_batch(devices.make_mesh(60))
+  over_batch = sharding.batch_sharding(devices.make_mesh(60))
   batches, held = batching.train_batches(stream, 60, 3, 0, over_batch), []
   for _ in range(45):  # epochs of 3 MB
     next(batches)
@@ -643,7 +647,7 @@ def test_memory_does_not_grow(photos):
 
 
 def test_a_worker_that_dies_ends_the_run():
-  over_batch = sharding.over_batch(devices.make_mesh(4))
+  over_batch = sharding.batch_sharding(devices.make_mesh(4))
   batches = batching.train_batches(open_numbered(workers=2), 4, 3, 0, over_batch)
   next(batches)
   multiprocessing.active_children()[0].kill()
@@ -730,8 +734,8 @@ def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
 def test_tfds_is_streamed(tmp_path):
   shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
-  stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit)
-  loaded = memory.load(source, 'train', (8, 8))
+  stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit_image)
+  loaded = memory.load_examples(source, 'train', (8, 8))
   same(take(stream, 4), take(loaded, 4))
   np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   names = [name for name, _, _ in source.read('train', [4, 1, 1])]
@@ -744,9 +748,9 @@ def test_tfds_is_streamed(tmp_path):
 
 def test_a_part_of_a_stream_is_that_of_the_examples_in_memory(photos):
   source = sources.open_source(f'folder:{photos}', '', (8, 8))
-  split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image_lib.fit}
+  split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image_lib.fit_image}
   stream = stream_lib.open_stream(source, split, **arguments)
-  loaded = memory.load(source, split, **arguments)
+  loaded = memory.load_examples(source, split, **arguments)
   assert len(stream) == len(loaded) == 26
   np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   some, index = stream.some([25, 3, 21]), [25, 3, 21]

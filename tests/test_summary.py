@@ -13,13 +13,13 @@ from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax import config as config_lib
 from vit_jax.experiment import assemble
-from vit_jax.inference import summary
+from vit_jax.inference import cost
 from vit_jax.optim import plan as plan_lib
 
 
 def summarize(**overrides):
-  exp, examples, notes = summary.from_config(small_config(**overrides))
-  return summary.summarize(exp, examples, notes)
+  exp, examples, notes = cost.summary_of_config(small_config(**overrides))
+  return cost.measure(exp, examples, notes)
 
 
 def part(found, name):
@@ -30,13 +30,13 @@ def part(found, name):
 def test_flops_are_those_that_the_benchmarks_count(variant):
   work = works.Work(f'configs/cifar10.py:{variant}', 'train', 8, 'bfloat16', ())
   config = works.settings(work)
-  exp, examples, _ = summary.from_config(config)
-  found = summary.summarize(exp, examples)
+  exp, examples, _ = cost.summary_of_config(config)
+  found = cost.measure(exp, examples)
   want = works.flops(**works.sizes(work))
   assert found.parts[-1].gflops == pytest.approx(want['inference'] / 1e9, rel=1e-12)
   assert found.train_flops == want['train']
   config_lib.override(config, 'model.remat', 'full')
-  again = summary.summarize(summary.from_config(config)[0], examples)
+  again = cost.measure(cost.summary_of_config(config)[0], examples)
   assert want['train'] < again.train_flops < want['train'] + want['inference']
 
 
@@ -46,11 +46,11 @@ def test_flops_are_those_that_the_benchmarks_count(variant):
 ], ids=['map', 'hybrid'])  # fmt: skip
 def test_flops_are_most_of_those_that_xla_counts(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256'}
-  exp = summary.from_config(small_config(**sizes | fields))[0]
+  exp = cost.summary_of_config(small_config(**sizes | fields))[0]
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   variables = jax.eval_shape(exp.model.init, jax.random.key(0), image)
   theirs = jax.jit(exp.model.apply).lower(variables, image).cost_analysis()['flops']
-  ours = summary.summarize(exp, None).parts[-1].gflops * 1e9
+  ours = cost.measure(exp, None).parts[-1].gflops * 1e9
   assert 0.8 * theirs < ours <= theirs
 
 
@@ -72,16 +72,16 @@ def test_parameters_and_state(trained):
 @pytest.mark.parametrize('fields', [{}, {'model.remat': 'full'}], ids=['kept', 'remat'])
 def test_activations_are_about_what_a_compiled_step_needs(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256', 'data.image_size': '32'}
-  exp = summary.from_config(small_config(**sizes | fields))[0]
-  function = jax.jit(jax.grad(summary.loss(exp, 64))), jax.jit(jax.grad(summary.loss(exp, 128)))
+  exp = cost.summary_of_config(small_config(**sizes | fields))[0]
+  function = jax.jit(jax.grad(cost.loss(exp, 64))), jax.jit(jax.grad(cost.loss(exp, 128)))
   params = jax.eval_shape(exp.model.init, jax.random.key(0), jnp.zeros((1, *exp.image_shape)))[
     'params'
   ]
   small, large = (
-    f.lower(params, {}, *summary.batch(exp, n)).compile().memory_analysis().temp_size_in_bytes
+    f.lower(params, {}, *cost.batch(exp, n)).compile().memory_analysis().temp_size_in_bytes
     for f, n in zip(function, (64, 128))
   )
-  ours = summary.summarize(exp, None).parts[-1].activations_mib * 2**20
+  ours = cost.measure(exp, None).parts[-1].activations_mib * 2**20
   compiled = (large - small) / 64
   if fields:  # what is computed again is held for a block at a time, besides
     assert ours < compiled < summarize(**sizes).parts[-1].activations_mib * 2**20
@@ -105,7 +105,7 @@ def test_an_array_under_two_shapes_is_kept_once():
     return y.reshape(2, 3), y, y.reshape(6, 1), scale * 2
 
   closed = jax.make_jaxpr(program)(jnp.ones(()), jnp.ones((6,)))
-  found = list(summary.residuals(closed.jaxpr, closed.jaxpr.invars[1:]))
+  found = list(cost.residuals(closed.jaxpr, closed.jaxpr.invars[1:]))
   assert [size for _, size in found] == [24]  # and what hangs on no image is none
 
 
@@ -136,8 +136,8 @@ def test_nothing_is_allocated():
 
 def test_data_that_is_not_there(tmp_path):
   found = summarize(**{'data.source': 'folder:photos', 'data.dir': str(tmp_path)})
-  assert '1,000 classes of RGB images are assumed' in summary.show(found)
-  assert found.steps is None and 'unknown until the data is there' in summary.show(found)
+  assert '1,000 classes of RGB images are assumed' in cost.as_text(found)
+  assert found.steps is None and 'unknown until the data is there' in cost.as_text(found)
   found = summarize(**{'data.source': 'tfds:cifar100', 'data.dir': str(tmp_path / 'none')})
   assert len(found.exp.task.class_names) == 100 and found.steps is None and not found.notes
   assert not list(tmp_path.iterdir())
@@ -162,26 +162,28 @@ def test_inspect(capsys, trained, tmp_path):
 
 
 def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
-  monkeypatch.setattr(summary.sharding, '_one_per_core', True)
+  monkeypatch.setattr(cost.sharding, '_one_per_core', True)
   workdir, _ = trained
-  found = summary.run(None, workdir, '', {})
-  same = summary.run(small_config(), None, '', {})
-  assert summary.show(found) == summary.show(same)
-  more = summary.run(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
-  published = summary.run(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
+  found = cost.summary_of(None, workdir, '', {})
+  same = cost.summary_of(small_config(), None, '', {})
+  assert cost.as_text(found) == cost.as_text(same)
+  more = cost.summary_of(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
+  published = cost.summary_of(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
   assert [s.devices for s in (found, more, published)] == [1, 2, 2]
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
-  assert summary.show(summary.run(None, tmp_path, '', {})) == summary.show(same)  # nothing saved
+  assert cost.as_text(cost.summary_of(None, tmp_path, '', {})) == cost.as_text(
+    same
+  )  # nothing saved
 
 
 def test_the_plan_is_that_of_training():
   config = small_config()
-  assert plan_lib.length(config, 1000) == 31  # of 31.25 batches
+  assert plan_lib.num_steps(config, 1000) == 31  # of 31.25 batches
   assert plan_lib.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
 
 
 def test_what_is_done_to_an_image_is_no_work_of_the_model():
-  exp = summary.from_config(small_config())[0]
+  exp = cost.summary_of_config(small_config())[0]
   task = dataclasses.replace(exp.task, stored_size=(4, 4))
   enlarged = assemble(exp.config, task)  # by products, too
-  assert summary.summarize(enlarged, None).train_flops == summary.summarize(exp, None).train_flops
+  assert cost.measure(enlarged, None).train_flops == cost.measure(exp, None).train_flops

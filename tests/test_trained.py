@@ -14,8 +14,8 @@ from tests.conftest import small_config
 from vit_jax import opening
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import sources
-from vit_jax.evaluation import evaluate, fewshot
-from vit_jax.figures import visualize
+from vit_jax.evaluation import exact, few_shot
+from vit_jax.figures import gallery
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, trained
 
@@ -65,7 +65,7 @@ def files_of(folder, split):
 
 def test_a_checkpoint_keeps_the_names_of_training_files(run):
   photos, workdir = run
-  names = trained.of_run(workdir)
+  names = trained.training_files_of(workdir)
   wanted = [folder_lib.hash_name(file.name) for file in files_of(photos, 'train')]
   np.testing.assert_array_equal(names.own_N, np.array(sorted(wanted), np.uint64))
   assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
@@ -75,11 +75,11 @@ def test_a_checkpoint_keeps_the_names_of_training_files(run):
 def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, caplog):
   flags = {'data.source': f'folder:{rearranged}', 'data.cache': cache}
   with caplog.at_level(logging.WARNING):
-    result = evaluate.run(run[1], flags)
+    result = exact.evaluate(run[1], flags)
   assert result['examples'] == 3 and result['left_out'] == 7
   assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
   source = opening.open_test(opening.from_workdir(run[1], flags)[0])[0]
-  assert 'left_out' not in evaluate.run(run[1], {})
+  assert 'left_out' not in exact.evaluate(run[1], {})
   parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
   names = {file.name for part in parts for _, file, _ in part}
   assert names == {'new1.png', 'new2.png', 'new3.png'}
@@ -94,9 +94,9 @@ def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
 def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
   exp, params, _ = opening.from_workdir(run[1], flags)
-  result = fewshot.fewshot(exp, params)
+  result = few_shot.score_backbone(exp, params)
   assert result['examples'] == 3 and result['left_out'] == 7
-  assert len(visualize.load_test(exp, flags)) == 3
+  assert len(gallery.load_test(exp, flags)) == 3
   exp, _ = opening.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
   assert opening.open_test(exp)[1] == 7
 
@@ -105,11 +105,11 @@ def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
   config = config_of(rearranged, init=str(run[1]))
   result = trainer.train(config, tmp_path / 'next')
   assert result['examples'] == 3
-  names, before = trained.of_run(tmp_path / 'next'), trained.of_run(run[1])
+  names, before = trained.training_files_of(tmp_path / 'next'), trained.training_files_of(run[1])
   np.testing.assert_array_equal(names.inherited_N, before.all_N)
   third = config_of(rearranged, init=str(tmp_path / 'next'), epochs='0')
   trainer.train(third, tmp_path / 'third')
-  assert set(trained.of_run(tmp_path / 'third').inherited_N) >= set(before.own_N)
+  assert set(trained.training_files_of(tmp_path / 'third').inherited_N) >= set(before.own_N)
 
 
 def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
@@ -135,7 +135,7 @@ def test_files_of_names_that_both_parts_have_are_known_by_their_content(tmp_path
     assert trainer.train(config, tmp_path / 'run')['examples'] == 17
   assert '10 of 30 names of training files are names of held-out files' in caplog.text
   with pytest.raises(ValueError, match='trained on all 60 images'):
-    evaluate.run(tmp_path / 'run', {'data.eval_split': 'train'})
+    exact.evaluate(tmp_path / 'run', {'data.eval_split': 'train'})
 
 
 def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
@@ -175,14 +175,14 @@ def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
 def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, caplog):
   workdir = shutil.copytree(run[1], tmp_path / 'run')
   (workdir / 'result.json').unlink()
-  for step in stored.steps(workdir):
+  for step in stored.saved_steps(workdir):
     saved = workdir / 'checkpoints' / str(step)
     shutil.rmtree(saved / 'names')
     about = json.loads((saved / 'config' / 'metadata').read_text())
     del about['digests']['names']
     (saved / 'config' / 'metadata').write_text(json.dumps(about))
   with caplog.at_level(logging.WARNING):
-    assert 'left_out' not in evaluate.run(workdir, {})
+    assert 'left_out' not in exact.evaluate(workdir, {})
   assert 'may have been trained on some of the test images' in caplog.text
   with pytest.raises(ValueError, match='began under version 0.1.0.*can not be resumed'):
     trainer.train(config_of(run[0]), workdir)

@@ -24,7 +24,7 @@ from vit_jax import opening
 from vit_jax.data import batching
 from vit_jax.distributed import cluster, sharding
 from vit_jax.distributed import devices as devices_lib
-from vit_jax.evaluation import evaluate, scoring
+from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment, Task
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import resume, state, step, trainer
@@ -69,8 +69,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   resumed = start_process(tmp_path / 'killed', **overrides)
   assert resumed.wait(120) == 0, resumed.stderr.read().decode()
 
-  step, params, saved = stored.load(tmp_path / 'whole')
-  again, same_params, _ = stored.load(tmp_path / 'killed')
+  step, params, saved = stored.load_checkpoint(tmp_path / 'whole')
+  again, same_params, _ = stored.load_checkpoint(tmp_path / 'killed')
   assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
   last = writer.read_metrics(tmp_path / 'whole')[-1]
   assert last['split'] == 'test' and 0 < abs(last['raw_loss'] - last['loss']) < 1
@@ -147,7 +147,7 @@ def test_resume_without_config_uses_all_cores(tmp_path):
     command = [sys.executable, 'main.py', f'--workdir={tmp_path}', *flags]
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
   log = (tmp_path / 'log.txt').read_text()
-  devices = f'on {min(cluster.cores(), 2)} cpu device(s)'
+  devices = f'on {min(cluster.num_cores(), 2)} cpu device(s)'
   assert log.count(devices) == 2 and 'Going on from step 2' in log
 
 
@@ -155,7 +155,7 @@ def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
   script = (
     'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
     'from vit_jax.distributed import cluster\n'
-    'from vit_jax.training import trainer; cluster.cores = lambda: 4\n'
+    'from vit_jax.training import trainer; cluster.num_cores = lambda: 4\n'
     "trainer.train(small_config(epochs='0', batch_size='96'), sys.argv[1])"
   )
   script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
@@ -173,7 +173,7 @@ def test_another_config_is_refused(trained):
 @pytest.mark.parametrize('batch_size', [7, 64, 256, 1000])
 def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
   workdir, result = trained
-  out = evaluate.run(workdir, {'eval_batch_size': str(batch_size)})
+  out = exact.evaluate(workdir, {'eval_batch_size': str(batch_size)})
   assert out['examples'] == 256 and out['accuracy'] == result['test_accuracy']
   assert out['loss'] == pytest.approx(result['test_loss'], abs=1e-6)
 
@@ -218,7 +218,7 @@ def prepare(parts, devices, cycles=(), **overrides):
   params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
   train_state = train_state.replace(params=params)
   step = make_train_step(exp, training, mesh)
-  batches = batching.train_batches(training.train, 32, 0, 0, sharding.over_batch(mesh))
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.batch_sharding(mesh))
   return step, train_state, batches
 
 
@@ -361,7 +361,7 @@ def test_strong_augmentation_ends_when_the_config_says():
 
 @pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
 def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
-  assert plan_lib.length(small_config(epochs=epochs), 95) == steps  # batches of 32
+  assert plan_lib.num_steps(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
 def test_an_added_cycle_has_weak_augmentation_only():
@@ -379,7 +379,7 @@ def test_an_added_cycle_has_weak_augmentation_only():
 def test_added_cycles_warm_up_to_half_the_peak_and_decay():
   config = small_config(epochs='3', **{'schedule.warmup': '0.125', 'progressive.sizes': '4',
                                        'progressive.until': '0.5'})  # fmt: skip
-  found = plan_lib.recipe(config, 1024, (32, 64))
+  found = plan_lib.training_recipe(config, 1024, (32, 64))
   rates = [float(found['schedule'](jnp.int32(i))) for i in range(96)]
   cycle = [min((i + 1) / 4, (1 + np.cos(np.pi * max(i - 4, 0) / 28)) / 2) for i in range(32)]
   expected = np.concatenate([0.01 * np.array(cycle), *2 * [0.005 * np.array(cycle)]])
@@ -449,11 +449,11 @@ def scored(monkeypatch):
 
 def assert_best_is_used(workdir, result):
   """Step 16 is kept besides the last, and taken unless another is asked for."""
-  assert sorted(stored.steps(workdir)) == [16, 32]
+  assert sorted(stored.saved_steps(workdir)) == [16, 32]
   assert result['best'] == {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4}
   assert result['last'] == {'step': 32, 'val_accuracy': 0.5, 'test_accuracy': 0.6}
   assert (result['test_accuracy'], result['val_accuracy'], result['steps']) == (0.6, 0.5, 32)
-  steps = {step: stored.load(workdir, step)[0] for step in ('', 'best', 'last', '32')}
+  steps = {step: stored.load_checkpoint(workdir, step)[0] for step in ('', 'best', 'last', '32')}
   assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
 
 
@@ -463,8 +463,8 @@ def test_the_best_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
     assert_best_is_used(tmp_path, result)
   assert 'step 16, best of 2 by validation accuracy 90.00%' in caplog.text
   assert 'step 32, the last checkpoint' in caplog.text
-  assert evaluate.run(tmp_path, {})['step'] == 16
-  assert reader.read(tmp_path).run['step'] == 32  # what `init` starts from
+  assert exact.evaluate(tmp_path, {})['step'] == 16
+  assert reader.read_weights(tmp_path).run['step'] == 32  # what `init` starts from
 
 
 def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
@@ -667,7 +667,7 @@ def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
   workdir, result = trained
   out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)
   assert out['steps'] == 0 and out['test_accuracy'] == result['test_accuracy']
-  assert_equal(stored.load(tmp_path)[1], stored.load(workdir)[1])
+  assert_equal(stored.load_checkpoint(tmp_path)[1], stored.load_checkpoint(workdir)[1])
   with pytest.raises(ValueError, match=r'model.width: 32 in the config, 16 in the weights'):
     config = small_config(init=str(workdir), **{'model.width': '32'})
     trainer.train(config, tmp_path / 'wide')

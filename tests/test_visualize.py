@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax.data.memory import Examples
-from vit_jax.figures import canvas, draw, maps, pictures, report, visualize
+from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
 from vit_jax.training import trainer
 
 PICTURES = set(pictures.PICTURES)
@@ -88,20 +88,20 @@ def test_a_finished_run(capsys, trained, workdir):
   changed, unchanged = page.text.split('keys at their default')
   assert 'model.depth' in changed and 'optimizer.momentum' in unchanged
   assert 'model.depth' not in unchanged and 'optimizer.momentum' not in changed
-  again = visualize.run(workdir)
+  again = gallery.visualize(workdir)
   assert [path.read_bytes() for path in again[:-1]] == files  # the same run, the same pictures
 
 
 def test_it_scores_what_eval_scores(trained):
   workdir, result = trained
-  subject = visualize.gather(workdir, None, {}, None, '')
+  subject = gallery.collect(workdir, None, {}, None, '')
   right = subject.scores.predicted_N == subject.test.label_N
   assert right.mean() == result['test_accuracy'] and len(right) == result['examples']
   assert ((subject.scores.confidence_N > 0.1) & (subject.scores.confidence_N <= 1)).all()
   np.testing.assert_array_equal(
-    subject.shown, visualize.choose(subject.test, subject.exp)[: visualize.SHOWN]
+    subject.shown, gallery.choose_images(subject.test, subject.exp)[: gallery.SHOWN]
   )
-  assert subject.attention.measured == visualize.MEASURED
+  assert subject.attention.measured == gallery.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
 
 
@@ -110,7 +110,7 @@ def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contras
   image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
   test = Examples(image, np.arange(300) % 4)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
-  found = visualize.choose(test, exp)[:, 0, 0, 0].tolist()
+  found = gallery.choose_images(test, exp)[:, 0, 0, 0].tolist()
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
@@ -152,7 +152,7 @@ def test_data_that_moved_away(capsys, tmp_path):
     'data.source': f'folder:{tmp_path}/photos', 'batch_size': '4', 'eval_every': '0',
   })  # fmt: skip
   trainer.train(config, workdir)
-  visualize.run(workdir)
+  gallery.visualize(workdir)
   assert {'confusion', 'rollout'} <= names(workdir)
 
   (tmp_path / 'photos').rename(tmp_path / 'elsewhere')
@@ -169,7 +169,7 @@ def test_data_that_moved_away(capsys, tmp_path):
 
 def test_a_run_that_is_not_finished(capsys, workdir):
   (workdir / 'result.json').unlink()
-  visualize.run(workdir)
+  gallery.visualize(workdir)
   text = Page(workdir / 'report.html').text
   assert '32, not finished' in text and 'after step 32' in text
   shutil.rmtree(workdir / 'checkpoints')
@@ -184,7 +184,7 @@ def test_a_run_that_went_on_after_its_result(workdir):
   line = {'step': 40, 'split': 'train', 'loss': 1.0, 'accuracy': 0.5}
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps(line) + '\n')
-  visualize.run(workdir)
+  gallery.visualize(workdir)
   assert '40, not finished' in Page(workdir / 'report.html').text
 
 
@@ -196,7 +196,7 @@ def test_damaged_records(capsys, workdir):
   text = Page(workdir / 'report.html').text
   assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)
   (workdir / 'result.json').write_text('{"steps": "all"}')
-  visualize.run(workdir)
+  gallery.visualize(workdir)
   assert '32, not finished' in Page(workdir / 'report.html').text
   export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
   assert not call(capsys, *export)[0]
@@ -206,7 +206,7 @@ def test_damaged_records(capsys, workdir):
 def test_a_checkpoint_without_records(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
-  visualize.run(workdir)
+  gallery.visualize(workdir)
   assert 'curves' not in names(workdir) and 'rollout' in names(workdir)
 
 
@@ -215,7 +215,7 @@ def test_everything_in_a_report_is_escaped(tmp_path):
   path = tmp_path / 'figure.png'
   Image.new('L', (1, 1)).save(path)
   picture = report.Picture(path, bad, bad)
-  report.write(
+  report.write_report(
     tmp_path / 'r.html', bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}
   )
   text = (tmp_path / 'r.html').read_text()
@@ -227,14 +227,14 @@ def test_everything_in_a_report_is_escaped(tmp_path):
 def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))
   names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
-  figure = draw.confusion(count, maps.class_accuracy(count), names)
+  figure = draw.draw_confusion(count, maps.class_accuracy(count), names)
   matrix, bars = figure.axes[0], figure.axes[1]
   shown = matrix.images[0].get_array()
   np.testing.assert_allclose(shown.sum(axis=1), 1)  # of the true class
   assert bars.patches[0].get_width() in np.diag(shown)
   named = [text.get_text() for text in bars.get_yticklabels()]
   assert len(named) == min(classes, 20 if classes > 40 else 40)
-  canvas.save(figure, tmp_path / 'c.png')
+  canvas.save_figure(figure, tmp_path / 'c.png')
   with Image.open(tmp_path / 'c.png') as image:
     assert image.width == 1200
 
@@ -242,20 +242,20 @@ def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
 def test_names_of_any_script(tmp_path, caplog):
   names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
   figures = [
-    draw.confusion(np.eye(4, dtype=int), np.ones(4), names),
-    draw.mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
+    draw.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
+    draw.draw_mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
   ]
   with warnings.catch_warnings():
     warnings.simplefilter('error')
     for figure in figures:
-      canvas.save(figure, tmp_path / 'c.png')
+      canvas.save_figure(figure, tmp_path / 'c.png')
   assert not caplog.messages  # as of a font that is not installed
   assert figures[0].axes[1].get_yticklabels()[0].get_text() == 'two lines and m…'
 
 
 def test_a_class_without_examples_is_drawn(tmp_path):
-  figure = draw.confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
-  canvas.save(figure, tmp_path / 'c.png')
+  figure = draw.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
+  canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 
 
@@ -266,7 +266,7 @@ def test_curves_show_what_was_recorded():
     {'step': 3, 'split': 'train', 'loss': 1.0, 'accuracy': 0.4},
     {'step': 3, 'split': 'train', 'note': 1.0},
   ]
-  loss, accuracy = draw.curves(lines).axes
+  loss, accuracy = draw.draw_curves(lines).axes
   drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
   assert drawn == {'train': [[1, 2.0], [3, 1.0]], 'test': [[2, 1.5]]}
   assert accuracy.lines[0].get_xydata().tolist() == [[1, 0.1], [3, 0.4]]
@@ -284,12 +284,12 @@ def test_tiles_lie_where_they_belong():
 
 def test_maps_are_enlarged_about_the_centres_of_patches():
   want = [[0, 0.25, 0.75, 1]] * 2
-  np.testing.assert_allclose(canvas.resize(np.array([[0.0, 1.0]]), (2, 4)), want)
+  np.testing.assert_allclose(canvas.resize_map(np.array([[0.0, 1.0]]), (2, 4)), want)
 
 
 def test_lit_images_are_dark_where_nothing_comes_from():
   image = np.full((1, 2, 2, 3), 200, np.uint8)
-  figure = draw.rollout(image, np.array([[[0.2, 0.0], [0.1, 0.1]]]))
+  figure = draw.draw_rollout(image, np.array([[[0.2, 0.0], [0.1, 0.1]]]))
   lit = figure.axes[4].images[0].get_array()
   np.testing.assert_array_equal(lit[..., 0], [[200, 0], [100, 100]])
   even = figure.axes[8].images[0].get_array()
@@ -301,16 +301,18 @@ def test_figures_of_images_of_any_shape(channels, tmp_path):
   random = np.random.RandomState(0)
   image = random.randint(0, 256, (3, 8, 12, channels), np.uint8)
   figures = [
-    draw.patches(image[0], maps.patches(image[0], (2, 3))),
-    draw.rollout(image, random.uniform(size=(3, 4, 4))),
-    draw.head_attention(image[0], random.uniform(size=(40, 20, 4, 4)), list(map(str, range(40)))),
-    draw.mistakes(image, ['a'] * 3, ['b'] * 3, [1.0, 0.5, 0.1]),
-    draw.filters(random.normal(size=(9, 2, 3, channels)), np.full(9, 1 / 9)),
-    draw.position_similarity(random.uniform(size=(20, 3, 20, 3))),
-    draw.attention_distance(random.uniform(size=(1, 3)), 0.5),
+    draw.draw_patches(image[0], maps.patches(image[0], (2, 3))),
+    draw.draw_rollout(image, random.uniform(size=(3, 4, 4))),
+    draw.draw_head_attention(
+      image[0], random.uniform(size=(40, 20, 4, 4)), list(map(str, range(40)))
+    ),
+    draw.draw_mistakes(image, ['a'] * 3, ['b'] * 3, [1.0, 0.5, 0.1]),
+    draw.draw_filters(random.normal(size=(9, 2, 3, channels)), np.full(9, 1 / 9)),
+    draw.draw_position_similarity(random.uniform(size=(20, 3, 20, 3))),
+    draw.draw_attention_distance(random.uniform(size=(1, 3)), 0.5),
   ]
   for figure in figures:
-    canvas.save(figure, tmp_path / 'f.png')
+    canvas.save_figure(figure, tmp_path / 'f.png')
     with Image.open(tmp_path / 'f.png') as drawn:
       assert drawn.width == 1200 and drawn.height < 1500
 

@@ -47,7 +47,7 @@ def test_it_is_evaluated(workdir, capsys):
 def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
   result = trainer.train(resume.saved_config(workdir, {}), workdir)
   assert result['steps'] == 718
-  for path, leaf in jax.tree_util.tree_leaves_with_path(stored.load(workdir)[1]):
+  for path, leaf in jax.tree_util.tree_leaves_with_path(stored.load_checkpoint(workdir)[1]):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     np.testing.assert_allclose(leaf, reference[f'resumed/{name}'], rtol=1e-3, atol=1e-4)
 

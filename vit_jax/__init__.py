@@ -11,7 +11,7 @@ _PUBLIC = {  # imported when asked for: a model needs neither datasets nor check
   'make': 'model.variants',
   'block_tokens': 'model.vit',
   'load': 'weights.pretrained',
-  'save': 'inference.export',
+  'save': 'inference.exporting',
   'default_config': 'config',
   'train': 'training.trainer',
 }

@@ -3,11 +3,11 @@
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.augment import crops, pipeline, randaugment
-from vit_jax.data import image as image_lib
-from vit_jax.model import positions
+from vit_jax.augment import MAX_MAGNITUDES, PAD_MODES, SPACES, mixes
+from vit_jax.data import INTERPOLATIONS
+from vit_jax.model import RESIZES
 from vit_jax.names import choose, pair
-from vit_jax.optim import optimizers, schedules
+from vit_jax.optim import FREEZE, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
 
 RANGES = {  # what a number may be, both ends included
   'seed': (0, 2**32 - 1),
@@ -57,15 +57,15 @@ CACHES = ('auto', 'memory', 'stream')
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
-  choose('optimizer.name', config.optimizer.name, optimizers.OPTIMIZERS)
-  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optimizers.MOMENT_DTYPES)
-  choose('freeze', config.freeze, optimizers.FREEZE)
-  choose('schedule.name', config.schedule.name, schedules.SCHEDULES)
-  choose('init_resize', config.init_resize, positions.RESIZES)
-  choose('data.interpolation', config.data.interpolation, image_lib.INTERPOLATIONS)
+  choose('optimizer.name', config.optimizer.name, OPTIMIZERS)
+  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, MOMENT_DTYPES)
+  choose('freeze', config.freeze, FREEZE)
+  choose('schedule.name', config.schedule.name, SCHEDULES)
+  choose('init_resize', config.init_resize, RESIZES)
+  choose('data.interpolation', config.data.interpolation, INTERPOLATIONS)
   choose('data.cache', config.data.cache, CACHES)
-  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, crops.PAD_MODES)
-  choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
+  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, PAD_MODES)
+  choose('augment.rand_augment.space', config.augment.rand_augment.space, SPACES)
   pair(config.data.image_size, 'data.image_size')
   values = config_lib.flatten(config)
   for key, value in values.items():
@@ -113,9 +113,9 @@ def check_progressive(config: ConfigDict) -> None:
 def check_augment(config: ConfigDict) -> None:
   """Raises ValueError for arguments of augmentations that don't fit each other."""
   erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
-  most = randaugment.MAX_MAGNITUDES[drawn.space]
+  most = MAX_MAGNITUDES[drawn.space]
   if not 0 <= drawn.magnitude <= most:
-    spaces = [f'{space} to {most}' for space, most in randaugment.MAX_MAGNITUDES.items()]
+    spaces = [f'{space} to {most}' for space, most in MAX_MAGNITUDES.items()]
     raise ValueError(
       f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
       f'{drawn.magnitude:g}. The spaces go to: {", ".join(spaces)}.'
@@ -124,7 +124,7 @@ def check_augment(config: ConfigDict) -> None:
     raise ValueError(
       f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
     )
-  if not pipeline.mixes(config.augment):
+  if not mixes(config.augment):
     return
   if not mix.mixup_alpha and not mix.cutmix_alpha:
     raise ValueError(

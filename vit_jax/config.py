@@ -162,7 +162,7 @@ def default_config() -> ConfigDict:
 
 TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # as absl has them
 
-# What a run may change when it is resumed: how it trains, not what. Epochs: `trainer.add_cycle`.
+# What a run may change when it is resumed: how it trains, not what. Epochs: `resume.add_cycle`.
 MAY_CHANGE = (
     'micro_batches', 'eval_batch_size', 'log_every', 'eval_every', 'checkpoint_every',
     'keep_checkpoints', 'deterministic', 'mesh.data', 'mesh.fsdp', 'mesh.tensor', 'data.dir',
@@ -226,10 +226,10 @@ def located(path: str) -> Iterator[None]:
     if isinstance(error, SyntaxError) and error.filename == path:
       lines.append(error.lineno)  # nothing of the file has run
     line = f', line {lines[-1]}' if lines else ''
-    raise ValueError(f'--config: {path}{line}: {reason(error)}') from error
+    raise ValueError(f'--config: {path}{line}: {explain(error)}') from error
 
 
-def reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
   """What to say of an error that a config file raised."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
   # What ml_collections says of a key that is not there, and then of all those that are.

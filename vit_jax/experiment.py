@@ -14,17 +14,21 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax.augment import pipeline
-from vit_jax.augment.mixing import partner
-from vit_jax.data import image as image_lib
-from vit_jax.distributed import devices, microbatch
-from vit_jax.model import variants
-from vit_jax.model.pooling import POOLS
-from vit_jax.model.vit import ViT
+from vit_jax.augment import (
+  AUGMENTATIONS,
+  active,
+  augment,
+  augment_and_mix,
+  mixes,
+  normalize,
+  partner,
+)
+from vit_jax.data import Fit, fit_image
+from vit_jax.distributed import make_mesh, micro_batches, shares
+from vit_jax.model import POOLS, ViT, make
 from vit_jax.names import choose, pair
-from vit_jax.optim import losses
-from vit_jax.optim import plan as plan_lib
-from vit_jax.workdir import trained
+from vit_jax.optim import LOSSES, image_stages
+from vit_jax.workdir import TrainingFiles
 
 # What the keys that `init` may decide are without it.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -68,18 +72,18 @@ class Experiment:
   augment: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
   augment_and_mix: Callable[..., tuple[jax.Array, jax.Array]]
   normalize: Callable[[jax.Array], jax.Array]
-  fit: image_lib.Fit
-  names: trained.Names | None = dataclasses.field(default_factory=trained.Names)
+  fit: Fit
+  names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
 
   @property
   def augments(self) -> bool:
     """Whether training may change an image."""
-    return bool(pipeline.active(self.config.augment))
+    return bool(active(self.config.augment))
 
   @property
   def mixes(self) -> bool:
     """Whether training mixes images, and with them the losses of their labels."""
-    return pipeline.mixes(self.config.augment)
+    return mixes(self.config.augment)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -154,8 +158,8 @@ class Experiment:
     """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
-    together = group(self.config) if batch_size // devices.shares(mesh) % 2 == 0 else 1
-    return microbatch.micro_batches(mesh, batch_size, patches, self.model.width, together)
+    together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
+    return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
     """What a checkpoint holds of it; see `Checkpoints.save`."""
@@ -180,7 +184,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
   if fields['pool'] is not None:
     choose('model.pool', fields['pool'], set(POOLS) - {'none'})  # classes need one vector
-  model = variants.make(fields.pop('variant'), len(task.class_names) or None, **fields)
+  model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]
     if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
@@ -193,24 +197,24 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
   if config.data.cache == 'stream':  # the file is cropped, while it is decoded
-    arguments['resized_crop']['min_area'] = pipeline.AUGMENTATIONS['resized_crop'].off
+    arguments['resized_crop']['min_area'] = AUGMENTATIONS['resized_crop'].off
   experiment = Experiment(
     config,
     task,
     model,
-    functools.partial(choose('loss.name', loss.pop('name'), losses.LOSSES), **loss),
-    functools.partial(pipeline.augment, arguments=arguments),
-    functools.partial(pipeline.augment_and_mix, arguments=arguments),
+    functools.partial(choose('loss.name', loss.pop('name'), LOSSES), **loss),
+    functools.partial(augment, arguments=arguments),
+    functools.partial(augment_and_mix, arguments=arguments),
     functools.partial(
-      pipeline.normalize,
+      normalize,
       size=pair(config.data.image_size),
       mean=config.data.mean,
       std=config.data.std,
     ),
-    functools.partial(image_lib.fit, interpolation=config.data.interpolation, **geometry),
+    functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
   jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *experiment.image_shape)))
-  for _, size in plan_lib.stages(config, 0):
+  for _, size in image_stages(config, 0):
     if any(n % patch for n, patch in zip(size, model.patch_size)):
       raise ValueError(
         f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
@@ -221,20 +225,20 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 def group(config: ConfigDict) -> int:
   """How many neighbours of a batch stay on one device and in one micro-batch: those that mix."""
-  return 2 if pipeline.mixes(config.augment) else 1
+  return 2 if mixes(config.augment) else 1
 
 
-def make_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def mesh_for(config: ConfigDict) -> jax.sharding.Mesh:
   """Of the devices that the config asks for, and that its batch divides over.
 
   Raises:
     ValueError: there is none such.
   """
-  return devices.make_mesh(**division(config), shape=dict(config.mesh))
+  return make_mesh(**division(config), shape=dict(config.mesh))
 
 
 def division(config: ConfigDict) -> dict[str, int]:
-  """How a batch may be divided over devices, as `sharding.make_mesh` takes it."""
+  """How a batch may be divided over devices, as `devices.make_mesh` takes it."""
   return {
     'batch_size': config.batch_size,
     'micro_batches': config.micro_batches or 1,

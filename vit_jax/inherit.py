@@ -5,19 +5,16 @@ import logging
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.data.source import Source
-from vit_jax.model import variants
-from vit_jax.model.vit import ViT
+from vit_jax.data import Source
+from vit_jax.model import ATTRIBUTES, ViT, variant_fields
 from vit_jax.names import pair
-from vit_jax.weights import pretrained, reader
-from vit_jax.weights.formats import Weights
-from vit_jax.weights.pretrained import Pretrained
-from vit_jax.workdir import trained
+from vit_jax.weights import Pretrained, Weights, adapt, read_weights
+from vit_jax.workdir import TrainingFiles
 
 log = logging.getLogger(__name__)
 
 
-def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, trained.Names]:
+def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
   """The weights that `init` names, for the data's classes and size, and what they decide.
 
   The head is new, and its pre-logits layer is dropped, unless the weights are of the same classes.
@@ -29,8 +26,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, tra
   Raises:
     ValueError: no such weights, or a config that contradicts them.
   """
-  found = reader.read(config.init)
-  grid = grid_of(config, found)
+  found = read_weights(config.init)
+  grid = grid_for(config, found)
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} takes images of {found.channels} channels, those of '
@@ -38,25 +35,25 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, tra
     )
   classes = source.class_names
   new_head = found.class_names != classes  # others, or who knows which
-  loaded = pretrained.adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
+  loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
   if new_head:
     log.info('The head is new: the classes are not those of the weights.')
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
-def names_of(loaded: Pretrained) -> trained.Names:
+def names_of(loaded: Pretrained) -> TrainingFiles:
   """The names of the files that weights were trained on; none where they don't tell."""
-  names = trained.Names() if loaded.run is None else trained.Names.load(loaded.run)
+  names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
       'Version 0.1.0 trained the weights of init and kept no names of its training files: they may '
       'have been trained on some of the test images.'
     )
-  return names or trained.Names()
+  return names or TrainingFiles()
 
 
-def grid_of(config: ConfigDict, found: Weights) -> tuple[int, int]:
+def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
   """The patches (down, across) of the config's images under the model of some weights.
 
   Raises:
@@ -77,8 +74,8 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
   Raises:
     ValueError: it asks for another model; the message lists the differences.
   """
-  own = {name: getattr(loaded.model, name) for name in variants.ATTRIBUTES if name in config.model}
-  asked = variants.variant_fields(config.model.variant) if config.model.variant else {}
+  own = {name: getattr(loaded.model, name) for name in ATTRIBUTES if name in config.model}
+  asked = variant_fields(config.model.variant) if config.model.variant else {}
   asked |= {name: value for name, value in config.model.items() if value is not None}
   differences = [
     f'  model.{name}: {asked[name]!r} in the config, {value!r} in the weights'

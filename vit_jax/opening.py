@@ -14,16 +14,23 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import inherit
 from vit_jax.check import check
-from vit_jax.data import loading, memory, sources, splits
-from vit_jax.data import source as source_lib
-from vit_jax.data.loading import Split
-from vit_jax.data.source import Source
+from vit_jax.data import (
+  Source,
+  Split,
+  check_memory,
+  common_size,
+  decide_cache,
+  first_size,
+  open_source,
+  open_split,
+  overlap,
+  report_split,
+)
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.names import pair
-from vit_jax.optim import plan as plan_lib
-from vit_jax.optim.plan import Training
-from vit_jax.weights import pretrained, reader
-from vit_jax.workdir import stored, trained
+from vit_jax.optim import Training, announce, plan_training
+from vit_jax.weights import adapt, check_params, read_weights
+from vit_jax.workdir import TrainingFiles, hash_training_files, leave_out_trained, load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +39,7 @@ def from_config(
   config: ConfigDict,
   saved: ConfigDict | None = None,
   cycles: tuple[int, ...] = (),
-  seen: trained.Names | None = None,
+  seen: TrainingFiles | None = None,
 ) -> tuple[Experiment, Training]:
   """Opens the data and the weights of `init`, then builds the rest.
 
@@ -48,12 +55,12 @@ def from_config(
   """
   check(config)
   data = config.data
-  source = sources.open_source(data.source, data.dir, pair(data.image_size))
+  source = open_source(data.source, data.dir, pair(data.image_size))
   for warning in source.warnings:
     log.warning('%s', warning)
   if data.val_split:
     for name in ('train_split', 'eval_split'):
-      if splits.overlap(source.pieces(data.val_split), source.pieces(data[name])):
+      if overlap(source.pieces(data.val_split), source.pieces(data[name])):
         raise ValueError(
           f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
           "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
@@ -73,43 +80,43 @@ def from_config(
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
   assemble(config, task)  # a mistake in the model shows before an image is looked at
-  config = loading.decide_cache(config, source, names, size, trains=True)
+  config = decide_cache(config, source, names, size, trains=True)
   if config.data.cache == 'memory':
-    size = memory.own_size(source, data.train_split, size) or size
-    memory.check(source, names, size)
+    size = common_size(source, data.train_split, size) or size
+    check_memory(source, names, size)
   task = dataclasses.replace(task, stored_size=size)
   experiment = dataclasses.replace(assemble(config, task), names=seen)
 
   def read(split, seen):
-    unseen, _ = trained.leave_out(source, split, seen)
-    return loading.open_split(config, unseen, split, size, experiment.fit)
+    unseen, _ = leave_out_trained(source, split, seen)
+    return open_split(config, unseen, split, size, experiment.fit)
 
-  train = loading.open_split(config, source, data.train_split, size, experiment.fit, to_train=True)
+  train = open_split(config, source, data.train_split, size, experiment.fit, to_train=True)
   val = None
   if data.val_split:
     val = read(data.val_split, seen.before() if config.sweep else seen)
   test = read(data.eval_split, seen)
   for name, examples in (('train', train), ('val', val), ('test', test)):
-    loading.report(name, examples)
-  plan_lib.announce(config, len(train), source_lib.first_size(source, data.train_split))
+    report_split(name, examples)
+  announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(task, train_examples=len(train))
   experiment = dataclasses.replace(experiment, task=task)
-  return experiment, plan_lib.make(config, train, val, test, params, cycles)
+  return experiment, plan_training(config, train, val, test, params, cycles)
 
 
-def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, trained.Names]:
+def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, TrainingFiles]:
   """What a new run begins with.
 
   Returns:
     The config with what the weights of `init` decide, these weights if there are any, and the
     names of the files that the run and those before it are trained on.
   """
-  params, earlier = None, trained.Names()
+  params, earlier = None, TrainingFiles()
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
   # The last run of a sweep trains on the held-out split, too.
   trained_on = [config.data.train_split, *[config.data.val_split] * bool(config.sweep)]
-  return config, params, trained.of_files(source, trained_on, earlier)
+  return config, params, hash_training_files(source, trained_on, earlier)
 
 
 def from_init(
@@ -130,10 +137,10 @@ def from_init(
   config.init = init
   config_lib.override_all(config, overrides)
   check(config)
-  found, names = reader.read(init), None
+  found, names = read_weights(init), None
   if classes == 'data':
     data = config.data
-    names = sources.open_source(data.source, data.dir, pair(data.image_size)).class_names
+    names = open_source(data.source, data.dir, pair(data.image_size)).class_names
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head, so it names no classes. Train one: '
@@ -141,12 +148,10 @@ def from_init(
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
-  grid = inherit.grid_of(config, found) if any(config.data.image_size) else None
+  grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = names and len(names)
   new_head = names not in (None, found.class_names)
-  loaded = pretrained.adapt(
-    found, grid, None, count, config.init_resize, tokens=False, new_head=new_head
-  )
+  loaded = adapt(found, grid, None, count, config.init_resize, tokens=False, new_head=new_head)
   if loaded.model.pool == 'none':  # the weights leave it open
     pool = 'cls' if loaded.model.has_class else 'gap'
     loaded = dataclasses.replace(loaded, model=loaded.model.clone(pool=pool))
@@ -174,12 +179,12 @@ def from_workdir(
     workdir: of a training run.
     overrides: dotted keys and values put over the workdir's own config.
     config: what the run must have been trained with, overrides included; None to trust it.
-    step: which checkpoint, as in `checkpoint.preferred`: by default the best.
+    step: which checkpoint, as in `stored.preferred`: by default the best.
 
   Raises:
     ValueError: no checkpoint, or a config or overrides that contradict it.
   """
-  loaded, params, saved = stored.load(workdir, step)
+  loaded, params, saved = load_checkpoint(workdir, step)
   own = config_lib.from_dict(saved['config'])
   trained_size = own.data.image_size
   if config is None:
@@ -189,8 +194,8 @@ def from_workdir(
   size, config.data.image_size = pair(config.data.image_size), trained_size
   check(config)
   experiment = assemble(config, Task.load(saved['task'])).at(size)
-  experiment = dataclasses.replace(experiment, names=trained.Names.load(saved))
-  pretrained.check_params(experiment.model, params, experiment.image_shape[:2], workdir)
+  experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
+  check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 
 
@@ -208,14 +213,14 @@ def open_model(
   return from_workdir(workdir, overrides, config, step)
 
 
-def open_source(experiment: Experiment) -> Source:
+def open_data(experiment: Experiment) -> Source:
   """The source of the experiment's data.
 
   Raises:
     ValueError: data of other classes or channels than the model's.
   """
   data, task = experiment.config.data, experiment.task
-  source = sources.open_source(data.source, data.dir, pair(data.image_size))
+  source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     raise ValueError(
       f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
@@ -240,17 +245,17 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
   Raises:
     ValueError: data of other classes than the model's, or a test split trained on as a whole.
   """
-  source, names = source or open_source(experiment), experiment.names
+  source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:
     log.warning('%s', warning)
   if names is None:
-    names = trained.Names()
+    names = TrainingFiles()
     if source.files:
       log.warning(
         'Version 0.1.0 trained these weights and kept no names of its training files: they may '
         'have been trained on some of the test images.'
       )
-  return trained.leave_out(source, experiment.config.data.eval_split, names)
+  return leave_out_trained(source, experiment.config.data.eval_split, names)
 
 
 def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Split]:
@@ -264,15 +269,15 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
     ValueError: more than the memory holds.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
-  config = loading.decide_cache(experiment.config, source, names, size)
+  config = decide_cache(experiment.config, source, names, size)
   if config.data.cache == 'memory':
-    memory.check(source, names, size)
-  found = [loading.open_split(config, own, name, size, experiment.fit) for own, name in parts]
+    check_memory(source, names, size)
+  found = [open_split(config, own, name, size, experiment.fit) for own, name in parts]
   for name, examples in zip(names, found):
-    loading.report(name, examples)
+    report_split(name, examples)
   return found
 
 
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
   """One split, of a source that is open or to be opened; see `load_splits`."""
-  return load_splits(experiment, (source or open_source(experiment), name))[0]
+  return load_splits(experiment, (source or open_data(experiment), name))[0]

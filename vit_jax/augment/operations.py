@@ -53,7 +53,7 @@ def operate(
   image_BHWC = apart(blend(chosen, argument_B, image_BHWC))
   hidden_BHW = None
   if centre_B2 is not None:
-    hidden_BHW = square(chosen['cutout'], argument_B, centre_B2, image_BHWC.shape)
+    hidden_BHW = cutout_square(chosen['cutout'], argument_B, centre_B2, image_BHWC.shape)
   return warp(make_matrix(chosen, argument_B, image_BHWC.shape), image_BHWC, hidden_BHW)
 
 
@@ -65,7 +65,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
   whole_B11 = argument_B11.astype(jnp.int32)
   tables = {
     'autocontrast': stretch(count_BCV),
-    'equalize': flatten(count_BCV),
+    'equalize': equalized(count_BCV),
     'invert': 255 - level_V,
     'posterize': level_V & -(1 << (8 - whole_B11)),
     'solarize': jnp.where(level_V < argument_B11, level_V, 255 - level_V),
@@ -108,7 +108,7 @@ def stretch(count_BCV: jax.Array) -> jax.Array:
   return jnp.where(low_BC1 == high_BC1, level_V, (level_V - low_BC1) * 255 // span_BC1)
 
 
-def flatten(count_BCV: jax.Array) -> jax.Array:
+def equalized(count_BCV: jax.Array) -> jax.Array:
   """The table that makes all levels of each channel about as frequent."""
   up_to_BCV = jnp.cumsum(count_BCV, axis=2)
   darker_BCV = up_to_BCV - count_BCV
@@ -190,7 +190,9 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
   return jnp.stack([jnp.stack(row_x, -1), jnp.stack(row_y, -1)], -2)
 
 
-def square(chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple) -> jax.Array:
+def cutout_square(
+  chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple
+) -> jax.Array:
   """Which pixels cutout hides (DeVries and Taylor 2017, 1708.04552): bool `[B, H, W]`.
 
   Args:

@@ -161,7 +161,7 @@ def rand_augment(
 
   def layer(i, image_BHWC):
     layer_key_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(key_B)
-    drawn = jax.vmap(lambda key: draw(key, space, strength, probability))(layer_key_B)
+    drawn = jax.vmap(lambda key: draw_operation(key, space, strength, probability))(layer_key_B)
     return operate(*drawn, image_BHWC)
 
   return jax.lax.fori_loop(0, num_layers, layer, image_BHWC)
@@ -178,7 +178,7 @@ def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float)
 
   The paper's probability is 1. Its warps take the nearest pixel and fill with black.
   """
-  drawn = jax.vmap(lambda key: draw(key, 'wide', any_strength, probability))(key_B)
+  drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
 
 
@@ -187,7 +187,7 @@ def any_strength(key: jax.Array) -> jax.Array:
   return jax.random.randint(key, (), 0, STRENGTHS) / (STRENGTHS - 1)
 
 
-def draw(
+def draw_operation(
   key: jax.Array, space: str, strength: Callable[[jax.Array], jax.Array], probability: float
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   """An operation, its place in `OPERATIONS`; its argument; and what `operate` takes for cutout.

@@ -21,7 +21,7 @@ import numpy as np
 
 from vit_jax.data.memory import Examples
 from vit_jax.data.stream import Stream
-from vit_jax.distributed import sharding
+from vit_jax.distributed import gather
 
 ENDLESS = 2**48  # steps
 
@@ -105,8 +105,8 @@ def eval_batches(
   with contextlib.closing(examples.batches(plan, over_batch)) as batches:
     for step, batch in zip(plan.steps, batches):
       inside_B = plan.positions(step) < min((step + 1) * batch_size, count)
-      mask = sharding.gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
+      mask = gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
       bad = batch.pop('bad', None)
       index_B = plan.examples(plan.positions(step))
-      also = {name: sharding.gather(array, index_B, over_batch) for name, array in beside.items()}
+      also = {name: gather(array, index_B, over_batch) for name, array in beside.items()}
       yield batch | also | {'mask': mask if bad is None else mask * (bad == 0)}

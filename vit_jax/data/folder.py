@@ -21,9 +21,7 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.data import image as image_lib
-from vit_jax.data.source import Source
 from vit_jax.names import choose
-from vit_jax.storage import local
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
 HELD_OUT = 0.2  # share of a folder's files, where no others are there to test on
@@ -127,11 +125,11 @@ def open_folder(root: pathlib.Path) -> Folder:
       files[name] = list_files(root / folder, class_names, passed_over)
   else:
     files = {'train': listed.within(HELD_OUT, 1.0), 'test': listed.within(0.0, HELD_OUT)}
-  check(root, class_names, listed, files)
+  check_classes(root, class_names, listed, files)
   return Folder(class_names, files, tuple(warnings(root, class_names, files, passed_over)))
 
 
-def check(
+def check_classes(
   root: pathlib.Path, class_names: tuple[str, ...], listed: Files, files: dict[str, Files]
 ) -> None:
   """Raises ValueError where a class has no training image, or the test split no image."""
@@ -230,39 +228,3 @@ def list_files(
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)
   return Files(top, *arrays)
-
-
-def source(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """A folder of images, one folder a class; see `folder.open_folder` for its splits.
-
-  A relative path starts at `data_dir`.
-  """
-  del image_size
-  root = root_of(path, data_dir)
-  if not path:
-    raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
-  if not root.is_dir():
-    raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
-  found = open_folder(root)
-  files = found.files
-
-  def read(split, indices):
-    top, path_N, label_N = files[split].top, files[split].path_N, files[split].label_N
-    for i in indices:
-      file = top / os.fsdecode(bytes(path_N[i]))
-      yield str(file), file, int(label_N[i])
-
-  return Source(
-    {name: len(part) for name, part in files.items()},
-    found.class_names,
-    3,
-    read,
-    files['train'].fingerprint(),
-    files,
-    warnings=found.warnings,
-  )
-
-
-def root_of(path: str, data_dir: str) -> pathlib.Path:
-  """Where a folder lies; a relative path starts at `data_dir`."""
-  return local(data_dir) / local(path)

@@ -43,7 +43,7 @@ def has_image_name(name: str) -> bool:
   return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
 
 
-def read(path: pathlib.Path) -> bytes:
+def read_file(path: pathlib.Path) -> bytes:
   """The file's bytes.
 
   Raises:
@@ -57,7 +57,7 @@ def read(path: pathlib.Path) -> bytes:
     raise BadImage(f'{path}: {error.strerror}.') from error
 
 
-def decode(
+def decode_image(
   encoded: bytes, name: object, channels: int = 3, max_pixels: int | None = None
 ) -> Image.Image:
   """Decodes to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
@@ -117,7 +117,7 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
   return image.convert('L' if channels == 1 else 'RGB')
 
 
-def fit(
+def fit_image(
   image: Image.Image,
   size: tuple[int, int],
   interpolation: str = 'bicubic',
@@ -264,7 +264,7 @@ def opencv():
 INTERPOLATIONS = {method.name.lower(): method for method in Image.Resampling}
 
 
-def find(paths: list[str]) -> list[pathlib.Path]:
+def find_images(paths: list[str]) -> list[pathlib.Path]:
   """The files named, and the images in the folders and patterns (`photos/*.jpg`) named, sorted.
 
   Raises:
@@ -290,7 +290,7 @@ def find(paths: list[str]) -> list[pathlib.Path]:
   return found
 
 
-def save(image_HWC: np.ndarray, path: pathlib.Path) -> None:
+def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:
   """Writes a uint8 array as PNG."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   with storage.writing(path):

@@ -7,13 +7,13 @@ import jax
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.augment import pipeline
+from vit_jax.augment import AUGMENTATIONS
 from vit_jax.data import image as image_lib
 from vit_jax.data import memory, stream
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Source
 from vit_jax.data.stream import Stream
-from vit_jax.distributed import cluster
+from vit_jax.distributed import from_first
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ def decide_cache(
     return config
 
   def reason():
-    too_much = memory.need(source, names, size)
+    too_much = memory.excess(source, names, size)
     return too_much or (differs(config, source, names[0], size) if trains else '')
 
   # Hosts may have more or less memory: the first decides.
-  why = cluster.from_first(reason) if jax.distributed.is_initialized() else reason()
+  why = from_first(reason) if jax.distributed.is_initialized() else reason()
   cache = 'stream' if why else 'memory'
   log.info(
     'data.cache: auto takes %s: %s.', cache, why or f'{", ".join(names)} fit into half of it'
@@ -62,11 +62,11 @@ def differs(config: ConfigDict, source: Source, split: str, size: tuple[int, int
   All else is the same on both ways: their order, how they are decoded and fitted, and what the
   device does to them.
   """
-  if pipeline.AUGMENTATIONS['resized_crop'].on(config.augment.resized_crop):
+  if AUGMENTATIONS['resized_crop'].on(config.augment.resized_crop):
     return 'augment.resized_crop cuts parts from the files, not from what was made of them'
   if config.data.skip_bad_images:
     return 'data.skip_bad_images puts other images in the place of bad ones'
-  if own := memory.own_size(source, split, size):
+  if own := memory.common_size(source, split, size):
     return (
       f'memory would keep all images at their {own[0]}x{own[1]} pixels and augment them there, '
       f'before the device enlarges them to {size[0]}x{size[1]}'
@@ -94,8 +94,8 @@ def open_split(
   """
   data, crop = config.data, config.augment.resized_crop
   if data.cache == 'memory':
-    return memory.load(source, split, size, data.skip_bad_images, fit)
-  cropped = to_train and pipeline.AUGMENTATIONS['resized_crop'].on(crop)
+    return memory.load_examples(source, split, size, data.skip_bad_images, fit)
+  cropped = to_train and AUGMENTATIONS['resized_crop'].on(crop)
   return stream.open_stream(
     source,
     split,
@@ -108,7 +108,7 @@ def open_split(
   )
 
 
-def report(name: str, examples: Split | None) -> None:
+def report_split(name: str, examples: Split | None) -> None:
   """Logs the size of a split, and each image left out."""
   if examples is None:
     return

@@ -22,7 +22,7 @@ from vit_jax.data import image as image_lib
 from vit_jax.data import source as source_lib
 from vit_jax.data import splits
 from vit_jax.data.source import Source
-from vit_jax.distributed import sharding
+from vit_jax.distributed import gather
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Examples:
     return self.image_NHWC.shape[1:3]
 
   def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `data.Plan`: `image` and `label`."""
+    """The batches of a `batching.Plan`: `image` and `label`."""
     for step in plan.steps:
       index_B = plan.examples(plan.positions(step))
       yield {
-        'image': sharding.gather(self.image_NHWC, index_B, over_batch),
-        'label': sharding.gather(self.label_N, index_B, over_batch),
+        'image': gather(self.image_NHWC, index_B, over_batch),
+        'label': gather(self.label_N, index_B, over_batch),
       }
 
   def some(self, index_N: Sequence[int]) -> 'Examples':
@@ -72,12 +72,12 @@ class Examples:
 
 
 @limits.memory_for('Reading images')
-def load(
+def load_examples(
   source: Source,
   split: str,
   size: tuple[int, int],
   skip_bad_images: bool = False,
-  fit: image_lib.Fit = image_lib.fit,
+  fit: image_lib.Fit = image_lib.fit_image,
 ) -> Examples:
   """Reads a split into memory.
 
@@ -86,14 +86,14 @@ def load(
     split: in TFDS notation.
     size: (height, width) that images are fitted to.
     skip_bad_images: leave out what can't be decoded, instead of raising.
-    fit: `image.fit`, its further arguments bound.
+    fit: `image.fit_image`, its further arguments bound.
 
   Raises:
     image.BadImage: the first file that can't be decoded.
     ValueError: the split doesn't exist or holds nothing.
   """
   pieces = source.pieces(split)
-  count = splits.length(pieces)
+  count = splits.num_examples(pieces)
   image_NHWC = np.empty((count, *size, source.channels), np.uint8)
   label_N = np.empty(count, np.int32)
 
@@ -122,7 +122,7 @@ def load(
   return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
 
 
-def own_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
+def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
   """The (height, width) of all images of a split, where they have one size smaller than `size`.
 
   None where they don't. Headers are read, up to the first one that shows it.
@@ -141,9 +141,9 @@ def own_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, in
   return found
 
 
-def need(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
+def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
   """What splits need together where that is more than half of `limit`; else an empty text."""
-  count = sum(splits.length(source.pieces(name)) for name in names)
+  count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_, most = count * math.prod(size) * source.channels, limits.limit()
   if bytes_ <= most / 2:
     return ''
@@ -153,9 +153,9 @@ def need(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
   )
 
 
-def check(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
+def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
   """Raises ValueError where splits together would fill more than half of the memory."""
-  if too_much := need(source, names, size):
+  if too_much := excess(source, names, size):
     raise ValueError(
       f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), take a part, e.g. '
       f'{names[0]}[:10%], or set a smaller data.image_size.'

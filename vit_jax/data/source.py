@@ -58,7 +58,7 @@ class Source:
     """
     positions = {name: files.position_N for name, files in self.files.items()}
     pieces = splits.resolve(split, self.sizes, positions)
-    return splits.leave_out(pieces, self.left_out)
+    return splits.remove(pieces, self.left_out)
 
 
 def pixels(
@@ -73,7 +73,7 @@ def pixels(
   check_label(source, name, label)
   if isinstance(encoded, np.ndarray):
     return encoded if encoded.shape[:2] == size else image_lib.refit(encoded, size, fit)
-  return fit(image_lib.decode(as_bytes(encoded), name, source.channels), size)
+  return fit(image_lib.decode_image(as_bytes(encoded), name, source.channels), size)
 
 
 def own_size(example: Example) -> tuple[int, int]:
@@ -125,7 +125,7 @@ def check_label(source: Source, name: str, label: int) -> None:
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
   """The file that an example is."""
-  return image_lib.read(encoded) if isinstance(encoded, pathlib.Path) else encoded
+  return image_lib.read_file(encoded) if isinstance(encoded, pathlib.Path) else encoded
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -70,12 +70,12 @@ def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
   )
 
 
-def length(pieces: Sequence[Piece]) -> int:
+def num_examples(pieces: Sequence[Piece]) -> int:
   """The number of examples."""
   return sum(stop - start for _, start, stop in pieces)
 
 
-def leave_out(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
+def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
   """What remains of pieces without some examples.
 
   Args:

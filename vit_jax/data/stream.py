@@ -35,7 +35,7 @@ from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Example, Source, as_bytes, check_label, pixels, stop_at
-from vit_jax.distributed import cluster, sharding
+from vit_jax.distributed import local_rows, num_cores, place_rows
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Stream:
     source: what is read.
     pieces: `(split, start, stop)`, one after the other.
     size: (height, width) of what comes out.
-    fit: as for `memory.load`.
+    fit: as for `memory.load_examples`.
     crop: `min_area` and `max_aspect` of the random parts that training sees; None: `fit` decides.
     skip_bad_images: replace what can't be decoded, instead of raising.
     workers: processes that decode; 0: this one.
@@ -68,7 +68,7 @@ class Stream:
   threads: int = 1
 
   def __len__(self) -> int:
-    return splits.length(self.pieces)
+    return splits.num_examples(self.pieces)
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
@@ -76,7 +76,7 @@ class Stream:
     return np.array([label for _, _, label in self.read_all()], np.int32)
 
   def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `data.Plan`: `image`, `label` and, where bad images are replaced, `bad`.
+    """The batches of a `batching.Plan`: `image`, `label` and, where bad images are replaced, `bad`.
 
     To be closed, which ends the workers.
 
@@ -87,7 +87,7 @@ class Stream:
     if self.workers:
       check_start()
     grain = open_grain()
-    row_N = sharding.local_rows(over_batch, plan.rows)
+    row_N = local_rows(over_batch, plan.rows)
     parts = [row_N[i : i + PART] for i in range(0, len(row_N), PART)]
     each = -(-len(parts) // max(self.workers, 1))  # so that every worker is a batch ahead
     found = grain.MapDataset.range(len(plan.steps) * len(parts))
@@ -96,8 +96,8 @@ class Stream:
     found = found.mp_prefetch(
       grain.MultiprocessingOptions(self.workers, each), worker_init_fn=start_worker
     )
-    found = found.batch(len(parts), batch_fn=concatenate)
-    found = found.map(functools.partial(sharding.place_rows, row_N, plan.rows, over_batch))
+    found = found.batch(len(parts), batch_fn=join_parts)
+    found = found.map(functools.partial(place_rows, row_N, plan.rows, over_batch))
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(found, prefetch_buffer_size=AHEAD))
     try:
       with unsignalled():
@@ -122,7 +122,7 @@ class Stream:
     """The `rows` at these places, decoded by several threads."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-      return concatenate(list(pool.map(self.rows, parts)))
+      return join_parts(list(pool.map(self.rows, parts)))
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
     """Whether the images at these places can be decoded, `[N]`; all where bad ones stop the run."""
@@ -227,7 +227,7 @@ def warn(message: str) -> None:
 
 def best_threads(workers: int) -> int:
   """Threads of each process where none are asked for. More would wait for Python's lock."""
-  return min(16, max(1, cluster.cores() // max(1, workers)))
+  return min(16, max(1, num_cores() // max(1, workers)))
 
 
 def open_grain():
@@ -254,18 +254,18 @@ def read_part(stream: Stream, plan, parts: list[np.ndarray], number: int) -> dic
 
   Args:
     stream: whose examples they are.
-    plan: a `data.Plan`.
+    plan: a `batching.Plan`.
     parts: the rows of each part of a batch.
     number: of the part, counted from the plan's first batch on.
   """
   step, part = divmod(number, len(parts))
   position_N = plan.positions(plan.steps[step])[parts[part]]
   random = plan.seed is not None and stream.crop is not None
-  uniform_N4 = np.stack([draw(plan.seed, p) for p in position_N]) if random else None
+  uniform_N4 = np.stack([draw_uniform(plan.seed, p) for p in position_N]) if random else None
   return stream.rows(plan.examples(position_N), uniform_N4)
 
 
-def draw(seed: int, position: int) -> np.ndarray:
+def draw_uniform(seed: int, position: int) -> np.ndarray:
   """Four numbers in [0, 1) of a position."""
   # A counter of its own for each position. Bits are drawn, not numbers, because NumPy keeps the
   # stream of bits for good, and that of numbers not.
@@ -273,7 +273,7 @@ def draw(seed: int, position: int) -> np.ndarray:
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def concatenate(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """One dictionary of arrays from several, which are emptied, in this process's own memory."""
   # Frames of Grain's hold parts till the end, when it is too late to free what workers share.
   names = list(parts[0])

@@ -21,23 +21,23 @@ import jax
 
 from vit_jax.data import source as source_lib
 from vit_jax.data.source import Source
-from vit_jax.distributed import cluster
+from vit_jax.distributed import from_first
 from vit_jax.names import choose
 from vit_jax.storage import local
 
 CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
 
 
-def source(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """An image classification dataset of tensorflow-datasets, without TensorFlow."""
   del image_size
-  root = root_of(name, data_dir)
+  root = data_root(name, data_dir)
   if jax.distributed.is_initialized():  # of several processes one prepares what they may share
-    cluster.from_first(lambda: prepared_builder(name, root) and None)
-  return source_of(name, prepared_builder(name, root))
+    from_first(lambda: prepared_builder(name, root) and None)
+  return tfds_source(name, prepared_builder(name, root))
 
 
-def root_of(name: str, data_dir: str) -> pathlib.Path:
+def data_root(name: str, data_dir: str) -> pathlib.Path:
   """Where TFDS data lies.
 
   Raises:
@@ -49,7 +49,7 @@ def root_of(name: str, data_dir: str) -> pathlib.Path:
   return local(root)
 
 
-def source_of(name: str, builder) -> Source:
+def tfds_source(name: str, builder) -> Source:
   """The source of a TFDS builder.
 
   Raises:
@@ -168,12 +168,12 @@ def prepare_here() -> None:
     builder.download_and_prepare()
   elif builder.info.file_format.value == 'tfrecord':
     source = pathlib.Path(builder.data_dir)
-    convert(source, pathlib.Path(converted) / source.relative_to(root))
+    convert_to_array_record(source, pathlib.Path(converted) / source.relative_to(root))
   else:
     sys.exit(f'prepared as {builder.info.file_format.value}; array_record or tfrecord is needed')
 
 
-def convert(source: pathlib.Path, target: pathlib.Path) -> None:
+def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a prepared folder, its TFRecord files as array_record; complete or not there."""
   from array_record.python import array_record_module
   import tensorflow as tf

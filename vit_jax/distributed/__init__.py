@@ -1,1 +1,55 @@
 """Processes, devices, and how arrays lie on them."""
+
+from vit_jax.distributed.backend import is_ampere, portable, target_backend
+from vit_jax.distributed.cluster import (
+  Preempted,
+  Preemption,
+  check_same,
+  from_first,
+  is_first,
+  num_cores,
+  to_host,
+)
+from vit_jax.distributed.devices import few_devices, inference_mesh, make_mesh, shares, start_up
+from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
+from vit_jax.distributed.sharding import (
+  batch_sharding,
+  gather,
+  keep_layout,
+  layout,
+  local_rows,
+  place,
+  place_rows,
+  replicate,
+  replicated,
+)
+
+__all__ = [
+  'Preempted',
+  'Preemption',
+  'add_up',
+  'batch_sharding',
+  'check_same',
+  'concatenate',
+  'few_devices',
+  'from_first',
+  'gather',
+  'inference_mesh',
+  'is_ampere',
+  'is_first',
+  'keep_layout',
+  'layout',
+  'local_rows',
+  'make_mesh',
+  'micro_batches',
+  'num_cores',
+  'place',
+  'place_rows',
+  'portable',
+  'replicate',
+  'replicated',
+  'shares',
+  'start_up',
+  'target_backend',
+  'to_host',
+]

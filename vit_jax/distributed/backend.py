@@ -10,7 +10,7 @@ import jax
 _portable = contextvars.ContextVar('portable', default=False)
 
 
-def target() -> str | None:
+def target_backend() -> str | None:
   """`cpu`, `gpu` or `tpu`; None where the program is to run on all of them."""
   return None if _portable.get() else jax.default_backend()
 

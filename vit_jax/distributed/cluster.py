@@ -135,7 +135,7 @@ def asked_to_stop() -> bool:
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
 
-def cores() -> int:
+def num_cores() -> int:
   """Cores that this process may run on."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
@@ -156,7 +156,7 @@ def from_first(function: Callable[[], object]) -> object:
     ValueError: which the function raised, or in the place of its OSError; in the other processes
       also in the place of any other error.
   """
-  # Asking for the process count alone would start JAX, before `sharding.start_up` may have run.
+  # Asking for the process count alone would start JAX, before `devices.start_up` may have run.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None

@@ -36,7 +36,7 @@ def start_up() -> None:
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
     with contextlib.suppress(RuntimeError):  # JAX runs already: see `few_devices`
-      jax.config.update('jax_num_cpu_devices', cluster.cores())
+      jax.config.update('jax_num_cpu_devices', cluster.num_cores())
       _one_per_core = True
 
 
@@ -49,7 +49,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
   user_set_count = jax.config.jax_num_cpu_devices > 0 and not _one_per_core
   if user_set_count or jax.default_backend() != 'cpu' or jax.process_count() > 1:
     return None
-  rows, most = batch_size // micro_batches // group, worth(cluster.cores(), batch_size)
+  rows, most = batch_size // micro_batches // group, worth(cluster.num_cores(), batch_size)
   wanted = max(n for n in range(1, most + 1) if rows % n == 0)
   if wanted <= count:
     return None
@@ -98,7 +98,7 @@ def make_mesh(
     most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
     # The first that fits is taken: more than are worth it only where `shape` asks for them.
     counts = [*range(most, 0, -1), *range(most + 1, len(devices) + 1)]
-  sizes = [fill(shape, count) for count in counts]
+  sizes = [axis_sizes(shape, count) for count in counts]
   sizes = [found for found in sizes if found]
   if not sizes:
     raise ValueError(
@@ -129,7 +129,7 @@ def mesh_of(sizes: tuple[int, ...]) -> Mesh:
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def fill(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
+def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
   """The axes' sizes of a mesh of so many devices; None where there is none."""
   if -1 in (shape['fsdp'], shape['tensor']) and shape['data'] == -1:
     shape = {**shape, 'data': 1}

@@ -26,7 +26,7 @@ TENSOR_AXIS = {
 SPLIT_FROM = 4096  # elements; `fsdp` leaves smaller arrays whole, which cost more to gather
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
   """For arrays whose first axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(devices.BATCH))
 
@@ -108,7 +108,7 @@ def place_rows(
   return {name: put(array) for name, array in local.items()}
 
 
-def keep(mesh: Mesh, tree):
+def keep_layout(mesh: Mesh, tree):
   """Inside a program that XLA partitions: arrays where `layout` has them."""
   return (
     jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree

@@ -22,12 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import limits, progress
-from vit_jax.data import batching
-from vit_jax.data.loading import Split
-from vit_jax.data.memory import Examples
-from vit_jax.distributed import cluster, microbatch, sharding
+from vit_jax.data import Examples, Split, eval_batches
+from vit_jax.distributed import (
+  batch_sharding,
+  concatenate,
+  from_first,
+  is_first,
+  replicated,
+  to_host,
+)
 from vit_jax.experiment import Experiment
-from vit_jax.weights import npz
+from vit_jax.weights import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +44,9 @@ def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
 
   def feature_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
-    return microbatch.concatenate(functools.partial(extract, exp), mesh, parts)(batch, params)
+    return concatenate(functools.partial(extract, exp), mesh, parts)(batch, params)
 
-  return jax.jit(feature_step, out_shardings=sharding.replicated(mesh))
+  return jax.jit(feature_step, out_shardings=replicated(mesh))
 
 
 def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.Array:
@@ -63,18 +68,18 @@ def compute(
 
   Bad images that are to be skipped are left out.
   """
-  batches = batching.eval_batches(examples, batch_size, sharding.over_batch(mesh))
+  batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Computing features', 'batch', count)
   found = []
   for batch in batches:
     arrays = feature_step(batch, params), batch['label'], batch['mask']
-    feature_BD, label_B, mask_B = cluster.to_host(arrays)
+    feature_BD, label_B, mask_B = to_host(arrays)
     found.append((feature_BD[mask_B > 0], label_B[mask_B > 0]))
   return Examples(*map(np.concatenate, zip(*found)))
 
 
-def cached(
+def cached_features(
   exp: Experiment,
   feature_step: FeatureStep,
   params: dict,
@@ -93,29 +98,29 @@ def cached(
     folder: of files `<key>.npz`.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
-  if (arrays := cluster.from_first(lambda: read(path))) is not None:
+  if (arrays := from_first(lambda: read_cache(path))) is not None:
     log.info('Features of %d examples from %s', len(arrays['label_N']), path)
     return Examples(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
   found = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
-  if cluster.is_first():
-    npz.write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
+  if is_first():
+    write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
   return found
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
   """`feature_ND` and `label_N` of a file; None where there is none, or a damaged one."""
   if not path.exists():
     return None
   try:
-    arrays = npz.read_arrays(path)
+    arrays = read_arrays(path)
     return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
     log.warning('%s: its features are computed again.', error)
     return None
 
 
-def program(exp: Experiment, params: dict) -> str:
+def traced(exp: Experiment, params: dict) -> str:
   """What `extract` computes of one image, on one device, and the version of JAX.
 
   Any change of its code shows here, whichever file it is in.
@@ -136,7 +141,7 @@ def key(exp: Experiment, params: dict, examples: Split) -> str:
   skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}
-  about = (program(exp, params), model, sorted(exp.normalize.keywords.items()))
+  about = (traced(exp, params), model, sorted(exp.normalize.keywords.items()))
   digest = hashlib.sha256(repr(about).encode())
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))

@@ -10,8 +10,8 @@ import pathlib
 import jax
 import numpy as np
 
-from vit_jax.data import image as image_lib
-from vit_jax.distributed import devices, microbatch, sharding
+from vit_jax.data import BadImage, decode_image, read_file
+from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
 from vit_jax.experiment import Experiment
 
 Function = Callable[[jax.Array, dict], jax.Array]
@@ -19,7 +19,7 @@ Function = Callable[[jax.Array, dict], jax.Array]
 BATCH = 64  # images at once
 
 
-def rows(
+def map_files(
   exp: Experiment, params: dict, files: list[pathlib.Path], function: Function
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
   """For each file what `function(image_BHWC, params)` makes of it, or why it can't be read.
@@ -31,14 +31,14 @@ def rows(
     function: of uint8 images; it gives an array with a row for each.
   """
   batch_size = min(len(files), BATCH)
-  mesh = devices.inference_mesh(batch_size)
+  mesh = inference_mesh(batch_size)
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  params = sharding.replicate(mesh, params)
-  step = make_step(exp, mesh, function)
+  params = replicate(mesh, params)
+  step = make_inference_step(exp, mesh, function)
   blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chunks = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
-    submit = lambda chunk: [pool.submit(read, file, exp) for file in chunk]
+    submit = lambda chunk: [pool.submit(read_image, file, exp) for file in chunk]
     reading = submit(chunks[0])
     for chunk, following in zip(chunks, [*chunks[1:], []]):
       images = [future.result() for future in reading]
@@ -47,7 +47,7 @@ def rows(
       values = iter(())
       if good:
         image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
-        image_BHWC = jax.device_put(image_BHWC, sharding.over_batch(mesh))
+        image_BHWC = jax.device_put(image_BHWC, batch_sharding(mesh))
         values = iter(np.asarray(step(image_BHWC, params)))
       for file, row in zip(chunk, images):
         yield file, row if isinstance(row, str) else next(values)
@@ -60,20 +60,20 @@ def probabilities(exp: Experiment) -> Function:
   )
 
 
-def make_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
+def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
   """The function on every device, compiled."""
 
   def step(image_BHWC, params):
     parts = exp.micro_batches(mesh, len(image_BHWC))
-    return microbatch.concatenate(function, mesh, parts)(image_BHWC, params)
+    return concatenate(function, mesh, parts)(image_BHWC, params)
 
   return jax.jit(step)
 
 
-def read(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
+def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
   """The image as the model was trained to see it, or why there is none."""
   try:
-    decoded = image_lib.decode(image_lib.read(file), file, exp.task.channels)
-  except image_lib.BadImage as error:
+    decoded = decode_image(read_file(file), file, exp.task.channels)
+  except BadImage as error:
     return str(error)
   return exp.fit(decoded, exp.task.stored_size)

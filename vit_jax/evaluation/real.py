@@ -6,13 +6,13 @@ import re
 
 import numpy as np
 
-from vit_jax.data.source import Source
+from vit_jax.data import Source
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # of a file, from 1 on
 CLASS = re.compile(r'n\d{8}')  # in whose order the labels number the classes
 
 
-def load(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
+def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
   """Which classes are in the images of a split, bool `[N, L]`; none in those without a label.
 
   Images are known by the names of their files, so that any part of them in any order will do.

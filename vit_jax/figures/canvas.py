@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax import storage
-from vit_jax.figures import draw
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
 GROUND = 228  # grey between patches, where white would be taken for theirs
@@ -46,7 +45,7 @@ styled = matplotlib.rc_context(STYLE)
 
 
 @styled
-def save(figure: Figure, path: pathlib.Path) -> None:
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
   """Writes a PNG 1200 pixels wide, without date or version: the same figure, the same bytes."""
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing from font')
@@ -54,12 +53,7 @@ def save(figure: Figure, path: pathlib.Path) -> None:
       figure.savefig(partial, dpi=150, format='png', metadata={'Software': None})
 
 
-def small(labels: int) -> int:
-  """The size of type, in points, in which so many labels fit side by side."""
-  return 8 if labels <= draw.NUMBERED else 6
-
-
-def show(axis, image_HWC: np.ndarray, **arguments):
+def show_image(axis, image_HWC: np.ndarray, **arguments):
   """An image of 1 or 3 channels, uint8."""
   if image_HWC.shape[-1] == 1:
     arguments |= dict(cmap='gray', vmin=0, vmax=255)
@@ -114,7 +108,7 @@ def evenly(size: int, most: int) -> np.ndarray:
   return np.unique(np.round(np.linspace(0, size - 1, min(size, most))).astype(int))
 
 
-def resize(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Linear interpolation between the centres of patches: `[H, W]`."""
   for axis, wanted in enumerate(size):
     given = map_hw.shape[axis]

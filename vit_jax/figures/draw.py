@@ -29,7 +29,7 @@ PATCHES = 14  # shown in a row
 
 
 @canvas.styled
-def curves(lines: list[dict]) -> Figure:
+def draw_curves(lines: list[dict]) -> Figure:
   """Loss and accuracy of every split over the steps, from the lines of `metrics.jsonl`."""
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   axes = figure.subplots(1, 2)
@@ -52,7 +52,9 @@ def curves(lines: list[dict]) -> Figure:
 
 
 @canvas.styled
-def confusion(count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]) -> Figure:
+def draw_confusion(
+  count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
+) -> Figure:
   """Which class (row) is taken for which, and how much of each is right."""
   classes = len(class_names)
   total_L1 = count_LL.sum(axis=1, keepdims=True)
@@ -66,10 +68,10 @@ def confusion(count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequenc
   matrix.tick_params(length=0)
   if classes <= LABELLED:
     names = [canvas.short(name) for name in class_names]
-    matrix.set_yticks(range(classes), names, fontsize=canvas.small(classes))
+    matrix.set_yticks(range(classes), names, fontsize=small(classes))
     turn = dict(rotation=45, ha='right', rotation_mode='anchor')
     turn = turn if max(map(len, names)) > 2 else {}
-    matrix.set_xticks(range(classes), names, fontsize=canvas.small(classes), **turn)
+    matrix.set_xticks(range(classes), names, fontsize=small(classes), **turn)
   if classes <= NUMBERED:
     matrix.set_title('percent of the true class')
     matrix.spines[:].set_visible(False)
@@ -85,6 +87,11 @@ def confusion(count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequenc
   return figure
 
 
+def small(labels: int) -> int:
+  """The size of type, in points, in which so many labels fit side by side."""
+  return 8 if labels <= NUMBERED else 6
+
+
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
   """Accuracy of each class; of the lowest where there are too many to name."""
   order = np.arange(len(class_names))
@@ -94,7 +101,7 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
     title = f'the {LOWEST} lowest of {len(class_names):,} classes'
   names = [canvas.short(class_names[i]) for i in order]
   axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=canvas.BLUE)
-  axis.set_yticks(range(len(order)), names, fontsize=canvas.small(len(order)))
+  axis.set_yticks(range(len(order)), names, fontsize=small(len(order)))
   axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1), xlabel='accuracy', title=title)
   axis.tick_params(axis='y', length=0)
   axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
@@ -112,7 +119,7 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
 
 
 @canvas.styled
-def mistakes(
+def draw_mistakes(
   image_NHWC: np.ndarray,
   truths: Sequence[str],
   predictions: Sequence[str],
@@ -127,7 +134,7 @@ def mistakes(
   for axis in axes:
     axis.set_axis_off()
   for axis, image, truth, taken, share in zip(axes, image_NHWC, truths, predictions, confidences):
-    canvas.show(axis, image)
+    canvas.show_image(axis, image)
     axis.set_title(f'true: {canvas.short(truth)}', size=8, pad=15)
     text = f'model: {canvas.short(taken, 11)}, {100 * share:.1f}%'
     above = dict(xycoords='axes fraction', xytext=(0, 4), textcoords='offset points', ha='center')
@@ -136,7 +143,7 @@ def mistakes(
 
 
 @canvas.styled
-def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
+def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   """An image with the borders of its patches, its patches apart, and the sequence they make."""
   h, w, p, q, _ = patch_hwpqC.shape
   height, width, _ = image_HWC.shape
@@ -145,7 +152,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   )
   spec = figure.add_gridspec(2, 2, height_ratios=(5, 1))
   whole, apart, row = (figure.add_subplot(spec[where]) for where in ((0, 0), (0, 1), (1, slice(2))))
-  canvas.show(whole, image_HWC, extent=(0, width, height, 0))
+  canvas.show_image(whole, image_HWC, extent=(0, width, height, 0))
   lines = dict(color=canvas.ORANGE, linewidth=0.8)
   whole.hlines(np.arange(1, h) * p, 0, width, **lines)
   whole.vlines(np.arange(1, w) * q, 0, height, **lines)
@@ -155,7 +162,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   tile_hwpqC = canvas.enlarge(patch_hwpqC)
   tall, wide = tile_hwpqC.shape[2:4]
   gap = min(tall, wide) // 6
-  canvas.show(apart, canvas.mosaic(tile_hwpqC, gap))
+  canvas.show_image(apart, canvas.mosaic(tile_hwpqC, gap))
   apart.set_title(f'{h} x {w} patches of {p} x {q} pixels')
   apart.set_axis_off()
 
@@ -164,7 +171,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   tile_NpqC = tile_hwpqC.reshape(count, *tile_hwpqC.shape[2:])
   blank = np.full_like(tile_NpqC[0], canvas.GROUND)
   strip = np.stack([blank if i is None else tile_NpqC[i] for i in shown])[None]
-  canvas.show(row, canvas.mosaic(strip, gap))
+  canvas.show_image(row, canvas.mosaic(strip, gap))
   names = ['...' if i is None else i + 1 for i in shown]
   row.set_xticks(np.arange(len(shown)) * (wide + gap) + (wide - 1) / 2, names, size=8)
   row.set_yticks([])
@@ -175,7 +182,7 @@ def patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
 
 
 @canvas.styled
-def filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
+def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
   """Principal components of the patch embedding, each scaled by itself, zero at mid-grey."""
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -186,7 +193,7 @@ def filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
     axis.set_visible(False)
   for axis, tile_pqC, share in zip(axes, filter_FpqC, share_F):
     largest = max(np.abs(tile_pqC).max(), np.finfo(np.float32).tiny)
-    canvas.show(axis, np.round(127.5 + 127.5 * tile_pqC / largest).astype(np.uint8))
+    canvas.show_image(axis, np.round(127.5 + 127.5 * tile_pqC / largest).astype(np.uint8))
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(True)
     axis.set_title(f'{100 * share:.1f}%', size=8, pad=2)
@@ -194,7 +201,7 @@ def filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 
 @canvas.styled
-def position_similarity(similarity_hwhw: np.ndarray) -> Figure:
+def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
   """For each patch a map of how like its position embedding is to all others."""
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
@@ -209,7 +216,7 @@ def position_similarity(similarity_hwhw: np.ndarray) -> Figure:
 
 
 @canvas.styled
-def attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
+def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
   """Mean attention distance of each head over depth, in pixels.
 
   Args:
@@ -234,7 +241,7 @@ def attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
 
 @canvas.styled
-def rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
+def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
   """Images, where the output comes from, and the images lit by that."""
   count = len(image_BHWC)
   _, height, width, _ = image_BHWC.shape
@@ -246,9 +253,9 @@ def rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
   for axis in axes.ravel():
     canvas.bare(axis)
   for column, image, even_hw in zip(axes.T, image_BHWC, even_Bhw):
-    canvas.show(column[0], image)
-    lit = canvas.resize(even_hw / max(even_hw.max(), 1e-30), (height, width))[..., None]
-    canvas.show(column[1], np.round(image * lit).astype(np.uint8))
+    canvas.show_image(column[0], image)
+    lit = canvas.resize_map(even_hw / max(even_hw.max(), 1e-30), (height, width))[..., None]
+    canvas.show_image(column[1], np.round(image * lit).astype(np.uint8))
     shades = column[2].imshow(
       even_hw, vmin=0, vmax=even_Bhw.max(), extent=(0, width, height, 0), aspect='equal'
     )
@@ -261,7 +268,7 @@ def rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 
 @canvas.styled
-def head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
+def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
   """What each head of each block attends to over one image, every map scaled to its own largest.
 
   Args:
@@ -277,7 +284,7 @@ def head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[s
   tall = maps_width * len(row_R) * h / (len(head_K) * w)
   figure = Figure((canvas.WIDTH, min(max(tall, 2.0), 8.0) + 0.6), layout='constrained')
   left, axis = figure.subplots(1, 2, width_ratios=(1, 3.4))
-  canvas.show(left, image_HWC)
+  canvas.show_image(left, image_HWC)
   left.set_axis_off()
   left.set_title('image')
   names = [rows[i] for i in row_R]

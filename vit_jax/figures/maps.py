@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.model import positions
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT, resize_positions, sincos
 
 
 class Missing(ValueError):
@@ -114,7 +113,7 @@ def head_attention(
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
 
-def summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
   """What `draw` needs of attention, small where attention is large.
 
   One image at a time, and of that each block's attention only until it is summed up: a B/16 at
@@ -193,10 +192,10 @@ def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.n
     raise Missing('model.position=none: the model has no position embeddings.')
   whole = model.position_grid or grid
   if model.position == 'sincos':
-    position_1ND = positions.sincos(*grid, model.width, whole)
+    position_1ND = sincos(*grid, model.width, whole)
   else:
     own_1ND, prefix = np.asarray(params['pos_embedding']), model.num_positions
-    position_1ND = positions.resize(own_1ND, whole, grid, prefix)[:, prefix:]
+    position_1ND = resize_positions(own_1ND, whole, grid, prefix)[:, prefix:]
   return position_1ND.reshape(*grid, model.width)
 
 
@@ -275,7 +274,7 @@ def mistakes(
   return wrong[np.argsort(-np.asarray(confidence_N)[wrong], kind='stable')][:count]
 
 
-def spread(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
+def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
   """The indices of `count` examples, evenly over the classes: the first of each, then the second.
 
   Fewer where there are fewer examples; with more classes than `count`, classes evenly apart.

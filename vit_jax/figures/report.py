@@ -46,7 +46,7 @@ class Picture:
   caption: str
 
 
-def write(
+def write_report(
   path: pathlib.Path,
   title: str,
   subtitle: str,
@@ -70,10 +70,10 @@ def write(
   """
   parts = [
     f'<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>',
-    section('Numbers', table(numbers.items())),
+    section('Numbers', html_table(numbers.items())),
     section('Config', config_tables(list(changed), unchanged)),
     *(section(picture.title, figure(picture)) for picture in pictures),
-    section('Left out', table(left_out.items())) if left_out else '',
+    section('Left out', html_table(left_out.items())) if left_out else '',
   ]
   storage.replace(
     path,
@@ -112,7 +112,7 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
   )
 
 
-def table(rows: Iterable[tuple[str, str]]) -> str:
+def html_table(rows: Iterable[tuple[str, str]]) -> str:
   """Names and values."""
   return f'<table>{cells((escape(name), escape(value)) for name, value in rows)}</table>'
 

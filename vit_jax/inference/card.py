@@ -8,11 +8,8 @@ import dataclasses
 import pathlib
 
 from vit_jax.inference.card_code import RUN
-from vit_jax.model import variants
-from vit_jax.model.vit import ViT
-from vit_jax.weights import param_tree
-from vit_jax.weights.formats import Preprocessing
-from vit_jax.weights.pretrained import Pretrained
+from vit_jax.model import VARIANTS, ViT
+from vit_jax.weights import Preprocessing, Pretrained, flatten_params, image_channels
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
@@ -21,11 +18,11 @@ PROGRAMS = ('stablehlo', 'onnx')
 SHOWN = 100  # classes, where another file has all of them
 
 
-def write(format: str, loaded: Pretrained, source: str, result: dict | None = None) -> str:
+def write_card(format: str, loaded: Pretrained, source: str, result: dict | None = None) -> str:
   """The text of a card.
 
   Args:
-    format: of the export, one of `pretrained.FORMATS`.
+    format: of the export, one of `FORMATS`.
     loaded: the weights.
     source: where they were read.
     result: `result.json` of their run; None where there is none.
@@ -33,14 +30,14 @@ def write(format: str, loaded: Pretrained, source: str, result: dict | None = No
   if format not in PROGRAMS:  # they bring a file to the model's size at once
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
-  count = sum(leaf.size for leaf in param_tree.flatten(loaded.params).values())
+  count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   about = {
-    'architecture': architecture(loaded.model),
+    'architecture': architecture_text(loaded.model),
     'parameters': f'{count:,}',
-    'images': images(loaded.preprocessing, param_tree.channels(loaded.params)),
-    'pixels': pixels(loaded.preprocessing),
+    'images': images(loaded.preprocessing, image_channels(loaded.params)),
+    'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
-    'accuracy': accuracy(loaded, result),
+    'accuracy': accuracy_text(loaded, result),
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
@@ -75,14 +72,14 @@ def name_of(model: ViT) -> str:
   """`B/16` where the sizes are those of a variant, else the sizes."""
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
-  for name, fields in variants.VARIANTS.items():
+  for name, fields in VARIANTS.items():
     own = {'resnet': None} | fields | {'patch_size': model.patch_size}
     if all(getattr(model, key) == value for key, value in own.items()):
       return f'{name}/{patch}'
   return f'{model.width}x{model.depth}/{patch}'
 
 
-def architecture(model: ViT) -> str:
+def architecture_text(model: ViT) -> str:
   """The sizes and choices in words."""
   parts = [
     f'width {model.width}, {model.depth} blocks, {model.num_heads} heads of {model.head_size}, '
@@ -106,7 +103,7 @@ def images(p: Preprocessing, channels: int) -> str:
   return f'{small}{height}x{width} pixels, {kind}; files are {cut}{part}, {p.interpolation}'
 
 
-def pixels(p: Preprocessing) -> str:
+def pixels_text(p: Preprocessing) -> str:
   """What is done to the numbers of an image."""
   mean, std = (', '.join(f'{x:.6g}' for x in values) for values in (p.mean, p.std))
   return f'divided by 255, less {mean}, divided by {std}'
@@ -134,7 +131,7 @@ def public(path: str) -> str:
   return place.name if place.is_absolute() or path.startswith('~') else path
 
 
-def accuracy(loaded: Pretrained, result: dict | None) -> str:
+def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
   """That of the run's result, if it is of these weights: the last or the best."""
   try:
     split, best = result['config']['data']['eval_split'], result.get('best', {})

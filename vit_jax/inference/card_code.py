@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from vit_jax.weights import param_tree
-from vit_jax.weights.formats import Preprocessing
-from vit_jax.weights.pretrained import Pretrained
+from vit_jax.weights import Preprocessing, Pretrained, image_channels
 
 
 def upright(channels: int) -> str:
@@ -13,7 +11,7 @@ def upright(channels: int) -> str:
   return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
 
 
-def prepare(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
+def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
   """`image`, upright and of the size wanted."""
   opened = upright(channels)
   method = f'Image.Resampling.{p.interpolation.upper()}'
@@ -28,15 +26,15 @@ def prepare(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
   return f'{opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'
 
 
-def program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
+def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
   """For `model.json` and a file of a program."""
-  p, channels = loaded.preprocessing, param_tree.channels(loaded.params)
+  p, channels = loaded.preprocessing, image_channels(loaded.params)
   axes = 'None, ..., None' if channels == 1 else 'None'
   lines = [
     imports,
     'from PIL import Image, ImageOps\n',
     read,
-    prepare(p, channels, p.stored_size or p.size),
+    prepare_lines(p, channels, p.stored_size or p.size),
     call.replace('IMAGE', f'np.asarray(image)[{axes}]'),
   ]
   if loaded.class_names:
@@ -47,7 +45,7 @@ def program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
 
 def run_stablehlo(loaded: Pretrained) -> str:
   """With JAX alone."""
-  return program(
+  return python_program(
     loaded,
     'import json\n\nimport jax.export\nimport numpy as np',
     "model = jax.export.deserialize(open('model.stablehlo', 'rb').read())",
@@ -57,7 +55,7 @@ def run_stablehlo(loaded: Pretrained) -> str:
 
 def run_onnx(loaded: Pretrained) -> str:
   """With onnxruntime."""
-  return program(
+  return python_program(
     loaded,
     'import json\n\nimport numpy as np\nimport onnxruntime',
     "model = onnxruntime.InferenceSession('model.onnx')",
@@ -75,7 +73,7 @@ from transformers import AutoImageProcessor, {kind}
 
 processor = AutoImageProcessor.from_pretrained('.')
 model = {kind}.from_pretrained('.')
-{upright(param_tree.channels(loaded.params))}
+{upright(image_channels(loaded.params))}
 inputs = processor(image, return_tensors='pt')
 {show if headed else 'print(model(**inputs).last_hidden_state)'}"""
 
@@ -90,14 +88,14 @@ import timm
 
 model = timm.create_model('local-dir:.', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-{upright(param_tree.channels(loaded.params))}
+{upright(image_channels(loaded.params))}
 output = model(transform(image)[None])[0]
 {show}"""
 
 
 def run_npz(loaded: Pretrained) -> str:
   """With this package: the file has no place for what is done to an image."""
-  p, channels = loaded.preprocessing, param_tree.channels(loaded.params)
+  p, channels = loaded.preprocessing, image_channels(loaded.params)
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
   axes = '[..., None]' if channels == 1 else ''
   mean, std = (repr(list(values)) for values in (p.mean, p.std))
@@ -106,7 +104,7 @@ from PIL import Image, ImageOps
 import vit_jax
 
 model, params = vit_jax.load('model.npz'{f', grid={grid}' if grid[0] != grid[1] else ''})
-{prepare(p, channels, p.size)}
+{prepare_lines(p, channels, p.size)}
 pixels = (np.asarray(image, np.float32){axes} / 255 - {mean}) / {std}
 output = model.apply({{'params': params}}, pixels[None].astype(np.float32))[0]
 print({'output.argmax()' if loaded.model.num_classes else 'output'})"""

@@ -8,9 +8,9 @@ import gradio as gr
 import jax
 import numpy as np
 
-from vit_jax.data import image as image_lib
+from vit_jax.data import BadImage, decode_image
 from vit_jax.experiment import Experiment
-from vit_jax.figures import canvas, maps
+from vit_jax.figures import attention_summary, resize_map
 
 MAX_PIXELS = 50_000_000
 MAX_WAITING = 256  # requests
@@ -52,7 +52,7 @@ class Viewer:
     """Probabilities, and the summary of attention, of one uint8 image."""
     image_BHWC = self.exp.normalize(image_HWC[None])
     logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
-    return jax.nn.softmax(logits_BL)[0], maps.summary(self.exp.model, params, image_BHWC)
+    return jax.nn.softmax(logits_BL)[0], attention_summary(self.exp.model, params, image_BHWC)
 
   def see(self, image_HWC: np.ndarray) -> Seen:
     """What the model makes of an image of the size that it takes."""
@@ -65,7 +65,7 @@ class Viewer:
     Raises:
       image.BadImage: it is none, or too large.
     """
-    decoded = image_lib.decode(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
+    decoded = decode_image(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
     return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
 
   @property
@@ -96,7 +96,7 @@ def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
   """The image lit by a map, dark where it is 0; enlarged to `SHOWN` pixels where it is smaller."""
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
-  light_HW = canvas.resize(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
+  light_HW = resize_map(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
   lit_HWC = np.round(image_HWC * (DARK + (1 - DARK) * light_HW[..., None])).astype(np.uint8)
   return np.broadcast_to(lit_HWC, (*lit_HWC.shape[:2], 3))
 
@@ -112,7 +112,7 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
       raise gr.Error(f'Layers: {layers}. Heads: {heads}.', print_exception=False)
     try:
       seen = viewer.open(encoded)
-    except image_lib.BadImage as error:
+    except BadImage as error:
       raise gr.Error(str(error), print_exception=False) from error
     return viewer.guesses(seen), viewer.picture(seen, layer, head), seen
 

@@ -24,11 +24,10 @@ from jax import export
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.augment import pipeline
-from vit_jax.distributed import backend
-from vit_jax.model.vit import ViT
-from vit_jax.weights import param_tree
-from vit_jax.weights.formats import Preprocessing
+from vit_jax.augment import normalize
+from vit_jax.distributed import portable
+from vit_jax.model import ViT
+from vit_jax.weights import Preprocessing, image_channels
 
 Program = Callable[[jax.Array], jax.Array]
 
@@ -42,15 +41,15 @@ CONVERTER = (
 )
 
 
-def make(model: ViT, params: dict, preprocessing: Preprocessing) -> tuple[Program, tuple]:
+def make_program(model: ViT, params: dict, preprocessing: Preprocessing) -> tuple[Program, tuple]:
   """The program, and the (H, W, C) of its images."""
   model, p = model.clone(dtype=jnp.float32, remat='none'), preprocessing
 
   def program(image_BHWC):
-    image_BHWC = pipeline.normalize(image_BHWC, p.size, p.mean, p.std)
+    image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
     return model.apply({'params': params}, image_BHWC)
 
-  return program, (*(p.stored_size or p.size), param_tree.channels(params))
+  return program, (*(p.stored_size or p.size), image_channels(params))
 
 
 def save_stablehlo(
@@ -71,10 +70,10 @@ def save_stablehlo(
       f'stablehlo: a file holds less than 2 GiB, and the parameters are {size / 2**30:.1f} GiB: '
       'take another format.'
     )
-  program, image_shape = make(model, params, preprocessing)
+  program, image_shape = make_program(model, params, preprocessing)
   (batch,) = export.symbolic_shape('b')
   image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-  with backend.portable(), jax.default_matmul_precision('highest'):
+  with portable(), jax.default_matmul_precision('highest'):
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(image)
   (folder / 'model.stablehlo').write_bytes(exported.serialize())
   write_about(folder, model, exported.out_avals[0].shape, image_shape, preprocessing, class_names)
@@ -98,12 +97,12 @@ def save_onnx(
       import onnxruntime
     except ImportError as error:
       raise ValueError(CONVERTER % error) from error
-    program, image_shape = make(model, params, preprocessing)
+    program, image_shape = make_program(model, params, preprocessing)
     (batch,) = export.symbolic_shape('b')
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
     path, name = folder / 'model.onnx', output_name(model)
     try:
-      with backend.portable():
+      with portable():
         to_onnx(
           program,
           [image],

@@ -21,7 +21,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import backend
+from vit_jax.distributed import is_ampere, target_backend
 
 
 def attention(
@@ -45,7 +45,7 @@ def attention(
   if inspect:
     inspect(attention_weights(query_BQKE, key_BNKE))
     return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-  target = backend.target()
+  target = target_backend()
   if target == 'cpu':
     return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
   if target and keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
@@ -57,7 +57,7 @@ def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
   """Whether cuDNN takes these: self-attention in half precision, heads of 8 to 128, Ampere on."""
   half, size = query_BQKE.dtype in (jnp.bfloat16, jnp.float16), query_BQKE.shape[-1]
   fits = size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
-  return half and fits and backend.is_ampere()
+  return half and fits and is_ampere()
 
 
 def flash(query_BNKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import backend
+from vit_jax.distributed import target_backend
 from vit_jax.model import attention, positions
 
 NARROW = 256  # outputs; of more, transposing the kernel costs what the gradient gains
@@ -31,7 +31,7 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   first; the barrier keeps it from simplifying the two transpositions away.
   """
   inputs, outputs = kernel_IO.shape
-  if outputs < inputs and outputs <= NARROW and backend.target() == 'cpu':
+  if outputs < inputs and outputs <= NARROW and target_backend() == 'cpu':
     return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
   return x_NI @ kernel_IO
 

@@ -52,7 +52,7 @@ def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
 
 
-def resize(
+def resize_positions(
   position_1ND: np.ndarray | jax.Array,
   source_grid: tuple[int, int],
   grid: tuple[int, int],

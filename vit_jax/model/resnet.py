@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-def stride(stages: tuple[int, ...]) -> int:
+def stem_stride(stages: tuple[int, ...]) -> int:
   """By how much the stem reduces height and width: 4 at the root, 2 at each stage but the first."""
   return 4 * 2 ** max(len(stages) - 1, 0)
 

@@ -73,7 +73,7 @@ def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
     fields['patch_size'] = (fields['patch_size'],) * 2
   fields['dtype'] = jnp.dtype(fields.get('dtype', jnp.float32))
   model = ViT(**fields)
-  check(model)
+  check_model(model)
   return model
 
 
@@ -91,7 +91,7 @@ def variant_fields(variant: str) -> dict:
   return fields | ({'patch_size': (int(size),) * 2} if size else {})
 
 
-def check(model: ViT) -> None:
+def check_model(model: ViT) -> None:
   """Raises ValueError where the model's sizes or choices are not possible."""
   for name, table in (
     ('pool', POOLS),
@@ -110,7 +110,7 @@ def check(model: ViT) -> None:
       raise ValueError(f'model.{name} must be positive, got {size}.')
   if len(model.patch_size) != 2 or min(model.patch_size) < 1:
     raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
-  stride = 1 if model.resnet is None else resnet.stride(model.resnet)
+  stride = 1 if model.resnet is None else resnet.stem_stride(model.resnet)
   if model.resnet is not None and (any(n < 1 for n in model.resnet) or model.resnet_width % 32):
     raise ValueError(
       f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected units a '

@@ -182,7 +182,7 @@ class ViT(nn.Module):
     x = image_BHWC
     if self.resnet is not None:
       x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
-      stride = resnet.stride(self.resnet)
+      stride = resnet.stem_stride(self.resnet)
       p, q = p // stride, q // stride
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -222,7 +222,7 @@ class ViT(nn.Module):
     elif self.position == 'learned':
       count = self.num_positions
       position = self.learned_positions(normal, (1, count + math.prod(whole), width))
-      position = positions.resize(position, whole, (h, w), count).astype(x_BND.dtype)
+      position = positions.resize_positions(position, whole, (h, w), count).astype(x_BND.dtype)
       x_BND = x_BND + position[:, count:]
       if count:
         prefix_BND = jnp.concatenate(prefix, axis=1)

@@ -97,7 +97,7 @@ FREEZE = {  # whether a top-level parameter keeps the value that it began with
 }
 
 
-def split(params: dict, freeze: str) -> tuple[dict, dict]:
+def split_frozen(params: dict, freeze: str) -> tuple[dict, dict]:
   """The parameters that are trained, and those that `freeze`, of `FREEZE`, keeps."""
   keeps = choose('freeze', freeze, FREEZE)
   trained = {name: leaves for name, leaves in params.items() if not keeps(name)}

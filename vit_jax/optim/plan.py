@@ -8,7 +8,7 @@ import math
 from ml_collections import ConfigDict
 import optax
 
-from vit_jax.data.loading import Split
+from vit_jax.data import Split
 from vit_jax.names import pair
 from vit_jax.optim import optimizers, schedules
 from vit_jax.optim.schedules import make_schedule
@@ -39,7 +39,7 @@ class Training:
   params: dict | None  # to start from: those of `init`; None for random ones
 
 
-def make(
+def plan_training(
   config: ConfigDict,
   train: Split,
   val: Split | None,
@@ -52,10 +52,10 @@ def make(
   Raises:
     ValueError: too few epochs for a step.
   """
-  return Training(train, val, test, params=params, **recipe(config, len(train), cycles))
+  return Training(train, val, test, params=params, **training_recipe(config, len(train), cycles))
 
 
-def recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
+def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
   """The fields of `Training` that depend on the config and the number of training examples.
 
   The first cycle is the run as it was begun. Each later one warms up to `LATER_PEAK` of the
@@ -69,7 +69,7 @@ def recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> d
   Raises:
     ValueError: too few epochs for a step.
   """
-  steps = length(config, examples)
+  steps = num_steps(config, examples)
   if config.epochs and not steps:
     raise ValueError(
       f'epochs={config.epochs} of {examples} examples in batches of {config.batch_size} is no '
@@ -87,13 +87,13 @@ def recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> d
     'steps': steps,
     'cycles': cycles,
     'early_steps': round((1 - config.augment.off_for_last) * first),
-    'stages': (*stages(config, first)[:-1], (steps, pair(config.data.image_size))),
+    'stages': (*image_stages(config, first)[:-1], (steps, pair(config.data.image_size))),
     'schedule': schedule,
     'optimizer': optimizers.make_optimizer(schedule=schedule, **arguments),
   }
 
 
-def stages(config: ConfigDict, steps: int) -> Stages:
+def image_stages(config: ConfigDict, steps: int) -> Stages:
   """The parts of a run of so many steps, by the size of its images.
 
   Raises:
@@ -112,7 +112,7 @@ def stages(config: ConfigDict, steps: int) -> Stages:
   return (*found, (steps, (height, width)))
 
 
-def length(config: ConfigDict, examples: int) -> int:
+def num_steps(config: ConfigDict, examples: int) -> int:
   """Number of steps of a run on so many training examples."""
   return round(config.epochs * (examples / config.batch_size))
 
@@ -130,7 +130,7 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
     examples: that it trains on.
     found: (height, width) of the first of them as it was found; None where unknown.
   """
-  steps = length(config, examples)
+  steps = num_steps(config, examples)
   if not steps:
     return
   size, batch_size = pair(config.data.image_size), config.batch_size

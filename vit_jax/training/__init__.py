@@ -1,1 +1,6 @@
 """The train step, the loop around it, and where a run goes on."""
+
+from vit_jax.training.resume import saved_config
+from vit_jax.training.state import init_state
+
+__all__ = ['init_state', 'saved_config']

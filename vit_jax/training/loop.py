@@ -18,17 +18,23 @@ import tqdm
 
 from vit_jax import config as config_lib
 from vit_jax import experiment, progress, storage
-from vit_jax.data import batching
-from vit_jax.data.loading import Split
-from vit_jax.distributed import cluster, devices, sharding
-from vit_jax.evaluation import evaluate
+from vit_jax.data import Split, train_batches
+from vit_jax.distributed import (
+  Preempted,
+  Preemption,
+  batch_sharding,
+  few_devices,
+  from_first,
+  is_first,
+  place,
+)
+from vit_jax.evaluation import make_eval_step, score_split
 from vit_jax.experiment import Experiment
-from vit_jax.optim import plan as plan_lib
-from vit_jax.optim.plan import Training
+from vit_jax.optim import LATER_PEAK, Training, warmup_steps
 from vit_jax.training import state
 from vit_jax.training.meter import Meter
 from vit_jax.training.step import TrainStep, make_train_step
-from vit_jax.workdir import checkpoint, stored, writer
+from vit_jax.workdir import DETAILS, Checkpoints, Silent, Writer, latest_step, saved_steps
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +47,12 @@ class Run:
     self.records, self.checkpoints, self.notes = records, checkpoints, notes
     self.preemption = preemption
     self.config = exp.config
-    self.eval_step = evaluate.make_eval_step(exp, mesh)
+    self.eval_step = make_eval_step(exp, mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
 
   def run(self) -> dict:
     """Trains to the end and writes `result.json`."""
-    few = devices.few_devices(**experiment.division(self.config))
+    few = few_devices(**experiment.division(self.config))
     if few:
       log.warning(few)
     train_state = self.initial_state()
@@ -63,8 +69,8 @@ class Run:
   def loop(self, train_state: state.TrainState, start: int, steps: int):
     """Steps `start + 1` to `steps`; returns the state and the last scores."""
     config, examples = self.config, self.training.train
-    over_batch = sharding.over_batch(self.mesh)
-    batches = batching.train_batches(examples, config.batch_size, config.seed, start, over_batch)
+    over_batch = batch_sharding(self.mesh)
+    batches = train_batches(examples, config.batch_size, config.seed, start, over_batch)
     scores = self.evaluate_start(start, train_state) if self.owes_evaluation(start) else {}
     late = None
     with contextlib.ExitStack() as stack:
@@ -100,7 +106,7 @@ class Run:
         if stop:  # an evaluation may take longer than there is time: the next start makes up for it
           self.save(train_state, {})
           self.checkpoints.wait()
-          raise cluster.Preempted(f'Asked to stop: step {step} of {steps} is saved.')
+          raise Preempted(f'Asked to stop: step {step} of {steps} is saved.')
         meter.pause()
         if 'save' in events and not self.training.val:  # first: bad data would end the evaluation
           self.save(train_state, {})
@@ -116,17 +122,17 @@ class Run:
     if not (cycles := self.training.cycles):
       return
     config, begin, end = self.config, cycles[-1], self.training.steps
-    warmup = plan_lib.warmup_steps(config, len(self.training.train), end - begin)
+    warmup = warmup_steps(config, len(self.training.train), end - begin)
     log.info(
         'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s; crops '
         'and flips only.', len(cycles) + 1, begin + 1, end, warmup,
-        plan_lib.LATER_PEAK * config.optimizer.lr, config.schedule.name,
+        LATER_PEAK * config.optimizer.lr, config.schedule.name,
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
     """Whether the run was asked to stop after a step that an evaluation is due after."""
     due = start > 0 and 'eval' in self.due(start)
-    return due and not cluster.from_first(lambda: self.records.find(start, 'test'))
+    return due and not from_first(lambda: self.records.find(start, 'test'))
 
   def evaluate_start(self, start: int, train_state: state.TrainState) -> dict[str, dict]:
     """Evaluates the checkpoint that the run resumes from, which was saved before that."""
@@ -149,14 +155,14 @@ class Run:
     if self.checkpoints.latest() is not None:
       leaves, saved = self.checkpoints.restore(fresh)
       self.began -= saved['seconds']
-      restored = sharding.place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
+      restored = place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
       log.info('Going on from step %d.', restored.step)
       return restored
     overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
-    writer.DETAILS.info('%s', overview)
+    DETAILS.info('%s', overview)
     if self.training.params is None:
       return fresh
-    weights = sharding.place(self.training.params, fresh.params)
+    weights = place(self.training.params, fresh.params)
     ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
     return fresh.replace(params=weights, ema=ema)
 
@@ -214,9 +220,7 @@ class Run:
 
   def score(self, params: dict, examples: Split) -> dict[str, float]:
     """Loss and accuracies of these weights."""
-    return evaluate.evaluate(
-      self.eval_step, params, examples, self.config.eval_batch_size, self.mesh
-    )
+    return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: state.TrainState, scores: dict[str, dict]) -> None:
     """A checkpoint, with the held-out accuracy where there is one: never that on test."""
@@ -240,7 +244,7 @@ class Run:
     } | self.notes
     if 'val' in scores:
       result['val_accuracy'] = scores['val']['accuracy']
-      result |= cluster.from_first(lambda: self.last_and_best(result['steps']))
+      result |= from_first(lambda: self.last_and_best(result['steps']))
     self.records.result(result)
     return result
 
@@ -271,23 +275,23 @@ def fit(
     workdir: a folder that is held.
     **notes: put into `result.json` as they are.
   """
-  config, start = exp.config, stored.latest_step(workdir)
+  config, start = exp.config, latest_step(workdir)
   with (
     intact(workdir),
-    cluster.Preemption() as preemption,  # also while the others end
-    (writer.Writer if cluster.is_first() else writer.Silent)(workdir, start or 0) as records,
-    checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    Preemption() as preemption,  # also while the others end
+    (Writer if is_first() else Silent)(workdir, start or 0) as records,
+    Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
     return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
 
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds to an `output.Unwritten` what is left of the run in a workdir."""
+  """Adds to an `storage.Unwritten` what is left of the run in a workdir."""
   try:
     yield
   except storage.Unwritten as error:
-    whole = next(iter(stored.steps(workdir)), None)
+    whole = next(iter(saved_steps(workdir)), None)
     left = 'No checkpoint had been saved: the same command starts again.'
     if whole is not None:
       left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'

@@ -7,7 +7,7 @@ import time
 
 import jax
 
-from vit_jax.evaluation import scoring
+from vit_jax.evaluation import summarize
 
 
 class Meter:
@@ -43,7 +43,7 @@ class Meter:
       FloatingPointError: the loss or the gradient is not finite.
     """
     metrics = jax.device_get(metrics)
-    loss = scoring.summarize([metrics['score']])['loss']
+    loss = summarize([metrics['score']])['loss']
     for name, value in (('loss', loss), ('gradient norm', metrics['grad_norm'])):
       if not math.isfinite(value):
         raise FloatingPointError(
@@ -60,7 +60,7 @@ class Meter:
     `data_wait` is the share of the time in which the loop waited for its next batch.
     """
     self.pause()
-    values = scoring.summarize(self._scores)
+    values = summarize(self._scores)
     values['images_per_second'] = round(values['examples'] / self._seconds, 1)
     values['data_wait'] = round(self._waited / self._seconds, 4)
     values['learning_rate'] = self._learning_rate

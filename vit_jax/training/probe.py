@@ -18,15 +18,13 @@ import jax
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.distributed import cluster, sharding
-from vit_jax.evaluation import features
+from vit_jax.distributed import from_first, is_first, replicate
+from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
-from vit_jax.model.layers import Dense
-from vit_jax.optim import optimizers
-from vit_jax.optim import plan as plan_lib
-from vit_jax.optim.plan import Training
+from vit_jax.model import Dense
+from vit_jax.optim import Training, plan_training, split_frozen
 from vit_jax.training import loop, resume, state
-from vit_jax.workdir import lock, stored, writer
+from vit_jax.workdir import held, latest_step, read_json, restore_item, write_json
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +70,8 @@ def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -
 
   The checkpoint comes first, because a backbone that has begun to be probed stays that one.
   """
-  if (step := stored.latest_step(workdir)) is not None:
-    return stored.restore_item(workdir, step, 'params')
+  if (step := latest_step(workdir)) is not None:
+    return restore_item(workdir, step, 'params')
   if training.params is not None:
     return training.params
   seed = exp.config.seed
@@ -87,10 +85,10 @@ def on_features(
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
   """The same experiment and training, on features that are kept in `folder`."""
-  params = sharding.replicate(mesh, training.params)
-  step = features.make_feature_step(exp, mesh)
+  params = replicate(mesh, training.params)
+  step = make_feature_step(exp, mesh)
   splits = {
-    name: features.cached(exp, step, params, examples, mesh, folder)
+    name: cached_features(exp, step, params, examples, mesh, folder)
     for name in ('train', 'val', 'test')
     if (examples := getattr(training, name)) is not None
   }
@@ -113,27 +111,27 @@ def sweep(
     FloatingPointError: all rates diverged.
   """
   record = workdir / 'sweep.json'
-  chosen = cluster.from_first(lambda: (writer.read_json(record) or {}).get('sweep'))
-  if chosen and stored.latest_step(workdir) is not None:
+  chosen = from_first(lambda: (read_json(record) or {}).get('sweep'))
+  if chosen and latest_step(workdir) is not None:
     return chosen
   if len(training.val) < FEW:
     log.warning('The rates are compared on %d images only: hold out more.', len(training.val))
   points = []
   for rate in exp.config.sweep:
     try:
-      accuracy = score(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate)
+      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate)
     except FloatingPointError as error:
       log.warning('Learning rate %g: %s', rate, error)
       accuracy = None
     points.append({'lr': rate, 'val_accuracy': accuracy})
   if all(point['val_accuracy'] is None for point in points):
     raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
-  if cluster.is_first():
-    writer.write_json(record, {'sweep': points})
+  if is_first():
+    write_json(record, {'sweep': points})
   return points
 
 
-def score(
+def score_rate(
   exp: Experiment,
   training: Training,
   mesh: jax.sharding.Mesh,
@@ -145,27 +143,27 @@ def score(
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
   if began_with_others(folder, training.params):
-    cluster.from_first(lambda: shutil.rmtree(folder))
-  if result := cluster.from_first(lambda: resume.finished_result(config, folder)):
+    from_first(lambda: shutil.rmtree(folder))
+  if result := from_first(lambda: resume.finished_result(config, folder)):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
   else:
     splits = training.train, training.val, training.test
-    plan = plan_lib.make(config, *splits, training.params)
-    with lock.held(folder):
+    plan = plan_training(config, *splits, training.params)
+    with held(folder):
       resume.begin(config, folder)
       resume.record(exp, folder)
       result = loop.fit(exp, plan, mesh, folder)
   # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
-  cluster.from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
+  from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
 
 
 def began_with_others(folder: pathlib.Path, params: dict) -> bool:
   """Whether the run in a folder has another backbone than these weights, changed since."""
-  if (step := stored.latest_step(folder)) is None:
+  if (step := latest_step(folder)) is None:
     return False
-  theirs = optimizers.split(stored.restore_item(folder, step, 'params'), 'backbone')[1]
-  ours = optimizers.split(params, 'backbone')[1]
+  theirs = split_frozen(restore_item(folder, step, 'params'), 'backbone')[1]
+  ours = split_frozen(params, 'backbone')[1]
   same = jax.tree.structure(theirs) == jax.tree.structure(ours)
   return not (same and jax.tree.all(jax.tree.map(np.array_equal, theirs, ours)))
 
@@ -176,7 +174,7 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr = rate
-  plan = plan_lib.make(config, both, None, training.test, training.params, training.cycles)
+  plan = plan_training(config, both, None, training.test, training.params, training.cycles)
   return of_all(exp, training), plan
 
 

@@ -9,12 +9,18 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax import storage
-from vit_jax.data import image as image_lib
-from vit_jax.data.loading import Split
-from vit_jax.distributed import cluster
+from vit_jax.data import Split, save_png
+from vit_jax.distributed import check_same, from_first, is_first
 from vit_jax.experiment import Experiment, Task
-from vit_jax.optim import plan as plan_lib
-from vit_jax.workdir import stored, writer
+from vit_jax.optim import num_steps
+from vit_jax.workdir import (
+  latest_step,
+  newest_config,
+  read_json,
+  restore_item,
+  set_aside_damaged,
+  write_json,
+)
 
 
 def begin(
@@ -29,18 +35,18 @@ def begin(
   Raises:
     ValueError: the workdir holds another run, or can't be written into.
   """
-  stored.set_aside_damaged(workdir)
-  start, finished, saved, cycles = stored.latest_step(workdir), None, None, ()
+  set_aside_damaged(workdir)
+  start, finished, saved, cycles = latest_step(workdir), None, None, ()
   if start is not None:
-    item = stored.restore_item(workdir, start, 'config')
+    item = restore_item(workdir, start, 'config')
     saved = config_lib.from_dict(item['config'])
     config_lib.check_same_run(saved, config, workdir)
     cycles = add_cycle(config, item, start, workdir)
-    finished = cluster.from_first(lambda: finished_result(config, workdir))
+    finished = from_first(lambda: finished_result(config, workdir))
     if finished and finished.get('steps') != start:  # its last checkpoint is gone
       finished = None
   if not finished:
-    cluster.from_first(lambda: storage.check_folder(workdir))
+    from_first(lambda: storage.check_folder(workdir))
     if start is not None:
       check_rules(item, workdir)
   return finished, saved, cycles
@@ -49,7 +55,7 @@ def begin(
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for a run of 0.1.0 that depends on a rule that has changed since.
 
-  `experiment.from_config` refuses those on folders, of which other files are held out now.
+  `opening.from_config` refuses those on folders, of which other files are held out now.
 
   Args:
     item: the item `config` of the newest checkpoint. 0.1.0 wrote no version into it.
@@ -82,7 +88,7 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
     ValueError: other epochs for a run that is not finished, or fewer for one that is.
   """
   saved, examples = config_lib.from_dict(item['config']), item['task']['train_examples']
-  then, now = plan_lib.length(saved, examples), plan_lib.length(config, examples)
+  then, now = num_steps(saved, examples), num_steps(config, examples)
   cycles = tuple(item.get('cycles', ()))
   if now == then:
     return cycles
@@ -103,10 +109,10 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Raises ValueError where a run can't go on because its data changed."""
-  step = stored.latest_step(workdir)
+  step = latest_step(workdir)
   if step is None:
     return
-  saved = Task.load(stored.restore_item(workdir, step, 'config')['task'])
+  saved = Task.load(restore_item(workdir, step, 'config')['task'])
   for field in dataclasses.fields(Task):
     before, now = getattr(saved, field.name), getattr(experiment.task, field.name)
     if before != now and '' not in (before, now):
@@ -128,11 +134,11 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   Raises:
     ValueError: there is no run.
   """
-  item = stored.newest_config(workdir)
-  written = cluster.from_first(lambda: writer.read_json(workdir / 'config.json'))
+  item = newest_config(workdir)
+  written = from_first(lambda: read_json(workdir / 'config.json'))
   saved = item['config'] if item else written
   if item and written:
-    steps = plan_lib.length(config_lib.from_dict(saved), item['task']['train_examples'])
+    steps = num_steps(config_lib.from_dict(saved), item['task']['train_examples'])
     if item['step'] == steps:  # finished, so nothing but more epochs can have been begun
       saved = saved | {'epochs': max(saved['epochs'], written.get('epochs', 0))}
   if saved is None:
@@ -144,7 +150,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
   """`result.json` of a run that has done `config.epochs` and no more; None of any other."""
-  result = writer.read_json(workdir / 'result.json')
+  result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])
   except (TypeError, KeyError, ValueError):  # none, damaged, or another version's
@@ -161,10 +167,10 @@ def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) ->
   Raises:
     ValueError: the run can't be resumed with this data.
   """
-  cluster.check_same('data', dataclasses.asdict(exp.task))
+  check_same('data', dataclasses.asdict(exp.task))
   check_same_data(exp, workdir)
-  if cluster.is_first():
-    writer.write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+  if is_first():
+    write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
     if test is not None:
       save_examples(exp, test, workdir)
 
@@ -178,4 +184,4 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
     known = sys.getfilesystemencoding()  # which may lack some letters
     name = exp.task.class_names[label].encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
-    image_lib.save(image_HWC, folder / f'{i}_{name}.png')
+    save_png(image_HWC, folder / f'{i}_{name}.png')

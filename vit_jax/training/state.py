@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.distributed import sharding
-from vit_jax.model.vit import ViT
-from vit_jax.optim import optimizers
+from vit_jax.distributed import layout
+from vit_jax.model import ViT
+from vit_jax.optim import split_frozen
 
 
 @flax.struct.dataclass
@@ -51,7 +51,7 @@ def init_state(
   def init():
     params = init_params(model, image_shape, seed)
     ema = params if keep_ema else None
-    opt_state = optimizer.init(optimizers.split(params, freeze)[0])
+    opt_state = optimizer.init(split_frozen(params, freeze)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
-  return jax.jit(init, out_shardings=sharding.layout(mesh, jax.eval_shape(init)))()
+  return jax.jit(init, out_shardings=layout(mesh, jax.eval_shape(init)))()

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.distributed import microbatch, sharding
-from vit_jax.evaluation import scoring
+from vit_jax.distributed import add_up, keep_layout
+from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
-from vit_jax.optim import optimizers
-from vit_jax.optim.plan import Training
+from vit_jax.optim import Training, split_frozen
 from vit_jax.training import state
 
 TrainStep = Callable[[state.TrainState, dict], tuple[state.TrainState, dict]]
@@ -36,28 +35,28 @@ def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh
 
   def loss_fn(trained, frozen, part, key, early):
     loss_B, logits_BL = exp.training_loss(trained | frozen, part, key, early)
-    score = scoring.training_score(logits_BL, part['label'], loss_B)
+    score = training_score(logits_BL, part['label'], loss_B)
     return loss_B.sum() / config.batch_size, score
 
   def gradient(part, trained, frozen, key, early):
     """A micro-batch's share of the gradient of the mean loss, and its metrics."""
     grads, score = jax.grad(loss_fn, has_aux=True)(trained, frozen, part, key, early)
-    return sharding.keep(mesh, grads), score
+    return keep_layout(mesh, grads), score
 
-  gradients = microbatch.add_up(gradient, mesh, parts)
+  gradients = add_up(gradient, mesh, parts)
 
   def train_step(old, batch):
     key = jax.random.fold_in(jax.random.key(config.seed), old.step)
     batch = batch | {'example': jnp.arange(config.batch_size)}
     bad_B = batch.pop('bad', None)
-    trained, frozen = optimizers.split(old.params, config.freeze)
+    trained, frozen = split_frozen(old.params, config.freeze)
     early = old.step < training.early_steps if training.early_steps < training.steps else None
     grads, score = gradients(batch, trained, frozen, key, early)
     updates, opt_state = training.optimizer.update(grads, old.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     ema = old.ema
     if ema is not None:
-      average, constant = optimizers.split(ema, config.freeze)
+      average, constant = split_frozen(ema, config.freeze)
       # A short run, too, forgets the weights that it began with.
       decay = jnp.minimum(config.ema, (1 + old.step) / (10 + old.step))
       ema = optax.incremental_update(trained, average, 1 - decay) | constant
@@ -69,7 +68,7 @@ def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh
     if bad_B is not None:
       metrics['bad_images'] = bad_B.sum()
     new = state.TrainState(old.step + 1, trained | frozen, opt_state, ema)
-    return sharding.keep(mesh, new), metrics
+    return keep_layout(mesh, new), metrics
 
   options = DETERMINISTIC if config.deterministic and jax.default_backend() == 'gpu' else None
   return jax.jit(train_step, donate_argnums=0, compiler_options=options)

@@ -7,10 +7,10 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import experiment, limits, opening
 from vit_jax.check import check
-from vit_jax.distributed import cluster, devices
+from vit_jax.distributed import check_same, start_up
 from vit_jax.storage import local
 from vit_jax.training import loop, probe, resume
-from vit_jax.workdir import lock, trained
+from vit_jax.workdir import held, training_files_of
 
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
 
@@ -32,16 +32,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     cluster.Preempted: it was asked to stop, and has saved.
   """
   workdir = local(workdir)
-  devices.start_up()
+  start_up()
   check(config)
   mine = config_lib.flatten(config)
-  cluster.check_same('config', {key: mine[key] for key in mine if key not in OWN})
-  with lock.held(workdir):
+  check_same('config', {key: mine[key] for key in mine if key not in OWN})
+  with held(workdir):
     finished, saved, cycles = resume.begin(config, workdir)
     if finished:
       return finished
-    mesh = experiment.make_mesh(config)
-    exp, training = opening.from_config(config, saved, cycles, trained.of_run(workdir))
+    mesh = experiment.mesh_for(config)
+    exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     if config.freeze:
       return probe.train_head(exp, training, mesh, workdir)
     resume.record(exp, workdir, training.test)

@@ -15,8 +15,8 @@ import re
 import ml_dtypes
 import numpy as np
 
-from vit_jax.data import image as image_lib
-from vit_jax.model.vit import ViT
+from vit_jax.data import INTERPOLATIONS
+from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.weights import param_tree
 from vit_jax.weights.layouts import Row
@@ -47,7 +47,7 @@ class Preprocessing:
 
   def check(self, channels: int, origin: object) -> None:
     """Raises ValueError for what no image can be prepared by."""
-    choose(f'{origin}: interpolation', self.interpolation, image_lib.INTERPOLATIONS)
+    choose(f'{origin}: interpolation', self.interpolation, INTERPOLATIONS)
     for name in ('mean', 'std'):
       values = getattr(self, name)
       if len(values) not in (1, channels) or not np.isfinite(np.array(values, float)).all():
@@ -91,7 +91,7 @@ class Weights:
 ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
 
-def read_json(path: pathlib.Path) -> dict:
+def load_json(path: pathlib.Path) -> dict:
   """The object in a JSON file.
 
   Raises:
@@ -108,7 +108,9 @@ def read_json(path: pathlib.Path) -> dict:
   return value
 
 
-def read(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> tuple[dict, tuple[str, ...]]:
+def read_params(
+  weights: Weights, wanted: dict[str, tuple[int, ...]]
+) -> tuple[dict, tuple[str, ...]]:
   """Every parameter wanted, and the names of the arrays ignored.
 
   Args:
@@ -143,7 +145,7 @@ def read(weights: Weights, wanted: dict[str, tuple[int, ...]]) -> tuple[dict, tu
   if problems:
     shown = '\n  '.join(problems[:20] + [f'... {len(problems) - 20} more'] * (len(problems) > 20))
     raise ValueError(f'{weights.origin} does not hold the weights of its model:\n  {shown}')
-  return param_tree.unflatten(
+  return param_tree.unflatten_params(
     {name: np.ascontiguousarray(x) for name, x in params.items()}
   ), ignored
 
@@ -159,9 +161,11 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
   return None
 
 
-def write(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
+def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
   """All parameters under their names. The format must be able to hold them: see `refuse`."""
-  flat = {name: np.asarray(leaf, np.float32) for name, leaf in param_tree.flatten(params).items()}
+  flat = {
+    name: np.asarray(leaf, np.float32) for name, leaf in param_tree.flatten_params(params).items()
+  }
   arrays = {}
   for row in table:
     if set(row.ours) <= set(flat):

@@ -13,14 +13,14 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights import hf_names
-from vit_jax.weights.formats import ODD, Preprocessing, Weights, read_json, refuse, write
+from vit_jax.weights.formats import ODD, Preprocessing, Weights, load_json, refuse, write_params
 from vit_jax.weights.layouts import rows
 
 
-def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
+def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
   """The weights of a folder with a `config.json` of Hugging Face.
 
   Raises:
@@ -115,7 +115,7 @@ def preprocessing(
     if kind == 'vit':
       return Preprocessing(size, interpolation='bilinear', stretch=True)
     return Preprocessing(size, **hf_names.IMAGENET, interpolation='bicubic', crop=224 / 256)
-  p = read_json(path)
+  p = load_json(path)
   try:
     found = processing(p, size, str(path))
   except ODD as error:
@@ -190,7 +190,7 @@ def architecture(model: ViT) -> str:
   return kind + suffix
 
 
-def save(
+def save_hf(
   model: ViT,
   params: dict,
   folder: pathlib.Path,
@@ -207,7 +207,7 @@ def save(
   prefix, body_rows, _ = hf_names.KINDS[kind]
   if head:
     body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
-  arrays = write(rows([*body_rows, *head], model.depth), params)
+  arrays = write_params(rows([*body_rows, *head], model.depth), params)
   same = model.patch_size[0] == model.patch_size[1]
   config = dict(
     architectures=[name],

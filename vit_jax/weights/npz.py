@@ -18,9 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from vit_jax import storage
-from vit_jax.model import resnet
-from vit_jax.model.vit import ViT
-from vit_jax.weights.formats import Preprocessing, Weights, refuse, write
+from vit_jax.model import ViT, stem_stride
+from vit_jax.weights.formats import Preprocessing, Weights, refuse, write_params
 from vit_jax.weights.layouts import SAME, STACKED, Row, rows
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def dense(ours: str, theirs: str) -> list[tuple]:
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
-def attention(ours: str, theirs: str) -> list[tuple]:
+def attention_rows(ours: str, theirs: str) -> list[tuple]:
   """The four projections of an attention."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
@@ -70,7 +69,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
   """An encoder block."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
-    *attention(f'{ours}/attention', names[0]),
+    *attention_rows(f'{ours}/attention', names[0]),
     *norm(f'{ours}/attention_norm', names[1]),
     *norm(f'{ours}/mlp_norm', names[2]),
     *mlp(f'{ours}/mlp', names[3]),
@@ -102,7 +101,7 @@ def table(
     *stem(model_fields.get('resnet') or ()),
     *dense('embedding', 'embedding'),
     *norm('norm', 'Transformer/encoder_norm'),
-    *attention('map/attention', 'MAPHead_0/MultiHeadDotProductAttention_0'),
+    *attention_rows('map/attention', 'MAPHead_0/MultiHeadDotProductAttention_0'),
     *norm('map/mlp_norm', 'MAPHead_0/LayerNorm_0'),
     *mlp('map/mlp', 'MAPHead_0/MlpBlock_0'),
     *dense('pre_logits', 'pre_logits'),
@@ -119,7 +118,7 @@ def table(
   return rows([(ours, prefix + theirs, layout) for ours, theirs, layout in head + blocks], depth)
 
 
-def read(path: pathlib.Path) -> Weights:
+def read_npz(path: pathlib.Path) -> Weights:
   """The weights of a file.
 
   Raises:
@@ -142,7 +141,7 @@ def read(path: pathlib.Path) -> Weights:
     if prefix + name not in arrays:
       raise ValueError(f'{path} does not hold the weights of its model:\n  {prefix}{name}: missing')
   stages = find_stages(inside) if 'conv_root/kernel' in inside else None
-  stride = 1 if stages is None else resnet.stride(stages)
+  stride = 1 if stages is None else stem_stride(stages)
   *patch, channels, width = check_axes(path, 'embedding/kernel', get('embedding/kernel'), 4)
   heads, head_dim = check_axes(path, query, get(query), 3 + scanned)[-2:]
   paper_positions = 'Transformer/posembed_input/pos_embedding'
@@ -228,7 +227,7 @@ def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(file, **arrays)  # with checksums, unlike .npy
 
 
-def save(
+def save_npz(
   model: ViT,
   params: dict,
   folder: pathlib.Path,
@@ -256,4 +255,4 @@ def save(
     rows = table(fields, NEWER, 'pos_embedding', prefix='params/')
   else:
     rows = table(fields, OLDER, 'Transformer/posembed_input/pos_embedding')
-  write_arrays(folder / 'model.npz', write(rows, params))
+  write_arrays(folder / 'model.npz', write_params(rows, params))

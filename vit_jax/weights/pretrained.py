@@ -17,8 +17,7 @@ import pathlib
 
 import numpy as np
 
-from vit_jax.model import positions, variants
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT, check_model, resize_positions
 from vit_jax.weights import formats, param_tree, reader
 from vit_jax.weights.formats import Preprocessing, Weights
 
@@ -74,7 +73,7 @@ def load(
     ValueError: nothing there, a damaged file, one with pickled objects, weights that
       contradict their config, or a grid that does not fit; the message says which.
   """
-  return adapt(reader.read(path), grid, source_grid, num_classes, resize)
+  return adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
 
 
 def adapt(
@@ -100,15 +99,15 @@ def adapt(
   if num_classes is not None and num_classes < 1:
     raise ValueError(f'num_classes must be positive, got {num_classes}.')
   model = ViT(**source.fields)
-  variants.check(model)
+  check_model(model)
   own_grid = find_grid(source, model, grid, source_grid)
   grid = own_grid if grid is None else check_grid('grid', grid)
   own_size, size = ([n * p for n, p in zip(g, model.patch_size)] for g in (own_grid, grid))
   wanted = param_tree.param_shapes(model, (*own_size, source.channels))
-  params, ignored = formats.read(source, wanted)
+  params, ignored = formats.read_params(source, wanted)
 
   if 'pos_embedding' in params:
-    params['pos_embedding'] = positions.resize(
+    params['pos_embedding'] = resize_positions(
       params['pos_embedding'], own_grid, grid, model.num_positions, resize
     )
   class_names = source.class_names
@@ -124,7 +123,7 @@ def adapt(
   if 'pre_logits' in dropped:
     model = model.clone(representation_size=None)
   for name in dropped:
-    ignored += tuple(f'{name}/{leaf}' for leaf in param_tree.flatten(params.pop(name, {})))
+    ignored += tuple(f'{name}/{leaf}' for leaf in param_tree.flatten_params(params.pop(name, {})))
   if num_classes is not None and 'head' not in params:
     shapes = param_tree.param_shapes(model, (*size, source.channels))
     params['head'] = {
@@ -169,13 +168,13 @@ def find_grid(
     return given
   if grid is not None and math.prod(check_grid('grid', grid)) == patches:
     return check_grid('grid', grid)
-  if square(patches) is None:
+  if square_grid(patches) is None:
     raise ValueError(
       f'{source.origin} has positions for {patches} patches, which is no square: say '
       'source_grid=(h, w), the patches down and across, or on the command line '
       "--config.data.image_size, the file's own (height, width)."
     )
-  return square(patches)
+  return square_grid(patches)
 
 
 def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
@@ -192,7 +191,7 @@ def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
   return grid
 
 
-def square(count: int) -> tuple[int, int] | None:
+def square_grid(count: int) -> tuple[int, int] | None:
   """The square grid of `count` patches; None where there is none."""
   side = math.isqrt(max(count, 0))
   return (side, side) if side and side * side == count else None
@@ -200,11 +199,11 @@ def square(count: int) -> tuple[int, int] | None:
 
 def check_params(model: ViT, params: dict, size: tuple[int, int], origin: object) -> None:
   """Raises ValueError where parameters don't have the names and shapes of the model."""
-  image_shape = (*size, param_tree.channels(params))
-  compare(param_tree.param_shapes(model, image_shape), param_tree.shapes(params), origin)
+  image_shape = (*size, param_tree.image_channels(params))
+  compare_shapes(param_tree.param_shapes(model, image_shape), param_tree.shapes_of(params), origin)
 
 
-def compare(wanted: dict, given: dict, origin: object) -> None:
+def compare_shapes(wanted: dict, given: dict, origin: object) -> None:
   """Raises ValueError where two sets of named shapes differ, listing where."""
   differences = [
     f'  {name}: {given.get(name, "missing")} there, {wanted.get(name, "none")} in the model'

@@ -15,14 +15,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from vit_jax.model import variants
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT, attributes, make
 from vit_jax.names import pair
 from vit_jax.storage import local
 from vit_jax.weights import formats, hf, layouts, npz, param_tree, timm
 from vit_jax.weights.formats import Preprocessing, Weights
 from vit_jax.weights.layouts import Row
-from vit_jax.workdir import stored
+from vit_jax.workdir import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,12 @@ FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # of a
 INDEX = 'model.safetensors.index.json'  # where the weights are in several files
 
 
-def read(path: str | pathlib.Path, step: str = 'last') -> Weights:
+def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
   """What lies at a path, or on the Hub under that name, as it is.
 
   Args:
     path: see `load`.
-    step: which checkpoint of a workdir, as in `checkpoint.preferred`.
+    step: which checkpoint of a workdir, as in `stored.preferred`.
 
   Raises:
     ValueError: nothing that can be read; the message says what would be.
@@ -60,7 +59,7 @@ def read_file(path: pathlib.Path) -> Weights:
       'safetensors.torch.save_file(state_dict, "model.safetensors").'
     )
   if path.suffix == '.npz':
-    return npz.read(path)
+    return npz.read_npz(path)
   if path.suffix == '.safetensors':
     return read_torch(path.parent, load_arrays(path), str(path))
   raise ValueError(f'{path}: expected .npz, .safetensors, or a folder.')
@@ -75,7 +74,7 @@ def read_folder(folder: pathlib.Path, origin: str | None = None, step: str = 'la
     return read_checkpoint(folder.parent.parent, folder.name)
   files = sorted(folder.glob('*.safetensors'))
   if (folder / INDEX).is_file():
-    index = formats.read_json(folder / INDEX).get('weight_map')
+    index = formats.load_json(folder / INDEX).get('weight_map')
     if not isinstance(index, dict):
       raise ValueError(f'{folder / INDEX}: expected a weight_map, from names to files.')
     files = [folder / name for name in sorted(set(index.values()))]
@@ -88,7 +87,7 @@ def read_folder(folder: pathlib.Path, origin: str | None = None, step: str = 'la
     return read_torch(folder, arrays, origin)
   found = sorted(folder.glob('*.npz'))
   if len(found) == 1:
-    return npz.read(found[0])
+    return npz.read_npz(found[0])
   names = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'
   raise ValueError(
     f'{origin}: found no weights: expected checkpoints/, or config.json with *.safetensors, or one '
@@ -98,8 +97,8 @@ def read_folder(folder: pathlib.Path, origin: str | None = None, step: str = 'la
 
 def read_torch(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: str) -> Weights:
   """safetensors by the `config.json` beside them: timm's names an `architecture`."""
-  config = formats.read_json(folder / 'config.json')
-  read = timm.read if 'architecture' in config else hf.read
+  config = formats.load_json(folder / 'config.json')
+  read = timm.read_timm if 'architecture' in config else hf.read_hf
   try:
     found = read(folder, config, arrays)
   except formats.ODD as error:
@@ -143,22 +142,22 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   """This project's own: the averaged weights where the run keeps them."""
-  step, params, saved = stored.load(workdir, step)
+  step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
     fields['patch_size'] = pair(fields['patch_size'])
-  model = variants.make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
+  model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
   wanted = param_tree.param_shapes(model, (*size, task['channels']))
-  arrays = param_tree.flatten(params)
+  arrays = param_tree.flatten_params(params)
   return Weights(
     origin=str(workdir),
     arrays=arrays,
     rows=[Row((name,), (name,), layouts.SAME) for name in sorted(wanted)],
-    fields=variants.attributes(model),
+    fields=attributes(model),
     channels=task['channels'],
     preprocessing=Preprocessing(
       size,

@@ -13,10 +13,10 @@ import pathlib
 import numpy as np
 from safetensors.numpy import save_file
 
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights import timm_names
-from vit_jax.weights.formats import Preprocessing, Weights, refuse, write
+from vit_jax.weights.formats import Preprocessing, Weights, refuse, write_params
 from vit_jax.weights.layouts import (
   CONV,
   SAME,
@@ -108,7 +108,7 @@ NEUTRAL = {  # arguments that change no output: of training, or of images of ano
 }  # fmt: skip
 
 
-def read(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
+def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
   """The weights of a folder with a `config.json` of timm.
 
   Raises:
@@ -170,7 +170,7 @@ def arguments(origin: str, config: dict) -> dict:
     ValueError: an unknown architecture, or an argument that this project does not have.
   """
   own, name = config.get('model_args') or {}, config['architecture']
-  known = timm_names.arguments(name)
+  known = timm_names.arguments_of(name)
   if known is None and not {'embed_dim', 'depth', 'num_heads'} <= set(own):
     raise ValueError(
       f'{origin}: the architecture {name!r} is none of the ViTs that are known here, and '
@@ -200,7 +200,7 @@ HOLDS = {
 }
 
 
-def save(
+def save_timm(
   model: ViT,
   params: dict,
   folder: pathlib.Path,
@@ -260,6 +260,6 @@ def save(
     pretrained_cfg=about,
   )
   table = [*TABLE, *torch_norm('norm', 'fc_norm' if model.norm_after_pool else 'norm')]
-  arrays = write(rows(table, model.depth), params)
+  arrays = write_params(rows(table, model.depth), params)
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

@@ -94,7 +94,7 @@ NOT_A_VIT = {
 }
 
 
-def arguments(name: str) -> dict | None:
+def arguments_of(name: str) -> dict | None:
   """What a name stands for; None for one that is not known here."""
   if name.startswith('flexivit_'):
     found = SIZES.get(name.removeprefix('flexivit_'))

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vit_jax import storage
-from vit_jax.distributed import cluster
+from vit_jax.distributed import from_first, is_first, to_host
 from vit_jax.workdir import stored
 
 
@@ -37,7 +37,7 @@ class Checkpoints:
     """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
     self._workdir = workdir
     self._accuracies, self._manager = {}, None
-    if cluster.is_first():
+    if is_first():
       self._accuracies = stored.accuracies(workdir)
       self._manager = manager(workdir, keep, self._accuracies)
 
@@ -52,7 +52,7 @@ class Checkpoints:
       self._manager.close()  # waits until the last one is written
     except Exception as error:  # orbax and tensorstore raise many kinds
       if kind is None:
-        raise unwritten(self._workdir, error) from error
+        raise not_saved(self._workdir, error) from error
 
   def latest(self) -> int | None:
     """The newest step; None where there is none."""
@@ -79,7 +79,7 @@ class Checkpoints:
       FloatingPointError: a parameter is not finite; nothing is written.
       output.Unwritten: this one, or the one before it, can't be written.
     """
-    host = cluster.to_host(state)
+    host = to_host(state)
     step = int(host.step)
     for path, leaf in jax.tree_util.tree_leaves_with_path(host.params):
       if not np.isfinite(leaf).all():
@@ -106,7 +106,7 @@ class Checkpoints:
         ),
       )
     except Exception as error:  # orbax and tensorstore raise many kinds
-      raise unwritten(self._workdir, error) from error
+      raise not_saved(self._workdir, error) from error
 
   def wait(self) -> None:
     """Until the last checkpoint is on disk; all processes wait for it.
@@ -114,13 +114,13 @@ class Checkpoints:
     Raises:
       output.Unwritten: it can't be written; in several processes a ValueError.
     """
-    cluster.from_first(self._wait)
+    from_first(self._wait)
 
   def _wait(self):
     try:
       self._manager.wait_until_finished()
     except Exception as error:  # orbax and tensorstore raise many kinds
-      raise unwritten(self._workdir, error) from error
+      raise not_saved(self._workdir, error) from error
 
   def restore(self, like) -> tuple[list[np.ndarray], dict]:
     """The newest state, and its `config` item.
@@ -131,7 +131,7 @@ class Checkpoints:
     Returns:
       The state's arrays on the host, in the order of `like`'s leaves.
     """
-    return cluster.from_first(lambda: self._restore(like))
+    return from_first(lambda: self._restore(like))
 
   def _restore(self, like):
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (like.params, rest(like)))
@@ -188,7 +188,7 @@ def rest(state) -> dict:
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
-def unwritten(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
+def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
   """The error for a checkpoint that can't be written."""
   first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
   return storage.unwritten(stored.directory(workdir), storage.reason(error) or first)

@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import IO
 
-from vit_jax.distributed import cluster
+from vit_jax.distributed import from_first
 from vit_jax.workdir import writer
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     ValueError: another run, in this process or another, holds it.
   """
   with contextlib.ExitStack() as stack:
-    cluster.from_first(lambda: stack.enter_context(_held(workdir)))
+    from_first(lambda: stack.enter_context(_held(workdir)))
     yield
 
 

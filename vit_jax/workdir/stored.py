@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vit_jax.distributed import cluster
+from vit_jax.distributed import from_first
 from vit_jax.workdir import writer
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def directory(workdir: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(workdir).expanduser().resolve() / 'checkpoints'
 
 
-def steps(workdir: pathlib.Path) -> list[int]:
+def saved_steps(workdir: pathlib.Path) -> list[int]:
   """Those of its checkpoints, the newest first. Writes nothing."""
   if not directory(workdir).is_dir():
     return []
@@ -44,19 +44,19 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 def latest_step(workdir: pathlib.Path) -> int | None:
   """The newest checkpoint; None where there is none. Writes nothing."""
-  return cluster.from_first(lambda: next(iter(steps(workdir)), None))
+  return from_first(lambda: next(iter(saved_steps(workdir)), None))
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
   """The newest item `config` that is whole, and its `step`; None where there is none."""
 
   def find():
-    for step in steps(workdir):
+    for step in saved_steps(workdir):
       with contextlib.suppress(Damaged):
-        return read(workdir, step, 'config') | {'step': step}
+        return read_item(workdir, step, 'config') | {'step': step}
     return None
 
-  return cluster.from_first(find)
+  return from_first(find)
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
@@ -65,10 +65,10 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
   Raises:
     Damaged: it can't be read, or is not as it was saved.
   """
-  return cluster.from_first(lambda: read(workdir, step, item))
+  return from_first(lambda: read_item(workdir, step, item))
 
 
-def read(workdir: pathlib.Path, step: int, item: str):
+def read_item(workdir: pathlib.Path, step: int, item: str):
   """The same, in this process."""
   about = restored(workdir, step, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
@@ -167,15 +167,15 @@ def set_aside_damaged(workdir: pathlib.Path) -> None:
   Raises:
     ValueError: none is whole.
   """
-  cluster.from_first(lambda: _set_aside_damaged(workdir))
+  from_first(lambda: _set_aside_damaged(workdir))
 
 
 def _set_aside_damaged(workdir: pathlib.Path) -> None:
-  found = steps(workdir)
+  found = saved_steps(workdir)
   for step in found:
     try:
       for item in ITEMS:
-        read(workdir, step, item)
+        read_item(workdir, step, item)
       return
     except Damaged as error:
       aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
@@ -197,9 +197,9 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   lines = writer.read_metrics(workdir)
   recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
   found = {}
-  for step in steps(workdir):
+  for step in saved_steps(workdir):
     with contextlib.suppress(Damaged):
-      found[step] = read(workdir, step, 'config').get('accuracy', recorded.get(step))
+      found[step] = read_item(workdir, step, 'config').get('accuracy', recorded.get(step))
   return {step: accuracy for step, accuracy in found.items() if accuracy is not None}
 
 
@@ -208,7 +208,7 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
   return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
 
 
-def load(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
+def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   """A checkpoint for inference: step, weights (NumPy), `config` item and in it `names`.
 
   The weights are the averaged ones where the run keeps them. A damaged checkpoint is skipped.
@@ -220,7 +220,7 @@ def load(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   Raises:
     ValueError: the workdir holds no such checkpoint.
   """
-  found = cluster.from_first(lambda: _load(workdir, step))
+  found = from_first(lambda: _load(workdir, step))
   return tuple(found)
 
 
@@ -228,11 +228,11 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
   found = preferred(workdir, step)
   for (step, why), following in zip(found, [*found[1:], None]):
     try:
-      config = read(workdir, step, 'config') | {'names': read(workdir, step, 'names')}
+      config = read_item(workdir, step, 'config') | {'names': read_item(workdir, step, 'names')}
       if config['config']['ema'] > 0:
-        params = read(workdir, step, 'state')['ema']
+        params = read_item(workdir, step, 'state')['ema']
       else:
-        params = read(workdir, step, 'params')
+        params = read_item(workdir, step, 'params')
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
       return step, params, config
@@ -253,7 +253,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   Raises:
     ValueError: the workdir holds no such checkpoint.
   """
-  found = steps(workdir)
+  found = saved_steps(workdir)
   if not found:
     raise ValueError(
       f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '

@@ -19,9 +19,7 @@ import pathlib
 import numpy as np
 
 from vit_jax import progress
-from vit_jax.data import splits
-from vit_jax.data.folder import Files
-from vit_jax.data.source import Source
+from vit_jax.data import Files, Source, num_examples
 from vit_jax.workdir import stored
 
 log = logging.getLogger(__name__)
@@ -30,7 +28,7 @@ NONE = np.zeros(0, np.uint64)
 
 
 @dataclasses.dataclass(frozen=True)
-class Names:
+class TrainingFiles:
   """What training files are known by, uint64 hashes of names and of content.
 
   Attributes:
@@ -48,7 +46,7 @@ class Names:
     """Both, each hash once."""
     return np.union1d(self.own_N, self.inherited_N)
 
-  def before(self) -> 'Names':
+  def before(self) -> 'TrainingFiles':
     """Those of earlier runs alone."""
     return dataclasses.replace(self, own_N=NONE)
 
@@ -57,27 +55,29 @@ class Names:
     return {field: np.append(np.uint64(0), value) for field, value in vars(self).items()}
 
   @classmethod
-  def load(cls, saved: Mapping) -> 'Names | None':
+  def load(cls, saved: Mapping) -> 'TrainingFiles | None':
     """From what a checkpoint holds; None where a folder was trained on and its names not kept."""
     if saved['names'] is not None:
       return cls(**{field: value[1:] for field, value in saved['names'].items()})
     return None if saved['task'].get('fingerprint') else cls()
 
 
-def of_run(workdir: pathlib.Path) -> Names | None:
-  """As `Names.load`, of a workdir's newest checkpoint; none where there is no checkpoint."""
+def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
+  """`TrainingFiles.load` of a workdir's newest checkpoint; none where there is no checkpoint."""
   step = stored.latest_step(workdir)
   if step is None:
-    return Names()
+    return TrainingFiles()
   about = stored.restore_item(workdir, step, 'config')
-  return Names.load(about | {'names': stored.restore_item(workdir, step, 'names')})
+  return TrainingFiles.load(about | {'names': stored.restore_item(workdir, step, 'names')})
 
 
-def of_files(source: Source, trained_on: Sequence[str], earlier: Names) -> Names:
+def hash_training_files(
+  source: Source, trained_on: Sequence[str], earlier: TrainingFiles
+) -> TrainingFiles:
   """What the files in some splits of a source are known by, after those of earlier runs."""
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
-    return Names(NONE, earlier.all_N, earlier.shared_N)
+    return TrainingFiles(NONE, earlier.all_N, earlier.shared_N)
   for split in trained_on:
     for name, start, stop in source.pieces(split):
       inside[name][start:stop] = True
@@ -98,7 +98,7 @@ def of_files(source: Source, trained_on: Sequence[str], earlier: Names) -> Names
       for name, files in source.files.items()
     ]
   shared_N = np.union1d(shared_N, earlier.shared_N)
-  return Names(np.unique(np.concatenate(own)), earlier.all_N, shared_N)
+  return TrainingFiles(np.unique(np.concatenate(own)), earlier.all_N, shared_N)
 
 
 def content(files: Files, index_N: np.ndarray) -> np.ndarray:
@@ -116,7 +116,7 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
     return np.array(list(hashes), np.uint64)
 
 
-def known(files: Files, names: Names) -> np.ndarray:
+def known(files: Files, names: TrainingFiles) -> np.ndarray:
   """Which of the files were trained on, bool `[N]`."""
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
@@ -125,7 +125,7 @@ def known(files: Files, names: Names) -> np.ndarray:
   return found_N
 
 
-def leave_out(source: Source, split: str, names: Names) -> tuple[Source, int]:
+def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
   """The source without the files of a split that were trained on, and their number.
 
   Raises:
@@ -135,8 +135,8 @@ def leave_out(source: Source, split: str, names: Names) -> tuple[Source, int]:
   inside = {name for name, _, _ in pieces} & set(source.files)
   masks = {name: known(source.files[name], names) for name in inside}
   source = dataclasses.replace(source, left_out=masks)
-  before = splits.length(pieces)
-  number = before - splits.length(source.pieces(split))
+  before = num_examples(pieces)
+  number = before - num_examples(source.pieces(split))
   if number == before:
     raise ValueError(
       f'Split {split!r}: the weights were trained on all {before:,} images, going by the names or '

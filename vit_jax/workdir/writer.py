@@ -32,7 +32,7 @@ class Writer:
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
-    from vit_jax.events import Events  # those who only read records need no tensorboardX
+    from vit_jax.workdir.events import Events  # those who only read records need no tensorboardX
 
     with contextlib.ExitStack() as opened:
       self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
@@ -95,13 +95,13 @@ class LogFile(logging.FileHandler):
     self._failure = sys.exception()
 
   def check(self) -> None:
-    """Raises `output.Unwritten` where a line could not be written."""
+    """Raises `storage.Unwritten` where a line could not be written."""
     with storage.writing(self._path):
       if self._failure is not None:
         raise self._failure
 
   def close(self) -> None:
-    """Raises `output.Unwritten` where a line could not be written."""
+    """Raises `storage.Unwritten` where a line could not be written."""
     with storage.writing(self._path):
       super().close()
     self.check()

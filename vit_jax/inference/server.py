@@ -1,8 +1,8 @@
 """A page on which a model is tried: drop an image, see its classes and what it attends to.
 
 Decisions:
-  * Files are decoded by `image.decode` alone, which opens images only and says what is wrong with
-    the others; Gradio hands over bytes. Their size and pixels are bounded.
+  * Files are decoded by `decode_image` alone, which opens images only and says what is wrong with the
+    others; Gradio hands over bytes. Their size and pixels are bounded.
   * One image at a time, on one device: requests wait in Gradio's queue.
   * Neither the page nor the server asks anything of the network: system fonts, no analytics, no
     share link, and addresses in the place of an upload are refused.
@@ -48,7 +48,7 @@ def check_address(host: str, port: int) -> None:
     ) from error
 
 
-def run(
+def serve(
   workdir: pathlib.Path | None,
   host: str,
   port: int,
@@ -66,7 +66,7 @@ def run(
     overrides: dotted keys and values put over the model's config.
     config: what the run must have been trained with; None to trust it.
     init: published weights with a head.
-    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
+    step: which checkpoint of the workdir, as in `stored.preferred`.
 
   Raises:
     ValueError: an address that is taken, no checkpoint, or overrides that contradict it.

@@ -27,24 +27,30 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import experiment, inherit, opening
 from vit_jax.check import check
-from vit_jax.data import sources, splits
-from vit_jax.data.source import Source
-from vit_jax.distributed import backend, devices
+from vit_jax.data import Source, look_up_source, num_examples
+from vit_jax.distributed import portable, shares
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.inference import card
 from vit_jax.names import pair
-from vit_jax.optim import optimizers
-from vit_jax.optim import plan as plan_lib
-from vit_jax.training import resume, state
-from vit_jax.weights import param_tree
-from vit_jax.workdir import stored
+from vit_jax.optim import (
+  FIRST_LAYER,
+  LAST_LAYER,
+  LATER_PEAK,
+  Stages,
+  split_frozen,
+  training_recipe,
+  warmup_steps,
+)
+from vit_jax.training import init_state, saved_config
+from vit_jax.weights import flatten_params
+from vit_jax.workdir import latest_step, newest_config
 
 ASSUMED = tuple(f'class {i}' for i in range(1000))  # where the data does not tell
 MANY = 10**9  # examples, where their number is unknown: the optimizer's state hangs on none
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # the same numbers under another shape
 OTHER = 'other'  # what no module does: pooling, the loss, adding positions
 
-ORDER = (*optimizers.FIRST_LAYER, 'block_*', *optimizers.LAST_LAYER, OTHER)
+ORDER = (*FIRST_LAYER, 'block_*', *LAST_LAYER, OTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Summary:
   notes: tuple[str, ...]
 
 
-def run(
+def summary_of(
   config: ConfigDict | None,
   workdir: pathlib.Path | None,
   init: str,
@@ -111,23 +117,22 @@ def run(
   if init:
     asked = config_lib.override_all(config_lib.default_config(), overrides)
   else:
-    asked = config or resume.saved_config(workdir, overrides)
+    asked = config or saved_config(workdir, overrides)
   check(asked)
-  if init or (workdir and stored.latest_step(workdir) is not None):
+  if init or (workdir and latest_step(workdir) is not None):
     exp, *_ = opening.open_model(workdir, init, overrides, config)
     notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
     if not init:
-      cycles = tuple(stored.newest_config(workdir).get('cycles', ()))
+      cycles = tuple(newest_config(workdir).get('cycles', ()))
       notes = tuple(
-        f'After step {end:,}, a cycle of {plan_lib.LATER_PEAK:g} times the learning rate.'
-        for end in cycles
+        f'After step {end:,}, a cycle of {LATER_PEAK:g} times the learning rate.' for end in cycles
       )
-    return summarize(exp, exp.task.train_examples or None, notes, cycles)
-  exp, examples, notes = from_config(asked)
-  return summarize(exp, examples, notes)
+    return measure(exp, exp.task.train_examples or None, notes, cycles)
+  exp, examples, notes = summary_of_config(asked)
+  return measure(exp, examples, notes)
 
 
-def from_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
+def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
   """The experiment, the number of training examples, and what was assumed.
 
   Neither downloads nor prepares data, nor reads an image.
@@ -136,19 +141,19 @@ def from_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, 
     ValueError: a model that can't be, or a source that is unknown.
   """
   data, examples, notes = config.data, None, ()
-  source = sources.look(data.source, data.dir, pair(data.image_size))
+  source = look_up_source(data.source, data.dir, pair(data.image_size))
   if source is None:
     source = Source({}, ASSUMED, 3, None)
     notes = (f'{data.source} is not there: {len(ASSUMED):,} classes of RGB images are assumed.',)
   if source.sizes:
-    examples = splits.length(source.pieces(data.train_split))
+    examples = num_examples(source.pieces(data.train_split))
   if config.init:
     config, *_ = inherit.open_init(config, source)
   task = Task(source.class_names, pair(data.image_size), source.channels)
   return assemble(config, task), examples, notes
 
 
-def summarize(
+def measure(
   exp: Experiment,
   examples: int | None,
   notes: tuple[str, ...] = (),
@@ -160,17 +165,17 @@ def summarize(
     exp: the experiment.
     examples: in the training split; None where that is unknown.
     notes: what was assumed.
-    cycles: as in `experiment.Training`.
+    cycles: as in `plan.Training`.
 
   Raises:
     ValueError: a batch that can't be divided over this machine's devices.
   """
-  config, mesh = exp.config, experiment.make_mesh(exp.config)
-  recipe = plan_lib.recipe(config, examples or MANY, cycles)
+  config, mesh = exp.config, experiment.mesh_for(exp.config)
+  recipe = training_recipe(config, examples or MANY, cycles)
   steps = recipe['steps'] if examples else None
-  warmup = plan_lib.warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
+  warmup = warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
   begin = functools.partial(
-    state.init_state,
+    init_state,
     exp.model,
     recipe['optimizer'],
     exp.image_shape,
@@ -184,13 +189,13 @@ def summarize(
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
   run_flops = config.batch_size * one if examples else None
   kept, parameters = activations(exp, shapes.params), Counter()
-  for name, leaf in param_tree.flatten(shapes.params).items():
+  for name, leaf in flatten_params(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
   names = sorted({*parameters, *flops, *kept}, key=lambda name: (ORDER.index(first(name)), name))
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  at_once = config.batch_size // devices.shares(mesh) // divided
+  at_once = config.batch_size // shares(mesh) // divided
   return Summary(
     exp,
     (*parts, total),
@@ -198,7 +203,7 @@ def summarize(
     run_flops,
     {
       'params': size_of(shapes.params),
-      'gradients': size_of(optimizers.split(shapes.params, config.freeze)[0]),
+      'gradients': size_of(split_frozen(shapes.params, config.freeze)[0]),
       'optimizer': size_of(shapes.opt_state),
       'averages': size_of(shapes.ema),
     },
@@ -215,8 +220,8 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """FLOPs for an image: of the forward pass by module, and of a training step."""
   group = experiment.group(exp.config)
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
-  split = optimizers.split(params, exp.config.freeze)
-  with backend.portable():  # what a kernel does within is not seen from outside
+  split = split_frozen(params, exp.config.freeze)
+  with portable():  # what a kernel does within is not seen from outside
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
     gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   flops = Counter()
@@ -226,7 +231,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   return flops, sum(train) // group
 
 
-def of_stages(exp: Experiment, stages: plan_lib.Stages, params: dict, train_flops: int) -> int:
+def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
   """FLOPs of training on one image a step, smaller ones first where the run has them."""
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
@@ -243,7 +248,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
     function = lambda trained: loss(exp, group)(trained, *others)
     return jax.tree.leaves(jax.vjp(function, trained)[1])
 
-  split = optimizers.split(params, exp.config.freeze)
+  split = split_frozen(params, exp.config.freeze)
   jaxpr = jax.make_jaxpr(keep)(*split, *batch(exp, group)).jaxpr
   kept = Counter()
   for stack, size in residuals(jaxpr, jaxpr.invars[len(jax.tree.leaves(params)) :]):
@@ -339,7 +344,7 @@ def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
       yield stack, math.prod(var.aval.shape) * var.aval.dtype.itemsize
 
 
-def show(summary: Summary) -> str:
+def as_text(summary: Summary) -> str:
   """The summary as text."""
   exp, config, total = summary.exp, summary.exp.config, summary.parts[-1]
   height, width, channels = exp.image_shape
@@ -359,7 +364,7 @@ def show(summary: Summary) -> str:
     f'Activations: {total.activations_mib:.4g} MiB an image; here {summary.devices} device(s) hold '
     f'those of {summary.at_once} images each at once, {mib(summary.activation_bytes)}: with the '
     f'state {mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
-    *plan(summary),
+    *plan_text(summary),
     *(f'Note: {note}' for note in summary.notes),
   ]
   return '\n'.join(lines)
@@ -370,7 +375,7 @@ def mib(size: int) -> str:
   return f'{size / 2**20:,.1f} MiB'
 
 
-def plan(summary: Summary) -> list[str]:
+def plan_text(summary: Summary) -> list[str]:
   """How long the run is, and its learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import opening, progress
-from vit_jax.data import image as image_lib
-from vit_jax.evaluation import forward
+from vit_jax.data import find_images
+from vit_jax.evaluation import map_files, probabilities
 from vit_jax.names import choose
 
 KINDS = ('pooled', 'tokens')  # of features
@@ -29,7 +29,7 @@ def predict(
 ) -> Iterator[dict]:
   """For each file its `topk` classes, or why it can't be read, in the order given.
 
-  The model is that of a workdir's checkpoint, `step` as in `checkpoint.preferred`, or published
+  The model is that of a workdir's checkpoint, `step` as in `stored.preferred`, or published
   weights as they are: `init`.
 
   Yields:
@@ -41,10 +41,10 @@ def predict(
   """
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
-  files = image_lib.find(paths)
+  files = find_images(paths)
   exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, step=step)
   names = exp.task.class_names
-  found = forward.rows(exp, params, files, forward.probabilities(exp))
+  found = map_files(exp, params, files, probabilities(exp))
   if not sys.stdout.isatty():  # where what is printed shows how far it is
     found = progress.bar(found, 'Predicting', 'image', len(files))
   for file, row in found:
@@ -76,7 +76,7 @@ def features(
     overrides: dotted keys and values put over the model's config.
     config: what the run must have been trained with; None to trust it.
     init: published weights, which need no head.
-    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
+    step: which checkpoint of the workdir, as in `stored.preferred`.
 
   Returns:
     `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
@@ -86,7 +86,7 @@ def features(
     ValueError: as `predict`; or no file at all could be read.
   """
   choose('--features', kind, KINDS)
-  files = image_lib.find(paths)
+  files = find_images(paths)
   exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, 'any', step)
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
@@ -96,7 +96,7 @@ def features(
   def extract(image_BHWC, params):
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
 
-  found = forward.rows(exp, params, files, extract)
+  found = map_files(exp, params, files, extract)
   found = progress.bar(found, 'Computing features', 'image', len(files))
   return stack(found, len(files))
 
@@ -104,7 +104,7 @@ def features(
 def stack(
   found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """What `rows` gives of `count` files, in arrays as `features` gives them: once in memory.
+  """What `map_files` gives of `count` files, in arrays as `features` gives them: once in memory.
 
   Raises:
     ValueError: no file could be read.
@@ -150,7 +150,7 @@ def as_csv(found: Iterable[dict]) -> None:
 FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
 
 
-def show(found: Iterable[dict], format: str) -> list[str]:
+def print_predictions(found: Iterable[dict], format: str) -> list[str]:
   """Prints what was predicted; returns of each file that can't be read why."""
   errors = []
 

@@ -17,17 +17,14 @@ import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import opening, progress, storage
-from vit_jax.data import batching
-from vit_jax.data import image as image_lib
-from vit_jax.data.loading import Split
-from vit_jax.data.memory import Examples
-from vit_jax.distributed import devices, microbatch, sharding
-from vit_jax.evaluation import forward
+from vit_jax.data import Examples, Split, eval_batches, find_images
+from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
+from vit_jax.evaluation import make_inference_step, probabilities, read_image
 from vit_jax.experiment import Experiment
 from vit_jax.figures import canvas, maps, report
 from vit_jax.figures.maps import Missing
-from vit_jax.figures.pictures import PICTURES, Attention, Scores, Subject, grid
-from vit_jax.workdir import stored, writer
+from vit_jax.figures.pictures import PICTURES, AttentionMaps, Scores, Subject, grid
+from vit_jax.workdir import latest_step, read_json, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ SHOWN = 8  # images drawn
 MEASURED = 128  # images that attention distance is averaged over, as in the paper
 
 
-def run(
+def visualize(
   workdir: pathlib.Path | None,
   images: list[str] | None = None,
   overrides: dict[str, str] | None = None,
@@ -53,7 +50,7 @@ def run(
     config: what the run must have been trained with; None to trust it.
     init: published weights in the place of a workdir.
     out: the folder that is written into; the workdir by default.
-    step: which checkpoint of the workdir, as in `checkpoint.preferred`.
+    step: which checkpoint of the workdir, as in `stored.preferred`.
 
   Raises:
     ValueError: nothing to draw, no place for it, images of which none can be read, or a config
@@ -62,7 +59,7 @@ def run(
   out = out or workdir
   folder = out / 'figures'
   storage.check_folder(folder)
-  subject = gather(workdir, images, overrides or {}, config, init, step)
+  subject = collect(workdir, images, overrides or {}, config, init, step)
   folder.mkdir(parents=True, exist_ok=True)
   drawn, left_out = [], {}
   for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
@@ -74,18 +71,18 @@ def run(
       left_out[title] = str(reason)
       path.unlink(missing_ok=True)  # of an earlier call: the report would not have it
       continue
-    canvas.save(figure, path)
+    canvas.save_figure(figure, path)
     drawn.append(report.Picture(path, title, caption))
   page = out / 'report.html'
-  changed, unchanged = compare(subject, workdir)
+  changed, unchanged = config_differences(subject, workdir)
   name = init or workdir.resolve().name
-  report.write(
+  report.write_report(
     page, name, describe(subject), numbers(subject, workdir), changed, unchanged, drawn, left_out
   )
   return [picture.path for picture in drawn] + [page]
 
 
-def gather(
+def collect(
   workdir: pathlib.Path | None,
   images: list[str] | None,
   overrides: dict[str, str],
@@ -93,13 +90,13 @@ def gather(
   init: str,
   step: str = '',
 ) -> Subject:
-  """Reads and computes what the pictures are of; see `run`."""
+  """Reads and computes what the pictures are of; see `visualize`."""
   lines = read_lines(workdir)
   if init and images is None:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
-  files = None if images is None else image_lib.find(images)
+  files = None if images is None else find_images(images)
   asked = init or files or overrides or config or step
-  if not asked and stored.latest_step(workdir) is None:
+  if not asked and latest_step(workdir) is None:
     if isinstance(lines, Missing):
       raise ValueError(
         f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
@@ -109,15 +106,15 @@ def gather(
 
   exp, params, loaded = opening.open_model(workdir, init, overrides, config, 'any', step)
   chosen = read_images(files, exp) if files else None
-  mesh = devices.inference_mesh(SHOWN if init else exp.config.eval_batch_size)
-  on_device = sharding.replicate(mesh, params)
+  mesh = inference_mesh(SHOWN if init else exp.config.eval_batch_size)
+  on_device = replicate(mesh, params)
   test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
   there = not isinstance(test, Missing)
-  scores = score(exp, on_device, test, mesh) if there else test
+  scores = answers(exp, on_device, test, mesh) if there else test
   if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test, loaded)
-  chosen = choose(test, exp) if chosen is None else chosen
-  attention = look(exp, on_device, chosen, mesh)
+  chosen = choose_images(test, exp) if chosen is None else chosen
+  attention = attention_over(exp, on_device, chosen, mesh)
   seen = as_seen(exp, chosen[:SHOWN])
   return Subject(lines, exp, params, test, scores, seen, attention, loaded)
 
@@ -128,7 +125,7 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
     return Missing('weights without a run have no metrics.')
   if not (workdir / 'metrics.jsonl').exists():
     return Missing('the workdir holds no metrics.jsonl.')
-  return writer.read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
+  return read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
 
 
 def load_test(exp: Experiment, overrides: dict[str, str]) -> Split | Missing:
@@ -147,9 +144,9 @@ def load_test(exp: Experiment, overrides: dict[str, str]) -> Split | Missing:
     return Missing(f'the test data can not be read: {error}')
 
 
-def score(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
+def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
   """The model's answer to every test example that is not bad."""
-  step, size = forward.make_step(exp, mesh, forward.probabilities(exp)), exp.config.eval_batch_size
+  step, size = make_inference_step(exp, mesh, probabilities(exp)), exp.config.eval_batch_size
   found = []
   for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
     row_N = np.flatnonzero(batch['mask'])
@@ -163,14 +160,14 @@ def batches(
   examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
 ) -> Iterator[dict[str, jax.Array]]:
   """Every example once, under a progress bar."""
-  found = batching.eval_batches(examples, size, sharding.over_batch(mesh))
+  found = eval_batches(examples, size, batch_sharding(mesh))
   return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
 
 
-def choose(test: Split, exp: Experiment) -> np.ndarray:
+def choose_images(test: Split, exp: Experiment) -> np.ndarray:
   """Test images evenly over the classes, those that are drawn first."""
   classes = len(exp.task.class_names)
-  shown, measured = (maps.spread(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  shown, measured = (maps.spread_over_classes(test.label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
   shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
@@ -185,7 +182,7 @@ def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
   """
   if len(files) > MEASURED:
     log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
-  rows = [forward.read(file, exp) for file in files[:MEASURED]]
+  rows = [read_image(file, exp) for file in files[:MEASURED]]
   good = [row for row in rows if not isinstance(row, str)]
   bad = [row for row in rows if isinstance(row, str)]
   if not good:
@@ -202,15 +199,15 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
   return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
 
 
-def look(
+def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
-) -> Attention:
+) -> AttentionMaps:
   """Attention over images, of which the first are drawn."""
 
   def summary(image_BHWC, params):
-    return maps.summary(exp.model, params, exp.normalize(image_BHWC))
+    return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))
 
-  step = jax.jit(microbatch.concatenate(summary, mesh, parts=1))
+  step = jax.jit(concatenate(summary, mesh, parts=1))
   count = len(image_BHWC)
   examples = Examples(image_BHWC, np.zeros(count, np.int32))
   first, distances = None, []
@@ -219,7 +216,7 @@ def look(
     first = first or found
     distances.append(found['distance'])
   rollout, heads = first['rollout'][:count], first['heads'][:count]
-  return Attention(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)
+  return AttentionMaps(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)
 
 
 def describe(subject: Subject) -> str:
@@ -249,7 +246,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
   last = lines[-1]['step'] if lines else 0
   tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
-  result = (writer.read_json(workdir / 'result.json') if workdir else None) or {}
+  result = (read_json(workdir / 'result.json') if workdir else None) or {}
   result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
   if result.get('steps', -1) >= last:  # else the run has gone on since then
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
@@ -267,7 +264,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   return found
 
 
-def compare(
+def config_differences(
   subject: Subject, workdir: pathlib.Path | None
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
   """The config's keys that differ from the default, with both values; and those that don't."""
@@ -275,7 +272,7 @@ def compare(
   if not isinstance(subject.exp, Missing):
     config = config_lib.flatten(subject.exp.config)
   else:
-    config = config_lib.flatten(writer.read_json(workdir / 'config.json') or {})
+    config = config_lib.flatten(read_json(workdir / 'config.json') or {})
   changed = [
     (key, value, default.get(key)) for key, value in config.items() if value != default.get(key)
   ]

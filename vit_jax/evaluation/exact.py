@@ -10,10 +10,8 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import limits, opening, progress
-from vit_jax.data import batching
-from vit_jax.data.loading import Split
-from vit_jax.data.source import Source
-from vit_jax.distributed import devices, microbatch, sharding
+from vit_jax.data import Source, Split, eval_batches
+from vit_jax.distributed import add_up, batch_sharding, inference_mesh, replicate
 from vit_jax.evaluation import real, scoring
 from vit_jax.experiment import Experiment
 from vit_jax.storage import local
@@ -31,13 +29,13 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
 
   def eval_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
-    return microbatch.add_up(score_part, mesh, parts)(batch, params)
+    return add_up(score_part, mesh, parts)(batch, params)
 
   return jax.jit(eval_step)
 
 
 @limits.memory_for('Evaluation')
-def evaluate(
+def score_split(
   eval_step: EvalStep,
   params: dict,
   examples: Split,
@@ -49,14 +47,14 @@ def evaluate(
 
   `beside` may be `real`, of `real.load`, with a row for each example.
   """
-  batches = batching.eval_batches(examples, batch_size, sharding.over_batch(mesh), **beside)
+  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **beside)
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Evaluating', 'batch', count)
   return scoring.summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 
 @limits.memory_for('Evaluation')
-def run(
+def evaluate(
   workdir: pathlib.Path,
   overrides: dict[str, str],
   config: ConfigDict | None = None,
@@ -64,7 +62,7 @@ def run(
 ) -> dict[str, float]:
   """Evaluates a checkpoint of a workdir on its `data.eval_split`.
 
-  `step` says which, as in `checkpoint.preferred`.
+  `step` says which, as in `stored.preferred`.
 
   Returns:
     The step and what `evaluate` gives. `left_out` is the number of images that are not scored
@@ -82,10 +80,10 @@ def run(
       'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
     )
   beside = {} if real_NL is None else {'real': real_NL}
-  mesh = devices.inference_mesh(batch_size)
-  params = sharding.replicate(mesh, params)
+  mesh = inference_mesh(batch_size)
+  params = replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
-  result = {'step': loaded} | evaluate(eval_step, params, examples, batch_size, mesh, **beside)
+  result = {'step': loaded} | score_split(eval_step, params, examples, batch_size, mesh, **beside)
   return result | ({'left_out': left_out} if left_out else {})
 
 
@@ -96,4 +94,4 @@ def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray 
     ValueError: they can't be read, or are of other data.
   """
   path = experiment.config.data.real_labels
-  return real.load(local(path), source, split) if path else None
+  return real.load_real_labels(local(path), source, split) if path else None

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import opening, storage
-from vit_jax.data.loading import Split
-from vit_jax.distributed import devices, sharding
+from vit_jax.data import Split
+from vit_jax.distributed import inference_mesh, replicate
 from vit_jax.evaluation import features
 from vit_jax.experiment import Experiment
-from vit_jax.workdir import writer
+from vit_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ L2 = 2.0**10
 BIAS = 100.0  # so large that the penalty hardly touches it
 
 
-def draw(label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int) -> np.ndarray:
+def draw_shots(
+  label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int
+) -> np.ndarray:
   """The indices `[L, shots]` of images drawn without replacement, a row a class.
 
   With the same seed, fewer shots are the first columns of more.
@@ -57,7 +59,7 @@ def draw(label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: in
 def draw_readable(
   train: Split, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """For each of `SEEDS` the `draw` of as many of `SHOTS` as all classes have, and its images.
+  """For each of `SEEDS` the `draw_shots` of as many of `SHOTS` as all classes have, and its images.
 
   A bad image that is to be skipped counts as none, so that another one of its class is drawn: the
   next one in the split, which training would take, may be of another class.
@@ -71,7 +73,7 @@ def draw_readable(
       : len(class_names)
     ].min()
     most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
-    drawn = [draw(label_N, class_names, most, seed) for seed in SEEDS]
+    drawn = [draw_shots(label_N, class_names, most, seed) for seed in SEEDS]
     needed = np.unique(drawn)
     unknown = np.setdiff1d(needed, checked)
     bad = unknown[~train.readable(unknown)]
@@ -93,7 +95,7 @@ def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
   return np.linalg.solve(x_ND.T @ x_ND + l2 * np.eye(width), x_ND.T @ y_NL)
 
 
-def accuracy(
+def regression_accuracy(
   train_ND: np.ndarray, label_N: np.ndarray, test_MD: np.ndarray, test_label_M: np.ndarray
 ) -> float:
   """The share of test examples that the regression on the training examples gets right."""
@@ -108,7 +110,7 @@ def accuracy(
   return float(((prepare(test_MD) @ w_DL).argmax(axis=1) == test_label_M).mean())
 
 
-def fewshot(exp: Experiment, params: dict) -> dict:
+def score_backbone(exp: Experiment, params: dict) -> dict:
   """Few-shot accuracies of a backbone on the experiment's data.
 
   Args:
@@ -118,19 +120,20 @@ def fewshot(exp: Experiment, params: dict) -> dict:
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one a seed]}, ...}, 'examples': ...,
-    'l2': ...}`; the standard deviation is that of the population. `left_out` as of `evaluate.run`.
+    'l2': ...}`; the standard deviation is that of the population. `left_out` is as `evaluate`
+    has it.
 
   Raises:
     ValueError: a class has no image.
   """
   config = exp.config
-  source, data = opening.open_source(exp), config.data
+  source, data = opening.open_data(exp), config.data
   unseen, left_out = opening.open_test(exp, source)
   train, test = opening.load_splits(exp, (source, data.train_split), (unseen, data.eval_split))
   drawn, needed = draw_readable(train, exp.task.class_names)
-  mesh = devices.inference_mesh(config.eval_batch_size)
+  mesh = inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
-  params = sharding.replicate(mesh, params)
+  params = replicate(mesh, params)
   compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
   known, tested = compute(train.some(needed)), compute(test)
   scores = {}
@@ -139,13 +142,15 @@ def fewshot(exp: Experiment, params: dict) -> dict:
     for index_LS in drawn:
       index = index_LS[:, :shots].ravel()
       chosen = known.some(np.searchsorted(needed, index))
-      values.append(accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N))
+      values.append(
+        regression_accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N)
+      )
     scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
   result = {'shots': scores, 'examples': len(tested), 'l2': L2}
   return result | ({'left_out': left_out} if left_out else {})
 
 
-def run(
+def fewshot(
   workdir: pathlib.Path | None,
   overrides: dict[str, str],
   config: ConfigDict | None = None,
@@ -154,15 +159,15 @@ def run(
 ) -> dict:
   """Few-shot accuracies of a workdir's checkpoint, also in its `fewshot.json` if possible.
 
-  `step` says which, as in `checkpoint.preferred`. Or of published weights, `init`, on the data of
+  `step` says which, as in `stored.preferred`. Or of published weights, `init`, on the data of
   the overrides; those are not written.
   """
   exp, params, loaded = opening.open_model(workdir, init, overrides, config, 'data', step)
-  result = fewshot(exp, params)
+  result = score_backbone(exp, params)
   if workdir:
     result = {'step': loaded} | result
     try:
-      writer.write_json(workdir / 'fewshot.json', result)
+      write_json(workdir / 'fewshot.json', result)
     except storage.Unwritten as error:  # the workdir may be another's, or archived
       log.warning('%s The result is printed only.', error)
   return result

@@ -7,27 +7,37 @@ import tempfile
 
 from vit_jax import storage
 from vit_jax.inference import card, program
-from vit_jax.model.vit import ViT
+from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.storage import local
-from vit_jax.weights import formats, hf, npz, param_tree, pretrained, reader, timm
-from vit_jax.weights.formats import Preprocessing
+from vit_jax.weights import (
+  Preprocessing,
+  adapt,
+  check_params,
+  flatten_params,
+  load_json,
+  read_weights,
+  save_hf,
+  save_npz,
+  save_timm,
+  square_grid,
+)
 
 log = logging.getLogger(__name__)
 
 MANY = 10_000_000  # parameters: with more, writing takes some seconds
 
 
-def run(
+def export(
   path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
 ) -> list[pathlib.Path]:
   """Writes the weights at `path` (all that `pretrained.load` reads) into the folder `out`.
 
   Args:
     path: a workdir, a file or a name on the Hub.
-    format: one of `pretrained.FORMATS`.
+    format: one of `FORMATS`.
     out: made where it is missing; an earlier export in it is replaced, its model card too.
-    step: which checkpoint of a workdir, as in `checkpoint.preferred`.
+    step: which checkpoint of a workdir, as in `stored.preferred`.
 
   Returns:
     The files there.
@@ -39,9 +49,9 @@ def run(
   choose('format', format, FORMATS)
   storage.check_folder(out)
   check_card(out)
-  found = reader.read(path, step)
-  loaded = pretrained.adapt(found, tokens=False)
-  count = sum(leaf.size for leaf in param_tree.flatten(loaded.params).values())
+  found = read_weights(path, step)
+  loaded = adapt(found, tokens=False)
+  count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   if count > MANY:
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)
   save(
@@ -51,7 +61,7 @@ def run(
     format=format,
     preprocessing=loaded.preprocessing,
     class_names=loaded.class_names,
-    card=card.write(format, loaded, str(path), result(found.origin)),
+    card=card.write_card(format, loaded, str(path), result(found.origin)),
   )
   return sorted(out.iterdir())
 
@@ -68,7 +78,7 @@ def check_card(out: pathlib.Path) -> None:
 def result(origin: str) -> dict | None:
   """`result.json` of a workdir; None where there is none."""
   file = pathlib.Path(origin) / 'result.json'
-  return formats.read_json(file) if file.is_file() else None
+  return load_json(file) if file.is_file() else None
 
 
 def save(
@@ -98,7 +108,7 @@ def save(
   write = choose('format', format, FORMATS)
   folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
-  pretrained.check_params(model, params, preprocessing.size, 'save')
+  check_params(model, params, preprocessing.size, 'save')
   if class_names is not None and len(class_names) != model.num_classes:
     raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
   storage.check_folder(folder)
@@ -127,9 +137,9 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 
 
 FORMATS = {
-  'hf': hf.save,
-  'timm': timm.save,
-  'npz': npz.save,
+  'hf': save_hf,
+  'timm': save_timm,
+  'npz': save_npz,
   'stablehlo': program.save_stablehlo,
   'onnx': program.save_onnx,
 }
@@ -143,7 +153,7 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
   """
   if model.position != 'learned':
     raise ValueError(f'model.position={model.position!r} tells no image size: give preprocessing.')
-  grid = pretrained.square(params['pos_embedding'].shape[1] - model.num_positions)
+  grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError('The positions are for no square grid: give preprocessing, with its size.')
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]
