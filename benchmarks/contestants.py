@@ -90,7 +90,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
 
     return jax_program(run, mesh)
   step = make_train_step(exp, training, mesh)
-  states = [state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, mesh)]
+  states = [state.init_state(exp, training, mesh)]
 
   def run(steps):
     for _ in range(steps):

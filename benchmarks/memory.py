@@ -33,7 +33,7 @@ def step_bytes(config, batch_size: int) -> int:
   config.batch_size = batch_size
   mesh = devices.make_mesh()
   exp, training = opening.from_config(config)
-  init = lambda: state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, mesh)
+  init = lambda: state.init_state(exp, training, mesh)
   batch = {
     'image': jax.ShapeDtypeStruct((batch_size, *exp.image_shape), jnp.uint8),
     'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),

@@ -70,14 +70,11 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
   classes = tuple(f'class {i}' for i in range(CLASSES))
   exp = assemble(config, Task(classes, (SIZE, SIZE), 3, EXAMPLES))
   training = Training(None, None, None, params=None, **plan_lib.training_recipe(config, EXAMPLES))
-  begin = lambda: state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, False, devices_lib.make_mesh()
-  )
 
   def abstract(shape, dtype, where):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-  shapes = jax.eval_shape(begin)
+  shapes = jax.eval_shape(lambda: state.init_state(exp, training, devices_lib.make_mesh()))
   now = jax.tree.map(
     lambda x, where: abstract(x.shape, x.dtype, where), shapes, sharding.layout(mesh, shapes)
   )

@@ -52,15 +52,7 @@ def seconds(run: Callable[[], object]) -> float:
 def make_epoch(exp, training, mesh) -> Callable[[], object]:
   """A function that trains one more epoch and returns the state, and has compiled its step."""
   config = exp.config
-  fresh = state.init_state(
-    exp.model,
-    training.optimizer,
-    exp.image_shape,
-    config.seed,
-    config.ema > 0,
-    mesh,
-    config.freeze,
-  )
+  fresh = state.init_state(exp, training, mesh)
   train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
   batches = batching.train_batches(
     training.train, config.batch_size, config.seed, 0, sharding.batch_sharding(mesh)

@@ -38,7 +38,7 @@ def build(mesh: dict[str, int], **overrides: str):
 
 def begin(exp, training, mesh):
   """The state before the first step."""
-  return state.init_state(exp.model, training.optimizer, exp.image_shape, 0, True, mesh)
+  return state.init_state(exp, training, mesh)
 
 
 def run(mesh: dict[str, int], **overrides: str) -> dict:

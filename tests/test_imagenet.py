@@ -1,5 +1,6 @@
 """The recipes of ImageNet against the numbers that were published, and its other test sets."""
 
+import dataclasses
 import json
 import types
 
@@ -17,6 +18,7 @@ from vit_jax.check import check
 from vit_jax.data import loading, memory, sources, tfds
 from vit_jax.data.source import Source
 from vit_jax.evaluation import exact, real
+from vit_jax.experiment import Task, assemble
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import trainer
 from vit_jax.weights import pretrained
@@ -77,8 +79,10 @@ def test_augmentation_is_that_of_augreg(name):
 def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   config = config_lib.load_file(f'configs/{spec}')
   source = Source({'train': 1_281_167}, ('a', 'b'), 3, None)
-  config = loading.decide_cache(config, source, ['train'], (224, 224), trains=True)
-  split = loading.open_split(config, source, 'train', (224, 224), None, to_train=True)
+  reading = assemble(config, Task(source.class_names, (224, 224), 3)).reading
+  cache = loading.decide_cache(reading, source, ['train'], (224, 224), trains=True)
+  reading = dataclasses.replace(reading, cache=cache)
+  split = loading.open_split(reading, source, 'train', (224, 224), to_train=True)
   assert len(split) == 1_281_167 and split.size == (224, 224)
   assert (split.crop or {}).get('min_area') == min_area
 

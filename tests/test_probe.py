@@ -17,7 +17,7 @@ from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.model import attention
-from vit_jax.training import loop, probe, state, trainer
+from vit_jax.training import probe, state, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import stored, writer
@@ -45,9 +45,7 @@ def make_step(**overrides):
   """(experiment, state, compiled step, batches) as a run has them."""
   exp, training = opening.from_config(small_config(**overrides))
   mesh = devices.make_mesh(32)
-  train_state = state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, exp.config.ema > 0, mesh, exp.config.freeze
-  )
+  train_state = state.init_state(exp, training, mesh)
   batches = batching.train_batches(training.train, 32, 0, 0, sharding.batch_sharding(mesh))
   step = make_train_step(exp, training, mesh)
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
@@ -234,7 +232,7 @@ def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
 
 def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
   config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
-  fitted, real = [], loop.fit
+  fitted, real = [], probe.fit
 
   def fit(exp, training, mesh, workdir, **notes):
     fitted.append((workdir.name, len(training.train)))
@@ -243,7 +241,7 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
     return real(exp, training, mesh, workdir, **notes)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop, 'fit', fit)
+    patch.setattr(probe, 'fit', fit)
     with pytest.raises(KeyboardInterrupt):
       trainer.train(config, tmp_path)
     assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on

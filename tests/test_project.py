@@ -16,8 +16,8 @@ from vit_jax.experiment import Task, assemble
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
 
-# Packages, and modules beside them. Each imports only from those before it, and from another package
-# only what its `__init__` lists.
+# Packages, and modules beside them. Each imports only from those before it, and from another
+# package only what its `__init__` lists.
 LAYERS = (
   'names', 'storage', 'limits', 'distributed', 'progress', 'model', 'augment', 'data', 'config',
   'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',

@@ -441,12 +441,12 @@ def test_memory_is_the_least_of_the_machine_and_its_cgroups(
 
 LOAD = """
 import resource, sys
-from vit_jax import memory, sources
+from vit_jax.data import memory, sources
 source = sources.open_source('folder:' + sys.argv[1], '', (0, 0))
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-memory.load(source, 'test', (256, 256), skip_bad_images=True)  # what is loaded once
+memory.load_examples(source, 'test', (256, 256), skip_bad_images=True)  # what is loaded once
 before = count()
-train = memory.load(source, 'train', (256, 256), skip_bad_images=True)
+train = memory.load_examples(source, 'train', (256, 256), skip_bad_images=True)
 print(train.image_NHWC.nbytes, len(train.skipped), count() - before)
 """
 

@@ -145,16 +145,17 @@ def test_any_number_of_processes_makes_one_sequence(processes):
 SHARE = """
 import hashlib, json, sys
 import jax, numpy as np
-from vit_jax import cluster, data, image, sharding, sources, stream
+from vit_jax.data import batching, image, sources, stream
+from vit_jax.distributed import cluster, devices, sharding
 
 _, number, port, folder, crop = sys.argv
 with cluster.joined(f'127.0.0.1:{port}', 2, int(number)):
   source = sources.open_source(f'folder:{folder}', '', (16, 16))
   examples = stream.open_stream(
-    source, 'train', size=(16, 16), fit=image.fit, crop=json.loads(crop)
+    source, 'train', size=(16, 16), fit=image.fit_image, crop=json.loads(crop)
   )
-  over_batch = sharding.over_batch(sharding.make_mesh(8))
-  batches = data.train_batches(examples, 8, 3, 5, over_batch)
+  over_batch = sharding.batch_sharding(devices.make_mesh(8))
+  batches = batching.train_batches(examples, 8, 3, 5, over_batch)
   for step in range(5, 9):
     for shard in next(batches)['image'].addressable_shards:
       for row, image_HWC in enumerate(np.asarray(shard.data), shard.index[0].start):
@@ -672,10 +673,11 @@ def test_a_worker_that_only_just_starts_heeds_no_signal_of_the_job():
 
 def test_a_script_without_a_guard_is_told(tmp_path):
   script = """
-from vit_jax import data, image, sharding, sources, stream
+from vit_jax.data import batching, image, sources, stream
+from vit_jax.distributed import devices, sharding
 source = sources.open_source('synthetic', '', (8, 8))
-examples = stream.open_stream(source, 'train', size=(8, 8), fit=image.fit, workers=2)
-next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(sharding.make_mesh(8))))
+examples = stream.open_stream(source, 'train', size=(8, 8), fit=image.fit_image, workers=2)
+next(batching.train_batches(examples, 8, 0, 0, sharding.batch_sharding(devices.make_mesh(8))))
 """
   (tmp_path / 'bare.py').write_text(script)
   environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
@@ -689,12 +691,13 @@ next(data.train_batches(examples, 8, 0, 0, sharding.over_batch(sharding.make_mes
 def test_workers_leave_nothing_behind(tmp_path):
   """What Python finds still there when a process ends, it warns of."""
   script = """
-from vit_jax import data, image, sharding, sources, stream
+from vit_jax.data import batching, image, sources, stream
+from vit_jax.distributed import devices, sharding
 if __name__ == '__main__':
   source = sources.open_source('synthetic', '', (32, 32))
-  examples = stream.open_stream(source, 'test[:45]', size=(32, 32), fit=image.fit, workers=2)
-  over_batch = sharding.over_batch(sharding.make_mesh(16))
-  print(sum(1 for _ in data.eval_batches(examples, 16, over_batch)))
+  examples = stream.open_stream(source, 'test[:45]', size=(32, 32), fit=image.fit_image, workers=2)
+  over_batch = sharding.batch_sharding(devices.make_mesh(16))
+  print(sum(1 for _ in batching.eval_batches(examples, 16, over_batch)))
 """
   (tmp_path / 'whole.py').write_text(script)
   environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}

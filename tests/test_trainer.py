@@ -1,5 +1,6 @@
 """The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
 
+from collections.abc import Callable
 import dataclasses
 import itertools
 import json
@@ -38,7 +39,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 TRAIN = """
 import sys, json
 from tests.conftest import small_config
-from vit_jax import trainer
+from vit_jax.training import trainer
 trainer.train(small_config(**json.loads(sys.argv[2])), sys.argv[1])
 assert 'tensorflow' not in sys.modules, 'training imports TensorFlow'
 """
@@ -213,7 +214,7 @@ def prepare(parts, devices, cycles=(), **overrides):
   config = small_config(micro_batches=str(parts), **overrides)
   exp, training = opening.from_config(config, cycles=cycles)
   mesh = devices_lib.make_mesh(32, parts, shape=devices_lib.ALL_DATA | {'data': devices})
-  train_state = Run(exp, training, mesh, None, NoCheckpoints(), None, {}).initial_state()
+  train_state, _ = state.start_state(exp, training, mesh, NoCheckpoints())
   draw = np.random.RandomState(0).normal
   params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
   train_state = train_state.replace(params=params)
@@ -260,50 +261,52 @@ def test_the_average_begins_at_the_weights_of_init(monkeypatch):
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
   exp, training = opening.from_config(small_config(ema='0.9'))
   training = dataclasses.replace(training, params=weights)
-  run = Run(exp, training, devices_lib.make_mesh(), None, NoCheckpoints(), None, {})
-  begun = run.initial_state()
+  begun, _ = state.start_state(exp, training, devices_lib.make_mesh(), NoCheckpoints())
   assert_equal(begun.params, weights)
   assert_equal(begun.ema, weights)
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing(Experiment):
-  """An experiment whose gradient is what a step draws."""
+class Simple(Experiment):
+  """An experiment of one parameter, whose gradient is a function of the step's key."""
 
-  def training_loss(self, params, batch, key, early):
-    logits_BL = jnp.zeros((len(batch['label']), 10))
-    return params['weight'] * jax.random.uniform(key) * jnp.ones(len(batch['label'])), logits_BL
+  slope: Callable = lambda key: 7.0
+
+  def logits(self, params, batch, key=None):
+    return params['weight'] * self.slope(key) * jnp.ones((len(batch['label']), 10))
+
+
+def simple(exp, slope):
+  """The experiment made simple: the loss is the first logit."""
+  augment_and_mix = lambda key, example_B, image_BHWC, early: (image_BHWC, jnp.ones(len(example_B)))
+  loss = lambda logits_BL, label_B: logits_BL[:, 0]
+  return Simple(**vars(exp) | dict(augment_and_mix=augment_and_mix, loss=loss), slope=slope)
+
+
+SIMPLE_BATCH = {'image': np.zeros(32, np.float32), 'label': np.zeros(32, np.int32)}
 
 
 def test_each_step_and_each_seed_draws_anew():
   def draws(seed):
     exp, training = opening.from_config(small_config(seed=str(seed), micro_batches='2'))
     mesh = devices_lib.make_mesh(32, 2)
-    step = make_train_step(Drawing(**vars(exp)), training, mesh)
-    batch = {'label': np.zeros(32, np.int32)}
+    step = make_train_step(simple(exp, jax.random.uniform), training, mesh)
     params = {'weight': jnp.ones(())}
     for i in (0, 1, 2, 1):
       now = state.TrainState(jnp.int32(i), params, training.optimizer.init(params), None)
-      yield float(step(jax.tree.map(jnp.array, now), batch)[1]['grad_norm'])
+      yield float(step(jax.tree.map(jnp.array, now), SIMPLE_BATCH)[1]['grad_norm'])
 
   zero, one, two, again = draws(0)
   assert len({zero, one, two, *draws(1)}) == 6
   assert again == one
 
 
-class Steep(Experiment):
-  """An experiment whose gradient is 7."""
-
-  def training_loss(self, params, batch, key, early):
-    return params['weight'] * 7 * jnp.ones(len(batch['label'])), jnp.zeros((32, 10))
-
-
 def test_the_norm_of_the_gradient_is_that_before_clipping():
   exp, training = opening.from_config(small_config(**{'optimizer.clip': '0.1'}))
-  step = make_train_step(Steep(**vars(exp)), training, devices_lib.make_mesh(1))
+  step = make_train_step(simple(exp, lambda key: 7.0), training, devices_lib.make_mesh(1))
   params = {'weight': jnp.ones(())}
   now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
-  assert float(step(now, {'label': np.zeros(32, np.int32)})[1]['grad_norm']) == 7
+  assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
 
 
 def test_the_time_before_a_resume_counts(monkeypatch):
@@ -313,8 +316,8 @@ def test_the_time_before_a_resume_counts(monkeypatch):
     latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
   )
   exp, training = opening.from_config(small_config())
-  run = Run(exp, training, devices_lib.make_mesh(), None, found, None, {})
-  assert run.initial_state().step == 5 and 1000 < time.perf_counter() - run.began < 1060
+  begun, seconds = state.start_state(exp, training, devices_lib.make_mesh(), found)
+  assert begun.step == 5 and seconds == 1000
 
 
 def test_micro_batches_and_devices_change_only_rounding():

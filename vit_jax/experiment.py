@@ -21,9 +21,8 @@ from vit_jax.augment import (
   augment_and_mix,
   mixes,
   normalize,
-  partner,
 )
-from vit_jax.data import Fit, fit_image
+from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import POOLS, ViT, make
 from vit_jax.names import choose, pair
@@ -90,6 +89,20 @@ class Experiment:
     """(H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
 
+  @property
+  def reading(self) -> Reading:
+    """How its splits are read."""
+    data, crop = self.config.data, self.config.augment.resized_crop
+    cropped = AUGMENTATIONS['resized_crop'].on(crop)
+    return Reading(
+      data.cache,
+      self.fit,
+      crop.to_dict() if cropped else None,
+      data.skip_bad_images,
+      data.workers,
+      data.threads,
+    )
+
   def at(self, size: tuple[int, int]) -> 'Experiment':
     """The same, of the same parameters, seeing all images at another size (height, width).
 
@@ -130,26 +143,6 @@ class Experiment:
       example_B=batch['example'],
       rngs={'dropout': key},
     )
-
-  def training_loss(
-    self, params: dict, batch: dict, key: jax.Array, early: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array]:
-    """The loss `[B]` and the logits `[B, L]` of a micro-batch, augmented and mixed.
-
-    Args:
-      params: of the model.
-      batch: `image`, `label` and `example`.
-      key: of the step.
-      early: whether the step has strong augmentations; None: all steps have them.
-    """
-    image_key, dropout_key = jax.random.split(key)
-    example_B, label_B = batch['example'], batch['label']
-    image_BHWC, own_B = self.augment_and_mix(image_key, example_B, batch['image'], early=early)
-    logits_BL = self.logits(params, batch | {'image': image_BHWC}, dropout_key)
-    loss_B = self.loss(logits_BL, label_B)
-    if self.mixes:
-      loss_B = own_B * loss_B + (1 - own_B) * self.loss(logits_BL, partner(label_B))
-    return loss_B, logits_BL
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """How many parts each device best takes its share of a batch in.

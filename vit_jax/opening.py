@@ -1,7 +1,7 @@
 """Opens what a run or a mode works on: data, weights, and the experiment made of both.
 
 experiment, training = opening.from_config(config)         # to train
-experiment, params, step = opening.from_workdir(workdir)   # to evaluate, predict, draw
+experiment, params, step = opening.from_workdir(workdir)   # to use
 experiment, params = opening.from_init(weights)            # published ones, as they are
 """
 
@@ -44,27 +44,19 @@ def from_config(
   """Opens the data and the weights of `init`, then builds the rest.
 
   Args:
-    config: of the run.
-    saved: the config of the run that goes on, which decides what `init` decided; None for
-      a run that begins.
+    config: of the run, checked.
+    saved: that of the run that goes on, which decides what `init` decided; None for a new one.
     cycles: as in `Training`.
     seen: names of the files that the run that goes on was trained on.
 
   Raises:
     ValueError: whatever the person can mend; the message says how.
   """
-  check(config)
   data = config.data
   source = open_source(data.source, data.dir, pair(data.image_size))
   for warning in source.warnings:
     log.warning('%s', warning)
-  if data.val_split:
-    for name in ('train_split', 'eval_split'):
-      if overlap(source.pieces(data.val_split), source.pieces(data[name])):
-        raise ValueError(
-          f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
-          "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
-        )
+  check_held_out(config, source)
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
@@ -76,22 +68,16 @@ def from_config(
       'and read files in another order: it can not be resumed. Its weights still load: train from '
       'them with --config.init=<its workdir> and another --workdir.'
     )
-  names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
-  assemble(config, task)  # a mistake in the model shows before an image is looked at
-  config = decide_cache(config, source, names, size, trains=True)
-  if config.data.cache == 'memory':
-    size = common_size(source, data.train_split, size) or size
-    check_memory(source, names, size)
-  task = dataclasses.replace(task, stored_size=size)
-  experiment = dataclasses.replace(assemble(config, task), names=seen)
+  experiment = decided(config, task, source)
+  config, size = experiment.config, experiment.task.stored_size
 
   def read(split, seen):
     unseen, _ = leave_out_trained(source, split, seen)
-    return open_split(config, unseen, split, size, experiment.fit)
+    return open_split(experiment.reading, unseen, split, size)
 
-  train = open_split(config, source, data.train_split, size, experiment.fit, to_train=True)
+  train = open_split(experiment.reading, source, data.train_split, size, to_train=True)
   val = None
   if data.val_split:
     val = read(data.val_split, seen.before() if config.sweep else seen)
@@ -99,9 +85,39 @@ def from_config(
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report_split(name, examples)
   announce(config, len(train), first_size(source, data.train_split))
-  task = dataclasses.replace(task, train_examples=len(train))
-  experiment = dataclasses.replace(experiment, task=task)
+  task = dataclasses.replace(experiment.task, train_examples=len(train))
+  experiment = dataclasses.replace(experiment, task=task, names=seen)
   return experiment, plan_training(config, train, val, test, params, cycles)
+
+
+def check_held_out(config: ConfigDict, source: Source) -> None:
+  """Raises ValueError where the validation split shares examples with another one."""
+  data = config.data
+  if not data.val_split:
+    return
+  for name in ('train_split', 'eval_split'):
+    if overlap(source.pieces(data.val_split), source.pieces(data[name])):
+      raise ValueError(
+        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
+        "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
+      )
+
+
+def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
+  """The experiment of a run, with where its splits are kept, and at which size.
+
+  Raises:
+    ValueError: a model that can't be, or splits that do not fit into memory.
+  """
+  data, size = config.data, task.stored_size
+  names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
+  reading = assemble(config, task).reading  # a mistake in the model shows before an image is read
+  cache = decide_cache(reading, source, names, size, trains=True)
+  if cache == 'memory':
+    size = common_size(source, data.train_split, size) or size
+    check_memory(source, names, size)
+  task = dataclasses.replace(task, stored_size=size)
+  return assemble(config_lib.fill(config, {'data.cache': cache}), task)
 
 
 def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, TrainingFiles]:
@@ -269,10 +285,11 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
     ValueError: more than the memory holds.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
-  config = decide_cache(experiment.config, source, names, size)
-  if config.data.cache == 'memory':
+  reading = experiment.reading
+  reading = dataclasses.replace(reading, cache=decide_cache(reading, source, names, size))
+  if reading.cache == 'memory':
     check_memory(source, names, size)
-  found = [open_split(config, own, name, size, experiment.fit) for own, name in parts]
+  found = [open_split(reading, own, name, size) for own, name in parts]
   for name, examples in zip(names, found):
     report_split(name, examples)
   return found

@@ -12,7 +12,7 @@ from vit_jax.data.image import (
   read_file,
   save_png,
 )
-from vit_jax.data.loading import Split, decide_cache, open_split, report_split
+from vit_jax.data.loading import Reading, Split, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
 from vit_jax.data.source import Source, first_size
 from vit_jax.data.sources import look_up_source, open_source
@@ -24,6 +24,7 @@ __all__ = [
   'Examples',
   'Files',
   'Fit',
+  'Reading',
   'Source',
   'Split',
   'check_memory',

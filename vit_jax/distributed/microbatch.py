@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.distributed import devices
+from vit_jax.distributed.sharding import keep_layout
 
 # Of a micro-batch on a CPU: rows enough for a product, and few enough for the cache. A wide
 # model's weights don't fit there; it takes more rows, so that reading them is little of the work.
@@ -57,18 +58,21 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
     mesh: whose devices each hold a share of the batch, and `shared` as `layout` has it.
     parts: micro-batches that a device takes its share in; they divide it.
   """
-  function = jax.jit(function)  # traced once, though called twice
+
+  @jax.jit  # traced once, though called twice
+  def sums_of(part, *shared):
+    return keep_layout(mesh, function(part, *shared))
 
   def added(batch, *shared):
     if parts == 1:
-      return function(batch, *shared)
+      return sums_of(batch, *shared)
 
     def add(sums, part):
-      return jax.tree.map(jnp.add, sums, function(part, *shared)), None
+      return jax.tree.map(jnp.add, sums, sums_of(part, *shared)), None
 
     batch = micro(batch, mesh, parts)
     first = jax.tree.map(lambda x: x[0], batch)
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, first, *shared))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, first, *shared))
     return jax.lax.scan(add, zeros, batch)[0]
 
   if devices.splits(mesh):

@@ -14,7 +14,6 @@ Decisions:
 from collections import Counter
 from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import math
 import pathlib
 
@@ -37,11 +36,12 @@ from vit_jax.optim import (
   LAST_LAYER,
   LATER_PEAK,
   Stages,
+  Training,
   split_frozen,
   training_recipe,
   warmup_steps,
 )
-from vit_jax.training import init_state, saved_config
+from vit_jax.training import init_state, loss_fn, saved_config
 from vit_jax.weights import flatten_params
 from vit_jax.workdir import latest_step, newest_config
 
@@ -174,17 +174,8 @@ def measure(
   recipe = training_recipe(config, examples or MANY, cycles)
   steps = recipe['steps'] if examples else None
   warmup = warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
-  begin = functools.partial(
-    init_state,
-    exp.model,
-    recipe['optimizer'],
-    exp.image_shape,
-    config.seed,
-    config.ema > 0,
-    mesh,
-    config.freeze,
-  )
-  shapes = jax.eval_shape(begin)
+  training = Training(None, None, None, params=None, **recipe)
+  shapes = jax.eval_shape(lambda: init_state(exp, training, mesh))
   flops, train_flops = work(exp, shapes.params)
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
   run_flops = config.batch_size * one if examples else None
@@ -261,7 +252,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}
-    return exp.training_loss(trained | frozen, example, jax.random.key(seed), early)[0].sum()
+    return loss_fn(example, trained, frozen, jax.random.key(seed), early, exp)[0]
 
   return function
 

@@ -1,8 +1,8 @@
 """A page on which a model is tried: drop an image, see its classes and what it attends to.
 
 Decisions:
-  * Files are decoded by `decode_image` alone, which opens images only and says what is wrong with the
-    others; Gradio hands over bytes. Their size and pixels are bounded.
+  * Files are decoded by `decode_image` alone, which opens images only and says what is wrong with
+    the others; Gradio hands over bytes. Their size and pixels are bounded.
   * One image at a time, on one device: requests wait in Gradio's queue.
   * Neither the page nor the server asks anything of the network: system fonts, no analytics, no
     share link, and addresses in the place of an upload are refused.

@@ -5,19 +5,17 @@ Decisions:
   * A checkpoint is saved only once the loss of its step was read and found finite.
 """
 
-from collections.abc import Iterator
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import time
 
-from clu import parameter_overview, platform
+from clu import platform
 import jax
-import jax.numpy as jnp
 import tqdm
 
-from vit_jax import config as config_lib
-from vit_jax import experiment, progress, storage
+from vit_jax import progress
 from vit_jax.data import Split, train_batches
 from vit_jax.distributed import (
   Preempted,
@@ -26,36 +24,52 @@ from vit_jax.distributed import (
   few_devices,
   from_first,
   is_first,
-  place,
 )
 from vit_jax.evaluation import make_eval_step, score_split
-from vit_jax.experiment import Experiment
+from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
-from vit_jax.training import state
 from vit_jax.training.meter import Meter
+from vit_jax.training.state import TrainState, start_state
 from vit_jax.training.step import TrainStep, make_train_step
-from vit_jax.workdir import DETAILS, Checkpoints, Silent, Writer, latest_step, saved_steps
+from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
 
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass
 class Run:
-  """The loop: from the newest checkpoint, or the beginning, to the end."""
+  """The loop: from the newest checkpoint, or the beginning, to the end.
 
-  def __init__(self, exp, training, mesh, records, checkpoints, preemption, notes):
-    self.exp, self.training, self.mesh = exp, training, mesh
-    self.records, self.checkpoints, self.notes = records, checkpoints, notes
-    self.preemption = preemption
-    self.config = exp.config
-    self.eval_step = make_eval_step(exp, mesh)
+  Attributes:
+    exp: what is trained.
+    training: on what and how, and from which weights.
+    mesh: of the devices.
+    records: metrics and result.
+    checkpoints: of the workdir.
+    preemption: whether the run is asked to stop.
+    notes: put into `result.json` as they are.
+  """
+
+  exp: Experiment
+  training: Training
+  mesh: jax.sharding.Mesh
+  records: Writer | Silent
+  checkpoints: Checkpoints
+  preemption: Preemption
+  notes: dict[str, object]
+
+  def __post_init__(self):
+    self.config = self.exp.config
+    self.eval_step = make_eval_step(self.exp, self.mesh)
     self.began = time.perf_counter()  # of the whole run: moved back by what was done before
 
   def run(self) -> dict:
     """Trains to the end and writes `result.json`."""
-    few = few_devices(**experiment.division(self.config))
+    few = few_devices(**division(self.config))
     if few:
       log.warning(few)
-    train_state = self.initial_state()
+    train_state, seconds = start_state(self.exp, self.training, self.mesh, self.checkpoints)
+    self.began -= seconds
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
       self.log_cycle()
@@ -66,7 +80,7 @@ class Run:
         self.save(train_state, scores)
     return self.finish(train_state, scores)
 
-  def loop(self, train_state: state.TrainState, start: int, steps: int):
+  def loop(self, train_state: TrainState, start: int, steps: int):
     """Steps `start + 1` to `steps`; returns the state and the last scores."""
     config, examples = self.config, self.training.train
     over_batch = batch_sharding(self.mesh)
@@ -134,43 +148,18 @@ class Run:
     due = start > 0 and 'eval' in self.due(start)
     return due and not from_first(lambda: self.records.find(start, 'test'))
 
-  def evaluate_start(self, start: int, train_state: state.TrainState) -> dict[str, dict]:
+  def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
     """Evaluates the checkpoint that the run resumes from, which was saved before that."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
     self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
     return scores
 
-  def initial_state(self) -> state.TrainState:
-    """From the newest checkpoint, else from the weights of `init`, else random."""
-    fresh = state.init_state(
-      self.exp.model,
-      self.training.optimizer,
-      self.exp.image_shape,
-      self.config.seed,
-      self.config.ema > 0,
-      self.mesh,
-      self.config.freeze,
-    )
-    if self.checkpoints.latest() is not None:
-      leaves, saved = self.checkpoints.restore(fresh)
-      self.began -= saved['seconds']
-      restored = place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
-      log.info('Going on from step %d.', restored.step)
-      return restored
-    overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
-    DETAILS.info('%s', overview)
-    if self.training.params is None:
-      return fresh
-    weights = place(self.training.params, fresh.params)
-    ema = jax.tree.map(jnp.copy, weights) if self.config.ema else None
-    return fresh.replace(params=weights, ema=ema)
-
   def size_of(self, step: int) -> tuple[int, int]:
     """(height, width) of the images of a step, the first being 1."""
     return next(size for end, size in self.training.stages if step <= end)
 
-  def compile(self, train_state: state.TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
+  def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
     """Compiles ahead, so that images per second are those of training alone."""
     began, exp = time.perf_counter(), self.exp.at(size)
     with progress.announced('Compiling the training step ...'):
@@ -199,7 +188,7 @@ class Run:
       f'{values["images_per_second"]:,.0f} images/s'
     )
 
-  def evaluate(self, step: int, train_state: state.TrainState) -> dict[str, dict]:
+  def evaluate(self, step: int, train_state: TrainState) -> dict[str, dict]:
     """The scores of each split that is not trained on, written to the records."""
     scores = {}
     for split in ('val', 'test'):
@@ -222,7 +211,7 @@ class Run:
     """Loss and accuracies of these weights."""
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
-  def save(self, train_state: state.TrainState, scores: dict[str, dict]) -> None:
+  def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
     """A checkpoint, with the held-out accuracy where there is one: never that on test."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
@@ -230,7 +219,7 @@ class Run:
     }
     self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
 
-  def finish(self, train_state: state.TrainState, scores: dict[str, dict]) -> dict:
+  def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
     """Writes `result.json`, once the last checkpoint is on disk."""
     self.checkpoints.wait()
     result = {
@@ -240,7 +229,7 @@ class Run:
       'steps': int(train_state.step),
       'seconds': round(time.perf_counter() - self.began, 1),
       'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
-      'config': config_lib.to_dict(self.config),
+      'config': self.exp.saved()['config'],
     } | self.notes
     if 'val' in scores:
       result['val_accuracy'] = scores['val']['accuracy']
@@ -283,16 +272,3 @@ def fit(
     Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
     return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
-
-
-@contextlib.contextmanager
-def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds to an `storage.Unwritten` what is left of the run in a workdir."""
-  try:
-    yield
-  except storage.Unwritten as error:
-    whole = next(iter(saved_steps(workdir)), None)
-    left = 'No checkpoint had been saved: the same command starts again.'
-    if whole is not None:
-      left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'
-    raise storage.Unwritten(f'{error} {left}') from error

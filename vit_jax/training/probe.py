@@ -23,7 +23,9 @@ from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.model import Dense
 from vit_jax.optim import Training, plan_training, split_frozen
-from vit_jax.training import loop, resume, state
+from vit_jax.training.loop import fit
+from vit_jax.training.resume import begin, finished_result, record
+from vit_jax.training.state import init_params
 from vit_jax.workdir import held, latest_step, read_json, restore_item, write_json
 
 log = logging.getLogger(__name__)
@@ -56,13 +58,13 @@ def train_head(
   images = training.test
   if not exp.augments:  # what this caches is found by its content, so it may precede the checks
     exp, training = on_features(exp, training, mesh, workdir / 'features')
-  resume.record(of_all(exp, training) if config.sweep else exp, workdir, images)
+  record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
     best = max(points, key=lambda point: point['val_accuracy'] or 0.0)
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
-  return loop.fit(exp, training, mesh, workdir, **notes)
+  return fit(exp, training, mesh, workdir, **notes)
 
 
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
@@ -75,7 +77,7 @@ def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -
   if training.params is not None:
     return training.params
   seed = exp.config.seed
-  return jax.device_get(jax.jit(lambda: state.init_params(exp.model, exp.image_shape, seed))())
+  return jax.device_get(jax.jit(lambda: init_params(exp.model, exp.image_shape, seed))())
 
 
 def on_features(
@@ -110,8 +112,8 @@ def sweep(
   Raises:
     FloatingPointError: all rates diverged.
   """
-  record = workdir / 'sweep.json'
-  chosen = from_first(lambda: (read_json(record) or {}).get('sweep'))
+  file = workdir / 'sweep.json'
+  chosen = from_first(lambda: (read_json(file) or {}).get('sweep'))
   if chosen and latest_step(workdir) is not None:
     return chosen
   if len(training.val) < FEW:
@@ -127,7 +129,7 @@ def sweep(
   if all(point['val_accuracy'] is None for point in points):
     raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
   if is_first():
-    write_json(record, {'sweep': points})
+    write_json(file, {'sweep': points})
   return points
 
 
@@ -144,15 +146,15 @@ def score_rate(
   exp = dataclasses.replace(exp, config=config)
   if began_with_others(folder, training.params):
     from_first(lambda: shutil.rmtree(folder))
-  if result := from_first(lambda: resume.finished_result(config, folder)):
+  if result := from_first(lambda: finished_result(config, folder)):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
   else:
     splits = training.train, training.val, training.test
     plan = plan_training(config, *splits, training.params)
     with held(folder):
-      resume.begin(config, folder)
-      resume.record(exp, folder)
-      result = loop.fit(exp, plan, mesh, folder)
+      begin(config, folder)
+      record(exp, folder)
+      result = fit(exp, plan, mesh, folder)
   # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
   from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']

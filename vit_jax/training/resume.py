@@ -22,6 +22,14 @@ from vit_jax.workdir import (
   write_json,
 )
 
+OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
+
+
+def check_processes(config: ConfigDict) -> None:
+  """Raises ValueError where this process was given another config than the first."""
+  mine = config_lib.flatten(config)
+  check_same('config', {key: mine[key] for key in mine if key not in OWN})
+
 
 def begin(
   config: ConfigDict, workdir: pathlib.Path

@@ -4,15 +4,13 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from vit_jax import config as config_lib
-from vit_jax import experiment, limits, opening
+from vit_jax import experiment, limits, opening, storage
 from vit_jax.check import check
-from vit_jax.distributed import check_same, start_up
-from vit_jax.storage import local
-from vit_jax.training import loop, probe, resume
+from vit_jax.distributed import start_up
+from vit_jax.training.loop import fit
+from vit_jax.training.probe import train_head
+from vit_jax.training.resume import begin, check_processes, record
 from vit_jax.workdir import held, training_files_of
-
-OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
 
 
 @limits.memory_for('Training')
@@ -31,18 +29,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     limits.OutOfMemory: the message says which keys to change.
     cluster.Preempted: it was asked to stop, and has saved.
   """
-  workdir = local(workdir)
+  workdir = storage.local(workdir)
   start_up()
   check(config)
-  mine = config_lib.flatten(config)
-  check_same('config', {key: mine[key] for key in mine if key not in OWN})
+  check_processes(config)
   with held(workdir):
-    finished, saved, cycles = resume.begin(config, workdir)
+    finished, saved, cycles = begin(config, workdir)
     if finished:
       return finished
     mesh = experiment.mesh_for(config)
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     if config.freeze:
-      return probe.train_head(exp, training, mesh, workdir)
-    resume.record(exp, workdir, training.test)
-    return loop.fit(exp, training, mesh, workdir)
+      return train_head(exp, training, mesh, workdir)
+    record(exp, workdir, training.test)
+    return fit(exp, training, mesh, workdir)

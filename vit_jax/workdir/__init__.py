@@ -1,6 +1,6 @@
 """What a run keeps on disk."""
 
-from vit_jax.workdir.checkpoint import Checkpoints
+from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.lock import held
 from vit_jax.workdir.stored import (
   latest_step,
@@ -26,6 +26,7 @@ __all__ = [
   'Writer',
   'hash_training_files',
   'held',
+  'intact',
   'latest_step',
   'leave_out_trained',
   'load_checkpoint',

@@ -13,6 +13,8 @@ Decisions:
     it afterwards its digests tell, which are compared whenever it is read.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -192,3 +194,16 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
   """The error for a checkpoint that can't be written."""
   first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
   return storage.unwritten(stored.directory(workdir), storage.reason(error) or first)
+
+
+@contextlib.contextmanager
+def intact(workdir: pathlib.Path) -> Iterator[None]:
+  """Adds to a `storage.Unwritten` what is left of the run in a workdir."""
+  try:
+    yield
+  except storage.Unwritten as error:
+    whole = next(iter(stored.saved_steps(workdir)), None)
+    left = 'No checkpoint had been saved: the same command starts again.'
+    if whole is not None:
+      left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'
+    raise storage.Unwritten(f'{error} {left}') from error
