@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from vit_jax.model import variants
 from vit_jax.model.vit import ViT
 from vit_jax.weights import timm
-from vit_jax.weights.param_tree import param_shapes
+from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 TIMM_NAMES = ROOT / 'tests/data/timm_names.json'  # every ViT of timm 1.0.31, None: not read here

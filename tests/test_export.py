@@ -20,9 +20,9 @@ from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 import vit_jax
 from vit_jax.data import image as image_lib
-from vit_jax.inference import card_code, exporting, program
+from vit_jax.inference import exporting, program
 from vit_jax.weights import reader
-from vit_jax.weights.formats import Preprocessing
+from vit_jax.weights.formats import Preprocessing, prepare_lines
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ONNX = 'needs requirements-onnx.txt'
@@ -178,7 +178,7 @@ def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
   file = save_image(tmp_path, (31, 40))
   variables = {'Image': Image, 'ImageOps': ImageOps}
   with contextlib.chdir(tmp_path):
-    exec(card_code.prepare_lines(p, 3, p.size), variables)
+    exec(prepare_lines(p, 3, p.size), variables)
   want = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
   assert np.array_equal(np.asarray(variables['image']), want)
 

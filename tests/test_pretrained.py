@@ -18,7 +18,7 @@ import vit_jax
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
-from vit_jax.weights import hf, npz, param_tree, reader, timm_names
+from vit_jax.weights import hf, layouts, npz, reader, timm_names
 from vit_jax.weights.formats import Preprocessing
 
 # The folder, the arguments that its file needs, and the formats that can hold the model.
@@ -51,7 +51,7 @@ def logits(loaded, image):
 
 def equal(a, b):
   """Whether two trees hold the same arrays, to the bit."""
-  a, b = param_tree.flatten_params(a), param_tree.flatten_params(b)
+  a, b = layouts.flatten_params(a), layouts.flatten_params(b)
   return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
@@ -177,7 +177,7 @@ def test_big_vision(pool, scan, prefix, tmp_path):
   leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
   variables = jax.tree.unflatten(tree, leaves)
   arrays = {
-    prefix + n: np.asarray(x) for n, x in param_tree.flatten_params(variables['params']).items()
+    prefix + n: np.asarray(x) for n, x in layouts.flatten_params(variables['params']).items()
   }
   if prefix:
     other = 'params/txt/head/bias' if 'img' in prefix else 'chrono/seconds'
@@ -310,10 +310,8 @@ def test_timms_names_stand_for_its_arguments():
 def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
   assert int(28 * (61 / 28)) == 60  # timm rounds down
   model = ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
-  shapes = param_tree.param_shapes(model, (8, 8, 3))
-  params = param_tree.unflatten_params(
-    {name: np.zeros(shape, 'f4') for name, shape in shapes.items()}
-  )
+  shapes = layouts.param_shapes(model, (8, 8, 3))
+  params = layouts.unflatten_params({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
   vit_jax.save(model, params, tmp_path, format='timm')
   config = json.loads((tmp_path / 'config.json').read_text())
   assert int(28 * config['model_args']['mlp_ratio']) == 61

@@ -7,14 +7,18 @@ ones little. What is not known is said to be unknown. The license is the person'
 import dataclasses
 import pathlib
 
-from vit_jax.inference.card_code import RUN
 from vit_jax.model import VARIANTS, ViT
-from vit_jax.weights import Preprocessing, Pretrained, flatten_params, image_channels
+from vit_jax.weights import (
+  FORMATS,
+  Format,
+  Preprocessing,
+  Pretrained,
+  flatten_params,
+  image_channels,
+)
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-LIBRARIES = {'hf': 'transformers', 'timm': 'timm'}  # as the Hub names them
-PROGRAMS = ('stablehlo', 'onnx')
 SHOWN = 100  # classes, where another file has all of them
 
 
@@ -27,7 +31,8 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     source: where they were read.
     result: `result.json` of their run; None where there is none.
   """
-  if format not in PROGRAMS:  # they bring a file to the model's size at once
+  entry = FORMATS[format]
+  if not entry.enlarges:  # they bring a file to the model's size at once
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -41,7 +46,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
-  front = front_matter(LIBRARIES[format], loaded.model) if format in LIBRARIES else ''
+  front = front_matter(entry.library, loaded.model) if entry.library else ''
   return f"""{front}# Vision Transformer {name_of(loaded.model)}
 
 | | |
@@ -51,10 +56,10 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
 To run it, in this folder, on any `image.png`:
 
 ```python
-{RUN[format](loaded)}
+{entry.usage(loaded)}
 ```
 
-{classes(format, loaded)}
+{classes(entry, loaded)}
 
 {SIGNATURE}
 """
@@ -142,14 +147,14 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
     return 'unknown'
 
 
-def classes(format: str, loaded: Pretrained) -> str:
+def classes(entry: Format, loaded: Pretrained) -> str:
   """The names of the outputs."""
   names = loaded.class_names
   if loaded.model.num_classes is None:
     return 'There is no head: it gives features.'
   if names is None:
     return f'{loaded.model.num_classes} classes, whose names are unknown.'
-  shown = names if format == 'npz' else names[:SHOWN]
+  shown = names[:SHOWN] if entry.holds_names else names
   rest = f', and {len(names) - SHOWN:,} more in the JSON beside' if len(names) > len(shown) else ''
   listed = ', '.join(f'{i} {name}' for i, name in enumerate(shown))
   return f'{len(names):,} classes: {listed}{rest}.'

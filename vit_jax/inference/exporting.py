@@ -6,20 +6,18 @@ import pathlib
 import tempfile
 
 from vit_jax import storage
-from vit_jax.inference import card, program
+from vit_jax.inference import card
 from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.storage import local
 from vit_jax.weights import (
+  FORMATS,
   Preprocessing,
   adapt,
   check_params,
   flatten_params,
   load_json,
   read_weights,
-  save_hf,
-  save_npz,
-  save_timm,
   square_grid,
 )
 
@@ -105,7 +103,7 @@ def save(
   Raises:
     ValueError: a model that the format can't hold; the message names what.
   """
-  write = choose('format', format, FORMATS)
+  entry = choose('format', format, FORMATS)
   folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
@@ -115,7 +113,7 @@ def save(
   with storage.writing(folder), contextlib.ExitStack() as stack:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
-    write(model, params, pathlib.Path(temporary), preprocessing, class_names)
+    entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:
       (pathlib.Path(temporary) / 'README.md').write_text(
         card, encoding='utf-8', errors='backslashreplace'
@@ -129,20 +127,11 @@ def save(
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError where a folder holds a run, or weights that would be read before these."""
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
-  kinds = ('*.safetensors', '*.npz', '*.index.json', '*.stablehlo', '*.onnx*')
-  kept = [file.name for kind in kinds for file in folder.glob(kind)]
-  if others := runs + sorted(set(kept) - set(names)):
+  patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
+  kept = {file.name for pattern in patterns for file in folder.glob(pattern)}
+  if others := runs + sorted(kept - set(names)):
     held = ', '.join(others)
     raise ValueError(f'{folder} holds {held} already: give another folder, or an empty one.')
-
-
-FORMATS = {
-  'hf': save_hf,
-  'timm': save_timm,
-  'npz': save_npz,
-  'stablehlo': program.save_stablehlo,
-  'onnx': program.save_onnx,
-}
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:

@@ -6,7 +6,7 @@ Decisions:
   * Every array of a file is accounted for: read, or named in `ignored`, or an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
@@ -18,7 +18,7 @@ import numpy as np
 from vit_jax.data import INTERPOLATIONS
 from vit_jax.model import ViT
 from vit_jax.names import choose
-from vit_jax.weights import param_tree
+from vit_jax.weights import layouts
 from vit_jax.weights.layouts import Row
 
 
@@ -87,6 +87,57 @@ class Weights:
   run: Mapping | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+  """What `load` gives; unpacks as `model, params`.
+
+  Attributes:
+    model: for `model.apply({'params': params}, image_BHWC)`.
+    params: float32 NumPy arrays.
+    preprocessing: how the weights expect an image; its size fits the grid.
+    class_names: of the head's logits; None where the file doesn't tell, or the head is new.
+    ignored: names in the file of what the model has no use for.
+    run: `config`, `task` and `step` of the run that the weights are from, if it is one of ours.
+  """
+
+  model: ViT
+  params: dict
+  preprocessing: Preprocessing
+  class_names: tuple[str, ...] | None
+  ignored: tuple[str, ...]
+  run: Mapping | None = None
+
+  def __iter__(self):
+    return iter((self.model, self.params))
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """Everything that is to be known of a format of weights; an entry of `FORMATS`.
+
+  Attributes:
+    save: `(model, params, folder, preprocessing, class_names)` writes its files into the folder,
+      and raises ValueError for a model that the format can't hold.
+    usage: `(loaded) -> Python`, some lines that run a `Pretrained` from the files, for its card.
+    files: patterns of the names of its files.
+    reads: whether what lies at a path, a file or a folder, is of the format; None where it is
+      written only.
+    read: `(path) -> Weights`.
+    library: that the Hub knows its files by.
+    enlarges: whether it enlarges images that are stored smaller than the model's by itself.
+    holds_names: whether it has a place for the names of classes.
+  """
+
+  save: Callable[[ViT, dict, pathlib.Path, Preprocessing, tuple[str, ...] | None], None]
+  usage: Callable[[Pretrained], str]
+  files: tuple[str, ...]
+  reads: Callable[[pathlib.Path], bool] | None = None
+  read: Callable[[pathlib.Path], Weights] | None = None
+  library: str = ''
+  enlarges: bool = False
+  holds_names: bool = True
+
+
 # What reading a config raises where a value is of another kind than expected.
 ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
@@ -145,7 +196,7 @@ def read_params(
   if problems:
     shown = '\n  '.join(problems[:20] + [f'... {len(problems) - 20} more'] * (len(problems) > 20))
     raise ValueError(f'{weights.origin} does not hold the weights of its model:\n  {shown}')
-  return param_tree.unflatten_params(
+  return layouts.unflatten_params(
     {name: np.ascontiguousarray(x) for name, x in params.items()}
   ), ignored
 
@@ -164,7 +215,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
   """All parameters under their names. The format must be able to hold them: see `refuse`."""
   flat = {
-    name: np.asarray(leaf, np.float32) for name, leaf in param_tree.flatten_params(params).items()
+    name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }
   arrays = {}
   for row in table:
@@ -184,3 +235,24 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
   ]
   if wrong:
     raise ValueError(f'The format {format_name} can not hold this model:\n' + '\n'.join(wrong))
+
+
+def upright(channels: int) -> str:
+  """`image`, a PIL image as people see it: a camera may say in EXIF which way it was held."""
+  mode = 'L' if channels == 1 else 'RGB'
+  return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
+
+
+def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
+  """`image`, upright and of the size wanted."""
+  opened = upright(channels)
+  method = f'Image.Resampling.{p.interpolation.upper()}'
+  shape = f'({size[1]}, {size[0]}), {method}'
+  if not p.stretch:
+    bleed = f', bleed={(1 - p.crop) / 2:.6g}' if p.crop < 1 else ''
+    return f'{opened}\nimage = ImageOps.fit(image, {shape}{bleed})'
+  if p.crop == 1:
+    return f'{opened}\nimage = image.resize({shape})'
+  cut = f'w * {(1 - p.crop) / 2:.6g}, h * {(1 - p.crop) / 2:.6g}'
+  end = f'w * {(1 + p.crop) / 2:.6g}, h * {(1 + p.crop) / 2:.6g}'
+  return f'{opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'

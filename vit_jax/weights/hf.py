@@ -16,8 +16,17 @@ from safetensors.numpy import save_file
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights import hf_names
-from vit_jax.weights.formats import ODD, Preprocessing, Weights, load_json, refuse, write_params
-from vit_jax.weights.layouts import rows
+from vit_jax.weights.formats import (
+  ODD,
+  Preprocessing,
+  Pretrained,
+  Weights,
+  load_json,
+  refuse,
+  upright,
+  write_params,
+)
+from vit_jax.weights.layouts import image_channels, rows
 
 
 def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -277,3 +286,18 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
       size=resized if p.stretch else {'shortest_edge': min(resized.values())},
     )
   return config
+
+
+def run_hf(loaded: Pretrained) -> str:
+  """With transformers."""
+  headed = loaded.model.num_classes is not None
+  kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
+  show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
+  return f"""from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, {kind}
+
+processor = AutoImageProcessor.from_pretrained('.')
+model = {kind}.from_pretrained('.')
+{upright(image_channels(loaded.params))}
+inputs = processor(image, return_tensors='pt')
+{show if headed else 'print(model(**inputs).last_hidden_state)'}"""

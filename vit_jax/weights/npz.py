@@ -19,8 +19,15 @@ import numpy as np
 
 from vit_jax import storage
 from vit_jax.model import ViT, stem_stride
-from vit_jax.weights.formats import Preprocessing, Weights, refuse, write_params
-from vit_jax.weights.layouts import SAME, STACKED, Row, rows
+from vit_jax.weights.formats import (
+  Preprocessing,
+  Pretrained,
+  Weights,
+  prepare_lines,
+  refuse,
+  write_params,
+)
+from vit_jax.weights.layouts import SAME, STACKED, Row, image_channels, rows
 
 log = logging.getLogger(__name__)
 
@@ -118,12 +125,18 @@ def table(
   return rows([(ours, prefix + theirs, layout) for ours, theirs, layout in head + blocks], depth)
 
 
+def is_npz(place: pathlib.Path) -> bool:
+  """Whether it is a file of this kind, or a folder with one."""
+  return place.suffix == '.npz' if place.is_file() else len([*place.glob('*.npz')]) == 1
+
+
 def read_npz(path: pathlib.Path) -> Weights:
-  """The weights of a file.
+  """The weights of a file, or of the one in a folder.
 
   Raises:
     ValueError: not such a file, or a damaged one.
   """
+  path = next(path.glob('*.npz')) if path.is_dir() else path
   arrays = read_arrays(path)
   prefix = next((p for p in PREFIXES if f'{p}embedding/kernel' in arrays), None)
   if prefix is None:
@@ -256,3 +269,20 @@ def save_npz(
   else:
     rows = table(fields, OLDER, 'Transformer/posembed_input/pos_embedding')
   write_arrays(folder / 'model.npz', write_params(rows, params))
+
+
+def run_npz(loaded: Pretrained) -> str:
+  """With this package: the file has no place for what is done to an image."""
+  p, channels = loaded.preprocessing, image_channels(loaded.params)
+  grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
+  axes = '[..., None]' if channels == 1 else ''
+  mean, std = (repr(list(values)) for values in (p.mean, p.std))
+  return f"""import numpy as np
+from PIL import Image, ImageOps
+import vit_jax
+
+model, params = vit_jax.load('model.npz'{f', grid={grid}' if grid[0] != grid[1] else ''})
+{prepare_lines(p, channels, p.size)}
+pixels = (np.asarray(image, np.float32){axes} / 255 - {mean}) / {std}
+output = model.apply({{'params': params}}, pixels[None].astype(np.float32))[0]
+print({'output.argmax()' if loaded.model.num_classes else 'output'})"""

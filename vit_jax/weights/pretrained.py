@@ -9,7 +9,6 @@ Decisions:
     both (Section 3.1), and fine-tuning removes all of it (Section 3.2).
 """
 
-from collections.abc import Mapping
 import dataclasses
 import logging
 import math
@@ -18,34 +17,10 @@ import pathlib
 import numpy as np
 
 from vit_jax.model import ViT, check_model, resize_positions
-from vit_jax.weights import formats, param_tree, reader
-from vit_jax.weights.formats import Preprocessing, Weights
+from vit_jax.weights import formats, layouts, reader
+from vit_jax.weights.formats import Pretrained, Weights
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-  """What `load` gives; unpacks as `model, params`.
-
-  Attributes:
-    model: for `model.apply({'params': params}, image_BHWC)`.
-    params: float32 NumPy arrays.
-    preprocessing: how the weights expect an image; its size fits the grid.
-    class_names: of the head's logits; None where the file doesn't tell, or the head is new.
-    ignored: names in the file of what the model has no use for.
-    run: `config`, `task` and `step` of the run that the weights are from, if it is one of ours.
-  """
-
-  model: ViT
-  params: dict
-  preprocessing: Preprocessing
-  class_names: tuple[str, ...] | None
-  ignored: tuple[str, ...]
-  run: Mapping | None = None
-
-  def __iter__(self):
-    return iter((self.model, self.params))
 
 
 def load(
@@ -103,7 +78,7 @@ def adapt(
   own_grid = find_grid(source, model, grid, source_grid)
   grid = own_grid if grid is None else check_grid('grid', grid)
   own_size, size = ([n * p for n, p in zip(g, model.patch_size)] for g in (own_grid, grid))
-  wanted = param_tree.param_shapes(model, (*own_size, source.channels))
+  wanted = layouts.param_shapes(model, (*own_size, source.channels))
   params, ignored = formats.read_params(source, wanted)
 
   if 'pos_embedding' in params:
@@ -123,9 +98,9 @@ def adapt(
   if 'pre_logits' in dropped:
     model = model.clone(representation_size=None)
   for name in dropped:
-    ignored += tuple(f'{name}/{leaf}' for leaf in param_tree.flatten_params(params.pop(name, {})))
+    ignored += tuple(f'{name}/{leaf}' for leaf in layouts.flatten_params(params.pop(name, {})))
   if num_classes is not None and 'head' not in params:
-    shapes = param_tree.param_shapes(model, (*size, source.channels))
+    shapes = layouts.param_shapes(model, (*size, source.channels))
     params['head'] = {
       leaf: np.zeros(shapes[f'head/{leaf}'], np.float32) for leaf in ('kernel', 'bias')
     }
@@ -199,8 +174,8 @@ def square_grid(count: int) -> tuple[int, int] | None:
 
 def check_params(model: ViT, params: dict, size: tuple[int, int], origin: object) -> None:
   """Raises ValueError where parameters don't have the names and shapes of the model."""
-  image_shape = (*size, param_tree.image_channels(params))
-  compare_shapes(param_tree.param_shapes(model, image_shape), param_tree.shapes_of(params), origin)
+  image_shape = (*size, layouts.image_channels(params))
+  compare_shapes(layouts.param_shapes(model, image_shape), layouts.shapes_of(params), origin)
 
 
 def compare_shapes(wanted: dict, given: dict, origin: object) -> None:

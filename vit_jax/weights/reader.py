@@ -4,8 +4,9 @@ safetensors and `np.load` without pickle only: what could run code is refused. W
 decides how it is read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 import dataclasses
+import functools
 import logging
 import pathlib
 import re
@@ -18,8 +19,8 @@ from safetensors.numpy import load_file
 from vit_jax.model import ViT, attributes, make
 from vit_jax.names import pair
 from vit_jax.storage import local
-from vit_jax.weights import formats, hf, layouts, npz, param_tree, timm
-from vit_jax.weights.formats import Preprocessing, Weights
+from vit_jax.weights import formats, hf, layouts, npz, program, timm
+from vit_jax.weights.formats import Format, Preprocessing, Weights
 from vit_jax.weights.layouts import Row
 from vit_jax.workdir import load_checkpoint
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
 FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # of a Hub repository
 INDEX = 'model.safetensors.index.json'  # where the weights are in several files
+TORCH = ('*.safetensors', '*.index.json')
 
 
 def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
@@ -41,64 +43,86 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
     ValueError: nothing that can be read; the message says what would be.
   """
   place = local(path)
-  if place.is_dir():
-    return read_folder(place, step=step)
-  if place.is_file():
-    return read_file(place)
+  if (place / 'checkpoints').is_dir():
+    return read_checkpoint(place, step)
+  if place.parent.name == 'checkpoints' and place.name.isdigit():
+    return read_checkpoint(place.parent.parent, place.name)
+  if place.exists():
+    return read_place(place, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
-    return read_folder(download(str(path)), origin=str(path))
+    return read_place(download(str(path)), str(path))
   raise ValueError(f'{path}: there is no such file or folder.')
 
 
-def read_file(path: pathlib.Path) -> Weights:
-  """A `.npz`, or a `.safetensors` with its `config.json` beside it."""
-  if path.suffix in PICKLES:
+def read_place(place: pathlib.Path, origin: str) -> Weights:
+  """A file or a folder of one of `FORMATS`, of which the last ones are asked first.
+
+  Raises:
+    ValueError: none of them knows it.
+  """
+  if place.suffix in PICKLES and place.is_file():
     raise ValueError(
-      f'{path}: {path.suffix} files can run code when they are opened and are not read. Take the '
+      f'{place}: {place.suffix} files can run code when they are opened and are not read. Take the '
       'safetensors or npz file of the same weights, or write one: '
       'safetensors.torch.save_file(state_dict, "model.safetensors").'
     )
-  if path.suffix == '.npz':
-    return npz.read_npz(path)
-  if path.suffix == '.safetensors':
-    return read_torch(path.parent, load_arrays(path), str(path))
-  raise ValueError(f'{path}: expected .npz, .safetensors, or a folder.')
-
-
-def read_folder(folder: pathlib.Path, origin: str | None = None, step: str = 'last') -> Weights:
-  """A workdir, a checkpoint, or what Hugging Face, timm or `save` wrote."""
-  origin = origin or str(folder)
-  if (folder / 'checkpoints').is_dir():
-    return read_checkpoint(folder, step)
-  if folder.parent.name == 'checkpoints' and folder.name.isdigit():
-    return read_checkpoint(folder.parent.parent, folder.name)
-  files = sorted(folder.glob('*.safetensors'))
-  if (folder / INDEX).is_file():
-    index = formats.load_json(folder / INDEX).get('weight_map')
-    if not isinstance(index, dict):
-      raise ValueError(f'{folder / INDEX}: expected a weight_map, from names to files.')
-    files = [folder / name for name in sorted(set(index.values()))]
-  elif len(files) > 1:
-    files = [f for f in files if f.name == 'model.safetensors'] or files
-  if files and (folder / 'config.json').is_file():
-    arrays = {}
-    for file in files:
-      arrays |= load_arrays(file)
-    return read_torch(folder, arrays, origin)
-  found = sorted(folder.glob('*.npz'))
-  if len(found) == 1:
-    return npz.read_npz(found[0])
-  names = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'
+  for entry in reversed(FORMATS.values()):
+    if entry.reads is not None and entry.reads(place):
+      return dataclasses.replace(entry.read(place), origin=origin)
+  if place.is_file():
+    raise ValueError(f'{place}: expected .npz, .safetensors, or a folder.')
+  names = ', '.join(sorted(p.name for p in place.iterdir())[:8]) or 'nothing'
   raise ValueError(
     f'{origin}: found no weights: expected checkpoints/, or config.json with *.safetensors, or one '
     f'*.npz; there is {names}.'
   )
 
 
-def read_torch(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: str) -> Weights:
-  """safetensors by the `config.json` beside them: timm's names an `architecture`."""
+def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
+  """Whether these are safetensors with a `config.json`, of timm, whose has an `architecture`."""
+  if place.is_file():
+    return place.suffix == '.safetensors' and of_timm == is_of_timm(place.parent)
+  known = (place / 'config.json').is_file() and any(place.glob('*.safetensors'))
+  return known and of_timm == is_of_timm(place)
+
+
+def is_of_timm(folder: pathlib.Path) -> bool:
+  """Whether a folder's `config.json` is timm's."""
+  file = folder / 'config.json'
+  return file.is_file() and 'architecture' in formats.load_json(file)
+
+
+def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a model that lies at a path.
+
+  Raises:
+    ValueError: an index that names none.
+  """
+  if place.is_file():
+    return [place]
+  if (place / INDEX).is_file():
+    index = formats.load_json(place / INDEX).get('weight_map')
+    if not isinstance(index, dict):
+      raise ValueError(f'{place / INDEX}: expected a weight_map, from names to files.')
+    return [place / name for name in sorted(set(index.values()))]
+  files = sorted(place.glob('*.safetensors'))
+  return [f for f in files if f.name == 'model.safetensors'] or files
+
+
+def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
+  """safetensors and the `config.json` beside them.
+
+  Args:
+    place: a file, or a folder.
+    read: `(folder, config, arrays) -> Weights`.
+
+  Raises:
+    ValueError: a damaged file, or a config of another model than this project has.
+  """
+  arrays, folder = {}, place.parent if place.is_file() else place
+  for file in safetensors(place):
+    arrays |= load_arrays(file)
   config = formats.load_json(folder / 'config.json')
-  read = timm.read_timm if 'architecture' in config else hf.read_hf
   try:
     found = read(folder, config, arrays)
   except formats.ODD as error:
@@ -110,7 +134,7 @@ def read_torch(folder: pathlib.Path, arrays: Mapping[str, np.ndarray], origin: s
       f'{folder}/config.json: {len(found.class_names)} class names for '
       f'{found.fields["num_classes"]} classes.'
     )
-  return dataclasses.replace(found, origin=origin)
+  return found
 
 
 PLAIN = {int, float, bool, str, type(None)}
@@ -151,8 +175,8 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
-  wanted = param_tree.param_shapes(model, (*size, task['channels']))
-  arrays = param_tree.flatten_params(params)
+  wanted = layouts.param_shapes(model, (*size, task['channels']))
+  arrays = layouts.flatten_params(params)
   return Weights(
     origin=str(workdir),
     arrays=arrays,
@@ -192,3 +216,29 @@ def download(name: str) -> pathlib.Path:
       f'Hugging Face Hub, it could not be fetched either: {reason}'
     ) from error
   return pathlib.Path(folder)
+
+
+# By the name that --format has. A new one is an entry.
+FORMATS = {
+  'npz': Format(npz.save_npz, npz.run_npz, ('*.npz',), npz.is_npz, npz.read_npz, holds_names=False),
+  'hf': Format(
+    hf.save_hf,
+    hf.run_hf,
+    TORCH,
+    functools.partial(is_torch, of_timm=False),
+    functools.partial(read_torch, read=hf.read_hf),
+    library='transformers',
+  ),
+  'timm': Format(
+    timm.save_timm,
+    timm.run_timm,
+    TORCH,
+    functools.partial(is_torch, of_timm=True),
+    functools.partial(read_torch, read=timm.read_timm),
+    library='timm',
+  ),
+  'stablehlo': Format(
+    program.save_stablehlo, program.run_stablehlo, ('*.stablehlo',), enlarges=True
+  ),
+  'onnx': Format(program.save_onnx, program.run_onnx, ('*.onnx*',), enlarges=True),
+}

@@ -16,12 +16,20 @@ from safetensors.numpy import save_file
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights import timm_names
-from vit_jax.weights.formats import Preprocessing, Weights, refuse, write_params
+from vit_jax.weights.formats import (
+  Preprocessing,
+  Pretrained,
+  Weights,
+  refuse,
+  upright,
+  write_params,
+)
 from vit_jax.weights.layouts import (
   CONV,
   SAME,
   VECTOR,
   fused,
+  image_channels,
   linear,
   rows,
   torch_linear,
@@ -263,3 +271,18 @@ def save_timm(
   arrays = write_params(rows(table, model.depth), params)
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def run_timm(loaded: Pretrained) -> str:
+  """With timm."""
+  show = 'print(output)'
+  if loaded.class_names:
+    show = "print(model.pretrained_cfg['label_names'][output.argmax()])"
+  return f"""from PIL import Image, ImageOps
+import timm
+
+model = timm.create_model('local-dir:.', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+{upright(image_channels(loaded.params))}
+output = model(transform(image)[None])[0]
+{show}"""

@@ -27,7 +27,8 @@ import numpy as np
 from vit_jax.augment import normalize
 from vit_jax.distributed import portable
 from vit_jax.model import ViT
-from vit_jax.weights import Preprocessing, image_channels
+from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
+from vit_jax.weights.layouts import image_channels
 
 Program = Callable[[jax.Array], jax.Array]
 
@@ -165,3 +166,40 @@ def write_about(
     'class_names': class_names,
   }  # fmt: skip
   (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')
+
+
+def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
+  """For `model.json` and a file of a program."""
+  p, channels = loaded.preprocessing, image_channels(loaded.params)
+  axes = 'None, ..., None' if channels == 1 else 'None'
+  lines = [
+    imports,
+    'from PIL import Image, ImageOps\n',
+    read,
+    prepare_lines(p, channels, p.stored_size or p.size),
+    call.replace('IMAGE', f'np.asarray(image)[{axes}]'),
+  ]
+  if loaded.class_names:
+    names = "json.load(open('model.json'))['class_names']"
+    return '\n'.join([*lines, f'print({names}[output.argmax()])'])
+  return '\n'.join([*lines, 'print(output)'])
+
+
+def run_stablehlo(loaded: Pretrained) -> str:
+  """With JAX alone."""
+  return python_program(
+    loaded,
+    'import json\n\nimport jax.export\nimport numpy as np',
+    "model = jax.export.deserialize(open('model.stablehlo', 'rb').read())",
+    'output = np.asarray(model.call(IMAGE))[0]',
+  )
+
+
+def run_onnx(loaded: Pretrained) -> str:
+  """With onnxruntime."""
+  return python_program(
+    loaded,
+    'import json\n\nimport numpy as np\nimport onnxruntime',
+    "model = onnxruntime.InferenceSession('model.onnx')",
+    "output = model.run(None, {'image': IMAGE})[0][0]",
+  )
