@@ -37,7 +37,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   """
   origin = str(folder)
   choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
-  architecture = (config.get('architectures') or [guess(config['model_type'], arrays)])[0]
+  architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
   kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
   prefix, body_rows, defaults = hf_names.KINDS[kind]
   unknown = sorted(set(config) - set(defaults) - hf_names.NEUTRAL)
@@ -87,14 +87,6 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     grid=grid,
     class_names=class_names(labels, origin) if head and labels else None,
     ignored=hf_names.IGNORED,
-  )
-
-
-def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """The architecture of a config that names none."""
-  headed = 'classifier.weight' in arrays
-  return next(
-    a for a, (k, _, head) in hf_names.ARCHITECTURES.items() if k == kind and bool(head) == headed
   )
 
 

@@ -1,5 +1,7 @@
 """The names of Hugging Face's models: parameters, architectures, fields of their configs."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vit_jax.weights.layouts import CONV, SAME, Layout, torch_linear, torch_norm
@@ -122,3 +124,9 @@ PLAIN = {
   'qk_norm': (False,),
   'resnet': (None,),
 }
+
+
+def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
+  """The architecture of a config that names none."""
+  headed = 'classifier.weight' in arrays
+  return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)

@@ -19,9 +19,12 @@ from safetensors.numpy import load_file
 from vit_jax.model import ViT, attributes, make
 from vit_jax.names import pair
 from vit_jax.storage import local
-from vit_jax.weights import formats, hf, layouts, npz, program, timm
-from vit_jax.weights.formats import Format, Preprocessing, Weights
-from vit_jax.weights.layouts import Row
+from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_json
+from vit_jax.weights.hf import read_hf, run_hf, save_hf
+from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
+from vit_jax.weights.npz import is_npz, read_npz, run_npz, save_npz
+from vit_jax.weights.program import run_onnx, run_stablehlo, save_onnx, save_stablehlo
+from vit_jax.weights.timm import read_timm, run_timm, save_timm
 from vit_jax.workdir import load_checkpoint
 
 log = logging.getLogger(__name__)
@@ -89,7 +92,7 @@ def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
 def is_of_timm(folder: pathlib.Path) -> bool:
   """Whether a folder's `config.json` is timm's."""
   file = folder / 'config.json'
-  return file.is_file() and 'architecture' in formats.load_json(file)
+  return file.is_file() and 'architecture' in load_json(file)
 
 
 def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
@@ -101,7 +104,7 @@ def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
   if place.is_file():
     return [place]
   if (place / INDEX).is_file():
-    index = formats.load_json(place / INDEX).get('weight_map')
+    index = load_json(place / INDEX).get('weight_map')
     if not isinstance(index, dict):
       raise ValueError(f'{place / INDEX}: expected a weight_map, from names to files.')
     return [place / name for name in sorted(set(index.values()))]
@@ -122,10 +125,10 @@ def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
   arrays, folder = {}, place.parent if place.is_file() else place
   for file in safetensors(place):
     arrays |= load_arrays(file)
-  config = formats.load_json(folder / 'config.json')
+  config = load_json(folder / 'config.json')
   try:
     found = read(folder, config, arrays)
-  except formats.ODD as error:
+  except ODD as error:
     raise ValueError(f'{folder}/config.json: an unexpected value ({error!r}).') from error
   check_kinds(found.fields, f'{folder}/config.json')
   found.preprocessing.check(found.channels, f'{folder}: the config of its images')
@@ -175,12 +178,12 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
-  wanted = layouts.param_shapes(model, (*size, task['channels']))
-  arrays = layouts.flatten_params(params)
+  wanted = param_shapes(model, (*size, task['channels']))
+  arrays = flatten_params(params)
   return Weights(
     origin=str(workdir),
     arrays=arrays,
-    rows=[Row((name,), (name,), layouts.SAME) for name in sorted(wanted)],
+    rows=[Row((name,), (name,), SAME) for name in sorted(wanted)],
     fields=attributes(model),
     channels=task['channels'],
     preprocessing=Preprocessing(
@@ -220,25 +223,23 @@ def download(name: str) -> pathlib.Path:
 
 # By the name that --format has. A new one is an entry.
 FORMATS = {
-  'npz': Format(npz.save_npz, npz.run_npz, ('*.npz',), npz.is_npz, npz.read_npz, holds_names=False),
+  'npz': Format(save_npz, run_npz, ('*.npz',), is_npz, read_npz, holds_names=False),
   'hf': Format(
-    hf.save_hf,
-    hf.run_hf,
+    save_hf,
+    run_hf,
     TORCH,
     functools.partial(is_torch, of_timm=False),
-    functools.partial(read_torch, read=hf.read_hf),
+    functools.partial(read_torch, read=read_hf),
     library='transformers',
   ),
   'timm': Format(
-    timm.save_timm,
-    timm.run_timm,
+    save_timm,
+    run_timm,
     TORCH,
     functools.partial(is_torch, of_timm=True),
-    functools.partial(read_torch, read=timm.read_timm),
+    functools.partial(read_torch, read=read_timm),
     library='timm',
   ),
-  'stablehlo': Format(
-    program.save_stablehlo, program.run_stablehlo, ('*.stablehlo',), enlarges=True
-  ),
-  'onnx': Format(program.save_onnx, program.run_onnx, ('*.onnx*',), enlarges=True),
+  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), enlarges=True),
+  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), enlarges=True),
 }
