@@ -14,18 +14,11 @@ Decisions:
 
 from collections.abc import Iterator, Mapping, Sequence
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
 import logging
-import multiprocessing
-import multiprocessing.resource_tracker
-import multiprocessing.spawn
-import os
-import signal
-import threading
 
 import jax
 import numpy as np
@@ -35,7 +28,14 @@ from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Example, Source, as_bytes, check_label, pixels, stop_at
-from vit_jax.distributed import local_rows, num_cores, place_rows
+from vit_jax.distributed import (
+  check_can_start,
+  end_with_parent,
+  local_rows,
+  num_cores,
+  place_rows,
+  unsignalled,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Stream:
       ValueError: the data can't be read, workers can't be started, or one died.
     """
     if self.workers:
-      check_start()
+      check_can_start()
     grain = open_grain()
     row_N = local_rows(over_batch, plan.rows)
     parts = [row_N[i : i + PART] for i in range(0, len(row_N), PART)]
@@ -94,7 +94,7 @@ class Stream:
     found = found.map(functools.partial(read_part, self, plan, parts))
     found = found.to_iter_dataset(grain.ReadOptions(self.threads, max(self.threads, each)))
     found = found.mp_prefetch(
-      grain.MultiprocessingOptions(self.workers, each), worker_init_fn=start_worker
+      grain.MultiprocessingOptions(self.workers, each), worker_init_fn=end_with_parent
     )
     found = found.batch(len(parts), batch_fn=join_parts)
     found = found.map(functools.partial(place_rows, row_N, plan.rows, over_batch))
@@ -278,40 +278,3 @@ def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   # Frames of Grain's hold parts till the end, when it is too late to free what workers share.
   names = list(parts[0])
   return {name: np.concatenate([np.asarray(part.pop(name)) for part in parts]) for name in names}
-
-
-def check_start() -> None:
-  """Raises ValueError where Python starts no process: in a worker that imports a bare script."""
-  try:
-    multiprocessing.spawn.get_preparation_data('worker')
-  except RuntimeError as error:
-    raise ValueError(
-      'data.workers are processes that import the script which starts them, and would run it '
-      "again: put what it does under `if __name__ == '__main__':`, or use data.workers=0."
-    ) from error
-
-
-@contextlib.contextmanager
-def unsignalled() -> Iterator[None]:
-  """Threads that start meanwhile, and processes that they start, get no SIGINT and no SIGTERM.
-
-  A job's processes all get these at once. Workers must go on till training has saved; and a worker
-  that is only just starting could not yet ignore them by itself.
-  """
-  multiprocessing.resource_tracker.ensure_running()  # to start it later would undo the mask
-  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-  try:
-    yield
-  finally:
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker(index: int, count: int) -> None:
-  """What a worker process does first: it sees to it that it ends with the one that started it."""
-  del index, count
-
-  def watch():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-  threading.Thread(target=watch, daemon=True).start()

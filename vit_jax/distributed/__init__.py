@@ -1,6 +1,7 @@
 """Processes, devices, and how arrays lie on them."""
 
 from vit_jax.distributed.backend import is_ampere, portable, target_backend
+from vit_jax.distributed.children import check_can_start, end_with_parent, unsignalled
 from vit_jax.distributed.cluster import (
   Preempted,
   Preemption,
@@ -29,8 +30,10 @@ __all__ = [
   'Preemption',
   'add_up',
   'batch_sharding',
+  'check_can_start',
   'check_same',
   'concatenate',
+  'end_with_parent',
   'few_devices',
   'from_first',
   'gather',
@@ -52,4 +55,5 @@ __all__ = [
   'start_up',
   'target_backend',
   'to_host',
+  'unsignalled',
 ]

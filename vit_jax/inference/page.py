@@ -103,6 +103,55 @@ def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
 
 def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks:
   """The page."""
+  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
+    gr.Markdown(f'# {title}')
+    connect(viewer, examples, gr.State(time_to_live=KEEP), lay_out(viewer, examples))
+  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+class Parts(NamedTuple):
+  """What a person sees of the page."""
+
+  file: gr.File
+  gallery: gr.Gallery
+  given: gr.Image
+  picture: gr.Image
+  layer: gr.Dropdown
+  head: gr.Dropdown
+  label: gr.Label
+
+
+def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
+  """Upload and examples to the left; input, attention and classes to the right."""
+  fixed = dict(interactive=False, buttons=[], min_width=120)
+  with gr.Row():
+    with gr.Column(min_width=280):
+      file = gr.File(label='Image', type='binary', height=120, elem_id='file')
+      gallery = gr.Gallery(
+        [str(path) for path in examples],
+        label='Examples',
+        height='fit-content',
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        visible=bool(examples),
+        elem_id='examples',
+      )
+    with gr.Column(scale=2, min_width=280):
+      with gr.Row():
+        given = gr.Image(label='Model input', elem_id='given', **fixed)
+        picture = gr.Image(label='Lit by attention', elem_id='attention', **fixed)
+      with gr.Row():
+        wide = dict(min_width=240)
+        layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer', **wide)
+        label = 'Head, of a single block'
+        head = gr.Dropdown(viewer.head_names, value=MEAN, label=label, elem_id='head', **wide)
+      label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
+  return Parts(file, gallery, given, picture, layer, head, label)
+
+
+def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts: Parts) -> None:
+  """What happens when a file, an example, a layer or a head is chosen."""
 
   def classify(encoded: bytes | None, layer: str, head: str):
     if encoded is None:
@@ -128,59 +177,20 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
   def nothing():
     return None, None, None, None
 
-  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
-    gr.Markdown(f'# {title}')
-    seen = gr.State(time_to_live=KEEP)
-    with gr.Row():
-      with gr.Column(min_width=280):
-        file = gr.File(label='Image', type='binary', height=120, elem_id='file')
-        gallery = gr.Gallery(
-          [str(path) for path in examples],
-          label='Examples',
-          height='fit-content',
-          allow_preview=False,
-          interactive=False,
-          buttons=[],
-          visible=bool(examples),
-          elem_id='examples',
-        )
-      with gr.Column(scale=2, min_width=280):
-        with gr.Row():
-          fixed = dict(interactive=False, buttons=[], min_width=120)
-          given = gr.Image(label='Model input', elem_id='given', **fixed)
-          picture = gr.Image(label='Lit by attention', elem_id='attention', **fixed)
-        with gr.Row():
-          layer = gr.Dropdown(
-            viewer.layers, value=ROLLOUT, label='Layer', min_width=240, elem_id='layer'
-          )
-          head = gr.Dropdown(
-            viewer.head_names,
-            value=MEAN,
-            label='Head, of a single block',
-            min_width=240,
-            elem_id='head',
-          )
-        label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
-    outputs = [label, picture, seen]
-    refuse_addresses(file)
-    quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
-    uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
-      classify, [file, layer, head], outputs, api_name='predict'
-    )
-    file.clear(nothing, None, [*outputs, given], **quiet)
-    chosen = gallery.select(take_example, [layer, head], outputs, api_visibility='private')
-    for event in (uploaded, chosen):
-      event.then(show, seen, given, **quiet)
-    gallery.select(lambda: None, None, file, **quiet)
-    gr.on(
-      [layer.change, head.change],
-      draw_again,
-      [seen, layer, head],
-      picture,
-      api_visibility='private',
-      show_progress='hidden',
-    )
-  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+  file, gallery, given, picture, layer, head, label = parts
+  refuse_addresses(file)
+  quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
+  outputs, chosen = [label, picture, seen], [layer, head]
+  uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
+    classify, [file, *chosen], outputs, api_name='predict'
+  )
+  file.clear(nothing, None, [*outputs, given], **quiet)
+  taken = gallery.select(take_example, chosen, outputs, api_visibility='private')
+  for event in (uploaded, taken):
+    event.then(show, seen, given, **quiet)
+  gallery.select(lambda: None, None, file, **quiet)
+  again = dict(api_visibility='private', show_progress='hidden')
+  gr.on([layer.change, head.change], draw_again, [seen, *chosen], picture, **again)
 
 
 def refuse_addresses(file: gr.File) -> None:

@@ -247,17 +247,7 @@ def save_timm(
     qk_norm=model.qk_norm,
     act_layer=model.activation,
   )
-  p, channels = preprocessing, model_args['in_chans']
-  about = dict(
-    input_size=[channels, *p.size],
-    fixed_input_size=True,
-    interpolation=p.interpolation,
-    crop_pct=p.crop,
-    crop_mode='squash' if p.stretch else 'center',
-    mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
-    std=list(p.std) * (channels if len(p.std) == 1 else 1),
-    num_classes=model.num_classes or 0,
-  )
+  about = pretrained_cfg(preprocessing, model_args['in_chans'], model.num_classes or 0)
   if class_names:
     about['label_names'] = list(class_names)
   config = dict(
@@ -271,6 +261,20 @@ def save_timm(
   arrays = write_params(rows(table, model.depth), params)
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+
+
+def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
+  """How timm has an image prepared."""
+  return dict(
+    input_size=[channels, *p.size],
+    fixed_input_size=True,
+    interpolation=p.interpolation,
+    crop_pct=p.crop,
+    crop_mode='squash' if p.stretch else 'center',
+    mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
+    std=list(p.std) * (channels if len(p.std) == 1 else 1),
+    num_classes=num_classes,
+  )
 
 
 def run_timm(loaded: Pretrained) -> str:
