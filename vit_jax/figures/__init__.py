@@ -1,4 +1,4 @@
-"""What a model attends to and has learned: as arrays (`maps.py`), drawn (`draw.py`), in a report."""
+"""What a model attends to and has learned: arrays (`maps.py`), drawn (`draw.py`), in a report."""
 
 from vit_jax.figures.canvas import resize_map, save_figure
 from vit_jax.figures.draw import (
