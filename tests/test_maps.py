@@ -12,7 +12,7 @@ from sklearn import decomposition, metrics
 
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
-from vit_jax.model import attention, resnet, variants
+from vit_jax.model import attention, pooling, resnet, variants
 
 SIZE = (8, 12)  # pixels; the grid is (2, 3)
 GRID = (2, 3)
@@ -155,6 +155,14 @@ def test_the_first_blocks_attention_is_the_papers_formula(case):
 def test_a_model_that_does_not_pool_has_no_rollout():
   model, params, image = build(pool='none', class_token=True)
   with pytest.raises(Missing, match='ask for a pool'):
+    maps.attentions(model, params, image)
+
+
+def test_a_pool_that_does_not_tell_what_it_reads_has_no_rollout(monkeypatch):
+  largest = lambda model, token_BND: token_BND.max(axis=1)
+  monkeypatch.setitem(pooling.POOLS, 'max', pooling.Pool(largest))
+  model, params, image = build(pool='max')
+  with pytest.raises(Missing, match='model.pool=max does not tell'):
     maps.attentions(model, params, image)
 
 
