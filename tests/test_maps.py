@@ -12,8 +12,7 @@ from sklearn import decomposition, metrics
 
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
-from vit_jax.model import attention, resnet, variants
-from vit_jax.model.pooling import POOLS
+from vit_jax.model import attention, pooling, resnet, variants
 
 SIZE = (8, 12)  # pixels; the grid is (2, 3)
 GRID = (2, 3)
@@ -108,15 +107,25 @@ def test_identity_attention_gives_identity_rollout():
   np.testing.assert_array_equal(maps.rollout(layers, np.eye(6), (2, 3)).reshape(6, 6), np.eye(6))
 
 
-@pytest.mark.parametrize('case', [name for name in CASES if 'map' not in name])
-def test_what_a_pool_reads_is_what_it_does_to_unit_tokens(case):
+SIXTH = 1 / 6  # of the patches
+SHARES = {  # class token, registers, patches
+  'cls': [1] + [0] * 6,
+  'registers': [1] + [0] * 9,
+  'gap': [SIXTH] * 6,
+  'gap with a class token': [0, 0] + [SIXTH] * 6,
+  'cls_gap': [0.5, 0] + [SIXTH / 2] * 6,
+  'distilled': [0.5, 0.5] + [0] * 6,
+}
+
+
+@pytest.mark.parametrize('case', SHARES)
+def test_what_a_pool_reads_is_its_share_of_each_token(case):
   model, params, image = build(**CASES[case])
   layers, read = maps.attentions(model, params, image)
-  tokens = layers[0].shape[-1]
-  assert tokens == model.num_prefix + 6
-  pooled = POOLS[model.pool](model, jnp.eye(tokens)[None])  # the share of token n at n
-  want = np.asarray(pooled).reshape(-1, tokens).mean(axis=0)
-  np.testing.assert_allclose(read, np.broadcast_to(want, (2, 1, tokens)), atol=1e-7)
+  tokens = len(SHARES[case])
+  assert layers[0].shape[-1] == tokens == model.num_prefix + 6
+  want = np.broadcast_to(np.float32(SHARES[case]), (2, 1, tokens))
+  np.testing.assert_allclose(read, want, atol=1e-7)
 
 
 @pytest.mark.parametrize('case', ['map', 'map with a class token'])
@@ -146,6 +155,14 @@ def test_the_first_blocks_attention_is_the_papers_formula(case):
 def test_a_model_that_does_not_pool_has_no_rollout():
   model, params, image = build(pool='none', class_token=True)
   with pytest.raises(Missing, match='ask for a pool'):
+    maps.attentions(model, params, image)
+
+
+def test_a_pool_that_does_not_tell_what_it_reads_has_no_rollout(monkeypatch):
+  largest = lambda model, token_BND: token_BND.max(axis=1)
+  monkeypatch.setitem(pooling.POOLS, 'max', pooling.Pool(largest))
+  model, params, image = build(pool='max')
+  with pytest.raises(Missing, match='model.pool=max does not tell'):
     maps.attentions(model, params, image)
 
 

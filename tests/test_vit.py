@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import DATA
 from vit_jax.model import positions, variants, vit
-from vit_jax.model.layers import Attention, Dropout, matmul
+from vit_jax.model.encoder import Encoder
+from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
 # The paper's names, in both spellings, and ours.
 PAPER_NAMES = (
@@ -73,9 +74,8 @@ def test_parameter_counts(variant, size, classes, count):
 
 
 def small(**fields):
-  return variants.make(
-    'tiny', 5, **{'width': 16, 'depth': 2, 'num_heads': 2, 'mlp_dim': 24} | fields
-  )
+  sizes = dict(num_classes=5, width=16, depth=2, num_heads=2, mlp_dim=24)
+  return variants.make('tiny', **sizes | fields)
 
 
 def perturbed(model, image, seed=0):
@@ -93,7 +93,7 @@ IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
 @pytest.mark.parametrize('pool, shape', [
     ('cls', (4, 5)), ('gap', (4, 5)), ('map', (4, 5)), ('none', (4, 8 + 2, 5)),
 ])  # fmt: skip
-@pytest.mark.parametrize('position', variants.POSITIONS)
+@pytest.mark.parametrize('position', positions.POSITIONS)
 def test_every_pool_and_position(pool, position, shape):
   model = small(
     pool=pool,
@@ -123,7 +123,7 @@ def test_sincos_positions_are_the_closed_form():
 
 
 def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
-  module, x_BND = Attention(num_heads=2, head_dim=8), jnp.ones((1, 13, 16))
+  module, x_BND = Attention(Block(num_heads=2, head_dim=8, mlp_dim=1)), jnp.ones((1, 13, 16))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)['params']
   rope_NE = positions.rope_angles(3, 4, 8, prefix=1)
   _, sown = module.apply({'params': params}, x_BND, None, rope_NE, mutable=['intermediates'])
@@ -137,7 +137,7 @@ def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
 
 def normalising_attention(x_ND, rope_NE=None, **fields):
   """Random parameters of one head that normalises queries and keys; its weights `[N, N]`."""
-  module = Attention(num_heads=1, head_dim=8, qk_norm=True, **fields)
+  module = Attention(Block(num_heads=1, head_dim=8, mlp_dim=1, qk_norm=True, **fields))
   shapes = jax.eval_shape(module.init, jax.random.key(0), x_ND[None])['params']
   draw = np.random.RandomState(1)
   params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
@@ -299,7 +299,7 @@ def test_each_place_and_each_key_drops_others():
 
 def test_attention_dropout_keeps_the_mean():
   """Of eight equal tokens each weighs 1/8: k of them kept, the output is k / (8 (1 - rate))."""
-  module = Attention(num_heads=1, head_dim=3, dropout=0.25)
+  module = Attention(Block(num_heads=1, head_dim=3, mlp_dim=1, attention_dropout=0.25))
   x_BND = jnp.ones((64, 8, 2))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)
   key = {'dropout': jax.random.key(1)}
@@ -391,6 +391,27 @@ def test_the_tokens_of_each_block(remat):
   x = blocks[1]
   want = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
   np.testing.assert_allclose(out, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots'])
+def test_an_encoder_has_the_same_draws_alone_and_in_a_model(remat):
+  """Random draws follow from the paths of modules: an encoder in a model adds none."""
+  fields = dict(attention_dropout=0.1, stochastic_depth=0.3, layer_scale=0.1, remat=remat)
+  model = small(num_classes=None, pool='none', position='none', class_token=False, **fields)
+  params = model.init(jax.random.key(0), IMAGE)['params']
+  embedding = lambda module, _: module.name == 'embedding'
+  apply = functools.partial(model.apply, {'params': params}, IMAGE, train=True)
+  key = {'dropout': jax.random.key(1)}
+  want, state = apply(rngs=key, capture_intermediates=embedding)
+  x_BND = state['intermediates']['embedding']['__call__'][0].reshape(4, 8, 16)
+
+  encoder = Encoder(model.block, model.depth, remat=remat)
+  own = encoder.init(jax.random.key(0), x_BND)['params']
+  assert own.keys() == {'block_0', 'block_1', 'norm'} == params.keys() - {'embedding'}
+  jax.tree.map(np.testing.assert_array_equal, own, {name: params[name] for name in own})
+  np.testing.assert_array_equal(
+    encoder.apply({'params': own}, x_BND, jnp.arange(4), rngs=key), want
+  )
 
 
 def test_an_image_that_patches_do_not_divide_is_refused():

@@ -8,6 +8,7 @@ import importlib
 
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
   'ViT': 'model.vit',
+  'Encoder': 'model.encoder',
   'make': 'model.variants',
   'block_tokens': 'model.vit',
   'load': 'weights.pretrained',

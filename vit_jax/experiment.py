@@ -176,7 +176,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     fields['patch_size'] = pair(fields['patch_size'])
   fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
   if fields['pool'] is not None:
-    choose('model.pool', fields['pool'], set(POOLS) - {'none'})  # classes need one vector
+    vectors = {name for name, pool in POOLS.items() if not pool.tokens}  # which classes need
+    choose('model.pool', fields['pool'], vectors)
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]

@@ -27,6 +27,7 @@ from vit_jax.data import (
   report_split,
 )
 from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.model import pooled
 from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
 from vit_jax.weights import adapt, check_params, read_weights
@@ -168,9 +169,7 @@ def from_init(
   count = names and len(names)
   new_head = names not in (None, found.class_names)
   loaded = adapt(found, grid, None, count, config.init_resize, tokens=False, new_head=new_head)
-  if loaded.model.pool == 'none':  # the weights leave it open
-    pool = 'cls' if loaded.model.has_class else 'gap'
-    loaded = dataclasses.replace(loaded, model=loaded.model.clone(pool=pool))
+  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # weights may leave it open
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.model import ViT, resize_positions, sincos
+from vit_jax.model import POOLS, POSITIONS, ViT
 
 
 class Missing(ValueError):
@@ -38,43 +38,45 @@ def attentions(
   """Every block's attention, and what the pooled output reads of the last block's tokens.
 
   Args:
-    model: of any pool but `none`.
+    model: of a pool that is linear or has a probe.
     params: its parameters.
     image_BHWC: normalised images.
 
   Returns:
     One `attention_BKNN` a block, float32, whose rows (queries) sum to 1; and `read_BKN`, whose
-    rows sum to 1 too: by head of the probe for `map`, with one head for the other pools, of
-    which `cls_gap` and `distilled` read their two halves alike.
+    rows sum to 1 too: by head of the probe if the pool has one, else with one head. Vectors side
+    by side count alike.
 
   Raises:
-    Missing: the model does not pool.
+    Missing: the model does not pool, or its pool does not tell what it reads.
   """
-  if model.pool == 'none':
-    raise Missing('model.pool=none gives every token: ask for a pool, model.clone(pool="cls").')
+  pool = POOLS[model.pool]
+  if pool.tokens:
+    raise Missing(
+      f'model.pool={model.pool} gives every token: ask for a pool, model.clone(pool="cls").'
+    )
+  if not (pool.linear or pool.probe):
+    raise Missing(f'model.pool={model.pool} does not tell how much it reads of each token.')
   _, state = model.apply({'params': params}, image_BHWC, mutable=['intermediates'])
   sown = state['intermediates']
-  read = lambda module: module['attention']['attention_BKNN'][0].astype(jnp.float32)
-  layers = [read(sown[f'block_{i}']) for i in range(model.depth)]
-  if model.pool == 'map':  # one query, which sees the patches only
-    before = [(0, 0), (0, 0), (model.num_prefix, 0)]
-    return layers, jnp.pad(read(sown['map'])[:, :, 0], before)
+  layers = [
+    sown[f'block_{i}']['attention']['attention_BKNN'][0].astype(jnp.float32)
+    for i in range(model.depth)
+  ]
+  if pool.probe:
+    return layers, pool.probe(model, sown).astype(jnp.float32)
   tokens = layers[0].shape[-1]
-  return layers, jnp.broadcast_to(pool_weights(model, tokens), (len(image_BHWC), 1, tokens))
+  share_N = pool_shares(model, tokens)
+  return layers, jnp.broadcast_to(share_N, (len(image_BHWC), 1, tokens))
 
 
-def pool_weights(model: ViT, tokens: int) -> np.ndarray:
-  """The share of each of the `tokens` in the pooled output of a fixed pool: `[N]`, sums to 1."""
-  one = lambda i: np.eye(tokens)[i]
-  patch_N = np.arange(tokens) >= model.num_prefix
-  mean = patch_N / patch_N.sum()
-  shares = {
-    'cls': lambda: one(0),
-    'gap': lambda: mean,
-    'cls_gap': lambda: (one(0) + mean) / 2,
-    'distilled': lambda: (one(0) + one(1)) / 2,
-  }
-  return shares[model.pool]().astype(np.float32)
+def pool_shares(model: ViT, tokens: int) -> jax.Array:
+  """The share of each of the `tokens` in the output of a linear pool: `[N]`, sums to 1.
+
+  They are what the pool makes of unit tokens, averaged over the vectors that it puts side by side.
+  """
+  unit_1NN = jnp.eye(tokens)[None]
+  return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
 
 
 def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -121,7 +123,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
   Returns:
     `rollout` `[B, h, w]`; `heads` `[B, R, K, h, w]`, `head_attention` of each block, and a last
-    row of the probe's own for `map`; `distance` `[B, depth, K]`, pixels.
+    row of the probe's own if the pool has one; `distance` `[B, depth, K]`, pixels.
 
   Raises:
     Missing: the model does not pool.
@@ -132,8 +134,8 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
     layers, read_BKN = attentions(model, params, image_HWC[None])
     read_BN = read_BKN.mean(axis=1)
     heads = [head_attention(attention_BKNN, read_BN, grid)[0] for attention_BKNN in layers]
-    if model.pool == 'map':
-      heads.append(on_grid(read_BKN, grid)[0])
+    if POOLS[model.pool].probe:
+      heads.append(jnp.broadcast_to(on_grid(read_BKN, grid)[0], heads[0].shape))
     distance = [mean_attention_distance(x, grid, model.patch_size)[0] for x in layers]
     return {
       'rollout': rollout(layers, read_BN, grid)[0],
@@ -179,24 +181,22 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> np.nd
 
 
 def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.ndarray:
-  """The position embeddings of the patches, learned or `sincos`: `position_hwD`.
+  """The position embeddings of the patches: `position_hwD`.
 
   Raises:
     Missing: the model has none.
   """
-  if model.position == 'rope':
+  position = POSITIONS[model.position]
+  if position.angles and not position.table:
     raise Missing(
-      'model.position=rope adds no position embeddings: it turns queries and keys by their place.'
+      f'model.position={model.position} adds no position embeddings: it turns queries and keys by '
+      'their place.'
     )
-  if model.position == 'none':
-    raise Missing('model.position=none: the model has no position embeddings.')
-  whole = model.position_grid or grid
-  if model.position == 'sincos':
-    position_1ND = sincos(*grid, model.width, whole)
-  else:
-    own_1ND, prefix = np.asarray(params['pos_embedding']), model.num_positions
-    position_1ND = resize_positions(own_1ND, whole, grid, prefix)[:, prefix:]
-  return position_1ND.reshape(*grid, model.width)
+  if not position.table:
+    raise Missing(f'model.position={model.position}: the model has no position embeddings.')
+  bound = model.bind({'params': params})
+  position_1ND = np.asarray(position.table(bound, grid, model.position_grid or grid))
+  return position_1ND[0, -grid[0] * grid[1] :].reshape(*grid, model.width)
 
 
 def position_similarity(position_hwD: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from vit_jax.data import Split
 from vit_jax.experiment import Experiment
 from vit_jax.figures import draw, maps
 from vit_jax.figures.maps import Missing
+from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # drawn
 
@@ -144,10 +145,10 @@ def picture_positions(subject: Subject) -> tuple[Figure, str]:
   exp, params = subject.need('exp', 'params')
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
-  kind = 'learned' if exp.model.position == 'learned' else 'fixed sine-cosine'
   return figure, (
-    f"Each small map is the cosine similarity of one patch's {kind} position embedding to those "
-    'of all patches, where they lie in the image (Figure 7 of the paper, centre).'
+    f"Each small map is the cosine similarity of one patch's "
+    f'{POSITIONS[exp.model.position].caption} to those of all patches, where they lie in the '
+    'image (Figure 7 of the paper, centre).'
   )
 
 
@@ -172,22 +173,14 @@ def picture_rollout(subject: Subject) -> tuple[Figure, str]:
   )
 
 
-READS = {  # whose attention `maps.head_attention` gives, by pool
-  'cls': 'the class token attends to',
-  'gap': 'the patches attend to on average, since the pool averages them',
-  'map': 'the patches attend to, weighted as the probe weights them, and the probe itself (pool)',
-  'cls_gap': 'class token and averaged patches attend to, half and half',
-  'distilled': 'class and distillation token attend to, half and half',
-}
-
-
 def picture_heads(subject: Subject) -> tuple[Figure, str]:
   """Of the first image."""
   exp, shown, attention = subject.need('exp', 'shown', 'attention')
   map_RKhw = attention.heads[0]
   rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
   return draw.draw_head_attention(shown[0], map_RKhw, rows[: len(map_RKhw)]), (
-    f'What {READS[exp.model.pool]}, by block and head. Each map is scaled by its own largest value.'
+    f'What {POOLS[exp.model.pool].caption}, by block and head. Each map is scaled by its own '
+    'largest value.'
   )
 
 

@@ -30,10 +30,9 @@ from vit_jax.data import Source, look_up_source, num_examples
 from vit_jax.distributed import portable, shares
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.inference import card
+from vit_jax.model import first_layer, last_layer
 from vit_jax.names import pair
 from vit_jax.optim import (
-  FIRST_LAYER,
-  LAST_LAYER,
   LATER_PEAK,
   Stages,
   Training,
@@ -49,8 +48,6 @@ ASSUMED = tuple(f'class {i}' for i in range(1000))  # where the data does not te
 MANY = 10**9  # examples, where their number is unknown: the optimizer's state hangs on none
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # the same numbers under another shape
 OTHER = 'other'  # what no module does: pooling, the loss, adding positions
-
-ORDER = (*FIRST_LAYER, 'block_*', *LAST_LAYER, OTHER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +179,7 @@ def measure(
   kept, parameters = activations(exp, shapes.params), Counter()
   for name, leaf in flatten_params(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
-  names = sorted({*parameters, *flops, *kept}, key=lambda name: (ORDER.index(first(name)), name))
+  names = sorted({*parameters, *flops, *kept}, key=place)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
@@ -285,9 +282,10 @@ def module_of(stack: str, params: dict) -> str:
   return OTHER
 
 
-def first(name: str) -> str:
-  """The module at the top that a row is part of."""
-  return name.partition('/')[0]
+def place(name: str) -> tuple[int, str]:
+  """Sort key of a row: the place of its top-level module, then its name."""
+  order = (*first_layer(), 'block_*', *last_layer(), OTHER)
+  return order.index(name.partition('/')[0]), name
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:

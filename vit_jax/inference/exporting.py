@@ -140,7 +140,7 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
   Raises:
     ValueError: they are for no square, or not learned.
   """
-  if model.position != 'learned':
+  if 'pos_embedding' not in params:
     raise ValueError(f'model.position={model.position!r} tells no image size: give preprocessing.')
   grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:

@@ -1,8 +1,9 @@
 """The Vision Transformer as Flax modules."""
 
-from vit_jax.model.layers import Dense
-from vit_jax.model.pooling import POOLS
-from vit_jax.model.positions import RESIZES, resize_positions, sincos
+from vit_jax.model.encoder import REMAT, Encoder
+from vit_jax.model.layers import ACTIVATIONS, Block, Dense
+from vit_jax.model.pooling import POOLS, Pool, pooled
+from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
@@ -12,20 +13,29 @@ from vit_jax.model.variants import (
   make,
   variant_fields,
 )
-from vit_jax.model.vit import ViT
+from vit_jax.model.vit import ViT, first_layer, last_layer
 
 __all__ = [
+  'ACTIVATIONS',
   'ATTRIBUTES',
   'POOLS',
+  'POSITIONS',
+  'REMAT',
   'RESIZES',
   'VARIANTS',
+  'Block',
   'Dense',
+  'Encoder',
+  'Pool',
+  'Position',
   'ViT',
   'attributes',
   'check_model',
+  'first_layer',
+  'last_layer',
   'make',
+  'pooled',
   'resize_positions',
-  'sincos',
   'stem_stride',
   'variant_fields',
 ]

@@ -9,6 +9,7 @@ Decisions:
     way: ask with `mutable=['intermediates']`.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -42,6 +43,27 @@ ACTIVATIONS = {
   'gelu': functools.partial(nn.gelu, approximate=False),
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Description of an encoder block; `ViT` documents the attributes of the same names.
+
+  `head_dim` is the size of a head, and `stochastic_depth` the rate of this block.
+  """
+
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  layer_scale: float | None = None
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  activation: str = 'gelu_tanh'
+  norm_epsilon: float = 1e-6
+  dtype: Any = jnp.float32
 
 
 class Dense(nn.Module):
@@ -103,13 +125,7 @@ class Dropout(nn.Module):
 class Attention(nn.Module):
   """Multi-head attention (paper, Appendix A), of x to itself or of `query_BND` to x."""
 
-  num_heads: int
-  head_dim: int
-  dropout: float = 0.0
-  qkv_bias: bool = True
-  qk_norm: bool = False
-  norm_epsilon: float = 1e-6
-  dtype: Any = jnp.float32
+  block: Block
 
   @nn.compact
   def __call__(
@@ -119,42 +135,39 @@ class Attention(nn.Module):
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
     query_BND: jax.Array | None = None,
   ) -> jax.Array:
-    heads = self.num_heads, self.head_dim
-    project = functools.partial(Dense, heads, use_bias=self.qkv_bias, dtype=self.dtype)
+    block = self.block
+    heads = block.num_heads, block.head_dim
+    project = functools.partial(Dense, heads, use_bias=block.qkv_bias, dtype=block.dtype)
     query_BNKE = project(name='query')(x_BND if query_BND is None else query_BND)
     key_BNKE = project(name='key')(x_BND)
     value_BNKE = project(name='value')(x_BND)
-    if self.qk_norm:  # Dehghani et al. 2023 (2302.05442), Section 2.1
-      norm = functools.partial(nn.LayerNorm, self.norm_epsilon, dtype=self.dtype)
+    if block.qk_norm:  # Dehghani et al. 2023 (2302.05442), Section 2.1
+      norm = functools.partial(nn.LayerNorm, block.norm_epsilon, dtype=block.dtype)
       query_BNKE, key_BNKE = norm(name='query_norm')(query_BNKE), norm(name='key_norm')(key_BNKE)
     if rope_NE is not None:
       query_BNKE, key_BNKE = (positions.rotate(x, *rope_NE) for x in (query_BNKE, key_BNKE))
 
-    keep_BKNN = None
-    if self.dropout and example_B is not None:
+    rate, keep_BKNN = block.attention_dropout, None
+    if rate and example_B is not None:
       (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
       ones_BKNN = jnp.ones((batch, heads, queries, keys))
-      keep_BKNN = Dropout(self.dropout)(ones_BKNN, example_B) > 0
+      keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
     inspect = None
     if self.is_mutable_collection('intermediates'):
       inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
-    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, self.dropout, inspect)
-    return Dense((x_BND.shape[-1],), axes=2, dtype=self.dtype, name='out')(y_BNKE)
+    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate, inspect)
+    return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
 
 
 class Mlp(nn.Module):
   """Two layers with a GELU (paper, Section 3.1)."""
 
-  mlp_dim: int
-  dropout: float = 0.0
-  activation: str = 'gelu_tanh'
-  dtype: Any = jnp.float32
+  block: Block
 
   @nn.compact
   def __call__(self, x_BND: jax.Array, example_B: jax.Array | None = None) -> jax.Array:
-    dense = functools.partial(
-      Dense, dtype=self.dtype, bias_init=nn.initializers.normal(stddev=1e-6)
-    )
-    x_BNM = ACTIVATIONS[self.activation](dense((self.mlp_dim,), name='up')(x_BND))
-    x_BNM = Dropout(self.dropout)(x_BNM, example_B)
+    block, bias_init = self.block, nn.initializers.normal(stddev=1e-6)
+    dense = functools.partial(Dense, dtype=block.dtype, bias_init=bias_init)
+    x_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
+    x_BNM = Dropout(block.dropout)(x_BNM, example_B)
     return dense((x_BND.shape[-1],), name='down')(x_BNM)

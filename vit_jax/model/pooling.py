@@ -1,61 +1,121 @@
-"""How the tokens of the last block become one vector: `POOLS`."""
+"""How the tokens of the last block become one vector: `POOLS`.
 
-from typing import Any
+An entry can be added from outside of the package:
+
+    POOLS['max'] = Pool(lambda model, x_BND: x_BND[:, model.num_prefix :].max(axis=1))
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model.layers import Attention, Mlp
+from vit_jax.model.layers import Attention, Block, Mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """A pooling: everything that the project must know about it.
+
+  Attributes:
+    function: `(model, token_BND) -> vector`, called within the model. The tokens are the class
+      token if there is one, the registers, the patches. The vector is `[B, D]` or of another width.
+    class_token: whether it reads the class token.
+    registers: number of registers that it needs.
+    tokens: whether it gives all tokens, `[B, N, D]`, and no vector that a head could classify.
+    params: names of the top-level parameters that it adds; they belong to the head.
+    linear: whether the vector is a fixed mean of tokens, or several such means side by side.
+      Attention maps follow the tokens in it.
+    probe: `(model, sown) -> share_BKN`, for a pool that learns to attend: the share of each token,
+      from the `intermediates` that the model sows; K is the model's number of heads, or 1. A pool
+      that is neither linear nor has a probe has no attention maps.
+    caption: completes "What {caption}, by block and head." under the maps of what the tokens attend
+      to that the pool reads.
+  """
+
+  function: Callable[[nn.Module, jax.Array], jax.Array]
+  class_token: bool = False
+  registers: int = 0
+  tokens: bool = False
+  params: tuple[str, ...] = ()
+  linear: bool = False
+  probe: Callable[[nn.Module, Mapping], jax.Array] | None = None
+  caption: str = 'the tokens that the pool reads attend to'
 
 
 class MapHead(nn.Module):
   """Multi-head attention pooling by one learned query (Zhai et al. 2021, 2106.04560, 3.1)."""
 
-  num_heads: int
-  head_dim: int
-  mlp_dim: int
-  activation: str
-  norm_epsilon: float
-  dtype: Any
+  block: Block
 
   @nn.compact
   def __call__(self, x_BND: jax.Array) -> jax.Array:
-    batch, _, width = x_BND.shape
+    block, (batch, _, width) = self.block, x_BND.shape
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
-    attention = Attention(self.num_heads, self.head_dim, dtype=self.dtype, name='attention')
-    x_B1D = attention(x_BND, query_BND=query_B1D)
-    y_B1D = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='mlp_norm')(x_B1D)
-    mlp = Mlp(self.mlp_dim, activation=self.activation, dtype=self.dtype, name='mlp')
-    return (x_B1D + mlp(y_B1D))[:, 0]
+    x_B1D = Attention(block, name='attention')(x_BND, query_BND=query_B1D)
+    y_B1D = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='mlp_norm')(x_B1D)
+    return (x_B1D + Mlp(block, name='mlp')(y_B1D))[:, 0]
 
 
-def map_pool(model: nn.Module, patch_BND: jax.Array) -> jax.Array:
-  """`MapHead` of the model's sizes."""
-  return MapHead(
-    model.num_heads,
-    model.head_size,
-    model.mlp_dim,
-    model.activation,
-    model.norm_epsilon,
-    model.dtype,
-    name='map',
-  )(patch_BND)
+def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+  """`MapHead` of the model's sizes, over the patches."""
+  block = dataclasses.replace(model.block, qkv_bias=True, qk_norm=False)
+  return MapHead(block, name='map')(x_BND[:, model.num_prefix :])
 
 
-# Each takes the model and its tokens: class token, registers, patches. It gives `[B, D]`, but
-# `none` the tokens, and the two that put two vectors side by side `[B, 2 D]`: `cls_gap` as
-# DINOv2's classifier, `distilled` (class and distillation token, which is the first
-# register) as DeiT's.
+def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
+  """Attention of the `MapHead`'s one query, which sees the patches only: `[B, K, N]`."""
+  (share_BK1P,) = sown['map']['attention']['attention_BKNN']
+  return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
+
+
+def patch_mean(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+  """Mean of the patches: `[B, D]`."""
+  return x_BND[:, model.num_prefix :].mean(axis=1)
+
+
 POOLS = {
-  'cls': lambda model, x_BND: x_BND[:, 0],
-  'gap': lambda model, x_BND: x_BND[:, model.num_prefix :].mean(axis=1),
-  'map': lambda model, x_BND: map_pool(model, x_BND[:, model.num_prefix :]),
-  'cls_gap': lambda model, x_BND: jnp.concatenate(
-    [x_BND[:, 0], x_BND[:, model.num_prefix :].mean(axis=1)], axis=-1
+  'cls': Pool(
+    lambda model, x_BND: x_BND[:, 0],
+    class_token=True,
+    linear=True,
+    caption='the class token attends to',
   ),
-  'distilled': lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
-  'none': lambda model, x_BND: x_BND,
+  'gap': Pool(
+    patch_mean,
+    linear=True,
+    caption='the patches attend to on average, since the pool averages them',
+  ),
+  'map': Pool(
+    map_pool,
+    params=('map',),
+    probe=map_probe,
+    caption=(
+      'the patches attend to, weighted as the probe weights them, and the probe itself (pool)'
+    ),
+  ),
+  'cls_gap': Pool(  # as DINOv2's classifier
+    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND)], axis=-1),
+    class_token=True,
+    linear=True,
+    caption='class token and averaged patches attend to, half and half',
+  ),
+  'distilled': Pool(  # as DeiT's, whose distillation token is the first register
+    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
+    class_token=True,
+    registers=1,
+    linear=True,
+    caption='class and distillation token attend to, half and half',
+  ),
+  'none': Pool(lambda model, x_BND: x_BND, tokens=True),
 }
-CLASS_POOLS = ('cls', 'cls_gap', 'distilled')  # they read the class token
+
+
+def pooled(model: nn.Module) -> nn.Module:
+  """The model; where its pool gives all tokens, the model with a pool of one vector."""
+  if not POOLS[model.pool].tokens:
+    return model
+  return model.clone(pool='cls' if model.has_class else 'gap')

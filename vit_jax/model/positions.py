@@ -1,10 +1,50 @@
-"""Where a patch is: fixed and rotary positions, and learned ones brought to another grid."""
+"""Where a patch is: `POSITIONS`, and how learned ones are brought to another grid.
 
+An entry can be added from outside of the package:
+
+    POSITIONS['mine'] = Position(lambda model, grid, whole: my_table(*whole, model.width))
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import math
+
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.names import choose
+
+Grid = tuple[int, int]
+Array = np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+  """A position embedding: everything that the project must know about it.
+
+  `table` and `angles` take the bound model, the grid of the image, patches (down, across), and the
+  grid `whole`, for which the positions were made and over which they are stretched. The two grids
+  differ at another image size only. A learned parameter is `model.learned(name, init, shape)`.
+
+  Attributes:
+    table: `(model, grid, whole) -> [1, P + h w, D]`, added to the patches, and to the first P of
+      the tokens before them; None to add nothing.
+    angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, for the rotation of queries and
+      keys; None for no rotation.
+    params: names of the top-level parameters that it adds, each with the function that brings it
+      to another grid when weights are loaded: `(leaves, model, own grid, grid, method) -> leaves`,
+      method one of `RESIZES`; None where it does not depend on the grid.
+    check: raises ValueError where it does not fit the model's sizes.
+    caption: name of a row of the table under the picture of them.
+  """
+
+  table: Callable[[nn.Module, Grid, Grid], Array] | None = None
+  angles: Callable[[nn.Module, Grid, Grid], tuple[Array, Array]] | None = None
+  params: Mapping[str, Callable | None] = dataclasses.field(default_factory=dict)
+  check: Callable[[nn.Module], None] = lambda model: None
+  caption: str = 'position embedding'
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,4 +147,71 @@ RESIZES = {
   'bilinear': antialiased('linear'),
   'bicubic': antialiased('cubic'),
   'paper': between_corners,  # as the paper's code did
+}
+
+
+def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
+  """The parameter `pos_embedding` (paper, equation 1), for this grid: `[1, P + h w, D]`.
+
+  Raises:
+    ValueError: the parameters given are of another grid.
+  """
+  prefix = model.num_positions
+  shape = (1, prefix + math.prod(whole), model.width)
+  given = model.get_variable('params', 'pos_embedding')
+  if given is not None and given.shape != shape:
+    raise ValueError(
+      f'The image has {math.prod(whole)} patches, the position embeddings are for '
+      f'{given.shape[1] - prefix}: resize the image, or load the weights with grid=(h, w), the '
+      'number of patches down and across.'
+    )
+  init = nn.initializers.normal(stddev=0.02)
+  return resize_positions(model.learned('pos_embedding', init, shape), whole, grid, prefix)
+
+
+def resize_learned(
+  position_1ND: Array, model: nn.Module, own_grid: Grid, grid: Grid, method: str
+) -> Array:
+  """`pos_embedding` of loaded weights for another grid."""
+  return resize_positions(position_1ND, own_grid, grid, model.num_positions, method)
+
+
+def check_width(model: nn.Module) -> None:
+  """Raises ValueError where `sincos` can not divide the width."""
+  if model.width % 4:
+    raise ValueError(f'model.position=sincos needs a width divisible by 4, got {model.width}.')
+
+
+def check_head_size(model: nn.Module) -> None:
+  """Raises ValueError where `rope` can not divide a head."""
+  if model.head_size % 4:
+    raise ValueError(
+      f'model.position=rope needs a head size divisible by 4, got {model.head_size}: set '
+      'model.head_dim.'
+    )
+
+
+POSITIONS = {
+  'learned': Position(
+    table=learned,
+    params={'pos_embedding': resize_learned},
+    caption='learned position embedding',
+  ),
+  'sincos': Position(
+    table=lambda model, grid, whole: sincos(*grid, model.width, whole),
+    check=check_width,
+    caption='fixed sine-cosine position embedding',
+  ),
+  'rope': Position(
+    angles=lambda model, grid, whole: rope_angles(*grid, model.head_size, model.num_prefix, whole),
+    check=check_head_size,
+  ),
+  'none': Position(),
+}
+
+# How many of the tokens before the patches have a learned position.
+POSITION_PREFIXES = {
+  'cls': lambda model: int(model.has_class),
+  'none': lambda model: 0,
+  'all': lambda model: model.num_prefix,
 }

@@ -4,8 +4,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vit_jax.model import encoder, layers, resnet
-from vit_jax.model.pooling import CLASS_POOLS, POOLS
+from vit_jax.model import resnet
+from vit_jax.model.encoder import REMAT
+from vit_jax.model.layers import ACTIVATIONS
+from vit_jax.model.pooling import POOLS
+from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.model.vit import ViT
 from vit_jax.names import choose
 
@@ -33,10 +36,6 @@ VARIANTS |= {
   'R26+S': VARIANTS['S'] | dict(resnet=(2, 2, 2, 2)),
   'R+Ti': VARIANTS['Ti'] | dict(resnet=()),
 }
-
-POSITIONS = ('learned', 'sincos', 'rope', 'none')
-
-POSITION_PREFIXES = ('cls', 'none', 'all')
 
 SIZES = ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim')
 ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('parent', 'name'))
@@ -97,48 +96,60 @@ def check_model(model: ViT) -> None:
     ('pool', POOLS),
     ('position', POSITIONS),
     ('position_prefix', POSITION_PREFIXES),
-    ('remat', encoder.REMAT),
-    ('activation', layers.ACTIVATIONS),
+    ('remat', REMAT),
+    ('activation', ACTIVATIONS),
   ):
     choose(f'model.{name}', getattr(model, name), table)
-  sizes = {name: getattr(model, name) for name in ('width', 'depth', 'num_heads', 'mlp_dim')}
-  for name in ('head_dim', 'representation_size'):
-    if getattr(model, name) is not None:
-      sizes[name] = getattr(model, name)
-  for name, size in sizes.items():
-    if size < 1:
+  check_sizes(model)
+  check_patches(model)
+  check_pool(model)
+  POSITIONS[model.position].check(model)
+  for name in ('dropout', 'attention_dropout', 'stochastic_depth'):
+    if not 0 <= getattr(model, name) < 1:
+      raise ValueError(f'model.{name} must be in [0, 1), got {getattr(model, name)}.')
+
+
+def check_sizes(model: ViT) -> None:
+  """Raises ValueError for sizes that are not positive, or heads that don't divide the width."""
+  for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
+    size = getattr(model, name)
+    if size is not None and size < 1:
       raise ValueError(f'model.{name} must be positive, got {size}.')
-  if len(model.patch_size) != 2 or min(model.patch_size) < 1:
-    raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
-  stride = 1 if model.resnet is None else resnet.stem_stride(model.resnet)
-  if model.resnet is not None and (any(n < 1 for n in model.resnet) or model.resnet_width % 32):
-    raise ValueError(
-      f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected units a '
-      'stage, each positive, and a multiple of 32 channels.'
-    )
-  if any(size % stride for size in model.patch_size):
-    raise ValueError(
-      f'model.patch_size={model.patch_size} must be a multiple of {stride}, by which the stem '
-      f'of model.resnet={model.resnet} reduces the image.'
-    )
-  if model.pool in CLASS_POOLS and not model.has_class:
-    raise ValueError(f'model.pool={model.pool} reads the class token: model.class_token is False.')
-  if model.pool == 'distilled' and model.num_registers < 1:
-    raise ValueError('model.pool=distilled reads the first register: set model.num_registers.')
-  if model.num_registers < 0:
-    raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
   if model.head_dim is None and model.width % model.num_heads:
     raise ValueError(
       f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}: '
       'change one, or set model.head_dim, the size of a head.'
     )
-  if model.position == 'sincos' and model.width % 4:
-    raise ValueError(f'model.position=sincos needs a width divisible by 4, got {model.width}.')
-  if model.position == 'rope' and model.head_size % 4:
+
+
+def check_patches(model: ViT) -> None:
+  """Raises ValueError for a patch size or a stem that is not possible."""
+  if len(model.patch_size) != 2 or min(model.patch_size) < 1:
+    raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
+  if model.resnet is None:
+    return
+  if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(
-      f'model.position=rope needs a head size divisible by 4, got {model.head_size}: set '
-      'model.head_dim.'
+      f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected units a '
+      'stage, each positive, and a multiple of 32 channels.'
     )
-  for name in ('dropout', 'attention_dropout', 'stochastic_depth'):
-    if not 0 <= getattr(model, name) < 1:
-      raise ValueError(f'model.{name} must be in [0, 1), got {getattr(model, name)}.')
+  stride = resnet.stem_stride(model.resnet)
+  if any(size % stride for size in model.patch_size):
+    raise ValueError(
+      f'model.patch_size={model.patch_size} must be a multiple of {stride}, by which the stem '
+      f'of model.resnet={model.resnet} reduces the image.'
+    )
+
+
+def check_pool(model: ViT) -> None:
+  """Raises ValueError where the pool lacks a token that it reads."""
+  pool = POOLS[model.pool]
+  if pool.class_token and not model.has_class:
+    raise ValueError(f'model.pool={model.pool} reads the class token: model.class_token is False.')
+  if model.num_registers < 0:
+    raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
+  if model.num_registers < pool.registers:
+    raise ValueError(
+      f'model.pool={model.pool} needs {pool.registers} register(s), got {model.num_registers}: set '
+      'model.num_registers.'
+    )

@@ -9,17 +9,19 @@ Parameters are float32; `dtype` is the type of the computation. LayerNorm, softm
 float32.
 """
 
-import math
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model import encoder, positions, resnet
-from vit_jax.model.encoder import EncoderBlock
-from vit_jax.model.layers import Dense, Dropout
-from vit_jax.model.pooling import CLASS_POOLS, POOLS
+from vit_jax.model import resnet
+from vit_jax.model.encoder import Encoder, EncoderBlock
+from vit_jax.model.layers import Block, Dense, Dropout
+from vit_jax.model.pooling import POOLS
+from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
+from vit_jax.names import choose
 
 
 class ViT(nn.Module):
@@ -36,8 +38,8 @@ class ViT(nn.Module):
     pool: how tokens become one vector, one of `POOLS`.
     class_token: whether there is one; None where the pool reads it.
     position: one of `POSITIONS`.
-    position_prefix: which tokens before the patches have a learned position: `cls` (as in the
-      paper; registers have none), `none`, or `all`.
+    position_prefix: which tokens before the patches have a learned position, one of
+      `POSITION_PREFIXES`: `cls` (as in the paper; registers have none), `none`, or `all`.
     position_grid: (down, across) of the patches that the positions are of, for images of any
       number of patches, over which they are stretched; None: as many as the image has.
     num_registers: tokens between the class token and the patches (Darcet et al. 2023,
@@ -94,7 +96,8 @@ class ViT(nn.Module):
 
   @property
   def has_class(self) -> bool:
-    return self.pool in CLASS_POOLS if self.class_token is None else self.class_token
+    pool = choose('model.pool', self.pool, POOLS)
+    return pool.class_token if self.class_token is None else self.class_token
 
   @property
   def num_prefix(self) -> int:
@@ -104,7 +107,13 @@ class ViT(nn.Module):
   @property
   def num_positions(self) -> int:
     """Those of them that have a learned position."""
-    return {'cls': int(self.has_class), 'none': 0, 'all': self.num_prefix}[self.position_prefix]
+    return POSITION_PREFIXES[self.position_prefix](self)
+
+  @property
+  def block(self) -> Block:
+    """Description of the last block."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)}
+    return Block(**fields | {'head_dim': self.head_size})
 
   @nn.compact
   def __call__(
@@ -135,30 +144,11 @@ class ViT(nn.Module):
       x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
-    block = EncoderBlock
-    if self.remat != 'none':
-      block = nn.remat(EncoderBlock, policy=encoder.REMAT[self.remat])
-    for i in range(self.depth):
-      x_BND = block(
-        self.num_heads,
-        self.head_size,
-        self.mlp_dim,
-        self.dropout,
-        self.attention_dropout,
-        self.stochastic_depth * i / max(self.depth - 1, 1),
-        self.layer_scale,
-        self.qkv_bias,
-        self.qk_norm,
-        self.activation,
-        self.norm_epsilon,
-        self.dtype,
-        name=f'block_{i}',
-      )(x_BND, example_B, rope_NE)
-    norm = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')
+    encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
+    nn.share_scope(self, encoder)  # its parameters are block_0, ..., norm at the top
+    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
     if self.norm_after_pool:
-      x = norm(POOLS[self.pool](self, x_BND))
-    else:
-      x = POOLS[self.pool](self, norm(x_BND))
+      x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
     if self.representation_size is not None:
       x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
       x = jnp.tanh(x)
@@ -199,50 +189,35 @@ class ViT(nn.Module):
   def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Adds positions, class token and registers: `[B, N, D]`, and RoPE's angles if asked.
 
-    The class token comes first and the registers after it. Of the positions only learned ones
-    reach them, as `position_prefix` says.
+    The class token comes first and the registers after it. `POSITIONS` says which positions reach
+    them.
     """
     batch, h, w, width = x_BhwD.shape
-    whole = self.position_grid or (h, w)
     x_BND = x_BhwD.reshape(batch, h * w, width)
-    zeros, normal = nn.initializers.zeros, nn.initializers.normal(stddev=0.02)
 
     prefix = []
     if self.has_class:
-      prefix.append(self.param('cls', zeros, (1, 1, width)))
+      prefix.append(self.param('cls', nn.initializers.zeros, (1, 1, width)))
     if self.num_registers:
+      normal = nn.initializers.normal(stddev=0.02)
       prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
     prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
 
-    rope_NE = None
-    if self.position == 'sincos':
-      x_BND = x_BND + positions.sincos(h, w, width, whole).astype(x_BND.dtype)
-    elif self.position == 'rope':
-      rope_NE = positions.rope_angles(h, w, self.head_size, self.num_prefix, whole)
-    elif self.position == 'learned':
-      count = self.num_positions
-      position = self.learned_positions(normal, (1, count + math.prod(whole), width))
-      position = positions.resize_positions(position, whole, (h, w), count).astype(x_BND.dtype)
-      x_BND = x_BND + position[:, count:]
+    position, whole = POSITIONS[self.position], self.position_grid or (h, w)
+    if position.table is not None:
+      table = position.table(self, (h, w), whole).astype(x_BND.dtype)
+      count = table.shape[1] - h * w
+      x_BND = x_BND + table[:, count:]
       if count:
         prefix_BND = jnp.concatenate(prefix, axis=1)
-        prefix = [prefix_BND[:, :count] + position[:, :count], prefix_BND[:, count:]]
+        prefix = [prefix_BND[:, :count] + table[:, :count], prefix_BND[:, count:]]
+    rope_NE = None if position.angles is None else position.angles(self, (h, w), whole)
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
-  def learned_positions(self, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """The parameter `pos_embedding`.
-
-    Raises:
-      ValueError: the parameters given are of another grid.
-    """
-    given = self.get_variable('params', 'pos_embedding')
-    if given is not None and given.shape != shape:
-      raise ValueError(
-        f'The image has {shape[1] - self.num_positions} patches, the position embeddings are for '
-        f'{given.shape[1] - self.num_positions}: resize the image, or load the weights with '
-        'grid=(h, w), the number of patches down and across.'
-      )
-    return self.param('pos_embedding', init, shape)
+  def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
+    """A parameter of the top level, also of a model that is only bound to its parameters."""
+    given = self.get_variable('params', name)
+    return self.param(name, init, shape) if given is None else given
 
 
 def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
@@ -259,3 +234,15 @@ def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Ar
   )
   blocks = state['intermediates']
   return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]
+
+
+def first_layer() -> tuple[str, ...]:
+  """Names of the top-level parameters before the first block, which a model may have."""
+  positions = dict.fromkeys(name for entry in POSITIONS.values() for name in entry.params)
+  return ('embedding', 'stem', 'cls', 'registers', *positions, 'pre_norm')
+
+
+def last_layer() -> tuple[str, ...]:
+  """Names of the top-level parameters after the last block, which a model may have."""
+  pools = dict.fromkeys(name for entry in POOLS.values() for name in entry.params)
+  return ('norm', *pools, 'pre_logits', 'head')

@@ -2,9 +2,7 @@
 
 from vit_jax.optim.losses import LOSSES
 from vit_jax.optim.optimizers import (
-  FIRST_LAYER,
   FREEZE,
-  LAST_LAYER,
   MOMENT_DTYPES,
   OPTIMIZERS,
   split_frozen,
@@ -23,9 +21,7 @@ from vit_jax.optim.plan import (
 from vit_jax.optim.schedules import SCHEDULES
 
 __all__ = [
-  'FIRST_LAYER',
   'FREEZE',
-  'LAST_LAYER',
   'LATER_PEAK',
   'LOSSES',
   'MOMENT_DTYPES',

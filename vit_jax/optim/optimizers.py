@@ -8,6 +8,7 @@ that an optimizer sees: it has no gradient, no state and no share in the norm cl
 import jax
 import optax
 
+from vit_jax.model import first_layer, last_layer
 from vit_jax.names import choose
 from vit_jax.optim import schedules
 
@@ -104,13 +105,10 @@ def split_frozen(params: dict, freeze: str) -> tuple[dict, dict]:
   return trained, {name: leaves for name, leaves in params.items() if keeps(name)}
 
 
-# Layer 0, and layer depth + 1, of the layers that `scale_by_layer` counts.
-FIRST_LAYER = ('embedding', 'stem', 'cls', 'registers', 'pos_embedding', 'pre_norm')
-LAST_LAYER = ('norm', 'map', 'pre_logits', 'head')
-
-
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
   """Multiplies each update by `decay ** (depth + 1 - layer)`; block i is layer i + 1.
+
+  Layer 0 is `first_layer`, layer depth + 1 is `last_layer`.
 
   Layer-wise learning-rate decay as BEiT (Bao et al. 2021, 2106.08254) and MAE (He et al. 2021,
   2111.06377) fine-tune with it. Behind an optimizer it scales the weight decay as well.
@@ -120,12 +118,12 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
     depth = sum(name.startswith('block_') for name in updates)
 
     def scale(name):
-      if name in LAST_LAYER:
+      if name in last_layer():
         return 1.0
-      if name in FIRST_LAYER:
+      if name in first_layer():
         return decay ** (depth + 1)
       kind, _, i = name.rpartition('_')
-      assert kind == 'block', f'Which layer is {name}? Put it in FIRST_LAYER or LAST_LAYER.'
+      assert kind == 'block', f'Which layer is {name}? Name it in its Pool or Position.'
       return decay ** (depth - int(i))
 
     return {

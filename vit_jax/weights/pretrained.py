@@ -16,7 +16,7 @@ import pathlib
 
 import numpy as np
 
-from vit_jax.model import ViT, check_model, resize_positions
+from vit_jax.model import POOLS, POSITIONS, ViT, check_model, pooled
 from vit_jax.weights import formats, layouts, reader
 from vit_jax.weights.formats import Pretrained, Weights
 
@@ -81,18 +81,16 @@ def adapt(
   wanted = layouts.param_shapes(model, (*own_size, source.channels))
   params, ignored = formats.read_params(source, wanted)
 
-  if 'pos_embedding' in params:
-    params['pos_embedding'] = resize_positions(
-      params['pos_embedding'], own_grid, grid, model.num_positions, resize
-    )
+  for name, function in POSITIONS[model.position].params.items():
+    if function is not None and name in params:
+      params[name] = function(params[name], model, own_grid, grid, resize)
   class_names = source.class_names
   if num_classes is None and model.num_classes is None and tokens:
-    model, dropped = model.clone(pool='none', class_token=model.has_class), ('map', 'pre_logits')
+    dropped = (*POOLS[model.pool].params, 'pre_logits')
+    model = model.clone(pool='none', class_token=model.has_class)
   elif new_head or num_classes not in (None, model.num_classes):
-    model, dropped = model.clone(num_classes=num_classes), ('pre_logits', 'head')
-    class_names = None
-    if model.pool == 'none':  # the file leaves it open
-      model = model.clone(pool='cls' if model.has_class else 'gap')
+    model = pooled(model.clone(num_classes=num_classes))  # the file may leave the pool open
+    dropped, class_names = ('pre_logits', 'head'), None
   else:
     dropped = ()
   if 'pre_logits' in dropped:
