@@ -33,7 +33,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-  """`rollout` and `heads` of the images drawn; `distance_DK`, a mean over all that were measured."""
+  """`rollout` and `heads` of the images drawn; `distance_DK`, a mean over all measured."""
 
   rollout: np.ndarray
   heads: np.ndarray

@@ -1,11 +1,14 @@
 """The Vision Transformer as Flax modules."""
 
-from vit_jax.model.layers import Dense
+from vit_jax.model.encoder import REMAT
+from vit_jax.model.layers import ACTIVATIONS, Dense
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import RESIZES, resize_positions, sincos
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
+  POSITION_PREFIXES,
+  POSITIONS,
   VARIANTS,
   attributes,
   check_model,
@@ -15,8 +18,12 @@ from vit_jax.model.variants import (
 from vit_jax.model.vit import ViT
 
 __all__ = [
+  'ACTIVATIONS',
   'ATTRIBUTES',
   'POOLS',
+  'POSITIONS',
+  'POSITION_PREFIXES',
+  'REMAT',
   'RESIZES',
   'VARIANTS',
   'Dense',

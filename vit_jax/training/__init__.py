@@ -2,5 +2,6 @@
 
 from vit_jax.training.resume import saved_config
 from vit_jax.training.state import init_state
+from vit_jax.training.trainer import train
 
-__all__ = ['init_state', 'saved_config']
+__all__ = ['init_state', 'saved_config', 'train']
