@@ -24,7 +24,7 @@ import tempfile
 import time
 
 from benchmarks import collect
-import main as program
+from vit_jax import cli as program
 from vit_jax.workdir import stored, writer
 
 FLAGS = [

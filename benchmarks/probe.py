@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import collect
-from vit_jax import config as config_lib
-from vit_jax import opening
+from vit_jax import cli, opening
 from vit_jax.data import batching
 from vit_jax.data.memory import Examples
 from vit_jax.distributed import devices, sharding
@@ -36,7 +35,7 @@ ROUNDS = 7
 
 def settings():
   """The config of both."""
-  config = config_lib.load_file('configs/linear_probe.py:tiny,cifar10')
+  config = cli.load_file('configs/linear_probe.py:tiny,cifar10')
   config.data.source, config.data.train_split, config.data.val_split = 'synthetic', 'train', ''
   config.sweep = ()
   return config

@@ -8,6 +8,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from vit_jax import cli
 from vit_jax import config as config_lib
 
 NUM_CLASSES = 10  # those of the synthetic images
@@ -47,7 +48,7 @@ def settings(work: Work) -> ConfigDict:
   No dropout of any kind, no clipping, no average and none but light augmentation, which the peers
   would have to repeat; AdamW, which they have.
   """
-  config = config_lib.load_file(work.config)
+  config = cli.load_file(work.config)
   overrides = {
     'batch_size': str(work.batch_size),
     'data.source': 'synthetic',

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from sklearn import linear_model
 
-import main
-from vit_jax import opening
+from vit_jax import cli, evaluation, opening
 from vit_jax.data import sources, stream
 from vit_jax.distributed import devices
 from vit_jax.evaluation import features, few_shot
@@ -82,7 +81,7 @@ def opened(trained):
 
 def test_features_are_what_the_head_takes(opened):
   exp, params, _ = opened
-  test = opening.load_split(exp, 'test[:70]')
+  test = evaluation.load_split(exp, 'test[:70]')
   mesh = devices.make_mesh()
   step = features.make_feature_step(exp, mesh)
   found = features.compute(step, params, test, 33, mesh)  # which neither 70 nor 2 divides
@@ -99,7 +98,7 @@ def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatc
   score = {'mean': 0.5, 'std': 0.0, 'accuracy': [0.5]}
   monkeypatch.setattr(few_shot, 'score_backbone', lambda *_: {'shots': {'1': score}})
   (workdir / 'fewshot.json.partial').symlink_to('/dev/full')
-  assert not main.main(['--mode=fewshot', f'--workdir={workdir}'])
+  assert not cli.main(['--mode=fewshot', f'--workdir={workdir}'])
   out, err = capsys.readouterr()
   assert ' 1 shots: 50.00%' in out and 'fewshot.json can not be written (No space left' in err
 
@@ -111,7 +110,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   monkeypatch.setattr(
     few_shot, 'regression_accuracy', lambda *a: tested.append(len(a[2])) or real(*a)
   )
-  assert not main.main(['--mode=fewshot', f'--workdir={workdir}'])
+  assert not cli.main(['--mode=fewshot', f'--workdir={workdir}'])
   out = capsys.readouterr().out
   result = json.loads((workdir / 'fewshot.json').read_text())
   assert result['step'] == 32 and result['examples'] == 256 and result['l2'] == 1024
@@ -124,7 +123,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   assert result['shots']['25']['mean'] > 0.5 and f'{result["shots"]["25"]["mean"]:.2%}' in out
 
   exp, params, _ = opened
-  train, test = (opening.load_split(exp, split) for split in ('train', 'test'))
+  train, test = (evaluation.load_split(exp, split) for split in ('train', 'test'))
   backbone = exp.model.clone(num_classes=None)
   apply = lambda image: np.asarray(backbone.apply({'params': params}, exp.normalize(image)), float)
   index = few_shot.draw_shots(train.label_N, exp.task.class_names, 5, seed=1).ravel()
@@ -151,7 +150,7 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
       yield name, b'bad' if split == 'train' and i in bad else pixels, label
 
   streams = [dataclasses.replace(s, source=dataclasses.replace(source, read=read)) for s in streams]
-  monkeypatch.setattr(opening, 'load_splits', lambda *_: streams)
+  monkeypatch.setattr(evaluation.data, 'load_splits', lambda *_: streams)
   labels, real = [], few_shot.regression_accuracy
   monkeypatch.setattr(few_shot, 'regression_accuracy', lambda *a: labels.append(a[1]) or real(*a))
   result = few_shot.score_backbone(exp, params)
@@ -165,5 +164,5 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
 
 def test_a_split_that_is_too_small_is_refused(capsys, trained):
   flags = ['--mode=fewshot', f'--workdir={trained[0]}', '--config.data.train_split=train[:5]']
-  assert main.main(flags) == 2
+  assert cli.main(flags) == 2
   assert '1 shots need 1 images of each class' in capsys.readouterr().err

@@ -12,8 +12,7 @@ import pytest
 
 from configs import imagenet
 from tests.conftest import DATA, small_config
-from vit_jax import config as config_lib
-from vit_jax import opening
+from vit_jax import cli, opening
 from vit_jax.check import check
 from vit_jax.data import loading, memory, sources, tfds
 from vit_jax.data.source import Source
@@ -77,7 +76,7 @@ def test_augmentation_is_that_of_augreg(name):
     ('finetune.py:b16,imagenet2012', 0.05), ('linear_probe.py:b16,imagenet2012', None),
 ])  # fmt: skip
 def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
-  config = config_lib.load_file(f'configs/{spec}')
+  config = cli.load_file(f'configs/{spec}')
   source = Source({'train': 1_281_167}, ('a', 'b'), 3, None)
   reading = assemble(config, Task(source.class_names, (224, 224), 3)).reading
   cache = loading.decide_cache(reading, source, ['train'], (224, 224), trains=True)

@@ -21,6 +21,7 @@ from vit_jax.data import sources
 from vit_jax.data.source import Source
 from vit_jax.figures import maps
 from vit_jax.inference import exporting, prediction
+from vit_jax.opening import Request
 from vit_jax.training import trainer
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
@@ -217,9 +218,9 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
   file = tmp_path / 'a.png'
   Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(file)
   init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
-  take = lambda kind: prediction.features(None, [str(file)], kind, init=str(init))[0]['feature']
+  take = lambda kind: prediction.features(Request(init=str(init)), [str(file)], kind)[0]['feature']
   tokens_BND, pooled_BD = take('tokens'), take('pooled')
-  exp, params, _ = opening.open_model(None, str(init), {}, None, classes='any')
+  exp, params, _ = opening.open_model(Request(init=str(init)), 'any')
   patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))
   assert tokens_BND.shape == (1, exp.model.num_prefix + patches, exp.model.width)
   want_BD = tokens_BND[:, 0]

@@ -1,6 +1,7 @@
 """The command line: every mode, and a clear error for every mistake."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -16,25 +17,26 @@ import numpy as np
 from PIL import Image
 import pytest
 
-import main
 from tests.conftest import small_config
 import vit_jax
+from vit_jax import cli, opening, storage
 from vit_jax import config as config_lib
-from vit_jax import opening, storage
+from vit_jax.cli.flags import STEP, split_paths
+from vit_jax.cli.parsing import parse_flags
 from vit_jax.data import image as image_lib
 from vit_jax.evaluation import exact, forward
 from vit_jax.inference import prediction
 from vit_jax.training import trainer
-from vit_jax.workdir import stored
+from vit_jax.weights import reader
 
-ROOT = pathlib.Path(main.__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
 
 
 def call(capsys, *argv):
   """(exit code, stdout, stderr) of main.py."""
-  code = main.main(list(argv))
+  code = cli.main(list(argv))
   out, err = capsys.readouterr()
   assert 'Traceback' not in err
   return code, out, err
@@ -66,10 +68,10 @@ def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
 def test_what_is_compiled_is_kept_where_the_person_says(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
-  main.keep_compiled()
+  cli.keep_compiled()
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == 'mine'
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
-  main.keep_compiled()
+  cli.keep_compiled()
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'vit_jax' / 'compiled')
 
 
@@ -79,7 +81,7 @@ def test_eval(capsys, trained):
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
 
 
-@pytest.mark.parametrize('mode', main.TAKEN_BY['--step'])
+@pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
 def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, monkeypatch, mode):
   if mode == 'serve':
     pytest.importorskip('gradio')
@@ -89,7 +91,8 @@ def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, mon
     asked.append(step)
     raise ValueError('enough')
 
-  monkeypatch.setattr(stored, 'load_checkpoint', load)
+  for module in (opening, reader):
+    monkeypatch.setattr(module, 'load_checkpoint', load)
   more = {'predict': [f'--images={trained[0]}/examples'],
           'export': ['--format=npz', f'--out={tmp_path}']}  # fmt: skip
   flags = [f'--mode={mode}', f'--workdir={trained[0]}', *more.get(mode, [])]
@@ -146,9 +149,9 @@ def test_predict_as_csv_of_a_pattern(capsys, trained):
 def test_paths_with_commas(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a,b.png').touch()
-  assert main.paths('a,b.png') == ['a,b.png'] and main.paths('a, c.png,') == ['a', 'c.png']
-  assert len(main.paths(','.join(['x.png'] * 100))) == 100  # longer than a file's name can be
-  assert main.paths('') == main.paths(' , ') == []
+  assert split_paths('a,b.png') == ['a,b.png'] and split_paths('a, c.png,') == ['a', 'c.png']
+  assert len(split_paths(','.join(['x.png'] * 100))) == 100  # longer than a file's name can be
+  assert split_paths('') == split_paths(' , ') == []
 
 
 def test_a_pipe_is_no_image(tmp_path):
@@ -278,13 +281,13 @@ def test_broken_config_files(capsys, text, message, tmp_path):
 def test_a_config_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
   monkeypatch.setenv('HOME', str(tmp_path))
   (tmp_path / 'mine.py').write_text(MAKE + '  config.epochs = 7\n  return config')
-  assert config_lib.load_file('~/mine.py').epochs == 7
+  assert cli.load_file('~/mine.py').epochs == 7
 
 
 def test_config_overrides_may_be_written_as_for_absl():
   words = ['--config.deterministic', '--noconfig.data.stretch', '--config.model.qk_norm', 'f']
   words += ['--config.batch_size=1e2', '--config.init=', '--config.model.remat=a=b']
-  _, overrides = main.parse(words)
+  overrides = parse_flags(words, 'train').overrides
   assert overrides == {
     'deterministic': 'true', 'data.stretch': 'false', 'model.qk_norm': 'f', 'batch_size': '1e2',
     'init': '', 'model.remat': 'a=b',
@@ -302,7 +305,7 @@ def test_config_overrides_may_be_written_as_for_absl():
 ])  # fmt: skip
 def test_config_overrides_without_a_value_are_refused(capsys, argv, message):
   with pytest.raises(SystemExit, match='2'):
-    main.main(argv)
+    cli.main(argv)
   assert message in capsys.readouterr().err
 
 
@@ -389,16 +392,16 @@ def test_interrupted(capsys, monkeypatch):
     raise KeyboardInterrupt
 
   for mode in ('train', 'eval'):
-    monkeypatch.setitem(main.MODES, mode, stop)
+    monkeypatch.setitem(cli.MODES, mode, dataclasses.replace(cli.MODES[mode], run=stop))
     code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
     assert code == 130 and ('resumes' in err) == (mode == 'train')
 
 
 def test_a_second_interrupt_ends_the_program_at_once():
   script = (
-    'import atexit, runpy, sys, time, vit_jax.evaluation.exact as exact\n'
+    'import atexit, runpy, sys, time, vit_jax.evaluation as evaluation\n'
     'wait = lambda word: (print(word, flush=True), time.sleep(60))\n'
-    'exact.evaluate = lambda *_: wait("running")\n'
+    'evaluation.evaluate_checkpoint = lambda *_: wait("running")\n'
     'atexit.register(wait, "ending")\n'  # as orbax does while it writes
     'sys.argv = ["main.py", "--mode=eval", "--workdir=x"]\n'
     'runpy.run_path("main.py", run_name="__main__")'
@@ -441,9 +444,10 @@ def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
 @pytest.mark.parametrize('flush', [True, False])
 def test_whoever_reads_may_stop(flush):
   script = (
-    'import sys, main\n'
-    f'main.MODES["eval"] = lambda *_: [print("line", flush={flush}) for _ in range(50_000)] and 0\n'
-    'sys.exit(main.main(["--mode=eval", "--workdir=x"]))'
+    'import sys\nfrom vit_jax import cli\n'
+    f'many = lambda _: [print("line", flush={flush}) for _ in range(50_000)] and 0\n'
+    'cli.MODES["many"] = cli.Mode("", "", (), many)\n'
+    'sys.exit(cli.main(["--mode=many"]))'
   )
   process = subprocess.Popen(
     [sys.executable, '-c', script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -455,7 +459,7 @@ def test_whoever_reads_may_stop(flush):
 
 def test_an_unknown_flag_is_refused(capsys):
   with pytest.raises(SystemExit, match='2'):
-    main.main(['--confg=x'])
+    cli.main(['--confg=x'])
   assert 'unknown argument --confg' in capsys.readouterr().err
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import probe as benchmark
-import main
 from tests.conftest import small_config
-from vit_jax import inherit, opening
+from vit_jax import cli, inherit, opening
 from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
@@ -139,7 +138,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
   assert again['accuracy'] == whole['test_accuracy'] and again['examples'] == 256
   assert again['loss'] == pytest.approx(whole['test_loss'], abs=1e-5)
   flags = ['--mode=predict', f'--workdir={tmp_path}/cut', f'--images={tmp_path}/cut/examples']
-  assert not main.main(flags) and capsys.readouterr().out.count('.png\n') == 8
+  assert not cli.main(flags) and capsys.readouterr().out.count('.png\n') == 8
 
 
 def test_features_computed_once_change_nothing(trained, tmp_path):
@@ -244,10 +243,10 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
     patch.setattr(probe, 'fit', fit)
     with pytest.raises(KeyboardInterrupt):
       trainer.train(config, tmp_path)
-    assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
     result = trainer.train(config, tmp_path)
     assert trainer.train(config, tmp_path) == result
-    assert not main.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
     assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
   assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
   assert sorted(counted) == [256, 256, 768]  # once for each split: neither rate computed again
@@ -310,11 +309,10 @@ def test_other_classes_have_a_new_head(trained, tmp_path):
 
 
 def test_finetune_configs_are_the_papers(capsys):
-  from vit_jax import config as config_lib
 
   steps = {'cifar10': (50_000, 10_000), 'imagenet2012': (1_281_167, 20_000)}
   for dataset, (examples, wanted) in steps.items():
-    config = config_lib.load_file(f'configs/finetune.py:b16,{dataset}')
+    config = cli.load_file(f'configs/finetune.py:b16,{dataset}')
     assert round(config.epochs * (examples / config.batch_size)) == wanted
     assert round(config.schedule.warmup * (examples / config.batch_size)) == 500
     assert config.batch_size == 512 and tuple(config.data.image_size) == (384, 384)
@@ -325,7 +323,7 @@ def test_finetune_configs_are_the_papers(capsys):
     'b16': 'should be <model>,<dataset>', 'b15,cifar10': 'Did you mean b16',
     'b16,cifar': 'Did you mean cifar10', 'b16,cifar10,adam': 'Did you mean adamw',
   }.items():  # fmt: skip
-    assert main.main([f'--config=configs/finetune.py:{variant}', '--workdir=nowhere']) == 2
+    assert cli.main([f'--config=configs/finetune.py:{variant}', '--workdir=nowhere']) == 2
     assert message in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from configs import finetune, imagenet
-from vit_jax import config as config_lib
+from vit_jax import cli
 from vit_jax.check import check
 from vit_jax.experiment import Task, assemble
 
@@ -19,9 +19,9 @@ PACKAGE = ROOT / 'vit_jax'
 # Packages, and modules beside them. Each imports only from those before it, and from another
 # package only what its `__init__` lists.
 LAYERS = (
-  'names', 'storage', 'limits', 'distributed', 'progress', 'model', 'augment', 'data', 'config',
-  'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
-  'training', 'figures', 'inference',
+  'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
+  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
+  'training', 'figures', 'inference', 'cli',
 )  # fmt: skip
 TABLES_OF_NAMES = {'weights/hf_names.py'}
 
@@ -138,7 +138,7 @@ SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_every_config_builds(spec):
-  config = config_lib.load_file(f'{ROOT}/configs/{spec}')
+  config = cli.load_file(f'{ROOT}/configs/{spec}')
   check(config)
   channels = 1 if spec == 'digits.py' else 3
   task = Task(('a', 'b'), (32, 32), channels)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import collect, recipes, sweep
-import main
+from vit_jax import cli
 
 TINY = [
     '--config.data.source=synthetic', '--config.data.image_size=8', '--config.epochs=0.2',
@@ -20,7 +20,7 @@ def one_process(monkeypatch):
 
   def train(config, overrides, workdir):
     flags = [f'--config.{key}={value}' for key, value in overrides.items()]
-    return not main.main([f'--config={config}', f'--workdir={workdir}', *flags])
+    return not cli.main([f'--config={config}', f'--workdir={workdir}', *flags])
 
   monkeypatch.setattr(collect, 'train', train)
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-import main
+from vit_jax import cli
 from vit_jax.inference import page as page_lib
 from vit_jax.inference import prediction, server
 
@@ -191,6 +191,6 @@ def test_a_port_that_is_taken(trained, capsys):
     taken.bind(('127.0.0.1', 0))
     taken.listen()
     port = taken.getsockname()[1]
-    code = main.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
+    code = cli.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
   assert code == 2 and f'--port={port} can not be listened on' in capsys.readouterr().err
-  assert main.main(['--mode=serve', f'--workdir={trained[0]}', '--port=70000']) == 2
+  assert cli.main(['--mode=serve', f'--workdir={trained[0]}', '--port=70000']) == 2

@@ -14,6 +14,7 @@ from tests.test_main import call, error
 from vit_jax import config as config_lib
 from vit_jax.experiment import assemble
 from vit_jax.inference import cost
+from vit_jax.opening import Request
 from vit_jax.optim import plan as plan_lib
 
 
@@ -164,14 +165,14 @@ def test_inspect(capsys, trained, tmp_path):
 def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(cost.sharding, '_one_per_core', True)
   workdir, _ = trained
-  found = cost.summary_of(None, workdir, '', {})
-  same = cost.summary_of(small_config(), None, '', {})
+  found = cost.summary_of(Request(workdir))
+  same = cost.summary_of(Request(config=small_config()))
   assert cost.as_text(found) == cost.as_text(same)
-  more = cost.summary_of(None, workdir, '', {'batch_size': '64', 'micro_batches': '2'})
-  published = cost.summary_of(None, None, str(DATA / 'timm_map'), {'batch_size': '128'})
+  more = cost.summary_of(Request(workdir, overrides={'batch_size': '64', 'micro_batches': '2'}))
+  published = cost.summary_of(Request(init=str(DATA / 'timm_map'), overrides={'batch_size': '128'}))
   assert [s.devices for s in (found, more, published)] == [1, 2, 2]
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
-  assert cost.as_text(cost.summary_of(None, tmp_path, '', {})) == cost.as_text(
+  assert cost.as_text(cost.summary_of(Request(tmp_path))) == cost.as_text(
     same
   )  # nothing saved
 

@@ -9,9 +9,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-import main
 from tests.conftest import small_config
-from vit_jax import opening
+from vit_jax import cli, evaluation, opening
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import sources
 from vit_jax.evaluation import exact, few_shot
@@ -78,7 +77,7 @@ def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, capl
     result = exact.evaluate(run[1], flags)
   assert result['examples'] == 3 and result['left_out'] == 7
   assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
-  source = opening.open_test(opening.from_workdir(run[1], flags)[0])[0]
+  source = evaluation.open_test(opening.from_workdir(run[1], flags)[0])[0]
   assert 'left_out' not in exact.evaluate(run[1], {})
   parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
   names = {file.name for part in parts for _, file, _ in part}
@@ -87,7 +86,7 @@ def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, capl
 
 def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
   flags = ['--mode=eval', f'--workdir={run[1]}', '--config.data.eval_split=train']
-  assert main.main(flags) == 2
+  assert cli.main(flags) == 2
   assert "error: Split 'train': the weights were trained on" in capsys.readouterr().err
 
 
@@ -98,7 +97,7 @@ def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp
   assert result['examples'] == 3 and result['left_out'] == 7
   assert len(gallery.load_test(exp, flags)) == 3
   exp, _ = opening.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
-  assert opening.open_test(exp)[1] == 7
+  assert evaluation.open_test(exp)[1] == 7
 
 
 def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):

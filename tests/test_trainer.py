@@ -21,7 +21,7 @@ from PIL import Image
 import pytest
 
 from tests.conftest import small_config
-from vit_jax import opening
+from vit_jax import evaluation, opening
 from vit_jax.data import batching
 from vit_jax.distributed import cluster, sharding
 from vit_jax.distributed import devices as devices_lib
@@ -182,7 +182,7 @@ def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
 def test_evaluation_is_the_mean_in_float64(trained):
   workdir, result = trained
   exp, params, _ = opening.from_workdir(workdir)
-  test = opening.load_split(exp, 'test')
+  test = evaluation.load_split(exp, 'test')
   logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
   logits = np.asarray(logits, np.float64)
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))

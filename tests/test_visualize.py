@@ -15,6 +15,7 @@ from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax.data.memory import Examples
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
+from vit_jax.opening import Request
 from vit_jax.training import trainer
 
 PICTURES = set(pictures.PICTURES)
@@ -88,7 +89,7 @@ def test_a_finished_run(capsys, trained, workdir):
   changed, unchanged = page.text.split('keys at their default')
   assert 'model.depth' in changed and 'optimizer.momentum' in unchanged
   assert 'model.depth' not in unchanged and 'optimizer.momentum' not in changed
-  again = gallery.visualize(workdir)
+  again = gallery.visualize(Request(workdir))
   assert [path.read_bytes() for path in again[:-1]] == files  # the same run, the same pictures
 
 
@@ -152,7 +153,7 @@ def test_data_that_moved_away(capsys, tmp_path):
     'data.source': f'folder:{tmp_path}/photos', 'batch_size': '4', 'eval_every': '0',
   })  # fmt: skip
   trainer.train(config, workdir)
-  gallery.visualize(workdir)
+  gallery.visualize(Request(workdir))
   assert {'confusion', 'rollout'} <= names(workdir)
 
   (tmp_path / 'photos').rename(tmp_path / 'elsewhere')
@@ -169,7 +170,7 @@ def test_data_that_moved_away(capsys, tmp_path):
 
 def test_a_run_that_is_not_finished(capsys, workdir):
   (workdir / 'result.json').unlink()
-  gallery.visualize(workdir)
+  gallery.visualize(Request(workdir))
   text = Page(workdir / 'report.html').text
   assert '32, not finished' in text and 'after step 32' in text
   shutil.rmtree(workdir / 'checkpoints')
@@ -184,7 +185,7 @@ def test_a_run_that_went_on_after_its_result(workdir):
   line = {'step': 40, 'split': 'train', 'loss': 1.0, 'accuracy': 0.5}
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps(line) + '\n')
-  gallery.visualize(workdir)
+  gallery.visualize(Request(workdir))
   assert '40, not finished' in Page(workdir / 'report.html').text
 
 
@@ -196,7 +197,7 @@ def test_damaged_records(capsys, workdir):
   text = Page(workdir / 'report.html').text
   assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)
   (workdir / 'result.json').write_text('{"steps": "all"}')
-  gallery.visualize(workdir)
+  gallery.visualize(Request(workdir))
   assert '32, not finished' in Page(workdir / 'report.html').text
   export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
   assert not call(capsys, *export)[0]
@@ -206,7 +207,7 @@ def test_damaged_records(capsys, workdir):
 def test_a_checkpoint_without_records(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
-  gallery.visualize(workdir)
+  gallery.visualize(Request(workdir))
   assert 'curves' not in names(workdir) and 'rollout' in names(workdir)
 
 

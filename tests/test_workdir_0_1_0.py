@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-import main
 from tests.conftest import DATA, small_config
 import vit_jax
-from vit_jax import opening
+from vit_jax import cli, opening
 from vit_jax.experiment import Experiment
 from vit_jax.training import resume, trainer
 from vit_jax.workdir import stored
@@ -40,7 +39,7 @@ def test_its_weights_give_the_logits_that_0_1_0_gave(workdir, reference):
 
 
 def test_it_is_evaluated(workdir, capsys):
-  assert not main.main(['--mode=eval', f'--workdir={workdir}'])
+  assert not cli.main(['--mode=eval', f'--workdir={workdir}'])
   assert capsys.readouterr().out.startswith('step 700, loss 1.5287')
 
 

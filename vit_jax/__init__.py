@@ -2,6 +2,8 @@
 
 model = vit_jax.make('B/16', num_classes=10)
 result = vit_jax.train(config, workdir)
+accuracy = vit_jax.evaluate(workdir)['accuracy']
+for row in vit_jax.predict(workdir, ['cat.png', 'photos/']): print(row)
 """
 
 import importlib
@@ -15,6 +17,8 @@ _PUBLIC = {  # imported when asked for: a model needs neither datasets nor check
   'save': 'inference.exporting',
   'default_config': 'config',
   'train': 'training.trainer',
+  'evaluate': 'evaluation.exact',
+  'predict': 'inference.prediction',
 }
 
 __all__ = list(_PUBLIC)

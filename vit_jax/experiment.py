@@ -159,6 +159,7 @@ class Experiment:
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
+      'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
       'names': self.names.item(),
     }

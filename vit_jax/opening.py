@@ -5,6 +5,7 @@ experiment, params, step = opening.from_workdir(workdir)   # to use
 experiment, params = opening.from_init(weights)            # published ones, as they are
 """
 
+from collections.abc import Mapping
 import dataclasses
 import logging
 import pathlib
@@ -16,7 +17,6 @@ from vit_jax import inherit
 from vit_jax.check import check
 from vit_jax.data import (
   Source,
-  Split,
   check_memory,
   common_size,
   decide_cache,
@@ -34,6 +34,30 @@ from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import TrainingFiles, hash_training_files, leave_out_trained, load_checkpoint
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """Which trained model a mode works with.
+
+  Attributes:
+    workdir: folder of a training run; None with `init`.
+    init: published weights instead of a workdir, anything that `vit_jax.load` reads.
+    step: which checkpoint of the workdir, as in `stored.preferred`: by default the best.
+    overrides: dotted keys and their values as text, put over the config of the weights.
+    config: what the run must have been trained with, overrides included; None to trust it.
+  """
+
+  workdir: pathlib.Path | None = None
+  init: str = ''
+  step: str = ''
+  overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  config: ConfigDict | None = None
+
+  @property
+  def name(self) -> str:
+    """What reports call the model."""
+    return self.init or self.workdir.resolve().name
 
 
 def from_config(
@@ -137,7 +161,7 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
 
 
 def from_init(
-  init: str, overrides: dict[str, str], classes: str = 'weights'
+  init: str, overrides: Mapping[str, str], classes: str = 'weights'
 ) -> tuple[Experiment, dict]:
   """The experiment of published weights as they are, with their preprocessing.
 
@@ -184,7 +208,7 @@ def from_init(
 
 def from_workdir(
   workdir: pathlib.Path,
-  overrides: dict[str, str] | None = None,
+  overrides: Mapping[str, str] | None = None,
   config: ConfigDict | None = None,
   step: str = '',
 ) -> tuple[Experiment, dict, int]:
@@ -200,100 +224,31 @@ def from_workdir(
     ValueError: no checkpoint, or a config or overrides that contradict it.
   """
   loaded, params, saved = load_checkpoint(workdir, step)
-  own = config_lib.from_dict(saved['config'])
-  trained_size = own.data.image_size
-  if config is None:
-    config = config_lib.override_all(own, overrides or {})
-  else:
-    config_lib.check_same_run(own, config, workdir)
-  size, config.data.image_size = pair(config.data.image_size), trained_size
-  check(config)
-  experiment = assemble(config, Task.load(saved['task'])).at(size)
+  with config_lib.naming_imports(saved):
+    own = config_lib.from_dict(saved['config'])
+    trained_size = own.data.image_size
+    if config is None:
+      config = config_lib.override_all(own, overrides or {})
+    else:
+      config_lib.check_same_run(own, config, workdir)
+    size, config.data.image_size = pair(config.data.image_size), trained_size
+    check(config)
+    experiment = assemble(config, Task.load(saved['task'])).at(size)
   experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 
 
-def open_model(
-  workdir: pathlib.Path | None,
-  init: str,
-  overrides: dict[str, str],
-  config: ConfigDict | None,
-  classes: str = 'weights',
-  step: str = '',
-) -> tuple[Experiment, dict, int | None]:
-  """The model of a workdir's checkpoint and its step, or that of published weights, `init`."""
-  if init:
-    return *from_init(init, overrides, classes), None
-  return from_workdir(workdir, overrides, config, step)
-
-
-def open_data(experiment: Experiment) -> Source:
-  """The source of the experiment's data.
-
-  Raises:
-    ValueError: data of other classes or channels than the model's.
-  """
-  data, task = experiment.config.data, experiment.task
-  source = open_source(data.source, data.dir, pair(data.image_size))
-  if source.class_names != task.class_names:
-    raise ValueError(
-      f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
-      f'({len(source.class_names)}); the model was trained on '
-      f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
-    )
-  if source.channels != task.channels:
-    raise ValueError(
-      f'The model takes images of {task.channels} channels, those of {data.source} have '
-      f'{source.channels}.'
-    )
-  return source
-
-
-def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Source, int]:
-  """The source without files that the weights were trained on, and their number in the test split.
+def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
+  """The experiment, the parameters and the step that a request asks for; no step for `init`.
 
   Args:
-    experiment: of the weights.
-    source: that `open_source` gave; None to open it.
+    request: which model.
+    classes: of `init`, as in `from_init`.
 
   Raises:
-    ValueError: data of other classes than the model's, or a test split trained on as a whole.
+    ValueError: no such weights, or a config or overrides that contradict them.
   """
-  source, names = source or open_data(experiment), experiment.names
-  for warning in source.warnings:
-    log.warning('%s', warning)
-  if names is None:
-    names = TrainingFiles()
-    if source.files:
-      log.warning(
-        'Version 0.1.0 trained these weights and kept no names of its training files: they may '
-        'have been trained on some of the test images.'
-      )
-  return leave_out_trained(source, experiment.config.data.eval_split, names)
-
-
-def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Split]:
-  """Splits of the experiment's data, as its model was trained to see it.
-
-  Args:
-    experiment: of the model.
-    parts: each split in TFDS notation, after what `open_source` or `open_test` gave.
-
-  Raises:
-    ValueError: more than the memory holds.
-  """
-  size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
-  reading = experiment.reading
-  reading = dataclasses.replace(reading, cache=decide_cache(reading, source, names, size))
-  if reading.cache == 'memory':
-    check_memory(source, names, size)
-  found = [open_split(reading, own, name, size) for own, name in parts]
-  for name, examples in zip(names, found):
-    report_split(name, examples)
-  return found
-
-
-def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
-  """One split, of a source that is open or to be opened; see `load_splits`."""
-  return load_splits(experiment, (source or open_data(experiment), name))[0]
+  if request.init:
+    return *from_init(request.init, request.overrides, classes), None
+  return from_workdir(request.workdir, request.overrides, request.config, request.step)

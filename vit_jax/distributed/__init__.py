@@ -1,13 +1,15 @@
 """Processes, devices, and how arrays lie on them."""
 
-from vit_jax.distributed.backend import is_ampere, portable, target_backend
+from vit_jax.distributed.backend import is_ampere, needed, portable, target_backend
 from vit_jax.distributed.children import check_can_start, end_with_parent, unsignalled
 from vit_jax.distributed.cluster import (
+  TRY_AGAIN,
   Preempted,
   Preemption,
   check_same,
   from_first,
   is_first,
+  joined,
   num_cores,
   to_host,
 )
@@ -26,6 +28,7 @@ from vit_jax.distributed.sharding import (
 )
 
 __all__ = [
+  'TRY_AGAIN',
   'Preempted',
   'Preemption',
   'add_up',
@@ -40,11 +43,13 @@ __all__ = [
   'inference_mesh',
   'is_ampere',
   'is_first',
+  'joined',
   'keep_layout',
   'layout',
   'local_rows',
   'make_mesh',
   'micro_batches',
+  'needed',
   'num_cores',
   'place',
   'place_rows',

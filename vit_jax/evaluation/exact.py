@@ -1,19 +1,19 @@
 """Exact evaluation: every example counts once, for any batch size and number of devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 import pathlib
 
 from clu import metrics
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import limits, opening, progress
 from vit_jax.data import Source, Split, eval_batches
-from vit_jax.distributed import add_up, batch_sharding, inference_mesh, replicate
-from vit_jax.evaluation import real, scoring
+from vit_jax.distributed import add_up, batch_sharding, inference_mesh, replicate, start_up
+from vit_jax.evaluation import data, real, scoring
 from vit_jax.experiment import Experiment
+from vit_jax.opening import Request
 from vit_jax.storage import local
 
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
@@ -53,26 +53,43 @@ def score_split(
   return scoring.summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 
-@limits.memory_for('Evaluation')
 def evaluate(
-  workdir: pathlib.Path,
-  overrides: dict[str, str],
-  config: ConfigDict | None = None,
-  step: str = '',
+  workdir: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, step: str = ''
 ) -> dict[str, float]:
   """Evaluates a checkpoint of a workdir on its `data.eval_split`.
 
-  `step` says which, as in `stored.preferred`.
+      vit_jax.evaluate('runs/digits', step='last')['accuracy']
+
+  Args:
+    workdir: folder of a training run.
+    overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
+    step: checkpoint to evaluate: `best`, `last` or a number; by default the best by validation
+      accuracy, else the last.
 
   Returns:
-    The step and what `evaluate` gives. `left_out` is the number of images that are not scored
-    because the weights were trained on files of their names; missing where there is none.
+    As `evaluate_checkpoint`.
+
+  Raises:
+    ValueError: no checkpoint, other data, or overrides that contradict the checkpoint.
   """
-  exp, params, loaded = opening.from_workdir(workdir, overrides, config, step)
+  start_up()
+  return evaluate_checkpoint(Request(local(workdir), step=step, overrides=overrides or {}))
+
+
+@limits.memory_for('Evaluation')
+def evaluate_checkpoint(request: Request) -> dict[str, float]:
+  """Evaluates the checkpoint of a workdir that a request asks for.
+
+  Returns:
+    The step, and loss, accuracies and number of examples, as in `score_split`. `left_out` is the
+    number of images that are not scored because the weights were trained on files of their names;
+    missing where there is none.
+  """
+  exp, params, loaded = opening.open_model(request)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
-  source, left_out = opening.open_test(exp)
-  examples = opening.load_split(exp, split, source)
+  source, left_out = data.open_test(exp)
+  examples = data.load_split(exp, split, source)
   real_NL = load_real(exp, split, source)
   if real_NL is not None and len(real_NL) != len(examples):
     raise ValueError(

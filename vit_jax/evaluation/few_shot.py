@@ -13,16 +13,15 @@ Decisions:
 """
 
 import logging
-import pathlib
 
-from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import opening, storage
 from vit_jax.data import Split
 from vit_jax.distributed import inference_mesh, replicate
-from vit_jax.evaluation import features
+from vit_jax.evaluation import data, features
 from vit_jax.experiment import Experiment
+from vit_jax.opening import Request
 from vit_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
@@ -127,9 +126,9 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
     ValueError: a class has no image.
   """
   config = exp.config
-  source, data = opening.open_data(exp), config.data
-  unseen, left_out = opening.open_test(exp, source)
-  train, test = opening.load_splits(exp, (source, data.train_split), (unseen, data.eval_split))
+  source, splits = data.open_data(exp), config.data
+  unseen, left_out = data.open_test(exp, source)
+  train, test = data.load_splits(exp, (source, splits.train_split), (unseen, splits.eval_split))
   drawn, needed = draw_readable(train, exp.task.class_names)
   mesh = inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
@@ -150,24 +149,17 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
   return result | ({'left_out': left_out} if left_out else {})
 
 
-def fewshot(
-  workdir: pathlib.Path | None,
-  overrides: dict[str, str],
-  config: ConfigDict | None = None,
-  init: str = '',
-  step: str = '',
-) -> dict:
+def fewshot(request: Request) -> dict:
   """Few-shot accuracies of a workdir's checkpoint, also in its `fewshot.json` if possible.
 
-  `step` says which, as in `stored.preferred`. Or of published weights, `init`, on the data of
-  the overrides; those are not written.
+  Published weights are tested on the data of the overrides, and nothing is written.
   """
-  exp, params, loaded = opening.open_model(workdir, init, overrides, config, 'data', step)
+  exp, params, loaded = opening.open_model(request, 'data')
   result = score_backbone(exp, params)
-  if workdir:
+  if request.workdir:
     result = {'step': loaded} | result
     try:
-      write_json(workdir / 'fewshot.json', result)
+      write_json(request.workdir / 'fewshot.json', result)
     except storage.Unwritten as error:  # the workdir may be another's, or archived
       log.warning('%s The result is printed only.', error)
   return result

@@ -12,6 +12,7 @@ from vit_jax.figures.draw import (
   draw_position_similarity,
   draw_rollout,
 )
+from vit_jax.figures.gallery import visualize
 from vit_jax.figures.maps import (
   Missing,
   attention_summary,
@@ -36,5 +37,5 @@ __all__ = [
   'draw_head_attention', 'draw_mistakes', 'draw_patches', 'draw_position_similarity',
   'draw_rollout', 'filters', 'grid_of', 'head_attention', 'mean_attention_distance', 'mistakes',
   'patch_distances', 'patches', 'position_embeddings', 'position_similarity', 'resize_map',
-  'rollout', 'save_figure',
+  'rollout', 'save_figure', 'visualize',
 ]  # fmt: skip

@@ -6,24 +6,24 @@ Decisions:
     call, and the same for two runs on the same data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import logging
 import math
 import pathlib
 
 import jax
-from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import opening, progress, storage
 from vit_jax.data import Examples, Split, eval_batches, find_images
 from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
-from vit_jax.evaluation import make_inference_step, probabilities, read_image
+from vit_jax.evaluation import load_split, make_inference_step, open_test, probabilities, read_image
 from vit_jax.experiment import Experiment
 from vit_jax.figures import canvas, maps, report
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.pictures import PICTURES, AttentionMaps, Scores, Subject, grid
+from vit_jax.opening import Request
 from vit_jax.workdir import latest_step, read_json, read_metrics
 
 log = logging.getLogger(__name__)
@@ -33,33 +33,24 @@ MEASURED = 128  # images that attention distance is averaged over, as in the pap
 
 
 def visualize(
-  workdir: pathlib.Path | None,
-  images: list[str] | None = None,
-  overrides: dict[str, str] | None = None,
-  config: ConfigDict | None = None,
-  init: str = '',
-  out: pathlib.Path | None = None,
-  step: str = '',
+  request: Request, images: list[str] | None = None, out: pathlib.Path | None = None
 ) -> list[pathlib.Path]:
   """Draws all there is to draw; returns the files, the report last.
 
   Args:
-    workdir: of a training run, finished or not; None with `init`.
+    request: a training run, finished or not, or published weights.
     images: files and folders to look at; None for a few test images of the run.
-    overrides: dotted keys and values put over the config of the weights.
-    config: what the run must have been trained with; None to trust it.
-    init: published weights in the place of a workdir.
     out: the folder that is written into; the workdir by default.
-    step: which checkpoint of the workdir, as in `stored.preferred`.
 
   Raises:
     ValueError: nothing to draw, no place for it, images of which none can be read, or a config
       that contradicts the weights.
   """
+  workdir = request.workdir
   out = out or workdir
   folder = out / 'figures'
   storage.check_folder(folder)
-  subject = collect(workdir, images, overrides or {}, config, init, step)
+  subject = collect(request, images)
   folder.mkdir(parents=True, exist_ok=True)
   drawn, left_out = [], {}
   for name, (title, picture) in progress.bar(PICTURES.items(), 'Drawing', 'picture', len(PICTURES)):
@@ -75,27 +66,21 @@ def visualize(
     drawn.append(report.Picture(path, title, caption))
   page = out / 'report.html'
   changed, unchanged = config_differences(subject, workdir)
-  name = init or workdir.resolve().name
+  facts = numbers(subject, workdir)
   report.write_report(
-    page, name, describe(subject), numbers(subject, workdir), changed, unchanged, drawn, left_out
+    page, request.name, describe(subject), facts, changed, unchanged, drawn, left_out
   )
   return [picture.path for picture in drawn] + [page]
 
 
-def collect(
-  workdir: pathlib.Path | None,
-  images: list[str] | None,
-  overrides: dict[str, str],
-  config: ConfigDict | None,
-  init: str,
-  step: str = '',
-) -> Subject:
+def collect(request: Request, images: list[str] | None) -> Subject:
   """Reads and computes what the pictures are of; see `visualize`."""
+  workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
     raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
   files = None if images is None else find_images(images)
-  asked = init or files or overrides or config or step
+  asked = init or files or request.overrides or request.config or request.step
   if not asked and latest_step(workdir) is None:
     if isinstance(lines, Missing):
       raise ValueError(
@@ -104,11 +89,12 @@ def collect(
       )
     return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
 
-  exp, params, loaded = opening.open_model(workdir, init, overrides, config, 'any', step)
+  exp, params, loaded = opening.open_model(request, 'any')
   chosen = read_images(files, exp) if files else None
   mesh = inference_mesh(SHOWN if init else exp.config.eval_batch_size)
   on_device = replicate(mesh, params)
-  test = Missing('weights without a run have no test data.') if init else load_test(exp, overrides)
+  test = Missing('weights without a run have no test data.')
+  test = test if init else load_test(exp, request.overrides)
   there = not isinstance(test, Missing)
   scores = answers(exp, on_device, test, mesh) if there else test
   if not there and chosen is None:
@@ -128,15 +114,15 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
   return read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
 
 
-def load_test(exp: Experiment, overrides: dict[str, str]) -> Split | Missing:
+def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
   """The run's test split, without images trained on; the reason where it is not there any more.
 
   Raises:
     ValueError: it is not where the overrides say.
   """
   try:
-    source, _ = opening.open_test(exp)
-    return opening.load_split(exp, exp.config.data.eval_split, source)
+    source, _ = open_test(exp)
+    return load_split(exp, exp.config.data.eval_split, source)
   except (ValueError, OSError) as error:
     if any(key.startswith('data.') for key in overrides):
       raise

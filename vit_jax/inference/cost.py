@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
-import pathlib
 
 from clu import parameter_overview
 import jax
@@ -32,6 +31,7 @@ from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.inference import card
 from vit_jax.model import first_layer, last_layer
 from vit_jax.names import pair
+from vit_jax.opening import Request
 from vit_jax.optim import (
   LATER_PEAK,
   Stages,
@@ -98,26 +98,22 @@ class Summary:
   notes: tuple[str, ...]
 
 
-def summary_of(
-  config: ConfigDict | None,
-  workdir: pathlib.Path | None,
-  init: str,
-  overrides: dict[str, str],
-) -> Summary:
+def summary_of(request: Request) -> Summary:
   """The summary of a config, of the run in a workdir, or of published weights.
 
   Raises:
     ValueError: a config that can't be, or none of the three.
   """
+  config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
     raise ValueError('--mode=inspect needs --config, the --workdir of a run, or --init.')
   if init:
-    asked = config_lib.override_all(config_lib.default_config(), overrides)
+    asked = config_lib.override_all(config_lib.default_config(), request.overrides)
   else:
-    asked = config or saved_config(workdir, overrides)
+    asked = config or saved_config(workdir, request.overrides)
   check(asked)
   if init or (workdir and latest_step(workdir) is not None):
-    exp, *_ = opening.open_model(workdir, init, overrides, config)
+    exp, *_ = opening.open_model(request)
     notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
     if not init:
       cycles = tuple(newest_config(workdir).get('cycles', ()))

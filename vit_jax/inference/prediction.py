@@ -1,48 +1,73 @@
 """What a model says of image files: their classes, or their features."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
 import json
 import pathlib
 import sys
 
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import opening, progress
 from vit_jax.data import find_images
+from vit_jax.distributed import start_up
 from vit_jax.evaluation import map_files, probabilities
 from vit_jax.names import choose
+from vit_jax.opening import Request
+from vit_jax.storage import local
 
 KINDS = ('pooled', 'tokens')  # of features
 
 
 def predict(
-  workdir: pathlib.Path | None,
-  paths: list[str],
+  workdir: str | pathlib.Path | None,
+  images: Sequence[str],
   topk: int = 5,
-  overrides: dict[str, str] | None = None,
-  config: ConfigDict | None = None,
+  *,
   init: str = '',
   step: str = '',
+  overrides: Mapping[str, str] | None = None,
 ) -> Iterator[dict]:
-  """For each file its `topk` classes, or why it can't be read, in the order given.
+  """For each image file its `topk` classes, or why it can't be read, in the order given.
 
-  The model is that of a workdir's checkpoint, `step` as in `stored.preferred`, or published
-  weights as they are: `init`.
+      for row in vit_jax.predict('runs/digits', ['cat.png', 'photos/']): print(row)
+
+  Args:
+    workdir: folder of a training run; None with `init`.
+    images: files, folders and patterns such as `photos/*.jpg`.
+    topk: number of classes per image.
+    init: published weights instead of a workdir, anything that `vit_jax.load` reads.
+    step: checkpoint of the workdir: `best`, `last` or a number; by default the best by validation
+      accuracy, else the last.
+    overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
+
+  Returns:
+    An iterator over what `predict_files` yields.
+
+  Raises:
+    ValueError: as `predict_files`.
+  """
+  start_up()
+  folder = None if workdir is None else local(workdir)
+  request = Request(folder, init, step, overrides or {})
+  return predict_files(request, list(images), topk)
+
+
+def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dict]:
+  """For each file its `topk` classes, or why it can't be read, in the order given.
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
     `{'file': ..., 'error': ...}`.
 
   Raises:
-    ValueError: no checkpoint, no such folder, or overrides that contradict the checkpoint.
+    ValueError: no such weights, no such folder, or overrides that contradict the weights.
   """
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
   files = find_images(paths)
-  exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, step=step)
+  exp, params, _ = opening.open_model(request)
   names = exp.task.class_names
   found = map_files(exp, params, files, probabilities(exp))
   if not sys.stdout.isatty():  # where what is printed shows how far it is
@@ -57,37 +82,27 @@ def predict(
 
 
 def features(
-  workdir: pathlib.Path | None,
-  paths: list[str],
-  kind: str,
-  overrides: dict[str, str] | None = None,
-  config: ConfigDict | None = None,
-  init: str = '',
-  step: str = '',
+  request: Request, paths: list[str], kind: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """What the model makes of each file, without its head.
 
   Args:
-    workdir: of a run; None with `init`.
+    request: which model; published weights need no head.
     paths: files, folders and patterns.
     kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that the pool reads, class
       token and registers first, after the last LayerNorm where that comes before the pool:
       `[N, T, D]`.
-    overrides: dotted keys and values put over the model's config.
-    config: what the run must have been trained with; None to trust it.
-    init: published weights, which need no head.
-    step: which checkpoint of the workdir, as in `stored.preferred`.
 
   Returns:
     `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
     why.
 
   Raises:
-    ValueError: as `predict`; or no file at all could be read.
+    ValueError: as `predict_files`; or no file at all could be read.
   """
   choose('--features', kind, KINDS)
   files = find_images(paths)
-  exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, 'any', step)
+  exp, params, _ = opening.open_model(request, 'any')
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
     has_class = exp.model.has_class  # else it would go with the pool that reads it

@@ -11,17 +11,16 @@ Decisions:
 
 import logging
 import os
-import pathlib
 import signal
 import socket
 import sys
 import tempfile
 
 import gradio as gr
-from ml_collections import ConfigDict
 
 from vit_jax import opening, progress
 from vit_jax.inference.page import Viewer, build
+from vit_jax.opening import Request
 
 log = logging.getLogger(__name__)
 
@@ -48,38 +47,29 @@ def check_address(host: str, port: int) -> None:
     ) from error
 
 
-def serve(
-  workdir: pathlib.Path | None,
-  host: str,
-  port: int,
-  overrides: dict[str, str] | None = None,
-  config: ConfigDict | None = None,
-  init: str = '',
-  step: str = '',
-) -> None:
-  """Serves the model of a workdir, or of published weights, until it is interrupted.
+def serve(request: Request, host: str, port: int) -> None:
+  """Serves the model of a workdir, or of published weights with a head, until it is interrupted.
+
+  The page offers the `examples/` of a workdir.
 
   Args:
-    workdir: of a run; its `examples/` are offered on the page. None with `init`.
-    host: that is listened on.
-    port: of it.
-    overrides: dotted keys and values put over the model's config.
-    config: what the run must have been trained with; None to trust it.
-    init: published weights with a head.
-    step: which checkpoint of the workdir, as in `stored.preferred`.
+    request: which model.
+    host: address to listen on.
+    port: port to listen on.
 
   Raises:
     ValueError: an address that is taken, no checkpoint, or overrides that contradict it.
   """
   check_address(host, port)
-  exp, params, _ = opening.open_model(workdir, init, overrides or {}, config, step=step)
+  exp, params, _ = opening.open_model(request)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
-  examples = sorted((workdir / 'examples').glob('*.png')) if workdir else []
+  folder = request.workdir
+  examples = sorted((folder / 'examples').glob('*.png')) if folder else []
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
-    page = build(viewer, examples, f'vit_jax: {init or workdir.resolve().name}')
+    page = build(viewer, examples, f'vit_jax: {request.name}')
     page.launch(
       server_name=host,
       server_port=port,

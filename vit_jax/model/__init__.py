@@ -7,6 +7,7 @@ from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positio
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
+  POSITION_PREFIXES,
   VARIANTS,
   attributes,
   check_model,
@@ -20,6 +21,7 @@ __all__ = [
   'ATTRIBUTES',
   'POOLS',
   'POSITIONS',
+  'POSITION_PREFIXES',
   'REMAT',
   'RESIZES',
   'VARIANTS',

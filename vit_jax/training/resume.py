@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax import storage
+from vit_jax.check import check
 from vit_jax.data import Split, save_png
 from vit_jax.distributed import check_same, from_first, is_first
 from vit_jax.experiment import Experiment, Task
@@ -47,7 +48,8 @@ def begin(
   start, finished, saved, cycles = latest_step(workdir), None, None, ()
   if start is not None:
     item = restore_item(workdir, start, 'config')
-    saved = config_lib.from_dict(item['config'])
+    with config_lib.naming_imports(item):
+      saved = config_lib.from_dict(item['config'])
     config_lib.check_same_run(saved, config, workdir)
     cycles = add_cycle(config, item, start, workdir)
     finished = from_first(lambda: finished_result(config, workdir))
@@ -153,7 +155,10 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
     raise ValueError(
       f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
     )
-  return config_lib.override_all(config_lib.from_dict(saved), overrides)
+  with config_lib.naming_imports(item or {}):
+    config = config_lib.override_all(config_lib.from_dict(saved), overrides)
+    check(config)
+  return config
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from vit_jax import config as config_lib
 from vit_jax.model import ViT, attributes, make
 from vit_jax.names import pair
 from vit_jax.storage import local
@@ -175,7 +176,8 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
     fields['patch_size'] = pair(fields['patch_size'])
-  model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
+  with config_lib.naming_imports(saved):
+    model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
   wanted = param_shapes(model, (*size, task['channels']))

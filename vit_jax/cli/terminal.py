@@ -1,0 +1,69 @@
+"""What a person at a terminal expects: Ctrl-C, log lines above progress bars, any letters."""
+
+import codecs
+import logging
+import os
+import signal
+import sys
+
+log = logging.getLogger('vit_jax')
+
+
+class Console(logging.Handler):
+  """Prints above the progress bar, not through it."""
+
+  def emit(self, record):
+    from tqdm import tqdm
+
+    from vit_jax.distributed import is_first
+
+    if is_first() or record.levelno >= logging.WARNING:
+      tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_log() -> None:
+  """Prints the log of this package, and of nothing else."""
+  log.setLevel(logging.INFO)
+  log.propagate = False
+  log.handlers = [Console(logging.INFO)]
+
+
+def set_up() -> None:
+  """Handles Ctrl-C, and letters that the terminal lacks."""
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
+    signal.signal(signal.SIGINT, interrupt)
+  if sys.stdout:  # not closed, as by >&-
+    codecs.register_error('as_bytes', as_bytes)
+    sys.stdout.reconfigure(errors='as_bytes')
+
+
+def interrupt(_, frame) -> None:
+  """The first Ctrl-C ends what is being done in order; the second ends it at once.
+
+  So does the first one during an import, which may swallow what is raised in it.
+  """
+  while frame:
+    if frame.f_code.co_filename.startswith('<frozen importlib'):
+      end_at_once('Interrupted.')
+    frame = frame.f_back
+  signal.signal(signal.SIGINT, lambda *_: end_at_once('Interrupted again: ending at once.'))
+  raise KeyboardInterrupt
+
+
+def end_at_once(message: str) -> None:
+  """Ends this process: a checkpoint that is being written does not appear, those before stay."""
+  os.write(sys.stderr.fileno(), f'{message}\n'.encode())
+  os._exit(130)
+
+
+def as_bytes(error: UnicodeError) -> tuple:
+  """How to print letters that the terminal lacks: as a file's name has them, else escaped."""
+  try:
+    return codecs.lookup_error('surrogateescape')(error)
+  except UnicodeEncodeError:
+    return codecs.backslashreplace_errors(error)
+
+
+def close_pipe() -> None:
+  """Drops what is left to print after the reader has gone, as `head` does."""
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
