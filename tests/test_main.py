@@ -429,8 +429,8 @@ def test_a_device_that_is_not_there_is_named():
 def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
   letters = 'K\u00e4fer \u732b'
   script = (
-    'import runpy, sys, vit_jax.inference.cost as cost\n'
-    f'cost.summary_of, cost.as_text = lambda *_: None, lambda _: {letters!a}\n'
+    'import runpy, sys; from vit_jax import inference\n'
+    f'inference.summary_of, inference.as_text = lambda *_: None, lambda _: {letters!a}\n'
     'sys.argv = ["main.py", "--mode=inspect"]\n'
     'runpy.run_path("main.py", run_name="__main__")'
   )

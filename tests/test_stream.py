@@ -33,7 +33,7 @@ from vit_jax.data.source import Source
 from vit_jax.data.stream import Stream
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
-from vit_jax.figures import gallery
+from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
 from vit_jax.workdir import writer
 
@@ -599,7 +599,7 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
     step = features.make_feature_step(exp, mesh)
     for _ in ('computed', 'read'):
       examples = features.cached_features(exp, step, params, training.test, mesh, tmp_path / cache)
-      scores = gallery.answers(exp, params, training.test, mesh)
+      scores = subject_lib.answers(exp, params, training.test, mesh)
       found.setdefault(cache, []).append((examples, scores))
   assert len(list((tmp_path / 'stream').iterdir())) == 1
   for (examples, scores), (same_, same_scores) in zip(

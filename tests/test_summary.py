@@ -12,14 +12,15 @@ from benchmarks import works
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax import config as config_lib
+from vit_jax.distributed import devices
 from vit_jax.experiment import assemble
-from vit_jax.inference import cost
+from vit_jax.inference import cost, summary, tracing
 from vit_jax.opening import Request
 from vit_jax.optim import plan as plan_lib
 
 
 def summarize(**overrides):
-  exp, examples, notes = cost.summary_of_config(small_config(**overrides))
+  exp, examples, notes = summary.summary_of_config(small_config(**overrides))
   return cost.measure(exp, examples, notes)
 
 
@@ -31,13 +32,13 @@ def part(found, name):
 def test_flops_are_those_that_the_benchmarks_count(variant):
   work = works.Work(f'configs/cifar10.py:{variant}', 'train', 8, 'bfloat16', ())
   config = works.settings(work)
-  exp, examples, _ = cost.summary_of_config(config)
+  exp, examples, _ = summary.summary_of_config(config)
   found = cost.measure(exp, examples)
   want = works.flops(**works.sizes(work))
   assert found.parts[-1].gflops == pytest.approx(want['inference'] / 1e9, rel=1e-12)
   assert found.train_flops == want['train']
   config_lib.override(config, 'model.remat', 'full')
-  again = cost.measure(cost.summary_of_config(config)[0], examples)
+  again = cost.measure(summary.summary_of_config(config)[0], examples)
   assert want['train'] < again.train_flops < want['train'] + want['inference']
 
 
@@ -47,7 +48,7 @@ def test_flops_are_those_that_the_benchmarks_count(variant):
 ], ids=['map', 'hybrid'])  # fmt: skip
 def test_flops_are_most_of_those_that_xla_counts(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256'}
-  exp = cost.summary_of_config(small_config(**sizes | fields))[0]
+  exp = summary.summary_of_config(small_config(**sizes | fields))[0]
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   variables = jax.eval_shape(exp.model.init, jax.random.key(0), image)
   theirs = jax.jit(exp.model.apply).lower(variables, image).cost_analysis()['flops']
@@ -73,13 +74,13 @@ def test_parameters_and_state(trained):
 @pytest.mark.parametrize('fields', [{}, {'model.remat': 'full'}], ids=['kept', 'remat'])
 def test_activations_are_about_what_a_compiled_step_needs(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256', 'data.image_size': '32'}
-  exp = cost.summary_of_config(small_config(**sizes | fields))[0]
-  function = jax.jit(jax.grad(cost.loss(exp, 64))), jax.jit(jax.grad(cost.loss(exp, 128)))
+  exp = summary.summary_of_config(small_config(**sizes | fields))[0]
+  function = jax.jit(jax.grad(tracing.loss(exp, 64))), jax.jit(jax.grad(tracing.loss(exp, 128)))
   params = jax.eval_shape(exp.model.init, jax.random.key(0), jnp.zeros((1, *exp.image_shape)))[
     'params'
   ]
   small, large = (
-    f.lower(params, {}, *cost.batch(exp, n)).compile().memory_analysis().temp_size_in_bytes
+    f.lower(params, {}, *tracing.batch(exp, n)).compile().memory_analysis().temp_size_in_bytes
     for f, n in zip(function, (64, 128))
   )
   ours = cost.measure(exp, None).parts[-1].activations_mib * 2**20
@@ -106,7 +107,7 @@ def test_an_array_under_two_shapes_is_kept_once():
     return y.reshape(2, 3), y, y.reshape(6, 1), scale * 2
 
   closed = jax.make_jaxpr(program)(jnp.ones(()), jnp.ones((6,)))
-  found = list(cost.residuals(closed.jaxpr, closed.jaxpr.invars[1:]))
+  found = list(tracing.residuals(closed.jaxpr, closed.jaxpr.invars[1:]))
   assert [size for _, size in found] == [24]  # and what hangs on no image is none
 
 
@@ -163,18 +164,18 @@ def test_inspect(capsys, trained, tmp_path):
 
 
 def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
-  monkeypatch.setattr(cost.sharding, '_one_per_core', True)
+  monkeypatch.setattr(devices, '_one_per_core', True)
   workdir, _ = trained
-  found = cost.summary_of(Request(workdir))
-  same = cost.summary_of(Request(config=small_config()))
+  found = summary.summary_of(Request(workdir))
+  same = summary.summary_of(Request(config=small_config()))
   assert cost.as_text(found) == cost.as_text(same)
-  more = cost.summary_of(Request(workdir, overrides={'batch_size': '64', 'micro_batches': '2'}))
-  published = cost.summary_of(Request(init=str(DATA / 'timm_map'), overrides={'batch_size': '128'}))
+  more = summary.summary_of(Request(workdir, overrides={'batch_size': '64', 'micro_batches': '2'}))
+  published = summary.summary_of(
+    Request(init=str(DATA / 'timm_map'), overrides={'batch_size': '128'})
+  )
   assert [s.devices for s in (found, more, published)] == [1, 2, 2]
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
-  assert cost.as_text(cost.summary_of(Request(tmp_path))) == cost.as_text(
-    same
-  )  # nothing saved
+  assert cost.as_text(summary.summary_of(Request(tmp_path))) == cost.as_text(same)  # nothing saved
 
 
 def test_the_plan_is_that_of_training():
@@ -184,7 +185,7 @@ def test_the_plan_is_that_of_training():
 
 
 def test_what_is_done_to_an_image_is_no_work_of_the_model():
-  exp = cost.summary_of_config(small_config())[0]
+  exp = summary.summary_of_config(small_config())[0]
   task = dataclasses.replace(exp.task, stored_size=(4, 4))
   enlarged = assemble(exp.config, task)  # by products, too
   assert cost.measure(enlarged, None).train_flops == cost.measure(exp, None).train_flops

@@ -14,7 +14,7 @@ from vit_jax import cli, evaluation, opening
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import sources
 from vit_jax.evaluation import exact, few_shot
-from vit_jax.figures import gallery
+from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, trained
 
@@ -95,7 +95,7 @@ def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp
   exp, params, _ = opening.from_workdir(run[1], flags)
   result = few_shot.score_backbone(exp, params)
   assert result['examples'] == 3 and result['left_out'] == 7
-  assert len(gallery.load_test(exp, flags)) == 3
+  assert len(subject_lib.load_test(exp, flags)) == 3
   exp, _ = opening.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
   assert evaluation.open_test(exp)[1] == 7
 

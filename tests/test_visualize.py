@@ -15,6 +15,7 @@ from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax.data.memory import Examples
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
+from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
 from vit_jax.training import trainer
 
@@ -95,14 +96,14 @@ def test_a_finished_run(capsys, trained, workdir):
 
 def test_it_scores_what_eval_scores(trained):
   workdir, result = trained
-  subject = gallery.collect(workdir, None, {}, None, '')
+  subject = subject_lib.collect(Request(workdir), None)
   right = subject.scores.predicted_N == subject.test.label_N
   assert right.mean() == result['test_accuracy'] and len(right) == result['examples']
   assert ((subject.scores.confidence_N > 0.1) & (subject.scores.confidence_N <= 1)).all()
   np.testing.assert_array_equal(
-    subject.shown, gallery.choose_images(subject.test, subject.exp)[: gallery.SHOWN]
+    subject.shown, subject_lib.choose_images(subject.test, subject.exp)[: subject_lib.SHOWN]
   )
-  assert subject.attention.measured == gallery.MEASURED
+  assert subject.attention.measured == subject_lib.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
 
 
@@ -111,7 +112,7 @@ def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contras
   image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
   test = Examples(image, np.arange(300) % 4)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
-  found = gallery.choose_images(test, exp)[:, 0, 0, 0].tolist()
+  found = subject_lib.choose_images(test, exp)[:, 0, 0, 0].tolist()
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 

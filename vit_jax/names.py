@@ -1,7 +1,9 @@
-"""Names looked up in tables, and sizes: what people write, and what is said of mistakes."""
+"""What people write: names of a table, sizes and paths, and what is said of mistakes."""
 
 from collections.abc import Collection, Sequence
 import difflib
+import pathlib
+import re
 
 
 def choose(what: str, name: str, table: Collection[str]):
@@ -30,3 +32,16 @@ def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
   if len(both) not in (1, 2) or not all(type(n) is int and n > 0 for n in both):
     raise ValueError(f'{what}: expected one or two positive integers, got {size!r}.')
   return both * 2 if len(both) == 1 else both
+
+
+def local(path: str | pathlib.Path) -> pathlib.Path:
+  """The path, `~` expanded.
+
+  Raises:
+    ValueError: a URL, as gs://bucket/run.
+  """
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):  # a `Path` has one slash left of two
+    raise ValueError(
+      f'{path}: URLs are not supported; give a path on this machine, e.g. of a mounted bucket.'
+    )
+  return pathlib.Path(path).expanduser()

@@ -1,28 +1,10 @@
-"""Files on this machine: paths as people write them, and writing them whole.
-
-Whether files can be written is asked before they are computed.
-"""
+"""Files on this machine, written whole. Whether they can be is asked before they are computed."""
 
 from collections.abc import Iterator
 import contextlib
 import errno
 import os
 import pathlib
-import re
-
-
-def local(path: str | pathlib.Path) -> pathlib.Path:
-  """The path, `~` expanded.
-
-  Raises:
-    ValueError: a URL, as gs://bucket/run.
-  """
-  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):  # a `Path` has one slash left of two
-    raise ValueError(
-      f'{path}: URLs are not supported; give a path on this machine, e.g. of a mounted bucket.'
-    )
-  return pathlib.Path(path).expanduser()
-
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG, errno.EIO)
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import flatten, hint, unknown
 from vit_jax.keys import KEYS
-from vit_jax.storage import local
+from vit_jax.names import local
 
 
 def load_file(spec: str) -> ConfigDict:

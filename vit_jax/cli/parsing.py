@@ -8,7 +8,7 @@ import re
 from vit_jax.cli.flags import Flag
 from vit_jax.cli.modes import MODES
 from vit_jax.config import is_switch
-from vit_jax.storage import local
+from vit_jax.names import local
 
 GENERAL = (  # flags of every mode
   Flag('mode', 'one of the modes', default='train'),

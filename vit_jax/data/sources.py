@@ -8,8 +8,7 @@ import numpy as np
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
 from vit_jax.data.source import Source
-from vit_jax.names import choose
-from vit_jax.storage import local
+from vit_jax.names import choose, local
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:

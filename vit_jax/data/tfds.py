@@ -22,8 +22,7 @@ import jax
 from vit_jax.data import source as source_lib
 from vit_jax.data.source import Source
 from vit_jax.distributed import from_first
-from vit_jax.names import choose
-from vit_jax.storage import local
+from vit_jax.names import choose, local
 
 CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
 

@@ -11,10 +11,12 @@ import numpy as np
 from vit_jax import limits, opening, progress
 from vit_jax.data import Source, Split, eval_batches
 from vit_jax.distributed import add_up, batch_sharding, inference_mesh, replicate, start_up
-from vit_jax.evaluation import data, real, scoring
+from vit_jax.evaluation.data import load_split, open_test
+from vit_jax.evaluation.real import load_real_labels
+from vit_jax.evaluation.scoring import score, summarize
 from vit_jax.experiment import Experiment
+from vit_jax.names import local
 from vit_jax.opening import Request
-from vit_jax.storage import local
 
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
@@ -25,7 +27,7 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
   def score_part(part, params):
     logits_BL = exp.logits(params, part)
     loss_B = exp.loss(logits_BL, part['label'])
-    return scoring.score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
+    return score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
 
   def eval_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
@@ -45,12 +47,12 @@ def score_split(
 ) -> dict[str, float]:
   """Loss, accuracies and the number of examples counted.
 
-  `beside` may be `real`, of `real.load`, with a row for each example.
+  `beside` may be `real`, of `load_real_labels`, with a row for each example.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **beside)
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Evaluating', 'batch', count)
-  return scoring.summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
+  return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
 
 
 def evaluate(
@@ -88,8 +90,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, float]:
   exp, params, loaded = opening.open_model(request)
   batch_size = exp.config.eval_batch_size
   split = exp.config.data.eval_split
-  source, left_out = data.open_test(exp)
-  examples = data.load_split(exp, split, source)
+  source, left_out = open_test(exp)
+  examples = load_split(exp, split, source)
   real_NL = load_real(exp, split, source)
   if real_NL is not None and len(real_NL) != len(examples):
     raise ValueError(
@@ -111,4 +113,4 @@ def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray 
     ValueError: they can't be read, or are of other data.
   """
   path = experiment.config.data.real_labels
-  return real.load_real_labels(local(path), source, split) if path else None
+  return load_real_labels(local(path), source, split) if path else None

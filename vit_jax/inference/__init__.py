@@ -9,7 +9,7 @@ _PUBLIC = {  # imported when asked for: `serve` needs Gradio, and a prediction n
   'predict_files': 'prediction',
   'print_predictions': 'prediction',
   'serve': 'server',
-  'summary_of': 'cost',
+  'summary_of': 'summary',
 }
 
 __all__ = list(_PUBLIC)

@@ -8,8 +8,7 @@ import tempfile
 from vit_jax import storage
 from vit_jax.inference import card
 from vit_jax.model import ViT
-from vit_jax.names import choose
-from vit_jax.storage import local
+from vit_jax.names import choose, local
 from vit_jax.weights import (
   FORMATS,
   Preprocessing,

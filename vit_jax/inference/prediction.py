@@ -13,9 +13,8 @@ from vit_jax import opening, progress
 from vit_jax.data import find_images
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import map_files, probabilities
-from vit_jax.names import choose
+from vit_jax.names import choose, local
 from vit_jax.opening import Request
-from vit_jax.storage import local
 
 KINDS = ('pooled', 'tokens')  # of features
 

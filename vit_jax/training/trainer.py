@@ -4,7 +4,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from vit_jax import experiment, limits, opening, storage
+from vit_jax import experiment, limits, names, opening
 from vit_jax.check import check
 from vit_jax.distributed import start_up
 from vit_jax.training.loop import fit
@@ -29,7 +29,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     limits.OutOfMemory: the message says which keys to change.
     cluster.Preempted: it was asked to stop, and has saved.
   """
-  workdir = storage.local(workdir)
+  workdir = names.local(workdir)
   start_up()
   check(config)
   check_processes(config)

@@ -18,8 +18,7 @@ from safetensors.numpy import load_file
 
 from vit_jax import config as config_lib
 from vit_jax.model import ViT, attributes, make
-from vit_jax.names import pair
-from vit_jax.storage import local
+from vit_jax.names import local, pair
 from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_json
 from vit_jax.weights.hf import read_hf, run_hf, save_hf
 from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
