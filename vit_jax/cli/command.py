@@ -11,13 +11,12 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli import help as help_lib
-from vit_jax.cli import terminal
-from vit_jax.cli.flags import Mode, given_config
+from vit_jax.cli.flags import Mode
+from vit_jax.cli.help import config_page, config_text, mode_page, overview
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
-from vit_jax.config import as_text, default_config, flatten, import_extensions, override_all
-from vit_jax.keys import KEYS
+from vit_jax.cli.terminal import close_pipe, set_up, show_log
+from vit_jax.config import import_extensions
 from vit_jax.names import choose
 
 EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
@@ -38,14 +37,14 @@ EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
 
 def start() -> None:
   """Runs `main` on this process's arguments and exits with its code."""
-  terminal.set_up()
+  set_up()
   sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int | None:
   """Does what the arguments say; returns the exit code, None for 0."""
   keep_compiled()
-  terminal.show_log()
+  show_log()
   mode = None
   try:
     args = parse_general(argv)
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int | None:
     print(page)
     sys.stdout.flush()
   except BrokenPipeError:
-    terminal.close_pipe()
+    close_pipe()
     return 141  # as a shell has it of what SIGPIPE ends
   except ModuleNotFoundError as error:
     install = install_for(error)
@@ -99,20 +98,8 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
 def page_of(args: argparse.Namespace) -> str | None:
   """The page of help that was asked for; None where none was."""
   if args.help:
-    return help_lib.mode_page(args.mode) if '--mode' in args.given else help_lib.overview()
-  return help_lib.config_page() if args.help_config else None
-
-
-def config_text(args: argparse.Namespace) -> str:
-  """The resolved config, a line a key, as `--config.` takes it."""
-  config = given_config(args)
-  if config is None and args.workdir:
-    from vit_jax.training import saved_config
-
-    config = saved_config(args.workdir, args.overrides)
-  config = config or override_all(default_config(), args.overrides)
-  values = flatten(config)
-  return '\n'.join(f'{key}={as_text(values[key])}' for key in KEYS)
+    return mode_page(args.mode) if '--mode' in args.given else overview()
+  return config_page() if args.help_config else None
 
 
 def load_extensions(names: Sequence[str]) -> None:
