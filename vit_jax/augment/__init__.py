@@ -4,6 +4,7 @@ from vit_jax.augment.crops import PAD_MODES
 from vit_jax.augment.mixing import partner
 from vit_jax.augment.pipeline import (
   AUGMENTATIONS,
+  Augmentation,
   active,
   augment,
   augment_and_mix,
@@ -17,6 +18,7 @@ __all__ = [
   'MAX_MAGNITUDES',
   'PAD_MODES',
   'SPACES',
+  'Augmentation',
   'active',
   'augment',
   'augment_and_mix',

@@ -15,11 +15,12 @@ from vit_jax.data.image import (
 from vit_jax.data.loading import Reading, Split, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
 from vit_jax.data.source import Source, first_size
-from vit_jax.data.sources import look_up_source, open_source
+from vit_jax.data.sources import SOURCES, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
 __all__ = [
   'INTERPOLATIONS',
+  'SOURCES',
   'BadImage',
   'Examples',
   'Files',
