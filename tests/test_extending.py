@@ -182,7 +182,7 @@ def stripes(argument, data_dir, image_size):
       image_HW = image_HW if i % 2 else image_HW.T
       yield f'stripes/{split}/{i}', np.repeat(image_HW[..., None], 3, 2), i % 2
 
-  return Source({'train': 512, 'test': 64}, tuple('ab'), 3, read)
+  return Source({'train': 1024, 'test': 64}, tuple('ab'), 3, read)
 
 
 def test_a_new_data_source_works_in_every_mode(tmp_path, monkeypatch):
