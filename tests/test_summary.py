@@ -12,6 +12,7 @@ from benchmarks import works
 from tests.conftest import DATA, small_config
 from tests.test_main import call, error
 from vit_jax import config as config_lib
+from vit_jax.distributed import devices
 from vit_jax.experiment import assemble
 from vit_jax.inference import cost
 from vit_jax.opening import Request
@@ -163,7 +164,7 @@ def test_inspect(capsys, trained, tmp_path):
 
 
 def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
-  monkeypatch.setattr(cost.sharding, '_one_per_core', True)
+  monkeypatch.setattr(devices, '_one_per_core', True)
   workdir, _ = trained
   found = cost.summary_of(Request(workdir))
   same = cost.summary_of(Request(config=small_config()))

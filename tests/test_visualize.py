@@ -95,7 +95,7 @@ def test_a_finished_run(capsys, trained, workdir):
 
 def test_it_scores_what_eval_scores(trained):
   workdir, result = trained
-  subject = gallery.collect(workdir, None, {}, None, '')
+  subject = gallery.collect(Request(workdir), None)
   right = subject.scores.predicted_N == subject.test.label_N
   assert right.mean() == result['test_accuracy'] and len(right) == result['examples']
   assert ((subject.scores.confidence_N > 0.1) & (subject.scores.confidence_N <= 1)).all()
