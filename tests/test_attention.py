@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.distributed import backend
-from vit_jax.model import attention
+from vit_jax.model import attention, layers
 from vit_jax.model.vit import ViT
 
 # In units of a dtype's rounding, on values and gradients of order 1.
@@ -160,8 +159,9 @@ def test_gradients_lower_to_flash_attention_on_an_nvidia_gpu(
   from jax._src.cudnn import fused_attention_stablehlo
 
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
-  monkeypatch.setattr(backend, 'target_backend', lambda: 'gpu')
-  monkeypatch.setattr(backend, 'is_ampere', lambda: True)
+  for module in (attention, layers):
+    monkeypatch.setattr(module, 'target_backend', lambda: 'gpu')
+  monkeypatch.setattr(attention, 'is_ampere', lambda: True)
   model = ViT(
     num_classes=3, patch_size=(16, 16), width=16, depth=1, num_heads=2, mlp_dim=16,
     pool='cls' if class_token else 'gap', dtype=dtype,

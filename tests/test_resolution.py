@@ -17,7 +17,7 @@ from vit_jax.figures import maps
 from vit_jax.inference import cost
 from vit_jax.model import positions, variants
 from vit_jax.optim import losses
-from vit_jax.training import step, trainer
+from vit_jax.training import loop, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import pretrained
@@ -174,7 +174,7 @@ def whole(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Run, 'compile', after)
-    patch.setattr(step, 'make_train_step', of)
+    patch.setattr(loop, 'make_train_step', of)
     trainer.train(small_config(**STAGES), workdir)
   return workdir, seen
 
