@@ -13,11 +13,10 @@ import sys
 
 from vit_jax.cli import help as help_lib
 from vit_jax.cli import terminal
-from vit_jax.cli.flags import Mode, given_config
+from vit_jax.cli.flags import Mode
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
-from vit_jax.config import as_text, default_config, flatten, import_extensions, override_all
-from vit_jax.keys import KEYS
+from vit_jax.config import import_extensions
 from vit_jax.names import choose
 
 EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
@@ -52,12 +51,12 @@ def main(argv: Sequence[str]) -> int | None:
     if args.extensions:
       load_extensions(args.extensions)
     mode = choose('--mode', args.mode, MODES)
-    page = page_of(args)
+    page = help_lib.page_of(args)
     if page is None:
       args = parse_flags(argv, args.mode)
       if not args.print_config:
         return run(mode, args)
-      page = config_text(args)
+      page = help_lib.config_text(args)
     print(page)
     sys.stdout.flush()
   except BrokenPipeError:
@@ -94,25 +93,6 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
   if sys.stdout:
     sys.stdout.flush()
   return code
-
-
-def page_of(args: argparse.Namespace) -> str | None:
-  """The page of help that was asked for; None where none was."""
-  if args.help:
-    return help_lib.mode_page(args.mode) if '--mode' in args.given else help_lib.overview()
-  return help_lib.config_page() if args.help_config else None
-
-
-def config_text(args: argparse.Namespace) -> str:
-  """The resolved config, a line a key, as `--config.` takes it."""
-  config = given_config(args)
-  if config is None and args.workdir:
-    from vit_jax.training import saved_config
-
-    config = saved_config(args.workdir, args.overrides)
-  config = config or override_all(default_config(), args.overrides)
-  values = flatten(config)
-  return '\n'.join(f'{key}={as_text(values[key])}' for key in KEYS)
 
 
 def load_extensions(names: Sequence[str]) -> None:

@@ -1,16 +1,15 @@
-"""The pages of `--help`, `--mode=X --help` and `--help_config`, and `docs/config.md`.
+"""The pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
 
-python -m vit_jax.cli.help > docs/config.md
-"""
-
+import argparse
 from collections.abc import Iterator
 import os
 import sys
 import textwrap
 
+from vit_jax.cli.flags import given_config
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import GENERAL, SWITCHES
-from vit_jax.config import as_text
+from vit_jax.config import as_text, default_config, flatten, override_all
 from vit_jax.keys import KEYS
 
 WIDTH = 100
@@ -20,6 +19,13 @@ OVERRIDES = (
   '--config.<key>=<value> overrides a key of the config. --config.<key> and --noconfig.<key>\n'
   'set a key that is true or false.'
 )
+
+
+def page_of(args: argparse.Namespace) -> str | None:
+  """The page of help that was asked for; None where none was."""
+  if args.help:
+    return mode_page(args.mode) if '--mode' in args.given else overview()
+  return config_page() if args.help_config else None
 
 
 def program() -> str:
@@ -102,3 +108,15 @@ def config_page() -> str:
     lines += [f'{name} = {default}  ({about})']
     lines += [textwrap.fill(text, WIDTH, initial_indent='    ', subsequent_indent='    ')]
   return '\n'.join(lines)
+
+
+def config_text(args: argparse.Namespace) -> str:
+  """The resolved config, a line a key, as `--config.` takes it."""
+  config = given_config(args)
+  if config is None and args.workdir:
+    from vit_jax.training import saved_config
+
+    config = saved_config(args.workdir, args.overrides)
+  config = config or override_all(default_config(), args.overrides)
+  values = flatten(config)
+  return '\n'.join(f'{key}={as_text(values[key])}' for key in KEYS)
