@@ -12,7 +12,7 @@ import pathlib
 import sys
 
 from vit_jax.cli.flags import Mode
-from vit_jax.cli.help import config_page, config_text, mode_page, overview
+from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
 from vit_jax.cli.terminal import close_pipe, set_up, show_log
@@ -93,13 +93,6 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
   if sys.stdout:
     sys.stdout.flush()
   return code
-
-
-def page_of(args: argparse.Namespace) -> str | None:
-  """The page of help that was asked for; None where none was."""
-  if args.help:
-    return mode_page(args.mode) if '--mode' in args.given else overview()
-  return config_page() if args.help_config else None
 
 
 def load_extensions(names: Sequence[str]) -> None:

@@ -1,7 +1,4 @@
-"""The pages of `--help`, `--mode=X --help` and `--help_config`, and `docs/config.md`.
-
-python -m vit_jax.cli.help > docs/config.md
-"""
+"""The pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
 
 import argparse
 from collections.abc import Iterator
@@ -22,6 +19,13 @@ OVERRIDES = (
   '--config.<key>=<value> overrides a key of the config. --config.<key> and --noconfig.<key>\n'
   'set a key that is true or false.'
 )
+
+
+def page_of(args: argparse.Namespace) -> str | None:
+  """The page of help that was asked for; None where none was."""
+  if args.help:
+    return mode_page(args.mode) if '--mode' in args.given else overview()
+  return config_page() if args.help_config else None
 
 
 def program() -> str:
