@@ -15,7 +15,8 @@ from vit_jax.weights import timm
 from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMM_NAMES = ROOT / 'tests/data/timm_names.json'  # every ViT of timm 1.0.31, None: not read here
+# Every ViT of timm 1.0.31; None: not read here.
+TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 
 ABOUT = f"""# Models
@@ -24,7 +25,7 @@ Parameters in millions, with a head of 1,000 classes and positions for {PIXELS}x
 (32x32 where 32 is said), counted on the model as it is built here: `python -m benchmarks.zoo`.
 
 What the tests hold: weights of each format, small ones that the original code wrote with its
-outputs, give those outputs (`tests/data/`, `test_pretrained.py`); random models of Hugging Face
+outputs, give those outputs (`tests/fixtures/`, `test_pretrained.py`); random models of Hugging Face
 and timm give the same outputs and gradients (`test_pretrained_live.py`). The published files
 themselves, of full size, were not at hand. Names of files are those of the buckets and the Hub.
 

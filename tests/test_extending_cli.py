@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from tests.conftest import small_config
-from tests.test_main import ROOT, call, error
+from tests.conftest import ROOT, call, error, small_config
 from vit_jax import cli, opening
 from vit_jax import config as config_lib
 from vit_jax.check import check

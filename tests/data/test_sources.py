@@ -16,14 +16,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, ROOT
 from vit_jax import limits, progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import memory, sources, splits
 from vit_jax.data.source import Source
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES = {'train': 100, 'test': 20}
 
 

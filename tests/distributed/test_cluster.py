@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -10,16 +9,15 @@ import subprocess
 import sys
 import time
 
-from conftest import small_config
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT, small_config
 from vit_jax import limits
 from vit_jax.distributed import cluster
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 60
 SETTINGS = {
   'model.width': '16', 'model.depth': '1', 'epochs': str(STEPS / 32), 'log_every': '1',
@@ -34,7 +32,7 @@ def start(workdir, port, process_id, num_processes=2):
     f'--coordinator=127.0.0.1:{port}', f'--num_processes={num_processes}',
     f'--process_id={process_id}', *(f'--config.{k}={v}' for k, v in SETTINGS.items()),
   ]  # fmt: skip
-  environment = os.environ | {'PYTHONPATH': str(ROOT / 'tests')}
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
   pipes = dict(stdout=subprocess.DEVNULL, stderr=(workdir.parent / f'{process_id}.log').open('w'))
   return subprocess.Popen(flags, cwd=ROOT, env=environment, **pipes)
 
@@ -95,7 +93,7 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}']
   settings = SETTINGS | {'epochs': '1000', 'checkpoint_every': '0'}
   command += [f'--config.{key}={value}' for key, value in settings.items()]
-  environment = os.environ | {'PYTHONPATH': str(ROOT / 'tests')}
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
   process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
   wait_for(lambda: len(lines(workdir)) > 2, [process])
   process.send_signal(signal.SIGTERM)

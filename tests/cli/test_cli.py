@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from tests.test_main import ROOT, call, error
+from tests.conftest import ROOT, call, error
 import vit_jax
 from vit_jax import cli
 from vit_jax import config as config_lib

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from tests.conftest import ROOT
 from vit_jax import cli
 from vit_jax.inference import page as page_lib
 from vit_jax.inference import prediction, server
@@ -25,7 +26,6 @@ pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
 browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CHROMIUM = next(
   filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), ''
 )

@@ -21,7 +21,7 @@ import PIL
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, small_config
+from tests.conftest import DATA, ROOT, small_config
 from vit_jax import config as config_lib
 from vit_jax import limits, opening
 from vit_jax.augment import crops
@@ -37,7 +37,6 @@ from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
 from vit_jax.workdir import writer
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CROP = {'min_area': 0.05, 'max_aspect': 4 / 3}
 IDS = 23
 
@@ -714,7 +713,7 @@ def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
   }  # fmt: skip
   flags = [f'--config.{key}={value}' for key, value in settings.items()]
   command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={tmp_path}/run']
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT / 'tests'), *sys.path])}
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
   arguments = dict(cwd=ROOT, env=environment, start_new_session=True)
   with (tmp_path / 'log').open('w') as output:
     job = subprocess.Popen([*command, *flags], **arguments, stdout=output, stderr=output)

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, small_config
-from tests.test_main import call, error
+from tests.conftest import DATA, call, error, small_config
 from vit_jax.data.memory import Examples
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib

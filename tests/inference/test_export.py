@@ -16,15 +16,13 @@ from PIL import ExifTags, Image, ImageOps
 import pytest
 import yaml
 
-from tests.conftest import DATA, small_config
-from tests.test_main import call, error
+from tests.conftest import DATA, ROOT, call, error, small_config
 import vit_jax
 from vit_jax.data import image as image_lib
-from vit_jax.inference import exporting, program
-from vit_jax.weights import reader
+from vit_jax.inference import exporting
+from vit_jax.weights import program, reader
 from vit_jax.weights.formats import Preprocessing, prepare_lines
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 ONNX = 'needs requirements-onnx.txt'
 PROGRAMS = ('stablehlo', 'onnx')
 

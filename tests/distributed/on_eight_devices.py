@@ -4,10 +4,10 @@ import json
 import pathlib
 import sys
 
-from conftest import small_config
 import jax
 import numpy as np
 
+from tests.conftest import small_config
 from vit_jax import experiment, opening
 from vit_jax.data import batching
 from vit_jax.distributed import sharding

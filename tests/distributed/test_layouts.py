@@ -10,17 +10,18 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT
 from vit_jax.distributed import devices, sharding
 from vit_jax.model import variants
 
-TESTS = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent
 SPLIT = ['fsdp', 'fsdp_tensor', 'parts']
 
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-  command = [sys.executable, TESTS / 'on_eight_devices.py', tmp_path_factory.mktemp('layouts')]
-  path = {'PYTHONPATH': str(TESTS.parent)}
+  command = [sys.executable, HERE / 'on_eight_devices.py', tmp_path_factory.mktemp('layouts')]
+  path = {'PYTHONPATH': str(ROOT)}
   done = subprocess.run(command, capture_output=True, text=True, env=os.environ | path)
   assert done.returncode == 0, done.stderr
   return json.loads(done.stdout.splitlines()[-1])

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, small_config
-from tests.test_main import call, error
-from tests.test_pretrained import equal
+from tests.conftest import DATA, call, error, small_config
+from tests.weights.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import inherit, opening

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import ROOT, call, error, small_config
 import vit_jax
 from vit_jax import cli, opening, storage
 from vit_jax import config as config_lib
@@ -29,23 +29,8 @@ from vit_jax.inference import prediction
 from vit_jax.training import trainer
 from vit_jax.weights import reader
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
-
-
-def call(capsys, *argv):
-  """(exit code, stdout, stderr) of main.py."""
-  code = cli.main(list(argv))
-  out, err = capsys.readouterr()
-  assert 'Traceback' not in err
-  return code, out, err
-
-
-def error(capsys, *argv):
-  code, _, err = call(capsys, *argv)
-  assert code == 2 and err.startswith('error: '), err
-  return err
 
 
 def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):

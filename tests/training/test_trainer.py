@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import ROOT, small_config
 from vit_jax import evaluation, opening
 from vit_jax.data import batching
 from vit_jax.distributed import cluster, sharding
@@ -33,8 +32,6 @@ from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import reader
 from vit_jax.workdir import lock, stored, writer
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 TRAIN = """
 import sys, json

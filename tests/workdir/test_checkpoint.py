@@ -3,24 +3,21 @@
 import contextlib
 import logging
 import os
-import pathlib
 import re
 import shutil
 import subprocess
 import sys
 
-from conftest import small_config
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import ROOT, small_config
 from vit_jax import storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
 from vit_jax.workdir import checkpoint, stored, trained, writer
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):

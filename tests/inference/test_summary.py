@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import works
-from tests.conftest import DATA, small_config
-from tests.test_main import call, error
+from tests.conftest import DATA, call, error, small_config
 from vit_jax import config as config_lib
 from vit_jax.distributed import devices
 from vit_jax.experiment import assemble
