@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-demo lint onnx results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,15 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+# What proves rather than guards, and what compares with PyTorch, transformers and ONNX.
+test-slow: peers onnx
+	$(RUN) -m pytest -m slow
+
+test-all: test test-slow test-demo
+
+peers: $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-peers.txt
 
 # The page of --mode=serve, in the system's Chromium, and the notebook.
 test-demo: $(VENV)/installed
