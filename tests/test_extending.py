@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import call, error, small_config
 import vit_jax
+from vit_jax import cli, opening
 from vit_jax.augment import AUGMENTATIONS, Augmentation
+from vit_jax.cli.flags import WEIGHTS
 from vit_jax.data import SOURCES, Source
 from vit_jax.figures import visualize
 from vit_jax.inference import exporting
@@ -228,3 +230,20 @@ def test_a_new_weight_format_is_exported_loaded_and_trained_from(tmp_path, monke
   vit_jax.train(small_config(epochs='0.03125', init=str(tmp_path / 'out')), tmp_path / 'tuned')
   images = [str(tmp_path / 'run' / 'examples')]
   assert len(visualize(Request(init=str(tmp_path / 'out')), images, tmp_path / 'look')) > 5
+
+
+def test_a_new_mode_gets_its_flags_and_the_opened_model(capsys, trained, monkeypatch):
+  def run_count(args):
+    exp, params, step = opening.open_model(cli.request_of(args))
+    print(args.unit, step, params['head']['kernel'].size == 16 * len(exp.task.class_names))
+
+  flags = (*WEIGHTS, cli.Flag('unit', 'what is counted', default='parameters'))
+  mode = cli.Mode('counts parameters', '--workdir=runs/digits', flags, run_count)
+  monkeypatch.setitem(cli.MODES, 'count', mode)
+  argv = ['--mode=count', f'--workdir={trained[0]}', '--step=16', '--config.eval_batch_size=9']
+  assert call(capsys, *argv, '--unit=weights')[:2] == (None, 'weights 16 True\n')
+  assert '--topk is for predict, not for --mode=count' in error(capsys, *argv, '--topk=3')
+  assert '--unit is for count' in error(capsys, f'--workdir={trained[0]}', '--unit=weights')
+  assert 'counts parameters' in call(capsys, '--help')[1]
+  page = call(capsys, '--mode=count', '--help')[1]
+  assert '--unit=<unit>' in page and '--mode=count --workdir=runs/digits' in page

@@ -1,4 +1,4 @@
-"""A mode, a config key and an imported extension, all from outside the package."""
+"""Config keys and imported extensions from outside the package."""
 
 import json
 import subprocess
@@ -6,11 +6,10 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, call, error, small_config
-from vit_jax import cli, opening
+from tests.conftest import ROOT, error, small_config
 from vit_jax import config as config_lib
+from vit_jax import opening
 from vit_jax.check import check
-from vit_jax.cli.flags import WEIGHTS
 from vit_jax.cli.help import config_page
 from vit_jax.keys import KEYS, Key
 from vit_jax.model import POOLS
@@ -46,23 +45,6 @@ def test_a_new_key_is_saved_and_may_change_when_a_run_resumes(new_key, tmp_path)
 def test_a_key_of_an_unknown_type_is_refused():
   with pytest.raises(ValueError, match='need a kind'):
     Key(None, 'nothing')
-
-
-def test_a_new_mode_gets_its_flags_and_the_opened_model(capsys, trained, monkeypatch):
-  def run_count(args):
-    exp, params, step = opening.open_model(cli.request_of(args))
-    print(args.unit, step, params['head']['kernel'].size == 16 * len(exp.task.class_names))
-
-  flags = (*WEIGHTS, cli.Flag('unit', 'what is counted', default='parameters'))
-  mode = cli.Mode('counts parameters', '--workdir=runs/digits', flags, run_count)
-  monkeypatch.setitem(cli.MODES, 'count', mode)
-  argv = ['--mode=count', f'--workdir={trained[0]}', '--step=16', '--config.eval_batch_size=9']
-  assert call(capsys, *argv, '--unit=weights')[:2] == (None, 'weights 16 True\n')
-  assert '--topk is for predict, not for --mode=count' in error(capsys, *argv, '--topk=3')
-  assert '--unit is for count' in error(capsys, f'--workdir={trained[0]}', '--unit=weights')
-  assert 'counts parameters' in call(capsys, '--help')[1]
-  page = call(capsys, '--mode=count', '--help')[1]
-  assert '--unit=<unit>' in page and '--mode=count --workdir=runs/digits' in page
 
 
 EXTENSION = """
