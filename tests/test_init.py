@@ -17,7 +17,6 @@ from tests.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import inherit, opening
-from vit_jax.data import sources
 from vit_jax.data.source import Source
 from vit_jax.figures import maps
 from vit_jax.inference import exporting, prediction
@@ -173,7 +172,7 @@ def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path
     source = Source({}, classes, 3, None)
     config = small_config(init=str(tmp_path), **{'model.variant': 'None'})
     filled, params, _ = inherit.open_init(config, source)
-    monkeypatch.setattr(sources, 'open_source', lambda *_, source=source: source)
+    monkeypatch.setattr(opening, 'open_source', lambda *_, source=source: source)
     exp, fewshot_params = opening.from_init(str(tmp_path), {}, 'data')
     assert filled.model.representation_size == exp.model.representation_size == size
     for found in (params, fewshot_params):
