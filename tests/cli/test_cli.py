@@ -148,8 +148,9 @@ def test_the_extra_train_is_known():
 
 def test_evaluate_and_predict_from_python(trained):
   workdir, result = trained
-  found = vit_jax.evaluate(str(workdir), {'eval_batch_size': '64'}, step='last')
-  assert found['accuracy'] == result['test_accuracy'] and found['step'] == 32
+  found = vit_jax.evaluate(str(workdir), {'data.eval_split': 'test[:70]'}, step='16')
+  assert (found['step'], found['examples']) == (16, 70)
+  assert vit_jax.evaluate(workdir)['accuracy'] == result['test_accuracy']
   image = min((workdir / 'examples').iterdir())
   (row,) = vit_jax.predict(str(workdir), [str(image)], topk=2)
   assert row['file'] == str(image) and len(row['predictions']) == 2
