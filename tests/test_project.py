@@ -92,6 +92,40 @@ def test_the_house_has_few_rooms_and_each_is_small():
     assert table or lines <= 300, f'{path} has {lines} lines'
 
 
+MANY_PARAMETERS = {  # and why
+  'rand_augment': 'they are its config keys',
+  'save': 'keywords of the public API',
+}
+
+
+def test_functions_are_short_and_ask_for_little():
+  for name, tree in TREES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        lines, words = node.end_lineno - node.lineno + 1, node.args
+        count = len([*words.posonlyargs, *words.args, *words.kwonlyargs])
+        count -= bool(words.args) and words.args[0].arg in ('self', 'cls')
+        assert lines <= 60, f'{name}.{node.name} has {lines} lines'
+        assert count <= 6 or node.name in MANY_PARAMETERS, f'{name}.{node.name}: {count} parameters'
+
+
+def test_a_module_knows_few_others_and_a_name_has_one_meaning():
+  homes = collections.defaultdict(set)
+  for name, tree in TREES.items():
+    found = imported(name)[0]
+    rooms = {
+      package_of(other) if package_of(other) != package_of(name) else other for other in found
+    }
+    assert len(rooms) <= 10 or MODULES[name].name == '__init__.py', (
+      f'{name} imports {sorted(rooms)}'
+    )
+    for node in tree.body:
+      if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        homes[node.name].add(name)
+  twice = {name: found for name, found in homes.items() if len(found) > 1}
+  assert len(twice) <= 15, twice
+
+
 @pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])
 def test_text_files_are_utf_8_wherever_they_are_opened(folder):
   """Without an encoding Python takes the locale's, which may lack the letters of a class name."""

@@ -23,7 +23,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'MOMENT_DTYPES': MOMENT_DTYPES,
   'OPTIMIZERS': OPTIMIZERS,
   'PAD_MODES': PAD_MODES,
-  'POOLS': lambda: [name for name in POOLS if name != 'none'],  # classes need one vector
+  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # one vector
   'POSITIONS': POSITIONS,
   'POSITION_PREFIXES': POSITION_PREFIXES,
   'REMAT': REMAT,

@@ -24,8 +24,8 @@ from vit_jax.augment import (
 )
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import POOLS, ViT, make
-from vit_jax.names import choose, pair
+from vit_jax.model import ViT, make
+from vit_jax.names import pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
@@ -175,10 +175,6 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
-  fields['dtype'] = choose('model.dtype', fields['dtype'], ('float32', 'bfloat16'))
-  if fields['pool'] is not None:
-    vectors = {name for name, pool in POOLS.items() if not pool.tokens}  # which classes need
-    choose('model.pool', fields['pool'], vectors)
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]
@@ -197,7 +193,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     config,
     task,
     model,
-    functools.partial(choose('loss.name', loss.pop('name'), LOSSES), **loss),
+    functools.partial(LOSSES[loss.pop('name')], **loss),
     functools.partial(augment, arguments=arguments),
     functools.partial(augment_and_mix, arguments=arguments),
     functools.partial(

@@ -192,7 +192,7 @@ def from_init(
   grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = names and len(names)
   new_head = names not in (None, found.class_names)
-  loaded = adapt(found, grid, None, count, config.init_resize, tokens=False, new_head=new_head)
+  loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # weights may leave it open
   expected = loaded.preprocessing
   config.data.image_size = expected.size

@@ -216,9 +216,8 @@ def test_everything_in_a_report_is_escaped(tmp_path):
   path = tmp_path / 'figure.png'
   Image.new('L', (1, 1)).save(path)
   picture = report.Picture(path, bad, bad)
-  report.write_report(
-    tmp_path / 'r.html', bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}
-  )
+  parts = bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}
+  report.write_report(tmp_path / 'r.html', report.Report(*parts))
   text = (tmp_path / 'r.html').read_text()
   assert '<script' not in text and f'alt="{report.escape(bad)}"' in text
   assert Page(tmp_path / 'r.html').text.count(bad) == 14

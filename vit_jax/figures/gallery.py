@@ -14,7 +14,7 @@ from vit_jax import progress, storage
 from vit_jax.figures.canvas import save_figure
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.pictures import PICTURES, Subject, grid
-from vit_jax.figures.report import Picture, write_report
+from vit_jax.figures.report import Picture, Report, write_report
 from vit_jax.figures.subject import collect
 from vit_jax.opening import Request
 from vit_jax.workdir import read_json
@@ -57,7 +57,8 @@ def visualize(
   page = out / 'report.html'
   changed, unchanged = config_differences(subject, workdir)
   facts = numbers(subject, workdir)
-  write_report(page, request.name, describe(subject), facts, changed, unchanged, drawn, left_out)
+  about = (request.name, describe(subject), facts, changed, unchanged, drawn, left_out)
+  write_report(page, Report(*about))
   return [picture.path for picture in drawn] + [page]
 
 

@@ -7,7 +7,7 @@ Decisions:
 """
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import html
 import pathlib
@@ -46,20 +46,11 @@ class Picture:
   caption: str
 
 
-def write_report(
-  path: pathlib.Path,
-  title: str,
-  subtitle: str,
-  numbers: dict[str, str],
-  changed: Iterable[tuple[str, object, object]],
-  unchanged: dict[str, object],
-  pictures: Iterable[Picture],
-  left_out: dict[str, str],
-) -> None:
-  """Writes the page; it is whole or not there.
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What the page holds.
 
-  Args:
-    path: of the HTML file.
+  Attributes:
     title: of the page.
     subtitle: under it.
     numbers: what the run gave, by name.
@@ -68,18 +59,30 @@ def write_report(
     pictures: in their order; the files are put into the page.
     left_out: titles of pictures that could not be drawn, and why.
   """
+
+  title: str
+  subtitle: str
+  numbers: Mapping[str, str]
+  changed: Sequence[tuple[str, object, object]]
+  unchanged: Mapping[str, object]
+  pictures: Sequence[Picture]
+  left_out: Mapping[str, str]
+
+
+def write_report(path: pathlib.Path, report: Report) -> None:
+  """Writes the page as an HTML file; it is whole or not there."""
   parts = [
-    f'<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>',
-    section('Numbers', html_table(numbers.items())),
-    section('Config', config_tables(list(changed), unchanged)),
-    *(section(picture.title, figure(picture)) for picture in pictures),
-    section('Left out', html_table(left_out.items())) if left_out else '',
+    f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
+    section('Numbers', html_table(report.numbers.items())),
+    section('Config', config_tables(report.changed, report.unchanged)),
+    *(section(picture.title, figure(picture)) for picture in report.pictures),
+    section('Left out', html_table(report.left_out.items())) if report.left_out else '',
   ]
   storage.replace(
     path,
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
+    f'<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
     + '\n'.join(filter(None, parts))
     + '\n</body>\n</html>\n',
   )

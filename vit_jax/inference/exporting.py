@@ -47,7 +47,7 @@ def export(
   storage.check_folder(out)
   check_card(out)
   found = read_weights(path, step)
-  loaded = adapt(found, tokens=False)
+  loaded = adapt(found)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   if count > MANY:
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)

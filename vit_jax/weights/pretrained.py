@@ -9,6 +9,7 @@ Decisions:
     both (Section 3.1), and fine-tuning removes all of it (Section 3.2).
 """
 
+from collections.abc import Sequence
 import dataclasses
 import logging
 import math
@@ -48,7 +49,8 @@ def load(
     ValueError: nothing there, a damaged file, one with pickled objects, weights that
       contradict their config, or a grid that does not fit; the message says which.
   """
-  return adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
+  loaded = adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
+  return as_tokens(loaded) if loaded.model.num_classes is None else loaded
 
 
 def adapt(
@@ -57,7 +59,6 @@ def adapt(
   source_grid: tuple[int, int] | None = None,
   num_classes: int | None = None,
   resize: str = 'bilinear',
-  tokens: bool = True,
   new_head: bool = False,
 ) -> Pretrained:
   """The model of a file, for the grid and the classes wanted; see `load`.
@@ -68,7 +69,6 @@ def adapt(
     source_grid: see `load`.
     num_classes: see `load`.
     resize: see `load`.
-    tokens: whether a file without a head gives tokens, or what its own pooling makes of them.
     new_head: whether the head is new even if it has as many classes as the file's.
   """
   if num_classes is not None and num_classes < 1:
@@ -85,18 +85,11 @@ def adapt(
     if function is not None and name in params:
       params[name] = function(params[name], model, own_grid, grid, resize)
   class_names = source.class_names
-  if num_classes is None and model.num_classes is None and tokens:
-    dropped = (*POOLS[model.pool].params, 'pre_logits')
-    model = model.clone(pool='none', class_token=model.has_class)
-  elif new_head or num_classes not in (None, model.num_classes):
-    model = pooled(model.clone(num_classes=num_classes))  # the file may leave the pool open
-    dropped, class_names = ('pre_logits', 'head'), None
-  else:
-    dropped = ()
-  if 'pre_logits' in dropped:
-    model = model.clone(representation_size=None)
-  for name in dropped:
-    ignored += tuple(f'{name}/{leaf}' for leaf in layouts.flatten_params(params.pop(name, {})))
+  if new_head or num_classes not in (None, model.num_classes):
+    # The file may leave the pool open.
+    model = pooled(model.clone(num_classes=num_classes, representation_size=None))
+    params, dropped = without(params, ('pre_logits', 'head'))
+    ignored, class_names = ignored + dropped, None
   if num_classes is not None and 'head' not in params:
     shapes = layouts.param_shapes(model, (*size, source.channels))
     params['head'] = {
@@ -106,6 +99,23 @@ def adapt(
     log.info('%s: not used: %s', source.origin, ', '.join(ignored))
   preprocessing = dataclasses.replace(source.preprocessing, size=tuple(size))
   return Pretrained(model, params, preprocessing, class_names, ignored, source.run)
+
+
+def as_tokens(loaded: Pretrained) -> Pretrained:
+  """The model without its pooling: it gives the normalised tokens `[B, N, D]`."""
+  model = loaded.model
+  params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits'))
+  if dropped:
+    log.info('Not used: %s', ', '.join(dropped))
+  model = model.clone(pool='none', class_token=model.has_class, representation_size=None)
+  ignored = loaded.ignored + dropped
+  return dataclasses.replace(loaded, model=model, params=params, ignored=ignored)
+
+
+def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
+  """Parameters without these top-level ones, and the paths of what was left out."""
+  dropped = layouts.flatten_params({name: params[name] for name in names if name in params})
+  return {name: leaf for name, leaf in params.items() if name not in names}, tuple(dropped)
 
 
 def find_grid(
