@@ -441,6 +441,29 @@ def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
   assert ended.stdout == 'K\\xe4fer \\u732b\n', ended.stderr
 
 
+def test_closed_streams_are_the_null_device(tmp_path):
+  script = (
+    'import os, pathlib, sys; from vit_jax import cli\n'
+    'def mode(_):\n'
+    '  number = os.open("kept", os.O_WRONLY | os.O_CREAT)\n'
+    '  os.write(1, b"of a library")\n'
+    '  text = sys.stdin.read(), sys.stdout.isatty(), sys.stderr.isatty(), number > 2\n'
+    '  pathlib.Path("found").write_text(repr(text))\n'
+    'cli.MODES["mine"] = cli.Mode("", "", (), mode)\n'
+    'sys.argv = ["main.py", "--mode=mine"]\n'
+    'cli.start()'
+  )
+  command = [sys.executable, '-c', script]
+  closed = subprocess.run(
+    ['bash', '-c', '"$@" <&- >&- 2>&-', '-', *command],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  assert closed.returncode == 0
+  assert (tmp_path / 'found').read_text() == "('', False, False, True)"
+  assert (tmp_path / 'kept').read_text() == ''
+
+
 @pytest.mark.parametrize('flush', [True, False])
 def test_whoever_reads_may_stop(flush):
   script = (
