@@ -49,7 +49,7 @@ def open_streams() -> None:
     except OSError:
       os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
     if getattr(sys, name) is None:
-      setattr(sys, name, open(number, mode, encoding='utf-8', closefd=False))
+      setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
 
 
 def interrupt(_, frame) -> None:
