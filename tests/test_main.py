@@ -387,6 +387,30 @@ def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tm
   assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
 
 
+def test_a_refused_thread_is_one_line(capsys, monkeypatch):
+  def start(*_):
+    raise RuntimeError("can't start new thread")
+
+  mode = dataclasses.replace(cli.MODES['eval'], run=start)
+  monkeypatch.setitem(cli.MODES, 'eval', mode)
+  err = error(capsys, '--mode=eval', '--workdir=x')
+  assert re.fullmatch(r'error: --mode=eval failed: .* another thread\. Raise .*ulimit -u.*\n', err)
+
+
+def test_event_loops_that_do_not_open_are_silent():
+  script = (
+    'import asyncio, resource; from vit_jax.cli import terminal\n'
+    'terminal.set_up()\n'
+    'async def work(): pass\n'
+    'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n'
+    'try: asyncio.run(work())\n'
+    'except OSError as error: print(error.strerror)'
+  )
+  command = [sys.executable, '-c', script]
+  ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert (ended.stdout, ended.stderr) == ('Too many open files\n', '')
+
+
 def test_interrupted(capsys, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt

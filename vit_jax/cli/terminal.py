@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 
 log = logging.getLogger('vit_jax')
 
@@ -33,6 +34,7 @@ def set_up() -> None:
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
+  hush_event_loops()
   codecs.register_error('as_bytes', as_bytes)
   sys.stdout.reconfigure(errors='as_bytes')
 
@@ -50,6 +52,18 @@ def open_streams() -> None:
       os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
+
+
+def hush_event_loops() -> None:
+  """Keeps silent about event loops that orbax could not open; the error itself says why."""
+  before = sys.unraisablehook
+
+  def report(unraisable):
+    if getattr(unraisable.object, '__qualname__', '') != 'BaseEventLoop.__del__':
+      before(unraisable)
+
+  sys.unraisablehook = report
+  warnings.filterwarnings('ignore', "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def interrupt(_, frame) -> None:
