@@ -93,7 +93,7 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   monkeypatch.setitem(recipes.RECIPES, 'digits', digits)
   monkeypatch.setattr(recipes, 'RUNS', tmp_path / 'runs')
   monkeypatch.setattr(collect, 'RESULTS', tmp_path)
-  recipes.main('cpu', 'folder:none', 'digits')
+  recipes.main(['cpu', 'folder:none', 'digits'])
   table = (tmp_path / 'README.md').read_text().splitlines()
   rows = [line for line in table if line.startswith('| `')]
   assert len(rows) == len(recipes.RECIPES) and capsys.readouterr().out.splitlines()[-1] == rows[0]
@@ -104,5 +104,6 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   saved = json.loads((tmp_path / 'digits.json').read_text())
   mean = sum(run['test_accuracy'] for run in saved['runs']) / 2
   assert saved['test_accuracy_mean'] == pytest.approx(mean)
-  with pytest.raises(ValueError, match='recipe: unknown'):
-    recipes.main('gpu', 'folder:none', 'digits')
+  with pytest.raises(SystemExit, match='2'):
+    recipes.main(['gpu', 'folder:none', 'digits'])
+  assert 'digits is no recipe for a gpu; there are cifar10_small' in capsys.readouterr().err
