@@ -132,6 +132,17 @@ def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, mo
 
 
 @pytest.mark.parametrize('first', [True, False])
+def test_process_0_leaves_last(monkeypatch, first):
+  """It holds the service without which JAX aborts the others, which may have an error to print."""
+  done = []
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(joining.time, 'sleep', done.append)
+  monkeypatch.setattr(joining.os, '_exit', lambda code: done.append(f'exit {code}'))
+  joining.leave(ValueError('all have it'))
+  assert done == [joining.PARTING] * first + ['exit 2']
+
+
+@pytest.mark.parametrize('first', [True, False])
 def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
   sent = [json.dumps({'error': "Process 0 failed: KeyError: 'x'"}).encode()]
   monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
