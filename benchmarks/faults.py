@@ -10,6 +10,7 @@ a file cut short, emptied or removed, anywhere in the newest checkpoint: it must
 checkpoint before it used, or be without effect.
 """
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import collect
+from benchmarks import arguments, collect
 from vit_jax import cli as program
 from vit_jax.workdir import stored, writer
 
@@ -172,15 +173,27 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
   return found
 
 
-def main(
-  alone: str = '40', together: str = '12', damages: str = '40', out: str | None = None
-) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('alone', nargs='?', type=arguments.count, default=40, help='kills of one')
+  parser.add_argument('together', nargs='?', type=arguments.count, default=12, help='of two')
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=40)
+  out = collect.RESULTS / 'faults.json'
+  parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
+  args = parser.parse_args(argv)
+  if args.damages and not args.alone:
+    parser.error('damages are done to a copy of a run alone, so `alone` must not be 0')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
   program.keep_compiled()
   multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.training.probe'])
   kills, damaged = [], []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    for processes, count in ((1, int(alone)), (2, int(together))):
+    for processes, count in ((1, args.alone), (2, args.together)):
       if not count:
         continue
       whole = folder / f'whole{processes}'
@@ -189,7 +202,7 @@ def main(
       for number in range(count):
         kills.append(kill(folder, number, processes, want))
         print(kills[-1], flush=True)
-    for number in range(int(damages)):
+    for number in range(args.damages):
       damaged.append(damage(folder, folder / 'whole1', number))
       print(damaged[-1], flush=True)
   found = {
@@ -202,10 +215,10 @@ def main(
     'all_kills': kills,
     'all_damages': damaged,
   }
-  writer.write_json(pathlib.Path(out) if out else collect.RESULTS / 'faults.json', found)
+  writer.write_json(args.out, found)
   if found['identical'] < len(kills) or found['good'] < len(damaged):
     raise SystemExit('Something was lost.')
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

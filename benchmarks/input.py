@@ -16,6 +16,7 @@ in memory over three epochs; and the share of the time that a small ViT, trainin
 here, waits for them.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 import functools
 import importlib.util
@@ -34,7 +35,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks import collect, photos
+from benchmarks import arguments, collect, photos
 from vit_jax import config as config_lib
 from vit_jax.data import batching, sources, stream
 from vit_jax.data import image as image_lib
@@ -263,10 +264,10 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   return max(rates)
 
 
-def resident(workers: str, folder: str) -> None:
+def resident(workers: int, folder: str) -> None:
   """Prints the most bytes that are resident in each of three epochs of an eighth of the files."""
   split = 'train[:12.5%]+test[:12.5%]'
-  batches, held = ours(pathlib.Path(folder), int(workers), split), [[], [], []]
+  batches, held = ours(pathlib.Path(folder), workers, split), [[], [], []]
   for step in range(3 * COUNT // 8 // BATCH):
     next(batches)
     if step % 3 == 0:
@@ -300,7 +301,24 @@ def alone(*arguments: object) -> object:
 
 
 COMMAND = [sys.executable, '-m', 'benchmarks.input']
-ALONE = {'serve': serve, 'resident': resident, 'train': train}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Without a task, everything is measured; the tasks are for processes of its own."""
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.set_defaults(task=main)
+  tasks = parser.add_subparsers(
+    metavar='task', parser_class=argparse.ArgumentParser, help='what its child processes do'
+  )
+  for task in (serve, resident, train):
+    child = tasks.add_parser(task.__name__)
+    child.set_defaults(task=task)
+    if task is serve:
+      child.add_argument('name', choices=CONTESTANTS)
+    elif task is resident:
+      child.add_argument('workers', type=arguments.count)
+    child.add_argument('folder')
+  return parser.parse_args(argv)
 
 
 def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
@@ -360,4 +378,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  ALONE[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
+  found = vars(parse(sys.argv[1:]))
+  found.pop('task')(**found)

@@ -78,3 +78,7 @@ def show(gibibytes: float) -> None:
     work = works.Work(f'{works.CIFAR}:{size}', 'train', 8, 'bfloat16', (), (*overrides.items(),))
     batch, needs = largest_batch(works.settings(work), gibibytes * 2**30)
     print(f'| {size} | {remat} | {moment} | {batch} | {needs / 2**30:.2f} |', flush=True)
+
+
+if __name__ == '__main__':
+  raise SystemExit('error: `python -m benchmarks.speed --memory=16` measures this.')

@@ -9,6 +9,7 @@ The TPU's own compiler gives memory and FLOPs of a chip, and the program with it
 Takes minutes a row.
 """
 
+import argparse
 from collections import Counter
 import datetime
 import importlib.metadata
@@ -22,7 +23,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from benchmarks import collect
+from benchmarks import arguments, collect
 from vit_jax import config as config_lib
 from vit_jax.distributed import backend, sharding
 from vit_jax.distributed import devices as devices_lib
@@ -166,12 +167,26 @@ def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict
   }
 
 
-def main(*only: str) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('model', nargs='?', help='such as g/14; by default all')
+  parser.add_argument('pod', nargs='?', help='such as v5e:16x16; by default all')
+  args = parser.parse_args(argv)
+  args.only = tuple(text for text in (args.model, args.pod) if text)
+  rows = dict.fromkeys(row[:2] for row in PODS)
+  if not any(row[: len(args.only)] == args.only for row in rows):
+    names = ', '.join(' '.join(row) for row in rows)
+    parser.error(f'{" ".join(args.only)} is none of the rows {names}')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  only = parse(argv).only
   rows = (writer.read_json(PATH) or {'rows': []})['rows']
   key = lambda r: (r['model'], r['pod'], tuple(r['mesh'].values()), r['remat'])
   done = {key(r): r for r in rows}
   for pod in PODS:
-    wanted = not only or pod[: len(only)] == only
+    wanted = pod[: len(only)] == only
     if not wanted or pod in done:
       continue
     done[pod] = row(*pod)
@@ -180,4 +195,4 @@ def main(*only: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

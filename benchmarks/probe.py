@@ -7,18 +7,20 @@ takes; both in one process, in turns, on the same examples. Compiling is left ou
 `results/probe.json` with the seconds that the features took once: hashed, computed, saved.
 """
 
+import argparse
 from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
 
-from benchmarks import collect
+from benchmarks import arguments, collect
 from vit_jax import cli, opening
 from vit_jax.data import batching
 from vit_jax.data.memory import Examples
@@ -110,7 +112,13 @@ def measure(config, examples: int, rounds: int) -> dict:
   }
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  """There is nothing to choose."""
+  return arguments.Parser(__spec__, __doc__).parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  parse(argv)
   load = os.getloadavg()[0]  # of whatever else runs
   result = measure(settings(), EXAMPLES, ROUNDS)
   result |= {'load_before': load} | collect.circumstances()
@@ -119,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

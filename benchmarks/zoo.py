@@ -3,12 +3,15 @@
 python -m benchmarks.zoo     # writes MODELS.md
 """
 
+import argparse
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import arguments
 from vit_jax.model import variants
 from vit_jax.model.vit import ViT
 from vit_jax.weights import timm
@@ -132,6 +135,16 @@ def tables() -> str:
   return '\n'.join(lines) + '\n'
 
 
-if __name__ == '__main__':
+def parse(argv: list[str]) -> argparse.Namespace:
+  """There is nothing to choose."""
+  return arguments.Parser(__spec__, __doc__).parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  parse(argv)
   with jax.default_device(jax.devices('cpu')[0]):
     (ROOT / 'MODELS.md').write_text(tables(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import io
 import math
+import pathlib
 import re
+import shlex
 
 import jax
 import numpy as np
@@ -18,6 +20,12 @@ from vit_jax.augment import pipeline
 from vit_jax.data import sources, splits
 from vit_jax.model import variants
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAMS = sorted(
+  path.stem
+  for path in (ROOT / 'benchmarks').glob('*.py')
+  if 'def parse(' in path.read_text(encoding='utf-8')
+)
 WORKS = [works.dry(work) for work in works.WORKS['cpu']]
 TRAIN, INFERENCE = WORKS[0], WORKS[1]
 CLS = next(work for work in WORKS if work.name == 'B/16 inference')  # tiny has no class token
@@ -315,3 +323,51 @@ def test_photos_are_as_large_as_photographs(tmp_path, monkeypatch):
   pixels = [math.prod(Image.open(file).size) for file in files]
   assert len(files) == 12 and 100_000 < np.mean(pixels) < 200_000
   assert 0.4 < sum(file.stat().st_size for file in files) / sum(pixels) < 0.7
+
+
+def program(name):
+  return importlib.import_module(f'benchmarks.{name}')
+
+
+def test_whatever_runs_by_itself_reads_its_arguments():
+  """Else a mistyped one would be passed over, and minutes of work begin."""
+  files = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('benchmarks/*.py')}
+  run = {name for name, text in files.items() if "if __name__ == '__main__'" in text}
+  assert run - {'memory'} == set(PROGRAMS)  # which only names another command
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_a_benchmark_has_help_and_refuses_what_it_does_not_know(name, capsys):
+  with pytest.raises(SystemExit, match='0'):
+    program(name).parse(['--help'])
+  assert f'python -m benchmarks.{name}' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match='2'):
+    program(name).parse(['--nonsense'])
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and err.count('\n') == 1, err
+
+
+def documented():
+  """`(name, arguments)` of every command in the docs, the build files and the docstrings."""
+  files = [ROOT / 'README.md', ROOT / 'Makefile', ROOT / '.ci/run', *ROOT.glob('benchmarks/*.py')]
+  for path in files:
+    text = path.read_text(encoding='utf-8').replace('\\\\\n', '').replace('\\\n', '')
+    for name, words in re.findall(r'-m benchmarks\.(\w+)(.*)', text):
+      words = words.split('`')[0].split('  #')[0].split(' # ')[0]
+      words = words.replace('$*', 'cpu').replace('$(DATA)', 'folder:cifar10')
+      yield name, tuple(shlex.split(words.removesuffix("'")))
+
+
+@pytest.mark.parametrize(('name', 'words'), sorted({*documented()}))
+def test_documented_commands_are_understood(name, words, tmp_path, monkeypatch):
+  if words == () and name in ('transfer', 'recipes'):  # named in a text
+    return
+  monkeypatch.chdir(tmp_path)
+  for run in ('digits0', 'digits1', 'digits2', 'tin'):
+    (tmp_path / 'runs' / run).mkdir(parents=True)
+    (tmp_path / 'runs' / run / 'result.json').write_text('{}')
+  if name == 'streamed':
+    (tmp_path / 'folder/train').mkdir(parents=True)
+  if name == 'sweep':
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  program(name).parse(list(words))

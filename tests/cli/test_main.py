@@ -372,6 +372,30 @@ def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tm
   assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
 
 
+def test_a_refused_thread_is_one_line(capsys, monkeypatch):
+  def start(*_):
+    raise RuntimeError("can't start new thread")
+
+  mode = dataclasses.replace(cli.MODES['eval'], run=start)
+  monkeypatch.setitem(cli.MODES, 'eval', mode)
+  err = error(capsys, '--mode=eval', '--workdir=x')
+  assert re.fullmatch(r'error: --mode=eval failed: .* another thread\. Raise .*ulimit -u.*\n', err)
+
+
+def test_event_loops_that_do_not_open_are_silent():
+  script = (
+    'import asyncio, resource; from vit_jax.cli import terminal\n'
+    'terminal.set_up()\n'
+    'async def work(): pass\n'
+    'resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))\n'
+    'try: asyncio.run(work())\n'
+    'except OSError as error: print(error.strerror)'
+  )
+  command = [sys.executable, '-c', script]
+  ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+  assert (ended.stdout, ended.stderr) == ('Too many open files\n', '')
+
+
 def test_interrupted(capsys, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
@@ -424,6 +448,29 @@ def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
     [sys.executable, '-c', script], capture_output=True, text=True, env=environment, cwd=ROOT
   )
   assert ended.stdout == 'K\\xe4fer \\u732b\n', ended.stderr
+
+
+def test_closed_streams_are_the_null_device(tmp_path):
+  script = (
+    'import os, pathlib, sys; from vit_jax import cli\n'
+    'def mode(_):\n'
+    '  number = os.open("kept", os.O_WRONLY | os.O_CREAT)\n'
+    '  os.write(1, b"of a library")\n'
+    '  text = sys.stdin.read(), sys.stdout.isatty(), sys.stderr.isatty(), number > 2\n'
+    '  pathlib.Path("found").write_text(repr(text))\n'
+    'cli.MODES["mine"] = cli.Mode("", "", (), mode)\n'
+    'sys.argv = ["main.py", "--mode=mine"]\n'
+    'cli.start()'
+  )
+  command = [sys.executable, '-c', script]
+  closed = subprocess.run(
+    ['bash', '-c', '"$@" <&- >&- 2>&-', '-', *command],
+    cwd=tmp_path,
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+  )
+  assert closed.returncode == 0
+  assert (tmp_path / 'found').read_text() == "('', False, False, True)"
+  assert (tmp_path / 'kept').read_text() == ''
 
 
 @pytest.mark.parametrize('flush', [True, False])

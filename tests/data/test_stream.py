@@ -145,10 +145,10 @@ SHARE = """
 import hashlib, json, sys
 import jax, numpy as np
 from vit_jax.data import batching, image, sources, stream
-from vit_jax.distributed import cluster, devices, sharding
+from vit_jax.distributed import devices, joining, sharding
 
 _, number, port, folder, crop = sys.argv
-with cluster.joined(f'127.0.0.1:{port}', 2, int(number)):
+with joining.joined(f'127.0.0.1:{port}', 2, int(number)):
   source = sources.open_source(f'folder:{folder}', '', (16, 16))
   examples = stream.open_stream(
     source, 'train', size=(16, 16), fit=image.fit_image, crop=json.loads(crop)

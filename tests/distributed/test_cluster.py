@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, small_config
 from vit_jax import limits
-from vit_jax.distributed import cluster
+from vit_jax.distributed import cluster, joining
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
 
@@ -25,23 +25,27 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def start(workdir, port, process_id, num_processes=2):
+def free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
+def start(workdir, port, process_id, more):
   """main.py on the small run, two CPU devices a process."""
   flags = [
     sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}',
-    f'--coordinator=127.0.0.1:{port}', f'--num_processes={num_processes}',
-    f'--process_id={process_id}', *(f'--config.{k}={v}' for k, v in SETTINGS.items()),
+    f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
+    f'--process_id={process_id}', *(f'--config.{k}={v}' for k, v in SETTINGS.items()), *more,
   ]  # fmt: skip
   environment = os.environ | {'PYTHONPATH': str(ROOT)}
   pipes = dict(stdout=subprocess.DEVNULL, stderr=(workdir.parent / f'{process_id}.log').open('w'))
   return subprocess.Popen(flags, cwd=ROOT, env=environment, **pipes)
 
 
-def start_both(workdir):
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-  return [start(workdir, port, i) for i in range(2)]
+def start_both(workdir, more=((), ())):
+  port = free_port()
+  return [start(workdir, port, i, more[i]) for i in range(2)]
 
 
 def lines(workdir):
@@ -68,6 +72,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
   said = (tmp_path / '0.log').read_text()
   assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # which one died
+  assert 'another one died, start all again with the same commands' in said
   saved = stored.latest_step(workdir)
   assert saved in (10, 20, 30, 40, 50)
   processes[1].wait()
@@ -117,10 +122,22 @@ def test_a_notice_is_heard_during_a_run_alone():
 
 def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
   codes = []
-  monkeypatch.setattr(cluster.os, '_exit', codes.append)
-  cluster.leave(limits.OutOfMemory('Training ran out of memory.'))
+  monkeypatch.setattr(joining.os, '_exit', codes.append)
+  monkeypatch.setattr(joining, 'PARTING', 0)
+  joining.leave(limits.OutOfMemory('Training ran out of memory.'))
   assert codes == [2]
   assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_process_0_leaves_last(monkeypatch, first):
+  """It holds the service without which JAX aborts the others, which may have an error to print."""
+  done = []
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(joining.time, 'sleep', done.append)
+  monkeypatch.setattr(joining.os, '_exit', lambda code: done.append(f'exit {code}'))
+  joining.leave(ValueError('all have it'))
+  assert done == [joining.PARTING] * first + ['exit 2']
 
 
 @pytest.mark.parametrize('first', [True, False])
@@ -136,28 +153,60 @@ def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
 
 
 def test_a_lone_pod_runs_alone(monkeypatch):
-  for name in cluster.LAUNCHERS:
+  for name in joining.LAUNCHERS:
     monkeypatch.delenv(name, raising=False)
-  monkeypatch.setattr(cluster.importlib.util, 'find_spec', lambda _: None)
+  monkeypatch.setattr(joining.importlib.util, 'find_spec', lambda _: None)
   monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
-  assert not cluster.in_cluster()
+  assert not joining.in_cluster()
   monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # of an indexed job
-  assert cluster.in_cluster()
+  assert joining.in_cluster()
 
 
 def test_flags_that_do_not_go_together():
   with pytest.raises(ValueError, match='--process_id=<0 to n-1> go together'):
-    cluster.join('localhost:1234', 2, None)
+    joining.join('localhost:1234', 2, None)
   with pytest.raises(ValueError, match='0 to n-1'):
-    cluster.join('localhost:1234', 2, 5)
-  with pytest.raises(ValueError, match='--coordinator=foo: expected <host>:<port>'):
-    cluster.join('foo', 2, 0)
+    joining.join('localhost:1234', 2, 5)
+  with pytest.raises(ValueError, match='go together, got None, 1, 7'):
+    joining.join(None, 1, 7)
+  for coordinator in ('foo', 'foo:0', '127.0.0.1:99999'):
+    with pytest.raises(ValueError, match=f'--coordinator={coordinator}: expected <host>:<port>'):
+      joining.join(coordinator, 2, 0)
+
+
+def test_an_occupied_port_is_named_before_jax_is_asked():
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(ValueError, match=rf'port {port} of this machine \(Address already in use'):
+      joining.join(f'127.0.0.1:{port}', 2, 0)
+
+
+def test_a_process_says_that_it_waits_and_ends_when_the_others_do_not_come():
+  script = (
+    'from vit_jax.distributed import joining\n'
+    'joining.SOON, joining.JOIN = 0.5, 2\n'
+    f'joining.join("127.0.0.1:{free_port()}", 2, 1)'
+  )
+  ended = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+  waits, fails = ended.stderr.splitlines()[-2:]
+  assert ended.returncode == 2
+  assert re.fullmatch(r'Waiting for 2 processes at 127\.0\.0\.1:\d+ \(2 s at most\) \.\.\.', waits)
+  assert 'did not come together in 2 s' in fails and '--num_processes=1' in fails
+
+
+def test_processes_with_different_configs_all_say_so(tmp_path):
+  processes = start_both(tmp_path / 'run', [['--config.seed=3'], []])
+  assert [process.wait(60) for process in processes] == [2, 2]
+  for i in range(2):
+    said = (tmp_path / f'{i}.log').read_text().splitlines()
+    assert 'config of process 1 differs from that of process 0: seed=0 instead of 3' in said[-1]
 
 
 def test_processes_that_would_train_differently_are_told(monkeypatch):
-  cluster.check_same('config', {'lr': 0.1, 'sizes': (1, 2)})
-  monkeypatch.setattr(cluster, 'from_first', lambda _: {'lr': 0.3, 'sizes': [1, 2]})
-  with pytest.raises(ValueError, match='another config: lr: 0.3 there, 0.1 here'):
-    cluster.check_same('config', {'lr': 0.1, 'sizes': (1, 2)})
-  monkeypatch.setattr(cluster, 'from_first', lambda _: {'lr': float('nan')})
-  cluster.check_same('config', {'lr': float('nan')})
+  value = {'lr': 0.1, 'sizes': (1, 2), 'nan': float('nan')}
+  cluster.check_same('config', value)
+  value = json.loads(json.dumps(value))
+  everyone = [value, value, value | {'lr': 0.3}]
+  monkeypatch.setattr(cluster, 'from_all', lambda _: everyone)
+  with pytest.raises(ValueError, match='config of process 2 differs .*: lr=0.3 instead of 0.1'):
+    cluster.check_same('config', value)

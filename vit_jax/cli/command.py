@@ -90,8 +90,7 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
   start_up()
   with needed(), limits.memory_for(f'--mode={args.mode}'):
     code = mode.run(args)
-  if sys.stdout:
-    sys.stdout.flush()
+  sys.stdout.flush()
   return code
 
 

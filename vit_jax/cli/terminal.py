@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 
 log = logging.getLogger('vit_jax')
 
@@ -29,12 +30,40 @@ def show_log() -> None:
 
 
 def set_up() -> None:
-  """Handles Ctrl-C, and letters that the terminal lacks."""
+  """Handles Ctrl-C, closed streams, and letters that the terminal lacks."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
     signal.signal(signal.SIGINT, interrupt)
-  if sys.stdout:  # not closed, as by >&-
-    codecs.register_error('as_bytes', as_bytes)
-    sys.stdout.reconfigure(errors='as_bytes')
+  open_streams()
+  hush_event_loops()
+  codecs.register_error('as_bytes', as_bytes)
+  sys.stdout.reconfigure(errors='as_bytes')
+
+
+def open_streams() -> None:
+  """Opens the null device in place of standard streams that are closed, as by `>&-`.
+
+  Python has None in their place. The next file that is opened would take their number, and get
+  what libraries write to it.
+  """
+  for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
+    try:
+      os.fstat(number)
+    except OSError:
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+    if getattr(sys, name) is None:
+      setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
+
+
+def hush_event_loops() -> None:
+  """Keeps silent about event loops that orbax could not open; the error itself says why."""
+  before = sys.unraisablehook
+
+  def report(unraisable):
+    if getattr(unraisable.object, '__qualname__', '') != 'BaseEventLoop.__del__':
+      before(unraisable)
+
+  sys.unraisablehook = report
+  warnings.filterwarnings('ignore', "coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def interrupt(_, frame) -> None:

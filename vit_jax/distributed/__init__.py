@@ -9,11 +9,11 @@ from vit_jax.distributed.cluster import (
   check_same,
   from_first,
   is_first,
-  joined,
   num_cores,
   to_host,
 )
 from vit_jax.distributed.devices import few_devices, inference_mesh, make_mesh, shares, start_up
+from vit_jax.distributed.joining import joined
 from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
 from vit_jax.distributed.sharding import (
   batch_sharding,
