@@ -63,7 +63,9 @@ CONFIG = Flag('config', 'config file: path/to/file.py[:<variant>]')
 INIT = Flag(
   'init', 'weights instead of a workdir: a file, a folder or a name on the Hugging Face Hub'
 )
-STEP = Flag('step', 'checkpoint: best (by validation accuracy), last or a number; default: best')
+STEP = Flag(
+  'step', 'checkpoint: best (by validation accuracy), last or a number; default: best, else last'
+)
 IMAGES = Flag('images', 'image files, folders and patterns, comma-separated', split_paths, None)
 OUT = Flag('out', 'folder to write into', pathlib.Path)
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # which model: `request_of` reads them

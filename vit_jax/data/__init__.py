@@ -1,6 +1,6 @@
 """Datasets, splits and batches."""
 
-from vit_jax.data.batching import eval_batches, train_batches
+from vit_jax.data.batching import Split, eval_batches, train_batches
 from vit_jax.data.folder import Files
 from vit_jax.data.image import (
   INTERPOLATIONS,
@@ -12,7 +12,7 @@ from vit_jax.data.image import (
   read_file,
   save_png,
 )
-from vit_jax.data.loading import Reading, Split, decide_cache, open_split, report_split
+from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
 from vit_jax.data.source import Source, first_size
 from vit_jax.data.sources import SOURCES, look_up_source, open_source

@@ -15,12 +15,11 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+from typing import Protocol
 
 import jax
 import numpy as np
 
-from vit_jax.data.memory import Examples
-from vit_jax.data.stream import Stream
 from vit_jax.distributed import gather
 
 ENDLESS = 2**48  # steps
@@ -69,13 +68,23 @@ class Plan:
     return index_N
 
 
+class Split(Protocol):
+  """Examples of which batches can be made: `memory.Examples` or a `stream.Stream`."""
+
+  def __len__(self) -> int: ...
+
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]: ...
+
+
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
   """The endless sequence from batch `start` on."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
 def train_batches(
-  examples: Examples | Stream,
+  examples: Split,
   batch_size: int,
   seed: int,
   start: int,
@@ -89,7 +98,7 @@ def train_batches(
 
 
 def eval_batches(
-  examples: Examples | Stream,
+  examples: Split,
   batch_size: int,
   over_batch: jax.sharding.NamedSharding,
   **beside: np.ndarray,

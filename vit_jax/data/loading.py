@@ -8,14 +8,12 @@ import jax
 
 from vit_jax.data import image as image_lib
 from vit_jax.data import memory, stream
+from vit_jax.data.batching import Split
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Source
-from vit_jax.data.stream import Stream
 from vit_jax.distributed import from_first
 
 log = logging.getLogger(__name__)
-
-Split = Examples | Stream
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vit_jax import limits, progress
 from vit_jax.data import image as image_lib
 from vit_jax.data import source as source_lib
 from vit_jax.data import splits
+from vit_jax.data.batching import Plan
 from vit_jax.data.source import Source
 from vit_jax.distributed import gather
 
@@ -41,8 +42,10 @@ class Examples:
     """Height and width."""
     return self.image_NHWC.shape[1:3]
 
-  def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `batching.Plan`: `image` and `label`."""
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]:
+    """The batches of a `Plan`: `image` and `label`."""
     for step in plan.steps:
       index_B = plan.examples(plan.positions(step))
       yield {

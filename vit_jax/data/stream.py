@@ -26,6 +26,7 @@ import PIL
 
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
+from vit_jax.data.batching import Plan
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Example, Source, as_bytes, check_label, pixels, stop_at
 from vit_jax.distributed import (
@@ -75,8 +76,10 @@ class Stream:
     """Every label, int32: quick of a folder; of TFDS the records are read for it."""
     return np.array([label for _, _, label in self.read_all()], np.int32)
 
-  def batches(self, plan, over_batch: jax.sharding.Sharding) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `batching.Plan`: `image`, `label` and, where bad images are replaced, `bad`.
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]:
+    """The batches of a `Plan`: `image`, `label` and, where bad images are replaced, `bad`.
 
     To be closed, which ends the workers.
 
@@ -249,12 +252,14 @@ def open_stream(source: Source, split: str, **arguments) -> Stream:
   return Stream(source, tuple(source.pieces(split)), **arguments)
 
 
-def read_part(stream: Stream, plan, parts: list[np.ndarray], number: int) -> dict[str, np.ndarray]:
+def read_part(
+  stream: Stream, plan: Plan, parts: list[np.ndarray], number: int
+) -> dict[str, np.ndarray]:
   """The pixels of some rows of a batch: what Grain calls, in threads and workers.
 
   Args:
     stream: whose examples they are.
-    plan: a `batching.Plan`.
+    plan: a `Plan`.
     parts: the rows of each part of a batch.
     number: of the part, counted from the plan's first batch on.
   """

@@ -51,7 +51,7 @@ def score(
     label_B: of the data.
     loss_B: of each example.
     mask_B: 0 for rows that don't count.
-    real_BL: of `real.load`; None without ReaL's accuracy.
+    real_BL: of `load_real_labels`; None without ReaL's accuracy.
   """
   names = ['loss', 'accuracy'] + ['top5_accuracy'] * (logits_BL.shape[1] > 5)
   names += ['real_accuracy'] * (real_BL is not None)

@@ -76,12 +76,12 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
       'step at all: train longer or make batch_size smaller.'
     )
   arguments = dict(config.optimizer)
-  peak, schedules = arguments.pop('lr'), []
+  peak, parts = arguments.pop('lr'), []
   for begin, end in itertools.pairwise((0, *cycles, steps)):
     warmup = warmup_steps(config, examples, end - begin)
-    schedules.append(make_schedule(config.schedule.name, peak, end - begin, warmup))
+    parts.append(make_schedule(config.schedule.name, peak, end - begin, warmup))
     peak = LATER_PEAK * config.optimizer.lr
-  schedule = optax.join_schedules(schedules, cycles) if cycles else schedules[0]
+  schedule = optax.join_schedules(parts, cycles) if cycles else parts[0]
   first = (*cycles, steps)[0]
   return {
     'steps': steps,

@@ -1,4 +1,4 @@
-"""The train step: augment, forward, loss, gradient, update, metrics.
+"""The train step: augment, forward, loss, gradient, update, metrics, average.
 
 Decisions:
   * Randomness folds (seed, step) and then the example's position in the batch: no key is

@@ -125,7 +125,7 @@ def flatten_params(tree: dict) -> dict[str, np.ndarray]:
 
 
 def unflatten_params(flat: Mapping[str, np.ndarray]) -> dict:
-  """The inverse of `flatten`."""
+  """The inverse of `flatten_params`."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split('/')
