@@ -261,7 +261,11 @@ def opencv():
   return cv2
 
 
-INTERPOLATIONS = {method.name.lower(): method for method in Image.Resampling}
+# Those that every version of Pillow has.
+INTERPOLATIONS = {
+  name: Image.Resampling[name.upper()]
+  for name in ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')
+}
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
