@@ -261,11 +261,8 @@ def opencv():
   return cv2
 
 
-# Those that every version of Pillow has.
-INTERPOLATIONS = {
-  name: Image.Resampling[name.upper()]
-  for name in ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')
-}
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # of every Pillow
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
