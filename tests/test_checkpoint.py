@@ -13,12 +13,13 @@ from conftest import small_config
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from vit_jax import storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
-from vit_jax.workdir import checkpoint, stored, trained, writer
+from vit_jax.workdir import checkpoint, items, stored, trained, writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -74,7 +75,7 @@ def assert_same_end(workdir, trained):
 def test_what_is_damaged_is_found(trained, tmp_path, item, how):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, item, how)
-  with pytest.raises(stored.Damaged, match=r'checkpoints/32 is damaged'):
+  with pytest.raises(items.Damaged, match=r'checkpoints/32 is damaged'):
     stored.restore_item(workdir, 32, item)
 
 
@@ -93,7 +94,7 @@ def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tm
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
   damage(workdir, 16, 'config', 'empty')
-  with pytest.raises(stored.Damaged, match='checkpoints/16 is damaged'):
+  with pytest.raises(items.Damaged, match='checkpoints/16 is damaged'):
     exact.evaluate(workdir, {})
   with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
     trainer.train(small_config(), workdir)
@@ -109,10 +110,34 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
   def refuse(path, mode):
     raise PermissionError(13, 'Permission denied', str(path))
 
-  monkeypatch.setattr(stored, 'open', refuse, raising=False)
+  monkeypatch.setattr(items, 'open', refuse, raising=False)
   with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
     trainer.train(small_config(), workdir)
   assert stored.saved_steps(workdir) == [32, 16]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    AssertionError(),  # JAX's, where JAX_PLATFORMS names a device that is not there
+    RuntimeError("can't start new thread"),
+    OSError(24, 'Too many open files'),
+    ValueError('Error opening "zarr" driver: Too many open files'),
+    ValueError('RESOURCE_EXHAUSTED: out of memory'),
+    AttributeError("module 'jax' has no attribute 'other'"),  # an orbax for another JAX
+  ],
+)
+def test_an_error_of_the_process_condemns_no_checkpoint(trained, tmp_path, monkeypatch, error):
+  def fail(*_, **__):
+    raise error
+
+  workdir = copied(trained, tmp_path)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'restore', fail)
+  for use in (lambda: trainer.train(small_config(), workdir), lambda: exact.evaluate(workdir, {})):
+    with pytest.raises(type(error), match=re.escape(str(error)) or None) as raised:
+      use()
+    assert not isinstance(raised.value, items.Damaged)
+  assert stored.saved_steps(workdir) == [32, 16] and not (workdir / 'damaged').exists()
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])

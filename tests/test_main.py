@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -416,14 +417,19 @@ def test_a_second_interrupt_ends_the_program_at_once():
   assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
 
 
-def test_a_device_that_is_not_there_is_named():
-  command = [sys.executable, 'main.py', CONFIG, '--workdir=x', '--config.epochs=0.05']
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_device_that_is_not_there_is_named(trained, tmp_path, begun):
+  if begun:
+    shutil.copytree(trained[0] / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+  flags = [f'--workdir={tmp_path}/run', *([] if begun else [CONFIG])]
+  command = [sys.executable, 'main.py', *flags]
   environment = os.environ | {'JAX_PLATFORMS': 'cuda'}
   ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
   if ended.returncode == 0:
     pytest.skip('there is a GPU')
   assert ended.returncode == 2 and 'Traceback' not in ended.stderr
   assert 'error: JAX_PLATFORMS=cuda: JAX finds no such device here' in ended.stderr
+  assert 'damaged' not in ended.stderr and not (tmp_path / 'run' / 'damaged').exists()
 
 
 def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
