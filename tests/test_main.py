@@ -370,6 +370,7 @@ def test_a_place_that_can_not_be_written_is_refused_first(
      'Evaluation ran out of memory (Out of memory allocating 9.0 GB). Set a smaller eval_batch'),
     (MemoryError('Unable to allocate 7 GiB'), '(Unable to allocate 7 GiB)'),
     (MemoryError(), 'Evaluation ran out of memory'),
+    (RuntimeError("can't start new thread"), 'Evaluation can start no more threads. Raise'),
 ])  # fmt: skip
 def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, given, message):
   def fail(*_):
