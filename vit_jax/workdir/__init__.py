@@ -12,7 +12,7 @@ from vit_jax.workdir.stored import (
 )
 from vit_jax.workdir.trained import (
   TrainingFiles,
-  hash_training_files,
+  find_training_files,
   leave_out_trained,
   training_files_of,
 )
@@ -24,7 +24,7 @@ __all__ = [
   'Silent',
   'TrainingFiles',
   'Writer',
-  'hash_training_files',
+  'find_training_files',
   'held',
   'intact',
   'latest_step',
