@@ -31,7 +31,13 @@ from vit_jax.model import pooled
 from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
 from vit_jax.weights import adapt, check_params, read_weights
-from vit_jax.workdir import TrainingFiles, find_training_files, leave_out_trained, load_checkpoint
+from vit_jax.workdir import (
+  TrainingFiles,
+  check_untrained,
+  find_training_files,
+  leave_out_trained,
+  load_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +112,7 @@ def from_config(
   val = None
   if data.val_split:
     val = read(data.val_split, seen.before() if config.sweep else seen)
+  check_untrained(source, data.eval_split, seen)
   test = read(data.eval_split, seen)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report_split(name, examples)

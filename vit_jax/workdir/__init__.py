@@ -12,6 +12,7 @@ from vit_jax.workdir.stored import (
 )
 from vit_jax.workdir.trained import (
   TrainingFiles,
+  check_untrained,
   find_training_files,
   leave_out_trained,
   training_files_of,
@@ -24,6 +25,7 @@ __all__ = [
   'Silent',
   'TrainingFiles',
   'Writer',
+  'check_untrained',
   'find_training_files',
   'held',
   'intact',

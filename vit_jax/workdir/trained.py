@@ -155,19 +155,26 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
   return found_N
 
 
-def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """The source without the files of a split that were trained on, and their number.
+def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
+  """Raises ValueError where a test shares examples with a split that was trained on.
 
-  Raises:
-    ValueError: they are all of it, or it shares examples with a split that was trained on.
+  Files are left to `leave_out_trained`.
   """
-  pieces = source.pieces(split)
   for spec, trained_on in () if source.files else names.all_splits:
-    if spec == source.spec and overlap(pieces, source.pieces(trained_on)):
+    if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
       raise ValueError(
         f'Split {split!r} shares examples with {trained_on!r} of {spec}, which the weights were '
         'trained on, so it is no test. Choose another data.eval_split.'
       )
+
+
+def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
+  """The source without the files of a split that were trained on, and their number.
+
+  Raises:
+    ValueError: they are all of it.
+  """
+  pieces = source.pieces(split)
   inside = {name for name, _, _ in pieces} & set(source.files)
   masks = {name: known(source.files[name], names) for name in inside}
   source = dataclasses.replace(source, left_out=masks)
