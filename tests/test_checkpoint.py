@@ -40,6 +40,20 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   assert jax.device_count() == 2  # and it was written from two
 
 
+def test_the_readme_says_where_the_averaged_weights_lie(tmp_path):
+  assert '`ema` of `.../state`' in (ROOT / 'README.md').read_text()
+  blank = state.TrainState(
+    jnp.int32(1), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, {'w': jnp.ones(3)}
+  )
+  saved = {'config': {'ema': 0.9}, 'task': {}, 'seconds': 0}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(blank, saved | {'names': trained.TrainingFiles().item()})
+  raw = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/params')
+  averaged = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/state')['ema']
+  assert not raw['w'].any() and averaged['w'].all()
+  np.testing.assert_array_equal(stored.load_checkpoint(tmp_path)[1]['w'], averaged['w'])
+
+
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no checkpoint'):
     stored.load_checkpoint(tmp_path)
