@@ -1,6 +1,8 @@
 """What a person at a terminal expects: Ctrl-C, log lines above progress bars, any letters."""
 
 import codecs
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -29,12 +31,40 @@ def show_log() -> None:
 
 
 def set_up() -> None:
-  """Handles Ctrl-C, and letters that the terminal lacks."""
+  """Handles Ctrl-C, closed outputs, and letters that the terminal lacks."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
     signal.signal(signal.SIGINT, interrupt)
-  if sys.stdout:  # not closed, as by >&-
-    codecs.register_error('as_bytes', as_bytes)
-    sys.stdout.reconfigure(errors='as_bytes')
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed, as by >&-
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+  codecs.register_error('as_bytes', as_bytes)
+  buffered = {name: getattr(sys.stdout, name) for name in ('line_buffering', 'write_through')}
+  encoding = sys.stdout.encoding
+  sys.stdout = Output(sys.stdout.detach(), encoding, 'as_bytes', **buffered)
+
+
+class Output(io.TextIOWrapper):
+  """Standard output, which an error names: the system's message does not."""
+
+  def write(self, text):
+    with self.named():
+      return super().write(text)
+
+  def flush(self):
+    with self.named():
+      super().flush()
+
+  @contextlib.contextmanager
+  def named(self):
+    try:
+      yield
+    except BrokenPipeError:
+      raise
+    except OSError as error:
+      close_pipe()  # else Python tries once more when it ends
+      raise OSError(
+        f'Standard output can not be written ({error.strerror}). Make room, or send it elsewhere.'
+      ) from error
 
 
 def interrupt(_, frame) -> None:
@@ -65,5 +95,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Drops what is left to print after the reader has gone, as `head` does."""
+  """Drops what is left to print where nobody reads it (`head`), or nothing can be written."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
