@@ -134,7 +134,7 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
   'error',
   [
     AssertionError(),  # JAX's, where JAX_PLATFORMS names a device that is not there
-    RuntimeError("can't start new thread"),
+    RuntimeError("Unable to initialize backend 'cuda'"),
     OSError(24, 'Too many open files'),
     ValueError('Error opening "zarr" driver: Too many open files'),
     ValueError('RESOURCE_EXHAUSTED: out of memory'),
