@@ -26,7 +26,7 @@ import time
 
 from benchmarks import arguments, collect
 from vit_jax import cli as program
-from vit_jax.workdir import stored, writer
+from vit_jax.workdir import items, stored, writer
 
 FLAGS = [
   '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
@@ -93,8 +93,8 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Of all arrays of a checkpoint, the newest by default."""
   step = stored.latest_step(workdir) if step is None else step
-  items = [stored.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
-  return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
+  digests = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
+  return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
 
 
 def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
@@ -137,7 +137,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
 
 def averages(workdir: pathlib.Path, step: int) -> str:
   """Of the weights that inference takes from a checkpoint."""
-  return stored.digest(stored.read_item(workdir, step, 'state')['ema'])
+  return items.digest(stored.read_item(workdir, step, 'state')['ema'])
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
@@ -166,7 +166,7 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
     'file': str(path.relative_to(stored.directory(workdir) / str(newest))),
     'how': how,
     'used': 'newest' if step == newest else 'the one before',
-    'good': stored.digest(params) == averages(finished, loaded)
+    'good': items.digest(params) == averages(finished, loaded)
     and fingerprint(workdir) == fingerprint(finished, step),
   }
   shutil.rmtree(workdir)

@@ -162,6 +162,7 @@ class Experiment:
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
       'names': self.names.item(),
+      'inherited_splits': self.names.inherited_splits,
     }
 
 

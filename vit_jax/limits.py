@@ -32,7 +32,7 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Turns every kind of error that means too little memory into `OutOfMemory`.
+  """Turns every kind of error that means too little memory, or threads, into `OutOfMemory`.
 
   Also a decorator. Within several of these the innermost decides what is said.
 
@@ -43,8 +43,13 @@ def memory_for(what: str) -> Iterator[None]:
     yield
   except OutOfMemory:
     raise
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+  except (MemoryError, RuntimeError) as error:
+    if str(error) == "can't start new thread":  # Python's, which knows no more
+      raise OutOfMemory(
+        f'{what} can start no more threads. Raise what limits this process: `ulimit -u` for the '
+        "user's threads, `ulimit -v` for memory."
+      ) from error
+    if isinstance(error, RuntimeError) and not is_full(error):
       raise
     reason = (str(error).removeprefix('RESOURCE_EXHAUSTED: ').splitlines() or [''])[0][:200]
     in_gb = lambda found: f'{int(found[1]) / 1e9:,.1f} GB'
@@ -54,6 +59,11 @@ def memory_for(what: str) -> Iterator[None]:
     if "can't start new thread" not in str(error):
       raise
     raise OutOfMemory(f'{what} failed: {THREADS}') from error
+
+
+def is_full(error: RuntimeError) -> bool:
+  """Whether JAX raised it because the memory of a device, or of the host, ran out."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:

@@ -31,7 +31,13 @@ from vit_jax.model import pooled
 from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
 from vit_jax.weights import adapt, check_params, read_weights
-from vit_jax.workdir import TrainingFiles, hash_training_files, leave_out_trained, load_checkpoint
+from vit_jax.workdir import (
+  TrainingFiles,
+  check_untrained,
+  find_training_files,
+  leave_out_trained,
+  load_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +112,7 @@ def from_config(
   val = None
   if data.val_split:
     val = read(data.val_split, seen.before() if config.sweep else seen)
+  check_untrained(source, data.eval_split, seen)
   test = read(data.eval_split, seen)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report_split(name, examples)
@@ -155,9 +162,7 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
   params, earlier = None, TrainingFiles()
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
-  # The last run of a sweep trains on the held-out split, too.
-  trained_on = [config.data.train_split, *[config.data.val_split] * bool(config.sweep)]
-  return config, params, hash_training_files(source, trained_on, earlier)
+  return config, params, find_training_files(source, config, earlier)
 
 
 def from_init(

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,34 @@ def test_predict_as_csv_of_a_pattern(capsys, trained):
   assert float(lines[0]['probability']) >= float(lines[1]['probability'])
 
 
+def test_a_header_is_printed_once_the_weights_are_read(capsys, tmp_path):
+  flags = [f'--init={tmp_path}', f'--images={tmp_path}/a.png', '--format=csv']
+  code, out, _ = call(capsys, '--mode=predict', *flags)
+  assert code == 2 and not out
+
+
+def test_a_refused_export_leaves_no_folder(capsys, tmp_path):
+  config = small_config(epochs='0')  # gap, which hf has no place for
+  vit_jax.train(config, tmp_path / 'run')
+  flags = [f'--workdir={tmp_path}/run', '--format=hf', f'--out={tmp_path}/out']
+  code, _, err = call(capsys, '--mode=export', *flags)
+  assert code == 2 and 'can not hold this model' in err
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('given, message', [
+  (PermissionError(13, 'Permission denied', 'runs/x'), 'runs/x: Permission denied. Give this user'),
+  (ValueError('Invalid value "two" for JAX flag jax_num_cpu_devices'), 'JAX_NUM_CPU_DEVICES=two '),
+])  # fmt: skip
+def test_an_error_says_what_to_do(capsys, monkeypatch, given, message):
+  def fail(_):
+    raise given
+
+  monkeypatch.setenv('JAX_NUM_CPU_DEVICES', 'two')
+  monkeypatch.setitem(cli.MODES, 'eval', dataclasses.replace(cli.MODES['eval'], run=fail))
+  assert message in error(capsys, '--mode=eval', '--workdir=x')
+
+
 def test_paths_with_commas(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a,b.png').touch()
@@ -224,6 +253,7 @@ def test_features_are_in_memory_once():
     ([CONFIG, '--workdir=x', '--config.data.source=tfds:mnist', '--config.data.dir=hdfs://bucket'],
      'hdfs://bucket: URLs'),
     (['--mode=predict', '--workdir=w', '--images=s3://bucket/a.png,b.png'], 's3://bucket/a.png: '),
+    (['--mode=inspect', '--init=/dev/null'], '/dev/null: expected .npz, .safetensors, or a'),
     (['--mode=export', '--init=https://host/x.npz', '--format=hf', '--out=x'], 'https://host'),
     (['--mode=inspect', '--workdir=gs://bucket/run'], 'gs://bucket/run: URLs'),
     (['--mode=export', '--init=x.npz', '--format=hf', '--out=gs://bucket/run'], 'URLs'),
@@ -255,6 +285,9 @@ def test_a_url_is_no_workdir(tmp_path, monkeypatch, kind):
   (MAKE + '  config.epochs = float("all")\n', "line 4: could not convert string to float: 'all'"),
   (MAKE + "  raise KeyError('epoch')", "line 4: KeyError: 'epoch'"),
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
+  (MAKE + '  import sys; sys.exit(0)', 'line 4: SystemExit: 0'),
+  (MAKE + '  config.model = None\n  return config',
+   'sets model to None: it is a section. Set keys in it instead, e.g. model.variant'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files(capsys, text, message, tmp_path):
@@ -354,6 +387,7 @@ def test_a_place_that_can_not_be_written_is_refused_first(
      'Evaluation ran out of memory (Out of memory allocating 9.0 GB). Set a smaller eval_batch'),
     (MemoryError('Unable to allocate 7 GiB'), '(Unable to allocate 7 GiB)'),
     (MemoryError(), 'Evaluation ran out of memory'),
+    (RuntimeError("can't start new thread"), 'Evaluation can start no more threads. Raise'),
 ])  # fmt: skip
 def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, given, message):
   def fail(*_):
@@ -425,14 +459,19 @@ def test_a_second_interrupt_ends_the_program_at_once():
   assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
 
 
-def test_a_device_that_is_not_there_is_named():
-  command = [sys.executable, 'main.py', CONFIG, '--workdir=x', '--config.epochs=0.05']
+@pytest.mark.parametrize('begun', [False, True])
+def test_a_device_that_is_not_there_is_named(trained, tmp_path, begun):
+  if begun:
+    shutil.copytree(trained[0] / 'checkpoints', tmp_path / 'run' / 'checkpoints')
+  flags = [f'--workdir={tmp_path}/run', *([] if begun else [CONFIG])]
+  command = [sys.executable, 'main.py', *flags]
   environment = os.environ | {'JAX_PLATFORMS': 'cuda'}
   ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
   if ended.returncode == 0:
     pytest.skip('there is a GPU')
   assert ended.returncode == 2 and 'Traceback' not in ended.stderr
   assert 'error: JAX_PLATFORMS=cuda: JAX finds no such device here' in ended.stderr
+  assert 'damaged' not in ended.stderr and not (tmp_path / 'run' / 'damaged').exists()
 
 
 def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
@@ -471,6 +510,23 @@ def test_closed_streams_are_the_null_device(tmp_path):
   assert closed.returncode == 0
   assert (tmp_path / 'found').read_text() == "('', False, False, True)"
   assert (tmp_path / 'kept').read_text() == ''
+
+
+@pytest.mark.parametrize('where, code, said', [
+  ('>&-', 0, ''),
+  ('>/dev/full', 2, 'error: Standard output can not be written (No space left on device). Make'),
+])  # fmt: skip
+def test_output_that_goes_nowhere_is_no_puzzle(where, code, said):
+  script = (
+    'from vit_jax import cli; import sys\n'
+    'many = lambda _: [print("line", sys.stdout.isatty()) for _ in range(2)] and 0\n'
+    'cli.MODES["many"] = cli.Mode("", "", (), many)\n'
+    'sys.argv = ["main.py", "--mode=many"]; cli.start()'
+  )
+  command = f"{sys.executable} -c '{script}' {where}"
+  ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+  assert ended.returncode == code and ended.stderr.startswith(said)
+  assert len(ended.stderr.splitlines()) == bool(said)
 
 
 @pytest.mark.parametrize('flush', [True, False])

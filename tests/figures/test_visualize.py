@@ -192,7 +192,9 @@ def test_a_run_that_went_on_after_its_result(workdir):
 def test_damaged_records(capsys, workdir):
   (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
   with (workdir / 'metrics.jsonl').open('a') as file:
-    file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1')
+    file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1\n')
+    file.write('{"step": 32, "split": "train", "loss": null, "accuracy": {}}\n')
+    file.write('{"step": 32, "split": "test", "loss": "low", "accuracy": null}\n')
   assert not call(capsys, '--mode=visualize', f'--workdir={workdir}')[0]
   text = Page(workdir / 'report.html').text
   assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)

@@ -11,13 +11,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import ROOT, small_config
 from vit_jax import storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
-from vit_jax.workdir import checkpoint, stored, trained, writer
+from vit_jax.workdir import checkpoint, items, stored, trained, writer
 
 
 def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
@@ -34,6 +35,20 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
   np.testing.assert_array_equal(np.load(tmp_path / 'kernel.npy'), params['head']['kernel'])
   assert jax.device_count() == 2  # and it was written from two
+
+
+def test_the_readme_says_where_the_averaged_weights_lie(tmp_path):
+  assert '`ema` of `.../state`' in (ROOT / 'README.md').read_text()
+  blank = state.TrainState(
+    jnp.int32(1), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, {'w': jnp.ones(3)}
+  )
+  saved = {'config': {'ema': 0.9}, 'task': {}, 'seconds': 0}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(blank, saved | {'names': trained.TrainingFiles().item()})
+  raw = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/params')
+  averaged = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/state')['ema']
+  assert not raw['w'].any() and averaged['w'].all()
+  np.testing.assert_array_equal(stored.load_checkpoint(tmp_path)[1]['w'], averaged['w'])
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
@@ -71,7 +86,7 @@ def assert_same_end(workdir, trained):
 def test_what_is_damaged_is_found(trained, tmp_path, item, how):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, item, how)
-  with pytest.raises(stored.Damaged, match=r'checkpoints/32 is damaged'):
+  with pytest.raises(items.Damaged, match=r'checkpoints/32 is damaged'):
     stored.restore_item(workdir, 32, item)
 
 
@@ -90,7 +105,7 @@ def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tm
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
   damage(workdir, 16, 'config', 'empty')
-  with pytest.raises(stored.Damaged, match='checkpoints/16 is damaged'):
+  with pytest.raises(items.Damaged, match='checkpoints/16 is damaged'):
     exact.evaluate(workdir, {})
   with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
     trainer.train(small_config(), workdir)
@@ -106,10 +121,34 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
   def refuse(path, mode):
     raise PermissionError(13, 'Permission denied', str(path))
 
-  monkeypatch.setattr(stored, 'open', refuse, raising=False)
+  monkeypatch.setattr(items, 'open', refuse, raising=False)
   with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
     trainer.train(small_config(), workdir)
   assert stored.saved_steps(workdir) == [32, 16]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    AssertionError(),  # JAX's, where JAX_PLATFORMS names a device that is not there
+    RuntimeError("Unable to initialize backend 'cuda'"),
+    OSError(24, 'Too many open files'),
+    ValueError('Error opening "zarr" driver: Too many open files'),
+    ValueError('RESOURCE_EXHAUSTED: out of memory'),
+    AttributeError("module 'jax' has no attribute 'other'"),  # an orbax for another JAX
+  ],
+)
+def test_an_error_of_the_process_condemns_no_checkpoint(trained, tmp_path, monkeypatch, error):
+  def fail(*_, **__):
+    raise error
+
+  workdir = copied(trained, tmp_path)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'restore', fail)
+  for use in (lambda: trainer.train(small_config(), workdir), lambda: exact.evaluate(workdir, {})):
+    with pytest.raises(type(error), match=re.escape(str(error)) or None) as raised:
+      use()
+    assert not isinstance(raised.value, items.Damaged)
+  assert stored.saved_steps(workdir) == [32, 16] and not (workdir / 'damaged').exists()
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])

@@ -90,6 +90,42 @@ def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
   assert "error: Split 'train': the weights were trained on" in capsys.readouterr().err
 
 
+SCORE = [
+  lambda workdir, flags: exact.evaluate(workdir, flags),
+  lambda workdir, flags: few_shot.fewshot(opening.Request(workdir, overrides=flags)),
+  lambda workdir, flags: subject_lib.collect(opening.Request(workdir, overrides=flags), None),
+  lambda workdir, flags: few_shot.fewshot(opening.Request(init=str(workdir), overrides=flags)),
+]
+
+
+@pytest.mark.parametrize('score', SCORE)
+@pytest.mark.parametrize('split', ['train[:10%]', 'test+train[-1:]'])
+def test_a_split_trained_on_is_no_test_where_there_are_no_files(request, score, split):
+  workdir = request.getfixturevalue('trained')[0]
+  flags = {'data.eval_split': split, 'data.train_split': 'train[20%:25%]', 'data.dir': 'moved'}
+  flags |= {'data.source': 'synthetic', 'data.image_size': '8'}
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic, which the wei"):
+    score(workdir, flags)
+
+
+def test_shots_are_not_tested_on_themselves(request):
+  workdir = request.getfixturevalue('trained')[0]
+  with pytest.raises(ValueError, match='the shots would be tested on themselves'):
+    few_shot.fewshot(opening.Request(workdir, overrides={'data.train_split': 'test[:90%]'}))
+
+
+def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
+  workdir = request.getfixturevalue('trained')[0]
+  parts = {'data.train_split': 'train[:50%]', 'data.eval_split': 'train[50%:]', 'epochs': '0'}
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic"):
+    trainer.train(small_config(init=str(workdir), **parts), tmp_path / 'next')
+  config = small_config(init=str(workdir), **parts | {'data.eval_split': 'test[:50]'})
+  trainer.train(config, tmp_path / 'next')
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic"):
+    exact.evaluate(tmp_path / 'next', {'data.eval_split': 'train[50%:]'})
+  assert exact.evaluate(tmp_path / 'next', {'data.eval_split': 'test[50:]'})['examples'] == 206
+
+
 def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
   exp, params, _ = opening.from_workdir(run[1], flags)

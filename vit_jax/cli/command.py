@@ -11,6 +11,7 @@ import os
 import pathlib
 import sys
 
+from vit_jax.cli.errors import describe
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int | None:
     )
     return 2
   except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-    print(f'error: {error}', file=sys.stderr)
+    print(f'error: {describe(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     resumes = ' The same command resumes from what was saved.' if mode and mode.resumes else ''

@@ -40,6 +40,11 @@ def load_file(spec: str) -> ConfigDict:
   if not isinstance(config, ConfigDict):
     raise ValueError(f'--config: get_config() of {path} must return the config it changed.')
   for key in flatten(config):
+    if keys := [name for name in KEYS if name.startswith(f'{key}.')]:
+      raise ValueError(
+        f'--config: {path} sets {key} to {config[key]!r}: it is a section. Set keys in it instead, '
+        f'e.g. {keys[0]}.'
+      )
     if key not in KEYS:
       raise ValueError(f'--config: {path} sets {unknown(key)}')
   return config
@@ -70,7 +75,7 @@ def located(path: str) -> Iterator[None]:
   """Turns what a config file raises into a ValueError that names the file and its line."""
   try:
     yield
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
@@ -79,7 +84,7 @@ def located(path: str) -> Iterator[None]:
     raise ValueError(f'--config: {path}{line}: {explain(error)}') from error
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
   """What to say of an error that a config file raised."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
   # What ml_collections says of a key that is not there, and then of all those that are.

@@ -1,6 +1,8 @@
 """What a person at a terminal expects: Ctrl-C, log lines above progress bars, any letters."""
 
 import codecs
+import contextlib
+import io
 import logging
 import os
 import signal
@@ -36,7 +38,9 @@ def set_up() -> None:
   open_streams()
   hush_event_loops()
   codecs.register_error('as_bytes', as_bytes)
-  sys.stdout.reconfigure(errors='as_bytes')
+  buffered = {name: getattr(sys.stdout, name) for name in ('line_buffering', 'write_through')}
+  encoding = sys.stdout.encoding
+  sys.stdout = Output(sys.stdout.detach(), encoding, 'as_bytes', **buffered)
 
 
 def open_streams() -> None:
@@ -64,6 +68,30 @@ def hush_event_loops() -> None:
 
   sys.unraisablehook = report
   warnings.filterwarnings('ignore', "coroutine '.*' was never awaited", RuntimeWarning)
+
+
+class Output(io.TextIOWrapper):
+  """Standard output, which an error names: the system's message does not."""
+
+  def write(self, text):
+    with self.named():
+      return super().write(text)
+
+  def flush(self):
+    with self.named():
+      super().flush()
+
+  @contextlib.contextmanager
+  def named(self):
+    try:
+      yield
+    except BrokenPipeError:
+      raise
+    except OSError as error:
+      close_pipe()  # else Python tries once more when it ends
+      raise OSError(
+        f'Standard output can not be written ({error.strerror}). Make room, or send it elsewhere.'
+      ) from error
 
 
 def interrupt(_, frame) -> None:
@@ -94,5 +122,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Drops what is left to print after the reader has gone, as `head` does."""
+  """Drops what is left to print where nobody reads it (`head`), or nothing can be written."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -39,6 +39,7 @@ class Source:
     files: of a folder's splits; empty for other kinds.
     left_out: which files of a split are not given, bool `[N]` by the name of the split.
     warnings: what a person should know about the data.
+    spec: the `data.source` that `open_source` opened.
   """
 
   sizes: dict[str, int]
@@ -49,6 +50,7 @@ class Source:
   files: Mapping[str, folder_lib.Files] = dataclasses.field(default_factory=dict)
   left_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   warnings: tuple[str, ...] = ()
+  spec: str = ''
 
   def pieces(self, split: str) -> list[splits.Piece]:
     """The ranges of examples that a split names, without files that are left out.

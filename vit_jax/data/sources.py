@@ -1,5 +1,6 @@
 """Where examples come from: `SOURCES`, a table of kinds."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -20,7 +21,8 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
   kind, _, argument = spec.partition(':')
   if kind not in SOURCES and ('/' in kind or folder_root(kind, data_dir).is_dir()):
     raise ValueError(f'data.source={spec!r}: write folder:{spec} to read a folder of images.')
-  return choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
+  source = choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
+  return dataclasses.replace(source, spec=spec)
 
 
 def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None:

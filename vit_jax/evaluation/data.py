@@ -14,7 +14,7 @@ from vit_jax.data import (
 )
 from vit_jax.experiment import Experiment
 from vit_jax.names import pair
-from vit_jax.workdir import TrainingFiles, leave_out_trained
+from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,9 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
         'Version 0.1.0 trained these weights and kept no names of its training files: they may '
         'have been trained on some of the test images.'
       )
-  return leave_out_trained(source, experiment.config.data.eval_split, names)
+  split = experiment.config.data.eval_split
+  check_untrained(source, split, names)
+  return leave_out_trained(source, split, names)
 
 
 def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Split]:

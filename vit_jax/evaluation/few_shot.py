@@ -17,7 +17,7 @@ import logging
 import numpy as np
 
 from vit_jax import opening, storage
-from vit_jax.data import Split
+from vit_jax.data import Split, overlap
 from vit_jax.distributed import inference_mesh, replicate
 from vit_jax.evaluation import data, features
 from vit_jax.experiment import Experiment
@@ -123,10 +123,15 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
     has it.
 
   Raises:
-    ValueError: a class has no image.
+    ValueError: a class has no image, or the splits share examples.
   """
   config = exp.config
   source, splits = data.open_data(exp), config.data
+  if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
+    raise ValueError(
+      f'data.train_split={splits.train_split!r} shares examples with '
+      f'data.eval_split={splits.eval_split!r}: the shots would be tested on themselves.'
+    )
   unseen, left_out = data.open_test(exp, source)
   train, test = data.load_splits(exp, (source, splits.train_split), (unseen, splits.eval_split))
   drawn, needed = draw_readable(train, exp.task.class_names)

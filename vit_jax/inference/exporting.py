@@ -110,7 +110,9 @@ def save(
     raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
   storage.check_folder(folder)
   with storage.writing(folder), contextlib.ExitStack() as stack:
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+      folder.mkdir(parents=True)
+      stack.callback(remove_empty, folder)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
     entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names)
     if card is not None:
@@ -121,6 +123,12 @@ def save(
     check_free(folder, [file.name for file in files])
     for file in files:
       file.replace(folder / file.name)
+
+
+def remove_empty(folder: pathlib.Path) -> None:
+  """Removes a folder with nothing in it."""
+  with contextlib.suppress(OSError):
+    folder.rmdir()
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:

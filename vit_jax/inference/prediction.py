@@ -155,8 +155,9 @@ def as_json(found: Iterable[dict]) -> None:
 def as_csv(found: Iterable[dict]) -> None:
   """A line for each class of each file, the likeliest first."""
   lines = csv.writer(sys.stdout, lineterminator='\n')
-  lines.writerow(('file', 'rank', 'class', 'probability'))
-  for row in found:
+  for i, row in enumerate(found):
+    if not i:  # the model is open by now
+      lines.writerow(('file', 'rank', 'class', 'probability'))
     for rank, guess in enumerate(row.get('predictions', ()), start=1):
       lines.writerow((row['file'], rank, guess['class'], guess['probability']))
 

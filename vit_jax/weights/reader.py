@@ -72,7 +72,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
   for entry in reversed(FORMATS.values()):
     if entry.reads is not None and entry.reads(place):
       return dataclasses.replace(entry.read(place), origin=origin)
-  if place.is_file():
+  if not place.is_dir():
     raise ValueError(f'{place}: expected .npz, .safetensors, or a folder.')
   names = ', '.join(sorted(p.name for p in place.iterdir())[:8]) or 'nothing'
   raise ValueError(

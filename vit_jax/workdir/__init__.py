@@ -12,7 +12,8 @@ from vit_jax.workdir.stored import (
 )
 from vit_jax.workdir.trained import (
   TrainingFiles,
-  hash_training_files,
+  check_untrained,
+  find_training_files,
   leave_out_trained,
   training_files_of,
 )
@@ -24,7 +25,8 @@ __all__ = [
   'Silent',
   'TrainingFiles',
   'Writer',
-  'hash_training_files',
+  'check_untrained',
+  'find_training_files',
   'held',
   'intact',
   'latest_step',

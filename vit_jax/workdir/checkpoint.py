@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from vit_jax import storage
 from vit_jax.distributed import from_first, is_first, to_host
-from vit_jax.workdir import stored
+from vit_jax.workdir import items, stored
 
 
 class Checkpoints:
@@ -44,7 +44,7 @@ class Checkpoints:
       self._manager = manager(workdir, keep, self._accuracies)
 
   def __enter__(self):
-    stored.be_silent()
+    items.be_silent()
     return self
 
   def __exit__(self, kind, *_):
@@ -91,18 +91,18 @@ class Checkpoints:
       return
     names = config['names']
     config = {key: value for key, value in config.items() if key != 'names'}
-    items = {'params': host.params, 'state': rest(host), 'names': names}
+    parts = {'params': host.params, 'state': rest(host), 'names': names}
     if accuracy is not None:
       config = config | {'accuracy': accuracy}
       self._accuracies[step] = accuracy
     config = json.loads(json.dumps(config))  # tuples are lists, as they will be read
-    digests = {name: stored.digest(item) for name, item in (items | {'config': config}).items()}
+    digests = {name: items.digest(item) for name, item in (parts | {'config': config}).items()}
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(items['params']),
-          state=ocp.args.StandardSave(items['state']),
+          params=ocp.args.StandardSave(parts['params']),
+          state=ocp.args.StandardSave(parts['state']),
           names=ocp.args.StandardSave(names),
           config=ocp.args.JsonSave(config | {'digests': digests}),
         ),
@@ -143,11 +143,9 @@ class Checkpoints:
       config=ocp.args.JsonRestore(),
     )
     step = self._manager.latest_step()
-    try:
-      items = self._manager.restore(step, args=args)
-    except Exception as error:  # orbax and tensorstore raise many kinds
-      raise stored.damaged(self._workdir, step, error) from error
-    return jax.tree.leaves(like.replace(params=items.params, **items.state)), items.config
+    with items.condemning(stored.directory(self._workdir) / str(step)):
+      found = self._manager.restore(step, args=args)
+    return jax.tree.leaves(like.replace(params=found.params, **found.state)), found.config
 
 
 @dataclasses.dataclass
@@ -173,12 +171,12 @@ def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.C
     preservation_policy=policy,
     cleanup_tmp_directories=True,
     create=False,  # which orbax wants of a manager for some of the processes
-    multiprocessing_options=stored.ALONE,
+    multiprocessing_options=items.ALONE,
   )
   stored.directory(workdir).mkdir(parents=True, exist_ok=True)
   try:
     return ocp.CheckpointManager(stored.directory(workdir), options=options)
-  except Exception as error:  # orbax raises many kinds
+  except items.CONTENT as error:
     raise ValueError(
       f'orbax can not open {stored.directory(workdir)}: {error}. If one of the checkpoints there '
       'is damaged, move it away; the same command goes on from the others.'

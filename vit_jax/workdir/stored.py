@@ -1,33 +1,21 @@
 """Checkpoints that lie in a workdir: found, verified and read."""
 
 import contextlib
-import hashlib
-import json
 import logging
-import os
 import pathlib
-import sys
 import time
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
-from vit_jax.workdir import writer
+from vit_jax.workdir import items, writer
 
 log = logging.getLogger(__name__)
-
-
-class Damaged(ValueError):
-  """A checkpoint that can't be read, or not as it was written."""
 
 
 SAVED = {'config', 'task', 'seconds'}  # keys of the item `config`
 
 ITEMS = ('config', 'params', 'state', 'names')
-
-ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # the first process
 
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
@@ -52,7 +40,7 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
   def find():
     for step in saved_steps(workdir):
-      with contextlib.suppress(Damaged):
+      with contextlib.suppress(items.Damaged):
         return read_item(workdir, step, 'config') | {'step': step}
     return None
 
@@ -70,95 +58,18 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
   """The same, in this process."""
-  about = restored(workdir, step, 'config')
+  checkpoint = directory(workdir) / str(step)
+  about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
-    raise damaged(workdir, step, f'its config has not {", ".join(sorted(SAVED))}')
+    raise items.damaged(checkpoint, f'its config has not {", ".join(sorted(SAVED))}')
   digests = about.pop('digests', {})  # an older version wrote none
   if item == 'names' and item not in digests:
     return None
-  found = about if item == 'config' else restored(workdir, step, item)
-  now = digest(found)
+  found = about if item == 'config' else items.restored(checkpoint, item)
+  now = items.digest(found)
   if digests.get(item, now) != now:
-    raise damaged(workdir, step, f'its {item} is not what was saved')
+    raise items.damaged(checkpoint, f'its {item} is not what was saved')
   return found
-
-
-def restored(workdir: pathlib.Path, step: int, item: str):
-  """The same, whether or not it is what was saved."""
-  handlers = {'config': ocp.JsonCheckpointHandler}
-  handler = handlers.get(item, ocp.StandardCheckpointHandler)(multiprocessing_options=ALONE)
-  try:
-    with ocp.Checkpointer(handler, multiprocessing_options=ALONE) as checkpointer:
-      return checkpointer.restore(directory(workdir) / str(step) / item)
-  except MemoryError:
-    raise
-  except Exception as error:  # orbax and tensorstore raise many kinds
-    be_silent()
-    check_readable(directory(workdir) / str(step))
-    raise damaged(workdir, step, error) from error
-
-
-def digest(item) -> str:
-  """SHA-256 of an item: of the names, types, shapes and bytes of its arrays, or of its JSON."""
-  leaves = jax.tree_util.tree_leaves_with_path(item)
-  if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
-    return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
-  found = hashlib.sha256()
-  # By name: what was a tuple with names when it was saved is a dict when it is read.
-  named = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
-  for name, leaf in sorted(named.items()):
-    found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())
-    found.update(np.ascontiguousarray(leaf).tobytes())
-  return found.hexdigest()
-
-
-def be_silent() -> None:
-  """Has nothing printed of what orbax and tensorstore meet in their threads: they raise it too.
-
-  A full disk would else fill a terminal with tracebacks.
-  """
-  sys.unraisablehook = unraisable
-  for name in ('absl', 'asyncio'):
-    logging.getLogger(name).addFilter(is_news)
-
-
-def is_news(record: logging.LogRecord) -> bool:
-  """Whether a log record is not of an error that orbax raises as well."""
-  error = record.exc_info and record.exc_info[1]
-  return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
-
-
-def unraisable(found) -> None:
-  """Python's own, but for what was under way when orbax gave a checkpoint up."""
-  if str(found.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(found)
-
-
-def check_readable(folder: pathlib.Path) -> None:
-  """Raises OSError where a file can't be read now: what it holds may yet be whole."""
-
-  def fail(error):
-    raise error
-
-  try:
-    for inside, _, names in os.walk(folder, onerror=fail):
-      for name in names:
-        with open(os.path.join(inside, name), 'rb') as file:
-          while file.read(2**24):
-            pass
-  except FileNotFoundError:  # nor will it be
-    pass
-  except OSError as error:
-    raise OSError(
-      f'The checkpoint {folder} can not be read ({error.strerror}: {error.filename}). It was left '
-      'as it is; the same command goes on once it can.'
-    ) from error
-
-
-def damaged(workdir: pathlib.Path, step: int, reason: object) -> Damaged:
-  """The error for a checkpoint that is of no use."""
-  path, reason = directory(workdir) / str(step), (str(reason).splitlines() or [''])[0][:200]
-  return Damaged(f'The checkpoint {path} is damaged: {reason.rstrip(".")}.')
 
 
 def set_aside_damaged(workdir: pathlib.Path) -> None:
@@ -177,7 +88,7 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       for item in ITEMS:
         read_item(workdir, step, item)
       return
-    except Damaged as error:
+    except items.Damaged as error:
       aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
       aside.parent.mkdir(exist_ok=True)
       (directory(workdir) / str(step)).rename(aside)
@@ -198,7 +109,7 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
   found = {}
   for step in saved_steps(workdir):
-    with contextlib.suppress(Damaged):
+    with contextlib.suppress(items.Damaged):
       found[step] = read_item(workdir, step, 'config').get('accuracy', recorded.get(step))
   return {step: accuracy for step, accuracy in found.items() if accuracy is not None}
 
@@ -236,7 +147,7 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
       return step, params, config
-    except Damaged as error:
+    except items.Damaged as error:
       if following is None:
         raise
       log.warning('%s That of step %d is used.', error, following[0])

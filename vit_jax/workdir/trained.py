@@ -1,4 +1,4 @@
-"""The files that weights were trained on: what no test may count.
+"""The files and splits that weights were trained on: what no test may count.
 
 Decisions:
   * A file is known by the hash of its name below its class's folder (`folder.py`), so that it is
@@ -6,6 +6,8 @@ Decisions:
   * A name that held-out files of the same data have as well identifies no image: often both parts
     count from 0001.jpg. Files of such names are known by the hash of their content.
   * Copies of an image under another name are not found.
+  * Sources without files (digits, TFDS) are known by `data.source` and the split, wherever they
+    lie. A test that shares examples with such a split is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ import pathlib
 import numpy as np
 
 from vit_jax import progress
-from vit_jax.data import Files, Source, num_examples
+from vit_jax.data import Files, Source, num_examples, overlap
 from vit_jax.workdir import stored
 
 log = logging.getLogger(__name__)
@@ -29,37 +31,50 @@ NONE = np.zeros(0, np.uint64)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """What training files are known by, uint64 hashes of names and of content.
+  """What training files are known by, uint64 hashes of names and of content, and the splits.
 
   Attributes:
     own_N: of a run's own training files.
     inherited_N: of those of the runs that its weights come from.
     shared_N: hashes of the names whose files are known by their content.
+    own_splits: `(data.source, split)` that the run itself is trained on.
+    inherited_splits: of the runs that its weights come from.
   """
 
   own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
   inherited_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
   shared_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
+  own_splits: tuple[tuple[str, str], ...] = ()
+  inherited_splits: tuple[tuple[str, str], ...] = ()
 
   @property
   def all_N(self) -> np.ndarray:
     """Both, each hash once."""
     return np.union1d(self.own_N, self.inherited_N)
 
+  @property
+  def all_splits(self) -> tuple[tuple[str, str], ...]:
+    """Both, each split once."""
+    return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
+
   def before(self) -> 'TrainingFiles':
     """Those of earlier runs alone."""
-    return dataclasses.replace(self, own_N=NONE)
+    return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
     """The item of a checkpoint. A zero leads each array, because orbax saves no empty one."""
-    return {field: np.append(np.uint64(0), value) for field, value in vars(self).items()}
+    hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
+    return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
   @classmethod
   def load(cls, saved: Mapping) -> 'TrainingFiles | None':
     """From what a checkpoint holds; None where a folder was trained on and its names not kept."""
-    if saved['names'] is not None:
-      return cls(**{field: value[1:] for field, value in saved['names'].items()})
-    return None if saved['task'].get('fingerprint') else cls()
+    if saved['names'] is None and saved['task'].get('fingerprint'):
+      return None
+    own = trained_splits(saved['config'])
+    inherited = tuple(map(tuple, saved.get('inherited_splits', ())))
+    hashes = {field: value[1:] for field, value in (saved['names'] or {}).items()}
+    return cls(**hashes, own_splits=own, inherited_splits=inherited)
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
@@ -69,6 +84,21 @@ def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
     return TrainingFiles()
   about = stored.restore_item(workdir, step, 'config')
   return TrainingFiles.load(about | {'names': stored.restore_item(workdir, step, 'names')})
+
+
+def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
+  """`(data.source, split)` of what a run of this config is trained on."""
+  data = config['data']
+  # The last run of a sweep trains on the held-out split, too.
+  names = [data['train_split'], *[data['val_split']] * bool(config.get('sweep'))]
+  return tuple((data['source'], name) for name in names)
+
+
+def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
+  """What a run of this config is trained on, after what earlier runs were."""
+  own_splits = trained_splits(config)
+  known = hash_training_files(source, [split for _, split in own_splits], earlier)
+  return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
 
 
 def hash_training_files(
@@ -123,6 +153,19 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
   if len(index_N):
     found_N[index_N] = np.isin(content(files, index_N), names.all_N)
   return found_N
+
+
+def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
+  """Raises ValueError where a test shares examples with a split that was trained on.
+
+  Files are left to `leave_out_trained`.
+  """
+  for spec, trained_on in () if source.files else names.all_splits:
+    if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
+      raise ValueError(
+        f'Split {split!r} shares examples with {trained_on!r} of {spec}, which the weights were '
+        'trained on, so it is no test. Choose another data.eval_split.'
+      )
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:

@@ -132,15 +132,17 @@ class Silent:
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
   """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is skipped.
 
-  There are no lines where there is no file.
+  So are values that are not numbers. There are no lines where there is no file.
   """
   file, lines = workdir / 'metrics.jsonl', []
   text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
   for line in text.splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))
-  lines = [line for line in lines if isinstance(line, dict) and 'split' in line]
-  return [line for line in lines if isinstance(line.get('step'), int)]
+  lines = [line for line in lines if isinstance(line, dict) and type(line.get('split')) is str]
+  lines = [line for line in lines if isinstance(line.get('step'), int)]
+  good = lambda key, value: key == 'split' or isinstance(value, int | float)
+  return [{key: value for key, value in line.items() if good(key, value)} for line in lines]
 
 
 def read_json(path: pathlib.Path) -> dict | None:
