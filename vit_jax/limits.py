@@ -20,14 +20,8 @@ LESS = {  # what takes less memory
 ANY = 'Set a smaller data.image_size, or model.dtype=bfloat16.'
 
 
-THREADS = (
-  'the system refused another thread. Raise the limits on processes (ulimit -u) and on memory '
-  '(ulimit -v).'
-)
-
-
 class OutOfMemory(MemoryError):
-  """Memory of the host or of a device, or threads, ran out; the message says what to change."""
+  """Memory of the host or of a device ran out; the message says which keys to change."""
 
 
 @contextlib.contextmanager
@@ -55,10 +49,6 @@ def memory_for(what: str) -> Iterator[None]:
     in_gb = lambda found: f'{int(found[1]) / 1e9:,.1f} GB'
     reason = re.sub(r'(\d{8,}) bytes', in_gb, reason).rstrip('.') or 'no details'
     raise OutOfMemory(f'{what} ran out of memory ({reason}). {LESS.get(what, ANY)}') from error
-  except RuntimeError as error:
-    if "can't start new thread" not in str(error):
-      raise
-    raise OutOfMemory(f'{what} failed: {THREADS}') from error
 
 
 def is_full(error: RuntimeError) -> bool:

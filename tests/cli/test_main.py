@@ -406,16 +406,6 @@ def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tm
   assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
 
 
-def test_a_refused_thread_is_one_line(capsys, monkeypatch):
-  def start(*_):
-    raise RuntimeError("can't start new thread")
-
-  mode = dataclasses.replace(cli.MODES['eval'], run=start)
-  monkeypatch.setitem(cli.MODES, 'eval', mode)
-  err = error(capsys, '--mode=eval', '--workdir=x')
-  assert re.fullmatch(r'error: --mode=eval failed: .* another thread\. Raise .*ulimit -u.*\n', err)
-
-
 def test_event_loops_that_do_not_open_are_silent():
   script = (
     'import asyncio, resource; from vit_jax.cli import terminal\n'
