@@ -32,7 +32,7 @@ peers: $(VENV)/installed
 # The page of --mode=serve, in the system's Chromium, and the notebook.
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
-	$(RUN) -m pytest -n 0 tests/inference/test_serve.py tests/test_notebook.py
+	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py
 
 # What --format=onnx needs; its tests are skipped without.
 onnx: $(VENV)/installed

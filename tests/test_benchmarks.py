@@ -56,6 +56,7 @@ def plain_names(params):
   return plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
 def test_plain_linen_is_the_same_function(work):
   model, params, image_BHWC = ours(work)
@@ -129,6 +130,7 @@ def test_flops_are_those_of_the_products(work):
   assert count(gradient) == want['train']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('work', [TRAIN, INFERENCE], ids=lambda work: work.mode)
 def test_contestants_run_in_processes_of_their_own(work):
   work = dataclasses.replace(work, batch_size=64)

@@ -74,6 +74,7 @@ def weighted_mean(model, x_BND):
   return jnp.einsum('BN,BND->BD', share_BN, x_BND)
 
 
+@pytest.mark.slow
 def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
   entry = Pool(
     weighted_mean,
@@ -116,6 +117,7 @@ def refuse_odd_width(model):
     raise ValueError('model.position=axial needs an even width.')
 
 
+@pytest.mark.slow
 def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   entry = Position(
     axial,
@@ -141,6 +143,7 @@ def lion(schedule, weight_decay, b1, b2, slowness, **_):
   )
 
 
+@pytest.mark.slow
 def test_a_new_optimizer_schedule_and_loss_work_in_every_mode(tmp_path, monkeypatch):
   monkeypatch.setitem(OPTIMIZERS, 'lion', lion)
   monkeypatch.setitem(KEYS, 'optimizer.slowness', Key(10.0, 'what the step is divided by'))
@@ -161,6 +164,7 @@ def negative(key_B, image_BHWC, probability):
   return jnp.where(happens_B[:, None, None, None], 255 - image_BHWC, image_BHWC)
 
 
+@pytest.mark.slow
 def test_a_new_augmentation_works_in_every_mode(tmp_path, monkeypatch):
   entry = Augmentation(negative, 'probability', 0, strong=True)
   monkeypatch.setitem(AUGMENTATIONS, 'negative', entry)
@@ -186,6 +190,7 @@ def stripes(argument, data_dir, image_size):
   return Source({'train': 1024, 'test': 64}, tuple('ab'), 3, read)
 
 
+@pytest.mark.slow
 def test_a_new_data_source_works_in_every_mode(tmp_path, monkeypatch):
   monkeypatch.setitem(SOURCES, 'stripes', stripes)
   loaded, _ = check_every_mode(tmp_path, classes=2, **{'data.source': 'stripes:2'})
@@ -210,6 +215,7 @@ def read_one_array_a_file(folder):
   return Weights(str(folder), arrays, rows, fields, 3, Preprocessing(size), class_names=names)
 
 
+@pytest.mark.slow
 def test_a_new_weight_format_is_exported_loaded_and_trained_from(tmp_path, monkeypatch):
   entry = Format(
     save_one_array_a_file,

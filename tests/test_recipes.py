@@ -68,6 +68,7 @@ def test_what_is_no_grid_is_said(text, capsys):
   assert text in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_ranks_goes_on_and_survives_a_run_that_fails(one_process, tmp_path, capsys):
   flags = ['--config=configs/cifar10.py:tiny', f'--out={tmp_path}', *TINY]
   grid = '{"optimizer.lr": [0.003, 1e30]}'  # of which the second diverges
@@ -88,6 +89,7 @@ def test_a_sweep_does_not_see_the_test_images_by_itself():
   assert args.overrides == {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path, capsys):
   digits = recipes.RECIPES['digits']._replace(overrides={'epochs': 0.1, 'model.depth': 1}, seeds=2)
   monkeypatch.setitem(recipes.RECIPES, 'digits', digits)

@@ -74,6 +74,7 @@ def test_the_printed_config_makes_the_same_config_again(capsys):
   assert config_lib.flatten(again) == config_lib.flatten(wanted)
 
 
+@pytest.mark.slow
 def test_the_config_of_a_run_is_printed_too(capsys, trained):
   _, out, _ = call(capsys, '--print_config', f'--workdir={trained[0]}', '--config.log_every=7')
   assert 'data.source=synthetic' in out and 'log_every=7' in out

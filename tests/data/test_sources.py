@@ -498,6 +498,7 @@ def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
   assert len(memory.load_examples(source, 'test', (8, 8))) == 3
 
 
+@pytest.mark.slow
 def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
   pytest.importorskip('array_record')
   shutil.copytree(DATA / 'tfrecord', tmp_path, dirs_exist_ok=True)

@@ -108,6 +108,7 @@ def test_the_order_is_that_of_examples_in_memory():
   same(take(stream, 9), take(loaded, 9))
 
 
+@pytest.mark.slow
 def test_threads_workers_and_where_it_begins_change_nothing(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
   arguments = {'size': (16, 16), 'fit': image_lib.fit_image, 'crop': CROP}
@@ -121,6 +122,7 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
     same(take(open_photos(), 6 - start, batch_size=40, start=start), whole[start:])
 
 
+@pytest.mark.slow
 def test_workers_change_nothing_in_evaluation():
   over_batch = sharding.batch_sharding(devices.make_mesh(8))
   ones, others = (
@@ -335,6 +337,7 @@ def test_parts_of_a_turned_jpeg_are_those_of_the_upright_image(tmp_path):
   assert shapes == [(40, 60)] and abs(got - upright[4:24, 5:35]).mean() < 2
 
 
+@pytest.mark.slow
 def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
   mesh, (memory_, streamed) = (
     devices.make_mesh(),
@@ -368,6 +371,7 @@ def test_the_device_does_not_crop_again(photos):
   assert (np.asarray(exp.augment(key, numbers, pixels)) != pixels).any()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path):
   config_ = photo_config(photos, epochs='1', log_every='2', checkpoint_every='4')
   whole = trainer.train(config_, tmp_path / 'whole')
@@ -391,6 +395,7 @@ def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
   assert len(contents) == 4
 
 
+@pytest.mark.slow
 def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   config_ = photo_config('photos', **{'data.dir': str(tmp_path), 'epochs': '0.25'})
@@ -445,6 +450,7 @@ DIGITS = {'data.source': 'digits', 'data.train_split': 'train[:40]', 'data.eval_
 ENLARGED = {'data.image_size': '64'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, overrides, cache', [
     ('photos', {}, 'memory'), ('photos', {'data.crop': '0.8'}, 'memory'),
     ('photos', {'augment.pad_crop.padding': '2'}, 'memory'), ('photos', CROPPED, 'stream'),
@@ -553,6 +559,7 @@ def test_workers_name_it_too(capfd):
   assert capfd.readouterr().err.count('train/5: label 24 is none of the 23 classes') == 1
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   for file in ('train/ant/3.jpg', 'test/cat/2.jpg'):
@@ -583,6 +590,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
     list(strict.content())
 
 
+@pytest.mark.slow
 def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   broken = tmp_path / 'photos' / 'test' / 'cat'
@@ -646,6 +654,7 @@ def test_memory_does_not_grow(photos):
   assert max(held[30:]) < 1.05 * max(held[:15])
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run():
   over_batch = sharding.batch_sharding(devices.make_mesh(4))
   batches = batching.train_batches(open_numbered(workers=2), 4, 3, 0, over_batch)
@@ -705,6 +714,7 @@ if __name__ == '__main__':
   assert result.stdout == '3\n' and 'resource_tracker' not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
   psutil = pytest.importorskip('psutil', reason='it lists the workers of another process')
   settings = {

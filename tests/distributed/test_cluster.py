@@ -62,6 +62,7 @@ def wait_for(condition, processes):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_that_survives_all(tmp_path):
   reference = trainer.train(small_config(**SETTINGS), tmp_path / 'alone')  # two devices
   workdir = tmp_path / 'together'
@@ -93,6 +94,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   assert result['test_accuracy'] == reference['test_accuracy']
 
 
+@pytest.mark.slow
 def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   workdir = tmp_path / 'run'
   command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}']

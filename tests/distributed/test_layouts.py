@@ -27,6 +27,7 @@ def found(tmp_path_factory):
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SPLIT)
 def test_a_split_model_trains_as_a_whole_one(found, name):
   whole = found['replicated']

@@ -145,6 +145,7 @@ def predictions(workdir, source):
   return dict(zip(names, np.asarray(logits.argmax(1)).tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cache, split', [('memory', 'test'), ('stream', 'test[40%:]')])
 def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
   path = photos / 'real.json'

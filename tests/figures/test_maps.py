@@ -118,6 +118,7 @@ SHARES = {  # class token, registers, patches
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', SHARES)
 def test_what_a_pool_reads_is_its_share_of_each_token(case):
   model, params, image = build(**CASES[case])

@@ -126,6 +126,7 @@ def test_images_of_ones_own(capsys, workdir, photos):
   assert 'no images in this folder' in error(capsys, *flags, f'--images={workdir}/checkpoints')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['paper_token', 'timm_map', 'hf_backbone', 'paper_hybrid'])
 def test_weights_without_a_run(capsys, photos, tmp_path, name):
   left_out = {'filters'} if name == 'paper_hybrid' else set()
@@ -141,6 +142,7 @@ def test_weights_without_a_run(capsys, photos, tmp_path, name):
   assert ('have no head' in page.text) == (name == 'hf_backbone')
 
 
+@pytest.mark.slow
 def test_data_that_moved_away(capsys, tmp_path):
   random = np.random.RandomState(0)
   for label in 'ab':
@@ -189,6 +191,7 @@ def test_a_run_that_went_on_after_its_result(workdir):
   assert '40, not finished' in Page(workdir / 'report.html').text
 
 
+@pytest.mark.slow
 def test_damaged_records(capsys, workdir):
   (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
   with (workdir / 'metrics.jsonl').open('a') as file:

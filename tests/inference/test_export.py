@@ -96,6 +96,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', MODELS)
 def test_programs_give_what_the_model_does(format, name, tmp_path):
@@ -120,6 +121,7 @@ def test_programs_give_what_the_model_does(format, name, tmp_path):
 FIXTURES = ('paper_token', 'timm_map')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', FIXTURES)
 def test_programs_of_published_weights_give_what_the_original_does(format, name, tmp_path):
@@ -200,6 +202,7 @@ def test_other_cards_run(trained, tmp_path):
   assert f'{best} pattern {best}' in (tmp_path / 'npz' / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_hugging_faces_card_runs(tmp_path):
   pytest.importorskip('transformers', reason='needs requirements-peers.txt')
   loaded = vit_jax.load(DATA / 'hf_classifier')

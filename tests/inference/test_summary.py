@@ -27,6 +27,7 @@ def part(found, name):
   return next(part for part in found.parts if part.module == name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['tiny', 'b16'])
 def test_flops_are_those_that_the_benchmarks_count(variant):
   work = works.Work(f'configs/cifar10.py:{variant}', 'train', 8, 'bfloat16', ())
@@ -70,6 +71,7 @@ def test_parameters_and_state(trained):
   assert (found.steps, found.warmup) == (result['steps'], 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [{}, {'model.remat': 'full'}], ids=['kept', 'remat'])
 def test_activations_are_about_what_a_compiled_step_needs(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256', 'data.image_size': '32'}

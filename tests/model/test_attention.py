@@ -51,6 +51,7 @@ shapes = st.tuples(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient, attention.attention])
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(sorted(ROUNDING)), st.sampled_from([0.0, 0.3]), st.integers(0, 99))

@@ -90,6 +90,7 @@ def perturbed(model, image, seed=0):
 IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pool, shape', [
     ('cls', (4, 5)), ('gap', (4, 5)), ('map', (4, 5)), ('none', (4, 8 + 2, 5)),
 ])  # fmt: skip
@@ -205,6 +206,7 @@ def test_narrowing_products_have_their_gradient_arranged_and_unchanged():
   np.testing.assert_allclose(dkernel, x.T @ y, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['dots', 'full'])
 def test_remat_changes_nothing(remat):
   def gradient(model):

@@ -77,6 +77,7 @@ def test_a_frozen_backbone_has_no_gradient_and_no_state():
   assert (after.params['head']['kernel'] != before.params['head']['kernel']).any()
 
 
+@pytest.mark.slow
 def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
   """Against the closed form of a softmax's gradient, with SGD, clipping and an average."""
   overrides = FROZEN | {
@@ -110,6 +111,7 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
     np.testing.assert_allclose(train_state.ema['head'][name], average[name], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('overrides', [FROZEN, AUGMENTED], ids=['cached', 'augmented'])
 def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, capsys, overrides):
   init = shutil.copytree(trained[0], tmp_path / 'init')
@@ -141,6 +143,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
   assert not cli.main(flags) and capsys.readouterr().out.count('.png\n') == 8
 
 
+@pytest.mark.slow
 def test_features_computed_once_change_nothing(trained, tmp_path):
   overrides = FROZEN | {'init': str(trained[0]), 'ema': '0.9', 'loss.label_smoothing': '0.1'}
   cached = trainer.train(small_config(**overrides), tmp_path / 'cached')
@@ -180,6 +183,7 @@ def counted(monkeypatch):
   return computed
 
 
+@pytest.mark.slow
 def test_augmented_images_are_not_cached(tmp_path, counted):
   trainer.train(small_config(epochs='0.25', **AUGMENTED), tmp_path)
   assert not counted and not (tmp_path / 'features').exists()
@@ -236,6 +240,7 @@ def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
   assert features.key(exp, params, training.test) != before
 
 
+@pytest.mark.slow
 def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
   config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
   fitted, real = [], probe.fit
@@ -334,6 +339,7 @@ def test_finetune_configs_are_the_papers(capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_the_same_epochs():
   config = small_config(**FROZEN)
   result = benchmark.measure(config, examples=64, rounds=3)

@@ -179,6 +179,7 @@ def whole(tmp_path_factory):
   return workdir, seen
 
 
+@pytest.mark.slow
 def test_smaller_images_come_first(whole):
   workdir, seen = whole
   assert seen == [0, (8, 8), 12, (16, 16)]
@@ -190,6 +191,7 @@ def test_smaller_images_come_first(whole):
   assert exact.evaluate(workdir, {'data.image_size': '4'})['examples'] == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [8, 12])
 def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
   settings = STAGES | {'checkpoint_every': str(stop)}

@@ -52,6 +52,7 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   overrides = {'epochs': '10', 'ema': '0.9', 'augment.pad_crop.padding': '1'}
   whole = start_process(tmp_path / 'whole', **overrides)
@@ -118,6 +119,7 @@ def test_a_finished_run_changes_nothing(trained):
   assert snapshot() == before
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_are_resumed(tmp_path):
   rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
   trainer.train(small_config(epochs='0.25', **rounded), tmp_path)
@@ -135,6 +137,7 @@ def test_other_epochs_are_refused_before_the_run_is_finished(trained, tmp_path):
   assert contents(workdir) == before
 
 
+@pytest.mark.slow
 def test_resume_without_config_uses_all_cores(tmp_path):
   """In processes of their own, because conftest sets the number of devices in this one."""
   new = [
@@ -317,6 +320,7 @@ def test_the_time_before_a_resume_counts(monkeypatch):
   assert begun.step == 5 and seconds == 1000
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
   params, metrics = two_steps(1, 1, **settings)
@@ -333,6 +337,7 @@ STRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_micro_batches_and_devices_mix_the_same_images():
   settings = STRONG | {'optimizer.name': 'sgd', 'optimizer.lr': '0.1', 'loss.name': 'sigmoid'}
   params, metrics = two_steps(1, 1, **settings)
@@ -341,6 +346,7 @@ def test_micro_batches_and_devices_mix_the_same_images():
   assert float(other_metrics['grad_norm']) == pytest.approx(float(metrics['grad_norm']), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_strong_augmentation_ends_when_the_config_says():
   norms = {}
   for name, settings in {
@@ -364,6 +370,7 @@ def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
   assert plan_lib.num_steps(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
+@pytest.mark.slow
 def test_an_added_cycle_has_weak_augmentation_only():
   norms = {}
   for name, settings in {'weak': {'model.depth': '1'}, 'strong': STRONG}.items():
@@ -398,6 +405,7 @@ def die(step):
   return log
 
 
+@pytest.mark.slow
 def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trained, tmp_path):
   whole, killed = (shutil.copytree(trained[0], tmp_path / name) for name in ('whole', 'killed'))
   result = trainer.train(small_config(epochs='2'), whole)
@@ -620,6 +628,7 @@ def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   resume.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
+@pytest.mark.slow
 def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
   bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match='training diverged'):
@@ -636,6 +645,7 @@ def test_a_val_split_that_is_trained_or_tested_on_is_refused():
     opening.from_config(small_config(**overrides))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
 def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
   """Between two saves, at a save, and where the run is asked to stop."""

@@ -63,6 +63,7 @@ def test_a_run_has_the_weights_their_model_and_their_preprocessing(weights, tmp_
   assert ours.preprocessing.mean == own.preprocessing.mean
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_weights_that_it_began_from(weights, tmp_path):
   whole = vit_jax.train(fine_tuning(weights, {'epochs': '2'}), tmp_path / 'whole')
   config = fine_tuning(weights, {'epochs': '2', 'checkpoint_every': '9'})

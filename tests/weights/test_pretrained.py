@@ -165,6 +165,7 @@ class BigVision(nn.Module):
     return nn.Dense(5, name='head')(jnp.tanh(nn.Dense(24, name='pre_logits')(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pool, scan, prefix', [
     ('map', True, 'params/'), ('gap', False, ''), ('tok', True, 'params/img/'),
 ])  # fmt: skip

@@ -69,6 +69,7 @@ HF = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', HF)
 def test_hugging_face(name, tmp_path):
   transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')

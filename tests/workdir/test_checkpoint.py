@@ -203,6 +203,7 @@ def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
   assert f'{tmp_path}/checkpoints can not be written (No space left on device)' in said
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
   checkpoints = trained[0] / 'checkpoints'
   room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2

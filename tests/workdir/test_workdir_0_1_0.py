@@ -51,6 +51,7 @@ def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
     np.testing.assert_allclose(leaf, reference[f'resumed/{name}'], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('key', 'value'), [('optimizer.name', 'muon'), ('data.crop', '0.9')])
 def test_a_run_of_0_1_0_that_depends_on_an_old_rule_is_not_resumed(
   tmp_path, monkeypatch, key, value
