@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-demo lint onnx results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +20,19 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest
 
+# What proves rather than guards, and what compares with PyTorch, transformers and ONNX.
+test-slow: peers onnx
+	$(RUN) -m pytest -m slow
+
+test-all: test test-slow test-demo
+
+peers: $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-peers.txt
+
 # The page of --mode=serve, in the system's Chromium, and the notebook.
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
-	$(RUN) -m pytest -n 0 tests/test_serve.py tests/test_notebook.py
+	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py
 
 # What --format=onnx needs; its tests are skipped without.
 onnx: $(VENV)/installed

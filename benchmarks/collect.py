@@ -6,6 +6,7 @@ The file holds what each run recorded, the mean and standard deviation of the te
 accuracy, the machine and the date.
 """
 
+import argparse
 import datetime
 import os
 import pathlib
@@ -16,7 +17,8 @@ import sys
 
 import jax
 
-from vit_jax import writer
+from benchmarks import arguments
+from vit_jax.workdir import writer
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
 
@@ -87,8 +89,24 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
   }
 
 
-if __name__ == '__main__':
-  _, name, recipe, *workdirs = sys.argv
-  result = summary(recipe, [pathlib.Path(workdir) for workdir in workdirs])
-  writer.write_json(RESULTS / f'{name}.json', result)
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('name', help='of the file in results/, without .json')
+  parser.add_argument('recipe', help='how a person writes the config, with its overrides')
+  parser.add_argument('workdirs', nargs='+', type=pathlib.Path, help='finished runs of it')
+  args = parser.parse_args(argv)
+  for workdir in args.workdirs:
+    if not (workdir / 'result.json').exists():
+      parser.error(f'{workdir}: no result.json, the run is not finished')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  result = summary(args.recipe, args.workdirs)
+  writer.write_json(RESULTS / f'{args.name}.json', result)
   print({key: value for key, value in result.items() if key != 'runs'})
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

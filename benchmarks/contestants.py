@@ -65,17 +65,22 @@ def vit_jax(work: works.Work, _: dict) -> Program:
   """This project: the step that `main.py` takes, or the one that `predict` does."""
   import jax
 
-  from vit_jax import data, experiment, predict, sharding, state, trainer
+  from vit_jax import opening
+  from vit_jax.data import batching
+  from vit_jax.distributed import devices, sharding
+  from vit_jax.evaluation import forward
+  from vit_jax.training import state
+  from vit_jax.training.step import make_train_step
 
   config = works.settings(work)
   config.augment.pad_crop.padding, config.augment.flip.probability = 0, 0.0
-  sharding.start_up()
-  mesh = sharding.make_mesh(work.batch_size)
-  exp, training = experiment.from_config(config)
-  replicated, over_batch = sharding.replicated(mesh), sharding.over_batch(mesh)
-  batch = next(data.train_batches(training.train, work.batch_size, 0, 0, over_batch))
+  devices.start_up()
+  mesh = devices.make_mesh(work.batch_size)
+  exp, training = opening.from_config(config)
+  replicated, over_batch = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  batch = next(batching.train_batches(training.train, work.batch_size, 0, 0, over_batch))
   if work.mode == 'inference':
-    step = predict.make_step(exp, mesh, predict.probabilities(exp))
+    step = forward.make_inference_step(exp, mesh, forward.probabilities(exp))
     params = jax.device_put(state.init_params(exp.model, exp.image_shape, 0), replicated)
 
     def run(steps):
@@ -84,8 +89,8 @@ def vit_jax(work: works.Work, _: dict) -> Program:
       jax.block_until_ready(out)
 
     return jax_program(run, mesh)
-  step = trainer.make_train_step(exp, training, mesh)
-  states = [state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, mesh)]
+  step = make_train_step(exp, training, mesh)
+  states = [state.init_state(exp, training, mesh)]
 
   def run(steps):
     for _ in range(steps):
@@ -100,19 +105,23 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
   import jax
   import jax.numpy as jnp
 
-  from vit_jax import data, experiment, sharding
+  from vit_jax import opening
+  from vit_jax.data import batching
+  from vit_jax.distributed import devices, microbatch, sharding
 
-  sharding.start_up()
-  mesh = sharding.make_mesh(work.batch_size)
-  exp, training = experiment.from_config(works.settings(work))
-  batches = data.train_batches(training.train, work.batch_size, 0, 0, sharding.over_batch(mesh))
+  devices.start_up()
+  mesh = devices.make_mesh(work.batch_size)
+  exp, training = opening.from_config(works.settings(work))
+  batches = batching.train_batches(
+    training.train, work.batch_size, 0, 0, sharding.batch_sharding(mesh)
+  )
   example_B = jnp.arange(work.batch_size)
 
   def augmented(part, key):
     return exp.augment(key, part['example'], part['image'])
 
   parts = exp.micro_batches(mesh, work.batch_size)
-  augment = jax.jit(sharding.concatenate(augmented, mesh, parts))
+  augment = jax.jit(microbatch.concatenate(augmented, mesh, parts))
 
   def run(steps):
     for batch in itertools.islice(batches, steps):

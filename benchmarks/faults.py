@@ -10,6 +10,7 @@ a file cut short, emptied or removed, anywhere in the newest checkpoint: it must
 checkpoint before it used, or be without effect.
 """
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -23,9 +24,9 @@ import sys
 import tempfile
 import time
 
-from benchmarks import collect
-import main as program
-from vit_jax import checkpoint, writer
+from benchmarks import arguments, collect
+from vit_jax import cli as program
+from vit_jax.workdir import items, stored, writer
 
 FLAGS = [
   '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
@@ -91,9 +92,9 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Of all arrays of a checkpoint, the newest by default."""
-  step = checkpoint.latest_step(workdir) if step is None else step
-  items = [checkpoint.digest(checkpoint.read(workdir, step, name)) for name in ('params', 'state')]
-  return hashlib.sha256(json.dumps([step, items]).encode()).hexdigest()
+  step = stored.latest_step(workdir) if step is None else step
+  digests = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
+  return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
 
 
 def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
@@ -116,8 +117,8 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
     if process.is_alive():
       raise SystemExit(f'{workdir}: a process outlived the other by {LIMIT} s.')
   outlived, codes = time.monotonic() - died, [process.exitcode for process in started]
-  reached = checkpoint.latest_step(workdir)
-  partial = [p.name for p in checkpoint.directory(workdir).glob('*tmp*')]
+  reached = stored.latest_step(workdir)
+  partial = [p.name for p in stored.directory(workdir).glob('*tmp*')]
   finish(workdir, processes)
   same = fingerprint(workdir) == want
   found = {
@@ -136,7 +137,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
 
 def averages(workdir: pathlib.Path, step: int) -> str:
   """Of the weights that inference takes from a checkpoint."""
-  return checkpoint.digest(checkpoint.read(workdir, step, 'state')['ema'])
+  return items.digest(stored.read_item(workdir, step, 'state')['ema'])
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
@@ -144,8 +145,8 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
   draw = random.Random(number)
   workdir = folder / f'damaged{number}'
   shutil.copytree(finished, workdir)
-  newest = checkpoint.latest_step(workdir)
-  files = [p for p in (checkpoint.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
+  newest = stored.latest_step(workdir)
+  files = [p for p in (stored.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
   path = draw.choice(sorted(files))
   how = draw.choice(['flip', 'cut', 'empty', 'remove'])
   data = bytearray(path.read_bytes())
@@ -158,29 +159,41 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
     path.write_bytes(b'')
   else:
     path.unlink()
-  loaded, params, _ = checkpoint.load(workdir)  # as `predict` does
-  checkpoint.set_aside_damaged(workdir)  # as training does
-  step = checkpoint.latest_step(workdir)
+  loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
+  stored.set_aside_damaged(workdir)  # as training does
+  step = stored.latest_step(workdir)
   found = {
-    'file': str(path.relative_to(checkpoint.directory(workdir) / str(newest))),
+    'file': str(path.relative_to(stored.directory(workdir) / str(newest))),
     'how': how,
     'used': 'newest' if step == newest else 'the one before',
-    'good': checkpoint.digest(params) == averages(finished, loaded)
+    'good': items.digest(params) == averages(finished, loaded)
     and fingerprint(workdir) == fingerprint(finished, step),
   }
   shutil.rmtree(workdir)
   return found
 
 
-def main(
-  alone: str = '40', together: str = '12', damages: str = '40', out: str | None = None
-) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('alone', nargs='?', type=arguments.count, default=40, help='kills of one')
+  parser.add_argument('together', nargs='?', type=arguments.count, default=12, help='of two')
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=40)
+  out = collect.RESULTS / 'faults.json'
+  parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
+  args = parser.parse_args(argv)
+  if args.damages and not args.alone:
+    parser.error('damages are done to a copy of a run alone, so `alone` must not be 0')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
   program.keep_compiled()
-  multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.probe'])
+  multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.training.probe'])
   kills, damaged = [], []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    for processes, count in ((1, int(alone)), (2, int(together))):
+    for processes, count in ((1, args.alone), (2, args.together)):
       if not count:
         continue
       whole = folder / f'whole{processes}'
@@ -189,7 +202,7 @@ def main(
       for number in range(count):
         kills.append(kill(folder, number, processes, want))
         print(kills[-1], flush=True)
-    for number in range(int(damages)):
+    for number in range(args.damages):
       damaged.append(damage(folder, folder / 'whole1', number))
       print(damaged[-1], flush=True)
   found = {
@@ -202,10 +215,10 @@ def main(
     'all_kills': kills,
     'all_damages': damaged,
   }
-  writer.write_json(pathlib.Path(out) if out else collect.RESULTS / 'faults.json', found)
+  writer.write_json(args.out, found)
   if found['identical'] < len(kills) or found['good'] < len(damaged):
     raise SystemExit('Something was lost.')
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

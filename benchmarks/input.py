@@ -16,6 +16,7 @@ in memory over three epochs; and the share of the time that a small ViT, trainin
 here, waits for them.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 import functools
 import importlib.util
@@ -34,9 +35,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks import collect, photos
-from vit_jax import cluster, data, image, memory, sharding, sources, stream, trainer, writer
+from benchmarks import arguments, collect, photos
 from vit_jax import config as config_lib
+from vit_jax.data import batching, sources, stream
+from vit_jax.data import image as image_lib
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import cluster, devices, sharding
+from vit_jax.training import trainer
+from vit_jax.workdir import writer
 
 COUNT = 20_000
 SIZE = (224, 224)
@@ -58,11 +64,11 @@ STEPS = 20
 def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
   """What `data.cache=stream` trains on."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
-  arguments = dict(size=SIZE, fit=image.fit, crop=CROP, workers=workers)
+  arguments = dict(size=SIZE, fit=image_lib.fit_image, crop=CROP, workers=workers)
   arguments |= dict(threads=stream.best_threads(workers))
   examples = stream.open_stream(source, split, **arguments)
-  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
-  for batch in data.train_batches(examples, BATCH, 0, 0, over_batch):
+  over_batch = sharding.batch_sharding(devices.make_mesh(BATCH))
+  for batch in batching.train_batches(examples, BATCH, 0, 0, over_batch):
     yield len(jax.block_until_ready(batch['image']))
 
 
@@ -101,7 +107,7 @@ class Photos:
     import torch
 
     opened = Image.open(self.files[i])
-    box = image.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
+    box = image_lib.random_part(torch.rand(4).tolist(), opened.height, opened.width, **CROP)
     part = opened.convert('RGB').resize(SIZE[::-1], Image.Resampling.BILINEAR, box)
     return torch.from_numpy(np.array(part))
 
@@ -111,7 +117,7 @@ def torch_loader(folder: pathlib.Path) -> Iterator[int]:
   from torch.utils.data import DataLoader
 
   loader = DataLoader(
-    Photos(folder), BATCH, shuffle=True, num_workers=cluster.cores(), persistent_workers=True
+    Photos(folder), BATCH, shuffle=True, num_workers=cluster.num_cores(), persistent_workers=True
   )
   for batch in itertools.chain.from_iterable(itertools.repeat(loader)):
     yield len(batch)
@@ -119,7 +125,7 @@ def torch_loader(folder: pathlib.Path) -> Iterator[int]:
 
 CONTESTANTS = {  # name: (what it needs, its batches)
   'ours': ('grain', ours),
-  'ours_workers': ('grain', functools.partial(ours, workers=cluster.cores())),
+  'ours_workers': ('grain', functools.partial(ours, workers=cluster.num_cores())),
   'tfdata': ('tensorflow', tfdata),
   'tfdata_without_antialiasing': ('tensorflow', functools.partial(tfdata, antialias=False)),
   'torch': ('torch', torch_loader),
@@ -208,12 +214,12 @@ def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
   import simplejpeg
 
   box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
-  return image.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
+  return image_lib.scale_part(simplejpeg.decode_jpeg(encoded), box, SIZE)
 
 
 def opencv(encoded: bytes, choose: Callable) -> np.ndarray:
   """What this project does."""
-  return image.decode_part(encoded, 'a file', 3, choose, SIZE)
+  return image_lib.decode_part(encoded, 'a file', 3, choose, SIZE)
 
 
 DECODERS = {
@@ -228,7 +234,8 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
   """Milliseconds of one core for each way to decode a file and take a part: medians."""
   files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
   chosen = [
-    functools.partial(image.random_part, stream.draw(0, i), **CROP) for i in range(len(files))
+    functools.partial(image_lib.random_part, stream.draw_uniform(0, i), **CROP)
+    for i in range(len(files))
   ]
   times = {}
   for _ in range(ROUNDS):
@@ -246,9 +253,9 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   """Images a second of CIFAR's size that are gathered into batches: the most of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
-  examples = memory.Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
-  over_batch = sharding.over_batch(sharding.make_mesh(batch))
-  batches, rates = data.train_batches(examples, batch, 0, 0, over_batch), []
+  examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
+  over_batch = sharding.batch_sharding(devices.make_mesh(batch))
+  batches, rates = batching.train_batches(examples, batch, 0, 0, over_batch), []
   for _ in range(2 * ROUNDS):
     began = time.perf_counter()
     for found in itertools.islice(batches, size // batch):
@@ -257,10 +264,10 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
   return max(rates)
 
 
-def resident(workers: str, folder: str) -> None:
+def resident(workers: int, folder: str) -> None:
   """Prints the most bytes that are resident in each of three epochs of an eighth of the files."""
   split = 'train[:12.5%]+test[:12.5%]'
-  batches, held = ours(pathlib.Path(folder), int(workers), split), [[], [], []]
+  batches, held = ours(pathlib.Path(folder), workers, split), [[], [], []]
   for step in range(3 * COUNT // 8 // BATCH):
     next(batches)
     if step % 3 == 0:
@@ -294,7 +301,24 @@ def alone(*arguments: object) -> object:
 
 
 COMMAND = [sys.executable, '-m', 'benchmarks.input']
-ALONE = {'serve': serve, 'resident': resident, 'train': train}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Without a task, everything is measured; the tasks are for processes of its own."""
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.set_defaults(task=main)
+  tasks = parser.add_subparsers(
+    metavar='task', parser_class=argparse.ArgumentParser, help='what its child processes do'
+  )
+  for task in (serve, resident, train):
+    child = tasks.add_parser(task.__name__)
+    child.set_defaults(task=task)
+    if task is serve:
+      child.add_argument('name', choices=CONTESTANTS)
+    elif task is resident:
+      child.add_argument('workers', type=arguments.count)
+    child.add_argument('folder')
+  return parser.parse_args(argv)
 
 
 def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
@@ -316,7 +340,7 @@ def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def main() -> None:
-  load, cores = os.getloadavg()[0], cluster.cores()
+  load, cores = os.getloadavg()[0], cluster.num_cores()
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     print(f'Making {COUNT:,} JPEGs ...', flush=True)
@@ -354,4 +378,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  ALONE[sys.argv[1]](*sys.argv[2:]) if len(sys.argv) > 1 else main()
+  found = vars(parse(sys.argv[1:]))
+  found.pop('task')(**found)

@@ -24,18 +24,21 @@ def step_bytes(config, batch_size: int) -> int:
   import jax
   import jax.numpy as jnp
 
-  from vit_jax import experiment, sharding, state, trainer
+  from vit_jax import opening
+  from vit_jax.distributed import devices
+  from vit_jax.training import state
+  from vit_jax.training.step import make_train_step
 
   config = config.copy_and_resolve_references()
   config.batch_size = batch_size
-  mesh = sharding.make_mesh()
-  exp, training = experiment.from_config(config)
-  init = lambda: state.init_state(exp.model, training.optimizer, exp.image_shape, 0, False, mesh)
+  mesh = devices.make_mesh()
+  exp, training = opening.from_config(config)
+  init = lambda: state.init_state(exp, training, mesh)
   batch = {
     'image': jax.ShapeDtypeStruct((batch_size, *exp.image_shape), jnp.uint8),
     'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   }
-  step = trainer.make_train_step(exp, training, mesh)
+  step = make_train_step(exp, training, mesh)
   plan = step.lower(jax.eval_shape(init), batch).compile().memory_analysis()
   held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
   return held + plan.temp_size_in_bytes
@@ -75,3 +78,7 @@ def show(gibibytes: float) -> None:
     work = works.Work(f'{works.CIFAR}:{size}', 'train', 8, 'bfloat16', (), (*overrides.items(),))
     batch, needs = largest_batch(works.settings(work), gibibytes * 2**30)
     print(f'| {size} | {remat} | {moment} | {batch} | {needs / 2**30:.2f} |', flush=True)
+
+
+if __name__ == '__main__':
+  raise SystemExit('error: `python -m benchmarks.speed --memory=16` measures this.')

@@ -6,12 +6,15 @@ Windows of noise whose amplitude falls with its frequency, as that of photograph
 that gives them the 0.55 bytes a pixel of ImageNet's. The same files every time.
 """
 
+import argparse
 import concurrent.futures
 import pathlib
 import sys
 
 import numpy as np
 from PIL import Image
+
+from benchmarks import arguments
 
 CLASSES = 100
 CANVAS = 1024  # pixels
@@ -48,5 +51,20 @@ def make(folder: pathlib.Path, count: int) -> None:
     list(pool.map(write, range(count)))
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('folder', type=pathlib.Path, help='to write into')
+  parser.add_argument('count', type=arguments.count, help='images')
+  args = parser.parse_args(argv)
+  if (args.folder / 'train').exists():
+    parser.error(f'{args.folder}/train is there already, and is not replaced')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  make(args.folder, args.count)
+
+
 if __name__ == '__main__':
-  make(pathlib.Path(sys.argv[1]), int(sys.argv[2]))
+  main(sys.argv[1:])

@@ -9,6 +9,7 @@ The TPU's own compiler gives memory and FLOPs of a chip, and the program with it
 Takes minutes a row.
 """
 
+import argparse
 from collections import Counter
 import datetime
 import importlib.metadata
@@ -22,9 +23,16 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 import numpy as np
 
-from benchmarks import collect
-from vit_jax import backend, experiment, sharding, state, trainer, writer
+from benchmarks import arguments, collect
 from vit_jax import config as config_lib
+from vit_jax.distributed import backend, sharding
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.experiment import Task, assemble
+from vit_jax.optim import plan as plan_lib
+from vit_jax.optim.plan import Training
+from vit_jax.training import state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import writer
 
 BATCH, CLASSES, SIZE, EXAMPLES = 4096, 1000, 224, 1_281_167  # ImageNet, in the paper's batches
 PATH = collect.RESULTS / 'pods.json'
@@ -59,30 +67,25 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
   config = settings(variant, sizes, remat)
   topology = topologies.get_topology_desc(platform='tpu', topology_name=pod)
   devices = np.array(topology.devices[: math.prod(sizes)]).reshape(sizes)
-  mesh = Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+  mesh = Mesh(devices, devices_lib.AXES, axis_types=(AxisType.Auto,) * 3)
   classes = tuple(f'class {i}' for i in range(CLASSES))
-  exp = experiment.assemble(config, experiment.Task(classes, (SIZE, SIZE), 3, EXAMPLES))
-  training = experiment.Training(
-    None, None, None, params=None, **experiment.recipe(config, EXAMPLES)
-  )
-  begin = lambda: state.init_state(
-    exp.model, training.optimizer, exp.image_shape, 0, False, sharding.make_mesh()
-  )
+  exp = assemble(config, Task(classes, (SIZE, SIZE), 3, EXAMPLES))
+  training = Training(None, None, None, params=None, **plan_lib.training_recipe(config, EXAMPLES))
 
   def abstract(shape, dtype, where):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-  shapes = jax.eval_shape(begin)
+  shapes = jax.eval_shape(lambda: state.init_state(exp, training, devices_lib.make_mesh()))
   now = jax.tree.map(
     lambda x, where: abstract(x.shape, x.dtype, where), shapes, sharding.layout(mesh, shapes)
   )
-  over_batch = sharding.over_batch(mesh)
+  over_batch = sharding.batch_sharding(mesh)
   batch = {
     'image': abstract((BATCH, SIZE, SIZE, 3), 'uint8', over_batch),
     'label': abstract((BATCH,), 'int32', over_batch),
   }
   with backend.portable():  # the kernels that a TPU gets
-    return trainer.make_train_step(exp, training, mesh).lower(now, batch).compile()
+    return make_train_step(exp, training, mesh).lower(now, batch).compile()
 
 
 def group_size(line: str) -> int:
@@ -146,7 +149,7 @@ def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict
   return {
     'model': variant,
     'pod': pod,
-    'mesh': dict(zip(sharding.AXES, sizes)),
+    'mesh': dict(zip(devices_lib.AXES, sizes)),
     'remat': remat,
     'batch_size': BATCH,
     'arguments_bytes': memory.argument_size_in_bytes,
@@ -164,12 +167,26 @@ def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict
   }
 
 
-def main(*only: str) -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('model', nargs='?', help='such as g/14; by default all')
+  parser.add_argument('pod', nargs='?', help='such as v5e:16x16; by default all')
+  args = parser.parse_args(argv)
+  args.only = tuple(text for text in (args.model, args.pod) if text)
+  rows = dict.fromkeys(row[:2] for row in PODS)
+  if not any(row[: len(args.only)] == args.only for row in rows):
+    names = ', '.join(' '.join(row) for row in rows)
+    parser.error(f'{" ".join(args.only)} is none of the rows {names}')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  only = parse(argv).only
   rows = (writer.read_json(PATH) or {'rows': []})['rows']
   key = lambda r: (r['model'], r['pod'], tuple(r['mesh'].values()), r['remat'])
   done = {key(r): r for r in rows}
   for pod in PODS:
-    wanted = not only or pod[: len(only)] == only
+    wanted = pod[: len(only)] == only
     if not wanted or pod in done:
       continue
     done[pod] = row(*pod)
@@ -178,4 +195,4 @@ def main(*only: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

@@ -7,21 +7,29 @@ takes; both in one process, in turns, on the same examples. Compiling is left ou
 `results/probe.json` with the seconds that the features took once: hashed, computed, saved.
 """
 
+import argparse
 from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
 
-from benchmarks import collect
-from vit_jax import config as config_lib
-from vit_jax import data, experiment, features, probe, sharding, state, trainer, writer
-from vit_jax.memory import Examples
+from benchmarks import arguments, collect
+from vit_jax import cli, opening
+from vit_jax.data import batching
+from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices, sharding
+from vit_jax.evaluation import features
+from vit_jax.optim import plan as plan_lib
+from vit_jax.training import probe, state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import writer
 
 EXAMPLES = 8192
 ROUNDS = 7
@@ -29,7 +37,7 @@ ROUNDS = 7
 
 def settings():
   """The config of both."""
-  config = config_lib.load_file('configs/linear_probe.py:tiny,cifar10')
+  config = cli.load_file('configs/linear_probe.py:tiny,cifar10')
   config.data.source, config.data.train_split, config.data.val_split = 'synthetic', 'train', ''
   config.sweep = ()
   return config
@@ -45,20 +53,12 @@ def seconds(run: Callable[[], object]) -> float:
 def make_epoch(exp, training, mesh) -> Callable[[], object]:
   """A function that trains one more epoch and returns the state, and has compiled its step."""
   config = exp.config
-  fresh = state.init_state(
-    exp.model,
-    training.optimizer,
-    exp.image_shape,
-    config.seed,
-    config.ema > 0,
-    mesh,
-    config.freeze,
-  )
+  fresh = state.init_state(exp, training, mesh)
   train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
-  batches = data.train_batches(
-    training.train, config.batch_size, config.seed, 0, sharding.over_batch(mesh)
+  batches = batching.train_batches(
+    training.train, config.batch_size, config.seed, 0, sharding.batch_sharding(mesh)
   )
-  step = trainer.make_train_step(exp, training, mesh)
+  step = make_train_step(exp, training, mesh)
   states = [step(train_state, next(batches))[0]]
 
   def epoch():
@@ -71,14 +71,14 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
 
 def measure(config, examples: int, rounds: int) -> dict:
   """Medians of the two epochs, their ratio, and what the features cost."""
-  sharding.start_up()
-  mesh = sharding.make_mesh(config.batch_size)
-  exp, training = experiment.from_config(config)
+  devices.start_up()
+  mesh = devices.make_mesh(config.batch_size)
+  exp, training = opening.from_config(config)
   random, shape = np.random.RandomState(0), (examples, *training.train.image_NHWC.shape[1:])
   many = Examples(
     random.randint(0, 256, shape, np.uint8), random.randint(0, 10, examples).astype(np.int32)
   )
-  training = experiment.plan(config, many, None, training.test, training.params)
+  training = plan_lib.plan_training(config, many, None, training.test, training.params)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     weights = probe.initial_params(exp, training, folder)
@@ -87,7 +87,9 @@ def measure(config, examples: int, rounds: int) -> dict:
     step = features.make_feature_step(exp, mesh)
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
     features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles it
-    cost = seconds(lambda: features.cached(exp, step, params, many, mesh, folder).image_NHWC)
+    cost = seconds(
+      lambda: features.cached_features(exp, step, params, many, mesh, folder).image_NHWC
+    )
     on_features = probe.on_features(exp, training, mesh, folder)
   epochs = {
     'frozen': make_epoch(exp, training, mesh),
@@ -110,7 +112,13 @@ def measure(config, examples: int, rounds: int) -> dict:
   }
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  """There is nothing to choose."""
+  return arguments.Parser(__spec__, __doc__).parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  parse(argv)
   load = os.getloadavg()[0]  # of whatever else runs
   result = measure(settings(), EXAMPLES, ROUNDS)
   result |= {'load_before': load} | collect.circumstances()
@@ -119,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

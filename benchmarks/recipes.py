@@ -10,14 +10,16 @@ are then `results/<recipe>.json`, each run's `metrics.jsonl` and a picture of th
 `results/<recipe>/`, and a row of `results/README.md`.
 """
 
+import argparse
 import pathlib
 import shutil
 import sys
 from typing import NamedTuple
 
-from benchmarks import collect
-from vit_jax import draw, output, writer
-from vit_jax.names import choose
+from benchmarks import arguments, collect
+from vit_jax import storage
+from vit_jax.figures import canvas, draw
+from vit_jax.workdir import writer
 
 RUNS = pathlib.Path('runs/results')
 
@@ -102,7 +104,7 @@ def gather(name: str) -> None:
   folder.mkdir(exist_ok=True)
   for path in finished:
     shutil.copy(path / 'metrics.jsonl', folder / f'{path.name}.jsonl')
-  draw.save(draw.curves(writer.read_metrics(finished[0])), folder / 'curves.png')
+  canvas.save_figure(draw.draw_curves(writer.read_metrics(finished[0])), folder / 'curves.png')
 
 
 def row(name: str) -> str:
@@ -127,17 +129,30 @@ def row(name: str) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def main(where: str, source: str, *names: str) -> None:
-  choose('where', where, ('cpu', 'gpu'))
-  here = [name for name, recipe in RECIPES.items() if recipe.where == where]
-  for name in names or here:
-    for seed in range(RECIPES[choose('recipe', name, here)].seeds):
-      train(name, seed, source)
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('where', choices=('cpu', 'gpu'), help='the recipes of which machine')
+  parser.add_argument('source', help='data.source of CIFAR-10, such as folder:cifar10')
+  parser.add_argument('names', nargs='*', help='recipes; by default all of that machine')
+  args = parser.parse_args(argv)
+  here = [name for name, recipe in RECIPES.items() if recipe.where == args.where]
+  args.names = args.names or here
+  for name in args.names:
+    if name not in here:
+      parser.error(f'{name} is no recipe for a {args.where}; there are {", ".join(here)}')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  for name in args.names:
+    for seed in range(RECIPES[name].seeds):
+      train(name, seed, args.source)
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
-      output.replace(collect.RESULTS / 'README.md', table)
+      storage.replace(collect.RESULTS / 'README.md', table)
     print(row(name), flush=True)
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

@@ -8,6 +8,7 @@ of a device each with the same work for each. `modelled`: what a chip of 8 to 51
 from the collectives of `results/pods.json`, against the time of its products: docs/scaling.md.
 """
 
+import argparse
 import os
 import pathlib
 import socket
@@ -16,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks import collect
-from vit_jax import writer
+from benchmarks import arguments, collect
+from vit_jax.workdir import writer
 
 FLAGS = [
   '--config=configs/cifar10.py:tiny', '--config.data.source=synthetic',
@@ -137,7 +138,13 @@ def model(row: dict) -> list[dict]:
   return found
 
 
-def main() -> None:
+def parse(argv: list[str]) -> argparse.Namespace:
+  """There is nothing to choose."""
+  return arguments.Parser(__spec__, __doc__).parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  parse(argv)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     same = alike(folder)
@@ -150,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks import contestants, memory, works
+from benchmarks import arguments, contestants, memory, works
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 7
@@ -225,25 +225,27 @@ def table(results: dict) -> str:
   return '\n'.join(lines)
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--only', default='', help='part of the names of the works to do')
   parser.add_argument('--dry-run', action='store_true', help="a GPU's works at toy sizes")
   parser.add_argument('--memory', type=float, metavar='GIB', help='largest batches in so much')
-  args = parser.parse_args()
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  args, refuse = parse(argv), arguments.Parser(__spec__, __doc__).error
   os.environ.update(ENVIRONMENT)
   if args.memory is not None:
     return memory.show(args.memory)
   results = in_a_process(contestants.machine)
   backend = 'gpu' if args.dry_run else results['backend']
   if backend not in works.WORKS:
-    parser.error(f'there are works for {" and ".join(works.WORKS)}, and none for {backend}')
+    refuse(f'there are works for {" and ".join(works.WORKS)}, and none for {backend}')
   selected = [work for work in works.WORKS[backend] if args.only in work.name]
   if not selected:
     names = ', '.join(work.name for work in works.WORKS[backend])
-    parser.error(f'--only={args.only} is in no name of these: {names}')
+    refuse(f'--only={args.only} is in no name of these: {names}')
   rates = {name: in_a_process(contestants.matmul_rate, name) for name in ('jax', 'torch')}
   results['peak_flops_per_second'], results['peak_is'] = peak(results['machine'], rates['jax'])
   results |= {
@@ -263,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  main(sys.argv[1:])

@@ -9,6 +9,7 @@ images can be told: all must be those that Pillow makes of the files, each once.
 `results/streamed.json` holds how many came, how many others, and how many did not.
 """
 
+import argparse
 import collections
 import concurrent.futures
 import hashlib
@@ -19,8 +20,11 @@ import tempfile
 import numpy as np
 from PIL import Image, ImageOps
 
-from benchmarks import collect
-from vit_jax import data, image, sharding, sources, stream, writer
+from benchmarks import arguments, collect
+from vit_jax.data import batching, sources, stream
+from vit_jax.data import image as image_lib
+from vit_jax.distributed import devices, sharding
+from vit_jax.workdir import writer
 
 BATCH = 100
 NAME = 'folder_as_tfds'
@@ -74,10 +78,10 @@ def digest(image_HWC: np.ndarray) -> bytes:
 def epoch(source: str, data_dir: str, size: int) -> Seen:
   """What one epoch of training sees."""
   found = sources.open_source(source, data_dir, (size, size))
-  arguments = dict(size=(size, size), fit=image.fit, threads=stream.best_threads(0))
+  arguments = dict(size=(size, size), fit=image_lib.fit_image, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)
-  over_batch = sharding.over_batch(sharding.make_mesh(BATCH))
-  batches, seen = data.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
+  over_batch = sharding.batch_sharding(devices.make_mesh(BATCH))
+  batches, seen = batching.train_batches(examples, BATCH, 0, 0, over_batch), collections.Counter()
   for _ in range(len(examples) // BATCH):
     batch = next(batches)
     seen.update(zip(np.asarray(batch['label']).tolist(), map(digest, np.asarray(batch['image']))))
@@ -85,8 +89,20 @@ def epoch(source: str, data_dir: str, size: int) -> Seen:
   return seen
 
 
-def main(name: str, size: str, folder: str) -> None:
-  folder, size = pathlib.Path(folder).resolve(), int(size)
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('name', help='of the row in results/streamed.json')
+  parser.add_argument('size', type=arguments.count, help='pixels that images are fitted to')
+  parser.add_argument('folder', type=pathlib.Path, help='of train/<class>/')
+  args = parser.parse_args(argv)
+  if not (args.folder / 'train').is_dir():
+    parser.error(f'{args.folder}/train is no folder')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  name, size, folder = args.name, args.size, args.folder.resolve()
   wanted = expected(folder, size)
   row = {'images': wanted.total(), 'size': size}
   with tempfile.TemporaryDirectory() as root:
@@ -105,4 +121,4 @@ def main(name: str, size: str, folder: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

@@ -19,17 +19,18 @@ import re
 import statistics
 import sys
 
-from benchmarks import collect
-from vit_jax import writer
+from benchmarks import arguments, collect
+from vit_jax import cli, storage
+from vit_jax import config as config_lib
+from vit_jax.check import check
+from vit_jax.workdir import writer
 
 HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
   """The flags; `overrides` is `{key: text}` of every `--config.key=text`."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+  parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')
   parser.add_argument('--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}')
   parser.add_argument('--seeds', type=int, default=1, help='runs of each: seeds 0, 1, ...')
@@ -41,7 +42,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if not found:
       parser.error(f'got {flag}; keys of the config are given as --config.<key>=<value>')
     args.overrides[found[1]] = found[2]
+  try:
+    check_runs(args)
+  except (ValueError, OSError) as error:
+    parser.error(str(error).rstrip('.'))
   return args
+
+
+def check_runs(args: argparse.Namespace) -> None:
+  """Raises ValueError for what would let a run fail at its start."""
+  if args.seeds < 1:
+    raise ValueError(f'--seeds={args.seeds}: expected 1 or more')
+  if any('seed' in settings for settings in (args.overrides, *args.grid)):
+    raise ValueError('seed is no key of a sweep: --seeds=<n> trains with the seeds 0 to n-1')
+  storage.check_folder(args.out)
+  for settings in args.grid:
+    config = cli.load_file(args.config)
+    check(config_lib.override_all(config, {**args.overrides, **settings}))
 
 
 def grid(text: str) -> list[dict[str, str]]:
@@ -68,7 +85,7 @@ def row(settings: dict[str, str], results: list[dict | None]) -> dict:
   return {
     'settings': settings,
     'accuracies': accuracies,
-    'mean': statistics.mean(accuracies) if finished else 0.0,
+    'mean': statistics.mean(accuracies) if finished else None,
     'std': statistics.stdev(accuracies) if len(finished) > 1 else None,
     'losses': [result['test_loss'] for result in finished],
     'seconds': [result['seconds'] for result in finished],
@@ -77,17 +94,19 @@ def row(settings: dict[str, str], results: list[dict | None]) -> dict:
 
 
 def show(rows: list[dict]) -> str:
-  """The table, the best first."""
+  """The table, as it is ordered."""
   lines = []
   for row in rows:
     spread = '' if row['std'] is None else f' ± {row["std"]:.2%}'
     failed = f', {row["failed"]} failed' if row['failed'] else ''
     settings = ' '.join(f'{key}={text}' for key, text in row['settings'].items())
-    lines.append(f'{row["mean"]:.2%}{spread} ({len(row["accuracies"])} runs{failed})  {settings}')
+    mean = 'no accuracy' if row['mean'] is None else f'{row["mean"]:.2%}'
+    lines.append(f'{mean}{spread} ({len(row["accuracies"])} runs{failed})  {settings}')
   return '\n'.join(lines)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+  """Trains all and prints the table; the exit code."""
   args = parse(argv)
   results = {i: [] for i in range(len(args.grid))}
   for seed in range(args.seeds):  # outermost: a sweep cut off has tried every combination
@@ -98,11 +117,12 @@ def main(argv: list[str]) -> None:
       done = collect.train(args.config, overrides, workdir)
       results[i].append(writer.read_json(workdir / 'result.json') if done else None)
       rows = [row(args.grid[j], found) for j, found in results.items() if found]
-      rows.sort(key=lambda row: -row['mean'])
+      rows.sort(key=lambda row: -1 if row['mean'] is None else row['mean'], reverse=True)
       table = {'config': args.config, 'overrides': args.overrides, 'rows': rows}
       writer.write_json(args.out / 'sweep.json', table)
   print(show(rows))
+  return 1 if any(row['failed'] for row in rows) else 0
 
 
 if __name__ == '__main__':
-  main(sys.argv[1:])
+  sys.exit(main(sys.argv[1:]))

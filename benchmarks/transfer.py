@@ -9,12 +9,13 @@ off goes on where it was. `scratch` and `finetuned` have the same recipe, the on
 scratch, and differ in `init` alone. Writes `results/transfer.json`.
 """
 
+import argparse
 import json
 import pathlib
 import sys
 
-from benchmarks import collect
-from vit_jax import writer
+from benchmarks import arguments, collect
+from vit_jax.workdir import writer
 
 SEEDS = (0, 1)
 ALL = {'epochs': 10, 'batch_size': 512}
@@ -27,8 +28,20 @@ RUNS = {  # its config, whether it starts from the pre-trained weights, its seed
 }
 
 
-def main(pretrained: str, source: str, folder: str) -> None:
-  init, folder = pathlib.Path(pretrained).resolve(), pathlib.Path(folder)
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('pretrained', type=pathlib.Path, help='workdir of a finished run')
+  parser.add_argument('source', help='data.source of CIFAR-10, such as folder:cifar10')
+  parser.add_argument('folder', type=pathlib.Path, help='of the workdirs')
+  args = parser.parse_args(argv)
+  if not (args.pretrained / 'result.json').exists():
+    parser.error(f'{args.pretrained}: no result.json, the run is not finished')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  init, source, folder = args.pretrained.resolve(), args.source, args.folder
   result = {'pretraining': collect.summary('configs/folder.py:tiny --config.epochs=30', [init])}
   for name, (config, starts, seeds) in RUNS.items():
     workdirs = [folder / f'{name}_{seed}' for seed in seeds]
@@ -44,4 +57,4 @@ def main(pretrained: str, source: str, folder: str) -> None:
 
 
 if __name__ == '__main__':
-  main(*sys.argv[1:])
+  main(sys.argv[1:])

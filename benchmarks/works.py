@@ -8,6 +8,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from vit_jax import cli
 from vit_jax import config as config_lib
 
 NUM_CLASSES = 10  # those of the synthetic images
@@ -47,7 +48,7 @@ def settings(work: Work) -> ConfigDict:
   No dropout of any kind, no clipping, no average and none but light augmentation, which the peers
   would have to repeat; AdamW, which they have.
   """
-  config = config_lib.load_file(work.config)
+  config = cli.load_file(work.config)
   overrides = {
     'batch_size': str(work.batch_size),
     'data.source': 'synthetic',
@@ -71,10 +72,10 @@ def settings(work: Work) -> ConfigDict:
 
 def sizes(work: Work) -> dict:
   """Keyword arguments that every peer builds its model from."""
-  from vit_jax import experiment, weights  # which bring JAX: not into a peer's process
+  from vit_jax import experiment, names  # which bring JAX: not into a peer's process
 
   config = settings(work)
-  height, width = weights.pair(config.data.image_size)
+  height, width = names.pair(config.data.image_size)
   task = experiment.Task(tuple(map(str, range(NUM_CLASSES))), (height, width), 3)
   model = experiment.assemble(config, task).model
   assert height == width and model.patch_size[0] == model.patch_size[1]

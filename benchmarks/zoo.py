@@ -3,17 +3,23 @@
 python -m benchmarks.zoo     # writes MODELS.md
 """
 
+import argparse
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax import format_timm, vit
-from vit_jax.weights import param_shapes
+from benchmarks import arguments
+from vit_jax.model import variants
+from vit_jax.model.vit import ViT
+from vit_jax.weights import timm
+from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TIMM_NAMES = ROOT / 'tests/data/timm_names.json'  # every ViT of timm 1.0.31, None: not read here
+# Every ViT of timm 1.0.31; None: not read here.
+TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 
 ABOUT = f"""# Models
@@ -22,7 +28,7 @@ Parameters in millions, with a head of 1,000 classes and positions for {PIXELS}x
 (32x32 where 32 is said), counted on the model as it is built here: `python -m benchmarks.zoo`.
 
 What the tests hold: weights of each format, small ones that the original code wrote with its
-outputs, give those outputs (`tests/data/`, `test_pretrained.py`); random models of Hugging Face
+outputs, give those outputs (`tests/fixtures/`, `test_pretrained.py`); random models of Hugging Face
 and timm give the same outputs and gradients (`test_pretrained_live.py`). The published files
 themselves, of full size, were not at hand. Names of files are those of the buckets and the Hub.
 
@@ -78,7 +84,7 @@ HUGGING_FACE = {  # class: an example on the Hub, how it differs from B/16 with 
 }
 
 
-def parameters(model: vit.ViT, pixels: int = PIXELS) -> int:
+def parameters(model: ViT, pixels: int = PIXELS) -> int:
   """The number of a model's parameters, from those of its first blocks: all are alike."""
   size = [pixels // p * p for p in model.patch_size]
   count = lambda depth: sum(
@@ -93,9 +99,9 @@ def millions(count: int) -> str:
   return f'{count / 1e6:.2f}'
 
 
-def timm_model(name: str) -> vit.ViT:
+def timm_model(name: str) -> ViT:
   """The model of a timm architecture name, with 1,000 classes."""
-  return vit.ViT(**format_timm.read(pathlib.Path(name), {'architecture': name}, {}).fields)
+  return ViT(**timm.read_timm(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 
 def tables() -> str:
@@ -104,10 +110,10 @@ def tables() -> str:
   lines += ['| --- | --- | --- | --- |']
   for name, (published, test) in VARIANTS.items():
     files = published.format(name.replace('/', '_'))
-    count = millions(parameters(vit.make(name, 1000)))
+    count = millions(parameters(variants.make(name, 1000)))
     lines.append(f'| `{name}` | {count} | {files} | `{test}` |')
   for name, trained in SMALL.items():
-    count = millions(parameters(vit.make(name, 10, pool='gap'), 32))
+    count = millions(parameters(variants.make(name, 10, pool='gap'), 32))
     lines.append(f'| `{name}` (32, 10 classes) | {count} | trained here: {trained} | `test_main` |')
   lines += ['\n## Hugging Face\n', 'Any size of these classes, safetensors with `config.json`.\n']
   lines += ['| class | for example | tests |', '| --- | --- | --- |']
@@ -129,6 +135,16 @@ def tables() -> str:
   return '\n'.join(lines) + '\n'
 
 
-if __name__ == '__main__':
+def parse(argv: list[str]) -> argparse.Namespace:
+  """There is nothing to choose."""
+  return arguments.Parser(__spec__, __doc__).parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  parse(argv)
   with jax.default_device(jax.devices('cpu')[0]):
     (ROOT / 'MODELS.md').write_text(tables(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -29,8 +29,8 @@ Batches of 4,096 want several accelerators, or `--config.micro_batches`.
 import functools
 
 from configs import finetune
-from vit_jax import vit
 from vit_jax.config import default_config
+from vit_jax.model import variants
 from vit_jax.names import choose
 
 MODELS = {k: v for k, v in finetune.MODELS.items() if k not in finetune.SMALL}
@@ -101,7 +101,7 @@ def get_config(variant='s16'):
   config = default_config()
   config.model.variant = MODELS[model]
   config.model.pool = 'cls'
-  config.model.representation_size = vit.variant_fields(MODELS[model])['width']
+  config.model.representation_size = variants.variant_fields(MODELS[model])['width']
   config.model.dtype = 'bfloat16'
   config.epochs = 300.0
   config.batch_size = 4096

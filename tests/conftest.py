@@ -7,6 +7,7 @@ import tempfile
 import jax
 import pytest
 
+from vit_jax import cli
 from vit_jax import config as config_lib
 
 if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parent of this process made it
@@ -18,7 +19,8 @@ jax.config.update('jax_num_cpu_devices', 2)
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for the processes that tests start
 jax.config.update('jax_disable_most_optimizations', True)
 
-DATA = pathlib.Path(__file__).parent / 'data'
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DATA = ROOT / 'tests' / 'fixtures'
 
 
 def small_config(**overrides):
@@ -37,10 +39,25 @@ def small_config(**overrides):
   return config
 
 
+def call(capsys, *argv):
+  """(exit code, stdout, stderr) of main.py."""
+  code = cli.main(list(argv))
+  out, err = capsys.readouterr()
+  assert 'Traceback' not in err
+  return code, out, err
+
+
+def error(capsys, *argv):
+  """The message of a command that is refused."""
+  code, _, err = call(capsys, *argv)
+  assert code == 2 and err.startswith('error: '), err
+  return err
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
   """A finished run: (workdir, result)."""
-  from vit_jax import trainer
+  from vit_jax.training import trainer
 
   workdir = tmp_path_factory.mktemp('run')
   return workdir, trainer.train(small_config(), workdir)

@@ -1,3 +1,3 @@
 """The run of conftest.py as an experiment, for processes that tests start."""
 
-from conftest import small_config as get_config  # noqa: F401
+from tests.conftest import small_config as get_config  # noqa: F401

@@ -4,7 +4,9 @@ import dataclasses
 import importlib.util
 import io
 import math
+import pathlib
 import re
+import shlex
 
 import jax
 import numpy as np
@@ -14,8 +16,16 @@ import pytest
 from benchmarks import input as input_lib
 from benchmarks import memory, photos, pods, scaling, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
-from vit_jax import augment, sources, splits, vit
+from vit_jax.augment import pipeline
+from vit_jax.data import sources, splits
+from vit_jax.model import variants
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAMS = sorted(
+  path.stem
+  for path in (ROOT / 'benchmarks').glob('*.py')
+  if 'def parse(' in path.read_text(encoding='utf-8')
+)
 WORKS = [works.dry(work) for work in works.WORKS['cpu']]
 TRAIN, INFERENCE = WORKS[0], WORKS[1]
 CLS = next(work for work in WORKS if work.name == 'B/16 inference')  # tiny has no class token
@@ -27,7 +37,7 @@ def ours(work):
   image_BHWC = np.random.RandomState(0).normal(size=(4, *(size['image_size'],) * 2, 3))
   image_BHWC = image_BHWC.astype(np.float32)
   names = ('width', 'depth', 'num_heads', 'mlp_dim', 'pool', 'activation', 'patch_size')
-  model = vit.make('Ti/16', works.NUM_CLASSES, **{name: size[name] for name in names})
+  model = variants.make('Ti/16', works.NUM_CLASSES, **{name: size[name] for name in names})
   params = model.init(jax.random.key(0), image_BHWC)['params']
   draw = np.random.RandomState(1).normal
   return model, jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), params), image_BHWC
@@ -46,6 +56,7 @@ def plain_names(params):
   return plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
 def test_plain_linen_is_the_same_function(work):
   model, params, image_BHWC = ours(work)
@@ -119,6 +130,7 @@ def test_flops_are_those_of_the_products(work):
   assert count(gradient) == want['train']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('work', [TRAIN, INFERENCE], ids=lambda work: work.mode)
 def test_contestants_run_in_processes_of_their_own(work):
   work = dataclasses.replace(work, batch_size=64)
@@ -169,7 +181,7 @@ def test_every_work_finds_its_images(work):
 def test_a_step_is_one_that_the_peers_take(work):
   config = works.settings(work)
   assert config.optimizer.name == 'adamw' and not config.optimizer.clip and not config.ema
-  assert set(augment.active(config.augment)) <= {'pad_crop', 'flip'}
+  assert set(pipeline.active(config.augment)) <= {'pad_crop', 'flip'}
 
 
 def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
@@ -234,10 +246,10 @@ def test_models_have_the_parameters_that_are_published():
   listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))
   assert {name: listed[name] for name in MILLIONS} == MILLIONS
   for name in ('Ti/16', 'R26+S/32'):
-    assert zoo.millions(zoo.parameters(vit.make(name, 1000))) == MILLIONS[name]
+    assert zoo.millions(zoo.parameters(variants.make(name, 1000))) == MILLIONS[name]
   name = 'vit_wee_patch16_reg1_gap_256'
   assert zoo.millions(zoo.parameters(zoo.timm_model(name))) == listed[name]
-  assert set(vit.VARIANTS) <= {name.split('/')[0] for name in listed}
+  assert set(variants.VARIANTS) <= {name.split('/')[0] for name in listed}
 
 
 # Lines as the TPU's compiler and XLA's older printer write them.
@@ -313,3 +325,51 @@ def test_photos_are_as_large_as_photographs(tmp_path, monkeypatch):
   pixels = [math.prod(Image.open(file).size) for file in files]
   assert len(files) == 12 and 100_000 < np.mean(pixels) < 200_000
   assert 0.4 < sum(file.stat().st_size for file in files) / sum(pixels) < 0.7
+
+
+def program(name):
+  return importlib.import_module(f'benchmarks.{name}')
+
+
+def test_whatever_runs_by_itself_reads_its_arguments():
+  """Else a mistyped one would be passed over, and minutes of work begin."""
+  files = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('benchmarks/*.py')}
+  run = {name for name, text in files.items() if "if __name__ == '__main__'" in text}
+  assert run - {'memory'} == set(PROGRAMS)  # which only names another command
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_a_benchmark_has_help_and_refuses_what_it_does_not_know(name, capsys):
+  with pytest.raises(SystemExit, match='0'):
+    program(name).parse(['--help'])
+  assert f'python -m benchmarks.{name}' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match='2'):
+    program(name).parse(['--nonsense'])
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and err.count('\n') == 1, err
+
+
+def documented():
+  """`(name, arguments)` of every command in the docs, the build files and the docstrings."""
+  files = [ROOT / 'README.md', ROOT / 'Makefile', ROOT / '.ci/run', *ROOT.glob('benchmarks/*.py')]
+  for path in files:
+    text = path.read_text(encoding='utf-8').replace('\\\\\n', '').replace('\\\n', '')
+    for name, words in re.findall(r'-m benchmarks\.(\w+)(.*)', text):
+      words = words.split('`')[0].split('  #')[0].split(' # ')[0]
+      words = words.replace('$*', 'cpu').replace('$(DATA)', 'folder:cifar10')
+      yield name, tuple(shlex.split(words.removesuffix("'")))
+
+
+@pytest.mark.parametrize(('name', 'words'), sorted({*documented()}))
+def test_documented_commands_are_understood(name, words, tmp_path, monkeypatch):
+  if words == () and name in ('transfer', 'recipes'):  # named in a text
+    return
+  monkeypatch.chdir(tmp_path)
+  for run in ('digits0', 'digits1', 'digits2', 'tin'):
+    (tmp_path / 'runs' / run).mkdir(parents=True)
+    (tmp_path / 'runs' / run / 'result.json').write_text('{}')
+  if name == 'streamed':
+    (tmp_path / 'folder/train').mkdir(parents=True)
+  if name == 'sweep':
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+  program(name).parse(list(words))

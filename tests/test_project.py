@@ -1,6 +1,7 @@
 """Imports run one way, every config builds, the package is light."""
 
 import ast
+import collections
 import pathlib
 import subprocess
 import sys
@@ -8,65 +9,125 @@ import sys
 import pytest
 
 from configs import finetune, imagenet
-from vit_jax import config as config_lib
-from vit_jax import experiment
+from vit_jax import cli
 from vit_jax.check import check
+from vit_jax.experiment import Task, assemble
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
 
-# A module imports only from the lines above its own.
+# Packages, and modules beside them. Each imports only from those before it, and from another
+# package only what its `__init__` lists.
 LAYERS = (
-  {'names', 'paths', 'backend', 'cluster', 'losses', 'output', 'prepare', 'resnet'},
-  {'limits', 'events', 'draw', 'image', 'sharding', 'progress', 'attention', 'matmul'},
-  {'timm_names', 'positions', 'splits', 'writer', 'randaugment'},
-  {'vit', 'augment', 'optim', 'config', 'folder'},
-  {'sources', 'state', 'weights', 'maps'},
-  {'memory', 'real'},
-  {'stream'},
-  {'data', 'checkpoint', 'format_npz', 'format_hf', 'format_timm', 'format_program'},
-  {'pretrained', 'report', 'trained'},
-  {'check', 'inherit', 'card'},
-  {'experiment', 'export'},
-  {'evaluate', 'features', 'pictures'},
-  {'trainer', 'predict', 'serve', 'fewshot'},
-  {'probe', 'summary', 'visualize'},
-)
-LEAVES = set().union(*LAYERS[:7])
+  'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
+  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
+  'training', 'figures', 'inference', 'cli',
+)  # fmt: skip
 
 
-def imports(path):
-  """What a file imports: (modules of vit_jax, other modules)."""
+def name_of(path):
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+FILES = sorted(PACKAGE.rglob('*.py'))
+MODULES = {name_of(path): path for path in FILES}
+TREES = {name: ast.parse(path.read_text(encoding='utf-8')) for name, path in MODULES.items()}
+
+
+def imported(name):
+  """What a module imports, wherever in it: (modules of vit_jax, other top-level modules)."""
   ours, others = set(), set()
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module == 'vit_jax':
-      ours |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom) and node.module.startswith('vit_jax.'):
-      ours.add(node.module.split('.')[1])
-    elif isinstance(node, ast.ImportFrom):
-      others.add(node.module.split('.')[0])
-    elif isinstance(node, ast.Import):
+  for node in ast.walk(TREES[name]):
+    if isinstance(node, ast.Import):
       others |= {alias.name.split('.')[0] for alias in node.names}
-  return ours, others
+    elif isinstance(node, ast.ImportFrom) and node.module.split('.')[0] != 'vit_jax':
+      others.add(node.module.split('.')[0])
+    elif isinstance(node, ast.ImportFrom):
+      found = {f'{node.module}.{alias.name}' for alias in node.names} & MODULES.keys()
+      ours |= found or {node.module}
+  return ours - {'vit_jax'}, others
 
 
-@pytest.mark.parametrize('path', sorted(PACKAGE.glob('*.py')), ids=lambda p: p.stem)
-def test_imports_run_one_way(path):
-  if path.stem == '__init__':
-    return
-  level = next(i for i, layer in enumerate(LAYERS) if path.stem in layer)
-  ours, others = imports(path)
-  below = set().union(*LAYERS[:level])
-  assert ours <= below, f'{path.stem} imports {ours - below} from its own level or above'
-  assert path.stem == 'prepare' or 'tensorflow' not in others
-  if path.stem in LEAVES - {'config'}:
-    assert 'ml_collections' not in others  # a config is read above
+def package_of(name):
+  """`vit_jax.data` of `vit_jax.data.splits`; a module at the root is its own."""
+  return '.'.join(name.split('.')[:2])
+
+
+@pytest.mark.parametrize('name', sorted(MODULES.keys() - {'vit_jax'}))
+def test_imports_run_one_way(name):
+  ours, others = imported(name)
+  own = package_of(name)
+  below = {f'vit_jax.{layer}' for layer in LAYERS[: LAYERS.index(own.split('.')[1])]}
+  for other in ours:
+    assert package_of(other) in below | {own}, f'imports {other} from above'
+    assert package_of(other) in (own, other), f'imports {other}, not what its package lists'
+  assert name == 'vit_jax.data.tfds' or 'tensorflow' not in others
+
+
+def test_no_import_leads_back():
+  state = {}
+
+  def visit(name, path):
+    assert state.get(name) != 'open', ' -> '.join([*path, name])
+    if name not in state:
+      state[name] = 'open'
+      for other in sorted(imported(name)[0]):
+        visit(other, [*path, name])
+      state[name] = 'done'
+
+  for name in MODULES:
+    if MODULES[name].name != '__init__.py':
+      visit(name, [])
+
+
+def test_the_house_has_few_rooms_and_each_is_small():
+  folders = collections.Counter(path.parent for path in FILES if path.name != '__init__.py')
+  assert len(folders) - 1 <= 12
+  assert {f.name: n for f, n in folders.items() if n > 10 and f.name != 'cli'} == {}
+  for path in FILES:
+    lines = len(path.read_text(encoding='utf-8').splitlines())
+    assert lines <= 300, f'{path} has {lines} lines'
+
+
+MANY_PARAMETERS = {  # and why
+  'rand_augment': 'they are its config keys',
+  'save': 'keywords of the public API',
+}
+
+
+def test_functions_are_short_and_ask_for_little():
+  for name, tree in TREES.items():
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        lines, words = node.end_lineno - node.lineno + 1, node.args
+        count = len([*words.posonlyargs, *words.args, *words.kwonlyargs])
+        count -= bool(words.args) and words.args[0].arg in ('self', 'cls')
+        assert lines <= 60, f'{name}.{node.name} has {lines} lines'
+        assert count <= 6 or node.name in MANY_PARAMETERS, f'{name}.{node.name}: {count} parameters'
+
+
+def test_a_module_knows_few_others_and_a_name_has_one_meaning():
+  homes = collections.defaultdict(set)
+  for name, tree in TREES.items():
+    found = imported(name)[0]
+    rooms = {
+      package_of(other) if package_of(other) != package_of(name) else other for other in found
+    }
+    assert len(rooms) <= 10 or MODULES[name].name == '__init__.py', (
+      f'{name} imports {sorted(rooms)}'
+    )
+    for node in tree.body:
+      if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        homes[node.name].add(name)
+  twice = {name: found for name, found in homes.items() if len(found) > 1}
+  assert len(twice) <= 15, twice
 
 
 @pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])
 def test_text_files_are_utf_8_wherever_they_are_opened(folder):
   """Without an encoding Python takes the locale's, which may lack the letters of a class name."""
-  for path in sorted((ROOT / folder).glob('*.py')):
+  for path in sorted((ROOT / folder).rglob('*.py') if folder != '.' else ROOT.glob('*.py')):
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
         name = getattr(node.func, 'id', getattr(node.func, 'attr', ''))
@@ -78,13 +139,13 @@ def test_text_files_are_utf_8_wherever_they_are_opened(folder):
 
 
 def test_a_model_needs_only_the_light_dependencies():
-  heavy = ['clu', 'tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'grain', 'cv2']
+  heavy = ['tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'grain', 'cv2']
   script = (
     f'import sys; sys.modules.update(dict.fromkeys({heavy}))\n'
     "import vit_jax, jax, jax.numpy as jnp; model = vit_jax.make('B/16', num_classes=10)\n"
     'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
     "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
-    'from vit_jax import predict'
+    'from vit_jax.inference import prediction'
   )
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
@@ -109,11 +170,11 @@ SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 
 @pytest.mark.parametrize('spec', SPECS)
 def test_every_config_builds(spec):
-  config = config_lib.load_file(f'{ROOT}/configs/{spec}')
+  config = cli.load_file(f'{ROOT}/configs/{spec}')
   check(config)
   channels = 1 if spec == 'digits.py' else 3
-  task = experiment.Task(('a', 'b'), (32, 32), channels)
-  assert experiment.assemble(config, task).image_shape[-1] == channels
+  task = Task(('a', 'b'), (32, 32), channels)
+  assert assemble(config, task).image_shape[-1] == channels
   assert config.log_every == 50
 
 

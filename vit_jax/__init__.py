@@ -2,18 +2,23 @@
 
 model = vit_jax.make('B/16', num_classes=10)
 result = vit_jax.train(config, workdir)
+accuracy = vit_jax.evaluate(workdir)['accuracy']
+for row in vit_jax.predict(workdir, ['cat.png', 'photos/']): print(row)
 """
 
 import importlib
 
 _PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
-  'ViT': 'vit',
-  'make': 'vit',
-  'block_tokens': 'vit',
-  'load': 'pretrained',
-  'save': 'pretrained',
+  'ViT': 'model.vit',
+  'Encoder': 'model.encoder',
+  'make': 'model.variants',
+  'block_tokens': 'model.vit',
+  'load': 'weights.pretrained',
+  'save': 'inference.exporting',
   'default_config': 'config',
-  'train': 'probe',
+  'train': 'training.trainer',
+  'evaluate': 'evaluation.exact',
+  'predict': 'inference.prediction',
 }
 
 __all__ = list(_PUBLIC)

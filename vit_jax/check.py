@@ -1,77 +1,61 @@
-"""What a config may say: names, ranges, and what excludes what."""
+"""What a config may say: names, ranges, and what excludes what.
+
+`keys.py` has the range of each key, and its names or the name of their registry, here.
+"""
+
+from collections.abc import Callable, Collection
 
 from ml_collections import ConfigDict
 
-from vit_jax import augment, image, optim, positions, randaugment
 from vit_jax import config as config_lib
-from vit_jax.names import choose
-from vit_jax.weights import pair
+from vit_jax.augment import MAX_MAGNITUDES, PAD_MODES, SPACES, mixes
+from vit_jax.data import INTERPOLATIONS
+from vit_jax.keys import KEYS
+from vit_jax.model import ACTIVATIONS, POOLS, POSITION_PREFIXES, POSITIONS, REMAT, RESIZES
+from vit_jax.names import choose, pair
+from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
 
-RANGES = {  # what a number may be, both ends included
-  'seed': (0, 2**32 - 1),
-  'epochs': (0, 1e6),
-  'batch_size': (1, 1e6),
-  'micro_batches': (1, 1e6),
-  'eval_batch_size': (1, 1e6),
-  'log_every': (0, 1e9),
-  'eval_every': (0, 1e9),
-  'checkpoint_every': (0, 1e9),
-  'keep_checkpoints': (1, 1e6),
-  'ema': (0, 0.9999999),
-  'augment.pad_crop.padding': (0, 1e3),
-  'augment.flip.probability': (0, 1),
-  'augment.resized_crop.min_area': (0.001, 1),
-  'augment.resized_crop.max_aspect': (1, 100),
-  'augment.rand_augment.num_layers': (0, 100),
-  'augment.rand_augment.mstd': (0, 100),
-  'augment.rand_augment.probability': (0, 1),
-  'augment.trivial_augment.probability': (0, 1),
-  'augment.erasing.probability': (0, 1),
-  'augment.erasing.min_area': (0, 1),
-  'augment.erasing.max_area': (0, 1),
-  'augment.erasing.max_aspect': (1, 100),
-  'augment.mix.probability': (0, 1),
-  'augment.mix.mixup_alpha': (0, 1e3),
-  'augment.mix.cutmix_alpha': (0, 1e3),
-  'augment.mix.switch': (0, 1),
-  'augment.off_for_last': (0, 1),
-  'data.crop': (0.01, 1),
-  'data.workers': (0, 1e3),
-  'data.threads': (1, 1e3),
-  'model.norm_epsilon': (0, 1),
-  'optimizer.lr': (0, 1e38),
-  'optimizer.weight_decay': (0, 1e6),
-  'optimizer.b1': (0, 0.9999999),
-  'optimizer.b2': (0, 0.9999999),
-  'optimizer.momentum': (0, 0.9999999),
-  'optimizer.layer_decay': (1e-6, 1),
-  'optimizer.clip': (0, 1e38),
-  'schedule.warmup': (0, 1e6),
-  'loss.label_smoothing': (0, 1),
+REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
+  'ACTIVATIONS': ACTIVATIONS,
+  'FREEZE': FREEZE,
+  'INTERPOLATIONS': INTERPOLATIONS,
+  'LOSSES': LOSSES,
+  'MOMENT_DTYPES': MOMENT_DTYPES,
+  'OPTIMIZERS': OPTIMIZERS,
+  'PAD_MODES': PAD_MODES,
+  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # one vector
+  'POSITIONS': POSITIONS,
+  'POSITION_PREFIXES': POSITION_PREFIXES,
+  'REMAT': REMAT,
+  'RESIZES': RESIZES,
+  'SCHEDULES': SCHEDULES,
+  'SPACES': SPACES,
 }
 
-CACHES = ('auto', 'memory', 'stream')
+
+def choices(key: str) -> tuple[str, ...]:
+  """The valid names of a key, in the order of its registry; empty where any value is."""
+  names = KEYS[key].choices
+  if isinstance(names, str):
+    names = REGISTRIES[names] if names else ()
+  return tuple(names() if callable(names) else names)
 
 
 def check(config: ConfigDict) -> None:
   """Raises ValueError for numbers that no run can have, and for unknown names."""
-  choose('optimizer.name', config.optimizer.name, optim.OPTIMIZERS)
-  choose('optimizer.moment_dtype', config.optimizer.moment_dtype, optim.MOMENT_DTYPES)
-  choose('freeze', config.freeze, optim.FREEZE)
-  choose('schedule.name', config.schedule.name, optim.SCHEDULES)
-  choose('init_resize', config.init_resize, positions.RESIZES)
-  choose('data.interpolation', config.data.interpolation, image.INTERPOLATIONS)
-  choose('data.cache', config.data.cache, CACHES)
-  choose('augment.pad_crop.mode', config.augment.pad_crop.mode, augment.PAD_MODES)
-  choose('augment.rand_augment.space', config.augment.rand_augment.space, randaugment.SPACES)
-  pair(config.data.image_size, 'data.image_size')
   values = config_lib.flatten(config)
-  for key, value in values.items():
+  for name, key in KEYS.items():
+    value = values[name]
     if any(item != item for item in (value if isinstance(value, list) else [value])):
-      raise ValueError(f'{key} must be a number, got {value}.')
-  for key, (low, high) in RANGES.items():
-    if values[key] is not None and not low <= values[key] <= high:
-      raise ValueError(f'{key} must be from {low:.15g} to {high:.15g}, got {values[key]}.')
+      raise ValueError(f'{name} must be a number, got {value}.')
+    if value is None:
+      continue
+    if key.choices:
+      choose(name, value, choices(name))
+    if key.range and not key.range[0] <= value <= key.range[1]:
+      low, high = key.range
+      raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
+  pair(config.data.image_size, 'data.image_size')
   check_augment(config)
   check_progressive(config)
   axes = dict(config.mesh)
@@ -111,9 +95,9 @@ def check_progressive(config: ConfigDict) -> None:
 def check_augment(config: ConfigDict) -> None:
   """Raises ValueError for arguments of augmentations that don't fit each other."""
   erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
-  most = randaugment.MAX_MAGNITUDES[drawn.space]
+  most = MAX_MAGNITUDES[drawn.space]
   if not 0 <= drawn.magnitude <= most:
-    spaces = [f'{space} to {most}' for space, most in randaugment.MAX_MAGNITUDES.items()]
+    spaces = [f'{space} to {most}' for space, most in MAX_MAGNITUDES.items()]
     raise ValueError(
       f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
       f'{drawn.magnitude:g}. The spaces go to: {", ".join(spaces)}.'
@@ -122,7 +106,7 @@ def check_augment(config: ConfigDict) -> None:
     raise ValueError(
       f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
     )
-  if not augment.mixes(config.augment):
+  if not mixes(config.augment):
     return
   if not mix.mixup_alpha and not mix.cutmix_alpha:
     raise ValueError(

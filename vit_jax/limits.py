@@ -1,7 +1,9 @@
-"""What to say when memory runs out."""
+"""How much memory there is, and what to say when it runs out."""
 
 from collections.abc import Iterator
 import contextlib
+import os
+import pathlib
 import re
 
 import jax
@@ -24,7 +26,7 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Turns every kind of error that means too little memory into `OutOfMemory`.
+  """Turns every kind of error that means too little memory, or threads, into `OutOfMemory`.
 
   Also a decorator. Within several of these the innermost decides what is said.
 
@@ -35,10 +37,47 @@ def memory_for(what: str) -> Iterator[None]:
     yield
   except OutOfMemory:
     raise
-  except (MemoryError, jax.errors.JaxRuntimeError) as error:
-    if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+  except (MemoryError, RuntimeError) as error:
+    if str(error) == "can't start new thread":  # Python's, which knows no more
+      raise OutOfMemory(
+        f'{what} can start no more threads. Raise what limits this process: `ulimit -u` for the '
+        "user's threads, `ulimit -v` for memory."
+      ) from error
+    if isinstance(error, RuntimeError) and not is_full(error):
       raise
     reason = (str(error).removeprefix('RESOURCE_EXHAUSTED: ').splitlines() or [''])[0][:200]
     in_gb = lambda found: f'{int(found[1]) / 1e9:,.1f} GB'
     reason = re.sub(r'(\d{8,}) bytes', in_gb, reason).rstrip('.') or 'no details'
     raise OutOfMemory(f'{what} ran out of memory ({reason}). {LESS.get(what, ANY)}') from error
+
+
+def is_full(error: RuntimeError) -> bool:
+  """Whether JAX raised it because the memory of a device, or of the host, ran out."""
+  return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
+
+
+def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
+  """Bytes of memory that this process may use: the machine's, or less where a cgroup sets a limit.
+
+  Containers and batch systems set it, for a group of processes or for a group above that one.
+
+  Args:
+    root: of the files that tell.
+  """
+  limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+  groups = root / 'proc/self/cgroup'
+  for line in groups.read_text(encoding='utf-8').splitlines() if groups.exists() else ():
+    _, controllers, path = line.split(':', 2)
+    if not controllers:
+      top, name = root / 'sys/fs/cgroup', 'memory.max'
+    elif 'memory' in controllers.split(','):
+      top, name = root / 'sys/fs/cgroup/memory', 'memory.limit_in_bytes'
+    else:
+      continue
+    own = top / path.lstrip('/')
+    # Within a container the path may be the host's, of which only the top is seen.
+    for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
+      file = folder / name
+      text = file.read_text(encoding='utf-8').strip() if file.exists() else 'max'
+      limits += [int(text)] if text != 'max' else []
+  return min(limits)

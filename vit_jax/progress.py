@@ -8,7 +8,7 @@ import threading
 
 from tqdm import tqdm
 
-from vit_jax import cluster
+from vit_jax.distributed import is_first
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def announced(message: str) -> Iterator[None]:
 def counter(items: Iterable | None = None, **arguments) -> tqdm:
   """tqdm's bar, of the first process; seldom drawn where it stays, as in a log file."""
   interval = 0.1 if sys.stderr.isatty() else 10  # seconds
-  silent = not cluster.is_first()
+  silent = not is_first()
   return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)
 
 

@@ -1,0 +1,158 @@
+"""Help, the printed config, and the command `vit-jax`."""
+
+import importlib.metadata
+import inspect
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from tests.conftest import ROOT, call, error
+import vit_jax
+from vit_jax import cli
+from vit_jax import config as config_lib
+from vit_jax.check import REGISTRIES, choices
+from vit_jax.cli import command, config_page
+from vit_jax.cli.flags import Flag
+from vit_jax.cli.parsing import parse_flags
+from vit_jax.inference import predict_files
+from vit_jax.keys import KEYS
+from vit_jax.model import POOLS
+
+
+def test_help_lists_the_modes_and_each_mode_its_flags(capsys):
+  _, out, _ = call(capsys, '--help')
+  assert all(f'  {name}' in out and mode.summary in out for name, mode in cli.MODES.items())
+  for name, mode in cli.MODES.items():
+    _, page, _ = call(capsys, f'--mode={name}', '--help')
+    assert all(f'--{flag.name}=' in page and flag.help[:40] in page for flag in mode.flags)
+    assert mode.example in page
+    assert '--topk' not in page or name == 'predict'
+  assert 'Did you mean eval' in error(capsys, '--mode=evaluate', '--help')
+
+
+@pytest.mark.parametrize('name', cli.MODES)
+def test_the_example_of_a_mode_is_accepted(name):
+  args = parse_flags([f'--mode={name}', *shlex.split(cli.MODES[name].example)], name)
+  command.check_required(args)
+
+
+def test_help_config_lists_every_key_with_default_unit_and_meaning(capsys):
+  _, out, _ = call(capsys, '--help_config')
+  lines = out.splitlines()
+  assert 'log_every = 50  (int, steps: at least 0)' in lines
+  assert 'optimizer.name = adamw  (str: adamw, muon, sgd)' in lines
+  names = [line.partition(' = ')[0] for line in lines if ' = ' in line]
+  assert names == list(KEYS) and all(key.help for key in KEYS.values())
+
+
+def test_choices_follow_the_registries(monkeypatch):
+  assert 'none' in POOLS and 'none' not in choices('model.pool')
+  monkeypatch.setitem(POOLS, 'mine', POOLS['gap'])
+  assert 'mine' in choices('model.pool')
+  named = {key.choices for key in KEYS.values() if isinstance(key.choices, str)}
+  assert named - {''} == REGISTRIES.keys()
+
+
+def test_the_reference_page_comes_from_the_table():
+  text = (ROOT / 'docs' / 'config.md').read_text(encoding='utf-8')
+  remedy = 'python -m vit_jax.cli.config_page > docs/config.md'
+  assert text == config_page.config_markdown() + '\n', f'docs/config.md is outdated: {remedy}'
+
+
+def test_the_printed_config_makes_the_same_config_again(capsys):
+  flags = ['--config=configs/cifar10.py:tiny', '--config.data.mean=0.5,0.4,0.3']
+  code, out, _ = call(capsys, *flags, '--config.init=a=b', '--print_config')
+  assert not code and 'data.mean=0.5,0.4,0.3' in out and 'progressive.sizes=()' in out
+  again = config_lib.default_config()
+  config_lib.override_all(again, dict(line.split('=', 1) for line in out.splitlines()))
+  wanted = cli.load_file(f'{ROOT}/configs/cifar10.py:tiny')
+  config_lib.override_all(wanted, {'data.mean': '0.5,0.4,0.3', 'init': 'a=b'})
+  assert config_lib.flatten(again) == config_lib.flatten(wanted)
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_is_printed_too(capsys, trained):
+  _, out, _ = call(capsys, '--print_config', f'--workdir={trained[0]}', '--config.log_every=7')
+  assert 'data.source=synthetic' in out and 'log_every=7' in out
+
+
+@pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help'], ['--print_config']])
+def test_help_needs_no_jax(flags):
+  script = (
+    f'import sys\nfrom vit_jax import cli\ncli.main({flags})\nassert "jax" not in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_command_runs_in_any_folder_on_any_config_file(tmp_path):
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+  entry = importlib.metadata.EntryPoint('vit-jax', project['scripts']['vit-jax'], 'console_scripts')
+  assert entry.load() is cli.start
+  # Only the package is importable, as where it is installed; the configs are files anywhere.
+  (tmp_path / 'installed').mkdir()
+  (tmp_path / 'installed' / 'vit_jax').symlink_to(ROOT / 'vit_jax')
+  (tmp_path / 'copy').mkdir()
+  (tmp_path / 'copy' / 'configs').symlink_to(ROOT / 'configs')
+  script = f'import sys; sys.argv[0] = "vit-jax"; from {entry.module} import start; start()'
+
+  def run(*flags):
+    return subprocess.run(
+      [sys.executable, '-c', script, *flags],
+      cwd=tmp_path,
+      env=os.environ | {'PYTHONPATH': str(tmp_path / 'installed')},
+      capture_output=True,
+      text=True,
+    )
+
+  assert run('--help').stdout.startswith('usage: vit-jax ')
+  ended = run(f'--config={tmp_path}/copy/configs/folder.py:small', '--print_config')
+  assert 'data.source=folder:' in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize('module, install', [
+  ('sklearn', "pip install '.[train]'"),
+  ('gradio.themes', 'pip install -r requirements-demo.txt'),
+])  # fmt: skip
+def test_a_missing_extra_is_named_in_one_sentence(capsys, monkeypatch, module, install):
+  def run_mine(args):
+    raise ModuleNotFoundError(f'No module named {module!r}', name=module)
+
+  flags = (Flag('workdir', 'a folder'),)
+  monkeypatch.setitem(cli.MODES, 'mine', cli.Mode('', '', flags, run_mine))
+  said = error(capsys, '--mode=mine', '--workdir=x')
+  assert said == f'error: --mode=mine needs {module}, which is not installed: {install}.\n'
+
+
+def test_a_missing_module_of_no_extra_is_a_bug_and_shows_where(monkeypatch):
+  def run_mine(args):
+    raise ModuleNotFoundError('No module named own', name='own')
+
+  monkeypatch.setitem(cli.MODES, 'mine', cli.Mode('', '', (), run_mine))
+  with pytest.raises(ModuleNotFoundError):
+    cli.main(['--mode=mine'])
+
+
+def test_the_extra_train_is_known():
+  text = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
+  extra = tomllib.loads(text)['project']['optional-dependencies']['train']
+  known = {name for modules in command.EXTRAS.values() for name in modules}
+  provided = importlib.metadata.packages_distributions()
+  for requirement in extra:
+    name = requirement.split('>')[0].lower()
+    modules = [top for top, owners in provided.items() if name in {o.lower() for o in owners}]
+    assert not modules or known & set(modules), requirement
+
+
+def test_evaluate_and_predict_from_python(trained):
+  workdir, result = trained
+  found = vit_jax.evaluate(str(workdir), {'data.eval_split': 'test[:70]'}, step='16')
+  assert (found['step'], found['examples']) == (16, 70)
+  assert vit_jax.evaluate(workdir)['accuracy'] == result['test_accuracy']
+  image = min((workdir / 'examples').iterdir())
+  (row,) = vit_jax.predict(str(workdir), [str(image)], topk=2)
+  assert row['file'] == str(image) and len(row['predictions']) == 2
+  assert inspect.isgeneratorfunction(predict_files)

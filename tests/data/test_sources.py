@@ -1,0 +1,515 @@
+"""Every source on real files: layouts, splits, formats, and what is broken."""
+
+import collections
+import errno
+import hashlib
+import io
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import DATA, ROOT
+from vit_jax import limits, progress
+from vit_jax.data import folder as folder_lib
+from vit_jax.data import image as image_lib
+from vit_jax.data import memory, sources, splits
+from vit_jax.data.source import Source
+
+SIZES = {'train': 100, 'test': 20}
+
+
+@pytest.mark.parametrize('spec, pieces', [
+    ('train', [('train', 0, 100)]),
+    ('train[:98%]', [('train', 0, 98)]),
+    ('train[98%:]', [('train', 98, 100)]),
+    ('test+train[:5]', [('test', 0, 20), ('train', 0, 5)]),
+    ('train[-3:]', [('train', 97, 100)]),
+])  # fmt: skip
+def test_split_notation(spec, pieces):
+  assert splits.resolve(spec, SIZES) == pieces
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('tran', 'Did you mean train'), ('train[5', 'train\\[5'), ('train[5:5]', 'no examples'),
+    ('train[:101]', '101'), ('train[:60]+train[50:]', 'twice'), ('', 'split'),
+])  # fmt: skip
+def test_bad_splits_are_refused(spec, message):
+  with pytest.raises(ValueError, match=message):
+    splits.resolve(spec, SIZES)
+
+
+def test_overlap():
+  one = lambda spec: splits.resolve(spec, SIZES)
+  assert splits.overlap(one('train'), one('train[98%:]'))
+  assert not splits.overlap(one('train[:98%]'), one('train[98%:]+test'))
+
+
+def test_digits_are_stratified():
+  source = sources.open_source('digits', '', (8, 8))
+  train, test = (memory.load_examples(source, split, (8, 8)) for split in SIZES)
+  assert train.image_NHWC.shape == (1437, 8, 8, 1) and len(test) == 360
+  both = np.concatenate([train.image_NHWC, test.image_NHWC]).reshape(1797, -1)
+  assert both.max() == 255
+  share = np.bincount(test.label_N) / np.bincount(np.concatenate([train.label_N, test.label_N]))
+  np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def make_folder(root, layout, count=12, size=(10, 8)):
+  """`count` images in each of `layout`'s folders, all different."""
+  draw = np.random.RandomState(0)
+  for folder in layout:
+    (root / folder).mkdir(parents=True)
+    for i in range(count):
+      suffix = ('.png', '.PNG', '.jpg', '.JPEG', '.webp', '.bmp')[i % 6]
+      pixels = draw.randint(0, 256, (*size, 3)).astype(np.uint8)
+      Image.fromarray(pixels).save(root / folder / f'{i}{suffix}')
+    (root / folder / 'notes.txt').write_text('not an image')
+
+
+def load(root, split='train', size=(32, 32), **arguments):
+  source = sources.open_source(f'folder:{root}', '', size)
+  return source, memory.load_examples(source, split, size, **arguments)
+
+
+@pytest.mark.parametrize('held_out', ['test', 'val', 'valid', 'validation'])
+def test_a_folder_with_splits(tmp_path, held_out):
+  make_folder(tmp_path, [f'{s}/{c}' for s in ('train', held_out) for c in ('cat', 'dog', 'ant')])
+  source, train = load(tmp_path, size=(10, 8))
+  assert source.class_names == ('ant', 'cat', 'dog')
+  assert source.sizes == {'train': 36, 'test': 36}
+  assert train.image_NHWC.shape == (36, 10, 8, 3)
+  assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
+  assert len(set(train.label_N[:12].tolist())) == 3  # mixed
+
+
+def touch(root, names):
+  """Empty files: a source looks at names only."""
+  for name in names:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).touch()
+
+
+def members(root, *specs):
+  """The files of each split, as paths from the root."""
+  source = sources.open_source(f'folder:{root}', '', (4, 4))
+  read = lambda spec: [source.read(name, range(a, b)) for name, a, b in source.pieces(spec)]
+  paths = [[file for part in read(spec) for _, file, _ in part] for spec in specs]
+  return [{str(file.relative_to(root)) for file in found} for found in paths]
+
+
+@pytest.mark.parametrize('layout', ['', 'train/'])
+def test_other_files_move_no_file_between_splits(tmp_path, layout):
+  specs = 'train', 'test', 'train[:90%]', 'train[90%:]', 'test[:50%]'
+  touch(tmp_path, [f'{layout}{c}/{c}{i}.jpg' for c in 'ab' for i in range(60)])
+  before = members(tmp_path, *specs)
+  assert all(before) and not before[0] & before[1] and not before[2] & before[3]
+  assert before[0] == before[2] | before[3]
+  files = sorted(set.union(*before))
+  for file in files[::7]:
+    (tmp_path / file).unlink()
+  touch(tmp_path, [f'{layout}{c}/new{i}.jpg' for c in 'abc' for i in range(9)])
+  moved = f'{layout}b/a1.jpg'  # to another class
+  (tmp_path / layout / 'a' / 'a1.jpg').rename(tmp_path / moved)
+  for was, now in zip(before, members(tmp_path, *specs)):
+    old = {file for file in now if 'new' not in file}
+    assert {file.replace(moved, f'{layout}a/a1.jpg') for file in old} == was - set(files[::7])
+
+
+def test_a_fifth_of_a_plain_folder_is_held_out_and_slices_are_even(tmp_path):
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(1000)])
+  specs = 'test', 'train', *(f'train[{i}%:{i + 20}%]' for i in range(0, 100, 20)), 'train[99.5%:]'
+  count = [len(found) for found in members(tmp_path, *specs)]
+  assert count[0] == pytest.approx(400, abs=50) and count[0] + count[1] == 2000
+  assert count[2:7] == pytest.approx([320] * 5, abs=50) and sum(count[2:7]) == count[1]
+  assert 0 < count[7] < 20
+
+
+def test_images_of_one_name_stay_in_one_percentage(tmp_path):
+  folders = [f'{split}/{c}' for split in ('train', 'test') for c in 'ab']
+  touch(tmp_path, [f'{inside}/{i}.jpg' for inside in folders for i in range(40)])
+  for percent in range(7, 97, 9):
+    ones, others = members(tmp_path, f'train[:{percent}%]', f'train[{percent}%:]')
+    assert len(ones) + len(others) == 80
+    of = lambda files: {file.rpartition('/')[2] for file in files}
+    assert not of(ones) & of(others)
+
+
+def test_the_order_is_that_of_hashed_names(tmp_path):
+  """So that a run resumes in the same order; files below subfolders, too."""
+  make_folder(tmp_path, ['train/a', 'train/b', 'train/b/deep/er', 'test/a', 'test/b'], count=6)
+  os.symlink(tmp_path / 'train' / 'a' / '0.png', tmp_path / 'train' / 'b' / 'link.JPG')
+  (tmp_path / 'train' / 'a' / os.fsdecode(b'na\xefve.jpg')).write_bytes(b'')
+  (tmp_path / 'train' / 'a' / 'folder.png').mkdir()
+  root = tmp_path / 'train'
+  files = [file for file in root.rglob('*') if image_lib.is_image(file)]
+  below = lambda file: os.fsencode(pathlib.PurePath(*file.relative_to(root).parts[1:])).lower()
+  digest = lambda file: (hashlib.sha256(below(file)).digest(), file.relative_to(root).parts[0])
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 20, 'test': 12}
+  read = list(source.read('train', range(20)))
+  assert [name for name, _, _ in read] == list(map(str, sorted(files, key=digest)))
+  assert [label for name, _, label in read] == ['/train/b/' in name for name, _, _ in read]
+  assert all(str(file) == name and '/test/' not in name for name, file, _ in read)
+  assert all('/test/' in name for name, _, _ in source.read('test', range(12)))
+
+
+def test_classes_that_are_not_tested_are_named(tmp_path):
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(40)] + ['c/a0.jpg'])
+  assert 'a/a0.jpg' in members(tmp_path, 'train')[0]
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert [w for w in source.warnings if 'no test image of class c:' in w]
+
+
+def test_a_folder_of_which_nothing_is_held_out_is_refused(tmp_path):
+  touch(tmp_path, ['a/a0.jpg', 'b/a0.jpg'])
+  with pytest.raises(ValueError, match='no image to test on.*add images, or divide them'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  held_out = next(f'{i}.jpg' for i in range(99) if folder_lib.hash_name(f'{i}.jpg') / 2**64 < 0.2)
+  touch(tmp_path, [f'c/{held_out}'])
+  with pytest.raises(ValueError, match='all images of class c are held out'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):
+  make_folder(tmp_path / 'one', ['train/a', 'train/b', 'test/a', 'test/b'], count=6)
+  opened = lambda name: sources.open_source(f'folder:{name}', str(tmp_path), (4, 4)).fingerprint
+  before = opened('one')
+  assert re.fullmatch('[0-9a-f]{16}', before)
+  shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+  (tmp_path / 'two' / 'test' / 'a' / '0.png').rename(tmp_path / 'two' / 'test' / 'a' / 'z.png')
+  assert opened('two') == before
+  train = tmp_path / 'one' / 'train'
+  for old, new in [('a/0.png', 'a/z.png'), ('a/z.png', 'b/z.png'), ('b/z.png', 'a/0.png')]:
+    (train / old).rename(train / new)
+    assert (opened('one') == before) == (new == 'a/0.png')
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  os.symlink('/nonexistent', tmp_path / 'a' / 'x.jpg')
+  with pytest.raises(image_lib.BadImage, match=r'a/x\.jpg: No such file'):
+    load(tmp_path, 'train+test')
+  _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
+  assert len(examples) == 24 and len(examples.skipped) == 1
+
+
+def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
+  make_folder(tmp_path, ['a', 'b', 'b/deep'])
+  scan = os.scandir
+
+  def scandir(path):
+    if pathlib.Path(path).name == 'deep':
+      raise OSError(errno.EIO, 'Input/output error', path)
+    return scan(path)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  with pytest.raises(ValueError, match='b/deep: Input/output error'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_a_long_listing_is_announced(tmp_path, monkeypatch, caplog):
+  make_folder(tmp_path, ['a', 'b'])
+  monkeypatch.setattr(progress, 'SOON', 0.0)
+  monkeypatch.setattr(image_lib, 'has_image_name', lambda name: not time.sleep(0.01))
+  with caplog.at_level('INFO', logger='vit_jax'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert f'Listing the images in {tmp_path} ...' in caplog.text
+
+
+def test_images_of_one_smaller_size_have_a_size_of_their_own(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])  # of 10x8 pixels
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  own_size = lambda *size: memory.common_size(source, 'train+test', size)
+  assert own_size(16, 12) == own_size(10, 9) == (10, 8)
+  assert own_size(10, 8) is own_size(9, 9) is own_size(16, 7) is None
+  (tmp_path / 'a' / '0.png').write_bytes(b'of no size')
+  assert own_size(16, 12) == (10, 8)
+
+
+def test_images_of_several_sizes_have_none(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  Image.new('RGB', (10, 8), 'red').save(tmp_path / 'a' / 'z.png', exif=turned)  # 10x8, upright
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  assert memory.common_size(source, 'train+test', (16, 12)) == (10, 8)
+  Image.new('RGB', (9, 7), 'red').save(tmp_path / 'a' / 'y.png')
+  source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
+  assert memory.common_size(source, 'train+test', (16, 12)) is None
+  assert load(tmp_path, 'train+test', (16, 12))[1].image_NHWC.shape == (26, 16, 12, 3)
+
+
+def test_modes_and_rotation(tmp_path):
+  pixels = np.zeros((4, 6, 3), np.uint8)
+  pixels[0] = 255
+  upright = np.asarray(Image.fromarray(pixels))
+  rotated = Image.fromarray(np.rot90(pixels, 1).copy())
+  exif = Image.Exif()
+  exif[0x0112] = 6  # shown turned clockwise
+  rotated.save(tmp_path / 'exif.png', exif=exif)
+  Image.fromarray(pixels).convert('CMYK').save(tmp_path / 'cmyk.jpg', quality=100, subsampling=0)
+  Image.fromarray(pixels).convert('P').save(tmp_path / 'palette.png')
+  Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(tmp_path / 'sixteen.png')
+  clear = np.concatenate([pixels, np.full((4, 6, 1), 255, np.uint8)], axis=2)
+  clear[0, :, 3] = 0
+  clear[0, :, :3] = 0
+  Image.fromarray(clear).save(tmp_path / 'clear.png')
+  for file in tmp_path.iterdir():
+    image = image_lib.decode_image(file.read_bytes(), file)
+    assert image.mode == 'RGB'
+    np.testing.assert_allclose(np.asarray(image).astype(int), upright, atol=8, err_msg=file.name)
+  assert image_lib.decode_image((tmp_path / 'palette.png').read_bytes(), '', channels=1).mode == 'L'
+
+
+def test_fit_covers_and_crops_the_centre():
+  wide = np.zeros((8, 24, 3), np.uint8)
+  wide[:, 8:16] = 200
+  out = image_lib.fit_image(Image.fromarray(wide), (8, 8))
+  assert out.shape == (8, 8, 3) and (out == 200).all()
+
+
+def test_16_bit_grey_is_scaled_to_8_bits_exactly():
+  grey, file = np.arange(256, dtype=np.uint16).reshape(16, 16), io.BytesIO()
+  Image.fromarray(grey * 257).save(file, 'png')
+  np.testing.assert_array_equal(image_lib.decode_image(file.getvalue(), '', channels=1), grey)
+
+
+@pytest.mark.parametrize('stretch', [False, True])
+def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
+  image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
+  out = image_lib.fit_image(image, (8, 8), crop=0.5, stretch=stretch)
+  centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
+  np.testing.assert_array_equal(out, np.asarray(centre))
+
+
+def test_bad_images_stop_or_are_counted(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  good = (tmp_path / 'a' / '0.png').read_bytes()
+  (tmp_path / 'a' / 'cut.png').write_bytes(good[: len(good) // 2])
+  (tmp_path / 'b' / 'empty.jpg').write_bytes(b'')
+  message = r'(cut\.png|empty\.jpg): not a readable image .*Mend .* or .*skip_bad_images=True\.$'
+  with pytest.raises(image_lib.BadImage, match=message):
+    load(tmp_path, 'train+test')
+  _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
+  assert len(examples) == 24 and len(examples.skipped) == 2
+  assert sorted(message.split(':')[0].rpartition('/')[2] for message in examples.skipped) == [
+      'cut.png', 'empty.jpg',
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('layout, message', [
+    ([], '0 class folders'), (['a'], '1 class folders'), (['train/a', 'train/b', 'test/c'], "'c'"),
+])  # fmt: skip
+def test_bad_folders_are_refused(tmp_path, layout, message):
+  make_folder(tmp_path, layout)
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+def test_what_a_folder_holds_beside_images_is_counted(tmp_path):
+  images = [f'{s}/{c}/{i}.jpg' for s in ('train', 'test') for c in 'ab' for i in range(2)]
+  others = ['a.gif', 'b.GIF', 'c.tif', 'd.heic', 'e', '.hidden.gif']
+  others = [f'train/a/{name}' for name in others] + ['test/b/f.gif', 'held/a/0.jpg']
+  touch(tmp_path, images + others)
+  warnings = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
+  assert len(warnings) == 2
+  assert '6 files are not used: 3 .gif, 1 .heic, 1 .tif, 1 without an extension.' in warnings[0]
+  assert 'not used beside train/: held. Folders to test on are test, val, valid' in warnings[1]
+
+
+def test_a_jfif_file_is_an_image(tmp_path):
+  make_folder(tmp_path, ['train/a', 'train/b', 'test/a', 'test/b'], count=2)
+  Image.new('RGB', (4, 4)).save(tmp_path / 'train' / 'a' / 'x.jfif', 'jpeg')
+  _, train = load(tmp_path)
+  assert len(train) == 5
+
+
+def test_a_class_without_a_folder_to_test_on_is_named(tmp_path):
+  touch(tmp_path, ['train/a/0.jpg', 'train/b/0.jpg', 'test/a/0.jpg'])
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 2, 'test': 1}
+  assert source.warnings == (
+    f'{tmp_path}: no test image of class b: the test says nothing about them.',
+  )
+
+
+def test_a_path_without_its_kind_is_told_how_to_write_it(tmp_path):
+  touch(tmp_path, ['a/0.jpg'])
+  for spec, data_dir in ((str(tmp_path), ''), (tmp_path.name, str(tmp_path.parent))):
+    with pytest.raises(ValueError, match=f'write folder:{spec} to read a folder of images'):
+      sources.open_source(spec, data_dir, (4, 4))
+
+
+def test_an_absent_or_empty_folder_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='no folder'):
+    sources.open_source(f'folder:{tmp_path}/nothing', '', (4, 4))
+  with pytest.raises(ValueError, match="'folder:' has no path; write folder:<path"):
+    sources.open_source('folder:', str(tmp_path), (4, 4))
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+  with pytest.raises(ValueError, match='no images for class a, b'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF', 'ignore::UserWarning')
+def test_more_pixels_than_are_taken_are_not_decoded(monkeypatch):
+  encoded = io.BytesIO()
+  Image.new('1', (300, 200)).save(encoded, 'png')
+  assert image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=60_000).size == (300, 200)
+  monkeypatch.setattr(Image.Image, 'load', None)  # nothing but the header is read
+  with pytest.raises(image_lib.BadImage, match='a.png.*300x200 pixels, at most 59,999'):
+    image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=59_999)
+
+
+def test_decoders_never_let_another_error_through(tmp_path):
+  """Bytes changed at random: an image or a BadImage that names the file, nothing else."""
+  draw, refused = np.random.RandomState(0), 0
+  for suffix in ('png', 'jpg', 'webp', 'bmp'):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / f'image.{suffix}'
+    noise = Image.fromarray(draw.randint(0, 256, (12, 12, 3)).astype(np.uint8))
+    noise.save(file, **({} if suffix == 'bmp' else {'exif': exif}))
+    whole = file.read_bytes()
+    for _ in range(60):
+      broken = bytearray(whole)
+      for position in draw.randint(0, len(whole), 4):
+        broken[position] = draw.randint(256)
+      try:
+        image_lib.decode_image(bytes(broken), file)
+      except image_lib.BadImage as error:
+        refused += 1
+        assert str(error).startswith(f'{file}: not a readable image (')
+  assert refused > 10
+
+
+def test_hidden_files_are_no_images(tmp_path):
+  make_folder(tmp_path, ['a', 'b'])
+  (tmp_path / 'a' / '._0.png').write_bytes(b'what macOS leaves beside a file')
+  _, examples = load(tmp_path, 'train+test')
+  assert len(examples) == 24
+
+
+def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monkeypatch):
+  source = Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
+  monkeypatch.setattr(limits, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
+  for names in (['train'], ['test'], ['train', 'test[:10]']):
+    memory.check_memory(source, names, (10, 10))
+  with pytest.raises(ValueError, match=r'^train, test: 50 images of 10x10 need .*train\[:10%\]'):
+    memory.check_memory(source, ['train', 'test'], (10, 10))
+
+
+@pytest.mark.parametrize(
+  ('groups', 'files', 'limit'),
+  [
+    ('', {}, 2**40),  # no cgroup: the machine's
+    ('0::/', {'memory.max': '5000'}, 5000),
+    ('0::/a/b', {'a/b/memory.max': 'max', 'a/memory.max': '7000', 'memory.max': '9000'}, 7000),
+    ('0::/a/b', {'a/b/memory.max': '6000', 'a/memory.max': '7000'}, 6000),
+    ('0::/host/path', {'memory.max': '5000'}, 5000),  # which a container does not see
+    ('0::/a', {'a/memory.max': 'max'}, 2**40),
+    (
+      '12:cpu,cpuacct:/job\n4:memory:/job/step\n0::/',
+      {'memory/job/memory.limit_in_bytes': '8000', 'memory/memory.limit_in_bytes': f'{2**62}'},
+      8000,
+    ),
+    ('4:memory:/docker/1', {'memory/memory.limit_in_bytes': '4000'}, 4000),
+    ('4:cpuset:/job', {'memory/job/memory.limit_in_bytes': '8000'}, 2**40),  # not this process's
+  ],
+)
+def test_memory_is_the_least_of_the_machine_and_its_cgroups(
+  tmp_path, monkeypatch, groups, files, limit
+):
+  monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 2**28}.get)
+  if groups:
+    (tmp_path / 'proc/self').mkdir(parents=True)
+    (tmp_path / 'proc/self/cgroup').write_text(f'{groups}\n')
+  for name, text in files.items():
+    (tmp_path / 'sys/fs/cgroup' / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'sys/fs/cgroup' / name).write_text(f'{text}\n')
+  assert limits.limit(tmp_path) == limit
+
+
+LOAD = """
+import resource, sys
+from vit_jax.data import memory, sources
+source = sources.open_source('folder:' + sys.argv[1], '', (0, 0))
+count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+memory.load_examples(source, 'test', (256, 256), skip_bad_images=True)  # what is loaded once
+before = count()
+train = memory.load_examples(source, 'train', (256, 256), skip_bad_images=True)
+print(train.image_NHWC.nbytes, len(train.skipped), count() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in other units')
+def test_loading_takes_little_more_memory_than_the_split(tmp_path):
+  source = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
+  for split, count in (('train', 150), ('test', 2)):
+    for name in ('a', 'b'):
+      (tmp_path / split / name).mkdir(parents=True)
+      for i in range(count):
+        Image.fromarray(source + np.uint8(i)).resize((256, 256)).save(
+          tmp_path / split / name / f'{i}.jpg'
+        )
+  for i in range(5):
+    (tmp_path / 'train' / 'b' / f'{i}.jpg').write_bytes(b'bad')
+  command = [sys.executable, '-c', LOAD, str(tmp_path)]
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])}
+  out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+  size, skipped, grown = map(int, out.split())
+  assert size == 295 * 256 * 256 * 3 and skipped == 5  # 58 MB
+  assert grown < 1.2 * size
+
+
+@pytest.mark.parametrize('spec, message', [
+    ('digit', 'Did you mean digits'), ('tfds:', 'tfds:<name>'), ('tfds:cifr10', 'cifar10'),
+])  # fmt: skip
+def test_unknown_sources_are_refused(spec, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    sources.open_source(spec, str(tmp_path), (4, 4))
+
+
+def test_tfds_reads_array_record():
+  source = sources.open_source('tfds:mini', str(DATA / 'tfds'), (8, 8))
+  assert source.sizes == {'train': 6, 'test': 3} and source.class_names == ('left', 'right')
+  check_mini(source)
+
+
+@pytest.mark.parametrize('how', ['missing', 'cut', 'empty'])
+def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
+  shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
+  (shard,) = tmp_path.rglob('*train*array_record-*')
+  data = shard.read_bytes()
+  shard.write_bytes({'cut': data[: len(data) // 2]}.get(how, b''))
+  if how == 'missing':
+    shard.unlink()
+  source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
+  with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 can not be read.*missing or'):
+    memory.load_examples(source, 'train', (8, 8))
+  assert len(memory.load_examples(source, 'test', (8, 8))) == 3
+
+
+@pytest.mark.slow
+def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
+  pytest.importorskip('array_record')
+  shutil.copytree(DATA / 'tfrecord', tmp_path, dirs_exist_ok=True)
+  check_mini(sources.open_source('tfds:mini', str(tmp_path), (8, 8)))
+  assert list(tmp_path.glob('array_record/mini/1.0.0/*array_record-*'))
+  assert list(tmp_path.glob('mini/1.0.0/*tfrecord-*'))  # the person's own stay
+
+
+def check_mini(source):
+  train = memory.load_examples(source, 'train', (8, 8))
+  assert train.image_NHWC.shape == (6, 8, 8, 3)
+  for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
+    assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()
+  assert set(train.label_N.tolist()) == {0, 1}

@@ -1,0 +1,214 @@
+"""Several real processes: one run, whatever dies; and what is told to all."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, small_config
+from vit_jax import limits
+from vit_jax.distributed import cluster, joining
+from vit_jax.training import trainer
+from vit_jax.workdir import stored, writer
+
+STEPS = 60
+SETTINGS = {
+  'model.width': '16', 'model.depth': '1', 'epochs': str(STEPS / 32), 'log_every': '1',
+  'checkpoint_every': '10', 'eval_every': '0', 'ema': '0.9',
+}  # fmt: skip
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    return free.getsockname()[1]
+
+
+def start(workdir, port, process_id, more):
+  """main.py on the small run, two CPU devices a process."""
+  flags = [
+    sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}',
+    f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
+    f'--process_id={process_id}', *(f'--config.{k}={v}' for k, v in SETTINGS.items()), *more,
+  ]  # fmt: skip
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  pipes = dict(stdout=subprocess.DEVNULL, stderr=(workdir.parent / f'{process_id}.log').open('w'))
+  return subprocess.Popen(flags, cwd=ROOT, env=environment, **pipes)
+
+
+def start_both(workdir, more=((), ())):
+  port = free_port()
+  return [start(workdir, port, i, more[i]) for i in range(2)]
+
+
+def lines(workdir):
+  if not (workdir / 'metrics.jsonl').exists():
+    return []
+  return [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
+
+
+def wait_for(condition, processes):
+  """Until it holds; the processes must live till then."""
+  until = time.monotonic() + 120
+  while not condition():
+    assert time.monotonic() < until and all(process.poll() is None for process in processes)
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_that_survives_all(tmp_path):
+  reference = trainer.train(small_config(**SETTINGS), tmp_path / 'alone')  # two devices
+  workdir = tmp_path / 'together'
+
+  processes = start_both(workdir)
+  wait_for(lambda: len(lines(workdir)) > 12 and stored.latest_step(workdir), processes)
+  processes[1].send_signal(signal.SIGKILL)
+  assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
+  said = (tmp_path / '0.log').read_text()
+  assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # which one died
+  assert 'another one died, start all again with the same commands' in said
+  saved = stored.latest_step(workdir)
+  assert saved in (10, 20, 30, 40, 50)
+  processes[1].wait()
+
+  processes = start_both(workdir)
+  wait_for(lambda: 'Going on from' in (tmp_path / '0.log').read_text(), processes)
+  processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
+  assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
+  assert stored.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
+
+  processes = start_both(workdir)
+  assert [process.wait(120) for process in processes] == [0, 0]
+  losses = [[line['loss'] for line in lines(tmp_path / name)] for name in ('alone', 'together')]
+  assert len(losses[0]) == STEPS
+  np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+  result = json.loads((workdir / 'result.json').read_text())
+  assert result['examples'] == reference['examples'] == 256
+  assert result['test_accuracy'] == reference['test_accuracy']
+
+
+@pytest.mark.slow
+def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
+  workdir = tmp_path / 'run'
+  command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}']
+  settings = SETTINGS | {'epochs': '1000', 'checkpoint_every': '0'}
+  command += [f'--config.{key}={value}' for key, value in settings.items()]
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+  wait_for(lambda: len(lines(workdir)) > 2, [process])
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(60) == cluster.TRY_AGAIN
+  assert stored.latest_step(workdir) == lines(workdir)[-1]['step']
+
+
+def test_a_notice_is_heard_during_a_run_alone():
+  heard = []
+  before = signal.signal(signal.SIGTERM, lambda *_: heard.append('after'))
+  try:
+    with cluster.Preemption() as preemption:
+      assert not preemption.is_due()
+      signal.raise_signal(signal.SIGTERM)
+      assert preemption.is_due() and not heard
+    signal.raise_signal(signal.SIGTERM)
+    assert heard == ['after']
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
+  codes = []
+  monkeypatch.setattr(joining.os, '_exit', codes.append)
+  monkeypatch.setattr(joining, 'PARTING', 0)
+  joining.leave(limits.OutOfMemory('Training ran out of memory.'))
+  assert codes == [2]
+  assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_process_0_leaves_last(monkeypatch, first):
+  """It holds the service without which JAX aborts the others, which may have an error to print."""
+  done = []
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(joining.time, 'sleep', done.append)
+  monkeypatch.setattr(joining.os, '_exit', lambda code: done.append(f'exit {code}'))
+  joining.leave(ValueError('all have it'))
+  assert done == [joining.PARTING] * first + ['exit 2']
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
+  sent = [json.dumps({'error': "Process 0 failed: KeyError: 'x'"}).encode()]
+  monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(cluster, 'broadcast', lambda data: sent.append(data) or data or sent[0])
+  with pytest.raises(KeyError if first else ValueError, match='x'):
+    cluster.from_first(lambda: {}['x'])
+  assert sent[1] == (sent[0] if first else None)
+
+
+def test_a_lone_pod_runs_alone(monkeypatch):
+  for name in joining.LAUNCHERS:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(joining.importlib.util, 'find_spec', lambda _: None)
+  monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
+  assert not joining.in_cluster()
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # of an indexed job
+  assert joining.in_cluster()
+
+
+def test_flags_that_do_not_go_together():
+  with pytest.raises(ValueError, match='--process_id=<0 to n-1> go together'):
+    joining.join('localhost:1234', 2, None)
+  with pytest.raises(ValueError, match='0 to n-1'):
+    joining.join('localhost:1234', 2, 5)
+  with pytest.raises(ValueError, match='go together, got None, 1, 7'):
+    joining.join(None, 1, 7)
+  for coordinator in ('foo', 'foo:0', '127.0.0.1:99999'):
+    with pytest.raises(ValueError, match=f'--coordinator={coordinator}: expected <host>:<port>'):
+      joining.join(coordinator, 2, 0)
+
+
+def test_an_occupied_port_is_named_before_jax_is_asked():
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    port = server.getsockname()[1]
+    with pytest.raises(ValueError, match=rf'port {port} of this machine \(Address already in use'):
+      joining.join(f'127.0.0.1:{port}', 2, 0)
+
+
+def test_a_process_says_that_it_waits_and_ends_when_the_others_do_not_come():
+  script = (
+    'from vit_jax.distributed import joining\n'
+    'joining.SOON, joining.JOIN = 0.5, 2\n'
+    f'joining.join("127.0.0.1:{free_port()}", 2, 1)'
+  )
+  ended = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+  waits, fails = ended.stderr.splitlines()[-2:]
+  assert ended.returncode == 2
+  assert re.fullmatch(r'Waiting for 2 processes at 127\.0\.0\.1:\d+ \(2 s at most\) \.\.\.', waits)
+  assert 'did not come together in 2 s' in fails and '--num_processes=1' in fails
+
+
+def test_processes_with_different_configs_all_say_so(tmp_path):
+  processes = start_both(tmp_path / 'run', [['--config.seed=3'], []])
+  assert [process.wait(60) for process in processes] == [2, 2]
+  for i in range(2):
+    said = (tmp_path / f'{i}.log').read_text().splitlines()
+    assert 'config of process 1 differs from that of process 0: seed=0 instead of 3' in said[-1]
+
+
+def test_processes_that_would_train_differently_are_told(monkeypatch):
+  value = {'lr': 0.1, 'sizes': (1, 2), 'nan': float('nan')}
+  cluster.check_same('config', value)
+  value = json.loads(json.dumps(value))
+  everyone = [value, value, value | {'lr': 0.3}]
+  monkeypatch.setattr(cluster, 'from_all', lambda _: everyone)
+  with pytest.raises(ValueError, match='config of process 2 differs .*: lr=0.3 instead of 0.1'):
+    cluster.check_same('config', value)

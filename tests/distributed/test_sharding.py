@@ -1,0 +1,122 @@
+"""A batch worked through in parts, on several devices, is the batch."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.distributed import microbatch, sharding
+from vit_jax.model import variants
+
+
+@pytest.mark.parametrize(
+  ('batch_size', 'tokens', 'width', 'parts'),
+  [
+    (256, 64, 48, 8),  # 16 images of 64 tokens on each of two devices
+    (128, 64, 256, 4),
+    (128, 64, 512, 2),  # 2,048 tokens for 512
+    (16, 196, 192, 2),
+    (16, 196, 768, 1),  # 8 images: 1,568 tokens are nearest to 3,072
+    (64, 196, 768, 2),
+    (254, 64, 48, 1),  # 127 is prime: one part rather than 127
+    (64, 16, 48, 1),
+    (4, 4096, 48, 2),  # one image is more already
+  ],
+)
+def test_a_part_fits_the_cache(batch_size, tokens, width, parts):
+  assert microbatch.micro_batches(devices_lib.make_mesh(2), batch_size, tokens, width) == parts
+
+
+@pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_parts_are_the_whole(devices, parts):
+  mesh = devices_lib.make_mesh(devices)
+  x = np.random.RandomState(0).normal(size=(12, 4)).astype(np.float32)
+  matrix = jnp.arange(8.0).reshape(4, 2)
+  sizes = []
+
+  def rows(batch, matrix):
+    sizes.append(len(batch['x']))
+    return batch['x'] @ matrix
+
+  def sums(batch, matrix):
+    return {'sum': rows(batch, matrix).sum(axis=0), 'count': jnp.ones(len(batch['x'])).sum()}
+
+  batch = jax.device_put({'x': x}, sharding.batch_sharding(mesh))
+  each = jax.jit(microbatch.concatenate(rows, mesh, parts))(batch, matrix)
+  np.testing.assert_allclose(each, x @ matrix, rtol=1e-4, atol=1e-5)
+  total = jax.jit(microbatch.add_up(sums, mesh, parts))(batch, matrix)
+  np.testing.assert_allclose(total['sum'], (x @ matrix).sum(axis=0), rtol=1e-4)
+  assert total['count'] == 12 and set(sizes) == {12 // devices // parts}
+
+
+def test_devices_talk_once_a_batch():
+  """Not once a micro-batch: what a loop's body compiles to holds no communication."""
+  mesh = devices_lib.make_mesh(2)
+  loss = lambda batch, weights: jnp.tanh(batch @ weights).sum()
+  gradient = microbatch.add_up(jax.grad(loss, argnums=1), mesh, parts=3)
+  text = jax.jit(gradient).lower(jnp.ones((12, 4)), jnp.ones((4, 2))).compile().as_text()
+  assert ' while(' in text and text.count(' all-reduce(') == 1
+  assert text.index(' all-reduce(') > text.index('ENTRY')
+
+
+def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
+  size = lambda *arguments, **shape: (
+    devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape).size
+  )
+  sizes = lambda: [size(32), size(64), size(65), size(64, 1, 64), size(32, tensor=2)]
+  assert sizes() == [2, 2, 1, 1, 2]  # the user, here conftest, has asked for two devices
+  assert devices_lib.inference_mesh(7).size == 2
+  monkeypatch.setattr(devices_lib, '_one_per_core', True)
+  assert sizes() == [1, 2, 1, 1, 2] and devices_lib.make_mesh().size == 2
+  assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
+
+
+# Which mesh axis splits each axis of an array, over `fsdp` alone and together with `tensor`.
+SPECS = {
+  'embedding/kernel': ((4, 4, 3, 128), [None, None, None, 'fsdp'], [None, None, None, 'fsdp']),
+  'embedding/bias': ((128,), [None], [None]),
+  'pos_embedding': ((1, 65, 128), [None, None, 'fsdp'], [None, None, 'fsdp']),
+  'block_0/attention/query/kernel': (
+    (128, 4, 48), ['fsdp', None, None], ['fsdp', 'tensor', None]
+  ),
+  'block_0/attention/query/bias': ((4, 48), [None, None], ['tensor', None]),
+  'block_0/attention/out/kernel': (
+    (4, 48, 128), [None, None, 'fsdp'], ['tensor', None, 'fsdp']
+  ),
+  'block_0/attention/out/bias': ((128,), [None], [None]),
+  'block_0/mlp/up/kernel': ((128, 512), [None, 'fsdp'], ['fsdp', 'tensor']),
+  'block_0/mlp/up/bias': ((512,), [None], ['tensor']),
+  'block_0/mlp/down/kernel': ((512, 128), ['fsdp', None], ['tensor', 'fsdp']),
+  'block_0/mlp/down/bias': ((128,), [None], [None]),
+  'block_0/mlp_norm/scale': ((128,), [None], [None]),
+  'head/kernel': ((128, 1000), [None, 'fsdp'], [None, 'fsdp']),
+  'head/bias': ((1000,), [None], [None]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('sizes', 'column'), [((1, 4, 1), 0), ((2, 4, 2), 1)])
+def test_fsdp_splits_the_longest_axis_and_tensor_the_heads_and_hidden_units(sizes, column):
+  model = variants.make(
+    'tiny', 1000, width=128, depth=1, num_heads=4, head_dim=48, mlp_dim=512, pool='cls'
+  )
+  image = jnp.zeros((1, 32, 32, 3))
+  params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  mesh = jax.sharding.AbstractMesh(sizes, devices_lib.AXES)
+  found = {
+    jax.tree_util.keystr(path, simple=True, separator='/'): (x.shape, layout.spec)
+    for (path, x), layout in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharding.layout(mesh, params))
+    )
+  }
+  for name, (shape, *specs) in SPECS.items():
+    assert found[name] == (shape, PartitionSpec(*specs[column])), name
+
+
+def test_an_axis_that_devices_do_not_divide_stays_whole():
+  mesh = jax.sharding.AbstractMesh((1, 4, 2), devices_lib.AXES)
+  path = tuple(map(jax.tree_util.DictKey, ('query', 'kernel')))
+  split = lambda *shape: tuple(sharding.partition(mesh, path, shape))
+  assert split(66, 3, 64) == (None, None, 'fsdp')  # three heads; 66 features
+  assert split(66, 2, 66) == (None, 'tensor', None)

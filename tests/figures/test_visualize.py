@@ -1,0 +1,326 @@
+"""`--mode=visualize`: every picture there is data for, and one page that needs nothing else."""
+
+import base64
+from html.parser import HTMLParser
+import json
+import shutil
+import types
+import warnings
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import DATA, call, error, small_config
+from vit_jax.data.memory import Examples
+from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
+from vit_jax.figures import subject as subject_lib
+from vit_jax.opening import Request
+from vit_jax.training import trainer
+
+PICTURES = set(pictures.PICTURES)
+OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
+
+
+class Page(HTMLParser):
+  """A page's images, its text, and what it would fetch; tags must close."""
+
+  VOID = ('meta', 'img')
+
+  def __init__(self, path):
+    super().__init__()
+    self.images, self.links, self.text, self.open = [], [], '', []
+    self.feed(path.read_text())
+    assert not self.open, self.open
+
+  def handle_starttag(self, tag, attrs):
+    for name, value in attrs:
+      if name in ('src', 'href'):
+        (self.images if value.startswith('data:image/png;base64,') else self.links).append(value)
+    if tag not in self.VOID:
+      self.open.append(tag)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    self.text += data
+
+
+@pytest.fixture
+def workdir(trained, tmp_path):
+  """A copy of a finished run, to draw into."""
+  return shutil.copytree(trained[0], tmp_path / 'run <&>')
+
+
+@pytest.fixture
+def photos(tmp_path):
+  """Three images of other sizes than the model's."""
+  folder = tmp_path / 'photos'
+  folder.mkdir()
+  random = np.random.RandomState(0)
+  for i, size in enumerate([(40, 30), (9, 50), (20, 20)]):
+    Image.fromarray(random.randint(0, 256, (*size, 3), np.uint8)).save(folder / f'{i}.png')
+  return folder
+
+
+def names(folder):
+  return {path.stem for path in (folder / 'figures').glob('*.png')}
+
+
+def test_a_finished_run(capsys, trained, workdir):
+  code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
+  drawn = PICTURES - {'mistakes'} if 'mistakes' not in names(workdir) else PICTURES
+  assert not code and names(workdir) == drawn
+  assert out.splitlines()[-1] == str(workdir / 'report.html')
+  assert len(out.splitlines()) == len(drawn) + 1
+  for name in drawn:
+    with Image.open(workdir / 'figures' / f'{name}.png') as image:
+      assert image.width == 1200 and image.height < 1500, name
+
+  page = Page(workdir / 'report.html')
+  order = [name for name in pictures.PICTURES if name in drawn]
+  files = [(workdir / 'figures' / f'{name}.png').read_bytes() for name in order]
+  assert [base64.b64decode(image.partition(',')[2]) for image in page.images] == files
+  assert not page.links and 'http' not in (workdir / 'report.html').read_text()
+  result = trained[1]
+  for text in ('run <&>', f'{result["test_accuracy"]:.2%}', f'{result["params"]:,}', '256', '32'):
+    assert text in page.text
+  changed, unchanged = page.text.split('keys at their default')
+  assert 'model.depth' in changed and 'optimizer.momentum' in unchanged
+  assert 'model.depth' not in unchanged and 'optimizer.momentum' not in changed
+  again = gallery.visualize(Request(workdir))
+  assert [path.read_bytes() for path in again[:-1]] == files  # the same run, the same pictures
+
+
+def test_it_scores_what_eval_scores(trained):
+  workdir, result = trained
+  subject = subject_lib.collect(Request(workdir), None)
+  right = subject.scores.predicted_N == subject.test.label_N
+  assert right.mean() == result['test_accuracy'] and len(right) == result['examples']
+  assert ((subject.scores.confidence_N > 0.1) & (subject.scores.confidence_N <= 1)).all()
+  np.testing.assert_array_equal(
+    subject.shown, subject_lib.choose_images(subject.test, subject.exp)[: subject_lib.SHOWN]
+  )
+  assert subject.attention.measured == subject_lib.MEASURED
+  assert subject.attention.distance_DK.shape == (2, 4)
+
+
+def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
+  image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
+  image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
+  test = Examples(image, np.arange(300) % 4)
+  exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
+  found = subject_lib.choose_images(test, exp)[:, 0, 0, 0].tolist()
+  assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
+
+
+def test_images_of_ones_own(capsys, workdir, photos):
+  (photos / 'broken.png').write_bytes(b'no image')
+  flags = ['--mode=visualize', f'--workdir={workdir}']
+  code, _, err = call(capsys, *flags, f'--images={photos}', '--config.eval_batch_size=100')
+  assert not code and 'broken.png: not a readable image' in err
+  assert 'over 3 images' in Page(workdir / 'report.html').text
+  err = error(capsys, *flags, f'--images={photos}/broken.png')
+  assert 'none of 1 files is a readable image' in err
+  assert 'no images in this folder' in error(capsys, *flags, f'--images={workdir}/checkpoints')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['paper_token', 'timm_map', 'hf_backbone', 'paper_hybrid'])
+def test_weights_without_a_run(capsys, photos, tmp_path, name):
+  left_out = {'filters'} if name == 'paper_hybrid' else set()
+  out = tmp_path / 'out'
+  init = f'--init={DATA}/{name}' + ('/weights.npz' if name.startswith('paper') else '')
+  code, _, _ = call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')
+  assert not code
+  assert names(out) == PICTURES - {'curves', 'confusion', 'mistakes'} - left_out
+  page = Page(out / 'report.html')
+  assert 'weights without a run have no metrics' in page.text
+  assert ('feature map' in page.text) == bool(left_out)
+  assert ('the probe itself' in page.text) == (name == 'timm_map')
+  assert ('have no head' in page.text) == (name == 'hf_backbone')
+
+
+@pytest.mark.slow
+def test_data_that_moved_away(capsys, tmp_path):
+  random = np.random.RandomState(0)
+  for label in 'ab':
+    (tmp_path / 'photos' / label).mkdir(parents=True)
+    for i in range(10):
+      pixels = random.randint(0, 256, (8, 8, 3), np.uint8)
+      Image.fromarray(pixels).save(tmp_path / 'photos' / label / f'{i}.png')
+  workdir = tmp_path / 'run'
+  config = small_config(**{
+    'data.source': f'folder:{tmp_path}/photos', 'batch_size': '4', 'eval_every': '0',
+  })  # fmt: skip
+  trainer.train(config, workdir)
+  gallery.visualize(Request(workdir))
+  assert {'confusion', 'rollout'} <= names(workdir)
+
+  (tmp_path / 'photos').rename(tmp_path / 'elsewhere')
+  code, _, err = call(capsys, '--mode=visualize', f'--workdir={workdir}')
+  assert not code and 'rollout.png is left out: the test data can not be read' in err
+  assert names(workdir) == PICTURES - OF_DATA  # those of before are gone too
+  assert 'can not be read' in Page(workdir / 'report.html').text
+  override = f'--config.data.source=folder:{tmp_path}/elsewhere'
+  crop = '--config.data.crop=0.9'
+  assert '/photos' in error(capsys, '--mode=visualize', f'--workdir={workdir}', crop)
+  code, _, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}', override)
+  assert not code and {'confusion', 'rollout'} <= names(workdir)
+
+
+def test_a_run_that_is_not_finished(capsys, workdir):
+  (workdir / 'result.json').unlink()
+  gallery.visualize(Request(workdir))
+  text = Page(workdir / 'report.html').text
+  assert '32, not finished' in text and 'after step 32' in text
+  shutil.rmtree(workdir / 'checkpoints')
+  code, _, err = call(capsys, '--mode=visualize', f'--workdir={workdir}')
+  assert not code and names(workdir) == {'curves'}
+  assert 'no checkpoint yet' in err and 'model.depth' in Page(workdir / 'report.html').text
+  flags = ['--mode=visualize', f'--workdir={workdir}', '--config.data.dir=x']
+  assert 'no checkpoint' in error(capsys, *flags)
+
+
+def test_a_run_that_went_on_after_its_result(workdir):
+  line = {'step': 40, 'split': 'train', 'loss': 1.0, 'accuracy': 0.5}
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write(json.dumps(line) + '\n')
+  gallery.visualize(Request(workdir))
+  assert '40, not finished' in Page(workdir / 'report.html').text
+
+
+@pytest.mark.slow
+def test_damaged_records(capsys, workdir):
+  (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1\n')
+    file.write('{"step": 32, "split": "train", "loss": null, "accuracy": {}}\n')
+    file.write('{"step": 32, "split": "test", "loss": "low", "accuracy": null}\n')
+  assert not call(capsys, '--mode=visualize', f'--workdir={workdir}')[0]
+  text = Page(workdir / 'report.html').text
+  assert '25.00%' in text and 'test loss' not in text and 'curves' in names(workdir)
+  (workdir / 'result.json').write_text('{"steps": "all"}')
+  gallery.visualize(Request(workdir))
+  assert '32, not finished' in Page(workdir / 'report.html').text
+  export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
+  assert not call(capsys, *export)[0]
+  assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
+
+
+def test_a_checkpoint_without_records(workdir):
+  for name in ('metrics.jsonl', 'result.json', 'config.json'):
+    (workdir / name).unlink()
+  gallery.visualize(Request(workdir))
+  assert 'curves' not in names(workdir) and 'rollout' in names(workdir)
+
+
+def test_everything_in_a_report_is_escaped(tmp_path):
+  bad = '<script>"&\''
+  path = tmp_path / 'figure.png'
+  Image.new('L', (1, 1)).save(path)
+  picture = report.Picture(path, bad, bad)
+  parts = bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}
+  report.write_report(tmp_path / 'r.html', report.Report(*parts))
+  text = (tmp_path / 'r.html').read_text()
+  assert '<script' not in text and f'alt="{report.escape(bad)}"' in text
+  assert Page(tmp_path / 'r.html').text.count(bad) == 14
+
+
+@pytest.mark.parametrize('classes', [2, 30, 1000])
+def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
+  count = np.random.RandomState(0).randint(1, 9, (classes, classes))
+  names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
+  figure = draw.draw_confusion(count, maps.class_accuracy(count), names)
+  matrix, bars = figure.axes[0], figure.axes[1]
+  shown = matrix.images[0].get_array()
+  np.testing.assert_allclose(shown.sum(axis=1), 1)  # of the true class
+  assert bars.patches[0].get_width() in np.diag(shown)
+  named = [text.get_text() for text in bars.get_yticklabels()]
+  assert len(named) == min(classes, 20 if classes > 40 else 40)
+  canvas.save_figure(figure, tmp_path / 'c.png')
+  with Image.open(tmp_path / 'c.png') as image:
+    assert image.width == 1200
+
+
+def test_names_of_any_script(tmp_path, caplog):
+  names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
+  figures = [
+    draw.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
+    draw.draw_mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
+  ]
+  with warnings.catch_warnings():
+    warnings.simplefilter('error')
+    for figure in figures:
+      canvas.save_figure(figure, tmp_path / 'c.png')
+  assert not caplog.messages  # as of a font that is not installed
+  assert figures[0].axes[1].get_yticklabels()[0].get_text() == 'two lines and m…'
+
+
+def test_a_class_without_examples_is_drawn(tmp_path):
+  figure = draw.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
+  canvas.save_figure(figure, tmp_path / 'c.png')
+  assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
+
+
+def test_curves_show_what_was_recorded():
+  lines = [
+    {'step': 1, 'split': 'train', 'loss': 2.0, 'accuracy': 0.1},
+    {'step': 2, 'split': 'test', 'loss': 1.5, 'accuracy': 0.3},
+    {'step': 3, 'split': 'train', 'loss': 1.0, 'accuracy': 0.4},
+    {'step': 3, 'split': 'train', 'note': 1.0},
+  ]
+  loss, accuracy = draw.draw_curves(lines).axes
+  drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+  assert drawn == {'train': [[1, 2.0], [3, 1.0]], 'test': [[2, 1.5]]}
+  assert accuracy.lines[0].get_xydata().tolist() == [[1, 0.1], [3, 0.4]]
+  for axis in (loss, accuracy):
+    assert axis.get_xlabel() and axis.get_ylabel()
+
+
+def test_tiles_lie_where_they_belong():
+  tiles = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2).astype(np.uint8)
+  image = canvas.mosaic(tiles, gap=1)
+  assert image.shape == (5, 8)
+  np.testing.assert_array_equal(image[3:, 6:], tiles[1, 2])
+  assert (image[2] == canvas.GROUND).all() and (image[:, 5] == canvas.GROUND).all()
+
+
+def test_maps_are_enlarged_about_the_centres_of_patches():
+  want = [[0, 0.25, 0.75, 1]] * 2
+  np.testing.assert_allclose(canvas.resize_map(np.array([[0.0, 1.0]]), (2, 4)), want)
+
+
+def test_lit_images_are_dark_where_nothing_comes_from():
+  image = np.full((1, 2, 2, 3), 200, np.uint8)
+  figure = draw.draw_rollout(image, np.array([[[0.2, 0.0], [0.1, 0.1]]]))
+  lit = figure.axes[4].images[0].get_array()
+  np.testing.assert_array_equal(lit[..., 0], [[200, 0], [100, 100]])
+  even = figure.axes[8].images[0].get_array()
+  np.testing.assert_allclose(even, [[2, 0], [1, 1]])
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_figures_of_images_of_any_shape(channels, tmp_path):
+  random = np.random.RandomState(0)
+  image = random.randint(0, 256, (3, 8, 12, channels), np.uint8)
+  figures = [
+    draw.draw_patches(image[0], maps.patches(image[0], (2, 3))),
+    draw.draw_rollout(image, random.uniform(size=(3, 4, 4))),
+    draw.draw_head_attention(
+      image[0], random.uniform(size=(40, 20, 4, 4)), list(map(str, range(40)))
+    ),
+    draw.draw_mistakes(image, ['a'] * 3, ['b'] * 3, [1.0, 0.5, 0.1]),
+    draw.draw_filters(random.normal(size=(9, 2, 3, channels)), np.full(9, 1 / 9)),
+    draw.draw_position_similarity(random.uniform(size=(20, 3, 20, 3))),
+    draw.draw_attention_distance(random.uniform(size=(1, 3)), 0.5),
+  ]
+  for figure in figures:
+    canvas.save_figure(figure, tmp_path / 'f.png')
+    with Image.open(tmp_path / 'f.png') as drawn:
+      assert drawn.width == 1200 and drawn.height < 1500
+
+
+def test_a_class_name_that_is_no_text_is_drawn():
+  assert canvas.short('K\udcc3\udca4fer  Käfer') == 'K??fer Käfer'

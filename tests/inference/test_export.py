@@ -1,0 +1,332 @@
+"""Exports run elsewhere: in fresh processes, most of them without this package."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+import pytest
+import yaml
+
+from tests.conftest import DATA, ROOT, call, error, small_config
+import vit_jax
+from vit_jax.data import image as image_lib
+from vit_jax.inference import exporting
+from vit_jax.weights import program, reader
+from vit_jax.weights.formats import Preprocessing, prepare_lines
+
+ONNX = 'needs requirements-onnx.txt'
+PROGRAMS = ('stablehlo', 'onnx')
+
+BLOCK = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in BLOCKED:
+      raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+OURS = {'vit_jax', 'main', 'flax', 'optax', 'orbax', 'ml_collections', 'clu', 'safetensors'}
+
+
+def run(code, folder, blocked=()):
+  """stdout of Python code in a process of its own, in a folder, without the packages blocked."""
+  paths = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
+  if not blocked:
+    paths.append(str(ROOT))
+  head = f'import sys; sys.path += {paths}\nBLOCKED = {set(blocked)}\n{BLOCK}'
+  command = [sys.executable, '-I', '-c', f'{head}\n{code}']  # -I: neither this folder nor a path
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
+  done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def needs(format):
+  """Skips where a format's package is missing."""
+  if format == 'onnx':
+    pytest.importorskip('jax2onnx', reason=ONNX)
+
+
+def outputs(format, folder, image_BHWC):
+  """What a program gives."""
+  if format == 'stablehlo':
+    data = bytearray((folder / 'model.stablehlo').read_bytes())
+    return np.asarray(jax.export.deserialize(data).call(image_BHWC))
+  session = pytest.importorskip('onnxruntime').InferenceSession(folder / 'model.onnx')
+  return session.run(None, {'image': image_BHWC})[0]
+
+
+def normalized(image_BHWC, p):
+  """As NumPy does it."""
+  pixels = image_BHWC / 255
+  return ((pixels - np.array(p.mean)) / np.array(p.std)).astype(np.float32)
+
+
+def images(p, channels, count=3):
+  shape = (count, *(p.stored_size or p.size), channels)
+  return np.random.RandomState(1).randint(0, 256, shape, np.uint8)
+
+
+def random_model(image_shape=(8, 8, 3), **fields):
+  """A model whose parameters are all random."""
+  sizes = dict(width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=(4, 4))
+  model = vit_jax.make(None, 5, **sizes | fields)
+  params = model.init(jax.random.key(0), jnp.zeros((1, *image_shape)))['params']
+  keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+  noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+  add = lambda x, key: np.asarray(x + 0.3 * jax.random.normal(key, x.shape))
+  return model, jax.tree.map(add, params, noise)
+
+
+MODELS = {
+  'class token, learned': dict(pool='cls', activation='gelu'),
+  'GAP, sincos': dict(pool='gap', position='sincos', norm_after_pool=True),
+  'MAP, rope': dict(pool='map', position='rope', num_registers=2, qk_norm=True, layer_scale=0.5),
+  'hybrid': dict(resnet=(), resnet_width=32, representation_size=7, activation='quick_gelu'),
+  'no head': dict(num_classes=None, pool='gap', pre_norm=True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', PROGRAMS)
+@pytest.mark.parametrize('name', MODELS)
+def test_programs_give_what_the_model_does(format, name, tmp_path):
+  needs(format)
+  fields = dict(MODELS[name])
+  if 'num_classes' in fields:
+    model, params = random_model(**{k: v for k, v in fields.items() if k != 'num_classes'})
+    model, params = model.clone(num_classes=None), {k: v for k, v in params.items() if k != 'head'}
+  else:
+    model, params = random_model(**fields)
+  p = Preprocessing((8, 8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+  vit_jax.save(model, params, tmp_path, format=format, preprocessing=p)
+  image_BHWC = images(p, 3)
+  want = model.apply({'params': params}, normalized(image_BHWC, p))
+  for batch in (1, 3):  # any number of images
+    found = outputs(format, tmp_path, image_BHWC[:batch])
+    assert found.dtype == np.float32
+    atol = (1e-5 if format == 'stablehlo' else 1e-4) * max(1, np.abs(want).max())
+    np.testing.assert_allclose(found, want[:batch], atol=atol)
+
+
+FIXTURES = ('paper_token', 'timm_map')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', PROGRAMS)
+@pytest.mark.parametrize('name', FIXTURES)
+def test_programs_of_published_weights_give_what_the_original_does(format, name, tmp_path):
+  needs(format)
+  path = DATA / name / 'weights.npz'
+  exporting.export(path if path.exists() else DATA / name, format, tmp_path / 'out')
+  loaded = vit_jax.load(path if path.exists() else DATA / name)
+  image_BHWC = images(loaded.preprocessing, 3)
+  want = loaded.model.apply({'params': loaded.params}, normalized(image_BHWC, loaded.preprocessing))
+  np.testing.assert_allclose(outputs(format, tmp_path / 'out', image_BHWC), want, atol=1e-4)
+
+
+def snippet(folder):
+  """The Python of a model card."""
+  return re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
+
+
+def save_image(folder, size):
+  """`image.png`, the JPEG of a camera held upright (height, width), and what `predict` sees."""
+  pixels = np.random.RandomState(2).randint(0, 256, (size[1], size[0], 3), np.uint8)
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
+  Image.fromarray(pixels).save(folder / 'image.png', 'JPEG', exif=exif)
+  seen = image_lib.decode_image((folder / 'image.png').read_bytes(), 'image.png')
+  assert seen.size == (size[1], size[0])
+  return seen
+
+
+@pytest.mark.parametrize('format', PROGRAMS)
+def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
+  needs(format)
+  workdir, _ = trained
+  exporting.export(workdir, format, tmp_path / 'out')
+  loaded = vit_jax.load(workdir)
+  p = loaded.preprocessing
+  file = save_image(tmp_path / 'out', (20, 30))
+  pixels = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
+  want_L = loaded.model.apply({'params': loaded.params}, normalized(pixels[None], p))[0]
+  code = snippet(tmp_path / 'out') + "np.save('out.npy', output)"
+  printed = run(code, tmp_path / 'out', OURS | ({'jax'} if format == 'onnx' else set()))
+  assert printed.strip() == loaded.class_names[want_L.argmax()]
+  atol = 1e-5 if format == 'stablehlo' else 1e-4
+  np.testing.assert_allclose(np.load(tmp_path / 'out' / 'out.npy'), want_L, atol=atol)
+  about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+  assert about['input']['shape'] == ['b', 8, 8, 3] and about['output']['shape'] == ['b', 10]
+  assert about['class_names'] == list(loaded.class_names)
+
+
+@pytest.mark.parametrize('fields', [
+    {'crop': 0.8}, {'crop': 0.8, 'stretch': True}, {'stretch': True, 'interpolation': 'bilinear'},
+])  # fmt: skip
+def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
+  p = Preprocessing((8, 12), **fields)
+  file = save_image(tmp_path, (31, 40))
+  variables = {'Image': Image, 'ImageOps': ImageOps}
+  with contextlib.chdir(tmp_path):
+    exec(prepare_lines(p, 3, p.size), variables)
+  want = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
+  assert np.array_equal(np.asarray(variables['image']), want)
+
+
+def run_card(folder, seen, pixels_BHWC, blocked=()):
+  """What a card's Python prints, and that `seen` there is these pixels."""
+  code = f"{snippet(folder)}\nimport numpy as np; np.save('seen.npy', {seen})"
+  printed = run(code, folder, blocked)
+  np.testing.assert_allclose(np.load(folder / 'seen.npy').squeeze(), pixels_BHWC[0], atol=1e-5)
+  return printed.strip()
+
+
+def test_other_cards_run(trained, tmp_path):
+  workdir, _ = trained
+  exporting.export(workdir, 'npz', tmp_path / 'npz')
+  file = save_image(tmp_path / 'npz', (8, 8))
+  loaded = vit_jax.load(workdir)
+  pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
+  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  assert int(run_card(tmp_path / 'npz', 'pixels', pixels)) == best
+  assert f'{best} pattern {best}' in (tmp_path / 'npz' / 'README.md').read_text()
+
+
+@pytest.mark.slow
+def test_hugging_faces_card_runs(tmp_path):
+  pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  loaded = vit_jax.load(DATA / 'hf_classifier')
+  exporting.export(DATA / 'hf_classifier', 'hf', tmp_path)
+  file = save_image(tmp_path, loaded.preprocessing.size)
+  pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
+  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  names = loaded.class_names or [f'LABEL_{i}' for i in range(loaded.model.num_classes)]
+  seen = "inputs['pixel_values'].permute(0, 2, 3, 1)"
+  assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == names[best]
+  front = yaml.safe_load((tmp_path / 'README.md').read_text().split('---')[1])
+  assert front['library_name'] == 'transformers' and 'license' not in front
+
+
+def test_timms_card_runs(trained, tmp_path):
+  pytest.importorskip('timm', reason='needs timm, with torchvision', exc_type=ImportError)
+  workdir, _ = trained
+  exporting.export(workdir, 'timm', tmp_path)
+  file = save_image(tmp_path, (8, 8))
+  loaded = vit_jax.load(workdir)
+  pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
+  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  seen = 'transform(image).permute(1, 2, 0)'
+  assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == f'pattern {best}'
+
+
+def test_a_card_says_what_is_known(trained, tmp_path):
+  workdir, result = trained
+  exporting.export(workdir, 'stablehlo', tmp_path / 'out')
+  text = (tmp_path / 'out' / 'README.md').read_text()
+  for fact in (
+    f'{result["test_accuracy"]:.2%} of the 256 images of `test`',
+    f'| parameters | {result["params"]:,} |',
+    '`synthetic`, split `train`: 1,024 images',
+    'random weights',
+    'these weights are of step 32',
+    'pool `gap`',
+    '| license | not chosen yet |',
+  ):
+    assert fact in text
+  exporting.export(workdir / 'checkpoints' / '16', 'stablehlo', tmp_path / 'earlier')
+  earlier = (tmp_path / 'earlier' / 'README.md').read_text()
+  assert '| accuracy | unknown |' in earlier and 'of step 16' in earlier
+  exporting.export(DATA / 'paper_token' / 'weights.npz', 'npz', tmp_path / 'paper')
+  paper = (tmp_path / 'paper' / 'README.md').read_text()
+  assert '| trained on | unknown to this file |' in paper and str(DATA) not in paper
+  assert 'those of `weights.npz`' in paper and '5 classes, whose names are unknown' in paper
+
+
+def test_a_program_does_not_hang_on_the_machine_that_writes_it(tmp_path, monkeypatch):
+  model, params = random_model(width=48, num_heads=4)  # narrow enough for the CPU's own product
+  files = []
+  for name in ('cpu', 'gpu'):
+    monkeypatch.setattr(jax, 'default_backend', lambda name=name: name)
+    vit_jax.save(model, params, tmp_path / name, format='stablehlo')
+    data = bytearray((tmp_path / name / 'model.stablehlo').read_bytes())
+    exported = jax.export.deserialize(data)
+    assert exported.platforms == ('cpu', 'cuda', 'tpu')
+    text = exported.mlir_module()
+    assert 'optimization_barrier' not in text
+    products = re.findall(r'stablehlo\.(?:dot_general|convolution).*', text)
+    assert products and all(line.count('HIGHEST') == 2 for line in products)  # both factors
+    files.append(data)
+  assert files[0] == files[1]
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  assert size < len(files[0]) < size + 50_000
+
+
+def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
+  config = small_config(**{
+      'epochs': '0', 'data.source': 'digits', 'data.image_size': '16', 'model.dtype': 'bfloat16',
+      'model.patch_size': '4', 'data.mean': '0.3', 'data.std': '0.4',
+      'data.cache': 'memory',  # which keeps small images as they are, neither cut nor stretched
+      'data.crop': '0.5', 'data.stretch': 'true',
+  })  # fmt: skip
+  vit_jax.train(config, tmp_path / 'run')
+  model, params = vit_jax.load(tmp_path / 'run')
+  kernel = params['head']['kernel']  # which begins at zero
+  kernel += np.random.RandomState(0).normal(size=kernel.shape)
+  p = reader.read_weights(tmp_path / 'run').preprocessing
+  assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
+  vit_jax.save(
+    model.clone(dtype=jnp.bfloat16), params, tmp_path / 'out', format='stablehlo', preprocessing=p
+  )
+  image_BHWC = images(p, 1)
+  larger = jax.image.resize(image_BHWC / np.float32(255), (3, 16, 16, 1), 'cubic')
+  want = model.apply({'params': params}, (larger - 0.3) / np.float32(0.4))
+  found = outputs('stablehlo', tmp_path / 'out', image_BHWC)
+  np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_mistakes(capsys, trained, tmp_path, monkeypatch):
+  workdir, _ = trained
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'README.md').write_text('My own.')
+  monkeypatch.setitem(sys.modules, 'jax2onnx', None)
+  flags = ['--mode=export', f'--workdir={workdir}', f'--out={tmp_path}/out']
+  for argv, message in (
+    ([*flags, '--format=onx'], 'Did you mean onnx'),
+    ([*flags, '--format=tflite'], 'Valid: hf, npz, onnx, stablehlo, timm'),
+    ([*flags, '--format=onnx'], 'pip install --no-deps -r requirements-onnx.txt'),
+    ([*flags[:2], '--format=stablehlo'], 'and --out'),
+    ([*flags, '--format=stablehlo', f'--out={tmp_path}/file'], 'is a file; a folder is needed'),
+    ([*flags, '--format=stablehlo', f'--out={tmp_path}/mine'], 'is there already'),
+    ([*flags, '--format=stablehlo', f'--workdir={tmp_path}/empty'], 'no checkpoint'),
+  ):
+    assert message in error(capsys, *argv)
+  assert not list((tmp_path / 'out').glob('*')) and len(list((tmp_path / 'mine').iterdir())) == 1
+  code, out, _ = call(capsys, *flags, '--format=stablehlo')
+  assert not code and [pathlib.Path(line).name for line in out.split()] == [
+    'README.md', 'model.json', 'model.stablehlo',
+  ]  # fmt: skip
+  assert not call(capsys, *flags, '--format=stablehlo')[0]  # over an earlier export of its own
+  assert 'holds model.stablehlo already' in error(capsys, *flags, '--format=timm')
+  monkeypatch.setattr(program, 'LIMIT', 2**24)
+  assert 'less than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
+
+
+def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
+  needs('onnx')
+  model, params = random_model()
+  monkeypatch.setattr(program, 'TOLERANCE', -1.0)
+  with pytest.raises(ValueError, match='gives other logits than this one'):
+    vit_jax.save(model, params, tmp_path, format='onnx')
+  assert not list(tmp_path.iterdir())

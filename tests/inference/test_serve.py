@@ -1,0 +1,196 @@
+"""The page, in a real browser; its API, under load and with what is not to be let in."""
+
+import concurrent.futures
+import io
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import ROOT
+from vit_jax import cli
+from vit_jax.inference import page as page_lib
+from vit_jax.inference import prediction, server
+
+pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
+gradio_client = pytest.importorskip('gradio_client')
+browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
+
+CHROMIUM = next(
+  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), ''
+)
+
+
+@pytest.fixture(scope='module')
+def page(trained, tmp_path_factory):
+  """The address of a server in a process of its own."""
+  began = time.time()
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', f'--port={port}']
+  log = tmp_path_factory.mktemp('serve') / 'stderr'
+  with log.open('w') as stderr:
+    process = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
+  while 'Serving on' not in log.read_text():
+    assert process.poll() is None, log.read_text()
+    time.sleep(0.1)
+  yield f'http://127.0.0.1:{port}/'
+  process.terminate()
+  assert process.wait(30) == 0
+  left = pathlib.Path(tempfile.gettempdir()).glob('vit_jax_uploads_*')
+  assert not [folder for folder in left if folder.stat().st_mtime > began]
+
+
+@pytest.fixture
+def client(page):
+  return gradio_client.Client(page, verbose=False)
+
+
+def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
+  """`{class: probability}` and the picture's file."""
+  label, picture = client.predict(gradio_client.handle_file(path), layer, head, api_name='/predict')
+  return {found['label']: found['confidence'] for found in label['confidences']}, picture
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
+def test_the_page_in_a_browser(page, trained, tmp_path):
+  file = sorted((trained[0] / 'examples').iterdir())[0]
+  best = next(prediction.predict(trained[0], [str(file)]))['predictions'][0]
+  (tmp_path / 'fake.png').write_bytes(b'no image')
+  with browser.sync_playwright() as playwright:
+    chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+    tab, elsewhere = chromium.new_page(), []
+    tab.on('request', lambda request: elsewhere.append(request.url))
+    for width in (1200, 390):  # a phone
+      tab.set_viewport_size({'width': width, 'height': 800})
+      tab.goto(page)
+      last = tab.locator('#examples button').last
+      browser.expect(last.locator('img')).to_be_visible()
+      gallery, box = tab.locator('#examples').bounding_box(), last.bounding_box()
+      assert box['x'] + box['width'] <= gallery['x'] + gallery['width']
+      assert 0 <= gallery['y'] + gallery['height'] - box['y'] - box['height'] < 30  # not blank
+      assert tab.evaluate('document.documentElement.scrollWidth') <= width
+    tab.set_viewport_size({'width': 1200, 'height': 800})
+    upload = tab.locator('#file input[type=file]')
+    picture, given = tab.locator('#attention img'), tab.locator('#given img')
+
+    upload.set_input_files(file)
+    classes = tab.locator('#classes')
+    browser.expect(classes).to_contain_text(best['class'])
+    assert f'{best["probability"]:.0%}' in classes.inner_text()
+    assert len(re.findall('%', classes.inner_text())) == page_lib.TOPK
+    browser.expect(picture).to_be_visible()
+    browser.expect(given).to_be_visible()
+
+    before = picture.get_attribute('src')
+    tab.locator('#layer input').click()
+    tab.get_by_role('option', name='block 2').click()
+    browser.expect(picture).not_to_have_attribute('src', before)
+    before = picture.get_attribute('src')
+    tab.locator('#head input').click()
+    tab.get_by_role('option', name='head 1').click()
+    browser.expect(picture).not_to_have_attribute('src', before)
+
+    tab.locator('#file button[aria-label="Clear"]').first.click()
+    browser.expect(picture).to_have_count(0)
+    browser.expect(given).to_have_count(0)
+    tab.locator('#examples button').nth(3).click()
+    browser.expect(picture).to_be_visible()
+    browser.expect(given).to_be_visible()
+
+    upload.set_input_files(tmp_path / 'fake.png')
+    browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
+    browser.expect(picture).to_have_count(0)  # nor does the last image stay
+    browser.expect(given).to_have_count(0)
+    chromium.close()
+  asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
+  assert not asked, f'the page asks {asked}'
+
+
+def test_fifty_at_once(client, trained):
+  files = sorted((trained[0] / 'examples').iterdir())
+  wanted = [
+    row['predictions'] for row in prediction.predict(trained[0], [str(f) for f in files], 10)
+  ]
+  with concurrent.futures.ThreadPoolExecutor(50) as pool:
+    answers = list(pool.map(lambda i: ask(client, files[i % 8])[0], range(50)))
+  for i, answer in enumerate(answers):
+    for guess in wanted[i % 8][: page_lib.TOPK]:
+      assert answer[guess['class']] == pytest.approx(guess['probability'], abs=1e-4)
+
+
+def test_what_is_let_in(client, tmp_path):
+  def refused(name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Exception, match=message):
+      ask(client, tmp_path / name)
+
+  bomb = io.BytesIO()
+  Image.new('1', (10_000, 6_000)).save(bomb, 'png')  # 8 kB of file
+  refused('bomb.png', bomb.getvalue(), '10000x6000 pixels, at most 50,000,000')
+  refused('page.html', b'<script>alert(1)</script>', 'not a readable image')
+  refused('drawing.svg', b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not a readable image')
+  refused('empty.png', b'', 'empty file')
+  Image.new('RGB', (9, 9)).save(tmp_path / 'drawing.eps')
+  refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'of no known format')
+  refused('large.png', bytes(server.MAX_BYTES + 1), 'exceed|413|large')
+  Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
+  assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers
+
+
+def test_nothing_is_fetched_for_a_client(client):
+  address = {'path': 'http://127.0.0.1:1/a.png', 'meta': {'_type': 'gradio.FileData'}}
+  with pytest.raises(Exception, match='Upload the file itself'):
+    client.predict(address, page_lib.ROLLOUT, page_lib.MEAN, api_name='/predict')
+
+
+@pytest.mark.parametrize(
+  'layer, head', [('block 9', page_lib.MEAN), ('block 1', 'head 9'), (None, 1)]
+)
+def test_layers_and_heads_that_there_are_not(client, trained, layer, head):
+  file = next((trained[0] / 'examples').iterdir())
+  with pytest.raises(Exception, match='block 2|choices'):
+    ask(client, file, layer, head)
+
+
+def test_files_of_the_machine_are_not_shown(page):
+  for path in ('/etc/passwd', str(ROOT / 'main.py'), '../../main.py'):
+    with pytest.raises(urllib.error.HTTPError, match='403|404'):
+      urllib.request.urlopen(f'{page}gradio_api/file={path}')
+
+
+def test_other_machines_are_not_let_in(page):
+  """The port answers on the loopback address alone."""
+  port = int(re.search(r':(\d+)/', page)[1])
+  listening = [line.split() for line in pathlib.Path('/proc/net/tcp').read_text().splitlines()[1:]]
+  addresses = {row[1] for row in listening if row[1].endswith(f':{port:04X}') and row[3] == '0A'}
+  assert addresses == {f'0100007F:{port:04X}'}
+
+
+def test_a_picture_is_lit_where_attention_is():
+  image_HWC = np.full((4, 8, 3), 200, np.uint8)
+  lit_HWC = page_lib.light(image_HWC, np.array([[0.0, 0.5]]))
+  assert lit_HWC.shape == (448, 896, 3) and lit_HWC.dtype == np.uint8
+  assert np.all(lit_HWC[:, :200] == round(200 * page_lib.DARK)) and np.all(lit_HWC[:, -200:] == 200)
+  assert page_lib.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
+
+
+def test_a_port_that_is_taken(trained, capsys):
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    code = cli.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
+  assert code == 2 and f'--port={port} can not be listened on' in capsys.readouterr().err
+  assert cli.main(['--mode=serve', f'--workdir={trained[0]}', '--port=70000']) == 2

@@ -1,0 +1,350 @@
+"""A frozen backbone stays as it is and costs no gradient; features computed once change nothing."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import probe as benchmark
+from tests.conftest import small_config
+from vit_jax import cli, inherit, opening
+from vit_jax.data import batching
+from vit_jax.data.source import Source
+from vit_jax.distributed import devices, sharding
+from vit_jax.evaluation import exact, features
+from vit_jax.model import attention
+from vit_jax.training import loop, probe, resume, state, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import stored, writer
+
+FROZEN = {'freeze': 'backbone', 'augment.flip.probability': '0'}
+AUGMENTED = {'freeze': 'backbone'}  # conftest's flips
+SWEPT = FROZEN | {
+  'sweep': '0.001,0.1',
+  'data.train_split': 'train[:75%]',
+  'data.val_split': 'train[75%:]',
+  'eval_every': '0',
+  'checkpoint_every': '0',
+}
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def backbone(params):
+  return {name: leaves for name, leaves in params.items() if name != 'head'}
+
+
+def make_step(**overrides):
+  """(experiment, state, compiled step, batches) as a run has them."""
+  exp, training = opening.from_config(small_config(**overrides))
+  mesh = devices.make_mesh(32)
+  train_state = state.init_state(exp, training, mesh)
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.batch_sharding(mesh))
+  step = make_train_step(exp, training, mesh)
+  return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
+
+
+def test_a_frozen_backbone_has_no_gradient_and_no_state():
+  flops = {}
+  for freeze in ('', 'backbone'):
+    overrides = {'freeze': freeze, 'micro_batches': '1', 'ema': '0.9'}
+    exp, train_state, step, batches = make_step(**overrides)
+    flops[freeze] = step.cost_analysis()['flops']
+  kernel, bias = (16, 10), (10,)
+  moments = [x.shape for x in jax.tree.leaves(train_state.opt_state) if x.ndim]
+  assert sorted(moments) == sorted(2 * [kernel, bias])  # Adam's two, of the head alone
+
+  def forward(params, image_BHWC):
+    return exp.model.apply({'params': params}, exp.normalize(image_BHWC))
+
+  image_BHWC = jnp.zeros((16, 8, 8, 3), jnp.uint8)  # each of the two devices has half a batch
+  forward = jax.jit(forward).lower(train_state.params, image_BHWC).compile()
+  forward = forward.cost_analysis()['flops']
+  assert flops['backbone'] < 1.3 * forward and flops[''] > 2.5 * forward
+
+  before = jax.device_get(train_state)
+  for _ in range(3):
+    train_state, _ = step(train_state, next(batches))
+  after = jax.device_get(train_state)
+  assert_equal(backbone(after.params), backbone(before.params))
+  assert_equal(backbone(after.ema), backbone(before.params))
+  assert (after.params['head']['kernel'] != before.params['head']['kernel']).any()
+
+
+@pytest.mark.slow
+def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
+  """Against the closed form of a softmax's gradient, with SGD, clipping and an average."""
+  overrides = FROZEN | {
+      'ema': '0.2', 'optimizer.name': 'sgd', 'optimizer.momentum': '0', 'optimizer.lr': '0.5',
+      'optimizer.weight_decay': '0', 'optimizer.clip': '0.1', 'schedule.name': 'constant',
+      'schedule.warmup': '0', 'model.dropout': '0.3', 'model.stochastic_depth': '0.5',
+  }  # fmt: skip
+  exp, train_state, step, batches = make_step(**overrides)
+  params = stored.load_checkpoint(trained[0])[1]
+  head = {name: np.asarray(x, np.float64) for name, x in params['head'].items()}
+  average = {name: x.copy() for name, x in head.items()}
+  replicated = sharding.replicated(devices.make_mesh(32))
+  place = lambda tree: jax.device_put(jax.tree.map(np.copy, tree), replicated)
+  train_state = train_state.replace(params=place(params), ema=place(params))
+  pooled = exp.model.clone(num_classes=None)
+  for i in range(3):
+    batch, decay = next(batches), min(0.2, (1 + i) / (10 + i))
+    x = np.asarray(pooled.apply({'params': params}, exp.normalize(batch['image'])), np.float64)
+    p = np.exp(x @ head['kernel'] + head['bias'])
+    error = p / p.sum(1, keepdims=True) - np.eye(10)[np.asarray(batch['label'])]
+    grads = {'kernel': x.T @ error / 32, 'bias': error.mean(0)}
+    norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+    assert norm > 0.1  # or nothing is clipped
+    for name, g in grads.items():
+      head[name] = head[name] - 0.5 * g * 0.1 / norm
+      average[name] = decay * average[name] + (1 - decay) * head[name]
+    train_state, metrics = step(train_state, batch)
+    assert float(metrics['grad_norm']) == pytest.approx(norm, rel=1e-3)
+  for name in head:
+    np.testing.assert_allclose(train_state.params['head'][name], head[name], atol=1e-5)
+    np.testing.assert_allclose(train_state.ema['head'][name], average[name], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('overrides', [FROZEN, AUGMENTED], ids=['cached', 'augmented'])
+def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, capsys, overrides):
+  init = shutil.copytree(trained[0], tmp_path / 'init')
+  overrides = overrides | {'ema': '0.9', 'init': str(init), 'checkpoint_every': '8'}
+  whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train(small_config(**overrides), tmp_path / 'cut')
+  assert stored.latest_step(tmp_path / 'cut') == 16
+  shutil.rmtree(init)  # what a run began with is in its checkpoints
+  resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
+  assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
+  for item in ('params', 'state'):
+    a, b = (stored.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
+    assert_equal(a, b)
+
+  params = stored.restore_item(tmp_path / 'cut', 32, 'params')
+  assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
+  assert sorted(params) == sorted(stored.load_checkpoint(trained[0])[1])  # all of the model
+  again = exact.evaluate(tmp_path / 'cut', {})
+  assert again['accuracy'] == whole['test_accuracy'] and again['examples'] == 256
+  assert again['loss'] == pytest.approx(whole['test_loss'], abs=1e-5)
+  flags = ['--mode=predict', f'--workdir={tmp_path}/cut', f'--images={tmp_path}/cut/examples']
+  assert not cli.main(flags) and capsys.readouterr().out.count('.png\n') == 8
+
+
+@pytest.mark.slow
+def test_features_computed_once_change_nothing(trained, tmp_path):
+  overrides = FROZEN | {'init': str(trained[0]), 'ema': '0.9', 'loss.label_smoothing': '0.1'}
+  cached = trainer.train(small_config(**overrides), tmp_path / 'cached')
+
+  def plainly(exp, training, mesh, workdir):
+    resume.record(exp, workdir, training.test)
+    return loop.fit(exp, training, mesh, workdir)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, 'train_head', plainly)
+    plain = trainer.train(small_config(**overrides), tmp_path / 'plain')
+  assert list((tmp_path / 'cached' / 'features').glob('*.npz'))
+  assert not (tmp_path / 'plain' / 'features').exists()
+  for name in ('params', 'state'):
+    a, b = (stored.restore_item(tmp_path / run, 32, name) for run in ('cached', 'plain'))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
+  for name in ('test_accuracy', 'test_loss', 'examples', 'steps', 'params'):
+    assert cached[name] == pytest.approx(plain[name], abs=1e-5)
+  lines = [writer.read_metrics(tmp_path / run) for run in ('cached', 'plain')]
+  for a, b in zip(*lines, strict=True):
+    assert a['step'] == b['step'] and a['loss'] == pytest.approx(b['loss'], abs=1e-5)
+  start, end = (
+    stored.load_checkpoint(trained[0])[1]['head'],
+    stored.load_checkpoint(tmp_path / 'cached')[1],
+  )
+  assert abs(start['kernel'] - end['head']['kernel']).max() > 1e-3
+
+
+@pytest.fixture
+def counted(monkeypatch):
+  """How often features were computed, by the number of examples."""
+  computed, real = [], features.compute
+  count = lambda step, params, examples, *rest: (
+    computed.append(len(examples)) or real(step, params, examples, *rest)
+  )
+  monkeypatch.setattr(features, 'compute', count)
+  return computed
+
+
+@pytest.mark.slow
+def test_augmented_images_are_not_cached(tmp_path, counted):
+  trainer.train(small_config(epochs='0.25', **AUGMENTED), tmp_path)
+  assert not counted and not (tmp_path / 'features').exists()
+
+
+def test_only_the_same_features_are_found_again(tmp_path, counted):
+  exp, training = opening.from_config(small_config(**FROZEN))
+  mesh, examples = devices.make_mesh(), training.test
+  params = probe.initial_params(exp, training, tmp_path / 'none')
+  step = features.make_feature_step(exp, mesh)
+
+  def cached(exp=exp, params=params, examples=examples):
+    before = len(counted)
+    out = features.cached_features(exp, step, params, examples, mesh, tmp_path)
+    return out.image_NHWC, len(counted) - before
+
+  first, new = cached()
+  assert new == 1 and first.shape == (256, 16)
+  again, new = cached()
+  assert new == 0
+  assert_equal(again, first)
+  head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
+  assert cached(params=head)[1] == 0  # which has no part in features
+  pixel = training.test.image_NHWC.copy()
+  pixel[100, 3, 3, 0] ^= 1
+  other = {**params, 'norm': {**params['norm'], 'bias': params['norm']['bias'] + 1e-6}}
+  sized = opening.from_config(small_config(**FROZEN, **{'data.mean': '0.4'}))[0]
+  exact = opening.from_config(small_config(**FROZEN, **{'model.activation': 'gelu'}))[0]
+  for change in (
+    {'examples': type(examples)(pixel, examples.label_N)},
+    {'examples': type(examples)(examples.image_NHWC, examples.label_N[::-1])},
+    {'examples': training.train},
+    {'params': other},
+    {'exp': sized},
+    {'exp': exact},
+  ):
+    assert cached(**change)[1] == 1
+  assert len(list(tmp_path.iterdir())) == 7  # and nothing half-written beside
+  whole = tmp_path / f'{features.key(exp, params, examples)}.npz'
+  for damage in (lambda data: b'', lambda data: data[:-9], lambda data: data.replace(b'f4', b'f2'),
+                 lambda data: data[:600] + bytes([data[600] ^ 1]) + data[601:]):  # fmt: skip
+    whole.write_bytes(damage(whole.read_bytes()))
+    out, new = cached()
+    assert new == 1
+    assert_equal(out, first)
+
+
+def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
+  exp, training = opening.from_config(small_config(**FROZEN))
+  params = probe.initial_params(exp, training, tmp_path / 'none')
+  before, attend = features.key(exp, params, training.test), attention.attention
+  assert features.key(exp, params, training.test) == before
+  monkeypatch.setattr(attention, 'attention', lambda *x, **how: attend(*x, **how) + 0.1)
+  assert features.key(exp, params, training.test) != before
+
+
+@pytest.mark.slow
+def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
+  config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
+  fitted, real = [], probe.fit
+
+  def fit(exp, training, mesh, workdir, **notes):
+    fitted.append((workdir.name, len(training.train)))
+    if len(fitted) == 2:
+      raise KeyboardInterrupt  # between the first rate and the second
+    return real(exp, training, mesh, workdir, **notes)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(probe, 'fit', fit)
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train(config, tmp_path)
+    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    result = trainer.train(config, tmp_path)
+    assert trainer.train(config, tmp_path) == result
+    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
+  assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
+  assert sorted(counted) == [256, 256, 768]  # once for each split: neither rate computed again
+
+  points = {point['lr']: point['val_accuracy'] for point in result['sweep']}
+  assert list(points) == [0.001, 0.1] and len(set(points.values())) == 2
+  for rate, accuracy in points.items():
+    assert writer.read_json(tmp_path / 'sweep' / f'{rate:g}' / 'result.json')[
+      'val_accuracy'
+    ] == pytest.approx(accuracy)
+    assert not (tmp_path / 'sweep' / f'{rate:g}' / 'checkpoints').exists()
+  assert result['lr'] == max(points, key=points.get) and result['steps'] == 64
+  assert json.loads((tmp_path / 'result.json').read_text()) == result
+  assert 'val_accuracy' not in result
+
+  alone = FROZEN | {'optimizer.lr': str(result['lr']), 'eval_every': '0', 'init': str(trained[0])}
+  alone = trainer.train(small_config(epochs='2', **alone), tmp_path / 'alone')
+  assert result['test_loss'] == pytest.approx(alone['test_loss'], abs=1e-5)
+
+  more = small_config(init=str(trained[0]), epochs='3', **SWEPT)
+  assert trainer.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
+
+
+def test_a_run_on_another_backbone_is_told(trained, tmp_path):
+  params = stored.load_checkpoint(trained[0])[1]
+  other_head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
+  other = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
+  assert not probe.began_with_others(tmp_path, params)  # nothing began there
+  assert not probe.began_with_others(trained[0], params)
+  assert not probe.began_with_others(trained[0], other_head)
+  assert probe.began_with_others(trained[0], other)
+  assert probe.began_with_others(trained[0], backbone(params) | {'block_9': params['norm']})
+
+
+@pytest.mark.parametrize('overrides, message', [
+  ({'freeze': 'head'}, r"Valid: '' .empty., backbone"),
+  ({'sweep': '0.1,0.2'}, 'sweep needs freeze=backbone and a data.val_split'),
+  (SWEPT | {'data.val_split': ''}, 'sweep needs freeze=backbone and a data.val_split'),
+  (SWEPT | {'sweep': '0.1,0'}, 'different learning rates above 0'),
+  (SWEPT | {'sweep': '0.1,0.1'}, 'different learning rates above 0'),
+  ({'optimizer.layer_decay': '1.5'}, 'optimizer.layer_decay must be from'),
+])  # fmt: skip
+def test_bad_values_are_refused(overrides, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    trainer.train(small_config(**overrides), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_all_rates_diverge(trained, tmp_path):
+  overrides = SWEPT | {'sweep': '1e30,1e31', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
+  with pytest.raises(FloatingPointError, match=r'No learning rate of sweep=\(1e\+30, 1e\+31\)'):
+    trainer.train(small_config(init=str(trained[0]), **overrides), tmp_path)
+
+
+def test_other_classes_have_a_new_head(trained, tmp_path):
+  source = Source({}, ('cat', 'dog'), 3, None)
+  _, params, _ = inherit.open_init(small_config(init=str(trained[0])), source)
+  assert params['head']['kernel'].shape == (16, 2) and not params['head']['kernel'].any()
+  assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
+
+
+def test_finetune_configs_are_the_papers(capsys):
+
+  steps = {'cifar10': (50_000, 10_000), 'imagenet2012': (1_281_167, 20_000)}
+  for dataset, (examples, wanted) in steps.items():
+    config = cli.load_file(f'configs/finetune.py:b16,{dataset}')
+    assert round(config.epochs * (examples / config.batch_size)) == wanted
+    assert round(config.schedule.warmup * (examples / config.batch_size)) == 500
+    assert config.batch_size == 512 and tuple(config.data.image_size) == (384, 384)
+    optimizer = config.optimizer
+    assert (optimizer.name, optimizer.momentum, optimizer.clip) == ('sgd', 0.9, 1.0)
+    assert optimizer.weight_decay == 0 and optimizer.lr == 0.03
+  for variant, message in {
+    'b16': 'should be <model>,<dataset>', 'b15,cifar10': 'Did you mean b16',
+    'b16,cifar': 'Did you mean cifar10', 'b16,cifar10,adam': 'Did you mean adamw',
+  }.items():  # fmt: skip
+    assert cli.main([f'--config=configs/finetune.py:{variant}', '--workdir=nowhere']) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_the_same_epochs():
+  config = small_config(**FROZEN)
+  result = benchmark.measure(config, examples=64, rounds=3)
+  assert result['examples'] == 64 and result['features_once_seconds'] > 0
+  medians = {name: float(np.median(times)) for name, times in result['rounds'].items()}
+  assert result['epoch_seconds'] == medians and set(medians) == {'frozen', 'cached'}
+  assert result['times_as_fast'] == medians['frozen'] / medians['cached']
+  assert benchmark.settings().freeze == 'backbone' and not benchmark.settings().sweep

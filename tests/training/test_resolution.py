@@ -1,0 +1,247 @@
+"""Images of another size: positions stretched over them, evaluation, smaller images first."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import small_config
+from vit_jax import opening
+from vit_jax.data import sources
+from vit_jax.evaluation import exact
+from vit_jax.figures import maps
+from vit_jax.inference import cost
+from vit_jax.model import positions, variants
+from vit_jax.optim import losses
+from vit_jax.training import loop, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.weights import pretrained
+from vit_jax.workdir import stored, writer
+
+IMAGES = np.random.RandomState(0).normal(size=(3, 8, 16, 3)).astype(np.float32)
+WHOLE = (4, 6)  # patches that positions are of; those of `IMAGES` are 2 x 4
+
+
+def test_patches_of_another_grid_lie_where_their_middles_are():
+  y, x = positions.coordinates((2, 3), (4, 6))
+  np.testing.assert_array_equal(y, [[0.5] * 3, [2.5] * 3])  # between rows 0 and 1, 2 and 3
+  np.testing.assert_array_equal(x, [[0.5, 2.5, 4.5]] * 2)
+  y, x = positions.coordinates((14, 11), (14, 11))
+  np.testing.assert_array_equal((y, x), np.mgrid[:14, :11])  # to the bit
+
+
+def test_stretched_sincos_and_rope_are_the_closed_form():
+  table = positions.sincos(2, 4, 16, WHOLE)[0]
+  cos, sin = positions.rope_angles(2, 4, 8, 1, WHOLE)
+  places = itertools.product((0.5, 2.5), [6 / 4 * (i + 0.5) - 0.5 for i in range(4)])
+  for token, (y, x) in enumerate(places):
+    omega = [10_000 ** -(i / 3) for i in range(4)]
+    want = [f(p * o) for p in (x, y) for f in (math.sin, math.cos) for o in omega]
+    np.testing.assert_allclose(table[token], want, atol=1e-6)
+    angle = np.array([y, y / 10, x, x / 10])
+    np.testing.assert_allclose(cos[token + 1], np.cos(angle), atol=1e-6)
+    np.testing.assert_allclose(sin[token + 1], np.sin(angle), atol=1e-6)
+
+
+def small(**fields):
+  return variants.make('tiny', 5, width=16, depth=1, mlp_dim=8, patch_size=4, **fields)
+
+
+def random_params(model, image=IMAGES):
+  params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+  draw = np.random.RandomState(1)
+  return jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params)
+
+
+def resized_by_pillow(position_1ND, before, after, prefix=0, method='bilinear'):
+  """The same as `positions.resize`; Pillow averages where it reduces."""
+  filter_ = getattr(Image.Resampling, method.upper())
+  planes = np.moveaxis(np.asarray(position_1ND)[0, prefix:].reshape(*before, -1), 2, 0)
+  resized = [np.asarray(Image.fromarray(p).resize(after[::-1], filter_)) for p in planes]
+  table_1ND = np.stack(resized, axis=2).reshape(1, math.prod(after), -1)
+  return np.concatenate([position_1ND[:, :prefix], table_1ND], axis=1)
+
+
+@pytest.mark.parametrize('method', ['bilinear', 'bicubic'])
+@pytest.mark.parametrize('after', [(3, 5), (4, 4), (12, 9), (1, 1)])
+def test_positions_are_resized_as_pillow_resizes_an_image(method, after):
+  table = np.random.RandomState(5).normal(size=(1, 2 + 8 * 6, 3)).astype(np.float32)
+  want = resized_by_pillow(table, (8, 6), after, 2, method)
+  for array in (table, jnp.asarray(table)):
+    found = positions.resize_positions(array, (8, 6), after, 2, method)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('fields', [
+    dict(pool='cls'), dict(pool='gap'),
+    dict(pool='cls', num_registers=2, position_prefix='all'),
+])  # fmt: skip
+def test_learned_positions_are_resized_in_the_model_as_pillow_does(fields):
+  model = small(position_grid=WHOLE, **fields)
+  params = random_params(model)
+  prefix = model.num_positions
+  assert params['pos_embedding'].shape == (1, prefix + 24, 16)
+  resized = resized_by_pillow(params['pos_embedding'], WHOLE, (2, 4), prefix)
+  resized = params | {'pos_embedding': resized}
+  want = jax.jit(model.clone(position_grid=None).apply)({'params': resized}, IMAGES)
+  found = jax.jit(model.apply)({'params': params}, IMAGES)
+  np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_whole_table_has_a_gradient():
+  """That of a linear map, whose matrix the host's resizing gives."""
+  basis = np.eye(24, dtype=np.float32)[None]  # `[1, 24, 24]`: every position by itself
+  matrix = positions.resize_positions(basis, WHOLE, (2, 4), 0)[0]  # `[8, 24]`
+  weight = np.random.RandomState(2).normal(size=(1, 8, 24)).astype(np.float32)
+  function = lambda table: (positions.resize_positions(table, WHOLE, (2, 4), 0) * weight).sum()
+  gradient = jax.jit(jax.grad(function))(jnp.asarray(basis))
+  np.testing.assert_allclose(gradient[0], matrix.T @ weight[0], atol=1e-5)
+  assert (np.abs(gradient) > 1e-4).any(axis=2).all()
+
+
+@pytest.mark.parametrize('position', ['sincos', 'rope', 'none'])
+def test_positions_without_parameters_are_stretched(position):
+  model = small(pool='gap', position=position, position_grid=WHOLE)
+  params = random_params(model)
+  stretched = model.apply({'params': params}, IMAGES)
+  plain = model.clone(position_grid=None).apply({'params': params}, IMAGES)
+  assert np.allclose(stretched, plain, atol=1e-5) == (position == 'none')
+  own = np.random.RandomState(3).normal(size=(3, 16, 24, 3)).astype(np.float32)  # of 4 x 6 patches
+  np.testing.assert_array_equal(
+    model.apply({'params': params}, own),
+    model.clone(position_grid=None).apply({'params': params}, own),
+  )
+
+
+def test_the_map_of_positions_is_that_of_the_image():
+  for position in ('learned', 'sincos'):
+    model = small(pool='gap', position=position, position_grid=WHOLE)
+    found = maps.position_embeddings(model, random_params(model), (2, 4))
+    assert found.shape == (2, 4, 16)
+  np.testing.assert_allclose(found.reshape(8, 16), positions.sincos(2, 4, 16, WHOLE)[0], atol=1e-6)
+
+
+def test_a_run_is_evaluated_at_another_size(trained):
+  workdir, _ = trained
+  found = exact.evaluate(workdir, {'data.image_size': '16'})
+  model, params = pretrained.load(workdir, grid=(4, 4))  # which resizes the table by itself
+  source = sources.synthetic('', '', (16, 16))
+  _, images, labels = zip(*source.read('test', range(256)))
+  logits = jax.jit(model.apply)({'params': params}, np.stack(images) / 127.5 - 1)
+  assert found['examples'] == 256
+  label = np.array(labels)
+  assert found['accuracy'] == pytest.approx((logits.argmax(1) == label).mean())
+  assert found['loss'] == pytest.approx(float(losses.softmax(logits, label).mean()), rel=1e-4)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused(trained):
+  with pytest.raises(ValueError, match='does not divide into patches of 4x4'):
+    exact.evaluate(trained[0], {'data.image_size': '10'})
+
+
+def test_files_are_read_at_the_size_asked_for(trained, monkeypatch):
+  exp = opening.from_workdir(trained[0])[0]
+  assert exp.at((8, 8)) is exp
+  larger = exp.at((16, 16))
+  assert larger.task.stored_size == larger.image_shape[:2] == (16, 16)
+  assert larger.at((4, 4)).model.position_grid == (2, 2)  # those of the run
+  assert exp.image_shape == (8, 8, 3)
+
+
+STAGES = {'data.image_size': '16', 'progressive.sizes': '8', 'progressive.until': '0.375'}
+STAGES |= {'data.train_split': 'train[:512]', 'data.eval_split': 'test[:32]', 'batch_size': '16'}
+STAGES |= {'eval_every': '0', 'ema': '0.9'}  # 32 steps, of which 12 see images of 8x8
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  """A run with smaller images first: its workdir, and what was compiled after which step."""
+  workdir, seen = tmp_path_factory.mktemp('stages'), []
+  compile_, make = Run.compile, make_train_step
+
+  def after(self, train_state, batch, size):
+    seen.append(int(train_state.step))
+    return compile_(self, train_state, batch, size)
+
+  def of(exp, training, mesh):
+    seen.append(exp.image_shape[:2])
+    return make(exp, training, mesh)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, 'compile', after)
+    patch.setattr(loop, 'make_train_step', of)
+    trainer.train(small_config(**STAGES), workdir)
+  return workdir, seen
+
+
+@pytest.mark.slow
+def test_smaller_images_come_first(whole):
+  workdir, seen = whole
+  assert seen == [0, (8, 8), 12, (16, 16)]
+  _, params, _ = stored.load_checkpoint(workdir)
+  assert params['pos_embedding'].shape == (1, 16, 16)  # always of the whole
+  lines = writer.read_metrics(workdir)
+  assert [line['step'] for line in lines if line['split'] == 'train'] == [8, 16, 24, 32]
+  assert exact.evaluate(workdir, {})['accuracy'] > 0.2  # ten patterns: chance is 0.1
+  assert exact.evaluate(workdir, {'data.image_size': '4'})['examples'] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stop', [8, 12])
+def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
+  settings = STAGES | {'checkpoint_every': str(stop)}
+  save = Run.save
+
+  def save_and_die(self, *args):
+    save(self, *args)
+    self.checkpoints.wait()
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Run, 'save', save_and_die)
+    trainer.train(small_config(**settings), tmp_path)
+  assert stored.latest_step(tmp_path) == stop
+  trainer.train(small_config(**settings), tmp_path)
+  for item in ('params', 'state'):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      *(stored.restore_item(workdir, 32, item) for workdir in (whole[0], tmp_path)),
+    )
+
+
+def test_a_step_before_the_change_sees_the_image_reduced(whole):
+  """As Pillow reduces it, away from the border."""
+  exp, _, _ = opening.from_workdir(whole[0])
+  image = np.random.RandomState(4).randint(0, 256, (1, 16, 16, 3)).astype(np.uint8)
+  out = np.asarray(exp.at((8, 8)).normalize(image))[0]
+  for channel in range(3):
+    plane = Image.fromarray(image[0, :, :, channel].astype(np.float32))
+    want = np.asarray(plane.resize((8, 8), Image.Resampling.BICUBIC)) / 127.5 - 1
+    np.testing.assert_allclose(out[2:-2, 2:-2, channel], want[2:-2, 2:-2], atol=1e-3)
+
+
+def test_inspecting_counts_each_size(whole):
+  exp, _, _ = opening.from_workdir(whole[0])
+  found = cost.measure(exp, 512)
+  each = {n: cost.measure(exp.at((n, n)), 512).train_flops for n in (8, 16)}
+  assert found.train_flops == each[16] > 3 * each[8]
+  assert found.run_flops == 16 * (12 * each[8] + 20 * each[16])
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'progressive.sizes': '8'}, 'one for each'),
+    ({'progressive.sizes': '8,12', 'progressive.until': '0.5,0.5'}, 'rising'),
+    ({'progressive.sizes': '8', 'progressive.until': '1.0'}, 'between 0 and 1'),
+    ({'progressive.sizes': '32', 'progressive.until': '0.5'}, 'at most 16'),
+    ({'progressive.sizes': '10', 'progressive.until': '0.5'}, 'patches of 4x4'),
+    ({'progressive.sizes': '8', 'progressive.until': '0.5', 'data.image_size': '12,16'}, '10.6667'),
+    ({'progressive.sizes': '8', 'progressive.until': '0.5', 'freeze': 'backbone'}, 'freeze'),
+])  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(overrides, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    trainer.train(small_config(**{'data.image_size': '16', **overrides}), tmp_path / 'run')

@@ -1,0 +1,699 @@
+"""The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import ROOT, small_config
+from vit_jax import evaluation, opening
+from vit_jax.data import batching
+from vit_jax.distributed import cluster, sharding
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.evaluation import exact, scoring
+from vit_jax.experiment import Experiment, Task
+from vit_jax.optim import plan as plan_lib
+from vit_jax.training import loop, resume, state, step, trainer
+from vit_jax.training.loop import Run
+from vit_jax.training.step import make_train_step
+from vit_jax.weights import reader
+from vit_jax.workdir import lock, stored, writer
+
+TRAIN = """
+import sys, json
+from tests.conftest import small_config
+from vit_jax.training import trainer
+trainer.train(small_config(**json.loads(sys.argv[2])), sys.argv[1])
+assert 'tensorflow' not in sys.modules, 'training imports TensorFlow'
+"""
+
+
+def start_process(workdir, **overrides):
+  """A training process of its own."""
+  command = [sys.executable, '-c', TRAIN, str(workdir), json.dumps(overrides)]
+  return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def assert_equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+  overrides = {'epochs': '10', 'ema': '0.9', 'augment.pad_crop.padding': '1'}
+  whole = start_process(tmp_path / 'whole', **overrides)
+  assert whole.wait(120) == 0, whole.stderr.read().decode()
+
+  killed = start_process(tmp_path / 'killed', **overrides)
+  while (stored.latest_step(tmp_path / 'killed') or 0) < 96:
+    assert killed.poll() is None, killed.stderr.read().decode()
+    time.sleep(0.01)
+  os.kill(killed.pid, signal.SIGKILL)
+  assert killed.wait() == -signal.SIGKILL
+  assert not (tmp_path / 'killed' / 'result.json').exists()
+  resumed = start_process(tmp_path / 'killed', **overrides)
+  assert resumed.wait(120) == 0, resumed.stderr.read().decode()
+
+  step, params, saved = stored.load_checkpoint(tmp_path / 'whole')
+  again, same_params, _ = stored.load_checkpoint(tmp_path / 'killed')
+  assert step == again == 10 * 32 and saved['config']['ema'] == 0.9
+  last = writer.read_metrics(tmp_path / 'whole')[-1]
+  assert last['split'] == 'test' and 0 < abs(last['raw_loss'] - last['loss']) < 1
+  assert_equal(params, same_params)
+  for item in ('params', 'state'):
+    assert_equal(
+      *[stored.restore_item(tmp_path / name, step, item) for name in ('whole', 'killed')]
+    )
+  lines = [writer.read_metrics(tmp_path / name) for name in ('whole', 'killed')]
+  test = [[line for line in part if line['split'] == 'test'] for part in lines]
+  assert test[0] == test[1]  # none twice, none missing, and the same to the last digit
+  assert 'Going on from step' in (tmp_path / 'killed' / 'log.txt').read_text()
+
+
+def test_xla_knows_how_to_be_deterministic():
+  double = jax.jit(lambda x: 2 * x, compiler_options=step.DETERMINISTIC)
+  assert double(jnp.ones(())) == 2  # XLA refuses options that it does not know
+
+
+def test_what_a_run_leaves(trained):
+  workdir, result = trained
+  assert json.loads((workdir / 'result.json').read_text()) == result
+  assert json.loads((workdir / 'config.json').read_text()) == result['config']
+  assert result['steps'] == 32 and result['examples'] == 256
+  assert result['test_accuracy'] > 0.5  # ten patterns in noise: chance is 0.1
+  lines = writer.read_metrics(workdir)
+  train = [line for line in lines if line['split'] == 'train']
+  assert [line['step'] for line in train] == [8, 16, 24, 32]
+  assert all(line['examples'] == 256 and line['images_per_second'] > 0 for line in train)
+  rates = [line['learning_rate'] for line in train]
+  assert rates[0] == pytest.approx(1e-2 * (1 + np.cos(np.pi * 1 / 26)) / 2, rel=1e-4)
+  assert rates[-1] > 0 and rates == sorted(rates, reverse=True)
+  test = [line for line in lines if line['split'] == 'test']
+  assert [line['step'] for line in test] == [16, 32]
+  assert test[-1]['accuracy'] == result['test_accuracy']
+  assert all('top5_accuracy' not in line for line in train)
+  assert list((workdir / 'tensorboard').glob('events.*'))
+  assert 'block_0/attention/query/kernel' in (workdir / 'log.txt').read_text()
+  assert len(list((workdir / 'examples').glob('*.png'))) == 8
+
+
+def test_a_finished_run_changes_nothing(trained):
+  workdir, result = trained
+  snapshot = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in workdir.rglob('*')}
+  before = snapshot()
+  assert trainer.train(small_config(), workdir) == result
+  assert snapshot() == before
+
+
+@pytest.mark.slow
+def test_bfloat16_moments_are_resumed(tmp_path):
+  rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
+  trainer.train(small_config(epochs='0.25', **rounded), tmp_path)
+  result = trainer.train(small_config(epochs='0.5', log_every='4', **rounded), tmp_path)
+  assert result['steps'] == 16 and stored.latest_step(tmp_path) == 16
+
+
+def test_other_epochs_are_refused_before_the_run_is_finished(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.rmtree(workdir / 'checkpoints' / '32')
+  before = contents(workdir)
+  for epochs in ('0.75', '2'):
+    with pytest.raises(ValueError, match=f'at step 16 of 32: epochs=1 can not become {epochs}'):
+      trainer.train(small_config(epochs=epochs), workdir)
+  assert contents(workdir) == before
+
+
+@pytest.mark.slow
+def test_resume_without_config_uses_all_cores(tmp_path):
+  """In processes of their own, because conftest sets the number of devices in this one."""
+  new = [
+      '--config=configs/digits.py', '--config.model.depth=1', '--config.batch_size=64',
+      '--config.data.source=synthetic', '--config.eval_batch_size=64', '--config.epochs=0.1',
+  ]  # fmt: skip
+  for flags in (new, ['--config.epochs=0.2']):
+    command = [sys.executable, 'main.py', f'--workdir={tmp_path}', *flags]
+    subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
+  log = (tmp_path / 'log.txt').read_text()
+  devices = f'on {min(cluster.num_cores(), 2)} cpu device(s)'
+  assert log.count(devices) == 2 and 'Going on from step 2' in log
+
+
+def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
+  script = (
+    'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
+    'from vit_jax.distributed import cluster\n'
+    'from vit_jax.training import trainer; cluster.num_cores = lambda: 4\n'
+    "trainer.train(small_config(epochs='0', batch_size='96'), sys.argv[1])"
+  )
+  script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
+  subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True)
+  warning = 'WARNING JAX was started with 1 CPU device(s), and batch_size=96 is worth 3: '
+  assert warning in (tmp_path / 'log.txt').read_text()
+
+
+def test_another_config_is_refused(trained):
+  workdir, _ = trained
+  with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.01 there, 0\.1 given'):
+    trainer.train(small_config(**{'optimizer.lr': '0.1'}), workdir)
+
+
+@pytest.mark.parametrize('batch_size', [7, 64, 256, 1000])
+def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
+  workdir, result = trained
+  out = exact.evaluate(workdir, {'eval_batch_size': str(batch_size)})
+  assert out['examples'] == 256 and out['accuracy'] == result['test_accuracy']
+  assert out['loss'] == pytest.approx(result['test_loss'], abs=1e-6)
+
+
+def test_evaluation_is_the_mean_in_float64(trained):
+  workdir, result = trained
+  exp, params, _ = opening.from_workdir(workdir)
+  test = evaluation.load_split(exp, 'test')
+  logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  assert result['test_loss'] == pytest.approx(-log_p[np.arange(256), test.label_N].mean(), abs=1e-6)
+  assert result['test_accuracy'] == (logits.argmax(1) == test.label_N).mean()
+  top5 = (logits.argsort(axis=1)[:, -5:] == test.label_N[:, None]).any(axis=1).mean()
+  assert writer.read_metrics(workdir)[-1]['top5_accuracy'] == top5
+
+
+@pytest.mark.parametrize(('classes', 'top5'), [(7, 5 / 7), (6, 5 / 6), (5, None)])
+def test_top_5_counts_five_classes(classes, top5):
+  """The label of row i is the class of rank i."""
+  rank_BL = np.stack([np.roll(np.arange(classes), i) for i in range(classes)])
+  label_B = np.argmax(rank_BL == np.arange(classes)[:, None], axis=1)
+  loss_B, mask_B = np.arange(classes + 2.0), np.ones(classes + 2)
+  mask_B[-2:] = 0  # padding, of which the label would be right
+  rows = np.r_[np.arange(classes), 0, 0]
+  metrics = scoring.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
+  want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
+  want |= {} if top5 is None else {'top5_accuracy': top5}
+  assert scoring.summarize([jax.device_get(metrics)]) == pytest.approx(want)
+
+
+def prepare(parts, devices, cycles=(), **overrides):
+  """The step, a state to begin with and batches, in `parts` micro-batches on `devices` devices.
+
+  The parameters are all random: a head of zeros would hide the gradient of the rest.
+  """
+  config = small_config(micro_batches=str(parts), **overrides)
+  exp, training = opening.from_config(config, cycles=cycles)
+  mesh = devices_lib.make_mesh(32, parts, shape=devices_lib.ALL_DATA | {'data': devices})
+  train_state, _ = state.start_state(exp, training, mesh, NoCheckpoints())
+  draw = np.random.RandomState(0).normal
+  params = jax.tree.map(lambda x: x + 0.1 * draw(size=x.shape), train_state.params)
+  train_state = train_state.replace(params=params)
+  step = make_train_step(exp, training, mesh)
+  batches = batching.train_batches(training.train, 32, 0, 0, sharding.batch_sharding(mesh))
+  return step, train_state, batches
+
+
+def test_training_computes_no_top_5():
+  step, train_state, batches = prepare(2, 1)
+  assert 'top_k' not in step.lower(train_state, next(batches)).as_text()
+
+
+def two_steps(parts, devices, **overrides):
+  """Parameters and metrics after two steps."""
+  step, train_state, batches = prepare(parts, devices, **overrides)
+  for _ in range(2):
+    train_state, metrics = step(train_state, next(batches))
+  return jax.device_get(train_state.params), jax.device_get(metrics)
+
+
+def test_averaged_weights_are_evaluated_and_the_raw_ones_reported_beside_them():
+  score = lambda params, examples: {'loss': params, 'accuracy': params + 1, 'examples': 8}
+  run = types.SimpleNamespace(
+    training=types.SimpleNamespace(val=None, test=[]),
+    records=types.SimpleNamespace(write=lambda *_, **__: None),
+    score=score,
+  )
+  now = state.TrainState(step=4, params=20, opt_state=None, ema=10)
+  scores = Run.evaluate(run, 4, now)
+  averaged = {'loss': 10, 'accuracy': 11, 'examples': 8}
+  assert scores == {'test': averaged | {'raw_loss': 20, 'raw_accuracy': 21}}
+  assert Run.evaluate(run, 4, now.replace(ema=None)) == {'test': score(20, [])}
+
+
+class NoCheckpoints:
+  def latest(self):
+    return None
+
+
+def test_the_average_begins_at_the_weights_of_init(monkeypatch):
+  random, weights = {'kernel': jnp.zeros(3)}, {'kernel': np.arange(3, dtype=np.float32)}
+  blank = state.TrainState(jnp.int32(0), random, (), random)
+  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
+  exp, training = opening.from_config(small_config(ema='0.9'))
+  training = dataclasses.replace(training, params=weights)
+  begun, _ = state.start_state(exp, training, devices_lib.make_mesh(), NoCheckpoints())
+  assert_equal(begun.params, weights)
+  assert_equal(begun.ema, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Simple(Experiment):
+  """An experiment of one parameter, whose gradient is a function of the step's key."""
+
+  slope: Callable = lambda key: 7.0
+
+  def logits(self, params, batch, key=None):
+    return params['weight'] * self.slope(key) * jnp.ones((len(batch['label']), 10))
+
+
+def simple(exp, slope):
+  """The experiment made simple: the loss is the first logit."""
+  augment_and_mix = lambda key, example_B, image_BHWC, early: (image_BHWC, jnp.ones(len(example_B)))
+  loss = lambda logits_BL, label_B: logits_BL[:, 0]
+  return Simple(**vars(exp) | dict(augment_and_mix=augment_and_mix, loss=loss), slope=slope)
+
+
+SIMPLE_BATCH = {'image': np.zeros(32, np.float32), 'label': np.zeros(32, np.int32)}
+
+
+def test_each_step_and_each_seed_draws_anew():
+  def draws(seed):
+    exp, training = opening.from_config(small_config(seed=str(seed), micro_batches='2'))
+    mesh = devices_lib.make_mesh(32, 2)
+    step = make_train_step(simple(exp, jax.random.uniform), training, mesh)
+    params = {'weight': jnp.ones(())}
+    for i in (0, 1, 2, 1):
+      now = state.TrainState(jnp.int32(i), params, training.optimizer.init(params), None)
+      yield float(step(jax.tree.map(jnp.array, now), SIMPLE_BATCH)[1]['grad_norm'])
+
+  zero, one, two, again = draws(0)
+  assert len({zero, one, two, *draws(1)}) == 6
+  assert again == one
+
+
+def test_the_norm_of_the_gradient_is_that_before_clipping():
+  exp, training = opening.from_config(small_config(**{'optimizer.clip': '0.1'}))
+  step = make_train_step(simple(exp, lambda key: 7.0), training, devices_lib.make_mesh(1))
+  params = {'weight': jnp.ones(())}
+  now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
+  assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
+
+
+def test_the_time_before_a_resume_counts(monkeypatch):
+  blank = state.TrainState(jnp.int32(0), {}, (), None)
+  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
+  found = types.SimpleNamespace(
+    latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
+  )
+  exp, training = opening.from_config(small_config())
+  begun, seconds = state.start_state(exp, training, devices_lib.make_mesh(), found)
+  assert begun.step == 5 and seconds == 1000
+
+
+@pytest.mark.slow
+def test_micro_batches_and_devices_change_only_rounding():
+  settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
+  params, metrics = two_steps(1, 1, **settings)
+  summary = scoring.summarize([metrics['score']])
+  for parts, devices in ((1, 2), (4, 2)):
+    other, other_metrics = two_steps(parts, devices, **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
+    assert scoring.summarize([other_metrics['score']]) == pytest.approx(summary, rel=1e-5)
+
+
+STRONG = {
+  'augment.rand_augment.num_layers': '1', 'augment.rand_augment.probability': '1',
+  'augment.mix.probability': '0.9', 'model.depth': '1',
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_micro_batches_and_devices_mix_the_same_images():
+  settings = STRONG | {'optimizer.name': 'sgd', 'optimizer.lr': '0.1', 'loss.name': 'sigmoid'}
+  params, metrics = two_steps(1, 1, **settings)
+  other, other_metrics = two_steps(4, 2, **settings)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), params, other)
+  assert float(other_metrics['grad_norm']) == pytest.approx(float(metrics['grad_norm']), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_strong_augmentation_ends_when_the_config_says():
+  norms = {}
+  for name, settings in {
+    'weak': {'model.depth': '1'},
+    'strong': STRONG | {'augment.off_for_last': '0.25'},
+  }.items():
+    step, train_state, batches = prepare(1, 1, **settings)
+    kept, batch = jax.device_get(train_state), next(batches)
+    for i in (0, 23, 24, 31):  # of 32 steps
+      state = kept.replace(step=np.int32(i))
+      metrics = step(jax.tree.map(jnp.array, state), batch)[1]
+      norms[name, i] = float(metrics['grad_norm'])
+  for i in (0, 23):
+    assert norms['weak', i] != pytest.approx(norms['strong', i], rel=1e-2)
+  for i in (24, 31):
+    assert norms['weak', i] == pytest.approx(norms['strong', i], rel=1e-5)
+
+
+@pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
+def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
+  assert plan_lib.num_steps(small_config(epochs=epochs), 95) == steps  # batches of 32
+
+
+@pytest.mark.slow
+def test_an_added_cycle_has_weak_augmentation_only():
+  norms = {}
+  for name, settings in {'weak': {'model.depth': '1'}, 'strong': STRONG}.items():
+    step, train_state, batches = prepare(1, 1, cycles=(32,), epochs='2', **settings)
+    kept, batch = jax.device_get(train_state), next(batches)
+    for i in (31, 32):
+      metrics = step(jax.tree.map(jnp.array, kept.replace(step=np.int32(i))), batch)[1]
+      norms[name, i] = float(metrics['grad_norm'])
+  assert norms['weak', 31] != pytest.approx(norms['strong', 31], rel=1e-2)
+  assert norms['weak', 32] == pytest.approx(norms['strong', 32], rel=1e-5)
+
+
+def test_added_cycles_warm_up_to_half_the_peak_and_decay():
+  config = small_config(epochs='3', **{'schedule.warmup': '0.125', 'progressive.sizes': '4',
+                                       'progressive.until': '0.5'})  # fmt: skip
+  found = plan_lib.training_recipe(config, 1024, (32, 64))
+  rates = [float(found['schedule'](jnp.int32(i))) for i in range(96)]
+  cycle = [min((i + 1) / 4, (1 + np.cos(np.pi * max(i - 4, 0) / 28)) / 2) for i in range(32)]
+  expected = np.concatenate([0.01 * np.array(cycle), *2 * [0.005 * np.array(cycle)]])
+  np.testing.assert_allclose(rates, expected, rtol=1e-4)
+  assert found['stages'] == ((16, (4, 4)), (96, (8, 8)))
+  assert (found['steps'], found['early_steps']) == (96, 32)
+
+
+def die(step):
+  """Has a run end at this step, where a line of metrics is due."""
+
+  def log(self, now, *_):
+    if now == step:
+      raise KeyboardInterrupt
+
+  return log
+
+
+@pytest.mark.slow
+def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trained, tmp_path):
+  whole, killed = (shutil.copytree(trained[0], tmp_path / name) for name in ('whole', 'killed'))
+  result = trainer.train(small_config(epochs='2'), whole)
+  assert result['steps'] == 64 and result['config']['epochs'] == 2
+  line = 'Cycle 2, steps 33 to 64: 6 steps of warm-up to a learning rate of 0.005, then cosine; '
+  assert line + 'crops and flips only.' in (whole / 'log.txt').read_text()
+  rates = {
+    line['step']: line['learning_rate']
+    for line in writer.read_metrics(whole)
+    if line['split'] == 'train'
+  }
+  assert rates[40] == pytest.approx(0.0025 * (1 + np.cos(np.pi * 1 / 26)), rel=1e-4)
+
+  for end in (40, 56):  # before the cycle's first checkpoint, and after it
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Run, 'log', die(end))
+      overrides = {'epochs': '2'} if end == 40 else {}
+      with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume.saved_config(killed, overrides), killed)
+  with pytest.raises(ValueError, match='at step 48 of 64: epochs=2 can not become 3 before'):
+    trainer.train(small_config(epochs='3'), killed)
+  trainer.train(resume.saved_config(killed, {}), killed)
+  for item in ('params', 'state'):
+    assert_equal(*[stored.restore_item(path, 64, item) for path in (whole, killed)])
+
+  with pytest.raises(ValueError, match='at step 64 already, and epochs=1 ends at step 32'):
+    trainer.train(small_config(), whole)
+  finished, _, cycles = resume.begin(small_config(epochs='2.5'), whole)
+  assert not finished and cycles == (32, 64)
+
+
+VALIDATED = {
+  'eval_every': '0', 'checkpoint_every': '8', 'keep_checkpoints': '1', 'data.train_split':
+  'train[:50%]', 'data.val_split': 'train[50%:]', 'epochs': '2',
+}  # fmt: skip
+
+
+@pytest.fixture
+def scored(monkeypatch):
+  """Has evaluations find these accuracies: the best on val and the best on test in the middle."""
+  scores = {'val': iter([0.2, 0.9, 0.4, 0.5]), 'test': iter([0.3, 0.4, 0.8, 0.6])}
+
+  def score(self, params, examples):
+    split = 'val' if examples is self.training.val else 'test'
+    return {'accuracy': next(scores[split]), 'loss': 1.0, 'examples': len(examples)}
+
+  monkeypatch.setattr(Run, 'score', score)
+
+
+def assert_best_is_used(workdir, result):
+  """Step 16 is kept besides the last, and taken unless another is asked for."""
+  assert sorted(stored.saved_steps(workdir)) == [16, 32]
+  assert result['best'] == {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4}
+  assert result['last'] == {'step': 32, 'val_accuracy': 0.5, 'test_accuracy': 0.6}
+  assert (result['test_accuracy'], result['val_accuracy'], result['steps']) == (0.6, 0.5, 32)
+  steps = {step: stored.load_checkpoint(workdir, step)[0] for step in ('', 'best', 'last', '32')}
+  assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
+
+
+def test_the_best_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
+  result = trainer.train(small_config(**VALIDATED), tmp_path)
+  with caplog.at_level('INFO'):
+    assert_best_is_used(tmp_path, result)
+  assert 'step 16, best of 2 by validation accuracy 90.00%' in caplog.text
+  assert 'step 32, the last checkpoint' in caplog.text
+  assert exact.evaluate(tmp_path, {})['step'] == 16
+  assert reader.read_weights(tmp_path).run['step'] == 32  # what `init` starts from
+
+
+def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
+  tmp_path, scored, monkeypatch
+):
+  calls = itertools.count(1)
+  with monkeypatch.context() as patch:
+    patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
+    with pytest.raises(cluster.Preempted):
+      trainer.train(small_config(**VALIDATED), tmp_path)
+  assert stored.accuracies(tmp_path) == {8: 0.2}
+  assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
+
+
+def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
+  result = trainer.train(small_config(), tmp_path)
+  lines = writer.read_metrics(tmp_path)
+  (tmp_path / 'result.json').write_text('{"half')
+  again = trainer.train(small_config(), tmp_path)
+  assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
+
+
+def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
+  steps = lambda lines: [(line['step'], line['split']) for line in lines]
+  calls = itertools.count(1)  # one after each step
+  with monkeypatch.context() as patch:
+    patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
+    patch.setattr(Run, 'evaluate', None)  # there is no time for it
+    with pytest.raises(cluster.Preempted, match='step 16 of 32 is saved'):
+      trainer.train(small_config(), tmp_path)
+  assert steps(writer.read_metrics(tmp_path)) == [(8, 'train'), (16, 'train')]
+  trainer.train(small_config(), tmp_path)
+  whole, stopped = (writer.read_metrics(workdir) for workdir in (trained[0], tmp_path))
+  assert steps(stopped) == steps(whole)
+  test = [[line for line in part if line['split'] == 'test'] for part in (whole, stopped)]
+  assert test[0] == test[1]
+
+
+def contents(folder):
+  """The files of a folder, with their bytes and when they were written."""
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.mark.parametrize('seed', ['0', '1'])
+def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
+  """Refused because another run holds the workdir; later because the config is another."""
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  with lock.held(workdir), pytest.raises(ValueError, match='another run is writing here'):
+    trainer.train(small_config(log_every='4', seed=seed), workdir)
+  assert contents(workdir) == before
+  if seed == '1':
+    with pytest.raises(ValueError, match='seed: 0 there, 1 given'):
+      trainer.train(small_config(log_every='4', seed=seed), workdir)
+    assert contents(workdir) == before
+
+
+def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  before = contents(workdir)
+  monkeypatch.setattr(Task, 'load', lambda saved: Task((), (1, 1), 3))
+  with pytest.raises(ValueError, match='the data of synthetic changed'):
+    trainer.train(small_config(log_every='4'), workdir)
+  assert contents(workdir) == before
+
+
+def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
+  workdir = tmp_path / 'new' / 'run'
+  with lock.held(workdir), pytest.raises(ValueError, match='another run'), lock.held(workdir):
+    pass
+  assert not list(tmp_path.iterdir())
+  with lock.held(workdir):
+    (workdir / 'config.json').touch()
+  assert [path.name for path in workdir.iterdir()] == ['config.json']
+
+
+def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  writer.write_json(workdir / 'config.json', {'seed': 7})
+  assert resume.saved_config(workdir, {}).seed == 0
+  shutil.rmtree(workdir / 'checkpoints')
+  assert resume.saved_config(workdir, {}).seed == 7
+
+
+def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
+  def bad(*_):
+    raise ValueError('test/3.jpg: not a readable image')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Run, 'score', bad)
+    with pytest.raises(ValueError, match='not a readable'):
+      trainer.train(small_config(), tmp_path)
+  assert stored.latest_step(tmp_path) == 16
+  assert trainer.train(small_config(), tmp_path)['test_accuracy'] == trained[1]['test_accuracy']
+  ends = [
+    [(line['step'], line['loss']) for line in writer.read_metrics(path) if line['split'] == 'test']
+    for path in (tmp_path, trained[0])
+  ]
+  assert ends[0] == ends[1] and len(ends[0]) == 2
+
+
+def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  with pytest.raises(ValueError, match='at step 32 already, and epochs=0.5 ends at step 16'):
+    trainer.train(small_config(epochs='0.5'), workdir)
+
+
+def test_a_name_that_is_no_text_is_logged(tmp_path):
+  script = (
+    'import os, pathlib, sys; from vit_jax.workdir import writer\n'
+    'with writer.Writer(pathlib.Path(sys.argv[1]), 0):\n'
+    "  writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\\xefve.jpg'))"
+  )
+  command = [sys.executable, '-c', script, tmp_path]  # pytest's own processes exchange only text
+  child = subprocess.run(command, stderr=subprocess.PIPE, cwd=ROOT, check=True)
+  assert b'Logging error' not in child.stderr
+  assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
+
+
+def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
+  for name in 'ab':
+    (tmp_path / name).mkdir()
+    for i in range(40):
+      Image.new('RGB', (30, 20)).save(tmp_path / name / f'{name}{i}.png')
+  config = small_config(**{'data.source': f'folder:{tmp_path}', 'batch_size': '16', 'epochs': '3'})
+  with caplog.at_level(logging.INFO):
+    _, training = opening.from_config(config)
+  count, steps = len(training.train), training.steps
+  line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
+  assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
+  few = f'{steps} steps are too few to learn much: set a smaller batch_size (e.g. '
+  assert f'{few}{3 * count // 100}) or more epochs (e.g. {-(-1600 // count)}).' in caplog.text
+  caplog.clear()
+  with caplog.at_level(logging.INFO):
+    opening.from_config(small_config(epochs='10'))
+  assert 'Training on 1,024 images of 8x8 pixels: 320 steps in batches of 32, 64' in caplog.text
+  assert 'too few' not in caplog.text
+
+
+def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  config = small_config(epochs='2')
+  exp, _ = opening.from_config(config)
+  changed = dataclasses.replace(exp.task, class_names=('zebra', *exp.task.class_names[1:]))
+  with pytest.raises(ValueError, match='class_names was'):
+    resume.check_same_data(dataclasses.replace(exp, task=changed), workdir)
+  resume.check_same_data(exp, workdir)
+  known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # it was not when it began
+  resume.check_same_data(dataclasses.replace(exp, task=known), workdir)
+
+
+@pytest.mark.slow
+def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
+  bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
+  with pytest.raises(FloatingPointError, match='training diverged'):
+    trainer.train(small_config(**bad), tmp_path)
+  assert stored.latest_step(tmp_path) is None
+  assert trainer.train(small_config(epochs='0.25'), tmp_path)['steps'] == 8
+
+
+def test_a_val_split_that_is_trained_or_tested_on_is_refused():
+  with pytest.raises(ValueError, match='shares examples with data.train_split'):
+    opening.from_config(small_config(**{'data.val_split': 'train[98%:]'}))
+  overrides = {'data.val_split': 'test[:5]', 'data.train_split': 'train'}
+  with pytest.raises(ValueError, match='shares examples with data.eval_split'):
+    opening.from_config(small_config(**overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
+def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
+  """Between two saves, at a save, and where the run is asked to stop."""
+  real, calls = make_train_step, itertools.count(1)
+  monkeypatch.setattr(cluster.Preemption, 'is_due', lambda self: stops and next(calls) == last)
+
+  def breaks(*arguments):
+    step = real(*arguments)
+
+    def broken(state, batch):
+      state, metrics = step(state, batch)
+      bad = jnp.where(state.step == last, jnp.nan, 1.0)
+      score = metrics['score']
+      score = score.replace(loss=score.loss.replace(total=score.loss.total * bad))
+      return state, metrics | {'score': score}
+
+    return jax.jit(broken, donate_argnums=0)
+
+  monkeypatch.setattr(loop, 'make_train_step', breaks)
+  with pytest.raises(FloatingPointError, match=f'loss of step {last} is nan'):
+    trainer.train(small_config(), tmp_path)
+  assert stored.latest_step(tmp_path) == 16
+  if last == 21 and not stops:
+    monkeypatch.undo()
+    assert trainer.train(small_config(), tmp_path)['steps'] == 32
+
+
+def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
+  workdir, result = trained
+  out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)
+  assert out['steps'] == 0 and out['test_accuracy'] == result['test_accuracy']
+  assert_equal(stored.load_checkpoint(tmp_path)[1], stored.load_checkpoint(workdir)[1])
+  with pytest.raises(ValueError, match=r'model.width: 32 in the config, 16 in the weights'):
+    config = small_config(init=str(workdir), **{'model.width': '32'})
+    trainer.train(config, tmp_path / 'wide')
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'batch_size': '0'}, 'batch_size'), ({'epochs': '-1'}, 'epochs'),
+    ({'eval_batch_size': '0'}, 'eval_batch_size'), ({'data.image_size': '10'}, 'patches'),
+    ({'data.image_size': '0'}, 'positive'), ({'loss.name': 'hinge'}, 'softmax'),
+    ({'model.dtype': 'float8'}, 'bfloat16'), ({'init': '/nowhere'}, 'no such file or folder'),
+    ({'model.pool': 'none'}, 'pool'), ({'data.mean': '1,2'}, 'data.mean'),
+    ({'data.std': '0'}, 'all positive'), ({'optimizer.clip': '-1'}, 'optimizer.clip'),
+    ({'ema': 'nan'}, 'ema'), ({'epochs': '0.001'}, 'no step at all'),
+    ({'model.num_heads': '0'}, 'model.num_heads'), ({'model.head_dim': '-4'}, 'head_dim'),
+])  # fmt: skip
+def test_bad_values_are_refused_and_leave_nothing(tmp_path, overrides, message):
+  with pytest.raises(ValueError, match=message):
+    trainer.train(small_config(**overrides), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

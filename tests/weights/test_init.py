@@ -1,0 +1,290 @@
+"""Runs that start from published weights, and published weights used and written as they are."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import DATA, call, error, small_config
+from tests.weights.test_pretrained import equal
+import vit_jax
+from vit_jax import config as config_lib
+from vit_jax import inherit, opening
+from vit_jax.data.source import Source
+from vit_jax.figures import maps
+from vit_jax.inference import exporting, prediction
+from vit_jax.opening import Request
+from vit_jax.training import trainer
+
+PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
+
+
+@pytest.fixture
+def weights(tmp_path):
+  """Hugging Face's: exact GELU, epsilon 1e-12, a mean and deviation for each channel."""
+  folder = tmp_path / 'published'
+  shutil.copytree(DATA / 'hf_classifier', folder)
+  folder.chmod(0o755)
+  (folder / 'preprocessor_config.json').write_text(json.dumps(PROCESSOR))
+  return folder
+
+
+def fine_tuning(init, overrides):
+  """A config of 8 steps on synthetic images that leaves the model to the weights."""
+  config = config_lib.default_config()
+  settings = {
+      'init': str(init), 'data.source': 'synthetic', 'data.image_size': '16', 'epochs': '1',
+      'batch_size': '128', 'eval_every': '0', 'checkpoint_every': '0', 'optimizer.name': 'sgd',
+      'optimizer.weight_decay': '0', 'optimizer.lr': '0.01',
+  }  # fmt: skip
+  for key, text in (settings | overrides).items():
+    config_lib.override(config, key, text)
+  return config
+
+
+def test_a_run_has_the_weights_their_model_and_their_preprocessing(weights, tmp_path):
+  config = fine_tuning(weights, {'optimizer.lr': '0', 'model.activation': 'None'})
+  result = vit_jax.train(config, tmp_path / 'run')
+  model = result['config']['model']
+  assert (model['activation'], model['norm_epsilon']) == ('gelu', 1e-12)
+  assert (model['width'], model['depth'], model['num_heads']) == (32, 2, 2)
+  assert result['config']['data']['mean'] == PROCESSOR['image_mean']
+  assert result['config']['data']['std'] == PROCESSOR['image_std']
+  own, ours = vit_jax.load(weights), vit_jax.load(tmp_path / 'run')
+  head = ours.params.pop('head')
+  assert not np.any(head['kernel']) and head['kernel'].shape == (32, len(ours.class_names))
+  assert equal(ours.params, {name: x for name, x in own.params.items() if name != 'head'})
+  assert ours.preprocessing.mean == own.preprocessing.mean
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_weights_that_it_began_from(weights, tmp_path):
+  whole = vit_jax.train(fine_tuning(weights, {'epochs': '2'}), tmp_path / 'whole')
+  config = fine_tuning(weights, {'epochs': '2', 'checkpoint_every': '9'})
+  vit_jax.train(config, tmp_path / 'cut')
+  (tmp_path / 'cut' / 'result.json').unlink()
+  shutil.rmtree(tmp_path / 'cut' / 'checkpoints' / str(whole['steps']))
+  shutil.rmtree(weights)
+  again = vit_jax.train(config, tmp_path / 'cut')
+  assert again['test_loss'] == whole['test_loss']
+  assert equal(*(vit_jax.load(tmp_path / name).params for name in ('whole', 'cut')))
+
+
+def test_fine_tuning_learns_and_a_run_starts_from_another_run(weights, tmp_path):
+  first = vit_jax.train(fine_tuning(weights, {'epochs': '4'}), tmp_path / 'first')
+  assert first['test_accuracy'] > 0.5
+  second = fine_tuning(tmp_path / 'first', {'epochs': '0'})
+  assert vit_jax.train(second, tmp_path / 'second')['test_loss'] == first['test_loss']
+
+
+@pytest.mark.parametrize('overrides, message', [
+    ({'model.variant': 'B/16'}, r"model.patch_size: \(16, 16\) in the config, \(4, 4\) in the"),
+    ({'model.activation': 'gelu_tanh'}, "activation: 'gelu_tanh' in the config, 'gelu' in the"),
+    ({'model.pool': 'gap'}, "model.pool: 'gap' in the config, 'cls'"),
+    ({'model.layer_scale': '0.1'}, 'model.layer_scale: 0.1 in the config, None in the weights'),
+    ({'data.mean': '0.5'}, r'data.mean: \(0.5,\) in the config, \(0.2, 0.4, 0.6\) in the weights'),
+    ({'data.image_size': '18'}, 'does not divide into the patches'),
+    ({'init': 'absent.npz'}, 'absent.npz: there is no such file'),
+    ({'init_resize': 'nearest'}, "init_resize: unknown 'nearest'"),
+    ({'data.source': 'digits', 'data.image_size': '8'}, 'takes images of 3 channels'),
+])  # fmt: skip
+def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    vit_jax.train(fine_tuning(weights, overrides), tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_positions_follow_the_image_size(weights):
+  _, training = opening.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
+  want = vit_jax.load(weights, grid=(2, 6)).params['pos_embedding']
+  assert np.array_equal(training.params['pos_embedding'], want)
+
+
+def write_image(path, size=(16, 16)):
+  """A PNG of noise, and its pixels in [0, 1]."""
+  pixels = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
+  Image.fromarray(pixels).save(path)
+  return pixels / 255
+
+
+def test_predict_with_published_weights(capsys, weights, tmp_path):
+  pixels = write_image(tmp_path / 'a.png')
+  flags = ['--mode=predict', f'--init={weights}', f'--images={tmp_path}/a.png', '--format=json']
+  code, out, _ = call(capsys, *flags)
+  model, params = vit_jax.load(weights)
+  normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']
+  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  found = {p['class']: p['probability'] for p in json.loads(out)['predictions']}
+  assert not code and list(found) == [f'class {i}' for i in np.argsort(-want_L)]
+  np.testing.assert_allclose([found[f'class {i}'] for i in range(4)], want_L, atol=1e-6)
+
+  pixels = write_image(tmp_path / 'a.png', (24, 24))  # and larger, with positions resized
+  code, out, _ = call(capsys, *flags, '--config.data.image_size=24', '--topk=1')
+  model, params = vit_jax.load(weights, grid=(6, 6))
+  normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']
+  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  (best,) = json.loads(out)['predictions']
+  assert best['class'] == f'class {want_L.argmax()}'
+  np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
+
+  pixels = write_image(tmp_path / 'a.png', (30, 40))  # brought to size as the weights have it
+  _, out, _ = call(capsys, *flags)
+  resized = Image.fromarray(np.uint8(pixels * 255 + 0.5)).resize((16, 16), Image.BILINEAR)
+  normal = (np.asarray(resized) / 255 - PROCESSOR['image_mean']) / PROCESSOR['image_std']
+  model, params = vit_jax.load(weights)
+  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  best = json.loads(out)['predictions'][0]
+  np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
+  for flag in ('data.crop=0.5', 'data.stretch=false', 'data.interpolation=nearest'):
+    _, other, _ = call(capsys, *flags, f'--config.{flag}')
+    assert json.loads(other)['predictions'][0]['probability'] != best['probability']
+
+
+def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
+  geometry = {'data.interpolation': 'nearest', 'data.crop': '0.8', 'data.stretch': 'true'}
+  vit_jax.train(fine_tuning(weights, {'epochs': '0'} | geometry), tmp_path / 'run')
+  p = vit_jax.load(tmp_path / 'run').preprocessing
+  assert (p.interpolation, p.crop, p.stretch) == ('nearest', 0.8, True)
+  assert (p.mean, p.std) == tuple(tuple(PROCESSOR[key]) for key in ('image_mean', 'image_std'))
+  exporting.export(tmp_path / 'run', 'hf', tmp_path / 'out')
+  again = vit_jax.load(tmp_path / 'out')
+  assert again.preprocessing == p and again.class_names[0] == 'pattern 0'
+
+
+def test_the_head_is_kept_for_the_same_classes_in_the_same_order_alone(trained):
+  config, own = small_config(init=str(trained[0])), tuple(f'pattern {i}' for i in range(10))
+  for classes in (own, own[::-1]):  # as many, but others
+    _, params, _ = inherit.open_init(config, Source({}, classes, 3, None))
+    assert np.any(params['head']['kernel']) == (classes == own)
+
+
+def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path, monkeypatch):
+  """The paper's head for pre-training is both, and fine-tuning removes all of it (Section 3.2)."""
+  vit_jax.train(small_config(**{'epochs': '0', 'model.representation_size': '12'}), tmp_path)
+  own = tuple(f'pattern {i}' for i in range(10))
+  for classes, size in ((own, 12), (tuple('abcdefghij'), None), (('a', 'b'), None)):
+    source = Source({}, classes, 3, None)
+    config = small_config(init=str(tmp_path), **{'model.variant': 'None'})
+    filled, params, _ = inherit.open_init(config, source)
+    monkeypatch.setattr(opening, 'open_source', lambda *_, source=source: source)
+    exp, fewshot_params = opening.from_init(str(tmp_path), {}, 'data')
+    assert filled.model.representation_size == exp.model.representation_size == size
+    for found in (params, fewshot_params):
+      assert ('pre_logits' in found) == (size is not None)
+      assert found['head']['kernel'].shape == (size or 16, len(classes))
+
+
+def test_few_shot_accuracy_of_published_weights(capsys, weights):
+  flags = ['--mode=fewshot', f'--init={weights}', '--config.data.source=synthetic']
+  code, out, _ = call(capsys, *flags)
+  assert not code and [line.split()[0] for line in out.splitlines()] == ['1', '5', '10', '25']
+  assert float(out.splitlines()[-1].split()[2].rstrip('%')) > 50  # of 10 classes
+  code, _, err = call(capsys, *flags[:2], '--config.data.source=digits')
+  assert code == 2 and 'error: The model takes images of 3 channels' in err
+  code, out, err = call(capsys, *flags, '--config.data.train_split=train[:10%]')
+  assert code is None and 'No more than 10 shots: a class has 10' in err
+  assert [line.split()[0] for line in out.splitlines()] == ['1', '5', '10']
+
+
+@pytest.mark.parametrize('form', ['hf', 'timm', 'npz'])
+def test_export(capsys, form, trained, tmp_path):
+  init = DATA / 'timm_token' if form == 'hf' else DATA / 'paper_token' / 'weights.npz'
+  flags = ['--mode=export', f'--format={form}', f'--out={tmp_path}/out']
+  code, out, _ = call(capsys, *flags, f'--init={init}')
+  assert not code and sorted(out.split()) == sorted(map(str, (tmp_path / 'out').iterdir()))
+  assert equal(vit_jax.load(tmp_path / 'out').params, vit_jax.load(init).params)
+  workdir, _ = trained
+  if form == 'hf':  # it averages the patches, which Hugging Face's ViT can't
+    assert 'can not hold this model' in error(capsys, *flags, f'--workdir={workdir}')
+    return
+  code, _, _ = call(capsys, *flags, f'--workdir={workdir}')
+  again, own = vit_jax.load(tmp_path / 'out'), vit_jax.load(workdir)
+  assert not code and equal(again.params, own.params)
+  assert again.class_names == (own.class_names if form == 'timm' else None)
+
+
+WRITE = ['--format=hf', '--out=out']
+
+
+@pytest.mark.parametrize('name', ['paper_token', 'paper_prelogits', 'hf_backbone'])
+def test_tokens_are_what_is_pooled(tmp_path, name):
+  file = tmp_path / 'a.png'
+  Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(file)
+  init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
+  take = lambda kind: prediction.features(Request(init=str(init)), [str(file)], kind)[0]['feature']
+  tokens_BND, pooled_BD = take('tokens'), take('pooled')
+  exp, params, _ = opening.open_model(Request(init=str(init)), 'any')
+  patches = np.prod(maps.grid_of(exp.model, np.zeros((1, *exp.image_shape))))
+  assert tokens_BND.shape == (1, exp.model.num_prefix + patches, exp.model.width)
+  want_BD = tokens_BND[:, 0]
+  if exp.model.representation_size:
+    layer = params['pre_logits']
+    want_BD = np.tanh(want_BD @ layer['kernel'] + layer['bias'])
+  np.testing.assert_allclose(pooled_BD, want_BD, atol=1e-5)
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, visualize, export'),
+    (['--mode=train', '--init=w'], 'training takes --config.init'),
+    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], 'leave --workdir and'),
+    (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),
+    (['--mode=predict', f'--init={DATA}/hf_backbone', '--images=.'], 'has no head'),
+    (['--mode=predict', '--init=w', '--images=.', '--config.model.width=8'], 'model.width: 8 in'),
+    (['--mode=predict', '--init=w', '--images=.', '--config.data.crop=9'], 'data.crop must be'),
+    (['--mode=predict', '--init=w', '--images=.', '--config.data.image_size=18'], 'patches'),
+    (['--mode=export', '--init=w', '--out=out'], 'needs --format'),
+    (['--mode=export', '--init=w', '--format=hf'], 'and --out'),
+    (['--mode=export', '--init=w', '--format=onx', '--out=out'], "format: unknown 'onx'"),
+    (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
+    (['--mode=export', '--init=w', '--workdir=run', *WRITE], 'leave --workdir and'),
+    (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),
+    (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], '--config is for train'),
+])  # fmt: skip
+def test_mistakes(capsys, argv, message, weights, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write_image(tmp_path / 'a.png')
+  weights.rename('w')
+  assert message in error(capsys, *argv)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'w']
+
+
+def test_a_frozen_run_and_a_fine_tune_start_alike(weights, tmp_path):
+  config = fine_tuning(weights, {'epochs': '0', 'freeze': 'backbone'})
+  frozen = trainer.train(config, tmp_path / 'frozen')
+  tuned = trainer.train(fine_tuning(weights, {'epochs': '0'}), tmp_path / 'tuned')
+  assert frozen['test_loss'] == pytest.approx(tuned['test_loss'], rel=1e-6)
+
+
+HUB = """
+import sys, vit_jax
+try:
+  print(sum(x.size for x in vit_jax.load(sys.argv[1]).params['head'].values()))
+except ValueError as error:
+  print('error:', error)
+"""
+
+
+def test_names_on_the_hub_come_from_its_cache_without_a_network(tmp_path):
+  commit = 'f' * 40
+  repository = tmp_path / 'hub' / 'models--someone--some-vit'
+  (repository / 'refs').mkdir(parents=True)
+  (repository / 'refs' / 'main').write_text(commit)
+  shutil.copytree(DATA / 'hf_classifier', repository / 'snapshots' / commit)
+  environment = {'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '1', 'JAX_PLATFORMS': 'cpu'}
+
+  def load(name):
+    command = [sys.executable, '-c', HUB, name]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+  assert load('someone/some-vit') == str(32 * 4 + 4)
+  message = load('someone/another-vit')
+  said = 'error: someone/another-vit: there is no such file or folder here. Taken for the name of a'
+  assert message.startswith(said)

@@ -1,0 +1,675 @@
+"""Weights in every format, against the outputs of the code bases that they come from."""
+
+import dataclasses
+import json
+import shutil
+import struct
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import DATA
+import vit_jax
+from vit_jax.inference import exporting
+from vit_jax.model import positions, variants
+from vit_jax.model.vit import ViT
+from vit_jax.weights import hf, layouts, npz, reader, timm_names
+from vit_jax.weights.formats import Preprocessing
+
+# The folder, the arguments that its file needs, and the formats that can hold the model.
+FIXTURES = {
+  'paper_token': ({}, {'npz', 'hf', 'timm'}),
+  'paper_prelogits': ({}, {'npz'}),
+  'paper_gap': ({'grid': (2, 4)}, {'npz', 'timm'}),
+  'paper_hybrid': ({}, {'npz'}),
+  'paper_hybrid_root': ({}, {'npz'}),
+  'hf_classifier': ({}, {'hf'}),
+  'hf_backbone': ({}, {'hf'}),
+  'hf_deit': ({}, {'hf'}),
+  'hf_dinov2': ({}, {'hf'}),
+  'timm_token': ({}, {'timm', 'hf'}),
+  'timm_avg_registers_qknorm_layerscale': ({}, {'timm'}),
+  'timm_dinov2_registers': ({}, {'timm'}),
+  'timm_map': ({}, {'timm'}),
+}
+
+
+def source(name):
+  """What `load` takes."""
+  path = DATA / name / 'weights.npz'
+  return path if path.exists() else DATA / name
+
+
+def logits(loaded, image):
+  return loaded.model.apply({'params': loaded.params}, image, train=False)
+
+
+def equal(a, b):
+  """Whether two trees hold the same arrays, to the bit."""
+  a, b = layouts.flatten_params(a), layouts.flatten_params(b)
+  return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.filterwarnings('error::RuntimeWarning')
+@pytest.mark.parametrize('name', FIXTURES)
+def test_outputs_are_those_of_the_original_before_and_after_a_round_trip(name, tmp_path):
+  arguments, held = FIXTURES[name]
+  data = np.load(DATA / name / 'io.npz')
+  loaded = vit_jax.load(source(name), **arguments)
+  np.testing.assert_allclose(logits(loaded, data['image']), data['output'], atol=2e-5)
+  for form in ('hf', 'timm', 'npz'):  # the others are programs, which hold every model
+    out = tmp_path / form
+    save = lambda out=out, form=form: vit_jax.save(
+      *loaded, out, format=form, preprocessing=loaded.preprocessing
+    )
+    if form not in held:
+      with pytest.raises(ValueError, match=r'can not hold this model:\n  model\.'):
+        save()
+      continue
+    save()
+    again = vit_jax.load(out, **arguments)
+    assert equal(again.params, loaded.params)
+    np.testing.assert_allclose(logits(again, data['image']), data['output'], atol=2e-5)
+    if name.startswith(form):  # npz has no place for it, and the two round a crop differently
+      assert three_channels(again.preprocessing) == three_channels(loaded.preprocessing)
+
+
+def three_channels(p):
+  return dataclasses.replace(p, mean=p.mean * (3 // len(p.mean)), std=p.std * (3 // len(p.std)))
+
+
+REWRITTEN = [n for n in FIXTURES if not n.startswith('paper')]
+REWRITTEN.remove('hf_deit')  # whose two classifiers' biases become one
+
+
+@pytest.mark.parametrize('name', REWRITTEN)
+def test_a_file_is_written_again_to_the_bit(name, tmp_path):
+  form = name.split('_')[0]
+  loaded = vit_jax.load(source(name))
+  vit_jax.save(*loaded, tmp_path, format=form, preprocessing=loaded.preprocessing)
+  before, after = (load_file(f / 'model.safetensors') for f in (DATA / name, tmp_path))
+  for absent in loaded.ignored:
+    del before[absent]
+  assert before.keys() == after.keys()
+  assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+
+
+def test_the_papers_files_are_written_again_to_the_bit_in_the_older_spelling(tmp_path):
+  loaded = vit_jax.load(source('paper_hybrid'))
+  vit_jax.save(*loaded, tmp_path, format='npz')
+  before = npz.read_arrays(source('paper_hybrid'))
+  after = npz.read_arrays(tmp_path / 'model.npz')
+  assert before.keys() == after.keys()
+  assert all(before[key].tobytes() == after[key].tobytes() for key in before)
+
+
+# big_vision, built of flax's own parts: the automatic names are its names.
+
+
+class Mlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    hidden = nn.gelu(nn.Dense(40)(x))
+    return nn.Dense(x.shape[-1])(hidden)
+
+
+class Encoder1DBlock(nn.Module):
+  @nn.compact
+  def __call__(self, x, _=None):
+    y = nn.LayerNorm()(x)
+    x = x + nn.MultiHeadDotProductAttention(2)(y, y)
+    return x + Mlp(name='MlpBlock_0')(nn.LayerNorm()(x)), None
+
+
+class Encoder(nn.Module):
+  scan: bool
+
+  @nn.compact
+  def __call__(self, x):
+    if self.scan:
+      axes = {'params': 0}
+      block = nn.scan(Encoder1DBlock, variable_axes=axes, split_rngs={'params': True}, length=3)
+      x = block(name='encoderblock')(x, None)[0]
+    else:
+      for i in range(3):
+        x = Encoder1DBlock(name=f'encoderblock_{i}')(x)[0]
+    return nn.LayerNorm(name='encoder_norm')(x)
+
+
+class MAPHead(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    probe = self.param('probe', nn.initializers.normal(1), (1, 1, x.shape[-1]))
+    x = nn.MultiHeadDotProductAttention(2)(jnp.tile(probe, (len(x), 1, 1)), x)
+    return (x + Mlp(name='MlpBlock_0')(nn.LayerNorm()(x)))[:, 0]
+
+
+class BigVision(nn.Module):
+  pool: str
+  scan: bool
+
+  @nn.compact
+  def __call__(self, image):
+    x = nn.Conv(24, (4, 4), (4, 4), name='embedding')(image).reshape(len(image), -1, 24)
+    x += self.param('pos_embedding', nn.initializers.normal(1), (1, x.shape[1], 24))
+    if self.pool == 'tok':
+      cls = self.param('cls', nn.initializers.normal(1), (1, 1, 24))
+      x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
+    x = Encoder(self.scan, name='Transformer')(x)
+    x = {'map': lambda: MAPHead()(x), 'gap': lambda: x.mean(1), 'tok': lambda: x[:, 0]}[self.pool]()
+    return nn.Dense(5, name='head')(jnp.tanh(nn.Dense(24, name='pre_logits')(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pool, scan, prefix', [
+    ('map', True, 'params/'), ('gap', False, ''), ('tok', True, 'params/img/'),
+])  # fmt: skip
+def test_big_vision(pool, scan, prefix, tmp_path):
+  image = np.random.RandomState(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+  theirs = BigVision(pool, scan)
+  variables = theirs.init(jax.random.key(0), image)
+  leaves, tree = jax.tree.flatten(variables)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+  variables = jax.tree.unflatten(tree, leaves)
+  arrays = {
+    prefix + n: np.asarray(x) for n, x in layouts.flatten_params(variables['params']).items()
+  }
+  if prefix:
+    other = 'params/txt/head/bias' if 'img' in prefix else 'chrono/seconds'
+    arrays |= {other: np.zeros(3, np.float32), 'opt/count': np.zeros(())}
+  np.savez(tmp_path / 'weights.npz', **arrays)
+  loaded = vit_jax.load(tmp_path / 'weights.npz')
+  np.testing.assert_allclose(logits(loaded, image), theirs.apply(variables, image), atol=2e-5)
+  assert len(loaded.ignored) == (2 if prefix else 0)
+  vit_jax.save(*loaded, tmp_path / 'again', format='npz')
+  assert equal(vit_jax.load(tmp_path / 'again').params, loaded.params)
+
+
+def test_the_papers_two_spellings_are_one_model(tmp_path):
+  older = npz.read_arrays(source('paper_token'))
+  newer = {
+    name.replace('MultiHeadDotProductAttention_1', 'MultiHeadDotProductAttention_0')
+    .replace('LayerNorm_2', 'LayerNorm_1')
+    .replace('MlpBlock_3', 'MlpBlock_0'): array
+    for name, array in older.items()
+  }
+  assert newer.keys() != older.keys()
+  np.savez(tmp_path / 'weights.npz', **newer)
+  assert equal(vit_jax.load(tmp_path).params, vit_jax.load(source('paper_token')).params)
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+  exact = npz.read_arrays(source('paper_gap'))
+  for dtype in (np.float16, ml_dtypes.bfloat16, np.float64):
+    np.savez(tmp_path / 'weights.npz', **{n: x.astype(dtype) for n, x in exact.items()})
+    params = vit_jax.load(tmp_path, grid=(2, 4)).params
+    assert params['head']['kernel'].dtype == np.float32
+    assert np.array_equal(params['head']['kernel'], exact['head/kernel'].astype(dtype))
+
+
+# Adapting.
+
+
+@pytest.mark.parametrize('before, after', [
+    ((4, 4), (6, 6)), ((8, 6), (3, 5)), ((5, 5), (5, 9)), ((2, 3), (1, 1)),
+])  # fmt: skip
+@pytest.mark.parametrize('prefix', [0, 2])
+def test_positions_are_resized_as_pytorch_and_the_papers_code_do(before, after, prefix):
+  given = np.random.RandomState(0).normal(size=(1, prefix + before[0] * before[1], 7))
+  given = given.astype(np.float32)
+  table = given[0, prefix:].reshape(*before, 7)
+  ours = {m: positions.resize_positions(given, before, after, prefix, m) for m in positions.RESIZES}
+  for resized in ours.values():
+    assert np.array_equal(resized[:, :prefix], given[:, :prefix])
+    assert resized.shape == (1, prefix + after[0] * after[1], 7)
+  ndimage = pytest.importorskip('scipy.ndimage')
+  ratio = (after[0] / before[0], after[1] / before[1], 1)
+  want = ndimage.zoom(table, ratio, order=1).reshape(-1, 7)
+  np.testing.assert_allclose(ours['paper'][0, prefix:], want, atol=1e-5)
+  torch = pytest.importorskip('torch')
+  for method in ('bilinear', 'bicubic'):
+    want = torch.nn.functional.interpolate(
+      torch.tensor(table).permute(2, 0, 1)[None], after, mode=method, antialias=True
+    )
+    want = want[0].permute(1, 2, 0).reshape(-1, 7)
+    np.testing.assert_allclose(ours[method][0, prefix:], want, atol=1e-5)
+
+
+def test_another_grid_and_other_classes():
+  own = vit_jax.load(source('timm_dinov2_registers'))
+  loaded = vit_jax.load(source('timm_dinov2_registers'), grid=(3, 4), num_classes=7)
+  assert loaded.preprocessing.size == (42, 56) and loaded.class_names is None
+  assert loaded.params['pos_embedding'].shape == (1, 12, 24)  # no_embed_class: patches alone
+  assert not np.any(loaded.params['head']['kernel']) and not np.any(loaded.params['head']['bias'])
+  assert set(loaded.ignored) == {'head/kernel', 'head/bias'}
+  assert logits(loaded, np.ones((1, 42, 56, 3), np.float32)).shape == (1, 7)
+  assert equal(loaded.params['block_0'], own.params['block_0'])
+
+
+def test_a_new_head_replaces_the_pre_logits_too():
+  loaded = vit_jax.load(source('paper_prelogits'), num_classes=3)
+  assert loaded.model.representation_size is None and 'pre_logits' not in loaded.params
+  assert loaded.params['head']['kernel'].shape == (24, 3)
+  assert 'pre_logits/kernel' in loaded.ignored
+  same = vit_jax.load(source('paper_prelogits'), num_classes=5)
+  assert same.model.representation_size == 20 and np.any(same.params['head']['kernel'])
+
+
+def test_a_file_without_a_head_gives_tokens_unless_classes_are_asked_for():
+  tokens = vit_jax.load(source('hf_backbone'))
+  image = np.load(DATA / 'hf_backbone' / 'io.npz')['image']
+  assert tokens.model.num_classes is None and logits(tokens, image).shape == (2, 5, 24)
+  assert tokens.ignored == ('pooler.dense.bias', 'pooler.dense.weight')
+  headed = vit_jax.load(source('hf_backbone'), num_classes=4)
+  assert headed.model.pool == 'cls' and logits(headed, image).shape == (2, 4)
+
+
+def test_the_grid_is_explicit():
+  with pytest.raises(ValueError, match='8 patches, which is no square: say source_grid'):
+    vit_jax.load(source('paper_gap'))
+  with pytest.raises(ValueError, match='no square'):
+    vit_jax.load(source('paper_gap'), grid=(3, 3))
+  with pytest.raises(ValueError, match=r'source_grid \(3, 4\) has 12 patches.* 8 '):
+    vit_jax.load(source('paper_gap'), grid=(3, 3), source_grid=(3, 4))
+  with pytest.raises(ValueError, match='expected .patches down'):
+    vit_jax.load(source('paper_gap'), grid=4)
+  loaded = vit_jax.load(source('paper_gap'), grid=(4, 2), source_grid=(2, 4))
+  own = vit_jax.load(source('paper_gap'), grid=(2, 4))
+  want = positions.resize_positions(own.params['pos_embedding'], (2, 4), (4, 2), 0)
+  assert np.array_equal(loaded.params['pos_embedding'], want)
+  with pytest.raises(ValueError, match='image has 4 patches, the position embeddings are for 8'):
+    logits(own, np.zeros((1, 16, 16, 3)))
+
+
+def test_a_workdir_and_its_checkpoints_load(trained):
+  workdir, result = trained
+  loaded = vit_jax.load(workdir)
+  step = vit_jax.load(workdir / 'checkpoints' / str(result['steps']))
+  assert equal(loaded.params, step.params)
+  assert loaded.class_names[:1] == ('pattern 0',) and loaded.preprocessing.size == (8, 8)
+  earlier = vit_jax.load(workdir / 'checkpoints' / '16')
+  assert not equal(loaded.params, earlier.params)
+  wider = vit_jax.load(workdir, grid=(3, 5), num_classes=4)
+  assert logits(wider, np.zeros((1, 12, 20, 3))).shape == (1, 4)
+
+
+# Names and configs.
+
+
+def test_timms_names_stand_for_its_arguments():
+  reference = json.loads((DATA / 'timm_names.json').read_text())
+  assert len(reference) > 130
+  assert {name: timm_names.arguments_of(name) for name in reference} == reference
+
+
+def test_timm_is_told_a_ratio_that_gives_the_width_of_the_mlp(tmp_path):
+  assert int(28 * (61 / 28)) == 60  # timm rounds down
+  model = ViT(None, (4, 4), width=28, depth=1, num_heads=2, mlp_dim=61)
+  shapes = layouts.param_shapes(model, (8, 8, 3))
+  params = layouts.unflatten_params({name: np.zeros(shape, 'f4') for name, shape in shapes.items()})
+  vit_jax.save(model, params, tmp_path, format='timm')
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert int(28 * config['model_args']['mlp_ratio']) == 61
+
+
+def timm_folder(tmp_path, fields, drop=('model_args',)):
+  """A copy of timm_token with another config."""
+  config = json.loads((DATA / 'timm_token' / 'config.json').read_text())
+  for key in drop:
+    config.pop(key)
+  shutil.copy(DATA / 'timm_token' / 'model.safetensors', tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(config | fields))
+  return tmp_path
+
+
+def hf_folder(tmp_path, **fields):
+  """A copy of hf_classifier with another config."""
+  config = json.loads((DATA / 'hf_classifier' / 'config.json').read_text()) | fields
+  shutil.copy(DATA / 'hf_classifier' / 'model.safetensors', tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  return tmp_path
+
+
+ARGS = json.loads((DATA / 'timm_token' / 'config.json').read_text())['model_args']
+
+
+@pytest.mark.parametrize('changed, message', [
+    (dict(embed_dim=48), r'\(32, 3, 4, 4\) there, \(48, 3, 4, 4\) expected'),
+    (dict(depth=3), 'blocks.2.*missing'),
+    (dict(depth=1), 'blocks.1.*not part of the model'),
+    (dict(num_heads=3), 'not divisible'),
+    (dict(img_size=24), 'has 36 patches, and the file has positions for 16'),
+    (dict(qkv_bias=False), 'qkv.bias: not part of the model'),
+    (dict(qk_norm=True), 'q_norm.*missing'),
+    (dict(final_norm=False), 'final_norm=False'),
+    (dict(norm_layer='rmsnorm'), "norm_layer='rmsnorm'"),
+    (dict(act_layer='silu'), "act_layer: unknown 'silu'"),
+    (dict(global_pool='avgmax'), "global_pool: unknown 'avgmax'"),
+    (dict(block_fn='parallel'), "'block_fn', which this reader does not know"),
+    (dict(num_classes=9), r'\(4, 32\) there, \(9, 32\) expected'),
+    (dict(embed_dim='wide'), 'unexpected value'),
+    (dict(num_classes='4'), "num_classes is '4', expected int"),
+    (dict(patch_size=[4, 4, 4]), 'config.json: patch_size: expected one or two positive integers'),
+])  # fmt: skip
+def test_every_argument_of_timm_is_honoured_or_refused(changed, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(timm_folder(tmp_path, dict(model_args=ARGS | changed)))
+
+
+def test_a_timm_architecture_that_is_not_known_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="architecture 'vit_base_patch16_xp_224' is none of the"):
+    vit_jax.load(timm_folder(tmp_path, dict(architecture='vit_base_patch16_xp_224')))
+
+
+@pytest.mark.parametrize('changed, message', [
+    (dict(hidden_size=48), r'expected'),
+    (dict(num_hidden_layers=3), 'layer.2.*missing'),
+    (dict(qkv_bias=False), 'query.bias: not part of the model'),
+    (dict(hidden_act='silu'), "hidden_act: unknown 'silu'"),
+    (dict(model_type='swin'), "model_type: unknown 'swin'"),
+    (dict(architectures=['ViTForMaskedImageModeling']), "architecture: unknown 'ViTForMasked"),
+    (dict(architectures=['DeiTModel']), 'is not of model_type=vit'),
+    (dict(use_rope=True), 'fields that this reader does not know: use_rope'),
+    (dict(image_size=24), 'has 36 patches'),
+    (dict(id2label={'0': 'a', '1': 'b'}), r'\(4, 32\) there, \(2, 32\) expected'),
+    (dict(num_attention_heads='2'), 'unexpected value'),
+    (dict(layer_norm_eps='1e-12'), "norm_epsilon is '1e-12', expected float"),
+    (dict(patch_size=0), 'config.json: patch_size: expected one or two positive integers'),
+    (dict(id2label={'0': 'a', '1': 'b', '2': 'c', 'x': 'd'}), 'expected the ids 0 to 3'),
+])  # fmt: skip
+def test_every_field_of_hugging_face_is_honoured_or_refused(changed, message, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(hf_folder(tmp_path, **changed))
+
+
+def test_what_the_config_says_decides_the_model(tmp_path):
+  labels = {str(i): f'bird {i}' for i in reversed(range(4))}
+  loaded = vit_jax.load(hf_folder(tmp_path, hidden_act='gelu_new', id2label=labels))
+  assert loaded.model.activation == 'gelu_tanh' and loaded.model.norm_epsilon == 1e-12
+  assert loaded.class_names == ('bird 0', 'bird 1', 'bird 2', 'bird 3')
+  assert vit_jax.load(source('hf_classifier')).class_names is None  # LABEL_0, ... are no names
+  vit_jax.save(*loaded, tmp_path / 'out', format='hf', class_names=loaded.class_names)
+  assert vit_jax.load(tmp_path / 'out').class_names == loaded.class_names
+  processor = dict(
+    size={'shortest_edge': 20}, crop_size={'height': 16, 'width': 16}, resample=3,
+    do_center_crop=True, image_mean=[0.1, 0.2, 0.3], image_std=[1, 2, 3],
+  )  # fmt: skip
+  (tmp_path / 'preprocessor_config.json').write_text(json.dumps(processor))
+  assert vit_jax.load(tmp_path).preprocessing == Preprocessing(
+    (16, 16), (0.1, 0.2, 0.3), (1, 2, 3), 'bicubic', 0.8, False
+  )
+
+
+HF_FIELDS = dict(  # as the Hub's configs have them, of no effect here
+  attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, initializer_range=0.02,
+  torch_dtype='float32', transformers_version='4.42.0', encoder_stride=16, hidden_act='gelu',
+  _attn_implementation_autoset=True, tie_word_embeddings=True, pruned_heads={},
+)  # fmt: skip
+DINO_FIELDS = dict(
+  apply_layernorm=True, drop_path_rate=0.0, image_size=518, mlp_ratio=4, layerscale_value=1.0,
+  out_features=['stage12'], out_indices=[12], patch_size=14, reshape_hidden_states=True,
+  stage_names=['stem', 'stage1'], use_swiglu_ffn=False, layer_norm_eps=1e-6,
+)  # fmt: skip
+DINO_PROCESSOR = dict(
+  size={'shortest_edge': 256}, crop_size={'height': 224, 'width': 224}, resample=3,
+  do_center_crop=True, do_convert_rgb=True, image_mean=[0.485, 0.456, 0.406],
+  image_std=[0.229, 0.224, 0.225],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('kind, architecture, fields', [
+    ('vit', 'ViTModel', dict(layer_norm_eps=1e-12, qkv_bias=True)),
+    ('deit', 'DeiTForImageClassificationWithTeacher', dict(layer_norm_eps=1e-12)),
+    ('dinov2', 'Dinov2Model', DINO_FIELDS),
+    ('dinov2_with_registers', 'Dinov2WithRegistersModel',
+     DINO_FIELDS | dict(num_register_tokens=4, interpolate_antialias=True,
+                        interpolate_offset=0.0)),
+])  # fmt: skip
+def test_configs_as_the_hub_has_them_are_read(kind, architecture, fields, tmp_path):
+  config = HF_FIELDS | dict(model_type=kind, architectures=[architecture]) | fields
+  (tmp_path / 'preprocessor_config.json').write_text(json.dumps(DINO_PROCESSOR))
+  found = hf.read_hf(tmp_path, config, {})
+  registers = {'deit': 1, 'dinov2_with_registers': 4}.get(kind, 0)
+  assert found.fields['width'] == 768 and found.fields.get('num_registers', 0) == registers
+  patches = found.preprocessing.size[0] / found.fields['patch_size'][0]
+  assert patches == (16 if 'dino' in kind else 14)  # 224 pixels, though positions are for 518
+  assert found.grid == ((37, 37) if 'dino' in kind else (14, 14))
+  assert found.preprocessing.crop == 224 / 256
+
+
+@pytest.mark.parametrize('processor, message', [
+    ('{', 'preprocessor_config.json: no valid JSON'),
+    ({'size': 16}, "preprocessor_config.json: an unexpected value .KeyError.'image_mean'"),
+    ({'image_mean': [0.5], 'image_std': [0.0]}, 'std must be positive'),
+    ({'image_mean': [0.5, 0.5], 'image_std': [1.0]}, 'mean: expected 1 or 3 numbers'),
+    ({'image_mean': [0.5], 'image_std': [1.0], 'rescale_factor': 1}, 'expected pixels divided'),
+    ({'image_mean': [0.5], 'image_std': [1.0], 'size': 0, 'crop_size': 8}, 'ZeroDivision'),
+])  # fmt: skip
+def test_a_processor_that_can_not_be_is_refused(processor, message, tmp_path):
+  text = processor if isinstance(processor, str) else json.dumps(processor)
+  (hf_folder(tmp_path) / 'preprocessor_config.json').write_text(text)
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(tmp_path)
+
+
+def test_timms_older_configs_have_it_all_on_one_level(tmp_path):
+  flat = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', crop_pct=0.9)
+  fields = flat | dict(model_args=ARGS, labels=['a', 'b', 'c', 'd'])
+  loaded = vit_jax.load(timm_folder(tmp_path, fields, drop=('pretrained_cfg',)))
+  p = loaded.preprocessing
+  assert (p.mean, p.std, p.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), 'bilinear')
+  assert p.crop == 0.9 and loaded.class_names == ('a', 'b', 'c', 'd')
+  for broken, message in (
+    (dict(crop_pct=9), 'at most 1'),
+    (dict(interpolation='random'), "interpolation: unknown 'random'"),
+    (dict(labels=['a', 'b']), '2 class names for 4 classes'),
+    (dict(labels={'a': 0}), 'expected a list'),
+  ):
+    timm_folder(tmp_path, fields | broken, drop=('pretrained_cfg',))
+    with pytest.raises(ValueError, match=message):
+      vit_jax.load(tmp_path)
+
+
+# Bad input.
+
+
+def test_what_is_not_there_or_can_run_code_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='no such file or folder'):
+    vit_jax.load('absent.npz')
+  (tmp_path / 'pytorch_model.bin').write_bytes(b'')
+  with pytest.raises(ValueError, match='can run code'):
+    vit_jax.load(tmp_path / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match='found no weights.*there is pytorch_model.bin'):
+    vit_jax.load(tmp_path)
+  np.savez(tmp_path / 'weights.npz', **{'embedding/kernel': np.array([{}], object)})
+  with pytest.raises(ValueError, match='no .npz of arrays'):
+    vit_jax.load(tmp_path / 'weights.npz')
+  np.savez(tmp_path / 'weights.npz', a=np.zeros(3))
+  with pytest.raises(ValueError, match='no array embedding/kernel, but a'):
+    vit_jax.load(tmp_path / 'weights.npz')
+
+
+def changed_arrays(change):
+  arrays = npz.read_arrays(source('paper_token'))
+  change(arrays)
+  return arrays
+
+
+QUERY = 'Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel'
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda a: a.pop(QUERY), f'{QUERY}: missing'),
+    (lambda a: a.pop('Transformer/posembed_input/pos_embedding'), 'pos_embedding: missing'),
+    (lambda a: a.pop('head/bias'), 'head/bias: missing'),
+    (lambda a: a.pop('cls'), '17 patches, which is no square'),
+    (lambda a: a.update(extra=np.zeros(3)), 'extra: not part of the model'),
+    (lambda a: a.update({QUERY: a[QUERY].astype(np.int32)}), 'of type int32'),
+    (lambda a: a.update({QUERY: a[QUERY] + 1j}), 'of type complex'),
+    (lambda a: a.update({QUERY: a[QUERY] * np.nan}), 'not finite'),
+    (lambda a: a.update({QUERY: a[QUERY].T}), 'there, .* expected'),
+    (lambda a: a.update({QUERY.replace('_1/M', '_0/M'): np.zeros(3)}), 'expected 3 axes'),
+])  # fmt: skip
+def test_arrays_that_are_not_the_models_are_listed(change, message, tmp_path):
+  np.savez(tmp_path / 'weights.npz', **changed_arrays(change))
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(tmp_path)
+
+
+def refused_or_the_same(path, whole):
+  """Loads a damaged file; True where it was refused, and a model that differs is an error."""
+  try:
+    loaded = vit_jax.load(path)
+  except ValueError as error:
+    assert str(path.parent) in str(error) and len(str(error)) > len(str(path)) + 20
+    return True
+  assert equal(loaded.params, whole.params) and loaded.model == whole.model
+  return False
+
+
+def test_a_damaged_npz_is_refused(tmp_path):
+  data, draw = source('paper_token').read_bytes(), np.random.RandomState(0)
+  whole, path = vit_jax.load(source('paper_token')), tmp_path / 'weights.npz'
+  refused = 0
+  for _ in range(30):
+    damaged = bytearray(data)
+    where = draw.randint(len(data))
+    damaged[where] ^= 1 << draw.randint(8)
+    path.write_bytes(damaged)
+    refused += refused_or_the_same(path, whole)
+  assert refused >= 25  # what is left fell on a byte without meaning: a date, an attribute
+  for length in (0, 1, 100, len(data) // 2, len(data) - 1):
+    path.write_bytes(data[:length])
+    assert refused_or_the_same(path, whole)
+
+
+def test_a_damaged_safetensors_header_is_refused(tmp_path):
+  shutil.copytree(source('timm_token'), tmp_path, dirs_exist_ok=True)
+  path = tmp_path / 'model.safetensors'
+  data, draw = path.read_bytes(), np.random.RandomState(0)
+  whole, (header,) = vit_jax.load(source('timm_token')), struct.unpack('<Q', data[:8])
+  refused = 0
+  for _ in range(30):
+    damaged = bytearray(data)
+    damaged[draw.randint(8 + header)] ^= 1 << draw.randint(8)
+    path.write_bytes(damaged)
+    refused += refused_or_the_same(path, whole)
+  assert refused >= 25
+  for length in (0, 7, 8 + header // 2, 8 + header, len(data) - 1):
+    path.write_bytes(data[:length])
+    assert refused_or_the_same(path, whole)
+
+
+def test_an_array_of_another_type_in_safetensors_is_refused(tmp_path):
+  shutil.copytree(source('timm_token'), tmp_path, dirs_exist_ok=True)
+  arrays = load_file(tmp_path / 'model.safetensors')
+  arrays['norm.weight'] = arrays['norm.weight'].astype(np.int64)
+  save_file(arrays, tmp_path / 'model.safetensors')
+  with pytest.raises(ValueError, match='norm.weight: of type int64'):
+    vit_jax.load(tmp_path)
+
+
+def test_weights_in_several_files(tmp_path):
+  shutil.copytree(source('hf_classifier'), tmp_path, dirs_exist_ok=True)
+  arrays = load_file(tmp_path / 'model.safetensors')
+  (tmp_path / 'model.safetensors').unlink()
+  parts = {'model-1.safetensors': {}, 'model-2.safetensors': {}}
+  index = {}
+  for i, (name, array) in enumerate(arrays.items()):
+    index[name] = list(parts)[i % 2]
+    parts[index[name]][name] = array
+  for name, part in parts.items():
+    save_file(part, tmp_path / name)
+  (tmp_path / reader.INDEX).write_text(json.dumps({'weight_map': index}))
+  assert equal(vit_jax.load(tmp_path).params, vit_jax.load(source('hf_classifier')).params)
+  (tmp_path / 'model-2.safetensors').unlink()
+  with pytest.raises(ValueError, match='model-2.safetensors'):
+    vit_jax.load(tmp_path)
+
+
+def test_saving_refuses_what_is_not_the_models(tmp_path):
+  model, params = vit_jax.load(source('paper_token'))
+  with pytest.raises(ValueError, match="format: unknown 'tflite'"):
+    vit_jax.save(model, params, tmp_path, format='tflite')
+  with pytest.raises(ValueError, match='head/bias: missing there'):
+    broken = params | {'head': {'kernel': params['head']['kernel']}}
+    vit_jax.save(model, broken, tmp_path, format='npz')
+  with pytest.raises(ValueError, match='2 class names for 5 classes'):
+    vit_jax.save(model, params, tmp_path, format='hf', class_names=('a', 'b'))
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(ValueError, match='is a file'):
+    vit_jax.save(model, params, tmp_path / 'file', format='npz')
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['file']
+
+
+def test_what_an_npz_has_no_place_for_is_said(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(npz.log, 'warning', lambda text, *values: said.append(text % values))
+  loaded = vit_jax.load(source('paper_token'))
+  vit_jax.save(*loaded, tmp_path, format='npz', preprocessing=loaded.preprocessing)
+  assert not said
+  other = dataclasses.replace(loaded.preprocessing, mean=(0.2,), crop=0.9)
+  vit_jax.save(*loaded, tmp_path, format='npz', preprocessing=other, class_names=tuple('abcde'))
+  (text,) = said
+  assert all(part in text for part in ('5 class names', 'mean (0.2,)', 'crop 0.9'))
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+  loaded = vit_jax.load(source('timm_token'))
+  for name in (
+    'checkpoints',
+    'metrics.jsonl',
+    'model-1.safetensors',
+    'other.npz',
+    reader.INDEX,
+  ):
+    folder = tmp_path / name
+    (folder / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=f'holds {name} already'):
+      vit_jax.save(*loaded, folder, format='timm')
+    assert [file.name for file in folder.iterdir()] == [name]
+  for _ in range(2):  # its own files are replaced
+    vit_jax.save(*loaded, tmp_path / 'out', format='timm')
+
+
+def test_weights_without_a_head_keep_their_pooling_when_exported(tmp_path):
+  config = json.loads((DATA / 'timm_map' / 'config.json').read_text())
+  config['num_classes'] = config['model_args']['num_classes'] = 0
+  arrays = load_file(DATA / 'timm_map' / 'model.safetensors')
+  arrays = {name: x for name, x in arrays.items() if not name.startswith('head.')}
+  save_file(arrays, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  exporting.export(tmp_path, 'timm', tmp_path / 'out')
+  again = load_file(tmp_path / 'out' / 'model.safetensors')
+  assert all(np.array_equal(again[name], arrays[name]) for name in arrays | again)
+  image = np.load(DATA / 'timm_map' / 'io.npz')['image']
+  assert logits(vit_jax.load(tmp_path / 'out'), image).ndim == 3  # tokens
+  assert logits(vit_jax.load(tmp_path / 'out', num_classes=5), image).shape == (len(image), 5)
+
+
+def test_a_processor_that_hugging_face_can_not_have_is_refused(tmp_path):
+  loaded = vit_jax.load(source('hf_classifier'), grid=(2, 4))
+  cut = Preprocessing((8, 16))
+  with pytest.raises(ValueError, match='cut squares only, and images here are 8x16'):
+    vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=cut)
+  vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=loaded.preprocessing)
+  grey = variants.make('tiny', 3, pool='cls', activation='gelu')
+  params = grey.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))['params']
+  vit_jax.save(grey, jax.device_get(params), tmp_path / 'grey', format='hf')
+  assert vit_jax.load(tmp_path / 'grey').preprocessing.mean == (0.5,)
+
+
+def test_hybrids_reduce_the_image_as_their_names_say():
+  for variant, patch in (('R50+B/16', 16), ('R50+L/32', 32), ('R26+S/32', 32), ('R+Ti/32', 32)):
+    model = variants.make(variant, 10)
+    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), image)['params']
+    assert shapes['pos_embedding'].shape[1] == (224 // patch) ** 2 + 1
+  with pytest.raises(ValueError, match='must be a multiple of 16'):
+    variants.make('R50+B/8', 10)

@@ -1,0 +1,162 @@
+"""Random models of Hugging Face and timm, built live: logits, input gradients, and back.
+
+Skipped without `pip install -r requirements-peers.txt` (and `timm`).
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from vit_jax.data import image as image_lib
+from vit_jax.inference import exporting
+from vit_jax.weights import hf, pretrained
+
+torch = pytest.importorskip('torch', reason='needs requirements-peers.txt: torch')
+
+IMAGE = np.random.RandomState(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
+
+
+def perturb(module):
+  """All parameters random: biases, scales and tokens too."""
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for parameter in module.parameters():
+      parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+  return module.eval()
+
+
+def torch_output(module, read, image_BHWC):
+  """The output, and the gradient of its weighted sum with respect to the image."""
+  image = torch.tensor(image_BHWC.transpose(0, 3, 1, 2)).contiguous().requires_grad_()
+  output = read(module(image))
+  weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+  (gradient,) = torch.autograd.grad((output * weight).sum(), image)
+  return output.detach().numpy(), gradient.numpy().transpose(0, 2, 3, 1)
+
+
+def our_output(model, params, image_BHWC):
+  def weighted(image):
+    output = model.apply({'params': params}, image)
+    weight = np.linspace(-1, 1, output.size, dtype=np.float32).reshape(output.shape)
+    return (output * weight).sum(), output
+
+  gradient, output = jax.grad(weighted, has_aux=True)(image_BHWC)
+  return output, gradient
+
+
+def check(theirs, folder, read, image=IMAGE):
+  """Ours gives what theirs does, in the output and in the gradient."""
+  loaded = pretrained.load(folder)
+  for ours, want in zip(our_output(*loaded, image), torch_output(theirs, read, image)):
+    np.testing.assert_allclose(ours, want, atol=2e-5 * max(1, np.abs(want).max()))
+  return loaded
+
+
+HF = {
+  'ViTForImageClassification': {},
+  'ViTModel': {'hidden_act': 'gelu_pytorch_tanh'},
+  'DeiTForImageClassification': {'qkv_bias': False},
+  'DeiTForImageClassificationWithTeacher': {},
+  'DeiTModel': {},
+  'Dinov2ForImageClassification': {},
+  'Dinov2Model': {'qkv_bias': False},
+  'Dinov2WithRegistersForImageClassification': {'num_register_tokens': 3},
+  'Dinov2WithRegistersModel': {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', HF)
+def test_hugging_face(name, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  kind = getattr(transformers, name)
+  image = IMAGE
+  sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+  if name.startswith('Dinov2'):
+    del sizes['intermediate_size']
+    sizes['mlp_ratio'] = 2
+    image = IMAGE[:, :, :16]  # theirs takes square ones only
+  config = kind.config_class(
+    **sizes, image_size=image.shape[1:3], patch_size=8, num_labels=5, **HF[name]
+  )
+  theirs = perturb(kind(config))
+  theirs.save_pretrained(tmp_path / 'theirs')
+  headed = 'Classification' in name
+  read = lambda output: output.logits if headed else output.last_hidden_state
+  loaded = check(theirs, tmp_path / 'theirs', read, image)
+
+  exporting.save(
+    *loaded,
+    tmp_path / 'ours',
+    format='hf',
+    preprocessing=dataclasses.replace(loaded.preprocessing, stretch=True),  # no square
+    class_names=tuple('abcde') if headed else None,
+  )
+  again = kind.from_pretrained(tmp_path / 'ours').eval()
+  if name != 'DeiTForImageClassificationWithTeacher':  # its two biases became one, halved
+    own = theirs.state_dict()
+    for key, value in again.state_dict().items():
+      assert torch.equal(value, own[key]) or 'pooler' in key or 'mask_token' in key, key
+  ours, want = (torch_output(module, read, image)[0] for module in (again, theirs))
+  np.testing.assert_allclose(ours, want, atol=2e-5)
+  assert not headed or again.config.id2label == dict(enumerate('abcde'))
+
+
+TIMM = [
+  {},
+  {'qkv_bias': False, 'num_classes': 0},
+  {'pre_norm': True, 'act_layer': 'quick_gelu'},
+  {'reg_tokens': 3},
+  {'reg_tokens': 2, 'no_embed_class': True, 'init_values': 0.2},
+  {'global_pool': 'avg', 'mlp_ratio': 2.572},
+  {'global_pool': 'avg', 'fc_norm': False, 'class_token': False},
+  {'global_pool': 'map', 'class_token': False, 'reg_tokens': 1, 'qk_norm': True},
+  {'global_pool': 'map', 'act_layer': 'gelu_tanh'},
+]
+
+
+@pytest.mark.parametrize('fields', TIMM, ids=lambda fields: '-'.join(fields) or 'plain')
+def test_timm(fields, tmp_path):
+  timm = pytest.importorskip('timm', reason='needs timm, with torchvision', exc_type=ImportError)
+  from safetensors.torch import save_file
+
+  arguments = dict(
+    img_size=[16, 24], patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+  ) | fields  # fmt: skip
+  theirs = perturb(timm.models.VisionTransformer(**arguments))
+  folder = tmp_path / 'theirs'
+  folder.mkdir()
+  state = {name: array.contiguous() for name, array in theirs.state_dict().items()}
+  save_file(state, folder / 'model.safetensors')
+  config = dict(architecture='vit_custom', model_args=arguments)
+  (folder / 'config.json').write_text(json.dumps(config))
+  if not arguments['num_classes']:
+    theirs.forward = theirs.forward_features
+  loaded = check(theirs, folder, lambda output: output)
+  exporting.save(
+    *loaded, tmp_path / 'ours', format='timm', preprocessing=loaded.preprocessing
+  )  # fmt: skip
+  again = timm.create_model(f'local-dir:{tmp_path / "ours"}', pretrained=True).eval()
+  own = theirs.state_dict()
+  assert again.state_dict().keys() == own.keys()
+  assert all(torch.equal(value, own[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize('fields', [
+    dict(size={'height': 24, 'width': 32}, resample=2),
+    dict(size={'height': 24, 'width': 32}, resample=3),
+])  # fmt: skip
+def test_images_are_prepared_as_hugging_faces_processor_does(fields, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  kind = getattr(transformers, 'ViTImageProcessorPil', transformers.ViTImageProcessor)
+  processor = kind(**fields, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
+  pixels = np.random.RandomState(0).randint(0, 256, (50, 70, 3), np.uint8)
+  want = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
+  p = hf.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
+  ours = image_lib.fit_image(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
+  ours = (ours / 255 - np.array(p.mean)) / np.array(p.std)
+  np.testing.assert_allclose(ours, want.transpose(1, 2, 0), atol=1e-5)

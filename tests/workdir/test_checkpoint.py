@@ -1,0 +1,247 @@
+"""Checkpoints open anywhere; damaged ones are found; a full disk takes nothing."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.conftest import ROOT, small_config
+from vit_jax import storage
+from vit_jax.evaluation import exact
+from vit_jax.training import state, trainer
+from vit_jax.workdir import checkpoint, items, stored, trained, writer
+
+
+def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
+  workdir, _ = trained
+  readme = (ROOT / 'README.md').read_text()
+  lines = re.search(r'```python\n(import orbax.*?)```', readme, re.DOTALL).group(1)
+  assert len([line for line in lines.splitlines() if line]) == 3
+  step, params, _ = stored.load_checkpoint(workdir)
+  lines = re.sub(r"'[^']*/params'", repr(f'{workdir}/checkpoints/{step}/params'), lines)
+  script = lines + (
+    "\nimport jax, numpy, sys; assert jax.device_count() == 1 and 'vit_jax' not in sys.modules"
+    f'\nnumpy.save({str(tmp_path / "kernel.npy")!r}, params["head"]["kernel"])'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+  np.testing.assert_array_equal(np.load(tmp_path / 'kernel.npy'), params['head']['kernel'])
+  assert jax.device_count() == 2  # and it was written from two
+
+
+def test_the_readme_says_where_the_averaged_weights_lie(tmp_path):
+  assert '`ema` of `.../state`' in (ROOT / 'README.md').read_text()
+  blank = state.TrainState(
+    jnp.int32(1), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, {'w': jnp.ones(3)}
+  )
+  saved = {'config': {'ema': 0.9}, 'task': {}, 'seconds': 0}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(blank, saved | {'names': trained.TrainingFiles().item()})
+  raw = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/params')
+  averaged = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/state')['ema']
+  assert not raw['w'].any() and averaged['w'].all()
+  np.testing.assert_array_equal(stored.load_checkpoint(tmp_path)[1]['w'], averaged['w'])
+
+
+def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='no checkpoint'):
+    stored.load_checkpoint(tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def copied(trained, folder):
+  """A copy of the finished run that looks cut off after its last checkpoint."""
+  workdir = shutil.copytree(trained[0], folder / 'run')
+  (workdir / 'result.json').unlink()
+  return workdir
+
+
+def damage(workdir, step, item, how):
+  """Damages the files that hold an item's arrays, or its JSON."""
+  folder = workdir / 'checkpoints' / str(step) / item
+  files = [*folder.rglob('d/*')] or [folder / 'metadata']
+  assert files[0].exists()
+  for path in files:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes({'flip': data, 'cut': data[: len(data) // 2], 'empty': b''}[how])
+
+
+def assert_same_end(workdir, trained):
+  for item in ('params', 'state'):
+    ends = [stored.restore_item(path, 32, item) for path in (workdir, trained[0])]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.parametrize('item', stored.ITEMS)
+@pytest.mark.parametrize('how', ['flip', 'cut', 'empty'])
+def test_what_is_damaged_is_found(trained, tmp_path, item, how):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, item, how)
+  with pytest.raises(items.Damaged, match=r'checkpoints/32 is damaged'):
+    stored.restore_item(workdir, 32, item)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used(trained, tmp_path, caplog):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, 'params', 'flip')
+  with caplog.at_level(logging.WARNING):
+    assert exact.evaluate(workdir, {})['step'] == 16
+  assert 'checkpoints/32 is damaged' in caplog.text and 'That of step 16' in caplog.text
+  assert trainer.train(small_config(), workdir)['steps'] == 32
+  assert len(list((workdir / 'damaged').glob('32-*/params'))) == 1  # kept, for whoever can use it
+  assert_same_end(workdir, trained)
+
+
+def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tmp_path):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, 'params', 'cut')
+  damage(workdir, 16, 'config', 'empty')
+  with pytest.raises(items.Damaged, match='checkpoints/16 is damaged'):
+    exact.evaluate(workdir, {})
+  with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
+    trainer.train(small_config(), workdir)
+  trainer.train(small_config(), workdir)
+  assert_same_end(workdir, trained)
+
+
+def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, monkeypatch):
+  workdir = copied(trained, tmp_path)
+  for step in (16, 32):
+    damage(workdir, step, 'params', 'cut')
+
+  def refuse(path, mode):
+    raise PermissionError(13, 'Permission denied', str(path))
+
+  monkeypatch.setattr(items, 'open', refuse, raising=False)
+  with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
+    trainer.train(small_config(), workdir)
+  assert stored.saved_steps(workdir) == [32, 16]
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    AssertionError(),  # JAX's, where JAX_PLATFORMS names a device that is not there
+    RuntimeError("Unable to initialize backend 'cuda'"),
+    OSError(24, 'Too many open files'),
+    ValueError('Error opening "zarr" driver: Too many open files'),
+    ValueError('RESOURCE_EXHAUSTED: out of memory'),
+    AttributeError("module 'jax' has no attribute 'other'"),  # an orbax for another JAX
+  ],
+)
+def test_an_error_of_the_process_condemns_no_checkpoint(trained, tmp_path, monkeypatch, error):
+  def fail(*_, **__):
+    raise error
+
+  workdir = copied(trained, tmp_path)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, 'restore', fail)
+  for use in (lambda: trainer.train(small_config(), workdir), lambda: exact.evaluate(workdir, {})):
+    with pytest.raises(type(error), match=re.escape(str(error)) or None) as raised:
+      use()
+    assert not isinstance(raised.value, items.Damaged)
+  assert stored.saved_steps(workdir) == [32, 16] and not (workdir / 'damaged').exists()
+
+
+@pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
+def test_a_config_of_another_kind_is_damaged(trained, tmp_path, text):
+  workdir = copied(trained, tmp_path)
+  (workdir / 'checkpoints' / '32' / 'config' / 'metadata').write_text(text)
+  assert exact.evaluate(workdir, {})['step'] == 16
+
+
+def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  damage(workdir, 32, 'params', 'flip')
+  assert trainer.train(small_config(), workdir)['steps'] == 32
+  assert stored.latest_step(workdir) == 32
+  assert_same_end(workdir, trained)
+
+
+def test_the_best_stays_through_resuming(tmp_path):
+  blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
+  step, names = 0, trained.TrainingFiles().item()
+  for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
+    with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
+      for accuracy in accuracies:
+        step += 1
+        saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': names}
+        checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
+        checkpoints.wait()
+    assert stored.saved_steps(tmp_path) == kept
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+  """A file system of so many bytes; skips where none can be mounted."""
+  folder.mkdir()
+  mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]
+  if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip('mounting a file system takes rights that are not there')
+  try:
+    yield folder
+  finally:
+    subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def space(folder):
+  """Bytes that it takes in a file system of pages of 4 KiB."""
+  return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob('*') if p.is_file())
+
+
+def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
+  error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
+  said = str(checkpoint.not_saved(tmp_path, error))
+  assert f'{tmp_path}/checkpoints can not be written (No space left on device)' in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
+  checkpoints = trained[0] / 'checkpoints'
+  room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2
+  with small_disk(tmp_path / 'disk', room) as disk:
+    workdir = disk / 'run'
+    said = 'run/.* can not be written .No space left.* step 16 is whole: the same command'
+    with pytest.raises(storage.Unwritten, match=said):
+      trainer.train(small_config(), workdir)
+    assert 'Traceback' not in capfd.readouterr().err
+    assert stored.latest_step(workdir) == 16
+    subprocess.run(['mount', '-o', f'remount,size={4 * room}', disk], check=True)
+    assert trainer.train(small_config(), workdir)['steps'] == 32
+    assert_same_end(workdir, trained)
+
+
+@pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl', 'result.json'])
+def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
+  said = f'{name} can not be written .No space left on device'
+  full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
+  with pytest.raises(storage.Unwritten, match=said), contextlib.ExitStack() as stack:
+    if name == 'log.txt':
+      full.symlink_to('/dev/full')
+    records = stack.enter_context(writer.Writer(tmp_path, 0))
+    if name != 'log.txt':
+      full.symlink_to('/dev/full')
+    writer.LOG.info('A line.')
+    records.write(1, 'train', loss=1.0)
+    records.result({})
+  err = capfd.readouterr().err
+  assert 'Traceback' not in err and 'Logging error' not in err
+  assert not (tmp_path / 'result.json.partial').exists()
+
+
+def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained, tmp_path):
+  with small_disk(tmp_path / 'disk', 4 * space(trained[0])) as disk:
+    workdir = shutil.copytree(trained[0], disk / 'run')
+    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+    with pytest.raises(ValueError, match='can not be written into.*read-only'):
+      trainer.train(small_config(epochs='2'), workdir)
+    assert exact.evaluate(workdir, {})['step'] == 32
+    assert trainer.train(small_config(), workdir) == trained[1]  # finished before

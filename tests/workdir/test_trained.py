@@ -1,0 +1,223 @@
+"""No image counts in a test that the weights were trained on: whatever changed in the folder."""
+
+import json
+import logging
+import shutil
+import zlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from tests.conftest import small_config
+from vit_jax import cli, evaluation, opening
+from vit_jax.data import folder as folder_lib
+from vit_jax.data import sources
+from vit_jax.evaluation import exact, few_shot
+from vit_jax.figures import subject as subject_lib
+from vit_jax.training import trainer
+from vit_jax.workdir import stored, trained
+
+CLASSES = 'ant', 'cat'
+
+
+def make_images(folder, names):
+  """An image of noise for each name."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for name in names:
+    draw = np.random.RandomState(zlib.crc32(f'{folder.name}/{name}'.encode()))
+    Image.fromarray(draw.randint(0, 256, (8, 8, 3)).astype(np.uint8)).save(folder / f'{name}.png')
+
+
+def config_of(folder, **overrides):
+  """A run of a few steps on a folder."""
+  settings = {'data.source': f'folder:{folder}', 'epochs': '2', 'batch_size': '16'}
+  return small_config(**settings | {'eval_every': '0', 'checkpoint_every': '2'} | overrides)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run on a plain folder: (folder, workdir)."""
+  root = tmp_path_factory.mktemp('trained')
+  for name in CLASSES:
+    make_images(root / 'photos' / name, [f'{name}{i}' for i in range(30)])
+  trainer.train(config_of(root / 'photos'), root / 'run')
+  return root / 'photos', root / 'run'
+
+
+@pytest.fixture
+def rearranged(run, tmp_path):
+  """The images once more, by hand: train/, and test/ with 7 that were trained on and 3 new ones."""
+  files = files_of(run[0], 'train')
+  for i, file in enumerate(files):
+    split = 'test' if i < 7 else 'train'
+    (tmp_path / split / file.parent.name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, tmp_path / split / file.parent.name / file.name)
+  make_images(tmp_path / 'test' / 'cat', ['new1', 'new2', 'new3'])
+  return tmp_path
+
+
+def files_of(folder, split):
+  source = sources.open_source(f'folder:{folder}', '', (8, 8))
+  return [file for _, file, _ in source.read(split, range(source.sizes[split]))]
+
+
+def test_a_checkpoint_keeps_the_names_of_training_files(run):
+  photos, workdir = run
+  names = trained.training_files_of(workdir)
+  wanted = [folder_lib.hash_name(file.name) for file in files_of(photos, 'train')]
+  np.testing.assert_array_equal(names.own_N, np.array(sorted(wanted), np.uint64))
+  assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
+
+
+@pytest.mark.parametrize('cache', ['memory', 'stream'])
+def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, caplog):
+  flags = {'data.source': f'folder:{rearranged}', 'data.cache': cache}
+  with caplog.at_level(logging.WARNING):
+    result = exact.evaluate(run[1], flags)
+  assert result['examples'] == 3 and result['left_out'] == 7
+  assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
+  source = evaluation.open_test(opening.from_workdir(run[1], flags)[0])[0]
+  assert 'left_out' not in exact.evaluate(run[1], {})
+  parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
+  names = {file.name for part in parts for _, file, _ in part}
+  assert names == {'new1.png', 'new2.png', 'new3.png'}
+
+
+def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
+  flags = ['--mode=eval', f'--workdir={run[1]}', '--config.data.eval_split=train']
+  assert cli.main(flags) == 2
+  assert "error: Split 'train': the weights were trained on" in capsys.readouterr().err
+
+
+SCORE = [
+  lambda workdir, flags: exact.evaluate(workdir, flags),
+  lambda workdir, flags: few_shot.fewshot(opening.Request(workdir, overrides=flags)),
+  lambda workdir, flags: subject_lib.collect(opening.Request(workdir, overrides=flags), None),
+  lambda workdir, flags: few_shot.fewshot(opening.Request(init=str(workdir), overrides=flags)),
+]
+
+
+@pytest.mark.parametrize('score', SCORE)
+@pytest.mark.parametrize('split', ['train[:10%]', 'test+train[-1:]'])
+def test_a_split_trained_on_is_no_test_where_there_are_no_files(request, score, split):
+  workdir = request.getfixturevalue('trained')[0]
+  flags = {'data.eval_split': split, 'data.train_split': 'train[20%:25%]', 'data.dir': 'moved'}
+  flags |= {'data.source': 'synthetic', 'data.image_size': '8'}
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic, which the wei"):
+    score(workdir, flags)
+
+
+def test_shots_are_not_tested_on_themselves(request):
+  workdir = request.getfixturevalue('trained')[0]
+  with pytest.raises(ValueError, match='the shots would be tested on themselves'):
+    few_shot.fewshot(opening.Request(workdir, overrides={'data.train_split': 'test[:90%]'}))
+
+
+def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
+  workdir = request.getfixturevalue('trained')[0]
+  parts = {'data.train_split': 'train[:50%]', 'data.eval_split': 'train[50%:]', 'epochs': '0'}
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic"):
+    trainer.train(small_config(init=str(workdir), **parts), tmp_path / 'next')
+  config = small_config(init=str(workdir), **parts | {'data.eval_split': 'test[:50]'})
+  trainer.train(config, tmp_path / 'next')
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic"):
+    exact.evaluate(tmp_path / 'next', {'data.eval_split': 'train[50%:]'})
+  assert exact.evaluate(tmp_path / 'next', {'data.eval_split': 'test[50:]'})['examples'] == 206
+
+
+def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
+  flags = {'data.source': f'folder:{rearranged}'}
+  exp, params, _ = opening.from_workdir(run[1], flags)
+  result = few_shot.score_backbone(exp, params)
+  assert result['examples'] == 3 and result['left_out'] == 7
+  assert len(subject_lib.load_test(exp, flags)) == 3
+  exp, _ = opening.from_init(str(run[1]), flags, classes='data')  # a workdir as weights
+  assert evaluation.open_test(exp)[1] == 7
+
+
+def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
+  config = config_of(rearranged, init=str(run[1]))
+  result = trainer.train(config, tmp_path / 'next')
+  assert result['examples'] == 3
+  names, before = trained.training_files_of(tmp_path / 'next'), trained.training_files_of(run[1])
+  np.testing.assert_array_equal(names.inherited_N, before.all_N)
+  third = config_of(rearranged, init=str(tmp_path / 'next'), epochs='0')
+  trainer.train(third, tmp_path / 'third')
+  assert set(trained.training_files_of(tmp_path / 'third').inherited_N) >= set(before.own_N)
+
+
+def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
+  config = config_of(rearranged)
+  assert trainer.train(config, tmp_path / 'run')['examples'] == 10
+  (tmp_path / 'run' / 'result.json').unlink()
+  file = files_of(rearranged, 'train')[0]
+  shutil.copy(file, rearranged / 'test' / file.parent.name / file.name)
+  assert trainer.train(config, tmp_path / 'run')['examples'] == 10
+  assert file.stem not in [path.stem for path in (tmp_path / 'run' / 'examples').iterdir()]
+
+
+def test_files_of_names_that_both_parts_have_are_known_by_their_content(tmp_path, caplog):
+  for name in CLASSES:
+    make_images(tmp_path / 'train' / name, range(30))
+    make_images(tmp_path / 'test' / name, range(100, 110))  # other images, then under taken names
+    for i, file in enumerate(sorted((tmp_path / 'test' / name).iterdir())):
+      file.rename(file.with_name(f'{i}.png'))
+  for i in range(3):
+    shutil.copy(tmp_path / 'train' / 'ant' / f'{i}.png', tmp_path / 'test' / 'ant')
+  config = config_of(tmp_path, epochs='0')
+  with caplog.at_level(logging.INFO):
+    assert trainer.train(config, tmp_path / 'run')['examples'] == 17
+  assert '10 of 30 names of training files are names of held-out files' in caplog.text
+  with pytest.raises(ValueError, match='trained on all 60 images'):
+    exact.evaluate(tmp_path / 'run', {'data.eval_split': 'train'})
+
+
+def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
+  for split in ('train', 'test'):
+    for name in CLASSES:
+      make_images(tmp_path / split / name, range(10))
+  with pytest.raises(ValueError, match='trained on all 20 images, going by the names'):
+    opening.from_config(config_of(tmp_path))
+
+
+@pytest.mark.parametrize('names', [('Train', 'Test'), ('training', 'test'), ('cat', 'valid')])
+def test_classes_that_look_like_parts_of_the_data_are_refused(tmp_path, names):
+  for name in names:
+    make_images(tmp_path / name, range(10))
+  with pytest.raises(ValueError, match='looks like a part of the data. Name the parts train/'):
+    sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+
+
+def test_case_and_unicode_form_of_a_name_do_not_matter():
+  assert folder_lib.hash_name('Bäume_1.JPG') == folder_lib.hash_name('Ba\u0308ume_1.jpg')
+  assert folder_lib.hash_name('a/1.jpg') != folder_lib.hash_name('b/1.jpg')
+
+
+def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
+  for name in CLASSES:
+    make_images(tmp_path / name, [f'{name}{i}' for i in range(30)])
+  parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
+  config = config_of(tmp_path, freeze='backbone', sweep='0.1,', **parts)
+  exp, training = opening.from_config(config)
+  assert len(exp.names.own_N) == len(training.train) + len(training.val)
+  _, again = opening.from_config(config, exp.config, seen=exp.names)  # its last run is resumed
+  assert len(again.val) == len(training.val)
+  exp, training = opening.from_config(config_of(tmp_path, **parts))
+  assert len(exp.names.own_N) == len(training.train)
+
+
+def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, caplog):
+  workdir = shutil.copytree(run[1], tmp_path / 'run')
+  (workdir / 'result.json').unlink()
+  for step in stored.saved_steps(workdir):
+    saved = workdir / 'checkpoints' / str(step)
+    shutil.rmtree(saved / 'names')
+    about = json.loads((saved / 'config' / 'metadata').read_text())
+    del about['digests']['names']
+    (saved / 'config' / 'metadata').write_text(json.dumps(about))
+  with caplog.at_level(logging.WARNING):
+    assert 'left_out' not in exact.evaluate(workdir, {})
+  assert 'may have been trained on some of the test images' in caplog.text
+  with pytest.raises(ValueError, match='began under version 0.1.0.*can not be resumed'):
+    trainer.train(config_of(run[0]), workdir)

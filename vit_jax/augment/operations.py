@@ -1,0 +1,245 @@
+"""Pillow's operations on a batch, a different one for each image.
+
+Decisions:
+  * No image goes through all operations. The one drawn for it becomes the parameters of three
+    passes over the batch, which leave it as it is where they are not concerned: a lookup table, a
+    blend with a grey or smoothed version, an affine warp. A layer costs three passes, however
+    many operations there are.
+  * Pillow is what an operation means, its rounding down included; `test_randaugment.py` holds every
+    one to it.
+  * Pixels are computed in whole numbers: a program for another batch size rounds floats otherwise,
+    and equalize and the layers to come make more of it.
+  * XLA would merge the passes into one another, and compute a pixel again for each of its
+    readers; barriers keep them apart, which halved their time on a CPU.
+  * Pixels from outside are grey, 128, as in AutoAugment's code; warps are bilinear.
+"""
+
+import jax
+import jax.numpy as jnp
+
+OPERATIONS = (
+  'identity', 'autocontrast', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add',
+  'brightness', 'contrast', 'color', 'sharpness', 'rotate', 'shear_x', 'shear_y', 'translate_x',
+  'translate_y', 'translate_x_relative', 'translate_y_relative', 'cutout',
+)  # fmt: skip
+FILL = 128
+BITS = 16  # after the point, of whole numbers that stand for others
+ONE = 1 << BITS
+
+apart = jax.lax.optimization_barrier
+
+
+def operate(
+  operation_B: jax.Array,
+  argument_B: jax.Array,
+  centre_B2: jax.Array | None,
+  image_BHWC: jax.Array,
+) -> jax.Array:
+  """Each image under its own operation, within a grey level of Pillow.
+
+  Args:
+    operation_B: places in `OPERATIONS`.
+    argument_B: what Pillow's function takes: the factor of brightness, contrast, color and
+      sharpness, the threshold of solarize and the amount that solarize_add adds below 128, the
+      bits that posterize keeps, counter-clockwise degrees, pixels to the right or down for each
+      of the output's that a shear or a translation reads at, of the relative ones the share of
+      the width or height, and half of the side of cutout's square. The others take none.
+    centre_B2: of cutout's square, as shares of height and width; None where there is no cutout.
+    image_BHWC: uint8, 1 or 3 channels.
+  """
+  chosen = {name: operation_B == i for i, name in enumerate(OPERATIONS)}
+  table_BCV = apart(make_table(chosen, argument_B, image_BHWC))
+  image_BHWC = apart(look_up(table_BCV, image_BHWC))
+  image_BHWC = apart(blend(chosen, argument_B, image_BHWC))
+  hidden_BHW = None
+  if centre_B2 is not None:
+    hidden_BHW = cutout_square(chosen['cutout'], argument_B, centre_B2, image_BHWC.shape)
+  return warp(make_matrix(chosen, argument_B, image_BHWC.shape), image_BHWC, hidden_BHW)
+
+
+def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+  """What becomes of each grey level, uint8 `[B, C, 256]`: the operations that see one pixel."""
+  level_V = jnp.arange(256)
+  count_BCV = histogram(image_BHWC)
+  argument_B11 = argument_B[:, None, None]
+  whole_B11 = argument_B11.astype(jnp.int32)
+  tables = {
+    'autocontrast': stretch(count_BCV),
+    'equalize': equalized(count_BCV),
+    'invert': 255 - level_V,
+    'posterize': level_V & -(1 << (8 - whole_B11)),
+    'solarize': jnp.where(level_V < argument_B11, level_V, 255 - level_V),
+    'solarize_add': jnp.where(level_V < 128, level_V + whole_B11, level_V),
+    'brightness': between(0, level_V, fixed(argument_B11)),
+    'contrast': between(mean(image_BHWC)[:, None, None], level_V, fixed(argument_B11)),
+  }
+  table_BCV = jnp.broadcast_to(level_V, count_BCV.shape)
+  for name, other_BCV in tables.items():
+    table_BCV = jnp.where(chosen[name][:, None, None], other_BCV, table_BCV)
+  return jnp.clip(table_BCV, 0, 255).astype(jnp.uint8)
+
+
+def places(image_BHWC: jax.Array) -> jax.Array:
+  """Where the value of each pixel is in a flat `[B, C, 256]`."""
+  batch, _, _, channels = image_BHWC.shape
+  start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
+  return start_BC[:, None, None] + image_BHWC
+
+
+def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+  """Replaces every pixel by what the table has at its value."""
+  return table_BCV.reshape(-1).at[places(image_BHWC)].get(mode='promise_in_bounds')
+
+
+def histogram(image_BHWC: jax.Array) -> jax.Array:
+  """How often each level is there, int32 `[B, C, 256]`."""
+  batch, _, _, channels = image_BHWC.shape
+  count = jnp.zeros(batch * channels * 256, jnp.int32)  # flat: far faster on a CPU
+  count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
+  return count.reshape(batch, channels, 256)
+
+
+def stretch(count_BCV: jax.Array) -> jax.Array:
+  """The table by which the darkest level of each channel becomes 0 and the lightest 255."""
+  level_V = jnp.arange(256)
+  low_BC1 = jnp.argmax(count_BCV > 0, axis=2, keepdims=True)
+  high_BC1 = 255 - jnp.argmax(count_BCV[:, :, ::-1] > 0, axis=2, keepdims=True)
+  span_BC1 = jnp.maximum(high_BC1 - low_BC1, 1)
+  return jnp.where(low_BC1 == high_BC1, level_V, (level_V - low_BC1) * 255 // span_BC1)
+
+
+def equalized(count_BCV: jax.Array) -> jax.Array:
+  """The table that makes all levels of each channel about as frequent."""
+  up_to_BCV = jnp.cumsum(count_BCV, axis=2)
+  darker_BCV = up_to_BCV - count_BCV
+  # All but the pixels of the lightest level there is, shared out to 255 levels.
+  step_BC1 = jnp.where(count_BCV > 0, darker_BCV, 0).max(2, keepdims=True) // 255
+  flat_BCV = (step_BC1 // 2 + darker_BCV) // jnp.maximum(step_BC1, 1)
+  return jnp.where(step_BC1 == 0, jnp.arange(256), flat_BCV)
+
+
+def grey(image_BHWC: jax.Array) -> jax.Array:
+  """Luma `[B, H, W, 1]`, int32, as Pillow's mode L (ITU-R 601-2)."""
+  image_BHWC = image_BHWC.astype(jnp.int32)
+  if image_BHWC.shape[3] == 1:
+    return image_BHWC
+  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # 2^16 together
+  return (weighted_BHWC.sum(3, keepdims=True) + 2**15) >> 16
+
+
+def mean(image_BHWC: jax.Array) -> jax.Array:
+  """The mean luma of each image, rounded: `[B]`, int32."""
+  pixels = image_BHWC.shape[1] * image_BHWC.shape[2]
+  return (2 * grey(image_BHWC).sum((1, 2, 3)) + pixels) // (2 * pixels)
+
+
+def smooth(image_BHWC: jax.Array) -> jax.Array:
+  """A 3x3 mean, 5 for the centre and 1 around it, of 13; the border stays. int32."""
+  image_BHWC = image_BHWC.astype(jnp.int32)
+  height, width = image_BHWC.shape[1:3]
+  if min(height, width) < 3:
+    return image_BHWC
+  rows_BHWC = image_BHWC[:, :-2] + image_BHWC[:, 1:-1] + image_BHWC[:, 2:]
+  box_BHWC = rows_BHWC[:, :, :-2] + rows_BHWC[:, :, 1:-1] + rows_BHWC[:, :, 2:]
+  inner_BHWC = (2 * (box_BHWC + 4 * image_BHWC[:, 1:-1, 1:-1]) + 13) // 26
+  return image_BHWC.at[:, 1:-1, 1:-1].set(inner_BHWC)
+
+
+def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
+  """Color and sharpness: away from a grey or smoothed version, or towards it."""
+  color_B111 = chosen['color'][:, None, None, None]
+  any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
+  other_BHWC = jnp.where(color_B111, grey(image_BHWC), smooth(image_BHWC))
+  factor_B111 = fixed(argument_B)[:, None, None, None]
+  new_BHWC = between(other_BHWC, image_BHWC.astype(jnp.int32), factor_B111)
+  new_BHWC = jnp.clip(new_BHWC, 0, 255).astype(jnp.uint8)
+  return jnp.where(any_B111, new_BHWC, image_BHWC)
+
+
+def fixed(number: jax.Array) -> jax.Array:
+  """A number in units of 2^-16, int32."""
+  return jnp.round(number * ONE).astype(jnp.int32)
+
+
+def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
+  """`zero` at factor 0, `one` at factor `ONE`, and in a straight line beyond; rounded down."""
+  return zero + (factor * (one - zero) >> BITS)
+
+
+def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
+  """Where each image's output pixels are read, int32 `[B, 2, 3]`: (x, y) from (x, y, 1).
+
+  In pixels from the image's corner to the middle of each pixel; units of 2^-16.
+  """
+  _, height, width, _ = shape
+  only = lambda name: jnp.where(chosen[name], argument_B, 0.0)
+  angle_B = jnp.deg2rad(only('rotate'))
+  cos_B, sin_B = fixed(jnp.cos(angle_B)), fixed(jnp.sin(angle_B))
+  right_B = fixed(only('translate_x') + width * only('translate_x_relative'))
+  down_B = fixed(only('translate_y') + height * only('translate_y_relative'))
+  row_x = (  # a rotation leaves the middle where it is
+    cos_B,
+    fixed(only('shear_x')) - sin_B,
+    ((ONE - cos_B) * width + sin_B * height) // 2 + right_B,
+  )
+  row_y = (
+    fixed(only('shear_y')) + sin_B,
+    cos_B,
+    ((ONE - cos_B) * height - sin_B * width) // 2 + down_B,
+  )
+  return jnp.stack([jnp.stack(row_x, -1), jnp.stack(row_y, -1)], -2)
+
+
+def cutout_square(
+  chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple
+) -> jax.Array:
+  """Which pixels cutout hides (DeVries and Taylor 2017, 1708.04552): bool `[B, H, W]`.
+
+  Args:
+    chosen_B: for which images.
+    half_B: of the square's side; what is beyond the border is cut off.
+    centre_B2: shares of height and width, cut to a whole pixel.
+    shape: of the images.
+  """
+  inside = []
+  for size, centre_B in zip(shape[1:3], centre_B2.T):
+    from_centre_BN = jnp.arange(size) - jnp.floor(centre_B * size)[:, None]
+    inside.append((from_centre_BN >= -half_B[:, None]) & (from_centre_BN < half_B[:, None]))
+  return chosen_B[:, None, None] & inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def warp(
+  matrix_B23: jax.Array, image_BHWC: jax.Array, hidden_BHW: jax.Array | None = None
+) -> jax.Array:
+  """Reads the images at other places, between pixels bilinearly; `FILL` where there is nothing.
+
+  Nothing is also where `hidden_BHW` says so.
+
+  The four pixels around a place lie in one uint32, so that it is read once and not four times.
+  """
+  batch, height, width, channels = image_BHWC.shape
+  twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)
+  part = lambda row, column: matrix_B23[:, row, column, None, None]
+  x_BHW, y_BHW = (
+    (part(i, 0) * twice_x_HW + part(i, 1) * twice_y_HW) // 2 + part(i, 2) for i in (0, 1)
+  )
+  inside_BHW = (x_BHW >= 0) & (x_BHW < width * ONE) & (y_BHW >= 0) & (y_BHW < height * ONE)
+  if hidden_BHW is not None:
+    inside_BHW &= ~hidden_BHW
+  # From here on in a frame of one pixel about the image, from the middle of its first pixel.
+  x_BHW, y_BHW = x_BHW + ONE // 2, y_BHW + ONE // 2
+  place_BHW = jnp.where(inside_BHW, (y_BHW >> BITS) * (width + 1) + (x_BHW >> BITS), 0)
+
+  framed = jnp.pad(image_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), mode='edge').astype(jnp.uint32)
+  above, below = framed[:, :-1], framed[:, 1:]
+  corners = (above[:, :, :-1], above[:, :, 1:], below[:, :, :-1], below[:, :, 1:])
+  packed = sum(pixel << (8 * i) for i, pixel in enumerate(corners)).reshape(batch, -1, channels)
+  packed, place_BP1 = apart((packed, place_BHW.reshape(batch, -1, 1)))
+  read = jnp.take_along_axis(packed, place_BP1, axis=1, mode='promise_in_bounds')
+  read = apart(read).reshape(image_BHWC.shape)
+  a, b, c, d = (((read >> (8 * i)) & 255).astype(jnp.int32) for i in range(4))
+  # 11 bits are what leaves room for two products with a grey level.
+  right, down = (((xy & (ONE - 1)) >> (BITS - 11))[..., None] for xy in (x_BHW, y_BHW))
+  upper, lower = (a << 11) + right * (b - a), (c << 11) + right * (d - c)
+  new_BHWC = (upper << 11) + down * (lower - upper) >> 22
+  return jnp.where(inside_BHW[..., None], new_BHWC, FILL).astype(jnp.uint8)

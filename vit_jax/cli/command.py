@@ -1,0 +1,117 @@
+"""The program: from its arguments to an exit code.
+
+Decisions:
+  * Help and `--print_config` come before JAX is imported, wherever that is possible.
+  * A mistake of the user is one line, `error: ...`, and exit code 2.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+import pathlib
+import sys
+
+from vit_jax.cli.errors import describe
+from vit_jax.cli.flags import Mode
+from vit_jax.cli.help import config_text, page_of
+from vit_jax.cli.modes import MODES
+from vit_jax.cli.parsing import check_required, parse_flags, parse_general
+from vit_jax.cli.terminal import close_pipe, set_up, show_log
+from vit_jax.config import import_extensions
+from vit_jax.names import choose
+
+EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
+  "pip install '.[train]'": (
+    'sklearn',
+    'tensorboardX',
+    'matplotlib',
+    'tensorflow_datasets',
+    'importlib_resources',
+    'array_record',
+    'grain',
+    'cv2',
+  ),
+  'pip install -r requirements-demo.txt': ('gradio',),
+  'pip install --no-deps -r requirements-onnx.txt': ('jax2onnx', 'onnx', 'onnxruntime'),
+}
+
+
+def start() -> None:
+  """Runs `main` on this process's arguments and exits with its code."""
+  set_up()
+  sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int | None:
+  """Does what the arguments say; returns the exit code, None for 0."""
+  keep_compiled()
+  show_log()
+  mode = None
+  try:
+    args = parse_general(argv)
+    if args.extensions:
+      load_extensions(args.extensions)
+    mode = choose('--mode', args.mode, MODES)
+    page = page_of(args)
+    if page is None:
+      args = parse_flags(argv, args.mode)
+      if not args.print_config:
+        return run(mode, args)
+      page = config_text(args)
+    print(page)
+    sys.stdout.flush()
+  except BrokenPipeError:
+    close_pipe()
+    return 141  # as a shell has it of what SIGPIPE ends
+  except ModuleNotFoundError as error:
+    install = install_for(error)
+    if install is None:
+      raise
+    print(
+      f'error: --mode={args.mode} needs {error.name}, which is not installed: {install}.',
+      file=sys.stderr,
+    )
+    return 2
+  except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    print(f'error: {describe(error)}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    resumes = ' The same command resumes from what was saved.' if mode and mode.resumes else ''
+    print(f'Interrupted.{resumes}', file=sys.stderr)
+    return 130
+  return None
+
+
+def run(mode: Mode, args: argparse.Namespace) -> int | None:
+  """Runs a mode; its exit code."""
+  check_required(args)
+  from vit_jax import limits
+  from vit_jax.distributed import needed, start_up
+
+  start_up()
+  with needed(), limits.memory_for(f'--mode={args.mode}'):
+    code = mode.run(args)
+  sys.stdout.flush()
+  return code
+
+
+def load_extensions(names: Sequence[str]) -> None:
+  """Imports the modules of `--import`, which also lie in the current folder."""
+  from vit_jax.distributed import start_up
+
+  start_up()  # before an extension may ask for devices
+  sys.path.append(os.getcwd())
+  import_extensions(names)
+
+
+def install_for(error: ModuleNotFoundError) -> str | None:
+  """The command that installs a missing module; None for one that no extra has."""
+  top = (error.name or '').partition('.')[0]
+  return next((command for command, modules in EXTRAS.items() if top in modules), None)
+
+
+def keep_compiled() -> None:
+  """Has JAX, not imported yet, keep what it compiles for the next run on this machine."""
+  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

@@ -1,0 +1,94 @@
+"""Config files: `path/to/file.py` with a function `get_config`, which may take a variant."""
+
+from collections.abc import Iterator
+import contextlib
+import difflib
+import importlib.machinery
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+
+from ml_collections import ConfigDict
+
+from vit_jax.config import flatten, hint, unknown
+from vit_jax.keys import KEYS
+from vit_jax.names import local
+
+
+def load_file(spec: str) -> ConfigDict:
+  """The config of `path/to/file.py` or `path/to/file.py:variant`.
+
+  Raises:
+    ValueError: no such file, no `get_config` in it, a variant that it doesn't have, or whatever
+      it raises itself; the message names the file and its line.
+  """
+  path, _, variant = str(local(spec)).partition(':')
+  if not pathlib.Path(path).is_file():
+    near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
+    raise ValueError(f'--config: no file {path!r}.{hint(near)}')
+  with located(path), neighbours(path):
+    get_config = run_file(path).get('get_config')
+  if not callable(get_config):
+    raise ValueError(f'--config: {path} defines no function get_config().')
+  if variant and not inspect.signature(get_config).parameters:
+    raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
+  with located(path), neighbours(path):
+    config = get_config(variant) if variant else get_config()
+  if not isinstance(config, ConfigDict):
+    raise ValueError(f'--config: get_config() of {path} must return the config it changed.')
+  for key in flatten(config):
+    if keys := [name for name in KEYS if name.startswith(f'{key}.')]:
+      raise ValueError(
+        f'--config: {path} sets {key} to {config[key]!r}: it is a section. Set keys in it instead, '
+        f'e.g. {keys[0]}.'
+      )
+    if key not in KEYS:
+      raise ValueError(f'--config: {path} sets {unknown(key)}')
+  return config
+
+
+def run_file(path: str) -> dict[str, object]:
+  """Runs a Python file; returns what it defines."""
+  loader = importlib.machinery.SourceFileLoader('experiment_config', path)
+  module = types.ModuleType(loader.name)
+  module.__file__ = path
+  exec(loader.source_to_code(loader.get_data(path), path), module.__dict__)
+  return module.__dict__
+
+
+@contextlib.contextmanager
+def neighbours(path: str) -> Iterator[None]:
+  """Lets a config file import the others of its folder, e.g. `from configs import finetune`."""
+  base = str(pathlib.Path(path).resolve().parents[1])
+  sys.path.append(base)  # last, so that it hides nothing
+  try:
+    yield
+  finally:
+    sys.path.pop()
+
+
+@contextlib.contextmanager
+def located(path: str) -> Iterator[None]:
+  """Turns what a config file raises into a ValueError that names the file and its line."""
+  try:
+    yield
+  except (Exception, SystemExit) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    if isinstance(error, SyntaxError) and error.filename == path:
+      lines.append(error.lineno)  # nothing of the file has run
+    line = f', line {lines[-1]}' if lines else ''
+    raise ValueError(f'--config: {path}{line}: {explain(error)}') from error
+
+
+def explain(error: BaseException) -> str:
+  """What to say of an error that a config file raised."""
+  inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
+  # What ml_collections says of a key that is not there, and then of all those that are.
+  absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))
+  if isinstance(inner, KeyError) and absent:
+    return unknown(absent[1] or absent[2])
+  return str(error) if isinstance(error, ValueError) else f'{type(error).__name__}: {error}'

@@ -1,0 +1,28 @@
+"""Writes the reference page of the config: python -m vit_jax.cli.config_page > docs/config.md"""
+
+from vit_jax.cli.help import describe_keys
+
+HEAD = """# Config keys
+
+Override a key with `--config.<key>=<value>`. The table is `vit_jax/keys.py`;
+`python -m vit_jax.cli.config_page > docs/config.md` writes this page again.
+
+A default of None in `model.*` means: the value of the `init` weights if given, else of
+`model.variant`, else of `ViT`."""
+
+
+def config_markdown() -> str:
+  """The text of `docs/config.md`."""
+  lines, last = [HEAD], None
+  for name, default, kind, values, text in describe_keys():
+    section = name.partition('.')[0] if '.' in name else 'Run'
+    if section != last:
+      lines += ['', f'## {section}', '', '| key | default | type, unit | valid | meaning |']
+      lines += ['| --- | --- | --- | --- | --- |']
+      last = section
+    lines += [f'| `{name}` | `{default}` | {kind} | {values} | {text} |']
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  print(config_markdown())

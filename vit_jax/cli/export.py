@@ -1,0 +1,23 @@
+"""`--mode=export`."""
+
+from vit_jax.cli.flags import INIT, OUT, STEP, WORKDIR, Flag, Mode
+
+
+def run_export(args) -> None:
+  from vit_jax.inference import export
+
+  if not args.format or not args.out:
+    raise ValueError(
+      '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
+    )
+  step = 'last' if args.init else args.step
+  for path in export(args.init or args.workdir, args.format, args.out, step):
+    print(path)
+
+
+MODE = Mode(
+  'writes weights for other code bases, or a program that needs none',
+  '--workdir=runs/digits --format=timm --out=digits/',
+  (WORKDIR, INIT, STEP, Flag('format', 'hf, timm, npz, stablehlo or onnx'), OUT),
+  run_export,
+)

@@ -1,0 +1,122 @@
+"""The pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
+
+import argparse
+from collections.abc import Iterator
+import os
+import sys
+import textwrap
+
+from vit_jax.cli.flags import given_config
+from vit_jax.cli.modes import MODES
+from vit_jax.cli.parsing import GENERAL, SWITCHES
+from vit_jax.config import as_text, default_config, flatten, override_all
+from vit_jax.keys import KEYS
+
+WIDTH = 100
+MANY = 1e6  # a limit this high only keeps out nonsense
+
+OVERRIDES = (
+  '--config.<key>=<value> overrides a key of the config. --config.<key> and --noconfig.<key>\n'
+  'set a key that is true or false.'
+)
+
+
+def page_of(args: argparse.Namespace) -> str | None:
+  """The page of help that was asked for; None where none was."""
+  if args.help:
+    return mode_page(args.mode) if '--mode' in args.given else overview()
+  return config_page() if args.help_config else None
+
+
+def program() -> str:
+  """What the user typed to start this program."""
+  name = os.path.basename(sys.argv[0])
+  return 'vit-jax' if name.startswith('vit-jax') else 'python main.py'
+
+
+def columns(rows: dict[str, str]) -> str:
+  """Two aligned columns, the second one wrapped."""
+  width = max(map(len, rows)) + 4
+  lines = []
+  for name, text in rows.items():
+    wrapped = textwrap.wrap(text, WIDTH - width) or ['']
+    lines += [f'  {name:{width - 2}}{wrapped[0]}', *(' ' * width + line for line in wrapped[1:])]
+  return '\n'.join(lines)
+
+
+def overview() -> str:
+  """The modes, and the flags of every mode."""
+  general = {f'--{flag.name}=<{flag.name}>': flag.help for flag in GENERAL}
+  general |= {f'--{name}': text for name, text in SWITCHES.items()}
+  return '\n\n'.join((
+    f'usage: {program()} [--mode=<mode>] [flags] [--config.<key>=<value> ...]',
+    'Vision Transformers: train, fine-tune, evaluate, look inside and export.',
+    'modes:\n' + columns({name: mode.summary for name, mode in MODES.items()}),
+    'flags of every mode:\n' + columns(general),
+    OVERRIDES,
+    'examples:\n' + '\n'.join(f'  {example(name)}' for name in MODES),
+  ))  # fmt: skip
+
+
+def example(name: str) -> str:
+  """A typical call of a mode."""
+  mode = '' if name == 'train' else f' --mode={name}'
+  return f'{program()}{mode} {MODES[name].example}'
+
+
+def mode_page(name: str) -> str:
+  """The flags of a mode, with an example."""
+  rows = {}
+  for flag in MODES[name].flags:
+    default = f' (default: {flag.default})' if flag.default not in ('', None) else ''
+    rows[f'--{flag.name}=<{flag.name}>'] = flag.help + default
+  takes_config = '--config=<config>' in rows
+  return '\n\n'.join((
+    f'usage: {program()} --mode={name} [flags]',
+    f'--mode={name} {MODES[name].summary}.',
+    'flags:\n' + columns(rows),
+    *[OVERRIDES + ' --help_config lists the keys.'] * takes_config,
+    f'example:\n  {example(name)}',
+  ))  # fmt: skip
+
+
+def valid(name: str) -> str:
+  """The valid values of a key; empty where its type is all that counts."""
+  from vit_jax.check import choices  # the registries need JAX
+
+  if names := choices(name):
+    return ', '.join(choice or "''" for choice in names)
+  if KEYS[name].range is None:
+    return ''
+  low, high = KEYS[name].range
+  return f'{low:.15g} to {high:.15g}' if high < MANY else f'at least {low:.15g}'
+
+
+def describe_keys() -> Iterator[tuple[str, str, str, str, str]]:
+  """Of each key: its name, default, type and unit, valid values, and meaning."""
+  for name, key in KEYS.items():
+    default = f'{key.default:g}' if key.kind is float and key.default else as_text(key.default)
+    kind = f'{key.kind.__name__}, {key.unit}' if key.unit else key.kind.__name__
+    yield name, default or "''", kind, valid(name), key.help
+
+
+def config_page() -> str:
+  """Every config key."""
+  lines = [OVERRIDES, '']
+  for name, default, kind, values, text in describe_keys():
+    about = f'{kind}: {values}' if values else kind
+    lines += [f'{name} = {default}  ({about})']
+    lines += [textwrap.fill(text, WIDTH, initial_indent='    ', subsequent_indent='    ')]
+  return '\n'.join(lines)
+
+
+def config_text(args: argparse.Namespace) -> str:
+  """The resolved config, a line a key, as `--config.` takes it."""
+  config = given_config(args)
+  if config is None and args.workdir:
+    from vit_jax.training import saved_config
+
+    config = saved_config(args.workdir, args.overrides)
+  config = config or override_all(default_config(), args.overrides)
+  values = flatten(config)
+  return '\n'.join(f'{key}={as_text(values[key])}' for key in KEYS)

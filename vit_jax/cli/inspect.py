@@ -1,0 +1,19 @@
+"""`--mode=inspect`."""
+
+import dataclasses
+
+from vit_jax.cli.flags import CONFIG, INIT, WORKDIR, Mode, request_of
+
+
+def run_inspect(args) -> None:
+  from vit_jax.inference import as_text, summary_of
+
+  print(as_text(summary_of(request_of(args))))
+
+
+MODE = Mode(
+  'computes parameters, FLOPs, memory and steps before a run',
+  '--config=configs/cifar10.py:l16',
+  (CONFIG, dataclasses.replace(WORKDIR, required=False), INIT),
+  run_inspect,
+)

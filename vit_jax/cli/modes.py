@@ -1,0 +1,15 @@
+"""The table of modes."""
+
+from vit_jax.cli import eval, export, fewshot, inspect, predict, serve, train, visualize
+from vit_jax.cli.flags import Mode
+
+MODES: dict[str, Mode] = {
+  'train': train.MODE,
+  'eval': eval.MODE,
+  'fewshot': fewshot.MODE,
+  'predict': predict.MODE,
+  'visualize': visualize.MODE,
+  'export': export.MODE,
+  'serve': serve.MODE,
+  'inspect': inspect.MODE,
+}

@@ -1,0 +1,21 @@
+"""`--mode=serve`."""
+
+from vit_jax.cli.flags import WEIGHTS, Flag, Mode, request_of
+
+
+def run_serve(args) -> None:
+  from vit_jax.inference import serve
+
+  serve(request_of(args), args.host, args.port)
+
+
+MODE = Mode(
+  'serves a web page to try a model on',
+  '--workdir=runs/digits --port=7860',
+  (
+    *WEIGHTS,
+    Flag('host', 'address to listen on; 0.0.0.0 for other machines', default='127.0.0.1'),
+    Flag('port', 'port to listen on', int, 7860),
+  ),
+  run_serve,
+)

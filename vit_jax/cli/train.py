@@ -1,0 +1,36 @@
+"""`--mode=train`."""
+
+import logging
+
+from vit_jax.cli.flags import CLUSTER, CONFIG, WORKDIR, Mode, given_config
+
+log = logging.getLogger(__name__)
+
+
+def run_train(args) -> int | None:
+  from vit_jax.distributed import TRY_AGAIN, Preempted, is_first, joined
+  from vit_jax.training import saved_config, train
+
+  with joined(args.coordinator, args.num_processes, args.process_id):
+    config = given_config(args) or saved_config(args.workdir, args.overrides)
+    try:
+      result = train(config, args.workdir)
+    except Preempted as error:
+      log.info('%s The same command goes on.', error)
+      return TRY_AGAIN
+    if is_first():
+      print(
+        f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
+        f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
+        'result.json, tensorboard, log.txt).'
+      )
+  return None
+
+
+MODE = Mode(
+  'trains a config in a workdir, or resumes the run in it',
+  '--config=configs/digits.py --workdir=runs/digits',
+  (CONFIG, WORKDIR, *CLUSTER),
+  run_train,
+  resumes=True,
+)

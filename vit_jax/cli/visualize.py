@@ -1,0 +1,26 @@
+"""`--mode=visualize`."""
+
+import dataclasses
+
+from vit_jax.cli.flags import IMAGES, OUT, WEIGHTS, Mode, request_of
+
+
+def run_visualize(args) -> None:
+  from vit_jax.figures import visualize
+
+  if args.init and not args.out:
+    raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
+  for path in visualize(request_of(args), args.images, args.out):
+    print(path)
+
+
+MODE = Mode(
+  'draws attention, filters, positions and mistakes, and a report',
+  '--init=ViT-B_16.npz --images=photos/ --out=look/',
+  (
+    *WEIGHTS,
+    dataclasses.replace(IMAGES, help='images to look at; default: test images of the run'),
+    dataclasses.replace(OUT, help='folder to write into; default: the workdir'),
+  ),
+  run_visualize,
+)

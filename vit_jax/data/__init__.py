@@ -1,0 +1,48 @@
+"""Datasets, splits and batches."""
+
+from vit_jax.data.batching import Split, eval_batches, train_batches
+from vit_jax.data.folder import Files
+from vit_jax.data.image import (
+  INTERPOLATIONS,
+  BadImage,
+  Fit,
+  decode_image,
+  find_images,
+  fit_image,
+  read_file,
+  save_png,
+)
+from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
+from vit_jax.data.memory import Examples, check_memory, common_size
+from vit_jax.data.source import Source, first_size
+from vit_jax.data.sources import SOURCES, look_up_source, open_source
+from vit_jax.data.splits import num_examples, overlap
+
+__all__ = [
+  'INTERPOLATIONS',
+  'SOURCES',
+  'BadImage',
+  'Examples',
+  'Files',
+  'Fit',
+  'Reading',
+  'Source',
+  'Split',
+  'check_memory',
+  'common_size',
+  'decide_cache',
+  'decode_image',
+  'eval_batches',
+  'find_images',
+  'first_size',
+  'fit_image',
+  'look_up_source',
+  'num_examples',
+  'open_source',
+  'open_split',
+  'overlap',
+  'read_file',
+  'report_split',
+  'save_png',
+  'train_batches',
+]

@@ -1,0 +1,165 @@
+"""A split in memory: what is decoded once. `stream.py` has what is decoded anew in every epoch.
+
+Decisions:
+  * Images are kept as uint8, at their own size where all have one and it is smaller than the
+    model's (`own_size`); the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
+  * Each image is decoded into its row of one array, so that loading takes no more memory than
+    the split.
+"""
+
+from collections.abc import Iterator, Sequence
+import concurrent.futures
+import dataclasses
+import itertools
+import math
+import os
+
+import jax
+import numpy as np
+
+from vit_jax import limits, progress
+from vit_jax.data import image as image_lib
+from vit_jax.data import source as source_lib
+from vit_jax.data import splits
+from vit_jax.data.batching import Plan
+from vit_jax.data.source import Source
+from vit_jax.distributed import gather
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A split in memory: `image_NHWC` uint8, `label_N` int32; `skipped` names bad images."""
+
+  image_NHWC: np.ndarray
+  label_N: np.ndarray
+  skipped: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.label_N)
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Height and width."""
+    return self.image_NHWC.shape[1:3]
+
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]:
+    """The batches of a `Plan`: `image` and `label`."""
+    for step in plan.steps:
+      index_B = plan.examples(plan.positions(step))
+      yield {
+        'image': gather(self.image_NHWC, index_B, over_batch),
+        'label': gather(self.label_N, index_B, over_batch),
+      }
+
+  def some(self, index_N: Sequence[int]) -> 'Examples':
+    """Those at these places."""
+    return Examples(self.image_NHWC[index_N], self.label_N[index_N])
+
+  def readable(self, index_N: Sequence[int]) -> np.ndarray:
+    """Whether the images at these places can be decoded, `[N]`."""
+    return np.ones(len(index_N), bool)
+
+  def joined(self, other: 'Examples') -> 'Examples':
+    """These, and after them the others."""
+    return Examples(
+      np.concatenate([self.image_NHWC, other.image_NHWC]),
+      np.concatenate([self.label_N, other.label_N]),
+    )
+
+  def content(self) -> Iterator[tuple[str, np.ndarray]]:
+    """What tells these examples from others: arrays by name."""
+    yield 'images', self.image_NHWC
+    yield 'labels', self.label_N
+
+
+@limits.memory_for('Reading images')
+def load_examples(
+  source: Source,
+  split: str,
+  size: tuple[int, int],
+  skip_bad_images: bool = False,
+  fit: image_lib.Fit = image_lib.fit_image,
+) -> Examples:
+  """Reads a split into memory.
+
+  Args:
+    source: what to read.
+    split: in TFDS notation.
+    size: (height, width) that images are fitted to.
+    skip_bad_images: leave out what can't be decoded, instead of raising.
+    fit: `image.fit_image`, its further arguments bound.
+
+  Raises:
+    image.BadImage: the first file that can't be decoded.
+    ValueError: the split doesn't exist or holds nothing.
+  """
+  pieces = source.pieces(split)
+  count = splits.num_examples(pieces)
+  image_NHWC = np.empty((count, *size, source.channels), np.uint8)
+  label_N = np.empty(count, np.int32)
+
+  def decode(example, row):
+    """Fills a row. Returns what is wrong with the image, or an empty text."""
+    try:
+      image_NHWC[row] = source_lib.pixels(source, example, size, fit)
+    except image_lib.BadImage as error:
+      if not skip_bad_images:
+        source_lib.stop_at(error)
+      return str(error)
+    label_N[row] = example[2]
+    return ''
+
+  rows = itertools.count()
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    chunks = source_lib.read_pieces(source, pieces)
+    decoded = (error for chunk in chunks for error in pool.map(decode, chunk, rows))
+    errors = list(progress.bar(decoded, f'Reading {split}', 'image', count))
+  good = [row for row, error in enumerate(errors) if not error]
+  if not good:
+    raise ValueError(f'Split {split!r}: all {count} images are bad.')
+  for row, old in enumerate(good):  # in place: a second array would double the memory
+    if row != old:
+      image_NHWC[row], label_N[row] = image_NHWC[old], label_N[old]
+  return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
+
+
+def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
+  """The (height, width) of all images of a split, where they have one size smaller than `size`.
+
+  None where they don't. Headers are read, up to the first one that shows it.
+  """
+  found = None
+  for chunk in source_lib.read_pieces(source, source.pieces(split)):
+    for example in chunk:
+      try:
+        own = source_lib.own_size(example)
+      except image_lib.BadImage:  # to be named or skipped when it is decoded
+        continue
+      smaller = own[0] <= size[0] and own[1] <= size[1] and own != size
+      if not smaller or found not in (None, own):
+        return None
+      found = own
+  return found
+
+
+def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
+  """What splits need together where that is more than half of `limit`; else an empty text."""
+  count = sum(splits.num_examples(source.pieces(name)) for name in names)
+  bytes_, most = count * math.prod(size) * source.channels, limits.limit()
+  if bytes_ <= most / 2:
+    return ''
+  return (
+    f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, more than half of the '
+    f'{most / 1e9:.1f} GB of memory'
+  )
+
+
+def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
+  """Raises ValueError where splits together would fill more than half of the memory."""
+  if too_much := excess(source, names, size):
+    raise ValueError(
+      f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), take a part, e.g. '
+      f'{names[0]}[:10%], or set a smaller data.image_size.'
+    )

@@ -1,0 +1,204 @@
+"""Datasets of tensorflow-datasets, read without TensorFlow.
+
+    python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
+
+runs in a child process, and is the only place that imports TensorFlow: it prepares `NAME` below
+DATA_DIR as array_record, or copies one that lies there as TFRecord, record by record, to
+CONVERTED_DIR.
+"""
+
+import functools
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+
+from vit_jax.data import source as source_lib
+from vit_jax.data.source import Source
+from vit_jax.distributed import from_first
+from vit_jax.names import choose, local
+
+CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
+
+
+def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """An image classification dataset of tensorflow-datasets, without TensorFlow."""
+  del image_size
+  root = data_root(name, data_dir)
+  if jax.distributed.is_initialized():  # of several processes one prepares what they may share
+    from_first(lambda: prepared_builder(name, root) and None)
+  return tfds_source(name, prepared_builder(name, root))
+
+
+def data_root(name: str, data_dir: str) -> pathlib.Path:
+  """Where TFDS data lies.
+
+  Raises:
+    ValueError: `name` is no dataset's.
+  """
+  if not re.fullmatch(r'\w+([/:].+)?', name):
+    raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
+  root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  return local(root)
+
+
+def tfds_source(name: str, builder) -> Source:
+  """The source of a TFDS builder.
+
+  Raises:
+    ValueError: it is of no image classification dataset.
+  """
+  import tensorflow_datasets
+
+  image_key, label_key = builder.info.supervised_keys or ('image', 'label')
+  features, kinds = dict(builder.info.features.items()), tensorflow_datasets.features
+  feature, label = features.get(image_key), features.get(label_key)
+  if not isinstance(feature, kinds.Image) or not isinstance(label, kinds.ClassLabel):
+    raise ValueError(
+      f'tfds:{name} is not an image classification dataset: its supervised keys are '
+      f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
+      f'{type(label).__name__}.'
+    )
+  directory = str(builder.data_path)  # a builder could not be sent to another process
+
+  def read(split, indices):
+    try:
+      records = open_records(directory, split, image_key)
+      for chunk in source_lib.chunks(indices, 4096):
+        for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
+          file = f' ({record["file_name"].decode()})' if 'file_name' in record else ''
+          yield f'tfds:{name}/{split}/{i}{file}', record[image_key], int(record[label_key])
+    except Exception as error:  # TFDS and array_record raise many kinds
+      raise ValueError(
+        f'tfds:{name}/{split}: {directory} can not be read: {error}. A shard is missing or '
+        'damaged: copy it again, or remove that folder, which is then prepared anew.'
+      ) from error
+
+  sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
+  channels = 1 if feature.shape[-1] == 1 else 3
+  return Source(sizes, tuple(label.names), channels, read)
+
+
+@functools.lru_cache(maxsize=8)
+def open_records(directory: str, split: str, image_key: str):
+  """The records of a split, whose shards this process opens once; images stay encoded."""
+  import tensorflow_datasets
+
+  decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
+  builder = tensorflow_datasets.builder_from_directory(directory)
+  return builder.as_data_source(split=split, decoders=decoders)
+
+
+def prepared_builder(name: str, root: pathlib.Path):
+  """The TFDS builder of data prepared as array_record, preparing it if need be."""
+  converted = root / CONVERTED
+  if not find_builder(name, root):
+    check_known(name)
+  for attempt in ('find', 'prepare'):
+    for directory in (root, converted):
+      builder = find_builder(name, directory)
+      if builder and builder.info.splits and builder.info.file_format.value == 'array_record':
+        return builder
+    if attempt == 'find':
+      prepare(name, root, converted)
+  raise AssertionError(f'{name} was prepared below {root} and is not there')
+
+
+def find_builder(name: str, directory: pathlib.Path):
+  """TFDS's builder of a dataset that it knows, or that lies prepared in the directory."""
+  import tensorflow_datasets
+
+  try:
+    return tensorflow_datasets.builder(name, data_dir=directory)
+  except tensorflow_datasets.core.DatasetNotFoundError:
+    return None
+
+
+def check_known(name: str) -> None:
+  """Raises ValueError for a dataset that TFDS doesn't have."""
+  import tensorflow_datasets
+
+  known = tensorflow_datasets.list_builders(with_community_datasets=False)
+  choose('data.source: dataset', re.split('[/:]', name)[0], known)
+
+
+def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
+  """Runs this module in a child process.
+
+  Raises:
+    ValueError: it failed; the message holds its reason and how to get the data.
+  """
+  logging.getLogger(__name__).info('Preparing %s below %s (once) ...', name, root)
+  command = [sys.executable, '-m', 'vit_jax.data.tfds', name, str(root), str(converted)]
+  package = str(pathlib.Path(__file__).resolve().parents[2])
+  path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
+  env = os.environ | {'PYTHONPATH': path, 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  child = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, errors='replace')
+  if child.returncode:
+    lines = [line for line in child.stderr.splitlines() if line.strip()]
+    reason = lines[-1][:500] if lines else f'exit code {child.returncode}'
+    raise ValueError(
+      f'tfds:{name} is not prepared below {str(root)!r} and could not be: {reason}\n'
+      'On a machine with a network, with tensorflow installed, run\n'
+      f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
+      'and copy the folder here; or point data.dir (or TFDS_DATA_DIR) at prepared data; or '
+      'use data.source=folder:<path>.'
+    )
+
+
+def prepare_here() -> None:
+  name, root, converted = sys.argv[1:]
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core.download import downloader
+
+  # TFDS tries a download ten times, ever slower: without a network that is three minutes
+  # of silence before the error.
+  downloader.MAX_RETRIES = 4
+  builder = tfds.builder(name, data_dir=root)
+  if not builder.info.splits:
+    builder = tfds.builder(name, data_dir=root, file_format='array_record')
+    builder.download_and_prepare()
+  elif builder.info.file_format.value == 'tfrecord':
+    source = pathlib.Path(builder.data_dir)
+    convert_to_array_record(source, pathlib.Path(converted) / source.relative_to(root))
+  else:
+    sys.exit(f'prepared as {builder.info.file_format.value}; array_record or tfrecord is needed')
+
+
+def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a prepared folder, its TFRecord files as array_record; complete or not there."""
+  from array_record.python import array_record_module
+  import tensorflow as tf
+
+  partial = target.with_name(target.name + '.incomplete')
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  for file in sorted(source.iterdir()):
+    if '.tfrecord-' in file.name:
+      path = partial / file.name.replace('.tfrecord-', '.array_record-')
+      writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
+      for record in tf.data.TFRecordDataset(str(file)):
+        writer.write(record.numpy())
+      writer.close()
+    elif file.name == 'dataset_info.json':
+      info = json.loads(file.read_text(encoding='utf-8'))
+      info['fileFormat'] = 'array_record'
+      (partial / file.name).write_text(json.dumps(info, indent=2), encoding='utf-8')
+    elif file.is_file():
+      shutil.copy(file, partial / file.name)
+  shutil.rmtree(target, ignore_errors=True)
+  partial.rename(target)
+
+
+if __name__ == '__main__':
+  try:
+    prepare_here()
+  except Exception as error:  # the parent shows the last line
+    sys.exit(f'{type(error).__name__}: {" ".join(str(error).split())}')

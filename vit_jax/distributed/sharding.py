@@ -1,0 +1,115 @@
+"""Where arrays lie on a mesh: parameters by their names and shapes, batches by their rows."""
+
+from collections.abc import Mapping
+import math
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from vit_jax.distributed import devices
+
+# Which axis of an array `tensor` splits, by the last two parts of its name: attention's heads and
+# the MLP's hidden units (Shoeybi et al. 2019, 1909.08053, Section 3).
+TENSOR_AXIS = {
+  ('query', 'kernel'): 1,
+  ('query', 'bias'): 0,
+  ('key', 'kernel'): 1,
+  ('key', 'bias'): 0,
+  ('value', 'kernel'): 1,
+  ('value', 'bias'): 0,
+  ('out', 'kernel'): 0,
+  ('up', 'kernel'): 1,
+  ('up', 'bias'): 0,
+  ('down', 'kernel'): 0,
+}
+SPLIT_FROM = 4096  # elements; `fsdp` leaves smaller arrays whole, which cost more to gather
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """For arrays whose first axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(devices.BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """For arrays that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def layout(mesh: Mesh, tree):
+  """The sharding of each array of a tree: parameters, or what has their names and shapes."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, partition(mesh, path, x.shape)), tree
+  )
+
+
+def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
+  """Which mesh axis splits each axis of an array.
+
+  `tensor` splits what `TENSOR_AXIS` says; `fsdp` the longest other axis that it divides
+  (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  """
+  names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
+  axes = [None] * len(shape)
+  tensor, fsdp = TENSOR_AXIS.get(names), mesh.shape['fsdp']
+  if mesh.shape['tensor'] > 1 and tensor is not None and shape[tensor] % mesh.shape['tensor'] == 0:
+    axes[tensor] = 'tensor'
+  if fsdp > 1 and math.prod(shape) >= SPLIT_FROM:
+    free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
+    if free:
+      axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  return PartitionSpec(*axes)
+
+
+def place(tree, like):
+  """Arrays that every process holds whole, as global ones that lie where those of `like` do."""
+  return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
+
+
+def replicate(mesh: Mesh, tree):
+  """Arrays that every process holds whole, as global ones that every device does."""
+  return jax.tree.map(lambda x: spread(x, replicated(mesh)), tree)
+
+
+def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """An array that every process holds whole, as a global one."""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
+
+
+def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """`array[index_B]` as a global array, of which each process gathers what its devices hold."""
+  shape = (len(index_B), *array.shape[1:])
+  return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
+
+
+def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:
+  """The rows of a batch that the devices of this process hold, in order."""
+  places = over_batch.addressable_devices_indices_map((rows,)).values()
+  return np.unique(np.concatenate([np.arange(rows)[where] for where in places]))
+
+
+def place_rows(
+  row_N: np.ndarray,
+  count: int,
+  over_batch: jax.sharding.Sharding,
+  local: Mapping[str, np.ndarray],
+) -> dict[str, jax.Array]:
+  """Global arrays of `count` rows, of which this process has those of `row_N`."""
+
+  def put(array):
+    def part(where):
+      start, stop, _ = where[0].indices(count)
+      first = np.searchsorted(row_N, start)
+      return array[first : first + stop - start]
+
+    return jax.make_array_from_callback((count, *array.shape[1:]), over_batch, part)
+
+  return {name: put(array) for name, array in local.items()}
+
+
+def keep_layout(mesh: Mesh, tree):
+  """Inside a program that XLA partitions: arrays where `layout` has them."""
+  return (
+    jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree
+  )

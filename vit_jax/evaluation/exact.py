@@ -1,0 +1,116 @@
+"""Exact evaluation: every example counts once, for any batch size and number of devices."""
+
+from collections.abc import Callable, Mapping
+import math
+import pathlib
+
+from clu import metrics
+import jax
+import numpy as np
+
+from vit_jax import limits, opening, progress
+from vit_jax.data import Source, Split, eval_batches
+from vit_jax.distributed import add_up, batch_sharding, inference_mesh, replicate, start_up
+from vit_jax.evaluation.data import load_split, open_test
+from vit_jax.evaluation.real import load_real_labels
+from vit_jax.evaluation.scoring import score, summarize
+from vit_jax.experiment import Experiment
+from vit_jax.names import local
+from vit_jax.opening import Request
+
+EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
+
+
+def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
+  """`(batch, params) -> metrics` of one padded batch."""
+
+  def score_part(part, params):
+    logits_BL = exp.logits(params, part)
+    loss_B = exp.loss(logits_BL, part['label'])
+    return score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
+
+  def eval_step(batch, params):
+    parts = exp.micro_batches(mesh, len(batch['mask']))
+    return add_up(score_part, mesh, parts)(batch, params)
+
+  return jax.jit(eval_step)
+
+
+@limits.memory_for('Evaluation')
+def score_split(
+  eval_step: EvalStep,
+  params: dict,
+  examples: Split,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  **beside: np.ndarray,
+) -> dict[str, float]:
+  """Loss, accuracies and the number of examples counted.
+
+  `beside` may be `real`, of `load_real_labels`, with a row for each example.
+  """
+  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **beside)
+  count = math.ceil(len(examples) / batch_size)
+  batches = progress.bar(batches, 'Evaluating', 'batch', count)
+  return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
+
+
+def evaluate(
+  workdir: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, step: str = ''
+) -> dict[str, float]:
+  """Evaluates a checkpoint of a workdir on its `data.eval_split`.
+
+      vit_jax.evaluate('runs/digits', step='last')['accuracy']
+
+  Args:
+    workdir: folder of a training run.
+    overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
+    step: checkpoint to evaluate: `best`, `last` or a number; by default the best by validation
+      accuracy, else the last.
+
+  Returns:
+    As `evaluate_checkpoint`.
+
+  Raises:
+    ValueError: no checkpoint, other data, or overrides that contradict the checkpoint.
+  """
+  start_up()
+  return evaluate_checkpoint(Request(local(workdir), step=step, overrides=overrides or {}))
+
+
+@limits.memory_for('Evaluation')
+def evaluate_checkpoint(request: Request) -> dict[str, float]:
+  """Evaluates the checkpoint of a workdir that a request asks for.
+
+  Returns:
+    The step, and loss, accuracies and number of examples, as in `score_split`. `left_out` is the
+    number of images that are not scored because the weights were trained on files of their names;
+    missing where there is none.
+  """
+  exp, params, loaded = opening.open_model(request)
+  batch_size = exp.config.eval_batch_size
+  split = exp.config.data.eval_split
+  source, left_out = open_test(exp)
+  examples = load_split(exp, split, source)
+  real_NL = load_real(exp, split, source)
+  if real_NL is not None and len(real_NL) != len(examples):
+    raise ValueError(
+      f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
+      'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
+    )
+  beside = {} if real_NL is None else {'real': real_NL}
+  mesh = inference_mesh(batch_size)
+  params = replicate(mesh, params)
+  eval_step = make_eval_step(exp, mesh)
+  result = {'step': loaded} | score_split(eval_step, params, examples, batch_size, mesh, **beside)
+  return result | ({'left_out': left_out} if left_out else {})
+
+
+def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray | None:
+  """ReaL's labels of a split of a source, bool `[N, L]`, where the config has them.
+
+  Raises:
+    ValueError: they can't be read, or are of other data.
+  """
+  path = experiment.config.data.real_labels
+  return load_real_labels(local(path), source, split) if path else None

@@ -1,0 +1,79 @@
+"""What a function of a model makes of image files.
+
+Files are decoded by threads while the device works on those before them.
+"""
+
+from collections.abc import Callable, Iterator
+import concurrent.futures
+import pathlib
+
+import jax
+import numpy as np
+
+from vit_jax.data import BadImage, decode_image, read_file
+from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
+from vit_jax.experiment import Experiment
+
+Function = Callable[[jax.Array, dict], jax.Array]
+
+BATCH = 64  # images at once
+
+
+def map_files(
+  exp: Experiment, params: dict, files: list[pathlib.Path], function: Function
+) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
+  """For each file what `function(image_BHWC, params)` makes of it, or why it can't be read.
+
+  Args:
+    exp: whose preprocessing it is.
+    params: of its model.
+    files: one at least.
+    function: of uint8 images; it gives an array with a row for each.
+  """
+  batch_size = min(len(files), BATCH)
+  mesh = inference_mesh(batch_size)
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  params = replicate(mesh, params)
+  step = make_inference_step(exp, mesh, function)
+  blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chunks = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
+    submit = lambda chunk: [pool.submit(read_image, file, exp) for file in chunk]
+    reading = submit(chunks[0])
+    for chunk, following in zip(chunks, [*chunks[1:], []]):
+      images = [future.result() for future in reading]
+      reading = submit(following)  # goes on while the device works
+      good = [row for row in images if isinstance(row, np.ndarray)]
+      values = iter(())
+      if good:
+        image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
+        image_BHWC = jax.device_put(image_BHWC, batch_sharding(mesh))
+        values = iter(np.asarray(step(image_BHWC, params)))
+      for file, row in zip(chunk, images):
+        yield file, row if isinstance(row, str) else next(values)
+
+
+def probabilities(exp: Experiment) -> Function:
+  """`(image_BHWC, params) -> probability_BL` of uint8 images."""
+  return lambda image_BHWC, params: jax.nn.softmax(
+    exp.model.apply({'params': params}, exp.normalize(image_BHWC))
+  )
+
+
+def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
+  """The function on every device, compiled."""
+
+  def step(image_BHWC, params):
+    parts = exp.micro_batches(mesh, len(image_BHWC))
+    return concatenate(function, mesh, parts)(image_BHWC, params)
+
+  return jax.jit(step)
+
+
+def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
+  """The image as the model was trained to see it, or why there is none."""
+  try:
+    decoded = decode_image(read_file(file), file, exp.task.channels)
+  except BadImage as error:
+    return str(error)
+  return exp.fit(decoded, exp.task.stored_size)

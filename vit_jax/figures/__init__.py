@@ -1,0 +1,41 @@
+"""What a model attends to and has learned: arrays (`maps.py`), drawn (`draw.py`), in a report."""
+
+from vit_jax.figures.canvas import resize_map, save_figure
+from vit_jax.figures.draw import (
+  draw_attention_distance,
+  draw_confusion,
+  draw_curves,
+  draw_filters,
+  draw_head_attention,
+  draw_mistakes,
+  draw_patches,
+  draw_position_similarity,
+  draw_rollout,
+)
+from vit_jax.figures.gallery import visualize
+from vit_jax.figures.maps import (
+  Missing,
+  attention_summary,
+  attentions,
+  class_accuracy,
+  confusion,
+  filters,
+  grid_of,
+  head_attention,
+  mean_attention_distance,
+  mistakes,
+  patch_distances,
+  patches,
+  position_embeddings,
+  position_similarity,
+  rollout,
+)
+
+__all__ = [
+  'Missing', 'attention_summary', 'attentions', 'class_accuracy', 'confusion',
+  'draw_attention_distance', 'draw_confusion', 'draw_curves', 'draw_filters',
+  'draw_head_attention', 'draw_mistakes', 'draw_patches', 'draw_position_similarity',
+  'draw_rollout', 'filters', 'grid_of', 'head_attention', 'mean_attention_distance', 'mistakes',
+  'patch_distances', 'patches', 'position_embeddings', 'position_similarity', 'resize_map',
+  'rollout', 'save_figure', 'visualize',
+]  # fmt: skip

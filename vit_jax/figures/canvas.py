@@ -1,0 +1,125 @@
+"""Style, and what several pictures are drawn with."""
+
+from collections.abc import Sequence
+import pathlib
+import warnings
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+import numpy as np
+
+from vit_jax import storage
+
+BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
+GROUND = 228  # grey between patches, where white would be taken for theirs
+
+FALLBACKS = (  # fonts of many scripts
+  'Noto Sans CJK JP', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei', 'Droid Sans Fallback',
+  'Arial Unicode MS', 'Microsoft YaHei', 'Malgun Gothic', 'Nirmala UI',
+)  # fmt: skip
+STYLE = {
+  'font.family': ['DejaVu Sans', *(f for f in FALLBACKS if f in font_manager.get_font_names())],
+  'font.size': 9.0,
+  'axes.titlesize': 9.0,
+  'axes.edgecolor': GREY,
+  'axes.linewidth': 0.8,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.axisbelow': True,
+  'xtick.color': GREY,
+  'ytick.color': GREY,
+  'xtick.labelcolor': 'black',
+  'ytick.labelcolor': 'black',
+  'grid.alpha': 0.3,
+  'legend.frameon': False,
+  'image.interpolation': 'nearest',
+  'image.cmap': 'viridis',
+  'lines.linewidth': 1.5,
+}
+WIDTH = 8.0  # inches
+
+TILES = 16  # along one side of a mosaic
+
+styled = matplotlib.rc_context(STYLE)
+
+
+@styled
+def save_figure(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a PNG 1200 pixels wide, without date or version: the same figure, the same bytes."""
+  with warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing from font')
+    with storage.replacing(path) as partial:
+      figure.savefig(partial, dpi=150, format='png', metadata={'Software': None})
+
+
+def show_image(axis, image_HWC: np.ndarray, **arguments):
+  """An image of 1 or 3 channels, uint8."""
+  if image_HWC.shape[-1] == 1:
+    arguments |= dict(cmap='gray', vmin=0, vmax=255)
+    image_HWC = image_HWC[..., 0]
+  return axis.imshow(image_HWC, **arguments)
+
+
+def bare(axis) -> None:
+  """Takes ticks and frame away; a label stays."""
+  axis.set(xticks=[], yticks=[])
+  axis.spines[:].set_visible(False)
+
+
+def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
+  """Each pixel of the tiles as several, so that a gap can be thinner than what was a pixel."""
+  times = -(-16 // min(tile_RCpq.shape[2:4]))
+  return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
+
+
+def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
+  """Tiles `[R, C, p, q, ...]` side by side in one image, `gap` pixels between them."""
+  rows, columns, p, q, *channels = tile_RCpq.shape
+  ground = GROUND if tile_RCpq.dtype == np.uint8 else np.nan  # NaN is drawn as nothing
+  pad = [(0, 0), (0, 0), (0, gap), (0, gap)] + [(0, 0)] * len(channels)
+  padded = np.pad(tile_RCpq, pad, constant_values=ground)
+  image = np.moveaxis(padded, 2, 1).reshape(rows * (p + gap), columns * (q + gap), *channels)
+  return image[:-gap, :-gap]
+
+
+def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
+  """Maps side by side, their rows and columns named."""
+  tile_RChw = enlarge(tile_RChw)
+  h, w = tile_RChw.shape[2:]
+  gap = min(h, w) // 8
+  shades = axis.imshow(mosaic(tile_RChw, gap), **limits)
+  axis.set_xticks(np.arange(len(columns)) * (w + gap) + (w - 1) / 2, columns)
+  axis.set_yticks(np.arange(len(rows)) * (h + gap) + (h - 1) / 2, rows)
+  axis.tick_params(length=0)
+  axis.spines[:].set_visible(False)
+  return shades
+
+
+def add_colours(figure: Figure, shades, axes, label: str, **arguments):
+  """The bar that says which shade is which value."""
+  bar = figure.colorbar(shades, ax=axes, label=label, aspect=18, pad=0.02, **arguments)
+  bar.outline.set_visible(False)
+  return bar
+
+
+def evenly(size: int, most: int) -> np.ndarray:
+  """At most `most` of the indices below `size`, evenly apart, the first and the last included."""
+  return np.unique(np.round(np.linspace(0, size - 1, min(size, most))).astype(int))
+
+
+def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Linear interpolation between the centres of patches: `[H, W]`."""
+  for axis, wanted in enumerate(size):
+    given = map_hw.shape[axis]
+    where = (np.arange(wanted) + 0.5) * given / wanted - 0.5
+    between = lambda line, where=where, given=given: np.interp(where, np.arange(given), line)
+    map_hw = np.apply_along_axis(between, axis, map_hw)
+  return map_hw
+
+
+def short(name: str, most: int = 16) -> str:
+  """A class name, in a line that fits beside its tick; a dollar sign would begin a formula."""
+  name = ' '.join(name.encode(errors='replace').decode().split())  # a folder's need not be UTF-8
+  name = name if len(name) <= most else name[: most - 1] + '…'
+  return name.replace('$', r'\$')

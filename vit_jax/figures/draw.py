@@ -1,0 +1,294 @@
+"""Figures from arrays, with matplotlib and nothing else of the project.
+
+Each function gives a `Figure` 8 inches wide, to be read at 800 pixels: an inch is 100 of them.
+
+Decisions:
+  * Figures belong to no pyplot: nothing to close, and no display is looked for.
+  * Colours tell classes of things apart for colour-blind eyes too (Okabe and Ito's); shades run
+    from dark to light in one direction (viridis), as in the paper.
+  * What is many is shown as one image with gaps, not as hundreds of axes.
+  * Letters that matplotlib's own font lacks are drawn in one of `FALLBACKS` that is installed;
+    where none is, as boxes, and matplotlib's warning about each is not passed on.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.figure import Figure
+import numpy as np
+
+from vit_jax.figures import canvas
+
+SPLITS = {'train': canvas.BLUE, 'val': canvas.GREEN, 'test': canvas.ORANGE}
+
+NUMBERED, LABELLED = 20, 40  # classes: of more, cells have no numbers, axes no names
+LOWEST = 20  # classes named where there are too many for all
+
+PATCHES = 14  # shown in a row
+
+
+@canvas.styled
+def draw_curves(lines: list[dict]) -> Figure:
+  """Loss and accuracy of every split over the steps, from the lines of `metrics.jsonl`."""
+  figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
+  axes = figure.subplots(1, 2)
+  for axis, name, label in zip(axes, ('loss', 'accuracy'), ('loss (nats)', 'accuracy')):
+    for split, colour in SPLITS.items():
+      mine = [line for line in lines if line.get('split') == split and name in line]
+      points = [(line['step'], line[name]) for line in mine]
+      if points:
+        marker = '.' if len(points) < 30 else None
+        axis.plot(*zip(*points), label=split, color=colour, marker=marker)
+    axis.set(xlabel='training step', ylabel=label)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    axis.grid()
+    axis.set_ylim(bottom=0)
+  axes[0].legend()
+  axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  return figure
+
+
+@canvas.styled
+def draw_confusion(
+  count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
+) -> Figure:
+  """Which class (row) is taken for which, and how much of each is right."""
+  classes = len(class_names)
+  total_L1 = count_LL.sum(axis=1, keepdims=True)
+  share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
+  figure = Figure((canvas.WIDTH, min(max(0.42 * classes, 1.5), 4.2) + 1.2), layout='constrained')
+  matrix, bars = figure.subplots(1, 2, width_ratios=(2.4, 1))
+  norm = matplotlib.colors.PowerNorm(1 if classes <= NUMBERED else 0.5, 0, 1)
+  shades = matrix.imshow(share_LL, cmap='Blues', norm=norm, aspect='auto')
+  number = '' if classes <= LABELLED else ' (number)'
+  matrix.set(xlabel=f'predicted class{number}', ylabel=f'true class{number}')
+  matrix.tick_params(length=0)
+  if classes <= LABELLED:
+    names = [canvas.short(name) for name in class_names]
+    matrix.set_yticks(range(classes), names, fontsize=small(classes))
+    turn = dict(rotation=45, ha='right', rotation_mode='anchor')
+    turn = turn if max(map(len, names)) > 2 else {}
+    matrix.set_xticks(range(classes), names, fontsize=small(classes), **turn)
+  if classes <= NUMBERED:
+    matrix.set_title('percent of the true class')
+    matrix.spines[:].set_visible(False)
+    for (i, j), share in np.ndenumerate(share_LL):
+      if share >= 0.005:
+        colour = 'white' if share > 0.55 else 'black'
+        matrix.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=colour, size=8)
+  else:
+    matrix.spines[:].set_visible(True)
+    bar = canvas.add_colours(figure, shades, matrix, 'share of the true class', location='left')
+    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  class_bars(bars, accuracy_L, class_names)
+  return figure
+
+
+def small(labels: int) -> int:
+  """The size of type, in points, in which so many labels fit side by side."""
+  return 8 if labels <= NUMBERED else 6
+
+
+def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
+  """Accuracy of each class; of the lowest where there are too many to name."""
+  order = np.arange(len(class_names))
+  title = 'accuracy of each class'
+  if len(order) > LABELLED:
+    order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN comes last
+    title = f'the {LOWEST} lowest of {len(class_names):,} classes'
+  names = [canvas.short(class_names[i]) for i in order]
+  axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=canvas.BLUE)
+  axis.set_yticks(range(len(order)), names, fontsize=small(len(order)))
+  axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1), xlabel='accuracy', title=title)
+  axis.tick_params(axis='y', length=0)
+  axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  axis.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
+  axis.grid(axis='x')
+  if len(order) > NUMBERED:
+    return
+  for i, value in enumerate(accuracy_L[order]):
+    if np.isnan(value):
+      axis.text(0.02, i, 'no example', va='center', size=8)
+    elif value > 0.3:
+      axis.text(value - 0.02, i, f'{100 * value:.1f}', va='center', ha='right', color='w', size=8)
+    else:
+      axis.text(value + 0.02, i, f'{100 * value:.1f}', va='center', size=8)
+
+
+@canvas.styled
+def draw_mistakes(
+  image_NHWC: np.ndarray,
+  truths: Sequence[str],
+  predictions: Sequence[str],
+  confidences: Sequence[float],
+) -> Figure:
+  """Images with what each is, what it was taken for, and how surely."""
+  columns = 5
+  rows = -(-len(image_NHWC) // columns)
+  height, width = image_NHWC.shape[1:3]
+  figure = Figure((canvas.WIDTH, (1.5 * height / width + 0.5) * rows), layout='constrained')
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for axis in axes:
+    axis.set_axis_off()
+  for axis, image, truth, taken, share in zip(axes, image_NHWC, truths, predictions, confidences):
+    canvas.show_image(axis, image)
+    axis.set_title(f'true: {canvas.short(truth)}', size=8, pad=15)
+    text = f'model: {canvas.short(taken, 11)}, {100 * share:.1f}%'
+    above = dict(xycoords='axes fraction', xytext=(0, 4), textcoords='offset points', ha='center')
+    axis.annotate(text, (0.5, 1), size=8, color=canvas.ORANGE, **above)
+  return figure
+
+
+@canvas.styled
+def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
+  """An image with the borders of its patches, its patches apart, and the sequence they make."""
+  h, w, p, q, _ = patch_hwpqC.shape
+  height, width, _ = image_HWC.shape
+  figure = Figure(
+    (canvas.WIDTH, min(max(4.0 * height / width, 1.8), 5.0) + 1.1), layout='constrained'
+  )
+  spec = figure.add_gridspec(2, 2, height_ratios=(5, 1))
+  whole, apart, row = (figure.add_subplot(spec[where]) for where in ((0, 0), (0, 1), (1, slice(2))))
+  canvas.show_image(whole, image_HWC, extent=(0, width, height, 0))
+  lines = dict(color=canvas.ORANGE, linewidth=0.8)
+  whole.hlines(np.arange(1, h) * p, 0, width, **lines)
+  whole.vlines(np.arange(1, w) * q, 0, height, **lines)
+  whole.set(xlabel='pixels across', ylabel='pixels down', title=f'image, {height} x {width} pixels')
+  for axis in (whole.xaxis, whole.yaxis):
+    axis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+  tile_hwpqC = canvas.enlarge(patch_hwpqC)
+  tall, wide = tile_hwpqC.shape[2:4]
+  gap = min(tall, wide) // 6
+  canvas.show_image(apart, canvas.mosaic(tile_hwpqC, gap))
+  apart.set_title(f'{h} x {w} patches of {p} x {q} pixels')
+  apart.set_axis_off()
+
+  count = h * w
+  shown = list(range(count)) if count <= PATCHES else [*range(PATCHES - 2), None, count - 1]
+  tile_NpqC = tile_hwpqC.reshape(count, *tile_hwpqC.shape[2:])
+  blank = np.full_like(tile_NpqC[0], canvas.GROUND)
+  strip = np.stack([blank if i is None else tile_NpqC[i] for i in shown])[None]
+  canvas.show_image(row, canvas.mosaic(strip, gap))
+  names = ['...' if i is None else i + 1 for i in shown]
+  row.set_xticks(np.arange(len(shown)) * (wide + gap) + (wide - 1) / 2, names, size=8)
+  row.set_yticks([])
+  row.tick_params(length=0)
+  row.spines[:].set_visible(False)
+  row.set_xlabel(f'place in the sequence of {count} tokens that they become')
+  return figure
+
+
+@canvas.styled
+def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
+  """Principal components of the patch embedding, each scaled by itself, zero at mid-grey."""
+  columns = min(7, len(filter_FpqC))
+  rows = -(-len(filter_FpqC) // columns)
+  tile = min(canvas.WIDTH / columns, 1.4)
+  figure = Figure((canvas.WIDTH, rows * (tile + 0.1) + 0.1), layout='constrained')
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for axis in axes[len(filter_FpqC) :]:
+    axis.set_visible(False)
+  for axis, tile_pqC, share in zip(axes, filter_FpqC, share_F):
+    largest = max(np.abs(tile_pqC).max(), np.finfo(np.float32).tiny)
+    canvas.show_image(axis, np.round(127.5 + 127.5 * tile_pqC / largest).astype(np.uint8))
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
+    axis.set_title(f'{100 * share:.1f}%', size=8, pad=2)
+  return figure
+
+
+@canvas.styled
+def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
+  """For each patch a map of how like its position embedding is to all others."""
+  h, w = similarity_hwhw.shape[:2]
+  row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
+  tile_RChw = similarity_hwhw[row_R][:, column_C]
+  size = 5.4
+  figure = Figure((canvas.WIDTH, min(size * h / w, 7.0) + 0.5), layout='constrained')
+  axis = figure.subplots()
+  shades = canvas.show_mosaic(axis, tile_RChw, row_R + 1, column_C + 1, vmin=-1, vmax=1)
+  axis.set(xlabel='column of the patch', ylabel='row of the patch')
+  canvas.add_colours(figure, shades, axis, 'cosine similarity', ticks=(-1, -0.5, 0, 0.5, 1))
+  return figure
+
+
+@canvas.styled
+def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
+  """Mean attention distance of each head over depth, in pixels.
+
+  Args:
+    distance_DK: a row a block.
+    even: that of a head that attends everywhere alike.
+  """
+  figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
+  axis = figure.subplots()
+  layer_D = np.arange(1, len(distance_DK) + 1)
+  depth, heads = distance_DK.shape
+  axis.axhline(even, color=canvas.GREY, linewidth=1, linestyle=(0, (4, 3)), label='even attention')
+  axis.plot(layer_D, distance_DK.mean(axis=1), color=canvas.ORANGE, label='mean of the heads')
+  dots = dict(s=26, color=canvas.BLUE, alpha=0.7, linewidth=0, zorder=3)
+  axis.scatter(np.repeat(layer_D, heads), distance_DK.ravel(), label='a head', **dots)
+  axis.set(xlabel='network depth (block)', ylabel='mean attention distance (pixels)')
+  axis.set_xlim(0.5, depth + 0.5)
+  axis.set_ylim(0, max(even, distance_DK.max()) * 1.12)
+  axis.set_xticks(canvas.evenly(depth, 16) + 1)
+  axis.grid(axis='y')
+  axis.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
+  return figure
+
+
+@canvas.styled
+def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
+  """Images, where the output comes from, and the images lit by that."""
+  count = len(image_BHWC)
+  _, height, width, _ = image_BHWC.shape
+  even_Bhw = map_Bhw / np.maximum(map_Bhw.mean(axis=(1, 2), keepdims=True), 1e-30)
+  columns = max(count, 4)
+  tile = (canvas.WIDTH - 1.3) / columns
+  figure = Figure((canvas.WIDTH, 3 * tile * height / width + 0.5), layout='constrained')
+  axes = figure.subplots(3, columns, squeeze=False)
+  for axis in axes.ravel():
+    canvas.bare(axis)
+  for column, image, even_hw in zip(axes.T, image_BHWC, even_Bhw):
+    canvas.show_image(column[0], image)
+    lit = canvas.resize_map(even_hw / max(even_hw.max(), 1e-30), (height, width))[..., None]
+    canvas.show_image(column[1], np.round(image * lit).astype(np.uint8))
+    shades = column[2].imshow(
+      even_hw, vmin=0, vmax=even_Bhw.max(), extent=(0, width, height, 0), aspect='equal'
+    )
+  for axis in axes[:, count:].ravel():
+    axis.set_visible(False)
+  for axis, label in zip(axes[:, 0], ('image', 'lit by rollout', 'rollout')):
+    axis.set_ylabel(label)
+  canvas.add_colours(figure, shades, axes[2], 'even = 1')
+  return figure
+
+
+@canvas.styled
+def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
+  """What each head of each block attends to over one image, every map scaled to its own largest.
+
+  Args:
+    image_HWC: beside the maps.
+    map_RKhw: a row of heads for each of `rows`.
+    rows: their names.
+  """
+  h, w = map_RKhw.shape[2:]
+  row_R, head_K = (canvas.evenly(n, canvas.TILES) for n in map_RKhw.shape[:2])
+  tile_RKhw = map_RKhw[row_R][:, head_K]
+  tile_RKhw = tile_RKhw / np.maximum(tile_RKhw.max(axis=(2, 3), keepdims=True), 1e-30)
+  maps_width = 4.7
+  tall = maps_width * len(row_R) * h / (len(head_K) * w)
+  figure = Figure((canvas.WIDTH, min(max(tall, 2.0), 8.0) + 0.6), layout='constrained')
+  left, axis = figure.subplots(1, 2, width_ratios=(1, 3.4))
+  canvas.show_image(left, image_HWC)
+  left.set_axis_off()
+  left.set_title('image')
+  names = [rows[i] for i in row_R]
+  shades = canvas.show_mosaic(axis, tile_RKhw, names, head_K + 1, vmin=0, vmax=1)
+  axis.set(xlabel='head')
+  canvas.add_colours(figure, shades, axis, "share of a map's largest value")
+  return figure

@@ -1,0 +1,161 @@
+"""What the pictures of a run are of: read, chosen and computed once.
+
+Test images are chosen by their place in the split, the first of each class: the same at every call,
+and the same for two runs on the same data.
+"""
+
+from collections.abc import Iterator, Mapping
+import logging
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from vit_jax import opening, progress
+from vit_jax.data import Examples, Split, eval_batches, find_images
+from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
+from vit_jax.evaluation import load_split, make_inference_step, open_test, probabilities, read_image
+from vit_jax.experiment import Experiment
+from vit_jax.figures import maps
+from vit_jax.figures.maps import Missing
+from vit_jax.figures.pictures import AttentionMaps, Scores, Subject
+from vit_jax.opening import Request
+from vit_jax.workdir import latest_step, read_metrics
+
+log = logging.getLogger(__name__)
+
+SHOWN = 8  # images drawn
+MEASURED = 128  # images that attention distance is averaged over, as in the paper
+
+
+def collect(request: Request, images: list[str] | None) -> Subject:
+  """Reads and computes what the pictures are of; see `visualize`."""
+  workdir, init = request.workdir, request.init
+  lines = read_lines(workdir)
+  if init and images is None:
+    raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
+  files = None if images is None else find_images(images)
+  asked = init or files or request.overrides or request.config or request.step
+  if not asked and latest_step(workdir) is None:
+    if isinstance(lines, Missing):
+      raise ValueError(
+        f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
+        'training run.'
+      )
+    return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
+
+  exp, params, loaded = opening.open_model(request, 'any')
+  chosen = read_images(files, exp) if files else None
+  mesh = inference_mesh(SHOWN if init else exp.config.eval_batch_size)
+  on_device = replicate(mesh, params)
+  test = Missing('weights without a run have no test data.')
+  test = test if init else load_test(exp, request.overrides)
+  there = not isinstance(test, Missing)
+  scores = answers(exp, on_device, test, mesh) if there else test
+  if not there and chosen is None:
+    return Subject(lines, exp, params, test, scores, test, test, loaded)
+  chosen = choose_images(test, exp) if chosen is None else chosen
+  attention = attention_over(exp, on_device, chosen, mesh)
+  seen = as_seen(exp, chosen[:SHOWN])
+  return Subject(lines, exp, params, test, scores, seen, attention, loaded)
+
+
+def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
+  """The run's metrics."""
+  if workdir is None:
+    return Missing('weights without a run have no metrics.')
+  if not (workdir / 'metrics.jsonl').exists():
+    return Missing('the workdir holds no metrics.jsonl.')
+  return read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
+
+
+def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
+  """The run's test split, without images trained on; the reason where it is not there any more.
+
+  Raises:
+    ValueError: it is not where the overrides say.
+  """
+  try:
+    source, _ = open_test(exp)
+    return load_split(exp, exp.config.data.eval_split, source)
+  except (ValueError, OSError) as error:
+    if any(key.startswith('data.') for key in overrides):
+      raise
+    log.warning('The test data can not be read: %s', error)
+    return Missing(f'the test data can not be read: {error}')
+
+
+def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
+  """The model's answer to every test example that is not bad."""
+  step, size = make_inference_step(exp, mesh, probabilities(exp)), exp.config.eval_batch_size
+  found = []
+  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
+    row_N = np.flatnonzero(batch['mask'])
+    probability_NL = np.asarray(step(batch['image'], params))[row_N]
+    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
+    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
+  return Scores(*map(np.concatenate, zip(*found)))
+
+
+def batches(
+  examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
+) -> Iterator[dict[str, jax.Array]]:
+  """Every example once, under a progress bar."""
+  found = eval_batches(examples, size, batch_sharding(mesh))
+  return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
+
+
+def choose_images(test: Split, exp: Experiment) -> np.ndarray:
+  """Test images evenly over the classes, those that are drawn first."""
+  classes = len(exp.task.class_names)
+  shown, measured = (maps.spread_over_classes(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
+  shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
+  index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
+  return test.some(index).image_NHWC
+
+
+def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
+  """Image files, as many as are looked at.
+
+  Raises:
+    ValueError: none of them can be read.
+  """
+  if len(files) > MEASURED:
+    log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
+  rows = [read_image(file, exp) for file in files[:MEASURED]]
+  good = [row for row in rows if not isinstance(row, str)]
+  bad = [row for row in rows if isinstance(row, str)]
+  if not good:
+    raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
+  for row in bad:
+    log.warning('Left out: %s', row)
+  return np.stack(good)
+
+
+def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
+  """Images at the size of the model's input, uint8."""
+  mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
+  pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
+  return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+
+
+def attention_over(
+  exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
+) -> AttentionMaps:
+  """Attention over images, of which the first are drawn."""
+
+  def summary(image_BHWC, params):
+    return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))
+
+  step = jax.jit(concatenate(summary, mesh, parts=1))
+  count = len(image_BHWC)
+  examples = Examples(image_BHWC, np.zeros(count, np.int32))
+  first, distances = None, []
+  for batch in batches(examples, SHOWN, mesh, 'Attention'):
+    found = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], step(batch['image'], params))
+    first = first or found
+    distances.append(found['distance'])
+  rollout, heads = first['rollout'][:count], first['heads'][:count]
+  return AttentionMaps(rollout, heads, np.concatenate(distances)[:count].mean(axis=0), count)

@@ -1,0 +1,155 @@
+"""Trained or published weights, written for others: other code bases, or none."""
+
+import contextlib
+import logging
+import pathlib
+import tempfile
+
+from vit_jax import storage
+from vit_jax.inference import card
+from vit_jax.model import ViT
+from vit_jax.names import choose, local
+from vit_jax.weights import (
+  FORMATS,
+  Preprocessing,
+  adapt,
+  check_params,
+  flatten_params,
+  load_json,
+  read_weights,
+  square_grid,
+)
+
+log = logging.getLogger(__name__)
+
+MANY = 10_000_000  # parameters: with more, writing takes some seconds
+
+
+def export(
+  path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
+) -> list[pathlib.Path]:
+  """Writes the weights at `path` (all that `pretrained.load` reads) into the folder `out`.
+
+  Args:
+    path: a workdir, a file or a name on the Hub.
+    format: one of `FORMATS`.
+    out: made where it is missing; an earlier export in it is replaced, its model card too.
+    step: which checkpoint of a workdir, as in `stored.preferred`.
+
+  Returns:
+    The files there.
+
+  Raises:
+    ValueError: weights that can't be read, or that the format can't hold, or a folder that can't
+      be written into or has something else in it.
+  """
+  choose('format', format, FORMATS)
+  storage.check_folder(out)
+  check_card(out)
+  found = read_weights(path, step)
+  loaded = adapt(found)
+  count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
+  if count > MANY:
+    log.info('Writing %s parameters as %s ...', f'{count:,}', format)
+  save(
+    loaded.model,
+    loaded.params,
+    out,
+    format=format,
+    preprocessing=loaded.preprocessing,
+    class_names=loaded.class_names,
+    card=card.write_card(format, loaded, str(path), result(found.origin)),
+  )
+  return sorted(out.iterdir())
+
+
+def check_card(out: pathlib.Path) -> None:
+  """Raises ValueError where a folder has a README.md that is not of an export."""
+  file = out / card.NAME
+  if file.is_file() and card.SIGNATURE not in file.read_text(encoding='utf-8', errors='replace'):
+    raise ValueError(
+      f'{file} is there already, and no model card of an export: give another folder.'
+    )
+
+
+def result(origin: str) -> dict | None:
+  """`result.json` of a workdir; None where there is none."""
+  file = pathlib.Path(origin) / 'result.json'
+  return load_json(file) if file.is_file() else None
+
+
+def save(
+  model: ViT,
+  params: dict,
+  folder: str | pathlib.Path,
+  *,
+  format: str,
+  preprocessing: Preprocessing | None = None,
+  class_names: tuple[str, ...] | None = None,
+  card: str | None = None,
+) -> None:
+  """Writes weights into a folder for the code base of a format; `load` reads the first three.
+
+  Args:
+    model: their model.
+    params: its parameters.
+    folder: made where it is missing; files of the same names are replaced once all are whole.
+    format: one of `FORMATS`.
+    preprocessing: how images are to be; None for pixels in [-1, 1] at the size of a square grid.
+    class_names: of the logits; None for none.
+    card: text of a `README.md` beside them; None for no such file.
+
+  Raises:
+    ValueError: a model that the format can't hold; the message names what.
+  """
+  entry = choose('format', format, FORMATS)
+  folder = local(folder)
+  preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
+  check_params(model, params, preprocessing.size, 'save')
+  if class_names is not None and len(class_names) != model.num_classes:
+    raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
+  storage.check_folder(folder)
+  with storage.writing(folder), contextlib.ExitStack() as stack:
+    if not folder.exists():
+      folder.mkdir(parents=True)
+      stack.callback(remove_empty, folder)
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
+    entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names)
+    if card is not None:
+      (pathlib.Path(temporary) / 'README.md').write_text(
+        card, encoding='utf-8', errors='backslashreplace'
+      )
+    files = sorted(pathlib.Path(temporary).iterdir())
+    check_free(folder, [file.name for file in files])
+    for file in files:
+      file.replace(folder / file.name)
+
+
+def remove_empty(folder: pathlib.Path) -> None:
+  """Removes a folder with nothing in it."""
+  with contextlib.suppress(OSError):
+    folder.rmdir()
+
+
+def check_free(folder: pathlib.Path, names: list[str]) -> None:
+  """Raises ValueError where a folder holds a run, or weights that would be read before these."""
+  runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
+  patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
+  kept = {file.name for pattern in patterns for file in folder.glob(pattern)}
+  if others := runs + sorted(kept - set(names)):
+    held = ', '.join(others)
+    raise ValueError(f'{folder} holds {held} already: give another folder, or an empty one.')
+
+
+def image_size(model: ViT, params: dict) -> tuple[int, int]:
+  """The pixels of the square grid that learned positions are for.
+
+  Raises:
+    ValueError: they are for no square, or not learned.
+  """
+  if 'pos_embedding' not in params:
+    raise ValueError(f'model.position={model.position!r} tells no image size: give preprocessing.')
+  grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
+  if grid is None:
+    raise ValueError('The positions are for no square grid: give preprocessing, with its size.')
+  return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

@@ -1,0 +1,205 @@
+"""The page of `serve.py`, and what a model makes of an image on it."""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import gradio as gr
+import jax
+import numpy as np
+
+from vit_jax.data import BadImage, decode_image
+from vit_jax.experiment import Experiment
+from vit_jax.figures import attention_summary, resize_map
+
+MAX_PIXELS = 50_000_000
+MAX_WAITING = 256  # requests
+KEEP = 3600  # seconds that an upload stays on disk, and what was seen in it in memory
+CLEAN = 300  # seconds between looking for what is older
+
+TOPK = 5
+SHOWN = 448  # pixels of the picture's shorter side, at least
+ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
+DARK = 0.15  # of an image's light that is left where there is no attention
+
+
+class Seen(NamedTuple):
+  """What the model makes of an image.
+
+  Attributes:
+    image_HWC: as it sees it, uint8.
+    probability_L: of the classes.
+    rollout_hw: of all blocks (`maps.rollout`).
+    heads_RKhw: of each block (`maps.head_attention`), then of a MAP head's probe.
+  """
+
+  image_HWC: np.ndarray
+  probability_L: np.ndarray
+  rollout_hw: np.ndarray
+  heads_RKhw: np.ndarray
+
+
+class Viewer:
+  """A model that looks at files."""
+
+  def __init__(self, exp: Experiment, params: dict):
+    self.exp = exp
+    self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
+    blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
+    self.rows, self.heads, *_ = self.see(blank_HWC).heads_RKhw.shape  # and it is compiled
+
+  def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Probabilities, and the summary of attention, of one uint8 image."""
+    image_BHWC = self.exp.normalize(image_HWC[None])
+    logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
+    return jax.nn.softmax(logits_BL)[0], attention_summary(self.exp.model, params, image_BHWC)
+
+  def see(self, image_HWC: np.ndarray) -> Seen:
+    """What the model makes of an image of the size that it takes."""
+    probability_L, found = jax.device_get(self._look(image_HWC))
+    return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
+
+  def open(self, encoded: bytes) -> Seen:
+    """The same of a file.
+
+    Raises:
+      image.BadImage: it is none, or too large.
+    """
+    decoded = decode_image(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
+    return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
+
+  @property
+  def head_names(self) -> list[str]:
+    """What heads of a block there are to choose from."""
+    return [MEAN, *(f'head {i + 1}' for i in range(self.heads))]
+
+  @property
+  def layers(self) -> list[str]:
+    """What attention there is to choose from."""
+    blocks = [f'block {i + 1}' for i in range(self.exp.model.depth)]
+    return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
+
+  def guesses(self, seen: Seen) -> dict[str, float]:
+    """The probability of each class."""
+    return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
+
+  def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
+    """The image lit by the attention of a layer and head, uint8 `[H, W, 3]`."""
+    map_hw = seen.rollout_hw
+    if layer != ROLLOUT:
+      map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
+      map_hw = map_Khw.mean(axis=0) if head == MEAN else map_Khw[self.head_names.index(head) - 1]
+    return light(seen.image_HWC, map_hw)
+
+
+def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
+  """The image lit by a map, dark where it is 0; enlarged to `SHOWN` pixels where it is smaller."""
+  times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
+  image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
+  light_HW = resize_map(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
+  lit_HWC = np.round(image_HWC * (DARK + (1 - DARK) * light_HW[..., None])).astype(np.uint8)
+  return np.broadcast_to(lit_HWC, (*lit_HWC.shape[:2], 3))
+
+
+def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks:
+  """The page."""
+  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
+    gr.Markdown(f'# {title}')
+    connect(viewer, examples, gr.State(time_to_live=KEEP), lay_out(viewer, examples))
+  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+class Parts(NamedTuple):
+  """What a person sees of the page."""
+
+  file: gr.File
+  gallery: gr.Gallery
+  given: gr.Image
+  picture: gr.Image
+  layer: gr.Dropdown
+  head: gr.Dropdown
+  label: gr.Label
+
+
+def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
+  """Upload and examples to the left; input, attention and classes to the right."""
+  fixed = dict(interactive=False, buttons=[], min_width=120)
+  with gr.Row():
+    with gr.Column(min_width=280):
+      file = gr.File(label='Image', type='binary', height=120, elem_id='file')
+      gallery = gr.Gallery(
+        [str(path) for path in examples],
+        label='Examples',
+        height='fit-content',
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+        visible=bool(examples),
+        elem_id='examples',
+      )
+    with gr.Column(scale=2, min_width=280):
+      with gr.Row():
+        given = gr.Image(label='Model input', elem_id='given', **fixed)
+        picture = gr.Image(label='Lit by attention', elem_id='attention', **fixed)
+      with gr.Row():
+        wide = dict(min_width=240)
+        layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer', **wide)
+        label = 'Head, of a single block'
+        head = gr.Dropdown(viewer.head_names, value=MEAN, label=label, elem_id='head', **wide)
+      label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
+  return Parts(file, gallery, given, picture, layer, head, label)
+
+
+def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts: Parts) -> None:
+  """What happens when a file, an example, a layer or a head is chosen."""
+
+  def classify(encoded: bytes | None, layer: str, head: str):
+    if encoded is None:
+      raise gr.Error('There is no file: give an image.', print_exception=False)
+    if layer not in viewer.layers or head not in viewer.head_names:
+      layers, heads = ', '.join(viewer.layers), ', '.join(viewer.head_names)
+      raise gr.Error(f'Layers: {layers}. Heads: {heads}.', print_exception=False)
+    try:
+      seen = viewer.open(encoded)
+    except BadImage as error:
+      raise gr.Error(str(error), print_exception=False) from error
+    return viewer.guesses(seen), viewer.picture(seen, layer, head), seen
+
+  def take_example(event: gr.SelectData, layer: str, head: str):
+    return classify(examples[event.index].read_bytes(), layer, head)
+
+  def draw_again(seen: Seen | None, layer: str, head: str):
+    return None if seen is None else viewer.picture(seen, layer, head)
+
+  def show(seen: Seen | None):
+    return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
+
+  def nothing():
+    return None, None, None, None
+
+  file, gallery, given, picture, layer, head, label = parts
+  refuse_addresses(file)
+  quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
+  outputs, chosen = [label, picture, seen], [layer, head]
+  uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
+    classify, [file, *chosen], outputs, api_name='predict'
+  )
+  file.clear(nothing, None, [*outputs, given], **quiet)
+  taken = gallery.select(take_example, chosen, outputs, api_visibility='private')
+  for event in (uploaded, taken):
+    event.then(show, seen, given, **quiet)
+  gallery.select(lambda: None, None, file, **quiet)
+  again = dict(api_visibility='private', show_progress='hidden')
+  gr.on([layer.change, head.change], draw_again, [seen, *chosen], picture, **again)
+
+
+def refuse_addresses(file: gr.File) -> None:
+  """Has Gradio not fetch what a client names by its address: of that no size is bounded."""
+  keep = file.async_move_resource_to_block_cache
+
+  async def keep_uploads(path):
+    if path and not pathlib.Path(path).is_file():
+      raise gr.Error('Upload the file itself.', print_exception=False)
+    return await keep(path)
+
+  file.async_move_resource_to_block_cache = keep_uploads

@@ -1,0 +1,61 @@
+"""What `--mode=inspect` sums up: a config, the run in a workdir, or published weights."""
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as config_lib
+from vit_jax import inherit, opening
+from vit_jax.check import check
+from vit_jax.data import Source, look_up_source, num_examples
+from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.inference.cost import Summary, measure
+from vit_jax.names import pair
+from vit_jax.opening import Request
+from vit_jax.training import saved_config
+from vit_jax.workdir import latest_step, newest_config
+
+ASSUMED = tuple(f'class {i}' for i in range(1000))  # where the data does not tell
+
+
+def summary_of(request: Request) -> Summary:
+  """The summary of a config, of the run in a workdir, or of published weights.
+
+  Raises:
+    ValueError: a config that can't be, or none of the three.
+  """
+  config, workdir, init = request.config, request.workdir, request.init
+  if not (config or workdir or init):
+    raise ValueError('--mode=inspect needs --config, the --workdir of a run, or --init.')
+  if init:
+    asked = config_lib.override_all(config_lib.default_config(), request.overrides)
+  else:
+    asked = config or saved_config(workdir, request.overrides)
+  check(asked)
+  if init or (workdir and latest_step(workdir) is not None):
+    exp, *_ = opening.open_model(request)
+    notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
+    if not init:
+      notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
+    return measure(exp, exp.task.train_examples or None, notes, cycles)
+  exp, examples, notes = summary_of_config(asked)
+  return measure(exp, examples, notes)
+
+
+def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
+  """The experiment, the number of training examples, and what was assumed.
+
+  Neither downloads nor prepares data, nor reads an image.
+
+  Raises:
+    ValueError: a model that can't be, or a source that is unknown.
+  """
+  data, examples, notes = config.data, None, ()
+  source = look_up_source(data.source, data.dir, pair(data.image_size))
+  if source is None:
+    source = Source({}, ASSUMED, 3, None)
+    notes = (f'{data.source} is not there: {len(ASSUMED):,} classes of RGB images are assumed.',)
+  if source.sizes:
+    examples = num_examples(source.pieces(data.train_split))
+  if config.init:
+    config, *_ = inherit.open_init(config, source)
+  task = Task(source.class_names, pair(data.image_size), source.channels)
+  return assemble(config, task), examples, notes

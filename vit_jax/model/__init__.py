@@ -1,0 +1,43 @@
+"""The Vision Transformer as Flax modules."""
+
+from vit_jax.model.encoder import REMAT, Encoder
+from vit_jax.model.layers import ACTIVATIONS, Block, Dense
+from vit_jax.model.pooling import POOLS, Pool, pooled
+from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
+from vit_jax.model.resnet import stem_stride
+from vit_jax.model.variants import (
+  ATTRIBUTES,
+  POSITION_PREFIXES,
+  VARIANTS,
+  attributes,
+  check_model,
+  make,
+  variant_fields,
+)
+from vit_jax.model.vit import ViT, first_layer, last_layer
+
+__all__ = [
+  'ACTIVATIONS',
+  'ATTRIBUTES',
+  'POOLS',
+  'POSITIONS',
+  'POSITION_PREFIXES',
+  'REMAT',
+  'RESIZES',
+  'VARIANTS',
+  'Block',
+  'Dense',
+  'Encoder',
+  'Pool',
+  'Position',
+  'ViT',
+  'attributes',
+  'check_model',
+  'first_layer',
+  'last_layer',
+  'make',
+  'pooled',
+  'resize_positions',
+  'stem_stride',
+  'variant_fields',
+]

@@ -1,0 +1,88 @@
+"""The encoder of the Vision Transformer and its block (paper, Section 3.1 and Figure 1)."""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+
+from vit_jax.model.layers import Attention, Block, Dropout, Mlp
+
+REMAT = {  # what the backward pass keeps instead of computing it again; None: everything
+  'none': None,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Encoder(nn.Module):
+  """The blocks, and the LayerNorm after the last one: `[B, N, D]` to `[B, N, D]`.
+
+  Attributes:
+    block: description of the last block. Stochastic depth rises linearly to its rate, from 0 in
+      the first block.
+    depth: number of blocks.
+    final_norm: whether the LayerNorm follows the last block.
+    remat: one of `REMAT`.
+  """
+
+  block: Block
+  depth: int
+  final_norm: bool = True
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    example_B: jax.Array | None = None,
+    rope_NE: tuple[jax.Array, jax.Array] | None = None,
+  ) -> jax.Array:
+    """Encoded tokens.
+
+    Args:
+      x_BND: tokens.
+      example_B: position of each example in the global batch, from which its dropout is drawn;
+        None at inference.
+      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; None for none.
+    """
+    policy, block_class = REMAT[self.remat], EncoderBlock
+    if policy is not None:
+      block_class = nn.remat(EncoderBlock, policy=policy)
+    for i in range(self.depth):
+      rate = self.block.stochastic_depth * i / max(self.depth - 1, 1)
+      block = dataclasses.replace(self.block, stochastic_depth=rate)
+      x_BND = block_class(block, name=f'block_{i}')(x_BND, example_B, rope_NE)
+    if self.final_norm:
+      x_BND = nn.LayerNorm(self.block.norm_epsilon, dtype=self.block.dtype, name='norm')(x_BND)
+    return x_BND
+
+
+class EncoderBlock(nn.Module):
+  """Pre-norm block: `z' = MSA(LN(z)) + z`, `z'' = MLP(LN(z')) + z'` (equations 2 and 3)."""
+
+  block: Block
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    example_B: jax.Array | None = None,
+    rope_NE: tuple[jax.Array, jax.Array] | None = None,
+  ) -> jax.Array:
+    """The next tokens; see `Encoder`."""
+    epsilon, dtype = self.block.norm_epsilon, self.block.dtype
+    y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
+    y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE)
+    x_BND = x_BND + self.residual(y_BND, example_B, 'attention_scale')
+
+    y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='mlp_norm')(x_BND)
+    y_BND = Mlp(self.block, name='mlp')(y_BND, example_B)
+    return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
+
+  def residual(self, y_BND: jax.Array, example_B: jax.Array | None, name: str) -> jax.Array:
+    """Dropout, LayerScale (Touvron et al. 2021, 2103.17239, eq. 4), stochastic depth."""
+    y_BND = Dropout(self.block.dropout)(y_BND, example_B)
+    if self.block.layer_scale is not None:
+      init = nn.initializers.constant(self.block.layer_scale)
+      y_BND = y_BND * self.param(name, init, y_BND.shape[-1:]).astype(y_BND.dtype)
+    return Dropout(self.block.stochastic_depth, whole=True)(y_BND, example_B)

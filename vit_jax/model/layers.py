@@ -1,0 +1,173 @@
+"""The layers that blocks and heads are made of.
+
+Decisions:
+  * Every product is taken in two dimensions, `[B N, D] x [D, F]`: XLA's CPU backend
+    computes the gradient of a batched one about four times slower.
+  * A random draw derives from the example's position in the global batch, never from
+    the shape it is computed in, so that devices and micro-batches don't change it.
+  * Attention weights leave through `sow('intermediates', 'attention_BKNN')`, and by no other
+    way: ask with `mutable=['intermediates']`.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.distributed import target_backend
+from vit_jax.model import attention, positions
+
+NARROW = 256  # outputs; of more, transposing the kernel costs what the gradient gains
+
+
+def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+  """`x W`, `[N, O]`, arranged so that its gradient is fast too.
+
+  For a kernel of few outputs and more inputs, XLA's CPU backend takes `dy^T x` up to twice as
+  fast as the `x^T dy` that differentiation asks for. Given the kernel transposed, it takes the
+  first; the barrier keeps it from simplifying the two transpositions away.
+  """
+  inputs, outputs = kernel_IO.shape
+  if outputs < inputs and outputs <= NARROW and target_backend() == 'cpu':
+    return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
+  return x_NI @ kernel_IO
+
+
+# The paper's code uses the tanh form, PyTorch's models the exact one, the first CLIP the last.
+ACTIVATIONS = {
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """Description of an encoder block; `ViT` documents the attributes of the same names.
+
+  `head_dim` is the size of a head, and `stochastic_depth` the rate of this block.
+  """
+
+  num_heads: int
+  head_dim: int
+  mlp_dim: int
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  layer_scale: float | None = None
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  activation: str = 'gelu_tanh'
+  norm_epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+
+
+class Dense(nn.Module):
+  """`y = x W + b` over the last `axes` axes of x, as one two-dimensional product.
+
+  Attributes:
+    features: shape of the output's last axes; the kernel is `[*inputs, *features]`.
+    axes: number of trailing axes of x that are contracted.
+  """
+
+  features: tuple[int, ...]
+  axes: int = 1
+  use_bias: bool = True
+  dtype: Any = jnp.float32
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    batch, inputs = x.shape[: -self.axes], x.shape[-self.axes :]
+    matrix = math.prod(inputs), math.prod(self.features)
+
+    def init_kernel(key, shape):
+      return self.kernel_init(key, matrix).reshape(shape)
+
+    kernel = self.param('kernel', init_kernel, (*inputs, *self.features))
+    kernel = kernel.astype(self.dtype).reshape(matrix)
+    y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
+    if self.use_bias:
+      bias = self.param('bias', self.bias_init, self.features)
+      y = y + bias.astype(self.dtype).reshape(-1)
+    return y.reshape(*batch, *self.features)
+
+
+class Dropout(nn.Module):
+  """Dropout drawn for each example by itself; one draw an example with `whole`.
+
+  With `whole`, it drops a residual branch of an example: stochastic depth (Huang et al.
+  2016, 1603.09382).
+  """
+
+  rate: float
+  whole: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
+    """`x` is `[B, ...]`; `example_B` the examples' positions, None at inference."""
+    if example_B is None or self.rate == 0:
+      return x
+    key = self.make_rng('dropout')
+    shape = (1,) * (x.ndim - 1) if self.whole else x.shape[1:]
+
+    def draw(example):
+      return jax.random.bernoulli(jax.random.fold_in(key, example), 1 - self.rate, shape)
+
+    return jnp.where(jax.vmap(draw)(example_B), x / (1 - self.rate), 0).astype(x.dtype)
+
+
+class Attention(nn.Module):
+  """Multi-head attention (paper, Appendix A), of x to itself or of `query_BND` to x."""
+
+  block: Block
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    example_B: jax.Array | None = None,
+    rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    query_BND: jax.Array | None = None,
+  ) -> jax.Array:
+    block = self.block
+    heads = block.num_heads, block.head_dim
+    project = functools.partial(Dense, heads, use_bias=block.qkv_bias, dtype=block.dtype)
+    query_BNKE = project(name='query')(x_BND if query_BND is None else query_BND)
+    key_BNKE = project(name='key')(x_BND)
+    value_BNKE = project(name='value')(x_BND)
+    if block.qk_norm:  # Dehghani et al. 2023 (2302.05442), Section 2.1
+      norm = functools.partial(nn.LayerNorm, block.norm_epsilon, dtype=block.dtype)
+      query_BNKE, key_BNKE = norm(name='query_norm')(query_BNKE), norm(name='key_norm')(key_BNKE)
+    if rope_NE is not None:
+      query_BNKE, key_BNKE = (positions.rotate(x, *rope_NE) for x in (query_BNKE, key_BNKE))
+
+    rate, keep_BKNN = block.attention_dropout, None
+    if rate and example_B is not None:
+      (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
+      ones_BKNN = jnp.ones((batch, heads, queries, keys))
+      keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
+    inspect = None
+    if self.is_mutable_collection('intermediates'):
+      inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
+    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate, inspect)
+    return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
+
+
+class Mlp(nn.Module):
+  """Two layers with a GELU (paper, Section 3.1)."""
+
+  block: Block
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array, example_B: jax.Array | None = None) -> jax.Array:
+    block, bias_init = self.block, nn.initializers.normal(stddev=1e-6)
+    dense = functools.partial(Dense, dtype=block.dtype, bias_init=bias_init)
+    x_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
+    x_BNM = Dropout(block.dropout)(x_BNM, example_B)
+    return dense((x_BND.shape[-1],), name='down')(x_BNM)

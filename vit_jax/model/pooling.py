@@ -1,0 +1,121 @@
+"""How the tokens of the last block become one vector: `POOLS`.
+
+An entry can be added from outside of the package:
+
+    POOLS['max'] = Pool(lambda model, x_BND: x_BND[:, model.num_prefix :].max(axis=1))
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.model.layers import Attention, Block, Mlp
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """A pooling: everything that the project must know about it.
+
+  Attributes:
+    function: `(model, token_BND) -> vector`, called within the model. The tokens are the class
+      token if there is one, the registers, the patches. The vector is `[B, D]` or of another width.
+    class_token: whether it reads the class token.
+    registers: number of registers that it needs.
+    tokens: whether it gives all tokens, `[B, N, D]`, and no vector that a head could classify.
+    params: names of the top-level parameters that it adds; they belong to the head.
+    linear: whether the vector is a fixed mean of tokens, or several such means side by side.
+      Attention maps follow the tokens in it.
+    probe: `(model, sown) -> share_BKN`, for a pool that learns to attend: the share of each token,
+      from the `intermediates` that the model sows; K is the model's number of heads, or 1. A pool
+      that is neither linear nor has a probe has no attention maps.
+    caption: completes "What {caption}, by block and head." under the maps of what the tokens attend
+      to that the pool reads.
+  """
+
+  function: Callable[[nn.Module, jax.Array], jax.Array]
+  class_token: bool = False
+  registers: int = 0
+  tokens: bool = False
+  params: tuple[str, ...] = ()
+  linear: bool = False
+  probe: Callable[[nn.Module, Mapping], jax.Array] | None = None
+  caption: str = 'the tokens that the pool reads attend to'
+
+
+class MapHead(nn.Module):
+  """Multi-head attention pooling by one learned query (Zhai et al. 2021, 2106.04560, 3.1)."""
+
+  block: Block
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    block, (batch, _, width) = self.block, x_BND.shape
+    query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
+    query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
+    x_B1D = Attention(block, name='attention')(x_BND, query_BND=query_B1D)
+    y_B1D = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='mlp_norm')(x_B1D)
+    return (x_B1D + Mlp(block, name='mlp')(y_B1D))[:, 0]
+
+
+def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+  """`MapHead` of the model's sizes, over the patches."""
+  block = dataclasses.replace(model.block, qkv_bias=True, qk_norm=False)
+  return MapHead(block, name='map')(x_BND[:, model.num_prefix :])
+
+
+def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
+  """Attention of the `MapHead`'s one query, which sees the patches only: `[B, K, N]`."""
+  (share_BK1P,) = sown['map']['attention']['attention_BKNN']
+  return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
+
+
+def patch_mean(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+  """Mean of the patches: `[B, D]`."""
+  return x_BND[:, model.num_prefix :].mean(axis=1)
+
+
+POOLS = {
+  'cls': Pool(
+    lambda model, x_BND: x_BND[:, 0],
+    class_token=True,
+    linear=True,
+    caption='the class token attends to',
+  ),
+  'gap': Pool(
+    patch_mean,
+    linear=True,
+    caption='the patches attend to on average, since the pool averages them',
+  ),
+  'map': Pool(
+    map_pool,
+    params=('map',),
+    probe=map_probe,
+    caption=(
+      'the patches attend to, weighted as the probe weights them, and the probe itself (pool)'
+    ),
+  ),
+  'cls_gap': Pool(  # as DINOv2's classifier
+    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND)], axis=-1),
+    class_token=True,
+    linear=True,
+    caption='class token and averaged patches attend to, half and half',
+  ),
+  'distilled': Pool(  # as DeiT's, whose distillation token is the first register
+    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
+    class_token=True,
+    registers=1,
+    linear=True,
+    caption='class and distillation token attend to, half and half',
+  ),
+  'none': Pool(lambda model, x_BND: x_BND, tokens=True),
+}
+
+
+def pooled(model: nn.Module) -> nn.Module:
+  """The model; where its pool gives all tokens, the model with a pool of one vector."""
+  if not POOLS[model.pool].tokens:
+    return model
+  return model.clone(pool='cls' if model.has_class else 'gap')

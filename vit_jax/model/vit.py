@@ -1,0 +1,248 @@
+"""The Vision Transformer (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929).
+
+Dimension letters, used in the names of arrays throughout the project:
+
+  B batch, H W image height and width, C channels, h w patch grid, N tokens, D width,
+  K heads, E head size, M MLP width, L classes.
+
+Parameters are float32; `dtype` is the type of the computation. LayerNorm, softmax and logits are
+float32.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.model import resnet
+from vit_jax.model.encoder import Encoder, EncoderBlock
+from vit_jax.model.layers import Block, Dense, Dropout
+from vit_jax.model.pooling import POOLS
+from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
+from vit_jax.names import choose
+
+
+class ViT(nn.Module):
+  """Patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
+
+  Attributes:
+    num_classes: width of the head; None for none (the pooled features are returned).
+    patch_size: (height, width) of a patch, pixels.
+    width: D, size of a token.
+    depth: number of encoder blocks.
+    num_heads: K, attention heads.
+    mlp_dim: M, hidden width of a block's MLP.
+    head_dim: E, size of a head; None for `width / num_heads`.
+    pool: how tokens become one vector, one of `POOLS`.
+    class_token: whether there is one; None where the pool reads it.
+    position: one of `POSITIONS`.
+    position_prefix: which tokens before the patches have a learned position, one of
+      `POSITION_PREFIXES`: `cls` (as in the paper; registers have none), `none`, or `all`.
+    position_grid: (down, across) of the patches that the positions are of, for images of any
+      number of patches, over which they are stretched; None: as many as the image has.
+    num_registers: tokens between the class token and the patches (Darcet et al. 2023,
+      2309.16588).
+    representation_size: width of the tanh pre-logits layer; None for no such layer.
+    dropout: rate after positions, in the MLP, and at the end of each branch.
+    attention_dropout: rate on the attention weights.
+    stochastic_depth: rate at which the last block's branches drop; rises linearly from 0.
+    layer_scale: initial LayerScale; None for no LayerScale.
+    pre_norm: LayerNorm before the first block, and no bias in the embedding, as in CLIP.
+    norm_after_pool: the last LayerNorm follows the pooling instead of the last block.
+    qkv_bias: whether queries, keys and values have biases.
+    qk_norm: LayerNorm on queries and keys.
+    activation: one of `ACTIVATIONS`.
+    norm_epsilon: LayerNorm's epsilon.
+    resnet: units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
+    resnet_width: channels of the stem's root.
+    dtype: type of the computation; parameters are float32.
+    remat: one of `REMAT`.
+  """
+
+  num_classes: int | None
+  patch_size: tuple[int, int]
+  width: int
+  depth: int
+  num_heads: int
+  mlp_dim: int
+  head_dim: int | None = None
+  pool: str = 'cls'
+  class_token: bool | None = None
+  position: str = 'learned'
+  position_prefix: str = 'cls'
+  position_grid: tuple[int, int] | None = None
+  num_registers: int = 0
+  representation_size: int | None = None
+  dropout: float = 0.0
+  attention_dropout: float = 0.0
+  stochastic_depth: float = 0.0
+  layer_scale: float | None = None
+  pre_norm: bool = False
+  norm_after_pool: bool = False
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  activation: str = 'gelu_tanh'
+  norm_epsilon: float = 1e-6
+  resnet: tuple[int, ...] | None = None
+  resnet_width: int = 64
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+
+  @property
+  def head_size(self) -> int:
+    return self.head_dim or self.width // self.num_heads
+
+  @property
+  def has_class(self) -> bool:
+    pool = choose('model.pool', self.pool, POOLS)
+    return pool.class_token if self.class_token is None else self.class_token
+
+  @property
+  def num_prefix(self) -> int:
+    """Tokens before the patches."""
+    return self.has_class + self.num_registers
+
+  @property
+  def num_positions(self) -> int:
+    """Those of them that have a learned position."""
+    return POSITION_PREFIXES[self.position_prefix](self)
+
+  @property
+  def block(self) -> Block:
+    """Description of the last block."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)}
+    return Block(**fields | {'head_dim': self.head_size})
+
+  @nn.compact
+  def __call__(
+    self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits `[B, L]`, float32.
+
+    Args:
+      image_BHWC: normalised images; H and W are multiples of the patch.
+      train: whether to drop out; needs `rngs={'dropout': key}`.
+      example_B: position of each example in the global batch, which the draws derive
+        from; `0..B-1` by default.
+
+    Returns:
+      Logits; the pooled features (tokens, for `pool='none'`) where `num_classes` is None.
+
+    Raises:
+      ValueError: the patch does not divide the image.
+    """
+    if not train:
+      example_B = None
+    elif example_B is None:
+      example_B = jnp.arange(len(image_BHWC))
+
+    x_BhwD = self.embed(image_BHWC)
+    x_BND, rope_NE = self.tokens(x_BhwD)
+    if self.pre_norm:
+      x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
+    x_BND = Dropout(self.dropout)(x_BND, example_B)
+
+    encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
+    nn.share_scope(self, encoder)  # its parameters are block_0, ..., norm at the top
+    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
+    if self.norm_after_pool:
+      x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
+    if self.representation_size is not None:
+      x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
+      x = jnp.tanh(x)
+    if self.num_classes is None:
+      return x
+    # The head starts at zero (Appendix B.1.1): the first loss is log L whatever the body.
+    return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
+
+  def embed(self, image_BHWC: jax.Array) -> jax.Array:
+    """Patches, each embedded by the same linear map (equation 1): `[B, h, w, D]`.
+
+    A hybrid's are patches of the stem's feature map.
+    """
+    _, height, width, _ = image_BHWC.shape
+    p, q = self.patch_size
+    if height % p or width % q:
+      raise ValueError(
+        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
+        'data.image_size to multiples of model.patch_size.'
+      )
+    x = image_BHWC
+    if self.resnet is not None:
+      x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
+      stride = resnet.stem_stride(self.resnet)
+      p, q = p // stride, q // stride
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
+    embedding = Dense(
+      (self.width,),
+      axes=3,
+      use_bias=not self.pre_norm,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.lecun_normal(),
+      name='embedding',
+    )
+    return embedding(x)
+
+  def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Adds positions, class token and registers: `[B, N, D]`, and RoPE's angles if asked.
+
+    The class token comes first and the registers after it. `POSITIONS` says which positions reach
+    them.
+    """
+    batch, h, w, width = x_BhwD.shape
+    x_BND = x_BhwD.reshape(batch, h * w, width)
+
+    prefix = []
+    if self.has_class:
+      prefix.append(self.param('cls', nn.initializers.zeros, (1, 1, width)))
+    if self.num_registers:
+      normal = nn.initializers.normal(stddev=0.02)
+      prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
+    prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
+
+    position, whole = POSITIONS[self.position], self.position_grid or (h, w)
+    if position.table is not None:
+      table = position.table(self, (h, w), whole).astype(x_BND.dtype)
+      count = table.shape[1] - h * w
+      x_BND = x_BND + table[:, count:]
+      if count:
+        prefix_BND = jnp.concatenate(prefix, axis=1)
+        prefix = [prefix_BND[:, :count] + table[:, :count], prefix_BND[:, count:]]
+    rope_NE = None if position.angles is None else position.angles(self, (h, w), whole)
+    return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
+
+  def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
+    """A parameter of the top level, also of a model that is only bound to its parameters."""
+    given = self.get_variable('params', name)
+    return self.param(name, init, shape) if given is None else given
+
+
+def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
+  """The tokens `[B, N, D]` after each block, the first one's first, before the last LayerNorm.
+
+  Args:
+    model: whose blocks they are.
+    params: its parameters.
+    image_BHWC: normalised images.
+  """
+  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
+  _, state = model.clone(remat='none').apply(
+    {'params': params}, image_BHWC, capture_intermediates=is_block
+  )
+  blocks = state['intermediates']
+  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]
+
+
+def first_layer() -> tuple[str, ...]:
+  """Names of the top-level parameters before the first block, which a model may have."""
+  positions = dict.fromkeys(name for entry in POSITIONS.values() for name in entry.params)
+  return ('embedding', 'stem', 'cls', 'registers', *positions, 'pre_norm')
+
+
+def last_layer() -> tuple[str, ...]:
+  """Names of the top-level parameters after the last block, which a model may have."""
+  pools = dict.fromkeys(name for entry in POOLS.values() for name in entry.params)
+  return ('norm', *pools, 'pre_logits', 'head')

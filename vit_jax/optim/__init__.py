@@ -1,0 +1,39 @@
+"""Losses, optimizers, schedules, and the plan of a run."""
+
+from vit_jax.optim.losses import LOSSES
+from vit_jax.optim.optimizers import (
+  FREEZE,
+  MOMENT_DTYPES,
+  OPTIMIZERS,
+  split_frozen,
+)
+from vit_jax.optim.plan import (
+  LATER_PEAK,
+  Stages,
+  Training,
+  announce,
+  image_stages,
+  num_steps,
+  plan_training,
+  training_recipe,
+  warmup_steps,
+)
+from vit_jax.optim.schedules import SCHEDULES
+
+__all__ = [
+  'FREEZE',
+  'LATER_PEAK',
+  'LOSSES',
+  'MOMENT_DTYPES',
+  'OPTIMIZERS',
+  'SCHEDULES',
+  'Stages',
+  'Training',
+  'announce',
+  'image_stages',
+  'num_steps',
+  'plan_training',
+  'split_frozen',
+  'training_recipe',
+  'warmup_steps',
+]

@@ -1,0 +1,274 @@
+"""The loop around the train step.
+
+Decisions:
+  * Metrics are read one step late, so that the device never waits for the host.
+  * A checkpoint is saved only once the loss of its step was read and found finite.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+import time
+
+from clu import platform
+import jax
+import tqdm
+
+from vit_jax import progress
+from vit_jax.data import Split, train_batches
+from vit_jax.distributed import (
+  Preempted,
+  Preemption,
+  batch_sharding,
+  few_devices,
+  from_first,
+  is_first,
+)
+from vit_jax.evaluation import make_eval_step, score_split
+from vit_jax.experiment import Experiment, division
+from vit_jax.optim import LATER_PEAK, Training, warmup_steps
+from vit_jax.training.meter import Meter
+from vit_jax.training.state import TrainState, start_state
+from vit_jax.training.step import TrainStep, make_train_step
+from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Run:
+  """The loop: from the newest checkpoint, or the beginning, to the end.
+
+  Attributes:
+    exp: what is trained.
+    training: on what and how, and from which weights.
+    mesh: of the devices.
+    records: metrics and result.
+    checkpoints: of the workdir.
+    preemption: whether the run is asked to stop.
+    notes: put into `result.json` as they are.
+  """
+
+  exp: Experiment
+  training: Training
+  mesh: jax.sharding.Mesh
+  records: Writer | Silent
+  checkpoints: Checkpoints
+  preemption: Preemption
+  notes: dict[str, object]
+
+  def __post_init__(self):
+    self.config = self.exp.config
+    self.eval_step = make_eval_step(self.exp, self.mesh)
+    self.began = time.perf_counter()  # of the whole run: moved back by what was done before
+
+  def run(self) -> dict:
+    """Trains to the end and writes `result.json`."""
+    few = few_devices(**division(self.config))
+    if few:
+      log.warning(few)
+    train_state, seconds = start_state(self.exp, self.training, self.mesh, self.checkpoints)
+    self.began -= seconds
+    start, steps = int(train_state.step), self.training.steps
+    if start < steps:
+      self.log_cycle()
+      train_state, scores = self.loop(train_state, start, steps)
+    else:
+      scores = self.evaluate_start(start, train_state)
+      if self.checkpoints.latest() is None:
+        self.save(train_state, scores)
+    return self.finish(train_state, scores)
+
+  def loop(self, train_state: TrainState, start: int, steps: int):
+    """Steps `start + 1` to `steps`; returns the state and the last scores."""
+    config, examples = self.config, self.training.train
+    over_batch = batch_sharding(self.mesh)
+    batches = train_batches(examples, config.batch_size, config.seed, start, over_batch)
+    scores = self.evaluate_start(start, train_state) if self.owes_evaluation(start) else {}
+    late = None
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(contextlib.closing(batches))  # which ends what reads them
+      batch, size = next(batches), self.size_of(start + 1)
+      train_step, meter = self.compile(train_state, batch, size), Meter()
+      bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
+      for step in range(start + 1, steps + 1):
+        if step > start + 1:
+          with meter.waiting():
+            batch = next(batches)
+        if self.size_of(step) != size:
+          meter.pause()
+          size = self.size_of(step)
+          train_step = self.compile(train_state, batch, size)
+          meter.go_on()
+        train_state, metrics = train_step(train_state, batch)
+        if step == start + 1:
+          jax.block_until_ready(metrics)  # once, for whoever waits for it
+          log.info('First step done.')
+        if late:
+          meter.add(*late)
+        late = step, metrics
+        bar.update()
+        stop = self.preemption.is_due() and step < steps
+        events = self.due(step)
+        if not events and not stop:
+          continue
+        meter.add(*late)
+        late = None
+        if 'log' in events:
+          self.log(step, meter.read(), bar)
+        if stop:  # an evaluation may take longer than there is time: the next start makes up for it
+          self.save(train_state, {})
+          self.checkpoints.wait()
+          raise Preempted(f'Asked to stop: step {step} of {steps} is saved.')
+        meter.pause()
+        if 'save' in events and not self.training.val:  # first: bad data would end the evaluation
+          self.save(train_state, {})
+        if 'eval' in events:
+          scores = self.evaluate(step, train_state)
+        if 'save' in events and self.training.val:
+          self.save(train_state, scores)
+        meter.go_on()
+    return train_state, scores
+
+  def log_cycle(self) -> None:
+    """Logs what the cycle that more epochs have added does."""
+    if not (cycles := self.training.cycles):
+      return
+    config, begin, end = self.config, cycles[-1], self.training.steps
+    warmup = warmup_steps(config, len(self.training.train), end - begin)
+    log.info(
+        'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s; crops '
+        'and flips only.', len(cycles) + 1, begin + 1, end, warmup,
+        LATER_PEAK * config.optimizer.lr, config.schedule.name,
+    )  # fmt: skip
+
+  def owes_evaluation(self, start: int) -> bool:
+    """Whether the run was asked to stop after a step that an evaluation is due after."""
+    due = start > 0 and 'eval' in self.due(start)
+    return due and not from_first(lambda: self.records.find(start, 'test'))
+
+  def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
+    """Evaluates the checkpoint that the run resumes from, which was saved before that."""
+    self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
+    scores = self.evaluate(start, train_state)
+    self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
+    return scores
+
+  def size_of(self, step: int) -> tuple[int, int]:
+    """(height, width) of the images of a step, the first being 1."""
+    return next(size for end, size in self.training.stages if step <= end)
+
+  def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
+    """Compiles ahead, so that images per second are those of training alone."""
+    began, exp = time.perf_counter(), self.exp.at(size)
+    with progress.announced('Compiling the training step ...'):
+      step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
+    seconds = time.perf_counter() - began
+    devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
+    log.info(
+        'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
+        seconds, *size, self.training.steps, devices,
+    )  # fmt: skip
+    platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
+    return step
+
+  def due(self, step: int) -> set[str]:
+    """What follows this step; a checkpoint needs the held-out score that it is chosen by."""
+    config, last = self.config, step == self.training.steps
+    every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
+    events = {name for name, n in every.items() if last or (n and step % n == 0)}
+    return events | {'eval'} if 'save' in events and self.training.val else events
+
+  def log(self, step: int, values: dict[str, float], bar: tqdm.tqdm) -> None:
+    """A line of training metrics."""
+    self.records.write(step, 'train', **values)
+    bar.set_postfix_str(
+      f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
+      f'{values["images_per_second"]:,.0f} images/s'
+    )
+
+  def evaluate(self, step: int, train_state: TrainState) -> dict[str, dict]:
+    """The scores of each split that is not trained on, written to the records."""
+    scores = {}
+    for split in ('val', 'test'):
+      examples = getattr(self.training, split)
+      if examples is None:
+        continue
+      values = self.score(train_state.eval_params, examples)
+      if train_state.ema is not None:  # the weights that are not averaged, to compare
+        raw = self.score(train_state.params, examples)
+        values |= {f'raw_{name}': raw[name] for name in ('loss', 'accuracy')}
+      self.records.write(step, split, **values)
+      log.info(
+          'Step %d: %s accuracy %.2f%%, loss %.4f on %d examples.',
+          step, split, 100 * values['accuracy'], values['loss'], values['examples'],
+      )  # fmt: skip
+      scores[split] = values
+    return scores
+
+  def score(self, params: dict, examples: Split) -> dict[str, float]:
+    """Loss and accuracies of these weights."""
+    return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
+
+  def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
+    """A checkpoint, with the held-out accuracy where there is one: never that on test."""
+    saved = self.exp.saved() | {
+      'cycles': self.training.cycles,
+      'seconds': time.perf_counter() - self.began,
+    }
+    self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
+
+  def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
+    """Writes `result.json`, once the last checkpoint is on disk."""
+    self.checkpoints.wait()
+    result = {
+      'test_accuracy': scores['test']['accuracy'],
+      'test_loss': scores['test']['loss'],
+      'examples': scores['test']['examples'],
+      'steps': int(train_state.step),
+      'seconds': round(time.perf_counter() - self.began, 1),
+      'params': sum(leaf.size for leaf in jax.tree.leaves(train_state.params)),
+      'config': self.exp.saved()['config'],
+    } | self.notes
+    if 'val' in scores:
+      result['val_accuracy'] = scores['val']['accuracy']
+      result |= from_first(lambda: self.last_and_best(result['steps']))
+    self.records.result(result)
+    return result
+
+  def last_and_best(self, last: int) -> dict[str, dict]:
+    """Step and accuracies of the last checkpoint, and of the best by validation accuracy."""
+
+    def accuracies(step):
+      splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}
+      found = {name: self.records.find(step, split) for name, split in splits.items()}
+      return {'step': step} | {name: line.get('accuracy') for name, line in found.items()}
+
+    return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
+
+
+def fit(
+  exp: Experiment,
+  training: Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  **notes: object,
+) -> dict:
+  """Runs the loop in a workdir, from where it stands there; returns its result.
+
+  Args:
+    exp: what is trained.
+    training: on what and how, and from which weights.
+    mesh: of the devices.
+    workdir: a folder that is held.
+    **notes: put into `result.json` as they are.
+  """
+  config, start = exp.config, latest_step(workdir)
+  with (
+    intact(workdir),
+    Preemption() as preemption,  # also while the others end
+    (Writer if is_first() else Silent)(workdir, start or 0) as records,
+    Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+  ):
+    return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()

@@ -1,0 +1,295 @@
+"""Hugging Face's models: `model.safetensors` and `config.json`.
+
+ViT, DeiT (its distillation token is our first register, with a position of its own), DINOv2 with
+and without registers. Every field of a config is read, or is one that changes no output, or is
+refused by name.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_jax.model import ViT
+from vit_jax.names import choose, pair
+from vit_jax.weights import hf_names
+from vit_jax.weights.formats import (
+  ODD,
+  Preprocessing,
+  Pretrained,
+  Weights,
+  load_json,
+  refuse,
+  upright,
+  write_params,
+)
+from vit_jax.weights.layouts import image_channels, rows
+
+
+def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
+  """The weights of a folder with a `config.json` of Hugging Face.
+
+  Raises:
+    ValueError: a model or a field of the config that this project does not have.
+  """
+  origin = str(folder)
+  choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
+  architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
+  kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
+  prefix, body_rows, defaults = hf_names.KINDS[kind]
+  unknown = sorted(set(config) - set(defaults) - hf_names.NEUTRAL)
+  if unknown or kind != config['model_type']:
+    raise ValueError(
+      f'{origin}/config.json: fields that this reader does not know: {", ".join(unknown)}.'
+      if unknown
+      else f'{origin}/config.json: {architecture} is not of model_type={config["model_type"]}.'
+    )
+  c = defaults | config
+  if c.get('use_swiglu_ffn'):
+    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: there is no SwiGLU here.')
+  patch, image = (
+    pair(c[name], f'{origin}/config.json: {name}') for name in ('patch_size', 'image_size')
+  )
+  ratio = c.get('mlp_ratio')
+  fields = dict(
+    num_classes=None,
+    patch_size=patch,
+    width=c['hidden_size'],
+    depth=c['num_hidden_layers'],
+    num_heads=c['num_attention_heads'],
+    mlp_dim=int(c['hidden_size'] * ratio) if ratio else c['intermediate_size'],
+    pool=pool,
+    activation=choose(f'{origin}/config.json: hidden_act', c['hidden_act'], hf_names.ACTIVATIONS),
+    norm_epsilon=c['layer_norm_eps'],
+    qkv_bias=c['qkv_bias'],
+  )
+  if kind == 'deit':
+    fields |= dict(num_registers=1, position_prefix='all')
+  if 'layerscale_value' in c:
+    fields['layer_scale'] = float(c['layerscale_value'])
+  if 'num_register_tokens' in c:
+    fields['num_registers'] = c['num_register_tokens']
+  labels = c.get('id2label')
+  if head:
+    fields['num_classes'] = len(labels) if labels else c.get('num_labels', 2)
+    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
+  grid = image[0] // patch[0], image[1] // patch[1]
+  return Weights(
+    origin=origin,
+    arrays=arrays,
+    rows=rows([*body_rows, *head], fields['depth']),
+    fields=fields,
+    channels=c['num_channels'],
+    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
+    grid=grid,
+    class_names=class_names(labels, origin) if head and labels else None,
+    ignored=hf_names.IGNORED,
+  )
+
+
+def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
+  """`id2label` in the order of the ids; None for names that the library made up.
+
+  Raises:
+    ValueError: ids that don't count from 0.
+  """
+  ids = [str(i) for i in range(len(labels))]
+  if set(labels) != set(ids):
+    raise ValueError(f'{origin}/config.json: id2label: expected the ids 0 to {len(ids) - 1}.')
+  names = tuple(str(labels[key]) for key in ids)
+  return None if names == tuple(f'LABEL_{i}' for i in range(len(names))) else names
+
+
+def preprocessing(
+  folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
+) -> Preprocessing:
+  """What `preprocessor_config.json` says, or the kind's default where there is none.
+
+  Its own size counts, where patches divide it: DINOv2's positions are for 518 pixels, and its
+  images are to be of 224.
+  """
+  path = folder / 'preprocessor_config.json'
+  if not path.is_file():
+    if kind == 'vit':
+      return Preprocessing(size, interpolation='bilinear', stretch=True)
+    return Preprocessing(size, **hf_names.IMAGENET, interpolation='bicubic', crop=224 / 256)
+  p = load_json(path)
+  try:
+    found = processing(p, size, str(path))
+  except ODD as error:
+    raise ValueError(f'{path}: an unexpected value ({error!r}).') from error
+  fits = all(n % d == 0 for n, d in zip(found.size, patch))
+  return found if fits else dataclasses.replace(found, size=size)
+
+
+def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
+  """What the config of an image processor asks for; `size` where it leaves that open.
+
+  Raises:
+    ValueError: pixels that are not scaled to [0, 1].
+  """
+  if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
+    raise ValueError(f'{origin}: rescale_factor: expected pixels divided by 255.')
+  normal = p.get('do_normalize', True)
+  resized, cropped = p.get('size', 224), p.get('crop_size')
+  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
+  crop = 1.0
+  if cropped is not None and p.get('do_center_crop', True):
+    crop = min(edge(cropped) / edge(resized), 1.0)
+    size = both(cropped)
+  elif stretch and 'size' in p:
+    size = both(resized)
+  return Preprocessing(
+    size,
+    tuple(p['image_mean']) if normal else (0.0,),
+    tuple(p['image_std']) if normal else (1.0,),
+    choose(f'{origin}: resample', p.get('resample', 2), hf_names.RESAMPLING),
+    crop,
+    stretch,
+  )
+
+
+def edge(size) -> int:
+  """The shorter edge that a processor's size asks for."""
+  if isinstance(size, dict):
+    return size.get('shortest_edge') or min(size['height'], size['width'])
+  return size if isinstance(size, int) else min(size)
+
+
+def both(size) -> tuple[int, int]:
+  """(height, width) of a processor's size."""
+  return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
+
+
+def architecture(model: ViT) -> str:
+  """The architecture that can hold a model.
+
+  Raises:
+    ValueError: there is none; the message names what stands in the way.
+  """
+  activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
+  refuse('hf', model, hf_names.PLAIN | {'activation': activations})
+  headed = model.num_classes is not None
+  if model.layer_scale is not None:
+    pools, prefixes = ('cls_gap',), ('cls',)
+    kind = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
+  elif model.num_registers:
+    pools, prefixes, kind = ('cls', 'distilled'), ('all',), 'DeiT'
+    refuse(f'hf ({kind})', model, {'num_registers': (1,)})
+  else:
+    pools, prefixes, kind = ('cls',), ('cls', 'all'), 'ViT'
+  if not headed:
+    pools, suffix = (*pools, 'none'), 'Model'
+  else:
+    suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
+  refuse(f'hf ({kind})', model, {'pool': pools, 'position_prefix': prefixes, 'has_class': (True,)})
+  if model.head_size * model.num_heads != model.width:
+    refuse(f'hf ({kind})', model, {'head_dim': (None, model.width // model.num_heads)})
+  return kind + suffix
+
+
+def save_hf(
+  model: ViT,
+  params: dict,
+  folder: pathlib.Path,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
+
+  Raises:
+    ValueError: a model that no architecture of theirs can hold.
+  """
+  name = architecture(model)
+  kind, _, head = hf_names.ARCHITECTURES[name]
+  prefix, body_rows, _ = hf_names.KINDS[kind]
+  if head:
+    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
+  arrays = write_params(rows([*body_rows, *head], model.depth), params)
+  same = model.patch_size[0] == model.patch_size[1]
+  config = dict(
+    architectures=[name],
+    model_type=kind,
+    hidden_size=model.width,
+    num_hidden_layers=model.depth,
+    num_attention_heads=model.num_heads,
+    hidden_act=next(
+      theirs for theirs, ours in hf_names.ACTIVATIONS.items() if ours == model.activation
+    ),
+    layer_norm_eps=model.norm_epsilon,
+    image_size=list(preprocessing.size),
+    patch_size=model.patch_size[0] if same else list(model.patch_size),
+    num_channels=params['embedding']['kernel'].shape[2],
+    qkv_bias=model.qkv_bias,
+  )
+  if kind.startswith('dinov2'):
+    ratio = model.mlp_dim / model.width
+    config |= dict(mlp_ratio=int(ratio) if ratio.is_integer() else ratio)
+    config |= dict(layerscale_value=model.layer_scale)
+    if model.num_registers:
+      config['num_register_tokens'] = model.num_registers
+  else:
+    config['intermediate_size'] = model.mlp_dim
+  if head:
+    names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
+    config['id2label'] = {str(i): name for i, name in enumerate(names)}
+    config['label2id'] = {name: i for i, name in enumerate(names)}
+  processor = processor_config(preprocessing, config['num_channels'])
+  save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  text = json.dumps(processor, indent=2) + '\n'
+  (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
+
+
+def processor_config(p: Preprocessing, channels: int) -> dict:
+  """What their image processors read.
+
+  Raises:
+    ValueError: images that they can't prepare.
+  """
+  height, width = p.size
+  if height != width and not p.stretch:
+    raise ValueError(
+      f'hf: its image processors cut squares only, and images here are {height}x{width}: save '
+      'with a preprocessing that has stretch=True, or as timm.'
+    )
+  resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
+  config = dict(
+    image_processor_type='ViTImageProcessor',
+    do_resize=True,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
+    image_std=list(p.std) * (channels if len(p.std) == 1 else 1),
+    resample=next(
+      number for number, name in hf_names.RESAMPLING.items() if name == p.interpolation
+    ),
+    size=resized,
+  )
+  if not p.stretch or p.crop < 1:  # cut to size after scaling
+    config |= dict(
+      image_processor_type='BitImageProcessor',
+      do_center_crop=True,
+      crop_size={'height': height, 'width': width},
+      size=resized if p.stretch else {'shortest_edge': min(resized.values())},
+    )
+  return config
+
+
+def run_hf(loaded: Pretrained) -> str:
+  """With transformers."""
+  headed = loaded.model.num_classes is not None
+  kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
+  show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
+  return f"""from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, {kind}
+
+processor = AutoImageProcessor.from_pretrained('.')
+model = {kind}.from_pretrained('.')
+{upright(image_channels(loaded.params))}
+inputs = processor(image, return_tensors='pt')
+{show if headed else 'print(model(**inputs).last_hidden_state)'}"""

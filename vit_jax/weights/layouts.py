@@ -1,0 +1,136 @@
+"""How arrays of another code base lie beside ours: a table of names, read in both directions.
+
+A row of a table says which of our parameters are which of theirs, and by which `Layout`:
+
+  ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.model import ViT
+
+Arrays = list[np.ndarray]
+
+
+class Layout(NamedTuple):
+  """How arrays of ours lie in theirs.
+
+  Attributes:
+    read: `(theirs, shapes of ours) -> ours`.
+    write: `ours -> theirs`, its inverse.
+  """
+
+  read: Callable[[Arrays, list[tuple[int, ...]]], Arrays]
+  write: Callable[[Arrays], Arrays]
+
+
+class Row(NamedTuple):
+  """Our names, theirs, and the layout between them."""
+
+  ours: tuple[str, ...]
+  theirs: tuple[str, ...]
+  layout: Layout
+
+
+SAME = Layout(lambda theirs, shapes: theirs, lambda ours: ours)
+
+VECTOR = Layout(  # a bias `[K, E]`, flat
+  lambda theirs, shapes: [theirs[0].reshape(shapes[0])],
+  lambda ours: [ours[0].reshape(-1)],
+)
+
+CONV = Layout(  # `[h, w, C, D]`; PyTorch's is `[D, C, h, w]`
+  lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
+  lambda ours: [ours[0].transpose(3, 2, 0, 1)],
+)
+
+
+def linear(axes: int = 1) -> Layout:
+  """PyTorch's `[outputs, inputs]`; our first `axes` axes are inputs, the others outputs."""
+
+  def write(ours):
+    inputs = int(np.prod(ours[0].shape[:axes]))
+    return [ours[0].reshape(inputs, -1).T]
+
+  return Layout(lambda theirs, shapes: [theirs[0].T.reshape(shapes[0])], write)
+
+
+def fused(inner: Layout) -> Layout:
+  """Several of ours one after the other along their first axis, as PyTorch fuses q, k and v."""
+
+  def read(theirs, shapes):
+    parts = np.split(theirs[0], len(shapes))
+    return [inner.read([part], [shape])[0] for part, shape in zip(parts, shapes)]
+
+  return Layout(read, lambda ours: [np.concatenate([inner.write([x])[0] for x in ours])])
+
+
+STACKED = Layout(  # one of ours a block, along a leading axis, as scanned layers keep them
+  lambda theirs, shapes: list(theirs[0]),
+  lambda ours: [np.stack(ours)],
+)
+
+
+def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
+  """The rows of a PyTorch `Linear`; our first `axes` axes are inputs."""
+  return [
+    (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
+    (f'{ours}/bias', f'{theirs}.bias', VECTOR),
+  ]
+
+
+def torch_norm(ours: str, theirs: str) -> list[tuple]:
+  """The rows of a PyTorch `LayerNorm`."""
+  return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
+
+
+def rows(table: Iterable[tuple], depth: int) -> list[Row]:
+  """The rows of a table; one with `{i}` in its names once for each block."""
+  found = []
+  for ours, theirs, layout in table:
+    ours, theirs = ((x,) if isinstance(x, str) else x for x in (ours, theirs))
+    for i in range(depth) if '{i}' in ours[0] else (0,):
+      row = ([name.replace('{i}', str(i)) for name in names] for names in (ours, theirs))
+      found.append(Row(*map(tuple, row), layout))
+  return found
+
+
+def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+  """`{'block_0/mlp/up/kernel': (48, 192), ...}` of the model's parameters, for (H, W, C)."""
+  init = functools.partial(model.init, jax.random.key(0))
+  return shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+
+
+def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
+  """The shape of every leaf, by its path."""
+  return {name: tuple(leaf.shape) for name, leaf in flatten_params(tree).items()}
+
+
+def image_channels(params: dict) -> int:
+  """Of the images that parameters are for; 3 where the first layer's are missing."""
+  kernel = params.get('stem', {}).get('conv_root', params.get('embedding', {})).get('kernel')
+  return 3 if kernel is None else kernel.shape[2]
+
+
+def flatten_params(tree: dict) -> dict[str, np.ndarray]:
+  """`{'block_0/mlp/up/kernel': ..., ...}`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def unflatten_params(flat: Mapping[str, np.ndarray]) -> dict:
+  """The inverse of `flatten_params`."""
+  tree = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree

@@ -1,0 +1,205 @@
+"""Programs: the model with its weights and its preprocessing, in one file that others run.
+
+Both formats take one argument, uint8 `[b, H, W, C]` with any `b`: images that were brought to
+H x W before, as `model.json` beside the file says. Both give float32 logits `[b, L]`, or the pooled
+features where the model has no head.
+
+Decisions:
+  * Logits: probabilities are one softmax away from them, and there is no way back.
+  * The computation is float32, also where training's was bfloat16. StableHLO asks for all of its
+    bits: by default a GPU's or a TPU's products take fewer.
+  * `backend.portable`: the program does not hang on the machine that it was written on.
+  * JAX 0.4.36 and later converts to ONNX by no other way than `jax2onnx`: what tf2onnx took,
+    `jax2tf` without XLA, is gone. What it writes is compared with JAX before it is kept.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import logging
+import pathlib
+
+import jax
+from jax import export
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.augment import normalize
+from vit_jax.distributed import portable
+from vit_jax.model import ViT
+from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
+from vit_jax.weights.layouts import image_channels
+
+Program = Callable[[jax.Array], jax.Array]
+
+PLATFORMS = ('cpu', 'cuda', 'tpu')
+LIMIT = 2**31  # bytes that a serialized program may have
+TOLERANCE = 1e-4  # of ONNX's logits against JAX's, where these are about 1
+
+CONVERTER = (
+  'onnx: the converter is not installed (%s). Next to requirements.txt it takes\n'
+  '    pip install --no-deps -r requirements-onnx.txt'
+)
+
+
+def make_program(model: ViT, params: dict, preprocessing: Preprocessing) -> tuple[Program, tuple]:
+  """The program, and the (H, W, C) of its images."""
+  model, p = model.clone(dtype=jnp.float32, remat='none'), preprocessing
+
+  def program(image_BHWC):
+    image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
+    return model.apply({'params': params}, image_BHWC)
+
+  return program, (*(p.stored_size or p.size), image_channels(params))
+
+
+def save_stablehlo(
+  model: ViT,
+  params: dict,
+  folder: pathlib.Path,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """Writes `model.stablehlo`, what `jax.export` serializes, and `model.json`.
+
+  Raises:
+    ValueError: more parameters than a file holds.
+  """
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  if size >= LIMIT - 2**24:
+    raise ValueError(
+      f'stablehlo: a file holds less than 2 GiB, and the parameters are {size / 2**30:.1f} GiB: '
+      'take another format.'
+    )
+  program, image_shape = make_program(model, params, preprocessing)
+  (batch,) = export.symbolic_shape('b')
+  image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+  with portable(), jax.default_matmul_precision('highest'):
+    exported = export.export(jax.jit(program), platforms=PLATFORMS)(image)
+  (folder / 'model.stablehlo').write_bytes(exported.serialize())
+  write_about(folder, model, exported.out_avals[0].shape, image_shape, preprocessing, class_names)
+
+
+def save_onnx(
+  model: ViT,
+  params: dict,
+  folder: pathlib.Path,
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """Writes `model.onnx` (beside it, of large models, `model.onnx.data`), and `model.json`.
+
+  Raises:
+    ValueError: the converter is missing, or what it wrote gives something else.
+  """
+  with quiet('jax2onnx', 'onnx_ir'):
+    try:
+      from jax2onnx import to_onnx
+      import onnxruntime
+    except ImportError as error:
+      raise ValueError(CONVERTER % error) from error
+    program, image_shape = make_program(model, params, preprocessing)
+    (batch,) = export.symbolic_shape('b')
+    image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
+    path, name = folder / 'model.onnx', output_name(model)
+    try:
+      with portable():
+        to_onnx(
+          program,
+          [image],
+          model_name='vit_jax',
+          return_mode='file',
+          output_path=str(path),
+          input_names=['image'],
+          output_names=[name],
+        )
+    except Exception as error:  # a young converter's are of many kinds
+      raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
+  session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+  image_BHWC = np.random.RandomState(0).randint(0, 256, (2, *image_shape), np.uint8)
+  (theirs,) = session.run(None, {'image': image_BHWC})
+  ours = np.asarray(program(image_BHWC))
+  error = np.abs(theirs - ours).max() / max(1, np.abs(ours).max())
+  if not error <= TOLERANCE:  # which NaN is not either
+    raise ValueError(
+      f'onnx: the converted model gives other {name} than this one, by {error:.1g}: keep to the '
+      'versions of requirements-onnx.txt, or take another format.'
+    )
+  write_about(folder, model, ours.shape, image_shape, preprocessing, class_names)
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+  """Hears no warnings of these loggers: the converter has one for each of many values."""
+  loggers = [logging.getLogger(name) for name in names]
+  before = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    for logger, level in zip(loggers, before):
+      logger.setLevel(level)
+
+
+def output_name(model: ViT) -> str:
+  """What the program gives."""
+  return 'features' if model.num_classes is None else 'logits'
+
+
+def write_about(
+  folder: pathlib.Path,
+  model: ViT,
+  output_shape: tuple,
+  image_shape: tuple[int, int, int],
+  preprocessing: Preprocessing,
+  class_names: tuple[str, ...] | None,
+) -> None:
+  """`model.json`: what goes in, how files are brought to that, and what comes out."""
+  p = preprocessing
+  about = {
+    'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *image_shape]},
+    'resize': {'interpolation': p.interpolation, 'crop': p.crop, 'stretch': p.stretch},
+    'output': {
+      'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *output_shape[1:]],
+    },
+    'class_names': class_names,
+  }  # fmt: skip
+  (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')
+
+
+def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
+  """For `model.json` and a file of a program."""
+  p, channels = loaded.preprocessing, image_channels(loaded.params)
+  axes = 'None, ..., None' if channels == 1 else 'None'
+  lines = [
+    imports,
+    'from PIL import Image, ImageOps\n',
+    read,
+    prepare_lines(p, channels, p.stored_size or p.size),
+    call.replace('IMAGE', f'np.asarray(image)[{axes}]'),
+  ]
+  if loaded.class_names:
+    names = "json.load(open('model.json'))['class_names']"
+    return '\n'.join([*lines, f'print({names}[output.argmax()])'])
+  return '\n'.join([*lines, 'print(output)'])
+
+
+def run_stablehlo(loaded: Pretrained) -> str:
+  """With JAX alone."""
+  return python_program(
+    loaded,
+    'import json\n\nimport jax.export\nimport numpy as np',
+    "model = jax.export.deserialize(open('model.stablehlo', 'rb').read())",
+    'output = np.asarray(model.call(IMAGE))[0]',
+  )
+
+
+def run_onnx(loaded: Pretrained) -> str:
+  """With onnxruntime."""
+  return python_program(
+    loaded,
+    'import json\n\nimport numpy as np\nimport onnxruntime',
+    "model = onnxruntime.InferenceSession('model.onnx')",
+    "output = model.run(None, {'image': IMAGE})[0][0]",
+  )

@@ -1,0 +1,246 @@
+"""What lies at a path, or on the Hub under a name, as `Weights`.
+
+safetensors and `np.load` without pickle only: what could run code is refused. What lies at a path
+decides how it is read.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import logging
+import pathlib
+import re
+import typing
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from vit_jax import config as config_lib
+from vit_jax.model import ViT, attributes, make
+from vit_jax.names import local, pair
+from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_json
+from vit_jax.weights.hf import read_hf, run_hf, save_hf
+from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
+from vit_jax.weights.npz import is_npz, read_npz, run_npz, save_npz
+from vit_jax.weights.program import run_onnx, run_stablehlo, save_onnx, save_stablehlo
+from vit_jax.weights.timm import read_timm, run_timm, save_timm
+from vit_jax.workdir import load_checkpoint
+
+log = logging.getLogger(__name__)
+
+PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
+FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # of a Hub repository
+INDEX = 'model.safetensors.index.json'  # where the weights are in several files
+TORCH = ('*.safetensors', '*.index.json')
+
+
+def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
+  """What lies at a path, or on the Hub under that name, as it is.
+
+  Args:
+    path: see `load`.
+    step: which checkpoint of a workdir, as in `stored.preferred`.
+
+  Raises:
+    ValueError: nothing that can be read; the message says what would be.
+  """
+  place = local(path)
+  if (place / 'checkpoints').is_dir():
+    return read_checkpoint(place, step)
+  if place.parent.name == 'checkpoints' and place.name.isdigit():
+    return read_checkpoint(place.parent.parent, place.name)
+  if place.exists():
+    return read_place(place, str(path))
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
+    return read_place(download(str(path)), str(path))
+  raise ValueError(f'{path}: there is no such file or folder.')
+
+
+def read_place(place: pathlib.Path, origin: str) -> Weights:
+  """A file or a folder of one of `FORMATS`, of which the last ones are asked first.
+
+  Raises:
+    ValueError: none of them knows it.
+  """
+  if place.suffix in PICKLES and place.is_file():
+    raise ValueError(
+      f'{place}: {place.suffix} files can run code when they are opened and are not read. Take the '
+      'safetensors or npz file of the same weights, or write one: '
+      'safetensors.torch.save_file(state_dict, "model.safetensors").'
+    )
+  for entry in reversed(FORMATS.values()):
+    if entry.reads is not None and entry.reads(place):
+      return dataclasses.replace(entry.read(place), origin=origin)
+  if not place.is_dir():
+    raise ValueError(f'{place}: expected .npz, .safetensors, or a folder.')
+  names = ', '.join(sorted(p.name for p in place.iterdir())[:8]) or 'nothing'
+  raise ValueError(
+    f'{origin}: found no weights: expected checkpoints/, or config.json with *.safetensors, or one '
+    f'*.npz; there is {names}.'
+  )
+
+
+def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
+  """Whether these are safetensors with a `config.json`, of timm, whose has an `architecture`."""
+  if place.is_file():
+    return place.suffix == '.safetensors' and of_timm == is_of_timm(place.parent)
+  known = (place / 'config.json').is_file() and any(place.glob('*.safetensors'))
+  return known and of_timm == is_of_timm(place)
+
+
+def is_of_timm(folder: pathlib.Path) -> bool:
+  """Whether a folder's `config.json` is timm's."""
+  file = folder / 'config.json'
+  return file.is_file() and 'architecture' in load_json(file)
+
+
+def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a model that lies at a path.
+
+  Raises:
+    ValueError: an index that names none.
+  """
+  if place.is_file():
+    return [place]
+  if (place / INDEX).is_file():
+    index = load_json(place / INDEX).get('weight_map')
+    if not isinstance(index, dict):
+      raise ValueError(f'{place / INDEX}: expected a weight_map, from names to files.')
+    return [place / name for name in sorted(set(index.values()))]
+  files = sorted(place.glob('*.safetensors'))
+  return [f for f in files if f.name == 'model.safetensors'] or files
+
+
+def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
+  """safetensors and the `config.json` beside them.
+
+  Args:
+    place: a file, or a folder.
+    read: `(folder, config, arrays) -> Weights`.
+
+  Raises:
+    ValueError: a damaged file, or a config of another model than this project has.
+  """
+  arrays, folder = {}, place.parent if place.is_file() else place
+  for file in safetensors(place):
+    arrays |= load_arrays(file)
+  config = load_json(folder / 'config.json')
+  try:
+    found = read(folder, config, arrays)
+  except ODD as error:
+    raise ValueError(f'{folder}/config.json: an unexpected value ({error!r}).') from error
+  check_kinds(found.fields, f'{folder}/config.json')
+  found.preprocessing.check(found.channels, f'{folder}: the config of its images')
+  if found.class_names and len(found.class_names) != found.fields['num_classes']:
+    raise ValueError(
+      f'{folder}/config.json: {len(found.class_names)} class names for '
+      f'{found.fields["num_classes"]} classes.'
+    )
+  return found
+
+
+PLAIN = {int, float, bool, str, type(None)}
+
+
+def check_kinds(fields: dict, origin: str) -> None:
+  """Raises ValueError for an attribute of a `ViT` that is of another kind, as '12' for 12."""
+  for name, hint in typing.get_type_hints(ViT).items():
+    kinds, value = typing.get_args(hint) or (hint,), fields.get(name)
+    kinds += (int,) * (float in kinds) + (type(None),)
+    plain = typing.get_origin(hint) is not tuple and set(kinds) <= PLAIN
+    if plain and type(value) not in kinds:
+      raise ValueError(
+        f'{origin}: an unexpected value: {name} is {value!r}, expected {kinds[0].__name__}.'
+      )
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of a safetensors file.
+
+  Raises:
+    ValueError: missing or damaged.
+  """
+  try:
+    return load_file(path)
+  except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{path}: no safetensors file, or a damaged one ({error}).') from error
+
+
+def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
+  """This project's own: the averaged weights where the run keeps them."""
+  step, params, saved = load_checkpoint(workdir, step)
+  config, task = saved['config'], saved['task']
+  data, class_names = config['data'], tuple(task['class_names'])
+  fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
+  if fields.get('patch_size'):
+    fields['patch_size'] = pair(fields['patch_size'])
+  with config_lib.naming_imports(saved):
+    model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
+  size = pair(data['image_size'])
+  whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
+  wanted = param_shapes(model, (*size, task['channels']))
+  arrays = flatten_params(params)
+  return Weights(
+    origin=str(workdir),
+    arrays=arrays,
+    rows=[Row((name,), (name,), SAME) for name in sorted(wanted)],
+    fields=attributes(model),
+    channels=task['channels'],
+    preprocessing=Preprocessing(
+      size,
+      tuple(data['mean']),
+      tuple(data['std']),
+      data.get('interpolation', 'bicubic'),
+      1.0 if whole else data.get('crop', 1.0),
+      not whole and data.get('stretch', False),
+      tuple(task['stored_size']) if whole else None,
+    ),
+    grid=(size[0] // model.patch_size[0], size[1] // model.patch_size[1]),
+    class_names=class_names,
+    run=saved | {'step': step},
+  )
+
+
+def download(name: str) -> pathlib.Path:
+  """The folder of a Hub repository in the Hub's own cache, fetched where it is not there.
+
+  Raises:
+    ValueError: no such repository, no network and not in the cache, or no safetensors in it.
+  """
+  from huggingface_hub import snapshot_download
+
+  log.info('%s is no file or folder here: looking for it on the Hugging Face Hub ...', name)
+  try:
+    folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
+  except Exception as error:  # the Hub's client and its transports raise many kinds
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise ValueError(
+      f'{name}: there is no such file or folder here. Taken for the name of a repository on the '
+      f'Hugging Face Hub, it could not be fetched either: {reason}'
+    ) from error
+  return pathlib.Path(folder)
+
+
+# By the name that --format has. A new one is an entry.
+FORMATS = {
+  'npz': Format(save_npz, run_npz, ('*.npz',), is_npz, read_npz, holds_names=False),
+  'hf': Format(
+    save_hf,
+    run_hf,
+    TORCH,
+    functools.partial(is_torch, of_timm=False),
+    functools.partial(read_torch, read=read_hf),
+    library='transformers',
+  ),
+  'timm': Format(
+    save_timm,
+    run_timm,
+    TORCH,
+    functools.partial(is_torch, of_timm=True),
+    functools.partial(read_torch, read=read_timm),
+    library='timm',
+  ),
+  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), enlarges=True),
+  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), enlarges=True),
+}

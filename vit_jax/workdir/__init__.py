@@ -1,0 +1,43 @@
+"""What a run keeps on disk."""
+
+from vit_jax.workdir.checkpoint import Checkpoints, intact
+from vit_jax.workdir.lock import held
+from vit_jax.workdir.stored import (
+  latest_step,
+  load_checkpoint,
+  newest_config,
+  restore_item,
+  saved_steps,
+  set_aside_damaged,
+)
+from vit_jax.workdir.trained import (
+  TrainingFiles,
+  check_untrained,
+  find_training_files,
+  leave_out_trained,
+  training_files_of,
+)
+from vit_jax.workdir.writer import DETAILS, Silent, Writer, read_json, read_metrics, write_json
+
+__all__ = [
+  'DETAILS',
+  'Checkpoints',
+  'Silent',
+  'TrainingFiles',
+  'Writer',
+  'check_untrained',
+  'find_training_files',
+  'held',
+  'intact',
+  'latest_step',
+  'leave_out_trained',
+  'load_checkpoint',
+  'newest_config',
+  'read_json',
+  'read_metrics',
+  'restore_item',
+  'saved_steps',
+  'set_aside_damaged',
+  'training_files_of',
+  'write_json',
+]

@@ -1,0 +1,79 @@
+"""One run at a time writes into a workdir."""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import pathlib
+from typing import IO
+
+from vit_jax.distributed import from_first
+from vit_jax.workdir import writer
+
+log = logging.getLogger(__name__)
+
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds a workdir, made where there is none, so that one run at a time writes into it.
+
+  Process 0 holds it for all. What this made is removed again if the block writes nothing. A
+  read-only workdir is not held, since nothing can be written into it.
+
+  Raises:
+    ValueError: another run, in this process or another, holds it.
+  """
+  with contextlib.ExitStack() as stack:
+    from_first(lambda: stack.enter_context(_held(workdir)))
+    yield
+
+
+@contextlib.contextmanager
+def _held(workdir: pathlib.Path) -> Iterator[None]:
+  made = [path for path in (workdir / 'log.txt', workdir, *workdir.parents) if not path.exists()]
+  file = lock(workdir)
+  try:
+    yield
+  finally:
+    if file is not None:
+      with contextlib.suppress(OSError):  # a folder with something in it stays
+        for path in made:
+          if path.is_dir():
+            path.rmdir()
+          elif not path.stat().st_size:
+            path.unlink()
+      file.close()
+
+
+def lock(workdir: pathlib.Path) -> IO | None:
+  """Opens and locks `log.txt` until it is closed; None where it can't be written.
+
+  Raises:
+    ValueError: another run has it locked.
+  """
+  while True:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      file = (workdir / 'log.txt').open('a', encoding='utf-8')
+    except OSError as error:
+      if error.errno in UNWRITABLE:
+        return None
+      raise
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.close()
+      raise ValueError(
+        f'{workdir}: another run is writing here. Wait for its end, or give another --workdir.'
+      ) from error
+    except OSError as error:  # some network file systems have no locks
+      writer.LOG.info('%s can not be locked (%s): start one run at a time here.', file.name, error)
+      return file
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+        return file
+    file.close()  # the run that had it locked has removed it since
