@@ -19,12 +19,13 @@ import pytest
 
 from tests.conftest import ROOT
 from vit_jax import cli
-from vit_jax.inference import page as page_lib
-from vit_jax.inference import prediction, server
+from vit_jax.inference import prediction
 
 pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
 browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
+page_lib = pytest.importorskip('vit_jax.inference.page')
+server = pytest.importorskip('vit_jax.inference.server')
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), ''
