@@ -396,3 +396,10 @@ def test_enlarging_is_bicubic_as_in_pillow():
   want = Image.fromarray(grey).resize((24, 12), Image.Resampling.BICUBIC)
   # Away from the border: there the two extend the image differently.
   np.testing.assert_allclose(255 * out[0, 4:-4, 6:-6, 0], np.asarray(want)[4:-4, 6:-6], atol=0.01)
+
+
+def test_mixup_and_cutmix_have_an_alpha_each():
+  images = np.zeros((256, 8, 8, 3), np.uint8)
+  _, own = mix(KEYS, images, 1.0, mixup_alpha=1e-3, cutmix_alpha=1e4, switch=0.5)
+  # A large alpha makes the weight a half. Whole pixels make cutmix's rectangle smaller than that.
+  assert not (np.abs(np.asarray(own) - 0.5) < 0.05).any()

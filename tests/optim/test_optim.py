@@ -257,3 +257,24 @@ def test_what_is_frozen():
   )
   with pytest.raises(ValueError, match='freeze: unknown'):
     optimizers.split_frozen(params, 'head')
+
+
+def test_muon_passes_both_decays_to_the_adam_of_biases():
+  params = {'block_0': {'up': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}}
+  gradients = [
+    jax.tree.map(lambda x, size=size: size * jnp.ones_like(x), params) for size in (1, 3)
+  ]
+  updates = []
+  for b2 in (0.9, 0.99):
+    optimizer = optimizers.make_optimizer(
+      'muon', lambda _: 0.1, clip=0.0, weight_decay=0.0, b1=0.8, b2=b2, momentum=0.9
+    )
+    state = optimizer.init(params)
+    for gradient in gradients:
+      update, state = optimizer.update(gradient, state, params)
+    updates.append(float(update['block_0']['up']['bias'][0]))
+    moment = 0.8 * 0.2 * 1 + 0.2 * 3
+    first = 0.8 * moment / (1 - 0.8**3) + 0.2 * 3 / (1 - 0.8**2)  # Nesterov's
+    second = (b2 * (1 - b2) * 1 + (1 - b2) * 9) / (1 - b2**2)
+    assert updates[-1] == pytest.approx(-0.1 * first / second**0.5, rel=1e-4)
+  assert updates[0] != updates[1]

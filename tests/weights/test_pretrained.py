@@ -673,3 +673,15 @@ def test_hybrids_reduce_the_image_as_their_names_say():
     assert shapes['pos_embedding'].shape[1] == (224 // patch) ** 2 + 1
   with pytest.raises(ValueError, match='must be a multiple of 16'):
     variants.make('R50+B/8', 10)
+
+
+def test_a_processor_that_names_no_filter_is_bilinear_as_in_transformers():
+  about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 32}
+  assert hf.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
+
+
+def test_npz_refuses_an_epsilon_that_it_has_no_place_for(tmp_path):
+  model = vit_jax.make('tiny', 3, norm_epsilon=1e-5)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  with pytest.raises(ValueError, match='norm_epsilon'):
+    vit_jax.save(model, params, tmp_path, format='npz')
