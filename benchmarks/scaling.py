@@ -5,7 +5,7 @@
 `alike`: `main.py` as 1 process of 4 devices, 2 of 2 and 4 of 1, over loopback: 50 losses of each,
 beside those of the first, and how many test images were counted. `measured`: 1, 2 and 4 processes
 of a device each with the same work for each. `modelled`: what a chip of 8 to 512 sends in a step,
-from the collectives of `results/pods.json`, against the time of its products: docs/scaling.md.
+from the collectives of `results/pods.json`, against the time of its products: docs/benchmarks.md.
 """
 
 import argparse
