@@ -3,8 +3,8 @@
     python tests/prose.py                  # the whole project: counts by folder
     python tests/prose.py README.md -v     # one file, each phrase and long sentence with its line
 
-It reads Markdown, notebooks, docstrings, comments and the strings that read like prose. It is an aid for
-rereading: a text without hits can still be hard to read. `tests/test_docs.py` holds the limits.
+It reads Markdown, notebooks, docstrings, comments and strings of at least four words. It is an aid
+for rereading: a text without hits can still be hard to read. `tests/test_docs.py` holds the limits.
 """
 
 import ast
@@ -16,13 +16,19 @@ import sys
 import tokenize
 
 LONGEST = 25  # words in a sentence
+SENTENCE_END = re.compile(r'(?<=[.!?;:])["\')*]*\s+(?=["\'(*\[]*[A-Z0-9])')
 
 PHRASES = {
   'resume': r'\b(?:go|goes|going|went|gone) on\b',
   'default / otherwise': r'\b(?:else|otherwise) (?:it is|they are) (?:that|those)\b',
-  'reported / logged': r'\b(?:is|are|was|were|be) said\b|\bsays (?:so|which|why|what)\b|\band said\b',
+  'reported / logged': (
+    r'\b(?:is|are|was|were|be) said\b|\bsays (?:so|which|why|what)\b|\band said\b'
+  ),
   'headless pronoun': r'\b(?:that|those) (?:of|which|that|who|where|it|they)\b',
-  'fragment on "of"': r'(?:^|[.;:]\s+|[#"\']\s*)(?:Of|of) (?:the|a|an|all|each|what|which|its|this|these)\b',
+  'fragment on "of"': (
+    r'(?:^|[.;:]\s+|[#"\']\s*)'
+    r'(?:Of|of) (?:the|a|an|all|each|what|which|its|this|these)\b'
+  ),
   'no X / not available': r'\b(?:is|are|was|be) (?:none|no)\b',
   'besides / next to': r'\bbeside\b',
   'again': r'\banew\b',
@@ -62,12 +68,12 @@ def comments(source):
 
 
 def strings(source):
-  """Yields (line, text) of strings with at least four words; a value in an f-string reads as one word."""
+  """Yields (line, text) of strings of at least four words; a value in an f-string is one word."""
   inside = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.JoinedStr):
       inside |= {id(value) for value in node.values}
-      text = ''.join(getattr(value, 'value', '') if isinstance(value, ast.Constant) else 'X' for value in node.values)
+      text = ''.join(v.value if isinstance(v, ast.Constant) else 'X' for v in node.values)
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
       text = node.value
     else:
@@ -121,8 +127,7 @@ def sentences(text):
   text = re.sub(r'\]\([^)]*\)', ']', text)
   found = []
   for paragraph in re.split(r'\n\s*\n|\n(?=\s*(?:[-*+]|\d+\.)\s)|\n(?=\s*\w+: )|:\n', text):
-    if not re.match(r'\n?(?: {4,}|\t)\S', paragraph) or len(paragraph.split()) > 60:
-      found += re.split(r'(?<=[.!?;:])["\')*]*\s+(?=["\'(*\[]*[A-Z0-9X])', ' '.join(paragraph.split()))
+    found += SENTENCE_END.split(' '.join(paragraph.split()))
   return [sentence for sentence in found if len(re.findall(r"[A-Za-z][\w'-]*", sentence)) >= 3]
 
 
@@ -140,7 +145,7 @@ def hits(path):
 
 
 def measure(path):
-  """Returns {'words', 'hits', 'sentences', 'long'} of a file: what is found, as lists, and counts."""
+  """Returns the `words` and `sentences` of a file as counts, its `hits` and `long` ones as lists."""
   every = [(number, sentence) for number, text in texts(path) for sentence in sentences(text)]
   return {
     'words': sum(len(text.split()) for _, text in texts(path)),
@@ -152,9 +157,13 @@ def measure(path):
 
 def project_files(root='.'):
   """Returns the project's Markdown, notebooks and Python files."""
-  every = (p for p in pathlib.Path(root).rglob('*') if p.suffix in ('.py', '.md', '.ipynb') and p.is_file())
-  hidden = lambda p: any(part.startswith('.') or part in ('runs', 'site') for part in p.relative_to(root).parts)
-  return sorted(p for p in every if not hidden(p))
+  found = []
+  for path in sorted(pathlib.Path(root).rglob('*')):
+    parts = path.relative_to(root).parts
+    hidden = any(part.startswith('.') or part in ('runs', 'site') for part in parts)
+    if path.suffix in ('.py', '.md', '.ipynb') and path.is_file() and not hidden:
+      found.append(path)
+  return found
 
 
 def by_group(paths, root='.'):
@@ -181,9 +190,10 @@ def main(arguments):
       for number, sentence in found['long']:
         print(f'{path}:{number}: {words(sentence)} words: {sentence}')
   for name, (n_words, n_hits, n_sentences, n_long) in by_group(files).items():
+    rate, share = 1000 * n_hits / max(n_words, 1), 100 * n_long / max(n_sentences, 1)
     print(
-      f'{name:20} {n_words:7,} words, {1000 * n_hits / max(n_words, 1):5.1f} hits per 1,000; '
-      f'{n_sentences:6,} sentences, {100 * n_long / max(n_sentences, 1):5.1f} % above {LONGEST} words'
+      f'{name:20} {n_words:7,} words, {rate:5.1f} hits per 1,000; '
+      f'{n_sentences:6,} sentences, {share:5.1f} % above {LONGEST} words'
     )
 
 

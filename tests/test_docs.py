@@ -1,0 +1,236 @@
+"""The documentation is true: commands parse, links resolve, examples run, the English is plain."""
+
+import ast
+import contextlib
+import io
+import itertools
+import re
+import shlex
+import tomllib
+from unittest import mock
+
+import pytest
+
+from benchmarks import speed, sweep
+from tests import prose
+from tests.conftest import ROOT
+from vit_jax import cli
+from vit_jax.cli import parsing
+from vit_jax.config import default_config, override_all
+from vit_jax.keys import KEYS
+
+DOCS = sorted((ROOT / 'docs').glob('*.md'))
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *DOCS]
+FENCE = re.compile(r'^ *```(\w+)\n(.*?)^ *```', re.M | re.S)
+WORD = r"(?:'[^']*'|[^\s;&)'])+"  # of a shell command
+OWN_MODULE = '--import=my_parts'  # docs/architecture.md; the test below runs it
+NOT_COMMANDS = (  # what stands in place of a person's own values
+  '<model>', '<data>', '<repository>', '...',
+)  # fmt: skip
+
+
+def read(path):
+  return path.read_text(encoding='utf-8')
+
+
+def blocks(path, language):
+  """The fenced blocks of a page in a language."""
+  return [text for name, text in FENCE.findall(read(path)) if name == language]
+
+
+def lines_of(text):
+  """The commands of a shell block, with continued lines joined."""
+  joined = re.sub(r'\\\n\s*', ' ', text)
+  return [line.strip() for line in joined.splitlines() if line.strip()]
+
+
+def main_commands():
+  """(page, arguments) of each `python main.py` of the docs, and of README's table of tasks."""
+  for path in PAGES:
+    for line in itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh'))):
+      for found in re.finditer(rf'(?:python main\.py|vit-jax)((?: +{WORD})*)', line):
+        yield path.name, found[1].split('#')[0].strip()
+  for line in read(ROOT / 'README.md').splitlines():
+    if found := re.match(r'\| [^|]+ \| `(--[^`]+)` \|', line):
+      yield 'README.md', found[1]
+
+
+COMMANDS = sorted(set(main_commands()))
+
+
+@pytest.mark.parametrize(('page', 'command'), COMMANDS)
+def test_commands_of_the_docs_pass_their_modes_parser(page, command, monkeypatch):
+  if any(part in command for part in NOT_COMMANDS):
+    pytest.skip('a pattern, not a command')
+  monkeypatch.chdir(ROOT)
+  argv = [word for word in shlex.split(command) if word != OWN_MODULE]
+  if len(argv) < len(shlex.split(command)):
+    argv = [word for word in argv if word.split('=')[1] not in ('smooth_max', 'square')]
+  general = parsing.parse_general(argv)
+  args = parsing.parse_flags(argv, general.mode)
+  config = cli.load_file(args.config) if getattr(args, 'config', '') else default_config()
+  override_all(config, args.overrides)
+
+
+def test_the_docs_have_commands_of_every_mode():
+  modes = {parsing.parse_general(shlex.split(command)).mode for _, command in COMMANDS}
+  assert modes == set(cli.MODES)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+def test_make_targets_modules_and_requirements_of_the_docs_exist(path):
+  targets = set(re.findall(r'^([a-z-]+)(?=[ :])', read(ROOT / 'Makefile'), re.M))
+  targets |= {'results-cpu', 'results-gpu'}
+  for line in itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh'))):
+    for target in re.findall(r'(?:^|[;&] )make ([a-z-]+)', line):
+      assert target in targets, line
+    for module in re.findall(r'python -m (benchmarks\.\w+|vit_jax[.\w]*)', line):
+      assert (ROOT / (module.replace('.', '/') + '.py')).is_file(), line
+    for file in re.findall(r'-r (requirements[\w-]*\.txt)', line):
+      assert (ROOT / file).is_file(), line
+
+
+def test_commands_of_benchmarks_with_flags_parse():
+  parsers = {'sweep': sweep.parse, 'speed': speed.parse}
+  found = set()
+  for path in PAGES:
+    for line in itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh'))):
+      if match := re.search(r'python -m benchmarks\.(\w+)(.*)', line):
+        found.add(match[1])
+        if match[1] in parsers:
+          parsers[match[1]](shlex.split(match[2].split('#')[0]))
+  assert set(parsers) <= found
+
+
+def slug(heading):
+  """The anchor of a heading, as the site and GitHub make it."""
+  text = re.sub(r'`|\*|\[|\]\([^)]*\)', '', heading).strip().lower()
+  return re.sub(r'[\s-]+', '-', re.sub(r'[^\w\s-]', '', text))
+
+
+@pytest.mark.parametrize('path', [*PAGES, ROOT / 'CHANGELOG.md'], ids=lambda path: path.name)
+def test_links_resolve(path):
+  text = re.sub(r'```.*?```', '', read(path), flags=re.S)
+  for target in re.findall(r'\]\(([^)\s]+)\)', text):
+    if target.startswith(('http://', 'https://')):
+      continue
+    place, _, anchor = target.partition('#')
+    file = (path.parent / place).resolve() if place else path
+    assert file.exists(), target
+    if anchor:
+      headings = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', read(file), flags=re.S), re.M)
+      assert anchor in map(slug, headings), target
+
+
+def test_no_address_of_this_project_is_made_up():
+  """No public address is known yet; pyproject.toml holds a placeholder that cannot resolve."""
+  project = tomllib.loads(read(ROOT / 'pyproject.toml'))['project']
+  assert re.fullmatch(r'https://[\w.-]+\.invalid/\S+', project['urls']['Source'])
+  for path in [*PAGES, ROOT / 'CITATION.cff', ROOT / 'zensical.toml']:
+    assert not re.search(r'github\.(?:com|io)/[\w-]+/vit[_-]jax', read(path)), path
+
+
+def test_the_readme_is_short():
+  assert len(read(ROOT / 'README.md').splitlines()) <= 150
+
+
+def test_the_site_lists_every_page():
+  listed = re.findall(r'"(\w+\.md)"', read(ROOT / 'zensical.toml'))
+  assert sorted(listed) == [path.name for path in DOCS]
+
+
+def test_the_reference_has_every_public_name():
+  import vit_jax
+
+  page = read(ROOT / 'docs' / 'api.md')
+  assert sorted(re.findall(r'heading: vit_jax\.(\w+)$', page, re.M)) == sorted(vit_jax.__all__)
+  for target in re.findall(r'^::: ([\w.]+)$', page, re.M):
+    module, _, name = target.rpartition('.')
+    assert name in read(ROOT / (module.replace('.', '/') + '.py')), target
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+def test_config_keys_of_the_docs_exist(path):
+  sections = {key.partition('.')[0] for key in KEYS if '.' in key}
+  for words in re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', read(path), flags=re.S)):
+    for key in re.findall(rf'(?<![\w./])((?:{"|".join(sections)})\.[a-z_.12]*\w)(?![\w/(])', words):
+      known = key in KEYS or any(name.startswith(f'{key}.') for name in KEYS)
+      assert known or key.endswith(('.py', '.json', '.safetensors', '.stablehlo', '.onnx')), key
+
+
+def test_requirements_and_the_package_agree():
+  project = tomllib.loads(read(ROOT / 'pyproject.toml'))['project']
+  packaged = {*project['dependencies'], *project['optional-dependencies']['train']}
+  lines = {line.strip() for line in read(ROOT / 'requirements.txt').splitlines()}
+  required = {line.replace('"', "'") for line in lines if line and not line.startswith('#')}
+  assert packaged <= required, 'requirements.txt lacks what pyproject.toml has'
+  name = lambda line: re.match(r'[\w-]+', line)[0]
+  only_here = {name(line) for line in required - packaged}
+  tools = {'jaxlib', 'tensorflow-cpu', 'tensorflow', 'pytest', 'hypothesis', 'pytest-xdist', 'ruff'}
+  assert only_here == tools
+
+
+def test_the_releases_agree():
+  import vit_jax
+
+  assert f'\nversion: {vit_jax.__version__}\n' in read(ROOT / 'CITATION.cff')
+  assert f'\n## {vit_jax.__version__} ' in read(ROOT / 'CHANGELOG.md')
+  assert f'## Status of {vit_jax.__version__}\n' in read(ROOT / 'README.md')
+
+
+PYTHON = [(path, text) for path in PAGES for text in blocks(path, 'python')]
+
+
+@pytest.mark.parametrize(('path', 'text'), PYTHON, ids=lambda part: getattr(part, 'name', ''))
+def test_python_of_the_docs_compiles(path, text):
+  ast.parse(text)
+
+
+def test_the_parts_of_the_architecture_page_train(tmp_path, capsys, monkeypatch):
+  page = ROOT / 'docs' / 'architecture.md'
+  (module,) = [text for text in blocks(page, 'python') if 'POOLS' in text]
+  (tmp_path / 'my_parts.py').write_text(module, encoding='utf-8')
+  monkeypatch.syspath_prepend(tmp_path)
+  from vit_jax.model import POOLS
+  from vit_jax.optim import SCHEDULES
+
+  (command,) = [text for page, text in COMMANDS if OWN_MODULE in text]
+  argv = [word for word in shlex.split(command) if not word.startswith('--workdir')]
+  monkeypatch.chdir(ROOT)
+  with mock.patch.dict(POOLS), mock.patch.dict(SCHEDULES):
+    cli.main([*argv, '--print_config'])
+    assert 'model.pool=smooth_max' in capsys.readouterr().out
+    short = ['--config.epochs=0.1', '--config.model.depth=1', f'--workdir={tmp_path / "run"}']
+    cli.main([*argv, *short])
+  assert (tmp_path / 'run' / 'result.json').exists()
+
+
+FILES = prose.project_files(ROOT)
+
+
+def test_phrases_that_readers_stumbled_over_are_rare():
+  groups = prose.by_group(FILES, ROOT)
+  worst = {name: 1000 * hits / max(words, 1) for name, (words, hits, _, _) in groups.items()}
+  assert worst.pop('all') <= 1.0
+  assert all(rate <= 1.5 for rate in worst.values()), worst
+
+
+def test_sentences_are_short():
+  _, _, sentences, long = prose.by_group(FILES, ROOT)['all']
+  assert long <= 0.05 * sentences
+
+
+def test_long_sentences_and_phrases_are_found(tmp_path):
+  page = tmp_path / 'page.md'
+  long = 'Word ' * 26
+  page.write_text(f'Tested is this. {long}end.\n\n```\nwhat is that beside?\n```\n')
+  found = prose.measure(page)
+  assert [name for _, name, _ in found['hits']] == ['inversion']
+  assert len(found['long']) == 1 and found['sentences'] == 2
+  module = tmp_path / 'module.py'
+  module.write_text('x = f"{1} goes on for {2} more"  # what follows is kept\n# anew\n')
+  names = [name for _, name, _ in prose.measure(module)['hits']]
+  assert sorted(names) == ['again', 'headless "what"', 'resume']
+  with contextlib.redirect_stdout(io.StringIO()) as out:
+    prose.main([str(page), '-v'])
+  assert f'{page}:1: inversion' in out.getvalue()
