@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all test-demo peers lint onnx results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest
 
-# What proves rather than guards, and what compares with PyTorch, transformers and ONNX.
+# Long proofs, and comparisons with PyTorch, transformers and ONNX.
 test-slow: peers onnx
 	$(RUN) -m pytest -m slow
 
@@ -34,17 +34,26 @@ test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
 	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py
 
-# What --format=onnx needs; its tests are skipped without.
+# Packages for --format=onnx; its tests are skipped without them.
 onnx: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-deps --requirement requirements-onnx.txt
+
+# The documentation site, in site/. A broken link or an unresolved name fails.
+docs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-docs.txt
+	$(VENV)/bin/zensical build --clean --strict
+
+# The pages that are generated: the config keys and the flags of each mode.
+pages: $(VENV)/installed
+	$(RUN) -m vit_jax.cli.pages docs
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
-# CIFAR-10 as an image folder, e.g. make results-gpu DATA=folder:cifar10. Goes on where it stopped.
+# CIFAR-10 as an image folder, e.g. make results-gpu DATA=folder:cifar10. Resumes where it stopped.
 results-cpu results-gpu: results-%: $(VENV)/installed
 	@test -n "$(DATA)" || (echo "make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
 	$(RUN) -m benchmarks.recipes $* $(DATA)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -145,7 +145,7 @@ def hits(path):
 
 
 def measure(path):
-  """Returns the `words` and `sentences` of a file as counts, its `hits` and `long` ones as lists."""
+  """Counts `words` and `sentences` of a file, and lists its `hits` and `long` sentences."""
   every = [(number, sentence) for number, text in texts(path) for sentence in sentences(text)]
   return {
     'words': sum(len(text.split()) for _, text in texts(path)),
