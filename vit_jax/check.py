@@ -24,7 +24,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'MOMENT_DTYPES': MOMENT_DTYPES,
   'OPTIMIZERS': OPTIMIZERS,
   'PAD_MODES': PAD_MODES,
-  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # not token outputs
+  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # only one vector
   'POSITIONS': POSITIONS,
   'POSITION_PREFIXES': POSITION_PREFIXES,
   'REMAT': REMAT,

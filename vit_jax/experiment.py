@@ -29,7 +29,7 @@ from vit_jax.names import pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
-# Values without `init` of keys that `init` may decide.
+# Defaults of keys that `init` may decide, used without `init`.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 

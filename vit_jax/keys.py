@@ -85,14 +85,14 @@ TRAINING = {
   ),
   'sweep': Key(
     (), 'with freeze: learning rates to try; the best one on val_split then trains on train_split '
-    'and val_split; empty: train at optimizer.lr',
+    'and val_split; empty: use optimizer.lr',
   ),
   'ema': Key(
     0.0, 'maximum EMA decay per step, ramped up at the start; evaluation uses the averaged '
     'weights; 0: no averaging', range=DECAY,
   ),
   'deterministic': Key(
-    False, 'bit-identical results on the same GPUs, but slower; CPUs always are', may_change=True
+    False, 'bit-identical runs on the same GPUs, but slower; CPU runs always are', may_change=True
   ),
   'progressive.sizes': Key(
     (), 'heights of smaller images to train on first; empty: full size only', 'pixels'
@@ -118,7 +118,9 @@ DATA = {
     'of a relative `folder:<path>`', may_change=True,
   ),
   'data.train_split': Key('train', 'training split, e.g. `train[:98%]`'),
-  'data.val_split': Key('', 'held-out split that chooses the best checkpoint; empty: none'),
+  'data.val_split': Key(
+    '', 'held-out split that chooses the best checkpoint, or the rate of a sweep; empty: none'
+  ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
     '', 'path of real.json; --mode=eval on ImageNet then also reports ReaL accuracy',
@@ -215,7 +217,7 @@ AUGMENT = {  # augmentations are applied in this order
 
 MODEL = {  # None: taken from the `init` weights if given, else from the variant, else from `ViT`
   'model.variant': Key(
-    None, 'name in `VARIANTS`, slash, patch size; None: taken from `init`, else B/16', kind=str
+    None, 'name in `VARIANTS`/patch size, e.g. S/32; None: taken from `init`, else B/16', kind=str
   ),
   'model.patch_size': Key(None, 'height and width of a patch', 'pixels', kind=tuple),
   'model.width': Key(None, 'size of a token', kind=int),
@@ -257,7 +259,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'float32', 'type of the computation; parameters stay float32', choices=('float32', 'bfloat16')
   ),
   'model.remat': Key(
-    'none', 'recompute in the backward pass to save memory; dots: all but products with weights; '
+    'none', 'recomputed in the backward pass to save memory; dots: all but products with weights; '
     'full: whole blocks', choices='REMAT', may_change=True,
   ),
 }  # fmt: skip

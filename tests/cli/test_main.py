@@ -318,8 +318,8 @@ def test_config_overrides_accept_the_syntax_of_absl():
 @pytest.mark.parametrize('argv, message', [
     (['--config.batch_size'], '--config.batch_size needs a value'),
     (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
-    (['--noconfig.batch_size'], '--no is for keys that are true or false'),
-    (['--noconfig.deterministic=true'], '--no is for keys that are true or false'),
+    (['--noconfig.batch_size'], '--no works only for keys that are true or false'),
+    (['--noconfig.deterministic=true'], '--no works only for keys that are true or false'),
 ])  # fmt: skip
 def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
   with pytest.raises(SystemExit, match='2'):

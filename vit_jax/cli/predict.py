@@ -34,7 +34,7 @@ def write_features(args) -> int:
   storage.check_folder(args.out.parent)
   arrays, errors = features(request_of(args), args.images or [], args.features)
   write_arrays(args.out, arrays)
-  print(f'{args.out}: arrays path and feature, the latter {list(arrays["feature"].shape)}')
+  print(f'{args.out}: arrays path and feature; feature has shape {list(arrays["feature"].shape)}')
   return report_errors(errors)
 
 

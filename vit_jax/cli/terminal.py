@@ -95,9 +95,9 @@ class Output(io.TextIOWrapper):
 
 
 def interrupt(_, frame) -> None:
-  """Handles Ctrl-C: the first one ends the program in order, the second one at once.
+  """Handles Ctrl-C: the first one exits cleanly, the second one immediately.
 
-  During an import the first one ends it at once too, because imports may swallow exceptions.
+  During an import the first one exits immediately too, because imports may swallow exceptions.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):

@@ -21,7 +21,7 @@ def run_train(args) -> int | None:
     if is_first():
       print(
         f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
-        f'{result["steps"]} steps. Results are in {args.workdir}/ (checkpoints, metrics.jsonl, '
+        f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
         'result.json, tensorboard, log.txt).'
       )
   return None
