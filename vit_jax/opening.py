@@ -158,7 +158,7 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
 
   Returns:
     The config completed from the `init` weights, these weights (None without `init`), and the
-    names of the files that this run and the runs before it are trained on.
+    names of the training files. Files of earlier runs are included.
   """
   params, earlier = None, TrainingFiles()
   if config.init:

@@ -23,7 +23,7 @@ def load_file(spec: str) -> ConfigDict:
 
   Raises:
     ValueError: the file does not exist, has no `get_config` or no such variant, or raises an
-      error itself; the message names the file and the line.
+      error. The message names the file and the line.
   """
   path, _, variant = str(local(spec)).partition(':')
   if not pathlib.Path(path).is_file():
