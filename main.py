@@ -1,4 +1,4 @@
-"""Runs the modes of vit_jax: `python main.py --help` lists them."""
+"""Runs the modes of vit_jax; `python main.py --help` lists them."""
 
 from vit_jax.cli import start
 

@@ -1,11 +1,11 @@
-"""CIFAR-10 from scratch: `tiny`, `small`, `wide`, `deep` at 32x32; `b16`, `l16` at 224x224.
+"""Trains on CIFAR-10 from scratch: `tiny`, `small`, `wide`, `deep` (32x32), `b16`, `l16` (224x224).
 
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
 
-`tiny` reaches 83.2% in its 100 epochs, an hour and a half on 2 cores, and without RandAugment 79.4%
-in 20 (results/). The others are not measured yet; `small`, `wide` and `deep` take after published
-recipes for such sizes.
+`tiny` reaches 83.2% test accuracy in 100 epochs (1.5 hours on 2 CPU cores). With 20 epochs and
+without RandAugment it reaches 80.0% (9 minutes). See results/README.md. The other variants have not
+been measured. `small`, `wide` and `deep` follow published recipes for models of their size.
 """
 
 from vit_jax.config import default_config
@@ -50,10 +50,10 @@ def get_config(variant='tiny'):
     if variant == 'deep':  # 9.5M parameters
       config.model.depth = 12
       config.model.mlp_dim = 1024
-  else:  # the paper's models: a class token, and images enlarged to the size they know
+  else:  # the paper's models: a class token, and images enlarged to 224 pixels
     config.model.pool = 'cls'
     config.data.image_size = (224, 224)
-    config.data.cache = 'memory'  # images are augmented at their 32 pixels, and then enlarged
+    config.data.cache = 'memory'  # augments images at 32 pixels, then enlarges them
     config.data.mean = config.data.std = (0.5,)
     config.model.dropout = 0.1
     config.model.dtype = 'bfloat16'

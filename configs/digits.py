@@ -1,8 +1,8 @@
-"""scikit-learn's handwritten digits, 1,437 to train and 360 held out, at their 8x8 pixels.
+"""Trains on the 8x8 digits of scikit-learn: 1,437 images for training, 360 for testing.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-99.17% as the mean of 5 seeds, 30 s each on 2 cores (results/digits.json).
+Test accuracy 99.17% (mean of 5 seeds); 30 seconds per run on 2 CPU cores (results/digits.json).
 """
 
 from vit_jax.config import default_config
@@ -19,7 +19,7 @@ def get_config():
   config.data.source = 'digits'
   config.data.image_size = (8, 8)
   config.augment.pad_crop.padding = 1
-  config.augment.pad_crop.mode = 'constant'  # as the scans' own border
+  config.augment.pad_crop.mode = 'constant'  # black, like the border of the scans
   config.augment.mix.probability = 0.5
   config.augment.off_for_last = 0.2
   config.model.variant = 'tiny/2'

@@ -1,29 +1,36 @@
-"""Published or own weights on another dataset: `<model>,<dataset>`, and `,adamw` if you like.
+"""Fine-tunes weights on another dataset: `<model>,<dataset>` or `<model>,<dataset>,adamw`.
 
     python main.py --config=configs/finetune.py:b16,cifar10 --config.init=ViT-B_16.npz \\
         --workdir=runs/b16_c10
     python main.py --config=configs/finetune.py:b16,cifar10,adamw --config.init=... --workdir=...
 
-The paper's recipe (2010.11929, Table 4 and B.1.1): SGD with momentum 0.9, batch 512, cosine
-after 500 steps of warm-up (as its code has it), no weight decay, global norm 1, 384 pixels, a new
-head of zeros; 10,000 steps on CIFAR, 20,000 on ImageNet. Its learning rates were chosen from
-{0.001, 0.003, 0.01, 0.03} for CIFAR and {0.003, 0.01, 0.03, 0.06} for ImageNet on a part of train
-held out, 2% and 1%, and the final run took all of train. To choose so:
+Only `tiny,folder` has been measured: from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs, it
+reaches 75.8%, or 76.3% with `adamw`. Training from scratch reaches 61.1% (results/transfer.json).
+
+The default is the paper's recipe (2010.11929, Table 4 and B.1.1):
+  * SGD with momentum 0.9, batch size 512, no weight decay, gradients clipped to global norm 1;
+  * cosine decay after 500 steps of warm-up, as in its code;
+  * 384 pixels and a new head of zeros;
+  * 10,000 steps on CIFAR, 20,000 on ImageNet.
+
+The paper chose the learning rate from {0.001, 0.003, 0.01, 0.03} for CIFAR and from
+{0.003, 0.01, 0.03, 0.06} for ImageNet. It scored each rate on a held-out part of train (2% and 1%)
+and used all of train for the final run. To choose a rate in the same way, add:
 
     --config.data.train_split='train[:98%]' --config.data.val_split='train[98%:]' \\
         --config.optimizer.lr=0.01
 
-`adamw` has MAE's recipe in place of SGD (2111.06377, Table 9, without RandAugment, mixup and
-cutmix): layer-wise learning-rate decay 0.75, weight decay 0.05, label smoothing and stochastic
+`adamw` replaces SGD by the recipe of MAE (2111.06377, Table 9), without RandAugment, mixup and
+cutmix: layer-wise learning-rate decay 0.75, weight decay 0.05, label smoothing 0.1 and stochastic
 depth 0.1.
 
-This project's own choices, not the paper's: flips; on CIFAR a crop after a border of 4 pixels, at
-the images' own size; epochs of `folder`; bfloat16 for the paper's models; 378 pixels for h14, as
-384 is no multiple of 14. ImageNet is streamed, and cropped as the paper's code crops it: from 5% of
-the file on.
+Choices of this project, not of the paper:
+  * horizontal flips, and on CIFAR a random crop after a border of 4 pixels, at the original size;
+  * the number of epochs of `folder`;
+  * bfloat16 for the paper's models;
+  * 378 pixels for h14, because 384 is not a multiple of 14.
 
-Measured for `tiny,folder` alone, from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs: 75.8%,
-with `adamw` 76.3%, from scratch 61.1% (results/transfer.json).
+ImageNet is streamed. As in the paper's code, random crops keep at least 5% of the image area.
 """
 
 from vit_jax.config import default_config
@@ -41,13 +48,13 @@ MODELS = {
   'l32': 'L/32',
   'h14': 'H/14',
 }
-SMALL = ('tiny', 'small')  # for images of 32x32
+SMALL = ('tiny', 'small')  # models for 32x32 images
 
 BATCH_SIZE = 512
 
 
 def passes(steps, examples):
-  """Epochs that so many steps are."""
+  """Converts steps to epochs."""
   return steps * BATCH_SIZE / examples
 
 
@@ -56,9 +63,9 @@ CIFAR = dict(
   epochs=passes(10_000, 50_000),
   warmup=passes(500, 50_000),
   padding=4,
-  cache='memory',  # which keeps images at their 32 pixels until they have been augmented
+  cache='memory',  # augments images at 32 pixels, then enlarges them
 )
-DATASETS = {  # where it is, what it is tested on, epochs, those of warm-up, how it is cropped
+DATASETS = {  # source, test split, epochs, warm-up epochs and cropping
   'cifar10': CIFAR | dict(source='tfds:cifar10'),
   'cifar100': CIFAR | dict(source='tfds:cifar100'),
   'imagenet2012': dict(
@@ -93,12 +100,11 @@ RECIPES = {'sgd': sgd, 'adamw': adamw}
 
 
 def parse(variant):
-  """`(model, dataset, recipe)`, each a name of its table."""
+  """Returns `(model, dataset, recipe)`; each is a name in its table."""
   parts = variant.split(',')
   if len(parts) not in (2, 3):
     raise ValueError(
-      f'variant {variant!r} should be <model>,<dataset> or <model>,<dataset>,adamw, '
-      'e.g. b16,cifar10.'
+      f'variant {variant!r} must be <model>,<dataset> or <model>,<dataset>,adamw, e.g. b16,cifar10.'
     )
   model, dataset, recipe = [*parts, 'sgd'][:3]
   choose('model', model, MODELS)

@@ -1,7 +1,9 @@
-"""Your own images: `<path>/<class>/*`, or `<path>/train/<class>/*` beside `<path>/test/`.
+"""Trains on your own images in `<path>/<class>/*`, or in `<path>/train/` and `<path>/test/`.
 
     python main.py --config=configs/folder.py:small --config.data.source=folder:photos \
         --workdir=runs/photos
+
+The variants are those in `cifar10.py`. The result depends on your images.
 """
 
 from configs import cifar10
@@ -10,5 +12,5 @@ from configs import cifar10
 def get_config(variant='small'):
   config = cifar10.get_config(variant)
   config.data.source = 'folder:'
-  config.data.mean = config.data.std = None  # those of `init`, or 0.5
+  config.data.mean = config.data.std = None  # taken from `init`, else 0.5
   return config

@@ -1,4 +1,4 @@
-"""ImageNet from scratch: `<model>` or `<model>,<recipe>`. None of them was trained here.
+"""Trains on ImageNet from scratch: `<model>` or `<model>,<recipe>`.
 
     python main.py --config=configs/imagenet.py:s16 --workdir=runs/s16 \\
         --config.data.dir=~/tensorflow_datasets
@@ -6,24 +6,33 @@
     python main.py --config=configs/imagenet.py:l16,i21k --config.data.source=folder:imagenet21k \\
         --workdir=runs/l16_i21k
 
-| recipe | whose | numbers from |
-| --- | --- | --- |
-| `plain`: `s16` alone | Beyer et al. 2022, 2205.01580 | Section 2 and the code beside it |
-| `paper`: `b16`, `l16`, others alone | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet' |
-| `i21k` | the same | Table 3, 'ImageNet-21k' |
-| `light1` to `strong2` | Steiner et al. 2021, 2106.10270 | Section 3 and the code beside it |
+This project has trained none of these recipes. The authors report these accuracies:
+  * `plain`: 76.5% with S/16 in 90 epochs, 80.0% in 300 epochs (`--config.epochs=300`).
+  * `paper`: 77.91% with B/16, 76.53% with L/16.
+  * `i21k`: 83.97% with B/16, 85.15% with L/16.
 
-What the authors report: of `plain` 76.5% with S/16 in 90 epochs, 80.0% in 300
-(`--config.epochs=300`); of `paper` 77.91% with B/16 and 76.53% with L/16, of `i21k` 83.97% and
-85.15%, these four after fine-tuning at 384 pixels (Table 5; `configs/finetune.py`). The code of
-AugReg takes `medium2` for S/16, B/32, B/16 and L/16, `light2` for S/32, `light1` for Ti/16.
+The accuracies of `paper` and `i21k` are from Table 5, after fine-tuning at 384 pixels
+(`configs/finetune.py`). The recipes come from these papers:
 
-What the papers and their code leave open, or what is otherwise here: the last 1% of train chooses
-the checkpoint in all of them; bfloat16; mixup is drawn for each image, not once a batch; files are
-enlarged and reduced bilinearly; `i21k` has one class an image and softmax, and takes a folder
-`<path>/train/<class>/*` beside `test/`, of about 14.2 million images (others change the warm-up).
+| recipe | default for | paper | section |
+| --- | --- | --- | --- |
+| `plain` | `s16` | Beyer et al. 2022, 2205.01580 | Section 2 and its code |
+| `paper` | all other models | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet' |
+| `i21k` | | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet-21k' |
+| `light1` to `strong2` | | Steiner et al. 2021 (AugReg), 2106.10270 | Section 3 and its code |
 
-Batches of 4,096 want several accelerators, or `--config.micro_batches`.
+The code of AugReg uses `medium2` for S/16, B/32, B/16 and L/16, `light2` for S/32 and `light1` for
+Ti/16.
+
+Choices of this project that the papers and their code leave open or make differently:
+  * The last 1% of train chooses the checkpoint in all recipes.
+  * The computation uses bfloat16.
+  * Mixup weights are drawn for each image, not once per batch.
+  * Images are resized bilinearly.
+  * `i21k` has one class per image and softmax. It needs a folder with `<path>/train/<class>/*` and
+    `<path>/test/`, and about 14.2 million images; another number changes the warm-up.
+
+A batch size of 4,096 needs several accelerators or `--config.micro_batches`.
 """
 
 import functools
@@ -35,7 +44,7 @@ from vit_jax.names import choose
 
 MODELS = {k: v for k, v in finetune.MODELS.items() if k not in finetune.SMALL}
 EXAMPLES = {'imagenet2012': 0.99 * 1_281_167, 'imagenet21k': 0.99 * 14_200_000}
-WARMUP = 10_000  # steps, in all of them
+WARMUP = 10_000  # steps, in all recipes
 
 
 def plain(config):
@@ -59,13 +68,13 @@ def i21k(config):
   config.model.dropout = 0.1
   config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 0.03
-  config.optimizer.clip = 0.0  # by the paper's caption, ImageNet alone was clipped
+  config.optimizer.clip = 0.0  # by the caption of Table 3, only ImageNet used clipping
   config.schedule.name = 'linear'
 
 
 def augreg(config, layers, magnitude, mixup):
   config.optimizer.lr = 1e-3
-  config.optimizer.weight_decay = 0.1  # its code has 1e-4, which is the product with the rate
+  config.optimizer.weight_decay = 0.1  # its code has 1e-4, which includes the learning rate
   config.optimizer.moment_dtype = 'bfloat16'
   config.augment.rand_augment.num_layers = layers
   config.augment.rand_augment.magnitude = magnitude
@@ -115,7 +124,7 @@ def get_config(variant='s16'):
   config.data.image_size = (224, 224)
   config.data.crop = 224 / 256
   config.data.interpolation = 'bilinear'
-  config.data.cache = 'stream'  # crops are of the files, whatever memory there is
+  config.data.cache = 'stream'  # random crops need the original files
   config.augment.flip.probability = 0.5
   config.augment.resized_crop.min_area = 0.05
   config.optimizer.clip = 1.0

@@ -1,4 +1,4 @@
-"""What is compared is the same model, what is counted is what is computed."""
+"""Benchmarks compare equal models, count the computed operations, and have valid commands."""
 
 import dataclasses
 import importlib.util
@@ -32,7 +32,7 @@ CLS = next(work for work in WORKS if work.name == 'B/16 inference')  # tiny has 
 
 
 def ours(work):
-  """This project's model and its perturbed parameters, for an image batch."""
+  """Returns this project's model, perturbed parameters and a batch of images."""
   size = works.sizes(work)
   image_BHWC = np.random.RandomState(0).normal(size=(4, *(size['image_size'],) * 2, 3))
   image_BHWC = image_BHWC.astype(np.float32)
@@ -44,7 +44,7 @@ def ours(work):
 
 
 def plain_names(params):
-  """Our parameters under the names of `PlainViT`."""
+  """Renames our parameters to the names of `PlainViT`."""
   plain = {name: params[name] for name in ('norm', 'head', 'pos_embedding', 'embedding')}
   plain |= {'cls': params['cls']} if 'cls' in params else {}
   for name in [name for name in params if name.startswith('block_')]:
@@ -58,14 +58,14 @@ def plain_names(params):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
-def test_plain_linen_is_the_same_function(work):
+def test_plain_linen_computes_the_same_function(work):
   model, params, image_BHWC = ours(work)
   got = PlainViT(**works.sizes(work)).apply({'params': plain_names(params)}, image_BHWC)
   np.testing.assert_allclose(got, model.apply({'params': params}, image_BHWC), atol=2e-5)
 
 
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
-def test_the_pytorch_twin_is_the_same_function(work):
+def test_the_pytorch_model_computes_the_same_function(work):
   torch = pytest.importorskip('torch', reason='requirements-peers.txt is not installed')
   from benchmarks.torch_vit import TorchViT
 
@@ -75,7 +75,7 @@ def test_the_pytorch_twin_is_the_same_function(work):
   put = lambda name, value: state.__setitem__(name, torch.from_numpy(np.array(value, np.float32)))
   state = {}
 
-  def linear(name, layers, inputs):  # several layers side by side are one
+  def linear(name, layers, inputs):  # concatenates several layers into one
     kernels = [np.reshape(layer['kernel'], (inputs, -1)) for layer in layers]
     put(f'{name}.weight', np.concatenate(kernels, axis=1).T)
     put(f'{name}.bias', np.concatenate([np.ravel(layer['bias']) for layer in layers]))
@@ -105,7 +105,7 @@ def test_the_pytorch_twin_is_the_same_function(work):
 
 
 def product_flops(jaxpr):
-  """Of every matrix product that a program holds, in whatever it is nested."""
+  """Returns the FLOPs of all matrix products in a program, including nested ones."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
@@ -120,7 +120,7 @@ def product_flops(jaxpr):
 
 
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
-def test_flops_are_those_of_the_products(work):
+def test_flops_match_the_matrix_products(work):
   model, params, image_BHWC = ours(work)
   forward = lambda params: model.apply({'params': params}, image_BHWC)
   gradient = jax.grad(lambda params: forward(params).sum())
@@ -132,12 +132,12 @@ def test_flops_are_those_of_the_products(work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('work', [TRAIN, INFERENCE], ids=lambda work: work.mode)
-def test_contestants_run_in_processes_of_their_own(work):
+def test_each_contestant_runs_in_its_own_process(work):
   work = dataclasses.replace(work, batch_size=64)
   contestant = speed.Contestant('vit_jax', work, works.sizes(work))
   assert contestant.about['first_step_seconds'] > 0 and 'jax' in contestant.about['versions']
   assert 0 < contestant.seconds(1) < 5
-  assert contestant.stop() > 1e8  # a process that holds JAX holds more
+  assert contestant.stop() > 1e8  # peak memory in bytes; JAX alone needs more
   assert contestant.process.exitcode == 0
 
 
@@ -145,7 +145,7 @@ PACE = {'vit_jax': 0.1, 'vit_jax_input': 0.01, 'torch_eager': 0.2, 'torch_compil
 
 
 class Fake:
-  """A contestant of a known rate, in seconds a step."""
+  """A contestant with a known speed, in seconds per step."""
 
   def __init__(self, name, work, size):
     self.name = name
@@ -159,7 +159,7 @@ class Fake:
     return 5
 
 
-def test_ratios_say_how_many_times_as_fast_we_are(monkeypatch):
+def test_ratios_are_our_speed_divided_by_theirs(monkeypatch):
   monkeypatch.setattr(speed, 'Contestant', Fake)
   result = speed.measure(TRAIN)
   ratio = result['ratio_to']
@@ -171,20 +171,20 @@ def test_ratios_say_how_many_times_as_fast_we_are(monkeypatch):
 
 
 @pytest.mark.parametrize('work', works.WORKS['cpu'] + works.WORKS['gpu'], ids=lambda w: w.name)
-def test_every_work_finds_its_images(work):
+def test_every_workload_has_enough_images(work):
   config, source = works.settings(work), sources.open_source('synthetic', '', (32, 32))
   [(_, start, stop)] = splits.resolve(config.data.train_split, source.sizes)
   assert 0 <= start < stop and config.epochs * (stop - start) >= work.batch_size
 
 
 @pytest.mark.parametrize('work', works.WORKS['cpu'] + works.WORKS['gpu'], ids=lambda w: w.name)
-def test_a_step_is_one_that_the_peers_take(work):
+def test_every_workload_trains_as_the_peers_do(work):
   config = works.settings(work)
   assert config.optimizer.name == 'adamw' and not config.optimizer.clip and not config.ema
   assert set(pipeline.active(config.augment)) <= {'pad_crop', 'flip'}
 
 
-def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
+def test_a_missing_peer_is_skipped(monkeypatch, tmp_path):
   (tmp_path / 'timm.py').write_text("raise ModuleNotFoundError('no', name='timm')")
   monkeypatch.setenv('PYTHONPATH', str(tmp_path))
   assert speed.Contestant('timm_compiled', TRAIN, works.sizes(TRAIN)).about == {
@@ -193,9 +193,9 @@ def test_a_peer_that_is_not_installed_is_left_out(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(
-  jax.__version_info__ < (0, 12), reason="XLA's CPU backend of this JAX undoes remat"
+  jax.__version_info__ < (0, 12), reason='the CPU backend of this JAX version undoes remat'
 )
-def test_a_step_needs_less_memory_with_remat():
+def test_remat_reduces_the_memory_of_a_step():
   need = {}
   for remat in ('none', 'full'):
     config = works.settings(TRAIN)
@@ -205,10 +205,10 @@ def test_a_step_needs_less_memory_with_remat():
 
 
 @pytest.mark.parametrize(('budget', 'batch'), [(1e9, 0), (2.2e9, 8), (5e9, 32), (5.1e9, 32)])
-def test_the_largest_batch_is_one_that_was_compiled(monkeypatch, budget, batch):
+def test_the_largest_batch_was_compiled_and_fits(monkeypatch, budget, batch):
   tried = {}
 
-  def step_bytes(config, size):  # not quite a straight line
+  def step_bytes(config, size):  # almost linear in the batch size
     tried[size] = int(1e9 + 1.25e8 * size + 1e7 * (size % 16))
     return tried[size]
 
@@ -218,7 +218,7 @@ def test_the_largest_batch_is_one_that_was_compiled(monkeypatch, budget, batch):
   assert tried[batch + memory.MULTIPLE] > budget
 
 
-def test_the_table_has_a_row_for_each_work():
+def test_the_table_has_a_row_for_each_workload():
   row = {
     'work': 'tiny train', 'batch_size': 8, 'flops_per_image': 4e6,
     'ratio_to': {'plain_linen': 2.5, 'vit_jax_input': 0.2},
@@ -232,7 +232,7 @@ def test_the_table_has_a_row_for_each_work():
   )
 
 
-# As the paper (Table 1), "Scaling Vision Transformers" (Table 2) and timm publish them.
+# Published numbers: the paper (Table 1), "Scaling Vision Transformers" (Table 2) and timm.
 MILLIONS = {
     'Ti/16': '5.72', 'S/16': '22.05', 'S/32': '22.88', 'B/16': '86.57', 'B/32': '88.22',
     'L/16': '304.33', 'L/32': '306.54', 'H/14': '632.05', 'R26+S/32': '36.43',
@@ -241,7 +241,7 @@ MILLIONS = {
 }  # fmt: skip
 
 
-def test_models_have_the_parameters_that_are_published():
+def test_models_have_the_published_parameter_counts():
   text = (zoo.ROOT / 'MODELS.md').read_text()
   listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))
   assert {name: listed[name] for name in MILLIONS} == MILLIONS
@@ -252,7 +252,7 @@ def test_models_have_the_parameters_that_are_published():
   assert set(variants.VARIANTS) <= {name.split('/')[0] for name in listed}
 
 
-# Lines as the TPU's compiler and XLA's older printer write them.
+# Lines in the formats of the TPU compiler and of XLA's older printer.
 HLO = """
 %all-reduce-scatter.7 (input: bf16[64,8]) -> bf16[16,8] {
   %all-reduce.1 = bf16[64,8]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, x
@@ -283,14 +283,14 @@ def test_collectives_are_counted_once_with_their_bytes():
   }
 
 
-def test_what_a_chip_sends_is_that_of_a_ring():
-  # A ring sums 8 arrays in 7 rounds of an eighth, and hands the sums around in 7 more.
+def test_a_chip_sends_as_many_bytes_as_in_a_ring():
+  # A ring sums 8 arrays in 7 rounds of one eighth each, and distributes the sums in 7 more.
   assert scaling.sent('all-reduce', 800, 8) == 14 * 100
   assert scaling.sent('all-gather', 800, 8) == scaling.sent('reduce-scatter', 800, 8) == 7 * 100
   assert scaling.sent('all-reduce', 800, 1) == 0
 
 
-def test_the_model_keeps_who_shares_a_matrix_together():
+def test_the_scaling_model_keeps_the_size_of_tensor_groups():
   row = {
     'pod': 'v5e:4x4', 'mesh': {'data': 4, 'fsdp': 1, 'tensor': 4}, 'flops': 197e12,
     'collectives': [{'kind': 'all-reduce', 'group': 4, 'count': 1, 'bytes': 400}],
@@ -303,7 +303,7 @@ def test_the_model_keeps_who_shares_a_matrix_together():
 
 
 @pytest.mark.parametrize('name', input_lib.DECODERS)
-def test_every_decoder_makes_the_same_of_a_file(name):
+def test_all_decoders_give_the_same_pixels(name):
   needs, decode = input_lib.DECODERS[name]
   if importlib.util.find_spec(needs) is None:
     pytest.skip(f'{needs} is not installed')
@@ -311,13 +311,13 @@ def test_every_decoder_makes_the_same_of_a_file(name):
   whole = Image.fromarray(coarse).resize((900, 700), Image.Resampling.BICUBIC)
   encoded = io.BytesIO()
   whole.save(encoded, 'jpeg', quality=95)
-  for box in ((100, 50, 820, 640), (300, 200, 460, 370)):  # made smaller, larger
+  for box in ((100, 50, 820, 640), (300, 200, 460, 370)):  # reduced, enlarged
     got = decode(encoded.getvalue(), lambda *_, box=box: box).astype(int)
     wanted = whole.resize(input_lib.SIZE[::-1], Image.Resampling.BILINEAR, box)
     assert abs(got - np.asarray(wanted)).mean() < 2
 
 
-def test_photos_are_as_large_as_photographs(tmp_path, monkeypatch):
+def test_photos_have_the_size_of_real_photographs(tmp_path, monkeypatch):
   monkeypatch.setattr(photos, 'CLASSES', 2)
   monkeypatch.setattr(photos, 'CANVAS', 512)
   photos.make(tmp_path, 12)
@@ -331,15 +331,15 @@ def program(name):
   return importlib.import_module(f'benchmarks.{name}')
 
 
-def test_whatever_runs_by_itself_reads_its_arguments():
-  """Else a mistyped one would be passed over, and minutes of work begin."""
+def test_every_program_parses_its_arguments():
+  """Otherwise a mistyped flag would be ignored and minutes of work would start."""
   files = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('benchmarks/*.py')}
   run = {name for name, text in files.items() if "if __name__ == '__main__'" in text}
-  assert run - {'memory'} == set(PROGRAMS)  # which only names another command
+  assert run - {'memory'} == set(PROGRAMS)  # it only refers to another command
 
 
 @pytest.mark.parametrize('name', PROGRAMS)
-def test_a_benchmark_has_help_and_refuses_what_it_does_not_know(name, capsys):
+def test_a_benchmark_has_help_and_rejects_unknown_flags(name, capsys):
   with pytest.raises(SystemExit, match='0'):
     program(name).parse(['--help'])
   assert f'python -m benchmarks.{name}' in capsys.readouterr().out
@@ -350,7 +350,7 @@ def test_a_benchmark_has_help_and_refuses_what_it_does_not_know(name, capsys):
 
 
 def documented():
-  """`(name, arguments)` of every command in the docs, the build files and the docstrings."""
+  """Yields `(name, arguments)` of every command in the docs, build files and docstrings."""
   files = [ROOT / 'README.md', ROOT / 'Makefile', ROOT / '.ci/run', *ROOT.glob('benchmarks/*.py')]
   for path in files:
     text = path.read_text(encoding='utf-8').replace('\\\\\n', '').replace('\\\n', '')
@@ -361,8 +361,8 @@ def documented():
 
 
 @pytest.mark.parametrize(('name', 'words'), sorted({*documented()}))
-def test_documented_commands_are_understood(name, words, tmp_path, monkeypatch):
-  if words == () and name in ('transfer', 'recipes'):  # named in a text
+def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
+  if words == () and name in ('transfer', 'recipes'):  # only mentioned in a text
     return
   monkeypatch.chdir(tmp_path)
   for run in ('digits0', 'digits1', 'digits2', 'tin'):

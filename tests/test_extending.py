@@ -1,4 +1,4 @@
-"""Entries registered from outside of the package work in every mode."""
+"""Entries registered from outside the package work in every mode."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ from vit_jax.weights.layouts import SAME, Row, flatten_params
 
 
 def check_every_mode(folder, classes=10, **overrides):
-  """Trains two steps, resumes, evaluates, predicts, draws and exports: (loaded weights, report)."""
+  """Trains 2 steps, resumes, evaluates, predicts, draws, exports; returns (weights, report)."""
   steps = {'epochs': '0.0625', 'checkpoint_every': '1', 'eval_every': '0', 'model.depth': '1'}
   config = small_config(**steps, **overrides)
   result = vit_jax.train(config, folder / 'run')
@@ -67,7 +67,7 @@ def check_every_mode(folder, classes=10, **overrides):
 
 
 def weighted_mean(model, x_BND):
-  """Mean of all tokens by learned weights, which are sown."""
+  """Averages all tokens with learned weights, which are sown."""
   score_D = model.param('mine', nn.initializers.normal(), (model.width,))
   share_BN = jax.nn.softmax(x_BND @ score_D.astype(x_BND.dtype))
   model.sow('intermediates', 'share_BN', share_BN)
@@ -96,7 +96,7 @@ def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
 
 
 def axial(model, grid, whole):
-  """A learned vector of each row and each column: `[1, h w, D]`."""
+  """Adds a learned vector for each row and each column: `[1, h w, D]`."""
   init, (h, w) = nn.initializers.normal(), whole
   row_h1D = model.learned('rows', init, (h, 1, model.width))
   column_1wD = model.learned('columns', init, (1, w, model.width))
@@ -146,7 +146,7 @@ def lion(schedule, weight_decay, b1, b2, slowness, **_):
 @pytest.mark.slow
 def test_a_new_optimizer_schedule_and_loss_work_in_every_mode(tmp_path, monkeypatch):
   monkeypatch.setitem(OPTIMIZERS, 'lion', lion)
-  monkeypatch.setitem(KEYS, 'optimizer.slowness', Key(10.0, 'what the step is divided by'))
+  monkeypatch.setitem(KEYS, 'optimizer.slowness', Key(10.0, 'divisor of each update'))
   monkeypatch.setitem(SCHEDULES, 'square', lambda fraction: (1 - fraction) ** 2)
   squares = lambda logits_BL, label_B, label_smoothing: (
     (logits_BL - jax.nn.one_hot(label_B, logits_BL.shape[1])) ** 2
@@ -156,7 +156,7 @@ def test_a_new_optimizer_schedule_and_loss_work_in_every_mode(tmp_path, monkeypa
   check_every_mode(tmp_path, **names)
   lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
   tested = [line for line in map(json.loads, lines) if line['split'] == 'test']
-  assert tested[-1]['loss'] == pytest.approx(1, abs=0.2)  # a head near zero is 1 away in one class
+  assert tested[-1]['loss'] == pytest.approx(1, abs=0.2)  # near-zero logits miss one target by 1
 
 
 def negative(key_B, image_BHWC, probability):
@@ -178,7 +178,7 @@ def test_a_new_augmentation_works_in_every_mode(tmp_path, monkeypatch):
 
 
 def stripes(argument, data_dir, image_size):
-  """Stripes across or down, of a width that the argument says."""
+  """Creates images of horizontal or vertical stripes with the period `argument`."""
 
   def read(split, indices):
     for i in indices:
@@ -216,7 +216,7 @@ def read_one_array_a_file(folder):
 
 
 @pytest.mark.slow
-def test_a_new_weight_format_is_exported_loaded_and_trained_from(tmp_path, monkeypatch):
+def test_a_new_weight_format_can_be_exported_loaded_and_fine_tuned(tmp_path, monkeypatch):
   entry = Format(
     save_one_array_a_file,
     lambda loaded: 'import numpy',
@@ -243,7 +243,7 @@ def test_a_new_mode_gets_its_flags_and_the_opened_model(capsys, trained, monkeyp
     exp, params, step = opening.open_model(cli.request_of(args))
     print(args.unit, step, params['head']['kernel'].size == 16 * len(exp.task.class_names))
 
-  flags = (*WEIGHTS, cli.Flag('unit', 'what is counted', default='parameters'))
+  flags = (*WEIGHTS, cli.Flag('unit', 'counted unit', default='parameters'))
   mode = cli.Mode('counts parameters', '--workdir=runs/digits', flags, run_count)
   monkeypatch.setitem(cli.MODES, 'count', mode)
   argv = ['--mode=count', f'--workdir={trained[0]}', '--step=16', '--config.eval_batch_size=9']

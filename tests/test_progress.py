@@ -1,4 +1,4 @@
-"""Long work is announced, short work is not."""
+"""Long work is announced and shows a progress bar; short work is silent."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ import tqdm
 from vit_jax import progress
 
 
-def test_what_takes_long_is_announced(caplog, monkeypatch):
+def test_only_long_work_is_announced(caplog, monkeypatch):
   monkeypatch.setattr(progress, 'SOON', 0.05)
   caplog.set_level(logging.INFO)
   with progress.announced('Quick ...'):
@@ -19,8 +19,8 @@ def test_what_takes_long_is_announced(caplog, monkeypatch):
   assert caplog.messages == ['Slow ...']
 
 
-def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
-  tqdm.tqdm._instances.clear()  # bars of loops that other tests broke off
+def test_a_bar_shows_progress_and_disappears(caplog, capsys, monkeypatch):
+  tqdm.tqdm._instances.clear()  # bars of loops that other tests left early
   monkeypatch.setattr(progress, 'SOON', 0.05)
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
   caplog.set_level(logging.INFO)
@@ -35,10 +35,10 @@ def test_a_bar_shows_what_is_left_and_goes(caplog, capsys, monkeypatch):
   assert not capsys.readouterr().err
   for item in progress.bar(range(2), 'Slow later', 'egg', total=2):
     time.sleep(0.2 * item)
-  assert len(caplog.messages) == 1  # the bar is there by then
+  assert len(caplog.messages) == 1  # the bar is visible by then
 
 
-def test_a_log_file_has_few_updates(capsys, monkeypatch):
+def test_a_log_file_gets_few_bar_updates(capsys, monkeypatch):
   monkeypatch.setattr(progress, 'SOON', 0)
   for screen in (True, False):
     monkeypatch.setattr(sys.stderr, 'isatty', lambda screen=screen: screen)

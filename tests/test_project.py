@@ -1,4 +1,4 @@
-"""Imports run one way, every config builds, the package is light."""
+"""Imports follow the layers, modules are small, every config builds, models import little."""
 
 import ast
 import collections
@@ -16,8 +16,8 @@ from vit_jax.experiment import Task, assemble
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
 
-# Packages, and modules beside them. Each imports only from those before it, and from another
-# package only what its `__init__` lists.
+# Packages and root modules, lowest first. Each imports only from lower layers, and from another
+# package only names that its `__init__` lists.
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
   'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
@@ -36,7 +36,7 @@ TREES = {name: ast.parse(path.read_text(encoding='utf-8')) for name, path in MOD
 
 
 def imported(name):
-  """What a module imports, wherever in it: (modules of vit_jax, other top-level modules)."""
+  """Returns all imports of a module: (modules of vit_jax, other top-level modules)."""
   ours, others = set(), set()
   for node in ast.walk(TREES[name]):
     if isinstance(node, ast.Import):
@@ -50,22 +50,22 @@ def imported(name):
 
 
 def package_of(name):
-  """`vit_jax.data` of `vit_jax.data.splits`; a module at the root is its own."""
+  """Returns `vit_jax.data` for `vit_jax.data.splits`; a root module is its own package."""
   return '.'.join(name.split('.')[:2])
 
 
 @pytest.mark.parametrize('name', sorted(MODULES.keys() - {'vit_jax'}))
-def test_imports_run_one_way(name):
+def test_modules_import_only_lower_layers(name):
   ours, others = imported(name)
   own = package_of(name)
   below = {f'vit_jax.{layer}' for layer in LAYERS[: LAYERS.index(own.split('.')[1])]}
   for other in ours:
-    assert package_of(other) in below | {own}, f'imports {other} from above'
-    assert package_of(other) in (own, other), f'imports {other}, not what its package lists'
+    assert package_of(other) in below | {own}, f'imports {other} from a higher layer'
+    assert package_of(other) in (own, other), f'imports {other}, which its package does not list'
   assert name == 'vit_jax.data.tfds' or 'tensorflow' not in others
 
 
-def test_no_import_leads_back():
+def test_imports_have_no_cycle():
   state = {}
 
   def visit(name, path):
@@ -81,7 +81,7 @@ def test_no_import_leads_back():
       visit(name, [])
 
 
-def test_the_house_has_few_rooms_and_each_is_small():
+def test_packages_and_modules_are_few_and_small():
   folders = collections.Counter(path.parent for path in FILES if path.name != '__init__.py')
   assert len(folders) - 1 <= 12
   assert {f.name: n for f, n in folders.items() if n > 10 and f.name != 'cli'} == {}
@@ -90,13 +90,13 @@ def test_the_house_has_few_rooms_and_each_is_small():
     assert lines <= 300, f'{path} has {lines} lines'
 
 
-MANY_PARAMETERS = {  # and why
-  'rand_augment': 'they are its config keys',
+MANY_PARAMETERS = {  # function: reason
+  'rand_augment': 'its parameters are config keys',
   'save': 'keywords of the public API',
 }
 
 
-def test_functions_are_short_and_ask_for_little():
+def test_functions_are_short_and_have_few_parameters():
   for name, tree in TREES.items():
     for node in ast.walk(tree):
       if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -107,7 +107,7 @@ def test_functions_are_short_and_ask_for_little():
         assert count <= 6 or node.name in MANY_PARAMETERS, f'{name}.{node.name}: {count} parameters'
 
 
-def test_a_module_knows_few_others_and_a_name_has_one_meaning():
+def test_modules_import_few_others_and_names_are_unique():
   homes = collections.defaultdict(set)
   for name, tree in TREES.items():
     found = imported(name)[0]
@@ -125,8 +125,8 @@ def test_a_module_knows_few_others_and_a_name_has_one_meaning():
 
 
 @pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])
-def test_text_files_are_utf_8_wherever_they_are_opened(folder):
-  """Without an encoding Python takes the locale's, which may lack the letters of a class name."""
+def test_text_files_are_opened_as_utf_8(folder):
+  """Without an encoding, Python uses the locale, which may not support a class name."""
   for path in sorted((ROOT / folder).rglob('*.py') if folder != '.' else ROOT.glob('*.py')):
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
       if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
@@ -138,7 +138,7 @@ def test_text_files_are_utf_8_wherever_they_are_opened(folder):
         assert not text or 'encoding' in words, f'{path}:{node.lineno}'
 
 
-def test_a_model_needs_only_the_light_dependencies():
+def test_a_model_needs_only_light_dependencies():
   heavy = ['tensorboardX', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'grain', 'cv2']
   script = (
     f'import sys; sys.modules.update(dict.fromkeys({heavy}))\n'

@@ -1,4 +1,4 @@
-"""Sweeps and the results' table, on runs of seconds."""
+"""Sweeps and the table of results, on runs of a few seconds."""
 
 import json
 
@@ -16,7 +16,7 @@ TINY = [
 
 @pytest.fixture
 def one_process(monkeypatch):
-  """Runs happen here, which spares starting Python and JAX for each."""
+  """Trains in this process, without starting Python and JAX for each run."""
 
   def train(config, overrides, workdir):
     flags = [f'--config.{key}={value}' for key, value in overrides.items()]
@@ -25,7 +25,7 @@ def one_process(monkeypatch):
   monkeypatch.setattr(collect, 'train', train)
 
 
-def test_a_grid_has_all_combinations():
+def test_a_grid_contains_all_combinations():
   found = sweep.grid('{"optimizer.lr": [0.1, 1e-3], "optimizer.name": ["sgd"], "ema": [0]}')
   assert [c['optimizer.lr'] for c in found] == ['0.1', '0.001'] and len(found) == 2
   assert found[0] == {'optimizer.lr': '0.1', 'optimizer.name': 'sgd', 'ema': '0'}
@@ -35,7 +35,7 @@ def test_a_grid_has_all_combinations():
 
 
 def test_a_sweep_is_checked_before_its_first_run(monkeypatch, tmp_path, capsys):
-  monkeypatch.setattr(collect, 'train', lambda *_: pytest.fail('a run began'))
+  monkeypatch.setattr(collect, 'train', lambda *_: pytest.fail('a run started'))
   (tmp_path / 'file').write_text('')
   good = {'config': 'configs/digits.py', 'out': tmp_path, 'grid': '{"ema": [0, 0.9]}'}
   for flag, text, message in (
@@ -62,16 +62,16 @@ def test_a_sweep_of_failed_runs_has_no_accuracy_and_fails(monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize('text', ['{"a": 1}', '{"a": []}', '[1]', '{a: [1]}'])
-def test_what_is_no_grid_is_said(text, capsys):
+def test_an_invalid_grid_is_rejected(text, capsys):
   with pytest.raises(SystemExit):
     sweep.main(['--config=configs/digits.py', '--out=x', f'--grid={text}'])
   assert text in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_sweep_ranks_goes_on_and_survives_a_run_that_fails(one_process, tmp_path, capsys):
+def test_a_sweep_ranks_resumes_and_survives_a_failed_run(one_process, tmp_path, capsys):
   flags = ['--config=configs/cifar10.py:tiny', f'--out={tmp_path}', *TINY]
-  grid = '{"optimizer.lr": [0.003, 1e30]}'  # of which the second diverges
+  grid = '{"optimizer.lr": [0.003, 1e30]}'  # the second rate diverges
   assert sweep.main([*flags, f'--grid={grid}']) == 1
   first = json.loads((tmp_path / 'sweep.json').read_text())
   assert [row['failed'] for row in first['rows']] == [0, 1]
@@ -84,7 +84,7 @@ def test_a_sweep_ranks_goes_on_and_survives_a_run_that_fails(one_process, tmp_pa
   assert '± ' in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_sweep_does_not_see_the_test_images_by_itself():
+def test_a_sweep_does_not_use_the_test_images_by_default():
   args = sweep.parse(['--config=configs/digits.py', '--grid={"ema": [0]}', '--out=o'])
   assert args.overrides == {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 

@@ -1,4 +1,4 @@
-"""The Vision Transformer on JAX: see README.md.
+"""Vision Transformers in JAX: train, evaluate, predict and export. See README.md.
 
 model = vit_jax.make('B/16', num_classes=10)
 result = vit_jax.train(config, workdir)
@@ -8,7 +8,7 @@ for row in vit_jax.predict(workdir, ['cat.png', 'photos/']): print(row)
 
 import importlib
 
-_PUBLIC = {  # imported when asked for: a model needs neither datasets nor checkpoints
+_PUBLIC = {  # imported on first use: a model needs no data or checkpoint libraries
   'ViT': 'model.vit',
   'Encoder': 'model.encoder',
   'make': 'model.variants',

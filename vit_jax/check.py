@@ -1,6 +1,7 @@
-"""What a config may say: names, ranges, and what excludes what.
+"""Checks a config: valid names, valid ranges, and keys that contradict each other.
 
-`keys.py` has the range of each key, and its names or the name of their registry, here.
+`keys.py` gives the range of each key and its valid names, or the name of a registry in
+`REGISTRIES`, which lists them.
 """
 
 from collections.abc import Callable, Collection
@@ -23,7 +24,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'MOMENT_DTYPES': MOMENT_DTYPES,
   'OPTIMIZERS': OPTIMIZERS,
   'PAD_MODES': PAD_MODES,
-  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # one vector
+  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # only one vector
   'POSITIONS': POSITIONS,
   'POSITION_PREFIXES': POSITION_PREFIXES,
   'REMAT': REMAT,
@@ -34,7 +35,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """The valid names of a key, in the order of its registry; empty where any value is."""
+  """Returns the valid names of a key in registry order; empty if the key has no list of names."""
   names = KEYS[key].choices
   if isinstance(names, str):
     names = REGISTRIES[names] if names else ()
@@ -42,7 +43,7 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for numbers that no run can have, and for unknown names."""
+  """Raises ValueError for invalid numbers, unknown names and contradictory keys."""
   values = config_lib.flatten(config)
   for name, key in KEYS.items():
     value = values[name]
@@ -61,60 +62,63 @@ def check(config: ConfigDict) -> None:
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(
-      f'mesh needs numbers of devices, and -1 for one of fsdp and tensor at most, got {axes}.'
+      'mesh: each axis must be a positive number of devices or -1, and only one of fsdp and '
+      f'tensor may be -1, got {axes}.'
     )
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split):
     raise ValueError(
-      'sweep needs freeze=backbone and a data.val_split to choose the learning rate by, e.g. '
+      'sweep needs freeze=backbone and a data.val_split that decides the learning rate, e.g. '
       "train_split='train[:98%]', val_split='train[98%:]'."
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
-    raise ValueError(f'sweep must be different learning rates above 0, got {tuple(rates)}.')
+    raise ValueError(f'sweep must list distinct learning rates above 0, got {tuple(rates)}.')
 
 
 def check_progressive(config: ConfigDict) -> None:
-  """Raises ValueError for sizes and shares that don't fit each other."""
+  """Raises ValueError for invalid or contradictory keys of progressive resizing."""
   sizes, until = config.progressive.sizes, config.progressive.until
   height = pair(config.data.image_size)[0]
   if not all(type(size) is int and 0 < size <= height for size in sizes):
     raise ValueError(
-      f'progressive.sizes must be heights in pixels of at most {height}, that of data.image_size, '
-      f'got {tuple(sizes)}.'
+      f'progressive.sizes must be heights in pixels, at most {height} (the height of '
+      f'data.image_size), got {tuple(sizes)}.'
     )
   rising = all(a < b for a, b in zip((0, *until), (*until, 1)))
   if len(until) != len(sizes) or (until and not rising):
     raise ValueError(
-      f'progressive.until={tuple(until)} must be rising shares of the run between 0 and 1, one for '
-      f'each of progressive.sizes={tuple(sizes)}.'
+      f'progressive.until={tuple(until)} must list increasing shares of the run between 0 and 1, '
+      f'one for each of progressive.sizes={tuple(sizes)}.'
     )
   if sizes and config.freeze:
-    raise ValueError('progressive is for training the whole model: leave it out with freeze.')
+    raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of them.')
 
 
 def check_augment(config: ConfigDict) -> None:
-  """Raises ValueError for arguments of augmentations that don't fit each other."""
+  """Raises ValueError for invalid or contradictory keys of `augment`."""
   erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
   most = MAX_MAGNITUDES[drawn.space]
   if not 0 <= drawn.magnitude <= most:
-    spaces = [f'{space} to {most}' for space, most in MAX_MAGNITUDES.items()]
+    spaces = [f'{space} {most}' for space, most in MAX_MAGNITUDES.items()]
     raise ValueError(
       f'augment.rand_augment.magnitude must be from 0 to {most} for space={drawn.space}, got '
-      f'{drawn.magnitude:g}. The spaces go to: {", ".join(spaces)}.'
+      f'{drawn.magnitude:g}. Maximum of each space: {", ".join(spaces)}.'
     )
   if erasing.min_area > erasing.max_area:
     raise ValueError(
-      f'augment.erasing.min_area={erasing.min_area:g} is more than max_area={erasing.max_area:g}.'
+      f'augment.erasing.min_area={erasing.min_area:g} must not exceed '
+      f'max_area={erasing.max_area:g}.'
     )
   if not mixes(config.augment):
     return
   if not mix.mixup_alpha and not mix.cutmix_alpha:
     raise ValueError(
-      f'augment.mix.probability={mix.probability:g} needs a mixup_alpha or a cutmix_alpha above 0.'
+      f'augment.mix.probability={mix.probability:g} needs mixup_alpha or cutmix_alpha above 0.'
     )
   parts = config.micro_batches or 1
   if config.batch_size % (2 * parts):
     raise ValueError(
-      f'augment.mix mixes neighbours in a micro-batch, and batch_size={config.batch_size} in '
-      f'micro_batches={parts} leaves one without: make batch_size a multiple of {2 * parts}.'
+      'augment.mix mixes pairs of images within each micro-batch, but '
+      f'batch_size={config.batch_size} in micro_batches={parts} leaves an image without a '
+      f'partner. Set batch_size to a multiple of {2 * parts}.'
     )

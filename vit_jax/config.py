@@ -1,8 +1,9 @@
-"""How a config is made, overridden, saved and compared; `keys.py` has the table of its keys.
+"""Creates, overrides, saves and compares configs; `keys.py` has the table of all keys.
 
-An experiment in `configs/` starts from `default_config()` and changes what it must. `experiment.py`
-builds everything from a config. Leaves such as the model and the data know no config. The modes
-read the few keys that they act on, e.g. `data.eval_split`.
+An experiment file in `configs/` starts from `default_config()` and changes some keys.
+`experiment.py` builds the model and its functions from a config. Lower layers such as the model
+and the data never see a config. The modes read only the few keys that
+they need, e.g. `data.eval_split`.
 """
 
 import ast
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def default_config() -> ConfigDict:
-  """A locked config with every key of `KEYS` at its default: a ViT for 32x32 images."""
+  """Returns a locked config with every key of `KEYS` at its default: a ViT for 32x32 images."""
   tree = {}
   for name, key in KEYS.items():
     *sections, leaf = name.split('.')
@@ -36,13 +37,13 @@ def default_config() -> ConfigDict:
   return ConfigDict(tree).lock()
 
 
-imports: tuple[str, ...] = ()  # modules of `--import`, which checkpoints record
+imports: tuple[str, ...] = ()  # modules given by `--import`; checkpoints record them
 
-TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # as absl has them
+TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl accepts
 
 
 def unset(config: Mapping) -> set[str]:
-  """The keys that a run's `init` or its data decide, and that the config leaves open."""
+  """Returns the keys that the config leaves open for `init` or the data to decide."""
   keys = {key for key in KEYS if key.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
@@ -50,13 +51,13 @@ def unset(config: Mapping) -> set[str]:
 
 
 def is_switch(key: str) -> bool:
-  """Whether it is a key that is true or false."""
+  """Returns whether a key exists and is true or false."""
   return key in KEYS and KEYS[key].kind is bool
 
 
 def unknown(key: str) -> str:
-  """What to say of a key that no config has: the nearest ones."""
-  named = collections.defaultdict(list)  # keys, by what they may be taken for
+  """Returns the message for an unknown key, with the nearest valid keys."""
+  named = collections.defaultdict(list)  # maps a name that the user may have meant to keys
   for name in KEYS:
     section, _, leaf = name.rpartition('.')
     for words in {name, leaf}:
@@ -68,19 +69,19 @@ def unknown(key: str) -> str:
   if not near:
     close = difflib.get_close_matches(key, named, n=3)
     near = list(dict.fromkeys(name for words in close for name in named[words]))
-  return f'{key}: there is no such key.{hint(near)}'
+  return f'{key}: unknown key.{hint(near)}'
 
 
 def hint(near: Sequence[str]) -> str:
-  """The question after a mistyped name; nothing without near ones."""
+  """Returns a "Did you mean ...?" suffix for a mistyped name; empty without near names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets a dotted key from the command line, in the key's own type.
+  """Sets a dotted key from command-line text, converted to the type of the key.
 
   Raises:
-    ValueError: an unknown key, with the nearest valid ones, or a value of another type.
+    ValueError: an unknown key (the message names the nearest ones) or a value of another type.
   """
   if key not in KEYS:
     raise ValueError(f'--config.{unknown(key)}')
@@ -100,16 +101,16 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-  """The config with every one of these set in it; see `override`."""
+  """Sets all overrides in the config and returns it; see `override`."""
   for key, text in overrides.items():
     override(config, key, text)
   return config
 
 
 def parse(text: str, kind: type, optional: bool = False):
-  """The value that `text` writes; tuples as `32,32`, `(32, 32)` or `32`, an int also as `1e3`."""
+  """Converts text to a value; tuples as `32,32`, `(32, 32)` or `32`, an int also as `1e3`."""
   if optional and (text == 'None' or (kind is not str and text == 'none')):
-    return None  # as a word, `none` is a choice: model.position=none
+    return None  # for a str key `none` is a valid name: model.position=none
   if kind is bool:
     if text.lower() not in (*TRUE, *FALSE):
       raise ValueError(text)
@@ -129,14 +130,14 @@ def parse(text: str, kind: type, optional: bool = False):
 
 
 def as_text(value: object) -> str:
-  """The text of a value that `parse` reads back."""
+  """Formats a value so that `parse` reads it back."""
   if isinstance(value, (tuple, list)):
     return ','.join(map(str, value)) or '()'
   return str(value)
 
 
 def flatten(config: Mapping, prefix: str = '') -> dict[str, object]:
-  """`{'data.source': ..., ...}`, tuples as lists, as JSON gives them back."""
+  """Returns `{'data.source': ..., ...}`; tuples become lists, as in JSON."""
   flat = {}
   for name, value in config.items():
     if isinstance(value, (Mapping, ConfigDict)):
@@ -147,15 +148,15 @@ def flatten(config: Mapping, prefix: str = '') -> dict[str, object]:
 
 
 def to_dict(config: ConfigDict) -> dict:
-  """Plain values that JSON can hold."""
+  """Converts a config to plain values that JSON can store."""
   return json.loads(config.to_json())
 
 
 def from_dict(saved: Mapping) -> ConfigDict:
-  """A config from what `to_dict` gave; keys younger than it keep their defaults.
+  """Restores a config from the output of `to_dict`; keys added since then keep their defaults.
 
   Raises:
-    ValueError: a key that this version does not know.
+    ValueError: a key that this version does not know, or a value of another type.
   """
   config = default_config()
   unknown = sorted(flatten(saved).keys() - KEYS.keys())
@@ -177,7 +178,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
 
 
 def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
-  """A copy with the values of these dotted keys where the config leaves them open."""
+  """Returns a copy of the config whose open keys take their values from `values` (dotted keys)."""
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')
@@ -186,28 +187,28 @@ def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
 
 
 def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
-  """Raises ValueError where a workdir's run can't go on under the config given."""
+  """Raises ValueError if the run in a workdir cannot resume with the given config."""
   before, now = flatten(saved), flatten(given)
-  # How a run trains may change when it resumes, not what. Epochs: `resume.add_cycle`.
+  # Only keys with `may_change` may differ. `resume.add_cycle` checks `epochs`.
   may_change = [name for name, key in KEYS.items() if key.may_change]
   differences = [
-    f'  {key}: {before[key]!r} there, {now[key]!r} given'
+    f'  {key}: {before[key]!r} in the workdir, {now[key]!r} given'
     for key in before
     if before[key] != now[key] and key not in {'epochs', *may_change, *unset(given)}
   ]
   if differences:
     raise ValueError(
       f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
-      'same values, or another --workdir. What may change: ' + ', '.join(may_change) + ', and '
-      'more epochs once the run is finished.'
+      'same values, or another --workdir. Keys that may change: ' + ', '.join(may_change) + '. '
+      'A finished run may also be given more epochs.'
     )
 
 
 def import_extensions(names: Sequence[str]) -> None:
-  """Imports the modules of `--import`, which register what configs may name.
+  """Imports the modules of `--import`, which register names and keys for configs.
 
   Raises:
-    ValueError: a module that Python does not find, or that fails; the message says where.
+    ValueError: a module that Python cannot find, or that fails; the message names file and line.
   """
   global imports
   for name in names:
@@ -224,15 +225,16 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Names the `--import` that a run had and this process lacks, in errors or else in a warning.
+  """Reports modules of `--import` that a run used and this process lacks.
 
-  Nothing that a checkpoint names is imported.
+  A ValueError raised inside is extended by their names. Without an error they are logged as a
+  warning. Modules named in a checkpoint are never imported.
 
   Args:
-    saved: item `config` of a checkpoint.
+    saved: the item `config` of a checkpoint.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
-  message = f'The run was trained with --import={missing}, which is missing here.'
+  message = f'The run was trained with --import={missing}, which is missing here: add it.'
   try:
     yield
   except ValueError as error:

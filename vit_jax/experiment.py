@@ -1,6 +1,6 @@
-"""The model, the loss and the augmentations of a run, from its config.
+"""Builds the model, the loss and the augmentations of a run from its config.
 
-`opening.py` opens the data and the weights around them.
+`opening.py` opens the data and the weights.
 """
 
 from collections.abc import Callable
@@ -29,20 +29,20 @@ from vit_jax.names import pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
-# What the keys that `init` may decide are without it.
+# Defaults of keys that `init` may decide, used without `init`.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What the training data decided; travels in the checkpoint.
+  """Properties of the training data; every checkpoint stores them.
 
   Attributes:
-    class_names: name of each label; none where weights without a head are looked at.
-    stored_size: (height, width) that images are fitted to on the host.
+    class_names: name of each label; empty for weights without a head.
+    stored_size: (height, width) to which the host fits the images.
     channels: 1 (grey) or 3 (RGB).
-    train_examples: size of the training split, which the order of examples hangs on.
-    fingerprint: of the names and labels in the source's `train`; empty where unknown.
+    train_examples: size of the training split, on which the order of the examples depends.
+    fingerprint: hash of the names and labels in the source's `train`; empty if unknown.
   """
 
   class_names: tuple[str, ...]
@@ -53,15 +53,15 @@ class Task:
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
-    """From the JSON of a checkpoint."""
+    """Restores a task from the JSON of a checkpoint."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config made concrete. `loss`, `augment` and `augment_and_mix` have their arguments bound.
+  """The model and the functions that a config describes, with their arguments bound.
 
-  `names` is of the files that the weights were trained on; None where a run kept none.
+  `names` identifies the files that the weights were trained on; None if the run recorded none.
   """
 
   config: ConfigDict
@@ -76,22 +76,22 @@ class Experiment:
 
   @property
   def augments(self) -> bool:
-    """Whether training may change an image."""
+    """Whether training may augment images."""
     return bool(active(self.config.augment))
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes images, and with them the losses of their labels."""
+    """Whether training mixes pairs of images and the losses of their labels."""
     return mixes(self.config.augment)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """(H, W, C) of the model's input."""
+    """Shape (H, W, C) of the model's input."""
     return (*pair(self.config.data.image_size), self.task.channels)
 
   @property
   def reading(self) -> Reading:
-    """How its splits are read."""
+    """Settings for reading the splits."""
     data, crop = self.config.data, self.config.augment.resized_crop
     cropped = AUGMENTATIONS['resized_crop'].on(crop)
     return Reading(
@@ -104,10 +104,10 @@ class Experiment:
     )
 
   def at(self, size: tuple[int, int]) -> 'Experiment':
-    """The same, of the same parameters, seeing all images at another size (height, width).
+    """Returns this experiment for another image size (height, width), with the same parameters.
 
-    Positions stay those of the old size, stretched over the new one's patches. Files are fitted to
-    the new size, where they were to the old.
+    The positions of the old size are stretched over the patches of the new one. Images are fitted
+    to the new size if they were fitted to the old one.
     """
     own = pair(self.config.data.image_size)
     if size == own:
@@ -126,28 +126,28 @@ class Experiment:
     )
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
-    """Logits `[B, L]` of a batch of uint8 images.
+    """Computes the logits `[B, L]` of a batch of uint8 images.
 
     Args:
-      params: of the model.
-      batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions that draws
-        derive from.
-      key: of what drops out in a step of training; None at inference.
+      params: parameters of the model.
+      batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions from which
+        random draws derive.
+      key: random key for dropout in a training step; None at inference.
     """
     if key is None:
       return self.model.apply({'params': params}, self.normalize(batch['image']))
     return self.model.apply(
       {'params': params},
       self.normalize(batch['image']),
-      train=not self.config.freeze,  # what is frozen is a function that is only evaluated
+      train=not self.config.freeze,  # a frozen backbone runs as at inference
       example_B=batch['example'],
       rngs={'dropout': key},
     )
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """How many parts each device best takes its share of a batch in.
+    """Returns the best number of micro-batches for the share of a batch on each device.
 
-    Where images mix, neighbours stay together, as far as the share is of an even number.
+    If images are mixed, neighbours stay together, provided that the share is even.
     """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
@@ -155,7 +155,7 @@ class Experiment:
     return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
-    """What a checkpoint holds of it; see `Checkpoints.save`."""
+    """Returns the description that a checkpoint stores; see `Checkpoints.save`."""
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
@@ -167,10 +167,10 @@ class Experiment:
 
 
 def assemble(config: ConfigDict, task: Task) -> Experiment:
-  """The model and its functions, checked on an abstract image.
+  """Builds the model and its functions, and checks them on an abstract image.
 
   Raises:
-    ValueError: a model that can't be, or does not fit the images.
+    ValueError: the model is impossible or does not fit the images.
   """
   config = config_lib.fill(config, DEFAULTS)
   fields = dict(config.model)
@@ -181,14 +181,14 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     values = config.data[name]
     if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
       raise ValueError(
-        f'data.{name}={values}: the images have {task.channels} channel(s), so it needs 1 or '
+        f'data.{name}={values}: the images have {task.channels} channel(s). Give 1 or '
         f'{task.channels} values{", all positive" if name == "std" else ""}.'
       )
   loss, geometry = dict(config.loss), {}
-  if task.stored_size == pair(config.data.image_size):  # else images are kept small, and whole
+  if task.stored_size == pair(config.data.image_size):  # else whole, smaller images are stored
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
-  if config.data.cache == 'stream':  # the file is cropped, while it is decoded
+  if config.data.cache == 'stream':  # the decoder already crops
     arguments['resized_crop']['min_area'] = AUGMENTATIONS['resized_crop'].off
   experiment = Experiment(
     config,
@@ -216,21 +216,21 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def group(config: ConfigDict) -> int:
-  """How many neighbours of a batch stay on one device and in one micro-batch: those that mix."""
+  """Returns how many neighbours of a batch stay together on a device: 2 if images mix, else 1."""
   return 2 if mixes(config.augment) else 1
 
 
 def mesh_for(config: ConfigDict) -> jax.sharding.Mesh:
-  """Of the devices that the config asks for, and that its batch divides over.
+  """Returns a mesh of the devices that the config asks for.
 
   Raises:
-    ValueError: there is none such.
+    ValueError: the devices cannot form this mesh, or the batch cannot be divided over them.
   """
   return make_mesh(**division(config), shape=dict(config.mesh))
 
 
 def division(config: ConfigDict) -> dict[str, int]:
-  """How a batch may be divided over devices, as `devices.make_mesh` takes it."""
+  """Returns the arguments of `devices.make_mesh` that describe how a batch may be divided."""
   return {
     'batch_size': config.batch_size,
     'micro_batches': config.micro_batches or 1,

@@ -1,4 +1,4 @@
-"""What a run takes over from the weights it starts from, and what may not contradict them."""
+"""Completes a config from the weights that a run starts from, and checks that both agree."""
 
 import logging
 
@@ -15,64 +15,64 @@ log = logging.getLogger(__name__)
 
 
 def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
-  """The weights that `init` names, for the data's classes and size, and what they decide.
+  """Opens the weights that `init` names and adapts them to the data's classes and image size.
 
-  The head is new, and its pre-logits layer is dropped, unless the weights are of the same classes.
+  The head is new and the pre-logits layer is dropped, unless the weights have the same classes.
 
   Returns:
-    The config with what the weights decide, their parameters, and the names of the files that
-    they were trained on, as far as they tell.
+    The config completed from the weights, their parameters, and the names of their training files,
+    as far as these are known.
 
   Raises:
-    ValueError: no such weights, or a config that contradicts them.
+    ValueError: the weights do not exist, or the config contradicts them.
   """
   found = read_weights(config.init)
   grid = grid_for(config, found)
   if found.channels != source.channels:
     raise ValueError(
-      f'init={config.init} takes images of {found.channels} channels, those of '
-      f'{config.data.source} have {source.channels}.'
+      f'init={config.init} expects images with {found.channels} channel(s), but the images of '
+      f'data.source={config.data.source} have {source.channels}.'
     )
   classes = source.class_names
-  new_head = found.class_names != classes  # others, or who knows which
+  new_head = found.class_names != classes  # other classes, or unknown ones
   loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
   if new_head:
-    log.info('The head is new: the classes are not those of the weights.')
+    log.info('The head is new: the weights have other or unknown classes.')
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:
-  """The names of the files that weights were trained on; none where they don't tell."""
+  """Returns the names of the files that weights were trained on; empty if unknown."""
   names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
-      'Version 0.1.0 trained the weights of init and kept no names of its training files: they may '
-      'have been trained on some of the test images.'
+      'The weights of init come from version 0.1.0, which did not record its training files. They '
+      'may have been trained on some of the test images.'
     )
   return names or TrainingFiles()
 
 
 def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
-  """The patches (down, across) of the config's images under the model of some weights.
+  """Returns the patch grid (down, across) of the config's images for the model of the weights.
 
   Raises:
-    ValueError: images that don't divide into patches.
+    ValueError: the images do not divide into patches.
   """
   size, patch = pair(config.data.image_size), ViT(**found.fields).patch_size
   if any(n % p for n, p in zip(size, patch)):
     raise ValueError(
-      f'data.image_size={size} does not divide into the patches of init={config.init}, '
+      f'data.image_size={size} does not divide into the patches of init={config.init}: they have '
       f'{patch[0]}x{patch[1]} pixels.'
     )
   return size[0] // patch[0], size[1] // patch[1]
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """The config with what the weights decide.
+  """Returns the config completed from the weights.
 
   Raises:
-    ValueError: it asks for another model; the message lists the differences.
+    ValueError: the config asks for another model; the message lists the differences.
   """
   own = {name: getattr(loaded.model, name) for name in ATTRIBUTES if name in config.model}
   asked = variant_fields(config.model.variant) if config.model.variant else {}
@@ -91,28 +91,29 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
   ]
   if differences:
     raise ValueError(
-      f'init={config.init} is of another model than the config asks for:\n'
+      f'init={config.init} holds a different model than the config asks for:\n'
       + '\n'.join(differences)
-      + '\nSet these keys to None, which takes those of the weights, or choose their variant.'
+      + '\nSet these keys to None to take their values from the weights, or set model.variant '
+      'to the variant of the weights.'
     )
   given = {f'model.{name}': value for name, value in own.items() if value is not None}
   return config_lib.fill(config, given | about)
 
 
 def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
-  """One value, where all channels have the same."""
+  """Shortens a tuple to one value if all channels have the same value."""
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
-FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # of training
+FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # training decides
 
 
 def same(name: str, asked: object, own: object, model: ViT) -> bool:
-  """Whether the config's value of an attribute is that of the weights."""
+  """Returns whether the config and the weights agree on an attribute of the model."""
   if name == 'patch_size':
     return pair(asked) == own
   if name == 'head_dim':
     return asked == model.head_size
-  if name == 'layer_scale':  # the config's is where training from scratch begins
+  if name == 'layer_scale':  # the config gives only the initial value
     return own is not None
   return asked == own

@@ -1,4 +1,4 @@
-"""How much memory there is, and what to say when it runs out."""
+"""Measures available memory and explains out-of-memory errors."""
 
 from collections.abc import Iterator
 import contextlib
@@ -8,9 +8,9 @@ import re
 
 import jax
 
-LESS = {  # what takes less memory
+LESS = {  # remedies
   'Training': (
-    'Raise micro_batches or set model.remat=full, which a run may change when it resumes; or start '
+    'Raise micro_batches or set model.remat=full; both may change when a run resumes. Or start '
     'another run with a smaller batch_size or data.image_size, or with model.dtype=bfloat16.'
   ),
   'Reading images': 'Set data.cache=stream, a smaller split, or a smaller data.image_size.',
@@ -21,26 +21,26 @@ ANY = 'Set a smaller data.image_size, or model.dtype=bfloat16.'
 
 
 class OutOfMemory(MemoryError):
-  """Memory of the host or of a device ran out; the message says which keys to change."""
+  """Error for exhausted memory of the host or a device; the message names keys to change."""
 
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Turns every kind of error that means too little memory, or threads, into `OutOfMemory`.
+  """Turns every error that means too little memory or too few threads into `OutOfMemory`.
 
-  Also a decorator. Within several of these the innermost decides what is said.
+  It also works as a decorator. If several are nested, the innermost one sets the message.
 
   Args:
-    what: is done; a key of `LESS`, or anything else.
+    what: the activity that the message names; a key of `LESS`, or any other name.
   """
   try:
     yield
   except OutOfMemory:
     raise
   except (MemoryError, RuntimeError) as error:
-    if str(error) == "can't start new thread":  # Python's, which knows no more
+    if str(error) == "can't start new thread":  # the text of a plain RuntimeError
       raise OutOfMemory(
-        f'{what} can start no more threads. Raise what limits this process: `ulimit -u` for the '
+        f'{what} cannot start more threads. Raise the limits of this process: `ulimit -u` for the '
         "user's threads, `ulimit -v` for memory."
       ) from error
     if isinstance(error, RuntimeError) and not is_full(error):
@@ -52,17 +52,17 @@ def memory_for(what: str) -> Iterator[None]:
 
 
 def is_full(error: RuntimeError) -> bool:
-  """Whether JAX raised it because the memory of a device, or of the host, ran out."""
+  """Returns whether JAX raised the error because device or host memory ran out."""
   return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
-  """Bytes of memory that this process may use: the machine's, or less where a cgroup sets a limit.
+  """Returns the bytes of memory that this process may use: all, or less if a cgroup limits it.
 
-  Containers and batch systems set it, for a group of processes or for a group above that one.
+  Containers and batch systems set such limits, for a process's own cgroup or one above it.
 
   Args:
-    root: of the files that tell.
+    root: folder that holds `proc` and `sys`.
   """
   limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   groups = root / 'proc/self/cgroup'
@@ -75,7 +75,7 @@ def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
     else:
       continue
     own = top / path.lstrip('/')
-    # Within a container the path may be the host's, of which only the top is seen.
+    # A container may see a path of the host, of which only the top folder exists here.
     for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
       file = folder / name
       text = file.read_text(encoding='utf-8').strip() if file.exists() else 'max'

@@ -1,4 +1,4 @@
-"""What people write: names of a table, sizes and paths, and what is said of mistakes."""
+"""Checks what users write: names in a table, sizes and paths."""
 
 from collections.abc import Collection, Sequence
 import difflib
@@ -7,11 +7,11 @@ import re
 
 
 def choose(what: str, name: str, table: Collection[str]):
-  """`table[name]`, or `name` where the table is a plain collection.
+  """Returns `table[name]`, or `name` if the table is a plain collection.
 
   Raises:
-    ValueError: unknown; the message names `what`, the nearest names and, where they are
-      few, all valid ones.
+    ValueError: the name is unknown; the message gives `what`, the nearest names and, if there are
+      at most 40, all valid names.
   """
   if name not in table:
     near = difflib.get_close_matches(str(name), [str(key) for key in table], n=3)
@@ -23,10 +23,10 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
-  """(height, width) from one number or two.
+  """Converts one number or two to (height, width).
 
   Raises:
-    ValueError: not one or two positive integers; the message begins with `what`.
+    ValueError: the size is not one or two positive integers; the message begins with `what`.
   """
   both = tuple(size) if isinstance(size, (tuple, list)) else (size,)
   if len(both) not in (1, 2) or not all(type(n) is int and n > 0 for n in both):
@@ -35,13 +35,13 @@ def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:
-  """The path, `~` expanded.
+  """Returns a local path with `~` expanded.
 
   Raises:
-    ValueError: a URL, as gs://bucket/run.
+    ValueError: the path is a URL, e.g. gs://bucket/run.
   """
-  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):  # a `Path` has one slash left of two
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):  # `Path` merges the two slashes
     raise ValueError(
-      f'{path}: URLs are not supported; give a path on this machine, e.g. of a mounted bucket.'
+      f'{path}: URLs are not supported. Give a path on this machine, e.g. in a mounted bucket.'
     )
   return pathlib.Path(path).expanduser()

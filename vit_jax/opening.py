@@ -1,8 +1,8 @@
-"""Opens what a run or a mode works on: data, weights, and the experiment made of both.
+"""Opens the data and the weights of a run or a mode, and builds the experiment from them.
 
 experiment, training = opening.from_config(config)         # to train
 experiment, params, step = opening.from_workdir(workdir)   # to use
-experiment, params = opening.from_init(weights)            # published ones, as they are
+experiment, params = opening.from_init(weights)            # published weights, unchanged
 """
 
 from collections.abc import Mapping
@@ -44,14 +44,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Which trained model a mode works with.
+  """The trained model that a mode works with.
 
   Attributes:
     workdir: folder of a training run; None with `init`.
-    init: published weights instead of a workdir, anything that `vit_jax.load` reads.
-    step: which checkpoint of the workdir, as in `stored.preferred`: by default the best.
-    overrides: dotted keys and their values as text, put over the config of the weights.
-    config: what the run must have been trained with, overrides included; None to trust it.
+    init: published weights instead of a workdir; anything that `vit_jax.load` reads.
+    step: checkpoint of the workdir, as in `stored.preferred`; by default the best.
+    overrides: dotted keys and their values as text; they override the config of the weights.
+    config: config, including overrides, that the run must have been trained with; None: any.
   """
 
   workdir: pathlib.Path | None = None
@@ -62,7 +62,7 @@ class Request:
 
   @property
   def name(self) -> str:
-    """What reports call the model."""
+    """Name of the model in reports."""
     return self.init or self.workdir.resolve().name
 
 
@@ -72,16 +72,17 @@ def from_config(
   cycles: tuple[int, ...] = (),
   seen: TrainingFiles | None = None,
 ) -> tuple[Experiment, Training]:
-  """Opens the data and the weights of `init`, then builds the rest.
+  """Opens the data and the `init` weights, then builds the experiment and its training.
 
   Args:
-    config: of the run, checked.
-    saved: that of the run that goes on, which decides what `init` decided; None for a new one.
+    config: checked config of the run.
+    saved: config of the run to resume, which already contains the choices of `init`; None for a
+      new run.
     cycles: as in `Training`.
-    seen: names of the files that the run that goes on was trained on.
+    seen: names of the files that the resumed run was trained on.
 
   Raises:
-    ValueError: whatever the person can mend; the message says how.
+    ValueError: any mistake that the user can correct; the message explains how.
   """
   data = config.data
   source = open_source(data.source, data.dir, pair(data.image_size))
@@ -95,9 +96,9 @@ def from_config(
     config, params, seen = begin_from(config, source)
   if seen is None:
     raise ValueError(
-      f'data.source={data.source}: this run began under version 0.1.0, which held other files out '
-      'and read files in another order: it can not be resumed. Its weights still load: train from '
-      'them with --config.init=<its workdir> and another --workdir.'
+      f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
+      'which held out other files and read them in another order. Its weights still load: start '
+      'from them with --config.init=<its workdir> and another --workdir.'
     )
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
@@ -123,7 +124,7 @@ def from_config(
 
 
 def check_held_out(config: ConfigDict, source: Source) -> None:
-  """Raises ValueError where the validation split shares examples with another one."""
+  """Raises ValueError if the validation split shares examples with the train or test split."""
   data = config.data
   if not data.val_split:
     return
@@ -131,19 +132,19 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
     if overlap(source.pieces(data.val_split), source.pieces(data[name])):
       raise ValueError(
         f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
-        "hold a part of train out, e.g. train_split='train[:98%]', val_split='train[98%:]'."
+        "hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
       )
 
 
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
-  """The experiment of a run, with where its splits are kept, and at which size.
+  """Builds the experiment of a run, and decides how and at which size its splits are stored.
 
   Raises:
-    ValueError: a model that can't be, or splits that do not fit into memory.
+    ValueError: the model is impossible, or the splits do not fit into memory.
   """
   data, size = config.data, task.stored_size
   names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
-  reading = assemble(config, task).reading  # a mistake in the model shows before an image is read
+  reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
   cache = decide_cache(reading, source, names, size, trains=True)
   if cache == 'memory':
     size = common_size(source, data.train_split, size) or size
@@ -153,11 +154,11 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
 
 
 def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, TrainingFiles]:
-  """What a new run begins with.
+  """Prepares a new run.
 
   Returns:
-    The config with what the weights of `init` decide, these weights if there are any, and the
-    names of the files that the run and those before it are trained on.
+    The config completed from the `init` weights, these weights (None without `init`), and the
+    names of the training files. Files of earlier runs are included.
   """
   params, earlier = None, TrainingFiles()
   if config.init:
@@ -168,16 +169,17 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
 def from_init(
   init: str, overrides: Mapping[str, str], classes: str = 'weights'
 ) -> tuple[Experiment, dict]:
-  """The experiment of published weights as they are, with their preprocessing.
+  """Builds the experiment of unchanged published weights, with their preprocessing.
 
   Args:
-    init: all that `pretrained.load` reads.
+    init: anything that `pretrained.load` reads.
     overrides: dotted keys and values.
-    classes: of the `weights`; or a head of zeros for those of the `data`; or of `any` weights,
-      which may have no head: there are no classes then, and the model gives features.
+    classes: `weights`: the classes of the weights; `data`: the classes of the data, with a head of
+      zeros if they differ; `any`: like `weights`, but weights without a head are accepted. They
+      have no classes and the model returns features.
 
   Raises:
-    ValueError: weights that can't be read or have no head, or overrides that contradict them.
+    ValueError: the weights cannot be read or have no head, or the overrides contradict them.
   """
   config = config_lib.default_config()
   config.init = init
@@ -189,7 +191,7 @@ def from_init(
     names = open_source(data.source, data.dir, pair(data.image_size)).class_names
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
-      f'{init} has no head, so it names no classes. Train one: '
+      f'{init} has no head and therefore no classes. Train a head: '
       f'--config=configs/linear_probe.py --config.init={init}'
     )
   if 'data.image_size' not in overrides:
@@ -198,7 +200,7 @@ def from_init(
   count = names and len(names)
   new_head = names not in (None, found.class_names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
-  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # weights may leave it open
+  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # weights may define no pool
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
@@ -217,16 +219,16 @@ def from_workdir(
   config: ConfigDict | None = None,
   step: str = '',
 ) -> tuple[Experiment, dict, int]:
-  """The experiment of a workdir's checkpoint, its weights and its step.
+  """Opens a checkpoint of a workdir: returns its experiment, weights and step.
 
   Args:
-    workdir: of a training run.
-    overrides: dotted keys and values put over the workdir's own config.
-    config: what the run must have been trained with, overrides included; None to trust it.
-    step: which checkpoint, as in `stored.preferred`: by default the best.
+    workdir: folder of a training run.
+    overrides: dotted keys and values that override the config of the workdir.
+    config: config, including overrides, that the run must have been trained with; None: any.
+    step: checkpoint, as in `stored.preferred`; by default the best.
 
   Raises:
-    ValueError: no checkpoint, or a config or overrides that contradict it.
+    ValueError: no checkpoint exists, or the config or the overrides contradict it.
   """
   loaded, params, saved = load_checkpoint(workdir, step)
   with config_lib.naming_imports(saved):
@@ -245,14 +247,14 @@ def from_workdir(
 
 
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
-  """The experiment, the parameters and the step that a request asks for; no step for `init`.
+  """Opens the requested model: returns its experiment, parameters and step (None for `init`).
 
   Args:
-    request: which model.
-    classes: of `init`, as in `from_init`.
+    request: the model to open.
+    classes: classes of `init`, as in `from_init`.
 
   Raises:
-    ValueError: no such weights, or a config or overrides that contradict them.
+    ValueError: the weights do not exist, or the config or the overrides contradict them.
   """
   if request.init:
     return *from_init(request.init, request.overrides, classes), None

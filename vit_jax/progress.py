@@ -1,4 +1,4 @@
-"""What long work says while it lasts."""
+"""Shows the progress of long work: log messages and progress bars."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -12,12 +12,12 @@ from vit_jax.distributed import is_first
 
 log = logging.getLogger(__name__)
 
-SOON = 5.0  # seconds that nothing is said
+SOON = 5.0  # seconds before long work is announced
 
 
 @contextlib.contextmanager
 def announced(message: str) -> Iterator[None]:
-  """Logs the message if what follows takes longer than `SOON`."""
+  """Logs the message if the code in the context takes longer than `SOON`."""
   timer = threading.Timer(SOON, log.info, (message,))
   timer.daemon = True
   timer.start()
@@ -28,16 +28,17 @@ def announced(message: str) -> Iterator[None]:
 
 
 def counter(items: Iterable | None = None, **arguments) -> tqdm:
-  """tqdm's bar, of the first process; seldom drawn where it stays, as in a log file."""
+  """Returns a tqdm bar, shown on process 0 only; in log files it is updated every 10 seconds."""
   interval = 0.1 if sys.stderr.isatty() else 10  # seconds
   silent = not is_first()
   return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)
 
 
 def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
-  """The items, under a bar if they take longer than `SOON`; it vanishes with the last one.
+  """Yields the items, with a progress bar if they take longer than `SOON`.
 
-  If the first one alone takes longer, as where a program is compiled for it, the message is logged.
+  The bar disappears after the last item. If the first item alone takes longer than `SOON`, e.g.
+  because a program is compiled for it, the message is logged.
   """
   with contextlib.ExitStack() as first:
     first.enter_context(announced(f'{message} ...'))

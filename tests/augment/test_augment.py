@@ -350,7 +350,7 @@ class Fixed(Experiment):
 
 
 @pytest.mark.parametrize('overrides, message', [
-    ({'erasing.min_area': '0.5'}, 'min_area=0.5 is more than max_area=0.333'),
+    ({'erasing.min_area': '0.5'}, 'min_area=0.5 must not exceed max_area=0.333'),
     ({'mix.probability': '2'}, 'mix.probability must be from 0 to 1'),
     ({'mix.probability': '1', 'mix.mixup_alpha': '0', 'mix.cutmix_alpha': '0'}, 'above 0'),
     ({'rand_augment.space': 'huge'}, 'standard, timm, wide'),
@@ -369,7 +369,7 @@ def test_arguments_that_cannot_be_are_refused(overrides, message):
 def test_a_batch_that_leaves_one_without_a_partner_is_refused(batch, parts, multiple):
   settings = {'batch_size': batch, 'micro_batches': parts}
   check(small_config(**settings))
-  with pytest.raises(ValueError, match=f'make batch_size a multiple of {multiple}'):
+  with pytest.raises(ValueError, match=f'Set batch_size to a multiple of {multiple}'):
     check(small_config(**settings, **{'augment.mix.probability': '1'}))
 
 

@@ -23,7 +23,7 @@ from vit_jax.keys import KEYS
 from vit_jax.model import POOLS
 
 
-def test_help_lists_the_modes_and_each_mode_its_flags(capsys):
+def test_help_lists_all_modes_and_the_flags_of_each_mode(capsys):
   _, out, _ = call(capsys, '--help')
   assert all(f'  {name}' in out and mode.summary in out for name, mode in cli.MODES.items())
   for name, mode in cli.MODES.items():
@@ -35,7 +35,7 @@ def test_help_lists_the_modes_and_each_mode_its_flags(capsys):
 
 
 @pytest.mark.parametrize('name', cli.MODES)
-def test_the_example_of_a_mode_is_accepted(name):
+def test_the_example_of_each_mode_is_valid(name):
   args = parse_flags([f'--mode={name}', *shlex.split(cli.MODES[name].example)], name)
   command.check_required(args)
 
@@ -57,13 +57,13 @@ def test_choices_follow_the_registries(monkeypatch):
   assert named - {''} == REGISTRIES.keys()
 
 
-def test_the_reference_page_comes_from_the_table():
+def test_the_config_page_matches_the_key_table():
   text = (ROOT / 'docs' / 'config.md').read_text(encoding='utf-8')
   remedy = 'python -m vit_jax.cli.config_page > docs/config.md'
-  assert text == config_page.config_markdown() + '\n', f'docs/config.md is outdated: {remedy}'
+  assert text == config_page.config_markdown() + '\n', f'docs/config.md is outdated. Run: {remedy}'
 
 
-def test_the_printed_config_makes_the_same_config_again(capsys):
+def test_the_printed_config_restores_the_same_config(capsys):
   flags = ['--config=configs/cifar10.py:tiny', '--config.data.mean=0.5,0.4,0.3']
   code, out, _ = call(capsys, *flags, '--config.init=a=b', '--print_config')
   assert not code and 'data.mean=0.5,0.4,0.3' in out and 'progressive.sizes=()' in out
@@ -75,24 +75,24 @@ def test_the_printed_config_makes_the_same_config_again(capsys):
 
 
 @pytest.mark.slow
-def test_the_config_of_a_run_is_printed_too(capsys, trained):
+def test_print_config_works_for_a_workdir(capsys, trained):
   _, out, _ = call(capsys, '--print_config', f'--workdir={trained[0]}', '--config.log_every=7')
   assert 'data.source=synthetic' in out and 'log_every=7' in out
 
 
 @pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help'], ['--print_config']])
-def test_help_needs_no_jax(flags):
+def test_help_does_not_import_jax(flags):
   script = (
     f'import sys\nfrom vit_jax import cli\ncli.main({flags})\nassert "jax" not in sys.modules'
   )
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_the_command_runs_in_any_folder_on_any_config_file(tmp_path):
+def test_the_command_runs_in_any_folder_with_any_config_file(tmp_path):
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
   entry = importlib.metadata.EntryPoint('vit-jax', project['scripts']['vit-jax'], 'console_scripts')
   assert entry.load() is cli.start
-  # Only the package is importable, as where it is installed; the configs are files anywhere.
+  # Only the package is importable, as after installation. Config files may be anywhere.
   (tmp_path / 'installed').mkdir()
   (tmp_path / 'installed' / 'vit_jax').symlink_to(ROOT / 'vit_jax')
   (tmp_path / 'copy').mkdir()
@@ -127,7 +127,7 @@ def test_a_missing_extra_is_named_in_one_sentence(capsys, monkeypatch, module, i
   assert said == f'error: --mode=mine needs {module}, which is not installed: {install}.\n'
 
 
-def test_a_missing_module_of_no_extra_is_a_bug_and_shows_where(monkeypatch):
+def test_a_missing_module_outside_the_extras_shows_a_traceback(monkeypatch):
   def run_mine(args):
     raise ModuleNotFoundError('No module named own', name='own')
 
@@ -136,7 +136,7 @@ def test_a_missing_module_of_no_extra_is_a_bug_and_shows_where(monkeypatch):
     cli.main(['--mode=mine'])
 
 
-def test_the_extra_train_is_known():
+def test_the_modules_of_extra_train_are_known():
   text = (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
   extra = tomllib.loads(text)['project']['optional-dependencies']['train']
   known = {name for modules in command.EXTRAS.values() for name in modules}

@@ -1,4 +1,4 @@
-"""Config keys and imported extensions from outside the package."""
+"""Config keys and extensions from outside the package work like built-in ones."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ MODES['mine'] = Mode('mine', '', (), lambda args: print('mine runs', args.overri
 """
 
 
-def test_import_brings_the_modes_and_keys_of_a_module_in_the_current_folder(tmp_path):
+def test_import_adds_modes_and_keys_of_a_module_in_the_current_folder(tmp_path):
   (tmp_path / 'my_extension.py').write_text(EXTENSION)
   flags = ['--import=my_extension', '--mode=mine']
   command = [sys.executable, str(ROOT / 'main.py'), *flags]
@@ -73,14 +73,14 @@ def test_import_brings_the_modes_and_keys_of_a_module_in_the_current_folder(tmp_
   ('broken_one', 'import nothing_of_the_kind', 'broken_one.py, line 1: ModuleNotFoundError'),
   ('broken_two', '\nx = 1 / 0', 'broken_two.py, line 2: ZeroDivisionError'),
 ])  # fmt: skip
-def test_an_extension_that_fails_is_named(capsys, tmp_path, monkeypatch, name, text, message):
+def test_a_failing_extension_is_named(capsys, tmp_path, monkeypatch, name, text, message):
   if text:
     (tmp_path / f'{name}.py').write_text(text)
   monkeypatch.syspath_prepend(tmp_path)
   assert message in error(capsys, f'--import={name}', '--mode=eval', '--workdir=x')
 
 
-def test_a_checkpoint_names_the_import_that_is_missing(capsys, tmp_path, monkeypatch):
+def test_a_checkpoint_names_its_missing_import(capsys, tmp_path, monkeypatch):
   workdir = tmp_path / 'run'
   with monkeypatch.context() as with_extension:
     with_extension.setitem(POOLS, 'mine', POOLS['gap'])
@@ -94,17 +94,17 @@ def test_a_checkpoint_names_the_import_that_is_missing(capsys, tmp_path, monkeyp
     assert message in err and "unknown 'mine'" in err
   flags = ['--mode=export', '--format=npz', f'--out={tmp_path}/out']
   assert message in error(capsys, f'--workdir={workdir}', *flags)
-  assert 'my_pool' not in sys.modules  # what a workdir names is never imported
+  assert 'my_pool' not in sys.modules  # modules named in a workdir are never imported
   with monkeypatch.context() as with_extension:
     with_extension.setitem(POOLS, 'mine', POOLS['gap'])
     assert opening.from_workdir(workdir)[0].config.model.pool == 'mine'
-    assert message in capsys.readouterr().err  # a warning: nothing is unknown
+    assert message in capsys.readouterr().err  # a warning, because all names are known
     with_extension.setitem(sys.modules, 'my_pool', json)
     opening.from_workdir(workdir)
     assert message not in capsys.readouterr().err
 
 
-def test_an_unknown_key_in_a_checkpoint_names_the_import(monkeypatch):
+def test_an_unknown_key_in_a_checkpoint_names_its_import(monkeypatch):
   with monkeypatch.context() as with_extension:
     with_extension.setitem(KEYS, 'mine.strength', Key(0.5, 'strength of mine'))
     saved = {'config': config_lib.to_dict(config_lib.default_config()), 'imports': ['my_keys']}

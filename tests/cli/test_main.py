@@ -1,4 +1,4 @@
-"""The command line: every mode, and a clear error for every mistake."""
+"""The command line runs every mode and gives a clear error for every mistake."""
 
 import csv
 import dataclasses
@@ -34,7 +34,7 @@ CONFIG = '--config=configs/digits.py'
 MAKE = 'from vit_jax.config import default_config\ndef get_config():\n  config = default_config()\n'
 
 
-def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
+def test_train_starts_from_a_config_and_resumes_from_the_workdir(capsys, tmp_path):
   overrides = [
     '--config.data.source=synthetic',
     '--config.data.image_size',
@@ -46,12 +46,12 @@ def test_train_from_a_config_and_go_on_from_the_workdir(capsys, tmp_path):
   code, out, _ = call(capsys, CONFIG, f'--workdir={tmp_path}', *overrides)
   assert not code and 'Test accuracy' in out and str(tmp_path) in out
   code, again, _ = call(capsys, f'--workdir={tmp_path}')
-  assert not code and again == out  # finished: nothing to do
+  assert not code and again == out  # the run is finished
   code, out, _ = call(capsys, f'--workdir={tmp_path}', '--config.epochs=0.1')
   assert not code and 'after 6 steps' in out
 
 
-def test_what_is_compiled_is_kept_where_the_person_says(monkeypatch, tmp_path):
+def test_the_compilation_cache_follows_the_environment(monkeypatch, tmp_path):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
   cli.keep_compiled()
@@ -61,14 +61,14 @@ def test_what_is_compiled_is_kept_where_the_person_says(monkeypatch, tmp_path):
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'vit_jax' / 'compiled')
 
 
-def test_eval(capsys, trained):
+def test_eval_prints_the_accuracy_of_the_run(capsys, trained):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--config.eval_batch_size=7')
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
 
 
 @pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
-def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, monkeypatch, mode):
+def test_each_mode_uses_the_requested_checkpoint(capsys, trained, tmp_path, monkeypatch, mode):
   if mode == 'serve':
     pytest.importorskip('gradio')
   asked = []
@@ -87,17 +87,17 @@ def test_each_mode_takes_the_checkpoint_asked_for(capsys, trained, tmp_path, mon
   assert asked == ['', '16']
 
 
-def test_a_checkpoint_that_is_not_there_is_refused(capsys, trained):
+def test_a_missing_checkpoint_is_rejected(capsys, trained):
   flags = ['--mode=eval', f'--workdir={trained[0]}']
   err = error(capsys, *flags, '--step=7')
   assert '--step=7' in err and 'the checkpoints 16, 32' in err
   assert 'has a validation accuracy. Give --step=last' in error(capsys, *flags, '--step=best')
   assert '--step is for eval, fewshot' in error(capsys, f'--workdir={trained[0]}', '--step=16')
   flags = ['--mode=predict', '--init=x.npz', '--images=a.png', '--step=16']
-  assert 'leave it out with --init' in error(capsys, *flags)
+  assert 'remove it, since --init has none' in error(capsys, *flags)
 
 
-def test_predict(capsys, trained, tmp_path):
+def test_predict_prints_the_top_classes_and_names_bad_files(capsys, trained, tmp_path):
   workdir, _ = trained
   Image.new('RGB', (50, 30), 'green').save(tmp_path / 'photo.JPG')
   (tmp_path / 'broken.png').write_bytes(b'no image')
@@ -114,13 +114,13 @@ def test_predict(capsys, trained, tmp_path):
   right = sum(
     f'_{r["predictions"][0]["class"].replace(" ", "-")}.' in r['file'] for r in rows[2:10]
   )
-  assert right >= 5  # held-out examples, named by their class
+  assert right >= 5  # test images with their class in the name
   code, out, _ = call(capsys, '--mode=predict', f'--workdir={workdir}',
                       f'--images={tmp_path}/photo.JPG')  # fmt: skip
   assert code == 0 and '%  pattern' in out and len(out.splitlines()) == 6
 
 
-def test_predict_as_csv_of_a_pattern(capsys, trained):
+def test_predict_writes_csv_for_a_file_pattern(capsys, trained):
   workdir, _ = trained
   flags = [f'--workdir={workdir}', f'--images={workdir}/examples/*_?*.png', '--topk=2']
   code, out, _ = call(capsys, '--mode=predict', *flags, '--format=csv')
@@ -132,14 +132,14 @@ def test_predict_as_csv_of_a_pattern(capsys, trained):
   assert float(lines[0]['probability']) >= float(lines[1]['probability'])
 
 
-def test_a_header_is_printed_once_the_weights_are_read(capsys, tmp_path):
+def test_a_csv_header_is_printed_only_after_loading_the_weights(capsys, tmp_path):
   flags = [f'--init={tmp_path}', f'--images={tmp_path}/a.png', '--format=csv']
   code, out, _ = call(capsys, '--mode=predict', *flags)
   assert code == 2 and not out
 
 
-def test_a_refused_export_leaves_no_folder(capsys, tmp_path):
-  config = small_config(epochs='0')  # gap, which hf has no place for
+def test_a_rejected_export_creates_no_folder(capsys, tmp_path):
+  config = small_config(epochs='0')  # pool gap, which hf does not support
   vit_jax.train(config, tmp_path / 'run')
   flags = [f'--workdir={tmp_path}/run', '--format=hf', f'--out={tmp_path}/out']
   code, _, err = call(capsys, '--mode=export', *flags)
@@ -148,10 +148,10 @@ def test_a_refused_export_leaves_no_folder(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('given, message', [
-  (PermissionError(13, 'Permission denied', 'runs/x'), 'runs/x: Permission denied. Give this user'),
+  (PermissionError(13, 'Permission denied', 'runs/x'), 'runs/x: Permission denied. Change the'),
   (ValueError('Invalid value "two" for JAX flag jax_num_cpu_devices'), 'JAX_NUM_CPU_DEVICES=two '),
 ])  # fmt: skip
-def test_an_error_says_what_to_do(capsys, monkeypatch, given, message):
+def test_an_error_names_the_remedy(capsys, monkeypatch, given, message):
   def fail(_):
     raise given
 
@@ -160,22 +160,22 @@ def test_an_error_says_what_to_do(capsys, monkeypatch, given, message):
   assert message in error(capsys, '--mode=eval', '--workdir=x')
 
 
-def test_paths_with_commas(tmp_path, monkeypatch):
+def test_existing_paths_may_contain_commas(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a,b.png').touch()
   assert split_paths('a,b.png') == ['a,b.png'] and split_paths('a, c.png,') == ['a', 'c.png']
-  assert len(split_paths(','.join(['x.png'] * 100))) == 100  # longer than a file's name can be
+  assert len(split_paths(','.join(['x.png'] * 100))) == 100  # longer than the longest file name
   assert split_paths('') == split_paths(' , ') == []
 
 
-def test_a_pipe_is_no_image(tmp_path):
+def test_a_pipe_is_not_an_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
   assert image_lib.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
   with pytest.raises(image_lib.BadImage, match='a.png: not a file'):
     image_lib.read_file(tmp_path / 'a.png')
 
 
-def test_a_folder_is_no_image_whatever_its_name(tmp_path):
+def test_a_folder_with_an_image_suffix_is_not_an_image(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
   assert image_lib.find_images([str(tmp_path)]) == image_lib.find_images([f'{tmp_path}/**/*.png'])
@@ -183,8 +183,8 @@ def test_a_folder_is_no_image_whatever_its_name(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])
-def test_features(capsys, trained, tmp_path, kind, monkeypatch):
-  monkeypatch.setattr(forward, 'BATCH', 3)  # so that there are several, and a part of one
+def test_features_are_written_for_all_readable_images(capsys, trained, tmp_path, kind, monkeypatch):
+  monkeypatch.setattr(forward, 'BATCH', 3)  # several batches, the last one incomplete
   workdir, _ = trained
   (tmp_path / 'broken.png').write_bytes(b'no image')
   first = min((workdir / 'examples').iterdir())
@@ -197,7 +197,7 @@ def test_features(capsys, trained, tmp_path, kind, monkeypatch):
   assert arrays['feature'].shape == shape and arrays['feature'].dtype == np.float32
 
   exp, params, _ = opening.from_workdir(workdir)
-  files = [first, *sorted((workdir / 'examples').iterdir())]  # one that is named twice, twice
+  files = [first, *sorted((workdir / 'examples').iterdir())]  # a file given twice appears twice
   assert list(arrays['path']) == [str(file) for file in files]
   image_BHWC = np.stack([np.asarray(Image.open(file)) for file in files])
   feature = arrays['feature'] if kind == 'pooled' else arrays['feature'].mean(axis=1)  # gap
@@ -205,7 +205,7 @@ def test_features(capsys, trained, tmp_path, kind, monkeypatch):
   np.testing.assert_allclose(logits, exp.logits(params, {'image': image_BHWC}), atol=1e-5)
 
 
-def test_features_are_in_memory_once():
+def test_features_are_stored_only_once_in_memory():
   rows = ((i, np.full(2**17, i, np.float32)) for i in range(20))
   tracemalloc.start()
   try:
@@ -258,14 +258,14 @@ def test_features_are_in_memory_once():
     (['--mode=inspect', '--workdir=gs://bucket/run'], 'gs://bucket/run: URLs'),
     (['--mode=export', '--init=x.npz', '--format=hf', '--out=gs://bucket/run'], 'URLs'),
 ])  # fmt: skip
-def test_mistakes(capsys, argv, message, tmp_path):
+def test_mistakes_are_rejected_before_anything_is_written(capsys, argv, message, tmp_path):
   argv = [re.sub(r'--workdir=(?!.*:)', f'--workdir={tmp_path}/', a) for a in argv]
   assert message in error(capsys, *argv)
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('kind', [str, pathlib.Path])
-def test_a_url_is_no_workdir(tmp_path, monkeypatch, kind):
+def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   monkeypatch.chdir(tmp_path)
   for train in (vit_jax.train, trainer.train):
     with pytest.raises(ValueError, match='URLs are not supported'):
@@ -279,18 +279,18 @@ def test_a_url_is_no_workdir(tmp_path, monkeypatch, kind):
   ('x = 1', 'defines no function get_config'),
   ('def get_config(): pass', 'must return the config'),
   (MAKE + '  config.model.widht = 3\n  return config',
-   'broken.py, line 4: widht: there is no such key. Did you mean model.width?'),
-  (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: there is no such key'),
-  (MAKE + '  config.lr = config.optimiser.lr\n', 'line 4: optimiser: there is no such key'),
+   'broken.py, line 4: widht: unknown key. Did you mean model.width?'),
+  (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: unknown key'),
+  (MAKE + '  config.lr = config.optimiser.lr\n', 'line 4: optimiser: unknown key'),
   (MAKE + '  config.epochs = float("all")\n', "line 4: could not convert string to float: 'all'"),
   (MAKE + "  raise KeyError('epoch')", "line 4: KeyError: 'epoch'"),
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  import sys; sys.exit(0)', 'line 4: SystemExit: 0'),
   (MAKE + '  config.model = None\n  return config',
-   'sets model to None: it is a section. Set keys in it instead, e.g. model.variant'),
+   'sets model to None, but it is a section. Set keys in it instead, e.g. model.variant'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
-def test_broken_config_files(capsys, text, message, tmp_path):
+def test_broken_config_files_are_reported_with_their_line(capsys, text, message, tmp_path):
   (tmp_path / 'broken.py').write_text(text)
   said = error(capsys, f'--config={tmp_path}/broken.py', f'--workdir={tmp_path}/run')
   assert message in said and len(said) < 400
@@ -302,7 +302,7 @@ def test_a_config_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
   assert cli.load_file('~/mine.py').epochs == 7
 
 
-def test_config_overrides_may_be_written_as_for_absl():
+def test_config_overrides_accept_the_syntax_of_absl():
   words = ['--config.deterministic', '--noconfig.data.stretch', '--config.model.qk_norm', 'f']
   words += ['--config.batch_size=1e2', '--config.init=', '--config.model.remat=a=b']
   overrides = parse_flags(words, 'train').overrides
@@ -318,28 +318,28 @@ def test_config_overrides_may_be_written_as_for_absl():
 @pytest.mark.parametrize('argv, message', [
     (['--config.batch_size'], '--config.batch_size needs a value'),
     (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
-    (['--noconfig.batch_size'], '--no is for keys that are true or false'),
-    (['--noconfig.deterministic=true'], '--no is for keys that are true or false'),
+    (['--noconfig.batch_size'], '--no works only for keys that are true or false'),
+    (['--noconfig.deterministic=true'], '--no works only for keys that are true or false'),
 ])  # fmt: skip
-def test_config_overrides_without_a_value_are_refused(capsys, argv, message):
+def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
   with pytest.raises(SystemExit, match='2'):
     cli.main(argv)
   assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('text', ['1.5', 'nan', 'inf', '1e400'])
-def test_an_int_is_whole(text):
+def test_an_int_key_rejects_fractions_and_infinity(text):
   with pytest.raises(ValueError, match='expected int'):
     config_lib.override(config_lib.default_config(), 'batch_size', text)
 
 
-def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
+def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
   workdir, _ = trained
   assert 'another config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
   flags = ['--mode=export', f'--workdir={workdir}', '--config.seed=1']
   assert '--config is for train' in error(capsys, *flags)
   assert 'another config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
-  assert '--workdir is missing' in error(capsys, CONFIG, '--workdir=')
+  assert '--workdir is required' in error(capsys, CONFIG, '--workdir=')
   for bad in ('0', '-5'):
     flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
     assert 'eval_batch_size must be from 1' in error(capsys, *flags)
@@ -355,11 +355,11 @@ def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
-     'leave --format and --topk out'),
+     'remove --format and --topk'),
     (['--mode=visualize', '--images=,'], 'No images are named'),
     (['--mode=predict', '--images=,'], 'No images are named'),
 ])  # fmt: skip
-def test_flags_that_would_be_passed_over_are_refused(capsys, trained, argv, message):
+def test_flags_without_an_effect_are_rejected(capsys, trained, argv, message):
   assert message in error(capsys, f'--workdir={trained[0]}', *argv)
 
 
@@ -368,18 +368,18 @@ def test_flags_that_would_be_passed_over_are_refused(capsys, trained, argv, mess
     (['--mode=visualize'], ''),
     (['--mode=export', '--format=npz'], ''),
 ])  # fmt: skip
-def test_a_place_that_can_not_be_written_is_refused_first(
+def test_an_output_path_that_is_not_writable_is_rejected_first(
   capsys, tmp_path, argv, inside, monkeypatch
 ):
-  argv = [*argv, f'--workdir={tmp_path}/nowhere']  # which is looked for later
+  argv = [*argv, f'--workdir={tmp_path}/nowhere']  # does not exist; checked later
   (tmp_path / 'file').touch()
   for place in ('file', 'file/in/it'):
     err = error(capsys, *argv, f'--out={tmp_path / place / inside}')
-    assert f'{tmp_path}/file is a file; a folder is needed' in err and 'Errno' not in err
+    assert f'{tmp_path}/file is a file, not a folder' in err and 'Errno' not in err
   monkeypatch.setattr(storage.os, 'access', lambda path, _: path != tmp_path)
   err = error(capsys, *argv, f'--out={tmp_path / "new" / "deep" / inside}')
   assert f'{tmp_path} is read-only' in err and not (tmp_path / 'new').exists()
-  assert 'a folder is needed' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
+  assert 'is a file, not a folder' in error(capsys, CONFIG, f'--workdir={tmp_path}/file/run')
 
 
 @pytest.mark.parametrize('given, message', [
@@ -387,9 +387,11 @@ def test_a_place_that_can_not_be_written_is_refused_first(
      'Evaluation ran out of memory (Out of memory allocating 9.0 GB). Set a smaller eval_batch'),
     (MemoryError('Unable to allocate 7 GiB'), '(Unable to allocate 7 GiB)'),
     (MemoryError(), 'Evaluation ran out of memory'),
-    (RuntimeError("can't start new thread"), 'Evaluation can start no more threads. Raise'),
+    (RuntimeError("can't start new thread"), 'Evaluation cannot start more threads. Raise'),
 ])  # fmt: skip
-def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, given, message):
+def test_out_of_memory_in_evaluation_names_the_keys_to_change(
+  capsys, trained, monkeypatch, given, message
+):
   def fail(*_):
     raise given
 
@@ -398,15 +400,17 @@ def test_out_of_memory_names_the_keys_to_lower(capsys, trained, monkeypatch, giv
   assert code == 2 and message in err
 
 
-def test_training_that_does_not_fit_in_memory_names_the_keys_to_lower(capsys, tmp_path):
+def test_out_of_memory_in_training_names_the_keys_to_change(capsys, tmp_path):
   flags = ['data.image_size=512', 'model.patch_size=1', 'model.depth=1', 'model.width=8']
   flags = [f'--config.{flag}' for flag in (*flags, 'model.num_heads=1', 'model.mlp_dim=8')]
-  code, _, err = call(capsys, CONFIG, f'--workdir={tmp_path}', *flags)  # a terabyte of attention
+  code, _, err = call(
+    capsys, CONFIG, f'--workdir={tmp_path}', *flags
+  )  # attention would need a terabyte
   assert code == 2 and re.search(r'error: Training ran out of memory \(.* GB\)', err)
   assert all(key in err for key in ('batch_size', 'micro_batches', 'model.remat', 'image_size'))
 
 
-def test_event_loops_that_do_not_open_are_silent():
+def test_event_loops_that_fail_to_open_are_silent():
   script = (
     'import asyncio, resource; from vit_jax.cli import terminal\n'
     'terminal.set_up()\n'
@@ -420,7 +424,7 @@ def test_event_loops_that_do_not_open_are_silent():
   assert (ended.stdout, ended.stderr) == ('Too many open files\n', '')
 
 
-def test_interrupted(capsys, monkeypatch):
+def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch):
   def stop(*_):
     raise KeyboardInterrupt
 
@@ -430,12 +434,12 @@ def test_interrupted(capsys, monkeypatch):
     assert code == 130 and ('resumes' in err) == (mode == 'train')
 
 
-def test_a_second_interrupt_ends_the_program_at_once():
+def test_a_second_ctrl_c_exits_immediately():
   script = (
     'import atexit, runpy, sys, time, vit_jax.evaluation as evaluation\n'
     'wait = lambda word: (print(word, flush=True), time.sleep(60))\n'
     'evaluation.evaluate_checkpoint = lambda *_: wait("running")\n'
-    'atexit.register(wait, "ending")\n'  # as orbax does while it writes
+    'atexit.register(wait, "ending")\n'  # like orbax while it writes
     'sys.argv = ["main.py", "--mode=eval", "--workdir=x"]\n'
     'runpy.run_path("main.py", run_name="__main__")'
   )
@@ -450,7 +454,7 @@ def test_a_second_interrupt_ends_the_program_at_once():
 
 
 @pytest.mark.parametrize('begun', [False, True])
-def test_a_device_that_is_not_there_is_named(trained, tmp_path, begun):
+def test_a_missing_device_is_named(trained, tmp_path, begun):
   if begun:
     shutil.copytree(trained[0] / 'checkpoints', tmp_path / 'run' / 'checkpoints')
   flags = [f'--workdir={tmp_path}/run', *([] if begun else [CONFIG])]
@@ -464,7 +468,7 @@ def test_a_device_that_is_not_there_is_named(trained, tmp_path, begun):
   assert 'damaged' not in ended.stderr and not (tmp_path / 'run' / 'damaged').exists()
 
 
-def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
+def test_characters_that_the_terminal_lacks_are_escaped(tmp_path):
   letters = 'K\u00e4fer \u732b'
   script = (
     'import runpy, sys; from vit_jax import inference\n'
@@ -479,12 +483,12 @@ def test_what_the_terminal_lacks_letters_for_is_printed(tmp_path):
   assert ended.stdout == 'K\\xe4fer \\u732b\n', ended.stderr
 
 
-def test_closed_streams_are_the_null_device(tmp_path):
+def test_closed_streams_become_the_null_device(tmp_path):
   script = (
     'import os, pathlib, sys; from vit_jax import cli\n'
     'def mode(_):\n'
     '  number = os.open("kept", os.O_WRONLY | os.O_CREAT)\n'
-    '  os.write(1, b"of a library")\n'
+    '  os.write(1, b"library output")\n'
     '  text = sys.stdin.read(), sys.stdout.isatty(), sys.stderr.isatty(), number > 2\n'
     '  pathlib.Path("found").write_text(repr(text))\n'
     'cli.MODES["mine"] = cli.Mode("", "", (), mode)\n'
@@ -504,9 +508,9 @@ def test_closed_streams_are_the_null_device(tmp_path):
 
 @pytest.mark.parametrize('where, code, said', [
   ('>&-', 0, ''),
-  ('>/dev/full', 2, 'error: Standard output can not be written (No space left on device). Make'),
+  ('>/dev/full', 2, 'error: Cannot write to standard output (No space left on device). Free'),
 ])  # fmt: skip
-def test_output_that_goes_nowhere_is_no_puzzle(where, code, said):
+def test_unwritable_output_gives_at_most_one_clear_error(where, code, said):
   script = (
     'from vit_jax import cli; import sys\n'
     'many = lambda _: [print("line", sys.stdout.isatty()) for _ in range(2)] and 0\n'
@@ -520,7 +524,7 @@ def test_output_that_goes_nowhere_is_no_puzzle(where, code, said):
 
 
 @pytest.mark.parametrize('flush', [True, False])
-def test_whoever_reads_may_stop(flush):
+def test_a_closed_output_pipe_ends_quietly(flush):
   script = (
     'import sys\nfrom vit_jax import cli\n'
     f'many = lambda _: [print("line", flush={flush}) for _ in range(50_000)] and 0\n'
@@ -535,13 +539,13 @@ def test_whoever_reads_may_stop(flush):
   assert process.stderr.read() == b'' and process.wait() == 141
 
 
-def test_an_unknown_flag_is_refused(capsys):
+def test_an_unknown_flag_is_rejected(capsys):
   with pytest.raises(SystemExit, match='2'):
     cli.main(['--confg=x'])
   assert 'unknown argument --confg' in capsys.readouterr().err
 
 
-def test_an_override_that_contradicts_the_checkpoint_is_refused(capsys, trained):
+def test_an_override_that_contradicts_the_checkpoint_is_rejected(capsys, trained):
   workdir, _ = trained
   err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.model.depth=3')
   assert 'block_2/attention/key/bias: missing there' in err
@@ -549,7 +553,7 @@ def test_an_override_that_contradicts_the_checkpoint_is_refused(capsys, trained)
   assert 'the model was trained on pattern 0' in err
 
 
-def test_a_config_survives_json():
+def test_a_config_survives_a_json_round_trip():
   config = small_config(**{'model.patch_size': '4,2', 'model.layer_scale': '1'})
   again = config_lib.from_dict(json.loads(json.dumps(config_lib.to_dict(config))))
   assert config_lib.flatten(again) == config_lib.flatten(config)
@@ -558,7 +562,7 @@ def test_a_config_survives_json():
   assert again.model.layer_scale is None
 
 
-def test_a_config_of_an_older_version_opens():
+def test_a_config_of_an_older_version_loads():
   saved = config_lib.to_dict(small_config())
   del saved['augment']
   assert config_lib.from_dict(saved).augment.flip.probability == 0.0

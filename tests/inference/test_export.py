@@ -307,7 +307,7 @@ def test_mistakes(capsys, trained, tmp_path, monkeypatch):
     ([*flags, '--format=tflite'], 'Valid: hf, npz, onnx, stablehlo, timm'),
     ([*flags, '--format=onnx'], 'pip install --no-deps -r requirements-onnx.txt'),
     ([*flags[:2], '--format=stablehlo'], 'and --out'),
-    ([*flags, '--format=stablehlo', f'--out={tmp_path}/file'], 'is a file; a folder is needed'),
+    ([*flags, '--format=stablehlo', f'--out={tmp_path}/file'], 'is a file, not a folder'),
     ([*flags, '--format=stablehlo', f'--out={tmp_path}/mine'], 'is there already'),
     ([*flags, '--format=stablehlo', f'--workdir={tmp_path}/empty'], 'no checkpoint'),
   ):

@@ -297,8 +297,8 @@ def test_a_run_on_another_backbone_is_told(trained, tmp_path):
   ({'freeze': 'head'}, r"Valid: '' .empty., backbone"),
   ({'sweep': '0.1,0.2'}, 'sweep needs freeze=backbone and a data.val_split'),
   (SWEPT | {'data.val_split': ''}, 'sweep needs freeze=backbone and a data.val_split'),
-  (SWEPT | {'sweep': '0.1,0'}, 'different learning rates above 0'),
-  (SWEPT | {'sweep': '0.1,0.1'}, 'different learning rates above 0'),
+  (SWEPT | {'sweep': '0.1,0'}, 'distinct learning rates above 0'),
+  (SWEPT | {'sweep': '0.1,0.1'}, 'distinct learning rates above 0'),
   ({'optimizer.layer_decay': '1.5'}, 'optimizer.layer_decay must be from'),
 ])  # fmt: skip
 def test_bad_values_are_refused(overrides, message, tmp_path):
@@ -332,7 +332,7 @@ def test_finetune_configs_are_the_papers(capsys):
     assert (optimizer.name, optimizer.momentum, optimizer.clip) == ('sgd', 0.9, 1.0)
     assert optimizer.weight_decay == 0 and optimizer.lr == 0.03
   for variant, message in {
-    'b16': 'should be <model>,<dataset>', 'b15,cifar10': 'Did you mean b16',
+    'b16': 'must be <model>,<dataset>', 'b15,cifar10': 'Did you mean b16',
     'b16,cifar': 'Did you mean cifar10', 'b16,cifar10,adam': 'Did you mean adamw',
   }.items():  # fmt: skip
     assert cli.main([f'--config=configs/finetune.py:{variant}', '--workdir=nowhere']) == 2

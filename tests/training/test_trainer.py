@@ -167,7 +167,7 @@ def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
 
 def test_another_config_is_refused(trained):
   workdir, _ = trained
-  with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.01 there, 0\.1 given'):
+  with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.01 in the workdir, 0\.1 given'):
     trainer.train(small_config(**{'optimizer.lr': '0.1'}), workdir)
 
 
@@ -527,7 +527,7 @@ def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
     trainer.train(small_config(log_every='4', seed=seed), workdir)
   assert contents(workdir) == before
   if seed == '1':
-    with pytest.raises(ValueError, match='seed: 0 there, 1 given'):
+    with pytest.raises(ValueError, match='seed: 0 in the workdir, 1 given'):
       trainer.train(small_config(log_every='4', seed=seed), workdir)
     assert contents(workdir) == before
 

@@ -92,7 +92,7 @@ def test_fine_tuning_learns_and_a_run_starts_from_another_run(weights, tmp_path)
     ({'data.image_size': '18'}, 'does not divide into the patches'),
     ({'init': 'absent.npz'}, 'absent.npz: there is no such file'),
     ({'init_resize': 'nearest'}, "init_resize: unknown 'nearest'"),
-    ({'data.source': 'digits', 'data.image_size': '8'}, 'takes images of 3 channels'),
+    ({'data.source': 'digits', 'data.image_size': '8'}, 'expects images with 3 channel'),
 ])  # fmt: skip
 def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, message, tmp_path):
   with pytest.raises(ValueError, match=message):
@@ -231,8 +231,8 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
 
 @pytest.mark.parametrize('argv, message', [
     (['--mode=eval', '--init=w'], '--init is for fewshot, predict, visualize, export'),
-    (['--mode=train', '--init=w'], 'training takes --config.init'),
-    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], 'leave --workdir and'),
+    (['--mode=train', '--init=w'], 'use --config.init'),
+    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], 'remove --workdir and'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),
     (['--mode=predict', f'--init={DATA}/hf_backbone', '--images=.'], 'has no head'),
     (['--mode=predict', '--init=w', '--images=.', '--config.model.width=8'], 'model.width: 8 in'),
@@ -242,7 +242,7 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
     (['--mode=export', '--init=w', '--format=hf'], 'and --out'),
     (['--mode=export', '--init=w', '--format=onx', '--out=out'], "format: unknown 'onx'"),
     (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
-    (['--mode=export', '--init=w', '--workdir=run', *WRITE], 'leave --workdir and'),
+    (['--mode=export', '--init=w', '--workdir=run', *WRITE], 'remove --workdir and'),
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),
     (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], '--config is for train'),
 ])  # fmt: skip

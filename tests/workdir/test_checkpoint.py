@@ -200,7 +200,7 @@ def space(folder):
 def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
   error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
   said = str(checkpoint.not_saved(tmp_path, error))
-  assert f'{tmp_path}/checkpoints can not be written (No space left on device)' in said
+  assert f'Cannot write {tmp_path}/checkpoints (No space left on device)' in said
 
 
 @pytest.mark.slow
@@ -209,7 +209,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
   room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2
   with small_disk(tmp_path / 'disk', room) as disk:
     workdir = disk / 'run'
-    said = 'run/.* can not be written .No space left.* step 16 is whole: the same command'
+    said = 'Cannot write .*run/.* .No space left.* step 16 is whole: the same command'
     with pytest.raises(storage.Unwritten, match=said):
       trainer.train(small_config(), workdir)
     assert 'Traceback' not in capfd.readouterr().err
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
 
 @pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl', 'result.json'])
 def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
-  said = f'{name} can not be written .No space left on device'
+  said = f'{name} .No space left on device'
   full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
   with pytest.raises(storage.Unwritten, match=said), contextlib.ExitStack() as stack:
     if name == 'log.txt':
@@ -241,7 +241,7 @@ def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained,
   with small_disk(tmp_path / 'disk', 4 * space(trained[0])) as disk:
     workdir = shutil.copytree(trained[0], disk / 'run')
     subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
-    with pytest.raises(ValueError, match='can not be written into.*read-only'):
+    with pytest.raises(ValueError, match='Cannot write to .*read-only'):
       trainer.train(small_config(epochs='2'), workdir)
     assert exact.evaluate(workdir, {})['step'] == 32
     assert trainer.train(small_config(), workdir) == trained[1]  # finished before

@@ -219,5 +219,5 @@ def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, capl
   with caplog.at_level(logging.WARNING):
     assert 'left_out' not in exact.evaluate(workdir, {})
   assert 'may have been trained on some of the test images' in caplog.text
-  with pytest.raises(ValueError, match='began under version 0.1.0.*can not be resumed'):
+  with pytest.raises(ValueError, match='cannot be resumed. It was started by version 0.1.0'):
     trainer.train(config_of(run[0]), workdir)

@@ -1,7 +1,7 @@
 """The command line: `python main.py` in a checkout, `vit-jax` where the package is installed.
 
-Each mode has a file with its flags, an example and a function. `MODES` names them all; an extension
-adds its own: `MODES['mine'] = Mode(...)`.
+Each mode has a file with its flags, an example and a function. `MODES` lists all modes. An
+extension adds its own mode with `MODES['mine'] = Mode(...)`.
 """
 
 from vit_jax.cli.command import keep_compiled, main, start

@@ -1,8 +1,8 @@
-"""The program: from its arguments to an exit code.
+"""Runs the program: from its arguments to an exit code.
 
 Decisions:
-  * Help and `--print_config` come before JAX is imported, wherever that is possible.
-  * A mistake of the user is one line, `error: ...`, and exit code 2.
+  * Help and `--print_config` are printed before JAX is imported, wherever that is possible.
+  * A mistake of the user prints one line, `error: ...`, and gives exit code 2.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from vit_jax.cli.terminal import close_pipe, set_up, show_log
 from vit_jax.config import import_extensions
 from vit_jax.names import choose
 
-EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
+EXTRAS = {  # install command: modules that `pip install .` does not install
   "pip install '.[train]'": (
     'sklearn',
     'tensorboardX',
@@ -37,13 +37,13 @@ EXTRAS = {  # modules that `pip install .` leaves out, by what installs them
 
 
 def start() -> None:
-  """Runs `main` on this process's arguments and exits with its code."""
+  """Runs `main` with the arguments of this process and exits with its code."""
   set_up()
   sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int | None:
-  """Does what the arguments say; returns the exit code, None for 0."""
+  """Runs a mode, or prints the requested help; returns the exit code, None for 0."""
   keep_compiled()
   show_log()
   mode = None
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int | None:
     sys.stdout.flush()
   except BrokenPipeError:
     close_pipe()
-    return 141  # as a shell has it of what SIGPIPE ends
+    return 141  # the code of a process that SIGPIPE ends
   except ModuleNotFoundError as error:
     install = install_for(error)
     if install is None:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def run(mode: Mode, args: argparse.Namespace) -> int | None:
-  """Runs a mode; its exit code."""
+  """Runs a mode and returns its exit code."""
   check_required(args)
   from vit_jax import limits
   from vit_jax.distributed import needed, start_up
@@ -96,22 +96,22 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
 
 
 def load_extensions(names: Sequence[str]) -> None:
-  """Imports the modules of `--import`, which also lie in the current folder."""
+  """Imports the modules of `--import`; they may be in the current folder."""
   from vit_jax.distributed import start_up
 
-  start_up()  # before an extension may ask for devices
+  start_up()  # before an extension can ask for devices
   sys.path.append(os.getcwd())
   import_extensions(names)
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """The command that installs a missing module; None for one that no extra has."""
+  """Returns the command that installs a missing module; None if no extra contains it."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 
 
 def keep_compiled() -> None:
-  """Has JAX, not imported yet, keep what it compiles for the next run on this machine."""
+  """Makes JAX keep compiled programs for later runs; call it before JAX is imported."""
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

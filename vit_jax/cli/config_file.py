@@ -1,4 +1,4 @@
-"""Config files: `path/to/file.py` with a function `get_config`, which may take a variant."""
+"""Loads config files: `path/to/file.py` with a function `get_config`, which may take a variant."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,31 +19,31 @@ from vit_jax.names import local
 
 
 def load_file(spec: str) -> ConfigDict:
-  """The config of `path/to/file.py` or `path/to/file.py:variant`.
+  """Returns the config of `path/to/file.py` or `path/to/file.py:variant`.
 
   Raises:
-    ValueError: no such file, no `get_config` in it, a variant that it doesn't have, or whatever
-      it raises itself; the message names the file and its line.
+    ValueError: the file does not exist, has no `get_config` or no such variant, or raises an
+      error. The message names the file and the line.
   """
   path, _, variant = str(local(spec)).partition(':')
   if not pathlib.Path(path).is_file():
     near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
-    raise ValueError(f'--config: no file {path!r}.{hint(near)}')
+    raise ValueError(f'--config: file {path!r} not found.{hint(near)}')
   with located(path), neighbours(path):
     get_config = run_file(path).get('get_config')
   if not callable(get_config):
     raise ValueError(f'--config: {path} defines no function get_config().')
   if variant and not inspect.signature(get_config).parameters:
-    raise ValueError(f'--config: {path} has no variants; got {variant!r}.')
+    raise ValueError(f'--config: {path} has no variants, got {variant!r}. Give the path alone.')
   with located(path), neighbours(path):
     config = get_config(variant) if variant else get_config()
   if not isinstance(config, ConfigDict):
-    raise ValueError(f'--config: get_config() of {path} must return the config it changed.')
+    raise ValueError(f'--config: get_config() of {path} must return the config it created.')
   for key in flatten(config):
     if keys := [name for name in KEYS if name.startswith(f'{key}.')]:
       raise ValueError(
-        f'--config: {path} sets {key} to {config[key]!r}: it is a section. Set keys in it instead, '
-        f'e.g. {keys[0]}.'
+        f'--config: {path} sets {key} to {config[key]!r}, but it is a section. Set keys in it '
+        f'instead, e.g. {keys[0]}.'
       )
     if key not in KEYS:
       raise ValueError(f'--config: {path} sets {unknown(key)}')
@@ -51,7 +51,7 @@ def load_file(spec: str) -> ConfigDict:
 
 
 def run_file(path: str) -> dict[str, object]:
-  """Runs a Python file; returns what it defines."""
+  """Runs a Python file and returns its definitions."""
   loader = importlib.machinery.SourceFileLoader('experiment_config', path)
   module = types.ModuleType(loader.name)
   module.__file__ = path
@@ -61,9 +61,9 @@ def run_file(path: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def neighbours(path: str) -> Iterator[None]:
-  """Lets a config file import the others of its folder, e.g. `from configs import finetune`."""
+  """Lets a config file import other files of its folder, e.g. `from configs import finetune`."""
   base = str(pathlib.Path(path).resolve().parents[1])
-  sys.path.append(base)  # last, so that it hides nothing
+  sys.path.append(base)  # last, to hide no other module
   try:
     yield
   finally:
@@ -72,22 +72,22 @@ def neighbours(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def located(path: str) -> Iterator[None]:
-  """Turns what a config file raises into a ValueError that names the file and its line."""
+  """Turns errors raised by a config file into a ValueError that names the file and the line."""
   try:
     yield
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
-      lines.append(error.lineno)  # nothing of the file has run
+      lines.append(error.lineno)  # no frame of the file exists yet
     line = f', line {lines[-1]}' if lines else ''
     raise ValueError(f'--config: {path}{line}: {explain(error)}') from error
 
 
 def explain(error: BaseException) -> str:
-  """What to say of an error that a config file raised."""
+  """Returns the message for an error that a config file raised."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
-  # What ml_collections says of a key that is not there, and then of all those that are.
+  # The message of ml_collections for a missing key; a list of all valid keys follows it.
   absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))
   if isinstance(inner, KeyError) and absent:
     return unknown(absent[1] or absent[2])

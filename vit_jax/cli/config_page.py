@@ -1,18 +1,18 @@
-"""Writes the reference page of the config: python -m vit_jax.cli.config_page > docs/config.md"""
+"""Prints the config reference: python -m vit_jax.cli.config_page > docs/config.md"""
 
 from vit_jax.cli.help import describe_keys
 
 HEAD = """# Config keys
 
-Override a key with `--config.<key>=<value>`. The table is `vit_jax/keys.py`;
-`python -m vit_jax.cli.config_page > docs/config.md` writes this page again.
+Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
+it with `python -m vit_jax.cli.config_page > docs/config.md`.
 
-A default of None in `model.*` means: the value of the `init` weights if given, else of
-`model.variant`, else of `ViT`."""
+A default of None in `model.*` means: taken from the `init` weights if given, else from
+`model.variant`, else the default of `ViT`."""
 
 
 def config_markdown() -> str:
-  """The text of `docs/config.md`."""
+  """Returns the text of `docs/config.md`."""
   lines, last = [HEAD], None
   for name, default, kind, values, text in describe_keys():
     section = name.partition('.')[0] if '.' in name else 'Run'

@@ -1,4 +1,4 @@
-"""What to say of an error that ends the program."""
+"""Describes errors that end the program."""
 
 import errno
 import os
@@ -6,13 +6,13 @@ import re
 
 
 def describe(error: Exception) -> str:
-  """The error as one message, with what to do where Python, or JAX, does not say it."""
+  """Returns the message of an error, with the remedy where Python or JAX names none."""
   if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM):
     return (
-      f'{error.filename}: {error.strerror}. Give this user the right to use it, or give another '
-      'path.'
+      f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
+      'or give another path.'
     )
   flag = re.search(r'JAX flag (jax_\w+)', str(error))
   if flag and (value := os.environ.get(flag[1].upper())) is not None:
-    return f'{flag[1].upper()}={value} in the environment: JAX takes no such value. Correct it.'
+    return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Correct it.'
   return str(error)

@@ -1,4 +1,4 @@
-"""`--mode=eval`."""
+"""Defines `--mode=eval`."""
 
 import signal
 
@@ -10,7 +10,7 @@ def run_eval(args) -> None:
   from vit_jax.evaluation import evaluate_checkpoint
 
   with joined(args.coordinator, args.num_processes, args.process_id):
-    # JAX would keep it for whoever asks for it, as training does.
+    # JAX intercepts SIGTERM for training, which saves a checkpoint. Evaluation just ends.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result = evaluate_checkpoint(request_of(args))
     if is_first():
@@ -18,7 +18,7 @@ def run_eval(args) -> None:
 
 
 MODE = Mode(
-  'evaluates a checkpoint on the test split',
+  'measures the accuracy of a checkpoint on the test split',
   '--workdir=runs/digits --step=last',
   (WORKDIR, STEP, CONFIG, *CLUSTER),
   run_eval,

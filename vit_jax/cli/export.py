@@ -1,4 +1,4 @@
-"""`--mode=export`."""
+"""Defines `--mode=export`."""
 
 from vit_jax.cli.flags import INIT, OUT, STEP, WORKDIR, Flag, Mode
 
@@ -16,7 +16,7 @@ def run_export(args) -> None:
 
 
 MODE = Mode(
-  'writes weights for other code bases, or a program that needs none',
+  'exports weights for other libraries (hf, timm, npz) or a program (stablehlo, onnx)',
   '--workdir=runs/digits --format=timm --out=digits/',
   (WORKDIR, INIT, STEP, Flag('format', 'hf, timm, npz, stablehlo or onnx'), OUT),
   run_export,

@@ -1,4 +1,4 @@
-"""`--mode=fewshot`."""
+"""Defines `--mode=fewshot`."""
 
 from vit_jax.cli.flags import WEIGHTS, Mode, request_of
 
@@ -12,7 +12,7 @@ def run_fewshot(args) -> None:
 
 
 MODE = Mode(
-  'measures few-shot accuracy of the features',
+  'measures the few-shot accuracy of the features',
   '--init=ViT-B_16.npz --config.data.source=folder:photos',
   WEIGHTS,
   run_fewshot,

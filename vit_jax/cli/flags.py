@@ -1,4 +1,4 @@
-"""What a mode is, its flags, and those that several modes share."""
+"""Defines modes, flags, and the flags that several modes share."""
 
 import argparse
 from collections.abc import Callable
@@ -17,11 +17,11 @@ class Flag:
   """A flag `--name=value`.
 
   Attributes:
-    name: without the dashes.
-    help: what it is for, in a line.
-    type: turns its text into a value; `Path` also expands `~` and refuses URLs.
-    default: its value where it is not given.
-    required: whether the mode needs it, or `--init` instead.
+    name: name without the dashes.
+    help: purpose, in one line.
+    type: converts the text to a value; `Path` also expands `~` and rejects URLs.
+    default: value if the flag is not given.
+    required: whether the mode needs the flag; `--init` can replace it.
   """
 
   name: str
@@ -33,15 +33,15 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """What `--mode` chooses.
+  """One value of `--mode`.
 
   Attributes:
-    summary: what it does, in a line.
-    example: flags of a typical call.
-    flags: that it takes; all others are refused.
-    run: gets the flags as attributes, and the config's overrides as `overrides`; returns the exit
-      code, None for 0. It imports what is slow to import.
-    resumes: whether the same command continues an interrupted one.
+    summary: purpose of the mode, in one line; starts with a verb.
+    example: flags of a typical command.
+    flags: accepted flags; all others are rejected.
+    run: runs the mode. It gets the flags as attributes and the config overrides as `overrides`,
+      and returns the exit code, None for 0. It imports slow modules itself.
+    resumes: whether the same command resumes an interrupted run.
   """
 
   summary: str
@@ -52,37 +52,39 @@ class Mode:
 
 
 def split_paths(text: str) -> list[str]:
-  """The paths of a comma-separated list; an existing path may have commas itself."""
+  """Splits a comma-separated list of paths; an existing path may itself contain commas."""
   if text and os.path.exists(os.path.expanduser(text)):
     return [text]
   return [path.strip() for path in text.split(',') if path.strip()]
 
 
-WORKDIR = Flag('workdir', 'folder of checkpoints and logs', pathlib.Path, required=True)
+WORKDIR = Flag('workdir', 'folder for checkpoints and logs', pathlib.Path, required=True)
 CONFIG = Flag('config', 'config file: path/to/file.py[:<variant>]')
-INIT = Flag(
-  'init', 'weights instead of a workdir: a file, a folder or a name on the Hugging Face Hub'
-)
+INIT = Flag('init', 'weights to use instead of a workdir: a file, folder or Hugging Face Hub name')
 STEP = Flag(
-  'step', 'checkpoint: best (by validation accuracy), last or a number; default: best, else last'
+  'step',
+  'checkpoint: best (by validation accuracy), last, or a step; default: best if there is a '
+  'validation accuracy, else last',
 )
-IMAGES = Flag('images', 'image files, folders and patterns, comma-separated', split_paths, None)
-OUT = Flag('out', 'folder to write into', pathlib.Path)
-WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # which model: `request_of` reads them
+IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
+OUT = Flag('out', 'output folder', pathlib.Path)
+WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
 CLUSTER = (
-  Flag('coordinator', 'several hosts: <host>:<port> of process 0', default=None),
-  Flag('num_processes', 'several hosts: number of processes; 1: alone, also in Slurm', int, None),
-  Flag('process_id', 'several hosts: 0 to num_processes - 1', int, None),
+  Flag('coordinator', 'on several hosts: <host>:<port> of process 0', default=None),
+  Flag(
+    'num_processes', 'on several hosts: number of processes; 1: run alone, even in Slurm', int, None
+  ),
+  Flag('process_id', 'on several hosts: index from 0 to num_processes - 1', int, None),
 )
 
 
 def given_config(args: argparse.Namespace) -> ConfigDict | None:
-  """The config of `--config` with its overrides; None without `--config`."""
+  """Returns the config of `--config` with its overrides; None without `--config`."""
   return override_all(load_file(args.config), args.overrides) if args.config else None
 
 
 def request_of(args: argparse.Namespace):
-  """The `opening.Request` that the flags of `WEIGHTS` make."""
+  """Creates an `opening.Request` from the flags of `WEIGHTS`."""
   from vit_jax.opening import Request
 
   return Request(args.workdir, args.init, args.step, args.overrides, given_config(args))

@@ -1,4 +1,4 @@
-"""The pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
+"""Writes the pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,29 +13,29 @@ from vit_jax.config import as_text, default_config, flatten, override_all
 from vit_jax.keys import KEYS
 
 WIDTH = 100
-MANY = 1e6  # a limit this high only keeps out nonsense
+MANY = 1e6  # higher limits only reject nonsense and are not shown
 
 OVERRIDES = (
-  '--config.<key>=<value> overrides a key of the config. --config.<key> and --noconfig.<key>\n'
-  'set a key that is true or false.'
+  '--config.<key>=<value> overrides a key of the config. For keys that are true or false,\n'
+  '--config.<key> sets true and --noconfig.<key> sets false.'
 )
 
 
 def page_of(args: argparse.Namespace) -> str | None:
-  """The page of help that was asked for; None where none was."""
+  """Returns the requested help page; None if no help was requested."""
   if args.help:
     return mode_page(args.mode) if '--mode' in args.given else overview()
   return config_page() if args.help_config else None
 
 
 def program() -> str:
-  """What the user typed to start this program."""
+  """Returns the command that started this program."""
   name = os.path.basename(sys.argv[0])
   return 'vit-jax' if name.startswith('vit-jax') else 'python main.py'
 
 
 def columns(rows: dict[str, str]) -> str:
-  """Two aligned columns, the second one wrapped."""
+  """Formats rows as two aligned columns and wraps the second one."""
   width = max(map(len, rows)) + 4
   lines = []
   for name, text in rows.items():
@@ -45,12 +45,12 @@ def columns(rows: dict[str, str]) -> str:
 
 
 def overview() -> str:
-  """The modes, and the flags of every mode."""
+  """Returns the page with all modes and the flags that every mode accepts."""
   general = {f'--{flag.name}=<{flag.name}>': flag.help for flag in GENERAL}
   general |= {f'--{name}': text for name, text in SWITCHES.items()}
   return '\n\n'.join((
     f'usage: {program()} [--mode=<mode>] [flags] [--config.<key>=<value> ...]',
-    'Vision Transformers: train, fine-tune, evaluate, look inside and export.',
+    'Trains, fine-tunes, evaluates, visualizes and exports Vision Transformers.',
     'modes:\n' + columns({name: mode.summary for name, mode in MODES.items()}),
     'flags of every mode:\n' + columns(general),
     OVERRIDES,
@@ -59,13 +59,13 @@ def overview() -> str:
 
 
 def example(name: str) -> str:
-  """A typical call of a mode."""
+  """Returns a typical command of a mode."""
   mode = '' if name == 'train' else f' --mode={name}'
   return f'{program()}{mode} {MODES[name].example}'
 
 
 def mode_page(name: str) -> str:
-  """The flags of a mode, with an example."""
+  """Returns the page with the flags of a mode and an example."""
   rows = {}
   for flag in MODES[name].flags:
     default = f' (default: {flag.default})' if flag.default not in ('', None) else ''
@@ -75,13 +75,13 @@ def mode_page(name: str) -> str:
     f'usage: {program()} --mode={name} [flags]',
     f'--mode={name} {MODES[name].summary}.',
     'flags:\n' + columns(rows),
-    *[OVERRIDES + ' --help_config lists the keys.'] * takes_config,
+    *[OVERRIDES + ' --help_config lists all keys.'] * takes_config,
     f'example:\n  {example(name)}',
   ))  # fmt: skip
 
 
 def valid(name: str) -> str:
-  """The valid values of a key; empty where its type is all that counts."""
+  """Returns the valid values of a key as text; empty if only its type is checked."""
   from vit_jax.check import choices  # the registries need JAX
 
   if names := choices(name):
@@ -93,7 +93,7 @@ def valid(name: str) -> str:
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str, str]]:
-  """Of each key: its name, default, type and unit, valid values, and meaning."""
+  """Yields the name, default, type and unit, valid values and meaning of each key."""
   for name, key in KEYS.items():
     default = f'{key.default:g}' if key.kind is float and key.default else as_text(key.default)
     kind = f'{key.kind.__name__}, {key.unit}' if key.unit else key.kind.__name__
@@ -101,7 +101,7 @@ def describe_keys() -> Iterator[tuple[str, str, str, str, str]]:
 
 
 def config_page() -> str:
-  """Every config key."""
+  """Returns the page with every config key."""
   lines = [OVERRIDES, '']
   for name, default, kind, values, text in describe_keys():
     about = f'{kind}: {values}' if values else kind
@@ -111,7 +111,7 @@ def config_page() -> str:
 
 
 def config_text(args: argparse.Namespace) -> str:
-  """The resolved config, a line a key, as `--config.` takes it."""
+  """Returns the resolved config, one `key=value` line per key, in the form of `--config.`."""
   config = given_config(args)
   if config is None and args.workdir:
     from vit_jax.training import saved_config

@@ -1,4 +1,4 @@
-"""`--mode=inspect`."""
+"""Defines `--mode=inspect`."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ def run_inspect(args) -> None:
 
 
 MODE = Mode(
-  'computes parameters, FLOPs, memory and steps before a run',
+  'prints parameters, FLOPs, memory and steps of a run, without training',
   '--config=configs/cifar10.py:l16',
   (CONFIG, dataclasses.replace(WORKDIR, required=False), INIT),
   run_inspect,

@@ -1,4 +1,4 @@
-"""The table of modes."""
+"""Lists all modes."""
 
 from vit_jax.cli import eval, export, fewshot, inspect, predict, serve, train, visualize
 from vit_jax.cli.flags import Mode

@@ -1,4 +1,4 @@
-"""From words of the command line to the flags of a mode and the overrides of its config."""
+"""Parses the command line into the flags of a mode and the overrides of its config."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -11,18 +11,18 @@ from vit_jax.config import is_switch
 from vit_jax.names import local
 
 GENERAL = (  # flags of every mode
-  Flag('mode', 'one of the modes', default='train'),
-  Flag('import', 'modules to import first, comma-separated: they register what configs name'),
+  Flag('mode', 'one of the modes above; default: train', default='train'),
+  Flag('import', 'comma-separated modules to import first; they register names, keys or modes'),
 )
-SWITCHES = {  # flags without a value, which print something and exit
-  'help': 'this page, or the flags of --mode=<mode>',
-  'help_config': 'every config key with its default, unit and meaning',
-  'print_config': 'the config of --config or --workdir, with its overrides',
+SWITCHES = {  # flags without a value; they print a page and exit
+  'help': 'print this page, or with --mode=<mode> the flags of the mode',
+  'help_config': 'print every config key with its default, unit and meaning',
+  'print_config': 'print the config of --config or --workdir, with its overrides',
 }
 
 
 def new_parser() -> argparse.ArgumentParser:
-  """A parser of the flags that every mode takes."""
+  """Creates a parser for the flags that every mode accepts."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   for flag in GENERAL:
     parser.add_argument(f'--{flag.name}', default=flag.default, help=flag.help)
@@ -33,7 +33,7 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
-  """The flags that every mode takes, before the extensions that know the others are imported."""
+  """Parses the flags of every mode. Extensions, imported later, may define the other flags."""
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
   args.given = given(argv)
@@ -41,18 +41,18 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def given(argv: Sequence[str]) -> set[str]:
-  """The flags that have a value on the command line, or stand alone."""
+  """Returns the flags that stand alone or have a non-empty value on the command line."""
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
 
 
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
-  """All flags, `given`, and `overrides` as `read_overrides` gives them.
+  """Parses all flags of a mode; adds `given` and the `overrides` of `read_overrides`.
 
-  Flags of other modes are read too, for `check_flags` to refuse.
+  Flags of other modes are parsed too, so that `check_flags` can reject them.
 
   Raises:
-    ValueError: a flag that the mode does not take, or a URL in place of a path.
+    ValueError: a flag of another mode, or a URL instead of a path.
     SystemExit: an unknown flag, or a value of another type.
   """
   parser, paths = new_parser(), set()
@@ -67,13 +67,13 @@ def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
     parser.error(str(error))
   args.given = given(argv) | ({'--config'} if args.overrides else set())
   check_flags(args)
-  for name in paths:  # an unset variable of the shell leaves an empty one
+  for name in paths:  # an unset shell variable gives an empty path
     setattr(args, name, local(text) if (text := getattr(args, name)) else None)
   return args
 
 
 def flags_of(mode: str) -> Iterator[Flag]:
-  """The flags of a mode, then those that only other modes take."""
+  """Yields the flags of a mode, then the flags that only other modes accept."""
   names = set()
   for entry in (MODES[mode], *MODES.values()):
     for flag in entry.flags:
@@ -83,23 +83,23 @@ def flags_of(mode: str) -> Iterator[Flag]:
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, str]:
-  """The overrides `{key: text}` that words of the command line make.
+  """Returns the overrides `{key: text}` in the words of a command line.
 
-  They are `--config.key=text`, `--config.key text`, and of a key that is true or false also
+  Valid forms are `--config.key=text` and `--config.key text`; for keys that are true or false also
   `--config.key` and `--noconfig.key`.
 
   Raises:
-    ValueError: another flag, or one whose value is missing or not wanted.
+    ValueError: another flag, a missing value, or a value where none is allowed.
   """
   overrides, words = {}, list(words)
   while words:
     word = words.pop(0)
     found = re.fullmatch(r'--(no)?config\.([^=]+)(=.*)?', word, re.DOTALL)
     if not found:
-      raise ValueError(f'unknown argument {word}; config keys are given as --config.<key>=<value>')
+      raise ValueError(f'unknown argument {word}. Set config keys with --config.<key>=<value>')
     negated, key, text = found.groups()
     if negated and (text or not is_switch(key)):
-      raise ValueError(f'{word}: --no is for keys that are true or false, without a value')
+      raise ValueError(f'{word}: --no works only for keys that are true or false, without a value')
     if negated:
       overrides[key] = 'false'
     elif text:
@@ -114,22 +114,24 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-  """Raises ValueError for a flag that the mode would pass over, or that excludes another."""
+  """Raises ValueError for flags that the mode would ignore or that exclude each other."""
   for flag in flags_of(args.mode):
     modes = [name for name, mode in MODES.items() if flag.name in {f.name for f in mode.flags}]
     if f'--{flag.name}' in args.given and args.mode not in modes:
-      hint = '; training takes --config.init' if flag.name == 'init' else ''
+      hint = '. For training, use --config.init' if flag.name == 'init' else ''
       raise ValueError(
         f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}{hint}.'
       )
   if args.init and (args.workdir or args.config):
-    raise ValueError('--init is for weights as they are: leave --workdir and --config out.')
+    raise ValueError('--init uses weights without a run: remove --workdir and --config.')
   if args.init and args.step:
-    raise ValueError('--step chooses a checkpoint of a --workdir: leave it out with --init.')
+    raise ValueError(
+      '--step chooses a checkpoint of a --workdir: remove it, since --init has none.'
+    )
 
 
 def check_required(args: argparse.Namespace) -> None:
   """Raises ValueError for a missing flag that the mode needs."""
   for flag in MODES[args.mode].flags:
     if flag.required and not getattr(args, flag.name) and not args.init:
-      raise ValueError(f'--{flag.name} is missing: {flag.help}.')
+      raise ValueError(f'--{flag.name} is required: {flag.help}.')

@@ -1,4 +1,4 @@
-"""`--mode=predict`: classes of image files, or with `--features` their features."""
+"""Defines `--mode=predict`: predicts classes of image files, or writes their features."""
 
 import dataclasses
 import logging
@@ -15,31 +15,31 @@ def run_predict(args) -> int:
   if args.features:
     return write_features(args)
   if args.out:
-    raise ValueError('--out is for --features=pooled or tokens; predictions are printed.')
+    raise ValueError('--out is for --features=pooled or tokens. Predictions are printed.')
   found = predict_files(request_of(args), args.images or [], args.topk)
   return report_errors(print_predictions(found, args.format or 'table'))
 
 
 def write_features(args) -> int:
-  """What the mode does with `--features`."""
+  """Runs the mode with `--features`."""
   from vit_jax.inference import features
   from vit_jax.weights import write_arrays
 
   if args.given & {'--format', '--topk'}:
-    raise ValueError('--features writes arrays: leave --format and --topk out.')
+    raise ValueError('--features writes arrays: remove --format and --topk.')
   if not args.out or args.out.suffix != '.npz':
-    raise ValueError(f'--features={args.features} needs --out, a file to write, e.g. out.npz.')
+    raise ValueError(f'--features={args.features} needs --out, an npz file to write, e.g. out.npz.')
   if args.out.exists():
-    raise ValueError(f'--out: {args.out} is there already, and is not replaced.')
+    raise ValueError(f'--out: {args.out} exists already and is not overwritten. Give another file.')
   storage.check_folder(args.out.parent)
   arrays, errors = features(request_of(args), args.images or [], args.features)
   write_arrays(args.out, arrays)
-  print(f'{args.out}: path and feature, {list(arrays["feature"].shape)}')
+  print(f'{args.out}: arrays path and feature; feature has shape {list(arrays["feature"].shape)}')
   return report_errors(errors)
 
 
 def report_errors(errors: list[str]) -> int:
-  """Names the files that could not be read; the exit code."""
+  """Logs the files that could not be read and returns the exit code."""
   for error in errors:
     log.error('%s', error)
   return 1 if errors else 0
@@ -51,10 +51,10 @@ MODE = Mode(
   (
     *WEIGHTS,
     IMAGES,
-    Flag('topk', 'classes per image', int, 5),
-    Flag('format', 'table, json or csv; default: table'),
-    Flag('features', 'write features instead: pooled or tokens'),
-    dataclasses.replace(OUT, help='with --features: npz file to write'),
+    Flag('topk', 'number of classes per image', int, 5),
+    Flag('format', 'output: table, json or csv; default: table'),
+    Flag('features', 'write features instead of classes: pooled or tokens'),
+    dataclasses.replace(OUT, help='npz file to write, with --features'),
   ),
   run_predict,
 )

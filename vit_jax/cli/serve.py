@@ -1,4 +1,4 @@
-"""`--mode=serve`."""
+"""Defines `--mode=serve`."""
 
 from vit_jax.cli.flags import WEIGHTS, Flag, Mode, request_of
 
@@ -10,11 +10,11 @@ def run_serve(args) -> None:
 
 
 MODE = Mode(
-  'serves a web page to try a model on',
+  'serves a web page for trying a model',
   '--workdir=runs/digits --port=7860',
   (
     *WEIGHTS,
-    Flag('host', 'address to listen on; 0.0.0.0 for other machines', default='127.0.0.1'),
+    Flag('host', 'address to listen on; 0.0.0.0: open to other machines', default='127.0.0.1'),
     Flag('port', 'port to listen on', int, 7860),
   ),
   run_serve,

@@ -1,4 +1,4 @@
-"""What a person at a terminal expects: Ctrl-C, log lines above progress bars, any letters."""
+"""Sets up the terminal: Ctrl-C, log lines above progress bars, and text in any encoding."""
 
 import codecs
 import contextlib
@@ -13,7 +13,7 @@ log = logging.getLogger('vit_jax')
 
 
 class Console(logging.Handler):
-  """Prints above the progress bar, not through it."""
+  """Log handler that prints above the progress bar."""
 
   def emit(self, record):
     from tqdm import tqdm
@@ -25,15 +25,15 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints the log of this package, and of nothing else."""
+  """Prints the log of this package and of no other."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
 
 
 def set_up() -> None:
-  """Handles Ctrl-C, closed streams, and letters that the terminal lacks."""
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell ignores it
+  """Handles Ctrl-C, closed streams, and characters that the terminal cannot show."""
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
   hush_event_loops()
@@ -44,22 +44,22 @@ def set_up() -> None:
 
 
 def open_streams() -> None:
-  """Opens the null device in place of standard streams that are closed, as by `>&-`.
+  """Opens the null device for standard streams that are closed, e.g. by `>&-`.
 
-  Python has None in their place. The next file that is opened would take their number, and get
-  what libraries write to it.
+  For a closed stream `sys.stdout` is None, and the next opened file would get its descriptor:
+  output of libraries would be written into that file.
   """
   for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
     try:
       os.fstat(number)
     except OSError:
-      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens as `number`, the lowest free
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
 
 
 def hush_event_loops() -> None:
-  """Keeps silent about event loops that orbax could not open; the error itself says why."""
+  """Silences messages about event loops that orbax could not open; its error gives the reason."""
   before = sys.unraisablehook
 
   def report(unraisable):
@@ -71,7 +71,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Standard output, which an error names: the system's message does not."""
+  """Standard output whose errors name it, unlike the messages of the system."""
 
   def write(self, text):
     with self.named():
@@ -88,33 +88,33 @@ class Output(io.TextIOWrapper):
     except BrokenPipeError:
       raise
     except OSError as error:
-      close_pipe()  # else Python tries once more when it ends
+      close_pipe()  # otherwise Python writes again at exit
       raise OSError(
-        f'Standard output can not be written ({error.strerror}). Make room, or send it elsewhere.'
+        f'Cannot write to standard output ({error.strerror}). Free disk space or redirect it.'
       ) from error
 
 
 def interrupt(_, frame) -> None:
-  """The first Ctrl-C ends what is being done in order; the second ends it at once.
+  """Handles Ctrl-C: the first one exits cleanly, the second one immediately.
 
-  So does the first one during an import, which may swallow what is raised in it.
+  During an import the first one exits immediately too, because imports may swallow exceptions.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):
       end_at_once('Interrupted.')
     frame = frame.f_back
-  signal.signal(signal.SIGINT, lambda *_: end_at_once('Interrupted again: ending at once.'))
+  signal.signal(signal.SIGINT, lambda *_: end_at_once('Interrupted again: exiting immediately.'))
   raise KeyboardInterrupt
 
 
 def end_at_once(message: str) -> None:
-  """Ends this process: a checkpoint that is being written does not appear, those before stay."""
+  """Ends this process at once; an unfinished checkpoint is dropped, earlier checkpoints stay."""
   os.write(sys.stderr.fileno(), f'{message}\n'.encode())
   os._exit(130)
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """How to print letters that the terminal lacks: as a file's name has them, else escaped."""
+  """Encodes characters that the terminal cannot show: the raw bytes of file names, else escapes."""
   try:
     return codecs.lookup_error('surrogateescape')(error)
   except UnicodeEncodeError:
@@ -122,5 +122,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Drops what is left to print where nobody reads it (`head`), or nothing can be written."""
+  """Discards remaining output when the reader has closed the pipe (`head`) or writing fails."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

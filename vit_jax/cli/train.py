@@ -1,4 +1,4 @@
-"""`--mode=train`."""
+"""Defines `--mode=train`."""
 
 import logging
 
@@ -16,7 +16,7 @@ def run_train(args) -> int | None:
     try:
       result = train(config, args.workdir)
     except Preempted as error:
-      log.info('%s The same command goes on.', error)
+      log.info('%s Run the same command to resume.', error)
       return TRY_AGAIN
     if is_first():
       print(
@@ -28,7 +28,7 @@ def run_train(args) -> int | None:
 
 
 MODE = Mode(
-  'trains a config in a workdir, or resumes the run in it',
+  'trains a model in a workdir, or resumes the run in it',
   '--config=configs/digits.py --workdir=runs/digits',
   (CONFIG, WORKDIR, *CLUSTER),
   run_train,

@@ -1,4 +1,4 @@
-"""`--mode=visualize`."""
+"""Defines `--mode=visualize`."""
 
 import dataclasses
 
@@ -9,18 +9,18 @@ def run_visualize(args) -> None:
   from vit_jax.figures import visualize
 
   if args.init and not args.out:
-    raise ValueError('--mode=visualize of --init needs --out, the folder to write into.')
+    raise ValueError('--mode=visualize with --init needs --out: the output folder.')
   for path in visualize(request_of(args), args.images, args.out):
     print(path)
 
 
 MODE = Mode(
-  'draws attention, filters, positions and mistakes, and a report',
+  'draws attention, filters, positions and mistakes into a report',
   '--init=ViT-B_16.npz --images=photos/ --out=look/',
   (
     *WEIGHTS,
-    dataclasses.replace(IMAGES, help='images to look at; default: test images of the run'),
-    dataclasses.replace(OUT, help='folder to write into; default: the workdir'),
+    dataclasses.replace(IMAGES, help='images to show; default: test images of the run'),
+    dataclasses.replace(OUT, help='output folder; default: the workdir'),
   ),
   run_visualize,
 )
