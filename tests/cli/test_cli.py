@@ -15,7 +15,7 @@ import vit_jax
 from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.check import REGISTRIES, choices
-from vit_jax.cli import command, config_page
+from vit_jax.cli import command, pages
 from vit_jax.cli.flags import Flag
 from vit_jax.cli.parsing import parse_flags
 from vit_jax.inference import predict_files
@@ -57,10 +57,11 @@ def test_choices_follow_the_registries(monkeypatch):
   assert named - {''} == REGISTRIES.keys()
 
 
-def test_the_config_page_matches_the_key_table():
-  text = (ROOT / 'docs' / 'config.md').read_text(encoding='utf-8')
-  remedy = 'python -m vit_jax.cli.config_page > docs/config.md'
-  assert text == config_page.config_markdown() + '\n', f'docs/config.md is outdated. Run: {remedy}'
+@pytest.mark.parametrize('name', pages.PAGES)
+def test_generated_pages_are_up_to_date(name, tmp_path):
+  pages.main([str(tmp_path)])
+  committed = (ROOT / 'docs' / name).read_text(encoding='utf-8')
+  assert (tmp_path / name).read_text(encoding='utf-8') == committed, 'Run: make pages'
 
 
 def test_the_printed_config_restores_the_same_config(capsys):

@@ -58,10 +58,10 @@ def overview() -> str:
   ))  # fmt: skip
 
 
-def example(name: str) -> str:
+def example(name: str, start: str = '') -> str:
   """Returns a typical command of a mode."""
   mode = '' if name == 'train' else f' --mode={name}'
-  return f'{program()}{mode} {MODES[name].example}'
+  return f'{start or program()}{mode} {MODES[name].example}'
 
 
 def mode_page(name: str) -> str:

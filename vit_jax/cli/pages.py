@@ -1,0 +1,85 @@
+"""Writes the generated pages of the documentation: `python -m vit_jax.cli.pages docs`.
+
+The config reference comes from `keys.KEYS`, the command line reference from `cli.MODES`.
+"""
+
+import html
+import pathlib
+import sys
+
+from vit_jax.cli.flags import Flag
+from vit_jax.cli.help import describe_keys, example
+from vit_jax.cli.modes import MODES
+from vit_jax.cli.parsing import GENERAL, SWITCHES
+
+CONFIG_HEAD = """# Configuration
+
+Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
+it with `make pages`.
+
+A default of None in `model.*` means: taken from the `init` weights if given, else from
+`model.variant`, else the default of `ViT`."""
+
+COMMAND_HEAD = (
+  """# Command line
+
+`python main.py [--mode=<mode>] [flags] [--config.<key>=<value> ...]`, or `vit-jax` where the package
+is installed. This page is generated from `vit_jax/cli`; update it with `make pages`.
+
+Without `--mode`, the mode is `train`.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | success |
+| 1 | `predict` could not read some images; their names are listed |
+| 2 | an error that the last line explains |
+| 75 | training was asked to stop and has saved; the same command resumes |
+| 130 | Ctrl-C |"""
+  ''
+)
+
+
+def config_markdown() -> str:
+  """Returns the text of `docs/config.md`."""
+  lines, last = [CONFIG_HEAD], None
+  for name, default, kind, values, text in describe_keys():
+    section = name.partition('.')[0] if '.' in name else 'Run'
+    if section != last:
+      lines += ['', f'## {section}', '', '| key | default | type, unit | valid | meaning |']
+      lines += ['| --- | --- | --- | --- | --- |']
+      last = section
+    lines += [f'| `{name}` | `{default}` | {kind} | {values} | {text} |']
+  return '\n'.join(lines) + '\n'
+
+
+def flag_rows(flags: tuple[Flag, ...]) -> list[str]:
+  """Returns a table of flags, with defaults."""
+  rows = ['| flag | default | meaning |', '| --- | --- | --- |']
+  for flag in flags:
+    default = f'`{flag.default}`' if flag.default not in ('', None) else ''
+    rows += [f'| `--{flag.name}` | {default} | {html.escape(flag.help, quote=False)} |']
+  return rows
+
+
+def command_markdown() -> str:
+  """Returns the text of `docs/cli.md`."""
+  lines = [COMMAND_HEAD, '', '## Flags of every mode', '', *flag_rows(GENERAL)]
+  lines += [f'| `--{name}` | | {html.escape(text)} |' for name, text in SWITCHES.items()]
+  for name, mode in MODES.items():
+    lines += ['', f'## {name}', '', f'`--mode={name}` {mode.summary}.', '']
+    lines += ['```sh', example(name, 'python main.py'), '```', '', *flag_rows(mode.flags)]
+  return '\n'.join(lines) + '\n'
+
+
+PAGES = {'config.md': config_markdown, 'cli.md': command_markdown}
+
+
+def main(argv: list[str]) -> None:
+  """Writes every page into the folder that is the one argument."""
+  (folder,) = argv
+  for name, text in PAGES.items():
+    (pathlib.Path(folder) / name).write_text(text(), encoding='utf-8')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
