@@ -23,8 +23,8 @@ A default of None in `model.*` means: taken from the `init` weights if given, el
 COMMAND_HEAD = (
   """# Command line
 
-`python main.py [--mode=<mode>] [flags] [--config.<key>=<value> ...]`, or `vit-jax` where the package
-is installed. This page is generated from `vit_jax/cli`; update it with `make pages`.
+`python main.py [--mode=<mode>] [flags] [--config.<key>=<value> ...]`, or `vit-jax` where the
+package is installed. This page is generated from `vit_jax/cli`; update it with `make pages`.
 
 Without `--mode`, the mode is `train`.
 
