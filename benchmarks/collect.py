@@ -70,7 +70,7 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
     result = writer.read_json(workdir / 'result.json')
     if result is None:
       raise ValueError(f'{workdir}: no result.json, so the run is not finished.')
-    data = result['config']['data']  # folders of this machine are removed below
+    data = result['config']['data']  # the result keeps no folders of this machine
     kind, _, path = data['source'].partition(':')
     data['source'] = f'folder:{pathlib.Path(path).name}' if kind == 'folder' else data['source']
     data['dir'] = ''

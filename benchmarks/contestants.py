@@ -1,6 +1,6 @@
 """The contestants of `benchmarks.speed`: `CONTESTANTS[name](work, size)` returns a `Program`.
 
-`size` is the result of `works.sizes` for the workload; it needs this project to compute.
+`size` is the result of `works.sizes` for the workload. Only this project's code can compute it.
 
 Every contestant has the same workload: random images already on the device, and the same batch
 size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.

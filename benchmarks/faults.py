@@ -11,8 +11,9 @@ saving checkpoints. With two processes, the signal goes to one or both. Repeatin
 resume the run and end with exactly the parameters, optimizer state and averages of an undisturbed
 run.
 
-A damage flips one bit in, truncates, empties or removes a random file of the newest checkpoint.
-Either the damage has no effect, or it is detected and the previous checkpoint is used.
+Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
+emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
+previous checkpoint must be used.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Compares epochs of a linear probe: with features computed once, and with the backbone each time.
+"""Compares the epoch time of a linear probe on cached features and with the backbone.
 
     python -m benchmarks.probe
 
-The model is `tiny` at 32x32 with random weights. Images are random, in batches of 512, and the
-training step is the one of `main.py`. Both variants run in one process, in turns, on the same
-examples. Compilation is not timed. The result is `results/probe.json`. It also holds the seconds
-to hash, compute and save the features once.
+One variant computes the features once and trains on them. The other runs the backbone in every
+step. The model is `tiny` at 32x32 with random weights. Images are random, in batches of 512, and
+the training step is the one of `main.py`. Both variants run in one process, in turns, on the same
+examples. Compilation is not timed. The result is `results/probe.json`. It also holds the seconds to
+hash, compute and save the features once.
 """
 
 import argparse

@@ -71,8 +71,8 @@ RECIPES = {
 
 HEADER = """# Recipes
 
-This table shows the test accuracy of the last checkpoint on all test images. It is never the best
-checkpoint of a run. Values are the mean and standard deviation over the seeds. CIFAR-10 uses the
+This table shows the accuracy of each run's last checkpoint on all test images. We do not choose the
+best checkpoint. Values are the mean and standard deviation over the seeds. CIFAR-10 uses the
 original images, re-encoded as JPEG by the publisher of the image folder. Minutes are the time of a
 run from the compilation of its first step to its last test, without decoding the data.
 

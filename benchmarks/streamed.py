@@ -1,7 +1,7 @@
 """Checks that streaming one epoch of an image folder yields every image exactly once.
 
     python -m benchmarks.streamed tiny_imagenet 64 folder
-    python -m benchmarks.streamed generated 224 folder      # of benchmarks.photos
+    python -m benchmarks.streamed generated 224 folder      # a folder from benchmarks.photos
 
 TFDS writes the files of `folder/<split>/<class>/` as array_record, without re-encoding. The folder
 and the array_record are then each streamed for one epoch over all splits, with

@@ -5,8 +5,8 @@
         --config.epochs=20 --config.data.source=folder:cifar10
 
 By default, a sweep trains on the first 90% of the training split and reports the accuracy on the
-rest. It must not select by the test images. Change this with `--config.data.train_split` and
-`--config.data.eval_split`.
+rest. The test images stay unseen, because a sweep selects by accuracy. To use other splits, set
+`--config.data.train_split` and `--config.data.eval_split`.
 
 Repeating the command resumes an interrupted sweep. A larger grid or more seeds add runs to it. Each
 run is a workdir, `<out>/<key>=<value>,.../seed<n>/`. The table is `<out>/sweep.json`.

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     for seed, workdir in zip(seeds, workdirs):
       overrides = ALL | {'seed': seed, 'data.source': source} | ({'init': init} if starts else {})
       if not collect.train(config, overrides, workdir):
-        raise SystemExit(f'{workdir}: the run failed.')
+        raise SystemExit(f'{workdir}: the run failed. Fix the cause, then repeat the command.')
     recipe = ALL | ({'init': '<pretraining>'} if starts else {})
     result[name] = collect.summary(collect.command(config, recipe), workdirs)
     writer.write_json(collect.RESULTS / 'transfer.json', result)
