@@ -1,1 +1,1 @@
-"""Measurements, each written as JSON to `results/`."""
+"""Benchmarks, most of which write their measurements as JSON to `results/`."""

@@ -1,13 +1,13 @@
-"""The arguments of a benchmark: `--help` shows its docstring, a mistake is one line."""
+"""Parses the arguments of a benchmark: `--help` shows its docstring, an error is one line."""
 
 import argparse
 
 
 class Parser(argparse.ArgumentParser):
-  """Of a module of this package, which is run as `python -m <module>`."""
+  """Argument parser for a module of this package, which runs as `python -m <module>`."""
 
   def __init__(self, spec, doc: str):
-    """Takes the module's `__spec__` and docstring."""
+    """Creates a parser from the module's `__spec__` and docstring."""
     super().__init__(
       prog=f'python -m {spec.name}',
       description=doc,
@@ -16,16 +16,16 @@ class Parser(argparse.ArgumentParser):
     )
 
   def error(self, message: str):
-    """Ends the process with code 2."""
-    self.exit(2, f'error: {message}; {self.prog} --help shows what it takes.\n')
+    """Prints the error in one line and exits with code 2."""
+    self.exit(2, f'error: {message}. For usage, run {self.prog} --help.\n')
 
 
 def count(text: str) -> int:
-  """A number that is not negative.
+  """Parses an integer that is at least 0.
 
   Raises:
-    argparse.ArgumentTypeError: something else.
+    argparse.ArgumentTypeError: the text is not such an integer.
   """
   if not text.isdecimal():
-    raise argparse.ArgumentTypeError(f'expected a number that is not negative, got {text!r}')
+    raise argparse.ArgumentTypeError(f'expected an integer that is at least 0, got {text!r}')
   return int(text)

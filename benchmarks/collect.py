@@ -2,8 +2,8 @@
 
     python -m benchmarks.collect digits 'configs/digits.py' runs/digits0 runs/digits1 runs/digits2
 
-The file holds what each run recorded, the mean and standard deviation of the test
-accuracy, the machine and the date.
+The file holds the result of each run, the mean and standard deviation of the test accuracy, the
+machine and the date.
 """
 
 import argparse
@@ -24,19 +24,19 @@ RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
 
 
 def command(config: str, overrides: dict[str, object]) -> str:
-  """How a person writes it."""
+  """Returns the config and overrides in command-line form."""
   return ' '.join((config, *(f'--config.{key}={value}' for key, value in overrides.items())))
 
 
 def train(config: str, overrides: dict[str, object], workdir: pathlib.Path) -> bool:
-  """One run in a process of its own; one that was cut off goes on. Whether it came to its end."""
+  """Trains in a separate process, or resumes an interrupted run; returns whether it succeeded."""
   flags = [f'--config.{key}={value}' for key, value in overrides.items()]
   start = [sys.executable, 'main.py', f'--config={config}', f'--workdir={workdir}']
   return subprocess.run([*start, *flags]).returncode == 0
 
 
 def machine() -> str:
-  """What the runs were measured on."""
+  """Describes the accelerators of this machine, or its CPU."""
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return f'{jax.device_count()} x {device.device_kind}'
@@ -50,7 +50,7 @@ def machine() -> str:
 
 
 def circumstances() -> dict[str, str]:
-  """Where and when something was measured, and with what."""
+  """Returns the machine, the date and the versions of Python and JAX for a result file."""
   return {
     'machine': machine(),
     'date': datetime.date.today().isoformat(),
@@ -60,17 +60,17 @@ def circumstances() -> dict[str, str]:
 
 
 def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
-  """What the finished runs of one recipe recorded, and their mean.
+  """Returns the results of the finished runs of one recipe, with their mean.
 
   Raises:
-    ValueError: a run that is not finished.
+    ValueError: a run is not finished.
   """
   runs = []
   for workdir in workdirs:
     result = writer.read_json(workdir / 'result.json')
     if result is None:
-      raise ValueError(f'{workdir}: no result.json; the run is not finished.')
-    data = result['config']['data']  # without this machine's folders
+      raise ValueError(f'{workdir}: no result.json, so the run is not finished.')
+    data = result['config']['data']  # the result keeps no folders of this machine
     kind, _, path = data['source'].partition(':')
     data['source'] = f'folder:{pathlib.Path(path).name}' if kind == 'folder' else data['source']
     data['dir'] = ''
@@ -91,13 +91,13 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('name', help='of the file in results/, without .json')
-  parser.add_argument('recipe', help='how a person writes the config, with its overrides')
-  parser.add_argument('workdirs', nargs='+', type=pathlib.Path, help='finished runs of it')
+  parser.add_argument('name', help='name of the file in results/, without .json')
+  parser.add_argument('recipe', help='config and overrides, as written on the command line')
+  parser.add_argument('workdirs', nargs='+', type=pathlib.Path, help='finished runs of the recipe')
   args = parser.parse_args(argv)
   for workdir in args.workdirs:
     if not (workdir / 'result.json').exists():
-      parser.error(f'{workdir}: no result.json, the run is not finished')
+      parser.error(f'{workdir}: no result.json, so the run is not finished')
   return args
 
 

@@ -1,10 +1,10 @@
-"""Who takes part in `benchmarks.speed`: `CONTESTANTS[name](work, size)` gives what to run.
+"""The contestants of `benchmarks.speed`: `CONTESTANTS[name](work, size)` returns a `Program`.
 
-`size` is what `works.sizes` says of the work, which only this project can tell.
+`size` is the result of `works.sizes` for the workload. Only this project's code can compute it.
 
-Every one takes the same work: random images already on the device, the same batch, model and
-precision; training is forward, cross-entropy, backward and one fused AdamW step. Each lives in
-a process of its own, so that none's threads or memory are another's.
+Every contestant has the same workload: random images already on the device, and the same batch
+size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.
+Each contestant runs in its own process, so contestants do not share threads or memory.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,12 @@ from benchmarks import works
 
 @dataclasses.dataclass
 class Program:
-  """Attributes:
+  """A compiled workload of one contestant.
 
-  run: does a number of steps and returns when the device has finished them.
-  peak_memory: bytes that were in use at most: of the device, or on a CPU of the process.
-  versions: of the libraries, and the device.
+  Attributes:
+    run: runs a number of steps and returns when the device has finished them.
+    peak_memory: returns the peak memory in bytes, of the device or, on a CPU, of the process.
+    versions: versions of the libraries, and the device.
   """
 
   run: Callable[[int], None]
@@ -35,20 +36,20 @@ class Program:
 
 
 def random_batch(work: works.Work, size: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Images `[B, H, W, 3]`, float32, and labels."""
+  """Returns random float32 images `[B, H, W, 3]` and labels."""
   random, pixels = np.random.RandomState(0), size['image_size']
   image_BHWC = random.normal(size=(work.batch_size, pixels, pixels, 3)).astype(np.float32)
   return image_BHWC, random.randint(works.NUM_CLASSES, size=work.batch_size)
 
 
 def process_memory() -> int:
-  """Bytes that this process held at most."""
+  """Returns the peak memory of this process in bytes."""
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else 1024 * peak
 
 
 def jax_program(run: Callable[[int], None], mesh=None) -> Program:
-  """A program of JAX's, over the devices of a mesh or on one."""
+  """Returns the `Program` of a JAX function that runs on a mesh or on one device."""
   import jax
 
   device = jax.devices()[0]
@@ -62,7 +63,7 @@ def jax_program(run: Callable[[int], None], mesh=None) -> Program:
 
 
 def vit_jax(work: works.Work, _: dict) -> Program:
-  """This project: the step that `main.py` takes, or the one that `predict` does."""
+  """Returns this project's program: the training step of `main.py` or the step of `predict`."""
   import jax
 
   from vit_jax import opening
@@ -101,7 +102,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
 
 
 def vit_jax_input(work: works.Work, _: dict) -> Program:
-  """What comes before this project's step: batches gathered from memory and augmented."""
+  """Returns this project's input program: it gathers batches from memory and augments them."""
   import jax
   import jax.numpy as jnp
 
@@ -132,7 +133,7 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
 
 
 def plain_linen(work: works.Work, size: dict) -> Program:
-  """The module made of flax's own parts, in one jitted step."""
+  """Returns the program of a model built from flax's own layers, in one jitted step."""
   import jax
   import optax
 
@@ -174,7 +175,7 @@ def plain_linen(work: works.Work, size: dict) -> Program:
 def torch_program(
   work: works.Work, size: dict, model, logits: Callable, versions: dict[str, str]
 ) -> Program:
-  """A PyTorch model's steps; `logits` takes the images."""
+  """Returns the program of a PyTorch model; `logits` maps images to logits."""
   import torch
   from torch.nn import functional
 
@@ -207,7 +208,7 @@ def torch_program(
 
   if work.mode == 'inference':
     model.eval()
-    if half:  # what people do: weights in half precision too
+    if half:  # as is usual, the weights also have half precision
       model.bfloat16()
       image_BCHW = image_BCHW.bfloat16()
   else:
@@ -221,7 +222,7 @@ def torch_program(
 
 
 def torch_twin(work: works.Work, size: dict, compiled: bool) -> Program:
-  """The hand-written PyTorch model."""
+  """Returns the program of the hand-written PyTorch model."""
   import torch
 
   from benchmarks.torch_vit import TorchViT
@@ -231,7 +232,7 @@ def torch_twin(work: works.Work, size: dict, compiled: bool) -> Program:
 
 
 def huggingface(work: works.Work, size: dict, compiled: bool) -> Program:
-  """`ViTForImageClassification`, with PyTorch's fused attention."""
+  """Returns the program of `ViTForImageClassification` with PyTorch's fused attention."""
   import torch
   import transformers
 
@@ -253,7 +254,7 @@ def huggingface(work: works.Work, size: dict, compiled: bool) -> Program:
 
 
 def timm_compiled(work: works.Work, size: dict) -> Program:
-  """timm's `VisionTransformer` under `torch.compile`."""
+  """Returns the program of timm's `VisionTransformer` under `torch.compile`."""
   import timm
   from timm.models.vision_transformer import VisionTransformer
   import torch
@@ -287,9 +288,9 @@ CONTESTANTS = {
 
 
 def matmul_rate(library: str) -> float:
-  """Floating-point operations a second in large square products, the median of 20.
+  """Returns floating-point operations per second in large square products, the median of 20.
 
-  Of 2048 x 2048 in float32 on a CPU, of 8192 x 8192 in bfloat16 on a GPU.
+  The matrices are 2048 x 2048 in float32 on a CPU, and 8192 x 8192 in bfloat16 on a GPU.
 
   Raises:
     ImportError: the library is not installed.
@@ -321,14 +322,14 @@ def matmul_rate(library: str) -> float:
 
 
 def seconds(run: Callable[[], object]) -> float:
-  """How long a call took."""
+  """Returns how long a call takes, in seconds."""
   began = time.perf_counter()
   run()
   return time.perf_counter() - began
 
 
 def machine() -> dict[str, str]:
-  """The backend, and the machine in words."""
+  """Returns the name of the backend and a description of the machine."""
   import jax
 
   from benchmarks import collect

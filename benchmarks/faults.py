@@ -1,13 +1,19 @@
-"""Kills training at random moments and damages checkpoints: nothing may be lost.
+"""Kills training at random moments and damages checkpoints, and checks that runs recover exactly.
 
-    python -m benchmarks.faults                    # some 20 minutes; results/faults.json
-    python -m benchmarks.faults 2 1 4 short.json   # fewer: kills alone, kills of two, damages
+    python -m benchmarks.faults                    # about 20 minutes; writes results/faults.json
+    python -m benchmarks.faults 2 1 4 short.json   # fewer faults, another file
 
-A kill is SIGKILL a random moment after a random step, while most of the time goes into saving; of
-two processes it meets one or both. The same command must then come to the very parameters,
-optimizer state and averages of a run that nobody disturbed. A damage is a byte flipped,
-a file cut short, emptied or removed, anywhere in the newest checkpoint: it must be found, and the
-checkpoint before it used, or be without effect.
+The first command kills 40 runs of one process and 12 of two processes, and damages 40 checkpoints.
+The second sets these three numbers to 2, 1 and 4.
+
+A kill sends SIGKILL at a random time after a random step. These runs spend most of their time
+saving checkpoints. With two processes, the signal goes to one or both. Repeating the command must
+resume the run and end with exactly the parameters, optimizer state and averages of an undisturbed
+run.
+
+Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
+emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
+previous checkpoint must be used.
 """
 
 import argparse
@@ -35,13 +41,14 @@ FLAGS = [
   '--config.checkpoint_every=2', '--config.log_every=1',
 ]  # fmt: skip
 STEPS = 45
-MOMENT = 0.5  # seconds, at most, from a step's line in the metrics to the kill
-LIMIT = 90  # seconds in which survivors must have stopped
-ONE_OF_TWO = 3  # every so many kills of two processes meet one of them only: the other takes long
+MOMENT = 0.5  # maximum seconds from a step's line in the metrics to the kill
+LIMIT = 90  # seconds within which surviving processes must stop
+# Every third kill of a two-process run kills only one of them. The other takes long to stop.
+ONE_OF_TWO = 3
 
 
 def train(flags: list[str], log: pathlib.Path) -> None:
-  """main.py, in this process, its output in a file."""
+  """Runs `main.py` in this process, with its output in a file."""
   out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(out, 1)
   os.dup2(out, 2)
@@ -54,7 +61,7 @@ def train(flags: list[str], log: pathlib.Path) -> None:
 
 
 def start(workdir: pathlib.Path, processes: int) -> list:
-  """The processes of a run."""
+  """Starts the processes of a run and returns them."""
   together = [[]]
   if processes > 1:
     with socket.socket() as free:
@@ -62,7 +69,7 @@ def start(workdir: pathlib.Path, processes: int) -> list:
       port = free.getsockname()[1]
     count = [f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}']
     together = [[*count, f'--process_id={i}'] for i in range(processes)]
-  context = multiprocessing.get_context('forkserver')  # imports JAX once
+  context = multiprocessing.get_context('forkserver')  # imports JAX once for all processes
   started = []
   for i, flags in enumerate(together):
     log = workdir.with_suffix(f'.{i}.log')
@@ -74,15 +81,21 @@ def start(workdir: pathlib.Path, processes: int) -> list:
 
 
 def finish(workdir: pathlib.Path, processes: int) -> None:
-  """Runs to the end."""
+  """Runs training to its end.
+
+  Raises:
+    SystemExit: a process failed.
+  """
   for process in start(workdir, processes):
     process.join(600)
     if process.exitcode != 0:
-      raise SystemExit(f'{workdir}: exit code {process.exitcode}; see the log beside it.')
+      raise SystemExit(
+        f'{workdir}: training failed with exit code {process.exitcode}; see the log next to it.'
+      )
 
 
 def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
-  """Until a line of metrics says that this step was done, or a process has ended."""
+  """Waits until the metrics contain this step or a process has ended."""
   metrics = workdir / 'metrics.jsonl'
   while all(process.is_alive() for process in started):
     if metrics.exists() and any(line['step'] >= step for line in writer.read_metrics(workdir)):
@@ -91,18 +104,18 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 
 
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
-  """Of all arrays of a checkpoint, the newest by default."""
+  """Returns a checksum of all arrays of a checkpoint, by default the newest."""
   step = stored.latest_step(workdir) if step is None else step
   digests = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
   return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
 
 
 def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
-  """One run killed, and gone on with."""
+  """Starts a run, kills it, resumes it and compares its end with `want`."""
   draw = random.Random(1000 * processes + number)
   workdir = folder / f'killed{processes}_{number}'
   started = start(workdir, processes)
-  step = draw.randrange(STEPS)  # before the first line: while it starts
+  step = draw.randrange(STEPS)  # step 0 kills the run while it starts
   if step:
     wait_for(step, workdir, started)
   time.sleep(draw.uniform(0, MOMENT))
@@ -115,7 +128,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
   for process in started:
     process.join(LIMIT)
     if process.is_alive():
-      raise SystemExit(f'{workdir}: a process outlived the other by {LIMIT} s.')
+      raise SystemExit(f'{workdir}: a process is still running {LIMIT} s after the kill.')
   outlived, codes = time.monotonic() - died, [process.exitcode for process in started]
   reached = stored.latest_step(workdir)
   partial = [p.name for p in stored.directory(workdir).glob('*tmp*')]
@@ -136,12 +149,12 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
 
 
 def averages(workdir: pathlib.Path, step: int) -> str:
-  """Of the weights that inference takes from a checkpoint."""
+  """Returns a checksum of the averaged weights, which inference uses."""
   return items.digest(stored.read_item(workdir, step, 'state')['ema'])
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
-  """One damage to the newest checkpoint of a copy of a finished run."""
+  """Damages the newest checkpoint in a copy of a finished run, and checks what is loaded."""
   draw = random.Random(number)
   workdir = folder / f'damaged{number}'
   shutil.copytree(finished, workdir)
@@ -175,14 +188,17 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('alone', nargs='?', type=arguments.count, default=40, help='kills of one')
-  parser.add_argument('together', nargs='?', type=arguments.count, default=12, help='of two')
-  parser.add_argument('damages', nargs='?', type=arguments.count, default=40)
+  alone = 'runs of one process to kill (default: %(default)s)'
+  parser.add_argument('alone', nargs='?', type=arguments.count, default=40, help=alone)
+  together = 'runs of two processes to kill (default: %(default)s)'
+  parser.add_argument('together', nargs='?', type=arguments.count, default=12, help=together)
+  damages = 'checkpoints to damage (default: %(default)s)'
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=40, help=damages)
   out = collect.RESULTS / 'faults.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
-    parser.error('damages are done to a copy of a run alone, so `alone` must not be 0')
+    parser.error('damages need a finished run of one process, so `alone` must be at least 1')
   return args
 
 
@@ -207,7 +223,7 @@ def main(argv: list[str]) -> None:
       print(damaged[-1], flush=True)
   found = {
     **collect.circumstances(),
-    'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # the others had ended before
+    'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # others had already ended
     'identical': sum(k['identical'] for k in kills),
     'while_saving': sum(k['while_saving'] for k in kills),
     'damages': len(damaged),
@@ -217,7 +233,10 @@ def main(argv: list[str]) -> None:
   }
   writer.write_json(args.out, found)
   if found['identical'] < len(kills) or found['good'] < len(damaged):
-    raise SystemExit('Something was lost.')
+    raise SystemExit(
+      f'{args.out}: {found["identical"]} of {len(kills)} killed runs and {found["good"]} of '
+      f'{len(damaged)} damaged checkpoints were recovered exactly; expected all of them.'
+    )
 
 
 if __name__ == '__main__':

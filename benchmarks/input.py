@@ -1,19 +1,23 @@
-"""How fast JPEGs become training batches: this project beside tf.data and PyTorch's DataLoader.
+"""Compares how fast this project, tf.data and PyTorch's DataLoader load JPEGs into batches.
 
     python -m benchmarks.input      # 6 minutes on 2 cores; results/input.json
 
-All do the same work on the same 20,000 JPEGs of about 400x350 pixels: they read a file, decode it,
-take a random part of 8 to 100 % of its area and scale it to 224x224 with anti-aliasing; uint8, in
-batches of 128. Each lives in a process of its own and may use all cores, in turns of a few seconds,
-so that whatever else this machine does falls on all alike. Per core are images a second that a
-process and its children compute: the clock, on a machine shared with others, favours whoever has
-the most threads. A ratio is the median over the rounds, ours to theirs; those of the clock stand
-beside it. A peer that is not installed is left out.
+All contestants do the same work on the same 20,000 JPEGs of about 400x350 pixels. They read a
+file, decode it, crop a random 8 to 100 % of its area and scale the crop to 224x224 with
+anti-aliasing. The result is uint8 images in batches of 128.
 
-Four more numbers: milliseconds of the decoders that were to choose from, in one thread; images
-in memory, gathered as training gathers them, in the fastest round; what a stream's processes hold
-in memory over three epochs; and the share of the time that a small ViT, training on these files
-here, waits for them.
+Each contestant runs in its own process and may use all cores. Contestants take turns of a few
+seconds, so that other load on the machine affects all of them equally. Images per second per core
+are computed from the CPU time of a process and its children. Elapsed time is less fair: on a
+shared machine it favours the contestant with the most threads. A ratio is ours to theirs, and the
+median over the rounds; ratios by elapsed time are also reported. Peers that are not installed are
+skipped.
+
+The benchmark measures four more numbers:
+  * the milliseconds that each available decoder takes in one thread;
+  * the images per second gathered from memory, as in training, in the fastest round;
+  * the memory of a stream's processes over three epochs;
+  * the share of time that a small ViT waits for its data when it trains on these files.
 """
 
 import argparse
@@ -49,10 +53,10 @@ SIZE = (224, 224)
 BATCH = 128
 CROP = {'min_area': 0.08, 'max_aspect': 4 / 3}
 ROUNDS = 5
-WARM, TURN = 1.0, 4.0  # seconds: until others' work is out of the way, and measured
+WARM, TURN = 1.0, 4.0  # seconds of a turn: before the measurement starts, and measured
 
 
-TRAINED = {  # what waits for its data
+TRAINED = {  # config of the training run that measures the wait for data
     'model.variant': 'S/16', 'model.pool': 'gap', 'batch_size': '8', 'eval_batch_size': '16',
     'data.image_size': '224', 'data.cache': 'stream', 'data.eval_split': 'test[:16]',
     'augment.resized_crop.min_area': '0.08', 'augment.flip.probability': '0.5',
@@ -62,7 +66,7 @@ STEPS = 20
 
 
 def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> Iterator[int]:
-  """What `data.cache=stream` trains on."""
+  """Yields the batch sizes of this project's loader with `data.cache=stream`."""
   source = sources.open_source(f'folder:{folder}', '', SIZE)
   arguments = dict(size=SIZE, fit=image_lib.fit_image, crop=CROP, workers=workers)
   arguments |= dict(threads=stream.best_threads(workers))
@@ -73,7 +77,10 @@ def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> I
 
 
 def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
-  """As in TensorFlow's models and big_vision: only the part is decoded."""
+  """Yields the batch sizes of tf.data.
+
+  As in TensorFlow's models and big_vision, only the cropped part of a JPEG is decoded.
+  """
   import tensorflow as tf
 
   def load(file):
@@ -95,7 +102,7 @@ def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
 
 
 class Photos:
-  """PyTorch's view of the folder; torchvision's RandomResizedCrop does the same to such files."""
+  """PyTorch dataset of the folder; it crops like torchvision's RandomResizedCrop."""
 
   def __init__(self, folder):
     self.files = sorted(folder.rglob('*.jpg'))
@@ -113,7 +120,7 @@ class Photos:
 
 
 def torch_loader(folder: pathlib.Path) -> Iterator[int]:
-  """A worker process a core."""
+  """Yields the batch sizes of PyTorch's DataLoader with one worker process per core."""
   from torch.utils.data import DataLoader
 
   loader = DataLoader(
@@ -123,7 +130,7 @@ def torch_loader(folder: pathlib.Path) -> Iterator[int]:
     yield len(batch)
 
 
-CONTESTANTS = {  # name: (what it needs, its batches)
+CONTESTANTS = {  # name: (required module, function that yields batch sizes)
   'ours': ('grain', ours),
   'ours_workers': ('grain', functools.partial(ours, workers=cluster.num_cores())),
   'tfdata': ('tensorflow', tfdata),
@@ -133,21 +140,21 @@ CONTESTANTS = {  # name: (what it needs, its batches)
 
 
 def family() -> list:
-  """This process and those that it has started."""
-  import psutil  # which Grain brings
+  """Returns this process and all its descendants."""
+  import psutil  # installed as a dependency of Grain
 
   return [psutil.Process(), *psutil.Process().children(recursive=True)]
 
 
 def cpu_seconds() -> float:
-  """What they have computed so far."""
+  """Returns the CPU seconds that this process and its descendants have used so far."""
   return sum(sum(process.cpu_times()[:2]) for process in family())
 
 
 def serve(name: str, folder: str) -> None:
-  """A contestant's process: for every line that it reads, one turn.
+  """Runs a contestant in this process: one turn for every line of standard input.
 
-  It prints its images a second, and its images a second of computing.
+  Each turn prints images per second of elapsed time and images per second of CPU time.
   """
   batches = CONTESTANTS[name][1](pathlib.Path(folder))
   next(batches)
@@ -165,13 +172,13 @@ def serve(name: str, folder: str) -> None:
 
 
 def race(folder: pathlib.Path) -> dict[str, list[tuple[float, float]]]:
-  """What `serve` printed for each contestant in each round."""
+  """Returns what `serve` printed for each contestant in each round."""
   quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
   rates, running = {}, {}
   for name, (needs, _) in CONTESTANTS.items():
     if importlib.util.find_spec(needs) is None:
-      print(f'{name}: {needs} is not installed, left out.')
+      print(f'Skipped {name}: {needs} is not installed.')
       continue
     running[name] = subprocess.Popen([*COMMAND, 'serve', name, str(folder)], **pipes)
     assert running[name].stdout.readline() == 'ready\n', f'{name} failed'
@@ -188,7 +195,7 @@ def race(folder: pathlib.Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def pillow(encoded: bytes, choose: Callable) -> np.ndarray:
-  """Decoding at a reduced size where it can, scaling by Pillow."""
+  """Decodes with Pillow, at a reduced size if possible, and scales with Pillow."""
   opened = Image.open(io.BytesIO(encoded))
   left, top, right, bottom = box = choose(opened.height, opened.width)
   high, wide = (n * edge / side for n, edge, side in zip(
@@ -201,7 +208,10 @@ def pillow(encoded: bytes, choose: Callable) -> np.ndarray:
 
 
 def simplejpeg(encoded: bytes, choose: Callable) -> np.ndarray:
-  """A binding of libjpeg-turbo, scaling by Pillow; it has to read the header by itself."""
+  """Decodes with simplejpeg, a binding of libjpeg-turbo, and scales with Pillow.
+
+  simplejpeg has to read the header in a separate call.
+  """
   import simplejpeg
 
   box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
@@ -210,7 +220,7 @@ def simplejpeg(encoded: bytes, choose: Callable) -> np.ndarray:
 
 
 def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
-  """The same, scaling by OpenCV."""
+  """Decodes with simplejpeg and scales with OpenCV."""
   import simplejpeg
 
   box = choose(*simplejpeg.decode_jpeg_header(encoded)[:2])
@@ -218,7 +228,7 @@ def simplejpeg_opencv(encoded: bytes, choose: Callable) -> np.ndarray:
 
 
 def opencv(encoded: bytes, choose: Callable) -> np.ndarray:
-  """What this project does."""
+  """Decodes and scales with OpenCV, as this project does."""
   return image_lib.decode_part(encoded, 'a file', 3, choose, SIZE)
 
 
@@ -231,7 +241,7 @@ DECODERS = {
 
 
 def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
-  """Milliseconds of one core for each way to decode a file and take a part: medians."""
+  """Returns the median milliseconds of one core that each decoder takes for a file and its crop."""
   files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
   chosen = [
     functools.partial(image_lib.random_part, stream.draw_uniform(0, i), **CROP)
@@ -250,7 +260,7 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
 
 
 def in_memory(size: int = 50_000, batch: int = 512) -> float:
-  """Images a second of CIFAR's size that are gathered into batches: the most of ten rounds."""
+  """Returns how many images of CIFAR's size are gathered per second: the best of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
   examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
@@ -265,7 +275,7 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
 
 
 def resident(workers: int, folder: str) -> None:
-  """Prints the most bytes that are resident in each of three epochs of an eighth of the files."""
+  """Prints the peak resident bytes in each of three epochs over an eighth of the files."""
   split = 'train[:12.5%]+test[:12.5%]'
   batches, held = ours(pathlib.Path(folder), workers, split), [[], [], []]
   for step in range(3 * COUNT // 8 // BATCH):
@@ -280,7 +290,7 @@ def resident(workers: int, folder: str) -> None:
 def train(folder: str) -> None:
   """Prints the metrics of `STEPS` training steps."""
   config = config_lib.default_config()
-  epochs = STEPS * int(TRAINED['batch_size']) / (0.8 * COUNT)  # every fifth file is held out
+  epochs = STEPS * int(TRAINED['batch_size']) / (0.8 * COUNT)  # a fifth of the files is held out
   overrides = TRAINED | {'data.source': f'folder:{folder}', 'epochs': str(epochs)}
   for key, text in overrides.items():
     config_lib.override(config, key, text)
@@ -293,7 +303,7 @@ def train(folder: str) -> None:
 
 
 def alone(*arguments: object) -> object:
-  """What a function prints in a process of its own."""
+  """Runs a task in its own process and returns what it prints, parsed as JSON."""
   environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
   command = [*COMMAND, *map(str, arguments)]
   child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -304,11 +314,11 @@ COMMAND = [sys.executable, '-m', 'benchmarks.input']
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """Without a task, everything is measured; the tasks are for processes of its own."""
+  """Parses the task; the default is to measure everything, other tasks are for child processes."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.set_defaults(task=main)
   tasks = parser.add_subparsers(
-    metavar='task', parser_class=argparse.ArgumentParser, help='what its child processes do'
+    metavar='task', parser_class=argparse.ArgumentParser, help='task of a child process'
   )
   for task in (serve, resident, train):
     child = tasks.add_parser(task.__name__)
@@ -322,14 +332,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Of each contestant, over all rounds: of the clock (0) or of computing (1)."""
+  """Returns each contestant's median rate, per elapsed second (i=0) or CPU second (i=1)."""
   return {
     name: round(statistics.median(turn[i] for turn in turns), 1) for name, turns in rounds.items()
   }
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """The median over the rounds of ours to each peer's, as in `medians`."""
+  """Returns the median ratio of our rate to each peer's, with `i` as in `medians`."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

@@ -1,7 +1,8 @@
-"""The largest batch that fits: `python -m benchmarks.speed --memory=16`.
+"""Finds the largest batch that fits in memory: `python -m benchmarks.speed --memory=16`.
 
-The train step is compiled ahead for the backend at hand, and nothing is allocated: what XLA
-says that the step needs, with its state and batch, is compared with the budget.
+The train step is compiled ahead of time for the current backend, and nothing is allocated. XLA
+reports the memory that the step needs, with its state and batch, and this is compared with the
+budget.
 """
 
 import functools
@@ -10,17 +11,17 @@ import itertools
 from benchmarks import works
 
 SIZES = ('b16', 'l16')
-PLANS = (  # remat, type of the first moment
+PLANS = (  # (remat, dtype of the first moment)
   ('none', 'float32'),
   ('dots', 'float32'),
   ('full', 'float32'),
   ('full', 'bfloat16'),
 )
-MULTIPLE = 8  # of the batch sizes tried
+MULTIPLE = 8  # batch sizes are multiples of this number
 
 
 def step_bytes(config, batch_size: int) -> int:
-  """Bytes of a train step on one device: state, batch and what is computed in between."""
+  """Returns the bytes that a train step needs on one device: state, batch and temporary arrays."""
   import jax
   import jax.numpy as jnp
 
@@ -45,10 +46,11 @@ def step_bytes(config, batch_size: int) -> int:
 
 
 def largest_batch(config, budget: float) -> tuple[int, int]:
-  """The largest multiple of `MULTIPLE` whose step fits, and its bytes; (0, 0) if none does.
+  """Returns the largest batch size whose step fits, and its bytes; (0, 0) if none fits.
 
-  Memory grows almost in a straight line with the batch: a line through a size that fits and
-  one that does not says where to try next, until they are neighbours. Both were compiled.
+  Batch sizes are multiples of `MULTIPLE`. Memory grows almost linearly with the batch size. A
+  line through a size that fits and one that does not gives the next size to compile. The search
+  ends when the two sizes are neighbours.
   """
   need = functools.cache(lambda n: step_bytes(config, n * MULTIPLE))
   if need(1) > budget:
@@ -69,8 +71,8 @@ def show(gibibytes: float) -> None:
   import jax
 
   print(
-    f'Largest training batch in {gibibytes:g} GiB, 224 pixels, bfloat16 compute, as compiled for '
-    f'this {jax.default_backend()}:'
+    f'Largest training batch in {gibibytes:g} GiB at 224 pixels with bfloat16 compute, compiled '
+    f'for this {jax.default_backend()}:'
   )
   print('| model | remat | first moment | batch | GiB |\n| --- | --- | --- | --- | --- |')
   for size, (remat, moment) in itertools.product(SIZES, PLANS):
@@ -81,4 +83,4 @@ def show(gibibytes: float) -> None:
 
 
 if __name__ == '__main__':
-  raise SystemExit('error: `python -m benchmarks.speed --memory=16` measures this.')
+  raise SystemExit('error: run `python -m benchmarks.speed --memory=16` instead.')

@@ -1,9 +1,9 @@
-"""JPEGs of about 400x350 pixels, for what is measured on images that memory does not hold.
+"""Writes JPEGs of about 400x350 pixels for benchmarks with data larger than memory.
 
     python -m benchmarks.photos folder 20000      # train/<class>/*.jpg, 1.5 GB
 
-Windows of noise whose amplitude falls with its frequency, as that of photographs does, at a quality
-that gives them the 0.55 bytes a pixel of ImageNet's. The same files every time.
+Images are windows of noise. As in photographs, the noise has lower amplitude at higher frequency.
+The JPEG quality gives 0.55 bytes per pixel, as in ImageNet. Every call writes the same files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ QUALITY = 90
 
 
 def canvas(seed: int) -> np.ndarray:
-  """`[CANVAS, CANVAS, 3]` uint8."""
+  """Returns a uint8 image of noise, `[CANVAS, CANVAS, 3]`."""
   draw = np.random.RandomState(seed)
   y, x = np.meshgrid(np.fft.fftfreq(CANVAS), np.fft.rfftfreq(CANVAS), indexing='ij')
   falling = 1 / np.maximum(np.hypot(y, x), 1 / CANVAS)
@@ -34,7 +34,7 @@ def canvas(seed: int) -> np.ndarray:
 
 
 def make(folder: pathlib.Path, count: int) -> None:
-  """Writes `count` images, evenly over the classes; some of each shape and size."""
+  """Writes `count` images of different shapes and sizes, spread evenly over the classes."""
   canvases = [canvas(seed) for seed in range(8)]
   for label in range(CLASSES):
     (folder / 'train' / f'{label:03}').mkdir(parents=True)
@@ -53,11 +53,11 @@ def make(folder: pathlib.Path, count: int) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('folder', type=pathlib.Path, help='to write into')
-  parser.add_argument('count', type=arguments.count, help='images')
+  parser.add_argument('folder', type=pathlib.Path, help='output folder')
+  parser.add_argument('count', type=arguments.count, help='number of images')
   args = parser.parse_args(argv)
   if (args.folder / 'train').exists():
-    parser.error(f'{args.folder}/train is there already, and is not replaced')
+    parser.error(f'{args.folder}/train already exists and is not replaced; choose another folder')
   return args
 
 

@@ -1,6 +1,7 @@
-"""The Vision Transformer as flax's own parts give it: what this project is faster than.
+"""A Vision Transformer built from flax's own layers, as a baseline for speed.
 
-`nn.MultiHeadDotProductAttention` and `nn.Dense` on `[B, N, D]`, as in the paper's repository.
+It uses `nn.MultiHeadDotProductAttention` and `nn.Dense` on `[B, N, D]`, as the paper's repository
+does.
 """
 
 from flax import linen as nn
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 
 
 class PlainViT(nn.Module):
-  """The arguments are those of `works.sizes`; learned positions, `cls` or `gap`."""
+  """Vision Transformer with learned positions and the pool `cls` or `gap`.
+
+  The fields are the arguments that `works.sizes` returns.
+  """
 
   image_size: int
   patch_size: int

@@ -1,12 +1,12 @@
-"""Compiles the train step for TPU pods, on any x86 machine, and writes what it takes there.
+"""Compiles the train step for TPU pods on any x86 machine, and records its memory and FLOPs.
 
     python3.12 -m venv pods && pods/bin/pip install -r requirements.txt 'libtpu==0.0.50.*'
-    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods     # rows of PODS that are not there yet
-    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods g/14 v5e:16x16     # these
+    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods     # all rows of PODS without a result
+    JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods g/14 v5e:16x16     # only these rows
 
-The TPU's own compiler gives memory and FLOPs of a chip, and the program with its collectives:
-`results/pods.json`. libtpu is kept out of the ordinary environment: with it JAX looks for a TPU.
-Takes minutes a row.
+The TPU's own compiler reports memory and FLOPs per chip, and the program with its collectives.
+They are written to `results/pods.json`. Install libtpu only in a separate environment, because
+JAX looks for a TPU when libtpu is installed. A row takes minutes.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from vit_jax.training import state
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import writer
 
-BATCH, CLASSES, SIZE, EXAMPLES = 4096, 1000, 224, 1_281_167  # ImageNet, in the paper's batches
+BATCH, CLASSES, SIZE, EXAMPLES = 4096, 1000, 224, 1_281_167  # ImageNet, the paper's batch size
 PATH = collect.RESULTS / 'pods.json'
 
-# Model, pod, chips along data, fsdp and tensor, and what is computed again. 256 parts of a matrix
-# are rows too few for a gather: the compiler sums padded ones instead. 16 parts do well.
+# Each row: model, pod, chips along (data, fsdp, tensor), remat. With 256 shards, a matrix has too
+# few rows for an all-gather, and the compiler sums padded arrays instead. 16 shards work well.
 PODS = [
   ('B/16', 'v5e:16x16', (256, 1, 1), 'none'),
   ('B/16', 'v5e:16x16', (1, 256, 1), 'none'),
@@ -54,7 +54,7 @@ BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4, '
 
 
 def settings(variant: str, sizes: tuple[int, int, int], remat: str):
-  """The config of such a run: bfloat16, AdamW."""
+  """Returns the config of the run: bfloat16 and AdamW."""
   config = config_lib.default_config()
   config.model.variant, config.model.dtype, config.model.remat = variant, 'bfloat16', remat
   config.data.image_size, config.batch_size = (SIZE, SIZE), BATCH
@@ -63,7 +63,7 @@ def settings(variant: str, sizes: tuple[int, int, int], remat: str):
 
 
 def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str):
-  """The very step that `main.py` takes, compiled for a pod that is not there."""
+  """Compiles the training step of `main.py` for a pod, without the pod's hardware."""
   config = settings(variant, sizes, remat)
   topology = topologies.get_topology_desc(platform='tpu', topology_name=pod)
   devices = np.array(topology.devices[: math.prod(sizes)]).reshape(sizes)
@@ -84,33 +84,33 @@ def compile_step(variant: str, pod: str, sizes: tuple[int, int, int], remat: str
     'image': abstract((BATCH, SIZE, SIZE, 3), 'uint8', over_batch),
     'label': abstract((BATCH,), 'int32', over_batch),
   }
-  with backend.portable():  # the kernels that a TPU gets
+  with backend.portable():  # selects the kernels that a TPU uses
     return make_train_step(exp, training, mesh).lower(now, batch).compile()
 
 
 def group_size(line: str) -> int:
-  """How many chips take part in each group of a collective."""
+  """Returns how many chips take part in each group of a collective."""
   if named := re.search(r'replica_groups=mesh\[(.+?)\] \{(.*?)\}', line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # all of an axis, or a part of it
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # a whole axis or a part of it
     return math.prod(int(part or sizes[name]) for name, part in axes)
   if counted := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
     return int(counted[1])
   listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
-  return len(listed[1].split(',')) if listed else 2  # a permutation has pairs
+  return len(listed[1].split(',')) if listed else 2  # a permutation lists pairs
 
 
 def collectives(text: str) -> list[dict]:
-  """What a chip exchanges in a step, by kind and number of chips that take part.
+  """Returns what a chip exchanges in a step, by kind and number of participating chips.
 
   Args:
-    text: HLO.
+    text: HLO of the compiled step.
 
   Returns:
-    For each the operations, and bytes of the whole arrays, before they are scattered or after they
-    are gathered.
+    For each kind and group size, the number of operations and the bytes of the whole arrays. These
+    are the arrays before they are scattered, or after they are gathered.
   """
-  operations, inside = {}, ''  # the computation that a line is in
+  operations, inside = {}, ''  # `inside` is the header of the computation that contains the line
   for line in text.splitlines():
     if not line.startswith(' '):
       inside = line
@@ -124,11 +124,11 @@ def collectives(text: str) -> list[dict]:
     if kind == 'reduce-scatter':
       size *= group
     elif kind == 'all-reduce' and inside.startswith('%all-reduce-scatter'):
-      kind = 'reduce-scatter'  # as the TPU's compiler writes it
+      kind = 'reduce-scatter'  # the TPU's compiler writes it as an all-reduce
     elif kind == 'all-gather' and started:
-      size = size * group // (group + 1)  # its result names what goes in, too
-    # One that other work is laid over is written in several parts, all of its number. Those that
-    # the compiler made of many all have the number 1.
+      size = size * group // (group + 1)  # the result of a start includes its input
+    # A collective that overlaps with other work appears several times with the same channel id.
+    # Collectives that the compiler combined all have channel id 1.
     known = number and number[1] != '1'
     operations[number[1] if known else f'unknown {len(operations)}'] = kind, group, size
   counts, sizes = Counter(), Counter()
@@ -142,7 +142,7 @@ def collectives(text: str) -> list[dict]:
 
 
 def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict:
-  """What a step takes on each chip."""
+  """Returns the memory, FLOPs and collectives of a step on each chip."""
   began = time.perf_counter()
   compiled = compile_step(variant, pod, sizes, remat)
   memory = compiled.memory_analysis()
@@ -169,14 +169,14 @@ def row(variant: str, pod: str, sizes: tuple[int, int, int], remat: str) -> dict
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('model', nargs='?', help='such as g/14; by default all')
-  parser.add_argument('pod', nargs='?', help='such as v5e:16x16; by default all')
+  parser.add_argument('model', nargs='?', help='model, such as g/14 (default: all)')
+  parser.add_argument('pod', nargs='?', help='pod, such as v5e:16x16 (default: all)')
   args = parser.parse_args(argv)
   args.only = tuple(text for text in (args.model, args.pod) if text)
   rows = dict.fromkeys(row[:2] for row in PODS)
   if not any(row[: len(args.only)] == args.only for row in rows):
     names = ', '.join(' '.join(row) for row in rows)
-    parser.error(f'{" ".join(args.only)} is none of the rows {names}')
+    parser.error(f'no row for {" ".join(args.only)}; expected one of {names}')
   return args
 
 

@@ -1,10 +1,12 @@
-"""An epoch of a linear probe on features computed once, beside one that runs the backbone.
+"""Compares the epoch time of a linear probe on cached features and with the backbone.
 
     python -m benchmarks.probe
 
-`tiny` at 32x32 with random weights on random images, batches of 512, the step that `main.py`
-takes; both in one process, in turns, on the same examples. Compiling is left out. Writes
-`results/probe.json` with the seconds that the features took once: hashed, computed, saved.
+One variant computes the features once and trains on them. The other runs the backbone in every
+step. The model is `tiny` at 32x32 with random weights. Images are random, in batches of 512, and
+the training step is the one of `main.py`. Both variants run in one process, in turns, on the same
+examples. Compilation is not timed. The result is `results/probe.json`. It also holds the seconds to
+hash, compute and save the features once.
 """
 
 import argparse
@@ -36,7 +38,7 @@ ROUNDS = 7
 
 
 def settings():
-  """The config of both."""
+  """Returns the config of both variants."""
   config = cli.load_file('configs/linear_probe.py:tiny,cifar10')
   config.data.source, config.data.train_split, config.data.val_split = 'synthetic', 'train', ''
   config.sweep = ()
@@ -44,14 +46,14 @@ def settings():
 
 
 def seconds(run: Callable[[], object]) -> float:
-  """How long a call took, until the device has finished it."""
+  """Returns the seconds until the device has finished a call."""
   began = time.perf_counter()
   jax.block_until_ready(run())
   return time.perf_counter() - began
 
 
 def make_epoch(exp, training, mesh) -> Callable[[], object]:
-  """A function that trains one more epoch and returns the state, and has compiled its step."""
+  """Compiles the train step; returns a function that trains one more epoch."""
   config = exp.config
   fresh = state.init_state(exp, training, mesh)
   train_state = fresh.replace(params=sharding.replicate(mesh, training.params))
@@ -70,7 +72,7 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
 
 
 def measure(config, examples: int, rounds: int) -> dict:
-  """Medians of the two epochs, their ratio, and what the features cost."""
+  """Returns the median seconds of both kinds of epoch, their ratio and the time for features."""
   devices.start_up()
   mesh = devices.make_mesh(config.batch_size)
   exp, training = opening.from_config(config)
@@ -86,7 +88,7 @@ def measure(config, examples: int, rounds: int) -> dict:
     params = sharding.replicate(mesh, weights)
     step = features.make_feature_step(exp, mesh)
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
-    features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles it
+    features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles the step
     cost = seconds(
       lambda: features.cached_features(exp, step, params, many, mesh, folder).image_NHWC
     )
@@ -113,13 +115,13 @@ def measure(config, examples: int, rounds: int) -> dict:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """There is nothing to choose."""
+  """Parses `--help` and refuses other arguments."""
   return arguments.Parser(__spec__, __doc__).parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
   parse(argv)
-  load = os.getloadavg()[0]  # of whatever else runs
+  load = os.getloadavg()[0]  # load of other programs on this machine
   result = measure(settings(), EXAMPLES, ROUNDS)
   result |= {'load_before': load} | collect.circumstances()
   writer.write_json(collect.RESULTS / 'probe.json', result)

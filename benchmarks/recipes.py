@@ -1,13 +1,14 @@
-"""Trains the recipes of the results' table, and writes what they reached into `results/`.
+"""Trains the recipes of `results/README.md` and writes their results to `results/`.
 
     python -m benchmarks.recipes cpu folder:cifar10
     python -m benchmarks.recipes gpu folder:cifar10     # make results-gpu DATA=folder:cifar10
     python -m benchmarks.recipes cpu folder:cifar10 digits cifar10_tiny_20    # these only
 
-Each run is a workdir, `runs/results/<recipe>/seed<n>/`. The same command goes on where it was cut
-off, so that it may be run in slices, and leaves what is finished as it is. Of each recipe there
-are then `results/<recipe>.json`, each run's `metrics.jsonl` and a picture of the curves in
-`results/<recipe>/`, and a row of `results/README.md`.
+Each run is a workdir, `runs/results/<recipe>/seed<n>/`. Repeating the command resumes an
+interrupted run and skips finished runs. For each recipe, these files are written:
+  * `results/<recipe>.json`: results of all seeds;
+  * `results/<recipe>/`: `metrics.jsonl` of each run and a figure of the curves;
+  * `results/README.md`: a row of the table.
 """
 
 import argparse
@@ -25,17 +26,17 @@ RUNS = pathlib.Path('runs/results')
 
 
 class Recipe(NamedTuple):
-  """One row.
+  """A row of the table.
 
   Attributes:
     config: `configs/<experiment>.py:<variant>`.
-    overrides: what is changed in it.
-    seeds: runs, with seed 0, 1, ...
-    where: `cpu`, two cores of it, or `gpu`, one.
-    minutes: that a run may take there.
-    at_least: test accuracy that is expected.
-    aim: the one hoped for.
-    reference: what others reached with the same.
+    overrides: config keys that are changed.
+    seeds: number of runs, with seeds 0, 1, ...
+    where: `cpu` for two CPU cores, or `gpu` for one GPU.
+    minutes: maximum time of a run on that machine.
+    at_least: minimum test accuracy that we expect.
+    aim: test accuracy that we hope for.
+    reference: what others reached with the same model.
   """
 
   config: str
@@ -70,13 +71,15 @@ RECIPES = {
 
 HEADER = """# Recipes
 
-Test accuracy of the last checkpoint on all test images, never the best one of a run; mean and
-standard deviation over the seeds. CIFAR-10's images are its own, re-encoded as JPEG by the
-publisher of the image folder. Minutes are those of a run from its first step's compilation to its
-last test, the data's decoding left out. Written by `python -m benchmarks.recipes`; what was tried
-and did not help is in [notes.md](notes.md).
+This table shows the accuracy of each run's last checkpoint on all test images. We do not choose the
+best checkpoint. Values are the mean and standard deviation over the seeds. CIFAR-10 uses the
+original images, re-encoded as JPEG by the publisher of the image folder. Minutes are the time of a
+run from the compilation of its first step to its last test, without decoding the data.
 
-| recipe | reference | at least | aim | reached | minutes | of at most | machine, date | |
+`python -m benchmarks.recipes` writes this page. The experiments behind the recipes are in
+[notes.md](notes.md).
+
+| recipe | reference | at least | aim | reached | minutes | limit | machine, date | files |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
@@ -86,17 +89,19 @@ def workdirs(name: str) -> list[pathlib.Path]:
 
 
 def train(name: str, seed: int, source: str) -> None:
-  """One run, in a process of its own; one that is finished stays as it is."""
+  """Trains one run in its own process; a finished run is not repeated."""
   recipe, workdir = RECIPES[name], workdirs(name)[seed]
   overrides = recipe.overrides | {'seed': seed}
   if name != 'digits':
     overrides['data.source'] = source
   if not collect.train(recipe.config, overrides, workdir):
-    raise SystemExit(f'{workdir}: the run failed; the same command goes on once that is mended.')
+    raise SystemExit(
+      f'{workdir}: the run failed. Fix the cause, then repeat the command to resume.'
+    )
 
 
 def gather(name: str) -> None:
-  """Writes what the recipe's finished runs recorded."""
+  """Writes the results of the recipe's finished runs."""
   finished = [path for path in workdirs(name) if (path / 'result.json').exists()]
   result = collect.summary(collect.command(RECIPES[name].config, RECIPES[name].overrides), finished)
   writer.write_json(collect.RESULTS / f'{name}.json', result)
@@ -108,7 +113,7 @@ def gather(name: str) -> None:
 
 
 def row(name: str) -> str:
-  """A line of the table; `open` for what was not run yet."""
+  """Returns a line of the table, with `open` for a recipe that was not run yet."""
   recipe, result = RECIPES[name], writer.read_json(collect.RESULTS / f'{name}.json')
   percent = lambda share: f'{100 * share:g}%'
   cells = [
@@ -131,15 +136,15 @@ def row(name: str) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('where', choices=('cpu', 'gpu'), help='the recipes of which machine')
+  parser.add_argument('where', choices=('cpu', 'gpu'), help='machine that the recipes are for')
   parser.add_argument('source', help='data.source of CIFAR-10, such as folder:cifar10')
-  parser.add_argument('names', nargs='*', help='recipes; by default all of that machine')
+  parser.add_argument('names', nargs='*', help='recipes (default: all for that machine)')
   args = parser.parse_args(argv)
   here = [name for name, recipe in RECIPES.items() if recipe.where == args.where]
   args.names = args.names or here
   for name in args.names:
     if name not in here:
-      parser.error(f'{name} is no recipe for a {args.where}; there are {", ".join(here)}')
+      parser.error(f'no recipe {name} for a {args.where}; expected one of {", ".join(here)}')
   return args
 
 

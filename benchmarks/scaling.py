@@ -1,11 +1,13 @@
-"""More processes: whether they train alike, how fast they are here, and what pods would take.
+"""Tests training with several processes: equal results, speed here, and a model of TPU pods.
 
     python -m benchmarks.scaling      # 10 minutes; results/scaling.json
 
-`alike`: `main.py` as 1 process of 4 devices, 2 of 2 and 4 of 1, over loopback: 50 losses of each,
-beside those of the first, and how many test images were counted. `measured`: 1, 2 and 4 processes
-of a device each with the same work for each. `modelled`: what a chip of 8 to 512 sends in a step,
-from the collectives of `results/pods.json`, against the time of its products: docs/benchmarks.md.
+The file has three parts; docs/benchmarks.md explains them:
+  * `alike`: `main.py` as 1 process with 4 devices, 2 with 2 and 4 with 1, over loopback. It
+    compares 50 losses of each layout with the first one, and the number of tested images.
+  * `measured`: the speed of 1, 2 and 4 processes with one device and the same work each.
+  * `modelled`: the bytes that each of 8 to 512 chips sends in a step, and the time of its matrix
+    products. The collectives come from `results/pods.json`.
 """
 
 import argparse
@@ -25,23 +27,23 @@ FLAGS = [
   '--config.augment.rand_augment.num_layers=0', '--config.eval_every=0',
 ]  # fmt: skip
 ALIKE = [*FLAGS, '--config.batch_size=64', '--config.epochs=3.125', '--config.log_every=1']
-LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
-MESHES = ('data', 'fsdp')  # the axis that the devices lie along
-EACH = 64  # images a step of each process
+LAYOUTS = ((1, 4), (2, 2), (4, 1))  # (processes, devices per process)
+MESHES = ('data', 'fsdp')  # mesh axes that are tested; all devices lie along one axis
+EACH = 64  # images per step and process
 MEASURED = [*FLAGS, '--config.epochs=16', '--config.log_every=8']
 PROCESSES = (1, 2, 4)
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
-# Of one chip, by the maker's pages: bfloat16 operations a second, and bytes a second sent over all
-# its links in one direction.
+# Figures for one chip, from the vendor's pages: bfloat16 operations per second, and bytes per
+# second sent over all links in one direction.
 CHIP = {'v5e': (197e12, 200e9), 'v6e': (918e12, 400e9), 'v5p': (459e12, 600e9)}
-USED = 0.5  # of the peak, that a step's products reach
+USED = 0.5  # assumed share of the peak that a step's matrix products reach
 
 
 def launch(processes: int, devices: int, workdir: pathlib.Path, flags: list[str]) -> None:
-  """Runs `main.py` to its end, as several processes.
+  """Runs `main.py` to its end in one or several processes.
 
   Raises:
-    SystemExit: one of them failed.
+    SystemExit: a process failed.
   """
   together = []
   if processes > 1:
@@ -66,7 +68,7 @@ def train_lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def alike(folder: pathlib.Path) -> list[dict]:
-  """The same run in each layout: how far its losses are from those of the first."""
+  """Trains the same run in each layout and compares its losses with the first layout."""
   rows, first = [], None
   for mesh in MESHES:
     for processes, devices in LAYOUTS:
@@ -91,7 +93,7 @@ def alike(folder: pathlib.Path) -> list[dict]:
 
 
 def measure(processes: int, folder: pathlib.Path) -> dict:
-  """Images and seconds a step of so many processes with a device each."""
+  """Measures images per second and seconds per step with one device per process."""
   workdir = folder / f'measured{processes}'
   launch(processes, 1, workdir, [*MEASURED, f'--config.batch_size={EACH * processes}'])
   speeds = [line['images_per_second'] for line in train_lines(workdir)[1:]]
@@ -107,26 +109,26 @@ def measure(processes: int, folder: pathlib.Path) -> dict:
 
 
 def sent(kind: str, whole: int, group: int) -> float:
-  """Bytes that a chip sends for a collective among `group` chips, in rings.
+  """Returns the bytes that a chip sends for a collective among `group` chips in a ring.
 
   Args:
-    kind: HLO's name.
-    whole: bytes of the array that is reduced, or gathered.
-    group: chips that take part.
+    kind: HLO name of the collective.
+    whole: bytes of the whole array that is reduced or gathered.
+    group: number of participating chips.
   """
   part = (group - 1) / group
   return whole * {'all-reduce': 2 * part, 'collective-permute': 1}.get(kind, part)
 
 
 def model(row: dict) -> list[dict]:
-  """A row of `results/pods.json` at other numbers of chips, each with as many images."""
+  """Models a row of `results/pods.json` for other numbers of chips, with equal images per chip."""
   compute, link = CHIP[row['pod'].split(':')[0]]
   tensor, copies = row['mesh']['tensor'], row['mesh']['data'] * row['mesh']['fsdp']
   found = []
   for chips in CHIPS:
     amount = 0
     for c in row['collectives']:
-      # Those of `tensor` stay together, and those of `fsdp` where it is not all of the others.
+      # Groups along `tensor` keep their size, and so do groups along only a part of the other axes.
       grows = c['group'] == copies and c['group'] != tensor
       amount += sent(c['kind'], c['bytes'], chips // tensor if grows else min(c['group'], chips))
     found.append({
@@ -139,7 +141,7 @@ def model(row: dict) -> list[dict]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """There is nothing to choose."""
+  """Parses `--help` and refuses other arguments."""
   return arguments.Parser(__spec__, __doc__).parse_args(argv)
 
 

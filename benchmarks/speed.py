@@ -1,13 +1,13 @@
-"""Measures this project beside its peers, on the machine at hand.
+"""Compares the speed of this project with its peers on this machine.
 
-    python -m benchmarks.speed             # all works of this backend: results/speed_<backend>.json
-    python -m benchmarks.speed --only=tiny # the works with `tiny` in their names; writes nothing
-    python -m benchmarks.speed --dry-run   # a GPU's works at toy sizes, on any machine
-    python -m benchmarks.speed --memory=16 # the largest batches that 16 GiB hold
+    python -m benchmarks.speed             # all workloads; writes results/speed_<backend>.json
+    python -m benchmarks.speed --only=tiny # workloads with `tiny` in the name; writes no file
+    python -m benchmarks.speed --dry-run   # the GPU workloads at toy sizes, on any machine
+    python -m benchmarks.speed --memory=16 # the largest batches that fit in 16 GiB
 
-Contestants are processes that take turns of half a second, all of them once a round, while the
-others wait; compiling and warming up come before. Rates are medians over the rounds, and a
-ratio is the median of the rounds' own ratios. A peer that is not installed is left out.
+Each contestant is a process. In each round, every contestant runs once for half a second while the
+others wait. Compilation and warm-up happen before the rounds. Rates are medians over the rounds,
+and a ratio is the median of the ratios per round. Peers that are not installed are skipped.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from benchmarks import arguments, contestants, memory, works
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 7
 TURN = 0.5  # seconds
-PEAKS = {  # dense bfloat16, FLOP/s, of the data sheets; the first name that fits
+PEAKS = {  # dense bfloat16 FLOP/s from data sheets; the first matching name is used
   'H100 PCIe': 756e12,
   'H100': 989e12,
   'H200': 989e12,
   'A100': 312e12,
 }
 SPAWN = multiprocessing.get_context('spawn')
-ENVIRONMENT = {  # of the contestants: one GPU, its memory as needed, nothing compiled before
+ENVIRONMENT = {  # for the contestants: one GPU, memory on demand, no compilation caches
   'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0],
   'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
   'JAX_ENABLE_COMPILATION_CACHE': 'false',
@@ -47,7 +47,7 @@ ENVIRONMENT = {  # of the contestants: one GPU, its memory as needed, nothing co
 
 
 class Contestant:
-  """A process that builds a program and runs it when told to."""
+  """A process that builds a program and runs it on request."""
 
   def __init__(self, name: str, work: works.Work, size: dict):
     self.name = name
@@ -55,26 +55,26 @@ class Contestant:
     self.process = SPAWN.Process(target=serve, args=(there, name, work, size), daemon=True)
     self.process.start()
     there.close()
-    self.about = self.answer()  # versions and seconds of the first step, or why it can't run
+    self.about = self.answer()  # versions and first step's seconds, or why it was skipped
 
   def answer(self):
-    """What the process sends next."""
+    """Returns the next message from the process."""
     try:
       return self.connection.recv()
     except EOFError:
       self.process.join()
-      return {'skipped': f'its process ended with {self.process.exitcode}'}
+      return {'skipped': f'its process ended with exit code {self.process.exitcode}'}
 
   def seconds(self, steps: int) -> float:
-    """How long it took for so many steps.
+    """Runs a number of steps and returns how long they took.
 
     Raises:
-      RuntimeError: its process died.
+      RuntimeError: the process died.
     """
     self.connection.send(steps)
     answer = self.answer()
     if isinstance(answer, dict):
-      raise RuntimeError(f'{self.name} failed while it ran: {answer["skipped"]}.')
+      raise RuntimeError(f'{self.name} failed while running: {answer["skipped"]}.')
     return answer
 
   def stop(self) -> int:
@@ -85,7 +85,7 @@ class Contestant:
 
 
 def serve(connection, name: str, work: works.Work, size: dict) -> None:
-  """The other end of a `Contestant`."""
+  """Serves the requests of a `Contestant` in its process."""
   try:
     program = contestants.CONTESTANTS[name](work, size)
     first = contestants.seconds(lambda: program.run(1))
@@ -104,24 +104,24 @@ def serve(connection, name: str, work: works.Work, size: dict) -> None:
 
 
 def measure(work: works.Work) -> dict:
-  """Everything about a work: each contestant's rates and the ratios to this project."""
+  """Measures a workload: each contestant's rates and the ratios of this project to them."""
   names = ['vit_jax', *['vit_jax_input'] * (work.mode == 'train'), *work.peers]
   began = time.perf_counter()
   size = in_a_process(works.sizes, work)
   everyone = [Contestant(name, work, size) for name in names]
   skipped = {c.name: c.about['skipped'] for c in everyone if 'skipped' in c.about}
   for name, reason in skipped.items():
-    print(f'  {work.name}: {name} left out ({reason})', file=sys.stderr)
+    print(f'  {work.name}: skipped {name} ({reason})', file=sys.stderr)
   running = [c for c in everyone if c.name not in skipped]
   if 'vit_jax' in skipped:
-    raise RuntimeError(f'{work.name}: this project itself failed; its traceback is above.')
+    raise RuntimeError(f'{work.name}: vit_jax itself failed; see its traceback above.')
   steps = {}
   for c in running:
     c.seconds(1)
     steps[c.name] = math.ceil(TURN / c.seconds(1))
   rates = {c.name: [] for c in running}
   for i in range(ROUNDS):
-    for c in random.Random(i).sample(running, len(running)):  # no one always follows another
+    for c in random.Random(i).sample(running, len(running)):  # a new order in each round
       n = steps[c.name]
       rates[c.name].append(n * work.batch_size / c.seconds(n))
   result = {
@@ -151,14 +151,14 @@ def measure(work: works.Work) -> dict:
 
 
 def start_up() -> dict[str, list[float]]:
-  """Seconds from the command to the end of the first step of `digits`: cold, and warm 3 times."""
+  """Returns the seconds until the first step of `digits` is done: once cold, 3 times warm."""
   with tempfile.TemporaryDirectory() as folder:
     times = [first_step(pathlib.Path(folder), f'run{i}') for i in range(4)]
   return {'cold': times[:1], 'warm': times[1:]}
 
 
 def first_step(folder: pathlib.Path, name: str) -> float:
-  """Seconds from the command to its first step, with the compilation cache in the folder."""
+  """Returns the seconds until the first step, with the compilation cache in `folder`."""
   command = [sys.executable, 'main.py', '--config=configs/digits.py', f'--workdir={folder / name}']
   environment = os.environ | {'XDG_CACHE_HOME': str(folder)}
   for variable in ('JAX_COMPILATION_CACHE_DIR', 'JAX_ENABLE_COMPILATION_CACHE'):
@@ -172,11 +172,17 @@ def first_step(folder: pathlib.Path, name: str) -> float:
         seconds = time.perf_counter() - began
         process.kill()
         return seconds
-  raise RuntimeError(f'{" ".join(command)} ended with {process.returncode} before a step.')
+  raise RuntimeError(
+    f'{" ".join(command)} ended with exit code {process.returncode} before its first step.'
+  )
 
 
 def in_a_process(function, *arguments):
-  """What the function returns, run where it starts no threads here; None if it can't import."""
+  """Runs a function in a new process, which keeps its threads out of this process.
+
+  Returns:
+    The function's result, or None if it raises ImportError.
+  """
   with concurrent.futures.ProcessPoolExecutor(1, SPAWN) as pool:
     try:
       return pool.submit(function, *arguments).result()
@@ -185,11 +191,11 @@ def in_a_process(function, *arguments):
 
 
 def peak(device: str, measured: float) -> tuple[float, str]:
-  """The rate that shares are of, and what it is: a GPU's data sheet, else the measured one."""
+  """Returns the peak rate and its source: a GPU's data sheet, or else the measured rate."""
   for name, flops in PEAKS.items():
     if name in device:
       return flops, f'the {name} data sheet, dense bfloat16'
-  return measured, "this machine's rate of large square products, measured"
+  return measured, 'measured rate of large square matrix products on this machine'
 
 
 NAMES = {
@@ -203,12 +209,13 @@ NAMES = {
 
 
 def table(results: dict) -> str:
-  """As Markdown: a row for each work.
+  """Returns a Markdown table with a row for each workload.
 
-  `input` is the time that gathering and augmenting a batch takes, as a share of a step's.
+  `peak` is the share of the peak FLOP/s. `input` is the time to gather and augment a batch, as a
+  share of the time of a step.
   """
   lines = [
-    '| work | batch | images/s | times as fast as | of peak | input | memory | compiled in |',
+    '| workload | batch | images/s | speed-up over | peak | input | memory | compile time |',
     '| --- | --- | --- | --- | --- | --- | --- | --- |',
   ]
   for row in results['works']:
@@ -227,9 +234,9 @@ def table(results: dict) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('--only', default='', help='part of the names of the works to do')
-  parser.add_argument('--dry-run', action='store_true', help="a GPU's works at toy sizes")
-  parser.add_argument('--memory', type=float, metavar='GIB', help='largest batches in so much')
+  parser.add_argument('--only', default='', help='run workloads whose name contains this text')
+  parser.add_argument('--dry-run', action='store_true', help='run GPU workloads at toy sizes')
+  parser.add_argument('--memory', type=float, metavar='GIB', help='print largest batches that fit')
   return parser.parse_args(argv)
 
 
@@ -241,11 +248,11 @@ def main(argv: list[str]) -> None:
   results = in_a_process(contestants.machine)
   backend = 'gpu' if args.dry_run else results['backend']
   if backend not in works.WORKS:
-    refuse(f'there are works for {" and ".join(works.WORKS)}, and none for {backend}')
+    refuse(f'no workloads for {backend}; expected {" or ".join(works.WORKS)}')
   selected = [work for work in works.WORKS[backend] if args.only in work.name]
   if not selected:
     names = ', '.join(work.name for work in works.WORKS[backend])
-    refuse(f'--only={args.only} is in no name of these: {names}')
+    refuse(f'--only={args.only} matches no workload; expected a part of one of {names}')
   rates = {name: in_a_process(contestants.matmul_rate, name) for name in ('jax', 'torch')}
   results['peak_flops_per_second'], results['peak_is'] = peak(results['machine'], rates['jax'])
   results |= {
@@ -258,7 +265,7 @@ def main(argv: list[str]) -> None:
   for work in selected:
     results['works'].append(measure(works.dry(work) if args.dry_run else work))
     print(table(results | {'works': results['works'][-1:]}).splitlines()[-1], flush=True)
-    if not (args.only or args.dry_run):  # whatever happens to the next one
+    if not (args.only or args.dry_run):  # saved now, in case a later workload fails
       path = ROOT / 'results' / f'speed_{backend}.json'
       path.write_text(json.dumps(results, indent=1) + '\n', encoding='utf-8')
   print(table(results))

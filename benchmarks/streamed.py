@@ -1,12 +1,13 @@
-"""Streams one epoch of an image folder, as it is and as array_record, and counts what comes.
+"""Checks that streaming one epoch of an image folder yields every image exactly once.
 
     python -m benchmarks.streamed tiny_imagenet 64 folder
-    python -m benchmarks.streamed generated 224 folder      # of benchmarks.photos
+    python -m benchmarks.streamed generated 224 folder      # a folder from benchmarks.photos
 
-TFDS writes the files of `folder/<split>/<class>/` as array_record, as they are. Each of the two is
-then trained on, all splits, for an epoch of `data.cache=stream`, without random parts, so that
-images can be told: all must be those that Pillow makes of the files, each once.
-`results/streamed.json` holds how many came, how many others, and how many did not.
+TFDS writes the files of `folder/<split>/<class>/` as array_record, without re-encoding. The folder
+and the array_record are then each streamed for one epoch over all splits, with
+`data.cache=stream` and without random crops. Every image must equal what Pillow decodes from a
+file, and must come exactly once. `results/streamed.json` holds the number of images, of unexpected
+images and of missing images.
 """
 
 import argparse
@@ -33,7 +34,7 @@ Seen = collections.Counter[tuple[int, bytes]]  # (label, hash of the pixels)
 
 
 def write_tfds(folder: pathlib.Path, root: pathlib.Path) -> None:
-  """Writes all files into the split `train` of a dataset below `root`, as TFDS prepares one."""
+  """Writes all files as the split `train` of a TFDS dataset below `root`."""
   import tensorflow_datasets as tfds
 
   class FolderAsTfds(tfds.core.GeneratorBasedBuilder):
@@ -58,7 +59,7 @@ def write_tfds(folder: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def expected(folder: pathlib.Path, size: int) -> Seen:
-  """What Pillow makes of every file."""
+  """Returns what Pillow decodes from every file, counted by label and hash."""
   names = sorted(path.name for path in (folder / 'train').iterdir())
 
   def read(path):
@@ -76,7 +77,7 @@ def digest(image_HWC: np.ndarray) -> bytes:
 
 
 def epoch(source: str, data_dir: str, size: int) -> Seen:
-  """What one epoch of training sees."""
+  """Returns the examples that one epoch of training sees, counted by label and hash."""
   found = sources.open_source(source, data_dir, (size, size))
   arguments = dict(size=(size, size), fit=image_lib.fit_image, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)
@@ -91,12 +92,12 @@ def epoch(source: str, data_dir: str, size: int) -> Seen:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('name', help='of the row in results/streamed.json')
-  parser.add_argument('size', type=arguments.count, help='pixels that images are fitted to')
-  parser.add_argument('folder', type=pathlib.Path, help='of train/<class>/')
+  parser.add_argument('name', help='name of the row in results/streamed.json')
+  parser.add_argument('size', type=arguments.count, help='size of the images in pixels')
+  parser.add_argument('folder', type=pathlib.Path, help='folder that contains train/<class>/')
   args = parser.parse_args(argv)
   if not (args.folder / 'train').is_dir():
-    parser.error(f'{args.folder}/train is no folder')
+    parser.error(f'{args.folder}/train is not a folder; expected images in train/<class>/')
   return args
 
 

@@ -1,14 +1,15 @@
-"""Trains every combination of a grid, with several seeds each, and ranks the combinations.
+"""Trains every combination of a grid with one or more seeds, and ranks the combinations.
 
     python -m benchmarks.sweep --config=configs/cifar10.py:tiny --out=runs/rates --seeds=3 \\
         --grid='{"optimizer.lr": [1e-3, 3e-3], "optimizer.weight_decay": [0.05, 0.2]}' \\
         --config.epochs=20 --config.data.source=folder:cifar10
 
-The accuracy is that on the last tenth of the training split, which is not trained on, unless
-`--config.data.train_split` and `--config.data.eval_split` say otherwise: a sweep that chooses is
-not to see the test images. The same command goes on where it was cut off, and a larger grid or more
-seeds add to what is there. Each run is a workdir, `<out>/<key>=<value>,.../seed<n>/`;
-`<out>/sweep.json` is the table.
+By default, a sweep trains on the first 90% of the training split and reports the accuracy on the
+rest. The test images stay unseen, because a sweep selects by accuracy. To use other splits, set
+`--config.data.train_split` and `--config.data.eval_split`.
+
+Repeating the command resumes an interrupted sweep. A larger grid or more seeds add runs to it. Each
+run is a workdir, `<out>/<key>=<value>,.../seed<n>/`. The table is `<out>/sweep.json`.
 """
 
 import argparse
@@ -29,18 +30,18 @@ HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """The flags; `overrides` is `{key: text}` of every `--config.key=text`."""
+  """Parses the flags; `overrides` is `{key: text}` of every `--config.key=text`."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')
   parser.add_argument('--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}')
-  parser.add_argument('--seeds', type=int, default=1, help='runs of each: seeds 0, 1, ...')
-  parser.add_argument('--out', required=True, type=pathlib.Path, help='where the workdirs are')
+  parser.add_argument('--seeds', type=int, default=1, help='seeds per combination: 0, 1, ...')
+  parser.add_argument('--out', required=True, type=pathlib.Path, help='folder for the workdirs')
   args, rest = parser.parse_known_args(argv)
   args.overrides = dict(HELD_OUT)
   for flag in rest:
     found = re.fullmatch(r'--config\.([^=]+)=(.*)', flag)
     if not found:
-      parser.error(f'got {flag}; keys of the config are given as --config.<key>=<value>')
+      parser.error(f'unknown flag {flag}; set config keys with --config.<key>=<value>')
     args.overrides[found[1]] = found[2]
   try:
     check_runs(args)
@@ -50,11 +51,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_runs(args: argparse.Namespace) -> None:
-  """Raises ValueError for what would let a run fail at its start."""
+  """Raises ValueError or OSError for problems that would stop a run at its start."""
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: expected 1 or more')
   if any('seed' in settings for settings in (args.overrides, *args.grid)):
-    raise ValueError('seed is no key of a sweep: --seeds=<n> trains with the seeds 0 to n-1')
+    raise ValueError('seed cannot be set in a sweep; --seeds=<n> trains with the seeds 0 to n-1')
   storage.check_folder(args.out)
   for settings in args.grid:
     config = cli.load_file(args.config)
@@ -62,24 +63,24 @@ def check_runs(args: argparse.Namespace) -> None:
 
 
 def grid(text: str) -> list[dict[str, str]]:
-  """The combinations of a JSON object of lists, each `{key: text}`.
+  """Returns the combinations of a JSON object of lists, each as `{key: text}`.
 
   Raises:
-    argparse.ArgumentTypeError: something else.
+    argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists.
   """
   try:
     lists = json.loads(text)
   except json.JSONDecodeError as error:
     raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from error
   if not isinstance(lists, dict) or not all(isinstance(v, list) and v for v in lists.values()):
-    raise argparse.ArgumentTypeError(f'{text} is not {{"key": [value, ...], ...}}')
+    raise argparse.ArgumentTypeError(f'expected {{"key": [value, ...], ...}}, got {text}')
   as_text = lambda value: str(value) if isinstance(value, str | None) else json.dumps(value)
   columns = [[(key, as_text(value)) for value in values] for key, values in lists.items()]
   return [dict(pairs) for pairs in itertools.product(*columns)]
 
 
 def row(settings: dict[str, str], results: list[dict | None]) -> dict:
-  """What the runs of one combination gave."""
+  """Summarises the runs of one combination."""
   finished = [result for result in results if result]
   accuracies = [result['test_accuracy'] for result in finished]
   return {
@@ -94,7 +95,7 @@ def row(settings: dict[str, str], results: list[dict | None]) -> dict:
 
 
 def show(rows: list[dict]) -> str:
-  """The table, as it is ordered."""
+  """Returns the table as text, in the order of its rows."""
   lines = []
   for row in rows:
     spread = '' if row['std'] is None else f' ± {row["std"]:.2%}'
@@ -106,10 +107,11 @@ def show(rows: list[dict]) -> str:
 
 
 def main(argv: list[str]) -> int:
-  """Trains all and prints the table; the exit code."""
+  """Trains all combinations and prints the table; returns the exit code."""
   args = parse(argv)
   results = {i: [] for i in range(len(args.grid))}
-  for seed in range(args.seeds):  # outermost: a sweep cut off has tried every combination
+  # Seeds are the outer loop, so that an interrupted sweep has tried every combination early.
+  for seed in range(args.seeds):
     for i, settings in enumerate(args.grid):
       name = ','.join(f'{key}={text}' for key, text in settings.items())
       overrides = {**args.overrides, **settings, 'seed': str(seed)}

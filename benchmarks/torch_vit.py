@@ -1,4 +1,4 @@
-"""This project's Vision Transformer written in PyTorch, as a good hand would write it."""
+"""This project's Vision Transformer in well-written PyTorch, as a baseline for speed."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-  """Pre-norm block with one product for query, key and value, and PyTorch's fused attention."""
+  """Pre-norm block with PyTorch's fused attention and a single projection for Q, K and V."""
 
   def __init__(self, width: int, num_heads: int, head_dim: int, mlp_dim: int, approximate: str):
     super().__init__()
@@ -29,7 +29,10 @@ class Block(nn.Module):
 
 
 class TorchViT(nn.Module):
-  """The arguments are those of `works.sizes`; learned positions, `cls` or `gap`."""
+  """Vision Transformer with learned positions and the pool `cls` or `gap`.
+
+  The arguments are the result of `works.sizes`.
+  """
 
   def __init__(
     self,

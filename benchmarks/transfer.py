@@ -1,12 +1,13 @@
-"""What pre-training is worth on CIFAR-10: fine-tuned, probed and from scratch, for the same steps.
+"""Compares fine-tuning, a linear probe and training from scratch on CIFAR-10, for the same steps.
 
     python main.py --config=configs/folder.py:tiny --config.data.source=folder:tinyimagenet32 \\
         --config.epochs=30 --workdir=runs/tin
     python -m benchmarks.transfer runs/tin folder:cifar10 runs/transfer
 
-Every run takes the same images in batches of 512 for the same epochs, and a command that was cut
-off goes on where it was. `scratch` and `finetuned` have the same recipe, the one for training from
-scratch, and differ in `init` alone. Writes `results/transfer.json`.
+The first command pre-trains, the second runs the comparison and writes `results/transfer.json`.
+Every run uses the same images in batches of 512 for the same number of epochs. Repeating the
+command resumes an interrupted comparison. `scratch` and `finetuned` both use the recipe for
+training from scratch and differ only in `init`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from vit_jax.workdir import writer
 
 SEEDS = (0, 1)
 ALL = {'epochs': 10, 'batch_size': 512}
-RUNS = {  # its config, whether it starts from the pre-trained weights, its seeds
+RUNS = {  # name: (config, whether it starts from the pre-trained weights, seeds)
   'probe': ('configs/linear_probe.py:tiny,folder', True, SEEDS),
   'scratch': ('configs/folder.py:tiny', False, SEEDS),
   'finetuned_adamw': ('configs/finetune.py:tiny,folder,adamw', True, SEEDS[:1]),
@@ -32,10 +33,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('pretrained', type=pathlib.Path, help='workdir of a finished run')
   parser.add_argument('source', help='data.source of CIFAR-10, such as folder:cifar10')
-  parser.add_argument('folder', type=pathlib.Path, help='of the workdirs')
+  parser.add_argument('folder', type=pathlib.Path, help='folder for the workdirs')
   args = parser.parse_args(argv)
   if not (args.pretrained / 'result.json').exists():
-    parser.error(f'{args.pretrained}: no result.json, the run is not finished')
+    parser.error(f'{args.pretrained}: no result.json, so the run is not finished')
   return args
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     for seed, workdir in zip(seeds, workdirs):
       overrides = ALL | {'seed': seed, 'data.source': source} | ({'init': init} if starts else {})
       if not collect.train(config, overrides, workdir):
-        raise SystemExit(f'{workdir}: the run failed.')
+        raise SystemExit(f'{workdir}: the run failed. Fix the cause, then repeat the command.')
     recipe = ALL | ({'init': '<pretraining>'} if starts else {})
     result[name] = collect.summary(collect.command(config, recipe), workdirs)
     writer.write_json(collect.RESULTS / 'transfer.json', result)

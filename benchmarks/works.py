@@ -1,7 +1,6 @@
-"""What `benchmarks.speed` measures: which model, which way, at which size.
+"""The workloads of `benchmarks.speed`: model, mode and sizes.
 
-A work builds from a config of this project; its peers build the same model from the same
-sizes.
+This project builds a workload from a config. Its peers build the same model from the same sizes.
 """
 
 import dataclasses
@@ -11,22 +10,23 @@ from ml_collections import ConfigDict
 from vit_jax import cli
 from vit_jax import config as config_lib
 
-NUM_CLASSES = 10  # those of the synthetic images
-# Of all contestants: one batch seen a thousand times would be learned, and gradients near zero
-# are denormal numbers, which a CPU computes slowly.
+NUM_CLASSES = 10  # number of classes of the synthetic images
+# Used by all contestants. With a larger rate, a model would learn its one batch in a thousand
+# steps. Its gradients would then become denormal numbers, which a CPU computes slowly.
 LEARNING_RATE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """Attributes:
+  """A workload that all contestants run.
 
-  config: what it builds from, as `--config` takes it.
-  mode: `train` (forward, backward, AdamW) or `inference`.
-  batch_size: images a step.
-  dtype: of the computation.
-  peers: contestants beside this project.
-  overrides: of the config, beyond those of `settings`.
+  Attributes:
+    config: config file, as passed to `--config`.
+    mode: `train` (forward, backward, AdamW) or `inference`.
+    batch_size: images per step.
+    dtype: dtype of the computation.
+    peers: contestants besides this project.
+    overrides: config overrides in addition to the ones in `settings`.
   """
 
   config: str
@@ -38,21 +38,21 @@ class Work:
 
   @property
   def name(self) -> str:
-    """Such as `B/16 inference`."""
+    """Name of the workload, such as `B/16 inference`."""
     return f'{settings(self).model.variant} {self.mode}'
 
 
 def settings(work: Work) -> ConfigDict:
-  """The work's config, without what makes one step differ from another.
+  """Returns the config of a workload, without features that its peers do not have.
 
-  No dropout of any kind, no clipping, no average and none but light augmentation, which the peers
-  would have to repeat; AdamW, which they have.
+  Dropout, stochastic depth, label smoothing, gradient clipping and EMA are off. Augmentation is
+  light. The optimizer is AdamW, which all peers have.
   """
   config = cli.load_file(work.config)
   overrides = {
     'batch_size': str(work.batch_size),
     'data.source': 'synthetic',
-    'data.train_split': 'train[:256]',  # over and over
+    'data.train_split': 'train[:256]',  # the same images in every epoch
     'data.eval_split': 'test[:1]',
     'epochs': '100',
     'model.dropout': '0',
@@ -71,8 +71,8 @@ def settings(work: Work) -> ConfigDict:
 
 
 def sizes(work: Work) -> dict:
-  """Keyword arguments that every peer builds its model from."""
-  from vit_jax import experiment, names  # which bring JAX: not into a peer's process
+  """Returns the keyword arguments from which every peer builds its model."""
+  from vit_jax import experiment, names  # imported here to keep JAX out of a peer's process
 
   config = settings(work)
   height, width = names.pair(config.data.image_size)
@@ -105,10 +105,11 @@ def flops(
   num_classes: int,
   **_,
 ) -> dict[str, int]:
-  """Floating-point operations for an image, `{'inference': ..., 'train': ...}`.
+  """Returns the floating-point operations for an image, `{'inference': ..., 'train': ...}`.
 
-  Of matrix products alone, a multiplication and an addition as two. The gradient costs two
-  products for each, but one for the patches, whose own gradient nobody needs.
+  Only matrix products count. A multiplication and an addition are two operations. The gradient
+  needs two products for each product of the forward pass. The patch embedding needs only one,
+  because the gradient of the image is not computed.
   """
   patches = (image_size // patch_size) ** 2
   tokens = patches + (pool == 'cls')
@@ -124,7 +125,7 @@ HUB_PEERS = ('huggingface_eager', 'huggingface_compiled', 'plain_linen')
 GPU_PEERS = ('timm_compiled', 'huggingface_compiled', 'plain_linen')
 
 CIFAR, DTYPE = 'configs/cifar10.py', 'float32'
-ERF = (('model.activation', 'gelu'),)  # as Hugging Face and timm have it for these models
+ERF = (('model.activation', 'gelu'),)  # the activation of these models in Hugging Face and timm
 WORKS = {
   'cpu': (
     Work(f'{CIFAR}:tiny', 'train', 256, DTYPE, CPU_PEERS),
@@ -146,7 +147,7 @@ WORKS = {
 
 
 def dry(work: Work) -> Work:
-  """The same work at a size that any CPU does at once: to see that a script runs."""
+  """Returns the workload at a tiny size, to test that the benchmark runs on any machine."""
   tiny = {'image_size': '32', 'depth': '1', 'width': '64', 'mlp_dim': '64', 'num_heads': '4'}
   overrides = [(f'{"data" if key == "image_size" else "model"}.{key}', tiny[key]) for key in tiny]
   return dataclasses.replace(work, batch_size=4, overrides=work.overrides + tuple(overrides))

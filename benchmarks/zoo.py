@@ -1,4 +1,4 @@
-"""Every model that has a name, its parameters, where its weights are published, and its tests.
+"""Lists every named model with its parameters, published weights and tests.
 
 python -m benchmarks.zoo     # writes MODELS.md
 """
@@ -18,23 +18,25 @@ from vit_jax.weights import timm
 from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Every ViT of timm 1.0.31; None: not read here.
+# Every ViT of timm 1.0.31; None for models that this project cannot load.
 TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 
 ABOUT = f"""# Models
 
-Parameters in millions, with a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels
-(32x32 where 32 is said), counted on the model as it is built here: `python -m benchmarks.zoo`.
+Parameters are in millions, for a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels.
+Rows marked "32" have positions for 32x32 pixels. The command `python -m benchmarks.zoo` counts the
+parameters of the models built here and writes this page.
 
-What the tests hold: weights of each format, small ones that the original code wrote with its
-outputs, give those outputs (`tests/fixtures/`, `test_pretrained.py`); random models of Hugging Face
-and timm give the same outputs and gradients (`test_pretrained_live.py`). The published files
-themselves, of full size, were not at hand. Names of files are those of the buckets and the Hub.
+The original code of each format wrote small weights and their outputs (`tests/fixtures/`). Tests
+check that these weights give the same outputs here (`test_pretrained.py`). Other tests check that
+random models of Hugging Face and timm give the same outputs and gradients
+(`test_pretrained_live.py`). We have not tested the full-size published files, because we had no
+access to them. File names are the names in the buckets and on the Hub.
 
 """
 
-# Published files, and the tests of their format, by the names that `vit_jax.make` takes.
+# Published files and tests of their format, by the name passed to `vit_jax.make`.
 PAPER = 'paper: `imagenet21k/ViT-{0}.npz`, `imagenet21k+imagenet2012/ViT-{0}.npz`'
 AUGREG = 'AugReg: `augreg/{0}-*.npz`'
 SAM = 'SAM, GSAM: `sam/ViT-{0}.npz`, `gsam/ViT-{0}.npz`'
@@ -51,7 +53,7 @@ VARIANTS = {
   'H/14': (PAPER, TOKEN),
   'g/14': ('none', 'test_every_pool_and_position'),
   'G/14': ('none', 'test_every_pool_and_position'),
-  'R+Ti/32': ('AugReg: `augreg/R_Ti_16-*.npz`, /32 for all its name', 'paper_hybrid_root'),
+  'R+Ti/32': ('AugReg: `augreg/R_Ti_16-*.npz` (/32 despite its name)', 'paper_hybrid_root'),
   'R26+S/32': ('AugReg: `augreg/R26_S_32-*.npz`', HYBRID),
   'R26+B/32': ('paper: `imagenet21k/R26+ViT-B_32.npz`', HYBRID),
   'R50+B/16': ('paper: `imagenet21k/R50+ViT-B_16.npz`', HYBRID),
@@ -62,7 +64,7 @@ VARIANTS = {
 }
 SMALL = {'tiny': 'results/', 'small': 'not yet', 'wide': 'not yet'}
 
-HUGGING_FACE = {  # class: an example on the Hub, how it differs from B/16 with a class token
+HUGGING_FACE = {  # class: (example on the Hub, test)
   'ViTForImageClassification': ('google/vit-base-patch16-224', 'hf_classifier'),
   'ViTModel': ('google/vit-base-patch16-224-in21k', 'hf_backbone'),
   'DeiTForImageClassification': ('facebook/deit-base-patch16-224', 'test_hugging_face'),
@@ -85,7 +87,7 @@ HUGGING_FACE = {  # class: an example on the Hub, how it differs from B/16 with 
 
 
 def parameters(model: ViT, pixels: int = PIXELS) -> int:
-  """The number of a model's parameters, from those of its first blocks: all are alike."""
+  """Counts a model's parameters from its first two blocks, because all blocks are alike."""
   size = [pixels // p * p for p in model.patch_size]
   count = lambda depth: sum(
     int(jnp.prod(jnp.array(shape)))
@@ -100,12 +102,12 @@ def millions(count: int) -> str:
 
 
 def timm_model(name: str) -> ViT:
-  """The model of a timm architecture name, with 1,000 classes."""
+  """Returns the model of a timm architecture name, with 1,000 classes."""
   return ViT(**timm.read_timm(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 
 def tables() -> str:
-  """The whole of MODELS.md."""
+  """Returns the text of MODELS.md."""
   lines = [ABOUT + "## This project's names\n", '| name | parameters | published | tests |']
   lines += ['| --- | --- | --- | --- |']
   for name, (published, test) in VARIANTS.items():
@@ -115,28 +117,33 @@ def tables() -> str:
   for name, trained in SMALL.items():
     count = millions(parameters(variants.make(name, 10, pool='gap'), 32))
     lines.append(f'| `{name}` (32, 10 classes) | {count} | trained here: {trained} | `test_main` |')
-  lines += ['\n## Hugging Face\n', 'Any size of these classes, safetensors with `config.json`.\n']
-  lines += ['| class | for example | tests |', '| --- | --- | --- |']
+  lines += ['\n## Hugging Face\n', 'These classes, in any size: safetensors with `config.json`.\n']
+  lines += ['| class | example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
   names = json.loads(TIMM_NAMES.read_text(encoding='utf-8'))
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
-    f'{len(known)} architecture names, published as `timm/<name>.<tag>` on the Hub; a folder that '
-    'timm saved with `model_args` needs none. `test_timms_names_stand_for_its_arguments` holds '
-    'every one, `timm_*` and `test_timm` the arrays.\n',
+    f'{len(known)} architecture names are known. They are published as `timm/<name>.<tag>` on the '
+    'Hub. A folder that timm saved with `model_args` does not need a known name. '
+    '`test_timms_names_stand_for_its_arguments` tests every name, and `timm_*` and `test_timm` '
+    'test the arrays.\n',
     '| name | parameters |',
     '| --- | --- |',
   ]
   lines += [f'| `{name}` | {millions(parameters(timm_model(name)))} |' for name in known]
   absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
-  lines += ['', f'More than a ViT (SwiGLU, RMSNorm, parallel blocks, ...), not read: {absent}.']
+  lines += [
+    '',
+    'These models cannot be loaded, because they are more than a ViT (SwiGLU, RMSNorm, parallel '
+    f'blocks, ...): {absent}.',
+  ]
   return '\n'.join(lines) + '\n'
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """There is nothing to choose."""
+  """Parses `--help` and refuses other arguments."""
   return arguments.Parser(__spec__, __doc__).parse_args(argv)
 
 

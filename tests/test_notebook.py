@@ -1,4 +1,4 @@
-"""The walkthrough notebook runs from top to bottom and uses only public names."""
+"""Tests that the notebook runs, has fresh outputs and uses only public names."""
 
 import ast
 import pathlib
@@ -16,14 +16,17 @@ def notebook():
   return nbformat.read(ROOT / 'notebooks' / 'walkthrough.ipynb', as_version=4)
 
 
-def test_the_notebook_runs_and_leaves_no_files(notebook, monkeypatch, tmp_path):
+def test_notebook_runs_and_removes_its_files(notebook, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('TMPDIR', str(tmp_path))
-  nbclient.NotebookClient(notebook, timeout=300).execute()  # raises the error of a cell
+  client = nbclient.NotebookClient(notebook, timeout=300)
+  client.create_kernel_manager()
+  client.km.shutdown_wait_time = 60.0  # a busy machine needs more than the default of 5 s to exit
+  client.execute()  # raises an error if a cell does
   assert not list(tmp_path.iterdir())
 
 
-def test_the_notebook_is_committed_with_its_outputs(notebook):
+def test_notebook_is_committed_with_its_outputs(notebook):
   cells = [cell for cell in notebook.cells if cell.cell_type == 'code']
   assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
   outputs = [output for cell in cells for output in cell.outputs]
@@ -31,7 +34,7 @@ def test_the_notebook_is_committed_with_its_outputs(notebook):
   assert sum('image/png' in output.get('data', {}) for output in outputs) == 6
 
 
-def test_the_notebook_uses_only_public_names(notebook):
+def test_notebook_uses_only_public_names(notebook):
   code = [cell.source for cell in notebook.cells if cell.cell_type == 'code']
   lines = [line for cell in code for line in cell.splitlines() if not line.startswith('%')]
   for node in ast.walk(ast.parse('\n'.join(lines))):

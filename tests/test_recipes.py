@@ -108,4 +108,4 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   assert saved['test_accuracy_mean'] == pytest.approx(mean)
   with pytest.raises(SystemExit, match='2'):
     recipes.main(['gpu', 'folder:none', 'digits'])
-  assert 'digits is no recipe for a gpu; there are cifar10_small' in capsys.readouterr().err
+  assert 'no recipe digits for a gpu; expected one of cifar10_small' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Maps against small cases worked by hand, exact properties, NumPy and scikit-learn."""
+"""Tests maps against hand-computed cases, exact properties, NumPy and scikit-learn."""
 
 import functools
 
@@ -29,7 +29,7 @@ CASES = {
 
 
 def build(**overrides):
-  """(model, random parameters, two images)."""
+  """Returns `(model, random parameters, two images)`."""
   sizes = dict(width=16, depth=2, num_heads=2, mlp_dim=16, patch_size=4)
   model = variants.make(None, 5, **(sizes | overrides))
   random = np.random.RandomState(0)
@@ -40,7 +40,7 @@ def build(**overrides):
 
 
 def output_of(model, params, image, *path):
-  """What a module in the model gave."""
+  """Returns the output of a module in the model."""
   wanted = lambda module, _: module.path == path
   _, state = model.apply({'params': params}, image, capture_intermediates=wanted)
   for name in path:
@@ -49,7 +49,7 @@ def output_of(model, params, image, *path):
 
 
 def random_attention(seed, shape):
-  """Rows that sum to 1: `[B, K, N, N]`."""
+  """Returns random attention `[B, K, N, N]` whose rows sum to 1."""
   batch, heads, tokens = shape
   return np.random.RandomState(seed).dirichlet(np.ones(tokens), (batch, heads, tokens))
 
@@ -60,7 +60,7 @@ def softmax(x):
 
 
 def attend(params, query, x, heads):
-  """Equation 6 and 7 of the paper in float64: `[B, K, Q, N]`."""
+  """Computes the attention weights of the paper (equations 5 and 6) in float64: `[B, K, Q, N]`."""
   project = lambda y, p: (
     np.einsum('bnd,dke->bnke', y, np.float64(p['kernel'])) + np.float64(p['bias'])
   )
@@ -68,19 +68,19 @@ def attend(params, query, x, heads):
   return softmax(np.einsum('bqke,bnke->bkqn', q, k) / np.sqrt(q.shape[-1]))
 
 
-def test_rollout_of_two_layers_by_hand():
-  # A class token that gives half of its attention to the one patch, which keeps its own:
-  # (A + I) / 2 = [[3/4, 1/4], [0, 1]], and its square has the first row 9/16, 7/16.
+def test_rollout_of_two_layers_matches_hand_computation():
+  # The class token gives half of its attention to the only patch, which attends to itself.
+  # (A + I) / 2 = [[3/4, 1/4], [0, 1]], and the first row of its square is 9/16, 7/16.
   layer = np.array([[0.5, 0.5], [0, 1]])[None, None]
   found = maps.rollout([layer, layer], np.array([[1.0, 0]]), (1, 1))
   assert found.shape == (1, 1, 1) and float(found[0, 0, 0]) == 7 / 16
 
 
-def test_rollout_goes_from_the_last_block_to_the_first():
+def test_rollout_follows_attention_from_the_last_block_to_the_first():
   to_patch = np.array([[0, 1.0], [0, 1]])[None, None]
   to_class = np.array([[1.0, 0], [1, 0]])[None, None]
   flow = lambda layers: float(maps.rollout(layers, np.array([[1.0, 0]]), (1, 1))[0, 0, 0])
-  # Products of [[1/2, 1/2], [0, 1]] and [[1, 0], [1/2, 1/2]]: which one is last matters.
+  # The products of [[1/2, 1/2], [0, 1]] and [[1, 0], [1/2, 1/2]] depend on their order.
   assert (flow([to_class, to_patch]), flow([to_patch, to_class])) == (0.25, 0.5)
 
 
@@ -92,7 +92,7 @@ def test_rollout_is_the_product_of_the_layers(depth, heads, prefix, h, w):
   tokens = prefix + h * w
   layers = [random_attention(i, (2, heads, tokens)) for i in range(depth)]
   product = np.eye(tokens)
-  for layer in layers:  # Abnar and Zuidema's recursion, whole matrices in float64
+  for layer in layers:  # Abnar and Zuidema's recursion with full matrices in float64
     product = (layer.mean(axis=1) + np.eye(tokens)) / 2 @ product
   read = np.random.RandomState(9).dirichlet(np.ones(tokens), 2)
   want = np.einsum('bn,bnm->bm', read, product)
@@ -107,8 +107,8 @@ def test_identity_attention_gives_identity_rollout():
   np.testing.assert_array_equal(maps.rollout(layers, np.eye(6), (2, 3)).reshape(6, 6), np.eye(6))
 
 
-SIXTH = 1 / 6  # of the patches
-SHARES = {  # class token, registers, patches
+SIXTH = 1 / 6  # share of each of the 6 patches
+SHARES = {  # shares in token order: class token, registers, patches
   'cls': [1] + [0] * 6,
   'registers': [1] + [0] * 9,
   'gap': [SIXTH] * 6,
@@ -120,7 +120,7 @@ SHARES = {  # class token, registers, patches
 
 @pytest.mark.slow
 @pytest.mark.parametrize('case', SHARES)
-def test_what_a_pool_reads_is_its_share_of_each_token(case):
+def test_linear_pool_reads_the_expected_share_of_each_token(case):
   model, params, image = build(**CASES[case])
   layers, read = maps.attentions(model, params, image)
   tokens = len(SHARES[case])
@@ -130,7 +130,7 @@ def test_what_a_pool_reads_is_its_share_of_each_token(case):
 
 
 @pytest.mark.parametrize('case', ['map', 'map with a class token'])
-def test_what_a_map_head_reads_is_its_probes_attention(case):
+def test_map_head_reads_what_its_probe_attends_to(case):
   model, params, image = build(**CASES[case])
   _, read = maps.attentions(model, params, image)
   body = model.clone(pool='none', num_classes=None, class_token=model.has_class)
@@ -142,7 +142,7 @@ def test_what_a_map_head_reads_is_its_probes_attention(case):
 
 
 @pytest.mark.parametrize('case', ['registers', 'gap'])
-def test_the_first_blocks_attention_is_the_papers_formula(case):
+def test_attention_of_the_first_block_matches_the_papers_formula(case):
   model, params, image = build(**CASES[case])
   layers, _ = maps.attentions(model, params, image)
   token = np.float64(output_of(model, params, image, 'block_0', 'attention_norm'))
@@ -153,23 +153,23 @@ def test_the_first_blocks_attention_is_the_papers_formula(case):
     np.testing.assert_allclose(layer.sum(axis=-1), 1, atol=1e-6)
 
 
-def test_a_model_that_does_not_pool_has_no_rollout():
+def test_attentions_without_a_pool_raise_missing():
   model, params, image = build(pool='none', class_token=True)
-  with pytest.raises(Missing, match='ask for a pool'):
+  with pytest.raises(Missing, match='Choose a pool first'):
     maps.attentions(model, params, image)
 
 
-def test_a_pool_that_does_not_tell_what_it_reads_has_no_rollout(monkeypatch):
+def test_attentions_raise_missing_if_a_pool_does_not_report_what_it_reads(monkeypatch):
   largest = lambda model, token_BND: token_BND.max(axis=1)
   monkeypatch.setitem(pooling.POOLS, 'max', pooling.Pool(largest))
   model, params, image = build(pool='max')
-  with pytest.raises(Missing, match='model.pool=max does not tell'):
+  with pytest.raises(Missing, match='model.pool=max does not report'):
     maps.attentions(model, params, image)
 
 
 @pytest.mark.parametrize('backend', ['cpu', 'cuda'])
-def test_maps_under_a_fused_kernel_are_those_of_the_plain_path(monkeypatch, backend):
-  """cuDNN's kernel itself needs a GPU: here XLA computes what it was asked for."""
+def test_maps_use_the_plain_path_where_the_model_uses_a_fused_kernel(monkeypatch, backend):
+  """cuDNN's kernel needs a GPU, so XLA computes the same attention in this test."""
   dtype = {'cpu': 'float32', 'cuda': 'bfloat16'}[backend]
   model, params, image = build(pool='map', dtype=dtype)
   calls, plain = [], attention.plain
@@ -209,7 +209,7 @@ def test_maps_under_a_fused_kernel_are_those_of_the_plain_path(monkeypatch, back
     np.testing.assert_array_equal(found, want)
 
 
-def test_maps_are_the_same_where_activations_are_computed_again():
+def test_remat_does_not_change_maps():
   model, params, image = build()
   for found, want in zip(
     maps.attentions(model.clone(remat='full'), params, image)[0],
@@ -219,7 +219,7 @@ def test_maps_are_the_same_where_activations_are_computed_again():
 
 
 @pytest.mark.parametrize('case', ['registers', 'gap', 'map with a class token'])
-def test_the_summary_is_that_of_the_whole_batch(case):
+def test_summary_matches_maps_of_the_whole_batch(case):
   model, params, image = build(**CASES[case])
   found = jax.jit(functools.partial(maps.attention_summary, model))(params, image)
   layers, read = maps.attentions(model, params, image)
@@ -238,14 +238,14 @@ def test_the_summary_is_that_of_the_whole_batch(case):
     close(found['heads'][:, 2], read[..., prefix:].reshape(2, 2, *GRID))
 
 
-def test_the_heads_of_a_class_token_are_its_own_row():
+def test_head_attention_with_a_class_token_is_its_row():
   model, params, image = build(**CASES['registers'])
   layers, read = maps.attentions(model, params, image)
   found = maps.head_attention(layers[1], read[:, 0], GRID)
   np.testing.assert_array_equal(found, layers[1][:, :, 0, 4:].reshape(2, 2, *GRID))
 
 
-def test_eight_images_of_224_pixels_need_little_memory_beside_a_b16():
+def test_summary_of_eight_images_at_224_pixels_needs_less_than_100_mb_for_a_b16():
   model = variants.make('B/16', 10)
   image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
@@ -255,29 +255,29 @@ def test_eight_images_of_224_pixels_need_little_memory_beside_a_b16():
   assert compiled.memory_analysis().temp_size_in_bytes < 1e8
 
 
-def test_distances_by_hand():
+def test_attention_distances_match_hand_computation():
   uniform = np.full((1, 1, 2, 2), 0.5)
-  # Two patches beside each other, 4 pixels wide: half on itself, half on the other.
+  # Two adjacent patches, 4 pixels wide. Each attends half to itself and half to the other.
   assert float(maps.mean_attention_distance(uniform, (1, 2), (9, 4))[0, 0]) == 2
   assert float(maps.mean_attention_distance(uniform, (2, 1), (9, 4))[0, 0]) == 4.5
-  one_way = np.array([[[[0.0, 1], [0, 1]]]])  # the first looks at the second, which at itself
+  one_way = np.array([[[[0.0, 1], [0, 1]]]])  # both patches attend to the second
   assert float(maps.mean_attention_distance(one_way, (1, 2), (3, 3))[0, 0]) == 1.5
   np.testing.assert_allclose(maps.patch_distances((2, 2), (3, 4))[0], [0, 4, 3, 5])
 
 
-def test_distance_knows_no_token_without_a_place():
+def test_attention_distance_ignores_class_token_and_registers():
   identity = np.eye(6)[None, None]
   np.testing.assert_array_equal(maps.mean_attention_distance(identity, (2, 3), (4, 4)), 0)
   uniform = np.full((2, 3, 6, 6), 1 / 6)
   even = maps.patch_distances((2, 3), (4, 4)).mean()
   np.testing.assert_allclose(maps.mean_attention_distance(uniform, (2, 3), (4, 4)), even, rtol=1e-6)
-  # A class token and a register that draw nine tenths of all attention change nothing.
+  # A class token and a register that receive nine tenths of all attention change nothing.
   sink = np.pad(uniform / 10, [(0, 0), (0, 0), (2, 0), (2, 0)], constant_values=0.45)
   np.testing.assert_allclose(maps.mean_attention_distance(sink, (2, 3), (4, 4)), even, rtol=1e-6)
 
 
 @pytest.mark.parametrize('prefix', ['cls', 'none', 'all'])
-def test_position_similarity_is_scikit_learns(prefix):
+def test_position_similarity_matches_scikit_learn(prefix):
   model, params, _ = build(num_registers=2, position_prefix=prefix)
   position = maps.position_embeddings(model, params, GRID)
   learned = np.asarray(params['pos_embedding'])[0, -6:]
@@ -289,7 +289,7 @@ def test_position_similarity_is_scikit_learns(prefix):
   )
 
 
-def test_fixed_positions_are_alike_by_their_distance_alone():
+def test_similarity_of_fixed_positions_depends_only_on_their_distance():
   model, params, _ = build(position='sincos')
   found = maps.position_similarity(maps.position_embeddings(model, params, (4, 5)))
   np.testing.assert_allclose(np.einsum('yxyx->yx', found), 1, atol=1e-6)
@@ -297,13 +297,13 @@ def test_fixed_positions_are_alike_by_their_distance_alone():
 
 
 @pytest.mark.parametrize('position', ['rope', 'none'])
-def test_a_model_without_position_embeddings_says_so(position):
+def test_position_embeddings_of_a_model_without_them_raise_missing(position):
   model, params, _ = build(position=position)
   with pytest.raises(Missing, match=f'model.position={position}'):
     maps.position_embeddings(model, params, GRID)
 
 
-def test_filters_are_scikit_learns_principal_components():
+def test_filters_match_scikit_learns_principal_components():
   model, params, _ = build(width=64)
   found, share = maps.filters(model, params, count=10)
   kernel = np.float64(params['embedding']['kernel']).reshape(48, 64)
@@ -316,15 +316,15 @@ def test_filters_are_scikit_learns_principal_components():
   assert (flat[np.arange(10), np.abs(flat).argmax(axis=1)] > 0).all()
 
 
-def test_there_are_no_more_filters_than_the_embedding_has():
-  model, params, _ = build()  # 16 columns, about their mean: 15
+def test_number_of_filters_is_limited_by_the_embedding():
+  model, params, _ = build()  # 16 columns without their mean have 15 components
   assert maps.filters(model, params)[0].shape == (15, 4, 4, 3)
   model, params, _ = build(width=64, patch_size=(2, 1))
   found, share = maps.filters(model, params)
   assert found.shape == (6, 2, 1, 3) and abs(share.sum() - 1) < 1e-9
 
 
-def test_a_hybrid_has_no_filters_of_colours():
+def test_filters_of_a_hybrid_raise_missing():
   stride = resnet.stem_stride((1,))
   model = variants.make(
     None, 5, width=16, depth=1, num_heads=2, mlp_dim=16, patch_size=stride, resnet=(1,)
@@ -333,7 +333,7 @@ def test_a_hybrid_has_no_filters_of_colours():
     maps.filters(model, {})
 
 
-def test_patches_are_those_that_the_model_embeds():
+def test_patches_are_cut_as_the_model_embeds_them():
   model, params, image = build(patch_size=(2, 4))
   found = maps.patches(np.asarray(image[0]), (2, 4))
   assert found.shape == (4, 3, 2, 4, 3)
@@ -344,7 +344,7 @@ def test_patches_are_those_that_the_model_embeds():
   np.testing.assert_allclose(embedded, want, atol=1e-4)
 
 
-def test_confusion_is_scikit_learns():
+def test_confusion_and_class_accuracy_match_scikit_learn():
   random = np.random.RandomState(0)
   label, predicted = random.randint(0, 4, 200), random.randint(0, 5, 200)
   found = maps.confusion(label, predicted, 5)
@@ -353,10 +353,10 @@ def test_confusion_is_scikit_learns():
   recall = metrics.recall_score(label, predicted, labels=range(4), average=None)
   accuracy = maps.class_accuracy(found)
   np.testing.assert_allclose(accuracy[:4], recall)
-  assert np.isnan(accuracy[4])  # no example
+  assert np.isnan(accuracy[4])  # class 4 has no examples
 
 
-def test_the_surest_mistakes_come_first():
+def test_most_confident_mistakes_come_first():
   label, predicted = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 1, 1, 0])
   confidence = np.array([0.99, 0.5, 0.8, 0.5, 0.6])
   assert maps.mistakes(label, predicted, confidence, 3).tolist() == [2, 4, 1]
@@ -366,9 +366,9 @@ def test_the_surest_mistakes_come_first():
 
 @pytest.mark.parametrize('labels, classes, count, want', [
   ([2, 0, 0, 1, 2, 1], 3, 4, [1, 3, 0, 2]),  # the first of each class, then a second
-  ([2, 0, 0, 1, 2, 1], 3, 9, [1, 3, 0, 2, 5, 4]),  # no more than there are
-  ([3, 2, 1, 0], 4, 2, [3, 1]),  # classes 0 and 2
-  ([3, 1, 1, 1], 4, 2, [0, 1]),  # neither 0 nor 2: what there is
+  ([2, 0, 0, 1, 2, 1], 3, 9, [1, 3, 0, 2, 5, 4]),  # fewer examples than requested
+  ([3, 2, 1, 0], 4, 2, [3, 1]),  # classes 0 and 2 are chosen
+  ([3, 1, 1, 1], 4, 2, [0, 1]),  # classes 0 and 2 have no examples, so others are used
 ])  # fmt: skip
 def test_examples_are_spread_over_the_classes(labels, classes, count, want):
   assert maps.spread_over_classes(np.array(labels), classes, count).tolist() == want

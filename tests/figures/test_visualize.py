@@ -1,4 +1,4 @@
-"""`--mode=visualize`: every picture there is data for, and one page that needs nothing else."""
+"""Tests `--mode=visualize`: every figure with available data, and a self-contained report."""
 
 import base64
 from html.parser import HTMLParser
@@ -23,7 +23,7 @@ OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
 
 
 class Page(HTMLParser):
-  """A page's images, its text, and what it would fetch; tags must close."""
+  """Parses a page's embedded images, external links and text, and checks that tags close."""
 
   VOID = ('meta', 'img')
 
@@ -49,13 +49,13 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def workdir(trained, tmp_path):
-  """A copy of a finished run, to draw into."""
+  """A copy of a finished run, which the test may write to."""
   return shutil.copytree(trained[0], tmp_path / 'run <&>')
 
 
 @pytest.fixture
 def photos(tmp_path):
-  """Three images of other sizes than the model's."""
+  """A folder with three images whose sizes differ from the model's input."""
   folder = tmp_path / 'photos'
   folder.mkdir()
   random = np.random.RandomState(0)
@@ -68,7 +68,7 @@ def names(folder):
   return {path.stem for path in (folder / 'figures').glob('*.png')}
 
 
-def test_a_finished_run(capsys, trained, workdir):
+def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir):
   code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
   drawn = PICTURES - {'mistakes'} if 'mistakes' not in names(workdir) else PICTURES
   assert not code and names(workdir) == drawn
@@ -90,10 +90,10 @@ def test_a_finished_run(capsys, trained, workdir):
   assert 'model.depth' in changed and 'optimizer.momentum' in unchanged
   assert 'model.depth' not in unchanged and 'optimizer.momentum' not in changed
   again = gallery.visualize(Request(workdir))
-  assert [path.read_bytes() for path in again[:-1]] == files  # the same run, the same pictures
+  assert [path.read_bytes() for path in again[:-1]] == files  # same run, so same bytes
 
 
-def test_it_scores_what_eval_scores(trained):
+def test_scores_match_the_run_result(trained):
   workdir, result = trained
   subject = subject_lib.collect(Request(workdir), None)
   right = subject.scores.predicted_N == subject.test.label_N
@@ -106,16 +106,16 @@ def test_it_scores_what_eval_scores(trained):
   assert subject.attention.distance_DK.shape == (2, 4)
 
 
-def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
+def test_chosen_images_are_spread_over_the_classes_and_start_with_the_most_contrast():
   image = np.arange(300, dtype=np.uint16)[:, None, None, None].astype(np.uint8)
-  image = np.concatenate([image, 0 * image], axis=2)  # the later, the more contrast, up to 255
+  image = np.concatenate([image, 0 * image], axis=2)  # contrast grows up to image 255
   test = Examples(image, np.arange(300) % 4)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=list('abcd')))
   found = subject_lib.choose_images(test, exp)[:, 0, 0, 0].tolist()
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
-def test_images_of_ones_own(capsys, workdir, photos):
+def test_visualize_draws_given_images_and_skips_broken_ones(capsys, workdir, photos):
   (photos / 'broken.png').write_bytes(b'no image')
   flags = ['--mode=visualize', f'--workdir={workdir}']
   code, _, err = call(capsys, *flags, f'--images={photos}', '--config.eval_batch_size=100')
@@ -128,7 +128,7 @@ def test_images_of_ones_own(capsys, workdir, photos):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['paper_token', 'timm_map', 'hf_backbone', 'paper_hybrid'])
-def test_weights_without_a_run(capsys, photos, tmp_path, name):
+def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_path, name):
   left_out = {'filters'} if name == 'paper_hybrid' else set()
   out = tmp_path / 'out'
   init = f'--init={DATA}/{name}' + ('/weights.npz' if name.startswith('paper') else '')
@@ -143,7 +143,7 @@ def test_weights_without_a_run(capsys, photos, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_data_that_moved_away(capsys, tmp_path):
+def test_figures_of_moved_data_are_skipped_until_its_source_is_overridden(capsys, tmp_path):
   random = np.random.RandomState(0)
   for label in 'ab':
     (tmp_path / 'photos' / label).mkdir(parents=True)
@@ -160,9 +160,9 @@ def test_data_that_moved_away(capsys, tmp_path):
 
   (tmp_path / 'photos').rename(tmp_path / 'elsewhere')
   code, _, err = call(capsys, '--mode=visualize', f'--workdir={workdir}')
-  assert not code and 'rollout.png is left out: the test data can not be read' in err
-  assert names(workdir) == PICTURES - OF_DATA  # those of before are gone too
-  assert 'can not be read' in Page(workdir / 'report.html').text
+  assert not code and 'Skipped rollout.png: cannot read the test data' in err
+  assert names(workdir) == PICTURES - OF_DATA  # the figures of the first call are removed
+  assert 'cannot read the test data' in Page(workdir / 'report.html').text
   override = f'--config.data.source=folder:{tmp_path}/elsewhere'
   crop = '--config.data.crop=0.9'
   assert '/photos' in error(capsys, '--mode=visualize', f'--workdir={workdir}', crop)
@@ -170,7 +170,7 @@ def test_data_that_moved_away(capsys, tmp_path):
   assert not code and {'confusion', 'rollout'} <= names(workdir)
 
 
-def test_a_run_that_is_not_finished(capsys, workdir):
+def test_report_of_an_unfinished_run_shows_its_latest_metrics(capsys, workdir):
   (workdir / 'result.json').unlink()
   gallery.visualize(Request(workdir))
   text = Page(workdir / 'report.html').text
@@ -183,7 +183,7 @@ def test_a_run_that_is_not_finished(capsys, workdir):
   assert 'no checkpoint' in error(capsys, *flags)
 
 
-def test_a_run_that_went_on_after_its_result(workdir):
+def test_report_of_a_run_resumed_after_its_result_shows_not_finished(workdir):
   line = {'step': 40, 'split': 'train', 'loss': 1.0, 'accuracy': 0.5}
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write(json.dumps(line) + '\n')
@@ -192,7 +192,7 @@ def test_a_run_that_went_on_after_its_result(workdir):
 
 
 @pytest.mark.slow
-def test_damaged_records(capsys, workdir):
+def test_visualize_ignores_damaged_metrics_and_results(capsys, workdir):
   (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
   with (workdir / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 32}\n{"step": "x", "split": "test"}\n{"step": 32, "split": "test"}\n[1\n')
@@ -209,14 +209,14 @@ def test_damaged_records(capsys, workdir):
   assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
 
 
-def test_a_checkpoint_without_records(workdir):
+def test_checkpoint_without_metrics_and_config_is_drawn(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
   gallery.visualize(Request(workdir))
   assert 'curves' not in names(workdir) and 'rollout' in names(workdir)
 
 
-def test_everything_in_a_report_is_escaped(tmp_path):
+def test_report_escapes_all_text(tmp_path):
   bad = '<script>"&\''
   path = tmp_path / 'figure.png'
   Image.new('L', (1, 1)).save(path)
@@ -229,13 +229,13 @@ def test_everything_in_a_report_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize('classes', [2, 30, 1000])
-def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
+def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))
   names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
   figure = draw.draw_confusion(count, maps.class_accuracy(count), names)
   matrix, bars = figure.axes[0], figure.axes[1]
   shown = matrix.images[0].get_array()
-  np.testing.assert_allclose(shown.sum(axis=1), 1)  # of the true class
+  np.testing.assert_allclose(shown.sum(axis=1), 1)  # each row shows shares of a true class
   assert bars.patches[0].get_width() in np.diag(shown)
   named = [text.get_text() for text in bars.get_yticklabels()]
   assert len(named) == min(classes, 20 if classes > 40 else 40)
@@ -244,7 +244,7 @@ def test_confusion_is_drawn_for_any_number_of_classes(classes, tmp_path):
     assert image.width == 1200
 
 
-def test_names_of_any_script(tmp_path, caplog):
+def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
   names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
   figures = [
     draw.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
@@ -254,17 +254,17 @@ def test_names_of_any_script(tmp_path, caplog):
     warnings.simplefilter('error')
     for figure in figures:
       canvas.save_figure(figure, tmp_path / 'c.png')
-  assert not caplog.messages  # as of a font that is not installed
+  assert not caplog.messages  # matplotlib logs a message if a font is not installed
   assert figures[0].axes[1].get_yticklabels()[0].get_text() == 'two lines and m…'
 
 
-def test_a_class_without_examples_is_drawn(tmp_path):
+def test_class_without_examples_is_drawn_and_labelled(tmp_path):
   figure = draw.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
   canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 
 
-def test_curves_show_what_was_recorded():
+def test_curves_show_the_recorded_metrics():
   lines = [
     {'step': 1, 'split': 'train', 'loss': 2.0, 'accuracy': 0.1},
     {'step': 2, 'split': 'test', 'loss': 1.5, 'accuracy': 0.3},
@@ -279,7 +279,7 @@ def test_curves_show_what_was_recorded():
     assert axis.get_xlabel() and axis.get_ylabel()
 
 
-def test_tiles_lie_where_they_belong():
+def test_mosaic_places_tiles_in_rows_and_columns():
   tiles = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2).astype(np.uint8)
   image = canvas.mosaic(tiles, gap=1)
   assert image.shape == (5, 8)
@@ -287,12 +287,12 @@ def test_tiles_lie_where_they_belong():
   assert (image[2] == canvas.GROUND).all() and (image[:, 5] == canvas.GROUND).all()
 
 
-def test_maps_are_enlarged_about_the_centres_of_patches():
+def test_resized_maps_interpolate_between_patch_centres():
   want = [[0, 0.25, 0.75, 1]] * 2
   np.testing.assert_allclose(canvas.resize_map(np.array([[0.0, 1.0]]), (2, 4)), want)
 
 
-def test_lit_images_are_dark_where_nothing_comes_from():
+def test_lit_images_are_dark_where_rollout_is_zero():
   image = np.full((1, 2, 2, 3), 200, np.uint8)
   figure = draw.draw_rollout(image, np.array([[[0.2, 0.0], [0.1, 0.1]]]))
   lit = figure.axes[4].images[0].get_array()
@@ -302,7 +302,7 @@ def test_lit_images_are_dark_where_nothing_comes_from():
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-def test_figures_of_images_of_any_shape(channels, tmp_path):
+def test_figures_can_be_drawn_for_images_of_any_shape(channels, tmp_path):
   random = np.random.RandomState(0)
   image = random.randint(0, 256, (3, 8, 12, channels), np.uint8)
   figures = [
@@ -322,5 +322,5 @@ def test_figures_of_images_of_any_shape(channels, tmp_path):
       assert drawn.width == 1200 and drawn.height < 1500
 
 
-def test_a_class_name_that_is_no_text_is_drawn():
+def test_class_name_with_invalid_utf8_is_shortened_without_error():
   assert canvas.short('K\udcc3\udca4fer  Käfer') == 'K??fer Käfer'

@@ -1,4 +1,7 @@
-"""What a model attends to and has learned: arrays (`maps.py`), drawn (`draw.py`), in a report."""
+"""Figures of what a model attends to and has learned, and the report that shows them.
+
+`maps.py` computes arrays, `draw.py` draws them, and `gallery.py` writes the report.
+"""
 
 from vit_jax.figures.canvas import resize_map, save_figure
 from vit_jax.figures.draw import (

@@ -1,4 +1,4 @@
-"""Style, and what several pictures are drawn with."""
+"""The style of all figures, and drawing functions that several figures share."""
 
 from collections.abc import Sequence
 import pathlib
@@ -12,9 +12,9 @@ import numpy as np
 from vit_jax import storage
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
-GROUND = 228  # grey between patches, where white would be taken for theirs
+GROUND = 228  # grey between patches; white could be mistaken for a part of the image
 
-FALLBACKS = (  # fonts of many scripts
+FALLBACKS = (  # fonts for scripts that DejaVu Sans lacks
   'Noto Sans CJK JP', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei', 'Droid Sans Fallback',
   'Arial Unicode MS', 'Microsoft YaHei', 'Malgun Gothic', 'Nirmala UI',
 )  # fmt: skip
@@ -39,14 +39,17 @@ STYLE = {
 }
 WIDTH = 8.0  # inches
 
-TILES = 16  # along one side of a mosaic
+TILES = 16  # maximum number of tiles along one side of a mosaic
 
 styled = matplotlib.rc_context(STYLE)
 
 
 @styled
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a PNG 1200 pixels wide, without date or version: the same figure, the same bytes."""
+  """Writes a PNG 1200 pixels wide.
+
+  The file holds no date or version, so the same figure always gives the same bytes.
+  """
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing from font')
     with storage.replacing(path) as partial:
@@ -54,7 +57,7 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 
 
 def show_image(axis, image_HWC: np.ndarray, **arguments):
-  """An image of 1 or 3 channels, uint8."""
+  """Draws a uint8 image `[H, W, C]` with 1 or 3 channels."""
   if image_HWC.shape[-1] == 1:
     arguments |= dict(cmap='gray', vmin=0, vmax=255)
     image_HWC = image_HWC[..., 0]
@@ -62,21 +65,21 @@ def show_image(axis, image_HWC: np.ndarray, **arguments):
 
 
 def bare(axis) -> None:
-  """Takes ticks and frame away; a label stays."""
+  """Removes the ticks and the frame, and keeps the label."""
   axis.set(xticks=[], yticks=[])
   axis.spines[:].set_visible(False)
 
 
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
-  """Each pixel of the tiles as several, so that a gap can be thinner than what was a pixel."""
+  """Repeats every pixel of the tiles, so that a gap can be thinner than an original pixel."""
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
 
 
 def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
-  """Tiles `[R, C, p, q, ...]` side by side in one image, `gap` pixels between them."""
+  """Arranges tiles `[R, C, p, q, ...]` in one image, with `gap` pixels between them."""
   rows, columns, p, q, *channels = tile_RCpq.shape
-  ground = GROUND if tile_RCpq.dtype == np.uint8 else np.nan  # NaN is drawn as nothing
+  ground = GROUND if tile_RCpq.dtype == np.uint8 else np.nan  # matplotlib does not draw NaN
   pad = [(0, 0), (0, 0), (0, gap), (0, gap)] + [(0, 0)] * len(channels)
   padded = np.pad(tile_RCpq, pad, constant_values=ground)
   image = np.moveaxis(padded, 2, 1).reshape(rows * (p + gap), columns * (q + gap), *channels)
@@ -84,7 +87,7 @@ def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
 
 
 def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
-  """Maps side by side, their rows and columns named."""
+  """Draws a grid of maps `[R, C, h, w]` with names for its rows and columns."""
   tile_RChw = enlarge(tile_RChw)
   h, w = tile_RChw.shape[2:]
   gap = min(h, w) // 8
@@ -97,19 +100,19 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
 
 
 def add_colours(figure: Figure, shades, axes, label: str, **arguments):
-  """The bar that says which shade is which value."""
+  """Adds a colour bar, which shows the value of each shade."""
   bar = figure.colorbar(shades, ax=axes, label=label, aspect=18, pad=0.02, **arguments)
   bar.outline.set_visible(False)
   return bar
 
 
 def evenly(size: int, most: int) -> np.ndarray:
-  """At most `most` of the indices below `size`, evenly apart, the first and the last included."""
+  """Returns at most `most` evenly spaced indices below `size`, including the first and last."""
   return np.unique(np.round(np.linspace(0, size - 1, min(size, most))).astype(int))
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Linear interpolation between the centres of patches: `[H, W]`."""
+  """Returns the map at another size `[H, W]`, interpolated linearly between patch centres."""
   for axis, wanted in enumerate(size):
     given = map_hw.shape[axis]
     where = (np.arange(wanted) + 0.5) * given / wanted - 0.5
@@ -119,7 +122,11 @@ def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def short(name: str, most: int = 16) -> str:
-  """A class name, in a line that fits beside its tick; a dollar sign would begin a formula."""
-  name = ' '.join(name.encode(errors='replace').decode().split())  # a folder's need not be UTF-8
+  """Returns a class name on one line, cut to `most` characters to fit next to its tick.
+
+  Dollar signs are escaped, because matplotlib reads them as the start of a formula.
+  """
+  # A class name can come from a folder whose name is not valid UTF-8.
+  name = ' '.join(name.encode(errors='replace').decode().split())
   name = name if len(name) <= most else name[: most - 1] + '…'
   return name.replace('$', r'\$')

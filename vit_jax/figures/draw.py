@@ -1,14 +1,15 @@
-"""Figures from arrays, with matplotlib and nothing else of the project.
+"""Draws figures from arrays, with matplotlib only.
 
-Each function gives a `Figure` 8 inches wide, to be read at 800 pixels: an inch is 100 of them.
+Each function returns a `Figure` 8 inches wide, meant to be viewed at 800 pixels, so 100 pixels
+per inch.
 
 Decisions:
-  * Figures belong to no pyplot: nothing to close, and no display is looked for.
-  * Colours tell classes of things apart for colour-blind eyes too (Okabe and Ito's); shades run
-    from dark to light in one direction (viridis), as in the paper.
-  * What is many is shown as one image with gaps, not as hundreds of axes.
-  * Letters that matplotlib's own font lacks are drawn in one of `FALLBACKS` that is installed;
-    where none is, as boxes, and matplotlib's warning about each is not passed on.
+  * Figures do not use pyplot. There is nothing to close, and no display is needed.
+  * Categories have colours that colour-blind readers can tell apart (Okabe and Ito's palette).
+    Maps use viridis, which runs from dark to light, as in the paper.
+  * Large grids of maps are drawn as one image with gaps, not as hundreds of axes.
+  * Characters missing from matplotlib's own font use an installed font of `FALLBACKS`. Without
+    such a font they are drawn as boxes, and matplotlib's warnings about them are hidden.
 """
 
 from collections.abc import Sequence
@@ -22,15 +23,15 @@ from vit_jax.figures import canvas
 
 SPLITS = {'train': canvas.BLUE, 'val': canvas.GREEN, 'test': canvas.ORANGE}
 
-NUMBERED, LABELLED = 20, 40  # classes: of more, cells have no numbers, axes no names
-LOWEST = 20  # classes named where there are too many for all
+NUMBERED, LABELLED = 20, 40  # maximum number of classes to number the cells, to name the axes
+LOWEST = 20  # number of classes named when there are too many to name all of them
 
-PATCHES = 14  # shown in a row
+PATCHES = 14  # maximum number of patches shown in the sequence
 
 
 @canvas.styled
 def draw_curves(lines: list[dict]) -> Figure:
-  """Loss and accuracy of every split over the steps, from the lines of `metrics.jsonl`."""
+  """Draws the loss and accuracy of every split by step, from the lines of `metrics.jsonl`."""
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   axes = figure.subplots(1, 2)
   for axis, name, label in zip(axes, ('loss', 'accuracy'), ('loss (nats)', 'accuracy')):
@@ -55,7 +56,7 @@ def draw_curves(lines: list[dict]) -> Figure:
 def draw_confusion(
   count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-  """Which class (row) is taken for which, and how much of each is right."""
+  """Draws the confusion matrix (rows are true classes) and the accuracy of each class."""
   classes = len(class_names)
   total_L1 = count_LL.sum(axis=1, keepdims=True)
   share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
@@ -88,16 +89,16 @@ def draw_confusion(
 
 
 def small(labels: int) -> int:
-  """The size of type, in points, in which so many labels fit side by side."""
+  """Returns a font size, in points, at which this number of labels fits on an axis."""
   return 8 if labels <= NUMBERED else 6
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Accuracy of each class; of the lowest where there are too many to name."""
+  """Draws a bar for the accuracy of each class, or of the lowest if there are too many."""
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
   if len(order) > LABELLED:
-    order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN comes last
+    order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN is sorted last
     title = f'the {LOWEST} lowest of {len(class_names):,} classes'
   names = [canvas.short(class_names[i]) for i in order]
   axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=canvas.BLUE)
@@ -125,7 +126,7 @@ def draw_mistakes(
   predictions: Sequence[str],
   confidences: Sequence[float],
 ) -> Figure:
-  """Images with what each is, what it was taken for, and how surely."""
+  """Draws images with their true class, the predicted class and its probability."""
   columns = 5
   rows = -(-len(image_NHWC) // columns)
   height, width = image_NHWC.shape[1:3]
@@ -144,7 +145,7 @@ def draw_mistakes(
 
 @canvas.styled
 def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
-  """An image with the borders of its patches, its patches apart, and the sequence they make."""
+  """Draws an image with patch borders, its separated patches, and the patches as a sequence."""
   h, w, p, q, _ = patch_hwpqC.shape
   height, width, _ = image_HWC.shape
   figure = Figure(
@@ -177,13 +178,16 @@ def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
   row.set_yticks([])
   row.tick_params(length=0)
   row.spines[:].set_visible(False)
-  row.set_xlabel(f'place in the sequence of {count} tokens that they become')
+  row.set_xlabel(f'position in the sequence of {count} patch tokens')
   return figure
 
 
 @canvas.styled
 def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
-  """Principal components of the patch embedding, each scaled by itself, zero at mid-grey."""
+  """Draws principal components of the patch embedding, with their share of the variance.
+
+  Each component is scaled by its own largest value; mid-grey is zero.
+  """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
   tile = min(canvas.WIDTH / columns, 1.4)
@@ -202,7 +206,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """For each patch a map of how like its position embedding is to all others."""
+  """Draws a map for each patch: the similarity of its position embedding to all others."""
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
   tile_RChw = similarity_hwhw[row_R][:, column_C]
@@ -217,11 +221,11 @@ def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
-  """Mean attention distance of each head over depth, in pixels.
+  """Draws the mean attention distance of each head by block, in pixels.
 
   Args:
-    distance_DK: a row a block.
-    even: that of a head that attends everywhere alike.
+    distance_DK: distance of each head, one row for each block.
+    even: distance of a head that attends to all patches equally.
   """
   figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
   axis = figure.subplots()
@@ -242,7 +246,7 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
 @canvas.styled
 def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
-  """Images, where the output comes from, and the images lit by that."""
+  """Draws each image, the image lit by its rollout map, and the rollout map."""
   count = len(image_BHWC)
   _, height, width, _ = image_BHWC.shape
   even_Bhw = map_Bhw / np.maximum(map_Bhw.mean(axis=(1, 2), keepdims=True), 1e-30)
@@ -269,12 +273,14 @@ def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
-  """What each head of each block attends to over one image, every map scaled to its own largest.
+  """Draws what each head of each block attends to in one image.
+
+  Each map is scaled by its own largest value.
 
   Args:
-    image_HWC: beside the maps.
-    map_RKhw: a row of heads for each of `rows`.
-    rows: their names.
+    image_HWC: image drawn next to the maps.
+    map_RKhw: attention of each head, one row of heads for each of `rows`.
+    rows: names of the rows.
   """
   h, w = map_RKhw.shape[2:]
   row_R, head_K = (canvas.evenly(n, canvas.TILES) for n in map_RKhw.shape[:2])

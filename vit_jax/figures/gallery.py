@@ -1,7 +1,7 @@
-"""Pictures of a run, or of published weights: `figures/*.png` and `report.html`.
+"""Draws the figures of a run or of published weights: `figures/*.png` and `report.html`.
 
 Decisions:
-  * A picture whose data is not there is left out and the report says why; the others are drawn.
+  * A figure whose data is missing is skipped. The report gives the reason.
 """
 
 import logging
@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 def visualize(
   request: Request, images: list[str] | None = None, out: pathlib.Path | None = None
 ) -> list[pathlib.Path]:
-  """Draws all there is to draw; returns the files, the report last.
+  """Draws every figure whose data is available and returns the files, with the report last.
 
   Args:
     request: a training run, finished or not, or published weights.
-    images: files and folders to look at; None for a few test images of the run.
-    out: the folder that is written into; the workdir by default.
+    images: image files and folders to draw; None for a few test images of the run.
+    out: output folder; the workdir by default.
 
   Raises:
-    ValueError: nothing to draw, no place for it, images of which none can be read, or a config
-      that contradicts the weights.
+    ValueError: there is nothing to draw, the output folder cannot be used, no image can be read,
+      or the config contradicts the weights.
   """
   workdir = request.workdir
   out = out or workdir
@@ -48,9 +48,9 @@ def visualize(
     try:
       figure, caption = picture(subject)
     except Missing as reason:
-      log.info('%s is left out: %s', path.name, reason)
+      log.info('Skipped %s: %s', path.name, reason)
       left_out[title] = str(reason)
-      path.unlink(missing_ok=True)  # of an earlier call: the report would not have it
+      path.unlink(missing_ok=True)  # an earlier call may have drawn it
       continue
     save_figure(figure, path)
     drawn.append(Picture(path, title, caption))
@@ -63,35 +63,35 @@ def visualize(
 
 
 def describe(subject: Subject) -> str:
-  """The model in a line."""
+  """Returns one line that describes the model."""
   if isinstance(subject.exp, Missing):
     return 'Vision Transformer, no checkpoint yet'
   model, (height, width, _) = subject.exp.model, subject.exp.image_shape
   h, w = grid(subject.exp)
   return (
-    f'Vision Transformer, {model.depth} blocks of width {model.width}, {model.num_heads} heads, on '
-    f'images of {height} x {width} pixels in {h} x {w} patches'
+    f'Vision Transformer, {model.depth} blocks of width {model.width}, {model.num_heads} heads, '
+    f'for images of {height} x {width} pixels in {h} x {w} patches'
   )
 
 
-RESULT = {  # of `result.json`: name and format in the report
+RESULT = {  # key in `result.json`: (name in the report, format)
   'test_accuracy': ('test accuracy', '{:.2%}'),
   'test_loss': ('test loss', '{:.4f} nats'),
   'examples': ('test images', '{:,}'),
   'steps': ('training steps', '{:,}'),
-  'seconds': ('seconds, compilation included', '{:,.0f}'),
+  'seconds': ('seconds, including compilation', '{:,.0f}'),
 }
 
 
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
-  """What the run gave, as text; of one that is not finished, its last lines."""
+  """Returns the run's results as text; for an unfinished run, the latest metrics."""
   found = {}
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
   last = lines[-1]['step'] if lines else 0
   tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
   result = (read_json(workdir / 'result.json') if workdir else None) or {}
   result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-  if result.get('steps', -1) >= last:  # else the run has gone on since then
+  if result.get('steps', -1) >= last:  # otherwise training was resumed after this result
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
   elif lines:
@@ -99,18 +99,22 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
     if tested:
       found['test accuracy'] = f'{tested[-1]["accuracy"]:.2%} after step {tested[-1]["step"]:,}'
   if subject.step is not None:
-    found['checkpoint that is drawn'] = f'step {subject.step:,}'
+    found['checkpoint shown'] = f'step {subject.step:,}'
   if not isinstance(subject.params, Missing):
     classes = len(subject.exp.task.class_names)
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
-    found['classes'] = f'{classes:,}' if classes else 'none, the weights have no head'
+    found['classes'] = f'{classes:,}' if classes else 'none: the weights have no head'
   return found
 
 
 def config_differences(
   subject: Subject, workdir: pathlib.Path | None
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
-  """The config's keys that differ from the default, with both values; and those that don't."""
+  """Returns the config keys that differ from the default, and the unchanged keys.
+
+  Returns:
+    A list of `(key, value, default)` for the changed keys, and `{key: value}` of the others.
+  """
   default = config_lib.flatten(config_lib.default_config())
   if not isinstance(subject.exp, Missing):
     config = config_lib.flatten(subject.exp.config)

@@ -1,16 +1,18 @@
-"""What a trained model looks at and what it has learned, as arrays; `draw.py` draws them.
+"""Computes arrays that show what a trained model attends to and has learned.
+
+`draw.py` draws these arrays.
 
     layers, read_BKN = maps.attentions(model, params, image_BHWC)
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * Attention leaves the model by `sow`, which has it take the kernel that forms the weights
-    (`attention.py`); there is no second model.
-  * What the pooled output reads of the last block's tokens is an array, `read`: 1 on the class
-    token, equal on every patch, or the attention of a MAP head's probe. Whatever is asked about
-    attention starts from it, and so holds for every pool.
-  * `Missing` says that a model has no such thing. It is a `ValueError` of its own, so that a
-    report can leave out one picture and say why.
+  * The model exposes its attention through `sow`. While it does, it uses the plain attention
+    path, which computes the weights explicitly (`attention.py`). No second model is needed.
+  * The array `read` holds how much the pooled output reads from each token of the last block. It
+    is 1 for the class token, equal for all patches, or the attention of a MAP head's probe. All
+    functions on attention start from `read`, so they work for every pool.
+  * `Missing` is raised if a model does not have the requested array. It is a separate subclass
+    of `ValueError`, so a report can skip one figure and give the reason.
 """
 
 from collections.abc import Sequence
@@ -23,11 +25,11 @@ from vit_jax.model import POOLS, POSITIONS, ViT
 
 
 class Missing(ValueError):
-  """There is no such thing to look at; the message says why."""
+  """Raised when the data of a figure is not available; the message gives the reason."""
 
 
 def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
-  """Patches (down, across) of images of this size."""
+  """Returns the number of patches (down, across) in images of this size."""
   _, height, width, _ = image_BHWC.shape
   return height // model.patch_size[0], width // model.patch_size[1]
 
@@ -35,28 +37,29 @@ def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
 def attentions(
   model: ViT, params: dict, image_BHWC: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Every block's attention, and what the pooled output reads of the last block's tokens.
+  """Returns the attention of every block, and what the pooled output reads from each token.
 
   Args:
-    model: of a pool that is linear or has a probe.
-    params: its parameters.
+    model: a model whose pool is linear or has a probe.
+    params: the model's parameters.
     image_BHWC: normalised images.
 
   Returns:
-    One `attention_BKNN` a block, float32, whose rows (queries) sum to 1; and `read_BKN`, whose
-    rows sum to 1 too: by head of the probe if the pool has one, else with one head. Vectors side
-    by side count alike.
+    A list with one float32 `attention_BKNN` for each block; rows (queries) sum to 1.
+    `read_BKN`, the share that the pool reads from each token of the last block; rows sum to 1.
+    K is the number of heads of the probe, or 1 without a probe. Concatenated vectors have equal
+    weight.
 
   Raises:
-    Missing: the model does not pool, or its pool does not tell what it reads.
+    Missing: the model does not pool, or its pool does not report what it reads.
   """
   pool = POOLS[model.pool]
   if pool.tokens:
     raise Missing(
-      f'model.pool={model.pool} gives every token: ask for a pool, model.clone(pool="cls").'
+      f'model.pool={model.pool} returns every token. Choose a pool first: model.clone(pool="cls").'
     )
   if not (pool.linear or pool.probe):
-    raise Missing(f'model.pool={model.pool} does not tell how much it reads of each token.')
+    raise Missing(f'model.pool={model.pool} does not report how much it reads from each token.')
   _, state = model.apply({'params': params}, image_BHWC, mutable=['intermediates'])
   sown = state['intermediates']
   layers = [
@@ -71,29 +74,30 @@ def attentions(
 
 
 def pool_shares(model: ViT, tokens: int) -> jax.Array:
-  """The share of each of the `tokens` in the output of a linear pool: `[N]`, sums to 1.
+  """Returns the share of each token in the output of a linear pool: `[N]`, with sum 1.
 
-  They are what the pool makes of unit tokens, averaged over the vectors that it puts side by side.
+  The shares are the pool's output for unit tokens, averaged over concatenated vectors.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
 
 
 def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """How much of the pooled output comes from each patch of the image: `map_Bhw`.
+  """Returns how much of the pooled output comes from each patch of the image: `map_Bhw`.
 
-  Attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6): heads are
-  averaged, the residual connection is an identity of equal weight, `(A + I) / 2`, and the layers
-  are multiplied. Only the rows that the pool reads are followed, from the last block down.
+  This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6).
+  Heads are averaged. The residual connection counts as an identity with equal weight,
+  `(A + I) / 2`, and the layers are multiplied. Only the rows that the pool reads are followed,
+  from the last block to the first.
 
   Args:
-    layers: `attention_BKNN` of each block, the first block first.
-    read_BN: the pool's share of each of the last block's tokens; see `attentions`.
-    grid: patches (down, across); they are the last tokens.
+    layers: `attention_BKNN` of each block, in order.
+    read_BN: share that the pool reads from each token of the last block; see `attentions`.
+    grid: number of patches (down, across). Patches are the last tokens.
 
   Returns:
-    Shares of the pooled output. With those of the class token and the registers, which the map
-    leaves out, they sum to 1.
+    Shares of the pooled output. The map leaves out the class token and the registers. Together
+    with their shares, it sums to 1.
   """
   flow_BN = read_BN
   for attention_BKNN in reversed(layers):
@@ -106,27 +110,29 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 def head_attention(
   attention_BKNN: jax.Array, read_BN: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-  """What each head of a block attends to, for the tokens that the pool reads: `map_BKhw`.
+  """Returns what each head of a block attends to, for the tokens that the pool reads: `map_BKhw`.
 
-  With `cls` that is the class token's attention; with `gap` the mean of the patches', with `map`
-  weighted as the probe weights them; with `cls_gap` and `distilled` half of each that they read.
-  What goes to class token and registers is left out.
+  The map depends on the pool. With `cls` it is the class token's attention, with `gap` the mean
+  over the patches, and with `map` a mean weighted by the probe. With `cls_gap` and `distilled`
+  both sources count half. Attention to the class token and the registers is left out.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
 
 def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-  """What `draw` needs of attention, small where attention is large.
+  """Returns the small arrays that `draw.py` needs from the large attention arrays.
 
-  One image at a time, and of that each block's attention only until it is summed up: a B/16 at
-  224 pixels needs little beside its weights.
+  Images are processed one at a time, and each block's attention is summarised at once. A B/16 at
+  224 pixels therefore needs little memory besides its weights.
 
   Returns:
-    `rollout` `[B, h, w]`; `heads` `[B, R, K, h, w]`, `head_attention` of each block, and a last
-    row of the probe's own if the pool has one; `distance` `[B, depth, K]`, pixels.
+    `rollout`: `[B, h, w]`.
+    `heads`: `[B, R, K, h, w]`, `head_attention` of each block. If the pool has a probe, the last
+      row is the probe's own attention.
+    `distance`: `[B, depth, K]`, in pixels.
 
   Raises:
-    Missing: the model does not pool.
+    Missing: the model does not pool, or its pool does not report what it reads.
   """
   grid = grid_of(model, image_BHWC)
 
@@ -147,7 +153,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
 
 def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """The patches of `[..., N]` as `[..., h, w]`; the tokens before them are left out."""
+  """Reshapes the patches of `[..., N]` to `[..., h, w]` and drops the tokens before them."""
   h, w = grid
   return x[..., x.shape[-1] - h * w :].reshape(*x.shape[:-1], h, w)
 
@@ -155,12 +161,12 @@ def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
 def mean_attention_distance(
   attention_BKNN: jax.Array, grid: tuple[int, int], patch_size: tuple[int, int]
 ) -> jax.Array:
-  """How far each head looks, in pixels of the model's input: `distance_BK`.
+  """Returns how far each head looks, in pixels of the model's input: `distance_BK`.
 
-  The distance between the centres of the patch that asks and the patch that answers, weighted
-  by attention and averaged over the patches that ask (paper, Section 4.5 and Appendix D.7).
-  Class token and registers have no place: they neither ask nor answer, and what attention the
-  patches leave to each other counts as the whole.
+  This is the distance between the centres of the query patch and the key patch. It is weighted
+  by attention and averaged over the query patches (paper, Section 4.5 and Appendix D.7). The
+  class token and the registers have no position and are left out, both as queries and as keys.
+  The attention between patches is then rescaled to sum to 1.
   """
   count = grid[0] * grid[1]
   attention_BKNN = attention_BKNN[..., -count:, -count:]
@@ -171,9 +177,9 @@ def mean_attention_distance(
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> np.ndarray:
-  """Between the centres of every two patches, in pixels: `[h w, h w]`.
+  """Returns the distance between the centres of every two patches, in pixels: `[h w, h w]`.
 
-  The mean of all is the mean attention distance of a head that attends everywhere alike.
+  The mean of this array is the attention distance of a head that attends to all patches equally.
   """
   centre_N2 = np.argwhere(np.ones(grid)) * np.asarray(patch_size)
   apart_NN2 = centre_N2[:, None] - centre_N2[None]
@@ -181,16 +187,16 @@ def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> np.nd
 
 
 def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.ndarray:
-  """The position embeddings of the patches: `position_hwD`.
+  """Returns the position embeddings of the patches: `position_hwD`.
 
   Raises:
-    Missing: the model has none.
+    Missing: the model has no position embeddings.
   """
   position = POSITIONS[model.position]
   if position.angles and not position.table:
     raise Missing(
-      f'model.position={model.position} adds no position embeddings: it turns queries and keys by '
-      'their place.'
+      f'model.position={model.position} adds no position embeddings: it rotates queries and keys '
+      'by their position.'
     )
   if not position.table:
     raise Missing(f'model.position={model.position}: the model has no position embeddings.')
@@ -200,32 +206,34 @@ def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.n
 
 
 def position_similarity(position_hwD: np.ndarray) -> np.ndarray:
-  """Cosine similarity of each position to every other: `similarity_hwhw` (paper, Figure 7)."""
+  """Returns the cosine similarity of all position pairs: `similarity_hwhw` (paper, Figure 7)."""
   norm_hw1 = np.linalg.norm(position_hwD, axis=-1, keepdims=True)
   unit_hwD = position_hwD / np.maximum(norm_hw1, np.finfo(np.float32).tiny)
   return np.einsum('hwD,yxD->hwyx', unit_hwD, unit_hwD)
 
 
 def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-  """Principal components of the patch embedding's filters (paper, Figure 7, left).
+  """Returns principal components of the patch embedding's filters (paper, Figure 7, left).
 
-  Each of the D columns of the embedding is a filter over a patch; their components, about their
-  mean, are patches again.
+  Each of the D columns of the embedding is a filter over a patch. The mean filter is subtracted
+  first, and every component has the shape of a patch.
 
   Args:
-    model: without a convolutional stem.
-    params: its parameters.
-    count: of components wanted; there are no more than numbers in a patch, and fewer than D.
+    model: a model without a convolutional stem.
+    params: the model's parameters.
+    count: maximum number of components. There are at most as many as values in a patch, and
+      fewer than D.
 
   Returns:
-    `filter_FpqC`, each of length 1, its entry of the largest magnitude positive, the most
-    important first; and `share_F`, its share of the filters' variance.
+    `filter_FpqC`, the components in order of importance. Each has length 1, and its entry with
+      the largest magnitude is positive.
+    `share_F`, the share of each component in the variance of the filters.
 
   Raises:
-    Missing: a hybrid's patches are of a feature map, not of pixels.
+    Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing("a hybrid embeds patches of its stem's feature map, which have no colours.")
+    raise Missing("a hybrid embeds patches of its stem's feature map, which has no colours.")
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   filter_DP = kernel_pqCD.reshape(-1, width).T
@@ -241,20 +249,20 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
 
 
 def patches(image_HWC: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-  """The image cut as the model cuts it (paper, Figure 1): `[h, w, p, q, C]`."""
+  """Cuts an image into patches as the model does (paper, Figure 1): `[h, w, p, q, C]`."""
   height, width, channels = image_HWC.shape
   p, q = patch_size
   return image_HWC.reshape(height // p, p, width // q, q, channels).transpose(0, 2, 1, 3, 4)
 
 
 def confusion(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """How many examples of each class (row) were taken for each class (column): `count_LL`."""
+  """Counts examples by true class (row) and predicted class (column): `count_LL`."""
   pair_N = np.asarray(label_N, np.int64) * num_classes + predicted_N
   return np.bincount(pair_N, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def class_accuracy(count_LL: np.ndarray) -> np.ndarray:
-  """The share of each class's examples that were recognised: `[L]`; NaN for a class of none."""
+  """Returns the accuracy of each class: `[L]`, with NaN for a class without examples."""
   total_L = count_LL.sum(axis=1)
   return np.where(total_L > 0, np.diag(count_LL) / np.maximum(total_L, 1), np.nan)
 
@@ -262,28 +270,29 @@ def class_accuracy(count_LL: np.ndarray) -> np.ndarray:
 def mistakes(
   label_N: np.ndarray, predicted_N: np.ndarray, confidence_N: np.ndarray, count: int
 ) -> np.ndarray:
-  """The indices of the mistakes that the model was surest of, the surest first; `count` at most.
+  """Returns the indices of the most confident mistakes, in decreasing order of confidence.
 
   Args:
-    label_N: the truth.
-    predicted_N: what the model took it for.
-    confidence_N: the probability that it gave to that.
-    count: wanted.
+    label_N: true classes.
+    predicted_N: predicted classes.
+    confidence_N: probabilities of the predicted classes.
+    count: maximum number of mistakes.
   """
   wrong = np.flatnonzero(np.asarray(label_N) != predicted_N)
   return wrong[np.argsort(-np.asarray(confidence_N)[wrong], kind='stable')][:count]
 
 
 def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
-  """The indices of `count` examples, evenly over the classes: the first of each, then the second.
+  """Returns the indices of `count` examples, spread evenly over the classes.
 
-  Fewer where there are fewer examples; with more classes than `count`, classes evenly apart.
+  The first example of each class comes first, then the second of each class. There are fewer
+  indices if there are fewer examples. If `count` is too small, it uses evenly spaced classes.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:
     wanted = np.arange(count) * num_classes // count
     few = np.isin(label_N, wanted)
-    label_N = np.where(few, label_N, num_classes)  # after all that are wanted
+    label_N = np.where(few, label_N, num_classes)  # sorted after the chosen classes
   order = np.argsort(label_N, kind='stable')
   first = np.searchsorted(label_N[order], label_N[order])
   rank_N = np.empty(len(label_N), np.int64)

@@ -1,7 +1,7 @@
-"""Each picture of a run: what it is drawn from, and its caption.
+"""Defines the figures of a run, with their captions.
 
-A picture is a function of a `Subject` that gives a figure and one or two sentences on it, or
-raises `Missing` where the subject lacks what it shows.
+Each `picture_*` function takes a `Subject` and returns a figure and its caption. It raises
+`Missing` if the subject lacks the data for the figure.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,18 @@ from vit_jax.figures import draw, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.model import POOLS, POSITIONS
 
-MISTAKES = 10  # drawn
+MISTAKES = 10  # number of mistakes drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """What the model made of each test example: a class, and its probability.
+  """Predictions for the test examples.
 
-  `index_N` are their places in the split, from which bad images may be missing.
+  Attributes:
+    index_N: index of each example in the split; unreadable images are left out.
+    label_N: true classes.
+    predicted_N: predicted classes.
+    confidence_N: probabilities of the predicted classes.
   """
 
   index_N: np.ndarray
@@ -34,7 +38,14 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-  """`rollout` and `heads` of the images drawn; `distance_DK`, a mean over all measured."""
+  """Attention arrays for the figures.
+
+  Attributes:
+    rollout: `[B, h, w]`, rollout of the images that are drawn.
+    heads: `[B, R, K, h, w]`, attention by block and head in the images that are drawn.
+    distance_DK: mean attention distance by block and head, averaged over `measured` images.
+    measured: number of images in that average.
+  """
 
   rollout: np.ndarray
   heads: np.ndarray
@@ -44,17 +55,17 @@ class AttentionMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """What the pictures are of; of each part that is not there the reason why.
+  """The data for all figures. A part that is not available is a `Missing` with the reason.
 
   Attributes:
-    lines: of `metrics.jsonl`.
-    exp: the experiment of the weights.
-    params: its parameters.
-    test: the test split.
-    scores: of the test split.
-    shown: `[B, H, W, C]` uint8, the images drawn as the model sees them.
-    attention: over these, and some more.
-    step: of the checkpoint; None for published weights.
+    lines: lines of `metrics.jsonl`.
+    exp: experiment that fits the weights.
+    params: parameters of the model.
+    test: test split.
+    scores: predictions for the test split.
+    shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
+    attention: attention over these images and, for the distances, some more.
+    step: step of the checkpoint; None for published weights.
   """
 
   lines: list[dict] | Missing
@@ -67,10 +78,10 @@ class Subject:
   step: int | None = None
 
   def need(self, *names: str) -> list:
-    """These parts.
+    """Returns the named parts.
 
     Raises:
-      Missing: the first that is not there.
+      Missing: the first part that is not available.
     """
     parts = [getattr(self, name) for name in names]
     for part in parts:
@@ -80,32 +91,32 @@ class Subject:
 
 
 def picture_curves(subject: Subject) -> tuple[Figure, str]:
-  """Of the metrics."""
+  """Returns the training curves and their caption."""
   (lines,) = subject.need('lines')
   return draw.draw_curves(lines), (
-    'Loss and accuracy over training: of the augmented training batches, averaged between log '
-    'lines, and of whole splits that were held out.'
+    'Loss and accuracy during training. Training values come from augmented batches and are '
+    'averaged between two log lines. Other values are computed on whole held-out splits.'
   )
 
 
 def picture_confusion(subject: Subject) -> tuple[Figure, str]:
-  """Of the test split."""
+  """Returns the confusion matrix of the test split and its caption."""
   exp, scores = subject.need('exp', 'scores')
   names, count = exp.task.class_names, len(scores.label_N)
   count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
   return draw.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
-    f'What {count:,} test images were taken for, in percent of each true class, and beside it '
-    f'the diagonal: {right:,} are right, {right / count:.2%}.'
+    f'Predicted classes of {count:,} test images, in percent of each true class, and the accuracy '
+    f'of each class. {right:,} predictions are correct ({right / count:.2%}).'
   )
 
 
 def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
-  """Of the test split."""
+  """Returns the most confident mistakes on the test split and their caption."""
   exp, test, scores = subject.need('exp', 'test', 'scores')
   index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
   if not len(index):
-    raise Missing('no test image was taken for another class.')
+    raise Missing('the model classified every test image correctly.')
   name = lambda labels: [exp.task.class_names[label] for label in labels]
   figure = draw.draw_mistakes(
     test.some(scores.index_N[index]).image_NHWC,
@@ -114,67 +125,66 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
     scores.confidence_N[index],
   )
   return figure, (
-    'The wrong predictions that the model gave the highest probability, the surest first. Some '
-    'show what it can not tell apart, some a label that is doubtful.'
+    'Wrong predictions with the highest probability, in decreasing order. Some show classes that '
+    'the model cannot tell apart, others a doubtful label.'
   )
 
 
 def picture_patches(subject: Subject) -> tuple[Figure, str]:
-  """Of the first image."""
+  """Returns the patches of the first image and their caption."""
   exp, shown = subject.need('exp', 'shown')
   figure = draw.draw_patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
   return figure, (
-    'An image as the model sees it is cut into patches, read row by row: each becomes a token '
+    'The model cuts its input image into patches, row by row. Each patch becomes a token '
     '(Figure 1 of the paper).'
   )
 
 
 def picture_filters(subject: Subject) -> tuple[Figure, str]:
-  """Of the patch embedding."""
+  """Returns the filters of the patch embedding and their caption."""
   exp, params = subject.need('exp', 'params')
   filter_FpqC, share_F = maps.filters(exp.model, params)
   return draw.draw_filters(filter_FpqC, share_F), (
     f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
-    'patch, with their share of the variance; each is scaled by itself, zero is mid-grey '
-    '(Figure 7 of the paper, left).'
+    'patch, with their share of the variance. Each is scaled by its own largest value; mid-grey '
+    'is zero (Figure 7 of the paper, left).'
   )
 
 
 def picture_positions(subject: Subject) -> tuple[Figure, str]:
-  """Of the position embeddings."""
+  """Returns the similarity of the position embeddings and its caption."""
   exp, params = subject.need('exp', 'params')
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
   return figure, (
-    f"Each small map is the cosine similarity of one patch's "
-    f'{POSITIONS[exp.model.position].caption} to those of all patches, where they lie in the '
-    'image (Figure 7 of the paper, centre).'
+    f"Each small map shows the cosine similarity between one patch's "
+    f'{POSITIONS[exp.model.position].caption} and every other, arranged as in the image '
+    '(Figure 7 of the paper, centre).'
   )
 
 
 def picture_distance(subject: Subject) -> tuple[Figure, str]:
-  """Of all images looked at."""
+  """Returns the mean attention distance over all measured images and its caption."""
   exp, attention = subject.need('exp', 'attention')
   even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
   return draw.draw_attention_distance(attention.distance_DK, even), (
-    'How far each head looks: the distance in the image between a patch and those that it attends '
-    f'to, averaged over {attention.measured} images. A dot is a head (Figure 7 of the paper, '
+    'How far each head looks: the distance in pixels between a patch and the patches it attends '
+    f'to, averaged over {attention.measured} images. Each dot is a head (Figure 7 of the paper, '
     'right).'
   )
 
 
 def picture_rollout(subject: Subject) -> tuple[Figure, str]:
-  """Of the images drawn."""
+  """Returns the attention rollout of the shown images and its caption."""
   shown, attention = subject.need('shown', 'attention')
   return draw.draw_rollout(shown, attention.rollout), (
-    'Where the output comes from: attention rollout from the pooled output down to the patches, '
-    'and the images lit by it (Figure 6 of the paper). 1 is what a patch would have if all were '
-    'alike.'
+    'Which patches the output comes from, by attention rollout, and the images lit by it (Figure 6 '
+    'of the paper). A value of 1 is the share of a patch if all patches had equal shares.'
   )
 
 
 def picture_heads(subject: Subject) -> tuple[Figure, str]:
-  """Of the first image."""
+  """Returns the attention of each head in the first image and its caption."""
   exp, shown, attention = subject.need('exp', 'shown', 'attention')
   map_RKhw = attention.heads[0]
   rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
@@ -184,10 +194,10 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
   )
 
 
-# By the name of its file: its title, and the function.
+# Maps the file name of each figure, without `.png`, to its title and function.
 PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'curves': ('Loss and accuracy', picture_curves),
-  'confusion': ('Which class is taken for which', picture_confusion),
+  'confusion': ('Confusion matrix', picture_confusion),
   'mistakes': ('Most confident mistakes', picture_mistakes),
   'patches': ('An image as patches', picture_patches),
   'filters': ('Filters of the patch embedding', picture_filters),
@@ -199,6 +209,6 @@ PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
 
 
 def grid(exp: Experiment) -> tuple[int, int]:
-  """Patches (down, across) of the model's input."""
+  """Returns the number of patches (down, across) in the model's input."""
   height, width, _ = exp.image_shape
   return height // exp.model.patch_size[0], width // exp.model.patch_size[1]

@@ -1,9 +1,10 @@
-"""One HTML page that holds a run's numbers, config and pictures, and needs nothing else.
+"""Writes a self-contained HTML page with the numbers, config and figures of a run.
 
 Decisions:
-  * No script, no font, no link out: it opens from a disk, in a mail, in ten years.
-  * All text goes through `html.escape`: names of classes, files and runs are other people's.
-  * Pictures have a white ground of their own, so that they look the same on a dark page.
+  * The page has no scripts, fonts or external links. It opens from a disk, from an e-mail, and
+    in ten years.
+  * All text goes through `html.escape`, because names of classes, files and runs are not trusted.
+  * Figures have a white background, so they look the same on a dark page.
 """
 
 import base64
@@ -39,7 +40,7 @@ summary { cursor: pointer; margin: .75rem 0; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG file, with what it is called and one or two sentences on what it shows."""
+  """A PNG file with its title and a caption of one to three sentences."""
 
   path: pathlib.Path
   title: str
@@ -48,16 +49,16 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What the page holds.
+  """Contents of the page.
 
   Attributes:
-    title: of the page.
-    subtitle: under it.
-    numbers: what the run gave, by name.
-    changed: keys of the config with their value and the default.
-    unchanged: keys of the config that are at their default.
-    pictures: in their order; the files are put into the page.
-    left_out: titles of pictures that could not be drawn, and why.
+    title: title of the page.
+    subtitle: line below the title.
+    numbers: results of the run, by name.
+    changed: `(key, value, default)` of the config keys that differ from the default.
+    unchanged: config keys at their default, with the value.
+    pictures: figures in the order of the page, which embeds their files.
+    left_out: titles of the skipped figures, with the reason.
   """
 
   title: str
@@ -70,13 +71,13 @@ class Report:
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
-  """Writes the page as an HTML file; it is whole or not there."""
+  """Writes the page as an HTML file, atomically."""
   parts = [
     f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
     section('Numbers', html_table(report.numbers.items())),
     section('Config', config_tables(report.changed, report.unchanged)),
     *(section(picture.title, figure(picture)) for picture in report.pictures),
-    section('Left out', html_table(report.left_out.items())) if report.left_out else '',
+    section('Skipped figures', html_table(report.left_out.items())) if report.left_out else '',
   ]
   storage.replace(
     path,
@@ -89,12 +90,12 @@ def write_report(path: pathlib.Path, report: Report) -> None:
 
 
 def section(title: str, body: str) -> str:
-  """A part of the page under a heading."""
+  """Returns the HTML of a section with a heading."""
   return f'<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>'
 
 
 def figure(picture: Picture) -> str:
-  """A picture and its caption; the file's bytes are in the page."""
+  """Returns the HTML of a figure and its caption, with the bytes of the file embedded."""
   data = base64.b64encode(picture.path.read_bytes()).decode()
   return (
     f'<figure><img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
@@ -103,7 +104,7 @@ def figure(picture: Picture) -> str:
 
 
 def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
-  """What differs from the defaults, and behind a fold all that does not."""
+  """Returns a table of the changed keys, and a folded table of the unchanged keys."""
   code = lambda x: f'<code>{escape(x)}</code>'
   rows = [(code(key), code(value), code(default)) for key, value, default in changed]
   rest = [(code(key), code(value)) for key, value in unchanged.items()]
@@ -116,16 +117,16 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
 
 
 def html_table(rows: Iterable[tuple[str, str]]) -> str:
-  """Names and values."""
+  """Returns an HTML table of names and values."""
   return f'<table>{cells((escape(name), escape(value)) for name, value in rows)}</table>'
 
 
 def cells(rows: Iterable[tuple[str, ...]], tag: str = 'td') -> str:
-  """Rows of a table; what is given is HTML."""
+  """Returns the rows of a table; the given cells are already HTML."""
   line = lambda row: ''.join(f'<{tag}>{cell}</{tag}>' for cell in row)
   return '\n'.join(f'<tr>{line(row)}</tr>' for row in rows)
 
 
 def escape(text: object) -> str:
-  """Text as HTML shows it, inside an attribute too."""
+  """Escapes text for HTML, including attribute values."""
   return html.escape(str(text), quote=True)

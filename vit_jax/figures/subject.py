@@ -1,7 +1,7 @@
-"""What the pictures of a run are of: read, chosen and computed once.
+"""Reads, selects and computes the data for all figures of a run, once.
 
-Test images are chosen by their place in the split, the first of each class: the same at every call,
-and the same for two runs on the same data.
+Test images are selected by their position in the split: the first of each class. The selection is
+the same at every call and for two runs on the same data.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,12 +25,12 @@ from vit_jax.workdir import latest_step, read_metrics
 
 log = logging.getLogger(__name__)
 
-SHOWN = 8  # images drawn
-MEASURED = 128  # images that attention distance is averaged over, as in the paper
+SHOWN = 8  # number of images drawn
+MEASURED = 128  # number of images that attention distance is averaged over, as in the paper
 
 
 def collect(request: Request, images: list[str] | None) -> Subject:
-  """Reads and computes what the pictures are of; see `visualize`."""
+  """Reads and computes the data for the figures; see `visualize` for the arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
@@ -40,7 +40,7 @@ def collect(request: Request, images: list[str] | None) -> Subject:
   if not asked and latest_step(workdir) is None:
     if isinstance(lines, Missing):
       raise ValueError(
-        f'{workdir}: no metrics.jsonl and no checkpoint to draw; give the --workdir of a '
+        f'{workdir}: no metrics.jsonl and no checkpoint to draw. Pass the --workdir of a '
         'training run.'
       )
     return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
@@ -62,19 +62,19 @@ def collect(request: Request, images: list[str] | None) -> Subject:
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
-  """The run's metrics."""
+  """Returns the run's metrics, or the reason if they are missing."""
   if workdir is None:
     return Missing('weights without a run have no metrics.')
   if not (workdir / 'metrics.jsonl').exists():
-    return Missing('the workdir holds no metrics.jsonl.')
-  return read_metrics(workdir) or Missing('metrics.jsonl holds no line yet.')
+    return Missing('the workdir has no metrics.jsonl.')
+  return read_metrics(workdir) or Missing('metrics.jsonl has no lines yet.')
 
 
 def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
-  """The run's test split, without images trained on; the reason where it is not there any more.
+  """Returns the run's test split without training images, or the reason if it is unreadable.
 
   Raises:
-    ValueError: it is not where the overrides say.
+    ValueError, OSError: the data cannot be opened with the given `data.*` overrides.
   """
   try:
     source, _ = open_test(exp)
@@ -82,12 +82,12 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
   except (ValueError, OSError) as error:
     if any(key.startswith('data.') for key in overrides):
       raise
-    log.warning('The test data can not be read: %s', error)
-    return Missing(f'the test data can not be read: {error}')
+    log.warning('Cannot read the test data: %s', error)
+    return Missing(f'cannot read the test data: {error}')
 
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
-  """The model's answer to every test example that is not bad."""
+  """Returns the model's prediction for every readable test example."""
   step, size = make_inference_step(exp, mesh, probabilities(exp)), exp.config.eval_batch_size
   found = []
   for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
@@ -101,41 +101,42 @@ def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh)
 def batches(
   examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
 ) -> Iterator[dict[str, jax.Array]]:
-  """Every example once, under a progress bar."""
+  """Yields batches that hold every example once, and shows a progress bar."""
   found = eval_batches(examples, size, batch_sharding(mesh))
   return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
 
 
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
-  """Test images evenly over the classes, those that are drawn first."""
+  """Returns test images spread evenly over the classes, starting with the images to draw."""
   classes = len(exp.task.class_names)
   shown, measured = (maps.spread_over_classes(test.label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
-  shown = shown[np.argsort(-contrast, kind='stable')]  # the first is drawn large
+  # The figures of patches and heads show only the first image, so it should have much contrast.
+  shown = shown[np.argsort(-contrast, kind='stable')]
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
   return test.some(index).image_NHWC
 
 
 def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
-  """Image files, as many as are looked at.
+  """Reads the first `MEASURED` image files and skips unreadable ones.
 
   Raises:
-    ValueError: none of them can be read.
+    ValueError: none of the files can be read.
   """
   if len(files) > MEASURED:
-    log.warning('Looking at the first %d of %d images.', MEASURED, len(files))
+    log.warning('Using the first %d of %d images.', MEASURED, len(files))
   rows = [read_image(file, exp) for file in files[:MEASURED]]
   good = [row for row in rows if not isinstance(row, str)]
   bad = [row for row in rows if isinstance(row, str)]
   if not good:
     raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
   for row in bad:
-    log.warning('Left out: %s', row)
+    log.warning('Skipped: %s', row)
   return np.stack(good)
 
 
 def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
-  """Images at the size of the model's input, uint8."""
+  """Returns uint8 images at the size of the model's input."""
   mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
   pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
   return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
@@ -144,7 +145,7 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> AttentionMaps:
-  """Attention over images, of which the first are drawn."""
+  """Returns attention maps of the first `SHOWN` images, and distances averaged over all."""
 
   def summary(image_BHWC, params):
     return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))
