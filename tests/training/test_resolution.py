@@ -32,7 +32,7 @@ def test_patches_of_another_grid_are_placed_at_their_centres():
   np.testing.assert_array_equal(y, [[0.5] * 3, [2.5] * 3])  # between rows 0 and 1, 2 and 3
   np.testing.assert_array_equal(x, [[0.5, 2.5, 4.5]] * 2)
   y, x = positions.coordinates((14, 11), (14, 11))
-  np.testing.assert_array_equal((y, x), np.mgrid[:14, :11])  # to the bit
+  np.testing.assert_array_equal((y, x), np.mgrid[:14, :11])  # exactly
 
 
 def test_stretched_sincos_and_rope_equal_the_closed_form():

@@ -50,10 +50,11 @@ class Position:
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the row and the column of each patch of `grid`, `[h, w]` each, in units of `whole`.
+  """Returns row and column, `[h, w]` each, of the patches of `grid` in the coordinates of `whole`.
 
-  Both grids cover the same image. If they are equal, the coordinates are whole numbers. If not,
-  each patch is placed at its centre.
+  Both grids cover the same image. The coordinates of a patch are the place of its centre. They are
+  counted in patches of `whole`, from the centre of its first patch. If the grids are equal, they
+  are whole numbers.
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
   y, x = np.meshgrid(rows, columns, indexing='ij')
@@ -64,7 +65,7 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
   """Returns fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
   Each of these fills a quarter of the width: sine of the column, cosine of the column, sine of the
-  row, cosine of the row. If `whole` is given, rows and columns are in the units of that grid.
+  row, cosine of the row. If `whole` is given, rows and columns are coordinates in that grid.
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))
@@ -79,7 +80,7 @@ def rope_angles(
   """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
   The first half of the angles depends on the row, the second half on the column. If `whole` is
-  given, rows and columns are in the units of that grid. The `prefix` tokens before the patches have
+  given, rows and columns are coordinates in that grid. The `prefix` tokens before the patches have
   angle 0, so they have no position.
   """
   theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
