@@ -1,4 +1,4 @@
-"""Two CPU devices for every test, a compilation cache for the session, a trained workdir."""
+"""Sets up two CPU devices, a compilation cache for the session, and a trained workdir."""
 
 import os
 import pathlib
@@ -10,12 +10,12 @@ import pytest
 from vit_jax import cli
 from vit_jax import config as config_lib
 
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # else a parent of this process made it
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # if it is set, the parent process made the cache
   CACHE = tempfile.TemporaryDirectory(prefix='vit_jax_tests_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
 jax.config.update('jax_num_cpu_devices', 2)
-# LLVM's passes off, XLA's own as ever: nearly all of the suite's time is compiling.
+# Disables LLVM's passes but not XLA's, because most of the suite's time is compilation.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for the processes that tests start
 jax.config.update('jax_disable_most_optimizations', True)
 
@@ -24,7 +24,10 @@ DATA = ROOT / 'tests' / 'fixtures'
 
 
 def small_config(**overrides):
-  """A run of 32 steps on synthetic 8x8 images that takes a second; dotted overrides."""
+  """Returns the config of a run of 32 steps on synthetic 8x8 images, which takes a second.
+
+  Overrides are dotted keys with their values as text.
+  """
   config = config_lib.default_config()
   settings = {
       'epochs': '1', 'batch_size': '32', 'eval_batch_size': '100', 'log_every': '8',
@@ -40,7 +43,7 @@ def small_config(**overrides):
 
 
 def call(capsys, *argv):
-  """(exit code, stdout, stderr) of main.py."""
+  """Runs main.py and returns (exit code, stdout, stderr)."""
   code = cli.main(list(argv))
   out, err = capsys.readouterr()
   assert 'Traceback' not in err
@@ -48,7 +51,7 @@ def call(capsys, *argv):
 
 
 def error(capsys, *argv):
-  """The message of a command that is refused."""
+  """Returns the error message of a command that must fail with exit code 2."""
   code, _, err = call(capsys, *argv)
   assert code == 2 and err.startswith('error: '), err
   return err

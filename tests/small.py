@@ -1,3 +1,3 @@
-"""The run of conftest.py as an experiment, for processes that tests start."""
+"""Provides `small_config` of conftest.py as a config file, for processes that tests start."""
 
 from tests.conftest import small_config as get_config  # noqa: F401

@@ -1,4 +1,4 @@
-"""Augmentation against NumPy and Pillow; the operations of RandAugment are next door."""
+"""Compares augmentation with NumPy and Pillow; `test_randaugment.py` tests RandAugment."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 
 def arguments(**changes):
-  """The default arguments with these changes: name=dict(...)."""
+  """Returns the default arguments with changes, given as name=dict(...)."""
   section = config_lib.default_config().augment.to_dict()
   for name, values in changes.items():
     section[name] = section[name] | values if isinstance(values, dict) else values
@@ -57,22 +57,22 @@ def test_pad_crop_takes_a_window_of_the_padded_image(mode):
 
 
 @pytest.mark.parametrize('probability', [0.2, 0.5, 1.0])
-def test_flip_mirrors_the_share_asked_for(probability):
+def test_flip_mirrors_images_with_its_probability(probability):
   images = np.concatenate([IMAGES] * 64)
   out = run(images, np.arange(1024), probability=probability)
   mirrored = (out == images[:, :, ::-1]).all((1, 2, 3))
   same = (out == images).all((1, 2, 3))
   assert np.all(mirrored ^ same)
-  assert mirrored.mean() == pytest.approx(probability, abs=0.07)  # 0.5: 4.5 standard deviations
+  assert mirrored.mean() == pytest.approx(probability, abs=0.07)  # 4.5 standard deviations at 0.5
 
 
-def test_draws_depend_on_the_example_alone():
+def test_draws_depend_only_on_the_example():
   whole = run(IMAGES, np.arange(16), padding=2, probability=0.5)
   rows = np.array([9, 3, 14])
   np.testing.assert_array_equal(run(IMAGES[rows], rows, 2, 0.5), whole[rows])
 
 
-def test_each_step_augmentation_and_example_draws_from_a_key_of_its_own():
+def test_each_step_augmentation_and_example_has_its_own_key():
   keys = [pipeline.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in range(3)]
   data = np.concatenate([jax.random.key_data(key_B) for key_B in keys])
   assert len(np.unique(data, axis=0)) == 2 * 3 * 5
@@ -98,7 +98,7 @@ def test_augmentation_and_dropout_draw_from_different_keys():
   assert len({tuple(np.asarray(jax.random.key_data(key))) for key in seen}) == 4
 
 
-def test_nothing_happens_by_default():
+def test_default_arguments_change_nothing():
   np.testing.assert_array_equal(run(IMAGES, np.arange(16)), IMAGES)
   assert pipeline.active(arguments()) == []
   out, own = pipeline.augment_and_mix(KEY, jnp.arange(16), IMAGES, arguments(), early=True)
@@ -106,7 +106,7 @@ def test_nothing_happens_by_default():
   np.testing.assert_array_equal(own, np.ones(16))
 
 
-# Arguments that turn each on; the first one does.
+# Arguments of each augmentation; the first one enables it.
 ON = {
   'pad_crop': {'padding': 2},
   'flip': {'probability': 0.5},
@@ -118,7 +118,7 @@ ON = {
 }
 
 
-def test_each_is_turned_on_by_its_switch():
+def test_switch_enables_its_augmentation():
   assert list(ON) == [*pipeline.AUGMENTATIONS, 'mix']
   for name, values in ON.items():
     assert pipeline.active(arguments(**{name: values})) == [name]
@@ -128,7 +128,7 @@ def test_each_is_turned_on_by_its_switch():
 
 @functools.cache
 def early_and_late():
-  """A program with nearly all of `ON`, as a step near the end of a run has it."""
+  """Returns a compiled step with nearly all of `ON`; `early` enables strong augmentations."""
   most = {name: values for name, values in ON.items() if name != 'trivial_augment'}
   settings = arguments(**most, off_for_last=0.5)
   return jax.jit(
@@ -136,7 +136,7 @@ def early_and_late():
   )
 
 
-def test_a_pair_depends_on_its_places_alone():
+def test_mixed_pairs_depend_only_on_their_positions():
   images, places = DRAWN[:16], np.arange(16)
   out, own = map(np.asarray, early_and_late()(places, images, True))
   assert (out != images).any((1, 2, 3)).all() and out.dtype == np.uint8
@@ -148,14 +148,14 @@ def test_a_pair_depends_on_its_places_alone():
   assert (np.asarray(again) != out).any((1, 2, 3)).all()
 
 
-def test_at_the_end_of_a_run_images_are_only_cropped_and_flipped():
+def test_images_are_only_cropped_and_flipped_at_the_end_of_a_run():
   images, places = DRAWN[:16], np.arange(16)
   out, own = early_and_late()(places, images, False)
   np.testing.assert_array_equal(own, np.ones(16))
   weak = {name: ON[name] for name in ('pad_crop', 'flip', 'resized_crop')}
   run = jax.jit(lambda images: pipeline.augment(KEY, places, images, arguments(**weak)))
   want = np.asarray(run(images)).astype(int)
-  np.testing.assert_allclose(np.asarray(out), want, atol=1)  # another program rounds otherwise
+  np.testing.assert_allclose(np.asarray(out), want, atol=1)  # another program rounds differently
   assert (np.asarray(out) == want).mean() > 0.999
 
 
@@ -164,13 +164,13 @@ KEYS = jax.random.split(KEY, 256)
 
 
 def rectangles(count, height, width, min_area, max_area, max_aspect):
-  """(heights, widths) of many draws."""
+  """Returns (heights, widths) of many random rectangles."""
   draw = lambda key: crops.rectangle(key, height, width, min_area, max_area, max_aspect)
   keys = jax.random.split(KEY, count)
   return np.asarray(jax.jit(jax.vmap(draw))(keys)).T
 
 
-def test_the_area_of_a_rectangle_is_uniform_and_so_is_the_logarithm_of_its_shape():
+def test_rectangles_have_uniform_area_and_log_aspect_ratio():
   height, width = rectangles(20_000, 40, 60, 0.08, 0.4, 4 / 3)
   area = height * width / 2400
   assert area.min() > 0.0799 and area.max() < 0.4001
@@ -181,14 +181,14 @@ def test_the_area_of_a_rectangle_is_uniform_and_so_is_the_logarithm_of_its_shape
 
 
 @pytest.mark.parametrize('size', [(40, 60), (60, 40), (10, 80)])
-def test_a_rectangle_fits_whatever_its_area(size):
+def test_rectangles_of_any_area_fit_into_the_image(size):
   height, width = rectangles(2000, *size, 0.5, 1.0, 4 / 3)
   assert (height <= size[0]).all() and (width <= size[1]).all()
   area = height * width / (size[0] * size[1])
   np.testing.assert_allclose(np.quantile(area, [0.25, 0.75]), [0.625, 0.875], atol=0.02)
 
 
-def test_a_resized_crop_is_that_of_pillow(monkeypatch):
+def test_resized_crop_equals_pillows(monkeypatch):
   boxes = [  # top, left, height, width
     (0.0, 0.0, 12.0, 16.0), (0.0, 0.0, 6.0, 8.0), (3.25, 5.5, 4.7, 9.3), (6.1, 1.0, 5.9, 15.0),
     (11.0, 15.0, 1.0, 1.0),
@@ -204,9 +204,9 @@ def test_a_resized_crop_is_that_of_pillow(monkeypatch):
     np.testing.assert_allclose(np.asarray(out).astype(int), want, atol=1)
 
 
-def test_a_crop_of_the_whole_is_the_image_and_crops_are_everywhere():
+def test_full_crop_keeps_the_image_and_smaller_crops_lie_anywhere():
   crop = jax.jit(crops.resized_crop)
-  # A ramp tells where the crop was: its first and last levels.
+  # The first and the last level of a cropped ramp show where the crop was.
   ramp = np.broadcast_to(
     np.arange(0, 240, 5, dtype=np.uint8)[None, None, :, None], (256, 12, 48, 1)
   )
@@ -217,7 +217,7 @@ def test_a_crop_of_the_whole_is_the_image_and_crops_are_everywhere():
   assert (np.diff(out, axis=2) >= 0).all() and np.ptp(out, axis=1).max() == 0
 
 
-def test_the_row_and_the_column_of_a_crop_are_independent():
+def test_row_and_column_of_a_crop_are_independent():
   size = 48
   ramp = np.arange(0, 5 * size, 5, dtype=np.uint8)
   image_HWC = np.stack(np.meshgrid(ramp, ramp, indexing='ij'), axis=-1)  # rows, columns
@@ -227,7 +227,7 @@ def test_the_row_and_the_column_of_a_crop_are_independent():
   last = np.stack([out[:, -1, size // 2, 0], out[:, size // 2, -1, 1]])
   length = (last - first) * size / (size - 1)
   shares = first / (size - length)
-  small = (length < 40).all(0)  # others have no choice where to lie
+  small = (length < 40).all(0)  # larger crops fit in few places only
   assert small.sum() > 100 and np.ptp(shares[:, small]) > 0.9
   assert abs(np.corrcoef(shares[:, small])[0, 1]) < 0.3
 
@@ -242,7 +242,7 @@ def test_erasing_puts_noise_into_a_rectangle():
   for mask in hit[erased]:
     y, x = np.nonzero(mask)
     high, wide = np.ptp(y) + 1, np.ptp(x) + 1
-    assert mask.sum() == high * wide  # but for a pixel that drew three sevens
+    assert mask.sum() == high * wide  # a noise pixel that drew 7 in all channels would break this
     areas.append(high * wide / 600)
     tops.append(y.min())
     lefts.append(x.min())
@@ -253,7 +253,7 @@ def test_erasing_puts_noise_into_a_rectangle():
   assert abs(levels.mean() - 127.5) < 1 and levels.min() == 0 and levels.max() == 255
 
 
-MIX = jax.jit(mix)  # of one shape, which compiles once
+MIX = jax.jit(mix)  # always called with the same shape, so it compiles once
 
 
 def mixed(images, probability=1.0, mixup_alpha=0.0, cutmix_alpha=0.0, switch=0.5):
@@ -261,12 +261,12 @@ def mixed(images, probability=1.0, mixup_alpha=0.0, cutmix_alpha=0.0, switch=0.5
   return np.asarray(out).astype(int), np.asarray(own)
 
 
-# Each white has a black partner, so that a mixed image shows what is whose.
+# Each white image has a black partner, so every mixed pixel shows the shares of both images.
 BLACK_AND_WHITE = np.stack([np.full((12, 16, 1), 255 * (i % 2), np.uint8) for i in range(256)])
 
 
 def own_parts(images, out):
-  """The share of each pixel that is the image's own, [B, H, W]."""
+  """Returns each pixel's share of the image's own value, `[B, H, W]`."""
   return np.where(images == 255, out, 255 - out)[..., 0] / 255
 
 
@@ -278,18 +278,18 @@ def test_the_partner_is_the_neighbour():
     partner(IMAGES[:5])
 
 
-def test_mixup_is_a_weighted_mean_and_its_weight_that_of_the_label():
+def test_mixup_is_a_mean_weighted_like_the_label():
   images = DRAWN[..., :1]
   out, own = mixed(images, mixup_alpha=0.8)
   weight = own[:, None, None, None]
   want = weight * images + (1 - weight) * images[np.arange(256) ^ 1]
   np.testing.assert_allclose(out, want, atol=0.51)
   assert own.min() < 0.05 and own.max() > 0.95 and len(set(own)) == 256
-  # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
+  # Beta(a, a) has mean 1/2 and variance 1 / (4 (2 a + 1)).
   assert abs(own.mean() - 0.5) < 0.07 and abs(own.var() - 1 / (4 * 2.6)) < 0.02
 
 
-def test_cutmix_replaces_a_rectangle_and_its_area_is_what_the_label_loses():
+def test_cutmix_replaces_a_rectangle_and_the_label_loses_its_area():
   images = BLACK_AND_WHITE
   out, own = mixed(images, cutmix_alpha=1.0)
   parts = own_parts(images, out)
@@ -315,7 +315,7 @@ def test_each_image_switches_between_mixup_cutmix_and_neither(probability, switc
   parts = own_parts(images, out)
   cut = (parts == 0).any((1, 2)) & (parts == 1).any((1, 2))
   blended = (parts[:, 0, 0] > 0) & (parts[:, 0, 0] < 1)
-  # Some are mixed with a weight of nearly one or an area of nearly all, which does not show.
+  # Some mixed images have an own share of nearly one, so mixing is not visible in them.
   assert abs(blended.mean() - shares[0]) < 0.12 and abs(cut.mean() - shares[1]) < 0.15
   np.testing.assert_allclose(parts.mean((1, 2)), own, atol=0.003)
   if probability == 0:
@@ -341,7 +341,7 @@ def test_the_loss_is_weighted_between_the_two_labels():
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Experiment):
-  """An experiment whose model says always the same."""
+  """An experiment whose model always returns the same logits."""
 
   logits_BL: np.ndarray = None
 
@@ -359,47 +359,48 @@ class Fixed(Experiment):
     ({'rand_augment.magnitude': 'nan'}, 'must be a number'),
     ({'resized_crop.min_area': '0'}, 'min_area must be from 0.001'),
 ])  # fmt: skip
-def test_arguments_that_cannot_be_are_refused(overrides, message):
+def test_invalid_arguments_are_rejected(overrides, message):
   overrides = {f'augment.{key}': text for key, text in overrides.items()}
   with pytest.raises(ValueError, match=message):
     check(small_config(**overrides))
 
 
 @pytest.mark.parametrize('batch, parts, multiple', [('33', 'None', 2), ('24', '8', 16)])
-def test_a_batch_that_leaves_one_without_a_partner_is_refused(batch, parts, multiple):
+def test_batch_that_leaves_an_image_without_a_partner_is_rejected(batch, parts, multiple):
   settings = {'batch_size': batch, 'micro_batches': parts}
   check(small_config(**settings))
   with pytest.raises(ValueError, match=f'Set batch_size to a multiple of {multiple}'):
     check(small_config(**settings, **{'augment.mix.probability': '1'}))
 
 
-def test_neighbours_stay_together():
+def test_pairs_stay_on_one_device_and_in_one_micro_batch():
   assert devices.make_mesh(6, 1).size == 2 and devices.make_mesh(6, 1, group=2).size == 1
   assert devices.make_mesh(8, 1, group=2).size == 2
   with pytest.raises(ValueError, match='micro_batches=3, and of 6'):
     devices.make_mesh(9, 3, group=2)
   mesh = devices.make_mesh(2)
-  # 15 examples a device would be best: 30 = 2 x 15 in one part a device is odd.
+  # Without pairs, 15 examples per device and part would be best, but 15 is odd.
   assert microbatch.micro_batches(mesh, 60, 64, 48) == 2
   assert microbatch.micro_batches(mesh, 60, 64, 48, group=2) in (1, 3, 5)
 
 
-def test_normalize():
+def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
   out = pipeline.normalize(IMAGES, (6, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
   want = (IMAGES / 255.0 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
   np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-def test_enlarging_is_bicubic_as_in_pillow():
+def test_enlarging_is_bicubic_like_pillows():
   grey = IMAGES[0, :, :, 0].astype(np.float32)
   out = pipeline.normalize(grey[None, :, :, None].astype(np.uint8), (12, 24), (0.0,), (1.0,))
   want = Image.fromarray(grey).resize((24, 12), Image.Resampling.BICUBIC)
-  # Away from the border: there the two extend the image differently.
+  # The border is left out, because the two extend the image differently there.
   np.testing.assert_allclose(255 * out[0, 4:-4, 6:-6, 0], np.asarray(want)[4:-4, 6:-6], atol=0.01)
 
 
-def test_mixup_and_cutmix_have_an_alpha_each():
+def test_mixup_and_cutmix_each_use_their_own_alpha():
   images = np.zeros((256, 8, 8, 3), np.uint8)
   _, own = mix(KEYS, images, 1.0, mixup_alpha=1e-3, cutmix_alpha=1e4, switch=0.5)
-  # A large alpha makes the weight a half. Whole pixels make cutmix's rectangle smaller than that.
+  # Mixup with cutmix's large alpha would give 1/2. In cutmix, whole pixels make the rectangle
+  # smaller than one half.
   assert not (np.abs(np.asarray(own) - 0.5) < 0.05).any()

@@ -1,4 +1,4 @@
-"""Every operation against Pillow's own, what is drawn against the tables of the papers."""
+"""Compares every operation with Pillow's, and the draws with the tables of the papers."""
 
 import functools
 
@@ -20,7 +20,7 @@ def enhance(kind):
 
 
 def affine(*matrix):
-  """A warp whose matrix is made of numbers, or functions of (argument, width, height)."""
+  """Returns a warp; matrix entries are numbers or functions of (argument, width, height)."""
 
   def run(image, argument):
     numbers = [n(argument, *image.size) if callable(n) else n for n in matrix]
@@ -42,13 +42,18 @@ def posterize(image, bits):
   return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-CENTRE = (0.3, 0.9)  # of cutout, down and across
+CENTRE = (0.3, 0.9)  # centre of the cutout square, (down, across)
 
 
 def cutout(image, half):
   y, x = int(CENTRE[0] * image.height), int(CENTRE[1] * image.width)
   if half:
-    corners = (x - half, y - half, x + half - 1, y + half - 1)  # the last pixels are inside
+    corners = (
+      x - half,
+      y - half,
+      x + half - 1,
+      y + half - 1,
+    )  # Pillow fills the last row and column too
     ImageDraw.Draw(image).rectangle(corners, fill=(128,) * len(image.getbands()))
   return image
 
@@ -59,7 +64,7 @@ TURNS = (-135.0, -27.3, -1.0, 0.0, 15.0, 30.0, 90.5)
 SHEARS = (-0.99, -0.27, 0.1, 0.3)
 SHIFTS = (-32.0, -3.7, 0.25, 3.0, 9.45)
 SHARES = (-0.45, -0.11, 0.203, 0.45)
-PILLOW = {  # operation: Pillow's, and arguments to try
+PILLOW = {  # operation: (Pillow's function, arguments to try)
   'identity': (lambda image, _: image, (0.0,)),
   'autocontrast': (lambda image, _: ImageOps.autocontrast(image), (0.0,)),
   'equalize': (lambda image, _: ImageOps.equalize(image), (0.0,)),
@@ -85,19 +90,19 @@ operate = jax.jit(operate)
 
 
 def images(height, width, channels, kind):
-  """One for each of `CASES`."""
+  """Returns one image for each of `CASES`."""
   draw = np.random.RandomState(height + channels)
   shape = (len(CASES), height, width, channels)
   if kind == 'noise':
     return draw.randint(0, 256, shape).astype(np.uint8)
-  if kind == 'dull':  # few levels, so that contrast and histogram have something to do
+  if kind == 'dull':  # few levels, so that contrast and histograms have an effect
     return draw.normal(90, 12, shape).astype(np.uint8)
   return np.full(shape, draw.randint(0, 256, (len(CASES), 1, 1, channels)), np.uint8)
 
 
 @functools.cache
 def results(height, width, channels, kind):
-  """(ours, Pillow's) for each of `CASES`: all in one batch, each under another operation."""
+  """Returns (our results, Pillow's results) for `CASES`; ours come from a single batch."""
   before = images(height, width, channels, kind)
   operation = jnp.asarray([OPERATIONS.index(name) for name, _ in CASES])
   centre = jnp.tile(jnp.asarray(CENTRE), (len(CASES), 1))
@@ -113,15 +118,15 @@ def results(height, width, channels, kind):
 @pytest.mark.parametrize('name', PILLOW)
 @pytest.mark.parametrize('kind', ['noise', 'dull', 'flat'])
 @pytest.mark.parametrize('shape', [(32, 32, 3), (17, 25, 3), (17, 25, 1)], ids=str)
-def test_an_operation_is_that_of_pillow(shape, kind, name):
+def test_operation_equals_pillows(shape, kind, name):
   for case, our, their in zip(CASES, *results(*shape, kind)):
     if case[0] == name:
       assert our.shape == their.shape and our.dtype == np.uint8
       np.testing.assert_allclose(our.astype(int), their, atol=1, err_msg=str(case))
 
 
-def test_rounding_is_that_of_pillow():
-  """Off by one only where rounding down meets a whole number from below; lookups are exact."""
+def test_rounding_equals_pillows():
+  """Lookups are exact; other results are off by one only if they lie just below a whole number."""
   exact = ('identity', 'equalize', 'invert', 'posterize', 'solarize', 'solarize_add', 'cutout')
   for case, our, their in zip(CASES, *results(32, 32, 3, 'noise')):
     assert abs((our.astype(int) - their).mean()) <= (0.0 if case[0] in exact else 0.1), case
@@ -137,7 +142,7 @@ KEYS = jax.random.split(jax.random.key(0), 20_000)
 
 @functools.cache
 def drawer(space):
-  """`(keys, strength, probability) -> (operation, argument)` of each key."""
+  """Returns a compiled `(keys, strength, probability) -> (operation, argument)`."""
   draw = lambda key, strength, probability: randaugment.draw_operation(
     key, space, lambda _: strength, probability
   )
@@ -145,13 +150,13 @@ def drawer(space):
 
 
 def drawn(space, strength, probability=1.0):
-  """{operation: its arguments} of many draws at a strength."""
+  """Returns {operation: its arguments} of many draws at a strength."""
   operation, argument = map(np.asarray, drawer(space)(KEYS, strength, probability)[:2])
   assert operation.max() < len(OPERATIONS)
   return {name: argument[operation == i] for i, name in enumerate(OPERATIONS)}
 
 
-# What the strongest draws are: (least, most), of the papers' tables and codes.
+# (smallest, largest) argument at strength 1, from the papers' tables and code.
 STRONGEST = {
   'standard': {
     'rotate': (-30, 30), 'shear_x': (-0.3, 0.3), 'shear_y': (-0.3, 0.3),
@@ -182,7 +187,7 @@ for name in ('translate_x_relative', 'translate_y_relative'):
 
 
 @pytest.mark.parametrize('space', STRONGEST)
-def test_each_operation_is_as_likely_and_the_strongest_is_the_papers(space):
+def test_operations_are_equally_likely_and_as_strong_as_in_the_papers(space):
   out, want = drawn(space, 1.0), STRONGEST[space]
   share = len(KEYS) / len(want)
   for name, arguments in out.items():
@@ -193,10 +198,12 @@ def test_each_operation_is_as_likely_and_the_strongest_is_the_papers(space):
     assert set(np.round(arguments, 5)) == set(np.round(np.float32(want[name]), 5)), name
     least, most = want[name]
     if least != most:
-      assert abs((arguments > (least + most) / 2).mean() - 0.5) < 0.1, name  # either sign
+      assert abs((arguments > (least + most) / 2).mean() - 0.5) < 0.1, (
+        name
+      )  # both signs are equally likely
 
 
-def test_the_weakest_does_nothing():
+def test_strength_0_changes_nothing():
   out = drawn('standard', 0.0)
   assert set(out['posterize']) == {8} and set(out['solarize']) == {256}
   for name in ('color', 'contrast', 'brightness', 'sharpness'):
@@ -205,7 +212,7 @@ def test_the_weakest_does_nothing():
     assert set(np.abs(out[name])) == {0}
 
 
-def test_between_them_whole_arguments_are_cut_as_timm_cuts_them():
+def test_whole_arguments_are_truncated_as_in_timm():
   for level in (0.24, 0.26, 0.5, 0.91):
     out = drawn('timm', level)
     assert set(out['posterize']) == {4 - int(level * 4)}
@@ -215,8 +222,8 @@ def test_between_them_whole_arguments_are_cut_as_timm_cuts_them():
 
 
 @pytest.mark.parametrize('magnitude', [0, 9, 10, 15, 20, 30])
-def test_a_magnitude_is_that_of_autoaugments_code(magnitude):
-  """Its `level_to_arg`; posterize keeps 1 to 8 bits, and solarize's threshold is a byte."""
+def test_big_vision_arguments_equal_autoaugments_code(magnitude):
+  """The code is `level_to_arg`. Posterize keeps 1 to 8 bits; solarize's threshold is a byte."""
   part = magnitude / 10
   want = {
     'rotate': 30 * part, 'shear_x': 0.3 * part, 'shear_y': 0.3 * part, 'translate_x': 100 * part,
@@ -229,13 +236,13 @@ def test_a_magnitude_is_that_of_autoaugments_code(magnitude):
     np.testing.assert_allclose(np.abs(out[name]), argument, rtol=1e-5, err_msg=name)
 
 
-def test_beyond_ten_goes_whoever_defines_it():
+def test_only_big_vision_magnitudes_may_exceed_10():
   strength = jax.jit(jax.vmap(randaugment.strength_near, in_axes=(0, None, None, None)))
   for space, most in randaugment.MAX_MAGNITUDES.items():
     assert strength(KEYS, 20.0, 0.0, most).max() == (2 if space == 'big_vision' else 1)
 
 
-def test_cutout_is_anywhere():
+def test_cutout_centre_is_uniform():
   draw = lambda key: randaugment.draw_operation(key, 'big_vision', lambda _: 1.0, 1.0)
   operation, _, centre = jax.jit(jax.vmap(draw))(KEYS)
   cut = np.asarray(operation) == OPERATIONS.index('cutout')
@@ -244,12 +251,12 @@ def test_cutout_is_anywhere():
     assert np.abs(counts - cut.sum() / 8).max() < 5 * np.sqrt(cut.sum() / 8)
 
 
-def test_an_operation_takes_place_with_its_probability():
+def test_operation_is_applied_with_its_probability():
   out = drawn('timm', 1.0, probability=0.3)
   assert abs(len(out['identity']) / len(KEYS) - 0.7) < 0.02
 
 
-def test_the_strength_is_normal_about_the_magnitude_and_clipped():
+def test_strength_is_normal_around_the_magnitude_and_clipped():
   strength = jax.jit(jax.vmap(randaugment.strength_near, in_axes=(0, None, None, None)))
   near = strength(KEYS, 5.0, 0.5, 10.0)
   assert abs(near.mean() - 0.5) < 0.002 and abs(near.std() - 0.05) < 0.002
@@ -257,7 +264,7 @@ def test_the_strength_is_normal_about_the_magnitude_and_clipped():
   assert clipped.max() == 1 and clipped.min() == 0 and 0.3 < (clipped == 1).mean() < 0.5
 
 
-def test_trivial_augment_draws_31_strengths_alike():
+def test_trivial_augment_draws_31_equally_likely_strengths():
   strengths = np.asarray(jax.jit(jax.vmap(randaugment.any_strength))(KEYS)) * 30
   values, counts = np.unique(np.round(strengths), return_counts=True)
   np.testing.assert_allclose(strengths, np.round(strengths), atol=1e-4)
@@ -265,12 +272,12 @@ def test_trivial_augment_draws_31_strengths_alike():
   assert np.abs(counts - len(KEYS) / 31).max() < 5 * np.sqrt(len(KEYS) / 31)
 
 
-IMAGES = images(17, 25, 3, 'noise')  # for which `operate` is compiled already
+IMAGES = images(17, 25, 3, 'noise')  # `operate` is already compiled for this shape
 IMAGE_KEYS = KEYS[: len(IMAGES)]
 
 
-def test_layers_follow_each_other():
-  """Each under draws of its own, what comes out of one going into the next."""
+def test_each_layer_gets_the_output_of_the_one_before():
+  """Each layer has its own draws."""
   draw = jax.jit(
     jax.vmap(lambda key: randaugment.draw_operation(key, 'standard', lambda _: 0.9, 1.0))
   )
@@ -286,7 +293,7 @@ def test_layers_follow_each_other():
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0, 9.0, 0.0, 1.0, 'standard'), IMAGES)
 
 
-def test_trivial_augment_is_one_operation_or_none():
+def test_trivial_augment_applies_one_operation_or_none():
   run = jax.jit(trivial_augment)
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0.0), IMAGES)
   draw = jax.jit(

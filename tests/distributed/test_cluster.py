@@ -79,7 +79,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   processes[1].wait()
 
   processes = start_both(workdir)
-  wait_for(lambda: 'Going on from' in (tmp_path / '0.log').read_text(), processes)
+  wait_for(lambda: 'Resuming from' in (tmp_path / '0.log').read_text(), processes)
   processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
   assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
   assert stored.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS

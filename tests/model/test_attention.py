@@ -1,4 +1,4 @@
-"""Every kernel gives what the formula gives in float64, and so do the gradients."""
+"""Compares every attention kernel and its gradients with the formula in float64."""
 
 import types
 
@@ -12,12 +12,12 @@ import pytest
 from vit_jax.model import attention, layers
 from vit_jax.model.vit import ViT
 
-# In units of a dtype's rounding, on values and gradients of order 1.
+# Relative rounding error of each dtype; tolerances are multiples of it.
 ROUNDING = {'float32': 2.0**-24, 'bfloat16': 2.0**-8}
 
 
 def reference(query, key, value, keep, dy):
-  """Equations 5 to 7 of the paper, and softmax's Jacobian, in float64: y and three gradients."""
+  """Returns y and three gradients in float64, by equations 5 to 7 and the softmax Jacobian."""
   scale = query.shape[-1] ** -0.5
   logits = np.einsum('bqke,bnke->bkqn', query, key) * scale
   weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -33,7 +33,10 @@ def reference(query, key, value, keep, dy):
 
 
 def draw(shape, dtype, rate, seed):
-  """Query, key, value, dropout's mask (None at rate 0) and the gradient of the output."""
+  """Returns query, key, value, the dropout mask, the rate and the gradient of the output.
+
+  The mask is None at rate 0.
+  """
   batch, queries, tokens, heads, size = shape
   random = np.random.RandomState(seed)
   array = lambda n: jnp.asarray(random.normal(size=(batch, n, heads, size)), dtype)
@@ -67,8 +70,8 @@ def test_kernels_agree_with_float64(kernel, shape, dtype, rate, seed):
 
 
 @pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient])
-def test_logits_are_not_rounded_to_the_type_of_the_computation(kernel):
-  """They are 256 and 257, which one number of bfloat16 stands for."""
+def test_logits_are_not_rounded_to_the_compute_type(kernel):
+  """The logits are 256 and 257, which bfloat16 would round to the same number."""
   array = lambda *rows: jnp.array(rows, jnp.bfloat16)[None, :, None]
   query, key = array([32, 2, 0, 0]), array([16, 0, 0, 0], [16, 1, 0, 0])
   value, dy = array([0] * 4, [1] * 4), array([1] * 4)
@@ -83,7 +86,7 @@ def test_large_logits_do_not_overflow():
   assert all(np.isfinite(x).all() for x in got)
 
 
-def test_weights_are_formed_only_to_be_looked_at():
+def test_inspecting_attention_weights_does_not_change_the_output():
   query, key, value, *_ = draw((2, 3, 7, 2, 4), 'float32', 0, 1)
   seen = []
   looked = attention.attention(query, key, value, inspect=seen.append)
@@ -95,7 +98,7 @@ def test_weights_are_formed_only_to_be_looked_at():
   ('backend', 'version', 'capability', 'dtype', 'size', 'dropout', 'kernel'),
   [
     ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, False, 'cudnn'),
-    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, True, 'plain'),  # its draws would not be ours
+    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, True, 'plain'),  # cuDNN would draw another mask
     ('gpu', 'cuda 13000', '9.0', 'float32', 64, False, 'plain'),
     ('gpu', 'cuda 13000', '9.0', 'bfloat16', 12, False, 'plain'),
     ('gpu', 'cuda 13000', '7.5', 'bfloat16', 64, False, 'plain'),
@@ -104,10 +107,10 @@ def test_weights_are_formed_only_to_be_looked_at():
     ('cpu', 'cpu', '', 'bfloat16', 64, False, 'with_gradient'),
   ],
 )
-def test_the_kernel_follows_the_backend(
+def test_backend_dtype_and_head_size_choose_the_kernel(
   monkeypatch, backend, version, capability, dtype, size, dropout, kernel
 ):
-  """cuDNN's kernel itself needs a GPU: here XLA computes what it was asked for."""
+  """XLA replaces cuDNN's kernel here, because that kernel needs a GPU."""
   given = draw((2, 5, 5, 2, size), dtype, 0.3 * dropout, 2)[:5]
   want = attention.plain(*given)
   calls, fused = [], jax.nn.dot_product_attention
@@ -133,8 +136,8 @@ def test_the_kernel_follows_the_backend(
 
 
 @pytest.mark.parametrize('tokens', [6, 7])
-def test_flash_of_an_odd_number_of_tokens_is_exact(monkeypatch, tokens):
-  """XLA computes what cuDNN is asked for: padded, masked and cut off."""
+def test_flash_attention_is_exact_for_an_odd_number_of_tokens(monkeypatch, tokens):
+  """XLA replaces cuDNN's kernel; the token that was added is masked and its output cut off."""
   fused = jax.nn.dot_product_attention
   xla = lambda *qkv, implementation, **lengths: fused(*qkv, implementation='xla', **lengths)
   monkeypatch.setattr(jax.nn, 'dot_product_attention', xla)
@@ -149,8 +152,8 @@ def test_flash_of_an_odd_number_of_tokens_is_exact(monkeypatch, tokens):
   ('dtype', 'image', 'class_token', 'flash'),
   [
     ('bfloat16', (224, 224), False, True),  # 196 tokens
-    ('bfloat16', (224, 224), True, True),  # 197
-    ('bfloat16', (256, 256), True, True),  # 257
+    ('bfloat16', (224, 224), True, True),  # 197 tokens
+    ('bfloat16', (256, 256), True, True),  # 257 tokens
     ('float32', (224, 224), True, False),
   ],
 )

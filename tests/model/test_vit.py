@@ -1,4 +1,4 @@
-"""The model against the paper's own outputs, float64 and exact properties."""
+"""Checks the model against the outputs of the paper's code, float64 and exact properties."""
 
 import functools
 import math
@@ -15,7 +15,7 @@ from vit_jax.model import positions, variants, vit
 from vit_jax.model.encoder import Encoder
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
-# The paper's names, in both spellings, and ours.
+# Parameter names in the paper's files, as patterns for both of their spellings, and our names.
 PAPER_NAMES = (
   (r'Transformer/posembed_input/', ''),
   (r'Transformer/encoder_norm', 'norm'),
@@ -29,7 +29,7 @@ PAPER_NAMES = (
 
 
 def paper_params(path):
-  """The weights of one of the paper's npz files as our tree."""
+  """Returns the weights of one of the paper's npz files as a tree with our names."""
   tree = {}
   for name, array in np.load(path).items():
     for pattern, ours in PAPER_NAMES:
@@ -49,7 +49,7 @@ def paper_params(path):
     ('paper_gap', dict(patch_size=8, num_heads=3, mlp_dim=48, pool='gap')),
   ],
 )
-def test_logits_are_those_of_the_papers_code(folder, fields):
+def test_logits_equal_the_papers_code(folder, fields):
   model = variants.make('tiny', 5, width=24, depth=2, **fields)
   params = paper_params(DATA / folder / 'weights.npz')
   io = np.load(DATA / folder / 'io.npz')
@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_papers_code(folder, fields):
     ('small', 32, 10, 3_722_250),
   ],
 )
-def test_parameter_counts(variant, size, classes, count):
+def test_variants_have_the_published_parameter_counts(variant, size, classes, count):
   image = jnp.zeros((1, size, size, 3))
   variables = jax.eval_shape(variants.make(variant, classes).init, jax.random.key(0), image)
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == count
@@ -79,7 +79,7 @@ def small(**fields):
 
 
 def perturbed(model, image, seed=0):
-  """Parameters of the model, all random: biases, scales and head too."""
+  """Returns parameters that are all random, including biases, scales and the head."""
   params = model.init(jax.random.key(seed), image)['params']
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
@@ -107,7 +107,7 @@ def test_every_pool_and_position(pool, position, shape):
   variables = perturbed(model, IMAGE)
   logits = model.apply(variables, IMAGE)
   assert logits.shape == shape and logits.dtype == jnp.float32
-  # Patches swapped: without positions the pooled logits stay, with positions they don't.
+  # Swapping patches changes the pooled logits only if there are position embeddings.
   swapped = model.apply(
     variables, IMAGE[:, :, ::-1].reshape(4, 8, 4, 4, 3)[:, :, :, ::-1].reshape(IMAGE.shape)
   )
@@ -115,7 +115,7 @@ def test_every_pool_and_position(pool, position, shape):
     assert np.allclose(logits, swapped, atol=1e-5) == (position == 'none')
 
 
-def test_sincos_positions_are_the_closed_form():
+def test_sincos_positions_equal_the_closed_form():
   table = positions.sincos(3, 5, 16)[0]
   for token, (y, x) in enumerate((y, x) for y in range(3) for x in range(5)):
     omega = [10_000 ** -(i / 3) for i in range(4)]
@@ -123,7 +123,7 @@ def test_sincos_positions_are_the_closed_form():
     np.testing.assert_allclose(table[token], want, atol=1e-6)
 
 
-def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
+def test_rope_attention_between_equal_tokens_depends_only_on_their_offset():
   module, x_BND = Attention(Block(num_heads=2, head_dim=8, mlp_dim=1)), jnp.ones((1, 13, 16))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)['params']
   rope_NE = positions.rope_angles(3, 4, 8, prefix=1)
@@ -137,7 +137,7 @@ def test_attention_between_equal_tokens_depends_on_the_offset_alone_with_rope():
 
 
 def normalising_attention(x_ND, rope_NE=None, **fields):
-  """Random parameters of one head that normalises queries and keys; its weights `[N, N]`."""
+  """Returns random parameters and the weights `[N, N]` of one head with `qk_norm`."""
   module = Attention(Block(num_heads=1, head_dim=8, mlp_dim=1, qk_norm=True, **fields))
   shapes = jax.eval_shape(module.init, jax.random.key(0), x_ND[None])['params']
   draw = np.random.RandomState(1)
@@ -147,8 +147,8 @@ def normalising_attention(x_ND, rope_NE=None, **fields):
   return params, np.asarray(sown['intermediates']['attention_BKNN'][0][0, 0])
 
 
-def test_queries_and_keys_are_normalised_before_they_are_turned():
-  """Scales of the norm's own, one an entry, would break rope's dependence on the offset alone."""
+def test_queries_and_keys_are_normalised_before_rotation():
+  """If the norm came second, its scales would make the logits depend on more than the offset."""
   rope_NE = positions.rope_angles(3, 4, 8, prefix=0)
   at = np.log(normalising_attention(np.ones((12, 8), np.float32), rope_NE)[1]).reshape(3, 4, 3, 4)
   at -= np.einsum('hwhw->hw', at)[..., None, None]
@@ -171,7 +171,7 @@ def test_queries_and_keys_are_normalised_with_the_models_epsilon():
   np.testing.assert_allclose(got_NN, weights_NN, atol=1e-5)
 
 
-def test_rope_depends_on_the_offset_alone():
+def test_rope_products_depend_only_on_the_offset():
   cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
   query, key = np.random.RandomState(1).normal(size=(2, 8))
   turn = lambda x: np.asarray(
@@ -181,10 +181,10 @@ def test_rope_depends_on_the_offset_alone():
   at = lambda y, x: y * 6 + x
   np.testing.assert_allclose(product[at(0, 0), at(1, 2)], product[at(2, 3), at(3, 5)], atol=1e-5)
   assert abs(product[at(0, 0), at(1, 2)] - product[at(0, 0), at(2, 1)]) > 1e-3
-  np.testing.assert_allclose(turn(query)[0, 0, 0], query, atol=1e-6)  # the prefix: no position
+  np.testing.assert_allclose(turn(query)[0, 0, 0], query, atol=1e-6)  # the prefix has no position
 
 
-def test_attention_maps_are_sown_only_when_asked_for():
+def test_sowing_attention_maps_does_not_change_the_logits():
   model = small(pool='cls')
   variables = perturbed(model, IMAGE)
   logits, sown = model.apply(variables, IMAGE, mutable=['intermediates'])
@@ -194,7 +194,7 @@ def test_attention_maps_are_sown_only_when_asked_for():
   np.testing.assert_allclose(logits, model.apply(variables, IMAGE), atol=1e-6)
 
 
-def test_narrowing_products_have_their_gradient_arranged_and_unchanged():
+def test_products_with_few_outputs_use_the_barrier_and_keep_their_gradient():
   x, kernel = np.random.RandomState(5).normal(size=(2, 40, 40)).astype(np.float32)
   kernel = kernel[:, :8]
   assert 'optimization_barrier' in str(jax.make_jaxpr(matmul)(x, kernel))
@@ -223,12 +223,12 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
   exact = jax.jit(small().apply)(variables, IMAGE)
   logits = jax.jit(model.apply)(variables, IMAGE)
-  assert logits.dtype == jnp.float32  # the head's product, too, is of float32
+  assert logits.dtype == jnp.float32  # the head's product is computed in float32 too
   assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize('rate', ['dropout', 'attention_dropout', 'stochastic_depth'])
-def test_dropout_depends_on_the_example_alone(rate):
+def test_dropout_depends_only_on_the_example(rate):
   model = small(**{rate: 0.3})
   variables = perturbed(model, IMAGE)
   key = {'dropout': jax.random.key(4)}
@@ -244,7 +244,7 @@ def test_dropout_depends_on_the_example_alone(rate):
 
 
 def drops(**fields):
-  """Each `Dropout` that a training step calls, in order: (module, rate, whole, shape dropped)."""
+  """Returns (module, rate, whole, shape) of each `Dropout` call in a training step, in order."""
   calls = []
 
   def spy(call, args, kwargs, context):
@@ -260,12 +260,12 @@ def drops(**fields):
   return calls
 
 
-TOKENS = (4, 9, 16)  # of `IMAGE`: 8 patches and the class token
+TOKENS = (4, 9, 16)  # shape of the tokens of `IMAGE`: 8 patches and the class token
 BLOCKS = ('block_0', 'block_1', 'block_2')
 
 
-def test_dropout_follows_the_positions_each_branch_and_the_hidden_layer_of_an_mlp():
-  """As in the paper's code, which has its second dropout of an MLP where the branch ends."""
+def test_dropout_follows_positions_branches_and_hidden_mlp_layers():
+  """The paper's code has dropout in the same places; its second one in an MLP ends the branch."""
   want = [((), 0.1, False, TOKENS)]
   for block in BLOCKS:
     want += [
@@ -276,7 +276,7 @@ def test_dropout_follows_the_positions_each_branch_and_the_hidden_layer_of_an_ml
   assert drops(dropout=0.1) == want
 
 
-def test_attention_dropout_has_a_rate_of_its_own():
+def test_attention_dropout_has_its_own_rate():
   weights = (4, 2, 9, 9)
   want = [((block, 'attention'), 0.2, False, weights) for block in BLOCKS]
   assert drops(attention_dropout=0.2) == want
@@ -284,14 +284,14 @@ def test_attention_dropout_has_a_rate_of_its_own():
 
 
 class Twice(nn.Module):
-  """Two places that drop out."""
+  """Applies dropout in two places."""
 
   @nn.compact
   def __call__(self, x, example_B):
     return jnp.stack([Dropout(0.5)(x, example_B), Dropout(0.5)(x, example_B)])
 
 
-def test_each_place_and_each_key_drops_others():
+def test_dropout_masks_differ_between_places_and_keys():
   apply = lambda seed: Twice().apply(
     {}, jnp.ones((4, 50)), jnp.arange(4), rngs={'dropout': jax.random.key(seed)}
   )
@@ -300,7 +300,7 @@ def test_each_place_and_each_key_drops_others():
 
 
 def test_attention_dropout_keeps_the_mean():
-  """Of eight equal tokens each weighs 1/8: k of them kept, the output is k / (8 (1 - rate))."""
+  """Eight equal tokens have weight 1/8 each: if k are kept, the output is k / (8 (1 - rate))."""
   module = Attention(Block(num_heads=1, head_dim=3, mlp_dim=1, attention_dropout=0.25))
   x_BND = jnp.ones((64, 8, 2))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)
@@ -310,7 +310,7 @@ def test_attention_dropout_keeps_the_mean():
   assert kept.min() < 5 and kept.max() > 7.9 and abs(kept.mean() - 6) < 0.2
 
 
-def test_stochastic_depth_rises_linearly_from_zero_to_its_rate():
+def test_stochastic_depth_rises_linearly_from_zero():
   want = [((block,), rate, True, TOKENS) for block, rate in (('block_1', 0.2), ('block_2', 0.4))]
   assert drops(stochastic_depth=0.4) == [want[0]] * 2 + [want[1]] * 2
 
@@ -326,7 +326,10 @@ def test_dropout_keeps_the_mean(whole):
 
 
 def test_parameters_start_as_in_the_papers_code():
-  """And LayerScale at its constant; registers as positions. The deviations are those of draws."""
+  """LayerScale starts at its constant, and registers are drawn like positions.
+
+  Random parameters are checked by the standard deviation of their draws.
+  """
   model = small(width=64, head_dim=24, mlp_dim=96, depth=1, num_registers=8, layer_scale=0.3)
   params = jax.jit(model.init)(jax.random.key(0), IMAGE)['params']
   found = {
@@ -339,9 +342,9 @@ def test_parameters_start_as_in_the_papers_code():
   heads = [f'attention/{name}' for name in ('query', 'key', 'value', 'out')]
   constant |= {f'{name}/bias': 0 for name in ('embedding', *heads)}
   deviation = {'pos_embedding': 0.02, 'registers': 0.02, 'mlp/up/bias': 1e-6, 'mlp/down/bias': 1e-6}
-  deviation |= {'embedding/kernel': (4 * 4 * 3) ** -0.5}  # LeCun's
+  deviation |= {'embedding/kernel': (4 * 4 * 3) ** -0.5}  # LeCun initialisation
   sums = {'mlp/up': 64 + 96, 'mlp/down': 96 + 64} | dict.fromkeys(heads, 64 + 2 * 24)
-  deviation |= {f'{name}/kernel': (2 / total) ** 0.5 for name, total in sums.items()}  # Xavier's
+  deviation |= {f'{name}/kernel': (2 / total) ** 0.5 for name, total in sums.items()}  # Xavier
   assert found.keys() == constant.keys() | deviation.keys()
   for name, value in constant.items():
     np.testing.assert_array_equal(found[name], np.float32(value), err_msg=name)
@@ -349,7 +352,7 @@ def test_parameters_start_as_in_the_papers_code():
     draws = found[name].size
     assert found[name].std() == pytest.approx(value, rel=4 / (2 * draws) ** 0.5), name
     assert abs(found[name].mean()) < 4 * value / draws**0.5, name
-  for name, total in sums.items():  # uniform
+  for name, total in sums.items():  # Xavier's draws are uniform, so they have an upper bound
     edge = np.abs(found[f'{name}/kernel']).max() / (6 / total) ** 0.5
     assert 0.99 < edge <= 1 + 1e-6, name
 
@@ -375,13 +378,13 @@ def test_the_head_starts_at_zero():
     (dict(patch_size=(4, 4, 4)), 'patch_size'),
   ],
 )
-def test_impossible_models_are_refused(fields, message):
+def test_invalid_models_are_rejected(fields, message):
   with pytest.raises(ValueError, match=message):
     small(**fields) if 'variant' not in fields else variants.make(fields['variant'], 5)
 
 
 @pytest.mark.parametrize('remat', ['none', 'full'])
-def test_the_tokens_of_each_block(remat):
+def test_block_tokens_returns_the_tokens_after_each_block(remat):
   model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
   params = model.init(jax.random.key(0), image_BHWC)['params']
   blocks = vit.block_tokens(model, params, image_BHWC)
@@ -396,8 +399,8 @@ def test_the_tokens_of_each_block(remat):
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots'])
-def test_an_encoder_has_the_same_draws_alone_and_in_a_model(remat):
-  """Random draws follow from the paths of modules: an encoder in a model adds none."""
+def test_encoder_draws_are_the_same_alone_and_in_a_model(remat):
+  """Random draws depend on module paths, and an encoder in a model adds nothing to them."""
   fields = dict(attention_dropout=0.1, stochastic_depth=0.3, layer_scale=0.1, remat=remat)
   model = small(num_classes=None, pool='none', position='none', class_token=False, **fields)
   params = model.init(jax.random.key(0), IMAGE)['params']
@@ -416,6 +419,6 @@ def test_an_encoder_has_the_same_draws_alone_and_in_a_model(remat):
   )
 
 
-def test_an_image_that_patches_do_not_divide_is_refused():
+def test_image_not_divisible_into_patches_is_rejected():
   with pytest.raises(ValueError, match='10x16 pixels does not divide into patches of 4x4'):
     small().init(jax.random.key(0), jnp.zeros((1, 10, 16, 3)))

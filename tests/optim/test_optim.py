@@ -1,4 +1,4 @@
-"""Schedules and optimizers against closed forms, losses against float64."""
+"""Compares schedules and optimizers with closed forms, and losses with float64."""
 
 import math
 
@@ -22,7 +22,7 @@ GRADS = [
 @pytest.mark.parametrize('name, middle, end', [
     ('cosine', 0.5, 0.0), ('linear', 0.5, 0.0), ('constant', 1.0, 1.0),
 ])  # fmt: skip
-def test_schedules(name, middle, end):
+def test_schedules_warm_up_and_decay(name, middle, end):
   schedule = make_schedule(name, 0.2, steps=110, warmup=10)
   rates = [float(schedule(step)) for step in range(111)]
   np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11) / 10, rtol=1e-5)
@@ -32,7 +32,7 @@ def test_schedules(name, middle, end):
     np.testing.assert_allclose(rates[10:110], want, atol=1e-6)
 
 
-def test_a_run_of_no_steps_and_no_warmup_has_a_schedule():
+def test_schedule_without_steps_and_warmup_is_finite():
   assert np.isfinite(make_schedule('cosine', 0.1, steps=0, warmup=0)(0))
 
 
@@ -45,7 +45,7 @@ def steps(name, **arguments):
   return params['a']
 
 
-def test_adamw_decays_matrices_only():
+def test_adamw_decays_only_matrices():
   out = steps('adamw', weight_decay=0.2, b1=0.9, b2=0.99, momentum=0.5, clip=0.0)
   for name, decay in (('kernel', 0.2), ('bias', 0.0)):
     p, m, v = np.array(PARAMS['a'][name], np.float64), 0, 0
@@ -58,7 +58,7 @@ def test_adamw_decays_matrices_only():
 
 
 @pytest.mark.parametrize(('name', 'saved'), [('adamw', 'mu'), ('sgd', 'trace')])
-def test_the_first_moment_can_be_bfloat16(name, saved):
+def test_first_moment_can_be_bfloat16(name, saved):
   arguments = dict(weight_decay=0.2, b1=0.9, b2=0.99, momentum=0.9, clip=0.0)
   exact = steps(name, **arguments)
   rounded = steps(name, moment_dtype='bfloat16', **arguments)
@@ -69,7 +69,7 @@ def test_the_first_moment_can_be_bfloat16(name, saved):
   assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype('bfloat16')}
 
 
-def test_sgd_with_momentum():
+def test_sgd_equals_its_closed_form():
   out = steps('sgd', weight_decay=0.2, b1=0, b2=0, momentum=0.9, clip=0.0)
   for name, decay in (('kernel', 0.2), ('bias', 0.0)):
     p, m = np.array(PARAMS['a'][name], np.float64), 0
@@ -80,7 +80,7 @@ def test_sgd_with_momentum():
 
 
 def every_kind_of_parameter():
-  """A tiny array, none of it zero, for each parameter of a model that has all kinds of them."""
+  """Returns a tiny array without zeros for each parameter of a model with all kinds of them."""
   model = variants.make(
     'R+Ti', 3, patch_size=8, resnet_width=32, width=8, depth=1, num_heads=2, mlp_dim=4, pool='map',
     class_token=True, num_registers=2, position_prefix='all', layer_scale=0.1, pre_norm=True,
@@ -92,7 +92,7 @@ def every_kind_of_parameter():
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'sgd'])
-def test_weight_decay_shrinks_kernels_and_leaves_everything_else_alone(name):
+def test_weight_decay_applies_only_to_kernels(name):
   params = every_kind_of_parameter()
   zeros = jax.tree.map(np.zeros_like, params)
   optimizer = optimizers.make_optimizer(
@@ -111,7 +111,7 @@ def test_weight_decay_shrinks_kernels_and_leaves_everything_else_alone(name):
 
 
 def test_muon_orthogonalizes_the_matrices_of_blocks():
-  """The first step, by the singular values: Newton-Schulz is a polynomial in each of them."""
+  """Checks the first step by the singular values: Newton-Schulz is a polynomial in each of them."""
   draw = np.random.RandomState(0).normal
   shapes = {'query': (6, 2, 3), 'out': (2, 3, 6)}
   kernels = {name: {'kernel': draw(size=shape)} for name, shape in shapes.items()}
@@ -139,7 +139,7 @@ def test_muon_orthogonalizes_the_matrices_of_blocks():
     want = -0.1 * (want + 0.3 * np.array(old[kind][name]['kernel']))
     np.testing.assert_allclose(block[kind][name]['kernel'], want, rtol=1e-3, atol=1e-5)
   old = params['embedding']['kernel']
-  adam = updates['embedding']['kernel'] + 0.1 * 0.3 * old  # its first step, of Nesterov's kind
+  adam = updates['embedding']['kernel'] + 0.1 * 0.3 * old  # the first step of Nesterov's Adam
   np.testing.assert_allclose(np.abs(adam), np.abs(adam)[0, 0], rtol=1e-4)
 
 
@@ -163,7 +163,7 @@ def test_unknown_names_list_the_valid_ones():
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_softmax_cross_entropy(smoothing):
+def test_softmax_loss_equals_float64(smoothing):
   logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 3
   label = np.array([0, 1, 2, 3, 0, 1])
   log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(1, keepdims=True))
@@ -173,7 +173,7 @@ def test_softmax_cross_entropy(smoothing):
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_sigmoid_cross_entropy(smoothing):
+def test_sigmoid_loss_equals_float64(smoothing):
   logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 3
   label = np.array([0, 1, 2, 3, 0, 1])
   p = 1 / (1 + np.exp(-logits.astype(np.float64)))
@@ -184,7 +184,7 @@ def test_sigmoid_cross_entropy(smoothing):
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.1])
-def test_losses_are_those_of_torch(smoothing):
+def test_losses_equal_pytorchs(smoothing):
   torch = pytest.importorskip('torch')
   logits = np.random.RandomState(0).normal(size=(6, 4)).astype(np.float32) * 9
   label = np.array([0, 1, 2, 3, 0, 1])
@@ -200,14 +200,14 @@ def test_losses_are_those_of_torch(smoothing):
   np.testing.assert_allclose(run('sigmoid'), want.sum(1), rtol=1e-5, atol=1e-6)
 
 
-DEEP = {  # two blocks; the powers are those of BEiT's `get_num_layer` with two blocks
+DEEP = {  # exponents of the decay for two blocks, as from BEiT's `get_num_layer`
   'pos_embedding': 3, 'cls': 3, 'embedding': 3, 'registers': 3, 'stem': 3, 'block_0': 2,
   'block_1': 1, 'norm': 0, 'map': 0, 'pre_logits': 0, 'head': 0,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('name', ['adamw', 'sgd'])
-def test_each_layer_learns_slower_than_the_one_above(name):
+def test_layer_decay_gives_each_layer_its_own_learning_rate(name):
   draw = np.random.RandomState(0).normal
   leaf = lambda: {'kernel': jnp.asarray(draw(size=(3, 2)), jnp.float32)}
   params, grads = {key: leaf() for key in DEEP}, [{key: leaf() for key in DEEP} for _ in range(3)]
@@ -219,7 +219,7 @@ def test_each_layer_learns_slower_than_the_one_above(name):
   for g in grads:
     updates, state = optimizer.update(g, state, now)
     now = jax.tree.map(jnp.add, now, updates)
-  for key in DEEP:  # each as if alone, at its own learning rate
+  for key in DEEP:  # each parameter behaves as if it were trained alone at its own learning rate
     p, m, v = np.array(params[key]['kernel'], np.float64), 0, 0
     for t, g in enumerate((np.array(g[key]['kernel'], np.float64) for g in grads), start=1):
       if name == 'sgd':
@@ -231,9 +231,9 @@ def test_each_layer_learns_slower_than_the_one_above(name):
     np.testing.assert_allclose(now[key]['kernel'], p, rtol=1e-4, err_msg=key)
 
 
-def test_a_parameter_of_no_known_layer_is_a_mistake():
+def test_parameter_of_unknown_layer_is_rejected():
   optimizer = optimizers.scale_by_layer(0.5)
-  with pytest.raises(AssertionError, match='Which layer is tail'):
+  with pytest.raises(AssertionError, match='layer of parameter tail is unknown'):
     optimizer.update({'tail': jnp.ones(1)}, optimizer.init({}), None)
 
 
@@ -248,7 +248,7 @@ def test_every_parameter_of_a_model_has_a_layer():
     assert float(scaled['head']['bias'][0]) == 1
 
 
-def test_what_is_frozen():
+def test_freeze_backbone_trains_only_the_head():
   params = {'embedding': 1, 'block_0': 2, 'head': 3}
   assert optimizers.split_frozen(params, '') == (params, {})
   assert optimizers.split_frozen(params, 'backbone') == (
@@ -274,7 +274,7 @@ def test_muon_passes_both_decays_to_the_adam_of_biases():
       update, state = optimizer.update(gradient, state, params)
     updates.append(float(update['block_0']['up']['bias'][0]))
     moment = 0.8 * 0.2 * 1 + 0.2 * 3
-    first = 0.8 * moment / (1 - 0.8**3) + 0.2 * 3 / (1 - 0.8**2)  # Nesterov's
+    first = 0.8 * moment / (1 - 0.8**3) + 0.2 * 3 / (1 - 0.8**2)  # Nesterov's first moment
     second = (b2 * (1 - b2) * 1 + (1 - b2) * 9) / (1 - b2**2)
     assert updates[-1] == pytest.approx(-0.1 * first / second**0.5, rel=1e-4)
   assert updates[0] != updates[1]

@@ -1,4 +1,4 @@
-"""A frozen backbone stays as it is and costs no gradient; features computed once change nothing."""
+"""Tests head training: the frozen backbone, cached features and sweeps."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from vit_jax.training.step import make_train_step
 from vit_jax.workdir import stored, writer
 
 FROZEN = {'freeze': 'backbone', 'augment.flip.probability': '0'}
-AUGMENTED = {'freeze': 'backbone'}  # conftest's flips
+AUGMENTED = {'freeze': 'backbone'}  # with the flips of `small_config`
 SWEPT = FROZEN | {
   'sweep': '0.001,0.1',
   'data.train_split': 'train[:75%]',
@@ -41,7 +41,7 @@ def backbone(params):
 
 
 def make_step(**overrides):
-  """(experiment, state, compiled step, batches) as a run has them."""
+  """Returns (experiment, state, compiled step, batches) as in a run."""
   exp, training = opening.from_config(small_config(**overrides))
   mesh = devices.make_mesh(32)
   train_state = state.init_state(exp, training, mesh)
@@ -50,7 +50,7 @@ def make_step(**overrides):
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
 
 
-def test_a_frozen_backbone_has_no_gradient_and_no_state():
+def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   flops = {}
   for freeze in ('', 'backbone'):
     overrides = {'freeze': freeze, 'micro_batches': '1', 'ema': '0.9'}
@@ -58,7 +58,7 @@ def test_a_frozen_backbone_has_no_gradient_and_no_state():
     flops[freeze] = step.cost_analysis()['flops']
   kernel, bias = (16, 10), (10,)
   moments = [x.shape for x in jax.tree.leaves(train_state.opt_state) if x.ndim]
-  assert sorted(moments) == sorted(2 * [kernel, bias])  # Adam's two, of the head alone
+  assert sorted(moments) == sorted(2 * [kernel, bias])  # Adam's two moments, for the head only
 
   def forward(params, image_BHWC):
     return exp.model.apply({'params': params}, exp.normalize(image_BHWC))
@@ -78,8 +78,8 @@ def test_a_frozen_backbone_has_no_gradient_and_no_state():
 
 
 @pytest.mark.slow
-def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
-  """Against the closed form of a softmax's gradient, with SGD, clipping and an average."""
+def test_head_is_averaged_and_clipped_by_its_own_gradient(trained):
+  """Compares SGD with clipping and averaging with the closed form of the softmax gradient."""
   overrides = FROZEN | {
       'ema': '0.2', 'optimizer.name': 'sgd', 'optimizer.momentum': '0', 'optimizer.lr': '0.5',
       'optimizer.weight_decay': '0', 'optimizer.clip': '0.1', 'schedule.name': 'constant',
@@ -100,7 +100,7 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
     error = p / p.sum(1, keepdims=True) - np.eye(10)[np.asarray(batch['label'])]
     grads = {'kernel': x.T @ error / 32, 'bias': error.mean(0)}
     norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
-    assert norm > 0.1  # or nothing is clipped
+    assert norm > 0.1  # so that clipping has an effect
     for name, g in grads.items():
       head[name] = head[name] - 0.5 * g * 0.1 / norm
       average[name] = decay * average[name] + (1 - decay) * head[name]
@@ -113,7 +113,7 @@ def test_the_head_is_averaged_and_clipped_by_its_own_gradient(trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('overrides', [FROZEN, AUGMENTED], ids=['cached', 'augmented'])
-def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, capsys, overrides):
+def test_probe_resumes_bit_for_bit_and_loads_like_any_run(trained, tmp_path, capsys, overrides):
   init = shutil.copytree(trained[0], tmp_path / 'init')
   overrides = overrides | {'ema': '0.9', 'init': str(init), 'checkpoint_every': '8'}
   whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
@@ -126,7 +126,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
     with pytest.raises(KeyboardInterrupt):
       trainer.train(small_config(**overrides), tmp_path / 'cut')
   assert stored.latest_step(tmp_path / 'cut') == 16
-  shutil.rmtree(init)  # what a run began with is in its checkpoints
+  shutil.rmtree(init)  # its weights are in the run's checkpoints
   resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
   assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
   for item in ('params', 'state'):
@@ -135,7 +135,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
 
   params = stored.restore_item(tmp_path / 'cut', 32, 'params')
   assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
-  assert sorted(params) == sorted(stored.load_checkpoint(trained[0])[1])  # all of the model
+  assert sorted(params) == sorted(stored.load_checkpoint(trained[0])[1])  # the whole model is saved
   again = exact.evaluate(tmp_path / 'cut', {})
   assert again['accuracy'] == whole['test_accuracy'] and again['examples'] == 256
   assert again['loss'] == pytest.approx(whole['test_loss'], abs=1e-5)
@@ -144,7 +144,7 @@ def test_a_probe_resumes_bit_for_bit_and_opens_like_any_run(trained, tmp_path, c
 
 
 @pytest.mark.slow
-def test_features_computed_once_change_nothing(trained, tmp_path):
+def test_cached_features_give_the_same_result(trained, tmp_path):
   overrides = FROZEN | {'init': str(trained[0]), 'ema': '0.9', 'loss.label_smoothing': '0.1'}
   cached = trainer.train(small_config(**overrides), tmp_path / 'cached')
 
@@ -174,7 +174,7 @@ def test_features_computed_once_change_nothing(trained, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch):
-  """How often features were computed, by the number of examples."""
+  """Records the number of examples of each computation of features."""
   computed, real = [], features.compute
   count = lambda step, params, examples, *rest: (
     computed.append(len(examples)) or real(step, params, examples, *rest)
@@ -189,7 +189,7 @@ def test_augmented_images_are_not_cached(tmp_path, counted):
   assert not counted and not (tmp_path / 'features').exists()
 
 
-def test_only_the_same_features_are_found_again(tmp_path, counted):
+def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
   exp, training = opening.from_config(small_config(**FROZEN))
   mesh, examples = devices.make_mesh(), training.test
   params = probe.initial_params(exp, training, tmp_path / 'none')
@@ -206,7 +206,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
   assert new == 0
   assert_equal(again, first)
   head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
-  assert cached(params=head)[1] == 0  # which has no part in features
+  assert cached(params=head)[1] == 0  # features do not depend on the head
   pixel = training.test.image_NHWC.copy()
   pixel[100, 3, 3, 0] ^= 1
   other = {**params, 'norm': {**params['norm'], 'bias': params['norm']['bias'] + 1e-6}}
@@ -221,7 +221,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
     {'exp': exact},
   ):
     assert cached(**change)[1] == 1
-  assert len(list(tmp_path.iterdir())) == 7  # and nothing half-written beside
+  assert len(list(tmp_path.iterdir())) == 7  # and no partly written files
   whole = tmp_path / f'{features.key(exp, params, examples)}.npz'
   for damage in (lambda data: b'', lambda data: data[:-9], lambda data: data.replace(b'f4', b'f2'),
                  lambda data: data[:600] + bytes([data[600] ^ 1]) + data[601:]):  # fmt: skip
@@ -231,7 +231,7 @@ def test_only_the_same_features_are_found_again(tmp_path, counted):
     assert_equal(out, first)
 
 
-def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
+def test_feature_cache_key_depends_on_the_backbone_code(tmp_path, monkeypatch):
   exp, training = opening.from_config(small_config(**FROZEN))
   params = probe.initial_params(exp, training, tmp_path / 'none')
   before, attend = features.key(exp, params, training.test), attention.attention
@@ -241,27 +241,27 @@ def test_features_depend_on_the_code_of_the_backbone(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, capsys):
+def test_sweep_chooses_on_val_and_trains_on_both_splits(trained, tmp_path, counted, capsys):
   config = small_config(init=str(trained[0]), epochs='2', **SWEPT)
   fitted, real = [], probe.fit
 
   def fit(exp, training, mesh, workdir, **notes):
     fitted.append((workdir.name, len(training.train)))
     if len(fitted) == 2:
-      raise KeyboardInterrupt  # between the first rate and the second
+      raise KeyboardInterrupt  # between the first and the second rate
     return real(exp, training, mesh, workdir, **notes)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(probe, 'fit', fit)
     with pytest.raises(KeyboardInterrupt):
       trainer.train(config, tmp_path)
-    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert not cli.main([f'--workdir={tmp_path}'])  # resumes the run
     result = trainer.train(config, tmp_path)
     assert trainer.train(config, tmp_path) == result
-    assert not cli.main([f'--workdir={tmp_path}'])  # which is how a run goes on
+    assert not cli.main([f'--workdir={tmp_path}'])  # the run is already finished
     assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
   assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
-  assert sorted(counted) == [256, 256, 768]  # once for each split: neither rate computed again
+  assert sorted(counted) == [256, 256, 768]  # once for each split, not again for each rate
 
   points = {point['lr']: point['val_accuracy'] for point in result['sweep']}
   assert list(points) == [0.001, 0.1] and len(set(points.values())) == 2
@@ -279,18 +279,18 @@ def test_a_sweep_chooses_on_val_and_trains_on_all(trained, tmp_path, counted, ca
   assert result['test_loss'] == pytest.approx(alone['test_loss'], abs=1e-5)
 
   more = small_config(init=str(trained[0]), epochs='3', **SWEPT)
-  assert trainer.train(more, tmp_path)['sweep'] == result['sweep']  # as it was when the run began
+  assert trainer.train(more, tmp_path)['sweep'] == result['sweep']  # the sweep is not repeated
 
 
-def test_a_run_on_another_backbone_is_told(trained, tmp_path):
+def test_run_with_another_backbone_is_detected(trained, tmp_path):
   params = stored.load_checkpoint(trained[0])[1]
   other_head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
   other = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
-  assert not probe.began_with_others(tmp_path, params)  # nothing began there
-  assert not probe.began_with_others(trained[0], params)
-  assert not probe.began_with_others(trained[0], other_head)
-  assert probe.began_with_others(trained[0], other)
-  assert probe.began_with_others(trained[0], backbone(params) | {'block_9': params['norm']})
+  assert not probe.has_other_backbone(tmp_path, params)  # no run there
+  assert not probe.has_other_backbone(trained[0], params)
+  assert not probe.has_other_backbone(trained[0], other_head)
+  assert probe.has_other_backbone(trained[0], other)
+  assert probe.has_other_backbone(trained[0], backbone(params) | {'block_9': params['norm']})
 
 
 @pytest.mark.parametrize('overrides, message', [
@@ -301,26 +301,26 @@ def test_a_run_on_another_backbone_is_told(trained, tmp_path):
   (SWEPT | {'sweep': '0.1,0.1'}, 'distinct learning rates above 0'),
   ({'optimizer.layer_decay': '1.5'}, 'optimizer.layer_decay must be from'),
 ])  # fmt: skip
-def test_bad_values_are_refused(overrides, message, tmp_path):
+def test_bad_values_are_rejected(overrides, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     trainer.train(small_config(**overrides), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
-def test_all_rates_diverge(trained, tmp_path):
+def test_sweep_fails_if_all_rates_diverge(trained, tmp_path):
   overrides = SWEPT | {'sweep': '1e30,1e31', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
-  with pytest.raises(FloatingPointError, match=r'No learning rate of sweep=\(1e\+30, 1e\+31\)'):
+  with pytest.raises(FloatingPointError, match=r'every learning rate of sweep=\(1e\+30, 1e\+31\)'):
     trainer.train(small_config(init=str(trained[0]), **overrides), tmp_path)
 
 
-def test_other_classes_have_a_new_head(trained, tmp_path):
+def test_other_classes_get_a_new_head(trained, tmp_path):
   source = Source({}, ('cat', 'dog'), 3, None)
   _, params, _ = inherit.open_init(small_config(init=str(trained[0])), source)
   assert params['head']['kernel'].shape == (16, 2) and not params['head']['kernel'].any()
   assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))
 
 
-def test_finetune_configs_are_the_papers(capsys):
+def test_finetune_configs_follow_the_paper(capsys):
 
   steps = {'cifar10': (50_000, 10_000), 'imagenet2012': (1_281_167, 20_000)}
   for dataset, (examples, wanted) in steps.items():
@@ -340,7 +340,7 @@ def test_finetune_configs_are_the_papers(capsys):
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_the_same_epochs():
+def test_benchmark_compares_frozen_and_cached_epochs():
   config = small_config(**FROZEN)
   result = benchmark.measure(config, examples=64, rounds=3)
   assert result['examples'] == 64 and result['features_once_seconds'] > 0

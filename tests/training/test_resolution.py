@@ -1,4 +1,4 @@
-"""Images of another size: positions stretched over them, evaluation, smaller images first."""
+"""Tests other image sizes: stretched positions, evaluation, and smaller images first."""
 
 import itertools
 import math
@@ -24,18 +24,18 @@ from vit_jax.weights import pretrained
 from vit_jax.workdir import stored, writer
 
 IMAGES = np.random.RandomState(0).normal(size=(3, 8, 16, 3)).astype(np.float32)
-WHOLE = (4, 6)  # patches that positions are of; those of `IMAGES` are 2 x 4
+WHOLE = (4, 6)  # grid of patches that positions are made for; `IMAGES` have 2 x 4 patches
 
 
-def test_patches_of_another_grid_lie_where_their_middles_are():
+def test_patches_of_another_grid_are_placed_at_their_centres():
   y, x = positions.coordinates((2, 3), (4, 6))
   np.testing.assert_array_equal(y, [[0.5] * 3, [2.5] * 3])  # between rows 0 and 1, 2 and 3
   np.testing.assert_array_equal(x, [[0.5, 2.5, 4.5]] * 2)
   y, x = positions.coordinates((14, 11), (14, 11))
-  np.testing.assert_array_equal((y, x), np.mgrid[:14, :11])  # to the bit
+  np.testing.assert_array_equal((y, x), np.mgrid[:14, :11])  # exactly
 
 
-def test_stretched_sincos_and_rope_are_the_closed_form():
+def test_stretched_sincos_and_rope_equal_the_closed_form():
   table = positions.sincos(2, 4, 16, WHOLE)[0]
   cos, sin = positions.rope_angles(2, 4, 8, 1, WHOLE)
   places = itertools.product((0.5, 2.5), [6 / 4 * (i + 0.5) - 0.5 for i in range(4)])
@@ -59,7 +59,7 @@ def random_params(model, image=IMAGES):
 
 
 def resized_by_pillow(position_1ND, before, after, prefix=0, method='bilinear'):
-  """The same as `positions.resize`; Pillow averages where it reduces."""
+  """Resizes positions like `resize_positions`, but with Pillow, which averages when it shrinks."""
   filter_ = getattr(Image.Resampling, method.upper())
   planes = np.moveaxis(np.asarray(position_1ND)[0, prefix:].reshape(*before, -1), 2, 0)
   resized = [np.asarray(Image.fromarray(p).resize(after[::-1], filter_)) for p in planes]
@@ -69,7 +69,7 @@ def resized_by_pillow(position_1ND, before, after, prefix=0, method='bilinear'):
 
 @pytest.mark.parametrize('method', ['bilinear', 'bicubic'])
 @pytest.mark.parametrize('after', [(3, 5), (4, 4), (12, 9), (1, 1)])
-def test_positions_are_resized_as_pillow_resizes_an_image(method, after):
+def test_positions_are_resized_like_images_in_pillow(method, after):
   table = np.random.RandomState(5).normal(size=(1, 2 + 8 * 6, 3)).astype(np.float32)
   want = resized_by_pillow(table, (8, 6), after, 2, method)
   for array in (table, jnp.asarray(table)):
@@ -81,7 +81,7 @@ def test_positions_are_resized_as_pillow_resizes_an_image(method, after):
     dict(pool='cls'), dict(pool='gap'),
     dict(pool='cls', num_registers=2, position_prefix='all'),
 ])  # fmt: skip
-def test_learned_positions_are_resized_in_the_model_as_pillow_does(fields):
+def test_learned_positions_are_resized_in_the_model_like_images_in_pillow(fields):
   model = small(position_grid=WHOLE, **fields)
   params = random_params(model)
   prefix = model.num_positions
@@ -93,9 +93,9 @@ def test_learned_positions_are_resized_in_the_model_as_pillow_does(fields):
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_the_whole_table_has_a_gradient():
-  """That of a linear map, whose matrix the host's resizing gives."""
-  basis = np.eye(24, dtype=np.float32)[None]  # `[1, 24, 24]`: every position by itself
+def test_every_position_of_the_table_has_a_gradient():
+  """Resizing is a linear map; the resized unit vectors are its matrix."""
+  basis = np.eye(24, dtype=np.float32)[None]  # `[1, 24, 24]`, one unit vector per position
   matrix = positions.resize_positions(basis, WHOLE, (2, 4), 0)[0]  # `[8, 24]`
   weight = np.random.RandomState(2).normal(size=(1, 8, 24)).astype(np.float32)
   function = lambda table: (positions.resize_positions(table, WHOLE, (2, 4), 0) * weight).sum()
@@ -111,14 +111,14 @@ def test_positions_without_parameters_are_stretched(position):
   stretched = model.apply({'params': params}, IMAGES)
   plain = model.clone(position_grid=None).apply({'params': params}, IMAGES)
   assert np.allclose(stretched, plain, atol=1e-5) == (position == 'none')
-  own = np.random.RandomState(3).normal(size=(3, 16, 24, 3)).astype(np.float32)  # of 4 x 6 patches
+  own = np.random.RandomState(3).normal(size=(3, 16, 24, 3)).astype(np.float32)  # 4 x 6 patches
   np.testing.assert_array_equal(
     model.apply({'params': params}, own),
     model.clone(position_grid=None).apply({'params': params}, own),
   )
 
 
-def test_the_map_of_positions_is_that_of_the_image():
+def test_position_figure_uses_the_grid_of_the_image():
   for position in ('learned', 'sincos'):
     model = small(pool='gap', position=position, position_grid=WHOLE)
     found = maps.position_embeddings(model, random_params(model), (2, 4))
@@ -126,10 +126,10 @@ def test_the_map_of_positions_is_that_of_the_image():
   np.testing.assert_allclose(found.reshape(8, 16), positions.sincos(2, 4, 16, WHOLE)[0], atol=1e-6)
 
 
-def test_a_run_is_evaluated_at_another_size(trained):
+def test_run_can_be_evaluated_at_another_size(trained):
   workdir, _ = trained
   found = exact.evaluate(workdir, {'data.image_size': '16'})
-  model, params = pretrained.load(workdir, grid=(4, 4))  # which resizes the table by itself
+  model, params = pretrained.load(workdir, grid=(4, 4))  # this resizes the table
   source = sources.synthetic('', '', (16, 16))
   _, images, labels = zip(*source.read('test', range(256)))
   logits = jax.jit(model.apply)({'params': params}, np.stack(images) / 127.5 - 1)
@@ -139,28 +139,28 @@ def test_a_run_is_evaluated_at_another_size(trained):
   assert found['loss'] == pytest.approx(float(losses.softmax(logits, label).mean()), rel=1e-4)
 
 
-def test_a_size_that_patches_do_not_divide_is_refused(trained):
+def test_size_not_divisible_into_patches_is_rejected(trained):
   with pytest.raises(ValueError, match='does not divide into patches of 4x4'):
     exact.evaluate(trained[0], {'data.image_size': '10'})
 
 
-def test_files_are_read_at_the_size_asked_for(trained, monkeypatch):
+def test_experiment_at_another_size_reads_files_at_that_size(trained, monkeypatch):
   exp = opening.from_workdir(trained[0])[0]
   assert exp.at((8, 8)) is exp
   larger = exp.at((16, 16))
   assert larger.task.stored_size == larger.image_shape[:2] == (16, 16)
-  assert larger.at((4, 4)).model.position_grid == (2, 2)  # those of the run
+  assert larger.at((4, 4)).model.position_grid == (2, 2)  # the run's grid
   assert exp.image_shape == (8, 8, 3)
 
 
 STAGES = {'data.image_size': '16', 'progressive.sizes': '8', 'progressive.until': '0.375'}
 STAGES |= {'data.train_split': 'train[:512]', 'data.eval_split': 'test[:32]', 'batch_size': '16'}
-STAGES |= {'eval_every': '0', 'ema': '0.9'}  # 32 steps, of which 12 see images of 8x8
+STAGES |= {'eval_every': '0', 'ema': '0.9'}  # 12 of the 32 steps see images of 8x8
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-  """A run with smaller images first: its workdir, and what was compiled after which step."""
+  """A run with smaller images first: (workdir, [step, image size, ...] of each compilation)."""
   workdir, seen = tmp_path_factory.mktemp('stages'), []
   compile_, make = Run.compile, make_train_step
 
@@ -180,20 +180,20 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_smaller_images_come_first(whole):
+def test_progressive_run_starts_with_smaller_images(whole):
   workdir, seen = whole
   assert seen == [0, (8, 8), 12, (16, 16)]
   _, params, _ = stored.load_checkpoint(workdir)
-  assert params['pos_embedding'].shape == (1, 16, 16)  # always of the whole
+  assert params['pos_embedding'].shape == (1, 16, 16)  # always for full-size images
   lines = writer.read_metrics(workdir)
   assert [line['step'] for line in lines if line['split'] == 'train'] == [8, 16, 24, 32]
-  assert exact.evaluate(workdir, {})['accuracy'] > 0.2  # ten patterns: chance is 0.1
+  assert exact.evaluate(workdir, {})['accuracy'] > 0.2  # ten classes, so chance is 0.1
   assert exact.evaluate(workdir, {'data.image_size': '4'})['examples'] == 32
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stop', [8, 12])
-def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
+def test_progressive_run_resumes_bit_for_bit_before_and_at_the_change(whole, stop, tmp_path):
   settings = STAGES | {'checkpoint_every': str(stop)}
   save = Run.save
 
@@ -214,8 +214,8 @@ def test_it_resumes_bit_for_bit_across_the_change(whole, stop, tmp_path):
     )
 
 
-def test_a_step_before_the_change_sees_the_image_reduced(whole):
-  """As Pillow reduces it, away from the border."""
+def test_early_steps_see_images_reduced_like_pillows(whole):
+  """The border is left out."""
   exp, _, _ = opening.from_workdir(whole[0])
   image = np.random.RandomState(4).randint(0, 256, (1, 16, 16, 3)).astype(np.uint8)
   out = np.asarray(exp.at((8, 8)).normalize(image))[0]
@@ -225,7 +225,7 @@ def test_a_step_before_the_change_sees_the_image_reduced(whole):
     np.testing.assert_allclose(out[2:-2, 2:-2, channel], want[2:-2, 2:-2], atol=1e-3)
 
 
-def test_inspecting_counts_each_size(whole):
+def test_inspect_counts_the_flops_of_each_size(whole):
   exp, _, _ = opening.from_workdir(whole[0])
   found = cost.measure(exp, 512)
   each = {n: cost.measure(exp.at((n, n)), 512).train_flops for n in (8, 16)}
@@ -242,6 +242,6 @@ def test_inspecting_counts_each_size(whole):
     ({'progressive.sizes': '8', 'progressive.until': '0.5', 'data.image_size': '12,16'}, '10.6667'),
     ({'progressive.sizes': '8', 'progressive.until': '0.5', 'freeze': 'backbone'}, 'freeze'),
 ])  # fmt: skip
-def test_sizes_that_cannot_be_are_refused(overrides, message, tmp_path):
+def test_invalid_sizes_are_rejected(overrides, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     trainer.train(small_config(**{'data.image_size': '16', **overrides}), tmp_path / 'run')

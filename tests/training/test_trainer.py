@@ -1,4 +1,4 @@
-"""The loop: resuming bit for bit, exact evaluation, what a workdir holds, what stops a run."""
+"""Tests the loop: resuming bit for bit, exact evaluation, workdir content, rejected runs."""
 
 from collections.abc import Callable
 import dataclasses
@@ -43,7 +43,7 @@ assert 'tensorflow' not in sys.modules, 'training imports TensorFlow'
 
 
 def start_process(workdir, **overrides):
-  """A training process of its own."""
+  """Starts a separate training process."""
   command = [sys.executable, '-c', TRAIN, str(workdir), json.dumps(overrides)]
   return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
@@ -53,7 +53,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+def test_killed_run_resumes_bit_for_bit(tmp_path):
   overrides = {'epochs': '10', 'ema': '0.9', 'augment.pad_crop.padding': '1'}
   whole = start_process(tmp_path / 'whole', **overrides)
   assert whole.wait(120) == 0, whole.stderr.read().decode()
@@ -80,21 +80,21 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     )
   lines = [writer.read_metrics(tmp_path / name) for name in ('whole', 'killed')]
   test = [[line for line in part if line['split'] == 'test'] for part in lines]
-  assert test[0] == test[1]  # none twice, none missing, and the same to the last digit
-  assert 'Going on from step' in (tmp_path / 'killed' / 'log.txt').read_text()
+  assert test[0] == test[1]  # no line twice, none missing, equal to the last digit
+  assert 'Resuming from step' in (tmp_path / 'killed' / 'log.txt').read_text()
 
 
-def test_xla_knows_how_to_be_deterministic():
+def test_xla_accepts_the_deterministic_option():
   double = jax.jit(lambda x: 2 * x, compiler_options=step.DETERMINISTIC)
-  assert double(jnp.ones(())) == 2  # XLA refuses options that it does not know
+  assert double(jnp.ones(())) == 2  # XLA rejects unknown options
 
 
-def test_what_a_run_leaves(trained):
+def test_run_writes_result_config_metrics_and_examples(trained):
   workdir, result = trained
   assert json.loads((workdir / 'result.json').read_text()) == result
   assert json.loads((workdir / 'config.json').read_text()) == result['config']
   assert result['steps'] == 32 and result['examples'] == 256
-  assert result['test_accuracy'] > 0.5  # ten patterns in noise: chance is 0.1
+  assert result['test_accuracy'] > 0.5  # ten noisy patterns, so chance is 0.1
   lines = writer.read_metrics(workdir)
   train = [line for line in lines if line['split'] == 'train']
   assert [line['step'] for line in train] == [8, 16, 24, 32]
@@ -111,7 +111,7 @@ def test_what_a_run_leaves(trained):
   assert len(list((workdir / 'examples').glob('*.png'))) == 8
 
 
-def test_a_finished_run_changes_nothing(trained):
+def test_training_a_finished_run_changes_no_file(trained):
   workdir, result = trained
   snapshot = lambda: {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in workdir.rglob('*')}
   before = snapshot()
@@ -120,26 +120,26 @@ def test_a_finished_run_changes_nothing(trained):
 
 
 @pytest.mark.slow
-def test_bfloat16_moments_are_resumed(tmp_path):
-  rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
+def test_bfloat16_moments_survive_a_resume(tmp_path):
+  rounded = {'optimizer.moment_dtype': 'bfloat16'}  # checkpoints must store this type too
   trainer.train(small_config(epochs='0.25', **rounded), tmp_path)
   result = trainer.train(small_config(epochs='0.5', log_every='4', **rounded), tmp_path)
   assert result['steps'] == 16 and stored.latest_step(tmp_path) == 16
 
 
-def test_other_epochs_are_refused_before_the_run_is_finished(trained, tmp_path):
+def test_other_epochs_are_rejected_before_the_run_is_finished(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   shutil.rmtree(workdir / 'checkpoints' / '32')
   before = contents(workdir)
   for epochs in ('0.75', '2'):
-    with pytest.raises(ValueError, match=f'at step 16 of 32: epochs=1 can not become {epochs}'):
+    with pytest.raises(ValueError, match=f'at step 16 of 32: epochs=1 cannot become {epochs}'):
       trainer.train(small_config(epochs=epochs), workdir)
   assert contents(workdir) == before
 
 
 @pytest.mark.slow
 def test_resume_without_config_uses_all_cores(tmp_path):
-  """In processes of their own, because conftest sets the number of devices in this one."""
+  """Uses separate processes, because conftest sets the number of devices in this one."""
   new = [
       '--config=configs/digits.py', '--config.model.depth=1', '--config.batch_size=64',
       '--config.data.source=synthetic', '--config.eval_batch_size=64', '--config.epochs=0.1',
@@ -149,10 +149,10 @@ def test_resume_without_config_uses_all_cores(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.PIPE)
   log = (tmp_path / 'log.txt').read_text()
   devices = f'on {min(cluster.num_cores(), 2)} cpu device(s)'
-  assert log.count(devices) == 2 and 'Going on from step 2' in log
+  assert log.count(devices) == 2 and 'Resuming from step 2' in log
 
 
-def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
+def test_too_few_devices_for_the_batch_are_logged(tmp_path):
   script = (
     'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
     'from vit_jax.distributed import cluster\n'
@@ -165,7 +165,7 @@ def test_fewer_devices_than_the_batch_is_worth_are_logged(tmp_path):
   assert warning in (tmp_path / 'log.txt').read_text()
 
 
-def test_another_config_is_refused(trained):
+def test_another_config_is_rejected(trained):
   workdir, _ = trained
   with pytest.raises(ValueError, match=r'optimizer\.lr: 0\.01 in the workdir, 0\.1 given'):
     trainer.train(small_config(**{'optimizer.lr': '0.1'}), workdir)
@@ -179,7 +179,7 @@ def test_evaluation_is_exact_for_any_batch_size(trained, batch_size):
   assert out['loss'] == pytest.approx(result['test_loss'], abs=1e-6)
 
 
-def test_evaluation_is_the_mean_in_float64(trained):
+def test_evaluation_equals_the_mean_in_float64(trained):
   workdir, result = trained
   exp, params, _ = opening.from_workdir(workdir)
   test = evaluation.load_split(exp, 'test')
@@ -194,11 +194,11 @@ def test_evaluation_is_the_mean_in_float64(trained):
 
 @pytest.mark.parametrize(('classes', 'top5'), [(7, 5 / 7), (6, 5 / 6), (5, None)])
 def test_top_5_counts_five_classes(classes, top5):
-  """The label of row i is the class of rank i."""
+  """The label of row i is the class with rank i in this row."""
   rank_BL = np.stack([np.roll(np.arange(classes), i) for i in range(classes)])
   label_B = np.argmax(rank_BL == np.arange(classes)[:, None], axis=1)
   loss_B, mask_B = np.arange(classes + 2.0), np.ones(classes + 2)
-  mask_B[-2:] = 0  # padding, of which the label would be right
+  mask_B[-2:] = 0  # padding, whose labels would be correct
   rows = np.r_[np.arange(classes), 0, 0]
   metrics = scoring.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
   want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
@@ -207,9 +207,9 @@ def test_top_5_counts_five_classes(classes, top5):
 
 
 def prepare(parts, devices, cycles=(), **overrides):
-  """The step, a state to begin with and batches, in `parts` micro-batches on `devices` devices.
+  """Returns the step, a first state and batches, in `parts` micro-batches on `devices` devices.
 
-  The parameters are all random: a head of zeros would hide the gradient of the rest.
+  All parameters are random, because a head of zeros would hide the gradient of the other ones.
   """
   config = small_config(micro_batches=str(parts), **overrides)
   exp, training = opening.from_config(config, cycles=cycles)
@@ -223,20 +223,20 @@ def prepare(parts, devices, cycles=(), **overrides):
   return step, train_state, batches
 
 
-def test_training_computes_no_top_5():
+def test_training_does_not_compute_top_5_accuracy():
   step, train_state, batches = prepare(2, 1)
   assert 'top_k' not in step.lower(train_state, next(batches)).as_text()
 
 
 def two_steps(parts, devices, **overrides):
-  """Parameters and metrics after two steps."""
+  """Returns parameters and metrics after two steps."""
   step, train_state, batches = prepare(parts, devices, **overrides)
   for _ in range(2):
     train_state, metrics = step(train_state, next(batches))
   return jax.device_get(train_state.params), jax.device_get(metrics)
 
 
-def test_averaged_weights_are_evaluated_and_the_raw_ones_reported_beside_them():
+def test_evaluation_uses_averaged_weights_and_also_reports_raw_ones():
   score = lambda params, examples: {'loss': params, 'accuracy': params + 1, 'examples': 8}
   run = types.SimpleNamespace(
     training=types.SimpleNamespace(val=None, test=[]),
@@ -255,7 +255,7 @@ class NoCheckpoints:
     return None
 
 
-def test_the_average_begins_at_the_weights_of_init(monkeypatch):
+def test_average_starts_at_the_weights_of_init(monkeypatch):
   random, weights = {'kernel': jnp.zeros(3)}, {'kernel': np.arange(3, dtype=np.float32)}
   blank = state.TrainState(jnp.int32(0), random, (), random)
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
@@ -268,7 +268,7 @@ def test_the_average_begins_at_the_weights_of_init(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Simple(Experiment):
-  """An experiment of one parameter, whose gradient is a function of the step's key."""
+  """An experiment with one parameter, whose gradient is a function of the step's key."""
 
   slope: Callable = lambda key: 7.0
 
@@ -277,7 +277,7 @@ class Simple(Experiment):
 
 
 def simple(exp, slope):
-  """The experiment made simple: the loss is the first logit."""
+  """Returns a `Simple` experiment whose loss is the first logit."""
   augment_and_mix = lambda key, example_B, image_BHWC, early: (image_BHWC, jnp.ones(len(example_B)))
   loss = lambda logits_BL, label_B: logits_BL[:, 0]
   return Simple(**vars(exp) | dict(augment_and_mix=augment_and_mix, loss=loss), slope=slope)
@@ -286,7 +286,7 @@ def simple(exp, slope):
 SIMPLE_BATCH = {'image': np.zeros(32, np.float32), 'label': np.zeros(32, np.int32)}
 
 
-def test_each_step_and_each_seed_draws_anew():
+def test_draws_differ_between_steps_and_seeds():
   def draws(seed):
     exp, training = opening.from_config(small_config(seed=str(seed), micro_batches='2'))
     mesh = devices_lib.make_mesh(32, 2)
@@ -301,7 +301,7 @@ def test_each_step_and_each_seed_draws_anew():
   assert again == one
 
 
-def test_the_norm_of_the_gradient_is_that_before_clipping():
+def test_gradient_norm_is_reported_before_clipping():
   exp, training = opening.from_config(small_config(**{'optimizer.clip': '0.1'}))
   step = make_train_step(simple(exp, lambda key: 7.0), training, devices_lib.make_mesh(1))
   params = {'weight': jnp.ones(())}
@@ -309,7 +309,7 @@ def test_the_norm_of_the_gradient_is_that_before_clipping():
   assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
 
 
-def test_the_time_before_a_resume_counts(monkeypatch):
+def test_time_before_a_resume_is_counted(monkeypatch):
   blank = state.TrainState(jnp.int32(0), {}, (), None)
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
   found = types.SimpleNamespace(
@@ -347,7 +347,7 @@ def test_micro_batches_and_devices_mix_the_same_images():
 
 
 @pytest.mark.slow
-def test_strong_augmentation_ends_when_the_config_says():
+def test_strong_augmentation_ends_at_off_for_last():
   norms = {}
   for name, settings in {
     'weak': {'model.depth': '1'},
@@ -355,7 +355,7 @@ def test_strong_augmentation_ends_when_the_config_says():
   }.items():
     step, train_state, batches = prepare(1, 1, **settings)
     kept, batch = jax.device_get(train_state), next(batches)
-    for i in (0, 23, 24, 31):  # of 32 steps
+    for i in (0, 23, 24, 31):  # the run has 32 steps
       state = kept.replace(step=np.int32(i))
       metrics = step(jax.tree.map(jnp.array, state), batch)[1]
       norms[name, i] = float(metrics['grad_norm'])
@@ -366,12 +366,12 @@ def test_strong_augmentation_ends_when_the_config_says():
 
 
 @pytest.mark.parametrize('epochs, steps', [('1', 3), ('0.3', 1), ('0.4', 1), ('7', 21)])
-def test_a_run_has_the_nearest_whole_number_of_steps(epochs, steps):
+def test_number_of_steps_is_rounded(epochs, steps):
   assert plan_lib.num_steps(small_config(epochs=epochs), 95) == steps  # batches of 32
 
 
 @pytest.mark.slow
-def test_an_added_cycle_has_weak_augmentation_only():
+def test_added_cycle_has_only_weak_augmentation():
   norms = {}
   for name, settings in {'weak': {'model.depth': '1'}, 'strong': STRONG}.items():
     step, train_state, batches = prepare(1, 1, cycles=(32,), epochs='2', **settings)
@@ -396,7 +396,7 @@ def test_added_cycles_warm_up_to_half_the_peak_and_decay():
 
 
 def die(step):
-  """Has a run end at this step, where a line of metrics is due."""
+  """Returns a `Run.log` that interrupts the run at this step."""
 
   def log(self, now, *_):
     if now == step:
@@ -419,19 +419,19 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
   }
   assert rates[40] == pytest.approx(0.0025 * (1 + np.cos(np.pi * 1 / 26)), rel=1e-4)
 
-  for end in (40, 56):  # before the cycle's first checkpoint, and after it
+  for end in (40, 56):  # before and after the cycle's first checkpoint
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(Run, 'log', die(end))
       overrides = {'epochs': '2'} if end == 40 else {}
       with pytest.raises(KeyboardInterrupt):
         trainer.train(resume.saved_config(killed, overrides), killed)
-  with pytest.raises(ValueError, match='at step 48 of 64: epochs=2 can not become 3 before'):
+  with pytest.raises(ValueError, match='at step 48 of 64: epochs=2 cannot become 3 before'):
     trainer.train(small_config(epochs='3'), killed)
   trainer.train(resume.saved_config(killed, {}), killed)
   for item in ('params', 'state'):
     assert_equal(*[stored.restore_item(path, 64, item) for path in (whole, killed)])
 
-  with pytest.raises(ValueError, match='at step 64 already, and epochs=1 ends at step 32'):
+  with pytest.raises(ValueError, match='already at step 64, but epochs=1 ends at step 32'):
     trainer.train(small_config(), whole)
   finished, _, cycles = resume.begin(small_config(epochs='2.5'), whole)
   assert not finished and cycles == (32, 64)
@@ -445,7 +445,7 @@ VALIDATED = {
 
 @pytest.fixture
 def scored(monkeypatch):
-  """Has evaluations find these accuracies: the best on val and the best on test in the middle."""
+  """Makes evaluations return given accuracies, with the best ones in the middle of the run."""
   scores = {'val': iter([0.2, 0.9, 0.4, 0.5]), 'test': iter([0.3, 0.4, 0.8, 0.6])}
 
   def score(self, params, examples):
@@ -456,7 +456,7 @@ def scored(monkeypatch):
 
 
 def assert_best_is_used(workdir, result):
-  """Step 16 is kept besides the last, and taken unless another is asked for."""
+  """Checks that step 16 is kept in addition to the last step, and loaded by default."""
   assert sorted(stored.saved_steps(workdir)) == [16, 32]
   assert result['best'] == {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4}
   assert result['last'] == {'step': 32, 'val_accuracy': 0.5, 'test_accuracy': 0.6}
@@ -465,19 +465,17 @@ def assert_best_is_used(workdir, result):
   assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
 
 
-def test_the_best_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
+def test_best_checkpoint_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
   result = trainer.train(small_config(**VALIDATED), tmp_path)
   with caplog.at_level('INFO'):
     assert_best_is_used(tmp_path, result)
   assert 'step 16, best of 2 by validation accuracy 90.00%' in caplog.text
   assert 'step 32, the last checkpoint' in caplog.text
   assert exact.evaluate(tmp_path, {})['step'] == 16
-  assert reader.read_weights(tmp_path).run['step'] == 32  # what `init` starts from
+  assert reader.read_weights(tmp_path).run['step'] == 32  # `init` starts from the last step
 
 
-def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
-  tmp_path, scored, monkeypatch
-):
+def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monkeypatch):
   calls = itertools.count(1)
   with monkeypatch.context() as patch:
     patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
@@ -487,7 +485,7 @@ def test_a_step_that_a_stop_left_without_its_accuracy_gets_it_on_resume(
   assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
 
 
-def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
+def test_run_interrupted_before_its_result_is_finished_without_training(tmp_path):
   result = trainer.train(small_config(), tmp_path)
   lines = writer.read_metrics(tmp_path)
   (tmp_path / 'result.json').write_text('{"half')
@@ -495,12 +493,12 @@ def test_a_run_cut_off_before_its_result_is_finished_without_training(tmp_path):
   assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
 
 
-def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
+def test_stop_request_saves_without_evaluating(trained, tmp_path, monkeypatch):
   steps = lambda lines: [(line['step'], line['split']) for line in lines]
-  calls = itertools.count(1)  # one after each step
+  calls = itertools.count(1)  # one call after each step
   with monkeypatch.context() as patch:
     patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 16)
-    patch.setattr(Run, 'evaluate', None)  # there is no time for it
+    patch.setattr(Run, 'evaluate', None)  # calling it would fail
     with pytest.raises(cluster.Preempted, match='step 16 of 32 is saved'):
       trainer.train(small_config(), tmp_path)
   assert steps(writer.read_metrics(tmp_path)) == [(8, 'train'), (16, 'train')]
@@ -512,14 +510,14 @@ def test_a_stop_saves_before_it_evaluates(trained, tmp_path, monkeypatch):
 
 
 def contents(folder):
-  """The files of a folder, with their bytes and when they were written."""
+  """Returns the modification time and the bytes of each file in a folder."""
   files = [path for path in folder.rglob('*') if path.is_file()]
   return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.mark.parametrize('seed', ['0', '1'])
-def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
-  """Refused because another run holds the workdir; later because the config is another."""
+def test_rejected_command_changes_no_file(trained, tmp_path, seed):
+  """The first command fails because the workdir is locked, the second because of its seed."""
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
   before = contents(workdir)
@@ -532,7 +530,7 @@ def test_a_refused_command_changes_no_file(trained, tmp_path, seed):
     assert contents(workdir) == before
 
 
-def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
+def test_rejected_data_changes_no_file(trained, tmp_path, monkeypatch):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
   before = contents(workdir)
@@ -542,7 +540,7 @@ def test_data_that_is_refused_changes_no_file(trained, tmp_path, monkeypatch):
   assert contents(workdir) == before
 
 
-def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
+def test_workdir_can_be_locked_once_and_empty_workdirs_are_removed(tmp_path):
   workdir = tmp_path / 'new' / 'run'
   with lock.held(workdir), pytest.raises(ValueError, match='another run'), lock.held(workdir):
     pass
@@ -552,7 +550,7 @@ def test_a_workdir_is_held_by_one_and_empty_ones_vanish(tmp_path):
   assert [path.name for path in workdir.iterdir()] == ['config.json']
 
 
-def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
+def test_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   writer.write_json(workdir / 'config.json', {'seed': 7})
   assert resume.saved_config(workdir, {}).seed == 0
@@ -560,7 +558,7 @@ def test_a_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
   assert resume.saved_config(workdir, {}).seed == 7
 
 
-def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
+def test_failed_evaluation_loses_no_step(trained, tmp_path, monkeypatch):
   def bad(*_):
     raise ValueError('test/3.jpg: not a readable image')
 
@@ -577,26 +575,31 @@ def test_what_ends_an_evaluation_takes_no_step(trained, tmp_path, monkeypatch):
   assert ends[0] == ends[1] and len(ends[0]) == 2
 
 
-def test_fewer_epochs_than_are_done_are_refused(trained, tmp_path):
+def test_fewer_epochs_than_already_done_are_rejected(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
-  with pytest.raises(ValueError, match='at step 32 already, and epochs=0.5 ends at step 16'):
+  with pytest.raises(ValueError, match='already at step 32, but epochs=0.5 ends at step 16'):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
-def test_a_name_that_is_no_text_is_logged(tmp_path):
+def test_file_name_that_is_not_valid_utf_8_is_logged(tmp_path):
   script = (
     'import os, pathlib, sys; from vit_jax.workdir import writer\n'
     'with writer.Writer(pathlib.Path(sys.argv[1]), 0):\n'
     "  writer.LOG.warning('%s and naïve.jpg', os.fsdecode(b'na\\xefve.jpg'))"
   )
-  command = [sys.executable, '-c', script, tmp_path]  # pytest's own processes exchange only text
+  command = [
+    sys.executable,
+    '-c',
+    script,
+    tmp_path,
+  ]  # parallel pytest workers could not report this name
   child = subprocess.run(command, stderr=subprocess.PIPE, cwd=ROOT, check=True)
   assert b'Logging error' not in child.stderr
   assert 'na\\udcefve.jpg and naïve.jpg' in (tmp_path / 'log.txt').read_text(encoding='utf-8')
 
 
-def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
+def test_length_of_a_run_is_logged_before_training(caplog, tmp_path):
   for name in 'ab':
     (tmp_path / name).mkdir()
     for i in range(40):
@@ -616,7 +619,7 @@ def test_the_length_of_a_run_is_logged_before_it(caplog, tmp_path):
   assert 'too few' not in caplog.text
 
 
-def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
+def test_data_that_changed_since_the_run_began_is_rejected(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   config = small_config(epochs='2')
   exp, _ = opening.from_config(config)
@@ -624,12 +627,12 @@ def test_data_that_changed_under_a_run_is_refused(trained, tmp_path):
   with pytest.raises(ValueError, match='class_names was'):
     resume.check_same_data(dataclasses.replace(exp, task=changed), workdir)
   resume.check_same_data(exp, workdir)
-  known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # it was not when it began
+  known = dataclasses.replace(exp.task, fingerprint='0123456789abcdef')  # the run began without one
   resume.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
 @pytest.mark.slow
-def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
+def test_run_without_checkpoint_can_be_replaced_by_another(tmp_path):
   bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match='training diverged'):
     trainer.train(small_config(**bad), tmp_path)
@@ -637,7 +640,7 @@ def test_a_start_that_saved_nothing_does_not_hold_the_workdir(tmp_path):
   assert trainer.train(small_config(epochs='0.25'), tmp_path)['steps'] == 8
 
 
-def test_a_val_split_that_is_trained_or_tested_on_is_refused():
+def test_val_split_that_overlaps_another_split_is_rejected():
   with pytest.raises(ValueError, match='shares examples with data.train_split'):
     opening.from_config(small_config(**{'data.val_split': 'train[98%:]'}))
   overrides = {'data.val_split': 'test[:5]', 'data.train_split': 'train'}
@@ -647,8 +650,8 @@ def test_a_val_split_that_is_trained_or_tested_on_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
-def test_a_step_that_diverged_is_not_saved(tmp_path, monkeypatch, last, stops):
-  """Between two saves, at a save, and where the run is asked to stop."""
+def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
+  """Training diverges between two saves, at a save, and when the run is asked to stop."""
   real, calls = make_train_step, itertools.count(1)
   monkeypatch.setattr(cluster.Preemption, 'is_due', lambda self: stops and next(calls) == last)
 
@@ -690,10 +693,10 @@ def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
     ({'model.dtype': 'float8'}, 'bfloat16'), ({'init': '/nowhere'}, 'no such file or folder'),
     ({'model.pool': 'none'}, 'pool'), ({'data.mean': '1,2'}, 'data.mean'),
     ({'data.std': '0'}, 'all positive'), ({'optimizer.clip': '-1'}, 'optimizer.clip'),
-    ({'ema': 'nan'}, 'ema'), ({'epochs': '0.001'}, 'no step at all'),
+    ({'ema': 'nan'}, 'ema'), ({'epochs': '0.001'}, 'zero training steps'),
     ({'model.num_heads': '0'}, 'model.num_heads'), ({'model.head_dim': '-4'}, 'head_dim'),
 ])  # fmt: skip
-def test_bad_values_are_refused_and_leave_nothing(tmp_path, overrides, message):
+def test_bad_values_are_rejected_and_leave_no_files(tmp_path, overrides, message):
   with pytest.raises(ValueError, match=message):
     trainer.train(small_config(**overrides), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

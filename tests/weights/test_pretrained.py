@@ -283,7 +283,9 @@ def test_the_grid_is_explicit():
   own = vit_jax.load(source('paper_gap'), grid=(2, 4))
   want = positions.resize_positions(own.params['pos_embedding'], (2, 4), (4, 2), 0)
   assert np.array_equal(loaded.params['pos_embedding'], want)
-  with pytest.raises(ValueError, match='image has 4 patches, the position embeddings are for 8'):
+  with pytest.raises(
+    ValueError, match='image has 4 patches, but the position embeddings are for 8'
+  ):
     logits(own, np.zeros((1, 16, 16, 3)))
 
 

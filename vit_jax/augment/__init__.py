@@ -1,4 +1,4 @@
-"""What the device does to a batch of training images."""
+"""Augmentation, mixing and normalisation of image batches on the device."""
 
 from vit_jax.augment.crops import PAD_MODES
 from vit_jax.augment.mixing import partner

@@ -1,4 +1,4 @@
-"""Crops, flips and erasing: what needs one image and moves no grey level."""
+"""Crops, flips and erasing: augmentations that need one image and do not change its grey levels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ PAD_MODES = ('reflect', 'constant')
 
 
 def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -> jax.Array:
-  """Adds a border of `padding` pixels and crops the old size at a random place.
+  """Adds a border of `padding` pixels and crops the original size at a random place.
 
   `mode` is `reflect`, or `constant` for a black border.
   """
@@ -22,7 +22,7 @@ def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -
 
 
 def flip(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
-  """Mirrors left to right with the probability given."""
+  """Mirrors each image horizontally with the given probability."""
   mirror_B = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(key_B)
   return jnp.where(mirror_B[:, None, None, None], image_BHWC[:, :, ::-1], image_BHWC)
 
@@ -30,13 +30,17 @@ def flip(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Arr
 def resized_crop(
   key_B: jax.Array, image_BHWC: jax.Array, min_area: float, max_aspect: float
 ) -> jax.Array:
-  """Enlarges a random part to the old size, bilinearly (Szegedy et al. 2014, 1409.4842, Section 6).
+  """Enlarges a random part of each image to the original size, with bilinear interpolation.
+
+  This is the crop of Szegedy et al. 2014 (1409.4842), Section 6.
 
   Args:
-    key_B: of each example.
-    image_BHWC: uint8.
-    min_area: of the part, as a share of the image's; it is uniform from there to all of it.
-    max_aspect: of width to height and of height to width, as far as the area allows.
+    key_B: random key of each example.
+    image_BHWC: uint8 images.
+    min_area: smallest area of the part, as a share of the image. The area is uniform from
+      `min_area` to 1.
+    max_aspect: highest ratio of the longer side of the part to the shorter one. A large part may
+      need a lower ratio to fit.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -56,10 +60,11 @@ def resized_crop(
 def rectangle(
   key: jax.Array, height: int, width: int, min_area: float, max_area: float, max_aspect: float
 ) -> jax.Array:
-  """Height and width, in pixels, of a random part of an image.
+  """Returns height and width, in pixels, of a random rectangle inside an image.
 
-  Its share of the image's area is uniform. The logarithm of its aspect ratio is so too, within
-  what fits into the image: where others draw again until all fits, only the shape gives way.
+  The area is uniform from `min_area` to `max_area`, as a share of the image. The logarithm of the
+  aspect ratio is uniform over the ratios that fit. Other implementations draw area and ratio again
+  until the rectangle fits. Here only the ratios are restricted, so that the area stays uniform.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)
@@ -68,7 +73,7 @@ def rectangle(
   aspect = jnp.exp(jax.random.uniform(aspect_key, (), minval=tallest, maxval=widest))
   pixels = area * height * width
   size = jnp.sqrt(jnp.stack([pixels / aspect, pixels * aspect]))
-  return jnp.minimum(size, jnp.array([height, width]))  # which rounding may overstep
+  return jnp.minimum(size, jnp.array([height, width]))  # rounding may exceed it
 
 
 def erasing(
@@ -79,15 +84,18 @@ def erasing(
   max_area: float,
   max_aspect: float,
 ) -> jax.Array:
-  """Noise in the place of a rectangle (Zhong et al. 2017, 1708.04896): any level in every pixel.
+  """Replaces a random rectangle by noise (Zhong et al. 2017, 1708.04896).
+
+  Every pixel and channel of the noise is uniform from 0 to 255.
 
   Args:
-    key_B: of each example.
-    image_BHWC: uint8, of four channels at most.
-    probability: of an image losing a part.
-    min_area: of the part, as a share of the image's; it is uniform.
-    max_area: likewise.
-    max_aspect: of width to height and of height to width, as far as the area allows.
+    key_B: random key of each example.
+    image_BHWC: uint8 images with at most four channels.
+    probability: probability that an image loses a rectangle.
+    min_area: smallest area of the rectangle, as a share of the image. The area is uniform.
+    max_area: largest area of the rectangle, as a share of the image.
+    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. A large
+      rectangle may need a lower ratio to fit.
   """
   height, width, channels = image_BHWC.shape[1:]
 
@@ -100,7 +108,8 @@ def erasing(
     left = (x * (width - wide + 1)).astype(jnp.int32)
     inside_HW1 = box((height, width), top, top + high, left, left + wide)
     happens = jax.random.bernoulli(happens_key, probability)
-    # A byte of one number for each channel: a number for each would take ten times as long.
+    # One 32-bit number gives a byte to each channel. Drawing one number per channel would take
+    # ten times as long.
     bits_HW1 = jax.random.bits(noise_key, (height, width, 1), jnp.uint32)
     noise_HWC = bits_HW1 >> (8 * jnp.arange(channels, dtype=jnp.uint32)) & 255
     return jnp.where(happens & inside_HW1, noise_HWC.astype(jnp.uint8), image_HWC)
@@ -109,6 +118,6 @@ def erasing(
 
 
 def box(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
-  """Whether a pixel is in the rectangle, `[H, W, 1]`; bottom and right are beyond it."""
+  """Returns the mask `[H, W, 1]` of a rectangle; `bottom` and `right` are just outside it."""
   y_H11, x_1W1 = jnp.arange(size[0])[:, None, None], jnp.arange(size[1])[None, :, None]
   return (y_H11 >= top) & (y_H11 < bottom) & (x_1W1 >= left) & (x_1W1 < right)

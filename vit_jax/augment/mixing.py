@@ -1,4 +1,4 @@
-"""Mixup and cutmix: what needs two images."""
+"""Mixup and cutmix: augmentations that combine two images."""
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +15,35 @@ def mix(
   cutmix_alpha: float,
   switch: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Puts something of its `partner` into each image, by mixup or by cutmix.
+  """Mixes each image with its `partner`, by mixup or by cutmix.
 
-  Mixup (Zhang et al. 2017, 1710.09412) takes a weighted mean; cutmix (Yun et al. 2019,
-  1905.04899) a rectangle about a random pixel, cut off at the border. Every example draws for
-  itself, so that its partner may come out unmixed.
+  Mixup (Zhang et al. 2017, 1710.09412) takes a weighted mean of the two images. Cutmix (Yun et al.
+  2019, 1905.04899) copies a rectangle around a random pixel, clipped at the border. Every example
+  has its own draws, so an image may be mixed while its partner is not.
 
   Args:
-    key_B: of each example.
-    image_BHWC: uint8; an even number of them.
-    probability: of an image being mixed.
-    mixup_alpha: of the Beta(alpha, alpha) that the own image's weight is drawn from; 0: no mixup.
-    cutmix_alpha: the same for cutmix, before the rectangle is cut off; 0: no cutmix.
-    switch: probability of cutmix where both are on.
+    key_B: random key of each example.
+    image_BHWC: uint8 images; their number is even.
+    probability: probability that an image is mixed.
+    mixup_alpha: parameter of the Beta(alpha, alpha) distribution of the image's own weight; 0
+      disables mixup.
+    cutmix_alpha: parameter of the Beta(alpha, alpha) distribution of the image's own area, before
+      the rectangle is clipped; 0 disables cutmix.
+    switch: probability of cutmix instead of mixup if both are enabled.
 
   Returns:
-    image_BHWC, uint8, and own_B: the weight, or the part of the area, that is the image's own.
+    image_BHWC: the mixed uint8 images.
+    own_B: the image's own weight (mixup) or share of the area (cutmix); 1 if it is not mixed.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)
   cutmix_share = jnp.where(both, switch, jnp.where(cutmix_alpha > 0, 1.0, 0.0))
 
   def draw(key):
-    """The own image's weight at each pixel, `[H, W, 1]` in units of 2^-16."""
+    """Returns the image's own weights, their mean, and whether the image is mixed.
+
+    The weights are `[H, W, 1]` in units of 2^-16. The mean counts only if the image is mixed.
+    """
     choice_key, weight_key, place_key = jax.random.split(key, 3)
     happens, cut = jax.random.uniform(choice_key, (2,)) < jnp.stack([probability, cutmix_share])
     alpha = jnp.where(cut, cutmix_alpha, mixup_alpha)
@@ -55,7 +61,7 @@ def mix(
 
 
 def partner(x_B: jax.Array) -> jax.Array:
-  """What belongs to the example that each is mixed with: its neighbour."""
-  assert len(x_B) % 2 == 0, f'{len(x_B)} examples have no partners'
+  """Returns, for each example, the value of its neighbour, with which it is mixed."""
+  assert len(x_B) % 2 == 0, f'{len(x_B)} examples do not form pairs: expected an even number.'
   pairs = x_B.reshape(-1, 2, *x_B.shape[1:])
   return pairs[:, ::-1].reshape(x_B.shape)

@@ -1,17 +1,17 @@
-"""Pillow's operations on a batch, a different one for each image.
+"""Pillow's image operations for a batch, with a different operation for each image.
 
 Decisions:
-  * No image goes through all operations. The one drawn for it becomes the parameters of three
-    passes over the batch, which leave it as it is where they are not concerned: a lookup table, a
-    blend with a grey or smoothed version, an affine warp. A layer costs three passes, however
-    many operations there are.
-  * Pillow is what an operation means, its rounding down included; `test_randaugment.py` holds every
-    one to it.
-  * Pixels are computed in whole numbers: a program for another batch size rounds floats otherwise,
-    and equalize and the layers to come make more of it.
-  * XLA would merge the passes into one another, and compute a pixel again for each of its
-    readers; barriers keep them apart, which halved their time on a CPU.
-  * Pixels from outside are grey, 128, as in AutoAugment's code; warps are bilinear.
+  * An image does not pass through all operations. Its own operation sets the parameters of three
+    passes over the batch. They are a lookup table, a blend with a grey or smoothed version, and an
+    affine warp. Passes that the operation does not need leave the image unchanged. A layer costs
+    three passes for any number of operations.
+  * Pillow defines what each operation does, including how it rounds down. `test_randaugment.py`
+    compares every operation with Pillow.
+  * Pixels are computed with integers. Programs for different batch sizes round floats differently,
+    and equalize and later layers would amplify the difference.
+  * Barriers separate the passes, which halved their time on a CPU. XLA would fuse them and compute
+    a pixel again for every pixel that reads it.
+  * Pixels from outside the image are grey (128), as in AutoAugment's code. Warps are bilinear.
 """
 
 import jax
@@ -23,7 +23,7 @@ OPERATIONS = (
   'translate_y', 'translate_x_relative', 'translate_y_relative', 'cutout',
 )  # fmt: skip
 FILL = 128
-BITS = 16  # after the point, of whole numbers that stand for others
+BITS = 16  # number of fractional bits of fixed-point numbers
 ONE = 1 << BITS
 
 apart = jax.lax.optimization_barrier
@@ -35,17 +35,27 @@ def operate(
   centre_B2: jax.Array | None,
   image_BHWC: jax.Array,
 ) -> jax.Array:
-  """Each image under its own operation, within a grey level of Pillow.
+  """Applies its own operation to each image, within one grey level of Pillow's result.
+
+  The meaning of the argument depends on the operation:
+
+    * brightness, contrast, color, sharpness: the factor.
+    * solarize: the threshold.
+    * solarize_add: the amount added to levels below 128.
+    * posterize: the number of bits to keep.
+    * rotate: the angle in degrees, counter-clockwise.
+    * shear_x, shear_y: how many pixels to the right (down) the input is read, per output row
+      (column).
+    * translate_x, translate_y: how many pixels to the right (down) the input is read.
+    * translate_x_relative, translate_y_relative: likewise, as a share of the width (height).
+    * cutout: half of the square's side, in pixels.
+    * All other operations ignore it.
 
   Args:
-    operation_B: places in `OPERATIONS`.
-    argument_B: what Pillow's function takes: the factor of brightness, contrast, color and
-      sharpness, the threshold of solarize and the amount that solarize_add adds below 128, the
-      bits that posterize keeps, counter-clockwise degrees, pixels to the right or down for each
-      of the output's that a shear or a translation reads at, of the relative ones the share of
-      the width or height, and half of the side of cutout's square. The others take none.
-    centre_B2: of cutout's square, as shares of height and width; None where there is no cutout.
-    image_BHWC: uint8, 1 or 3 channels.
+    operation_B: indices into `OPERATIONS`.
+    argument_B: argument of each operation.
+    centre_B2: centre of the cutout square, as shares of height and width; None without cutout.
+    image_BHWC: uint8 images with 1 or 3 channels.
   """
   chosen = {name: operation_B == i for i, name in enumerate(OPERATIONS)}
   table_BCV = apart(make_table(chosen, argument_B, image_BHWC))
@@ -58,7 +68,7 @@ def operate(
 
 
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """What becomes of each grey level, uint8 `[B, C, 256]`: the operations that see one pixel."""
+  """Returns the new value of each grey level, uint8 `[B, C, 256]`, for per-pixel operations."""
   level_V = jnp.arange(256)
   count_BCV = histogram(image_BHWC)
   argument_B11 = argument_B[:, None, None]
@@ -80,27 +90,27 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Where the value of each pixel is in a flat `[B, C, 256]`."""
+  """Returns the index of each pixel's value in a flattened `[B, C, 256]` array."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
 
 
 def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Replaces every pixel by what the table has at its value."""
+  """Replaces every pixel by the table's entry for its value."""
   return table_BCV.reshape(-1).at[places(image_BHWC)].get(mode='promise_in_bounds')
 
 
 def histogram(image_BHWC: jax.Array) -> jax.Array:
-  """How often each level is there, int32 `[B, C, 256]`."""
+  """Counts the pixels of each level, int32 `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
-  count = jnp.zeros(batch * channels * 256, jnp.int32)  # flat: far faster on a CPU
+  count = jnp.zeros(batch * channels * 256, jnp.int32)  # a flat array is far faster on a CPU
   count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
   return count.reshape(batch, channels, 256)
 
 
 def stretch(count_BCV: jax.Array) -> jax.Array:
-  """The table by which the darkest level of each channel becomes 0 and the lightest 255."""
+  """Returns the table that maps each channel's darkest level to 0 and its lightest level to 255."""
   level_V = jnp.arange(256)
   low_BC1 = jnp.argmax(count_BCV > 0, axis=2, keepdims=True)
   high_BC1 = 255 - jnp.argmax(count_BCV[:, :, ::-1] > 0, axis=2, keepdims=True)
@@ -109,32 +119,35 @@ def stretch(count_BCV: jax.Array) -> jax.Array:
 
 
 def equalized(count_BCV: jax.Array) -> jax.Array:
-  """The table that makes all levels of each channel about as frequent."""
+  """Returns the table that makes all levels of each channel about equally frequent."""
   up_to_BCV = jnp.cumsum(count_BCV, axis=2)
   darker_BCV = up_to_BCV - count_BCV
-  # All but the pixels of the lightest level there is, shared out to 255 levels.
+  # Pixels per new level: all pixels except those with the lightest level present, divided by 255.
   step_BC1 = jnp.where(count_BCV > 0, darker_BCV, 0).max(2, keepdims=True) // 255
   flat_BCV = (step_BC1 // 2 + darker_BCV) // jnp.maximum(step_BC1, 1)
   return jnp.where(step_BC1 == 0, jnp.arange(256), flat_BCV)
 
 
 def grey(image_BHWC: jax.Array) -> jax.Array:
-  """Luma `[B, H, W, 1]`, int32, as Pillow's mode L (ITU-R 601-2)."""
+  """Returns the luma `[B, H, W, 1]`, int32, as in Pillow's mode L (ITU-R 601-2)."""
   image_BHWC = image_BHWC.astype(jnp.int32)
   if image_BHWC.shape[3] == 1:
     return image_BHWC
-  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # 2^16 together
+  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # the sum is 2^16
   return (weighted_BHWC.sum(3, keepdims=True) + 2**15) >> 16
 
 
 def mean(image_BHWC: jax.Array) -> jax.Array:
-  """The mean luma of each image, rounded: `[B]`, int32."""
+  """Returns the mean luma of each image, rounded: `[B]`, int32."""
   pixels = image_BHWC.shape[1] * image_BHWC.shape[2]
   return (2 * grey(image_BHWC).sum((1, 2, 3)) + pixels) // (2 * pixels)
 
 
 def smooth(image_BHWC: jax.Array) -> jax.Array:
-  """A 3x3 mean, 5 for the centre and 1 around it, of 13; the border stays. int32."""
+  """Returns a weighted 3x3 mean in int32; the border pixels stay unchanged.
+
+  The centre has weight 5/13 and each of its eight neighbours 1/13.
+  """
   image_BHWC = image_BHWC.astype(jnp.int32)
   height, width = image_BHWC.shape[1:3]
   if min(height, width) < 3:
@@ -146,7 +159,10 @@ def smooth(image_BHWC: jax.Array) -> jax.Array:
 
 
 def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Color and sharpness: away from a grey or smoothed version, or towards it."""
+  """Applies color and sharpness, which move the image away from or towards another version.
+
+  The other version is grey for color, and smoothed for sharpness.
+  """
   color_B111 = chosen['color'][:, None, None, None]
   any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
   other_BHWC = jnp.where(color_B111, grey(image_BHWC), smooth(image_BHWC))
@@ -157,19 +173,20 @@ def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Arr
 
 
 def fixed(number: jax.Array) -> jax.Array:
-  """A number in units of 2^-16, int32."""
+  """Converts a number to units of 2^-16, int32."""
   return jnp.round(number * ONE).astype(jnp.int32)
 
 
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """`zero` at factor 0, `one` at factor `ONE`, and in a straight line beyond; rounded down."""
+  """Interpolates from `zero` at factor 0 to `one` at factor `ONE`, and beyond; rounds down."""
   return zero + (factor * (one - zero) >> BITS)
 
 
 def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
-  """Where each image's output pixels are read, int32 `[B, 2, 3]`: (x, y) from (x, y, 1).
+  """Returns the matrices `[B, 2, 3]` that map an output place (x, y, 1) to the input place (x, y).
 
-  In pixels from the image's corner to the middle of each pixel; units of 2^-16.
+  Places are measured in pixels, from the image's corner to the centre of a pixel. The matrices are
+  int32 in units of 2^-16.
   """
   _, height, width, _ = shape
   only = lambda name: jnp.where(chosen[name], argument_B, 0.0)
@@ -177,7 +194,7 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
   cos_B, sin_B = fixed(jnp.cos(angle_B)), fixed(jnp.sin(angle_B))
   right_B = fixed(only('translate_x') + width * only('translate_x_relative'))
   down_B = fixed(only('translate_y') + height * only('translate_y_relative'))
-  row_x = (  # a rotation leaves the middle where it is
+  row_x = (  # a rotation keeps the centre of the image in place
     cos_B,
     fixed(only('shear_x')) - sin_B,
     ((ONE - cos_B) * width + sin_B * height) // 2 + right_B,
@@ -193,13 +210,13 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
 def cutout_square(
   chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple
 ) -> jax.Array:
-  """Which pixels cutout hides (DeVries and Taylor 2017, 1708.04552): bool `[B, H, W]`.
+  """Returns the mask `[B, H, W]` of pixels hidden by cutout (DeVries, Taylor 2017, 1708.04552).
 
   Args:
-    chosen_B: for which images.
-    half_B: of the square's side; what is beyond the border is cut off.
-    centre_B2: shares of height and width, cut to a whole pixel.
-    shape: of the images.
+    chosen_B: which images get a square.
+    half_B: half of the square's side in pixels; the square is clipped at the border.
+    centre_B2: centre as shares of height and width, rounded down to a whole pixel.
+    shape: shape of the image batch.
   """
   inside = []
   for size, centre_B in zip(shape[1:3], centre_B2.T):
@@ -211,11 +228,10 @@ def cutout_square(
 def warp(
   matrix_B23: jax.Array, image_BHWC: jax.Array, hidden_BHW: jax.Array | None = None
 ) -> jax.Array:
-  """Reads the images at other places, between pixels bilinearly; `FILL` where there is nothing.
+  """Reads the images at other places, with bilinear interpolation between pixels.
 
-  Nothing is also where `hidden_BHW` says so.
-
-  The four pixels around a place lie in one uint32, so that it is read once and not four times.
+  Pixels from outside the image and pixels in `hidden_BHW` become `FILL`. The four pixels around a
+  place are packed into one uint32, which needs one read instead of four.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)
@@ -226,7 +242,8 @@ def warp(
   inside_BHW = (x_BHW >= 0) & (x_BHW < width * ONE) & (y_BHW >= 0) & (y_BHW < height * ONE)
   if hidden_BHW is not None:
     inside_BHW &= ~hidden_BHW
-  # From here on in a frame of one pixel about the image, from the middle of its first pixel.
+  # The image gets a border of one pixel. From here on, coordinates start at the centre of the
+  # border's first pixel.
   x_BHW, y_BHW = x_BHW + ONE // 2, y_BHW + ONE // 2
   place_BHW = jnp.where(inside_BHW, (y_BHW >> BITS) * (width + 1) + (x_BHW >> BITS), 0)
 
@@ -238,7 +255,7 @@ def warp(
   read = jnp.take_along_axis(packed, place_BP1, axis=1, mode='promise_in_bounds')
   read = apart(read).reshape(image_BHWC.shape)
   a, b, c, d = (((read >> (8 * i)) & 255).astype(jnp.int32) for i in range(4))
-  # 11 bits are what leaves room for two products with a grey level.
+  # 11 bits leave room for two products with a grey level.
   right, down = (((xy & (ONE - 1)) >> (BITS - 11))[..., None] for xy in (x_BHW, y_BHW))
   upper, lower = (a << 11) + right * (b - a), (c << 11) + right * (d - c)
   new_BHWC = (upper << 11) + down * (lower - upper) >> 22

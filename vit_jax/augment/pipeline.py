@@ -1,13 +1,14 @@
-"""What the device does to a batch of images: augmentation, enlargement, normalisation.
+"""Applies augmentation, mixing, resizing and normalisation to image batches on the device.
 
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
-    uint8 images with one key an example, so that a draw depends on the example alone.
-  * `AUGMENTATIONS` gives their order, and the argument that turns each on. None is by default.
-  * Mixing comes last. It pairs the example at position i of the batch with that at i XOR 1: the
-    order of the data is random, and the two are on one device and in one micro-batch as long as
-    those hold even numbers of examples.
-  * Images stay uint8 throughout, mixed ones too: what is rounded off is less than a grey level.
+    uint8 images. Each example has its own key, so a draw depends only on the example.
+  * `AUGMENTATIONS` defines their order and the argument that enables each of them. All are off by
+    default.
+  * Mixing comes last. It pairs the example at position i of the batch with the example at i XOR 1.
+    These pairs are random because the order of the data is random. The two examples are on the
+    same device and in the same micro-batch if these hold an even number of examples.
+  * Images stay uint8 throughout, also after mixing. The rounding error is below one grey level.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +23,13 @@ from vit_jax.augment.randaugment import rand_augment, trivial_augment
 
 
 class Augmentation(NamedTuple):
-  """One of the table.
+  """An entry of `AUGMENTATIONS`.
 
   Attributes:
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
-    switch: the argument that turns it off.
-    off: the value that does.
-    strong: whether it is left out at the end of a run, when `off_for_last` asks for that.
+    switch: name of the argument that can disable the augmentation.
+    off: value of this argument that disables it.
+    strong: whether `off_for_last` disables it at the end of a run.
   """
 
   function: Callable[..., jax.Array]
@@ -40,7 +41,7 @@ class Augmentation(NamedTuple):
     return arguments[self.switch] != self.off
 
 
-AUGMENTATIONS = {  # in their order; a new one goes to the end, because draws derive from its place
+AUGMENTATIONS = {  # in order of application; add new ones at the end: draws depend on the index
   'pad_crop': Augmentation(crops.pad_crop, 'padding', 0, strong=False),
   'flip': Augmentation(crops.flip, 'probability', 0, strong=False),
   'resized_crop': Augmentation(crops.resized_crop, 'min_area', 1, strong=False),
@@ -48,17 +49,17 @@ AUGMENTATIONS = {  # in their order; a new one goes to the end, because draws de
   'trivial_augment': Augmentation(trivial_augment, 'probability', 0, strong=True),
   'erasing': Augmentation(crops.erasing, 'probability', 0, strong=True),
 }
-MIX_PLACE = 1000  # of the draws of `mix`, beyond any of the table's
+MIX_PLACE = 1000  # index for the draws of `mix`, above any index in the table
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
-  """The names of what these arguments turn on, `mix` included."""
+  """Returns the names of the augmentations that these arguments enable, including `mix`."""
   names = [name for name, entry in AUGMENTATIONS.items() if entry.on(arguments[name])]
   return names + ['mix'] * mixes(arguments)
 
 
 def mixes(arguments: Mapping[str, Mapping]) -> bool:
-  """Whether examples are mixed with one another."""
+  """Returns whether these arguments enable mixing."""
   return arguments['mix']['probability'] != 0
 
 
@@ -69,14 +70,14 @@ def augment(
   arguments: Mapping[str, Mapping],
   strong: bool | None = None,
 ) -> jax.Array:
-  """Applies each of `AUGMENTATIONS` with its arguments; nothing that needs two examples.
+  """Applies each of `AUGMENTATIONS` with its arguments, without mixing.
 
   Args:
-    key: of the step.
-    example_B: positions in the global batch, which the draws derive from.
-    image_BHWC: uint8.
-    arguments: for each name its keyword arguments.
-    strong: the strong ones only, or the others only; None for all.
+    key: random key of the step.
+    example_B: positions in the global batch, which determine the random draws.
+    image_BHWC: uint8 images.
+    arguments: keyword arguments of each augmentation, by name.
+    strong: True applies only strong augmentations, False only the others, None all.
   """
   for i, (name, entry) in enumerate(AUGMENTATIONS.items()):
     if strong in (None, entry.strong) and entry.on(arguments[name]):
@@ -85,7 +86,7 @@ def augment(
 
 
 def keys(key: jax.Array, place: int, example_B: jax.Array) -> jax.Array:
-  """For each example the key of the augmentation at this place."""
+  """Returns the key of each example for the augmentation with index `place`."""
   step_key = jax.random.fold_in(key, place)
   return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(example_B)
 
@@ -97,18 +98,19 @@ def augment_and_mix(
   arguments: Mapping[str, Mapping],
   early: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """What a training step sees of a micro-batch.
+  """Augments and mixes the images of a micro-batch for a training step.
 
   Args:
-    key: of the step.
-    example_B: positions in the global batch; neighbours that mix stand beside each other.
-    image_BHWC: uint8.
-    arguments: for each of `AUGMENTATIONS` and for `mix` the keyword arguments.
-    early: whether the step has strong augmentations; they are not even computed where it has
-      not. None: all steps have them.
+    key: random key of the step.
+    example_B: positions in the global batch; the two examples of a pair are next to each other.
+    image_BHWC: uint8 images.
+    arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
+    early: whether this step uses strong augmentations and mixing; if not, they are not computed.
+      None: all steps use them.
 
   Returns:
-    image_BHWC, uint8, and own_B, each label's share in its own image; the rest is `partner`'s.
+    image_BHWC: the augmented uint8 images.
+    own_B: weight of each image's own label; the rest is the weight of its partner's label.
   """
 
   def strongly(image_BHWC):
@@ -127,7 +129,7 @@ def augment_and_mix(
 def normalize(
   image_BHWC: jax.Array, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
-  """uint8 to what the model takes: float32, resized to `size` (bicubic), normalised."""
+  """Converts uint8 images to model inputs: float32, resized to `size` (bicubic), normalised."""
   batch, height, width, channels = image_BHWC.shape
   image_BHWC = image_BHWC.astype(jnp.float32) / 255
   if (height, width) != tuple(size):

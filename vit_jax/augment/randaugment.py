@@ -1,6 +1,6 @@
-"""RandAugment and TrivialAugment: which operation an image gets, and how strong.
+"""RandAugment and TrivialAugment: they draw an operation and its strength for each image.
 
-What a strength means is a table, `SPACES`: the papers and the codes differ.
+The table `SPACES` defines what a strength means, because papers and implementations differ.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,20 @@ import jax.numpy as jnp
 
 from vit_jax.augment.operations import OPERATIONS, operate
 
-FULL = 10  # magnitude of RandAugment at which the strength is 1
+FULL = 10  # RandAugment's magnitude for strength 1
 
 
 class Argument(NamedTuple):
-  """What an operation is called with, from the weakest, strength 0, to the strongest, 1.
+  """The argument of an operation as a function of the strength.
 
   Attributes:
-    weakest: at strength 0.
-    strongest: at strength 1, linear between.
-    around: what is added to it.
-    signed: whether it is taken from `around` as often as added.
-    whole: whether the way from `weakest` is cut to a whole number.
-    bounds: the least and the most that it may become.
-    period: from here on it begins at 0 again.
+    weakest: value at strength 0.
+    strongest: value at strength 1; values at other strengths follow linearly.
+    around: constant to which the value is added.
+    signed: whether the value is subtracted from `around` in half of the draws.
+    whole: whether the distance from `weakest` is truncated to a whole number.
+    bounds: smallest and largest argument.
+    period: argument at which it starts at 0 again.
   """
 
   weakest: float = 0.0
@@ -46,11 +46,12 @@ def whole(weakest: float, strongest: float, **limits) -> Argument:
   return Argument(weakest, strongest, whole=True, **limits)
 
 
-# Operations that one is drawn from, each as likely, with their arguments (units: `operate`).
+# Sets of operations with their arguments (for units, see `operate`). All operations of a set are
+# equally likely.
 SPACES = {
-  # The 14 of RandAugment (1909.13719, Section 3), and of AutoAugment (1805.09501, Table 6) their
-  # bits; the other ranges are those of `timm`, whose `increasing` form makes all grow with the
-  # magnitude.
+  # The 14 operations of RandAugment (1909.13719, Section 3). Posterize keeps as many bits as in
+  # AutoAugment (1805.09501, Table 6). The other ranges come from timm's `increasing` form, in which
+  # every operation becomes stronger with the magnitude.
   'standard': {
     'identity': Argument(),
     'autocontrast': Argument(),
@@ -67,7 +68,7 @@ SPACES = {
     'translate_x_relative': signed(0.45),
     'translate_y_relative': signed(0.45),
   },
-  # The 15 of timm's `rand-...-inc1`: no identity, and posterize may leave nothing.
+  # The 15 operations of timm's `rand-...-inc1`, without identity. Posterize may keep 0 bits.
   'timm': {
     'autocontrast': Argument(),
     'equalize': Argument(),
@@ -85,17 +86,17 @@ SPACES = {
     'translate_x_relative': signed(0.45),
     'translate_y_relative': signed(0.45),
   },
-  # The 16 of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision go by. They do
-  # not all grow with the magnitude: solarize and posterize weaken, solarize to begin anew at 10 and
-  # 20; color, contrast, brightness and sharpness go from less to more. Lengths are of images of 224
-  # pixels.
+  # The 16 operations of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision
+  # use. Not all become stronger with the magnitude. Posterize and solarize become weaker, and
+  # solarize starts again at 10 and 20. The factors of color, contrast, brightness and sharpness
+  # rise from below 1 to above 1. Lengths in pixels are meant for images of 224 pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),
     'invert': Argument(),
     'rotate': signed(30),
-    'posterize': whole(0, 4, bounds=(1, 8)),  # TensorFlow shifts by 7 bits at most
-    'solarize': whole(0, 256, period=256),  # and has thresholds of a byte
+    'posterize': whole(0, 4, bounds=(1, 8)),  # TensorFlow shifts by at most 7 bits
+    'solarize': whole(0, 256, period=256),  # TensorFlow's threshold is a byte
     'color': Argument(0.1, 1.9),
     'contrast': Argument(0.1, 1.9),
     'brightness': Argument(0.1, 1.9),
@@ -107,7 +108,8 @@ SPACES = {
     'cutout': whole(0, 40),
     'solarize_add': whole(0, 110),
   },
-  # TrivialAugment's Wide (2103.10158, Table 1 and its code): translations in pixels of any image.
+  # TrivialAugment's Wide space (2103.10158, Table 1 and its code). Translations are in pixels for
+  # every image size.
   'wide': {
     'identity': Argument(),
     'autocontrast': Argument(),
@@ -125,8 +127,8 @@ SPACES = {
     'translate_y': signed(32),
   },
 }
-MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # beyond 10 a line goes on
-STRENGTHS = 31  # of TrivialAugment, from 0 to 1
+MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # linear beyond 10
+STRENGTHS = 31  # number of TrivialAugment's strengths, evenly spaced from 0 to 1
 
 
 def rand_augment(
@@ -138,23 +140,26 @@ def rand_augment(
   probability: float,
   space: str,
 ) -> jax.Array:
-  """`num_layers` operations, one after the other (Cubuk et al. 2019, 1909.13719).
+  """Applies `num_layers` random operations to each image (Cubuk et al. 2019, 1909.13719).
 
-  timm's `rand-m9-mstd0.5-inc1` is `num_layers=2, magnitude=9, mstd=0.5, probability=0.5,
-  space='timm'`, with bilinear warps (there: bicubic as often) and grey beside them (there: the
-  mean of the data). The paper's is `mstd=0, probability=1, space='standard'`. AugReg's
-  `randaug(2,15)` is `num_layers=2, magnitude=15, mstd=0, probability=1, space='big_vision'`, with
-  bilinear warps (there: the nearest pixel) and contrast about the image's mean (there: about the
-  number of its pixels over 256).
+  Published settings:
+
+    * The paper: `mstd=0, probability=1, space='standard'`.
+    * timm's `rand-m9-mstd0.5-inc1`: `num_layers=2, magnitude=9, mstd=0.5, probability=0.5,
+      space='timm'`. Warps are bilinear here; timm uses bicubic in half of the draws. Pixels from
+      outside are grey here; timm uses the mean of the data.
+    * AugReg's `randaug(2,15)`: `num_layers=2, magnitude=15, mstd=0, probability=1,
+      space='big_vision'`. Warps are bilinear here; AugReg uses the nearest pixel. Contrast is
+      relative to the image's mean here; AugReg uses the number of pixels divided by 256.
 
   Args:
-    key_B: of each example.
-    image_BHWC: uint8.
-    num_layers: operations an image, drawn with replacement.
-    magnitude: their strength, 0 to what `MAX_MAGNITUDES` has for the space.
-    mstd: standard deviation of the strength, about `magnitude` and within the same bounds.
-    probability: of an operation that was drawn taking place.
-    space: of `SPACES`.
+    key_B: random key of each example.
+    image_BHWC: uint8 images.
+    num_layers: number of operations per image, drawn with replacement.
+    magnitude: mean strength, from 0 to the maximum of the space in `MAX_MAGNITUDES`.
+    mstd: standard deviation of the strength; draws are clipped to the same bounds.
+    probability: probability that a drawn operation is applied.
+    space: name of a set of operations in `SPACES`.
   """
   most = MAX_MAGNITUDES[space]
   strength = functools.partial(strength_near, magnitude=magnitude, mstd=mstd, most=most)
@@ -168,35 +173,43 @@ def rand_augment(
 
 
 def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
-  """Normal about `magnitude`, of which `FULL` is 1, and from 0 to `most`."""
+  """Draws a strength from a normal distribution around `magnitude`, clipped from 0 to `most`.
+
+  The magnitude `FULL` is strength 1.
+  """
   level = magnitude + mstd * jax.random.normal(key)
   return jnp.clip(level, 0, most) / FULL
 
 
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
-  """One operation of any strength (Müller and Hutter 2021, 2103.10158), with the probability given.
+  """Applies one operation of random strength (Müller and Hutter 2021, 2103.10158).
 
-  The paper's probability is 1. Its warps take the nearest pixel and fill with black.
+  It is applied with the given probability, which is 1 in the paper. The paper's warps take the
+  nearest pixel and fill with black; here they are bilinear and fill with grey.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
 
 
 def any_strength(key: jax.Array) -> jax.Array:
-  """One of TrivialAugment's, each as likely."""
+  """Draws one of TrivialAugment's strengths; all are equally likely."""
   return jax.random.randint(key, (), 0, STRENGTHS) / (STRENGTHS - 1)
 
 
 def draw_operation(
   key: jax.Array, space: str, strength: Callable[[jax.Array], jax.Array], probability: float
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """An operation, its place in `OPERATIONS`; its argument; and what `operate` takes for cutout.
+  """Draws an operation with its argument.
 
   Args:
-    key: of the example and the layer.
-    space: of `SPACES`.
-    strength: of a key; from 0 to 1, or beyond.
-    probability: of anything but the identity.
+    key: random key of the example and the layer.
+    space: name of a set of operations in `SPACES`.
+    strength: `key -> strength`; it may exceed 1.
+    probability: probability that the drawn operation is kept; otherwise it becomes the identity.
+
+  Returns:
+    The operation's index in `OPERATIONS`, its argument, and the centre of the cutout square, which
+    is None if the space has no cutout.
   """
   names, arguments = zip(*SPACES[space].items())
   weakest, strongest, around, has_sign, is_whole, bounds, period = map(jnp.asarray, zip(*arguments))

@@ -1,18 +1,18 @@
-"""Scaled dot-product attention (paper, Appendix A, equations 5 to 8), and its kernels.
+"""Scaled dot-product attention (paper, Appendix A, equations 5 to 8) and its kernels.
 
-`attention` picks one by what is asked for and where it runs:
+`attention` chooses the kernel from its arguments and the backend:
 
-  * `plain` forms the weights, which can be looked at, and leaves the rest to XLA.
-  * `with_gradient`, on a CPU, is the same with a gradient of its own: two passes over the
-    weights fewer, and arrays laid out so that both it and XLA's products run along
-    contiguous tokens.
-  * `flash`, cuDNN's flash attention (Dao et al. 2022, 2205.14135), never forms the weights. It
-    runs on an NVIDIA GPU in half precision.
+  * `plain` computes the attention weights, which can be inspected, and leaves the rest to XLA.
+  * `with_gradient` runs on a CPU. It computes the same output with a custom gradient, which makes
+    two fewer passes over the weights. Its array layout lets its own passes and XLA's matrix
+    products run along contiguous tokens.
+  * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
+    It runs on NVIDIA GPUs in half precision.
 
-A program that is exported, for any backend, has `plain` (`backend.portable`).
+Exported programs use `plain` for every backend (see `backend.portable`).
 
-The softmax runs in float32 whatever the compute type. Queries, keys and values come in the
-layout `[B, N, K, E]`; Q is the number of queries where it may differ from N.
+The softmax runs in float32 for every compute type. Queries, keys and values have the layout
+`[B, N, K, E]`. Q is the number of queries where it may differ from N.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,15 @@ def attention(
   rate: float = 0.0,
   inspect: Callable[[jax.Array], object] | None = None,
 ) -> jax.Array:
-  """Multi-head attention, `[B, Q, K, E]`.
+  """Returns the output of multi-head attention, `[B, Q, K, E]`.
 
   Args:
-    query_BQKE: queries; their number may differ from the keys' (the MAP head has one).
+    query_BQKE: queries; there may be more or fewer than keys (the MAP head has one query).
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKQN: which weights dropout keeps; None for all. They are divided by `1 - rate`.
-    rate: of dropout.
+    keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
+      `1 - rate`.
+    rate: dropout rate.
     inspect: called with the weights before dropout, `[B, K, Q, N]`.
   """
   if inspect:
@@ -54,17 +55,21 @@ def attention(
 
 
 def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
-  """Whether cuDNN takes these: self-attention in half precision, heads of 8 to 128, Ampere on."""
+  """Returns whether cuDNN supports these arrays on this GPU.
+
+  It needs self-attention in half precision, a head size that is a multiple of 8 up to 128, and an
+  Ampere GPU or newer.
+  """
   half, size = query_BQKE.dtype in (jnp.bfloat16, jnp.float16), query_BQKE.shape[-1]
   fits = size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
   return half and fits and is_ampere()
 
 
 def flash(query_BNKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array) -> jax.Array:
-  """The values averaged by the weights, by cuDNN: `[B, N, K, E]`.
+  """Returns the values averaged by the attention weights, computed by cuDNN: `[B, N, K, E]`.
 
-  An odd number of tokens, such as 196 patches and a class token, has no gradient in cuDNN. One
-  token is added then, masked, and cut off again: output and gradient stay the same.
+  cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
+  case, one masked token is added and its output is cut off. Output and gradient stay the same.
   """
   attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
   batch, tokens = query_BNKE.shape[:2]
@@ -78,7 +83,7 @@ def flash(query_BNKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array) -> 
 
 
 def attention_weights(query_BQKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
-  """Softmax of `q k^T / sqrt(E)` over the keys: `[B, K, Q, N]`, each row sums to 1."""
+  """Returns the softmax of `q k^T / sqrt(E)` over the keys, `[B, K, Q, N]`; each row sums to 1."""
   query_BKQE = jnp.swapaxes(query_BQKE * query_BQKE.shape[-1] ** -0.5, 1, 2)
   key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
   logits_BKQN = jnp.einsum(
@@ -94,19 +99,19 @@ def plain(
   keep_BKQN: jax.Array | None,
   rate: float,
 ) -> jax.Array:
-  """The values averaged by the weights."""
+  """Returns the values averaged by the attention weights, `[B, Q, K, E]`."""
   weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate)
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
 
-# Where no gradient is asked for there is nothing to keep for it, and `plain` is faster. Reverse
-# mode only, as a custom gradient is: `jax.jvp` needs `plain`.
+# Without differentiation this runs `plain`, which is faster because it saves nothing for a backward
+# pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
 with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 
 def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
-  """The output, and what `backward` needs: the weights before they are normalised among it."""
+  """Returns the output and the arrays that `backward` needs, such as the unnormalised weights."""
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
   logits_BKNQ = jnp.einsum(
@@ -123,7 +128,10 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
 
 
 def backward(rate, saved, dy_BQKE):
-  """Gradients. Softmax's takes `sum_n w dw`, which is `sum_e y dy`: E terms and not N."""
+  """Returns the gradients of queries, keys and values.
+
+  The gradient of the softmax needs `sum_n w dw`. It equals `sum_e y dy`, which has E terms, not N.
+  """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype
   dy_BKEQ = (heads_first(dy_BQKE) / total_BK1Q).astype(dtype)
@@ -145,15 +153,15 @@ with_gradient.defvjp(forward, backward)
 
 
 def heads_first(x_BNKE: jax.Array) -> jax.Array:
-  """`[B, K, E, N]`."""
+  """Returns the array in the layout `[B, K, E, N]`."""
   return x_BNKE.transpose(0, 2, 3, 1)
 
 
 def tokens_first(x_BKEN: jax.Array) -> jax.Array:
-  """`[B, N, K, E]`."""
+  """Returns the array in the layout `[B, N, K, E]`."""
   return x_BKEN.transpose(0, 3, 1, 2)
 
 
 def drop(weights: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
-  """Dropout by a mask drawn before."""
+  """Applies dropout with a given mask; None keeps all weights."""
   return weights if keep is None else jnp.where(keep, weights / (1 - rate), 0).astype(weights.dtype)

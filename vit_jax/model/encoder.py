@@ -7,7 +7,9 @@ import jax
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
-REMAT = {  # what the backward pass keeps instead of computing it again; None: everything
+# Which values the forward pass saves for the backward pass, which computes the others again.
+# None saves all of them.
+REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -15,13 +17,13 @@ REMAT = {  # what the backward pass keeps instead of computing it again; None: e
 
 
 class Encoder(nn.Module):
-  """The blocks, and the LayerNorm after the last one: `[B, N, D]` to `[B, N, D]`.
+  """The blocks and the LayerNorm after the last block: `[B, N, D]` to `[B, N, D]`.
 
   Attributes:
-    block: description of the last block. Stochastic depth rises linearly to its rate, from 0 in
-      the first block.
+    block: description of the last block. The rate of stochastic depth rises linearly from 0 in the
+      first block to this block's rate.
     depth: number of blocks.
-    final_norm: whether the LayerNorm follows the last block.
+    final_norm: whether a LayerNorm follows the last block.
     remat: one of `REMAT`.
   """
 
@@ -37,13 +39,13 @@ class Encoder(nn.Module):
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Encoded tokens.
+    """Returns the encoded tokens, `[B, N, D]`.
 
     Args:
       x_BND: tokens.
-      example_B: position of each example in the global batch, from which its dropout is drawn;
+      example_B: position of each example in the global batch, which determines its dropout masks;
         None at inference.
-      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; None for none.
+      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; None for no rotation.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock
     if policy is not None:
@@ -69,7 +71,7 @@ class EncoderBlock(nn.Module):
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """The next tokens; see `Encoder`."""
+    """Returns the tokens after this block, `[B, N, D]`; `Encoder` explains the arguments."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE)
@@ -80,7 +82,7 @@ class EncoderBlock(nn.Module):
     return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
 
   def residual(self, y_BND: jax.Array, example_B: jax.Array | None, name: str) -> jax.Array:
-    """Dropout, LayerScale (Touvron et al. 2021, 2103.17239, eq. 4), stochastic depth."""
+    """Applies dropout, LayerScale (Touvron et al. 2021, 2103.17239, eq. 4), stochastic depth."""
     y_BND = Dropout(self.block.dropout)(y_BND, example_B)
     if self.block.layer_scale is not None:
       init = nn.initializers.constant(self.block.layer_scale)

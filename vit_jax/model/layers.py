@@ -1,12 +1,12 @@
 """The layers that blocks and heads are made of.
 
 Decisions:
-  * Every product is taken in two dimensions, `[B N, D] x [D, F]`: XLA's CPU backend
-    computes the gradient of a batched one about four times slower.
-  * A random draw derives from the example's position in the global batch, never from
-    the shape it is computed in, so that devices and micro-batches don't change it.
-  * Attention weights leave through `sow('intermediates', 'attention_BKNN')`, and by no other
-    way: ask with `mutable=['intermediates']`.
+  * Every matrix product is two-dimensional, `[B N, D] x [D, F]`. XLA's CPU backend computes the
+    gradient of a batched product about four times slower.
+  * A random draw depends on the example's position in the global batch, never on the shape of the
+    array. The number of devices and micro-batches therefore does not change it.
+  * `sow('intermediates', 'attention_BKNN')` is the only way to get attention weights. Apply the
+    model with `mutable=['intermediates']` to receive them.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ import jax.numpy as jnp
 from vit_jax.distributed import target_backend
 from vit_jax.model import attention, positions
 
-NARROW = 256  # outputs; of more, transposing the kernel costs what the gradient gains
+NARROW = 256  # number of outputs; above it, transposing the kernel costs more than it saves
 
 
 def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """`x W`, `[N, O]`, arranged so that its gradient is fast too.
+  """Returns `x W`, `[N, O]`, written so that its gradient is fast too.
 
-  For a kernel of few outputs and more inputs, XLA's CPU backend takes `dy^T x` up to twice as
-  fast as the `x^T dy` that differentiation asks for. Given the kernel transposed, it takes the
-  first; the barrier keeps it from simplifying the two transpositions away.
+  Differentiation asks for `x^T dy`. If the kernel has few outputs and more inputs, XLA's CPU
+  backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA compute `dy^T x`.
+  The barrier stops XLA from cancelling the two transpositions.
   """
   inputs, outputs = kernel_IO.shape
   if outputs < inputs and outputs <= NARROW and target_backend() == 'cpu':
@@ -37,7 +37,8 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   return x_NI @ kernel_IO
 
 
-# The paper's code uses the tanh form, PyTorch's models the exact one, the first CLIP the last.
+# The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, and the first CLIP models use
+# `quick_gelu`.
 ACTIVATIONS = {
   'gelu_tanh': functools.partial(nn.gelu, approximate=True),
   'gelu': functools.partial(nn.gelu, approximate=False),
@@ -47,9 +48,9 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Description of an encoder block; `ViT` documents the attributes of the same names.
+  """Description of an encoder block; `ViT` documents the attributes with the same names.
 
-  `head_dim` is the size of a head, and `stochastic_depth` the rate of this block.
+  `head_dim` is the size of a head, and `stochastic_depth` is the rate of this block.
   """
 
   num_heads: int
@@ -67,10 +68,10 @@ class Block:
 
 
 class Dense(nn.Module):
-  """`y = x W + b` over the last `axes` axes of x, as one two-dimensional product.
+  """A linear layer `y = x W + b` over the last `axes` axes of x, as one two-dimensional product.
 
   Attributes:
-    features: shape of the output's last axes; the kernel is `[*inputs, *features]`.
+    features: shape of the output's last axes; the kernel's shape is `[*inputs, *features]`.
     axes: number of trailing axes of x that are contracted.
   """
 
@@ -99,10 +100,10 @@ class Dense(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Dropout drawn for each example by itself; one draw an example with `whole`.
+  """Dropout whose mask is drawn separately for each example.
 
-  With `whole`, it drops a residual branch of an example: stochastic depth (Huang et al.
-  2016, 1603.09382).
+  With `whole`, there is one draw per example, which drops the whole residual branch of this
+  example: stochastic depth (Huang et al. 2016, 1603.09382).
   """
 
   rate: float
@@ -110,7 +111,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
-    """`x` is `[B, ...]`; `example_B` the examples' positions, None at inference."""
+    """Returns `x` `[B, ...]` after dropout; `example_B` has the positions, None at inference."""
     if example_B is None or self.rate == 0:
       return x
     key = self.make_rng('dropout')
@@ -123,7 +124,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention (paper, Appendix A), of x to itself or of `query_BND` to x."""
+  """Multi-head attention (paper, Appendix A), from x or `query_BND` to x."""
 
   block: Block
 
@@ -160,7 +161,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with a GELU (paper, Section 3.1)."""
+  """An MLP of two layers with a GELU between them (paper, Section 3.1)."""
 
   block: Block
 

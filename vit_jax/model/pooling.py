@@ -1,6 +1,6 @@
-"""How the tokens of the last block become one vector: `POOLS`.
+"""`POOLS`: the ways to turn the tokens of the last block into one vector.
 
-An entry can be added from outside of the package:
+Other packages can add an entry:
 
     POOLS['max'] = Pool(lambda model, x_BND: x_BND[:, model.num_prefix :].max(axis=1))
 """
@@ -17,22 +17,22 @@ from vit_jax.model.layers import Attention, Block, Mlp
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """A pooling: everything that the project must know about it.
+  """A pooling method with everything that the project must know about it.
 
   Attributes:
-    function: `(model, token_BND) -> vector`, called within the model. The tokens are the class
-      token if there is one, the registers, the patches. The vector is `[B, D]` or of another width.
-    class_token: whether it reads the class token.
-    registers: number of registers that it needs.
-    tokens: whether it gives all tokens, `[B, N, D]`, and no vector that a head could classify.
-    params: names of the top-level parameters that it adds; they belong to the head.
+    function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
+      class token (if present), registers, patches. The vector is `[B, D]` or has another width.
+    class_token: whether the pool reads the class token.
+    registers: number of registers that the pool needs.
+    tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
+    params: names of the top-level parameters that the pool adds; they belong to the head.
     linear: whether the vector is a fixed mean of tokens, or several such means side by side.
-      Attention maps follow the tokens in it.
-    probe: `(model, sown) -> share_BKN`, for a pool that learns to attend: the share of each token,
-      from the `intermediates` that the model sows; K is the model's number of heads, or 1. A pool
-      that is neither linear nor has a probe has no attention maps.
-    caption: completes "What {caption}, by block and head." under the maps of what the tokens attend
-      to that the pool reads.
+      Attention maps then average the attention of these tokens with the same weights.
+    probe: `(model, sown) -> share_BKN`, for a pool that learns to attend. It computes the share of
+      each token from the `intermediates` that the model sows. K is the model's number of heads,
+      or 1. A pool that is not linear and has no probe has no attention maps.
+    caption: completes the sentence "What {caption}, by block and head." under the attention maps.
+      It names the tokens that the pool reads.
   """
 
   function: Callable[[nn.Module, jax.Array], jax.Array]
@@ -46,7 +46,7 @@ class Pool:
 
 
 class MapHead(nn.Module):
-  """Multi-head attention pooling by one learned query (Zhai et al. 2021, 2106.04560, 3.1)."""
+  """Multi-head attention pooling with one learned query (Zhai et al. 2021, 2106.04560, 3.1)."""
 
   block: Block
 
@@ -61,19 +61,19 @@ class MapHead(nn.Module):
 
 
 def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
-  """`MapHead` of the model's sizes, over the patches."""
+  """Applies a `MapHead` with the model's sizes to the patches: `[B, D]`."""
   block = dataclasses.replace(model.block, qkv_bias=True, qk_norm=False)
   return MapHead(block, name='map')(x_BND[:, model.num_prefix :])
 
 
 def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
-  """Attention of the `MapHead`'s one query, which sees the patches only: `[B, K, N]`."""
+  """Returns the attention of the `MapHead` query, which sees only the patches: `[B, K, N]`."""
   (share_BK1P,) = sown['map']['attention']['attention_BKNN']
   return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
 
 
 def patch_mean(model: nn.Module, x_BND: jax.Array) -> jax.Array:
-  """Mean of the patches: `[B, D]`."""
+  """Returns the mean of the patches: `[B, D]`."""
   return x_BND[:, model.num_prefix :].mean(axis=1)
 
 
@@ -94,28 +94,32 @@ POOLS = {
     params=('map',),
     probe=map_probe,
     caption=(
-      'the patches attend to, weighted as the probe weights them, and the probe itself (pool)'
+      'the patches attend to, weighted as the probe weights them, and what the probe attends to '
+      '(pool)'
     ),
   ),
-  'cls_gap': Pool(  # as DINOv2's classifier
+  'cls_gap': Pool(  # DINOv2's classifier
     lambda model, x_BND: jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND)], axis=-1),
     class_token=True,
     linear=True,
-    caption='class token and averaged patches attend to, half and half',
+    caption='the class token and the averaged patches attend to, each weighted by one half',
   ),
-  'distilled': Pool(  # as DeiT's, whose distillation token is the first register
+  'distilled': Pool(  # DeiT's pooling; its distillation token is the first register
     lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
     class_token=True,
     registers=1,
     linear=True,
-    caption='class and distillation token attend to, half and half',
+    caption='the class token and the distillation token attend to, each weighted by one half',
   ),
   'none': Pool(lambda model, x_BND: x_BND, tokens=True),
 }
 
 
 def pooled(model: nn.Module) -> nn.Module:
-  """The model; where its pool gives all tokens, the model with a pool of one vector."""
+  """Returns the model with a pool that gives one vector.
+
+  A pool that returns all tokens is replaced by `cls`, or by `gap` in a model without a class token.
+  """
   if not POOLS[model.pool].tokens:
     return model
   return model.clone(pool='cls' if model.has_class else 'gap')

@@ -1,6 +1,6 @@
-"""Where a patch is: `POSITIONS`, and how learned ones are brought to another grid.
+"""`POSITIONS`: the position embeddings, and how learned embeddings are resized to another grid.
 
-An entry can be added from outside of the package:
+Other packages can add an entry:
 
     POSITIONS['mine'] = Position(lambda model, grid, whole: my_table(*whole, model.width))
 """
@@ -22,22 +22,24 @@ Array = np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """A position embedding: everything that the project must know about it.
+  """A position embedding with everything that the project must know about it.
 
-  `table` and `angles` take the bound model, the grid of the image, patches (down, across), and the
-  grid `whole`, for which the positions were made and over which they are stretched. The two grids
-  differ at another image size only. A learned parameter is `model.learned(name, init, shape)`.
+  `table` and `angles` receive the bound model and two grids, each as patches (down, across). `grid`
+  is the image's grid. `whole` is the grid that the positions were made for; they are stretched from
+  it to the image. The two grids differ only if the image size differs. Use
+  `model.learned(name, init, shape)` to get a learned parameter.
 
   Attributes:
-    table: `(model, grid, whole) -> [1, P + h w, D]`, added to the patches, and to the first P of
-      the tokens before them; None to add nothing.
-    angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, for the rotation of queries and
-      keys; None for no rotation.
-    params: names of the top-level parameters that it adds, each with the function that brings it
-      to another grid when weights are loaded: `(leaves, model, own grid, grid, method) -> leaves`,
-      method one of `RESIZES`; None where it does not depend on the grid.
-    check: raises ValueError where it does not fit the model's sizes.
-    caption: name of a row of the table under the picture of them.
+    table: `(model, grid, whole) -> [1, P + h w, D]`, added to the patches and to the first P of
+      the tokens before them; None adds nothing.
+    angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, which rotate queries and keys;
+      None for no rotation.
+    params: names of the top-level parameters that the embedding adds. Each name maps to a function
+      that resizes the parameter to another grid when weights are loaded:
+      `(leaves, model, own grid, grid, method) -> leaves`. The method is one of `RESIZES`. None
+      means that the parameter does not depend on the grid.
+    check: raises ValueError if the embedding does not fit the model's sizes.
+    caption: name of this embedding in the caption of the figure of position similarities.
   """
 
   table: Callable[[nn.Module, Grid, Grid], Array] | None = None
@@ -48,9 +50,11 @@ class Position:
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Row and column `[h, w]` of each patch of a grid, in those of another over the same image.
+  """Returns row and column, `[h, w]` each, of the patches of `grid` in the coordinates of `whole`.
 
-  Of the grid itself they are whole numbers; else patches lie where their middles are.
+  Both grids cover the same image. The coordinates of a patch are the place of its centre. They are
+  counted in patches of `whole`, from the centre of its first patch. If the grids are equal, they
+  are whole numbers.
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
   y, x = np.meshgrid(rows, columns, indexing='ij')
@@ -58,10 +62,10 @@ def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarr
 
 
 def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> np.ndarray:
-  """Fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
+  """Returns fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
-  A quarter of the width each: sine and cosine of the column, sine and cosine of the row; in the
-  coordinates of another grid, `whole`, if there is one.
+  Each of these fills a quarter of the width: sine of the column, cosine of the column, sine of the
+  row, cosine of the row. If `whole` is given, rows and columns are coordinates in that grid.
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))
@@ -73,10 +77,11 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
 def rope_angles(
   h: int, w: int, head_size: int, prefix: int, whole: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cosine and sine `[N, E/2]` of the axial rotary positions (Heo et al. 2024, 2403.13298).
+  """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
-  The first half of the angles follows the row, the second the column, in the coordinates of
-  another grid, `whole`, if there is one; the `prefix` tokens have angle 0, hence no position.
+  The first half of the angles depends on the row, the second half on the column. If `whole` is
+  given, rows and columns are coordinates in that grid. The `prefix` tokens before the patches have
+  angle 0, so they have no position.
   """
   theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
   y, x = coordinates((h, w), whole or (h, w))
@@ -99,18 +104,18 @@ def resize_positions(
   prefix: int,
   method: str = 'bilinear',
 ) -> np.ndarray | jax.Array:
-  """Learned positions for another grid (paper, Section 3.2).
+  """Resizes learned positions to another grid (paper, Section 3.2).
 
   Args:
-    position_1ND: `[1, prefix + h w, D]`.
-    source_grid: the (h, w) that it was learned for.
-    grid: the (h, w) wanted.
-    prefix: how many belong to tokens before the patches; they stay as they are.
+    position_1ND: learned positions, `[1, prefix + h w, D]`.
+    source_grid: (h, w) of the grid for which they were learned.
+    grid: (h', w') of the new grid.
+    prefix: number of positions for tokens before the patches; these are not changed.
     method: one of `RESIZES`.
 
   Returns:
-    `[1, prefix + h' w', D]`, of NumPy or JAX as given; what was given, to the bit, where the
-    grids are the same.
+    The resized positions, `[1, prefix + h' w', D]`, as a NumPy or JAX array like the input. If the
+    two grids are equal, the input is returned unchanged.
   """
   function = choose('resize', method, RESIZES)
   if tuple(source_grid) == tuple(grid):
@@ -123,7 +128,7 @@ def resize_positions(
 
 
 def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Linear interpolation that maps corners to corners, as `scipy.ndimage.zoom(order=1)`."""
+  """Interpolates linearly so that corners map to corners, like `scipy.ndimage.zoom(order=1)`."""
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]
     where = np.linspace(0, size - 1, wanted)
@@ -135,7 +140,7 @@ def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def antialiased(method: str):
-  """Half-pixel interpolation that averages where it makes smaller, as PyTorch's `antialias`."""
+  """Returns a half-pixel interpolation that averages when shrinking, as PyTorch's `antialias`."""
 
   def function(table_hwD, grid):
     return jax.image.resize(table_hwD, (*grid, table_hwD.shape[-1]), method, antialias=True)
@@ -146,23 +151,23 @@ def antialiased(method: str):
 RESIZES = {
   'bilinear': antialiased('linear'),
   'bicubic': antialiased('cubic'),
-  'paper': between_corners,  # as the paper's code did
+  'paper': between_corners,  # the method of the paper's code
 }
 
 
 def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
-  """The parameter `pos_embedding` (paper, equation 1), for this grid: `[1, P + h w, D]`.
+  """Returns the parameter `pos_embedding` (paper, equation 1) for this grid: `[1, P + h w, D]`.
 
   Raises:
-    ValueError: the parameters given are of another grid.
+    ValueError: the given parameters belong to another grid.
   """
   prefix = model.num_positions
   shape = (1, prefix + math.prod(whole), model.width)
   given = model.get_variable('params', 'pos_embedding')
   if given is not None and given.shape != shape:
     raise ValueError(
-      f'The image has {math.prod(whole)} patches, the position embeddings are for '
-      f'{given.shape[1] - prefix}: resize the image, or load the weights with grid=(h, w), the '
+      f'The image has {math.prod(whole)} patches, but the position embeddings are for '
+      f'{given.shape[1] - prefix}. Resize the image, or load the weights with grid=(h, w), the '
       'number of patches down and across.'
     )
   init = nn.initializers.normal(stddev=0.02)
@@ -172,21 +177,21 @@ def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
 def resize_learned(
   position_1ND: Array, model: nn.Module, own_grid: Grid, grid: Grid, method: str
 ) -> Array:
-  """`pos_embedding` of loaded weights for another grid."""
+  """Resizes the `pos_embedding` of loaded weights to another grid."""
   return resize_positions(position_1ND, own_grid, grid, model.num_positions, method)
 
 
 def check_width(model: nn.Module) -> None:
-  """Raises ValueError where `sincos` can not divide the width."""
+  """Raises ValueError if the width is not divisible by 4, which `sincos` needs."""
   if model.width % 4:
     raise ValueError(f'model.position=sincos needs a width divisible by 4, got {model.width}.')
 
 
 def check_head_size(model: nn.Module) -> None:
-  """Raises ValueError where `rope` can not divide a head."""
+  """Raises ValueError if the head size is not divisible by 4, which `rope` needs."""
   if model.head_size % 4:
     raise ValueError(
-      f'model.position=rope needs a head size divisible by 4, got {model.head_size}: set '
+      f'model.position=rope needs a head size divisible by 4, got {model.head_size}. Set '
       'model.head_dim.'
     )
 
@@ -209,7 +214,7 @@ POSITIONS = {
   'none': Position(),
 }
 
-# How many of the tokens before the patches have a learned position.
+# Number of tokens before the patches that have a learned position.
 POSITION_PREFIXES = {
   'cls': lambda model: int(model.has_class),
   'none': lambda model: 0,

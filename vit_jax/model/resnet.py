@@ -1,7 +1,7 @@
 """The stem of the paper's hybrids: a ResNet (BiT) with weight standardisation and GroupNorm.
 
-Section 3.1, "Hybrid architecture"; Kolesnikov et al. 2019 (1912.11370) for the two norms. The
-names of the parameters are those of the paper's files.
+The hybrids are described in the paper, Section 3.1, "Hybrid architecture", and the two norms in
+Kolesnikov et al. 2019 (1912.11370). Parameters have the same names as in the paper's files.
 """
 
 from typing import Any
@@ -12,7 +12,10 @@ import jax.numpy as jnp
 
 
 def stem_stride(stages: tuple[int, ...]) -> int:
-  """By how much the stem reduces height and width: 4 at the root, 2 at each stage but the first."""
+  """Returns the factor by which the stem reduces height and width.
+
+  The root reduces them by 4, each stage after the first by 2.
+  """
   return 4 * 2 ** max(len(stages) - 1, 0)
 
 
@@ -40,7 +43,7 @@ class StdConv(nn.Module):
 
 
 class Unit(nn.Module):
-  """A bottleneck: 1x1, 3x3 and 1x1 convolutions beside the identity or a projection."""
+  """A bottleneck: 1x1, 3x3 and 1x1 convolutions, added to the identity or to a projection."""
 
   features: int
   stride: int = 1
@@ -60,12 +63,12 @@ class Unit(nn.Module):
     y = StdConv(self.features, 3, self.stride, self.dtype, name='conv2')(y)
     y = nn.relu(norm('gn2', y))
     y = StdConv(widened, 1, dtype=self.dtype, name='conv3')(y)
-    y = norm('gn3', y, scale_init=nn.initializers.zeros)  # a unit begins as the identity
+    y = norm('gn3', y, scale_init=nn.initializers.zeros)  # a unit starts as the identity
     return nn.relu(residual + y)
 
 
 class Stage(nn.Module):
-  """Units of one width; the first may reduce the image."""
+  """A sequence of units with the same width; the first unit may reduce the feature map."""
 
   units: int
   features: int
@@ -84,8 +87,8 @@ class Stem(nn.Module):
   """The root block and the stages: `[B, H, W, C]` to `[B, H/stride, W/stride, C']`.
 
   Attributes:
-    stages: units in each stage; none for the root alone.
-    width: channels of the root; stage i has `4 * width * 2^i`.
+    stages: number of units in each stage; an empty tuple means the root alone.
+    width: channels of the root; stage i has `4 * width * 2^i` channels.
   """
 
   stages: tuple[int, ...]

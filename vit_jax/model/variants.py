@@ -1,4 +1,4 @@
-"""Models by their published names: `make('B/16', num_classes=10)`."""
+"""Creates models by their published names: `make('B/16', num_classes=10)`."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.model.vit import ViT
 from vit_jax.names import choose
 
-# Paper, Table 1; g and G: Zhai et al. 2021 (2106.04560), Table 2; Ti and S: Touvron et al.
-# 2020 (2012.12877), Table 1. The last three are this project's sizes for 32x32 images.
+# Sources: paper, Table 1; for g and G, Zhai et al. 2021 (2106.04560), Table 2; for Ti and S,
+# Touvron et al. 2020 (2012.12877), Table 1. The last three sizes are this project's own, for
+# 32x32 images.
 VARIANTS = {
   'Ti': dict(width=192, depth=12, num_heads=3, mlp_dim=768),
   'S': dict(width=384, depth=12, num_heads=6, mlp_dim=1536),
@@ -26,9 +27,9 @@ VARIANTS = {
   'small': dict(width=256, depth=7, num_heads=4, mlp_dim=512, patch_size=4),
   'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
 }
-# Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size
-# is that of the whole, stem included: R50+B/16, R50+L/32, R26+B/32, R26+S/32, and R+Ti/32, which
-# is published as R+Ti/16: its stem reduces by 4, its patches of the feature map by 8.
+# Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
+# in pixels of the image, so it includes the stem: R50+B/16, R50+L/32, R26+B/32, R26+S/32, R+Ti/32.
+# The last one is published as R+Ti/16. Its stem reduces by 4, its patches by another 8.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
@@ -42,22 +43,22 @@ ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('pa
 
 
 def attributes(model: ViT) -> dict:
-  """What `ViT(**attributes)` makes the same model of."""
+  """Returns the attributes of a model; `ViT(**attributes)` creates the same model."""
   return {name: getattr(model, name) for name in ATTRIBUTES}
 
 
 def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
-  """The model of a published size, e.g. `make('B/16', num_classes=10, pool='gap')`.
+  """Returns a model of a published size, e.g. `make('B/16', num_classes=10, pool='gap')`.
 
   Args:
-    variant: a name in `VARIANTS`, with the patch size after a slash (`B/16`; optional
-      where the variant has one); None where the overrides give every size.
+    variant: a name in `VARIANTS`, followed by a slash and the patch size (`B/16`). The patch size
+      is optional if the variant has one. None if the overrides give every size.
     num_classes: width of the head; None for no head.
-    **overrides: any attribute of `ViT`; None keeps the variant's.
+    **overrides: any attribute of `ViT`; None keeps the variant's value.
 
   Raises:
-    ValueError: an unknown variant or choice, or sizes that don't fit together; the message
-      lists what is valid.
+    ValueError: an unknown variant or choice, or sizes that do not fit together. The message lists
+      the valid values.
   """
   fields = {'num_classes': num_classes} | (variant_fields(variant) if variant else {})
   for key, value in overrides.items():
@@ -66,8 +67,10 @@ def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
       fields[key] = value
   missing = [name for name in SIZES if name not in fields]
   if missing:
-    hint = f' write e.g. {variant}/16, or' if missing == ['patch_size'] else ' give a variant, or'
-    raise ValueError(f'model.variant: {variant!r} names no {", ".join(missing)};{hint} set them.')
+    hint = f'Write e.g. {variant}/16' if missing == ['patch_size'] else 'Give a variant'
+    raise ValueError(
+      f'model.variant={variant!r} does not define {", ".join(missing)}. {hint}, or set them.'
+    )
   if isinstance(fields['patch_size'], int):
     fields['patch_size'] = (fields['patch_size'],) * 2
   fields['dtype'] = jnp.dtype(fields.get('dtype', jnp.float32))
@@ -77,21 +80,23 @@ def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
 
 
 def variant_fields(variant: str) -> dict:
-  """The attributes that a variant stands for: `B/16`.
+  """Returns the attributes of `ViT` that a variant such as `B/16` stands for.
 
   Raises:
-    ValueError: an unknown one.
+    ValueError: the variant is unknown.
   """
   name, _, patch = variant.partition('/')
   fields = dict(choose('model.variant', name, VARIANTS))
   if patch and not (patch.isascii() and patch.isdigit()):
-    raise ValueError(f'model.variant: {variant!r} should look like B/16, patch size in pixels.')
+    raise ValueError(
+      f'model.variant={variant!r}: expected a name like B/16, with the patch size in pixels.'
+    )
   size = patch or fields.get('patch_size')
   return fields | ({'patch_size': (int(size),) * 2} if size else {})
 
 
 def check_model(model: ViT) -> None:
-  """Raises ValueError where the model's sizes or choices are not possible."""
+  """Raises ValueError if the model's sizes or choices are invalid."""
   for name, table in (
     ('pool', POOLS),
     ('position', POSITIONS),
@@ -110,46 +115,48 @@ def check_model(model: ViT) -> None:
 
 
 def check_sizes(model: ViT) -> None:
-  """Raises ValueError for sizes that are not positive, or heads that don't divide the width."""
+  """Raises ValueError if a size is not positive or the heads do not divide the width."""
   for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
     size = getattr(model, name)
     if size is not None and size < 1:
       raise ValueError(f'model.{name} must be positive, got {size}.')
   if model.head_dim is None and model.width % model.num_heads:
     raise ValueError(
-      f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}: '
-      'change one, or set model.head_dim, the size of a head.'
+      f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}. '
+      'Change one of them, or set model.head_dim, the size of a head.'
     )
 
 
 def check_patches(model: ViT) -> None:
-  """Raises ValueError for a patch size or a stem that is not possible."""
+  """Raises ValueError if the patch size or the stem is invalid."""
   if len(model.patch_size) != 2 or min(model.patch_size) < 1:
-    raise ValueError(f'model.patch_size: expected (height, width), got {model.patch_size}.')
+    raise ValueError(f'model.patch_size must be (height, width), got {model.patch_size}.')
   if model.resnet is None:
     return
   if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(
-      f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected units a '
-      'stage, each positive, and a multiple of 32 channels.'
+      f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected a positive '
+      'number of units for each stage, and a width that is a multiple of 32.'
     )
   stride = resnet.stem_stride(model.resnet)
   if any(size % stride for size in model.patch_size):
     raise ValueError(
-      f'model.patch_size={model.patch_size} must be a multiple of {stride}, by which the stem '
-      f'of model.resnet={model.resnet} reduces the image.'
+      f'model.patch_size={model.patch_size} must be a multiple of {stride}, because the stem '
+      f'model.resnet={model.resnet} reduces the image by this factor.'
     )
 
 
 def check_pool(model: ViT) -> None:
-  """Raises ValueError where the pool lacks a token that it reads."""
+  """Raises ValueError if the model lacks a token that its pool reads."""
   pool = POOLS[model.pool]
   if pool.class_token and not model.has_class:
-    raise ValueError(f'model.pool={model.pool} reads the class token: model.class_token is False.')
+    raise ValueError(
+      f'model.pool={model.pool} reads the class token, but model.class_token is False.'
+    )
   if model.num_registers < 0:
     raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
   if model.num_registers < pool.registers:
     raise ValueError(
-      f'model.pool={model.pool} needs {pool.registers} register(s), got {model.num_registers}: set '
+      f'model.pool={model.pool} needs {pool.registers} register(s), got {model.num_registers}. Set '
       'model.num_registers.'
     )

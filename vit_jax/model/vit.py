@@ -1,12 +1,12 @@
 """The Vision Transformer (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929).
 
-Dimension letters, used in the names of arrays throughout the project:
+Array names throughout the project end in dimension letters:
 
-  B batch, H W image height and width, C channels, h w patch grid, N tokens, D width,
-  K heads, E head size, M MLP width, L classes.
+  * B: batch. H, W: image height and width. C: channels. h, w: rows and columns of patches.
+  * N: tokens. D: width. K: heads. E: head size. M: MLP width. L: classes.
 
-Parameters are float32; `dtype` is the type of the computation. LayerNorm, softmax and logits are
-float32.
+Parameters are float32. `dtype` is the type of the computation, except that LayerNorm, softmax and
+logits are computed in float32.
 """
 
 import dataclasses
@@ -25,40 +25,41 @@ from vit_jax.names import choose
 
 
 class ViT(nn.Module):
-  """Patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
+  """The Vision Transformer: patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
 
   Attributes:
-    num_classes: width of the head; None for none (the pooled features are returned).
-    patch_size: (height, width) of a patch, pixels.
+    num_classes: width of the head; None for no head, which returns the pooled features.
+    patch_size: (height, width) of a patch in pixels.
     width: D, size of a token.
     depth: number of encoder blocks.
-    num_heads: K, attention heads.
+    num_heads: K, number of attention heads.
     mlp_dim: M, hidden width of a block's MLP.
     head_dim: E, size of a head; None for `width / num_heads`.
     pool: how tokens become one vector, one of `POOLS`.
-    class_token: whether there is one; None where the pool reads it.
-    position: one of `POSITIONS`.
+    class_token: whether the model has a class token; None: only if the pool reads it.
+    position: position embedding, one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position, one of
-      `POSITION_PREFIXES`: `cls` (as in the paper; registers have none), `none`, or `all`.
-    position_grid: (down, across) of the patches that the positions are of, for images of any
-      number of patches, over which they are stretched; None: as many as the image has.
-    num_registers: tokens between the class token and the patches (Darcet et al. 2023,
+      `POSITION_PREFIXES`: `cls` (as in the paper, registers have no position), `none`, or `all`.
+    position_grid: (down, across), the grid of patches that the positions are made for. Positions
+      are stretched from it to images with any number of patches. None: the grid of the image.
+    num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
-    dropout: rate after positions, in the MLP, and at the end of each branch.
-    attention_dropout: rate on the attention weights.
-    stochastic_depth: rate at which the last block's branches drop; rises linearly from 0.
-    layer_scale: initial LayerScale; None for no LayerScale.
-    pre_norm: LayerNorm before the first block, and no bias in the embedding, as in CLIP.
-    norm_after_pool: the last LayerNorm follows the pooling instead of the last block.
+    dropout: dropout rate after positions, in the MLP, and at the end of each branch.
+    attention_dropout: dropout rate of the attention weights.
+    stochastic_depth: drop rate of the last block's branches; rises linearly from 0 at the first.
+    layer_scale: initial value of LayerScale; None for no LayerScale.
+    pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
+      CLIP.
+    norm_after_pool: whether the last LayerNorm follows the pooling instead of the last block.
     qkv_bias: whether queries, keys and values have biases.
-    qk_norm: LayerNorm on queries and keys.
-    activation: one of `ACTIVATIONS`.
-    norm_epsilon: LayerNorm's epsilon.
-    resnet: units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
-    resnet_width: channels of the stem's root.
+    qk_norm: whether queries and keys are normalised by a LayerNorm.
+    activation: activation function of the MLP, one of `ACTIVATIONS`.
+    norm_epsilon: epsilon of every LayerNorm.
+    resnet: number of units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
+    resnet_width: number of channels of the stem's root.
     dtype: type of the computation; parameters are float32.
-    remat: one of `REMAT`.
+    remat: which values are saved for the backward pass, one of `REMAT`.
   """
 
   num_classes: int | None
@@ -101,12 +102,12 @@ class ViT(nn.Module):
 
   @property
   def num_prefix(self) -> int:
-    """Tokens before the patches."""
+    """Number of tokens before the patches."""
     return self.has_class + self.num_registers
 
   @property
   def num_positions(self) -> int:
-    """Those of them that have a learned position."""
+    """Number of tokens before the patches that have a learned position."""
     return POSITION_PREFIXES[self.position_prefix](self)
 
   @property
@@ -119,19 +120,19 @@ class ViT(nn.Module):
   def __call__(
     self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
   ) -> jax.Array:
-    """Logits `[B, L]`, float32.
+    """Returns the logits `[B, L]` in float32.
 
     Args:
-      image_BHWC: normalised images; H and W are multiples of the patch.
-      train: whether to drop out; needs `rngs={'dropout': key}`.
-      example_B: position of each example in the global batch, which the draws derive
-        from; `0..B-1` by default.
+      image_BHWC: normalised images; H and W are multiples of the patch size.
+      train: whether to apply dropout; needs `rngs={'dropout': key}`.
+      example_B: position of each example in the global batch, which determines its random draws;
+        the default is `0..B-1`.
 
     Returns:
-      Logits; the pooled features (tokens, for `pool='none'`) where `num_classes` is None.
+      The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
 
     Raises:
-      ValueError: the patch does not divide the image.
+      ValueError: the patch size does not divide the image size.
     """
     if not train:
       example_B = None
@@ -145,7 +146,7 @@ class ViT(nn.Module):
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
     encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
-    nn.share_scope(self, encoder)  # its parameters are block_0, ..., norm at the top
+    nn.share_scope(self, encoder)  # puts its parameters block_0, ..., norm at the top level
     x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
     if self.norm_after_pool:
       x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
@@ -154,19 +155,19 @@ class ViT(nn.Module):
       x = jnp.tanh(x)
     if self.num_classes is None:
       return x
-    # The head starts at zero (Appendix B.1.1): the first loss is log L whatever the body.
+    # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def embed(self, image_BHWC: jax.Array) -> jax.Array:
-    """Patches, each embedded by the same linear map (equation 1): `[B, h, w, D]`.
+    """Splits images into patches and embeds each with the same linear map (equation 1).
 
-    A hybrid's are patches of the stem's feature map.
+    In a hybrid, the patches are taken from the stem's feature map. The result is `[B, h, w, D]`.
     """
     _, height, width, _ = image_BHWC.shape
     p, q = self.patch_size
     if height % p or width % q:
       raise ValueError(
-        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}: set '
+        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}. Set '
         'data.image_size to multiples of model.patch_size.'
       )
     x = image_BHWC
@@ -187,10 +188,10 @@ class ViT(nn.Module):
     return embedding(x)
 
   def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Adds positions, class token and registers: `[B, N, D]`, and RoPE's angles if asked.
+    """Adds positions, class token and registers, and returns tokens `[B, N, D]` and RoPE's angles.
 
-    The class token comes first and the registers after it. `POSITIONS` says which positions reach
-    them.
+    The class token comes first, then the registers, then the patches. The entry of `POSITIONS`
+    decides whether the first tokens have positions. The angles are None without RoPE.
     """
     batch, h, w, width = x_BhwD.shape
     x_BND = x_BhwD.reshape(batch, h * w, width)
@@ -215,17 +216,17 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """A parameter of the top level, also of a model that is only bound to its parameters."""
+    """Returns a top-level parameter; this also works in a model that is only bound."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 
 
 def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
-  """The tokens `[B, N, D]` after each block, the first one's first, before the last LayerNorm.
+  """Returns the tokens `[B, N, D]` after each block, in order, without the last LayerNorm.
 
   Args:
-    model: whose blocks they are.
-    params: its parameters.
+    model: the model that the blocks belong to.
+    params: the model's parameters.
     image_BHWC: normalised images.
   """
   is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
@@ -237,12 +238,12 @@ def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Ar
 
 
 def first_layer() -> tuple[str, ...]:
-  """Names of the top-level parameters before the first block, which a model may have."""
+  """Returns the names of all top-level parameters that a model may have before its first block."""
   positions = dict.fromkeys(name for entry in POSITIONS.values() for name in entry.params)
   return ('embedding', 'stem', 'cls', 'registers', *positions, 'pre_norm')
 
 
 def last_layer() -> tuple[str, ...]:
-  """Names of the top-level parameters after the last block, which a model may have."""
+  """Returns the names of all top-level parameters that a model may have after its last block."""
   pools = dict.fromkeys(name for entry in POOLS.values() for name in entry.params)
   return ('norm', *pools, 'pre_logits', 'head')

@@ -1,4 +1,4 @@
-"""Losses, optimizers, schedules, and the plan of a run."""
+"""Losses, optimizers, schedules, and the training plan of a run."""
 
 from vit_jax.optim.losses import LOSSES
 from vit_jax.optim.optimizers import (

@@ -1,4 +1,4 @@
-"""Losses `(logits_BL, label_B, **arguments) -> loss_B`."""
+"""Loss functions `(logits_BL, label_B, **arguments) -> loss_B`."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,9 @@ import optax
 
 
 def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-  """Cross-entropy over the classes.
+  """Returns the cross-entropy over the classes.
 
-  With label smoothing s the target is `1 - s + s / L` on the label and `s / L` elsewhere
+  With label smoothing s, the target is `1 - s + s / L` for the label and `s / L` for other classes
   (Szegedy et al. 2015, 1512.00567, Section 7).
   """
   if not label_smoothing:
@@ -18,9 +18,9 @@ def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0
 
 
 def sigmoid(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-  """Binary cross-entropy of each class by itself, added up (Beyer et al. 2020, 2006.07159).
+  """Returns the sum of one binary cross-entropy per class (Beyer et al. 2020, 2006.07159).
 
-  The smoothed target is that of `softmax`.
+  Label smoothing gives the same target as in `softmax`.
   """
   target_BL = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BL.shape[-1]), label_smoothing)
   return optax.sigmoid_binary_cross_entropy(logits_BL.astype(jnp.float32), target_BL).sum(-1)

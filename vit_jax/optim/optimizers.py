@@ -1,8 +1,10 @@
-"""Optimizers, from optax.
+"""Optimizers, built from optax.
 
-Weight decay is decoupled, scaled by the learning rate, and touches kernels only: not
-biases, norms, positions, or class and register tokens. What is frozen is no part of the tree
-that an optimizer sees: it has no gradient, no state and no share in the norm clipped by.
+Decisions:
+  * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels only, not
+    to biases, norms, positions, or class and register tokens.
+  * Frozen parameters are removed from the tree that an optimizer sees. They have no gradient and no
+    optimizer state, and do not count in the norm that clipping uses.
 """
 
 import jax
@@ -21,10 +23,10 @@ def adamw(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """AdamW (Loshchilov and Hutter, 1711.05101).
+  """Returns AdamW (Loshchilov and Hutter, 1711.05101).
 
-  The Adam of the paper's Table 3 as well: its code, too, decoupled the weight decay and scaled it
-  by the learning rate.
+  It is also the Adam of the paper's Table 3. The paper's code decoupled the weight decay and
+  multiplied it by the learning rate too.
   """
   return optax.adamw(
     schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix, mu_dtype=moment_dtype
@@ -38,7 +40,7 @@ def sgd(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """SGD with momentum, weight decay outside of it."""
+  """Returns SGD with momentum; the weight decay does not enter the momentum."""
   return optax.chain(
     optax.trace(momentum, accumulator_dtype=moment_dtype),
     optax.add_decayed_weights(weight_decay, mask=is_matrix),
@@ -55,15 +57,15 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Muon on the matrices of the blocks (Jordan et al. 2024), AdamW on all else.
+  """Returns Muon for the matrices of the blocks (Jordan et al. 2024) and AdamW for the rest.
 
-  The orthogonal update is scaled to the size of AdamW's (Liu et al. 2025, 2502.16982, Section
-  2.2), so that both take the same learning rate.
+  The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
+  Section 2.2), so both use the same learning rate.
   """
   return optax.chain(
-    # Its own weight decay would leave out the embedding and the head, or decay every bias as well.
+    # optax's own weight decay would either skip the embedding and the head or decay all biases.
     optax.contrib.muon(
-      -1.0,  # the sign and the learning rate follow the decay
+      -1.0,  # the sign and the learning rate are applied after the weight decay
       beta=momentum,
       mu_dtype=moment_dtype,
       adam_b1=b1,
@@ -77,12 +79,12 @@ def muon(
 
 
 def block_matrices(params: dict) -> dict:
-  """Which axes of each kernel of a block are its inputs and outputs; None for all else."""
+  """Returns the input and output axes of each kernel in a block; None for other parameters."""
 
   def axes(path, x):
     if not path[0].key.startswith('block_') or path[-1].key != 'kernel':
       return None
-    inputs = x.ndim - 1 if path[-2].key == 'out' else 1  # heads are inputs of `out` alone
+    inputs = x.ndim - 1 if path[-2].key == 'out' else 1  # only `out` has heads as inputs
     return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
 
   return jax.tree_util.tree_map_with_path(axes, params)
@@ -90,28 +92,30 @@ def block_matrices(params: dict) -> dict:
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon, 'sgd': sgd}
 
-MOMENT_DTYPES = ('float32', 'bfloat16')  # Zhai et al. 2021 (2106.04560), 3.4: half the memory
+# bfloat16 halves the memory of the first moment (Zhai et al. 2021, 2106.04560, Section 3.4).
+MOMENT_DTYPES = ('float32', 'bfloat16')
 
-FREEZE = {  # whether a top-level parameter keeps the value that it began with
+FREEZE = {  # whether a top-level parameter keeps its initial value
   '': lambda name: False,
   'backbone': lambda name: name != 'head',
 }
 
 
 def split_frozen(params: dict, freeze: str) -> tuple[dict, dict]:
-  """The parameters that are trained, and those that `freeze`, of `FREEZE`, keeps."""
+  """Returns (trained, frozen) parameters; `freeze` is a key of `FREEZE`."""
   keeps = choose('freeze', freeze, FREEZE)
   trained = {name: leaves for name, leaves in params.items() if not keeps(name)}
   return trained, {name: leaves for name, leaves in params.items() if keeps(name)}
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-  """Multiplies each update by `decay ** (depth + 1 - layer)`; block i is layer i + 1.
+  """Multiplies each update by `decay ** (depth + 1 - layer)`.
 
-  Layer 0 is `first_layer`, layer depth + 1 is `last_layer`.
+  Layer 0 is `first_layer`, block i is layer i + 1, and layer depth + 1 is `last_layer`.
 
-  Layer-wise learning-rate decay as BEiT (Bao et al. 2021, 2106.08254) and MAE (He et al. 2021,
-  2111.06377) fine-tune with it. Behind an optimizer it scales the weight decay as well.
+  This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
+  al. 2021, 2111.06377) use for fine-tuning. It follows the optimizer, so it also scales the weight
+  decay.
   """
 
   def update(updates, _):
@@ -123,7 +127,9 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
       if name in first_layer():
         return decay ** (depth + 1)
       kind, _, i = name.rpartition('_')
-      assert kind == 'block', f'Which layer is {name}? Name it in its Pool or Position.'
+      assert kind == 'block', (
+        f'The layer of parameter {name} is unknown: list it in the params of its Pool or Position.'
+      )
       return decay ** (depth - int(i))
 
     return {
@@ -135,14 +141,14 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def is_matrix(params) -> dict:
-  """True for the leaves named `kernel`."""
+  """Returns a tree that is True for the leaves named `kernel`."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
 
 
 def make_optimizer(
   name: str, schedule: schedules.Schedule, clip: float, layer_decay: float = 1.0, **arguments
 ) -> optax.GradientTransformation:
-  """The optimizer `name` of `OPTIMIZERS`, behind clipping by the global norm."""
+  """Returns the optimizer `name` of `OPTIMIZERS`, preceded by clipping by the global norm."""
   parts = [choose('optimizer.name', name, OPTIMIZERS)(schedule, **arguments)]
   if clip:
     parts.insert(0, optax.clip_by_global_norm(clip))

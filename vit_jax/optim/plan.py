@@ -1,4 +1,4 @@
-"""How a run trains: its steps, cycles, image sizes, schedule and optimizer."""
+"""Plans the training of a run: its steps, cycles, image sizes, schedule and optimizer."""
 
 import dataclasses
 import itertools
@@ -15,28 +15,42 @@ from vit_jax.optim.schedules import make_schedule
 
 log = logging.getLogger(__name__)
 
-FEW_STEPS = 100  # of training; with fewer, a person is warned
+FEW_STEPS = 100  # number of training steps below which a warning is logged
 
-# The last step of each part of a run, and the (height, width) of its images.
+# Last step of each stage of a run, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
 
-LATER_PEAK = 0.5  # of `optimizer.lr`, to which a cycle that more epochs add warms up
+LATER_PEAK = 0.5  # peak learning rate of a cycle that more epochs add, as a share of optimizer.lr
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-  """What training needs beside the experiment: data, steps, optimizer."""
+  """Everything that training needs in addition to the experiment: data, steps and optimizer.
+
+  Attributes:
+    train: split to train on.
+    val: validation split; None without one.
+    test: test split.
+    steps: number of steps of the whole run.
+    cycles: last step of each earlier cycle. More epochs on a finished run add a cycle.
+    early_steps: number of steps with strong augmentations, counted from the first step. It is set
+      by `augment.off_for_last`, which is a share of the first cycle.
+    stages: image size of each stage of the run.
+    schedule: learning rate of each step.
+    optimizer: optimizer of the trained parameters.
+    params: weights of `init` to start from; None for random ones.
+  """
 
   train: Split
   val: Split | None
   test: Split
   steps: int
-  cycles: tuple[int, ...]  # the last steps of the earlier cycles, to which more epochs added one
-  early_steps: int  # with strong augmentations: until `augment.off_for_last` of the first cycle
+  cycles: tuple[int, ...]
+  early_steps: int
   stages: Stages
   schedule: schedules.Schedule
   optimizer: optax.GradientTransformation
-  params: dict | None  # to start from: those of `init`; None for random ones
+  params: dict | None
 
 
 def plan_training(
@@ -47,33 +61,33 @@ def plan_training(
   params: dict | None,
   cycles: tuple[int, ...] = (),
 ) -> Training:
-  """How the config trains on these examples, from these weights, after earlier cycles.
+  """Returns the plan for training with this config on these splits, from these weights.
 
   Raises:
-    ValueError: too few epochs for a step.
+    ValueError: the epochs are too few for a single step.
   """
   return Training(train, val, test, params=params, **training_recipe(config, len(train), cycles))
 
 
 def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
-  """The fields of `Training` that depend on the config and the number of training examples.
+  """Returns the fields of `Training` that depend on the config and the number of examples.
 
-  The first cycle is the run as it was begun. Each later one warms up to `LATER_PEAK` of the
-  learning rate, then decays like the first; its images are of full size, cropped and flipped only.
+  The first cycle is the original run. Each later cycle warms up to `LATER_PEAK` of the learning
+  rate, then decays like the first. Its images have full size and are only cropped and flipped.
 
   Args:
-    config: of the run.
-    examples: in the training split.
-    cycles: as in `Training`.
+    config: config of the run.
+    examples: number of examples in the training split.
+    cycles: last step of each earlier cycle, as in `Training`.
 
   Raises:
-    ValueError: too few epochs for a step.
+    ValueError: the epochs are too few for a single step.
   """
   steps = num_steps(config, examples)
   if config.epochs and not steps:
     raise ValueError(
-      f'epochs={config.epochs} of {examples} examples in batches of {config.batch_size} is no '
-      'step at all: train longer or make batch_size smaller.'
+      f'epochs={config.epochs}, {examples} training examples and batch_size={config.batch_size} '
+      'give zero training steps: set more epochs or a smaller batch_size.'
     )
   arguments = dict(config.optimizer)
   peak, parts = arguments.pop('lr'), []
@@ -94,10 +108,10 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
 
 
 def image_stages(config: ConfigDict, steps: int) -> Stages:
-  """The parts of a run of so many steps, by the size of its images.
+  """Returns the stages of a run with this number of steps; each stage has its own image size.
 
   Raises:
-    ValueError: a size whose width, in proportion, is no whole number.
+    ValueError: a size whose width, in proportion, is not a whole number.
   """
   height, width = pair(config.data.image_size)
   found = []
@@ -105,30 +119,30 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
     across, rest = divmod(size * width, height)
     if rest:
       raise ValueError(
-        f'progressive.sizes: {size} of images of {height}x{width} pixels leaves a width of '
-        f'{size * width / height:g}.'
+        f'progressive.sizes: images of {height}x{width} pixels reduced to a height of {size} have '
+        f'a width of {size * width / height:g}, expected a whole number.'
       )
     found.append((round(share * steps), (size, across)))
   return (*found, (steps, (height, width)))
 
 
 def num_steps(config: ConfigDict, examples: int) -> int:
-  """Number of steps of a run on so many training examples."""
+  """Returns the number of steps of a run on this number of training examples."""
   return round(config.epochs * (examples / config.batch_size))
 
 
 def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
-  """Number of warm-up steps in a cycle of so many steps."""
+  """Returns the number of warm-up steps in a cycle of `steps` steps."""
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
 def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -> None:
-  """Logs how long a run is, and warns where it is too short to learn much.
+  """Logs the length of a run, and warns if it is too short to learn much.
 
   Args:
-    config: of the run.
-    examples: that it trains on.
-    found: (height, width) of the first of them as it was found; None where unknown.
+    config: config of the run.
+    examples: number of training examples.
+    found: (height, width) of the first training image before resizing; None if unknown.
   """
   steps = num_steps(config, examples)
   if not steps:

@@ -9,7 +9,7 @@ from vit_jax.names import choose
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# What remains of the peak after the warm-up, by the fraction of the decay that is done.
+# Share of the peak after the warm-up, as a function of the completed fraction of the decay.
 SCHEDULES = {
   'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
   'linear': lambda fraction: 1 - fraction,
@@ -18,13 +18,14 @@ SCHEDULES = {
 
 
 def make_schedule(name: str, peak: float, steps: int, warmup: int) -> Schedule:
-  """The learning rate of step 0, 1, ... `steps - 1`.
+  """Returns the learning rate as a function of the step 0, 1, ... `steps - 1`.
 
   Args:
     name: one of `SCHEDULES`.
-    peak: the learning rate reached at the end of the warm-up.
-    steps: length of the run.
-    warmup: steps of linear warm-up, from `peak / warmup`, not from a wasted step at 0.
+    peak: learning rate at the end of the warm-up.
+    steps: number of steps.
+    warmup: number of steps of linear warm-up. It starts at `peak / warmup`, because a step with a
+      learning rate of 0 would be wasted.
   """
   decay = choose('schedule.name', name, SCHEDULES)
 

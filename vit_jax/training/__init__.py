@@ -1,4 +1,4 @@
-"""The train step, the loop around it, and where a run goes on."""
+"""The train step, the loop around it, and how a run resumes."""
 
 from vit_jax.training.resume import saved_config
 from vit_jax.training.state import init_state

@@ -1,8 +1,8 @@
-"""The loop around the train step.
+"""The training loop.
 
 Decisions:
   * Metrics are read one step late, so that the device never waits for the host.
-  * A checkpoint is saved only once the loss of its step was read and found finite.
+  * A checkpoint is saved only after the loss of its step was read and is finite.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Run:
-  """The loop: from the newest checkpoint, or the beginning, to the end.
+  """A training run, from its newest checkpoint or its beginning to its end.
 
   Attributes:
-    exp: what is trained.
-    training: on what and how, and from which weights.
-    mesh: of the devices.
-    records: metrics and result.
-    checkpoints: of the workdir.
-    preemption: whether the run is asked to stop.
-    notes: put into `result.json` as they are.
+    exp: experiment to train.
+    training: data, plan and initial weights.
+    mesh: mesh of the devices.
+    records: writer of metrics and of the result.
+    checkpoints: checkpoints in the workdir.
+    preemption: tells whether the run was asked to stop.
+    notes: additional fields for `result.json`.
   """
 
   exp: Experiment
@@ -61,10 +61,10 @@ class Run:
   def __post_init__(self):
     self.config = self.exp.config
     self.eval_step = make_eval_step(self.exp, self.mesh)
-    self.began = time.perf_counter()  # of the whole run: moved back by what was done before
+    self.began = time.perf_counter()  # start; `run` moves it back by the time of earlier sessions
 
   def run(self) -> dict:
-    """Trains to the end and writes `result.json`."""
+    """Trains to the end, writes `result.json` and returns its content."""
     few = few_devices(**division(self.config))
     if few:
       log.warning(few)
@@ -81,14 +81,14 @@ class Run:
     return self.finish(train_state, scores)
 
   def loop(self, train_state: TrainState, start: int, steps: int):
-    """Steps `start + 1` to `steps`; returns the state and the last scores."""
+    """Runs steps `start + 1` to `steps`, and returns the state and the last scores."""
     config, examples = self.config, self.training.train
     over_batch = batch_sharding(self.mesh)
     batches = train_batches(examples, config.batch_size, config.seed, start, over_batch)
     scores = self.evaluate_start(start, train_state) if self.owes_evaluation(start) else {}
     late = None
     with contextlib.ExitStack() as stack:
-      stack.enter_context(contextlib.closing(batches))  # which ends what reads them
+      stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
       train_step, meter = self.compile(train_state, batch, size), Meter()
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
@@ -100,10 +100,10 @@ class Run:
           meter.pause()
           size = self.size_of(step)
           train_step = self.compile(train_state, batch, size)
-          meter.go_on()
+          meter.resume()
         train_state, metrics = train_step(train_state, batch)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # once, for whoever waits for it
+          jax.block_until_ready(metrics)  # once, so that the log line is true
           log.info('First step done.')
         if late:
           meter.add(*late)
@@ -117,22 +117,24 @@ class Run:
         late = None
         if 'log' in events:
           self.log(step, meter.read(), bar)
-        if stop:  # an evaluation may take longer than there is time: the next start makes up for it
+        if stop:  # without evaluation, which may take too long; the next start does it
           self.save(train_state, {})
           self.checkpoints.wait()
-          raise Preempted(f'Asked to stop: step {step} of {steps} is saved.')
+          raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
         meter.pause()
-        if 'save' in events and not self.training.val:  # first: bad data would end the evaluation
+        if (
+          'save' in events and not self.training.val
+        ):  # first, because bad data ends the evaluation
           self.save(train_state, {})
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
         if 'save' in events and self.training.val:
           self.save(train_state, scores)
-        meter.go_on()
+        meter.resume()
     return train_state, scores
 
   def log_cycle(self) -> None:
-    """Logs what the cycle that more epochs have added does."""
+    """Logs the plan of a cycle that more epochs have added."""
     if not (cycles := self.training.cycles):
       return
     config, begin, end = self.config, cycles[-1], self.training.steps
@@ -144,23 +146,23 @@ class Run:
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
-    """Whether the run was asked to stop after a step that an evaluation is due after."""
+    """Returns whether the evaluation after step `start` is missing, because the run was stopped."""
     due = start > 0 and 'eval' in self.due(start)
     return due and not from_first(lambda: self.records.find(start, 'test'))
 
   def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
-    """Evaluates the checkpoint that the run resumes from, which was saved before that."""
+    """Evaluates the checkpoint that the run resumes from, and adds its scores to the records."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
     self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
     return scores
 
   def size_of(self, step: int) -> tuple[int, int]:
-    """(height, width) of the images of a step, the first being 1."""
+    """Returns (height, width) of the images at a step; the first step is 1."""
     return next(size for end, size in self.training.stages if step <= end)
 
   def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
-    """Compiles ahead, so that images per second are those of training alone."""
+    """Compiles the step in advance, so that images per second do not include compilation."""
     began, exp = time.perf_counter(), self.exp.at(size)
     with progress.announced('Compiling the training step ...'):
       step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
@@ -174,14 +176,17 @@ class Run:
     return step
 
   def due(self, step: int) -> set[str]:
-    """What follows this step; a checkpoint needs the held-out score that it is chosen by."""
+    """Returns what is due after this step: any of `log`, `eval` and `save`.
+
+    With a validation split, saving requires an evaluation, because its score ranks checkpoints.
+    """
     config, last = self.config, step == self.training.steps
     every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
     events = {name for name, n in every.items() if last or (n and step % n == 0)}
     return events | {'eval'} if 'save' in events and self.training.val else events
 
   def log(self, step: int, values: dict[str, float], bar: tqdm.tqdm) -> None:
-    """A line of training metrics."""
+    """Writes a line of training metrics."""
     self.records.write(step, 'train', **values)
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
@@ -189,14 +194,14 @@ class Run:
     )
 
   def evaluate(self, step: int, train_state: TrainState) -> dict[str, dict]:
-    """The scores of each split that is not trained on, written to the records."""
+    """Evaluates the validation and test splits, and writes and returns their scores."""
     scores = {}
     for split in ('val', 'test'):
       examples = getattr(self.training, split)
       if examples is None:
         continue
       values = self.score(train_state.eval_params, examples)
-      if train_state.ema is not None:  # the weights that are not averaged, to compare
+      if train_state.ema is not None:  # for comparison, also the raw weights
         raw = self.score(train_state.params, examples)
         values |= {f'raw_{name}': raw[name] for name in ('loss', 'accuracy')}
       self.records.write(step, split, **values)
@@ -208,11 +213,11 @@ class Run:
     return scores
 
   def score(self, params: dict, examples: Split) -> dict[str, float]:
-    """Loss and accuracies of these weights."""
+    """Returns loss and accuracies of these weights."""
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """A checkpoint, with the held-out accuracy where there is one: never that on test."""
+    """Saves a checkpoint with its validation accuracy if it has one, never its test accuracy."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'seconds': time.perf_counter() - self.began,
@@ -220,7 +225,7 @@ class Run:
     self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
-    """Writes `result.json`, once the last checkpoint is on disk."""
+    """Writes `result.json` after the last checkpoint is on disk, and returns its content."""
     self.checkpoints.wait()
     result = {
       'test_accuracy': scores['test']['accuracy'],
@@ -238,7 +243,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Step and accuracies of the last checkpoint, and of the best by validation accuracy."""
+    """Returns step and accuracies of the last checkpoint and of the best by validation accuracy."""
 
     def accuracies(step):
       splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}
@@ -255,19 +260,19 @@ def fit(
   workdir: pathlib.Path,
   **notes: object,
 ) -> dict:
-  """Runs the loop in a workdir, from where it stands there; returns its result.
+  """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
 
   Args:
-    exp: what is trained.
-    training: on what and how, and from which weights.
-    mesh: of the devices.
-    workdir: a folder that is held.
-    **notes: put into `result.json` as they are.
+    exp: experiment to train.
+    training: data, plan and initial weights.
+    mesh: mesh of the devices.
+    workdir: folder that this process has locked with `held`.
+    **notes: additional fields for `result.json`.
   """
   config, start = exp.config, latest_step(workdir)
   with (
     intact(workdir),
-    Preemption() as preemption,  # also while the others end
+    Preemption() as preemption,  # also active while records and checkpoints are closed
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
     Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):

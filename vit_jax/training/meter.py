@@ -1,4 +1,4 @@
-"""Training metrics between two log lines, and the time they took."""
+"""Averages training metrics between two log lines, and measures speed."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,7 +11,7 @@ from vit_jax.evaluation import summarize
 
 
 class Meter:
-  """Averages training metrics between two log lines, and times training alone."""
+  """Averages training metrics between two log lines; its clock counts only training time."""
 
   def __init__(self):
     self._reset()
@@ -22,22 +22,22 @@ class Meter:
     self._started = time.perf_counter()
 
   def pause(self) -> None:
-    """Something other than training follows."""
+    """Stops the clock, because something other than training follows."""
     self._seconds += time.perf_counter() - self._started
 
-  def go_on(self) -> None:
-    """Training follows."""
+  def resume(self) -> None:
+    """Starts the clock again, because training follows."""
     self._started = time.perf_counter()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """The next batch is fetched meanwhile."""
+    """Counts the time inside the context as waiting for the next batch."""
     began = time.perf_counter()
     yield
     self._waited += time.perf_counter() - began
 
   def add(self, step: int, metrics: dict) -> None:
-    """Reads the metrics of a step, once the device has them.
+    """Adds the metrics of a step; waits until the device has computed them.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
@@ -47,17 +47,17 @@ class Meter:
     for name, value in (('loss', loss), ('gradient norm', metrics['grad_norm'])):
       if not math.isfinite(value):
         raise FloatingPointError(
-          f'The {name} of step {step} is {value}: training diverged. Checkpoints of steps '
-          'before it are whole; try a smaller optimizer.lr or a longer schedule.warmup.'
+          f'The {name} of step {step} is {value}: training diverged. Earlier checkpoints are still '
+          'valid. Try a smaller optimizer.lr or a longer schedule.warmup.'
         )
     self._scores.append(metrics['score'])
     self._bad += [metrics['bad_images']] if 'bad_images' in metrics else []
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
-    """The means since the last reading; the clock must run.
+    """Returns the means since the last call; the clock must be running.
 
-    `data_wait` is the share of the time in which the loop waited for its next batch.
+    `data_wait` is the share of training time that the loop spent waiting for its next batch.
     """
     self.pause()
     values = summarize(self._scores)

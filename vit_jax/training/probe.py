@@ -1,12 +1,12 @@
-"""Training the head alone: on features computed once where that is the same thing.
+"""Trains the head alone, on features that are computed once if this gives the same result.
 
 Decisions:
-  * Where no augmentation touches the image, a frozen backbone gives the same features in every
-    epoch. They are computed once, kept in `<workdir>/features/`, and the same loop trains the
-    head on them. Its checkpoints hold all parameters, like those of any run.
+  * Without augmentation, a frozen backbone gives the same features in every epoch. They are
+    computed once and kept in `<workdir>/features/`, and the usual loop trains the head on them.
+    Checkpoints contain all parameters, as in any run.
   * A sweep trains one head for each learning rate on `data.train_split`, in
-    `<workdir>/sweep/<rate>/`, and scores it on `data.val_split`. The best rate then trains on both
-    splits together, in the workdir itself. The test split chooses nothing.
+    `<workdir>/sweep/<rate>/`, and scores it on `data.val_split`. The final run trains at the best
+    rate on both splits together, in the workdir itself. The test split is never used to choose.
 """
 
 import dataclasses
@@ -30,19 +30,19 @@ from vit_jax.workdir import held, latest_step, read_json, restore_item, write_js
 
 log = logging.getLogger(__name__)
 
-FEW = 50  # held-out images: with fewer, one of them decides between rates
+FEW = 50  # validation images; with fewer, a single image can decide between learning rates
 
 
 class OnFeatures(Experiment):
-  """An experiment whose batches hold features `[B, D]` in the place of images."""
+  """An experiment whose batches contain features `[B, D]` instead of images."""
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
-    """Logits `[B, L]`; nothing is random about a head."""
+    """Returns the logits `[B, L]`; the key is ignored, because a head has no dropout."""
     head = Dense((len(self.task.class_names),))
     return head.apply({'params': params['head']}, batch['image'])
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """One part a device: a head is small."""
+    """Returns 1, because a head is small enough for a single part per device."""
     return 1
 
 
@@ -52,11 +52,11 @@ def train_head(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> dict:
-  """Trains the head in a workdir that is held, at the best rate of the sweep where there is one."""
+  """Trains the head in a locked workdir, with `sweep` at its best learning rate."""
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
-  if not exp.augments:  # what this caches is found by its content, so it may precede the checks
+  if not exp.augments:  # cached features are keyed by content, so this may precede the checks
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
@@ -68,9 +68,9 @@ def train_head(
 
 
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
-  """The checkpoint's, else those that `init` names, else random ones.
+  """Returns the parameters of the checkpoint, of `init`, or random ones, in this order.
 
-  The checkpoint comes first, because a backbone that has begun to be probed stays that one.
+  The checkpoint comes first, because a run must keep its backbone.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -86,7 +86,7 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """The same experiment and training, on features that are kept in `folder`."""
+  """Returns the experiment and the training on features, which are cached in `folder`."""
   params = replicate(mesh, training.params)
   step = make_feature_step(exp, mesh)
   splits = {
@@ -104,20 +104,26 @@ def sweep(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> list[dict]:
-  """`[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`.
+  """Trains a head at each rate of `config.sweep` and returns their accuracies.
 
-  The accuracy of a rate that diverges is None. What is finished is not run again; once the last
-  run has begun, the sweep that it began with stands.
+  Finished heads are not trained again. Once the final run has a checkpoint, the saved results of
+  its sweep are returned.
+
+  Returns:
+    `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
+    if training diverged.
 
   Raises:
-    FloatingPointError: all rates diverged.
+    FloatingPointError: training diverged at all rates.
   """
   file = workdir / 'sweep.json'
   chosen = from_first(lambda: (read_json(file) or {}).get('sweep'))
   if chosen and latest_step(workdir) is not None:
     return chosen
   if len(training.val) < FEW:
-    log.warning('The rates are compared on %d images only: hold out more.', len(training.val))
+    log.warning(
+      'Learning rates are compared on only %d validation images: hold out more.', len(training.val)
+    )
   points = []
   for rate in exp.config.sweep:
     try:
@@ -127,7 +133,9 @@ def sweep(
       accuracy = None
     points.append({'lr': rate, 'val_accuracy': accuracy})
   if all(point['val_accuracy'] is None for point in points):
-    raise FloatingPointError(f'No learning rate of sweep={exp.config.sweep} trained: try smaller.')
+    raise FloatingPointError(
+      f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
+    )
   if is_first():
     write_json(file, {'sweep': points})
   return points
@@ -140,11 +148,11 @@ def score_rate(
   folder: pathlib.Path,
   rate: float,
 ) -> float:
-  """The held-out accuracy of one learning rate, trained in a folder of its own."""
+  """Trains a head at one learning rate in its own folder, and returns its validation accuracy."""
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
-  if began_with_others(folder, training.params):
+  if has_other_backbone(folder, training.params):
     from_first(lambda: shutil.rmtree(folder))
   if result := from_first(lambda: finished_result(config, folder)):
     config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
@@ -155,13 +163,13 @@ def score_rate(
       begin(config, folder)
       record(exp, folder)
       result = fit(exp, plan, mesh, folder)
-  # A backbone for each rate would fill the disk, and a score is all that is wanted of them.
+  # Only the score is needed, and a backbone for each rate would fill the disk.
   from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
 
 
-def began_with_others(folder: pathlib.Path, params: dict) -> bool:
-  """Whether the run in a folder has another backbone than these weights, changed since."""
+def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
+  """Returns whether the run in a folder has another backbone than these weights."""
   if (step := latest_step(folder)) is None:
     return False
   theirs = split_frozen(restore_item(folder, step, 'params'), 'backbone')[1]
@@ -171,7 +179,7 @@ def began_with_others(folder: pathlib.Path, params: dict) -> bool:
 
 
 def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment, Training]:
-  """The last run: the training and the held-out split together, at the rate chosen."""
+  """Returns the final run of a sweep: training and validation split together, at `rate`."""
   train, val = training.train, training.val
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
@@ -181,6 +189,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """The experiment of the last run, whose checkpoints name the number of its examples."""
+  """Returns the experiment of the final run, whose task counts the examples of both splits."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

@@ -1,4 +1,4 @@
-"""Whether and how the run of a workdir goes on, and the first files that a run writes."""
+"""Decides whether and how the run in a workdir resumes, and writes the first files of a run."""
 
 import dataclasses
 import pathlib
@@ -23,11 +23,11 @@ from vit_jax.workdir import (
   write_json,
 )
 
-OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that each process may have its own of
+OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
 def check_processes(config: ConfigDict) -> None:
-  """Raises ValueError where this process was given another config than the first."""
+  """Raises ValueError if the config of this process differs from process 0."""
   mine = config_lib.flatten(config)
   check_same('config', {key: mine[key] for key in mine if key not in OWN})
 
@@ -35,14 +35,14 @@ def check_processes(config: ConfigDict) -> None:
 def begin(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict | None, ConfigDict | None, tuple[int, ...]]:
-  """Checks a config against the run in a workdir, which must be held.
+  """Checks a config against the run in a workdir, which must be locked.
 
   Returns:
-    The result of a run that is finished, else None; the config of one that has begun, else None;
-    and the last steps of its earlier cycles.
+    Three values: the result if the run is finished, or None; the config of the existing run, or
+    None; and the last step of each earlier cycle.
 
   Raises:
-    ValueError: the workdir holds another run, or can't be written into.
+    ValueError: the workdir contains another run, or it is not writable.
   """
   set_aside_damaged(workdir)
   start, finished, saved, cycles = latest_step(workdir), None, None, ()
@@ -53,7 +53,7 @@ def begin(
     config_lib.check_same_run(saved, config, workdir)
     cycles = add_cycle(config, item, start, workdir)
     finished = from_first(lambda: finished_result(config, workdir))
-    if finished and finished.get('steps') != start:  # its last checkpoint is gone
+    if finished and finished.get('steps') != start:  # the last checkpoint is missing
       finished = None
   if not finished:
     from_first(lambda: storage.check_folder(workdir))
@@ -63,39 +63,39 @@ def begin(
 
 
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError for a run of 0.1.0 that depends on a rule that has changed since.
+  """Raises ValueError if a run of version 0.1.0 depends on a rule that has changed since then.
 
-  `opening.from_config` refuses those on folders, of which other files are held out now.
+  Runs on image folders are rejected by `opening.from_config`, because other files are held out now.
 
   Args:
-    item: the item `config` of the newest checkpoint. 0.1.0 wrote no version into it.
-    workdir: of the run.
+    item: the item `config` of the newest checkpoint. Version 0.1.0 wrote no version into it.
+    workdir: folder of the run.
   """
   optimizer, data = item['config']['optimizer'], item['config']['data']
   changed = {
-    'Muon decayed neither the embedding nor the head': optimizer['name'] == 'muon',
-    'data.crop left some images whole': data['cache'] == 'memory' and data['crop'] < 1,
+    'Muon did not decay the embedding and the head': optimizer['name'] == 'muon',
+    'data.crop did not crop all images': data['cache'] == 'memory' and data['crop'] < 1,
   }
   reasons = [reason for reason, depends in changed.items() if depends]
   if 'version' not in item and reasons:
     raise ValueError(
       f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. It can be '
-      'evaluated and used, but not resumed. Start a new run in another --workdir, from these '
-      f'weights if you like: --config.init={workdir}'
+      'evaluated and used, but not resumed. Start a new run in another --workdir. To start from '
+      f'these weights, add --config.init={workdir}'
     )
 
 
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
-  """The last steps of a run's earlier cycles; more epochs on a finished run add one.
+  """Returns the last step of each earlier cycle; more epochs on a finished run add a cycle.
 
   Args:
-    config: the one given.
+    config: the given config.
     item: the item `config` of the newest checkpoint.
-    start: the step of this checkpoint.
-    workdir: of the run.
+    start: step of this checkpoint.
+    workdir: folder of the run.
 
   Raises:
-    ValueError: other epochs for a run that is not finished, or fewer for one that is.
+    ValueError: other epochs for an unfinished run, or fewer epochs for a finished run.
   """
   saved, examples = config_lib.from_dict(item['config']), item['task']['train_examples']
   then, now = num_steps(saved, examples), num_steps(config, examples)
@@ -104,21 +104,21 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
     return cycles
   if start < then:
     raise ValueError(
-      f'{workdir} is at step {start} of {then}: epochs={saved.epochs:g} can not become '
-      f'{config.epochs:g} before the run is finished, because the learning rate of each step '
-      f'depends on it. Resume with --config.epochs={saved.epochs:g}; more epochs are possible '
-      'once the run is finished.'
+      f'{workdir} is at step {start} of {then}: epochs={saved.epochs:g} cannot become '
+      f'{config.epochs:g} before the run is finished. The learning rate of each step depends on '
+      f'the epochs. Resume with --config.epochs={saved.epochs:g}. More epochs are possible when '
+      'the run is finished.'
     )
   if now < start:
     raise ValueError(
-      f'{workdir} is at step {start} already, and epochs={config.epochs:g} ends at step {now}: '
-      f'give more than epochs={saved.epochs:g}, or another --workdir.'
+      f'{workdir} is already at step {start}, but epochs={config.epochs:g} ends at step {now}. '
+      f'Set more than epochs={saved.epochs:g}, or use another --workdir.'
     )
   return (*cycles, then) if then else ()
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
-  """Raises ValueError where a run can't go on because its data changed."""
+  """Raises ValueError if a run cannot resume because its data changed."""
   step = latest_step(workdir)
   if step is None:
     return
@@ -128,32 +128,32 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
     if before != now and '' not in (before, now):
       change = f'{field.name} was {before}, is {now}'
       if field.name == 'fingerprint':
-        change = 'training files were renamed, or some added and as many removed'
+        change = 'training files were renamed, or as many were added as removed'
       raise ValueError(
         f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
-        f'({change}). Bring it back, or give another --workdir.'
+        f'({change}). Restore the data, or use another --workdir.'
       )
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
-  """The config of the run in a workdir, with overrides.
+  """Returns the config of the run in a workdir, with overrides.
 
-  It is that of the newest checkpoint, and `config.json` only where there is no checkpoint. The
-  epochs of a cycle that has saved no checkpoint yet are also those of `config.json`.
+  The config comes from the newest checkpoint, or from `config.json` before the first checkpoint.
+  The epochs also come from `config.json` if an added cycle has not saved a checkpoint yet.
 
   Raises:
-    ValueError: there is no run.
+    ValueError: the workdir holds no run.
   """
   item = newest_config(workdir)
   written = from_first(lambda: read_json(workdir / 'config.json'))
   saved = item['config'] if item else written
   if item and written:
     steps = num_steps(config_lib.from_dict(saved), item['task']['train_examples'])
-    if item['step'] == steps:  # finished, so nothing but more epochs can have been begun
+    if item['step'] == steps:  # the run is finished, so only a cycle of more epochs can follow
       saved = saved | {'epochs': max(saved['epochs'], written.get('epochs', 0))}
   if saved is None:
     raise ValueError(
-      f'{workdir} holds no run to go on with: give --config, e.g. configs/digits.py.'
+      f'{workdir} holds no run to resume: set --config to start one, e.g. configs/digits.py.'
     )
   with config_lib.naming_imports(item or {}):
     config = config_lib.override_all(config_lib.from_dict(saved), overrides)
@@ -162,23 +162,23 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """`result.json` of a run that has done `config.epochs` and no more; None of any other."""
+  """Returns `result.json` if the run has done exactly `config.epochs`; None if not."""
   result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])
-  except (TypeError, KeyError, ValueError):  # none, damaged, or another version's
+  except (TypeError, KeyError, ValueError):  # missing, damaged, or from another version
     return None
   same = then.epochs == config.epochs and then.data.eval_split == config.data.eval_split
   return result if same else None
 
 
 def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) -> None:
-  """Writes `config.json`, and `examples/` of the test images, once the data has been checked.
+  """Checks the data, then writes `config.json` and some test images into `examples/`.
 
-  The workdir must be held: these are the first files that a run writes.
+  These are the first files that a run writes. The workdir must be locked.
 
   Raises:
-    ValueError: the run can't be resumed with this data.
+    ValueError: the run cannot resume with this data.
   """
   check_same('data', dataclasses.asdict(exp.task))
   check_same_data(exp, workdir)
@@ -189,12 +189,12 @@ def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) ->
 
 
 def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
-  """A few images of the test split as PNG files, to try `predict` on."""
+  """Saves the first images of the test split as PNG files, as examples for `predict`."""
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
-    known = sys.getfilesystemencoding()  # which may lack some letters
+    known = sys.getfilesystemencoding()  # it may lack some letters of a class name
     name = exp.task.class_names[label].encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
     save_png(image_HWC, folder / f'{i}_{name}.png')

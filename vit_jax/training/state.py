@@ -1,4 +1,4 @@
-"""What training changes, and where it begins."""
+"""The state that training updates, and its initial value."""
 
 import logging
 
@@ -19,12 +19,13 @@ log = logging.getLogger(__name__)
 
 @flax.struct.dataclass
 class TrainState:
-  """Attributes:
+  """The state that a training step updates.
 
-  step: updates done, int32.
-  params: the model's parameters, float32.
-  opt_state: the optimizer's.
-  ema: exponential moving average of the parameters; None where none is kept.
+  Attributes:
+    step: number of updates so far, int32.
+    params: the model's parameters, float32.
+    opt_state: the optimizer's state.
+    ema: exponential moving average of the parameters; None without averaging.
   """
 
   step: jax.Array
@@ -34,20 +35,20 @@ class TrainState:
 
   @property
   def eval_params(self) -> dict:
-    """The weights to evaluate: the averaged ones where they are kept."""
+    """The weights for evaluation: the averaged weights if there are any."""
     return self.params if self.ema is None else self.ema
 
 
 def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dict:
-  """Random parameters for images `(H, W, C)`; a function of the seed."""
+  """Returns random parameters for images `(H, W, C)`, which depend only on the seed."""
   image_BHWC = jnp.zeros((1, *image_shape))
   return model.init(jax.random.key(seed), image_BHWC)['params']
 
 
 def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
-  """The state before the first step, made where it stays.
+  """Creates the state before the first step directly on its devices.
 
-  Optimizers keep nothing of what `freeze` keeps.
+  Optimizers have no state for parameters that `freeze` keeps constant.
   """
   config = exp.config
 
@@ -62,16 +63,16 @@ def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> 
 def start_state(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, float]:
-  """The newest checkpoint's state, else that of the weights of `init`, else a random one.
+  """Returns the state from which training starts, and the seconds spent in earlier sessions.
 
-  Returns:
-    The state, and the seconds that the run has taken before.
+  The state comes from the newest checkpoint if there is one. Without a checkpoint, it has the
+  weights of `init`, or random weights if `init` is not set.
   """
   fresh = init_state(exp, training, mesh)
   if checkpoints.latest() is not None:
     leaves, saved = checkpoints.restore(fresh)
     restored = place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
-    log.info('Going on from step %d.', restored.step)
+    log.info('Resuming from step %d.', restored.step)
     return restored, saved['seconds']
   overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
   DETAILS.info('%s', overview)

@@ -1,10 +1,10 @@
 """The train step: augment, forward, loss, gradient, update, metrics, average.
 
 Decisions:
-  * Randomness folds (seed, step) and then the example's position in the batch: no key is
-    stored, and no draw depends on devices or micro-batches.
-  * Accuracy counts an image that is mixed of two under its own label, even where more of it is of
-    the other: with mixup and cutmix it says little.
+  * Random keys are derived from the seed, the step and the example's position in the batch. No key
+    is stored, and no draw depends on the number of devices or micro-batches.
+  * Training accuracy compares a mixed image with its own label, even if its partner has the larger
+    share. With mixup and cutmix, training accuracy therefore means little.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,21 @@ from vit_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict], tuple[TrainState, dict]]
 
-DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # XLA's name for it
+DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 
 
 def loss_fn(
   batch: dict, trained: dict, frozen: dict, key: jax.Array, early: jax.Array | None, exp: Experiment
 ):
-  """A micro-batch's share of the mean loss of its batch, and the score of each of its examples.
+  """Returns a micro-batch's share of the mean loss of its batch, and its training score.
 
   Args:
     batch: `image`, `label` and `example`.
-    trained: the parameters that have a gradient.
-    frozen: the others.
-    key: of the step.
+    trained: parameters that get a gradient.
+    frozen: all other parameters.
+    key: random key of the step.
     early: whether the step has strong augmentations; None: all steps have them.
-    exp: what is trained.
+    exp: experiment to train.
   """
   image_key, dropout_key = jax.random.split(key)
   example_B, label_B = batch['example'], batch['label']
@@ -52,11 +52,12 @@ def loss_fn(
 def train_step(
   state: TrainState, batch: dict, exp: Experiment, training: Training, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, dict]:
-  """The state after a batch, and its metrics.
+  """Updates the state with a batch.
 
   Returns:
-    Among the metrics are `score` (sums over the batch), `grad_norm` (before clipping),
-    `learning_rate` (the one applied) and, where the batch has `bad`, `bad_images`: their number.
+    The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
+    clipping) and `learning_rate` (of this step). If the batch has `bad`, `bad_images` is the number
+    of bad images.
   """
   config = exp.config
   key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -83,18 +84,18 @@ def train_step(
 
 
 def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
-  """The moving average after a step that has led to these parameters; None where none is kept."""
+  """Returns the moving average updated with the new parameters; None without averaging."""
   if state.ema is None:
     return None
   average, constant = split_frozen(state.ema, exp.config.freeze)
   trained, _ = split_frozen(params, exp.config.freeze)
-  # A short run, too, forgets the weights that it began with.
+  # The decay is smaller in the first steps, so that a short run also forgets its initial weights.
   decay = jnp.minimum(exp.config.ema, (1 + state.step) / (10 + state.step))
   return optax.incremental_update(trained, average, 1 - decay) | constant
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """`train_step` of a run, jitted: `(state, batch) -> (state, metrics)`; the state is donated."""
+  """Returns the jitted `(state, batch) -> (state, metrics)` of a run; it donates the state."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   options = DETERMINISTIC if exp.config.deterministic and jax.default_backend() == 'gpu' else None
   return jax.jit(step, donate_argnums=0, compiler_options=options)

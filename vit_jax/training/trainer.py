@@ -1,4 +1,4 @@
-"""Trains a config in a workdir, from its beginning or from where it stopped."""
+"""Trains a config in a workdir: starts a new run or resumes an existing one."""
 
 import pathlib
 
@@ -15,19 +15,20 @@ from vit_jax.workdir import held, training_files_of
 
 @limits.memory_for('Training')
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
-  """Trains, or resumes, until `config.epochs` are done; returns what `result.json` holds.
+  """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
-  With `freeze=backbone` only the head is trained (`probe.py`); with `sweep`, at several rates.
+  With `freeze=backbone`, only the head is trained (`probe.py`). With `sweep`, heads are trained at
+  several learning rates.
 
   Args:
-    config: from `configs/`, or `config.default_config()` changed.
-    workdir: folder of checkpoints and records; a run in it is resumed.
+    config: config from `configs/`, or a changed `config.default_config()`.
+    workdir: folder for checkpoints and logs; an existing run in it is resumed.
 
   Raises:
-    ValueError: a config, data or workdir that does not work; the message says why.
-    FloatingPointError: training diverged, at every rate of a sweep; the last good checkpoint stays.
-    limits.OutOfMemory: the message says which keys to change.
-    cluster.Preempted: it was asked to stop, and has saved.
+    ValueError: the config, the data or the workdir cannot be used; the message names the reason.
+    FloatingPointError: training diverged, in a sweep at every rate. The last good checkpoint stays.
+    limits.OutOfMemory: the device ran out of memory; the message names the keys to change.
+    cluster.Preempted: the run was asked to stop and has saved a checkpoint.
   """
   workdir = names.local(workdir)
   start_up()
