@@ -241,7 +241,7 @@ def test_features_are_in_memory_once():
     (['--mode=predict', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=predict', '--workdir=nowhere'], '--images'),
     (['--mode=predict', '--workdir=w', '--images=a', '--features=pooled'], 'needs --out'),
-    (['--mode=predict', '--workdir=w', '--images=*.gone'], '*.gone: no image has such a name'),
+    (['--mode=predict', '--workdir=w', '--images=*.gone'], '*.gone: no image matches'),
     (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl and no checkpoint'),
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
@@ -356,8 +356,8 @@ def test_flags_that_a_mode_does_not_read_are_refused(capsys, trained):
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
      'leave --format and --topk out'),
-    (['--mode=visualize', '--images=,'], 'No images are named'),
-    (['--mode=predict', '--images=,'], 'No images are named'),
+    (['--mode=visualize', '--images=,'], '--images is empty'),
+    (['--mode=predict', '--images=,'], '--images is empty'),
 ])  # fmt: skip
 def test_flags_that_would_be_passed_over_are_refused(capsys, trained, argv, message):
   assert message in error(capsys, f'--workdir={trained[0]}', *argv)
