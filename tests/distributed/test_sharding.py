@@ -18,7 +18,7 @@ from vit_jax.model import variants
     (128, 64, 256, 4),
     (128, 64, 512, 2),  # best is 2,048 tokens for width 512
     (16, 196, 192, 2),
-    (16, 196, 768, 1),  # all 8 images have 1,568 tokens, nearest to 3,072
+    (16, 196, 768, 1),  # 8 images per device: 1,568 tokens are nearest to 3,072
     (64, 196, 768, 2),
     (254, 64, 48, 1),  # 127 is prime: one part rather than 127
     (64, 16, 48, 1),

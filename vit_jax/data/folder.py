@@ -6,7 +6,7 @@ Decisions:
     changes its split when files are added, removed or moved to another class.
   * The files of a split are sorted by position. This mixes the classes, and does not depend on the
     file system or the NumPy version. A percentage of a split is a range of positions.
-  * A warning names all files and folders that are ignored.
+  * Warnings report all files and folders that are ignored.
 """
 
 import collections
@@ -24,7 +24,7 @@ from vit_jax.data import image as image_lib
 from vit_jax.names import choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
-HELD_OUT = 0.2  # share of the files that become the test split of a folder without a test folder
+HELD_OUT = 0.2  # share of the files that are held out if the folder has no test folder
 SHOWN = 5  # maximum number of names listed in a warning
 # Folders with these names are probably splits, not classes.
 SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
@@ -81,7 +81,7 @@ class Folder:
 
 
 def hash_name(name: str) -> int:
-  """Returns 64 hash bits of a file's name below its class folder; ignores case and Unicode form."""
+  """Hashes a file's name below its class folder to 64 bits, ignoring case and Unicode form."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in every locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()

@@ -3,8 +3,8 @@
 Decisions:
   * Pillow opens every file and decodes whole images. Its pixels are the reference.
   * Random crops are decoded and scaled again in every epoch. OpenCV does both, because it is faster
-    (results/input.json). Pillow still opens these files, so the same files are accepted, and
-    decodes all but ordinary RGB JPEGs.
+    (results/input.json). Pillow still opens these files, so that the same files are accepted. It
+    also decodes all of them except ordinary RGB JPEGs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -66,8 +66,8 @@ def decode_image(
   EXIF rotation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
   Raises:
-    BadImage: the file is not an image, is cut short, has no 8-bit form, or has more than
-      `max_pixels`. With None, only Pillow's own limit against decompression bombs applies.
+    BadImage: the file is not an image, is cut short, has no 8-bit form, or has too many pixels:
+      more than `max_pixels` or, if this is None, than Pillow's limit for decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -108,7 +108,7 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
 def convert(image: Image.Image, channels: int) -> Image.Image:
   """Converts an image of any mode to 8-bit grey or RGB."""
   if image.mode == 'F':
-    raise ValueError('floating-point pixels have no known range')
+    raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
     grey = np.asarray(image).astype(np.float32) / 257
     image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
@@ -233,8 +233,8 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
 
   The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
   shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
-  bilinear filter. That filter is a triangle with the width of two new pixels. If an axis becomes
-  shorter than a half, each new pixel is the mean over its area instead.
+  bilinear filter. That filter is a triangle with the width of two new pixels. If an axis shrinks to
+  less than half its length, each new pixel is the mean over its area instead.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
@@ -268,7 +268,7 @@ INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
-  """Returns the files at these paths; for a folder or pattern (`photos/*.jpg`), its sorted images.
+  """Returns the files at these paths; folders and patterns (`photos/*.jpg`) give sorted images.
 
   Raises:
     ValueError: no path is given, or a folder or a pattern matches no image.

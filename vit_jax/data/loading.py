@@ -78,7 +78,7 @@ def decide_cache(
 def differs(reading: Reading, source: Source, split: str, size: tuple[int, int]) -> str:
   """Returns why training batches from memory differ from streamed ones; empty if they do not.
 
-  Everything else is the same for both: the order, decoding, scaling, and the work of the device.
+  Everything else is the same for both: order, decoding, scaling, and processing on the device.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'

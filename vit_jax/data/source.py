@@ -113,7 +113,7 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises the error of a bad image when bad images are not skipped, with a remedy."""
+  """Raises a bad image's error with a remedy, for callers that do not skip bad images."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error

@@ -91,7 +91,7 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
         yield name, start, stop
         continue
       kept = ~unwanted[name][start:stop]
-      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # starts and stops of runs
+      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # edges of runs
       yield from ((name, start + a, start + b) for a, b in edges.reshape(-1, 2).tolist())
 
   return list(runs())

@@ -54,7 +54,7 @@ class Stream:
     pieces: `(split, start, stop)` ranges, in order.
     size: (height, width) of the images.
     fit: function that scales an image, as in `memory.load_examples`.
-    crop: `min_area` and `max_aspect` of the random crops in training; None: `fit` scales the image.
+    crop: `min_area` and `max_aspect` of the random crops in training; None: only `fit`.
     skip_bad_images: replace images that cannot be decoded, instead of raising.
     workers: number of worker processes that decode; 0: decode in this process.
     threads: number of decoding threads in each process.
@@ -166,7 +166,7 @@ class Stream:
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
     piece_N = np.searchsorted(begins, index_N, side='right') - 1
     found = [None] * len(index_N)
-    for piece in np.unique(piece_N):  # only these: left out files can make thousands
+    for piece in np.unique(piece_N):  # only the needed ones, of perhaps thousands
       split, start, _ = self.pieces[piece]
       rows = np.flatnonzero(piece_N == piece)
       places = (index_N[rows] - begins[piece] + start).tolist()
@@ -195,7 +195,7 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int, int]:
-    """Returns image and label of the first good example from this one on, and the bad ones skipped.
+    """Returns image and label of the first good example from here on, and the number of bad ones.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -236,7 +236,7 @@ def warn(message: str) -> None:
 
 
 def best_threads(workers: int) -> int:
-  """Returns the default number of threads per process. More would only wait for the GIL."""
+  """Returns the default number of threads per process. More threads would only wait for the GIL."""
   return min(16, max(1, num_cores() // max(1, workers)))
 
 
@@ -279,14 +279,14 @@ def read_part(
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
   """Returns the four random numbers in [0, 1) that belong to a position."""
-  # The position is part of the key, so each position has its own numbers. NumPy guarantees that raw
-  # bits never change between versions, but not that floats made from them never change.
+  # The position is part of the key, so each position has its own numbers. Raw bits are drawn: NumPy
+  # guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Joins the dictionaries of arrays to one in this process's own memory, and empties them."""
+  """Joins dictionaries of arrays into one, in this process's own memory, and empties them."""
   # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
   # shared with the workers, so the parts are emptied here.
   names = list(parts[0])

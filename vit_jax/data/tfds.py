@@ -147,8 +147,8 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
       f'tfds:{name} is not prepared in {str(root)!r}, and preparing it failed: {reason}\n'
       'On a machine with network access and tensorflow, run\n'
       f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
-      'and copy the folder here. Or set data.dir (or TFDS_DATA_DIR) to prepared data, or use '
-      'data.source=folder:<path>.'
+      'and copy the folder here. Or set data.dir (or TFDS_DATA_DIR) to a folder with prepared '
+      'data, or use data.source=folder:<path>.'
     )
 
 

@@ -43,7 +43,7 @@ def needed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-  """Makes programs traced in this block the same on every machine and able to run on every one."""
+  """Makes programs that are traced in this block independent of the machine and its backend."""
   token = _portable.set(True)
   try:
     yield

@@ -11,7 +11,7 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError in a worker that imports an unguarded script: it cannot start processes."""
+  """Raises ValueError if Python cannot start processes, because a worker imports a bare script."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:

@@ -30,7 +30,7 @@ def asked_to_stop() -> bool:
 
   JAX identifies calls by their numbers. When the notice comes, all processes stop at the call after
   the latest call that any process has made. The numbers are not the training steps, because a run
-  may begin at any step. They are larger than any step, because orbax makes such calls with steps.
+  may begin at any step. They are larger than any step, because orbax numbers its calls by step.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 

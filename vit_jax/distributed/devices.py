@@ -27,7 +27,7 @@ _one_per_core = False  # whether `start_up` set the number of CPU devices, not t
 
 
 def start_up() -> None:
-  """Makes one CPU device per core; a mesh uses as many of them as suit its batch (`worth`).
+  """Makes one CPU device per core, of which a mesh uses at most `worth`.
 
   The first query for devices starts JAX, by default with a single CPU device. So this must be
   called before anything else. It does nothing if the user has set the number of CPU devices, or if
@@ -71,7 +71,7 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on a CPU, of as many as divide the batch and suit it (`worth`).
+  """Returns a mesh of all devices; on a CPU, of as many as divide the batch, at most `worth`.
 
   If the user has set the number of CPU devices, the mesh uses as many of them as divide the batch.
 
@@ -118,7 +118,7 @@ def make_mesh(
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """Returns a mesh of all devices for a padded batch; on a CPU, of as many as suit it (`worth`)."""
+  """Returns a mesh of all devices for a padded batch; on a CPU, of at most `worth`."""
   count = jax.device_count()
   return mesh_of((worth(count, batch_size) if _one_per_core else count, 1, 1))
 

@@ -122,9 +122,9 @@ def check_arguments(
 
 def why_not_free(port: int) -> str | None:
   """Returns why this machine cannot listen on a port; None if it can."""
-  both = socket.has_dualstack_ipv6()  # JAX listens on all addresses of both kinds
+  both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores an earlier run
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after an earlier run
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:

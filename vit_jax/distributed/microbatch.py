@@ -3,7 +3,7 @@
 Decisions:
   * If every device holds all parameters, it works on its share of the batch independently, and sums
     are computed once per step (`shard_map`). If parameters are split, XLA partitions one program
-    over all devices. Constraints ensure that only the batch is split between blocks.
+    over all devices. Constraints keep the activations between blocks split over the batch.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its
     share in micro-batches that fit into its cache, without waiting for the others until the end.
     For small models this is far faster than one program over all cores and the whole batch
@@ -115,7 +115,7 @@ def micro(batch, mesh: Mesh, parts: int):
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns the function with the outputs of all modules split over the batch, like the batch.
+  """Returns the function with every module's output split over the batch, like the batch itself.
 
   Without this, XLA may split a token's vector in the same way as the next kernel. Then devices
   exchange activations instead of parameters.

@@ -71,7 +71,7 @@ def lock(workdir: pathlib.Path) -> IO | None:
         f'{workdir}: another run is writing here. Wait until it ends, or use another --workdir.'
       ) from error
     except OSError as error:  # some network file systems have no locks
-      writer.LOG.info('%s cannot be locked (%s): start only one run at a time.', file.name, error)
+      writer.LOG.info('%s cannot be locked (%s): start one run at a time here.', file.name, error)
       return file
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):

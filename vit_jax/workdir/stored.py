@@ -19,7 +19,7 @@ ITEMS = ('config', 'params', 'state', 'names')
 
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
-  """Returns the folder of a workdir's checkpoints; absolute, as orbax requires."""
+  """Returns the folder of a workdir's checkpoints, as an absolute path, which orbax requires."""
   return pathlib.Path(workdir).expanduser().resolve() / 'checkpoints'
 
 
@@ -63,7 +63,7 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
   checkpoint = directory(workdir) / str(step)
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
-    raise items.damaged(checkpoint, f'its config must have {", ".join(sorted(SAVED))}')
+    raise items.damaged(checkpoint, f'its config lacks keys of {", ".join(sorted(SAVED))}')
   digests = about.pop('digests', {})  # missing in checkpoints of older versions
   if item == 'names' and item not in digests:
     return None

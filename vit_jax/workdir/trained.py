@@ -96,7 +96,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns what a run with this config and the runs before it are trained on."""
+  """Returns what a run with this config trains on, and what earlier runs trained on."""
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
   return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
@@ -159,7 +159,7 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
   """Raises ValueError if a test shares examples with a training split of a source without files.
 
-  For sources with files, `leave_out_trained` does this work.
+  For sources with files, use `leave_out_trained`.
   """
   for spec, trained_on in () if source.files else names.all_splits:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
@@ -184,7 +184,7 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise ValueError(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of their files. Choose another split or folder as a test.'
+      'or the content of their files. Choose another split or folder for the test.'
     )
   if number:
     log.warning(

@@ -56,7 +56,7 @@ class Writer:
     try:
       self._opened.close()
     except storage.Unwritten:
-      if error is None:  # otherwise the first error is the cause
+      if error is None:  # otherwise `error` is the cause
         raise
 
   def keep(self, wanted: Callable[[dict], bool]) -> None:
@@ -83,7 +83,7 @@ class Writer:
 
 
 class LogFile(logging.FileHandler):
-  """Handler for `log.txt`. A line that cannot be written raises in `check`, not as a traceback."""
+  """Handler for `log.txt`. A failed write prints no traceback; `check` raises its error instead."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._failure = path, None
