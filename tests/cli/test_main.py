@@ -241,7 +241,7 @@ def test_features_are_stored_only_once_in_memory():
     (['--mode=predict', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=predict', '--workdir=nowhere'], '--images'),
     (['--mode=predict', '--workdir=w', '--images=a', '--features=pooled'], 'needs --out'),
-    (['--mode=predict', '--workdir=w', '--images=*.gone'], '*.gone: no image has such a name'),
+    (['--mode=predict', '--workdir=w', '--images=*.gone'], '*.gone: no image matches'),
     (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl and no checkpoint'),
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
@@ -356,8 +356,8 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
      'remove --format and --topk'),
-    (['--mode=visualize', '--images=,'], 'No images are named'),
-    (['--mode=predict', '--images=,'], 'No images are named'),
+    (['--mode=visualize', '--images=,'], '--images is empty'),
+    (['--mode=predict', '--images=,'], '--images is empty'),
 ])  # fmt: skip
 def test_flags_without_an_effect_are_rejected(capsys, trained, argv, message):
   assert message in error(capsys, f'--workdir={trained[0]}', *argv)

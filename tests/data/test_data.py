@@ -1,4 +1,4 @@
-"""The order of training examples, and batches for evaluation."""
+"""Checks the order of training examples and the batches for evaluation."""
 
 import itertools
 
@@ -23,15 +23,15 @@ def test_every_epoch_holds_every_example_once(size, batch):
   epochs = stream[: len(stream) // size * size].reshape(-1, size)
   assert len(epochs) >= 5
   np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(size), (len(epochs), 1)))
-  assert len({tuple(epoch) for epoch in epochs}) > 3  # and in another order each time
+  assert len({tuple(epoch) for epoch in epochs}) > 3  # in a different order each time
 
 
-def test_each_epoch_of_each_seed_has_an_order_of_its_own():
+def test_order_differs_for_each_seed_and_epoch():
   orders = {tuple(batching.epoch_order(20, seed, epoch)) for seed in range(6) for epoch in range(6)}
   assert len(orders) == 36
 
 
-def test_the_step_is_the_whole_state():
+def test_order_resumes_from_the_step_alone():
   whole = take(20, size=11, batch_size=4, seed=3, start=0)
   np.testing.assert_array_equal(take(9, size=11, batch_size=4, seed=3, start=11), whole[11:])
   assert not np.array_equal(take(20, size=11, batch_size=4, seed=4, start=0), whole)
@@ -51,7 +51,7 @@ def test_evaluation_counts_each_example_once(batch_size):
     np.testing.assert_array_equal(batch['image'], image[np.asarray(batch['label'])])
 
 
-def test_a_batch_lies_over_the_devices():
+def test_batch_is_split_over_the_devices():
   mesh = devices_lib.make_mesh(8)
   examples = Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))
   batch = next(batching.train_batches(examples, 8, 0, 0, sharding.batch_sharding(mesh)))
@@ -60,7 +60,7 @@ def test_a_batch_lies_over_the_devices():
 
 
 @pytest.mark.parametrize('batch, parts, devices', [(8, 1, 2), (7, 1, 1), (6, 2, 1), (12, 3, 2)])
-def test_on_a_cpu_the_devices_divide_the_batch(batch, parts, devices):
+def test_cpu_mesh_uses_devices_that_divide_the_batch(batch, parts, devices):
   assert devices_lib.make_mesh(batch, parts).size == devices
 
 

@@ -1,4 +1,4 @@
-"""Every source on real files: layouts, splits, formats, and what is broken."""
+"""Checks every source on real files: folder layouts, splits, formats and broken files."""
 
 import collections
 import errno
@@ -63,7 +63,7 @@ def test_digits_are_stratified():
 
 
 def make_folder(root, layout, count=12, size=(10, 8)):
-  """`count` images in each of `layout`'s folders, all different."""
+  """Makes `count` images in each folder of `layout`, all different."""
   draw = np.random.RandomState(0)
   for folder in layout:
     (root / folder).mkdir(parents=True)
@@ -87,18 +87,18 @@ def test_a_folder_with_splits(tmp_path, held_out):
   assert source.sizes == {'train': 36, 'test': 36}
   assert train.image_NHWC.shape == (36, 10, 8, 3)
   assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
-  assert len(set(train.label_N[:12].tolist())) == 3  # mixed
+  assert len(set(train.label_N[:12].tolist())) == 3  # the classes are mixed
 
 
 def touch(root, names):
-  """Empty files: a source looks at names only."""
+  """Creates empty files, because a source checks only file names."""
   for name in names:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (root / name).touch()
 
 
 def members(root, *specs):
-  """The files of each split, as paths from the root."""
+  """Returns the files of each split, as paths relative to the root."""
   source = sources.open_source(f'folder:{root}', '', (4, 4))
   read = lambda spec: [source.read(name, range(a, b)) for name, a, b in source.pieces(spec)]
   paths = [[file for part in read(spec) for _, file, _ in part] for spec in specs]
@@ -106,7 +106,7 @@ def members(root, *specs):
 
 
 @pytest.mark.parametrize('layout', ['', 'train/'])
-def test_other_files_move_no_file_between_splits(tmp_path, layout):
+def test_files_keep_their_split_when_other_files_change(tmp_path, layout):
   specs = 'train', 'test', 'train[:90%]', 'train[90%:]', 'test[:50%]'
   touch(tmp_path, [f'{layout}{c}/{c}{i}.jpg' for c in 'ab' for i in range(60)])
   before = members(tmp_path, *specs)
@@ -132,7 +132,7 @@ def test_a_fifth_of_a_plain_folder_is_held_out_and_slices_are_even(tmp_path):
   assert 0 < count[7] < 20
 
 
-def test_images_of_one_name_stay_in_one_percentage(tmp_path):
+def test_images_with_the_same_name_fall_into_the_same_percentage(tmp_path):
   folders = [f'{split}/{c}' for split in ('train', 'test') for c in 'ab']
   touch(tmp_path, [f'{inside}/{i}.jpg' for inside in folders for i in range(40)])
   for percent in range(7, 97, 9):
@@ -142,8 +142,8 @@ def test_images_of_one_name_stay_in_one_percentage(tmp_path):
     assert not of(ones) & of(others)
 
 
-def test_the_order_is_that_of_hashed_names(tmp_path):
-  """So that a run resumes in the same order; files below subfolders, too."""
+def test_files_are_ordered_by_the_hash_of_their_names(tmp_path):
+  """A run must resume in the same order; files in subfolders are included."""
   make_folder(tmp_path, ['train/a', 'train/b', 'train/b/deep/er', 'test/a', 'test/b'], count=6)
   os.symlink(tmp_path / 'train' / 'a' / '0.png', tmp_path / 'train' / 'b' / 'link.JPG')
   (tmp_path / 'train' / 'a' / os.fsdecode(b'na\xefve.jpg')).write_bytes(b'')
@@ -161,16 +161,16 @@ def test_the_order_is_that_of_hashed_names(tmp_path):
   assert all('/test/' in name for name, _, _ in source.read('test', range(12)))
 
 
-def test_classes_that_are_not_tested_are_named(tmp_path):
+def test_classes_without_test_images_are_named(tmp_path):
   touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(40)] + ['c/a0.jpg'])
   assert 'a/a0.jpg' in members(tmp_path, 'train')[0]
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
-  assert [w for w in source.warnings if 'no test image of class c:' in w]
+  assert [w for w in source.warnings if 'no test images for class c.' in w]
 
 
-def test_a_folder_of_which_nothing_is_held_out_is_refused(tmp_path):
+def test_folder_without_held_out_images_is_refused(tmp_path):
   touch(tmp_path, ['a/a0.jpg', 'b/a0.jpg'])
-  with pytest.raises(ValueError, match='no image to test on.*add images, or divide them'):
+  with pytest.raises(ValueError, match='no test images.*Add images, or divide them'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   held_out = next(f'{i}.jpg' for i in range(99) if folder_lib.hash_name(f'{i}.jpg') / 2**64 < 0.2)
   touch(tmp_path, [f'c/{held_out}'])
@@ -178,7 +178,7 @@ def test_a_folder_of_which_nothing_is_held_out_is_refused(tmp_path):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
 
 
-def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):
+def test_fingerprint_depends_on_names_and_labels_of_the_training_split(tmp_path):
   make_folder(tmp_path / 'one', ['train/a', 'train/b', 'test/a', 'test/b'], count=6)
   opened = lambda name: sources.open_source(f'folder:{name}', str(tmp_path), (4, 4)).fingerprint
   before = opened('one')
@@ -192,7 +192,7 @@ def test_a_fingerprint_is_of_names_and_labels_of_train(tmp_path):
     assert (opened('one') == before) == (new == 'a/0.png')
 
 
-def test_a_link_that_leads_nowhere_is_named(tmp_path):
+def test_broken_link_is_named(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   os.symlink('/nonexistent', tmp_path / 'a' / 'x.jpg')
   with pytest.raises(image_lib.BadImage, match=r'a/x\.jpg: No such file'):
@@ -201,7 +201,7 @@ def test_a_link_that_leads_nowhere_is_named(tmp_path):
   assert len(examples) == 24 and len(examples.skipped) == 1
 
 
-def test_a_folder_that_can_not_be_listed_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_is_named(tmp_path, monkeypatch):
   make_folder(tmp_path, ['a', 'b', 'b/deep'])
   scan = os.scandir
 
@@ -224,7 +224,7 @@ def test_a_long_listing_is_announced(tmp_path, monkeypatch, caplog):
   assert f'Listing the images in {tmp_path} ...' in caplog.text
 
 
-def test_images_of_one_smaller_size_have_a_size_of_their_own(tmp_path):
+def test_common_size_is_found_if_all_images_share_a_smaller_size(tmp_path):
   make_folder(tmp_path, ['a', 'b'])  # of 10x8 pixels
   source = sources.open_source(f'folder:{tmp_path}', '', (16, 12))
   own_size = lambda *size: memory.common_size(source, 'train+test', size)
@@ -234,7 +234,7 @@ def test_images_of_one_smaller_size_have_a_size_of_their_own(tmp_path):
   assert own_size(16, 12) == (10, 8)
 
 
-def test_images_of_several_sizes_have_none(tmp_path):
+def test_images_of_several_sizes_have_no_common_size(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   turned = Image.Exif()
   turned[0x0112] = 6
@@ -247,7 +247,7 @@ def test_images_of_several_sizes_have_none(tmp_path):
   assert load(tmp_path, 'train+test', (16, 12))[1].image_NHWC.shape == (26, 16, 12, 3)
 
 
-def test_modes_and_rotation(tmp_path):
+def test_image_modes_and_exif_rotation_are_handled(tmp_path):
   pixels = np.zeros((4, 6, 3), np.uint8)
   pixels[0] = 255
   upright = np.asarray(Image.fromarray(pixels))
@@ -283,19 +283,19 @@ def test_16_bit_grey_is_scaled_to_8_bits_exactly():
 
 
 @pytest.mark.parametrize('stretch', [False, True])
-def test_an_image_of_the_size_wanted_is_cropped_too(stretch):
+def test_image_of_the_requested_size_is_cropped_too(stretch):
   image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8))
   out = image_lib.fit_image(image, (8, 8), crop=0.5, stretch=stretch)
   centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
   np.testing.assert_array_equal(out, np.asarray(centre))
 
 
-def test_bad_images_stop_or_are_counted(tmp_path):
+def test_bad_images_raise_or_are_skipped(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   good = (tmp_path / 'a' / '0.png').read_bytes()
   (tmp_path / 'a' / 'cut.png').write_bytes(good[: len(good) // 2])
   (tmp_path / 'b' / 'empty.jpg').write_bytes(b'')
-  message = r'(cut\.png|empty\.jpg): not a readable image .*Mend .* or .*skip_bad_images=True\.$'
+  message = r'(cut\.png|empty\.jpg): not a readable image .*Repair .* or .*skip_bad_images=True\.$'
   with pytest.raises(image_lib.BadImage, match=message):
     load(tmp_path, 'train+test')
   _, examples = load(tmp_path, 'train+test', skip_bad_images=True)
@@ -314,7 +314,7 @@ def test_bad_folders_are_refused(tmp_path, layout, message):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
 
 
-def test_what_a_folder_holds_beside_images_is_counted(tmp_path):
+def test_files_other_than_images_are_counted_in_a_warning(tmp_path):
   images = [f'{s}/{c}/{i}.jpg' for s in ('train', 'test') for c in 'ab' for i in range(2)]
   others = ['a.gif', 'b.GIF', 'c.tif', 'd.heic', 'e', '.hidden.gif']
   others = [f'train/a/{name}' for name in others] + ['test/b/f.gif', 'held/a/0.jpg']
@@ -322,7 +322,7 @@ def test_what_a_folder_holds_beside_images_is_counted(tmp_path):
   warnings = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
   assert len(warnings) == 2
   assert '6 files are not used: 3 .gif, 1 .heic, 1 .tif, 1 without an extension.' in warnings[0]
-  assert 'not used beside train/: held. Folders to test on are test, val, valid' in warnings[1]
+  assert 'folders not used: held. Test images are read from the folders test, val' in warnings[1]
 
 
 def test_a_jfif_file_is_an_image(tmp_path):
@@ -332,16 +332,16 @@ def test_a_jfif_file_is_an_image(tmp_path):
   assert len(train) == 5
 
 
-def test_a_class_without_a_folder_to_test_on_is_named(tmp_path):
+def test_class_without_a_test_folder_is_named(tmp_path):
   touch(tmp_path, ['train/a/0.jpg', 'train/b/0.jpg', 'test/a/0.jpg'])
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 2, 'test': 1}
   assert source.warnings == (
-    f'{tmp_path}: no test image of class b: the test says nothing about them.',
+    f'{tmp_path}: no test images for class b. The test does not cover every class.',
   )
 
 
-def test_a_path_without_its_kind_is_told_how_to_write_it(tmp_path):
+def test_path_without_folder_prefix_is_refused_with_a_remedy(tmp_path):
   touch(tmp_path, ['a/0.jpg'])
   for spec, data_dir in ((str(tmp_path), ''), (tmp_path.name, str(tmp_path.parent))):
     with pytest.raises(ValueError, match=f'write folder:{spec} to read a folder of images'):
@@ -360,17 +360,17 @@ def test_an_absent_or_empty_folder_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:Corrupt EXIF', 'ignore::UserWarning')
-def test_more_pixels_than_are_taken_are_not_decoded(monkeypatch):
+def test_image_with_too_many_pixels_is_not_decoded(monkeypatch):
   encoded = io.BytesIO()
   Image.new('1', (300, 200)).save(encoded, 'png')
   assert image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=60_000).size == (300, 200)
-  monkeypatch.setattr(Image.Image, 'load', None)  # nothing but the header is read
+  monkeypatch.setattr(Image.Image, 'load', None)  # only the header is read
   with pytest.raises(image_lib.BadImage, match='a.png.*300x200 pixels, at most 59,999'):
     image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=59_999)
 
 
-def test_decoders_never_let_another_error_through(tmp_path):
-  """Bytes changed at random: an image or a BadImage that names the file, nothing else."""
+def test_corrupt_files_raise_only_bad_image(tmp_path):
+  """Randomly changed bytes give an image, or a BadImage that names the file, and nothing else."""
   draw, refused = np.random.RandomState(0), 0
   for suffix in ('png', 'jpg', 'webp', 'bmp'):
     exif = Image.Exif()
@@ -391,9 +391,9 @@ def test_decoders_never_let_another_error_through(tmp_path):
   assert refused > 10
 
 
-def test_hidden_files_are_no_images(tmp_path):
+def test_hidden_files_are_ignored(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
-  (tmp_path / 'a' / '._0.png').write_bytes(b'what macOS leaves beside a file')
+  (tmp_path / 'a' / '._0.png').write_bytes(b'a resource file of macOS')
   _, examples = load(tmp_path, 'train+test')
   assert len(examples) == 24
 
@@ -410,11 +410,11 @@ def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monk
 @pytest.mark.parametrize(
   ('groups', 'files', 'limit'),
   [
-    ('', {}, 2**40),  # no cgroup: the machine's
+    ('', {}, 2**40),  # no cgroup: the limit is the machine's
     ('0::/', {'memory.max': '5000'}, 5000),
     ('0::/a/b', {'a/b/memory.max': 'max', 'a/memory.max': '7000', 'memory.max': '9000'}, 7000),
     ('0::/a/b', {'a/b/memory.max': '6000', 'a/memory.max': '7000'}, 6000),
-    ('0::/host/path', {'memory.max': '5000'}, 5000),  # which a container does not see
+    ('0::/host/path', {'memory.max': '5000'}, 5000),  # a container does not see this path
     ('0::/a', {'a/memory.max': 'max'}, 2**40),
     (
       '12:cpu,cpuacct:/job\n4:memory:/job/step\n0::/',
@@ -422,10 +422,10 @@ def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monk
       8000,
     ),
     ('4:memory:/docker/1', {'memory/memory.limit_in_bytes': '4000'}, 4000),
-    ('4:cpuset:/job', {'memory/job/memory.limit_in_bytes': '8000'}, 2**40),  # not this process's
+    ('4:cpuset:/job', {'memory/job/memory.limit_in_bytes': '8000'}, 2**40),  # not a memory group
   ],
 )
-def test_memory_is_the_least_of_the_machine_and_its_cgroups(
+def test_memory_limit_is_the_smallest_of_machine_and_cgroups(
   tmp_path, monkeypatch, groups, files, limit
 ):
   monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 2**28}.get)
@@ -443,15 +443,15 @@ import resource, sys
 from vit_jax.data import memory, sources
 source = sources.open_source('folder:' + sys.argv[1], '', (0, 0))
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-memory.load_examples(source, 'test', (256, 256), skip_bad_images=True)  # what is loaded once
+memory.load_examples(source, 'test', (256, 256), skip_bad_images=True)  # loads modules and decoders
 before = count()
 train = memory.load_examples(source, 'train', (256, 256), skip_bad_images=True)
 print(train.image_NHWC.nbytes, len(train.skipped), count() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='ru_maxrss is in other units')
-def test_loading_takes_little_more_memory_than_the_split(tmp_path):
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems use other units for ru_maxrss')
+def test_loading_needs_little_more_memory_than_the_split(tmp_path):
   source = np.random.RandomState(0).randint(0, 256, (8, 8, 3)).astype(np.uint8)
   for split, count in (('train', 150), ('test', 2)):
     for name in ('a', 'b'):
@@ -485,7 +485,7 @@ def test_tfds_reads_array_record():
 
 
 @pytest.mark.parametrize('how', ['missing', 'cut', 'empty'])
-def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
+def test_missing_or_damaged_tfds_shard_is_reported(tmp_path, how):
   shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
   (shard,) = tmp_path.rglob('*train*array_record-*')
   data = shard.read_bytes()
@@ -493,7 +493,7 @@ def test_a_tfds_shard_that_is_missing_or_damaged_is_said(tmp_path, how):
   if how == 'missing':
     shard.unlink()
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
-  with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 can not be read.*missing or'):
+  with pytest.raises(ValueError, match=r'mini/train: .*mini/1.0.0 cannot be read.*missing or'):
     memory.load_examples(source, 'train', (8, 8))
   assert len(memory.load_examples(source, 'test', (8, 8))) == 3
 
@@ -504,12 +504,12 @@ def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
   shutil.copytree(DATA / 'tfrecord', tmp_path, dirs_exist_ok=True)
   check_mini(sources.open_source('tfds:mini', str(tmp_path), (8, 8)))
   assert list(tmp_path.glob('array_record/mini/1.0.0/*array_record-*'))
-  assert list(tmp_path.glob('mini/1.0.0/*tfrecord-*'))  # the person's own stay
+  assert list(tmp_path.glob('mini/1.0.0/*tfrecord-*'))  # the user's own files are kept
 
 
 def check_mini(source):
   train = memory.load_examples(source, 'train', (8, 8))
   assert train.image_NHWC.shape == (6, 8, 8, 3)
-  for image, label in zip(train.image_NHWC, train.label_N):  # white on the label's side
+  for image, label in zip(train.image_NHWC, train.label_N):  # the side of the label is white
     assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()
   assert set(train.label_N.tolist()) == {0, 1}

@@ -1,4 +1,4 @@
-"""Streamed examples: their order, pixels and crops, whoever decodes them; and what is bad."""
+"""Checks streamed examples: order, pixels, random crops, workers, processes and bad images."""
 
 import functools
 import hashlib
@@ -42,7 +42,7 @@ IDS = 23
 
 
 def numbered(split, indices):
-  """Images that hold their own number, which is their label too."""
+  """Yields images that contain their own number, which is also their label."""
   draw = np.random.RandomState(0).randint(0, 256, (IDS, 12, 10, 3)).astype(np.uint8)
   for i in indices:
     image_HWC = draw[i].copy()
@@ -51,7 +51,7 @@ def numbered(split, indices):
 
 
 def bad_ones(bad, split, indices):
-  """The same, of which some have a label that there is not."""
+  """Yields the images of `numbered`; the images in `bad` have a label without a class."""
   for name, image_HWC, i in numbered(split, indices):
     yield name, image_HWC, IDS + 1 if i in bad else i
 
@@ -63,7 +63,7 @@ def open_numbered(read=numbered, split='train', **arguments):
 
 
 def take(stream, count, batch_size=4, seed=3, start=0):
-  """The first batches, as NumPy."""
+  """Returns the first batches as NumPy arrays."""
   over_batch = sharding.batch_sharding(devices.make_mesh(batch_size))
   batches = batching.train_batches(stream, batch_size, seed, start, over_batch)
   found = [jax.tree.map(np.array, batch) for batch in itertools.islice(batches, count)]
@@ -80,7 +80,7 @@ def same(ones, others):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-  """JPEGs of several sizes, in three classes, train and test."""
+  """Folder of JPEGs of several sizes, in three classes, with train/ and test/."""
   root, draw = tmp_path_factory.mktemp('photos'), np.random.RandomState(0)
   for split, count in (('train', 20), ('test', 7)):
     for name in ('ant', 'cat', 'dog'):
@@ -101,7 +101,7 @@ def photo_config(photos, **overrides):
   return small_config(**settings | overrides)
 
 
-def test_the_order_is_that_of_examples_in_memory():
+def test_stream_has_the_same_order_as_memory():
   stream = open_numbered()
   images = np.stack([image_HWC for _, image_HWC, _ in numbered('train', range(IDS))])
   loaded = Examples(images, np.arange(IDS, dtype=np.int32))
@@ -109,11 +109,11 @@ def test_the_order_is_that_of_examples_in_memory():
 
 
 @pytest.mark.slow
-def test_threads_workers_and_where_it_begins_change_nothing(photos):
+def test_batches_do_not_depend_on_threads_workers_or_start_step(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
   arguments = {'size': (16, 16), 'fit': image_lib.fit_image, 'crop': CROP}
   open_photos = functools.partial(stream_lib.open_stream, source, 'train', **arguments)
-  whole = take(open_photos(), 6, batch_size=40)  # three parts each
+  whole = take(open_photos(), 6, batch_size=40)  # each batch has three parts
   assert len({batch['image'].tobytes() for batch in whole}) == 6
   same(take(open_photos(threads=3), 6, batch_size=40), whole)
   for workers in (2, 4):
@@ -123,22 +123,22 @@ def test_threads_workers_and_where_it_begins_change_nothing(photos):
 
 
 @pytest.mark.slow
-def test_workers_change_nothing_in_evaluation():
+def test_evaluation_batches_do_not_depend_on_workers():
   over_batch = sharding.batch_sharding(devices.make_mesh(8))
   ones, others = (
     [jax.device_get(batch) for batch in batching.eval_batches(stream, 8, over_batch)]
-    for stream in (open_numbered(), open_numbered(workers=2))  # of three parts
+    for stream in (open_numbered(), open_numbered(workers=2))  # three parts in total
   )
   same(others, ones)
   assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize('processes', [1, 2, 4])
-def test_any_number_of_processes_makes_one_sequence(processes):
+def test_any_number_of_processes_makes_the_same_sequence(processes):
   stream, plan = open_numbered(crop=CROP), batching.train_plan(IDS, 8, seed=3, start=2)
   whole = take(stream, 5, batch_size=8, start=2)
   for number, batch in enumerate(whole):
-    rows = np.split(np.arange(8), processes)  # what the devices of each hold
+    rows = np.split(np.arange(8), processes)  # rows on the devices of each process
     shares = [stream_lib.read_part(stream, plan, [own], number) for own in rows]
     same([stream_lib.join_parts(shares)], [batch])
 
@@ -165,7 +165,7 @@ with joining.joined(f'127.0.0.1:{port}', 2, int(number)):
 """
 
 
-def test_two_real_processes_make_the_batches_of_one(photos):
+def test_two_real_processes_make_the_batches_of_a_single_process(photos):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = str(free.getsockname()[1])
@@ -188,14 +188,14 @@ def test_two_real_processes_make_the_batches_of_one(photos):
     for step, batch in enumerate(take(stream, 4, batch_size=8, start=5), 5)
     for row, image_HWC in enumerate(batch['image'])
   ]
-  assert len(shares[0]) == len(shares[1]) == 16  # each has made its own half
+  assert len(shares[0]) == len(shares[1]) == 16  # each process has made its own half
   assert sorted(shares[0] + shares[1]) == wanted
 
 
-def test_a_process_decodes_the_rows_of_its_own_devices():
+def test_process_decodes_only_the_rows_of_its_own_devices():
   over_batch = sharding.batch_sharding(devices.make_mesh(8))
 
-  class Other:  # the first device is another process's
+  class Other:  # its first device belongs to another process
     def addressable_devices_indices_map(self, shape):
       return dict(list(over_batch.devices_indices_map(shape).items())[1:])
 
@@ -210,10 +210,12 @@ def test_every_epoch_holds_every_example_once():
   assert len({tuple(epoch) for epoch in epochs}) == len(epochs) > 10
 
 
-def test_crops_differ_by_position_and_seed_alone():
+def test_crops_depend_only_on_position_and_seed():
   ones, others = (take(open_numbered(crop=CROP), 2 * IDS, seed=s, batch_size=2) for s in (3, 4))
   label, pixels = (np.concatenate([b[name] for b in ones]) for name in ('label', 'image'))
-  assert len({image_HWC.tobytes() for image_HWC in pixels[label == 7]}) == 4  # of four epochs
+  assert (
+    len({image_HWC.tobytes() for image_HWC in pixels[label == 7]}) == 4
+  )  # one crop in each of four epochs
   assert not np.array_equal(stream_lib.draw_uniform(3, 5), stream_lib.draw_uniform(5, 3))
   assert any((a['image'] != b['image']).any() for a, b in zip(ones, others))
   draws = np.stack([stream_lib.draw_uniform(0, i) for i in range(4000)])
@@ -221,18 +223,18 @@ def test_crops_differ_by_position_and_seed_alone():
   np.testing.assert_allclose(np.corrcoef(draws.T), np.eye(4), atol=0.06)
 
 
-def test_each_seed_draws_other_crops_at_every_position():
+def test_each_seed_draws_different_crops_at_every_position():
   draws = np.stack([[stream_lib.draw_uniform(seed, i) for i in range(500)] for seed in range(8)])
   assert len(np.unique(draws)) == draws.size  # 53 random bits each
 
 
 def test_no_epoch_repeats_the_crops_of_another():
-  one = open_numbered(split='train[:1]', crop=CROP)  # of which each batch is an epoch
+  one = open_numbered(split='train[:1]', crop=CROP)  # each batch is an epoch
   crops = {batch['image'].tobytes() for batch in take(one, 24, batch_size=1)}
   assert len(crops) > 12  # some round to the whole image
 
 
-def test_parts_are_drawn_as_the_device_draws_them():
+def test_random_parts_have_the_distribution_of_the_device_crops():
   height, width, count = 30, 50, 3000
   draw = np.random.RandomState(0).rand(count, 4)
   boxes = np.array([image_lib.random_part(u, height, width, **CROP) for u in draw])
@@ -250,11 +252,13 @@ def test_parts_are_drawn_as_the_device_draws_them():
   np.testing.assert_allclose(area, 0.05 + 0.95 * draw[:, 0], rtol=1e-6)
   free = np.stack([height - (bottom - top), width - (right - left)])
   shares = (np.stack([top, left]) / np.maximum(free, 1e-9))[:, (free > 1).all(0)]
-  np.testing.assert_allclose(np.corrcoef(shares), np.eye(2), atol=0.08)  # of row and column
+  np.testing.assert_allclose(
+    np.corrcoef(shares), np.eye(2), atol=0.08
+  )  # row and column are independent
 
 
 def mean_over_areas(image_HWC, size):
-  """The mean over the area that each pixel of a smaller image covers: exact anti-aliasing."""
+  """Returns the mean over the area of each pixel of a smaller image: exact anti-aliasing."""
   for axis, n in enumerate(size):
     many = np.moveaxis(image_HWC.repeat(n, axis), axis, 0)
     image_HWC = np.moveaxis(many.reshape(n, -1, *many.shape[1:]).mean(1), 0, axis)
@@ -262,7 +266,7 @@ def mean_over_areas(image_HWC, size):
 
 
 @pytest.mark.parametrize('height, width', [(90, 60), (120, 96), (70, 90), (60, 96)])
-def test_what_becomes_smaller_is_anti_aliased_as_by_pillow(height, width):
+def test_downscaling_is_anti_aliased_like_pillow(height, width):
   noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
   got = image_lib.scale_part(noise_HWC, (0, 0, width, height), (64, 48)).astype(float)
   pillow = Image.fromarray(noise_HWC)
@@ -270,17 +274,17 @@ def test_what_becomes_smaller_is_anti_aliased_as_by_pillow(height, width):
   aliased = np.asarray(pillow.resize((48, 64), Image.Resampling.NEAREST)).astype(float)
   assert got.std() == pytest.approx(wanted.std(), rel=0.12)
   assert abs(got - wanted).mean() < 0.2 * abs(aliased - wanted).mean()
-  assert abs(got - wanted).mean(axis=2)[[0, -1]].mean() < 10  # the edges, too
+  assert abs(got - wanted).mean(axis=2)[[0, -1]].mean() < 10  # at the edges, too
 
 
 @pytest.mark.parametrize('height, width', [(160, 60), (300, 250)])
-def test_what_becomes_much_smaller_is_the_mean_over_areas(height, width):
+def test_strong_downscaling_averages_over_areas(height, width):
   noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
   got = image_lib.scale_part(noise_HWC, (0, 0, width, height), (64, 48))
   assert abs(got - mean_over_areas(noise_HWC, (64, 48))).max() <= 1
 
 
-def test_each_axis_is_scaled_by_itself():
+def test_each_axis_is_scaled_independently():
   noise_HWC = np.random.RandomState(0).randint(0, 256, (80, 20, 3)).astype(np.uint8)
   got = image_lib.scale_part(noise_HWC, (0, 0, 20, 80), (30, 60))
   shorter = mean_over_areas(noise_HWC, (30, 20))
@@ -290,7 +294,7 @@ def test_each_axis_is_scaled_by_itself():
 
 
 @pytest.mark.parametrize('height, width, shrink', [(90, 70, 1), (208, 288, 2), (700, 520, 8)])
-def test_a_part_of_a_jpeg_is_that_of_its_pixels(tmp_path, height, width, shrink, monkeypatch):
+def test_part_of_a_jpeg_matches_its_pixels(tmp_path, height, width, shrink, monkeypatch):
   file, whole = tmp_path / 'a.jpg', smooth(np.random.RandomState(1), height, width)
   whole.save(file, quality=95, subsampling=0)
   box = (0.125 * width, 0.125 * height, 0.875 * width, 0.875 * height)
@@ -300,14 +304,14 @@ def test_a_part_of_a_jpeg_is_that_of_its_pixels(tmp_path, height, width, shrink,
   got = image_lib.decode_part(file.read_bytes(), file, 3, lambda *_: box, (64, 48))
   assert shapes == [(-(-height // shrink), -(-width // shrink), 3)]
   wanted = mean_over_areas(np.asarray(whole.crop([round(edge) for edge in box])), (64, 48))
-  assert abs(got - wanted).mean() < 2  # edges are rounded to pixels of the size that is decoded
+  assert abs(got - wanted).mean() < 2  # edges are rounded to pixels of the decoded size
   whole_box = image_lib.decode_part(
     file.read_bytes(), file, 3, lambda h, w: (0, 0, w, h), whole.size
   )
   assert whole_box.shape == (width, height, 3)
 
 
-def test_odd_files_are_decoded_by_pillow(tmp_path):
+def test_unusual_files_are_decoded_by_pillow(tmp_path):
   pixels, exif = smooth(np.random.RandomState(2), 40, 60), Image.Exif()
   exif[0x0112] = 6  # shown turned clockwise
   pixels.rotate(90, expand=True).save(tmp_path / 'turned.jpg', exif=exif, quality=95)
@@ -325,7 +329,7 @@ def test_odd_files_are_decoded_by_pillow(tmp_path):
   assert grey.shape == (20, 30, 1)
 
 
-def test_parts_of_a_turned_jpeg_are_those_of_the_upright_image(tmp_path):
+def test_part_of_a_rotated_jpeg_comes_from_the_upright_image(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # shown turned clockwise
   stored = smooth(np.random.RandomState(3), 60, 40)
@@ -372,7 +376,7 @@ def test_the_device_does_not_crop_again(photos):
 
 
 @pytest.mark.slow
-def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path):
+def test_streamed_run_trains_resumes_and_logs_its_data_wait(photos, tmp_path):
   config_ = photo_config(photos, epochs='1', log_every='2', checkpoint_every='4')
   whole = trainer.train(config_, tmp_path / 'whole')
   lines = writer.read_metrics(tmp_path / 'whole')
@@ -387,7 +391,7 @@ def test_a_streamed_run_trains_goes_on_and_says_what_it_waited(photos, tmp_path)
   assert sorted(p.name for p in (tmp_path / 'whole' / 'examples').iterdir())
 
 
-def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
+def test_content_of_a_stream_depends_on_how_images_are_scaled():
   contents = set()
   for fit in ({}, {'crop': 0.5}, {'interpolation': 'nearest'}, {'stretch': True}):
     stream = open_numbered(fit=functools.partial(image_lib.fit_image, **fit))
@@ -396,7 +400,7 @@ def test_the_content_of_a_stream_tells_how_files_are_brought_to_size():
 
 
 @pytest.mark.slow
-def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photos, tmp_path):
+def test_resume_refuses_renamed_files_but_accepts_a_moved_folder(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   config_ = photo_config('photos', **{'data.dir': str(tmp_path), 'epochs': '0.25'})
   trainer.train(config_, tmp_path / 'run')
@@ -412,31 +416,31 @@ def test_files_that_are_swapped_under_a_run_are_refused_and_moved_ones_not(photo
   assert trainer.train(config_, tmp_path / 'run')['steps'] == 4
 
 
-def test_every_run_says_what_it_waited(trained):
+def test_every_run_logs_its_data_wait(trained):
   lines = [line for line in writer.read_metrics(trained[0]) if line['split'] == 'train']
   assert all(0 < line['data_wait'] < 1 for line in lines)
 
 
 def few(monkeypatch):
-  """A machine on which nothing fits into memory."""
+  """Simulates a machine whose memory is too small for any split."""
   monkeypatch.setattr(limits, 'limit', lambda: 2)
 
 
-def test_what_does_not_fit_is_streamed(photos, monkeypatch, caplog):
+def test_splits_larger_than_memory_are_streamed(photos, monkeypatch, caplog):
   off = {'augment.resized_crop.min_area': '1'}
   config_ = photo_config(photos, **off, **{'data.cache': 'auto'})
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = opening.from_config(config_)
   assert isinstance(training.train, Examples) and exp.config.data.cache == 'memory'
-  assert 'auto takes memory: train, test fit' in caplog.text
+  assert 'auto selects memory: train, test fit' in caplog.text
   few(monkeypatch)
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = opening.from_config(config_)
   assert isinstance(training.train, Stream) and exp.config.data.cache == 'stream'
-  assert 'auto takes stream: 81 images of 8x8 need 0.0 GB' in caplog.text  # train and test
+  assert 'auto selects stream: 81 images of 8x8 need 0.0 GB' in caplog.text  # train and test
   with pytest.raises(ValueError, match='data.cache=stream'):
     opening.from_config(photo_config(photos, **off, **{'data.cache': 'memory'}))
-  monkeypatch.undo()  # on a larger machine a run goes on as it began
+  monkeypatch.undo()  # a run that resumes on a larger machine keeps its cache
   exp, _ = opening.from_config(config_, saved=exp.config, seen=exp.names)
   assert exp.config.data.cache == 'stream'
   config_lib.check_same_run(exp.config, config_, 'here')
@@ -455,13 +459,13 @@ ENLARGED = {'data.image_size': '64'}
     ('photos', {}, 'memory'), ('photos', {'data.crop': '0.8'}, 'memory'),
     ('photos', {'augment.pad_crop.padding': '2'}, 'memory'), ('photos', CROPPED, 'stream'),
     ('photos', {'data.skip_bad_images': 'true'}, 'stream'),
-    ('photos', ENLARGED, 'memory'),  # all are smaller, of several sizes
+    ('photos', ENLARGED, 'memory'),  # all are smaller, but of several sizes
     ('small', {}, 'memory'), ('small', {'data.crop': '0.8'}, 'memory'),
-    ('small', ENLARGED, 'stream'),  # memory would augment them before they are enlarged
+    ('small', ENLARGED, 'stream'),  # memory would augment them before enlarging them
     ('digits', {}, 'memory'), ('digits', {'data.image_size': '16'}, 'stream'),
     ('digits', {'data.image_size': '4'}, 'memory'), ('synthetic', {}, 'memory'),
 ])  # fmt: skip
-def test_auto_takes_memory_only_for_the_batches_of_a_stream(
+def test_auto_selects_memory_only_if_batches_match_the_stream(
   photos, tmp_path, monkeypatch, name, overrides, cache
 ):
   if name == 'small':
@@ -510,7 +514,7 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
   good = take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   names = [name for name, _, _ in source.read('train', range(60))]
   break_(tmp_path / 'photos' / names[41], how)
-  message = f'{names[41]}: not a readable image .*Mend .* or .*skip_bad_images=True\\.'
+  message = f'{names[41]}: not a readable image .*Repair .* or .*skip_bad_images=True\\.'
   with pytest.raises(image_lib.BadImage, match=message):
     take(stream_lib.open_stream(source, 'train', **arguments), 8, batch_size=8)
   skipping = stream_lib.open_stream(source, 'train', skip_bad_images=True, **arguments)
@@ -530,7 +534,7 @@ def test_a_bad_file_is_named_or_replaced(photos, tmp_path, how, crop):
 def test_a_label_without_a_class_is_named_or_replaced():
   read = functools.partial(bad_ones, {5, 6, IDS - 1})
   with pytest.raises(
-    image_lib.BadImage, match=r'train/(5|6|22): label 24 is none of the 23 classes'
+    image_lib.BadImage, match=r'train/(5|6|22): label 24 is not one of the 23 classes'
   ):
     take(open_numbered(read), 8)
   found = take(open_numbered(read, skip_bad_images=True), IDS, batch_size=IDS)[0]
@@ -539,24 +543,24 @@ def test_a_label_without_a_class_is_named_or_replaced():
   wanted = np.array([instead.get(i, (i, 0)) for i in order])
   np.testing.assert_array_equal(found['label'], wanted[:, 0])
   np.testing.assert_array_equal(found['bad'], wanted[:, 1])
-  with pytest.raises(image_lib.BadImage, match='label 24') as found:  # nothing is good
+  with pytest.raises(image_lib.BadImage, match='label 24') as found:  # all images are bad
     take(open_numbered(functools.partial(bad_ones, set(range(IDS))), skip_bad_images=True), 1)
   assert 'skip_bad_images' not in str(found.value)
 
 
-def test_each_image_that_gives_way_is_named_once(caplog):
+def test_each_replaced_image_is_logged_once(caplog):
   stream_lib.warn.cache_clear()
   bad = {5, 6, IDS - 1}
   take(open_numbered(functools.partial(bad_ones, bad), skip_bad_images=True), 3 * IDS)
   found = [record.getMessage() for record in caplog.records]
   for i in bad:
-    assert found.count(f'train/{i}: label 24 is none of the 23 classes, 0 to 22.') == 1
+    assert found.count(f'train/{i}: label 24 is not one of the 23 classes, 0 to 22.') == 1
 
 
-def test_workers_name_it_too(capfd):
+def test_workers_log_replaced_images_too(capfd):
   read = functools.partial(bad_ones, {5})
   take(open_numbered(read, skip_bad_images=True, workers=1), IDS, batch_size=IDS)
-  assert capfd.readouterr().err.count('train/5: label 24 is none of the 23 classes') == 1
+  assert capfd.readouterr().err.count('train/5: label 24 is not one of the 23 classes') == 1
 
 
 @pytest.mark.slow
@@ -572,7 +576,7 @@ def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, t
   assert sum(line['bad_images'] for line in lines) in (1, 2)
 
 
-def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
+def test_unreadable_file_changes_the_content_of_a_stream(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   source = sources.open_source(f'folder:{tmp_path}/photos', '', (8, 8))
   strict, skipping = (
@@ -591,7 +595,7 @@ def test_what_can_not_be_read_is_told_from_what_can(photos, tmp_path):
 
 
 @pytest.mark.slow
-def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
+def test_features_and_pictures_skip_bad_images(photos, tmp_path):
   shutil.copytree(photos, tmp_path / 'photos')
   broken = tmp_path / 'photos' / 'test' / 'cat'
   for number in (2, 5):
@@ -622,7 +626,7 @@ def test_features_and_pictures_do_without_bad_images(photos, tmp_path):
   np.testing.assert_array_equal(shown.image_NHWC, loaded.image_NHWC)
 
 
-def test_streamed_features_depend_on_the_code_that_decodes(photos, monkeypatch):
+def test_key_of_streamed_features_depends_on_the_decoding_code(photos, monkeypatch):
   exp, training = opening.from_config(photo_config(photos))
   params = jax.device_get(exp.model.init(jax.random.key(0), np.zeros((1, *exp.image_shape))))
   key = lambda: features.key(exp, params['params'], training.test)
@@ -636,18 +640,18 @@ def test_streamed_features_depend_on_the_code_that_decodes(photos, monkeypatch):
 
 
 def resident():
-  """Bytes of memory that this process holds."""
+  """Returns the bytes of memory that this process holds."""
   return int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
 
 
-@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='Linux says it')
-def test_memory_does_not_grow(photos):
+@pytest.mark.skipif(not pathlib.Path('/proc/self/statm').exists(), reason='needs /proc of Linux')
+def test_streaming_does_not_use_more_and_more_memory(photos):
   source = sources.open_source(f'folder:{photos}', '', (128, 128))
   arguments = {'size': (128, 128), 'fit': image_lib.fit_image, 'crop': CROP, 'threads': 2}
   stream = stream_lib.open_stream(source, 'train', **arguments)
   over_batch = sharding.batch_sharding(devices.make_mesh(60))
   batches, held = batching.train_batches(stream, 60, 3, 0, over_batch), []
-  for _ in range(45):  # epochs of 3 MB
+  for _ in range(45):  # each batch is an epoch of 3 MB
     next(batches)
     held.append(resident())
   batches.close()
@@ -666,7 +670,7 @@ def test_a_worker_that_dies_ends_the_run():
   assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_only_just_starts_heeds_no_signal_of_the_job():
+def test_starting_worker_ignores_signals_to_the_job():
   def tell():
     while not (children := multiprocessing.active_children()):
       time.sleep(0.001)
@@ -679,7 +683,7 @@ def test_a_worker_that_only_just_starts_heeds_no_signal_of_the_job():
   assert not telling.is_alive()
 
 
-def test_a_script_without_a_guard_is_told(tmp_path):
+def test_script_without_main_guard_is_refused(tmp_path):
   script = """
 from vit_jax.data import batching, image, sources, stream
 from vit_jax.distributed import devices, sharding
@@ -697,7 +701,7 @@ next(batching.train_batches(examples, 8, 0, 0, sharding.batch_sharding(devices.m
 
 
 def test_workers_leave_nothing_behind(tmp_path):
-  """What Python finds still there when a process ends, it warns of."""
+  """Python would warn about resources that were not released when the process exits."""
   script = """
 from vit_jax.data import batching, image, sources, stream
 from vit_jax.distributed import devices, sharding
@@ -715,8 +719,8 @@ if __name__ == '__main__':
 
 
 @pytest.mark.slow
-def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
-  psutil = pytest.importorskip('psutil', reason='it lists the workers of another process')
+def test_terminated_job_saves_and_leaves_no_worker(tmp_path):
+  psutil = pytest.importorskip('psutil', reason='needed to list the workers of another process')
   settings = {
     'data.cache': 'stream', 'data.workers': '2', 'model.width': '16', 'model.depth': '1',
     'epochs': '1000', 'log_every': '1', 'eval_every': '0', 'checkpoint_every': '0',
@@ -743,7 +747,7 @@ def test_a_job_that_must_end_saves_and_leaves_no_worker(tmp_path):
   assert len(list((tmp_path / 'run' / 'checkpoints').iterdir())) == 1
 
 
-def test_tfds_is_streamed(tmp_path):
+def test_tfds_can_be_streamed(tmp_path):
   shutil.copytree(DATA / 'tfds', tmp_path, dirs_exist_ok=True)
   source = sources.open_source('tfds:mini', str(tmp_path), (8, 8))
   stream = stream_lib.open_stream(source, 'train', size=(8, 8), fit=image_lib.fit_image)
@@ -752,13 +756,13 @@ def test_tfds_is_streamed(tmp_path):
   np.testing.assert_array_equal(stream.label_N, loaded.label_N)
   names = [name for name, _, _ in source.read('train', [4, 1, 1])]
   assert names == [f'tfds:mini/train/{i}' for i in (4, 1, 1)]
-  tfds.open_records.cache_clear()  # what this process has opened it goes on to read
+  tfds.open_records.cache_clear()  # cached records could still be read after the deletion
   next(tmp_path.rglob('*train*array_record-*')).unlink()
   with pytest.raises(ValueError, match='mini/train: .*shard is missing or damaged'):
     take(stream, 1)
 
 
-def test_a_part_of_a_stream_is_that_of_the_examples_in_memory(photos):
+def test_part_of_a_stream_matches_the_examples_in_memory(photos):
   source = sources.open_source(f'folder:{photos}', '', (8, 8))
   split, arguments = 'test+train[:5]', {'size': (8, 8), 'fit': image_lib.fit_image}
   stream = stream_lib.open_stream(source, split, **arguments)

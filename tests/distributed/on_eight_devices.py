@@ -1,4 +1,4 @@
-"""What test_layouts.py runs in a process of its own, with eight CPU devices; prints JSON."""
+"""Runs models on eight CPU devices and prints JSON; test_layouts.py starts it as a process."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ STEPS = 4
 
 
 def build(mesh: dict[str, int], **overrides: str):
-  """(experiment, training, mesh) of a model large enough to be split."""
+  """Returns (experiment, training, mesh) of a model large enough to be split."""
   sizes = {f'mesh.{axis}': str(size) for axis, size in mesh.items()}
   overrides = {
     'model.width': '64', 'model.depth': '1', 'model.num_heads': '4', 'model.mlp_dim': '256',
@@ -37,12 +37,12 @@ def build(mesh: dict[str, int], **overrides: str):
 
 
 def begin(exp, training, mesh):
-  """The state before the first step."""
+  """Returns the state before the first step."""
   return state.init_state(exp, training, mesh)
 
 
 def run(mesh: dict[str, int], **overrides: str) -> dict:
-  """A few steps, and what a device held."""
+  """Trains a few steps; returns losses, scores and the bytes that a device held."""
   exp, training, mesh = build(mesh, **overrides)
   now = begin(exp, training, mesh)
   arrays = jax.tree.leaves((now.params, now.opt_state, now.ema))
@@ -67,7 +67,7 @@ def run(mesh: dict[str, int], **overrides: str) -> dict:
 
 
 def restore_everywhere(folder: pathlib.Path) -> list[str]:
-  """Which layouts did not restore what others wrote."""
+  """Returns the layouts that did not restore the checkpoints of others."""
   layouts = [{'data': n} for n in COUNTS] + [{'data': 1, 'fsdp': n} for n in COUNTS[1:]]
   built, wrong = [build(layout) for layout in layouts], []
   for i, (exp, training, mesh) in enumerate(built):

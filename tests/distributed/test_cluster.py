@@ -1,4 +1,4 @@
-"""Several real processes: one run, whatever dies; and what is told to all."""
+"""Checks runs of several real processes: failures, preemption, start-up and shared values."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def free_port():
 
 
 def start(workdir, port, process_id, more):
-  """main.py on the small run, two CPU devices a process."""
+  """Starts main.py on the small run, with two CPU devices per process."""
   flags = [
     sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}',
     f'--coordinator=127.0.0.1:{port}', '--num_processes=2',
@@ -55,7 +55,7 @@ def lines(workdir):
 
 
 def wait_for(condition, processes):
-  """Until it holds; the processes must live till then."""
+  """Waits until the condition holds; the processes must live until then."""
   until = time.monotonic() + 120
   while not condition():
     assert time.monotonic() < until and all(process.poll() is None for process in processes)
@@ -63,7 +63,7 @@ def wait_for(condition, processes):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_that_survives_all(tmp_path):
+def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   reference = trainer.train(small_config(**SETTINGS), tmp_path / 'alone')  # two devices
   workdir = tmp_path / 'together'
 
@@ -72,15 +72,15 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
   processes[1].send_signal(signal.SIGKILL)
   assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
   said = (tmp_path / '0.log').read_text()
-  assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # which one died
-  assert 'another one died, start all again with the same commands' in said
+  assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # the process that died
+  assert 'another one died, start all processes again with the same commands' in said
   saved = stored.latest_step(workdir)
   assert saved in (10, 20, 30, 40, 50)
   processes[1].wait()
 
   processes = start_both(workdir)
   wait_for(lambda: 'Resuming from' in (tmp_path / '0.log').read_text(), processes)
-  processes[1].send_signal(signal.SIGTERM)  # one is told; both stop, after the same step
+  processes[1].send_signal(signal.SIGTERM)  # both stop after the same step
   assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
   assert stored.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
 
@@ -95,7 +95,7 @@ def test_two_processes_are_one_run_that_survives_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
+def test_single_process_saves_before_it_stops_on_sigterm(tmp_path):
   workdir = tmp_path / 'run'
   command = [sys.executable, 'main.py', '--config=tests/small.py', f'--workdir={workdir}']
   settings = SETTINGS | {'epochs': '1000', 'checkpoint_every': '0'}
@@ -108,7 +108,7 @@ def test_a_process_alone_that_is_asked_to_stop_saves_first(tmp_path):
   assert stored.latest_step(workdir) == lines(workdir)[-1]['step']
 
 
-def test_a_notice_is_heard_during_a_run_alone():
+def test_sigterm_is_handled_only_during_a_run():
   heard = []
   before = signal.signal(signal.SIGTERM, lambda *_: heard.append('after'))
   try:
@@ -122,7 +122,7 @@ def test_a_notice_is_heard_during_a_run_alone():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, monkeypatch):
+def test_process_out_of_memory_exits_without_a_traceback(capsys, monkeypatch):
   codes = []
   monkeypatch.setattr(joining.os, '_exit', codes.append)
   monkeypatch.setattr(joining, 'PARTING', 0)
@@ -132,13 +132,13 @@ def test_a_process_that_runs_out_of_memory_leaves_without_a_traceback(capsys, mo
 
 
 @pytest.mark.parametrize('first', [True, False])
-def test_process_0_leaves_last(monkeypatch, first):
-  """It holds the service without which JAX aborts the others, which may have an error to print."""
+def test_process_0_exits_last(monkeypatch, first):
+  """When its service ends, JAX aborts the others, which may still have an error to print."""
   done = []
   monkeypatch.setattr(cluster, 'is_first', lambda: first)
   monkeypatch.setattr(joining.time, 'sleep', done.append)
   monkeypatch.setattr(joining.os, '_exit', lambda code: done.append(f'exit {code}'))
-  joining.leave(ValueError('all have it'))
+  joining.leave(ValueError('all processes have it'))
   assert done == [joining.PARTING] * first + ['exit 2']
 
 
@@ -154,36 +154,36 @@ def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
   assert sent[1] == (sent[0] if first else None)
 
 
-def test_a_lone_pod_runs_alone(monkeypatch):
+def test_single_kubernetes_pod_runs_alone(monkeypatch):
   for name in joining.LAUNCHERS:
     monkeypatch.delenv(name, raising=False)
   monkeypatch.setattr(joining.importlib.util, 'find_spec', lambda _: None)
   monkeypatch.setenv('KUBERNETES_SERVICE_HOST', '10.0.0.1')
   assert not joining.in_cluster()
-  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # of an indexed job
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')  # set in an indexed job
   assert joining.in_cluster()
 
 
-def test_flags_that_do_not_go_together():
-  with pytest.raises(ValueError, match='--process_id=<0 to n-1> go together'):
+def test_inconsistent_flags_are_refused():
+  with pytest.raises(ValueError, match='--process_id=<0 to n-1> must be given together'):
     joining.join('localhost:1234', 2, None)
   with pytest.raises(ValueError, match='0 to n-1'):
     joining.join('localhost:1234', 2, 5)
-  with pytest.raises(ValueError, match='go together, got None, 1, 7'):
+  with pytest.raises(ValueError, match='must be given together, got None, 1, 7'):
     joining.join(None, 1, 7)
   for coordinator in ('foo', 'foo:0', '127.0.0.1:99999'):
     with pytest.raises(ValueError, match=f'--coordinator={coordinator}: expected <host>:<port>'):
       joining.join(coordinator, 2, 0)
 
 
-def test_an_occupied_port_is_named_before_jax_is_asked():
+def test_occupied_port_is_reported_before_jax_starts():
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
     with pytest.raises(ValueError, match=rf'port {port} of this machine \(Address already in use'):
       joining.join(f'127.0.0.1:{port}', 2, 0)
 
 
-def test_a_process_says_that_it_waits_and_ends_when_the_others_do_not_come():
+def test_process_reports_its_wait_and_exits_if_the_others_do_not_start():
   script = (
     'from vit_jax.distributed import joining\n'
     'joining.SOON, joining.JOIN = 0.5, 2\n'
@@ -193,18 +193,18 @@ def test_a_process_says_that_it_waits_and_ends_when_the_others_do_not_come():
   waits, fails = ended.stderr.splitlines()[-2:]
   assert ended.returncode == 2
   assert re.fullmatch(r'Waiting for 2 processes at 127\.0\.0\.1:\d+ \(2 s at most\) \.\.\.', waits)
-  assert 'did not come together in 2 s' in fails and '--num_processes=1' in fails
+  assert 'did not connect within 2 s' in fails and '--num_processes=1' in fails
 
 
-def test_processes_with_different_configs_all_say_so(tmp_path):
+def test_all_processes_report_a_config_difference(tmp_path):
   processes = start_both(tmp_path / 'run', [['--config.seed=3'], []])
   assert [process.wait(60) for process in processes] == [2, 2]
   for i in range(2):
     said = (tmp_path / f'{i}.log').read_text().splitlines()
-    assert 'config of process 1 differs from that of process 0: seed=0 instead of 3' in said[-1]
+    assert 'config of process 1 differs from process 0: seed=0 instead of 3' in said[-1]
 
 
-def test_processes_that_would_train_differently_are_told(monkeypatch):
+def test_check_same_names_the_process_and_the_difference(monkeypatch):
   value = {'lr': 0.1, 'sizes': (1, 2), 'nan': float('nan')}
   cluster.check_same('config', value)
   value = json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Parameters split over eight devices: the same numbers in less memory, checkpoints for all."""
+"""Checks parameters split over eight devices: the numbers, the memory and the checkpoints."""
 
 import json
 import os
@@ -29,30 +29,30 @@ def found(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SPLIT)
-def test_a_split_model_trains_as_a_whole_one(found, name):
+def test_split_model_trains_like_a_replicated_one(found, name):
   whole = found['replicated']
   np.testing.assert_allclose(found[name]['losses'], whole['losses'], rtol=1e-5)
   assert whole['losses'][-1] < whole['losses'][0] - 0.1
   for key, value in whole['scores'].items():
     np.testing.assert_allclose(found[name]['scores'][key], value, rtol=1e-5)
-  assert found[name]['stays']  # where it began, so that no step compiles again
+  assert found[name]['stays']  # the layout stays, so no step is compiled again
 
 
-def test_a_device_holds_its_share(found):
+def test_each_device_holds_only_its_share(found):
   whole, fsdp = found['replicated'], found['fsdp']
   assert whole['held'] == whole['all'] == fsdp['all']
   assert fsdp['held'] <= (fsdp['all'] - fsdp['small']) / 8 + fsdp['small']
   assert fsdp['small'] < fsdp['all'] / 10
-  both = found['fsdp_tensor']  # two halves of nearly all
+  both = found['fsdp_tensor']  # nearly all arrays are halved twice
   assert both['held'] < 0.3 * both['all']
 
 
-def test_every_layout_restores_what_any_wrote(found):
+def test_every_layout_restores_the_checkpoints_of_every_other(found):
   assert found['wrong'] == []
 
 
 @pytest.mark.parametrize('name', ['B/16', 'g/14'])
-def test_of_published_sizes_all_that_is_large_is_split(name):
+def test_all_large_arrays_of_published_models_are_split(name):
   model = variants.make(name, num_classes=1000)
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), 'float32')
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']

@@ -1,4 +1,4 @@
-"""A batch worked through in parts, on several devices, is the batch."""
+"""Checks that parts of a batch on several devices give the same result as the whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,21 @@ from vit_jax.model import variants
   [
     (256, 64, 48, 8),  # 16 images of 64 tokens on each of two devices
     (128, 64, 256, 4),
-    (128, 64, 512, 2),  # 2,048 tokens for 512
+    (128, 64, 512, 2),  # best is 2,048 tokens for width 512
     (16, 196, 192, 2),
-    (16, 196, 768, 1),  # 8 images: 1,568 tokens are nearest to 3,072
+    (16, 196, 768, 1),  # 8 images per device: 1,568 tokens are nearest to 3,072
     (64, 196, 768, 2),
     (254, 64, 48, 1),  # 127 is prime: one part rather than 127
     (64, 16, 48, 1),
-    (4, 4096, 48, 2),  # one image is more already
+    (4, 4096, 48, 2),  # one image already has more tokens
   ],
 )
-def test_a_part_fits_the_cache(batch_size, tokens, width, parts):
+def test_micro_batches_fit_the_cache(batch_size, tokens, width, parts):
   assert microbatch.micro_batches(devices_lib.make_mesh(2), batch_size, tokens, width) == parts
 
 
 @pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])
-def test_parts_are_the_whole(devices, parts):
+def test_parts_give_the_result_of_the_whole_batch(devices, parts):
   mesh = devices_lib.make_mesh(devices)
   x = np.random.RandomState(0).normal(size=(12, 4)).astype(np.float32)
   matrix = jnp.arange(8.0).reshape(4, 2)
@@ -51,8 +51,8 @@ def test_parts_are_the_whole(devices, parts):
   assert total['count'] == 12 and set(sizes) == {12 // devices // parts}
 
 
-def test_devices_talk_once_a_batch():
-  """Not once a micro-batch: what a loop's body compiles to holds no communication."""
+def test_devices_communicate_once_per_batch():
+  """The compiled loop over micro-batches contains no communication."""
   mesh = devices_lib.make_mesh(2)
   loss = lambda batch, weights: jnp.tanh(batch @ weights).sum()
   gradient = microbatch.add_up(jax.grad(loss, argnums=1), mesh, parts=3)
@@ -61,19 +61,19 @@ def test_devices_talk_once_a_batch():
   assert text.index(' all-reduce(') > text.index('ENTRY')
 
 
-def test_a_cpu_mesh_takes_the_devices_that_its_batch_is_worth(monkeypatch):
+def test_cpu_mesh_size_depends_on_the_batch_size(monkeypatch):
   size = lambda *arguments, **shape: (
     devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape).size
   )
   sizes = lambda: [size(32), size(64), size(65), size(64, 1, 64), size(32, tensor=2)]
-  assert sizes() == [2, 2, 1, 1, 2]  # the user, here conftest, has asked for two devices
+  assert sizes() == [2, 2, 1, 1, 2]  # conftest has set two devices, as a user can
   assert devices_lib.inference_mesh(7).size == 2
   monkeypatch.setattr(devices_lib, '_one_per_core', True)
   assert sizes() == [1, 2, 1, 1, 2] and devices_lib.make_mesh().size == 2
   assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
 
 
-# Which mesh axis splits each axis of an array, over `fsdp` alone and together with `tensor`.
+# Shape of each array, and the mesh axes that split it: with `fsdp` alone, and with `tensor` too.
 SPECS = {
   'embedding/kernel': ((4, 4, 3, 128), [None, None, None, 'fsdp'], [None, None, None, 'fsdp']),
   'embedding/bias': ((128,), [None], [None]),
@@ -114,9 +114,9 @@ def test_fsdp_splits_the_longest_axis_and_tensor_the_heads_and_hidden_units(size
     assert found[name] == (shape, PartitionSpec(*specs[column])), name
 
 
-def test_an_axis_that_devices_do_not_divide_stays_whole():
+def test_axis_not_divisible_by_the_devices_is_not_split():
   mesh = jax.sharding.AbstractMesh((1, 4, 2), devices_lib.AXES)
   path = tuple(map(jax.tree_util.DictKey, ('query', 'kernel')))
   split = lambda *shape: tuple(sharding.partition(mesh, path, shape))
-  assert split(66, 3, 64) == (None, None, 'fsdp')  # three heads; 66 features
+  assert split(66, 3, 64) == (None, None, 'fsdp')  # neither 3 heads nor 66 features can be split
   assert split(66, 2, 66) == (None, 'tensor', None)

@@ -144,7 +144,7 @@ def test_what_is_let_in(client, tmp_path):
   refused('drawing.svg', b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'not a readable image')
   refused('empty.png', b'', 'empty file')
   Image.new('RGB', (9, 9)).save(tmp_path / 'drawing.eps')
-  refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'of no known format')
+  refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'unknown image format')
   refused('large.png', bytes(server.MAX_BYTES + 1), 'exceed|413|large')
   Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
   assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers

@@ -161,7 +161,7 @@ def test_too_few_devices_for_the_batch_are_logged(tmp_path):
   )
   script = script.replace('from tests', 'jax.config.update = lambda *_: None; from tests')
   subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True)
-  warning = 'WARNING JAX was started with 1 CPU device(s), and batch_size=96 is worth 3: '
+  warning = 'WARNING JAX was started with 1 CPU device(s), but batch_size=96 would use 3. '
   assert warning in (tmp_path / 'log.txt').read_text()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints open anywhere; damaged ones are found; a full disk takes nothing."""
+"""Checks that checkpoints open anywhere, damage is detected, and a full disk destroys nothing."""
 
 import contextlib
 import logging
@@ -34,7 +34,7 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   )
   subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
   np.testing.assert_array_equal(np.load(tmp_path / 'kernel.npy'), params['head']['kernel'])
-  assert jax.device_count() == 2  # and it was written from two
+  assert jax.device_count() == 2  # it was written from two devices
 
 
 def test_the_readme_says_where_the_averaged_weights_lie(tmp_path):
@@ -58,7 +58,7 @@ def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
 
 
 def copied(trained, folder):
-  """A copy of the finished run that looks cut off after its last checkpoint."""
+  """Copies the finished run, without its result, as if it was stopped after its last checkpoint."""
   workdir = shutil.copytree(trained[0], folder / 'run')
   (workdir / 'result.json').unlink()
   return workdir
@@ -83,37 +83,37 @@ def assert_same_end(workdir, trained):
 
 @pytest.mark.parametrize('item', ['config', 'params', 'state', 'names'])
 @pytest.mark.parametrize('how', ['flip', 'cut', 'empty'])
-def test_what_is_damaged_is_found(trained, tmp_path, item, how):
+def test_damaged_item_is_detected(trained, tmp_path, item, how):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, item, how)
   with pytest.raises(items.Damaged, match=r'checkpoints/32 is damaged'):
     stored.restore_item(workdir, 32, item)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used(trained, tmp_path, caplog):
+def test_previous_checkpoint_is_used_if_the_newest_is_damaged(trained, tmp_path, caplog):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'flip')
   with caplog.at_level(logging.WARNING):
     assert exact.evaluate(workdir, {})['step'] == 16
-  assert 'checkpoints/32 is damaged' in caplog.text and 'That of step 16' in caplog.text
+  assert 'checkpoints/32 is damaged' in caplog.text and 'The checkpoint of step 16' in caplog.text
   assert trainer.train(small_config(), workdir)['steps'] == 32
-  assert len(list((workdir / 'damaged').glob('32-*/params'))) == 1  # kept, for whoever can use it
+  assert len(list((workdir / 'damaged').glob('32-*/params'))) == 1  # kept, not deleted
   assert_same_end(workdir, trained)
 
 
-def test_where_all_are_damaged_that_is_said_before_a_run_begins_anew(trained, tmp_path):
+def test_run_starts_again_only_after_all_checkpoints_were_reported_damaged(trained, tmp_path):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
   damage(workdir, 16, 'config', 'empty')
   with pytest.raises(items.Damaged, match='checkpoints/16 is damaged'):
     exact.evaluate(workdir, {})
-  with pytest.raises(ValueError, match='all checkpoints are damaged.*begins anew'):
+  with pytest.raises(ValueError, match='all checkpoints are damaged.*from the beginning'):
     trainer.train(small_config(), workdir)
   trainer.train(small_config(), workdir)
   assert_same_end(workdir, trained)
 
 
-def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, monkeypatch):
+def test_temporarily_unreadable_checkpoint_is_not_moved(trained, tmp_path, monkeypatch):
   workdir = copied(trained, tmp_path)
   for step in (16, 32):
     damage(workdir, step, 'params', 'cut')
@@ -122,7 +122,7 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
     raise PermissionError(13, 'Permission denied', str(path))
 
   monkeypatch.setattr(items, 'open', refuse, raising=False)
-  with pytest.raises(OSError, match='checkpoints/32 can not be read .*denied.* left as it is'):
+  with pytest.raises(OSError, match='checkpoints/32 cannot be read .*denied.* not changed'):
     trainer.train(small_config(), workdir)
   assert stored.saved_steps(workdir) == [32, 16]
 
@@ -130,7 +130,7 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
 @pytest.mark.parametrize(
   'error',
   [
-    AssertionError(),  # JAX's, where JAX_PLATFORMS names a device that is not there
+    AssertionError(),  # from JAX, if JAX_PLATFORMS names a missing device
     RuntimeError("Unable to initialize backend 'cuda'"),
     OSError(24, 'Too many open files'),
     ValueError('Error opening "zarr" driver: Too many open files'),
@@ -138,7 +138,7 @@ def test_what_can_not_be_read_just_now_is_left_where_it_is(trained, tmp_path, mo
     AttributeError("module 'jax' has no attribute 'other'"),  # an orbax for another JAX
   ],
 )
-def test_an_error_of_the_process_condemns_no_checkpoint(trained, tmp_path, monkeypatch, error):
+def test_process_errors_do_not_mark_checkpoints_as_damaged(trained, tmp_path, monkeypatch, error):
   def fail(*_, **__):
     raise error
 
@@ -152,13 +152,13 @@ def test_an_error_of_the_process_condemns_no_checkpoint(trained, tmp_path, monke
 
 
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
-def test_a_config_of_another_kind_is_damaged(trained, tmp_path, text):
+def test_config_item_without_its_keys_counts_as_damaged(trained, tmp_path, text):
   workdir = copied(trained, tmp_path)
   (workdir / 'checkpoints' / '32' / 'config' / 'metadata').write_text(text)
   assert exact.evaluate(workdir, {})['step'] == 16
 
 
-def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
+def test_finished_run_with_a_damaged_last_checkpoint_resumes(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   damage(workdir, 32, 'params', 'flip')
   assert trainer.train(small_config(), workdir)['steps'] == 32
@@ -166,7 +166,7 @@ def test_a_finished_run_whose_end_is_damaged_goes_on(trained, tmp_path):
   assert_same_end(workdir, trained)
 
 
-def test_the_best_stays_through_resuming(tmp_path):
+def test_best_checkpoint_is_kept_after_resuming(tmp_path):
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
   step, names = 0, trained.TrainingFiles().item()
   for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
@@ -181,11 +181,11 @@ def test_the_best_stays_through_resuming(tmp_path):
 
 @contextlib.contextmanager
 def small_disk(folder, size):
-  """A file system of so many bytes; skips where none can be mounted."""
+  """Mounts a file system of `size` bytes; skips the test if this is not possible."""
   folder.mkdir()
   mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]
   if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip('mounting a file system takes rights that are not there')
+    pytest.skip('mounting a file system needs root rights')
   try:
     yield folder
   finally:
@@ -193,23 +193,23 @@ def small_disk(folder, size):
 
 
 def space(folder):
-  """Bytes that it takes in a file system of pages of 4 KiB."""
+  """Returns the bytes that a folder takes in a file system with pages of 4 KiB."""
   return sum(-(-p.stat().st_size // 4096) * 4096 for p in folder.rglob('*') if p.is_file())
 
 
-def test_a_full_disk_is_said_wherever_orbax_hides_it(tmp_path):
+def test_full_disk_is_reported_from_any_orbax_error(tmp_path):
   error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
   said = str(checkpoint.not_saved(tmp_path, error))
   assert f'Cannot write {tmp_path}/checkpoints (No space left on device)' in said
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
+def test_full_disk_leaves_the_last_checkpoint_intact(trained, tmp_path, capfd):
   checkpoints = trained[0] / 'checkpoints'
   room = space(trained[0]) - space(checkpoints) + 3 * space(checkpoints / '16') // 2
   with small_disk(tmp_path / 'disk', room) as disk:
     workdir = disk / 'run'
-    said = 'Cannot write .*run/.* .No space left.* step 16 is whole: the same command'
+    said = 'Cannot write .*run/.* .No space left.* step 16 is complete: the same command'
     with pytest.raises(storage.Unwritten, match=said):
       trainer.train(small_config(), workdir)
     assert 'Traceback' not in capfd.readouterr().err
@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(trained, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl', 'result.json'])
-def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
+def test_unwritable_record_is_named(tmp_path, capfd, name):
   said = f'{name} .No space left on device'
   full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
   with pytest.raises(storage.Unwritten, match=said), contextlib.ExitStack() as stack:
@@ -237,11 +237,11 @@ def test_a_record_that_can_not_be_written_is_named(tmp_path, capfd, name):
   assert not (tmp_path / 'result.json.partial').exists()
 
 
-def test_a_read_only_workdir_is_refused_before_any_work_and_can_be_used(trained, tmp_path):
+def test_read_only_workdir_refuses_training_but_allows_evaluation(trained, tmp_path):
   with small_disk(tmp_path / 'disk', 4 * space(trained[0])) as disk:
     workdir = shutil.copytree(trained[0], disk / 'run')
     subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
     with pytest.raises(ValueError, match='Cannot write to .*read-only'):
       trainer.train(small_config(epochs='2'), workdir)
     assert exact.evaluate(workdir, {})['step'] == 32
-    assert trainer.train(small_config(), workdir) == trained[1]  # finished before
+    assert trainer.train(small_config(), workdir) == trained[1]  # it had finished before

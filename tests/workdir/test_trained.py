@@ -1,4 +1,4 @@
-"""No image counts in a test that the weights were trained on: whatever changed in the folder."""
+"""Checks that evaluation never counts training images, even if the folder was changed."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ CLASSES = 'ant', 'cat'
 
 
 def make_images(folder, names):
-  """An image of noise for each name."""
+  """Saves an image of noise for each name."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in names:
     draw = np.random.RandomState(zlib.crc32(f'{folder.name}/{name}'.encode()))
@@ -30,14 +30,14 @@ def make_images(folder, names):
 
 
 def config_of(folder, **overrides):
-  """A run of a few steps on a folder."""
+  """Returns the config of a run of a few steps on a folder."""
   settings = {'data.source': f'folder:{folder}', 'epochs': '2', 'batch_size': '16'}
   return small_config(**settings | {'eval_every': '0', 'checkpoint_every': '2'} | overrides)
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run on a plain folder: (folder, workdir)."""
+  """(folder, workdir) of a run on a plain folder."""
   root = tmp_path_factory.mktemp('trained')
   for name in CLASSES:
     make_images(root / 'photos' / name, [f'{name}{i}' for i in range(30)])
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def rearranged(run, tmp_path):
-  """The images once more, by hand: train/, and test/ with 7 that were trained on and 3 new ones."""
+  """Copy of the images, split by hand: test/ has 7 training images and 3 new ones."""
   files = files_of(run[0], 'train')
   for i, file in enumerate(files):
     split = 'test' if i < 7 else 'train'
@@ -71,7 +71,7 @@ def test_a_checkpoint_keeps_the_names_of_training_files(run):
 
 
 @pytest.mark.parametrize('cache', ['memory', 'stream'])
-def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, caplog):
+def test_training_images_are_left_out_of_the_test(run, rearranged, cache, caplog):
   flags = {'data.source': f'folder:{rearranged}', 'data.cache': cache}
   with caplog.at_level(logging.WARNING):
     result = exact.evaluate(run[1], flags)
@@ -84,7 +84,7 @@ def test_images_trained_on_are_left_out_of_the_test(run, rearranged, cache, capl
   assert names == {'new1.png', 'new2.png', 'new3.png'}
 
 
-def test_a_test_of_images_trained_on_alone_is_refused(run, capsys):
+def test_split_with_only_training_images_is_refused(run, capsys):
   flags = ['--mode=eval', f'--workdir={run[1]}', '--config.data.eval_split=train']
   assert cli.main(flags) == 2
   assert "error: Split 'train': the weights were trained on" in capsys.readouterr().err
@@ -100,7 +100,7 @@ SCORE = [
 
 @pytest.mark.parametrize('score', SCORE)
 @pytest.mark.parametrize('split', ['train[:10%]', 'test+train[-1:]'])
-def test_a_split_trained_on_is_no_test_where_there_are_no_files(request, score, split):
+def test_training_split_of_a_source_without_files_is_refused(request, score, split):
   workdir = request.getfixturevalue('trained')[0]
   flags = {'data.eval_split': split, 'data.train_split': 'train[20%:25%]', 'data.dir': 'moved'}
   flags |= {'data.source': 'synthetic', 'data.image_size': '8'}
@@ -108,7 +108,7 @@ def test_a_split_trained_on_is_no_test_where_there_are_no_files(request, score, 
     score(workdir, flags)
 
 
-def test_shots_are_not_tested_on_themselves(request):
+def test_few_shot_refuses_to_test_on_its_shots(request):
   workdir = request.getfixturevalue('trained')[0]
   with pytest.raises(ValueError, match='the shots would be tested on themselves'):
     few_shot.fewshot(opening.Request(workdir, overrides={'data.train_split': 'test[:90%]'}))
@@ -126,7 +126,7 @@ def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
   assert exact.evaluate(tmp_path / 'next', {'data.eval_split': 'test[50:]'})['examples'] == 206
 
 
-def test_few_shots_and_pictures_leave_out_images_trained_on(run, rearranged, tmp_path):
+def test_few_shot_and_pictures_leave_out_training_images(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
   exp, params, _ = opening.from_workdir(run[1], flags)
   result = few_shot.score_backbone(exp, params)
@@ -147,7 +147,7 @@ def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
   assert set(trained.training_files_of(tmp_path / 'third').inherited_N) >= set(before.own_N)
 
 
-def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
+def test_resumed_run_leaves_out_its_training_images(rearranged, tmp_path):
   config = config_of(rearranged)
   assert trainer.train(config, tmp_path / 'run')['examples'] == 10
   (tmp_path / 'run' / 'result.json').unlink()
@@ -157,10 +157,10 @@ def test_a_resumed_run_leaves_out_what_it_was_trained_on(rearranged, tmp_path):
   assert file.stem not in [path.stem for path in (tmp_path / 'run' / 'examples').iterdir()]
 
 
-def test_files_of_names_that_both_parts_have_are_known_by_their_content(tmp_path, caplog):
+def test_files_with_names_in_both_splits_are_identified_by_content(tmp_path, caplog):
   for name in CLASSES:
     make_images(tmp_path / 'train' / name, range(30))
-    make_images(tmp_path / 'test' / name, range(100, 110))  # other images, then under taken names
+    make_images(tmp_path / 'test' / name, range(100, 110))  # renamed below
     for i, file in enumerate(sorted((tmp_path / 'test' / name).iterdir())):
       file.rename(file.with_name(f'{i}.png'))
   for i in range(3):
@@ -168,7 +168,7 @@ def test_files_of_names_that_both_parts_have_are_known_by_their_content(tmp_path
   config = config_of(tmp_path, epochs='0')
   with caplog.at_level(logging.INFO):
     assert trainer.train(config, tmp_path / 'run')['examples'] == 17
-  assert '10 of 30 names of training files are names of held-out files' in caplog.text
+  assert '10 of 30 names of training files are also names of held-out files' in caplog.text
   with pytest.raises(ValueError, match='trained on all 60 images'):
     exact.evaluate(tmp_path / 'run', {'data.eval_split': 'train'})
 
@@ -177,15 +177,15 @@ def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
   for split in ('train', 'test'):
     for name in CLASSES:
       make_images(tmp_path / split / name, range(10))
-  with pytest.raises(ValueError, match='trained on all 20 images, going by the names'):
+  with pytest.raises(ValueError, match='trained on all 20 images, judging by the names'):
     opening.from_config(config_of(tmp_path))
 
 
 @pytest.mark.parametrize('names', [('Train', 'Test'), ('training', 'test'), ('cat', 'valid')])
-def test_classes_that_look_like_parts_of_the_data_are_refused(tmp_path, names):
+def test_class_folders_named_like_splits_are_refused(tmp_path, names):
   for name in names:
     make_images(tmp_path / name, range(10))
-  with pytest.raises(ValueError, match='looks like a part of the data. Name the parts train/'):
+  with pytest.raises(ValueError, match='looks like a split of the data, .* Name the splits train/'):
     sources.open_source(f'folder:{tmp_path}', '', (8, 8))
 
 
@@ -194,7 +194,7 @@ def test_case_and_unicode_form_of_a_name_do_not_matter():
   assert folder_lib.hash_name('a/1.jpg') != folder_lib.hash_name('b/1.jpg')
 
 
-def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
+def test_sweep_also_keeps_the_names_of_its_validation_split(tmp_path):
   for name in CLASSES:
     make_images(tmp_path / name, [f'{name}{i}' for i in range(30)])
   parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
@@ -207,7 +207,7 @@ def test_a_sweep_keeps_the_names_of_its_held_out_split_too(tmp_path):
   assert len(exp.names.own_N) == len(training.train)
 
 
-def test_a_run_of_version_0_1_0_is_evaluated_and_not_resumed(run, tmp_path, caplog):
+def test_run_of_version_0_1_0_can_be_evaluated_but_not_resumed(run, tmp_path, caplog):
   workdir = shutil.copytree(run[1], tmp_path / 'run')
   (workdir / 'result.json').unlink()
   for step in stored.saved_steps(workdir):

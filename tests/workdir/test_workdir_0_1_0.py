@@ -1,8 +1,7 @@
-"""A digits workdir that version 0.1.0 (commit 715197c) wrote: it loads, scores, predicts, resumes.
+"""Checks that a digits workdir of version 0.1.0 (commit 715197c) loads, scores and resumes.
 
-The run was killed at step 710 of 718, after its checkpoint of step 700. `workdir_0_1_0.npz` holds
-8 test images, the logits that 0.1.0 gave for them, and the weights that it ended with when it was
-resumed.
+Its run was killed at step 710 of 718, after the checkpoint of step 700. `workdir_0_1_0.npz` holds
+8 test images, the logits of 0.1.0 for them, and the final weights after 0.1.0 resumed the run.
 """
 
 import shutil
@@ -29,7 +28,7 @@ def reference():
   return dict(np.load(DATA / 'workdir_0_1_0.npz'))
 
 
-def test_its_weights_give_the_logits_that_0_1_0_gave(workdir, reference):
+def test_weights_give_the_logits_of_0_1_0(workdir, reference):
   exp, params, step = opening.from_workdir(workdir)
   assert step == 700
   logits_BL = exp.logits(params, {'image': reference['image']})
@@ -38,12 +37,12 @@ def test_its_weights_give_the_logits_that_0_1_0_gave(workdir, reference):
   assert model.apply({'params': params}, np.zeros((1, 8, 8, 1))).shape == (1, 10)
 
 
-def test_it_is_evaluated(workdir, capsys):
+def test_old_workdir_can_be_evaluated(workdir, capsys):
   assert not cli.main(['--mode=eval', f'--workdir={workdir}'])
   assert capsys.readouterr().out.startswith('step 700, loss 1.5287')
 
 
-def test_it_resumes_to_the_weights_that_0_1_0_ended_with(workdir, reference):
+def test_old_workdir_resumes_to_the_final_weights_of_0_1_0(workdir, reference):
   result = trainer.train(resume.saved_config(workdir, {}), workdir)
   assert result['steps'] == 718
   for path, leaf in jax.tree_util.tree_leaves_with_path(stored.load_checkpoint(workdir)[1]):
@@ -62,7 +61,7 @@ def test_a_run_of_0_1_0_that_depends_on_an_old_rule_is_not_resumed(
     unversioned = lambda exp: {k: v for k, v in saved(exp).items() if k != 'version'}
     patch.setattr(Experiment, 'saved', unversioned)
     trainer.train(config, tmp_path)
-  assert trainer.train(config, tmp_path)['steps'] == 16  # finished: nothing is trained
+  assert trainer.train(config, tmp_path)['steps'] == 16  # it had finished, so nothing is trained
   config.epochs = 1.0
   with pytest.raises(ValueError, match=r'0\.1\.0, in which (Muon|data\.crop) .* --config\.init='):
     trainer.train(config, tmp_path)

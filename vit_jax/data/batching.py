@@ -1,14 +1,15 @@
-"""Batches: the order of training examples, and exact evaluation.
+"""Makes training batches in a reproducible order, and evaluation batches that are exact.
 
 Decisions:
-  * Training is one endless sequence, one permutation an epoch, cut into batches wherever
-    they fall. Position `step * batch_size + i` of it depends on the seed alone, so the
-    step is the whole state, and no example is dropped at an epoch's end.
-  * A batch is a global array. Each process gathers only the rows that its own devices
-    hold, and all agree on the order without talking.
-  * Evaluation pads the last batch and carries a mask: every example counts once.
-  * A `Plan` lists the examples of each batch. Examples in memory (`memory.py`) and streamed ones
-    (`stream.py`) make the same batches from it.
+  * Training reads one endless sequence: one permutation of the examples per epoch. It is cut into
+    batches, which may cross the end of an epoch. The example at position `step * batch_size + i`
+    depends only on the seed and the number of examples. So the step number is enough to resume, and
+    no example is dropped at the end of an epoch.
+  * A batch is a global array. Each process gathers only the rows that its own devices hold. All
+    processes compute the same order, so they need not communicate.
+  * Evaluation pads the last batch and adds a mask, so that every example counts once.
+  * A `Plan` lists the examples of each batch. Examples in memory (`memory.py`) and streamed
+    examples (`stream.py`) make the same batches from it.
 """
 
 from collections.abc import Iterator
@@ -22,28 +23,28 @@ import numpy as np
 
 from vit_jax.distributed import gather
 
-ENDLESS = 2**48  # steps
+ENDLESS = 2**48  # number of training steps, more than any run takes
 
 
-@functools.lru_cache(maxsize=2)  # of the epoch that ends and of the one that begins
+@functools.lru_cache(maxsize=2)  # a batch may cross from one epoch to the next
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-  """The permutation of an epoch."""
-  # RandomState, because its stream is frozen for good: a resumed run must find the same
-  # order under a newer NumPy.
+  """Returns the order of the examples in an epoch: a permutation, `[size]`."""
+  # NumPy guarantees that RandomState's numbers never change, so a run that is resumed with a newer
+  # NumPy keeps its order.
   return np.random.RandomState([seed, epoch]).permutation(size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Which examples each batch holds. Batch `step` begins at position `step * stride`.
+  """Defines which examples each batch holds. Batch `step` begins at position `step * stride`.
 
   Attributes:
-    size: how many examples there are.
-    stride: positions from one batch to the next.
-    rows: of a batch.
-    steps: the batches.
-    seed: of the order, and of what is drawn for each position; None: the examples in their own
-      order and as they are, the last one repeated.
+    size: number of examples.
+    stride: number of positions from the start of one batch to the start of the next.
+    rows: number of rows in a batch.
+    steps: the step numbers of the batches.
+    seed: seed of the order and of the random numbers for each position. None: the examples in
+      their own order, without random crops; the last example is repeated as padding.
   """
 
   size: int
@@ -53,11 +54,11 @@ class Plan:
   seed: int | None = None
 
   def positions(self, step: int) -> np.ndarray:
-    """The positions of a batch, `[rows]`."""
+    """Returns the positions of the rows of a batch, `[rows]`."""
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:
-    """The examples at these positions."""
+    """Returns the indices of the examples at these positions, `[N]`."""
     if self.seed is None:
       return np.minimum(position_N, self.size - 1)
     epoch_N, offset_N = np.divmod(position_N, self.size)
@@ -69,7 +70,7 @@ class Plan:
 
 
 class Split(Protocol):
-  """Examples of which batches can be made: `memory.Examples` or a `stream.Stream`."""
+  """Interface of the examples that batches are made from: `memory.Examples` or `stream.Stream`."""
 
   def __len__(self) -> int: ...
 
@@ -79,7 +80,7 @@ class Split(Protocol):
 
 
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
-  """The endless sequence from batch `start` on."""
+  """Returns the plan of the endless training batches, from batch `start` on."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
@@ -90,9 +91,10 @@ def train_batches(
   start: int,
   over_batch: jax.sharding.Sharding,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on.
+  """Yields endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on.
 
-  Where bad images are replaced by others, also `bad` `[B]`: how many, in the place of each.
+  If bad images are replaced, a batch also has `bad` `[B]`: the number of bad images that were
+  skipped to fill each row.
   """
   return examples.batches(train_plan(len(examples), batch_size, seed, start), over_batch)
 
@@ -101,12 +103,13 @@ def eval_batches(
   examples: Split,
   batch_size: int,
   over_batch: jax.sharding.NamedSharding,
-  **beside: np.ndarray,
+  **extra: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Every example once, in order, all batches of one shape; `mask` is 0 for padding.
+  """Yields every example once, in order, in batches of one shape; `mask` is 0 for padding.
 
-  The shape is `batch_size` rounded up to a multiple of the devices. `mask` is 0 for bad images
-  too, where they are left out. The rows of `beside`, one for each example, come along.
+  The number of rows is `batch_size`, rounded up to a multiple of the number of devices. `mask` is
+  also 0 for bad images, if they are skipped. `extra` holds more arrays with one row per example;
+  each batch contains their rows under the same names.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices
@@ -117,5 +120,5 @@ def eval_batches(
       mask = gather(inside_B.astype(np.float32), np.arange(rows), over_batch)
       bad = batch.pop('bad', None)
       index_B = plan.examples(plan.positions(step))
-      also = {name: gather(array, index_B, over_batch) for name, array in beside.items()}
+      also = {name: gather(array, index_B, over_batch) for name, array in extra.items()}
       yield batch | also | {'mask': mask if bad is None else mask * (bad == 0)}

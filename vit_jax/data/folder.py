@@ -1,12 +1,12 @@
-"""A folder of images: which files it holds, in which order, and which of them are held out.
+"""Lists the images in a folder in a fixed order, and decides which of them are held out.
 
 Decisions:
-  * A file is known by a hash of its name below its class's folder. The hash alone decides its
-    position in [0, 1), and the position decides whether it is held out. So no file moves to another
-    split when others are added, removed or given another class.
-  * The order of a split's files is that of their positions: mixed, independent of file system and
-    NumPy version, and a percentage of a split is a range of it.
-  * Whatever is passed over is named in a warning.
+  * Each file is identified by a hash of its name below its class folder. The hash alone gives the
+    file a position in [0, 1), and the position decides whether the file is held out. So no file
+    changes its split when files are added, removed or moved to another class.
+  * The files of a split are sorted by position. This mixes the classes, and does not depend on the
+    file system or the NumPy version. A percentage of a split is a range of positions.
+  * Warnings report all files and folders that are ignored.
 """
 
 import collections
@@ -24,22 +24,22 @@ from vit_jax.data import image as image_lib
 from vit_jax.names import choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
-HELD_OUT = 0.2  # share of a folder's files, where no others are there to test on
-SHOWN = 5  # names in a warning
-# Folders of these names are hardly classes.
+HELD_OUT = 0.2  # share of the files that are held out if the folder has no test folder
+SHOWN = 5  # maximum number of names listed in a warning
+# Folders with these names are probably splits, not classes.
 SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """The files of a split, in the order of their positions. A million paths take little memory.
+  """Files of a split, sorted by position, in compact arrays: a million paths take little memory.
 
   Attributes:
-    top: the folder that holds the classes.
-    path_N: from `top`, bytes.
-    label_N: int32.
-    hash_N: `hash_name` of each, uint64.
-    span: the positions that the split covers.
+    top: folder that contains the class folders.
+    path_N: path of each file, relative to `top`, as bytes.
+    label_N: label of each file, int32.
+    hash_N: `hash_name` of each file, uint64.
+    span: range of positions that the split covers.
   """
 
   top: pathlib.Path
@@ -53,18 +53,18 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """The rising positions in [0, 1), spread over the whole range where the split is a part."""
+    """Increasing positions of the files, with `span` stretched to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
   def within(self, low: float, high: float) -> 'Files':
-    """The files at these positions."""
+    """Returns the files whose positions are in [low, high)."""
     start, stop = np.searchsorted(position(self.hash_N), (low, high))
     arrays = (array[start:stop] for array in (self.path_N, self.label_N, self.hash_N))
     return Files(self.top, *arrays, (low, high))
 
   def fingerprint(self) -> str:
-    """16 hex digits that other files, other labels or another order would change."""
+    """Returns 16 hex digits that identify the file paths, their labels and their order."""
     digest = hashlib.sha256()
     for label, path in zip(self.label_N.tolist(), self.path_N.tolist()):
       digest.update(b'%d %b\0' % (label, path))
@@ -73,7 +73,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A folder's classes, its files by split, and warnings about what is odd there."""
+  """A folder's classes, its files by split, and warnings about its content."""
 
   class_names: tuple[str, ...]
   files: dict[str, Files]
@@ -81,26 +81,27 @@ class Folder:
 
 
 def hash_name(name: str) -> int:
-  """64 bits of a file's name below its class's folder, whatever its case and Unicode form."""
-  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # also where the locale is not UTF-8
+  """Hashes a file's name below its class folder to 64 bits, ignoring case and Unicode form."""
+  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in every locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
   return int.from_bytes(digest[:8], 'big')
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
-  """The position in [0, 1) of each hash: of as many bits as float64 holds."""
+  """Returns the position of each hash in [0, 1), from the 53 bits that fit into a float64."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 
 def open_folder(root: pathlib.Path) -> Folder:
-  """Lists `train/<class>/*` with one of `TEST_NAMES` beside it, or plain `<class>/*`.
+  """Lists the images in `train/<class>/` and the folders in `TEST_NAMES`, or in plain `<class>/`.
 
-  The first of `TEST_NAMES` there is the split `test`, and the others keep their names. Without
-  any, the files at positions below `HELD_OUT` are.
+  The first folder of `TEST_NAMES` that exists becomes the split `test`; the others keep their
+  names. If none exists, the files at positions below `HELD_OUT` become the split `test`.
 
   Raises:
-    ValueError: fewer than two classes, one without a training image, or no image to test on.
+    ValueError: fewer than two classes, a class named like a split, a class without a training
+      image, or no test images.
   """
   split = (root / 'train').is_dir()
   held_out = [name for name in TEST_NAMES if split and (root / name).is_dir()]
@@ -108,18 +109,19 @@ def open_folder(root: pathlib.Path) -> Folder:
   class_names, passed_over = subfolders(top), collections.Counter()
   if len(class_names) < 2:
     raise ValueError(
-      f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}) and '
-      'need two or more: <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg beside test/.'
+      f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}), '
+      'expected at least two. Use <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg and '
+      '<path>/test/<class>/*.jpg.'
     )
   split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
   if split_like and not split:
     raise ValueError(
-      f'{root}: {some(split_like)} would be a class, and looks like a part of the data. Name the '
-      f'parts train/ and {"/ or ".join(TEST_NAMES)}/, each with a folder for every class.'
+      f'{root}: {some(split_like)} looks like a split of the data, not like a class. Name the '
+      f'splits train/ and {"/ or ".join(TEST_NAMES)}/, each with one folder per class.'
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
-  if held_out:  # the first answers to `test` alone: it can't be chosen by as `val` as well
+  if held_out:  # the first is always named `test`, so that no other name selects the same files
     names = ['test', *held_out[1:]]
     for name, folder in zip(names, held_out):
       files[name] = list_files(root / folder, class_names, passed_over)
@@ -132,24 +134,25 @@ def open_folder(root: pathlib.Path) -> Folder:
 def check_classes(
   root: pathlib.Path, class_names: tuple[str, ...], listed: Files, files: dict[str, Files]
 ) -> None:
-  """Raises ValueError where a class has no training image, or the test split no image."""
+  """Raises ValueError if a class has no training image, or if the test split is empty."""
   absent = without(class_names, listed)
   if absent:
     raise ValueError(
-      f'{root}: no images for class {some(absent)}; looked for {", ".join(image_lib.EXTENSIONS)}. '
-      'Add some, or remove the folder.'
+      f'{root}: no images for class {some(absent)} (looked for '
+      f'{", ".join(image_lib.EXTENSIONS)}). Add images, or remove the folder.'
     )
   absent = without(class_names, files['train'])
   if absent:
     raise ValueError(
-      f'{root}: all images of class {some(absent)} are held out: the hash of its name decides that '
-      f'for {HELD_OUT:.0%} of all files. Add images, or divide them into train/ and test/.'
+      f'{root}: all images of class {some(absent)} are held out for testing. A hash of the file '
+      f'name selects about {HELD_OUT:.0%} of all files. Add images, or divide them into train/ '
+      'and test/.'
     )
   if not len(files['test']):
     raise ValueError(
-      f'{files["test"].top}: no image to test on. Without a folder test/ beside train/, the hash '
-      f'of its name holds a file out, {HELD_OUT:.0%} of many: add images, or divide them into '
-      'train/<class>/ and test/<class>/.'
+      f'{files["test"].top}: no test images. Without the folders train/ and test/, a hash of the '
+      f'file name selects about {HELD_OUT:.0%} of all files for testing. Add images, or divide '
+      'them into train/<class>/ and test/<class>/.'
     )
 
 
@@ -159,50 +162,50 @@ def warnings(
   files: dict[str, Files],
   passed_over: collections.Counter,
 ) -> Iterator[str]:
-  """Yields what a person should know of: classes without test images, files and folders unused."""
+  """Yields warnings about classes without test images, and about files and folders not used."""
   if absent := without(class_names, files['test']):
-    yield f'{root}: no test image of class {some(absent)}: the test says nothing about them.'
+    yield f'{root}: no test images for class {some(absent)}. The test does not cover every class.'
   if passed_over:
     most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
       f'{root}: {passed_over.total():,} files are not used: '
-      f'{some([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images are '
-      f'{", ".join(image_lib.EXTENSIONS)}.'
+      f'{some([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of the '
+      f'extensions {", ".join(image_lib.EXTENSIONS)}.'
     )
   others = sorted(set(subfolders(root)) - {'train', *TEST_NAMES})
   if others and files['train'].top != root:
     yield (
-      f'{root}: not used beside train/: {some(others)}. Folders to test on are '
+      f'{root}: folders not used: {some(others)}. Test images are read from the folders '
       f'{", ".join(TEST_NAMES)}.'
     )
 
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
-  """The classes without a file."""
+  """Returns the classes without a file."""
   count_L = np.bincount(files.label_N, minlength=len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
 
 
 def some(names: Sequence[str]) -> str:
-  """The first few names, and how many more there are."""
+  """Returns the first few names as text, and the number of further names."""
   more = len(names) - SHOWN
   return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """The classes: the folders in `root`, sorted, hidden ones left out."""
+  """Returns the names of the folders in `root`, sorted, without hidden folders."""
   return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
 
 
 def list_files(
   top: pathlib.Path, class_names: tuple[str, ...], passed_over: collections.Counter
 ) -> Files:
-  """Every image below the class folders in `top`; counts other files by their extensions.
+  """Lists every image below the class folders in `top`; counts other files by extension.
 
-  Only names are looked at: a link that leads nowhere is found when it is read.
+  Only file names are checked. A broken link is reported later, when the file is read.
 
   Raises:
-    ValueError: a class folder that is not among `class_names`, or a folder that can't be read.
+    ValueError: a class folder that is not in `class_names`, or a folder that cannot be read.
   """
   there = subfolders(top)
   for name in there:
@@ -224,7 +227,7 @@ def list_files(
             found.append((hash_name(below), os.fsencode(f'{class_name}/{below}'), label))
           elif not name.startswith('.'):
             passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
-    found.sort()  # one name in several classes has one hash: then the path decides
+    found.sort()  # files of the same name in several classes share a hash; the path then decides
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)
   return Files(top, *arrays)

@@ -1,10 +1,10 @@
-"""Image files to uint8 arrays, on the host. What the device does to them is in `augment.py`.
+"""Decodes image files to uint8 arrays on the host; `vit_jax.augment` changes them on the device.
 
 Decisions:
-  * Pillow opens every file, and decodes what is read once: its pixels are the reference.
-  * Parts of images are decoded and scaled anew in every epoch, by OpenCV, which is faster at both
-    (results/input.json). Pillow still opens them, so that there is one list of what is taken, and
-    decodes all but ordinary RGB JPEGs.
+  * Pillow opens every file and decodes whole images. Its pixels are the reference.
+  * Random crops are decoded and scaled again in every epoch. OpenCV does both, because it is faster
+    (results/input.json). Pillow still opens these files, so that the same files are accepted. It
+    also decodes all of them except ordinary RGB JPEGs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,35 +23,36 @@ from vit_jax import storage
 from vit_jax.names import local
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
-FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')  # whatever the name; of others some run programs, as EPS
+# Accepted formats, for any file name. Some other formats, such as EPS, run programs.
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
-Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (height, width) to `image_HWC`
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (image, (height, width)) -> image_HWC
 
 
 class BadImage(ValueError):
-  """A file that can't be decoded; the message names it and says why."""
+  """Raised for a file that cannot be decoded; the message gives its name and the reason."""
 
 
 def is_image(path: pathlib.Path) -> bool:
-  """Whether it is a file with the name of an image."""
+  """Returns whether the path is a file with the extension of an image."""
   return has_image_name(path.name) and path.is_file()
 
 
 def has_image_name(name: str) -> bool:
-  """Whether it is the name of an image, and not of a hidden file."""
+  """Returns whether the name has the extension of an image and is not hidden."""
   return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
 
 
 def read_file(path: pathlib.Path) -> bytes:
-  """The file's bytes.
+  """Returns the bytes of a file.
 
   Raises:
-    BadImage: it can't be read.
+    BadImage: the file cannot be read.
   """
   try:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe might never end, or begin
-      raise BadImage(f'{path}: not a file.')
+    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe might never end
+      raise BadImage(f'{path}: not a regular file.')
     return path.read_bytes()
   except OSError as error:
     raise BadImage(f'{path}: {error.strerror}.') from error
@@ -60,54 +61,54 @@ def read_file(path: pathlib.Path) -> bytes:
 def decode_image(
   encoded: bytes, name: object, channels: int = 3, max_pixels: int | None = None
 ) -> Image.Image:
-  """Decodes to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
+  """Decodes a file to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
 
-  EXIF rotation is applied, transparency laid over white, 16-bit grey scaled to 8.
+  EXIF rotation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
   Raises:
-    BadImage: not an image, one cut short, of a kind that has no 8-bit form, or of more than
-      `max_pixels`; None for what Pillow takes for a decompression bomb.
+    BadImage: the file is not an image, is cut short, has no 8-bit form, or has too many pixels:
+      more than `max_pixels` or, if this is None, than Pillow's limit for decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
     if max_pixels and opened.width * opened.height > max_pixels:
-      raise ValueError(f'{opened.width}x{opened.height} pixels, at most {max_pixels:,} are taken')
+      raise ValueError(f'{opened.width}x{opened.height} pixels, at most {max_pixels:,} are allowed')
     return convert(ImageOps.exif_transpose(opened), channels)
 
 
 def open_header(encoded: bytes) -> Image.Image:
-  """An image of which nothing but the header is read."""
+  """Opens an image and reads nothing but its header."""
   return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
-  """Height and width of the upright image in a file, by its header alone.
+  """Returns the height and width of the upright image in a file, from its header alone.
 
   Raises:
-    BadImage: the header can't be read.
+    BadImage: the header cannot be read.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
-    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # height and width are swapped
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
-  """Turns whatever decoding raises into a `BadImage`."""
+  """Turns every error raised while decoding into a `BadImage`."""
   try:
     yield
-  except Exception as error:  # Pillow's decoders let many kinds through
+  except Exception as error:  # Pillow's decoders raise many kinds of errors
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:
-      reason = 'of no known format'  # Pillow's own message names a memory address
+      reason = 'unknown image format'  # Pillow's own message contains a memory address
     raise BadImage(f'{name}: not a readable image ({reason}).') from error
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-  """Any mode to 8-bit grey or RGB."""
+  """Converts an image of any mode to 8-bit grey or RGB."""
   if image.mode == 'F':
-    raise ValueError('floating-point pixels, whose range is unknown')
+    raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
     grey = np.asarray(image).astype(np.float32) / 257
     image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
@@ -124,14 +125,14 @@ def fit_image(
   crop: float = 1.0,
   stretch: bool = False,
 ) -> np.ndarray:
-  """Scales to `size` (height, width): `image_HWC`, uint8.
+  """Returns an image scaled to `size`: `image_HWC`, uint8.
 
   Args:
-    image: grey or RGB.
-    size: wanted.
-    interpolation: one of `INTERPOLATIONS`, averaging where it makes smaller.
-    crop: part of the shorter side that is kept, about the centre.
-    stretch: scale height and width by themselves; else the longer side is cut.
+    image: grey or RGB image.
+    size: (height, width) of the result.
+    interpolation: one of `INTERPOLATIONS`; it averages pixels when the image becomes smaller.
+    crop: fraction of the shorter side that is kept, around the centre.
+    stretch: scale height and width independently. Otherwise the longer side is cropped.
   """
   height, width = size
   method = INTERPOLATIONS[interpolation]
@@ -148,7 +149,7 @@ def fit_image(
 
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
-  """Fits an array as `fit` fits a file."""
+  """Fits an array to `size`, as `fit` does with a decoded file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)
 
@@ -156,21 +157,21 @@ def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
 def random_part(
   uniform_4: Sequence[float], height: int, width: int, min_area: float, max_aspect: float
 ) -> Box:
-  """A random part of an image, drawn as `augment.resized_crop` draws it.
+  """Returns a random part of an image, with the same distribution as `augment.resized_crop`.
 
   Args:
-    uniform_4: four numbers in [0, 1): area, shape, and place from the top and from the left.
-    height: of the image.
-    width: of the image.
-    min_area: of the part, as a share of the image's; it is uniform from there to all of it.
-    max_aspect: of width to height and of height to width, as far as the area allows.
+    uniform_4: four random numbers in [0, 1) for area, aspect ratio, top edge and left edge.
+    height: height of the image.
+    width: width of the image.
+    min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
+    max_aspect: largest ratio of the longer side to the shorter, unless the area requires more.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
   lowest, highest = whole + math.log(area), whole - math.log(area)
   tallest, widest = (min(max(shape, lowest), highest) for shape in (-most, most))
   aspect = math.exp(tallest + (widest - tallest) * uniform_4[1])
-  high = min(math.sqrt(area * height * width / aspect), height)  # which rounding may overstep
+  high = min(math.sqrt(area * height * width / aspect), height)  # rounding may exceed the height
   wide = min(math.sqrt(area * height * width * aspect), width)
   top, left = uniform_4[2] * (height - high), uniform_4[3] * (width - wide)
   return left, top, left + wide, top + high
@@ -183,20 +184,20 @@ def decode_part(
   choose: Callable[[int, int], Box],
   size: tuple[int, int],
 ) -> np.ndarray:
-  """Decodes a file and scales a part of it: `image_HWC`, uint8.
+  """Decodes a file and scales a part of it to `size`: `image_HWC`, uint8.
 
-  A JPEG is decoded at a half, a quarter or an eighth of its size, by fewer terms of its cosine
-  transform, where its part is that much larger than `size`.
+  If the part is at least n = 2, 4 or 8 times as large as `size`, a JPEG is decoded at 1/n of its
+  size. This uses fewer terms of its cosine transform.
 
   Args:
-    encoded: the file's bytes.
-    name: of the file.
+    encoded: the bytes of the file.
+    name: name of the file, for error messages.
     channels: 1 or 3.
-    choose: `(height, width) -> box` of the upright image.
-    size: (height, width) wanted.
+    choose: function from the (height, width) of the upright image to the box of the part.
+    size: (height, width) of the result.
 
   Raises:
-    BadImage: as `decode`.
+    BadImage: as in `decode_image`.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -217,7 +218,7 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Whether it is a whole, upright RGB JPEG; OpenCV would fill what is missing with grey."""
+  """Returns whether it is a complete, upright RGB JPEG; OpenCV fills missing parts with grey."""
   return (
     opened.format == 'JPEG'
     and opened.mode == 'RGB'
@@ -228,11 +229,12 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 
 
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-  """Scales a part of an array, its edges rounded to whole pixels: `image_HWC`, uint8.
+  """Scales a part of an array to `size`: `image_HWC`, uint8.
 
-  It is interpolated linearly. An axis that becomes shorter is blurred first, so that the whole has
-  the variance of Pillow's bilinear filter, a triangle as wide as two new pixels. Where one falls
-  below a half, pixels are means over their areas instead.
+  The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
+  shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
+  bilinear filter. That filter is a triangle with the width of two new pixels. If an axis shrinks to
+  less than half its length, each new pixel is the mean over its area instead.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
@@ -243,8 +245,8 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
     smaller = min(right - left, size[1]), min(bottom - top, size[0])
     part_HWC = cv2.resize(part_HWC, smaller, interpolation=cv2.INTER_AREA)
   elif max(down, across) > 1:
-    # A triangle of half-width f has the variance f^2 / 6, linear interpolation that of f = 1, and
-    # weights a, 1 - 2a, a have 2a.
+    # A triangle of half-width f has the variance f^2 / 6. Linear interpolation is such a triangle
+    # with f = 1, and the weights (a, 1 - 2a, a) have the variance 2a.
     sides = ((f * f - 1) / 12 for f in (across, down))
     weights = (np.array([a, 1 - 2 * a, a], np.float32) for a in sides)
     part_HWC = cv2.sepFilter2D(part_HWC, -1, *weights, borderType=cv2.BORDER_REPLICATE)
@@ -254,32 +256,32 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
 
 @functools.cache
 def opencv():
-  """OpenCV, imported where it is needed, and without threads of its own."""
+  """Returns OpenCV, imported on first use and without threads of its own."""
   import cv2
 
   cv2.setNumThreads(0)
   return cv2
 
 
-FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # of every Pillow
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in every Pillow version
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 
 def find_images(paths: list[str]) -> list[pathlib.Path]:
-  """The files named, and the images in the folders and patterns (`photos/*.jpg`) named, sorted.
+  """Returns the files at these paths; folders and patterns (`photos/*.jpg`) give sorted images.
 
   Raises:
-    ValueError: no path, or a folder or a pattern without images.
+    ValueError: no path is given, or a folder or a pattern matches no image.
   """
   if not paths:
-    raise ValueError('No images are named: give --images=file.png,folder/, comma-separated.')
+    raise ValueError('--images is empty: give a comma-separated list such as file.png,folder/.')
   found = []
   for path in map(local, paths):
     if not path.exists() and any(sign in str(path) for sign in '*?['):
       inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
       inside = [p for p in inside if is_image(p)]
       if not inside:
-        raise ValueError(f'{path}: no image has such a name (looked for {", ".join(EXTENSIONS)}).')
+        raise ValueError(f'{path}: no image matches (looked for {", ".join(EXTENSIONS)}).')
       found += inside
     elif path.is_dir():
       inside = sorted(p for p in path.rglob('*') if is_image(p))
@@ -292,7 +294,7 @@ def find_images(paths: list[str]) -> list[pathlib.Path]:
 
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:
-  """Writes a uint8 array as PNG."""
+  """Writes a uint8 array to a PNG file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   with storage.writing(path):
     Image.fromarray(pixels).save(path)

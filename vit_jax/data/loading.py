@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """How splits are read.
+  """Settings for reading splits.
 
   Attributes:
-    cache: `memory`, `stream` or, until it is decided, `auto`.
-    fit: what is made of a file.
-    crop: arguments of the random part of a file that training sees; None where it sees all.
-    skip_bad_images: leave out what can't be decoded, instead of stopping.
-    workers: processes that decode a stream; 0: this one.
-    threads: that decode in each of them; None: one a core.
+    cache: `memory`, `stream`, or `auto` until `decide_cache` has decided.
+    fit: function that scales a decoded image to a size.
+    crop: arguments of the random crop in training; None: training sees the whole image.
+    skip_bad_images: skip images that cannot be decoded, instead of stopping.
+    workers: number of processes that decode a stream; 0: decode in this process.
+    threads: number of decoding threads in each process; None: `stream.best_threads`.
   """
 
   cache: str
@@ -44,18 +44,18 @@ def decide_cache(
   size: tuple[int, int],
   trains: bool = False,
 ) -> str:
-  """Where splits are kept: `reading.cache`, decided where it is left open.
+  """Returns where splits are kept, `memory` or `stream`; decides if `reading.cache` is `auto`.
 
-  Memory is taken where the splits fill no more than half of it, and where training sees the same
-  batches as of a stream (`differs`): a run must not depend on the memory of its machine.
-  Evaluation always sees the same pixels.
+  It chooses memory if the splits fill at most half of it and training sees the same batches as from
+  a stream (`differs`). So a run does not depend on how much memory its machine has. Evaluation
+  always sees the same pixels.
 
   Args:
-    reading: of the splits.
-    source: of the splits.
-    names: of all splits that are held at once.
-    size: (height, width) that images are fitted to.
-    trains: whether the first of them is trained on.
+    reading: settings for reading the splits.
+    source: dataset that contains the splits.
+    names: all splits that are held at the same time.
+    size: (height, width) that images are scaled to.
+    trains: whether the first split is used for training.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -64,28 +64,29 @@ def decide_cache(
     too_much = memory.excess(source, names, size)
     return too_much or (differs(reading, source, names[0], size) if trains else '')
 
-  # Hosts may have more or less memory: the first decides.
+  # Hosts may have different amounts of memory, so process 0 decides.
   why = from_first(reason) if jax.distributed.is_initialized() else reason()
   cache = 'stream' if why else 'memory'
   log.info(
-    'data.cache: auto takes %s: %s.', cache, why or f'{", ".join(names)} fit into half of it'
+    'data.cache=auto selects %s: %s.',
+    cache,
+    why or f'{", ".join(names)} fit into half of the memory',
   )
   return cache
 
 
 def differs(reading: Reading, source: Source, split: str, size: tuple[int, int]) -> str:
-  """Why training on a split in memory sees other batches than of a stream; empty if it does not.
+  """Returns why training batches from memory differ from streamed ones; empty if they do not.
 
-  All else is the same on both ways: their order, how they are decoded and fitted, and what the
-  device does to them.
+  Everything else is the same for both: order, decoding, scaling, and processing on the device.
   """
   if reading.crop:
-    return 'augment.resized_crop cuts parts from the files, not from what was made of them'
+    return 'augment.resized_crop crops the original files, not the scaled images'
   if reading.skip_bad_images:
-    return 'data.skip_bad_images puts other images in the place of bad ones'
+    return 'data.skip_bad_images replaces bad images with other images'
   if own := memory.common_size(source, split, size):
     return (
-      f'memory would keep all images at their {own[0]}x{own[1]} pixels and augment them there, '
+      f'memory would keep all images at {own[0]}x{own[1]} pixels and augment them at this size, '
       f'before the device enlarges them to {size[0]}x{size[1]}'
     )
   return ''
@@ -94,14 +95,14 @@ def differs(reading: Reading, source: Source, split: str, size: tuple[int, int])
 def open_split(
   reading: Reading, source: Source, split: str, size: tuple[int, int], to_train: bool = False
 ) -> Split:
-  """A split in memory or as a stream.
+  """Opens a split in memory or as a stream.
 
   Args:
-    reading: how; its cache is decided.
-    source: of the split.
-    split: in TFDS notation.
-    size: (height, width) of what comes out.
-    to_train: it may be cropped at random.
+    reading: settings for reading the split; `cache` must not be `auto`.
+    source: dataset that contains the split.
+    split: the split in TFDS notation.
+    size: (height, width) of the images.
+    to_train: whether the split is used for training, where `reading.crop` applies.
   """
   if reading.cache == 'memory':
     return memory.load_examples(source, split, size, reading.skip_bad_images, reading.fit)
@@ -118,7 +119,7 @@ def open_split(
 
 
 def report_split(name: str, examples: Split | None) -> None:
-  """Logs the size of a split, and each image left out."""
+  """Logs the size of a split, and each image that was skipped."""
   if examples is None:
     return
   log.info('%s: %s examples', name, f'{len(examples):,}')

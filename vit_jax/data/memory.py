@@ -1,10 +1,10 @@
-"""A split in memory: what is decoded once. `stream.py` has what is decoded anew in every epoch.
+"""Decodes a split once and keeps it in memory. `stream.py` decodes it again in every epoch.
 
 Decisions:
-  * Images are kept as uint8, at their own size where all have one and it is smaller than the
-    model's (`own_size`); the device enlarges them. CIFAR-10 at 224 pixels would fill 7.5 GB.
-  * Each image is decoded into its row of one array, so that loading takes no more memory than
-    the split.
+  * Images are kept as uint8. If all of them share a size that is smaller than the model's
+    (`common_size`), they are kept at that size and the device enlarges them. CIFAR-10 at 224 pixels
+    would fill 7.5 GB.
+  * Each image is decoded into its row of one array, so loading never holds the split twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,10 @@ from vit_jax.distributed import gather
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """A split in memory: `image_NHWC` uint8, `label_N` int32; `skipped` names bad images."""
+  """A split in memory: `image_NHWC` uint8, `label_N` int32.
+
+  `skipped` holds one message for each bad image that was skipped.
+  """
 
   image_NHWC: np.ndarray
   label_N: np.ndarray
@@ -39,13 +42,13 @@ class Examples:
 
   @property
   def size(self) -> tuple[int, int]:
-    """Height and width."""
+    """Height and width of the images."""
     return self.image_NHWC.shape[1:3]
 
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `Plan`: `image` and `label`."""
+    """Yields the batches of a `Plan`: `image` and `label`."""
     for step in plan.steps:
       index_B = plan.examples(plan.positions(step))
       yield {
@@ -54,22 +57,22 @@ class Examples:
       }
 
   def some(self, index_N: Sequence[int]) -> 'Examples':
-    """Those at these places."""
+    """Returns the examples at these indices."""
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Whether the images at these places can be decoded, `[N]`."""
+    """Returns whether each image at these indices can be decoded, bool `[N]`: always True here."""
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
-    """These, and after them the others."""
+    """Returns these examples followed by the others."""
     return Examples(
       np.concatenate([self.image_NHWC, other.image_NHWC]),
       np.concatenate([self.label_N, other.label_N]),
     )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """What tells these examples from others: arrays by name."""
+    """Yields named arrays that together identify these examples."""
     yield 'images', self.image_NHWC
     yield 'labels', self.label_N
 
@@ -85,15 +88,15 @@ def load_examples(
   """Reads a split into memory.
 
   Args:
-    source: what to read.
-    split: in TFDS notation.
-    size: (height, width) that images are fitted to.
-    skip_bad_images: leave out what can't be decoded, instead of raising.
-    fit: `image.fit_image`, its further arguments bound.
+    source: dataset that contains the split.
+    split: the split in TFDS notation.
+    size: (height, width) that images are scaled to.
+    skip_bad_images: skip images that cannot be decoded, instead of raising.
+    fit: `image.fit_image` with its other arguments bound.
 
   Raises:
-    image.BadImage: the first file that can't be decoded.
-    ValueError: the split doesn't exist or holds nothing.
+    image.BadImage: an image cannot be decoded, and bad images are not skipped.
+    ValueError: the split does not exist, or contains no good image.
   """
   pieces = source.pieces(split)
   count = splits.num_examples(pieces)
@@ -101,7 +104,7 @@ def load_examples(
   label_N = np.empty(count, np.int32)
 
   def decode(example, row):
-    """Fills a row. Returns what is wrong with the image, or an empty text."""
+    """Fills a row. Returns the error of a bad image, otherwise an empty string."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:
@@ -118,24 +121,24 @@ def load_examples(
     errors = list(progress.bar(decoded, f'Reading {split}', 'image', count))
   good = [row for row, error in enumerate(errors) if not error]
   if not good:
-    raise ValueError(f'Split {split!r}: all {count} images are bad.')
-  for row, old in enumerate(good):  # in place: a second array would double the memory
+    raise ValueError(f'Split {split!r}: all {count} images are unreadable or have a wrong label.')
+  for row, old in enumerate(good):  # in place, because a second array would double the memory
     if row != old:
       image_NHWC[row], label_N[row] = image_NHWC[old], label_N[old]
   return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """The (height, width) of all images of a split, where they have one size smaller than `size`.
+  """Returns the (height, width) that all images of a split share, if it is smaller than `size`.
 
-  None where they don't. Headers are read, up to the first one that shows it.
+  Otherwise it returns None. It reads only headers, and stops at the first image that differs.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):
     for example in chunk:
       try:
         own = source_lib.own_size(example)
-      except image_lib.BadImage:  # to be named or skipped when it is decoded
+      except image_lib.BadImage:  # reported or skipped when it is decoded
         continue
       smaller = own[0] <= size[0] and own[1] <= size[1] and own != size
       if not smaller or found not in (None, own):
@@ -145,7 +148,10 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
 
 
 def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
-  """What splits need together where that is more than half of `limit`; else an empty text."""
+  """Returns how much memory the splits need if it is more than half of `limits.limit()`.
+
+  Otherwise it returns an empty string.
+  """
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_, most = count * math.prod(size) * source.channels, limits.limit()
   if bytes_ <= most / 2:
@@ -157,9 +163,9 @@ def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
 
 
 def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
-  """Raises ValueError where splits together would fill more than half of the memory."""
+  """Raises ValueError if the splits together would fill more than half of the memory."""
   if too_much := excess(source, names, size):
     raise ValueError(
-      f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), take a part, e.g. '
-      f'{names[0]}[:10%], or set a smaller data.image_size.'
+      f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), use a part such '
+      f'as {names[0]}[:10%], or set a smaller data.image_size.'
     )

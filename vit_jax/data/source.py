@@ -1,12 +1,12 @@
-"""A dataset whose examples can be read by split and index.
+"""Defines `Source`, a dataset whose examples can be read by split and index.
 
 Decisions:
-  * A split is resolved to index ranges before anything is decoded, so that every source
-    speaks TFDS notation and only what is asked for is read.
-  * A source is read by split and index, in any order, and may be sent to another process: what
-    reads it holds names and paths, not open files.
-  * A percentage of a folder's split is one of its files' positions (`folder.py`), of every other
-    split one of its size.
+  * A split is resolved to index ranges before anything is decoded. So every source understands TFDS
+    notation, and only the requested examples are read.
+  * A source can be read in any order and sent to another process. So its `read` function holds
+    names and paths, not open files.
+  * A percentage of a folder's split is a range of file positions (`folder.py`). For other sources
+    it is a share of the split's size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,9 +20,10 @@ from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 
-Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]  # name; file, its bytes, pixels; label
+# Name; path, file content or pixels; label.
+Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]
 
-READ_AHEAD = 1024  # examples that are held encoded
+READ_AHEAD = 1024  # maximum number of encoded examples held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,15 @@ class Source:
 
   Attributes:
     sizes: number of examples in each whole split.
-    class_names: name of each label.
+    class_names: name of the class of each label.
     channels: 1 or 3.
-    read: `(split, indices) -> iterator of (name, image, label)`, the image a file, its
-      bytes or a uint8 array; not yet looked at, see `pixels`.
-    fingerprint: of the training split's names and labels; empty where unknown.
-    files: of a folder's splits; empty for other kinds.
-    left_out: which files of a split are not given, bool `[N]` by the name of the split.
-    warnings: what a person should know about the data.
-    spec: the `data.source` that `open_source` opened.
+    read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
+      a file or a uint8 array. It has not been checked yet; see `pixels`.
+    fingerprint: hash of the training split's names and labels; empty if unknown.
+    files: files of each split of a folder; empty for other kinds of sources.
+    left_out: for each split, bool `[N]`: which of its files are left out.
+    warnings: messages for the user about the data.
+    spec: the `data.source` value that `open_source` opened.
   """
 
   sizes: dict[str, int]
@@ -53,10 +54,10 @@ class Source:
   spec: str = ''
 
   def pieces(self, split: str) -> list[splits.Piece]:
-    """The ranges of examples that a split names, without files that are left out.
+    """Returns the ranges of examples in a split, without the files in `left_out`.
 
     Raises:
-      ValueError: bad notation, an unknown name, or no examples.
+      ValueError: invalid notation, an unknown split name, or no examples.
     """
     positions = {name: files.position_N for name, files in self.files.items()}
     pieces = splits.resolve(split, self.sizes, positions)
@@ -66,10 +67,12 @@ class Source:
 def pixels(
   source: Source, example: Example, size: tuple[int, int], fit: image_lib.Fit
 ) -> np.ndarray:
-  """The pixels of an example, fitted to `size`: `image_HWC`. An array of that size stays whole.
+  """Returns the pixels of an example, scaled to `size` by `fit`: `image_HWC`.
+
+  An array that already has this size is returned unchanged.
 
   Raises:
-    image.BadImage: it can't be decoded, or has a label that the source has not.
+    image.BadImage: the image cannot be decoded, or the source has no class for its label.
   """
   name, encoded, label = example
   check_label(source, name, label)
@@ -79,10 +82,10 @@ def pixels(
 
 
 def own_size(example: Example) -> tuple[int, int]:
-  """Height and width of an example, as its array or the header of its file says.
+  """Returns the height and width of an example, from its array or the header of its file.
 
   Raises:
-    image.BadImage: the header can't be read.
+    image.BadImage: the header cannot be read.
   """
   name, encoded, _ = example
   if isinstance(encoded, np.ndarray):
@@ -93,14 +96,14 @@ def own_size(example: Example) -> tuple[int, int]:
 def read_pieces(
   source: Source, pieces: Iterable[tuple[str, int, int]]
 ) -> Iterator[Iterator[Example]]:
-  """The examples of `splits.resolve`'s pieces in order, at most `READ_AHEAD` at once."""
+  """Yields the examples of the pieces in order, as iterators of at most `READ_AHEAD` examples."""
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
       yield source.read(split, range(first, min(first + READ_AHEAD, stop)))
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
-  """(height, width) of a split's first image; None where it is bad."""
+  """Returns the (height, width) of a split's first image; None if the image is bad."""
   name, start, _ = source.pieces(split)[0]
   (example,) = source.read(name, [start])
   try:
@@ -110,28 +113,28 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises what a bad image raises where none is skipped, with what to do about it."""
+  """Raises a bad image's error with a remedy, for callers that do not skip bad images."""
   raise image_lib.BadImage(
-    f'{error} Mend the file, or do without it: --config.data.skip_bad_images=True.'
+    f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
 
 
 def check_label(source: Source, name: str, label: int) -> None:
-  """Raises BadImage for a label without a class."""
+  """Raises BadImage if the source has no class for the label."""
   if not 0 <= label < len(source.class_names):
     raise image_lib.BadImage(
-      f'{name}: label {label} is none of the {len(source.class_names)} classes, 0 to '
+      f'{name}: label {label} is not one of the {len(source.class_names)} classes, 0 to '
       f'{len(source.class_names) - 1}.'
     )
 
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
-  """The file that an example is."""
+  """Returns the file content of an example, which is given as a path or as bytes."""
   return image_lib.read_file(encoded) if isinstance(encoded, pathlib.Path) else encoded
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Lists of at most `size` items."""
+  """Yields the items in lists of at most `size`."""
   chunk = []
   for item in items:
     chunk.append(item)

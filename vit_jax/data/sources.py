@@ -1,4 +1,4 @@
-"""Where examples come from: `SOURCES`, a table of kinds."""
+"""Opens the datasets that `data.source` can name; `SOURCES` lists the kinds."""
 
 import dataclasses
 import os
@@ -13,10 +13,10 @@ from vit_jax.names import choose, local
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens `tfds:<name>`, `folder:<path>`, `digits` or `synthetic`.
+  """Opens the source `tfds:<name>`, `folder:<path>`, `digits` or `synthetic`.
 
   Raises:
-    ValueError: an unknown kind, or a source that can't be read; the message says what to do.
+    ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
   """
   kind, _, argument = spec.partition(':')
   if kind not in SOURCES and ('/' in kind or folder_root(kind, data_dir).is_dir()):
@@ -26,10 +26,10 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
 
 def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None:
-  """As `open_source`, of data that need not be there, and without preparing it.
+  """Opens a source like `open_source`, but never prepares data, and accepts missing data.
 
   Returns:
-    The source, without `sizes` where they are unknown; None where nothing is known.
+    The source, without `sizes` if they are unknown; None if nothing is known about it.
   """
   kind, _, name = spec.partition(':')
   if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):
@@ -44,7 +44,10 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
 
 def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """scikit-learn's 1,797 handwritten digits, 8x8 grey; 360 held out, stratified, fixed."""
+  """Returns scikit-learn's 1,797 handwritten digits, 8x8 grey.
+
+  The test split is always the same 360 images, stratified by class.
+  """
   del argument, data_dir, image_size
   from sklearn import datasets, model_selection
 
@@ -63,7 +66,7 @@ def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Noise over one pattern a class, ten classes, at `data.image_size`: for trying things."""
+  """Returns generated images for quick tests: ten classes, each a fixed pattern plus noise."""
   del argument, data_dir
   shape = (*image_size, 3)
   patterns = np.random.RandomState(0).randint(64, 192, (10, *shape))
@@ -78,7 +81,7 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """A folder of images, one folder a class; see `folder.open_folder` for its splits.
+  """Opens a folder of images with one folder per class; `folder.open_folder` defines its splits.
 
   A relative path starts at `data_dir`.
   """
@@ -87,7 +90,7 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
   if not path:
     raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
   if not root.is_dir():
-    raise ValueError(f'data.source: no folder {str(root)!r}; write folder:<path of the images>.')
+    raise ValueError(f'data.source: no folder at {str(root)!r}; write folder:<path of the images>.')
   found = folder_lib.open_folder(root)
   files = found.files
 
@@ -109,7 +112,7 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
 
 def folder_root(path: str, data_dir: str) -> pathlib.Path:
-  """Where a folder lies; a relative path starts at `data_dir`."""
+  """Returns the path of an image folder; a relative path starts at `data_dir`."""
   return local(data_dir) / local(path)
 
 

@@ -1,4 +1,4 @@
-"""Splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source."""
+"""Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,24 +6,24 @@ import numpy as np
 
 from vit_jax.names import choose
 
-Piece = tuple[str, int, int]  # the name of a split, its first example and the one after the last
+Piece = tuple[str, int, int]  # name of a split, index of its first example, index after its last
 
-WHOLE = 10**9  # parts that a percentage is rounded to, where positions decide
+WHOLE = 10**9  # percentages of positions are rounded to this many equal parts
 
 
 def resolve(
   spec: str, sizes: Mapping[str, int], positions: Mapping[str, np.ndarray] | None = None
 ) -> list[Piece]:
-  """The pieces that a split names.
+  """Returns the pieces that make up a split.
 
   Args:
-    spec: the split, as TFDS writes it.
-    sizes: the number of examples in each whole split.
-    positions: for splits whose percentages are not of their size: the rising positions of their
-      examples in [0, 1).
+    spec: the split in TFDS notation.
+    sizes: number of examples in each whole split.
+    positions: for splits whose percentages are ranges of positions: the increasing positions of
+      their examples in [0, 1).
 
   Raises:
-    ValueError: bad notation, an unknown name, or no examples.
+    ValueError: invalid notation, an unknown split name, no examples, or repeated examples.
   """
   positions, pieces = positions or {}, []
   for part in spec.split('+'):
@@ -36,22 +36,24 @@ def resolve(
     if start >= stop:
       continue
     if overlap(pieces, [(name, start, stop)]):
-      raise ValueError(f'Split {spec!r} holds some examples twice.')
+      raise ValueError(
+        f'Split {spec!r} contains some examples twice. Use parts that do not overlap.'
+      )
     pieces.append((name, start, stop))
   if not pieces:
     raise ValueError(
-      f'Split {spec!r} holds no examples; the sizes are {dict(sizes)}. Take a larger part.'
+      f'Split {spec!r} contains no examples; the sizes are {dict(sizes)}. Use a larger part.'
     )
   return pieces
 
 
 def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
-  """Start and stop of a slice (`train[5:]`) of so many examples.
+  """Returns start and stop of a slice, such as `train[5:]`, of a split with `size` examples.
 
   Raises:
-    ValueError: bad notation, or a boundary beyond the size.
+    ValueError: invalid notation, or a boundary beyond the size.
   """
-  from tensorflow_datasets import core  # here, so that predicting needs no datasets
+  from tensorflow_datasets import core  # imported here because prediction does not need TFDS
 
   info = core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
   try:
@@ -62,7 +64,7 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
-  """Whether two splits share an example."""
+  """Returns whether two splits share an example."""
   return any(
     name == other and max(start, first) < min(stop, last)
     for name, start, stop in ones
@@ -71,16 +73,16 @@ def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
 
 
 def num_examples(pieces: Sequence[Piece]) -> int:
-  """The number of examples."""
+  """Returns the number of examples in the pieces."""
   return sum(stop - start for _, start, stop in pieces)
 
 
 def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
-  """What remains of pieces without some examples.
+  """Returns the pieces without the unwanted examples.
 
   Args:
-    pieces: of splits.
-    unwanted: bool `[N]` for the examples of whole splits; a split may be missing.
+    pieces: ranges of examples.
+    unwanted: for each split, bool `[N]` over all its examples. Splits without an entry are kept.
   """
 
   def runs() -> Iterator[Piece]:
@@ -89,7 +91,7 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
         yield name, start, stop
         continue
       kept = ~unwanted[name][start:stop]
-      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # where runs begin and end
+      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # edges of runs
       yield from ((name, start + a, start + b) for a, b in edges.reshape(-1, 2).tolist())
 
   return list(runs())

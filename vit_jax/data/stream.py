@@ -1,15 +1,16 @@
-"""Examples that are read, decoded and cropped while training goes on: what memory does not hold.
+"""Reads, decodes and crops examples during training, for splits that are not kept in memory.
 
 Decisions:
-  * The step is the whole state here too. Grain maps the number of a part, some rows of a batch,
-    to its pixels; threads, worker processes and order of arrival change nothing.
-  * A process decodes only the rows that its own devices hold. All draws of an example derive from
-    the seed and its position in the endless sequence, so that any number of processes makes the
-    same batches.
-  * A random crop is taken from the file at its full resolution, in the place of the device's.
-    All other augmentations stay on the device.
-  * What is bad stops the run, or gives way to the next good example, with that one's label: the
-    same one in every run. Counted either way.
+  * The step number is enough to resume, as for splits in memory. Grain maps the number of a part,
+    which is a few rows of a batch, to its pixels. Batches do not depend on the number of threads
+    and workers, or on the order in which parts are finished.
+  * A process decodes only the rows that its own devices hold. The random numbers of an example
+    depend only on the seed and on its position in the endless sequence. So any number of processes
+    makes the same batches.
+  * A random crop is taken from the file at full resolution, instead of on the device. All other
+    augmentations stay on the device.
+  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good example and
+    its label. The replacement is the same in every run, and replaced images are counted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,23 +41,23 @@ from vit_jax.distributed import (
 
 log = logging.getLogger(__name__)
 
-PART = 16  # rows that a thread decodes before it goes on to others
-AHEAD = 2  # batches on the device before they are asked for
+PART = 16  # rows that a thread decodes at a time
+AHEAD = 2  # batches that are placed on the devices ahead of time
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """A split that is read anew in every epoch, in the place of `memory.Examples`.
+  """A split that is read again in every epoch, used instead of `memory.Examples`.
 
   Attributes:
-    source: what is read.
-    pieces: `(split, start, stop)`, one after the other.
-    size: (height, width) of what comes out.
-    fit: as for `memory.load_examples`.
-    crop: `min_area` and `max_aspect` of the random parts that training sees; None: `fit` decides.
-    skip_bad_images: replace what can't be decoded, instead of raising.
-    workers: processes that decode; 0: this one.
-    threads: that decode in each of them.
+    source: dataset that contains the examples.
+    pieces: `(split, start, stop)` ranges, in order.
+    size: (height, width) of the images.
+    fit: function that scales an image, as in `memory.load_examples`.
+    crop: `min_area` and `max_aspect` of the random crops in training; None: only `fit`.
+    skip_bad_images: replace images that cannot be decoded, instead of raising.
+    workers: number of worker processes that decode; 0: decode in this process.
+    threads: number of decoding threads in each process.
   """
 
   source: Source
@@ -73,26 +74,26 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """Every label, int32: quick of a folder; of TFDS the records are read for it."""
+    """All labels, int32. Fast for a folder; for TFDS it reads all records."""
     return np.array([label for _, _, label in self.read_all()], np.int32)
 
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """The batches of a `Plan`: `image`, `label` and, where bad images are replaced, `bad`.
+    """Yields the batches of a `Plan`: `image`, `label` and, if bad images are replaced, `bad`.
 
-    To be closed, which ends the workers.
+    The caller must close this iterator, which ends the workers.
 
     Raises:
-      image.BadImage: an example that can't be decoded, where they are not replaced.
-      ValueError: the data can't be read, workers can't be started, or one died.
+      image.BadImage: an image cannot be decoded, and bad images are not replaced.
+      ValueError: the data cannot be read, the workers cannot be started, or a worker died.
     """
     if self.workers:
       check_can_start()
     grain = open_grain()
     row_N = local_rows(over_batch, plan.rows)
     parts = [row_N[i : i + PART] for i in range(0, len(row_N), PART)]
-    each = -(-len(parts) // max(self.workers, 1))  # so that every worker is a batch ahead
+    each = -(-len(parts) // max(self.workers, 1))  # the workers decode one batch ahead
     found = grain.MapDataset.range(len(plan.steps) * len(parts))
     found = found.map(functools.partial(read_part, self, plan, parts))
     found = found.to_iter_dataset(grain.ReadOptions(self.threads, max(self.threads, each)))
@@ -110,35 +111,38 @@ class Stream:
       if 'Worker process' not in str(error):
         raise
       raise ValueError(
-        f'A worker process that decodes images died: {error} If memory ran out, fewer data.workers '
-        'need less. The same command goes on from the last checkpoint.'
+        f'A worker process that decodes images died: {error} If memory ran out, use fewer '
+        'data.workers. Repeat the command to resume from the last checkpoint.'
       ) from error
     finally:
       iterator.close()
 
   def some(self, index_N: Sequence[int]) -> Examples:
-    """Those at these places, in memory, as evaluation sees them."""
+    """Returns the examples at these indices in memory, decoded as in evaluation."""
     found = self.decode_all(index_N)
     return Examples(found['image'], found['label'])
 
   def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
-    """The `rows` at these places, decoded by several threads."""
+    """Returns the result of `rows` for these indices, decoded by several threads."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
       return join_parts(list(pool.map(self.rows, parts)))
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Whether the images at these places can be decoded, `[N]`; all where bad ones stop the run."""
+    """Returns whether each image at these indices can be decoded, bool `[N]`.
+
+    All are True if bad images stop the run.
+    """
     if not self.skip_bad_images or not len(index_N):
       return np.ones(len(index_N), bool)
     return self.decode_all(index_N)['bad'] == 0
 
   def joined(self, other: 'Stream') -> 'Stream':
-    """These, and after them the others."""
+    """Returns these examples followed by the others."""
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """What tells these examples from others: arrays by name, of files and what is made of them."""
+    """Yields named arrays that identify these examples: their files, and how they are decoded."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -152,17 +156,17 @@ class Stream:
       yield f'{label} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:
-    """Every example in order, not decoded."""
+    """Yields every example in order, not decoded."""
     for split, start, stop in self.pieces:
       yield from self.source.read(split, range(start, stop))
 
   def read(self, index_N: Sequence[int]) -> list[Example]:
-    """The examples at these places, not decoded."""
+    """Returns the examples at these indices, not decoded."""
     index_N = np.asarray(index_N)
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
     piece_N = np.searchsorted(begins, index_N, side='right') - 1
     found = [None] * len(index_N)
-    for piece in np.unique(piece_N):  # of what may be thousands, where examples are left out
+    for piece in np.unique(piece_N):  # only the needed ones, of perhaps thousands
       split, start, _ = self.pieces[piece]
       rows = np.flatnonzero(piece_N == piece)
       places = (index_N[rows] - begins[piece] + start).tolist()
@@ -173,11 +177,14 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """The examples at these places, decoded: `image`, `label`, and `bad`: how many gave way.
+    """Returns the decoded examples at these indices: `image` and `label`.
+
+    If bad images are replaced, it also returns `bad`: the number of bad images that were skipped to
+    fill each row.
 
     Args:
-      index_N: the places.
-      uniform_N4: of `image.random_part`; None: no random part.
+      index_N: indices of the examples.
+      uniform_N4: random numbers for `image.random_part`; None: no random crop.
     """
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
     rows = [self.good(*row) for row in zip(self.read(index_N), index_N, draws)]
@@ -188,10 +195,10 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int, int]:
-    """The image and label of the first good example from this one on; how many were bad.
+    """Returns image and label of the first good example from here on, and the number of bad ones.
 
     Raises:
-      image.BadImage: it is bad and to stop the run, or all are.
+      image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
     """
     for bad in range(1, len(self) + 1):
       try:
@@ -203,13 +210,13 @@ class Stream:
           raise
         warn(str(error))
         (example,) = self.read([(index + bad) % len(self)])
-    raise AssertionError('a split holds examples')
+    raise AssertionError('a split is never empty')
 
   def decode(self, example: Example, uniform_4: np.ndarray | None) -> np.ndarray:
-    """`image_HWC`, uint8, of an example: a random part of it, or what `fit` makes of it.
+    """Returns `image_HWC`, uint8, of an example: a random crop, or the image scaled by `fit`.
 
     Raises:
-      image.BadImage: it can't be decoded, or has a label that the source has not.
+      image.BadImage: the image cannot be decoded, or the source has no class for its label.
     """
     name, encoded, label = example
     if uniform_4 is None:
@@ -224,17 +231,17 @@ class Stream:
 
 @functools.cache
 def warn(message: str) -> None:
-  """Logs it once: a bad image comes again in every epoch."""
+  """Logs a message only once, because a bad image is read again in every epoch."""
   log.warning('%s', message)
 
 
 def best_threads(workers: int) -> int:
-  """Threads of each process where none are asked for. More would wait for Python's lock."""
+  """Returns the default number of threads per process. More threads would only wait for the GIL."""
   return min(16, max(1, num_cores() // max(1, workers)))
 
 
 def open_grain():
-  """Grain, imported where it is needed. It reads flags of absl's, which may not be in use here."""
+  """Returns Grain, imported on first use. Grain reads absl flags, so they are marked as parsed."""
   from absl import flags
   import grain
 
@@ -244,10 +251,10 @@ def open_grain():
 
 
 def open_stream(source: Source, split: str, **arguments) -> Stream:
-  """A split as a stream; `Stream` has the arguments.
+  """Opens a split as a stream; `Stream` documents the arguments.
 
   Raises:
-    ValueError: the split doesn't exist or holds nothing.
+    ValueError: the split does not exist, or contains no examples.
   """
   return Stream(source, tuple(source.pieces(split)), **arguments)
 
@@ -255,13 +262,13 @@ def open_stream(source: Source, split: str, **arguments) -> Stream:
 def read_part(
   stream: Stream, plan: Plan, parts: list[np.ndarray], number: int
 ) -> dict[str, np.ndarray]:
-  """The pixels of some rows of a batch: what Grain calls, in threads and workers.
+  """Returns the decoded rows of one part of a batch. Grain calls this in threads and workers.
 
   Args:
-    stream: whose examples they are.
-    plan: a `Plan`.
-    parts: the rows of each part of a batch.
-    number: of the part, counted from the plan's first batch on.
+    stream: the stream that holds the examples.
+    plan: the plan of the batches.
+    parts: rows of each part of a batch.
+    number: number of the part, counted from the plan's first batch.
   """
   step, part = divmod(number, len(parts))
   position_N = plan.positions(plan.steps[step])[parts[part]]
@@ -271,15 +278,16 @@ def read_part(
 
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
-  """Four numbers in [0, 1) of a position."""
-  # A counter of its own for each position. Bits are drawn, not numbers, because NumPy keeps the
-  # stream of bits for good, and that of numbers not.
+  """Returns the four random numbers in [0, 1) that belong to a position."""
+  # The position is part of the key, so each position has its own numbers. Raw bits are drawn: NumPy
+  # guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """One dictionary of arrays from several, which are emptied, in this process's own memory."""
-  # Frames of Grain's hold parts till the end, when it is too late to free what workers share.
+  """Joins dictionaries of arrays into one, in this process's own memory, and empties them."""
+  # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
+  # shared with the workers, so the parts are emptied here.
   names = list(parts[0])
   return {name: np.concatenate([np.asarray(part.pop(name)) for part in parts]) for name in names}

@@ -1,10 +1,10 @@
-"""Datasets of tensorflow-datasets, read without TensorFlow.
+"""Reads datasets of tensorflow-datasets (TFDS) without TensorFlow.
 
     python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
 
-runs in a child process, and is the only place that imports TensorFlow: it prepares `NAME` below
-DATA_DIR as array_record, or copies one that lies there as TFRecord, record by record, to
-CONVERTED_DIR.
+This command runs in a child process, and is the only code that imports TensorFlow. It prepares the
+dataset `NAME` in DATA_DIR in the array_record format. If the dataset is already there as TFRecord,
+it copies the records to CONVERTED_DIR instead.
 """
 
 import functools
@@ -24,23 +24,23 @@ from vit_jax.data.source import Source
 from vit_jax.distributed import from_first
 from vit_jax.names import choose, local
 
-CONVERTED = 'array_record'  # in it: TFDS data, beside the person's own files, which stay
+CONVERTED = 'array_record'  # folder for converted copies; the user's own TFDS files are kept
 
 
 def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """An image classification dataset of tensorflow-datasets, without TensorFlow."""
+  """Opens an image classification dataset of tensorflow-datasets, without TensorFlow."""
   del image_size
   root = data_root(name, data_dir)
-  if jax.distributed.is_initialized():  # of several processes one prepares what they may share
+  if jax.distributed.is_initialized():  # process 0 prepares data that all may share
     from_first(lambda: prepared_builder(name, root) and None)
   return tfds_source(name, prepared_builder(name, root))
 
 
 def data_root(name: str, data_dir: str) -> pathlib.Path:
-  """Where TFDS data lies.
+  """Returns the folder of the TFDS data.
 
   Raises:
-    ValueError: `name` is no dataset's.
+    ValueError: `name` is not the name of a dataset.
   """
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
@@ -49,10 +49,10 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
 
 
 def tfds_source(name: str, builder) -> Source:
-  """The source of a TFDS builder.
+  """Returns the source of a TFDS builder.
 
   Raises:
-    ValueError: it is of no image classification dataset.
+    ValueError: the dataset is not an image classification dataset.
   """
   import tensorflow_datasets
 
@@ -65,7 +65,7 @@ def tfds_source(name: str, builder) -> Source:
       f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
       f'{type(label).__name__}.'
     )
-  directory = str(builder.data_path)  # a builder could not be sent to another process
+  directory = str(builder.data_path)  # a builder cannot be sent to another process
 
   def read(split, indices):
     try:
@@ -74,10 +74,10 @@ def tfds_source(name: str, builder) -> Source:
         for i, record in zip(chunk, records.__getitems__(chunk) if chunk else ()):
           file = f' ({record["file_name"].decode()})' if 'file_name' in record else ''
           yield f'tfds:{name}/{split}/{i}{file}', record[image_key], int(record[label_key])
-    except Exception as error:  # TFDS and array_record raise many kinds
+    except Exception as error:  # TFDS and array_record raise many kinds of errors
       raise ValueError(
-        f'tfds:{name}/{split}: {directory} can not be read: {error}. A shard is missing or '
-        'damaged: copy it again, or remove that folder, which is then prepared anew.'
+        f'tfds:{name}/{split}: {directory} cannot be read: {error}. A shard is missing or '
+        'damaged: copy it again, or remove the folder, and the data will be prepared again.'
       ) from error
 
   sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
@@ -87,7 +87,7 @@ def tfds_source(name: str, builder) -> Source:
 
 @functools.lru_cache(maxsize=8)
 def open_records(directory: str, split: str, image_key: str):
-  """The records of a split, whose shards this process opens once; images stay encoded."""
+  """Opens the records of a split, once per process; images stay encoded."""
   import tensorflow_datasets
 
   decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
@@ -96,7 +96,7 @@ def open_records(directory: str, split: str, image_key: str):
 
 
 def prepared_builder(name: str, root: pathlib.Path):
-  """The TFDS builder of data prepared as array_record, preparing it if need be."""
+  """Returns the TFDS builder of array_record data, and prepares the data if needed."""
   converted = root / CONVERTED
   if not find_builder(name, root):
     check_known(name)
@@ -107,11 +107,11 @@ def prepared_builder(name: str, root: pathlib.Path):
         return builder
     if attempt == 'find':
       prepare(name, root, converted)
-  raise AssertionError(f'{name} was prepared below {root} and is not there')
+  raise AssertionError(f'{name} was prepared in {root} but cannot be found')
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """TFDS's builder of a dataset that it knows, or that lies prepared in the directory."""
+  """Returns the TFDS builder of a known or prepared dataset; None if it is neither."""
   import tensorflow_datasets
 
   try:
@@ -121,7 +121,7 @@ def find_builder(name: str, directory: pathlib.Path):
 
 
 def check_known(name: str) -> None:
-  """Raises ValueError for a dataset that TFDS doesn't have."""
+  """Raises ValueError for a dataset that TFDS does not have."""
   import tensorflow_datasets
 
   known = tensorflow_datasets.list_builders(with_community_datasets=False)
@@ -129,12 +129,12 @@ def check_known(name: str) -> None:
 
 
 def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
-  """Runs this module in a child process.
+  """Prepares a dataset by running this module in a child process.
 
   Raises:
-    ValueError: it failed; the message holds its reason and how to get the data.
+    ValueError: the child failed; the message gives the reason and explains how to get the data.
   """
-  logging.getLogger(__name__).info('Preparing %s below %s (once) ...', name, root)
+  logging.getLogger(__name__).info('Preparing %s in %s (only once) ...', name, root)
   command = [sys.executable, '-m', 'vit_jax.data.tfds', name, str(root), str(converted)]
   package = str(pathlib.Path(__file__).resolve().parents[2])
   path = os.pathsep.join(filter(None, [package, os.environ.get('PYTHONPATH')]))
@@ -144,11 +144,11 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
     lines = [line for line in child.stderr.splitlines() if line.strip()]
     reason = lines[-1][:500] if lines else f'exit code {child.returncode}'
     raise ValueError(
-      f'tfds:{name} is not prepared below {str(root)!r} and could not be: {reason}\n'
-      'On a machine with a network, with tensorflow installed, run\n'
+      f'tfds:{name} is not prepared in {str(root)!r}, and preparing it failed: {reason}\n'
+      'On a machine with network access and tensorflow, run\n'
       f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
-      'and copy the folder here; or point data.dir (or TFDS_DATA_DIR) at prepared data; or '
-      'use data.source=folder:<path>.'
+      'and copy the folder here. Or set data.dir (or TFDS_DATA_DIR) to a folder with prepared '
+      'data, or use data.source=folder:<path>.'
     )
 
 
@@ -158,8 +158,8 @@ def prepare_here() -> None:
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download import downloader
 
-  # TFDS tries a download ten times, ever slower: without a network that is three minutes
-  # of silence before the error.
+  # By default, TFDS tries a download ten times with growing pauses. Without a network, the error
+  # would come only after three minutes of silence.
   downloader.MAX_RETRIES = 4
   builder = tfds.builder(name, data_dir=root)
   if not builder.info.splits:
@@ -169,11 +169,14 @@ def prepare_here() -> None:
     source = pathlib.Path(builder.data_dir)
     convert_to_array_record(source, pathlib.Path(converted) / source.relative_to(root))
   else:
-    sys.exit(f'prepared as {builder.info.file_format.value}; array_record or tfrecord is needed')
+    sys.exit(f'prepared as {builder.info.file_format.value}, expected array_record or tfrecord')
 
 
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a prepared folder, its TFRecord files as array_record; complete or not there."""
+  """Copies a prepared folder, with its TFRecord files converted to array_record.
+
+  The target folder appears only when it is complete.
+  """
   from array_record.python import array_record_module
   import tensorflow as tf
 
@@ -200,5 +203,5 @@ def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
 if __name__ == '__main__':
   try:
     prepare_here()
-  except Exception as error:  # the parent shows the last line
+  except Exception as error:  # the parent process shows the last line
     sys.exit(f'{type(error).__name__}: {" ".join(str(error).split())}')

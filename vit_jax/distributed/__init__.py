@@ -1,4 +1,4 @@
-"""Processes, devices, and how arrays lie on them."""
+"""Processes, devices, and the placement of arrays on devices."""
 
 from vit_jax.distributed.backend import is_ampere, needed, portable, target_backend
 from vit_jax.distributed.children import check_can_start, end_with_parent, unsignalled

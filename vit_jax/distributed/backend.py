@@ -1,4 +1,4 @@
-"""The backend: whether it starts, and which a model's kernels are chosen for."""
+"""Checks that JAX's backend starts, and names the backend that a model's kernels are chosen for."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,21 +11,21 @@ _portable = contextvars.ContextVar('portable', default=False)
 
 
 def target_backend() -> str | None:
-  """`cpu`, `gpu` or `tpu`; None where the program is to run on all of them."""
+  """Returns `cpu`, `gpu` or `tpu`; None if the program must run on all of them."""
   return None if _portable.get() else jax.default_backend()
 
 
 def is_ampere() -> bool:
-  """Whether it is an NVIDIA GPU of Ampere's generation or a later one."""
+  """Returns whether the first device is an NVIDIA GPU of the Ampere generation or later."""
   device = jax.devices()[0]
   return 'cuda' in device.client.platform_version and float(device.compute_capability) >= 8
 
 
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
-  """Turns what JAX raises where it has no devices into a ValueError that says so.
+  """Turns the error that JAX raises when it finds no devices into a ValueError with a remedy.
 
-  It is asked again after a failure, because asking before would start it too early.
+  The devices are checked only after a failure, because an earlier check would start JAX too early.
   """
   try:
     yield
@@ -36,14 +36,14 @@ def needed() -> Iterator[None]:
       why = f' ({failure})' if str(failure) else ''
       raise ValueError(
         f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")}: JAX finds no such device here{why}. '
-        'Install what it needs for the device, e.g. jax[cuda13], or unset JAX_PLATFORMS.'
+        'Install JAX for this device, e.g. jax[cuda13], or unset JAX_PLATFORMS.'
       ) from error
     raise
 
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-  """What is traced within is the same program wherever that happens, and runs everywhere."""
+  """Makes programs that are traced in this block independent of the machine and its backend."""
   token = _portable.set(True)
   try:
     yield

@@ -1,4 +1,4 @@
-"""Child processes of this one: whether they can start, and how they end."""
+"""Controls how child processes of this process start and end."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,24 +11,24 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError where Python starts no process: in a worker that imports a bare script."""
+  """Raises ValueError if Python cannot start processes, because a worker imports a bare script."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
     raise ValueError(
-      'data.workers are processes that import the script which starts them, and would run it '
-      "again: put what it does under `if __name__ == '__main__':`, or use data.workers=0."
+      'Each worker process of data.workers imports the main script, and would run it again. Put '
+      "the script's code under `if __name__ == '__main__':`, or use data.workers=0."
     ) from error
 
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Threads that start meanwhile, and processes that they start, get no SIGINT and no SIGTERM.
+  """Blocks SIGINT and SIGTERM in threads started in this block, and in the processes they start.
 
-  A job's processes all get these at once. Workers must go on till training has saved; and a worker
-  that is only just starting could not yet ignore them by itself.
+  All processes of a job get these signals at the same time. Workers must keep running until
+  training has saved, and a worker that is still starting could not ignore the signals by itself.
   """
-  multiprocessing.resource_tracker.ensure_running()  # to start it later would undo the mask
+  multiprocessing.resource_tracker.ensure_running()  # starting it later would undo the mask
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
   try:
     yield
@@ -37,7 +37,7 @@ def unsignalled() -> Iterator[None]:
 
 
 def end_with_parent(index: int, count: int) -> None:
-  """What a worker process does first: it sees to it that it ends with the one that started it."""
+  """Makes a worker process exit when its parent process exits."""
   del index, count
 
   def watch():

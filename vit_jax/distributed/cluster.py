@@ -1,8 +1,8 @@
-"""Several processes as one: what the first tells the others, and when all stop.
+"""Makes several processes act as one: they share values and stop at the same step.
 
 Decisions:
-  * Only the first reads and writes the workdir, and tells the others what it found. So no file
-    system need be shared, and what a pod writes are the files that a laptop writes.
+  * Only process 0 reads and writes the workdir, and sends the others what it found. So no shared
+    file system is needed, and a pod writes the same files as a laptop.
 """
 
 from collections.abc import Callable
@@ -17,46 +17,46 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
-ARRAY = '__array__'  # key of what stands for an array in JSON
-ASKED = itertools.count(2**30)  # of the preemption service, by this process
+ARRAY = '__array__'  # key of the JSON object that replaces an array
+ASKED = itertools.count(2**30)  # numbers of this process's calls to the preemption service
 
 
 class Preempted(Exception):
-  """Training was asked to stop, and has saved what it had done."""
+  """Raised after training was asked to stop and has saved its progress."""
 
 
 def asked_to_stop() -> bool:
-  """Whether all processes are to stop now; each asks equally often.
+  """Returns whether all processes must stop now; each process must call this equally often.
 
-  JAX has them stop at the call after the latest that any had made when the notice came, and tells
-  calls by their numbers. They are not steps, with which a run may begin anywhere, and are larger
-  than any, because orbax asks too, with its own.
+  JAX identifies calls by their numbers. When the notice comes, all processes stop at the call after
+  the latest call that any process has made. The numbers are not the training steps, because a run
+  may begin at any step. They are larger than any step, because orbax numbers its calls by step.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
 
 def num_cores() -> int:
-  """Cores that this process may run on."""
+  """Returns the number of cores that this process may run on."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def is_first() -> bool:
-  """Whether this process is the one that reads, writes and reports."""
+  """Returns whether this is process 0, which reads, writes and reports."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def from_first(function: Callable[[], object]) -> object:
-  """What `function()` gives, or raises, in the first process: in all of them.
+  """Calls `function` in process 0, and returns its result or raises its error in all processes.
 
   Args:
-    function: gives what JSON can hold, and NumPy arrays anywhere in it. In several processes
-      tuples come back as lists.
+    function: returns a value that JSON can hold, with NumPy arrays anywhere in it. With several
+      processes, tuples come back as lists.
 
   Raises:
-    ValueError: which the function raised, or in the place of its OSError; in the other processes
-      also in the place of any other error.
+    ValueError: the function raised it. With several processes it also replaces an OSError and, in
+      all but process 0, any other error.
   """
-  # Asking for the process count alone would start JAX, before `devices.start_up` may have run.
+  # The process count alone would start JAX, perhaps before `devices.start_up` has run.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None
@@ -70,7 +70,7 @@ def from_first(function: Callable[[], object]) -> object:
       text = json.dumps({'value': function()}, default=marked)
     except (ValueError, OSError) as error:
       text = json.dumps({'error': str(error)})
-    except Exception as error:  # the others wait for what it is
+    except Exception as error:  # the other processes wait for an answer
       text = json.dumps({'error': f'Process 0 failed: {type(error).__name__}: {error}'})
       failure = error
   text = broadcast(text and text.encode())
@@ -93,26 +93,26 @@ def from_first(function: Callable[[], object]) -> object:
 
 
 def check_same(what: str, value: dict) -> None:
-  """Raises ValueError, in every process, where one has another value than the first.
+  """Raises ValueError in every process if one has a different value than process 0.
 
   Args:
-    what: the values are, in a word.
-    value: of this process: what JSON can hold.
+    what: name of the value, for the message.
+    value: the value of this process, which JSON can hold.
   """
   first, *others = from_all(value)
-  text = lambda found, key: json.dumps(found.get(key))  # in which NaN is NaN
+  text = lambda found, key: json.dumps(found.get(key))  # as text, NaN equals NaN
   for i, other in enumerate(others, start=1):
     keys = [key for key in {**first, **other} if text(first, key) != text(other, key)]
     if keys:
       differences = '; '.join(f'{k}={other.get(k)!r} instead of {first.get(k)!r}' for k in keys)
       raise ValueError(
-        f'The {what} of process {i} differs from that of process 0: {differences}. Start all '
+        f'The {what} of process {i} differs from process 0: {differences}. Start all '
         f'processes with the same {what}.'
       )
 
 
 def from_all(value: object) -> list:
-  """What JSON can hold, of each process, in every process."""
+  """Returns the values of all processes, in every process. JSON must be able to hold them."""
   data = json.dumps(value).encode()
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [json.loads(data)]
@@ -122,15 +122,15 @@ def from_all(value: object) -> list:
 
 
 def broadcast(data: bytes | None) -> bytes:
-  """The first process's bytes, in all; the others give None."""
+  """Returns the bytes of process 0 in all processes; the others pass None."""
   size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
-  # As bytes, because the sum that this is made of would turn -0.0 into 0.0.
+  # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(flat)).tobytes()
 
 
 def to_host(tree):
-  """The arrays of a tree as NumPy, whole, in every process."""
+  """Returns the arrays of a tree as whole NumPy arrays, in every process."""
 
   def whole(x):
     if x.is_fully_addressable or x.is_fully_replicated:
@@ -141,10 +141,10 @@ def to_host(tree):
 
 
 class Preemption:
-  """Listens for the notice that this job must end soon: SIGTERM. A context manager.
+  """Context manager that listens for SIGTERM, the notice that this job must end soon.
 
-  In several processes JAX's preemption service listens, and lets all of them stop at the same
-  step, whichever was told.
+  With several processes, JAX's preemption service listens. It makes all of them stop at the same
+  step, even if only one got the notice.
   """
 
   def __enter__(self):
@@ -162,7 +162,7 @@ class Preemption:
     self._noticed = True
 
   def is_due(self) -> bool:
-    """Whether to save and stop after this step; to be asked after each one."""
+    """Returns whether to save and stop after this step; must be called after every step."""
     if jax.distributed.is_initialized():
       return asked_to_stop()
     return self._noticed

@@ -1,11 +1,11 @@
-"""The devices: how many, and in which mesh.
+"""Chooses the number of devices and arranges them in a mesh.
 
 Decisions:
-  * Mesh axes are `data`, `fsdp` and `tensor`. A batch is split over the first two; parameters and
-    all that is shaped like them over the last two.
-  * They are Auto: under `jax.make_mesh`'s default, Explicit, a linen module fails on a
-    sharded batch.
-  * A CPU is one device a core for batches large enough (`microbatch.py` has the reason).
+  * The mesh axes are `data`, `fsdp` and `tensor`. A batch is split over the first two. Parameters,
+    and all arrays shaped like them, are split over the last two.
+  * The axes have the type Auto. With Explicit, the default of `jax.make_mesh`, a linen module fails
+    on a sharded batch.
+  * On a CPU, each core is a device if the batch is large enough (`microbatch.py` has the reason).
 """
 
 from collections.abc import Mapping
@@ -18,30 +18,30 @@ from jax.sharding import AxisType, Mesh
 from vit_jax.distributed import cluster
 
 AXES = ('data', 'fsdp', 'tensor')
-BATCH = ('data', 'fsdp')  # what a batch is split over
+BATCH = ('data', 'fsdp')  # the axes that a batch is split over
 ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
-MIN_EXAMPLES = 32  # of a batch for each CPU device; with fewer, keeping in step costs more
+MIN_EXAMPLES = 32  # per CPU device; with fewer, synchronization costs more than a device gains
 
 _one_per_core = False  # whether `start_up` set the number of CPU devices, not the user
 
 
 def start_up() -> None:
-  """Makes one CPU device per core, of which a mesh takes as many as its batch is worth.
+  """Makes one CPU device per core, of which a mesh uses at most `worth`.
 
-  The first question about devices starts JAX, with a single CPU device unless it was told
-  otherwise. So this is called before all else. It does nothing where the user has set the number
-  of CPU devices, and nothing where JAX runs already.
+  The first query for devices starts JAX, by default with a single CPU device. So this must be
+  called before anything else. It does nothing if the user has set the number of CPU devices, or if
+  JAX is already running.
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
-    with contextlib.suppress(RuntimeError):  # JAX runs already: see `few_devices`
+    with contextlib.suppress(RuntimeError):  # JAX is running: see `few_devices`
       jax.config.update('jax_num_cpu_devices', cluster.num_cores())
       _one_per_core = True
 
 
 def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str | None:
-  """Why a batch is divided over fewer CPU devices than it could be; None where it is not.
+  """Returns why a batch is divided over fewer CPU devices than possible; None if it is not.
 
   Args: see `make_mesh`.
   """
@@ -54,14 +54,14 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
   if wanted <= count:
     return None
   return (
-    f'JAX was started with {count} CPU device(s), and batch_size={batch_size} is worth {wanted}: '
-    'results differ in rounding from those of a run with all devices. Call vit_jax.train before '
+    f'JAX was started with {count} CPU device(s), but batch_size={batch_size} would use {wanted}. '
+    'Results differ in rounding from a run with all devices. Call vit_jax.train before '
     f'other JAX code, or set JAX_NUM_CPU_DEVICES={wanted}.'
   )
 
 
 def worth(count: int, batch_size: int) -> int:
-  """How many of `count` CPU devices, at most, a batch is divided over."""
+  """Returns the maximum number of CPU devices, out of `count`, that a batch is divided over."""
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 
@@ -71,19 +71,19 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """A mesh of all devices; on a CPU of as many as divide the batch and are worth it.
+  """Returns a mesh of all devices; on a CPU, of as many as divide the batch, at most `worth`.
 
-  Where the user has set the number of CPU devices, all that divide the batch are used.
+  If the user has set the number of CPU devices, the mesh uses as many of them as divide the batch.
 
   Args:
-    batch_size: examples over all devices; None: a mesh of all devices.
-    micro_batches: that a device's share is to divide into.
-    group: neighbours that stay together on a device and in a micro-batch.
-    shape: devices along each of `AXES`; -1, of one of them, for all that remain. That of `data`
-      gives way to another's.
+    batch_size: number of examples over all devices; None: a mesh of all devices.
+    micro_batches: number of micro-batches that each device's share is divided into.
+    group: number of neighbouring examples that stay together on a device and in a micro-batch.
+    shape: number of devices along each of `AXES`; one axis may be -1, for all remaining devices.
+      If another axis is -1 too, `data` becomes 1.
 
   Raises:
-    ValueError: devices that make no such mesh, or that the batch does not divide over.
+    ValueError: the devices cannot form such a mesh, or the batch does not divide over them.
   """
   devices, given = jax.devices(), batch_size is not None
   batch_size = batch_size if given else len(devices)
@@ -96,21 +96,21 @@ def make_mesh(
   counts = [len(devices)]
   if devices[0].platform == 'cpu' and jax.process_count() == 1:
     most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
-    # The first that fits is taken: more than are worth it only where `shape` asks for them.
+    # The first count that fits is used, so counts above `most` are used only if `shape` needs them.
     counts = [*range(most, 0, -1), *range(most + 1, len(devices) + 1)]
   sizes = [axis_sizes(shape, count) for count in counts]
   sizes = [found for found in sizes if found]
   if not sizes:
     raise ValueError(
-      f'A mesh of {dict(shape)} can not be made of {len(devices)} device(s): its axes must '
-      'multiply to their number, and -1 of one axis stands for what remains. On a CPU '
-      'JAX_NUM_CPU_DEVICES=8 makes eight.'
+      f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s): the product of its '
+      'axes must be the number of devices. Set one axis to -1 for all remaining devices. On a '
+      'CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
     )
   fitting = [found for found in sizes if rows % (found[0] * found[1]) == 0]
   if not fitting:
     data, fsdp, _ = sizes[0]
     raise ValueError(
-      f'batch_size={batch_size} in micro_batches={micro_batches} does not divide over '
+      f'batch_size={batch_size} with micro_batches={micro_batches} does not divide over '
       f'{data * fsdp} devices: make batch_size a multiple of '
       f'{micro_batches * data * fsdp * group}.'
     )
@@ -118,19 +118,19 @@ def make_mesh(
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """A mesh of all devices, which share a padded batch; on a CPU of as many as it is worth."""
+  """Returns a mesh of all devices for a padded batch; on a CPU, of at most `worth`."""
   count = jax.device_count()
   return mesh_of((worth(count, batch_size) if _one_per_core else count, 1, 1))
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Mesh:
-  """A mesh of the first devices, so many along each of `AXES`."""
+  """Returns a mesh of the first devices, with these sizes along `AXES`."""
   devices = jax.devices()[: math.prod(sizes)]
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
-  """The axes' sizes of a mesh of so many devices; None where there is none."""
+  """Returns the sizes of a mesh's axes for `count` devices; None if no such mesh exists."""
   if -1 in (shape['fsdp'], shape['tensor']) and shape['data'] == -1:
     shape = {**shape, 'data': 1}
   fixed = math.prod(size for size in shape.values() if size != -1)
@@ -140,10 +140,10 @@ def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
 
 
 def shares(mesh: Mesh) -> int:
-  """How many parts a batch is split in."""
+  """Returns the number of parts that a batch is split into."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def splits(mesh: Mesh) -> bool:
-  """Whether parameters are split over devices."""
+  """Returns whether parameters are split over devices."""
   return mesh.size > mesh.shape['data']

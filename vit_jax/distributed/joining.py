@@ -1,11 +1,11 @@
-"""How several processes become one program, and how each leaves it.
+"""Joins several processes into one program, and ends them when one fails.
 
 Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
-  * A process that fails leaves without waiting for the others. JAX's coordination service ends
-    those within `LOST` seconds, and names it.
-  * Process 0 holds that service, and JAX aborts the others at once where it ends. So it leaves last
-    where all fail alike.
+  * A process that fails exits without waiting for the others. JAX's coordination service ends the
+    others within `LOST` seconds, and names the failed process.
+  * Process 0 runs that service, and JAX aborts the other processes as soon as it exits. So if all
+    processes fail in the same way, process 0 exits last.
 """
 
 from collections.abc import Iterator
@@ -24,15 +24,15 @@ import jax
 
 from vit_jax.distributed import cluster
 
-SOON = 5.0  # seconds until a process says that it waits for the others
-JOIN = 300  # seconds that a process waits for the others to start
-PARTING = 2.0  # seconds that process 0 stays longer, if all processes fail alike
-LOST = 30  # seconds without a sign of life after which a process counts as dead
+SOON = 5.0  # seconds of waiting for the others after which a process prints a message
+JOIN = 300  # maximum seconds to wait for the other processes to start
+PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
+LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
-AGAIN = 'start all again with the same commands, and the run resumes from its last checkpoint.'
-ALONE = 'To run in this process alone, give --num_processes=1.'
-# What Slurm, Open MPI, an indexed job of Kubernetes or a person sets in each process; a TPU has
-# libtpu. Kubernetes sets KUBERNETES_SERVICE_HOST in lone pods, too.
+AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
+ALONE = 'To run only this process, use --num_processes=1.'
+# Variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each process. A TPU
+# has libtpu instead. KUBERNETES_SERVICE_HOST says nothing: Kubernetes sets it in single pods, too.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
@@ -43,9 +43,9 @@ LAUNCHERS = (
 def joined(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-  """This process as one of several, or alone; `join` has the arguments.
+  """Runs the block as one of several processes, or alone; `join` documents the arguments.
 
-  A process that fails ends here, where others would wait for it.
+  If there are several processes and this one fails, it exits here (`leave`).
   """
   join(coordinator, num_processes, process_id)
   try:
@@ -57,17 +57,17 @@ def joined(
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-  """Makes this process one of several; does nothing where it is alone.
+  """Joins this process with the others; does nothing if it runs alone.
 
-  Without arguments JAX looks for Slurm, Open MPI, Kubernetes and TPU pods by itself.
+  Without arguments, JAX detects Slurm, Open MPI, Kubernetes and TPU pods by itself.
 
   Args:
-    coordinator: `host:port` of the first process.
-    num_processes: of the whole; 1 to be alone whatever the surroundings.
-    process_id: 0, 1, ...; that of the first is 0.
+    coordinator: `host:port` of process 0.
+    num_processes: total number of processes; 1 runs this process alone, even in a cluster.
+    process_id: number of this process: 0, 1, ...
 
   Raises:
-    ValueError: arguments that don't go together, or processes that don't come together.
+    ValueError: the arguments are inconsistent, or the processes could not connect.
   """
   given = coordinator, num_processes, process_id
   some = given != (None, None, None)
@@ -77,7 +77,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   try:
     with (
-      warnings.catch_warnings(action='ignore'),  # of clusters that it can't look into
+      warnings.catch_warnings(action='ignore'),  # about clusters JAX cannot inspect
       waiting(f'{num_processes} processes at {coordinator}' if some else 'all processes'),
     ):
       jax.distributed.initialize(
@@ -86,45 +86,45 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   except ValueError as error:
     if some:
       raise ValueError(f'--coordinator={coordinator}: {error}') from error
-    return  # no cluster that JAX knows
-  except Exception as error:  # the runtime's, and those of each kind of cluster
-    raise ValueError(f'The processes did not come together: {error}. {ALONE}') from error
-  # Said now: where one dies, the others hang in an exchange until JAX's own thread aborts them.
-  say(f'One of several processes. If JAX aborts it because another one died, {AGAIN}')
-  cluster.asked_to_stop()  # so that a notice before the first step is for a later call
+    return  # JAX detected no cluster
+  except Exception as error:  # the runtime and each kind of cluster raise their own errors
+    raise ValueError(f'The processes could not connect: {error}. {ALONE}') from error
+  # Printed now, because after another process dies this one can only hang until JAX aborts it.
+  say(f'This is one of several processes. If JAX aborts it because another one died, {AGAIN}')
+  cluster.asked_to_stop()  # a notice before the first step then takes effect at a later call
 
 
 def check_arguments(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Raises ValueError for arguments of `join` that do not go together, or can't be used here."""
+  """Raises ValueError if the arguments of `join` are inconsistent or cannot be used here."""
   alone = num_processes == 1 and process_id in (None, 0)
   whole = None not in (coordinator, num_processes, process_id)
   if not alone and not (whole and 0 <= process_id < num_processes):
     raise ValueError(
-      '--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1> go together, '
-      f'got {coordinator}, {num_processes}, {process_id}.'
+      '--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1> must be given '
+      f'together, got {coordinator}, {num_processes}, {process_id}.'
     )
   if coordinator is None:
     return
   found = re.fullmatch(r'.+:(\d+)', coordinator)
   if not found or not 1 <= int(found[1]) <= MAX_PORT:
     raise ValueError(
-      f'--coordinator={coordinator}: expected <host>:<port>, as in 10.0.0.1:8476, with a '
+      f'--coordinator={coordinator}: expected <host>:<port>, e.g. 10.0.0.1:8476, with a '
       f'port from 1 to {MAX_PORT}.'
     )
   if not alone and process_id == 0 and (reason := why_not_free(int(found[1]))):
     raise ValueError(
-      f'--coordinator={coordinator}: process 0 can not listen on port {found[1]} of this machine '
-      f'({reason}). Give all processes another port.'
+      f'--coordinator={coordinator}: process 0 cannot listen on port {found[1]} of this machine '
+      f'({reason}). Use another port in all processes.'
     )
 
 
 def why_not_free(port: int) -> str | None:
-  """Why this machine can't listen on a port; None where it can."""
-  both = socket.has_dualstack_ipv6()  # JAX listens on all addresses of both kinds
+  """Returns why this machine cannot listen on a port; None if it can."""
+  both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # left over from a run before
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after an earlier run
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:
@@ -135,16 +135,16 @@ def why_not_free(port: int) -> str | None:
 
 
 def say(text: str) -> None:
-  """Prints a line of this process, the first or not."""
+  """Prints a line to stderr, in every process."""
   print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Says soon what is waited for, and ends this process after `JOIN`: JAX would abort it."""
+  """Prints what the block waits for, and exits after `JOIN` seconds, before JAX would abort."""
 
   def give_up():
-    say(f'error: {what} did not come together in {JOIN} s. Start all within that time. {ALONE}')
+    say(f'error: {what} did not connect within {JOIN} s. Start all within this time. {ALONE}')
     os._exit(2)
 
   timers = [
@@ -162,12 +162,12 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Whether this may be one of several processes; JAX then looks closer."""
+  """Returns whether this may be one of several processes; JAX then checks more closely."""
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 
 def leave(error: BaseException) -> None:
-  """Ends this process, one of several, at once: an ordinary exit would wait for the others."""
+  """Ends this process, one of several, at once; an ordinary exit would wait for the others."""
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)
@@ -177,11 +177,11 @@ def leave(error: BaseException) -> None:
     traceback.print_exception(error)
     print(f'error: {name} failed.', file=sys.stderr)
   runtime = isinstance(error, jax.errors.JaxRuntimeError)
-  if runtime or 'Gloo' in str(error):  # which sends between CPUs
-    names = ', which JAX names within a minute' if runtime else ''
-    say(f'Perhaps another process died{names}: {AGAIN}')
+  if runtime or 'Gloo' in str(error):  # Gloo sends data between CPUs
+    names = ' (JAX names it within a minute)' if runtime else ''
+    say(f'Another process may have died{names}: {AGAIN}')
   if runtime:
-    time.sleep(LOST + 5)  # JAX ends this process then
+    time.sleep(LOST + 5)  # within this time JAX ends this process
   sys.stdout.flush()
   sys.stderr.flush()
   if cluster.is_first():

@@ -1,13 +1,13 @@
-"""How the devices work through a batch.
+"""Defines how the devices work through a batch.
 
 Decisions:
-  * Where every device holds all parameters, it works on its share of the batch by itself and
-    sums are taken once a step (`shard_map`). Where parameters are split, XLA partitions one
-    program for all, kept by constraints from splitting anything but the batch between blocks.
-  * A CPU is one device a core for batches large enough, and each works through its share in
-    micro-batches that stay in its cache, on its own until all are done. For small models that
-    is far faster than one program over all cores and the whole batch, which is what
-    `plain_linen` in results/speed_cpu.json is; for wide ones it makes no difference.
+  * If every device holds all parameters, it works on its share of the batch independently, and sums
+    are computed once per step (`shard_map`). If parameters are split, XLA partitions one program
+    over all devices. Constraints keep the activations between blocks split over the batch.
+  * On a CPU, each core is a device if the batch is large enough. Each device works through its
+    share in micro-batches that fit into its cache, without waiting for the others until the end.
+    For small models this is far faster than one program over all cores and the whole batch
+    (`plain_linen` in results/speed_cpu.json). For wide models it makes no difference.
 """
 
 from collections.abc import Callable
@@ -22,25 +22,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vit_jax.distributed import devices
 from vit_jax.distributed.sharding import keep_layout
 
-# Of a micro-batch on a CPU: rows enough for a product, and few enough for the cache. A wide
-# model's weights don't fit there; it takes more rows, so that reading them is little of the work.
+# Size of a micro-batch on a CPU: large enough for an efficient matrix product, and small enough for
+# the cache. The weights of a wide model do not fit into the cache. Its micro-batches are larger, so
+# that reading the weights is only a small part of the work.
 TOKENS = 1024
 TOKENS_PER_WIDTH = 4
 
 
 def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: int = 1) -> int:
-  """How many parts each device best takes its share of a batch in.
+  """Returns the best number of micro-batches for each device's share of a batch.
 
   Args:
-    mesh: of the devices.
-    batch_size: over all of them.
-    tokens: of an example.
-    width: of the model.
-    group: neighbours that stay together.
+    mesh: mesh of the devices.
+    batch_size: number of examples over all devices.
+    tokens: number of tokens of an example.
+    width: width of the model.
+    group: number of neighbouring examples that stay together.
 
   Returns:
-    1 on accelerators; on a CPU what makes parts of about `TOKENS` tokens or
-    `TOKENS_PER_WIDTH` times the width.
+    1 on accelerators. On a CPU, the number that gives micro-batches of about `TOKENS` tokens, or
+    of `TOKENS_PER_WIDTH` times the width if this is more.
   """
   if mesh.devices.flat[0].platform != 'cpu':
     return 1
@@ -51,15 +52,15 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """`(batch, *shared) -> sums` of `function` over the batch, `parts` micro-batches a device.
+  """Returns a function `(batch, *shared) -> sums` that adds up `function` over the batch.
 
   Args:
-    function: `(micro-batch, *shared)` to a tree of sums over the micro-batch's examples.
-    mesh: whose devices each hold a share of the batch, and `shared` as `layout` has it.
-    parts: micro-batches that a device takes its share in; they divide it.
+    function: maps `(micro-batch, *shared)` to a tree of sums over the examples.
+    mesh: mesh of devices. Each holds a share of the batch, and `shared` as `layout` places it.
+    parts: number of micro-batches per device, which must divide the device's share.
   """
 
-  @jax.jit  # traced once, though called twice
+  @jax.jit  # traced once, although called twice
   def sums_of(part, *shared):
     return keep_layout(mesh, function(part, *shared))
 
@@ -81,7 +82,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """As `add_up`, for a function that gives an array with a row for each example."""
+  """Works like `add_up`, for a function that returns an array with one row per example."""
 
   def on_device(batch, *shared):
     if parts == 1:
@@ -93,12 +94,15 @@ def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def split(batch, parts: int):
-  """Every array `[B, ...]` as `[parts, B / parts, ...]`."""
+  """Reshapes every array `[B, ...]` to `[parts, B / parts, ...]`."""
   return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
 def micro(batch, mesh: Mesh, parts: int):
-  """The same; where it is the batch of all devices, each part is of a piece of every share."""
+  """Splits a batch like `split`, but takes each part from the shares of all devices.
+
+  This matters only if parameters are split, where `batch` is the batch of all devices.
+  """
   if not devices.splits(mesh):
     return split(batch, parts)
   sharding = NamedSharding(mesh, PartitionSpec(None, devices.BATCH))
@@ -111,10 +115,10 @@ def micro(batch, mesh: Mesh, parts: int):
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """The function, what modules give in it split over the batch as the batch is.
+  """Returns the function with every module's output split over the batch, like the batch itself.
 
-  Left to itself, XLA may split a token's vector as it finds the next kernel split, and so send
-  activations around in the place of parameters.
+  Without this, XLA may split a token's vector in the same way as the next kernel. Then devices
+  exchange activations instead of parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 
@@ -134,12 +138,12 @@ def over_blocks(function: Callable, mesh: Mesh) -> Callable:
 
 
 def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
-  """`(batch, *shared)` run by every device on its share of the batch."""
+  """Returns a function `(batch, *shared)` that every device runs on its share of the batch."""
 
   def run(batch, *shared):
     in_specs = (PartitionSpec(devices.BATCH), *[PartitionSpec()] * len(shared))
-    # Without check_vma a gradient is that of the device's own share, summed when we say so;
-    # with it, JAX would sum over the devices in every micro-batch.
+    # Without check_vma, a gradient covers only the device's own share, and we decide when to sum.
+    # With check_vma, JAX would sum over the devices in every micro-batch.
     mapped = jax.shard_map(
       function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: parameters by their names and shapes, batches by their rows."""
+"""Places arrays on a mesh: parameters by their names and shapes, batches by their rows."""
 
 from collections.abc import Mapping
 import math
@@ -9,8 +9,9 @@ import numpy as np
 
 from vit_jax.distributed import devices
 
-# Which axis of an array `tensor` splits, by the last two parts of its name: attention's heads and
-# the MLP's hidden units (Shoeybi et al. 2019, 1909.08053, Section 3).
+# The axis of an array that `tensor` splits, by the last two parts of the array's name. It splits
+# the heads of attention and the hidden units of the MLP (Shoeybi et al. 2019, 1909.08053,
+# Section 3).
 TENSOR_AXIS = {
   ('query', 'kernel'): 1,
   ('query', 'bias'): 0,
@@ -23,31 +24,31 @@ TENSOR_AXIS = {
   ('up', 'bias'): 0,
   ('down', 'kernel'): 0,
 }
-SPLIT_FROM = 4096  # elements; `fsdp` leaves smaller arrays whole, which cost more to gather
+SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays: gathering would cost too much
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """For arrays whose first axis is the batch."""
+  """Returns the sharding of arrays whose first axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(devices.BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """For arrays that every device holds whole."""
+  """Returns the sharding of arrays that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def layout(mesh: Mesh, tree):
-  """The sharding of each array of a tree: parameters, or what has their names and shapes."""
+  """Returns the sharding of each array of a tree: parameters, or arrays named and shaped alike."""
   return jax.tree_util.tree_map_with_path(
     lambda path, x: NamedSharding(mesh, partition(mesh, path, x.shape)), tree
   )
 
 
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-  """Which mesh axis splits each axis of an array.
+  """Returns which mesh axis splits each axis of an array.
 
-  `tensor` splits what `TENSOR_AXIS` says; `fsdp` the longest other axis that it divides
-  (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  `tensor` splits the axis given in `TENSOR_AXIS`. `fsdp` splits the longest other axis that is
+  divisible by its size (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)
@@ -62,29 +63,29 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def place(tree, like):
-  """Arrays that every process holds whole, as global ones that lie where those of `like` do."""
+  """Makes global arrays, sharded as in `like`, from arrays that every process holds whole."""
   return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
 
 
 def replicate(mesh: Mesh, tree):
-  """Arrays that every process holds whole, as global ones that every device does."""
+  """Makes global arrays, replicated on every device, from arrays that every process holds whole."""
   return jax.tree.map(lambda x: spread(x, replicated(mesh)), tree)
 
 
 def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """An array that every process holds whole, as a global one."""
+  """Makes a global array from an array that every process holds whole."""
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
 
 
 def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """`array[index_B]` as a global array, of which each process gathers what its devices hold."""
+  """Returns `array[index_B]` as a global array; each process gathers only its devices' rows."""
   shape = (len(index_B), *array.shape[1:])
   return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
 
 
 def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:
-  """The rows of a batch that the devices of this process hold, in order."""
+  """Returns the rows of a batch that the devices of this process hold, in order."""
   places = over_batch.addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows)[where] for where in places]))
 
@@ -95,7 +96,7 @@ def place_rows(
   over_batch: jax.sharding.Sharding,
   local: Mapping[str, np.ndarray],
 ) -> dict[str, jax.Array]:
-  """Global arrays of `count` rows, of which this process has those of `row_N`."""
+  """Makes global arrays of `count` rows; `local` holds this process's rows, numbered `row_N`."""
 
   def put(array):
     def part(where):
@@ -109,7 +110,7 @@ def place_rows(
 
 
 def keep_layout(mesh: Mesh, tree):
-  """Inside a program that XLA partitions: arrays where `layout` has them."""
+  """Keeps arrays in their `layout`, inside a program that XLA partitions."""
   return (
     jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree
   )

@@ -1,4 +1,4 @@
-"""What a run keeps on disk."""
+"""Reads and writes the files that a run keeps on disk."""
 
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.lock import held

@@ -1,16 +1,19 @@
-"""Checkpoints with orbax, and orbax only here.
+"""Saves and restores checkpoints with orbax, which only this package uses.
 
-A workdir keeps them in `checkpoints/<step>/`, each with four items: `params`, `state`
-(step, optimizer state, averages), `names` (what the training files are known by, `trained.py`) and
-`config` (JSON: version, config, what the data told: class names, channels, stored size, the last
-steps of the run's earlier cycles, and digests of all items).
+A workdir keeps its checkpoints in `checkpoints/<step>/`. Each has four items:
+  * `params`: the parameters.
+  * `state`: step, optimizer state and averaged parameters.
+  * `names`: hashes that identify the training files (`trained.py`).
+  * `config`: JSON with the version, the config and facts about the data (class names, channels,
+    stored size). It also has the last steps of the run's earlier cycles, and checksums of all items
+    (`digests`).
 
 Decisions:
-  * Arrays are saved whole and as NumPy arrays, by the first process. Saved as JAX arrays they carry
-    their devices, and orbax then refuses to restore them, without a target, on a machine with
-    fewer. So the same files come of a laptop and of a pod, and open on either.
-  * A checkpoint appears under its name only when it is whole (orbax renames it). What happens to
-    it afterwards its digests tell, which are compared whenever it is read.
+  * Process 0 saves whole arrays, as NumPy arrays. JAX arrays would be saved with their devices.
+    Without a target, orbax then refuses to restore them on a machine with fewer devices. So a
+    laptop and a pod write the same files, and each can open the files of the other.
+  * A checkpoint appears under its name only when it is complete, because orbax renames it then.
+    Later damage is detected by the checksums, which are compared at every read.
 """
 
 from collections.abc import Iterator
@@ -30,13 +33,13 @@ from vit_jax.workdir import items, stored
 
 
 class Checkpoints:
-  """The checkpoints of one workdir, open for writing; a context manager.
+  """Context manager that keeps the checkpoints of one workdir open for writing.
 
-  In several processes all call its methods, in the same order.
+  With several processes, all must call its methods in the same order.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Keeps the newest `keep`, and the best by the accuracy given to `save`, if any is."""
+    """Keeps the newest `keep` checkpoints, and the one with the best accuracy given to `save`."""
     self._workdir = workdir
     self._accuracies, self._manager = {}, None
     if is_first():
@@ -51,13 +54,13 @@ class Checkpoints:
     if self._manager is None:
       return
     try:
-      self._manager.close()  # waits until the last one is written
-    except Exception as error:  # orbax and tensorstore raise many kinds
+      self._manager.close()  # waits until the last checkpoint is written
+    except Exception as error:  # orbax and tensorstore raise many kinds of errors
       if kind is None:
         raise not_saved(self._workdir, error) from error
 
   def latest(self) -> int | None:
-    """The newest step; None where there is none."""
+    """Returns the step of the newest checkpoint; None without a checkpoint."""
     return stored.latest_step(self._workdir)
 
   def rate(self, step: int, accuracy: float | None) -> None:
@@ -66,20 +69,20 @@ class Checkpoints:
       self._accuracies[step] = accuracy
 
   def best(self) -> int:
-    """The step of the best checkpoint, of those that have an accuracy."""
+    """Returns the step of the checkpoint with the best accuracy."""
     return stored.ranked(self._accuracies)[0][0]
 
   def save(self, state, config: dict, accuracy: float | None = None) -> None:
-    """Copies the state to the host, then writes it while training goes on.
+    """Copies the state to the host, then writes it while training continues.
 
     Args:
-      state: of the run.
-      config: the item `config`, and in it the item `names`.
-      accuracy: that the best checkpoint is chosen by; None for none.
+      state: training state of the run.
+      config: the item `config`; its key `names` holds the item `names`.
+      accuracy: validation accuracy, by which the best checkpoint is chosen; None if unknown.
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      output.Unwritten: this one, or the one before it, can't be written.
+      storage.Unwritten: this checkpoint, or the previous one, cannot be written.
     """
     host = to_host(state)
     step = int(host.step)
@@ -95,7 +98,7 @@ class Checkpoints:
     if accuracy is not None:
       config = config | {'accuracy': accuracy}
       self._accuracies[step] = accuracy
-    config = json.loads(json.dumps(config))  # tuples are lists, as they will be read
+    config = json.loads(json.dumps(config))  # turns tuples into lists, as reading does
     digests = {name: items.digest(item) for name, item in (parts | {'config': config}).items()}
     try:
       self._manager.save(
@@ -107,31 +110,32 @@ class Checkpoints:
           config=ocp.args.JsonSave(config | {'digests': digests}),
         ),
       )
-    except Exception as error:  # orbax and tensorstore raise many kinds
+    except Exception as error:  # orbax and tensorstore raise many kinds of errors
       raise not_saved(self._workdir, error) from error
 
   def wait(self) -> None:
-    """Until the last checkpoint is on disk; all processes wait for it.
+    """Waits, in all processes, until the last checkpoint is on disk.
 
     Raises:
-      output.Unwritten: it can't be written; in several processes a ValueError.
+      storage.Unwritten: it cannot be written. With several processes, this becomes a ValueError.
     """
     from_first(self._wait)
 
   def _wait(self):
     try:
       self._manager.wait_until_finished()
-    except Exception as error:  # orbax and tensorstore raise many kinds
+    except Exception as error:  # orbax and tensorstore raise many kinds of errors
       raise not_saved(self._workdir, error) from error
 
   def restore(self, like) -> tuple[list[np.ndarray], dict]:
-    """The newest state, and its `config` item.
+    """Restores the newest state and its `config` item.
 
     Args:
-      like: a state of the same shapes, which may be abstract.
+      like: a state with the same shapes, which may be abstract.
 
     Returns:
-      The state's arrays on the host, in the order of `like`'s leaves.
+      The arrays of the state on the host, in the order of the leaves of `like`, and the `config`
+      item.
     """
     return from_first(lambda: self._restore(like))
 
@@ -150,9 +154,9 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class Best(policies.PreservationPolicy):
-  """Keeps the first checkpoint of those `ranked`; `accuracies` by step.
+  """Preserves the best checkpoint, as `stored.ranked` orders them; `accuracies` are by step.
 
-  orbax's own policy knows only what was saved since it was opened.
+  orbax's own policy knows only the checkpoints saved since it was opened.
   """
 
   accuracies: dict[int, float]
@@ -165,12 +169,12 @@ class Best(policies.PreservationPolicy):
 
 
 def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
-  """orbax's, of the first process alone; `scored` are `accuracies`, to which more may come."""
+  """Opens the orbax manager for process 0 alone; accuracies may be added to `scored` later."""
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
     cleanup_tmp_directories=True,
-    create=False,  # which orbax wants of a manager for some of the processes
+    create=False,  # orbax requires this if not all processes use the manager
     multiprocessing_options=items.ALONE,
   )
   stored.directory(workdir).mkdir(parents=True, exist_ok=True)
@@ -178,30 +182,30 @@ def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.C
     return ocp.CheckpointManager(stored.directory(workdir), options=options)
   except items.CONTENT as error:
     raise ValueError(
-      f'orbax can not open {stored.directory(workdir)}: {error}. If one of the checkpoints there '
-      'is damaged, move it away; the same command goes on from the others.'
+      f'orbax cannot open {stored.directory(workdir)}: {error}. If one of the checkpoints there '
+      'is damaged, move it away; the same command then resumes from the others.'
     ) from error
 
 
 def rest(state) -> dict:
-  """The item `state`: all but the parameters."""
+  """Returns the item `state`: everything but the parameters."""
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
 def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
-  """The error for a checkpoint that can't be written."""
+  """Returns the error for a checkpoint that cannot be written."""
   first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
   return storage.unwritten(stored.directory(workdir), storage.reason(error) or first)
 
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds to a `storage.Unwritten` what is left of the run in a workdir."""
+  """Adds to a `storage.Unwritten` which checkpoint of the workdir is still complete."""
   try:
     yield
   except storage.Unwritten as error:
     whole = next(iter(stored.saved_steps(workdir)), None)
-    left = 'No checkpoint had been saved: the same command starts again.'
+    left = 'No checkpoint was saved yet: the same command starts from the beginning.'
     if whole is not None:
-      left = f'The checkpoint of step {whole} is whole: the same command resumes from it.'
+      left = f'The checkpoint of step {whole} is complete: the same command resumes from it.'
     raise storage.Unwritten(f'{error} {left}') from error

@@ -1,4 +1,4 @@
-"""TensorBoard's event files."""
+"""Writes TensorBoard event files."""
 
 import pathlib
 import time
@@ -9,18 +9,18 @@ from tensorboardX.summary import scalar
 
 from vit_jax import storage
 
-FLUSH = 30  # seconds that events may wait in memory
+FLUSH = 30  # maximum seconds for which events wait in memory
 
 
 class Events:
-  """TensorBoard's events, written by the thread that asks for it.
+  """Writes TensorBoard events in the calling thread.
 
-  tensorboardX's own `SummaryWriter` has another thread, which a full disk ends: whoever writes then
-  waits for it forever.
+  tensorboardX's own `SummaryWriter` writes in a second thread. A full disk ends that thread, and
+  the next call then waits for it forever.
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
-    """What TensorBoard knows of steps from `start` on is void."""
+    """Makes TensorBoard discard older events from step `start` on."""
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):
       folder.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ class Events:
       self._writer.write_event(event)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """The values by their names after `step` updates."""
+    """Writes values, given by name, after `step` updates."""
     for name, value in values.items():
       self._add(Event(step=step, summary=scalar(name, value)))
     if time.monotonic() > self._flushed + FLUSH:
@@ -43,6 +43,6 @@ class Events:
       self._flushed = time.monotonic()
 
   def close(self) -> None:
-    """Writes what waits."""
+    """Writes the remaining events and closes the file."""
     with storage.writing(self._folder):
       self._writer.close()

@@ -1,8 +1,8 @@
-"""The items of a checkpoint, read with orbax, and what its errors mean.
+"""Reads the items of a checkpoint with orbax, and interprets orbax's errors.
 
 Decisions:
-  * Only files that could be read, or are gone, condemn a checkpoint. Whoever resumes a run moves
-    damaged ones away, so an error of this process must not count as damage.
+  * A checkpoint counts as damaged only if its files are readable or missing. Resuming a run moves
+    damaged checkpoints away, so an error of this process must not count as damage.
 """
 
 from collections.abc import Iterator
@@ -22,26 +22,26 @@ import orbax.checkpoint as ocp
 
 
 class Damaged(ValueError):
-  """A checkpoint that can't be read, or not as it was written."""
+  """Raised for a checkpoint whose files are invalid or have changed since it was saved."""
 
 
-# What orbax raises for files that hold something else than they should, or are gone.
+# Errors that orbax raises for files with invalid content, or for missing files.
 CONTENT = (
   ValueError, LookupError, TypeError, AttributeError,
   FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# What tensorstore says in a ValueError of all else than files: codes of its status.
+# Status codes in tensorstore's ValueErrors that are not about the content of files.
 LIMITS = (
   'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'PERMISSION_DENIED', 'CANCELLED', 'ABORTED',
   'DEADLINE_EXCEEDED', os.strerror(errno.EMFILE), os.strerror(errno.ENFILE),
   os.strerror(errno.ENOMEM),
 )  # fmt: skip
 
-ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # the first process
+ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # process 0
 
 
 def restored(checkpoint: pathlib.Path, item: str):
-  """One item as orbax reads it, whether or not it is what was saved."""
+  """Returns one item as orbax reads it, without comparing checksums."""
   handlers = {'config': ocp.JsonCheckpointHandler}
   handler = handlers.get(item, ocp.StandardCheckpointHandler)(multiprocessing_options=ALONE)
   opened = ocp.Checkpointer(handler, multiprocessing_options=ALONE)
@@ -51,14 +51,14 @@ def restored(checkpoint: pathlib.Path, item: str):
 
 @contextlib.contextmanager
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
-  """Turns an error that the content of a checkpoint's files causes into `Damaged`.
+  """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Other errors are not the checkpoint's: no such device, a limit of memory, threads or open files,
-  an orbax that does not fit JAX. They are raised as they are.
+  Other errors have other causes, and are raised unchanged. Examples are a missing device, a limit
+  of memory, threads or open files, and an orbax version that does not fit JAX.
 
   Raises:
-    Damaged: what was read is no checkpoint.
-    OSError: a file can't be read now.
+    Damaged: the files are not a valid checkpoint.
+    OSError: a file cannot be read at the moment.
   """
   try:
     yield
@@ -72,7 +72,7 @@ def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
 
 
 def check_process() -> None:
-  """Raises what keeps this process from reading a small checkpoint that is surely whole."""
+  """Raises an error if this process cannot even save and read a small checkpoint."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder).resolve() / 'probe'
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
@@ -82,12 +82,12 @@ def check_process() -> None:
 
 
 def digest(item) -> str:
-  """SHA-256 of an item: of the names, types, shapes and bytes of its arrays, or of its JSON."""
+  """Returns the SHA-256 of an item's JSON, or of its arrays' names, types, shapes and bytes."""
   leaves = jax.tree_util.tree_leaves_with_path(item)
   if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
     return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
   found = hashlib.sha256()
-  # By name: what was a tuple with names when it was saved is a dict when it is read.
+  # Sorted by name, because a named tuple is read back as a dict.
   named = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
   for name, leaf in sorted(named.items()):
     found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())
@@ -96,9 +96,9 @@ def digest(item) -> str:
 
 
 def be_silent() -> None:
-  """Has nothing printed of what orbax and tensorstore meet in their threads: they raise it too.
+  """Hides errors that orbax and tensorstore print from their threads, because they also raise them.
 
-  A full disk would else fill a terminal with tracebacks.
+  Otherwise a full disk would fill the terminal with tracebacks.
   """
   sys.unraisablehook = unraisable
   for name in ('absl', 'asyncio'):
@@ -106,19 +106,19 @@ def be_silent() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-  """Whether a log record is not of an error that orbax raises as well."""
+  """Returns False for log records of errors that orbax also raises."""
   error = record.exc_info and record.exc_info[1]
   return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
 
 
 def unraisable(found) -> None:
-  """Python's own, but for what was under way when orbax gave a checkpoint up."""
+  """Calls Python's own hook, except for tasks that orbax abandoned with a checkpoint."""
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 
 
 def check_readable(folder: pathlib.Path) -> None:
-  """Raises OSError where a file can't be read now: what it holds may yet be whole."""
+  """Raises OSError if a file cannot be read at the moment; its content may still be valid."""
 
   def fail(error):
     raise error
@@ -129,16 +129,16 @@ def check_readable(folder: pathlib.Path) -> None:
         with open(os.path.join(inside, name), 'rb') as file:
           while file.read(2**24):
             pass
-  except FileNotFoundError:  # nor will it be
+  except FileNotFoundError:  # it cannot be read later either
     pass
   except OSError as error:
     raise OSError(
-      f'The checkpoint {folder} can not be read ({error.strerror}: {error.filename}). It was left '
-      'as it is; the same command goes on once it can.'
+      f'The checkpoint {folder} cannot be read ({error.strerror}: {error.filename}). It was not '
+      'changed; repeat the command once it can be read.'
     ) from error
 
 
 def damaged(checkpoint: pathlib.Path, reason: object) -> Damaged:
-  """The error for a checkpoint that is of no use."""
+  """Returns the error for a damaged checkpoint."""
   reason = (str(reason).splitlines() or [''])[0][:200]
   return Damaged(f'The checkpoint {checkpoint} is damaged: {reason.rstrip(".")}.')

@@ -1,4 +1,4 @@
-"""One run at a time writes into a workdir."""
+"""Locks a workdir, so that only one run at a time writes into it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,13 +19,13 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Holds a workdir, made where there is none, so that one run at a time writes into it.
+  """Locks a workdir, and makes it if needed, so that only one run at a time writes into it.
 
-  Process 0 holds it for all. What this made is removed again if the block writes nothing. A
-  read-only workdir is not held, since nothing can be written into it.
+  Process 0 holds the lock for all processes. Files and folders made here are removed again if the
+  block writes nothing. A read-only workdir is not locked, because nothing can be written into it.
 
   Raises:
-    ValueError: another run, in this process or another, holds it.
+    ValueError: another run, in this process or another, holds the lock.
   """
   with contextlib.ExitStack() as stack:
     from_first(lambda: stack.enter_context(_held(workdir)))
@@ -40,7 +40,7 @@ def _held(workdir: pathlib.Path) -> Iterator[None]:
     yield
   finally:
     if file is not None:
-      with contextlib.suppress(OSError):  # a folder with something in it stays
+      with contextlib.suppress(OSError):  # a folder that is not empty is kept
         for path in made:
           if path.is_dir():
             path.rmdir()
@@ -50,10 +50,10 @@ def _held(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def lock(workdir: pathlib.Path) -> IO | None:
-  """Opens and locks `log.txt` until it is closed; None where it can't be written.
+  """Opens `log.txt`, locked until it is closed; returns None if it cannot be written.
 
   Raises:
-    ValueError: another run has it locked.
+    ValueError: another run holds the lock.
   """
   while True:
     try:
@@ -68,12 +68,12 @@ def lock(workdir: pathlib.Path) -> IO | None:
     except BlockingIOError as error:
       file.close()
       raise ValueError(
-        f'{workdir}: another run is writing here. Wait for its end, or give another --workdir.'
+        f'{workdir}: another run is writing here. Wait until it ends, or use another --workdir.'
       ) from error
     except OSError as error:  # some network file systems have no locks
-      writer.LOG.info('%s can not be locked (%s): start one run at a time here.', file.name, error)
+      writer.LOG.info('%s cannot be locked (%s): start one run at a time here.', file.name, error)
       return file
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
         return file
-    file.close()  # the run that had it locked has removed it since
+    file.close()  # the run that held the lock has removed this file

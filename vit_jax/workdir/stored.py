@@ -1,4 +1,4 @@
-"""Checkpoints that lie in a workdir: found, verified and read."""
+"""Finds, verifies and reads the checkpoints in a workdir."""
 
 import contextlib
 import logging
@@ -13,30 +13,30 @@ from vit_jax.workdir import items, writer
 log = logging.getLogger(__name__)
 
 
-SAVED = {'config', 'task', 'seconds'}  # keys of the item `config`
+SAVED = {'config', 'task', 'seconds'}  # keys that every item `config` has
 
 ITEMS = ('config', 'params', 'state', 'names')
 
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
-  """Where a workdir keeps its checkpoints; orbax wants it absolute."""
+  """Returns the folder of a workdir's checkpoints, as an absolute path, which orbax requires."""
   return pathlib.Path(workdir).expanduser().resolve() / 'checkpoints'
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-  """Those of its checkpoints, the newest first. Writes nothing."""
+  """Returns the steps of a workdir's checkpoints, newest first. Writes nothing."""
   if not directory(workdir).is_dir():
     return []
   return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:
-  """The newest checkpoint; None where there is none. Writes nothing."""
+  """Returns the step of the newest checkpoint; None without a checkpoint. Writes nothing."""
   return from_first(lambda: next(iter(saved_steps(workdir)), None))
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
-  """The newest item `config` that is whole, and its `step`; None where there is none."""
+  """Returns the newest undamaged item `config` with its `step`; None if none exists."""
 
   def find():
     for step in saved_steps(workdir):
@@ -48,35 +48,37 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """One item of a checkpoint as it was saved, arrays as NumPy; None for the `names` of 0.1.0.
+  """Returns an item of a checkpoint as it was saved, with NumPy arrays.
+
+  The item `names` is None for checkpoints of version 0.1.0.
 
   Raises:
-    Damaged: it can't be read, or is not as it was saved.
+    Damaged: the item cannot be read, or is not the saved one.
   """
   return from_first(lambda: read_item(workdir, step, item))
 
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
-  """The same, in this process."""
+  """Works like `restore_item`, without broadcasting to other processes."""
   checkpoint = directory(workdir) / str(step)
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
-    raise items.damaged(checkpoint, f'its config has not {", ".join(sorted(SAVED))}')
-  digests = about.pop('digests', {})  # an older version wrote none
+    raise items.damaged(checkpoint, f'its config lacks keys of {", ".join(sorted(SAVED))}')
+  digests = about.pop('digests', {})  # missing in checkpoints of older versions
   if item == 'names' and item not in digests:
     return None
   found = about if item == 'config' else items.restored(checkpoint, item)
   now = items.digest(found)
   if digests.get(item, now) != now:
-    raise items.damaged(checkpoint, f'its {item} is not what was saved')
+    raise items.damaged(checkpoint, f'the checksum of its {item} is wrong')
   return found
 
 
 def set_aside_damaged(workdir: pathlib.Path) -> None:
-  """Moves checkpoints newer than the newest whole one into `<workdir>/damaged/`.
+  """Moves damaged checkpoints into `<workdir>/damaged/`, until the newest one is undamaged.
 
   Raises:
-    ValueError: none is whole.
+    ValueError: all checkpoints are damaged.
   """
   from_first(lambda: _set_aside_damaged(workdir))
 
@@ -95,15 +97,15 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       log.warning('%s It was moved to %s.', error, aside)
   if found:
     raise ValueError(
-      f'{workdir}: all checkpoints are damaged, and were moved to {workdir}/damaged. The same '
-      'command begins anew.'
+      f'{workdir}: all checkpoints are damaged, and were moved to {workdir}/damaged. Repeat the '
+      'command to start from the beginning.'
     )
 
 
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
-  """The validation accuracy of each checkpoint that has one.
+  """Returns the validation accuracies of the checkpoints that have one, by step.
 
-  A checkpoint that was saved before its evaluation has it in `metrics.jsonl` alone.
+  If a checkpoint was saved before its evaluation, its accuracy is only in `metrics.jsonl`.
   """
   lines = writer.read_metrics(workdir)
   recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
@@ -115,21 +117,21 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
-  """`(step, accuracy)`, the highest accuracy first, and of equal ones the newest."""
+  """Returns `(step, accuracy)`, highest accuracy first; among equal ones, the newest first."""
   return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
 
 
 def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
-  """A checkpoint for inference: step, weights (NumPy), `config` item and in it `names`.
+  """Returns a checkpoint for inference: step, weights (NumPy), and the item `config` with `names`.
 
-  The weights are the averaged ones where the run keeps them. A damaged checkpoint is skipped.
+  The weights are the averaged ones, if the run keeps them. A damaged checkpoint is skipped.
 
   Args:
-    workdir: of a training run.
-    step: which checkpoint, as in `preferred`.
+    workdir: folder of a training run.
+    step: which checkpoint to load, as in `preferred`.
 
   Raises:
-    ValueError: the workdir holds no such checkpoint.
+    ValueError: the workdir has no such checkpoint.
   """
   found = from_first(lambda: _load(workdir, step))
   return tuple(found)
@@ -150,25 +152,27 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
     except items.Damaged as error:
       if following is None:
         raise
-      log.warning('%s That of step %d is used.', error, following[0])
+      log.warning('%s The checkpoint of step %d is used instead.', error, following[0])
 
 
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
-  """The checkpoints to try, the preferred one first, each with the reason, if there was a choice.
+  """Returns the checkpoints to try, preferred ones first, each with the reason for its choice.
+
+  The reason is empty if `step` is empty and a checkpoint has no validation accuracy.
 
   Args:
-    workdir: of a training run.
-    step: `best` by validation accuracy, `last`, or a number; empty: the best where there is a
-      validation accuracy, else the last.
+    workdir: folder of a training run.
+    step: `best` (by validation accuracy), `last`, or a number. Empty: the best if a checkpoint has
+      a validation accuracy, otherwise the last.
 
   Raises:
-    ValueError: the workdir holds no such checkpoint.
+    ValueError: the workdir has no such checkpoint.
   """
   found = saved_steps(workdir)
   if not found:
     raise ValueError(
-      f'{workdir}: no checkpoint in {directory(workdir)}. Give the --workdir of a training '
-      'run that has saved one (every checkpoint_every steps, and at its end).'
+      f'{workdir}: no checkpoint in {directory(workdir)}. Use the --workdir of a training '
+      'run that has saved one (every checkpoint_every steps, and at the end).'
     )
   if step == 'last':
     return [(n, 'the last checkpoint') for n in found]
@@ -177,13 +181,13 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
     best = [(n, f'best of {len(scores)} by validation accuracy {a:.2%}') for n, a in scores]
     if step == 'best' and not best:
       raise ValueError(
-        f'--step=best: no checkpoint of {workdir} has a validation accuracy. Give --step=last, or '
+        f'--step=best: no checkpoint of {workdir} has a validation accuracy. Use --step=last, or '
         'train with a data.val_split.'
       )
     return best if step == 'best' else best + [(n, '') for n in found if n not in dict(best)]
   if not step.isdecimal() or int(step) not in found:
     there = ', '.join(str(n) for n in sorted(found))
     raise ValueError(
-      f'--step={step}: {workdir} has the checkpoints {there}. Give one of these, best or last.'
+      f'--step={step}: {workdir} has the checkpoints {there}. Use one of these, best or last.'
     )
-  return [(int(step), 'as asked')]
+  return [(int(step), 'as requested')]

@@ -1,13 +1,14 @@
-"""The files and splits that weights were trained on: what no test may count.
+"""Identifies the files and splits that weights were trained on, so that tests exclude them.
 
 Decisions:
-  * A file is known by the hash of its name below its class's folder (`folder.py`), so that it is
-    known in another split, another class and another folder, too.
-  * A name that held-out files of the same data have as well identifies no image: often both parts
-    count from 0001.jpg. Files of such names are known by the hash of their content.
+  * A file is identified by the hash of its name below its class folder (`folder.py`). So it is also
+    recognized in another split, class or folder.
+  * A name that both training and held-out files have does not identify an image. For example, both
+    splits may be numbered from 0001.jpg. Files with such names are identified by the hash of their
+    content.
   * Copies of an image under another name are not found.
-  * Sources without files (digits, TFDS) are known by `data.source` and the split, wherever they
-    lie. A test that shares examples with such a split is refused.
+  * Sources without files (digits, TFDS) are identified by `data.source` and the split, in any
+    folder. A test that shares examples with such a split is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +32,14 @@ NONE = np.zeros(0, np.uint64)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """What training files are known by, uint64 hashes of names and of content, and the splits.
+  """Hashes that identify the training files (of names or content, uint64), and the training splits.
 
   Attributes:
-    own_N: of a run's own training files.
-    inherited_N: of those of the runs that its weights come from.
-    shared_N: hashes of the names whose files are known by their content.
-    own_splits: `(data.source, split)` that the run itself is trained on.
-    inherited_splits: of the runs that its weights come from.
+    own_N: hashes of the run's own training files.
+    inherited_N: hashes of the training files of the runs that its weights come from.
+    shared_N: hashes of the names whose files are identified by their content.
+    own_splits: `(data.source, split)` pairs that the run itself is trained on.
+    inherited_splits: `(data.source, split)` pairs of the runs that its weights come from.
   """
 
   own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
@@ -49,26 +50,26 @@ class TrainingFiles:
 
   @property
   def all_N(self) -> np.ndarray:
-    """Both, each hash once."""
+    """Own and inherited hashes, without duplicates."""
     return np.union1d(self.own_N, self.inherited_N)
 
   @property
   def all_splits(self) -> tuple[tuple[str, str], ...]:
-    """Both, each split once."""
+    """Own and inherited splits, without duplicates."""
     return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
 
   def before(self) -> 'TrainingFiles':
-    """Those of earlier runs alone."""
+    """Returns only the files and splits of earlier runs."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
-    """The item of a checkpoint. A zero leads each array, because orbax saves no empty one."""
+    """Returns the item `names`. Each array starts with a zero: orbax cannot save empty arrays."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
   @classmethod
   def load(cls, saved: Mapping) -> 'TrainingFiles | None':
-    """From what a checkpoint holds; None where a folder was trained on and its names not kept."""
+    """Makes the object from a checkpoint; returns None if a folder's file names were not saved."""
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
     own = trained_splits(saved['config'])
@@ -78,7 +79,7 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """`TrainingFiles.load` of a workdir's newest checkpoint; none where there is no checkpoint."""
+  """Loads the training files from a workdir's newest checkpoint; empty without a checkpoint."""
   step = stored.latest_step(workdir)
   if step is None:
     return TrainingFiles()
@@ -87,15 +88,15 @@ def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
 
 
 def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
-  """`(data.source, split)` of what a run of this config is trained on."""
+  """Returns the `(data.source, split)` pairs that a run with this config is trained on."""
   data = config['data']
-  # The last run of a sweep trains on the held-out split, too.
+  # The last run of a sweep also trains on the validation split.
   names = [data['train_split'], *[data['val_split']] * bool(config.get('sweep'))]
   return tuple((data['source'], name) for name in names)
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """What a run of this config is trained on, after what earlier runs were."""
+  """Returns what a run with this config trains on, and what earlier runs trained on."""
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
   return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
@@ -104,7 +105,7 @@ def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles)
 def hash_training_files(
   source: Source, trained_on: Sequence[str], earlier: TrainingFiles
 ) -> TrainingFiles:
-  """What the files in some splits of a source are known by, after those of earlier runs."""
+  """Returns the hashes of the files in some splits of a source, and the hashes of earlier runs."""
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
     return TrainingFiles(NONE, earlier.all_N, earlier.shared_N)
@@ -118,8 +119,8 @@ def hash_training_files(
   own = [np.setdiff1d(found_N, shared_N)]
   if len(shared_N):
     log.info(
-      '%d of %d names of training files are names of held-out files, too: files of these names are '
-      'compared by their content.',
+      '%d of %d names of training files are also names of held-out files. Files with these names '
+      'are compared by their content.',
       len(shared_N),
       len(found_N),
     )
@@ -132,13 +133,13 @@ def hash_training_files(
 
 
 def content(files: Files, index_N: np.ndarray) -> np.ndarray:
-  """64 bits of the SHA-256 of each of these files' bytes; 0 where a file can't be read."""
+  """Returns 64 bits of the SHA-256 of each file's bytes; 0 if a file cannot be read."""
 
   def of_one(index):
     try:
       path = files.top / os.fsdecode(bytes(files.path_N[index]))
       return int.from_bytes(hashlib.sha256(path.read_bytes()).digest()[:8], 'big')
-    except OSError:  # it is named when it is decoded
+    except OSError:  # the error is reported when the file is decoded
       return 0
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -147,7 +148,7 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
 
 
 def known(files: Files, names: TrainingFiles) -> np.ndarray:
-  """Which of the files were trained on, bool `[N]`."""
+  """Returns which of the files were trained on, bool `[N]`."""
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
   if len(index_N):
@@ -156,23 +157,23 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 
 
 def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
-  """Raises ValueError where a test shares examples with a split that was trained on.
+  """Raises ValueError if a test shares examples with a training split of a source without files.
 
-  Files are left to `leave_out_trained`.
+  For sources with files, use `leave_out_trained`.
   """
   for spec, trained_on in () if source.files else names.all_splits:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
       raise ValueError(
         f'Split {split!r} shares examples with {trained_on!r} of {spec}, which the weights were '
-        'trained on, so it is no test. Choose another data.eval_split.'
+        'trained on, so it cannot be used as a test. Choose another data.eval_split.'
       )
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """The source without the files of a split that were trained on, and their number.
+  """Returns the source without the training files in a split, and the number of these files.
 
   Raises:
-    ValueError: they are all of it.
+    ValueError: the weights were trained on all files of the split.
   """
   pieces = source.pieces(split)
   inside = {name for name, _, _ in pieces} & set(source.files)
@@ -182,13 +183,13 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   number = before - num_examples(source.pieces(split))
   if number == before:
     raise ValueError(
-      f'Split {split!r}: the weights were trained on all {before:,} images, going by the names or '
-      'the content of their files, so they are no test. Choose another split, or another folder.'
+      f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
+      'or the content of their files. Choose another split or folder for the test.'
     )
   if number:
     log.warning(
-      '%s: %d of %d images are left out: the weights were trained on them, going by the names or '
-      'the content of their files.',
+      '%s: %d of %d images are left out: the weights were trained on them, judging by the names '
+      'or the content of their files.',
       split,
       number,
       before,

@@ -1,9 +1,9 @@
-"""A run's records: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
+"""Writes the records of a run: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
 Decisions:
-  * A run holds a lock on its workdir's `log.txt` while it checks and writes. It writes nothing
-    before that, so a command that is refused leaves another run as it is.
-  * clu's own writers import TensorFlow; tensorboardX does not.
+  * A run locks its workdir's `log.txt` while it checks and writes. It writes nothing before that,
+    so a refused command does not change another run's files.
+  * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from vit_jax import storage
 log = logging.getLogger(__name__)
 
 LOG = logging.getLogger('vit_jax')
-DETAILS = logging.getLogger('vit_jax.details')  # what is for log.txt alone
+DETAILS = logging.getLogger('vit_jax.details')  # messages for log.txt only
 DETAILS.propagate = False
 
 
 class Writer:
-  """Appends to the records of a workdir; a context manager."""
+  """Context manager that appends to the records of a workdir."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Drops what an interrupted run wrote after step `start`, from which it resumes.
+    """Removes what an interrupted run wrote after step `start`, from which the run now resumes.
 
-    The workdir must be `held`.
+    The caller must hold the workdir's lock (`lock.held`).
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
-    from vit_jax.workdir.events import Events  # those who only read records need no tensorboardX
+    from vit_jax.workdir.events import Events  # so reading records needs no tensorboardX
 
     with contextlib.ExitStack() as opened:
       self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
@@ -56,34 +56,34 @@ class Writer:
     try:
       self._opened.close()
     except storage.Unwritten:
-      if error is None:  # else that one tells more
+      if error is None:  # otherwise `error` is the cause
         raise
 
   def keep(self, wanted: Callable[[dict], bool]) -> None:
-    """Drops the other lines from `metrics.jsonl`."""
+    """Keeps only the wanted lines of `metrics.jsonl`."""
     if self._file.exists():
       kept = [line for line in read_metrics(self.workdir) if wanted(line)]
       storage.replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
   def find(self, step: int, split: str) -> dict:
-    """The metrics of a split after `step` updates; empty where there are none."""
+    """Returns the metrics of a split after `step` updates; empty if none were written."""
     lines = [line for line in read_metrics(self.workdir) if line['split'] == split]
     return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
-    """One line of metrics of a split after `step` updates."""
+    """Writes one line of metrics of a split after `step` updates."""
     self._log.check()
     with storage.writing(self._file), self._file.open('a', encoding='utf-8') as file:
       file.write(json.dumps({'step': step, 'split': split, **values}) + '\n')
     self._events.write(step, {f'{split}/{name}': value for name, value in values.items()})
 
   def result(self, values: dict) -> None:
-    """`result.json`, the last record of a run."""
+    """Writes `result.json`, the last record of a run."""
     write_json(self.workdir / 'result.json', values)
 
 
 class LogFile(logging.FileHandler):
-  """`log.txt`. Logging prints what it can't write with a traceback; here `check` raises it."""
+  """Handler for `log.txt`. A failed write prints no traceback; `check` raises its error instead."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._failure = path, None
@@ -95,20 +95,20 @@ class LogFile(logging.FileHandler):
     self._failure = sys.exception()
 
   def check(self) -> None:
-    """Raises `storage.Unwritten` where a line could not be written."""
+    """Raises `storage.Unwritten` if a line could not be written."""
     with storage.writing(self._path):
       if self._failure is not None:
         raise self._failure
 
   def close(self) -> None:
-    """Raises `storage.Unwritten` where a line could not be written."""
+    """Closes the file; raises `storage.Unwritten` if a line could not be written."""
     with storage.writing(self._path):
       super().close()
     self.check()
 
 
 class Silent:
-  """In the place of a `Writer`, in processes that write nothing."""
+  """Replacement for `Writer` in processes that write nothing."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
     pass
@@ -130,9 +130,9 @@ class Silent:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The lines of `metrics.jsonl`; one that a crash cut short, or of another kind, is skipped.
+  """Returns the lines of `metrics.jsonl`; an empty list if the file does not exist.
 
-  So are values that are not numbers. There are no lines where there is no file.
+  Lines that a crash cut short, lines of another kind and values that are not numbers are skipped.
   """
   file, lines = workdir / 'metrics.jsonl', []
   text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
@@ -146,7 +146,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 def read_json(path: pathlib.Path) -> dict | None:
-  """The object that a JSON file holds; None where there is no file, or a damaged one."""
+  """Returns the object in a JSON file; None if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except (FileNotFoundError, ValueError):
@@ -155,5 +155,5 @@ def read_json(path: pathlib.Path) -> dict | None:
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
-  """Writes the whole file or nothing."""
+  """Writes a JSON file, either completely or not at all."""
   storage.replace(path, json.dumps(value, indent=2) + '\n')
