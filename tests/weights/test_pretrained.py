@@ -308,7 +308,7 @@ def test_a_workdir_and_its_checkpoints_load(trained):
 # Names and configs.
 
 
-def test_timm_names_give_the_arguments_of_timm():
+def test_timms_names_stand_for_its_arguments():
   reference = json.loads((DATA / 'timm_names.json').read_text())
   assert len(reference) > 130
   assert {name: timm_names.arguments_of(name) for name in reference} == reference
