@@ -117,7 +117,7 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     arrays = read_arrays(path)
     return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
-    log.warning('%s The features are computed again.', error)
+    log.warning('The features are computed again, because the cache is damaged: %s', error)
     return None
 
 

@@ -139,7 +139,7 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
 
 
 def public(path: str) -> str:
-  """Returns the last part of an absolute path, so that cards do not reveal local folders."""
+  """Returns only the name of an absolute or `~` path, so that cards do not show local folders."""
   place = pathlib.PurePath(path)
   return place.name if place.is_absolute() or path.startswith('~') else path
 

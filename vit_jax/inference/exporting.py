@@ -33,7 +33,8 @@ def export(
   Args:
     path: a workdir, a file or a name on the Hub; anything that `vit_jax.load` reads.
     format: one of `FORMATS`.
-    out: output folder, created if it is missing; an earlier export in it is replaced.
+    out: output folder, created if it is missing; an earlier export in it is replaced, including
+      its model card.
     step: which checkpoint of a workdir to export, as in `stored.preferred`.
 
   Returns:
