@@ -111,7 +111,7 @@ def preprocessing(
   """Reads `preprocessor_config.json`, or returns the default of the model's kind without it.
 
   The size in that file is used if it is a multiple of the patch size. It may differ from the size
-  of the position embeddings: DINOv2 has positions for 518 pixels and expects images of 224.
+  of the position embeddings: DINOv2 has positions for 518 pixels, but expects images of 224 pixels.
   """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
@@ -255,7 +255,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
   height, width = p.size
   if height != width and not p.stretch:
     raise ValueError(
-      f'hf: Hugging Face image processors can only crop squares, but the images are '
+      'hf: Hugging Face image processors can only crop squares, but the images are '
       f'{height}x{width}. Save with a preprocessing that has stretch=True, or use format timm.'
     )
   resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}

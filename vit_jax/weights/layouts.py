@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class Row(NamedTuple):
-  """A row of a name table: our names, their names, and the layout between them."""
+  """A row of a name table: our names, the other code base's names, and the layout between them."""
 
   ours: tuple[str, ...]
   theirs: tuple[str, ...]

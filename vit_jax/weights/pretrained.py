@@ -146,7 +146,7 @@ def find_grid(
     if math.prod(given) != patches:
       raise ValueError(
         f'{source.origin}: {name} {given} has {math.prod(given)} patches, but the file has '
-        f'positions for {patches} patches (after {model.num_positions} for other tokens).'
+        f'positions for {patches} patches (plus {model.num_positions} for other tokens).'
       )
     return given
   if grid is not None and math.prod(check_grid('grid', grid)) == patches:

@@ -1,8 +1,8 @@
-"""Writes programs: a model with its weights and preprocessing in one file that runs without us.
+"""Writes programs: a model with its weights and its preprocessing in one file.
 
-Both formats take one argument, uint8 images `[b, H, W, C]` with any `b`, already resized to H x W
-as `model.json` next to the file describes. Both return float32 logits `[b, L]`, or the pooled
-features if the model has no head.
+A program runs without this package. Both formats take one argument: uint8 images `[b, H, W, C]`
+with any `b`, already resized to H x W as `model.json` next to the file describes. Both return
+float32 logits `[b, L]`, or the pooled features if the model has no head.
 
 Decisions:
   * Programs return logits, because a softmax turns them into probabilities, but not the reverse.
@@ -37,7 +37,7 @@ LIMIT = 2**31  # maximum size of a serialized program, in bytes
 TOLERANCE = 1e-4  # maximum error of ONNX logits; relative to JAX's logits if these exceed 1
 
 CONVERTER = (
-  'onnx: the converter is not installed (%s). In addition to requirements.txt, run\n'
+  'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
   '    pip install --no-deps -r requirements-onnx.txt'
 )
 
@@ -113,7 +113,7 @@ def save_onnx(
           input_names=['image'],
           output_names=[name],
         )
-    except Exception as error:  # the converter raises many types
+    except Exception as error:  # the converter raises many types of errors
       raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
   session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
   image_BHWC = np.random.RandomState(0).randint(0, 256, (2, *image_shape), np.uint8)

@@ -219,7 +219,7 @@ def download(name: str) -> pathlib.Path:
   log.info('%s is not a local file or folder: looking for it on the Hugging Face Hub ...', name)
   try:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
-  except Exception as error:  # the Hub's client and its transports raise many types
+  except Exception as error:  # the Hub's client raises many types of errors
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(
       f'{name}: no such file or folder, and the Hugging Face Hub repository of this name could not '
