@@ -90,7 +90,7 @@ def test_fine_tuning_learns_and_a_run_can_start_from_another_run(weights, tmp_pa
     ({'model.layer_scale': '0.1'}, 'model.layer_scale: 0.1 in the config, None in the weights'),
     ({'data.mean': '0.5'}, r'data.mean: \(0.5,\) in the config, \(0.2, 0.4, 0.6\) in the weights'),
     ({'data.image_size': '18'}, 'does not divide into the patches'),
-    ({'init': 'absent.npz'}, 'absent.npz: there is no such file'),
+    ({'init': 'absent.npz'}, 'absent.npz: no such file'),
     ({'init_resize': 'nearest'}, "init_resize: unknown 'nearest'"),
     ({'data.source': 'digits', 'data.image_size': '8'}, 'takes images of 3 channels'),
 ])  # fmt: skip
