@@ -90,8 +90,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, float]:
 
   Returns:
     The step, and the loss, accuracies and number of examples from `score_split`. `left_out` is
-    the number of images that were not scored because the weights were trained on them; the key is
-    missing if that number is zero.
+    the number of images that were not scored because the weights were trained on them. The key is
+    missing if the number is zero.
   """
   exp, params, loaded = opening.open_model(request)
   batch_size = exp.config.eval_batch_size
