@@ -1,4 +1,4 @@
-"""The draw's exact properties, the regression against independent solvers, and what is written."""
+"""Tests the draw of shots, the regression against independent solvers, and the written result."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ NAMES10 = tuple('0123456789')
 LABELS = np.random.RandomState(0).permutation(np.repeat(np.arange(3), [30, 40, 50]))
 
 
-def test_the_draw_is_without_replacement_and_nested():
+def test_shots_are_drawn_without_replacement_and_nested():
   drawn = [few_shot.draw_shots(LABELS, NAMES, 25, seed) for seed in few_shot.SEEDS]
   for index_LS in drawn:
     assert index_LS.shape == (3, 25) and len(set(index_LS.ravel())) == 75
@@ -28,17 +28,17 @@ def test_the_draw_is_without_replacement_and_nested():
 
 
 def test_too_few_images_of_a_class_are_refused():
-  with pytest.raises(ValueError, match="31 shots need 31 images of each class, and 'a' has 30"):
+  with pytest.raises(ValueError, match="31 shots need 31 images of each class, but 'a' has 30"):
     few_shot.draw_shots(LABELS, NAMES, 31, 0)
 
 
 @pytest.mark.parametrize('shape', [(7, 20), (60, 20), (20, 20)])
-def test_the_closed_form(shape):
+def test_the_closed_form_solution_matches_least_squares_and_ridge(shape):
   draw = np.random.RandomState(1).normal
   x, y = draw(size=shape), draw(size=(shape[0], 3))
   w = few_shot.solve(x, y, 3.0)
   assert w.dtype == np.float64
-  rows = np.concatenate([x, np.sqrt(3.0) * np.eye(shape[1])])  # the penalty as more examples
+  rows = np.concatenate([x, np.sqrt(3.0) * np.eye(shape[1])])  # the penalty, as additional examples
   want = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((shape[1], 3))]), rcond=None)[0]
   np.testing.assert_allclose(w, want, atol=1e-10)
   ridge = linear_model.Ridge(alpha=3.0, fit_intercept=False, solver='svd').fit(x, y)
@@ -46,7 +46,7 @@ def test_the_closed_form(shape):
 
 
 def reference(train, label, test, test_label):
-  """The same by scikit-learn."""
+  """Computes `regression_accuracy` with scikit-learn."""
   from sklearn import preprocessing
 
   scaler = preprocessing.StandardScaler().fit(train)
@@ -58,7 +58,7 @@ def reference(train, label, test, test_label):
   return (scores.argmax(axis=1) == test_label).mean()
 
 
-def test_the_accuracy_is_that_of_a_ridge_regression():
+def test_the_accuracy_equals_a_ridge_regression():
   random = np.random.RandomState(2)
   centre = random.normal(size=(5, 30))
 
@@ -67,11 +67,11 @@ def test_the_accuracy_is_that_of_a_ridge_regression():
     noise = 8 * random.normal(size=(len(label), 30))
     return label, (10 + 3 * centre[label] + noise).astype(np.float32)
 
-  label, train = make([400, 300, 300, 200, 200])  # uneven, or the bias would make no difference
+  label, train = make([400, 300, 300, 200, 200])  # uneven, so that the bias matters
   test_label, test = make([200] * 5)
   got = few_shot.regression_accuracy(train, label, test, test_label)
   assert got == reference(train.astype(float), label, test.astype(float), test_label)
-  assert 0.3 < got < 0.95  # neither chance nor trivial
+  assert 0.3 < got < 0.95  # better than chance, but not trivial
 
 
 @pytest.fixture(scope='module')
@@ -79,12 +79,14 @@ def opened(trained):
   return opening.from_workdir(trained[0])
 
 
-def test_features_are_what_the_head_takes(opened):
+def test_features_are_the_input_of_the_head(opened):
   exp, params, _ = opened
   test = evaluation.load_split(exp, 'test[:70]')
   mesh = devices.make_mesh()
   step = features.make_feature_step(exp, mesh)
-  found = features.compute(step, params, test, 33, mesh)  # which neither 70 nor 2 divides
+  found = features.compute(
+    step, params, test, 33, mesh
+  )  # a batch size that fits neither 70 examples nor 2 devices
   np.testing.assert_array_equal(found.label_N, test.label_N)
   feature_ND = found.image_NHWC
   assert feature_ND.shape == (70, 16) and feature_ND.dtype == np.float32
@@ -93,7 +95,7 @@ def test_features_are_what_the_head_takes(opened):
   np.testing.assert_allclose(feature_ND @ head['kernel'] + head['bias'], logits, atol=1e-4)
 
 
-def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatch):
+def test_a_result_that_cannot_be_written_is_still_printed(capsys, trained, monkeypatch):
   workdir = trained[0]
   score = {'mean': 0.5, 'std': 0.0, 'accuracy': [0.5]}
   monkeypatch.setattr(few_shot, 'score_backbone', lambda *_: {'shots': {'1': score}})
@@ -103,7 +105,7 @@ def test_a_result_that_can_not_be_written_is_printed(capsys, trained, monkeypatc
   assert ' 1 shots: 50.00%' in out and '/fewshot.json (No space left' in err
 
 
-def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
+def test_fewshot_measures_a_trained_workdir(capsys, trained, opened, monkeypatch):
   workdir, _ = trained
   tested = []
   real = few_shot.regression_accuracy
@@ -114,7 +116,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   out = capsys.readouterr().out
   result = json.loads((workdir / 'fewshot.json').read_text())
   assert result['step'] == 32 and result['examples'] == 256 and result['l2'] == 1024
-  assert tested == [256] * 12  # all of the test split, every time
+  assert tested == [256] * 12  # the whole test split, every time
   assert list(result['shots']) == ['1', '5', '10', '25']
   for score in result['shots'].values():
     assert len(score['accuracy']) == 3
@@ -133,7 +135,7 @@ def test_a_trained_workdir(capsys, trained, opened, monkeypatch):
   assert result['shots']['5']['accuracy'][1] == pytest.approx(want, abs=1 / 256)
 
 
-def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
+def test_bad_images_are_replaced_by_others_of_their_class(opened, monkeypatch):
   exp, params, _ = opened
   source = sources.open_source('synthetic', '', (8, 8))
   streams = [
@@ -143,7 +145,7 @@ def test_bad_images_are_drawn_again_within_their_class(opened, monkeypatch):
   index = np.concatenate(
     [few_shot.draw_shots(streams[0].label_N, NAMES10, 10, s)[:2] for s in (0, 1)]
   )
-  bad = set(index[:, 0].tolist())  # of the first two classes, the first images drawn
+  bad = set(index[:, 0].tolist())  # the first drawn image of each of the first two classes
 
   def read(split, indices):
     for i, (name, pixels, label) in zip(indices, source.read(split, indices)):

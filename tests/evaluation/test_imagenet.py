@@ -1,4 +1,4 @@
-"""The recipes of ImageNet against the numbers that were published, and its other test sets."""
+"""Tests the ImageNet recipes against published numbers, ReaL labels, and other test sets."""
 
 import dataclasses
 import json
@@ -22,9 +22,9 @@ from vit_jax.optim import plan as plan_lib
 from vit_jax.training import trainer
 from vit_jax.weights import pretrained
 
-TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of each
+TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of the train split
 
-# Epochs, batch, learning rate, decay, dropout, clip, schedule; steps that follow from them.
+# Epochs, batch, learning rate, decay, dropout, clip, schedule, and the resulting number of steps.
 PAPERS = {
   's16,plain': (90, 1024, 1e-3, 0.1, 0.0, 1.0, 'cosine', 111_477),
   'b16,paper': (300, 4096, 3e-3, 0.3, 0.1, 1.0, 'cosine', 92_897),
@@ -34,7 +34,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize('variant', PAPERS)
-def test_a_recipe_is_the_papers(variant):
+def test_a_recipe_has_the_values_of_its_paper(variant):
   config = imagenet.get_config(variant)
   epochs, batch, rate, decay, dropout, clip, schedule, steps = PAPERS[variant]
   optimizer, model = config.optimizer, config.model
@@ -49,7 +49,7 @@ def test_a_recipe_is_the_papers(variant):
   assert plan_lib.warmup_steps(config, examples, steps) == 10_000
 
 
-# (mixup p, RandAugment (n, m)), AugReg, Section 3; that of `plain` is its light2.
+# (mixup p, RandAugment (n, m)) from AugReg, Section 3; `plain` uses light2.
 AUGREG = {
   'light1': (0, (2, 0)), 'light2': (0.2, (2, 10)), 'medium1': (0.2, (2, 15)),
   'medium2': (0.5, (2, 15)), 'strong1': (0.5, (2, 20)), 'strong2': (0.8, (2, 20)),
@@ -58,7 +58,7 @@ AUGREG = {
 
 
 @pytest.mark.parametrize('name', AUGREG)
-def test_augmentation_is_that_of_augreg(name):
+def test_augmentation_has_the_values_of_augreg(name):
   config = imagenet.get_config(f's16,{name}')
   check(config)
   drawn, mix = config.augment.rand_augment, config.augment.mix
@@ -86,14 +86,14 @@ def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   assert (split.crop or {}).get('min_area') == min_area
 
 
-def test_weight_decay_is_that_of_big_vision():
-  """It takes `wd` of the weights a step, scaled by the schedule but not by the rate: 1e-4."""
+def test_weight_decay_matches_big_vision():
+  """big_vision's decay per step is `wd` (1e-4), times the schedule, but not times the rate."""
   recipe = plan_lib.training_recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
   params = {'head': {'kernel': jnp.full((2, 3), 2.0), 'bias': jnp.full(3, 2.0)}}
   optimizer = recipe['optimizer']
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-  first = 1 / 10_000  # of the schedule
+  first = 1 / 10_000  # the schedule's value at the first step
   np.testing.assert_allclose(updates['head']['kernel'], -1e-4 * first * 2.0, rtol=1e-5)
   np.testing.assert_array_equal(updates['head']['bias'], 0)
 
@@ -101,7 +101,7 @@ def test_weight_decay_is_that_of_big_vision():
 @pytest.mark.parametrize('variant, message', [
     ('s15', 'model'), ('tiny', 'model'), ('s16,medium', 'medium1'), ('s16,plain,adamw', 'recipe'),
 ])  # fmt: skip
-def test_what_is_no_recipe_is_said(variant, message):
+def test_an_unknown_recipe_is_refused(variant, message):
   with pytest.raises(ValueError, match=message):
     imagenet.get_config(variant)
 
@@ -110,7 +110,7 @@ CLASSES = [f'n0144{i:04d}' for i in range(6)]
 
 
 def make_images(root, names, seed):
-  """`names` as files of noise, spread over the classes."""
+  """Writes files of noise with these names, spread over the classes."""
   draw = np.random.RandomState(seed)
   for i, name in enumerate(names):
     folder = root / CLASSES[i % len(CLASSES)]
@@ -122,7 +122,7 @@ def make_images(root, names, seed):
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
-  """A run on images whose held-out ones have the names of ImageNet's, and `real.json` for them."""
+  """Trains on images, and writes `real.json`; test images are named as in ImageNet."""
   root = tmp_path_factory.mktemp('imagenet')
   make_images(root / 'data' / 'train', range(48), seed=0)
   numbers = np.random.RandomState(1).permutation(40)[:30] + 1
@@ -136,7 +136,7 @@ def photos(tmp_path_factory):
 
 
 def predictions(workdir, source):
-  """{path: class}, of the model as a library loads it."""
+  """Returns {path: class} as predicted by the model from `vit_jax.load`."""
   model, params = pretrained.load(workdir)
   exp = opening.from_workdir(workdir)[0]
   names = [name for name, _, _ in source.read('test', range(source.sizes['test']))]
@@ -147,7 +147,7 @@ def predictions(workdir, source):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cache, split', [('memory', 'test'), ('stream', 'test[40%:]')])
-def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
+def test_real_accuracy_is_computed_as_by_its_authors(photos, cache, split):
   path = photos / 'real.json'
   overrides = {'data.cache': cache, 'data.real_labels': str(path), 'data.eval_split': split}
   found = exact.evaluate(photos / 'run', overrides | {'eval_batch_size': '7'})
@@ -165,17 +165,18 @@ def test_real_accuracy_is_counted_as_its_authors_do(photos, cache, split):
   assert found['accuracy'] == pytest.approx(own) != found['real_accuracy']
 
 
-def test_without_them_nothing_is_said_of_real(photos):
+def test_without_real_labels_the_real_accuracy_is_not_reported(photos):
   assert not {'real_accuracy', 'real_examples'} & set(exact.evaluate(photos / 'run', {}))
 
 
 @pytest.mark.parametrize('text, split, message', [
     ('[[0], ["1"]]', 'test', 'list of lists'), ('{', 'test', 'list of lists'),
-    ('[1]', 'test', 'list of lists'), ('[[6]]', 'test', 'class 6, the data 0 to 5'),
-    ('[[0], []]', 'test', '00000002: '), (json.dumps([[0]] * 40), 'train', 'train/n0144.* is none'),
+    ('[1]', 'test', 'list of lists'), ('[[6]]', 'test', 'class 6, but the data has classes 0 to 5'),
+    ('[[0], []]', 'test', '00000002, but the data has '),
+    (json.dumps([[0]] * 40), 'train', 'but the data has .*train/n0144'),
     (json.dumps([[]] * 40), 'test', 'no image of test'), (None, 'test', 'No such file'),
 ])  # fmt: skip
-def test_labels_that_cannot_be_are_refused(photos, tmp_path, text, split, message):
+def test_invalid_real_labels_are_refused(photos, tmp_path, text, split, message):
   path = tmp_path / 'real.json'
   if text:
     path.write_text(text)
@@ -184,13 +185,13 @@ def test_labels_that_cannot_be_are_refused(photos, tmp_path, text, split, messag
     real.load_real_labels(path, source, split)
 
 
-def test_classes_that_are_not_imagenets_are_refused(photos):
+def test_real_labels_are_refused_for_other_classes_than_imagenets(photos):
   source = Source({'test': 1}, ('cat', 'dog'), 3, None)
-  with pytest.raises(ValueError, match='those here are cat, dog'):
+  with pytest.raises(ValueError, match='the data has the classes cat, dog'):
     real.load_real_labels(photos / 'real.json', source, 'test')
 
 
-def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
+def test_real_labels_are_refused_if_bad_images_were_skipped(photos, tmp_path):
   bad = tmp_path / 'all' / 'val'
   make_images(tmp_path / 'all' / 'train', range(12), seed=0)
   make_images(bad, [f'ILSVRC2012_val_{n:08d}' for n in range(1, 13)], seed=1)
@@ -202,7 +203,7 @@ def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
   assert exact.evaluate(photos / 'run', flags | {'data.cache': 'stream'})['examples'] == 11
 
 
-def test_another_test_set_of_the_same_classes_is_evaluated_by_config(photos, tmp_path):
+def test_config_can_select_another_test_set_with_the_same_classes(photos, tmp_path):
   make_images(tmp_path / 'train', range(6), seed=3)
   make_images(tmp_path / 'test', [f'other{i}' for i in range(24)], seed=4)
   other = {'data.source': f'folder:{tmp_path}', 'data.eval_split': 'test'}
@@ -212,7 +213,7 @@ def test_another_test_set_of_the_same_classes_is_evaluated_by_config(photos, tmp
   assert found['accuracy'] == pytest.approx(np.mean(right)) and found['examples'] == 24
 
 
-def test_imagenet_and_its_second_test_set_have_the_same_classes_in_reals_order(tmp_path):
+def test_imagenet_and_imagenet_v2_have_the_same_classes_in_the_order_of_real(tmp_path):
   names = [
     tfds.find_builder(name, tmp_path).info.features['label'].names
     for name in ('imagenet2012', 'imagenet_v2/matched-frequency')
@@ -220,7 +221,7 @@ def test_imagenet_and_its_second_test_set_have_the_same_classes_in_reals_order(t
   assert names[0] == names[1] == sorted(names[0]) and len(names[0]) == 1000
 
 
-def test_examples_of_tfds_have_the_names_of_their_files(monkeypatch):
+def test_tfds_examples_have_the_names_of_their_files(monkeypatch):
   record = {'image': b'', 'label': 3, 'file_name': b'ILSVRC2012_val_00000007.JPEG'}
   records = types.SimpleNamespace(__getitems__=lambda indices: [record for _ in indices])
   monkeypatch.setattr(tfds, 'open_records', lambda *_: records)

@@ -1,4 +1,4 @@
-"""Exports run elsewhere: in fresh processes, most of them without this package."""
+"""Tests that exports run elsewhere: in new processes, most of them without this package."""
 
 import contextlib
 import json
@@ -38,12 +38,17 @@ OURS = {'vit_jax', 'main', 'flax', 'optax', 'orbax', 'ml_collections', 'clu', 's
 
 
 def run(code, folder, blocked=()):
-  """stdout of Python code in a process of its own, in a folder, without the packages blocked."""
+  """Runs Python code in a new process in a folder, with some packages blocked; returns stdout."""
   paths = [p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p]
   if not blocked:
     paths.append(str(ROOT))
   head = f'import sys; sys.path += {paths}\nBLOCKED = {set(blocked)}\n{BLOCK}'
-  command = [sys.executable, '-I', '-c', f'{head}\n{code}']  # -I: neither this folder nor a path
+  command = [
+    sys.executable,
+    '-I',
+    '-c',
+    f'{head}\n{code}',
+  ]  # -I: ignores the current folder and PYTHONPATH
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1'}
   done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -51,13 +56,13 @@ def run(code, folder, blocked=()):
 
 
 def needs(format):
-  """Skips where a format's package is missing."""
+  """Skips the test if the package of a format is missing."""
   if format == 'onnx':
     pytest.importorskip('jax2onnx', reason=ONNX)
 
 
 def outputs(format, folder, image_BHWC):
-  """What a program gives."""
+  """Runs a program on images and returns its outputs."""
   if format == 'stablehlo':
     data = bytearray((folder / 'model.stablehlo').read_bytes())
     return np.asarray(jax.export.deserialize(data).call(image_BHWC))
@@ -66,7 +71,7 @@ def outputs(format, folder, image_BHWC):
 
 
 def normalized(image_BHWC, p):
-  """As NumPy does it."""
+  """Normalises images with NumPy."""
   pixels = image_BHWC / 255
   return ((pixels - np.array(p.mean)) / np.array(p.std)).astype(np.float32)
 
@@ -77,7 +82,7 @@ def images(p, channels, count=3):
 
 
 def random_model(image_shape=(8, 8, 3), **fields):
-  """A model whose parameters are all random."""
+  """Returns a model and its parameters, all of them random."""
   sizes = dict(width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=(4, 4))
   model = vit_jax.make(None, 5, **sizes | fields)
   params = model.init(jax.random.key(0), jnp.zeros((1, *image_shape)))['params']
@@ -99,7 +104,7 @@ MODELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', MODELS)
-def test_programs_give_what_the_model_does(format, name, tmp_path):
+def test_programs_give_the_outputs_of_the_model(format, name, tmp_path):
   needs(format)
   fields = dict(MODELS[name])
   if 'num_classes' in fields:
@@ -124,7 +129,7 @@ FIXTURES = ('paper_token', 'timm_map')
 @pytest.mark.slow
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', FIXTURES)
-def test_programs_of_published_weights_give_what_the_original_does(format, name, tmp_path):
+def test_programs_of_published_weights_give_the_original_outputs(format, name, tmp_path):
   needs(format)
   path = DATA / name / 'weights.npz'
   exporting.export(path if path.exists() else DATA / name, format, tmp_path / 'out')
@@ -135,15 +140,15 @@ def test_programs_of_published_weights_give_what_the_original_does(format, name,
 
 
 def snippet(folder):
-  """The Python of a model card."""
+  """Returns the Python code in a model card."""
   return re.search(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL)[1]
 
 
 def save_image(folder, size):
-  """`image.png`, the JPEG of a camera held upright (height, width), and what `predict` sees."""
+  """Writes `image.png`, a JPEG that EXIF rotates to (height, width); returns the rotated image."""
   pixels = np.random.RandomState(2).randint(0, 256, (size[1], size[0], 3), np.uint8)
   exif = Image.Exif()
-  exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees
+  exif[ExifTags.Base.Orientation] = 6  # viewers rotate it by 90 degrees
   Image.fromarray(pixels).save(folder / 'image.png', 'JPEG', exif=exif)
   seen = image_lib.decode_image((folder / 'image.png').read_bytes(), 'image.png')
   assert seen.size == (size[1], size[0])
@@ -151,7 +156,7 @@ def save_image(folder, size):
 
 
 @pytest.mark.parametrize('format', PROGRAMS)
-def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
+def test_a_program_runs_elsewhere_with_the_code_of_its_card(format, trained, tmp_path):
   needs(format)
   workdir, _ = trained
   exporting.export(workdir, format, tmp_path / 'out')
@@ -173,7 +178,7 @@ def test_a_run_elsewhere_as_its_card_says(format, trained, tmp_path):
 @pytest.mark.parametrize('fields', [
     {'crop': 0.8}, {'crop': 0.8, 'stretch': True}, {'stretch': True, 'interpolation': 'bilinear'},
 ])  # fmt: skip
-def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
+def test_cards_resize_files_as_the_weights_require(fields, tmp_path):
   p = Preprocessing((8, 12), **fields)
   file = save_image(tmp_path, (31, 40))
   variables = {'Image': Image, 'ImageOps': ImageOps}
@@ -184,14 +189,14 @@ def test_cards_bring_files_to_size_as_the_weights_have_it(fields, tmp_path):
 
 
 def run_card(folder, seen, pixels_BHWC, blocked=()):
-  """What a card's Python prints, and that `seen` there is these pixels."""
+  """Runs a card's code, asserts that its variable `seen` is these pixels, returns the output."""
   code = f"{snippet(folder)}\nimport numpy as np; np.save('seen.npy', {seen})"
   printed = run(code, folder, blocked)
   np.testing.assert_allclose(np.load(folder / 'seen.npy').squeeze(), pixels_BHWC[0], atol=1e-5)
   return printed.strip()
 
 
-def test_other_cards_run(trained, tmp_path):
+def test_npz_card_runs(trained, tmp_path):
   workdir, _ = trained
   exporting.export(workdir, 'npz', tmp_path / 'npz')
   file = save_image(tmp_path / 'npz', (8, 8))
@@ -203,7 +208,7 @@ def test_other_cards_run(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_hugging_faces_card_runs(tmp_path):
+def test_hugging_face_card_runs(tmp_path):
   pytest.importorskip('transformers', reason='needs requirements-peers.txt')
   loaded = vit_jax.load(DATA / 'hf_classifier')
   exporting.export(DATA / 'hf_classifier', 'hf', tmp_path)
@@ -217,7 +222,7 @@ def test_hugging_faces_card_runs(tmp_path):
   assert front['library_name'] == 'transformers' and 'license' not in front
 
 
-def test_timms_card_runs(trained, tmp_path):
+def test_timm_card_runs(trained, tmp_path):
   pytest.importorskip('timm', reason='needs timm, with torchvision', exc_type=ImportError)
   workdir, _ = trained
   exporting.export(workdir, 'timm', tmp_path)
@@ -229,31 +234,33 @@ def test_timms_card_runs(trained, tmp_path):
   assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == f'pattern {best}'
 
 
-def test_a_card_says_what_is_known(trained, tmp_path):
+def test_a_card_lists_the_known_facts(trained, tmp_path):
   workdir, result = trained
   exporting.export(workdir, 'stablehlo', tmp_path / 'out')
   text = (tmp_path / 'out' / 'README.md').read_text()
   for fact in (
-    f'{result["test_accuracy"]:.2%} of the 256 images of `test`',
+    f'{result["test_accuracy"]:.2%} on the 256 images of `test`',
     f'| parameters | {result["params"]:,} |',
     '`synthetic`, split `train`: 1,024 images',
     'random weights',
-    'these weights are of step 32',
+    'these weights are from step 32',
     'pool `gap`',
     '| license | not chosen yet |',
   ):
     assert fact in text
   exporting.export(workdir / 'checkpoints' / '16', 'stablehlo', tmp_path / 'earlier')
   earlier = (tmp_path / 'earlier' / 'README.md').read_text()
-  assert '| accuracy | unknown |' in earlier and 'of step 16' in earlier
+  assert '| accuracy | unknown |' in earlier and 'from step 16' in earlier
   exporting.export(DATA / 'paper_token' / 'weights.npz', 'npz', tmp_path / 'paper')
   paper = (tmp_path / 'paper' / 'README.md').read_text()
-  assert '| trained on | unknown to this file |' in paper and str(DATA) not in paper
-  assert 'those of `weights.npz`' in paper and '5 classes, whose names are unknown' in paper
+  assert '| trained on | unknown |' in paper and str(DATA) not in paper
+  assert 'read from `weights.npz`' in paper and '5 classes; their names are unknown' in paper
 
 
-def test_a_program_does_not_hang_on_the_machine_that_writes_it(tmp_path, monkeypatch):
-  model, params = random_model(width=48, num_heads=4)  # narrow enough for the CPU's own product
+def test_a_program_is_independent_of_the_machine_that_writes_it(tmp_path, monkeypatch):
+  model, params = random_model(
+    width=48, num_heads=4
+  )  # narrow enough for the CPU's special matrix product
   files = []
   for name in ('cpu', 'gpu'):
     monkeypatch.setattr(jax, 'default_backend', lambda name=name: name)
@@ -271,16 +278,16 @@ def test_a_program_does_not_hang_on_the_machine_that_writes_it(tmp_path, monkeyp
   assert size < len(files[0]) < size + 50_000
 
 
-def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
+def test_exported_programs_compute_in_float32_from_the_stored_size(tmp_path):
   config = small_config(**{
       'epochs': '0', 'data.source': 'digits', 'data.image_size': '16', 'model.dtype': 'bfloat16',
       'model.patch_size': '4', 'data.mean': '0.3', 'data.std': '0.4',
-      'data.cache': 'memory',  # which keeps small images as they are, neither cut nor stretched
+      'data.cache': 'memory',  # stores small images without cropping or stretching
       'data.crop': '0.5', 'data.stretch': 'true',
   })  # fmt: skip
   vit_jax.train(config, tmp_path / 'run')
   model, params = vit_jax.load(tmp_path / 'run')
-  kernel = params['head']['kernel']  # which begins at zero
+  kernel = params['head']['kernel']  # initialised to zero
   kernel += np.random.RandomState(0).normal(size=kernel.shape)
   p = reader.read_weights(tmp_path / 'run').preprocessing
   assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
@@ -294,7 +301,7 @@ def test_what_is_exported_computes_in_float32_at_the_stored_size(tmp_path):
   np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
 
 
-def test_mistakes(capsys, trained, tmp_path, monkeypatch):
+def test_wrong_export_flags_are_refused_and_write_nothing(capsys, trained, tmp_path, monkeypatch):
   workdir, _ = trained
   (tmp_path / 'file').write_text('')
   (tmp_path / 'empty' / 'checkpoints').mkdir(parents=True)
@@ -308,7 +315,7 @@ def test_mistakes(capsys, trained, tmp_path, monkeypatch):
     ([*flags, '--format=onnx'], 'pip install --no-deps -r requirements-onnx.txt'),
     ([*flags[:2], '--format=stablehlo'], 'and --out'),
     ([*flags, '--format=stablehlo', f'--out={tmp_path}/file'], 'is a file, not a folder'),
-    ([*flags, '--format=stablehlo', f'--out={tmp_path}/mine'], 'is there already'),
+    ([*flags, '--format=stablehlo', f'--out={tmp_path}/mine'], 'already exists'),
     ([*flags, '--format=stablehlo', f'--workdir={tmp_path}/empty'], 'no checkpoint'),
   ):
     assert message in error(capsys, *argv)
@@ -317,16 +324,16 @@ def test_mistakes(capsys, trained, tmp_path, monkeypatch):
   assert not code and [pathlib.Path(line).name for line in out.split()] == [
     'README.md', 'model.json', 'model.stablehlo',
   ]  # fmt: skip
-  assert not call(capsys, *flags, '--format=stablehlo')[0]  # over an earlier export of its own
-  assert 'holds model.stablehlo already' in error(capsys, *flags, '--format=timm')
+  assert not call(capsys, *flags, '--format=stablehlo')[0]  # replaces an earlier export
+  assert 'already holds model.stablehlo' in error(capsys, *flags, '--format=timm')
   monkeypatch.setattr(program, 'LIMIT', 2**24)
-  assert 'less than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
+  assert 'smaller than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
 
 
 def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   needs('onnx')
   model, params = random_model()
   monkeypatch.setattr(program, 'TOLERANCE', -1.0)
-  with pytest.raises(ValueError, match='gives other logits than this one'):
+  with pytest.raises(ValueError, match='logits of the converted and the original model differ'):
     vit_jax.save(model, params, tmp_path, format='onnx')
   assert not list(tmp_path.iterdir())

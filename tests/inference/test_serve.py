@@ -1,4 +1,4 @@
-"""The page, in a real browser; its API, under load and with what is not to be let in."""
+"""Tests the page in a real browser, and its API under load and with forbidden uploads."""
 
 import concurrent.futures
 import io
@@ -34,7 +34,7 @@ CHROMIUM = next(
 
 @pytest.fixture(scope='module')
 def page(trained, tmp_path_factory):
-  """The address of a server in a process of its own."""
+  """Starts a server in a new process; yields its address."""
   began = time.time()
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -59,13 +59,13 @@ def client(page):
 
 
 def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
-  """`{class: probability}` and the picture's file."""
+  """Sends an image; returns `{class: probability}` and the picture's file."""
   label, picture = client.predict(gradio_client.handle_file(path), layer, head, api_name='/predict')
   return {found['label']: found['confidence'] for found in label['confidences']}, picture
 
 
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
-def test_the_page_in_a_browser(page, trained, tmp_path):
+def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp_path):
   file = sorted((trained[0] / 'examples').iterdir())[0]
   best = next(prediction.predict(trained[0], [str(file)]))['predictions'][0]
   (tmp_path / 'fake.png').write_bytes(b'no image')
@@ -112,14 +112,14 @@ def test_the_page_in_a_browser(page, trained, tmp_path):
 
     upload.set_input_files(tmp_path / 'fake.png')
     browser.expect(tab.get_by_text('not a readable image')).to_be_visible()
-    browser.expect(picture).to_have_count(0)  # nor does the last image stay
+    browser.expect(picture).to_have_count(0)  # the previous image disappears too
     browser.expect(given).to_have_count(0)
     chromium.close()
   asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
-  assert not asked, f'the page asks {asked}'
+  assert not asked, f'the page requests {asked}'
 
 
-def test_fifty_at_once(client, trained):
+def test_fifty_requests_at_once_get_correct_answers(client, trained):
   files = sorted((trained[0] / 'examples').iterdir())
   wanted = [
     row['predictions'] for row in prediction.predict(trained[0], [str(f) for f in files], 10)
@@ -131,7 +131,7 @@ def test_fifty_at_once(client, trained):
       assert answer[guess['class']] == pytest.approx(guess['probability'], abs=1e-4)
 
 
-def test_what_is_let_in(client, tmp_path):
+def test_bad_uploads_are_refused_and_images_are_accepted(client, tmp_path):
   def refused(name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Exception, match=message):
@@ -147,10 +147,10 @@ def test_what_is_let_in(client, tmp_path):
   refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'unknown image format')
   refused('large.png', bytes(server.MAX_BYTES + 1), 'exceed|413|large')
   Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
-  assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # and it still answers
+  assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # the server still answers
 
 
-def test_nothing_is_fetched_for_a_client(client):
+def test_the_server_does_not_fetch_addresses_for_a_client(client):
   address = {'path': 'http://127.0.0.1:1/a.png', 'meta': {'_type': 'gradio.FileData'}}
   with pytest.raises(Exception, match='Upload the file itself'):
     client.predict(address, page_lib.ROLLOUT, page_lib.MEAN, api_name='/predict')
@@ -159,20 +159,19 @@ def test_nothing_is_fetched_for_a_client(client):
 @pytest.mark.parametrize(
   'layer, head', [('block 9', page_lib.MEAN), ('block 1', 'head 9'), (None, 1)]
 )
-def test_layers_and_heads_that_there_are_not(client, trained, layer, head):
+def test_unknown_layers_and_heads_are_refused(client, trained, layer, head):
   file = next((trained[0] / 'examples').iterdir())
   with pytest.raises(Exception, match='block 2|choices'):
     ask(client, file, layer, head)
 
 
-def test_files_of_the_machine_are_not_shown(page):
+def test_the_server_does_not_serve_local_files(page):
   for path in ('/etc/passwd', str(ROOT / 'main.py'), '../../main.py'):
     with pytest.raises(urllib.error.HTTPError, match='403|404'):
       urllib.request.urlopen(f'{page}gradio_api/file={path}')
 
 
-def test_other_machines_are_not_let_in(page):
-  """The port answers on the loopback address alone."""
+def test_the_server_listens_only_on_the_loopback_address(page):
   port = int(re.search(r':(\d+)/', page)[1])
   listening = [line.split() for line in pathlib.Path('/proc/net/tcp').read_text().splitlines()[1:]]
   addresses = {row[1] for row in listening if row[1].endswith(f':{port:04X}') and row[3] == '0A'}
@@ -187,11 +186,11 @@ def test_a_picture_is_lit_where_attention_is():
   assert page_lib.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
 
 
-def test_a_port_that_is_taken(trained, capsys):
+def test_a_port_that_is_in_use_is_refused(trained, capsys):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
     taken.listen()
     port = taken.getsockname()[1]
     code = cli.main(['--mode=serve', f'--workdir={trained[0]}', f'--port={port}'])
-  assert code == 2 and f'--port={port} can not be listened on' in capsys.readouterr().err
+  assert code == 2 and f'Cannot listen on --host=127.0.0.1 --port={port}' in capsys.readouterr().err
   assert cli.main(['--mode=serve', f'--workdir={trained[0]}', '--port=70000']) == 2

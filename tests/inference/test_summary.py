@@ -1,4 +1,4 @@
-"""What a config costs, against closed forms and what XLA says of compiled programs."""
+"""Tests the cost of a config against closed formulas and XLA's numbers for compiled programs."""
 
 import dataclasses
 import resource
@@ -29,7 +29,7 @@ def part(found, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('variant', ['tiny', 'b16'])
-def test_flops_are_those_that_the_benchmarks_count(variant):
+def test_flops_equal_the_closed_formulas_of_the_benchmarks(variant):
   work = works.Work(f'configs/cifar10.py:{variant}', 'train', 8, 'bfloat16', ())
   config = works.settings(work)
   exp, examples, _ = summary.summary_of_config(config)
@@ -46,7 +46,7 @@ def test_flops_are_those_that_the_benchmarks_count(variant):
     {'model.pool': 'map', 'model.num_registers': '3'},
     {'model.resnet': '1,1', 'model.patch_size': '16', 'data.image_size': '32'},
 ], ids=['map', 'hybrid'])  # fmt: skip
-def test_flops_are_most_of_those_that_xla_counts(fields):
+def test_flops_are_at_least_80_percent_of_the_count_of_xla(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256'}
   exp = summary.summary_of_config(small_config(**sizes | fields))[0]
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
@@ -56,7 +56,7 @@ def test_flops_are_most_of_those_that_xla_counts(fields):
   assert 0.8 * theirs < ours <= theirs
 
 
-def test_parameters_and_state(trained):
+def test_parameters_and_state_have_the_expected_size(trained):
   _, result = trained
   found = summarize(**{'ema': '0.9'})
   assert found.parts[-1].parameters == result['params']
@@ -64,7 +64,7 @@ def test_parameters_and_state(trained):
   size = 4 * result['params']
   assert found.state_bytes['params'] == found.state_bytes['averages'] == size
   assert found.state_bytes['gradients'] == size
-  assert 2 * size <= found.state_bytes['optimizer'] < 2 * size + 100  # and two counts
+  assert 2 * size <= found.state_bytes['optimizer'] < 2 * size + 100  # plus two counters
   assert part(found, 'block_*/mlp').parameters == 2 * (2 * 16 * 32 + 16 + 32)
   half = summarize(**{'optimizer.moment_dtype': 'bfloat16'})
   assert half.state_bytes['optimizer'] < 1.5 * size + 100 and not half.state_bytes['averages']
@@ -73,7 +73,7 @@ def test_parameters_and_state(trained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [{}, {'model.remat': 'full'}], ids=['kept', 'remat'])
-def test_activations_are_about_what_a_compiled_step_needs(fields):
+def test_activations_are_close_to_the_memory_of_a_compiled_step(fields):
   sizes = {'model.width': '64', 'model.mlp_dim': '256', 'data.image_size': '32'}
   exp = summary.summary_of_config(small_config(**sizes | fields))[0]
   function = jax.jit(jax.grad(tracing.loss(exp, 64))), jax.jit(jax.grad(tracing.loss(exp, 128)))
@@ -86,33 +86,33 @@ def test_activations_are_about_what_a_compiled_step_needs(fields):
   )
   ours = cost.measure(exp, None).parts[-1].activations_mib * 2**20
   compiled = (large - small) / 64
-  if fields:  # what is computed again is held for a block at a time, besides
+  if fields:  # recomputed activations also take memory, for one block at a time
     assert ours < compiled < summarize(**sizes).parts[-1].activations_mib * 2**20
   else:
     assert 0.6 * compiled < ours < 1.6 * compiled
 
 
-def test_a_frozen_backbone_keeps_features_alone():
+def test_a_frozen_backbone_keeps_only_features():
   found = summarize(freeze='backbone')
   assert part(found, 'block_*/mlp').activations_mib == 0
   kept = found.parts[-1].activations_mib * 2**20
-  assert 4 * 16 <= kept < 4 * 16 + 4 * 20  # the features, and what the loss of 10 classes needs
+  assert 4 * 16 <= kept < 4 * 16 + 4 * 20  # the features, and the arrays for the loss of 10 classes
   assert found.state_bytes['gradients'] == 4 * (16 * 10 + 10)
   forward, head = found.parts[-1].gflops, part(found, 'head').gflops
   assert found.train_flops == pytest.approx((forward + head) * 1e9)
 
 
-def test_an_array_under_two_shapes_is_kept_once():
+def test_an_array_in_two_shapes_counts_once():
   def program(scale, x):
     y = jnp.sin(x) * scale
     return y.reshape(2, 3), y, y.reshape(6, 1), scale * 2
 
   closed = jax.make_jaxpr(program)(jnp.ones(()), jnp.ones((6,)))
   found = list(tracing.residuals(closed.jaxpr, closed.jaxpr.invars[1:]))
-  assert [size for _, size in found] == [24]  # and what hangs on no image is none
+  assert [size for _, size in found] == [24]  # outputs that do not depend on an image do not count
 
 
-def test_a_device_holds_a_micro_batch():
+def test_a_device_holds_one_micro_batch_at_a_time():
   whole = summarize(micro_batches='1')
   parts = summarize(micro_batches='4')
   assert whole.devices == parts.devices == 2
@@ -121,7 +121,7 @@ def test_a_device_holds_a_micro_batch():
   assert whole.activation_bytes == round(16 * whole.parts[-1].activations_mib * 2**20)
 
 
-def test_mixed_images_count_as_one_each():
+def test_mixing_images_does_not_change_the_cost():
   sizes = {'augment.flip.probability': '0', 'model.stochastic_depth': '0'}
   plain, mixed = summarize(**sizes), summarize(**sizes | {'augment.mix.probability': '1'})
   assert mixed.train_flops == plain.train_flops
@@ -130,17 +130,19 @@ def test_mixed_images_count_as_one_each():
   )
 
 
-def test_nothing_is_allocated():
+def test_the_summary_allocates_no_parameters():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   found = summarize(**{'model.width': '8192', 'model.mlp_dim': '32768', 'model.depth': '1'})
   assert found.state_bytes['params'] > 3 * 2**30
-  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 2**10  # of KiB
+  assert (
+    resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 2**10
+  )  # ru_maxrss is in KiB
 
 
-def test_data_that_is_not_there(tmp_path):
+def test_missing_data_is_replaced_by_assumptions_and_not_created(tmp_path):
   found = summarize(**{'data.source': 'folder:photos', 'data.dir': str(tmp_path)})
-  assert '1,000 classes of RGB images are assumed' in cost.as_text(found)
-  assert found.steps is None and 'unknown until the data is there' in cost.as_text(found)
+  assert 'assuming 1,000 classes of RGB images' in cost.as_text(found)
+  assert found.steps is None and 'unknown without the data' in cost.as_text(found)
   found = summarize(**{'data.source': 'tfds:cifar100', 'data.dir': str(tmp_path / 'none')})
   assert len(found.exp.task.class_names) == 100 and found.steps is None and not found.notes
   assert not list(tmp_path.iterdir())
@@ -148,23 +150,23 @@ def test_data_that_is_not_there(tmp_path):
   assert summarize(**prepared).steps
 
 
-def test_inspect(capsys, trained, tmp_path):
+def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_path):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=inspect', f'--workdir={workdir}')
   assert not code and f'{result["params"]:,}' in out and f'Steps: {result["steps"]}' in out
   flags = ['--mode=inspect', '--config=configs/digits.py', f'--workdir={tmp_path}/run']
   code, out, _ = call(capsys, *flags, '--config.model.depth=1', '--config.epochs=1')
-  assert not code and '| block_*/attention ' in out and 'Steps: 90 of 1 epochs' in out
+  assert not code and '| block_*/attention ' in out and 'Steps: 90 in 1 epochs' in out
   assert not list(tmp_path.iterdir())
   code, out, _ = call(capsys, '--mode=inspect', f'--init={DATA / "timm_map"}')
-  assert not code and '| map ' in out and 'Training is that of the default config' in out
+  assert not code and '| map ' in out and 'Training numbers assume the default config' in out
   assert 'needs --config' in error(capsys, '--mode=inspect')
   assert 'holds no run' in error(capsys, '--mode=inspect', f'--workdir={tmp_path}')
   assert 'Did you mean cifar10' in error(capsys, *flags, '--config.data.source=tfds:cifr10')
   assert 'another config' in error(capsys, *flags[:2], f'--workdir={workdir}')
 
 
-def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch):
+def test_the_number_of_devices_follows_the_batch_size(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(devices, '_one_per_core', True)
   workdir, _ = trained
   found = summary.summary_of(Request(workdir))
@@ -176,17 +178,19 @@ def test_devices_are_those_of_the_batch_asked_for(trained, tmp_path, monkeypatch
   )
   assert [s.devices for s in (found, more, published)] == [1, 2, 2]
   (tmp_path / 'config.json').write_bytes((workdir / 'config.json').read_bytes())
-  assert cost.as_text(summary.summary_of(Request(tmp_path))) == cost.as_text(same)  # nothing saved
+  assert cost.as_text(summary.summary_of(Request(tmp_path))) == cost.as_text(
+    same
+  )  # no checkpoint yet
 
 
-def test_the_plan_is_that_of_training():
+def test_steps_and_warmup_are_rounded_down():
   config = small_config()
-  assert plan_lib.num_steps(config, 1000) == 31  # of 31.25 batches
-  assert plan_lib.warmup_steps(config, 1000, 31) == 6  # 5 epochs, a fifth at most
+  assert plan_lib.num_steps(config, 1000) == 31  # 31.25 batches
+  assert plan_lib.warmup_steps(config, 1000, 31) == 6  # at most a fifth of the steps
 
 
-def test_what_is_done_to_an_image_is_no_work_of_the_model():
+def test_enlarging_images_does_not_count_as_work_of_the_model():
   exp = summary.summary_of_config(small_config())[0]
   task = dataclasses.replace(exp.task, stored_size=(4, 4))
-  enlarged = assemble(exp.config, task)  # by products, too
+  enlarged = assemble(exp.config, task)  # enlarging uses matrix products, too
   assert cost.measure(enlarged, None).train_flops == cost.measure(exp, None).train_flops

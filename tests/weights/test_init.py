@@ -1,4 +1,4 @@
-"""Runs that start from published weights, and published weights used and written as they are."""
+"""Tests training from published weights, and predicting with and exporting published weights."""
 
 import json
 import os
@@ -27,7 +27,7 @@ PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resam
 
 @pytest.fixture
 def weights(tmp_path):
-  """Hugging Face's: exact GELU, epsilon 1e-12, a mean and deviation for each channel."""
+  """A Hugging Face folder with exact GELU, epsilon 1e-12, and a mean and std per channel."""
   folder = tmp_path / 'published'
   shutil.copytree(DATA / 'hf_classifier', folder)
   folder.chmod(0o755)
@@ -36,7 +36,7 @@ def weights(tmp_path):
 
 
 def fine_tuning(init, overrides):
-  """A config of 8 steps on synthetic images that leaves the model to the weights."""
+  """Returns a config of 8 steps on synthetic images; the weights decide the model."""
   config = config_lib.default_config()
   settings = {
       'init': str(init), 'data.source': 'synthetic', 'data.image_size': '16', 'epochs': '1',
@@ -48,7 +48,7 @@ def fine_tuning(init, overrides):
   return config
 
 
-def test_a_run_has_the_weights_their_model_and_their_preprocessing(weights, tmp_path):
+def test_a_run_takes_model_and_preprocessing_from_the_weights(weights, tmp_path):
   config = fine_tuning(weights, {'optimizer.lr': '0', 'model.activation': 'None'})
   result = vit_jax.train(config, tmp_path / 'run')
   model = result['config']['model']
@@ -64,7 +64,7 @@ def test_a_run_has_the_weights_their_model_and_their_preprocessing(weights, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_the_weights_that_it_began_from(weights, tmp_path):
+def test_resume_does_not_need_the_initial_weights(weights, tmp_path):
   whole = vit_jax.train(fine_tuning(weights, {'epochs': '2'}), tmp_path / 'whole')
   config = fine_tuning(weights, {'epochs': '2', 'checkpoint_every': '9'})
   vit_jax.train(config, tmp_path / 'cut')
@@ -76,7 +76,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_from(weights, tmp_path)
   assert equal(*(vit_jax.load(tmp_path / name).params for name in ('whole', 'cut')))
 
 
-def test_fine_tuning_learns_and_a_run_starts_from_another_run(weights, tmp_path):
+def test_fine_tuning_learns_and_a_run_can_start_from_another_run(weights, tmp_path):
   first = vit_jax.train(fine_tuning(weights, {'epochs': '4'}), tmp_path / 'first')
   assert first['test_accuracy'] > 0.5
   second = fine_tuning(tmp_path / 'first', {'epochs': '0'})
@@ -90,7 +90,7 @@ def test_fine_tuning_learns_and_a_run_starts_from_another_run(weights, tmp_path)
     ({'model.layer_scale': '0.1'}, 'model.layer_scale: 0.1 in the config, None in the weights'),
     ({'data.mean': '0.5'}, r'data.mean: \(0.5,\) in the config, \(0.2, 0.4, 0.6\) in the weights'),
     ({'data.image_size': '18'}, 'does not divide into the patches'),
-    ({'init': 'absent.npz'}, 'absent.npz: there is no such file'),
+    ({'init': 'absent.npz'}, 'absent.npz: no such file'),
     ({'init_resize': 'nearest'}, "init_resize: unknown 'nearest'"),
     ({'data.source': 'digits', 'data.image_size': '8'}, 'expects images with 3 channel'),
 ])  # fmt: skip
@@ -100,20 +100,20 @@ def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, me
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_positions_follow_the_image_size(weights):
+def test_positions_are_resized_to_the_image_size(weights):
   _, training = opening.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
   want = vit_jax.load(weights, grid=(2, 6)).params['pos_embedding']
   assert np.array_equal(training.params['pos_embedding'], want)
 
 
 def write_image(path, size=(16, 16)):
-  """A PNG of noise, and its pixels in [0, 1]."""
+  """Writes a PNG of noise; returns its pixels in [0, 1]."""
   pixels = np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)
   Image.fromarray(pixels).save(path)
   return pixels / 255
 
 
-def test_predict_with_published_weights(capsys, weights, tmp_path):
+def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights, tmp_path):
   pixels = write_image(tmp_path / 'a.png')
   flags = ['--mode=predict', f'--init={weights}', f'--images={tmp_path}/a.png', '--format=json']
   code, out, _ = call(capsys, *flags)
@@ -124,7 +124,7 @@ def test_predict_with_published_weights(capsys, weights, tmp_path):
   assert not code and list(found) == [f'class {i}' for i in np.argsort(-want_L)]
   np.testing.assert_allclose([found[f'class {i}'] for i in range(4)], want_L, atol=1e-6)
 
-  pixels = write_image(tmp_path / 'a.png', (24, 24))  # and larger, with positions resized
+  pixels = write_image(tmp_path / 'a.png', (24, 24))  # a larger image, with resized positions
   code, out, _ = call(capsys, *flags, '--config.data.image_size=24', '--topk=1')
   model, params = vit_jax.load(weights, grid=(6, 6))
   normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']
@@ -133,7 +133,7 @@ def test_predict_with_published_weights(capsys, weights, tmp_path):
   assert best['class'] == f'class {want_L.argmax()}'
   np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
 
-  pixels = write_image(tmp_path / 'a.png', (30, 40))  # brought to size as the weights have it
+  pixels = write_image(tmp_path / 'a.png', (30, 40))  # resized as the weights require
   _, out, _ = call(capsys, *flags)
   resized = Image.fromarray(np.uint8(pixels * 255 + 0.5)).resize((16, 16), Image.BILINEAR)
   normal = (np.asarray(resized) / 255 - PROCESSOR['image_mean']) / PROCESSOR['image_std']
@@ -146,7 +146,7 @@ def test_predict_with_published_weights(capsys, weights, tmp_path):
     assert json.loads(other)['predictions'][0]['probability'] != best['probability']
 
 
-def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
+def test_the_way_files_are_resized_is_saved_with_the_weights(weights, tmp_path):
   geometry = {'data.interpolation': 'nearest', 'data.crop': '0.8', 'data.stretch': 'true'}
   vit_jax.train(fine_tuning(weights, {'epochs': '0'} | geometry), tmp_path / 'run')
   p = vit_jax.load(tmp_path / 'run').preprocessing
@@ -157,15 +157,15 @@ def test_how_files_are_brought_to_size_goes_with_the_weights(weights, tmp_path):
   assert again.preprocessing == p and again.class_names[0] == 'pattern 0'
 
 
-def test_the_head_is_kept_for_the_same_classes_in_the_same_order_alone(trained):
+def test_the_head_is_kept_only_for_the_same_classes_in_the_same_order(trained):
   config, own = small_config(init=str(trained[0])), tuple(f'pattern {i}' for i in range(10))
-  for classes in (own, own[::-1]):  # as many, but others
+  for classes in (own, own[::-1]):  # the second has the same number of classes in another order
     _, params, _ = inherit.open_init(config, Source({}, classes, 3, None))
     assert np.any(params['head']['kernel']) == (classes == own)
 
 
-def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path, monkeypatch):
-  """The paper's head for pre-training is both, and fine-tuning removes all of it (Section 3.2)."""
+def test_a_new_head_drops_the_pre_logits_for_any_number_of_classes(tmp_path, monkeypatch):
+  """In the paper, both layers are the head, and fine-tuning removes all of it (Section 3.2)."""
   vit_jax.train(small_config(**{'epochs': '0', 'model.representation_size': '12'}), tmp_path)
   own = tuple(f'pattern {i}' for i in range(10))
   for classes, size in ((own, 12), (tuple('abcdefghij'), None), (('a', 'b'), None)):
@@ -180,28 +180,28 @@ def test_a_new_head_drops_the_pre_logits_whatever_the_number_of_classes(tmp_path
       assert found['head']['kernel'].shape == (size or 16, len(classes))
 
 
-def test_few_shot_accuracy_of_published_weights(capsys, weights):
+def test_fewshot_measures_published_weights(capsys, weights):
   flags = ['--mode=fewshot', f'--init={weights}', '--config.data.source=synthetic']
   code, out, _ = call(capsys, *flags)
   assert not code and [line.split()[0] for line in out.splitlines()] == ['1', '5', '10', '25']
   assert float(out.splitlines()[-1].split()[2].rstrip('%')) > 50  # of 10 classes
   code, _, err = call(capsys, *flags[:2], '--config.data.source=digits')
-  assert code == 2 and 'error: The model takes images of 3 channels' in err
+  assert code == 2 and 'error: The model takes images with 3 channels' in err
   code, out, err = call(capsys, *flags, '--config.data.train_split=train[:10%]')
-  assert code is None and 'No more than 10 shots: a class has 10' in err
+  assert code is None and 'At most 10 shots are measured, because a class has only 10' in err
   assert [line.split()[0] for line in out.splitlines()] == ['1', '5', '10']
 
 
 @pytest.mark.parametrize('form', ['hf', 'timm', 'npz'])
-def test_export(capsys, form, trained, tmp_path):
+def test_export_writes_weights_that_load_again(capsys, form, trained, tmp_path):
   init = DATA / 'timm_token' if form == 'hf' else DATA / 'paper_token' / 'weights.npz'
   flags = ['--mode=export', f'--format={form}', f'--out={tmp_path}/out']
   code, out, _ = call(capsys, *flags, f'--init={init}')
   assert not code and sorted(out.split()) == sorted(map(str, (tmp_path / 'out').iterdir()))
   assert equal(vit_jax.load(tmp_path / 'out').params, vit_jax.load(init).params)
   workdir, _ = trained
-  if form == 'hf':  # it averages the patches, which Hugging Face's ViT can't
-    assert 'can not hold this model' in error(capsys, *flags, f'--workdir={workdir}')
+  if form == 'hf':  # this run averages the patches, which Hugging Face's ViT cannot do
+    assert 'cannot hold this model' in error(capsys, *flags, f'--workdir={workdir}')
     return
   code, _, _ = call(capsys, *flags, f'--workdir={workdir}')
   again, own = vit_jax.load(tmp_path / 'out'), vit_jax.load(workdir)
@@ -213,7 +213,7 @@ WRITE = ['--format=hf', '--out=out']
 
 
 @pytest.mark.parametrize('name', ['paper_token', 'paper_prelogits', 'hf_backbone'])
-def test_tokens_are_what_is_pooled(tmp_path, name):
+def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
   file = tmp_path / 'a.png'
   Image.fromarray(np.random.RandomState(0).randint(0, 256, (40, 40, 3), np.uint8)).save(file)
   init = DATA / name if name.startswith('hf') else DATA / name / 'weights.npz'
@@ -246,7 +246,9 @@ def test_tokens_are_what_is_pooled(tmp_path, name):
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),
     (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], '--config is for train'),
 ])  # fmt: skip
-def test_mistakes(capsys, argv, message, weights, tmp_path, monkeypatch):
+def test_wrong_flags_are_refused_and_write_nothing(
+  capsys, argv, message, weights, tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
   write_image(tmp_path / 'a.png')
   weights.rename('w')
@@ -254,7 +256,7 @@ def test_mistakes(capsys, argv, message, weights, tmp_path, monkeypatch):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'w']
 
 
-def test_a_frozen_run_and_a_fine_tune_start_alike(weights, tmp_path):
+def test_frozen_training_and_fine_tuning_start_with_the_same_loss(weights, tmp_path):
   config = fine_tuning(weights, {'epochs': '0', 'freeze': 'backbone'})
   frozen = trainer.train(config, tmp_path / 'frozen')
   tuned = trainer.train(fine_tuning(weights, {'epochs': '0'}), tmp_path / 'tuned')
@@ -270,7 +272,7 @@ except ValueError as error:
 """
 
 
-def test_names_on_the_hub_come_from_its_cache_without_a_network(tmp_path):
+def test_hub_names_load_from_the_cache_without_a_network(tmp_path):
   commit = 'f' * 40
   repository = tmp_path / 'hub' / 'models--someone--some-vit'
   (repository / 'refs').mkdir(parents=True)
@@ -286,5 +288,5 @@ def test_names_on_the_hub_come_from_its_cache_without_a_network(tmp_path):
 
   assert load('someone/some-vit') == str(32 * 4 + 4)
   message = load('someone/another-vit')
-  said = 'error: someone/another-vit: there is no such file or folder here. Taken for the name of a'
-  assert message.startswith(said)
+  want = 'error: someone/another-vit: no such file or folder, and the Hugging Face Hub repository'
+  assert message.startswith(want)

@@ -1,6 +1,6 @@
-"""Random models of Hugging Face and timm, built live: logits, input gradients, and back.
+"""Compares random models of Hugging Face and timm with ours: outputs, gradients, round trips.
 
-Skipped without `pip install -r requirements-peers.txt` (and `timm`).
+These tests are skipped without `pip install -r requirements-peers.txt` (and `timm`).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ IMAGE = np.random.RandomState(0).normal(size=(2, 16, 24, 3)).astype(np.float32)
 
 
 def perturb(module):
-  """All parameters random: biases, scales and tokens too."""
+  """Randomises all parameters, including biases, scales and tokens."""
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for parameter in module.parameters():
@@ -30,7 +30,7 @@ def perturb(module):
 
 
 def torch_output(module, read, image_BHWC):
-  """The output, and the gradient of its weighted sum with respect to the image."""
+  """Returns the output, and the gradient of its weighted sum with respect to the image."""
   image = torch.tensor(image_BHWC.transpose(0, 3, 1, 2)).contiguous().requires_grad_()
   output = read(module(image))
   weight = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
@@ -49,7 +49,7 @@ def our_output(model, params, image_BHWC):
 
 
 def check(theirs, folder, read, image=IMAGE):
-  """Ours gives what theirs does, in the output and in the gradient."""
+  """Asserts that our output and gradient equal theirs; returns the loaded weights."""
   loaded = pretrained.load(folder)
   for ours, want in zip(our_output(*loaded, image), torch_output(theirs, read, image)):
     np.testing.assert_allclose(ours, want, atol=2e-5 * max(1, np.abs(want).max()))
@@ -79,7 +79,7 @@ def test_hugging_face(name, tmp_path):
   if name.startswith('Dinov2'):
     del sizes['intermediate_size']
     sizes['mlp_ratio'] = 2
-    image = IMAGE[:, :, :16]  # theirs takes square ones only
+    image = IMAGE[:, :, :16]  # DINOv2 in transformers only takes square images
   config = kind.config_class(
     **sizes, image_size=image.shape[1:3], patch_size=8, num_labels=5, **HF[name]
   )
@@ -93,11 +93,13 @@ def test_hugging_face(name, tmp_path):
     *loaded,
     tmp_path / 'ours',
     format='hf',
-    preprocessing=dataclasses.replace(loaded.preprocessing, stretch=True),  # no square
+    preprocessing=dataclasses.replace(
+      loaded.preprocessing, stretch=True
+    ),  # the image is not square
     class_names=tuple('abcde') if headed else None,
   )
   again = kind.from_pretrained(tmp_path / 'ours').eval()
-  if name != 'DeiTForImageClassificationWithTeacher':  # its two biases became one, halved
+  if name != 'DeiTForImageClassificationWithTeacher':  # its two biases became one
     own = theirs.state_dict()
     for key, value in again.state_dict().items():
       assert torch.equal(value, own[key]) or 'pooler' in key or 'mask_token' in key, key
@@ -150,7 +152,7 @@ def test_timm(fields, tmp_path):
     dict(size={'height': 24, 'width': 32}, resample=2),
     dict(size={'height': 24, 'width': 32}, resample=3),
 ])  # fmt: skip
-def test_images_are_prepared_as_hugging_faces_processor_does(fields, tmp_path):
+def test_image_preparation_matches_the_hugging_face_processor(fields, tmp_path):
   transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
   kind = getattr(transformers, 'ViTImageProcessorPil', transformers.ViTImageProcessor)
   processor = kind(**fields, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])

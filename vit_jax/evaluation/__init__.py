@@ -1,4 +1,4 @@
-"""What a model scores, and what its backbone makes of images."""
+"""Evaluates models, computes features, and measures few-shot accuracy."""
 
 from vit_jax.evaluation.data import load_split, open_data, open_test
 from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, make_eval_step, score_split

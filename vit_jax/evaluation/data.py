@@ -1,4 +1,4 @@
-"""The data that a trained model is tested on, as its training saw it."""
+"""Opens the data on which a trained model is tested, prepared as in its training."""
 
 import dataclasses
 import logging
@@ -20,36 +20,40 @@ log = logging.getLogger(__name__)
 
 
 def open_data(experiment: Experiment) -> Source:
-  """The source of the experiment's data.
+  """Opens the source of the experiment's data.
 
   Raises:
-    ValueError: data of other classes or channels than the model's.
+    ValueError: the data has other classes, or another number of channels, than the model.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     raise ValueError(
-      f'{data.source} has the classes {", ".join(source.class_names[:5])}, ... '
-      f'({len(source.class_names)}); the model was trained on '
-      f'{", ".join(task.class_names[:5])}, ... ({len(task.class_names)}).'
+      f'{data.source} has {len(source.class_names)} classes: '
+      f'{", ".join(source.class_names[:5])}, ...; but the model was trained on '
+      f'{len(task.class_names)} classes: {", ".join(task.class_names[:5])}, ...'
     )
   if source.channels != task.channels:
     raise ValueError(
-      f'The model takes images of {task.channels} channels, those of {data.source} have '
+      f'The model takes images with {task.channels} channels, but the images in {data.source} have '
       f'{source.channels}.'
     )
   return source
 
 
 def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Source, int]:
-  """The source without files that the weights were trained on, and their number in the test split.
+  """Opens the test data without the files that the weights were trained on.
 
   Args:
-    experiment: of the weights.
-    source: that `open_source` gave; None to open it.
+    experiment: the experiment of the weights.
+    source: the source if it is already open; None to open it.
+
+  Returns:
+    The source, and how many files of the test split were removed.
 
   Raises:
-    ValueError: data of other classes than the model's, or a test split trained on as a whole.
+    ValueError: the data has other classes than the model, or all of the test split was used for
+      training.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:
@@ -58,8 +62,8 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
     names = TrainingFiles()
     if source.files:
       log.warning(
-        'Version 0.1.0 trained these weights and kept no names of its training files: they may '
-        'have been trained on some of the test images.'
+        'These weights were trained with version 0.1.0, which did not store the names of the '
+        'training files. Some of the test images may have been used for training.'
       )
   split = experiment.config.data.eval_split
   check_untrained(source, split, names)
@@ -67,14 +71,14 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
 
 
 def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Split]:
-  """Splits of the experiment's data, as its model was trained to see it.
+  """Loads splits of the experiment's data, prepared as in the model's training.
 
   Args:
-    experiment: of the model.
-    parts: each split in TFDS notation, after what `open_source` or `open_test` gave.
+    experiment: the model's experiment.
+    parts: for each split its open source and its name in TFDS notation.
 
   Raises:
-    ValueError: more than the memory holds.
+    ValueError: the splits do not fit into memory.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
   reading = experiment.reading
@@ -88,5 +92,5 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
 
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
-  """One split, of a source that is open or to be opened; see `load_splits`."""
+  """Loads one split with `load_splits`; the source is opened if it is None."""
   return load_splits(experiment, (source or open_data(experiment), name))[0]

@@ -1,4 +1,4 @@
-"""Exact evaluation: every example counts once, for any batch size and number of devices."""
+"""Exact evaluation: each example counts exactly once, for any batch size and number of devices."""
 
 from collections.abc import Callable, Mapping
 import math
@@ -22,7 +22,7 @@ EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
-  """`(batch, params) -> metrics` of one padded batch."""
+  """Returns the compiled `(batch, params) -> metrics` for one padded batch."""
 
   def score_part(part, params):
     logits_BL = exp.logits(params, part)
@@ -43,13 +43,19 @@ def score_split(
   examples: Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-  **beside: np.ndarray,
+  **extra: np.ndarray,
 ) -> dict[str, float]:
-  """Loss, accuracies and the number of examples counted.
+  """Returns the loss, the accuracies and the number of examples of a split.
 
-  `beside` may be `real`, of `load_real_labels`, with a row for each example.
+  Args:
+    eval_step: the function from `make_eval_step`.
+    params: the model's parameters, on the devices of the mesh.
+    examples: the split.
+    batch_size: examples per batch, on all devices together.
+    mesh: the devices.
+    **extra: `real` from `load_real_labels`, with one row per example, or nothing.
   """
-  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **beside)
+  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra)
   count = math.ceil(len(examples) / batch_size)
   batches = progress.bar(batches, 'Evaluating', 'batch', count)
   return summarize([jax.device_get(eval_step(batch, params)) for batch in batches])
@@ -65,14 +71,14 @@ def evaluate(
   Args:
     workdir: folder of a training run.
     overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
-    step: checkpoint to evaluate: `best`, `last` or a number; by default the best by validation
-      accuracy, else the last.
+    step: checkpoint to evaluate: `best`, `last` or a number. The default is the best by
+      validation accuracy, or the last if none has a validation accuracy.
 
   Returns:
-    As `evaluate_checkpoint`.
+    The result of `evaluate_checkpoint`.
 
   Raises:
-    ValueError: no checkpoint, other data, or overrides that contradict the checkpoint.
+    ValueError: the workdir has no such checkpoint, or the data or the overrides contradict it.
   """
   start_up()
   return evaluate_checkpoint(Request(local(workdir), step=step, overrides=overrides or {}))
@@ -80,12 +86,12 @@ def evaluate(
 
 @limits.memory_for('Evaluation')
 def evaluate_checkpoint(request: Request) -> dict[str, float]:
-  """Evaluates the checkpoint of a workdir that a request asks for.
+  """Evaluates the checkpoint that a request names.
 
   Returns:
-    The step, and loss, accuracies and number of examples, as in `score_split`. `left_out` is the
-    number of images that are not scored because the weights were trained on files of their names;
-    missing where there is none.
+    The step, and the loss, accuracies and number of examples from `score_split`. `left_out` is
+    the number of images that were not scored because the weights were trained on them. The key is
+    missing if the number is zero.
   """
   exp, params, loaded = opening.open_model(request)
   batch_size = exp.config.eval_batch_size
@@ -95,22 +101,22 @@ def evaluate_checkpoint(request: Request) -> dict[str, float]:
   real_NL = load_real(exp, split, source)
   if real_NL is not None and len(real_NL) != len(examples):
     raise ValueError(
-      f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images were left '
-      'out as bad ones, and which label is whose is not known then: set data.cache=stream.'
+      f'data.real_labels: {len(real_NL) - len(examples)} of the {len(real_NL)} images are bad and '
+      'were skipped, so labels and images cannot be matched. Set data.cache=stream.'
     )
-  beside = {} if real_NL is None else {'real': real_NL}
+  extra = {} if real_NL is None else {'real': real_NL}
   mesh = inference_mesh(batch_size)
   params = replicate(mesh, params)
   eval_step = make_eval_step(exp, mesh)
-  result = {'step': loaded} | score_split(eval_step, params, examples, batch_size, mesh, **beside)
+  result = {'step': loaded} | score_split(eval_step, params, examples, batch_size, mesh, **extra)
   return result | ({'left_out': left_out} if left_out else {})
 
 
 def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray | None:
-  """ReaL's labels of a split of a source, bool `[N, L]`, where the config has them.
+  """Loads the ReaL labels of a split, bool `[N, L]`; None if the config sets no path for them.
 
   Raises:
-    ValueError: they can't be read, or are of other data.
+    ValueError: the labels cannot be read, or belong to other data.
   """
   path = experiment.config.data.real_labels
   return load_real_labels(local(path), source, split) if path else None

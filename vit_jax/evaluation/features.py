@@ -1,11 +1,12 @@
-"""What a frozen backbone makes of each image, computed once.
+"""Computes the features of a frozen backbone once, and caches them.
 
 Decisions:
-  * Features are what the head takes: pooled, after the pre-logits layer where there is one, and
-    float32, which holds what a bfloat16 backbone gives exactly.
-  * A cache is found by a hash of all that features depend on: weights, preprocessing, the program
-    that JAX makes of the backbone, and the pixels and labels themselves. Of streamed images it is
-    the files and the code that decodes them. Whatever changes, another file is looked for.
+  * Features are the input of the head: pooled, and after the pre-logits layer if there is one.
+  * Features are float32, which also represents the output of a bfloat16 backbone exactly.
+  * The name of a cache file is a hash of everything that features depend on. So any change leads
+    to a new file. The hash covers the weights, the preprocessing, the program that JAX traces, the
+    pixels and the labels.
+  * For streamed images, the hash covers the files and the decoding code instead of the pixels.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 
 
 def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
-  """`(batch, params) -> feature_BD` of a batch of uint8 images, on every device."""
+  """Returns the compiled `(batch, params) -> feature_BD` for a batch of uint8 images."""
 
   def feature_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
@@ -50,7 +51,7 @@ def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
 
 
 def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.Array:
-  """The features `[B, D]` of a batch of uint8 images."""
+  """Computes the features `[B, D]` of a batch of uint8 images."""
   backbone = exp.model.clone(num_classes=None)
   feature_BD = backbone.apply({'params': params}, exp.normalize(batch['image']))
   return feature_BD.astype(jnp.float32)
@@ -64,9 +65,9 @@ def compute(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Examples:
-  """The examples in their order, with features `[N, D]` in the place of images.
+  """Returns the examples in order, with features `[N, D]` instead of images.
 
-  Bad images that are to be skipped are left out.
+  Skipped bad images are not included.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -87,19 +88,19 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """The examples with features in the place of images, read from `folder` or written there.
+  """Returns the examples with features instead of images, from the cache if possible.
 
   Args:
-    exp: whose backbone and preprocessing it is.
-    feature_step: of the experiment.
-    params: all of the model's, on the devices of the mesh.
+    exp: the experiment that defines the backbone and the preprocessing.
+    feature_step: the function from `make_feature_step`.
+    params: all parameters of the model, on the devices of the mesh.
     examples: uint8 images.
-    mesh: of the devices.
-    folder: of files `<key>.npz`.
+    mesh: the devices.
+    folder: folder of the cache files `<key>.npz`; new features are written there.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
   if (arrays := from_first(lambda: read_cache(path))) is not None:
-    log.info('Features of %d examples from %s', len(arrays['label_N']), path)
+    log.info('Read the features of %d examples from %s', len(arrays['label_N']), path)
     return Examples(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
   found = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
@@ -109,21 +110,21 @@ def cached_features(
 
 
 def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """`feature_ND` and `label_N` of a file; None where there is none, or a damaged one."""
+  """Reads `feature_ND` and `label_N` from a file; returns None if it is missing or damaged."""
   if not path.exists():
     return None
   try:
     arrays = read_arrays(path)
     return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
-    log.warning('%s: its features are computed again.', error)
+    log.warning('The features are computed again, because the cache is damaged: %s', error)
     return None
 
 
 def traced(exp: Experiment, params: dict) -> str:
-  """What `extract` computes of one image, on one device, and the version of JAX.
+  """Returns the program of `extract` for one image on one device, with the version of JAX.
 
-  Any change of its code shows here, whichever file it is in.
+  Any change to the backbone's code changes this text, no matter which file it is in.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -132,13 +133,13 @@ def traced(exp: Experiment, params: dict) -> str:
 
 
 def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-  """Its shape and type, wherever it lies."""
+  """Returns the shape and type of an array, without its device."""
   return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def key(exp: Experiment, params: dict, examples: Split) -> str:
-  """A hash of all that the features depend on."""
-  skip = ('num_classes', 'parent', 'name')  # the head, and what flax adds
+  """Returns a hash of everything that the features depend on."""
+  skip = ('num_classes', 'parent', 'name')  # the head, and attributes that flax adds
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}
   about = (traced(exp, params), model, sorted(exp.normalize.keywords.items()))

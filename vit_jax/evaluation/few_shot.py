@@ -1,15 +1,17 @@
-"""How well a backbone's features separate classes of which a few images are known.
+"""Measures few-shot accuracy: how well features separate classes given a few images of each.
 
-Paper, Section 4.1: a regularised least-squares regression from frozen features onto {-1, 1}^L
-targets, solved in closed form. All else is as in big_vision's `evaluators/fewshot_lsr.py`: each
-feature centred and divided by its standard deviation (plus 1e-5) over the images drawn, a
-constant feature of 100 for the bias, the strength 2^10 of the L2 penalty on all of it, the
-bias's too, and the images of fewer shots among those of more.
+The method is in Section 4.1 of the paper: a regularised least-squares regression from frozen
+features to {-1, 1}^L targets, solved in closed form. The details follow big_vision's
+`evaluators/fewshot_lsr.py`:
+  * Each feature is centred and divided by its standard deviation (plus 1e-5) over the drawn images.
+  * The bias is the weight of a constant feature of 100.
+  * The L2 penalty has the strength 2^10 and also applies to the bias.
+  * A draw with fewer shots is a subset of the draw with more shots.
 
 Decisions:
-  * It is solved on the host in float64, in the smaller of the two forms: among examples where
-    they are fewer than features.
-  * Only the images drawn, and all of the test split, go through the backbone.
+  * The regression is solved on the host in float64. If there are fewer examples than features, the
+    dual form is solved, because it is smaller.
+  * Only the drawn images and the whole test split go through the backbone.
 """
 
 import logging
@@ -26,18 +28,18 @@ from vit_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
-SHOTS = (1, 5, 10, 25)  # images of each class
-SEEDS = (0, 1, 2)  # of the draw
+SHOTS = (1, 5, 10, 25)  # images per class
+SEEDS = (0, 1, 2)  # seeds of the draws
 L2 = 2.0**10
-BIAS = 100.0  # so large that the penalty hardly touches it
+BIAS = 100.0  # large, so that the penalty hardly affects the bias
 
 
 def draw_shots(
   label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int
 ) -> np.ndarray:
-  """The indices `[L, shots]` of images drawn without replacement, a row a class.
+  """Draws images of each class without replacement; returns indices `[L, shots]`.
 
-  With the same seed, fewer shots are the first columns of more.
+  With the same seed, a draw of fewer shots equals the first columns of a draw of more shots.
 
   Raises:
     ValueError: a class has fewer images than shots.
@@ -48,8 +50,8 @@ def draw_shots(
     index = random.permutation(np.flatnonzero(label_N == label))
     if len(index) < shots:
       raise ValueError(
-        f'{shots} shots need {shots} images of each class, and {name!r} has {len(index)} in '
-        'data.train_split: take a larger split.'
+        f'{shots} shots need {shots} images of each class, but {name!r} has {len(index)} in '
+        'data.train_split. Use a larger split.'
       )
     rows.append(index[:shots])
   return np.stack(rows)
@@ -58,10 +60,13 @@ def draw_shots(
 def draw_readable(
   train: Split, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """For each of `SEEDS` the `draw_shots` of as many of `SHOTS` as all classes have, and its images.
+  """Draws readable images with each of `SEEDS`, for the most of `SHOTS` that all classes have.
 
-  A bad image that is to be skipped counts as none, so that another one of its class is drawn: the
-  next one in the split, which training would take, may be of another class.
+  A bad image is replaced by another image of its class. Training would replace it by the next
+  image in the split, which may belong to another class.
+
+  Returns:
+    The result of `draw_shots` for each seed, and the sorted indices of all drawn images.
 
   Raises:
     ValueError: a class has no image.
@@ -81,12 +86,12 @@ def draw_readable(
     label_N[bad] = -1
     checked = np.union1d(checked, unknown)
   if most < max(SHOTS):
-    log.warning('No more than %d shots: a class has %d images.', most, fewest)
+    log.warning('At most %d shots are measured, because a class has only %d images.', most, fewest)
   return drawn, needed
 
 
 def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
-  """The w `[D, L]` that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
+  """Returns the w `[D, L]` that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
   x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
   examples, width = x_ND.shape
   if examples < width:
@@ -97,7 +102,7 @@ def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
 def regression_accuracy(
   train_ND: np.ndarray, label_N: np.ndarray, test_MD: np.ndarray, test_label_M: np.ndarray
 ) -> float:
-  """The share of test examples that the regression on the training examples gets right."""
+  """Returns the test accuracy, 0 to 1, of a regression that is fitted to the training examples."""
   train_ND, test_MD = train_ND.astype(np.float64), test_MD.astype(np.float64)
   mean_D, std_D = train_ND.mean(axis=0), train_ND.std(axis=0) + 1e-5
 
@@ -110,17 +115,17 @@ def regression_accuracy(
 
 
 def score_backbone(exp: Experiment, params: dict) -> dict:
-  """Few-shot accuracies of a backbone on the experiment's data.
+  """Measures the few-shot accuracies of a backbone on the experiment's data.
 
   Args:
-    exp: `data.train_split` is drawn from, and all of `data.eval_split` tested on, but for images
-      that the backbone was trained on.
-    params: of its model; the head is not used.
+    exp: the experiment. Shots are drawn from `data.train_split`. Accuracy is measured on all of
+      `data.eval_split`, except for images that the backbone was trained on.
+    params: parameters of its model; the head is not used.
 
   Returns:
-    `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one a seed]}, ...}, 'examples': ...,
-    'l2': ...}`; the standard deviation is that of the population. `left_out` is as `evaluate`
-    has it.
+    `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
+    'l2': ...}`, with the population standard deviation. `left_out` is as in
+    `evaluate_checkpoint`.
 
   Raises:
     ValueError: a class has no image, or the splits share examples.
@@ -130,7 +135,8 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
   if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
     raise ValueError(
       f'data.train_split={splits.train_split!r} shares examples with '
-      f'data.eval_split={splits.eval_split!r}: the shots would be tested on themselves.'
+      f'data.eval_split={splits.eval_split!r}, so the shots would be tested on themselves. Choose '
+      'splits that do not overlap.'
     )
   unseen, left_out = data.open_test(exp, source)
   train, test = data.load_splits(exp, (source, splits.train_split), (unseen, splits.eval_split))
@@ -155,9 +161,9 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
 
 
 def fewshot(request: Request) -> dict:
-  """Few-shot accuracies of a workdir's checkpoint, also in its `fewshot.json` if possible.
+  """Measures few-shot accuracies and writes them to the workdir's `fewshot.json` if possible.
 
-  Published weights are tested on the data of the overrides, and nothing is written.
+  Published weights are tested on the data that the overrides name, and nothing is written.
   """
   exp, params, loaded = opening.open_model(request, 'data')
   result = score_backbone(exp, params)
@@ -165,6 +171,6 @@ def fewshot(request: Request) -> dict:
     result = {'step': loaded} | result
     try:
       write_json(request.workdir / 'fewshot.json', result)
-    except storage.Unwritten as error:  # the workdir may be another's, or archived
-      log.warning('%s The result is printed only.', error)
+    except storage.Unwritten as error:  # the workdir may be read-only
+      log.warning('%s The result is only printed.', error)
   return result

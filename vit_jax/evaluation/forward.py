@@ -1,6 +1,6 @@
-"""What a function of a model makes of image files.
+"""Applies a model to image files.
 
-Files are decoded by threads while the device works on those before them.
+Threads decode the next files while the device computes.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ from vit_jax.experiment import Experiment
 
 Function = Callable[[jax.Array, dict], jax.Array]
 
-BATCH = 64  # images at once
+BATCH = 64  # maximum number of images per step
 
 
 def map_files(
   exp: Experiment, params: dict, files: list[pathlib.Path], function: Function
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
-  """For each file what `function(image_BHWC, params)` makes of it, or why it can't be read.
+  """Yields each file with its row of `function(image_BHWC, params)`, or with an error message.
 
   Args:
-    exp: whose preprocessing it is.
-    params: of its model.
-    files: one at least.
-    function: of uint8 images; it gives an array with a row for each.
+    exp: the experiment that defines the preprocessing.
+    params: parameters of its model.
+    files: at least one file.
+    function: takes uint8 images and returns an array with one row per image.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)
@@ -42,7 +42,7 @@ def map_files(
     reading = submit(chunks[0])
     for chunk, following in zip(chunks, [*chunks[1:], []]):
       images = [future.result() for future in reading]
-      reading = submit(following)  # goes on while the device works
+      reading = submit(following)  # decoded while the device works
       good = [row for row in images if isinstance(row, np.ndarray)]
       values = iter(())
       if good:
@@ -54,14 +54,14 @@ def map_files(
 
 
 def probabilities(exp: Experiment) -> Function:
-  """`(image_BHWC, params) -> probability_BL` of uint8 images."""
+  """Returns `(image_BHWC, params) -> probability_BL` for uint8 images."""
   return lambda image_BHWC, params: jax.nn.softmax(
     exp.model.apply({'params': params}, exp.normalize(image_BHWC))
   )
 
 
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
-  """The function on every device, compiled."""
+  """Compiles a function of images and parameters to run on every device of the mesh."""
 
   def step(image_BHWC, params):
     parts = exp.micro_batches(mesh, len(image_BHWC))
@@ -71,7 +71,7 @@ def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Func
 
 
 def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
-  """The image as the model was trained to see it, or why there is none."""
+  """Reads an image and prepares it as in training; returns the error message if it cannot."""
   try:
     decoded = decode_image(read_file(file), file, exp.task.channels)
   except BadImage as error:

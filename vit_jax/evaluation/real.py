@@ -1,4 +1,7 @@
-"""ReaL: which classes are in ImageNet's validation images (Beyer et al. 2020, 2006.07159)."""
+"""Loads ReaL, the reassessed labels of ImageNet's validation set (Beyer et al. 2020, 2006.07159).
+
+Unlike the original labels, they list every class that an image shows.
+"""
 
 import json
 import pathlib
@@ -8,29 +11,29 @@ import numpy as np
 
 from vit_jax.data import Source
 
-NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # of a file, from 1 on
-CLASS = re.compile(r'n\d{8}')  # in whose order the labels number the classes
+NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # number of an image file, counted from 1
+CLASS = re.compile(r'n\d{8}')  # the labels number the classes in the order of these names
 
 
 def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
-  """Which classes are in the images of a split, bool `[N, L]`; none in those without a label.
+  """Returns which classes each image of a split shows, bool `[N, L]`; all False without a label.
 
-  Images are known by the names of their files, so that any part of them in any order will do.
-  Of TFDS every record is read for that, once more than for evaluation.
+  Images are identified by their file names, so any subset in any order works. With TFDS, this
+  reads every record once more than evaluation alone.
 
   Args:
-    path: of `real.json`: for each of the files, in their order, a list of numbers of classes.
-    source: of ImageNet's validation images.
-    split: in TFDS notation.
+    path: path of `real.json`: a list of class numbers for each image file, in the files' order.
+    source: ImageNet's validation images.
+    split: the split in TFDS notation.
 
   Raises:
-    ValueError: no such labels, or other images or classes than theirs.
+    ValueError: the labels cannot be read, or belong to other images or classes.
   """
   name, classes = f'data.real_labels={path}', source.class_names
   if not all(map(CLASS.fullmatch, classes)) or list(classes) != sorted(classes):
     raise ValueError(
-      f"{name} numbers ImageNet's classes in the order of their names, n01440764 to n15075141; "
-      f'those here are {", ".join(classes[:3])}, ...'
+      f"{name}: the labels number ImageNet's classes in the order of their names, n01440764 to "
+      f'n15075141, but the data has the classes {", ".join(classes[:3])}, ...'
     )
   labels = read(path, name, len(classes))
   found = []
@@ -39,11 +42,12 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
       number = NUMBER.search(example)
       if not number or not 0 < int(number[1]) <= len(labels):
         raise ValueError(
-          f'{name} is of the files ILSVRC2012_val_00000001 to {len(labels):08d}: {example} is none.'
+          f'{name}: the labels are for the files ILSVRC2012_val_00000001 to {len(labels):08d}, but '
+          f'the data has {example}.'
         )
       found.append(labels[int(number[1]) - 1])
   if not any(found):
-    raise ValueError(f'{name}: no image of {split} has a label there.')
+    raise ValueError(f'{name}: no image of {split} has a label.')
   real_NL = np.zeros((len(found), len(classes)), bool)
   for row_L, label in zip(real_NL, found):
     row_L[label] = True
@@ -51,21 +55,21 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
 
 
 def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
-  """The labels in a file, each a number below `count`.
+  """Reads the labels in a file; each label is a list of class numbers below `count`.
 
   Raises:
-    ValueError: there are none.
+    ValueError: the file cannot be read, is not a list of such labels, or has other classes.
   """
   try:
     labels = json.loads(path.read_text(encoding='utf-8'))
     if {type(number) for label in labels for number in label} - {int}:
-      raise ValueError('it holds something else than numbers')
+      raise ValueError('it contains values that are not integers')
   except (OSError, ValueError, TypeError) as error:
     raise ValueError(
-      f'{name} is no list of lists of numbers ({error}). It is real.json of '
+      f'{name}: expected a list of lists of numbers ({error}). Use real.json from '
       'github.com/google-research/reassessed-imagenet.'
     ) from error
   others = {number for label in labels for number in label} - set(range(count))
   if others:
-    raise ValueError(f'{name} has class {min(others)}, the data 0 to {count - 1}.')
+    raise ValueError(f'{name} has class {min(others)}, but the data has classes 0 to {count - 1}.')
   return labels

@@ -1,4 +1,4 @@
-"""Loss and accuracies, added up exactly."""
+"""Computes loss and accuracies, and sums them exactly over batches."""
 
 import functools
 
@@ -11,7 +11,7 @@ import numpy as np
 
 @flax.struct.dataclass
 class RealAccuracy(metrics.Average):
-  """Of the images that have a label of ReaL's, how many are said to be of one of its classes."""
+  """ReaL accuracy: the share of labelled images predicted as one of their ReaL classes."""
 
   @classmethod
   def from_model_output(cls, *, predicted_B, mask, real_BL, **_):
@@ -19,9 +19,9 @@ class RealAccuracy(metrics.Average):
     return super().from_model_output(hit_B, mask=mask & real_BL.any(axis=1))
 
 
-@functools.cache  # one class for the same metrics, so that JAX takes sums of them
+@functools.cache  # JAX can only add metrics of one and the same class
 def averages(*names: str) -> type[metrics.Collection]:
-  """The metrics of these names."""
+  """Returns the class that averages the metrics of these names."""
   kinds = {'real_accuracy': RealAccuracy}
   return metrics.Collection.create(
     **{name: kinds.get(name) or metrics.Average.from_output(name) for name in names}
@@ -31,7 +31,7 @@ def averages(*names: str) -> type[metrics.Collection]:
 def training_score(
   logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array
 ) -> metrics.Collection:
-  """Loss and accuracy of a micro-batch in training, where every row counts."""
+  """Returns the loss and accuracy of a micro-batch in training, where every row counts."""
   return averages('loss', 'accuracy').single_from_model_output(
     loss=loss_B, accuracy=logits_BL.argmax(axis=1) == label_B
   )
@@ -44,14 +44,14 @@ def score(
   mask_B: jax.Array,
   real_BL: jax.Array | None = None,
 ) -> metrics.Collection:
-  """Loss and accuracies of a batch in evaluation; top-5 where there are more than 5 classes.
+  """Returns the loss and accuracies of a batch in evaluation; top-5 only with more than 5 classes.
 
   Args:
-    logits_BL: of the model.
-    label_B: of the data.
-    loss_B: of each example.
-    mask_B: 0 for rows that don't count.
-    real_BL: of `load_real_labels`; None without ReaL's accuracy.
+    logits_BL: the model's logits.
+    label_B: the true labels.
+    loss_B: the loss of each example.
+    mask_B: 0 for rows that do not count, such as padding.
+    real_BL: labels from `load_real_labels`; None to skip the ReaL accuracy.
   """
   names = ['loss', 'accuracy'] + ['top5_accuracy'] * (logits_BL.shape[1] > 5)
   names += ['real_accuracy'] * (real_BL is not None)
@@ -67,9 +67,9 @@ def score(
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """The means over all batches, added up in float64, and the number of examples.
+  """Returns the means over all batches, summed in float64, and the number of examples.
 
-  With ReaL's labels also how many have one.
+  With ReaL labels, also returns the number of examples that have such a label.
   """
   sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
   fields = {name: getattr(sums, name) for name in type(sums).__annotations__}

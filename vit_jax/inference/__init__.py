@@ -1,8 +1,8 @@
-"""What trained weights are used for: predictions, exports, a demo, and what a model costs."""
+"""Uses trained weights: predictions, exports, a demo page, and a summary of a model's cost."""
 
 import importlib
 
-_PUBLIC = {  # imported when asked for: `serve` needs Gradio, and a prediction no model card
+_PUBLIC = {  # imported on first use, because only `serve` needs Gradio
   'as_text': 'cost',
   'export': 'exporting',
   'features': 'prediction',

@@ -1,7 +1,9 @@
-"""The model card beside an export: what the weights are, and how to run them.
+"""Writes the model card of an export: facts about the weights, and code that runs them.
 
-The facts are those that the weights bring: of a run of ours its config and result, of published
-ones little. What is not known is said to be unknown. The license is the person's to choose.
+Decisions:
+  * The card only states facts that come with the weights: for a vit_jax run its config and
+    result, for published weights very little. Everything else is reported as unknown.
+  * The card does not choose a license; the user does.
 """
 
 import dataclasses
@@ -19,20 +21,20 @@ from vit_jax.weights import (
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-SHOWN = 100  # classes, where another file has all of them
+SHOWN = 100  # maximum number of classes in the card, if another file lists all of them
 
 
 def write_card(format: str, loaded: Pretrained, source: str, result: dict | None = None) -> str:
-  """The text of a card.
+  """Returns the text of a model card.
 
   Args:
-    format: of the export, one of `FORMATS`.
+    format: format of the export, one of `FORMATS`.
     loaded: the weights.
-    source: where they were read.
-    result: `result.json` of their run; None where there is none.
+    source: where the weights were read from.
+    result: contents of the run's `result.json`; None if it does not exist.
   """
   entry = FORMATS[format]
-  if not entry.enlarges:  # they bring a file to the model's size at once
+  if not entry.enlarges:  # files are resized directly to the model's size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -53,7 +55,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
 | --- | --- |
 {rows}
 
-To run it, in this folder, on any `image.png`:
+To run the model on an `image.png` in this folder:
 
 ```python
 {entry.usage(loaded)}
@@ -66,7 +68,7 @@ To run it, in this folder, on any `image.png`:
 
 
 def front_matter(library: str, model: ViT) -> str:
-  """What the Hub reads at the head of a card."""
+  """Returns the YAML header of a card, which the Hub reads."""
   task = 'image-feature-extraction' if model.num_classes is None else 'image-classification'
   lines = [f'library_name: {library}', f'pipeline_tag: {task}', 'tags:']
   lines += ['- vision', '- vision-transformer']
@@ -74,7 +76,7 @@ def front_matter(library: str, model: ViT) -> str:
 
 
 def name_of(model: ViT) -> str:
-  """`B/16` where the sizes are those of a variant, else the sizes."""
+  """Returns the name of a model's variant, e.g. `B/16`, or its sizes if it has no such name."""
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
@@ -85,10 +87,11 @@ def name_of(model: ViT) -> str:
 
 
 def architecture_text(model: ViT) -> str:
-  """The sizes and choices in words."""
+  """Describes the sizes and the architecture of a model in words."""
   parts = [
-    f'width {model.width}, {model.depth} blocks, {model.num_heads} heads of {model.head_size}, '
-    f'MLP {model.mlp_dim}, patches {model.patch_size[0]}x{model.patch_size[1]}',
+    f'width {model.width}, {model.depth} blocks, {model.num_heads} heads of width '
+    f'{model.head_size}, MLP width {model.mlp_dim}, '
+    f'patch size {model.patch_size[0]}x{model.patch_size[1]}',
     f'pool `{model.pool}`, positions `{model.position}`, activation `{model.activation}`',
   ]
   if model.num_registers:
@@ -99,62 +102,67 @@ def architecture_text(model: ViT) -> str:
 
 
 def images(p: Preprocessing, channels: int) -> str:
-  """Which images the model takes, and how a file becomes one."""
+  """Describes the images that a model takes, and how files are resized to them."""
   height, width = p.size
   small = f'{p.stored_size[0]}x{p.stored_size[1]}, enlarged to ' if p.stored_size else ''
-  cut = 'stretched' if p.stretch else 'cut about the centre'
-  part = f' of {p.crop:.4g} of the shorter side' if p.crop < 1 else ''
+  fitted, side = ('stretched', 'each side') if p.stretch else ('cropped', 'the shorter side')
+  part = f', keeping the central {p.crop:.4g} of {side}' if p.crop < 1 else ''
   kind = 'grey' if channels == 1 else 'RGB'
-  return f'{small}{height}x{width} pixels, {kind}; files are {cut}{part}, {p.interpolation}'
+  return (
+    f'{small}{height}x{width} pixels, {kind}; files are {fitted} to fit{part}, with '
+    f'{p.interpolation} interpolation'
+  )
 
 
 def pixels_text(p: Preprocessing) -> str:
-  """What is done to the numbers of an image."""
+  """Describes how pixel values are normalised."""
   mean, std = (', '.join(f'{x:.6g}' for x in values) for values in (p.mean, p.std))
-  return f'divided by 255, less {mean}, divided by {std}'
+  return f'divided by 255, then mean {mean} subtracted, then divided by std {std}'
 
 
 def training(loaded: Pretrained, source: str) -> dict[str, str]:
-  """What the weights were trained on and from."""
+  """Returns the rows about the training data, the training length and the initial weights."""
   if loaded.run is None:
-    return {'trained on': 'unknown to this file', 'weights': f'those of `{public(source)}`'}
+    return {'trained on': 'unknown', 'weights': f'read from `{public(source)}`'}
   config, task = loaded.run['config'], loaded.run['task']
   kind, colon, name = config['data']['source'].partition(':')
-  part = ', the head alone' if config['freeze'] else ''
+  part = '; only the head was trained' if config['freeze'] else ''
   return {
     'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
     f'{task["train_examples"]:,} images',
-    'for': f'{config["epochs"]:g} epochs asked for, in batches of {config["batch_size"]}; these '
-    f'weights are of step {loaded.run["step"]:,}{part}',
-    'from': f'the weights `{public(config["init"])}`' if config['init'] else 'random weights',
+    'trained for': f'{config["epochs"]:g} epochs planned, with batch size '
+    f'{config["batch_size"]}; these weights are from step {loaded.run["step"]:,}{part}',
+    'initialised from': f'the weights `{public(config["init"])}`'
+    if config['init']
+    else 'random weights',
   }
 
 
 def public(path: str) -> str:
-  """The name of a file or folder; where it lies on this machine is nobody's business."""
+  """Returns only the name of an absolute or `~` path, so that cards do not show local folders."""
   place = pathlib.PurePath(path)
   return place.name if place.is_absolute() or path.startswith('~') else path
 
 
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
-  """That of the run's result, if it is of these weights: the last or the best."""
+  """Returns the accuracy from the run's result if it was measured with these weights."""
   try:
     split, best = result['config']['data']['eval_split'], result.get('best', {})
     found = {best.get('step'): best.get('test_accuracy'), result['steps']: result['test_accuracy']}
     value = found[loaded.run['step']]
-    return f'{value:.2%} of the {result["examples"]:,} images of `{split}`'
-  except (AttributeError, TypeError, KeyError, ValueError):  # no result or no run, or a damaged one
+    return f'{value:.2%} on the {result["examples"]:,} images of `{split}`'
+  except (AttributeError, TypeError, KeyError, ValueError):  # result or run is missing or damaged
     return 'unknown'
 
 
 def classes(entry: Format, loaded: Pretrained) -> str:
-  """The names of the outputs."""
+  """Describes the model's outputs, with their class names."""
   names = loaded.class_names
   if loaded.model.num_classes is None:
-    return 'There is no head: it gives features.'
+    return 'The model has no head: it returns features.'
   if names is None:
-    return f'{loaded.model.num_classes} classes, whose names are unknown.'
+    return f'{loaded.model.num_classes} classes; their names are unknown.'
   shown = names[:SHOWN] if entry.holds_names else names
-  rest = f', and {len(names) - SHOWN:,} more in the JSON beside' if len(names) > len(shown) else ''
+  rest = f', and {len(names) - SHOWN:,} more in the JSON file' if len(names) > len(shown) else ''
   listed = ', '.join(f'{i} {name}' for i, name in enumerate(shown))
   return f'{len(names):,} classes: {listed}{rest}.'

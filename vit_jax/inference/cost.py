@@ -1,6 +1,6 @@
-"""What a config costs before it runs: parameters, floating-point operations, memory, steps.
+"""Estimates the cost of a config before it runs: parameters, FLOPs, memory and steps.
 
-All of it comes from shapes: nothing is computed or compiled, and no parameter exists.
+All numbers come from shapes: nothing is computed or compiled, and no parameters are allocated.
 """
 
 from collections import Counter
@@ -19,18 +19,18 @@ from vit_jax.optim import LATER_PEAK, Training, split_frozen, training_recipe, w
 from vit_jax.training import init_state
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # examples, where their number is unknown: the optimizer's state hangs on none
+MANY = 10**9  # number of examples if it is unknown; the optimizer's state does not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A module, and what it costs; of the blocks all together.
+  """The cost of a module; equal modules of all blocks are summed.
 
   Attributes:
-    module: its name, `block_*/mlp` for those of all blocks.
-    parameters: how many.
-    gflops: of the forward pass for an image, 10^9.
-    activations_mib: kept of an image for the backward pass, MiB.
+    module: name of the module; `block_*/mlp` stands for the MLPs of all blocks.
+    parameters: number of parameters.
+    gflops: FLOPs of the forward pass for one image, in units of 10^9.
+    activations_mib: activations kept for the backward pass of one image, in MiB.
   """
 
   module: str
@@ -41,20 +41,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a config costs.
+  """The cost of a config.
 
   Attributes:
-    exp: what it is of.
-    parts: by module, in the order of the parameters, and their sum.
-    train_flops: of a training step for an image.
-    run_flops: of the whole run; None where the number of examples is unknown.
-    state_bytes: of `params`, `gradients`, `optimizer` and `averages`.
-    devices: that share a batch here.
-    at_once: images whose activations a device holds at once.
-    activation_bytes: of these.
-    steps: of the run; None where the number of examples is unknown.
-    warmup: those of the warm-up.
-    notes: what was assumed.
+    exp: the experiment.
+    parts: the modules, in the order of the model, and last their total.
+    train_flops: FLOPs of a training step for one image.
+    run_flops: FLOPs of the whole run; None if the number of examples is unknown.
+    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages`.
+    devices: number of devices that share a batch on this machine.
+    at_once: number of images whose activations a device holds at the same time.
+    activation_bytes: bytes of the activations of these images.
+    steps: number of training steps; None if the number of examples is unknown.
+    warmup: number of warm-up steps; None if the number of examples is unknown.
+    notes: assumptions that were made.
   """
 
   exp: Experiment
@@ -76,16 +76,16 @@ def measure(
   notes: tuple[str, ...] = (),
   cycles: tuple[int, ...] = (),
 ) -> Summary:
-  """What an experiment costs.
+  """Estimates the cost of an experiment.
 
   Args:
     exp: the experiment.
-    examples: in the training split; None where that is unknown.
-    notes: what was assumed.
+    examples: number of examples in the training split; None if it is unknown.
+    notes: assumptions that were made.
     cycles: as in `plan.Training`.
 
   Raises:
-    ValueError: a batch that can't be divided over this machine's devices.
+    ValueError: the batch cannot be divided among this machine's devices.
   """
   config, mesh = exp.config, experiment.mesh_for(exp.config)
   recipe = training_recipe(config, examples or MANY, cycles)
@@ -122,24 +122,27 @@ def measure(
     warmup,
     (
       *notes,
-      *(f'After step {n:,}, a cycle of {LATER_PEAK:g} times the learning rate.' for n in cycles),
+      *(
+        f'After step {n:,}, a new cycle warms up to {LATER_PEAK:g} times the learning rate.'
+        for n in cycles
+      ),
     ),
   )
 
 
 def size_of(tree) -> int:
-  """Bytes of all arrays."""
+  """Returns the total size of all arrays in bytes."""
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def place(name: str) -> tuple[int, str]:
-  """Sort key of a row: the place of its top-level module, then its name."""
+  """Sort key of a row: the position of its top-level module, then its name."""
   order = (*first_layer(), 'block_*', *last_layer(), OTHER)
   return order.index(name.partition('/')[0]), name
 
 
 def as_text(summary: Summary) -> str:
-  """The summary as text."""
+  """Formats a summary as text."""
   exp, config, total = summary.exp, summary.exp.config, summary.parts[-1]
   height, width, channels = exp.image_shape
   formats = {int: '{:,}', float: '{:.4g}', str: '{}'}
@@ -151,13 +154,16 @@ def as_text(summary: Summary) -> str:
     f'{name_of(exp.model)}, images of {height}x{width}x{channels}, '
     f'{len(exp.task.class_names):,} classes',
     table.replace('Gflops', 'GFLOPs').replace('Activations_mib', 'Activations MiB'),
-    f'Forward {total.gflops:.4g} GFLOPs an image, a training step {summary.train_flops / 1e9:.4g}: '
-    f'{summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a batch of '
-    f'{config.batch_size}.',
+    f'Compute per image: {total.gflops:.4g} GFLOPs for the forward pass, '
+    f'{summary.train_flops / 1e9:.4g} GFLOPs for a training step.',
+    f'Compute per training step: {summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a '
+    f'batch of {config.batch_size}.',
     f'State on each device: {held}.',
-    f'Activations: {total.activations_mib:.4g} MiB an image; here {summary.devices} device(s) hold '
-    f'those of {summary.at_once} images each at once, {mib(summary.activation_bytes)}: with the '
-    f'state {mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
+    f'Activations: {total.activations_mib:.4g} MiB per image. On this machine, each of '
+    f'{summary.devices} device(s) holds {summary.at_once} images at a time: '
+    f'{mib(summary.activation_bytes)}.',
+    'State and activations on each device: '
+    f'{mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
     *plan_text(summary),
     *(f'Note: {note}' for note in summary.notes),
   ]
@@ -165,17 +171,17 @@ def as_text(summary: Summary) -> str:
 
 
 def mib(size: int) -> str:
-  """Bytes as MiB."""
+  """Formats a number of bytes in MiB."""
   return f'{size / 2**20:,.1f} MiB'
 
 
 def plan_text(summary: Summary) -> list[str]:
-  """How long the run is, and its learning rate."""
+  """Returns the lines about the length of the run and its learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:
-    return [f'Steps: {config.epochs:g} epochs; unknown until the data is there.']
+    return [f'Steps: {config.epochs:g} epochs; the number of steps is unknown without the data.']
   return [
-    f'Steps: {steps:,} of {config.epochs:g} epochs, {summary.run_flops / 1e15:.4g} PFLOPs.',
-    f'Learning rate: up to {config.optimizer.lr:g} in {summary.warmup:,} steps, then '
+    f'Steps: {steps:,} in {config.epochs:g} epochs, {summary.run_flops / 1e15:.4g} PFLOPs in all.',
+    f'Learning rate: warm-up to {config.optimizer.lr:g} in {summary.warmup:,} steps, then '
     f'{config.schedule.name}.',
   ]

@@ -1,4 +1,4 @@
-"""Trained or published weights, written for others: other code bases, or none."""
+"""Exports trained or published weights for other code bases, or as programs that need none."""
 
 import contextlib
 import logging
@@ -22,26 +22,27 @@ from vit_jax.weights import (
 
 log = logging.getLogger(__name__)
 
-MANY = 10_000_000  # parameters: with more, writing takes some seconds
+MANY = 10_000_000  # number of parameters above which writing takes a few seconds
 
 
 def export(
   path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
 ) -> list[pathlib.Path]:
-  """Writes the weights at `path` (all that `pretrained.load` reads) into the folder `out`.
+  """Writes the weights at `path` and their model card into the folder `out`.
 
   Args:
-    path: a workdir, a file or a name on the Hub.
+    path: a workdir, a file or a name on the Hub; anything that `vit_jax.load` reads.
     format: one of `FORMATS`.
-    out: made where it is missing; an earlier export in it is replaced, its model card too.
-    step: which checkpoint of a workdir, as in `stored.preferred`.
+    out: output folder, created if it is missing; an earlier export in it is replaced, including
+      its model card.
+    step: which checkpoint of a workdir to export, as in `stored.preferred`.
 
   Returns:
-    The files there.
+    The files in the folder.
 
   Raises:
-    ValueError: weights that can't be read, or that the format can't hold, or a folder that can't
-      be written into or has something else in it.
+    ValueError: the weights cannot be read, the format cannot hold them, or the folder is not
+      writable or holds other files that must be kept.
   """
   choose('format', format, FORMATS)
   storage.check_folder(out)
@@ -64,16 +65,16 @@ def export(
 
 
 def check_card(out: pathlib.Path) -> None:
-  """Raises ValueError where a folder has a README.md that is not of an export."""
+  """Raises ValueError if a folder has a README.md that was not written by an export."""
   file = out / card.NAME
   if file.is_file() and card.SIGNATURE not in file.read_text(encoding='utf-8', errors='replace'):
     raise ValueError(
-      f'{file} is there already, and no model card of an export: give another folder.'
+      f'{file} already exists, and is not the model card of an export. Choose another folder.'
     )
 
 
 def result(origin: str) -> dict | None:
-  """`result.json` of a workdir; None where there is none."""
+  """Reads `result.json` of a workdir; returns None if it does not exist."""
   file = pathlib.Path(origin) / 'result.json'
   return load_json(file) if file.is_file() else None
 
@@ -88,19 +89,21 @@ def save(
   class_names: tuple[str, ...] | None = None,
   card: str | None = None,
 ) -> None:
-  """Writes weights into a folder for the code base of a format; `load` reads the first three.
+  """Writes weights into a folder in one of `FORMATS`; `load` can read hf, timm and npz again.
 
   Args:
-    model: their model.
-    params: its parameters.
-    folder: made where it is missing; files of the same names are replaced once all are whole.
+    model: the model.
+    params: parameters of the model.
+    folder: output folder, created if it is missing; existing files of the same names are replaced
+      only after all new files are complete.
     format: one of `FORMATS`.
-    preprocessing: how images are to be; None for pixels in [-1, 1] at the size of a square grid.
-    class_names: of the logits; None for none.
-    card: text of a `README.md` beside them; None for no such file.
+    preprocessing: how images must be prepared; None for pixels in [-1, 1] and the image size of a
+      square grid.
+    class_names: names of the logits; None to store no names.
+    card: text of the `README.md`; None to write no such file.
 
   Raises:
-    ValueError: a model that the format can't hold; the message names what.
+    ValueError: the format cannot hold the model; the message lists the attributes.
   """
   entry = choose('format', format, FORMATS)
   folder = local(folder)
@@ -126,30 +129,32 @@ def save(
 
 
 def remove_empty(folder: pathlib.Path) -> None:
-  """Removes a folder with nothing in it."""
+  """Removes a folder if it is empty."""
   with contextlib.suppress(OSError):
     folder.rmdir()
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
-  """Raises ValueError where a folder holds a run, or weights that would be read before these."""
+  """Raises ValueError if a folder holds a run, or weights other than the files to be written."""
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
   kept = {file.name for pattern in patterns for file in folder.glob(pattern)}
   if others := runs + sorted(kept - set(names)):
     held = ', '.join(others)
-    raise ValueError(f'{folder} holds {held} already: give another folder, or an empty one.')
+    raise ValueError(f'{folder} already holds {held}. Choose another folder, or an empty one.')
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
-  """The pixels of the square grid that learned positions are for.
+  """Returns the image size in pixels of the square grid that learned positions cover.
 
   Raises:
-    ValueError: they are for no square, or not learned.
+    ValueError: the positions are not learned, or their grid is not square.
   """
   if 'pos_embedding' not in params:
-    raise ValueError(f'model.position={model.position!r} tells no image size: give preprocessing.')
+    raise ValueError(
+      f'model.position={model.position!r} does not determine the image size. Pass preprocessing.'
+    )
   grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
-    raise ValueError('The positions are for no square grid: give preprocessing, with its size.')
+    raise ValueError('The grid of the positions is not square. Pass preprocessing with its size.')
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

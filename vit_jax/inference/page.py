@@ -1,4 +1,4 @@
-"""The page of `serve.py`, and what a model makes of an image on it."""
+"""Builds the demo page, which shows a model's classes and attention for an image."""
 
 import functools
 import pathlib
@@ -13,24 +13,25 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import attention_summary, resize_map
 
 MAX_PIXELS = 50_000_000
-MAX_WAITING = 256  # requests
-KEEP = 3600  # seconds that an upload stays on disk, and what was seen in it in memory
-CLEAN = 300  # seconds between looking for what is older
+MAX_WAITING = 256  # maximum number of queued requests
+KEEP = 3600  # seconds to keep an upload on disk, and its result in memory
+CLEAN = 300  # seconds between deletions of older uploads
 
 TOPK = 5
-SHOWN = 448  # pixels of the picture's shorter side, at least
+SHOWN = 448  # minimum size in pixels of the picture's shorter side
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
-DARK = 0.15  # of an image's light that is left where there is no attention
+DARK = 0.15  # brightness of image parts without attention, relative to the image
 
 
 class Seen(NamedTuple):
-  """What the model makes of an image.
+  """The result of a model for an image.
 
   Attributes:
-    image_HWC: as it sees it, uint8.
-    probability_L: of the classes.
-    rollout_hw: of all blocks (`maps.rollout`).
-    heads_RKhw: of each block (`maps.head_attention`), then of a MAP head's probe.
+    image_HWC: the model's input, uint8.
+    probability_L: probability of each class.
+    rollout_hw: attention of all blocks combined (`maps.rollout`).
+    heads_RKhw: attention of each head in each block (`maps.head_attention`), then of a MAP head's
+      probe.
   """
 
   image_HWC: np.ndarray
@@ -40,51 +41,51 @@ class Seen(NamedTuple):
 
 
 class Viewer:
-  """A model that looks at files."""
+  """A compiled model that computes classes and attention for image files."""
 
   def __init__(self, exp: Experiment, params: dict):
     self.exp = exp
     self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
     blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
-    self.rows, self.heads, *_ = self.see(blank_HWC).heads_RKhw.shape  # and it is compiled
+    self.rows, self.heads, *_ = self.see(blank_HWC).heads_RKhw.shape  # this also compiles
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Probabilities, and the summary of attention, of one uint8 image."""
+    """Computes the probabilities and the attention summary of one uint8 image."""
     image_BHWC = self.exp.normalize(image_HWC[None])
     logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
     return jax.nn.softmax(logits_BL)[0], attention_summary(self.exp.model, params, image_BHWC)
 
   def see(self, image_HWC: np.ndarray) -> Seen:
-    """What the model makes of an image of the size that it takes."""
+    """Runs the model on an image that already has the model's input size."""
     probability_L, found = jax.device_get(self._look(image_HWC))
     return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
 
   def open(self, encoded: bytes) -> Seen:
-    """The same of a file.
+    """Decodes a file, resizes it, and runs the model on it.
 
     Raises:
-      image.BadImage: it is none, or too large.
+      image.BadImage: the file is not an image, or is too large.
     """
     decoded = decode_image(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
     return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
 
   @property
   def head_names(self) -> list[str]:
-    """What heads of a block there are to choose from."""
+    """Choices of the menu for heads."""
     return [MEAN, *(f'head {i + 1}' for i in range(self.heads))]
 
   @property
   def layers(self) -> list[str]:
-    """What attention there is to choose from."""
+    """Choices of the menu for layers."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
-    """The probability of each class."""
+    """Returns the probability of each class, by name."""
     return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
-    """The image lit by the attention of a layer and head, uint8 `[H, W, 3]`."""
+    """Returns the image lit by the attention of a layer and head, uint8 `[H, W, 3]`."""
     map_hw = seen.rollout_hw
     if layer != ROLLOUT:
       map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
@@ -93,7 +94,7 @@ class Viewer:
 
 
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
-  """The image lit by a map, dark where it is 0; enlarged to `SHOWN` pixels where it is smaller."""
+  """Lights an image by a map: dark where the map is 0. Enlarges it to at least `SHOWN` pixels."""
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
   light_HW = resize_map(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
@@ -102,7 +103,13 @@ def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
 
 
 def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks:
-  """The page."""
+  """Builds the page.
+
+  Args:
+    viewer: the model.
+    examples: image files to offer as examples.
+    title: title of the page.
+  """
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {title}')
     connect(viewer, examples, gr.State(time_to_live=KEEP), lay_out(viewer, examples))
@@ -110,7 +117,7 @@ def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks
 
 
 class Parts(NamedTuple):
-  """What a person sees of the page."""
+  """The visible parts of the page."""
 
   file: gr.File
   gallery: gr.Gallery
@@ -122,7 +129,7 @@ class Parts(NamedTuple):
 
 
 def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
-  """Upload and examples to the left; input, attention and classes to the right."""
+  """Places upload and examples on the left, and input, attention and classes on the right."""
   fixed = dict(interactive=False, buttons=[], min_width=120)
   with gr.Row():
     with gr.Column(min_width=280):
@@ -140,25 +147,27 @@ def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
     with gr.Column(scale=2, min_width=280):
       with gr.Row():
         given = gr.Image(label='Model input', elem_id='given', **fixed)
-        picture = gr.Image(label='Lit by attention', elem_id='attention', **fixed)
+        picture = gr.Image(label='Attention', elem_id='attention', **fixed)
       with gr.Row():
         wide = dict(min_width=240)
         layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer', **wide)
-        label = 'Head, of a single block'
+        label = 'Head (for a single block)'
         head = gr.Dropdown(viewer.head_names, value=MEAN, label=label, elem_id='head', **wide)
       label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
   return Parts(file, gallery, given, picture, layer, head, label)
 
 
 def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts: Parts) -> None:
-  """What happens when a file, an example, a layer or a head is chosen."""
+  """Connects the parts: what happens when a file, an example, a layer or a head is chosen."""
 
   def classify(encoded: bytes | None, layer: str, head: str):
     if encoded is None:
-      raise gr.Error('There is no file: give an image.', print_exception=False)
+      raise gr.Error('No file was given. Upload an image.', print_exception=False)
     if layer not in viewer.layers or head not in viewer.head_names:
       layers, heads = ', '.join(viewer.layers), ', '.join(viewer.head_names)
-      raise gr.Error(f'Layers: {layers}. Heads: {heads}.', print_exception=False)
+      raise gr.Error(
+        f'Unknown layer or head. Layers: {layers}. Heads: {heads}.', print_exception=False
+      )
     try:
       seen = viewer.open(encoded)
     except BadImage as error:
@@ -194,12 +203,12 @@ def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts:
 
 
 def refuse_addresses(file: gr.File) -> None:
-  """Has Gradio not fetch what a client names by its address: of that no size is bounded."""
+  """Stops Gradio from downloading addresses that a client sends; their size has no limit."""
   keep = file.async_move_resource_to_block_cache
 
   async def keep_uploads(path):
     if path and not pathlib.Path(path).is_file():
-      raise gr.Error('Upload the file itself.', print_exception=False)
+      raise gr.Error('Addresses are not accepted. Upload the file itself.', print_exception=False)
     return await keep(path)
 
   file.async_move_resource_to_block_cache = keep_uploads

@@ -1,4 +1,4 @@
-"""What a model says of image files: their classes, or their features."""
+"""Predicts the classes of image files, or computes their features."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import csv
@@ -16,7 +16,7 @@ from vit_jax.evaluation import map_files, probabilities
 from vit_jax.names import choose, local
 from vit_jax.opening import Request
 
-KINDS = ('pooled', 'tokens')  # of features
+KINDS = ('pooled', 'tokens')  # kinds of features
 
 
 def predict(
@@ -28,7 +28,7 @@ def predict(
   step: str = '',
   overrides: Mapping[str, str] | None = None,
 ) -> Iterator[dict]:
-  """For each image file its `topk` classes, or why it can't be read, in the order given.
+  """Predicts the `topk` classes of each image file, in the given order.
 
       for row in vit_jax.predict('runs/digits', ['cat.png', 'photos/']): print(row)
 
@@ -37,15 +37,15 @@ def predict(
     images: files, folders and patterns such as `photos/*.jpg`.
     topk: number of classes per image.
     init: published weights instead of a workdir, anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a number; by default the best by validation
-      accuracy, else the last.
+    step: checkpoint of the workdir: `best`, `last` or a number. The default is the best by
+      validation accuracy, or the last if none has a validation accuracy.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
 
   Returns:
-    An iterator over what `predict_files` yields.
+    The iterator of `predict_files`.
 
   Raises:
-    ValueError: as `predict_files`.
+    ValueError: for the same reasons as `predict_files`.
   """
   start_up()
   folder = None if workdir is None else local(workdir)
@@ -54,14 +54,14 @@ def predict(
 
 
 def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dict]:
-  """For each file its `topk` classes, or why it can't be read, in the order given.
+  """Yields the `topk` classes of each file, or an error message, in the given order.
 
   Yields:
-    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, best first, or
-    `{'file': ..., 'error': ...}`.
+    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}` with the most likely
+    class first, or `{'file': ..., 'error': ...}` if the file cannot be read.
 
   Raises:
-    ValueError: no such weights, no such folder, or overrides that contradict the weights.
+    ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
   if topk < 1:
     raise ValueError(f'--topk must be positive, got {topk}.')
@@ -69,7 +69,7 @@ def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dic
   exp, params, _ = opening.open_model(request)
   names = exp.task.class_names
   found = map_files(exp, params, files, probabilities(exp))
-  if not sys.stdout.isatty():  # where what is printed shows how far it is
+  if not sys.stdout.isatty():  # on a terminal, the printed predictions show the progress
     found = progress.bar(found, 'Predicting', 'image', len(files))
   for file, row in found:
     if isinstance(row, str):
@@ -83,28 +83,28 @@ def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dic
 def features(
   request: Request, paths: list[str], kind: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """What the model makes of each file, without its head.
+  """Computes the features of each file: the output of the model without its head.
 
   Args:
-    request: which model; published weights need no head.
+    request: which model to use; published weights need no head.
     paths: files, folders and patterns.
-    kind: `pooled`, what the head takes: `[N, D]`; or `tokens`, all that the pool reads, class
-      token and registers first, after the last LayerNorm where that comes before the pool:
-      `[N, T, D]`.
+    kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]`. `tokens` is the input
+      of the pooling, `[N, T, D]`, with the class token and the registers first. Tokens are
+      normalised by the last LayerNorm if it comes before the pooling.
 
   Returns:
-    `{'path': [N], 'feature': [N, ...]}`, the features float32; and of each file that can't be read
-    why.
+    `{'path': [N], 'feature': [N, ...]}` with float32 features, and an error message for each file
+    that cannot be read.
 
   Raises:
-    ValueError: as `predict_files`; or no file at all could be read.
+    ValueError: for the same reasons as `predict_files`, or no file could be read.
   """
   choose('--features', kind, KINDS)
   files = find_images(paths)
   exp, params, _ = opening.open_model(request, 'any')
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
-    has_class = exp.model.has_class  # else it would go with the pool that reads it
+    has_class = exp.model.has_class  # pool='none' would drop the class token by default
     backbone = backbone.clone(pool='none', class_token=has_class, representation_size=None)
 
   def extract(image_BHWC, params):
@@ -118,7 +118,9 @@ def features(
 def stack(
   found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """What `map_files` gives of `count` files, in arrays as `features` gives them: once in memory.
+  """Collects the rows of `map_files` in the arrays that `features` returns.
+
+  The array for all `count` files is allocated once, so the features are in memory only once.
 
   Raises:
     ValueError: no file could be read.
@@ -133,12 +135,12 @@ def stack(
     feature[len(paths)] = row
     paths.append(str(file))
   if not paths:
-    raise ValueError(f'None of the {count} files is a readable image, e.g. {errors[0]}')
+    raise ValueError(f'None of the {count} files is a readable image. First error: {errors[0]}')
   return {'path': np.array(paths), 'feature': feature[: len(paths)]}, errors
 
 
 def as_table(found: Iterable[dict]) -> None:
-  """For each file its name and, below, its classes."""
+  """Prints each file's name, and its classes below it."""
   for row in found:
     if 'predictions' in row:
       print(row['file'])
@@ -147,16 +149,16 @@ def as_table(found: Iterable[dict]) -> None:
 
 
 def as_json(found: Iterable[dict]) -> None:
-  """An object a line, as `predict` gives it."""
+  """Prints each row of `predict` as a JSON object on one line."""
   for row in found:
     print(json.dumps(row), flush=True)
 
 
 def as_csv(found: Iterable[dict]) -> None:
-  """A line for each class of each file, the likeliest first."""
+  """Prints one CSV line per file and class, with the most likely class of a file first."""
   lines = csv.writer(sys.stdout, lineterminator='\n')
   for i, row in enumerate(found):
-    if not i:  # the model is open by now
+    if not i:  # print no header if opening the model fails
       lines.writerow(('file', 'rank', 'class', 'probability'))
     for rank, guess in enumerate(row.get('predictions', ()), start=1):
       lines.writerow((row['file'], rank, guess['class'], guess['probability']))
@@ -166,7 +168,7 @@ FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
 
 
 def print_predictions(found: Iterable[dict], format: str) -> list[str]:
-  """Prints what was predicted; returns of each file that can't be read why."""
+  """Prints predictions; returns the error messages of files that cannot be read."""
   errors = []
 
   def noted():

@@ -1,12 +1,12 @@
-"""A page on which a model is tried: drop an image, see its classes and what it attends to.
+"""Serves a web page to try a model: upload an image, see its classes and the model's attention.
 
 Decisions:
-  * Files are decoded by `decode_image` alone, which opens images only and says what is wrong with
-    the others; Gradio hands over bytes. Their size and pixels are bounded.
-  * One image at a time, on one device: requests wait in Gradio's queue.
-  * Neither the page nor the server asks anything of the network: system fonts, no analytics, no
-    share link, and addresses in the place of an upload are refused.
-  * Uploads lie in a folder of this server's own, which goes when it stops.
+  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. It accepts only
+    images, and reports why others are refused. File size and number of pixels are limited.
+  * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
+  * Neither the page nor the server fetches anything from the network. The page has system fonts,
+    no analytics and no share link. An address instead of an upload is refused.
+  * Uploads are stored in the server's own folder, which is deleted when the server stops.
 """
 
 import logging
@@ -24,41 +24,42 @@ from vit_jax.opening import Request
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 20 * 2**20  # of an upload
+MAX_BYTES = 20 * 2**20  # maximum size of an upload
 
 MAX_SESSIONS = 256
 
 FONT = ('system-ui', 'sans-serif')
 CSS = """
-#examples .grid-wrap { padding-top: 2.5rem; }  /* below its label */
-#examples .grid-container {  /* as many in a row as there is place for */
+#examples .grid-wrap { padding-top: 2.5rem; }  /* below the label */
+#examples .grid-container {  /* as many in a row as fit */
   grid-template: none / repeat(auto-fill, minmax(4rem, 1fr)); grid-auto-rows: auto;
 }
 """
 
 
 def check_address(host: str, port: int) -> None:
-  """Raises ValueError where nothing can listen, before a model is read for it."""
+  """Raises ValueError if the server cannot listen on an address; called before loading a model."""
   try:
     socket.create_server((host, port)).close()
   except (OSError, OverflowError) as error:
     raise ValueError(
-      f'--host={host} --port={port} can not be listened on ({error}): give another.'
+      f'Cannot listen on --host={host} --port={port} ({error}). Choose another address or port.'
     ) from error
 
 
 def serve(request: Request, host: str, port: int) -> None:
-  """Serves the model of a workdir, or of published weights with a head, until it is interrupted.
+  """Serves a workdir's model, or published weights with a head, until it is interrupted.
 
-  The page offers the `examples/` of a workdir.
+  The page offers the images in the workdir's `examples/`.
 
   Args:
-    request: which model.
+    request: which model to serve.
     host: address to listen on.
     port: port to listen on.
 
   Raises:
-    ValueError: an address that is taken, no checkpoint, or overrides that contradict it.
+    ValueError: the address is in use, or the checkpoint does not exist, or the overrides
+      contradict it.
   """
   check_address(host, port)
   exp, params, _ = opening.open_model(request)
@@ -66,7 +67,7 @@ def serve(request: Request, host: str, port: int) -> None:
     viewer = Viewer(exp, params)
   folder = request.workdir
   examples = sorted((folder / 'examples').glob('*.png')) if folder else []
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
     page = build(viewer, examples, f'vit_jax: {request.name}')

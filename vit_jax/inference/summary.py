@@ -1,4 +1,4 @@
-"""What `--mode=inspect` sums up: a config, the run in a workdir, or published weights."""
+"""Makes the summary of `--mode=inspect`: for a config, a workdir, or published weights."""
 
 from ml_collections import ConfigDict
 
@@ -13,14 +13,14 @@ from vit_jax.opening import Request
 from vit_jax.training import saved_config
 from vit_jax.workdir import latest_step, newest_config
 
-ASSUMED = tuple(f'class {i}' for i in range(1000))  # where the data does not tell
+ASSUMED = tuple(f'class {i}' for i in range(1000))  # used if the data is not available
 
 
 def summary_of(request: Request) -> Summary:
-  """The summary of a config, of the run in a workdir, or of published weights.
+  """Summarises the cost of a config, of the run in a workdir, or of published weights.
 
   Raises:
-    ValueError: a config that can't be, or none of the three.
+    ValueError: the config is not valid, or the request names none of the three.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
@@ -32,7 +32,7 @@ def summary_of(request: Request) -> Summary:
   check(asked)
   if init or (workdir and latest_step(workdir) is not None):
     exp, *_ = opening.open_model(request)
-    notes, cycles = ('Training is that of the default config and of --config.<key>.',), ()
+    notes, cycles = ('Training numbers assume the default config and --config.<key>.',), ()
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)
@@ -41,18 +41,18 @@ def summary_of(request: Request) -> Summary:
 
 
 def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
-  """The experiment, the number of training examples, and what was assumed.
+  """Returns the experiment, the number of training examples, and the assumptions made.
 
-  Neither downloads nor prepares data, nor reads an image.
+  This neither downloads nor prepares data, and reads no images.
 
   Raises:
-    ValueError: a model that can't be, or a source that is unknown.
+    ValueError: the model is not valid, or the source is unknown.
   """
   data, examples, notes = config.data, None, ()
   source = look_up_source(data.source, data.dir, pair(data.image_size))
   if source is None:
     source = Source({}, ASSUMED, 3, None)
-    notes = (f'{data.source} is not there: {len(ASSUMED):,} classes of RGB images are assumed.',)
+    notes = (f'{data.source} was not found: assuming {len(ASSUMED):,} classes of RGB images.',)
   if source.sizes:
     examples = num_examples(source.pieces(data.train_split))
   if config.init:

@@ -1,12 +1,13 @@
-"""FLOPs and activations of a model, counted in what JAX traces of it.
+"""Counts the FLOPs and activations of a model in the program that JAX traces.
 
 Decisions:
-  * FLOPs are those of matrix products and convolutions, a multiplication and an addition as two;
-    norms, softmax and GELU are a few percent on top. They are counted in what JAX traced, so they
-    are those of this model, and those of a step include what `model.remat` computes twice.
-  * Activations are what differentiation keeps of an image for the backward pass, each array once.
-    XLA keeps less where it computes a cheap part again (on a CPU a sixth less), and works in some
-    memory besides.
+  * Only matrix products and convolutions count; a multiplication and an addition are two FLOPs.
+    Norms, softmax and GELU would add a few percent.
+  * FLOPs are counted in the traced program. So they are exact for this model, and those for a step
+    include operations that `model.remat` repeats.
+  * Activations are the arrays that differentiation keeps for the backward pass, each counted once.
+    XLA keeps less if it recomputes cheap parts (a sixth less on a CPU), and needs some working
+    memory in addition.
 """
 
 from collections import Counter
@@ -23,16 +24,16 @@ from vit_jax.experiment import Experiment
 from vit_jax.optim import Stages, split_frozen
 from vit_jax.training import loss_fn
 
-ALIASES = ('reshape', 'squeeze', 'expand_dims')  # the same numbers under another shape
-OTHER = 'other'  # what no module does: pooling, the loss, adding positions
+ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
+OTHER = 'other'  # operations outside of modules: pooling, the loss, adding positions
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """FLOPs for an image: of the forward pass by module, and of a training step."""
+  """Counts the FLOPs for one image, in the forward pass (by module) and in a training step."""
   group = experiment.group(exp.config)
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   split = split_frozen(params, exp.config.freeze)
-  with portable():  # what a kernel does within is not seen from outside
+  with portable():  # without kernels, whose operations would not be counted
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
     gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   flops = Counter()
@@ -43,7 +44,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """FLOPs of training on one image a step, smaller ones first where the run has them."""
+  """Counts the FLOPs of a run with one image per step, including stages with smaller images."""
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
   flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}
@@ -52,7 +53,7 @@ def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -
 
 
 def activations(exp: Experiment, params: dict) -> Counter:
-  """Bytes kept of an image for the backward pass, by module."""
+  """Counts the bytes kept for the backward pass of one image, by module."""
   group = experiment.group(exp.config)
 
   def keep(trained, *others):
@@ -68,7 +69,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
 
 
 def loss(exp: Experiment, count: int) -> Callable:
-  """The loss of `count` examples, as a training step has it, by the parameters trained."""
+  """Returns the loss of `count` examples in a training step, given the trained parameters."""
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}
@@ -78,7 +79,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Shapes of what the loss takes beside parameters."""
+  """Returns the shapes of the loss's inputs other than parameters."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -89,7 +90,7 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """The row that a name belongs to: `jvp(ViT)/block_3/mlp/up` to `block_*/mlp`."""
+  """Returns the row for a name, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
   names = stack.split('/')
   for i, name in enumerate(names):
     if name.startswith('block_') and name in params:
@@ -101,7 +102,7 @@ def module_of(stack: str, params: dict) -> str:
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
-  """`(where, FLOPs)` of each matrix product and convolution, those of functions within too."""
+  """Yields `(name, FLOPs)` of each matrix product and convolution, also inside called functions."""
   for eqn in jaxpr.eqns:
     stack = f'{prefix}/{eqn.source_info.name_stack}'
     size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
@@ -118,14 +119,14 @@ def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
 
 
 def is_program(value: object) -> bool:
-  """Whether a parameter of an operation is a function that it calls."""
+  """Whether a parameter of an operation is a function that the operation calls."""
   return isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """`(where, bytes)` of each array that a program gives and that depends on the batch.
+  """Yields `(name, bytes)` of each output of a program that depends on the batch.
 
-  An array under two shapes is one.
+  An array that is returned in two shapes counts once.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

@@ -1,4 +1,4 @@
-"""Weights in the formats of other code bases."""
+"""Reads and writes weights in the formats of this project and of other code bases."""
 
 from vit_jax.weights.formats import Format, Preprocessing, Pretrained, Weights, load_json
 from vit_jax.weights.layouts import flatten_params, image_channels

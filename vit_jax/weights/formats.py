@@ -1,9 +1,9 @@
-"""A file of weights as it is, and what its format and its config say of it.
+"""The contents of a weights file, and the steps that all weight formats share.
 
 Decisions:
-  * Reading and writing use the same rows; that the shapes fit is checked against the layout's
-    own `write`, so no shape is written down twice.
-  * Every array of a file is accounted for: read, or named in `ignored`, or an error.
+  * Reading and writing use the same table rows. The shapes in a file are checked against the
+    output of the layout's own `write`, so no shape is written down twice.
+  * Every array of a file is either read, or listed in `ignored`, or reported as an error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +24,19 @@ from vit_jax.weights.layouts import Row
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-  """What weights expect an image to be.
+  """How weights expect an image to be prepared.
 
   Attributes:
-    size: (height, width), pixels.
-    mean: of each channel or of all, for pixels in [0, 1]; taken away.
-    std: divided by after that.
+    size: (height, width) in pixels.
+    mean: subtracted from pixels in [0, 1]; one value per channel, or one for all channels.
+    std: divisor after the subtraction; one value per channel, or one for all channels.
     interpolation: one of `image.INTERPOLATIONS`.
-    crop: the part of the shorter side that is kept, about the centre.
-    stretch: scale height and width by themselves, instead of cutting the longer one.
-    stored_size: (height, width) that a file is brought to, where the device enlarges it from
-      there to `size`; None where it is brought to `size` at once.
+    crop: fraction of the shorter side that is kept, around the centre; with `stretch`, the
+      fraction of each side.
+    stretch: whether height and width are resized independently; if not, the longer side is
+      cropped.
+    stored_size: (height, width) to which a file is resized if the device then enlarges it to
+      `size`; None if a file is resized directly to `size`.
   """
 
   size: tuple[int, int]
@@ -46,7 +48,7 @@ class Preprocessing:
   stored_size: tuple[int, int] | None = None
 
   def check(self, channels: int, origin: object) -> None:
-    """Raises ValueError for what no image can be prepared by."""
+    """Raises ValueError if no image can be prepared with these settings."""
     choose(f'{origin}: interpolation', self.interpolation, INTERPOLATIONS)
     for name in ('mean', 'std'):
       values = getattr(self, name)
@@ -54,25 +56,27 @@ class Preprocessing:
         raise ValueError(f'{origin}: {name}: expected 1 or {channels} numbers, got {values}.')
     if min(self.std) <= 0 or not 0 < self.crop <= 1:
       raise ValueError(
-        f'{origin}: std must be positive and crop above 0, at most 1; got {self.std}, {self.crop}.'
+        f'{origin}: std must be positive, and crop must be above 0 and at most 1; got '
+        f'std={self.std}, crop={self.crop}.'
       )
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """A file as it is, and the model that its format and its config say it is of.
+  """The arrays of a weights file, and the model that its format and its config describe.
 
   Attributes:
-    origin: where it came from, for messages.
-    arrays: by their names.
-    rows: the table for this file.
-    fields: attributes of `ViT`; `num_classes` is None where the file has no head.
-    channels: of an image.
-    preprocessing: its size is (0, 0) where the file doesn't tell.
-    grid: patches (down, across) that its positions are for; None where it doesn't tell.
-    class_names: None where it doesn't tell.
-    ignored: patterns of names that no output reads.
-    run: `config`, `task` and `step` of the run of ours that it is from; None for others.
+    origin: where the file came from, for messages.
+    arrays: the file's arrays, by name.
+    rows: the name table for this file.
+    fields: attributes of `ViT`; `num_classes` is None if the file has no head.
+    channels: number of channels of an image.
+    preprocessing: how images are prepared; its size is (0, 0) if the file does not store a size.
+    grid: patches (down, across) that the position embeddings cover; None if the file does not
+      store it.
+    class_names: names of the classes; None if the file does not store them.
+    ignored: regular expressions for the names of arrays that do not affect the output.
+    run: `config`, `task` and `step` of the vit_jax run that wrote the file; None for other files.
   """
 
   origin: str
@@ -89,15 +93,17 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """What `load` gives; unpacks as `model, params`.
+  """The result of `load`; it unpacks as `model, params`.
 
   Attributes:
-    model: for `model.apply({'params': params}, image_BHWC)`.
+    model: the model, to be called as `model.apply({'params': params}, image_BHWC)`.
     params: float32 NumPy arrays.
-    preprocessing: how the weights expect an image; its size fits the grid.
-    class_names: of the head's logits; None where the file doesn't tell, or the head is new.
-    ignored: names in the file of what the model has no use for.
-    run: `config`, `task` and `step` of the run that the weights are from, if it is one of ours.
+    preprocessing: how the weights expect an image to be prepared; its size fits the grid.
+    class_names: names of the head's logits; None if the file does not store them, or if the head
+      is new.
+    ignored: names of the file's arrays that the model does not use.
+    run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
+      weights.
   """
 
   model: ViT
@@ -113,19 +119,19 @@ class Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """Everything that is to be known of a format of weights; an entry of `FORMATS`.
+  """A weight format; an entry of `FORMATS`.
 
   Attributes:
-    save: `(model, params, folder, preprocessing, class_names)` writes its files into the folder,
-      and raises ValueError for a model that the format can't hold.
-    usage: `(loaded) -> Python`, some lines that run a `Pretrained` from the files, for its card.
-    files: patterns of the names of its files.
-    reads: whether what lies at a path, a file or a folder, is of the format; None where it is
-      written only.
-    read: `(path) -> Weights`.
-    library: that the Hub knows its files by.
-    enlarges: whether it enlarges images that are stored smaller than the model's by itself.
-    holds_names: whether it has a place for the names of classes.
+    save: `(model, params, folder, preprocessing, class_names)` writes the files into the folder,
+      and raises ValueError for a model that the format cannot hold.
+    usage: `(loaded) -> Python` returns the lines that run the written files, for the model card.
+    files: glob patterns for the names of the format's files.
+    reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
+      is only written.
+    read: `(path) -> Weights`; None if the format is only written.
+    library: name of the library on the Hub, for the model card.
+    enlarges: whether the written program enlarges images from `stored_size` to `size` itself.
+    holds_names: whether the format can store class names.
   """
 
   save: Callable[[ViT, dict, pathlib.Path, Preprocessing, tuple[str, ...] | None], None]
@@ -138,22 +144,22 @@ class Format:
   holds_names: bool = True
 
 
-# What reading a config raises where a value is of another kind than expected.
+# Exceptions that reading a config raises if a value has an unexpected type.
 ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
 
 def load_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file.
+  """Returns the object in a JSON file.
 
   Raises:
-    ValueError: missing, or no JSON object.
+    ValueError: the file is missing, or is not a JSON object.
   """
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
-    raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
+    raise ValueError(f'{path}: cannot be read ({error.strerror}).') from error
   except ValueError as error:
-    raise ValueError(f'{path}: no valid JSON ({error}).') from error
+    raise ValueError(f'{path}: not valid JSON ({error}).') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path}: expected a JSON object, got {type(value).__name__}.')
   return value
@@ -162,14 +168,17 @@ def load_json(path: pathlib.Path) -> dict:
 def read_params(
   weights: Weights, wanted: dict[str, tuple[int, ...]]
 ) -> tuple[dict, tuple[str, ...]]:
-  """Every parameter wanted, and the names of the arrays ignored.
+  """Reads all parameters of a model from a weights file.
 
   Args:
-    weights: the file.
-    wanted: shape of each of our parameters.
+    weights: the file's contents.
+    wanted: shape of each of our parameters, by name.
+
+  Returns:
+    The parameters as a tree, and the names of the ignored arrays.
 
   Raises:
-    ValueError: arrays that are missing, left over, of another shape or type, or not finite.
+    ValueError: arrays are missing, left over, of the wrong shape or type, or not finite.
   """
   params, used, problems = {}, set(), []
   for row in weights.rows:
@@ -195,25 +204,25 @@ def read_params(
   assert not unknown, f'the table has no row for {unknown}'
   if problems:
     shown = '\n  '.join(problems[:20] + [f'... {len(problems) - 20} more'] * (len(problems) > 20))
-    raise ValueError(f'{weights.origin} does not hold the weights of its model:\n  {shown}')
+    raise ValueError(f'{weights.origin}: the arrays do not match the model:\n  {shown}')
   return layouts.unflatten_params(
     {name: np.ascontiguousarray(x) for name, x in params.items()}
   ), ignored
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
-  """What is wrong with an array of a file; None if nothing is."""
+  """Returns the problem with an array of a file, or None if it is fine."""
   if array.dtype not in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
-    return f'{name}: of type {array.dtype}, expected a floating-point type'
+    return f'{name}: has type {array.dtype}, expected a floating-point type'
   if array.shape != shape:
-    return f'{name}: {array.shape} there, {shape} expected'
+    return f'{name}: has shape {array.shape}, expected {shape}'
   if not np.isfinite(array.astype(np.float32)).all():
-    return f'{name}: holds values that are not finite'
+    return f'{name}: contains values that are not finite'
   return None
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """All parameters under their names. The format must be able to hold them: see `refuse`."""
+  """Returns all parameters under the file's names; call `refuse` first to check the model."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }
@@ -227,24 +236,30 @@ def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
 
 
 def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
-  """Raises ValueError for the attributes of a model that a format can't hold."""
+  """Raises ValueError if a model has attributes that a format cannot hold.
+
+  Args:
+    format_name: name of the format, for the message.
+    model: the model to write.
+    holds: the values that the format can hold, by attribute.
+  """
   wrong = [
-    f'  model.{name}={getattr(model, name)!r}: it holds {", ".join(map(repr, values))} only'
+    f'  model.{name}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be written'
     for name, values in holds.items()
     if getattr(model, name) not in values
   ]
   if wrong:
-    raise ValueError(f'The format {format_name} can not hold this model:\n' + '\n'.join(wrong))
+    raise ValueError(f'The format {format_name} cannot hold this model:\n' + '\n'.join(wrong))
 
 
 def upright(channels: int) -> str:
-  """`image`, a PIL image as people see it: a camera may say in EXIF which way it was held."""
+  """Returns the Python line that opens `image` and applies its EXIF orientation."""
   mode = 'L' if channels == 1 else 'RGB'
   return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
 
 
 def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """`image`, upright and of the size wanted."""
+  """Returns the Python lines that open `image`, turn it upright and resize it to `size`."""
   opened = upright(channels)
   method = f'Image.Resampling.{p.interpolation.upper()}'
   shape = f'({size[1]}, {size[0]}), {method}'

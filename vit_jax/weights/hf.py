@@ -1,8 +1,9 @@
-"""Hugging Face's models: `model.safetensors` and `config.json`.
+"""Reads and writes Hugging Face models: `model.safetensors` and `config.json`.
 
-ViT, DeiT (its distillation token is our first register, with a position of its own), DINOv2 with
-and without registers. Every field of a config is read, or is one that changes no output, or is
-refused by name.
+Decisions:
+  * The models are ViT, DeiT, and DINOv2 with and without registers.
+  * DeiT's distillation token becomes our first register, with its own position embedding.
+  * Every field of a config is either used, or known not to affect the output, or refused by name.
 """
 
 from collections.abc import Mapping
@@ -30,10 +31,10 @@ from vit_jax.weights.layouts import image_channels, rows
 
 
 def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
-  """The weights of a folder with a `config.json` of Hugging Face.
+  """Returns the weights of a folder with a Hugging Face `config.json`.
 
   Raises:
-    ValueError: a model or a field of the config that this project does not have.
+    ValueError: the model, or a field of the config, is not supported.
   """
   origin = str(folder)
   choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
@@ -43,13 +44,14 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   unknown = sorted(set(config) - set(defaults) - hf_names.NEUTRAL)
   if unknown or kind != config['model_type']:
     raise ValueError(
-      f'{origin}/config.json: fields that this reader does not know: {", ".join(unknown)}.'
+      f'{origin}/config.json: unsupported fields: {", ".join(unknown)}.'
       if unknown
-      else f'{origin}/config.json: {architecture} is not of model_type={config["model_type"]}.'
+      else f'{origin}/config.json: model_type={config["model_type"]} does not fit the architecture '
+      f'{architecture}.'
     )
   c = defaults | config
   if c.get('use_swiglu_ffn'):
-    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: there is no SwiGLU here.')
+    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: SwiGLU is not supported.')
   patch, image = (
     pair(c[name], f'{origin}/config.json: {name}') for name in ('patch_size', 'image_size')
   )
@@ -91,10 +93,10 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
-  """`id2label` in the order of the ids; None for names that the library made up.
+  """Returns the names of `id2label` in the order of their ids; None for the default `LABEL_<i>`.
 
   Raises:
-    ValueError: ids that don't count from 0.
+    ValueError: the ids are not 0, 1, 2, ...
   """
   ids = [str(i) for i in range(len(labels))]
   if set(labels) != set(ids):
@@ -106,10 +108,10 @@ def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
 def preprocessing(
   folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
 ) -> Preprocessing:
-  """What `preprocessor_config.json` says, or the kind's default where there is none.
+  """Reads `preprocessor_config.json`, or returns the default of the model's kind without it.
 
-  Its own size counts, where patches divide it: DINOv2's positions are for 518 pixels, and its
-  images are to be of 224.
+  The size in that file is used if it is a multiple of the patch size. It may differ from the size
+  of the position embeddings: DINOv2 has positions for 518 pixels, but expects images of 224 pixels.
   """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
@@ -120,16 +122,16 @@ def preprocessing(
   try:
     found = processing(p, size, str(path))
   except ODD as error:
-    raise ValueError(f'{path}: an unexpected value ({error!r}).') from error
+    raise ValueError(f'{path}: unexpected value ({error!r}).') from error
   fits = all(n % d == 0 for n, d in zip(found.size, patch))
   return found if fits else dataclasses.replace(found, size=size)
 
 
 def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """What the config of an image processor asks for; `size` where it leaves that open.
+  """Converts the config of an image processor; `size` is used if the config gives none.
 
   Raises:
-    ValueError: pixels that are not scaled to [0, 1].
+    ValueError: the processor does not scale pixels to [0, 1].
   """
   if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
     raise ValueError(f'{origin}: rescale_factor: expected pixels divided by 255.')
@@ -153,22 +155,22 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
 
 
 def edge(size) -> int:
-  """The shorter edge that a processor's size asks for."""
+  """Returns the shorter edge of a processor's size."""
   if isinstance(size, dict):
     return size.get('shortest_edge') or min(size['height'], size['width'])
   return size if isinstance(size, int) else min(size)
 
 
 def both(size) -> tuple[int, int]:
-  """(height, width) of a processor's size."""
+  """Returns a processor's size as (height, width)."""
   return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 
 def architecture(model: ViT) -> str:
-  """The architecture that can hold a model.
+  """Returns the name of the Hugging Face architecture that can hold a model.
 
   Raises:
-    ValueError: there is none; the message names what stands in the way.
+    ValueError: no architecture can; the message lists the attributes that do not fit.
   """
   activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
   refuse('hf', model, hf_names.PLAIN | {'activation': activations})
@@ -201,7 +203,7 @@ def save_hf(
   """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
   Raises:
-    ValueError: a model that no architecture of theirs can hold.
+    ValueError: no Hugging Face architecture can hold the model.
   """
   name = architecture(model)
   kind, _, head = hf_names.ARCHITECTURES[name]
@@ -245,16 +247,16 @@ def save_hf(
 
 
 def processor_config(p: Preprocessing, channels: int) -> dict:
-  """What their image processors read.
+  """Returns the `preprocessor_config.json` for a preprocessing.
 
   Raises:
-    ValueError: images that they can't prepare.
+    ValueError: no image processor of Hugging Face can do this preprocessing.
   """
   height, width = p.size
   if height != width and not p.stretch:
     raise ValueError(
-      f'hf: its image processors cut squares only, and images here are {height}x{width}: save '
-      'with a preprocessing that has stretch=True, or as timm.'
+      'hf: Hugging Face image processors can only crop squares, but the images are '
+      f'{height}x{width}. Save with a preprocessing that has stretch=True, or use format timm.'
     )
   resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
   config = dict(
@@ -270,7 +272,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
     ),
     size=resized,
   )
-  if not p.stretch or p.crop < 1:  # cut to size after scaling
+  if not p.stretch or p.crop < 1:  # crop after resizing
     config |= dict(
       image_processor_type='BitImageProcessor',
       do_center_crop=True,
@@ -281,7 +283,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
 
 
 def run_hf(loaded: Pretrained) -> str:
-  """With transformers."""
+  """Returns the Python lines that run the files with transformers."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
   show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'

@@ -1,4 +1,4 @@
-"""The names of Hugging Face's models: parameters, architectures, fields of their configs."""
+"""The names in Hugging Face models: parameters, architectures and config fields."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from vit_jax.weights.layouts import CONV, SAME, Layout, torch_linear, torch_norm
 
-ACTIVATIONS = {  # theirs: ours; the first of ours is the one that is written
+ACTIVATIONS = {  # Hugging Face name: our name; if several fit, the first one is written
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
@@ -16,8 +16,8 @@ ACTIVATIONS = {  # theirs: ours; the first of ours is the one that is written
 RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-# Two classifiers whose logits are averaged, as one on two tokens side by side: halving and
-# doubling are exact.
+# Two classifiers whose logits are averaged become one classifier on two concatenated tokens.
+# Halving and doubling the weights are exact in floating point.
 TEACHER_KERNEL = Layout(
   lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
   lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
@@ -29,7 +29,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
-  """What all have, the names of the norms and of the MLP apart."""
+  """Returns the rows that all models share, given the names of their norms and MLP layers."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -66,7 +66,7 @@ TEACHER_HEAD = [
   ('head/bias', ('cls_classifier.bias', 'distillation_classifier.bias'), TEACHER_BIAS),
 ]
 
-# By `model_type`: the prefix of a classifier's names, the table, and what a config leaves out.
+# By `model_type`: the prefix of a classifier's names, the name table, and the config's defaults.
 COMMON = dict(
   hidden_size=768,
   num_hidden_layers=12,
@@ -89,7 +89,7 @@ KINDS = {
     DINO | dict(num_register_tokens=4),
   ),
 }
-# `architectures`: (kind, pool, rows of the head).
+# By the name in `architectures`: (kind, pool, rows of the head).
 ARCHITECTURES = {
   'ViTForImageClassification': ('vit', 'cls', HEAD),
   'ViTModel': ('vit', 'cls', []),
@@ -103,7 +103,7 @@ ARCHITECTURES = {
 }
 IGNORED = (r'(\w+\.)?pooler\..*', r'(\w+\.)?embeddings\.mask_token')
 
-# Fields that change no output of these models: of training, of other heads, of the library.
+# Fields that do not affect the output: for training, for other heads, for the library itself.
 NEUTRAL = {
     '_attn_implementation_autoset', '_name_or_path', 'apply_layernorm', 'architectures',
     'attention_probs_dropout_prob', 'chunk_size_feed_forward', 'drop_path_rate', 'dtype',
@@ -115,7 +115,7 @@ NEUTRAL = {
     'transformers_version', 'use_bfloat16', 'use_cache', 'use_mask_token',
 }  # fmt: skip
 
-# What none of their architectures has otherwise.
+# Attribute values that all of these architectures require.
 PLAIN = {
   'representation_size': (None,),
   'position': ('learned',),
@@ -127,6 +127,6 @@ PLAIN = {
 
 
 def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """The architecture of a config that names none."""
+  """Returns the architecture for a config that does not name one."""
   headed = 'classifier.weight' in arrays
   return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)

@@ -1,6 +1,7 @@
-"""How arrays of another code base lie beside ours: a table of names, read in both directions.
+"""Maps the arrays of other code bases to ours with name tables that work in both directions.
 
-A row of a table says which of our parameters are which of theirs, and by which `Layout`:
+A row of a table gives our parameter names, the other code base's names, and the `Layout` that
+converts between them:
 
   ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
 """
@@ -19,11 +20,11 @@ Arrays = list[np.ndarray]
 
 
 class Layout(NamedTuple):
-  """How arrays of ours lie in theirs.
+  """A conversion between our arrays and the arrays of another code base.
 
   Attributes:
-    read: `(theirs, shapes of ours) -> ours`.
-    write: `ours -> theirs`, its inverse.
+    read: `(their arrays, shapes of our arrays) -> our arrays`.
+    write: `our arrays -> their arrays`, the inverse of `read`.
   """
 
   read: Callable[[Arrays, list[tuple[int, ...]]], Arrays]
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
 
 
 class Row(NamedTuple):
-  """Our names, theirs, and the layout between them."""
+  """A row of a name table: our names, the other code base's names, and the layout between them."""
 
   ours: tuple[str, ...]
   theirs: tuple[str, ...]
@@ -40,19 +41,19 @@ class Row(NamedTuple):
 
 SAME = Layout(lambda theirs, shapes: theirs, lambda ours: ours)
 
-VECTOR = Layout(  # a bias `[K, E]`, flat
+VECTOR = Layout(  # our bias `[K, E]`, flattened in the file
   lambda theirs, shapes: [theirs[0].reshape(shapes[0])],
   lambda ours: [ours[0].reshape(-1)],
 )
 
-CONV = Layout(  # `[h, w, C, D]`; PyTorch's is `[D, C, h, w]`
+CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
   lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
   lambda ours: [ours[0].transpose(3, 2, 0, 1)],
 )
 
 
 def linear(axes: int = 1) -> Layout:
-  """PyTorch's `[outputs, inputs]`; our first `axes` axes are inputs, the others outputs."""
+  """Returns the layout of PyTorch's `[outputs, inputs]`; our first `axes` axes are the inputs."""
 
   def write(ours):
     inputs = int(np.prod(ours[0].shape[:axes]))
@@ -62,7 +63,7 @@ def linear(axes: int = 1) -> Layout:
 
 
 def fused(inner: Layout) -> Layout:
-  """Several of ours one after the other along their first axis, as PyTorch fuses q, k and v."""
+  """Returns the layout for several arrays joined on the first axis, as PyTorch fuses q, k and v."""
 
   def read(theirs, shapes):
     parts = np.split(theirs[0], len(shapes))
@@ -71,14 +72,14 @@ def fused(inner: Layout) -> Layout:
   return Layout(read, lambda ours: [np.concatenate([inner.write([x])[0] for x in ours])])
 
 
-STACKED = Layout(  # one of ours a block, along a leading axis, as scanned layers keep them
+STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned layers store them
   lambda theirs, shapes: list(theirs[0]),
   lambda ours: [np.stack(ours)],
 )
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """The rows of a PyTorch `Linear`; our first `axes` axes are inputs."""
+  """Returns the rows of a PyTorch `Linear`; our first `axes` axes are the inputs."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -86,12 +87,12 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """The rows of a PyTorch `LayerNorm`."""
+  """Returns the rows of a PyTorch `LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
 def rows(table: Iterable[tuple], depth: int) -> list[Row]:
-  """The rows of a table; one with `{i}` in its names once for each block."""
+  """Returns the rows of a table; a row with `{i}` in its names is repeated for each block."""
   found = []
   for ours, theirs, layout in table:
     ours, theirs = ((x,) if isinstance(x, str) else x for x in (ours, theirs))
@@ -102,30 +103,35 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
 
 
 def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
-  """`{'block_0/mlp/up/kernel': (48, 192), ...}` of the model's parameters, for (H, W, C)."""
+  """Returns the shapes of the model's parameters, e.g. `{'block_0/mlp/up/kernel': (48, 192)}`.
+
+  Args:
+    model: the model.
+    image_shape: (H, W, C).
+  """
   init = functools.partial(model.init, jax.random.key(0))
   return shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
 
 
 def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
-  """The shape of every leaf, by its path."""
+  """Returns the shape of every leaf, by its path."""
   return {name: tuple(leaf.shape) for name, leaf in flatten_params(tree).items()}
 
 
 def image_channels(params: dict) -> int:
-  """Of the images that parameters are for; 3 where the first layer's are missing."""
+  """Returns the number of image channels that parameters expect; 3 without a first layer."""
   kernel = params.get('stem', {}).get('conv_root', params.get('embedding', {})).get('kernel')
   return 3 if kernel is None else kernel.shape[2]
 
 
 def flatten_params(tree: dict) -> dict[str, np.ndarray]:
-  """`{'block_0/mlp/up/kernel': ..., ...}`."""
+  """Flattens a tree to `{'block_0/mlp/up/kernel': ..., ...}`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def unflatten_params(flat: Mapping[str, np.ndarray]) -> dict:
-  """The inverse of `flatten_params`."""
+  """Rebuilds the tree that `flatten_params` flattened."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split('/')

@@ -1,10 +1,10 @@
-"""The paper's files (`.npz`) and big_vision's, which differ in names alone.
+"""Reads and writes the `.npz` files of the paper and of big_vision, which differ only in names.
 
 Decisions:
-  * The format decides what the arrays don't tell: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
-  * Each member is read whole, so that its checksum is verified, and never unpickled.
-  * The paper's models are written in its older spelling, the one of all published files;
-    those that only big_vision has in big_vision's.
+  * The format sets everything that arrays cannot tell: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
+  * Each member is read completely, so that its checksum is verified. Nothing is unpickled.
+  * The paper's models are written with its older names, which all published files use. Models
+    that only big_vision has are written with big_vision's names.
 """
 
 import io
@@ -31,7 +31,7 @@ from vit_jax.weights.layouts import SAME, STACKED, Row, image_channels, rows
 
 log = logging.getLogger(__name__)
 
-# (attention, first norm, second norm, MLP) within a block, in the older and the newer spelling.
+# Older and newer names within a block: (attention, first norm, second norm, MLP).
 OLDER = ('MultiHeadDotProductAttention_1', 'LayerNorm_0', 'LayerNorm_2', 'MlpBlock_3')
 NEWER = ('MultiHeadDotProductAttention_0', 'LayerNorm_0', 'LayerNorm_1', 'MlpBlock_0')
 
@@ -47,33 +47,34 @@ HOLDS = {
   'norm_epsilon': (1e-6,),
 }
 
-# Where the parameters begin: the paper's files, big_vision's, its image towers, its older ones.
+# Prefix of all parameter names: the paper's files, big_vision's files, its image towers (two
+# spellings), its older files.
 PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
 def norm(ours: str, theirs: str) -> list[tuple]:
-  """A LayerNorm's or GroupNorm's two arrays."""
+  """Returns the rows of a LayerNorm or GroupNorm."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('scale', 'bias')]
 
 
 def dense(ours: str, theirs: str) -> list[tuple]:
-  """A dense layer's two arrays."""
+  """Returns the rows of a dense layer."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
 def attention_rows(ours: str, theirs: str) -> list[tuple]:
-  """The four projections of an attention."""
+  """Returns the rows of an attention layer's four projections."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
 
 
 def mlp(ours: str, theirs: str) -> list[tuple]:
-  """The two layers of an MLP."""
+  """Returns the rows of an MLP's two layers."""
   return dense(f'{ours}/up', f'{theirs}/Dense_0') + dense(f'{ours}/down', f'{theirs}/Dense_1')
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """An encoder block."""
+  """Returns the rows of an encoder block."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -84,7 +85,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """A hybrid's ResNet, whose names are ours under `stem`."""
+  """Returns the rows of a hybrid's ResNet; our names are the file's names under `stem`."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):
@@ -99,7 +100,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """The rows for a file, ours beside theirs."""
+  """Returns the name table for a file."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -126,23 +127,23 @@ def table(
 
 
 def is_npz(place: pathlib.Path) -> bool:
-  """Whether it is a file of this kind, or a folder with one."""
+  """Whether a path is an `.npz` file, or a folder with exactly one."""
   return place.suffix == '.npz' if place.is_file() else len([*place.glob('*.npz')]) == 1
 
 
 def read_npz(path: pathlib.Path) -> Weights:
-  """The weights of a file, or of the one in a folder.
+  """Returns the weights of an `.npz` file, or of the only one in a folder.
 
   Raises:
-    ValueError: not such a file, or a damaged one.
+    ValueError: the file is damaged, or is not a ViT of the paper or of big_vision.
   """
   path = next(path.glob('*.npz')) if path.is_dir() else path
   arrays = read_arrays(path)
   prefix = next((p for p in PREFIXES if f'{p}embedding/kernel' in arrays), None)
   if prefix is None:
     raise ValueError(
-      f'{path}: no ViT of the paper or big_vision: it has no array embedding/kernel, but '
-      f'{", ".join(sorted(arrays)[:5])}, ... ({len(arrays)}).'
+      f'{path}: not a ViT of the paper or of big_vision: expected an array embedding/kernel, found '
+      f'{len(arrays)} others: {", ".join(sorted(arrays)[:5])}, ...'
     )
   inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
   get = lambda name: arrays[prefix + name]
@@ -152,7 +153,7 @@ def read_npz(path: pathlib.Path) -> Weights:
   query, up = f'{first}/{spelling[0]}/query/kernel', f'{first}/{spelling[3]}/Dense_0/kernel'
   for name in (query, up):
     if prefix + name not in arrays:
-      raise ValueError(f'{path} does not hold the weights of its model:\n  {prefix}{name}: missing')
+      raise ValueError(f'{path}: the arrays do not match the model:\n  {prefix}{name}: missing')
   stages = find_stages(inside) if 'conv_root/kernel' in inside else None
   stride = 1 if stages is None else stem_stride(stages)
   *patch, channels, width = check_axes(path, 'embedding/kernel', get('embedding/kernel'), 4)
@@ -190,52 +191,52 @@ def read_npz(path: pathlib.Path) -> Weights:
 
 
 def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> tuple[int, ...]:
-  """The shape of an array that the model's sizes are read from.
+  """Returns the shape of an array after checking its number of axes.
 
   Raises:
-    ValueError: it has another number of axes.
+    ValueError: the array has a different number of axes.
   """
   if array.ndim != axes:
-    raise ValueError(f'{path}: {name} has the shape {array.shape}, expected {axes} axes.')
+    raise ValueError(f'{path}: {name} has shape {array.shape}, expected {axes} axes.')
   return array.shape
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """How many numbers the pattern's group takes among the names."""
+  """Counts the different values of the pattern's group among the names."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 
 def find_stages(inside: set[str]) -> tuple[int, ...]:
-  """Units in each stage of a hybrid's ResNet."""
+  """Returns the number of units in each stage of a hybrid's ResNet."""
   number = count(inside, r'block(\d+)/unit\d+/.*')
   return tuple(count(inside, rf'block{i + 1}/unit(\d+)/.*') for i in range(number))
 
 
 def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Every array of a `.npz`.
+  """Returns every array of an `.npz` file.
 
   Raises:
-    ValueError: a damaged file, or one with pickled objects.
+    ValueError: the file is missing or damaged, or holds pickled objects.
   """
   arrays = {}
   try:
     with zipfile.ZipFile(path) as archive:
       for name in archive.namelist():
-        member = io.BytesIO(archive.read(name))  # whole: the checksum is verified at the end
+        member = io.BytesIO(archive.read(name))  # the checksum is verified at the end
         array = np.lib.format.read_array(member, allow_pickle=False)
         if array.dtype == np.dtype('V2'):  # how NumPy stores bfloat16
           array = array.view(ml_dtypes.bfloat16)
         arrays[name.removesuffix('.npy')] = array
   except OSError as error:
-    raise ValueError(f'{path}: can not be read ({error.strerror or error}).') from error
+    raise ValueError(f'{path}: cannot be read ({error.strerror or error}).') from error
   except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError,
           SyntaxError, MemoryError, OverflowError, TypeError) as error:  # fmt: skip
-    raise ValueError(f'{path}: no .npz of arrays, or a damaged one ({error}).') from error
+    raise ValueError(f'{path}: damaged, or not an .npz file of plain arrays ({error}).') from error
   return arrays
 
 
 def write_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes a `.npz` in one step: a file under its name is whole."""
+  """Writes an `.npz` file atomically: a file under the final name is always complete."""
   with storage.replacing(path) as partial, partial.open('wb') as file:
     np.savez(file, **arrays)  # with checksums, unlike .npy
 
@@ -247,10 +248,10 @@ def save_npz(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """Writes `model.npz`. What it has no place for, preprocessing and class names, is logged.
+  """Writes `model.npz`, and warns about preprocessing and class names that are not stored.
 
   Raises:
-    ValueError: a model that the format can't hold.
+    ValueError: the format cannot hold the model.
   """
   p, lost = preprocessing, [f'{len(class_names)} class names'] if class_names else []
   if set(p.mean + p.std) != {0.5}:
@@ -258,9 +259,11 @@ def save_npz(
   if (p.interpolation, p.crop, p.stretch) != ('bilinear', 1.0, True):
     lost += [f'{p.interpolation} interpolation, crop {p.crop:g}, stretch {p.stretch}']
   if lost:
-    log.warning('npz has no place for %s: whoever uses the file must know.', ', '.join(lost))
+    log.warning(
+      'The npz format cannot store these values, which users of the file need: %s.', ', '.join(lost)
+    )
   refuse('npz', model, HOLDS | {'pool': ('cls', 'gap', 'map', 'none')})
-  if model.pool in ('gap', 'map'):  # the class token's presence tells the pool
+  if model.pool in ('gap', 'map'):  # on reading, a class token means pool='cls'
     refuse('npz', model, {'class_token': (None, False)})
   big_vision = model.pool == 'map' or (model.has_class and model.position_prefix == 'none')
   fields = {'depth': model.depth, 'resnet': model.resnet}
@@ -272,7 +275,7 @@ def save_npz(
 
 
 def run_npz(loaded: Pretrained) -> str:
-  """With this package: the file has no place for what is done to an image."""
+  """Returns the Python lines that run the file with vit_jax; they include the preprocessing."""
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
   axes = '[..., None]' if channels == 1 else ''

@@ -1,16 +1,16 @@
-"""Programs: the model with its weights and its preprocessing, in one file that others run.
+"""Writes programs: a model with its weights and its preprocessing in one file.
 
-Both formats take one argument, uint8 `[b, H, W, C]` with any `b`: images that were brought to
-H x W before, as `model.json` beside the file says. Both give float32 logits `[b, L]`, or the pooled
-features where the model has no head.
+A program runs without this package. Both formats take one argument: uint8 images `[b, H, W, C]`
+with any `b`, already resized to H x W as `model.json` next to the file describes. Both return
+float32 logits `[b, L]`, or the pooled features if the model has no head.
 
 Decisions:
-  * Logits: probabilities are one softmax away from them, and there is no way back.
-  * The computation is float32, also where training's was bfloat16. StableHLO asks for all of its
-    bits: by default a GPU's or a TPU's products take fewer.
-  * `backend.portable`: the program does not hang on the machine that it was written on.
-  * JAX 0.4.36 and later converts to ONNX by no other way than `jax2onnx`: what tf2onnx took,
-    `jax2tf` without XLA, is gone. What it writes is compared with JAX before it is kept.
+  * Programs return logits, because a softmax turns them into probabilities, but not the reverse.
+  * The computation is in float32, even if training used bfloat16. StableHLO asks for full
+    precision, because matrix products on a GPU or a TPU use less by default.
+  * `backend.portable` makes the program independent of the machine that writes it.
+  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX: tf2onnx needs `jax2tf`
+    without XLA, which was removed. The result is compared with JAX before it is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,17 +33,17 @@ from vit_jax.weights.layouts import image_channels
 Program = Callable[[jax.Array], jax.Array]
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
-LIMIT = 2**31  # bytes that a serialized program may have
-TOLERANCE = 1e-4  # of ONNX's logits against JAX's, where these are about 1
+LIMIT = 2**31  # maximum size of a serialized program, in bytes
+TOLERANCE = 1e-4  # maximum error of ONNX logits; relative to JAX's logits if these exceed 1
 
 CONVERTER = (
-  'onnx: the converter is not installed (%s). Next to requirements.txt it takes\n'
+  'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
   '    pip install --no-deps -r requirements-onnx.txt'
 )
 
 
 def make_program(model: ViT, params: dict, preprocessing: Preprocessing) -> tuple[Program, tuple]:
-  """The program, and the (H, W, C) of its images."""
+  """Returns the program, and the shape (H, W, C) of its input images."""
   model, p = model.clone(dtype=jnp.float32, remat='none'), preprocessing
 
   def program(image_BHWC):
@@ -60,16 +60,16 @@ def save_stablehlo(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """Writes `model.stablehlo`, what `jax.export` serializes, and `model.json`.
+  """Writes `model.stablehlo`, serialized by `jax.export`, and `model.json`.
 
   Raises:
-    ValueError: more parameters than a file holds.
+    ValueError: the parameters are too large for one file.
   """
   size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   if size >= LIMIT - 2**24:
     raise ValueError(
-      f'stablehlo: a file holds less than 2 GiB, and the parameters are {size / 2**30:.1f} GiB: '
-      'take another format.'
+      'stablehlo: a file must be smaller than 2 GiB, but the parameters take '
+      f'{size / 2**30:.1f} GiB. Use another format.'
     )
   program, image_shape = make_program(model, params, preprocessing)
   (batch,) = export.symbolic_shape('b')
@@ -87,10 +87,10 @@ def save_onnx(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """Writes `model.onnx` (beside it, of large models, `model.onnx.data`), and `model.json`.
+  """Writes `model.onnx` and `model.json`, and for large models also `model.onnx.data`.
 
   Raises:
-    ValueError: the converter is missing, or what it wrote gives something else.
+    ValueError: the converter is missing, or the converted model gives different outputs.
   """
   with quiet('jax2onnx', 'onnx_ir'):
     try:
@@ -113,24 +113,24 @@ def save_onnx(
           input_names=['image'],
           output_names=[name],
         )
-    except Exception as error:  # a young converter's are of many kinds
+    except Exception as error:  # the converter raises many types of errors
       raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
   session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
   image_BHWC = np.random.RandomState(0).randint(0, 256, (2, *image_shape), np.uint8)
   (theirs,) = session.run(None, {'image': image_BHWC})
   ours = np.asarray(program(image_BHWC))
   error = np.abs(theirs - ours).max() / max(1, np.abs(ours).max())
-  if not error <= TOLERANCE:  # which NaN is not either
+  if not error <= TOLERANCE:  # also refuses NaN
     raise ValueError(
-      f'onnx: the converted model gives other {name} than this one, by {error:.1g}: keep to the '
-      'versions of requirements-onnx.txt, or take another format.'
+      f'onnx: the {name} of the converted and the original model differ by {error:.1g}. Install '
+      'the versions in requirements-onnx.txt, or use another format.'
     )
   write_about(folder, model, ours.shape, image_shape, preprocessing, class_names)
 
 
 @contextlib.contextmanager
 def quiet(*names: str) -> Iterator[None]:
-  """Hears no warnings of these loggers: the converter has one for each of many values."""
+  """Silences the warnings of these loggers, because the converter prints very many of them."""
   loggers = [logging.getLogger(name) for name in names]
   before = [logger.level for logger in loggers]
   for logger in loggers:
@@ -143,7 +143,7 @@ def quiet(*names: str) -> Iterator[None]:
 
 
 def output_name(model: ViT) -> str:
-  """What the program gives."""
+  """Returns the name of the program's output."""
   return 'features' if model.num_classes is None else 'logits'
 
 
@@ -155,7 +155,7 @@ def write_about(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """`model.json`: what goes in, how files are brought to that, and what comes out."""
+  """Writes `model.json`: the program's input, how to resize files for it, and its output."""
   p = preprocessing
   about = {
     'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *image_shape]},
@@ -169,7 +169,14 @@ def write_about(
 
 
 def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
-  """For `model.json` and a file of a program."""
+  """Returns the Python lines that run a program on an image.
+
+  Args:
+    loaded: the weights.
+    imports: the lines that import the runtime.
+    read: the line that opens the program.
+    call: the line that calls it; `IMAGE` stands for the batch.
+  """
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   axes = 'None, ..., None' if channels == 1 else 'None'
   lines = [
@@ -186,7 +193,7 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
 
 
 def run_stablehlo(loaded: Pretrained) -> str:
-  """With JAX alone."""
+  """Returns the Python lines that run the program with JAX alone."""
   return python_program(
     loaded,
     'import json\n\nimport jax.export\nimport numpy as np',
@@ -196,7 +203,7 @@ def run_stablehlo(loaded: Pretrained) -> str:
 
 
 def run_onnx(loaded: Pretrained) -> str:
-  """With onnxruntime."""
+  """Returns the Python lines that run the program with onnxruntime."""
   return python_program(
     loaded,
     'import json\n\nimport numpy as np\nimport onnxruntime',

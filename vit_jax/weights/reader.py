@@ -1,7 +1,8 @@
-"""What lies at a path, or on the Hub under a name, as `Weights`.
+"""Reads the weights at a path, or under a name on the Hub, as `Weights`.
 
-safetensors and `np.load` without pickle only: what could run code is refused. What lies at a path
-decides how it is read.
+Decisions:
+  * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
+  * The files at a path decide which format is read.
 """
 
 from collections.abc import Callable
@@ -30,20 +31,20 @@ from vit_jax.workdir import load_checkpoint
 log = logging.getLogger(__name__)
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
-FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # of a Hub repository
-INDEX = 'model.safetensors.index.json'  # where the weights are in several files
+FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # in a Hub repository
+INDEX = 'model.safetensors.index.json'  # exists if the weights are split into several files
 TORCH = ('*.safetensors', '*.index.json')
 
 
 def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
-  """What lies at a path, or on the Hub under that name, as it is.
+  """Reads the weights at a path, or under that name on the Hub, without changing them.
 
   Args:
     path: see `load`.
-    step: which checkpoint of a workdir, as in `stored.preferred`.
+    step: which checkpoint of a workdir to read, as in `stored.preferred`.
 
   Raises:
-    ValueError: nothing that can be read; the message says what would be.
+    ValueError: no readable weights were found; the message tells what was expected.
   """
   place = local(path)
   if (place / 'checkpoints').is_dir():
@@ -54,35 +55,40 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
     return read_place(place, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_place(download(str(path)), str(path))
-  raise ValueError(f'{path}: there is no such file or folder.')
+  raise ValueError(f'{path}: no such file or folder.')
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """A file or a folder of one of `FORMATS`, of which the last ones are asked first.
+  """Reads a file or a folder in the first of `FORMATS` that fits, trying the last format first.
 
   Raises:
-    ValueError: none of them knows it.
+    ValueError: no format fits.
   """
   if place.suffix in PICKLES and place.is_file():
     raise ValueError(
-      f'{place}: {place.suffix} files can run code when they are opened and are not read. Take the '
-      'safetensors or npz file of the same weights, or write one: '
+      f'{place}: {place.suffix} files can run code when they are opened, so they are not read. Use '
+      'the safetensors or npz file of the same weights, or write one: '
       'safetensors.torch.save_file(state_dict, "model.safetensors").'
     )
   for entry in reversed(FORMATS.values()):
     if entry.reads is not None and entry.reads(place):
       return dataclasses.replace(entry.read(place), origin=origin)
   if not place.is_dir():
-    raise ValueError(f'{place}: expected .npz, .safetensors, or a folder.')
+    raise ValueError(f'{place}: expected an .npz file, a .safetensors file or a folder.')
   names = ', '.join(sorted(p.name for p in place.iterdir())[:8]) or 'nothing'
   raise ValueError(
-    f'{origin}: found no weights: expected checkpoints/, or config.json with *.safetensors, or one '
-    f'*.npz; there is {names}.'
+    f'{origin}: found no weights. Expected checkpoints/, or config.json with *.safetensors, or one '
+    f'*.npz; the folder holds {names}.'
   )
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Whether these are safetensors with a `config.json`, of timm, whose has an `architecture`."""
+  """Whether a path holds safetensors with a `config.json`, of timm or of Hugging Face.
+
+  Args:
+    place: a file, or a folder.
+    of_timm: whether the `config.json` must be timm's, with an `architecture`.
+  """
   if place.is_file():
     return place.suffix == '.safetensors' and of_timm == is_of_timm(place.parent)
   known = (place / 'config.json').is_file() and any(place.glob('*.safetensors'))
@@ -90,37 +96,37 @@ def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
 
 
 def is_of_timm(folder: pathlib.Path) -> bool:
-  """Whether a folder's `config.json` is timm's."""
+  """Whether a folder's `config.json` was written by timm."""
   file = folder / 'config.json'
   return file.is_file() and 'architecture' in load_json(file)
 
 
 def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a model that lies at a path.
+  """Returns the safetensors files of the model at a path.
 
   Raises:
-    ValueError: an index that names none.
+    ValueError: the index does not list files.
   """
   if place.is_file():
     return [place]
   if (place / INDEX).is_file():
     index = load_json(place / INDEX).get('weight_map')
     if not isinstance(index, dict):
-      raise ValueError(f'{place / INDEX}: expected a weight_map, from names to files.')
+      raise ValueError(f'{place / INDEX}: expected a weight_map from array names to files.')
     return [place / name for name in sorted(set(index.values()))]
   files = sorted(place.glob('*.safetensors'))
   return [f for f in files if f.name == 'model.safetensors'] or files
 
 
 def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
-  """safetensors and the `config.json` beside them.
+  """Reads safetensors files and the `config.json` next to them.
 
   Args:
     place: a file, or a folder.
     read: `(folder, config, arrays) -> Weights`.
 
   Raises:
-    ValueError: a damaged file, or a config of another model than this project has.
+    ValueError: a file is damaged, or the config describes a model that is not supported.
   """
   arrays, folder = {}, place.parent if place.is_file() else place
   for file in safetensors(place):
@@ -129,9 +135,9 @@ def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
   try:
     found = read(folder, config, arrays)
   except ODD as error:
-    raise ValueError(f'{folder}/config.json: an unexpected value ({error!r}).') from error
+    raise ValueError(f'{folder}/config.json: unexpected value ({error!r}).') from error
   check_kinds(found.fields, f'{folder}/config.json')
-  found.preprocessing.check(found.channels, f'{folder}: the config of its images')
+  found.preprocessing.check(found.channels, f'{folder}: preprocessing config')
   if found.class_names and len(found.class_names) != found.fields['num_classes']:
     raise ValueError(
       f'{folder}/config.json: {len(found.class_names)} class names for '
@@ -144,31 +150,31 @@ PLAIN = {int, float, bool, str, type(None)}
 
 
 def check_kinds(fields: dict, origin: str) -> None:
-  """Raises ValueError for an attribute of a `ViT` that is of another kind, as '12' for 12."""
+  """Raises ValueError if an attribute of a `ViT` has the wrong type, such as '12' for 12."""
   for name, hint in typing.get_type_hints(ViT).items():
     kinds, value = typing.get_args(hint) or (hint,), fields.get(name)
     kinds += (int,) * (float in kinds) + (type(None),)
     plain = typing.get_origin(hint) is not tuple and set(kinds) <= PLAIN
     if plain and type(value) not in kinds:
       raise ValueError(
-        f'{origin}: an unexpected value: {name} is {value!r}, expected {kinds[0].__name__}.'
+        f'{origin}: unexpected value: {name} is {value!r}, expected {kinds[0].__name__}.'
       )
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a safetensors file.
+  """Returns the arrays of a safetensors file.
 
   Raises:
-    ValueError: missing or damaged.
+    ValueError: the file is missing or damaged.
   """
   try:
     return load_file(path)
   except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'{path}: no safetensors file, or a damaged one ({error}).') from error
+    raise ValueError(f'{path}: damaged, or not a safetensors file ({error}).') from error
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """This project's own: the averaged weights where the run keeps them."""
+  """Reads a checkpoint of this project; the averaged (EMA) weights if the run keeps them."""
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])
@@ -178,7 +184,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
-  whole = tuple(task['stored_size']) != size  # smaller images are kept as they are, uncut
+  whole = tuple(task['stored_size']) != size  # smaller images were stored without cropping
   wanted = param_shapes(model, (*size, task['channels']))
   arrays = flatten_params(params)
   return Weights(
@@ -203,26 +209,26 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
 
 
 def download(name: str) -> pathlib.Path:
-  """The folder of a Hub repository in the Hub's own cache, fetched where it is not there.
+  """Returns the folder of a Hub repository in the Hub's cache, and downloads it if needed.
 
   Raises:
-    ValueError: no such repository, no network and not in the cache, or no safetensors in it.
+    ValueError: the repository does not exist, or is not cached and cannot be downloaded.
   """
   from huggingface_hub import snapshot_download
 
-  log.info('%s is no file or folder here: looking for it on the Hugging Face Hub ...', name)
+  log.info('%s is not a local file or folder: looking for it on the Hugging Face Hub ...', name)
   try:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
-  except Exception as error:  # the Hub's client and its transports raise many kinds
+  except Exception as error:  # the Hub's client raises many types of errors
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise ValueError(
-      f'{name}: there is no such file or folder here. Taken for the name of a repository on the '
-      f'Hugging Face Hub, it could not be fetched either: {reason}'
+      f'{name}: no such file or folder, and the Hugging Face Hub repository of this name could not '
+      f'be downloaded: {reason}'
     ) from error
   return pathlib.Path(folder)
 
 
-# By the name that --format has. A new one is an entry.
+# Formats by their --format name. To add a format, add an entry.
 FORMATS = {
   'npz': Format(save_npz, run_npz, ('*.npz',), is_npz, read_npz, holds_names=False),
   'hf': Format(

@@ -1,9 +1,10 @@
-"""timm's `VisionTransformer`: `model.safetensors` and `config.json`.
+"""Reads and writes timm's `VisionTransformer`: `model.safetensors` and `config.json`.
 
 Decisions:
-  * A config's `model_args` go over what its architecture's name stands for (`timm_names.py`), and
-    that over timm's defaults.
-  * Written files name `vit_base_patch16_224` and give every argument, which timm puts over it.
+  * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
+    which override timm's defaults.
+  * Written files use the name `vit_base_patch16_224` and list every argument, so that timm
+    overrides all defaults of that name.
 """
 
 from collections.abc import Mapping
@@ -36,14 +37,14 @@ from vit_jax.weights.layouts import (
   torch_norm,
 )
 
-POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}  # theirs: ours
+POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}  # timm's name: our name
 ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_tanh', 'quick_gelu': 'quick_gelu'}
-CROP_MODES = {'center': False, 'squash': True}  # whether they stretch
+CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Linear layers that they keep as one."""
+  """Returns the rows of several linear layers that timm stores as one."""
   kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
   return [
     (kernels, f'{theirs}.weight', fused(linear())),
@@ -97,9 +98,9 @@ DEFAULTS = dict(
   pre_norm=False,
   fc_norm=None,
   act_layer='gelu',
-  norm_epsilon=1e-6,  # of this project: theirs is within norm_layer
+  norm_epsilon=1e-6,  # not an argument of timm, where norm_layer sets it
 )
-# Arguments that have one value here.
+# Arguments for which only one value is supported.
 ONLY = dict(
   final_norm=True,
   norm_layer=None,
@@ -109,7 +110,7 @@ ONLY = dict(
   scale_attn_norm=False,
   scale_mlp_norm=False,
 )
-NEUTRAL = {  # arguments that change no output: of training, or of images of another size
+NEUTRAL = {  # arguments that do not affect the output: for training, or for other image sizes
   'attn_drop_rate', 'drop_path_rate', 'drop_rate', 'dynamic_img_pad', 'dynamic_img_size',
   'fix_init', 'patch_drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'strict_img_size',
   'weight_init',
@@ -117,13 +118,13 @@ NEUTRAL = {  # arguments that change no output: of training, or of images of ano
 
 
 def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
-  """The weights of a folder with a `config.json` of timm.
+  """Returns the weights of a folder with a timm `config.json`.
 
   Raises:
-    ValueError: an architecture or an argument that this project does not have.
+    ValueError: the architecture, or an argument, is not supported.
   """
   origin = f'{folder}/config.json'
-  about = config.get('pretrained_cfg') or config  # older files have it all on one level
+  about = config.get('pretrained_cfg') or config  # older files are not nested
   a = arguments(origin, config)
   patch, image = (pair(a[name], f'{origin}: {name}') for name in ('patch_size', 'img_size'))
   pool = choose(f'{origin}: global_pool', a['global_pool'], POOLS)
@@ -172,17 +173,17 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
 
 
 def arguments(origin: str, config: dict) -> dict:
-  """Every argument of the model, of the size that its weights are for.
+  """Returns every argument of the model, with the image size that its weights are for.
 
   Raises:
-    ValueError: an unknown architecture, or an argument that this project does not have.
+    ValueError: the architecture is unknown, or an argument is not supported.
   """
   own, name = config.get('model_args') or {}, config['architecture']
   known = timm_names.arguments_of(name)
   if known is None and not {'embed_dim', 'depth', 'num_heads'} <= set(own):
     raise ValueError(
-      f'{origin}: the architecture {name!r} is none of the ViTs that are known here, and '
-      'model_args does not give embed_dim, depth and num_heads.'
+      f'{origin}: unknown architecture {name!r}, and model_args does not give embed_dim, depth and '
+      'num_heads.'
     )
   given = (known or {}) | {
     key: config[key] for key in ('num_classes', 'global_pool') if key in config
@@ -193,9 +194,9 @@ def arguments(origin: str, config: dict) -> dict:
   given |= own
   for key, value in given.items():
     if key in ONLY and value != ONLY[key]:
-      raise ValueError(f'{origin}: {key}={value!r}: this project has {ONLY[key]!r} only.')
+      raise ValueError(f'{origin}: {key}={value!r}: only {ONLY[key]!r} is supported.')
     if key not in set(DEFAULTS) | set(ONLY) | NEUTRAL:
-      raise ValueError(f'{origin}: model_args has {key!r}, which this reader does not know.')
+      raise ValueError(f'{origin}: model_args has the unsupported argument {key!r}.')
   return DEFAULTS | given
 
 
@@ -218,7 +219,7 @@ def save_timm(
   """Writes `model.safetensors` and `config.json`.
 
   Raises:
-    ValueError: a model that their `VisionTransformer` can't be.
+    ValueError: timm's `VisionTransformer` cannot hold the model.
   """
   refuse('timm', model, HOLDS)
   if model.num_registers:
@@ -226,7 +227,7 @@ def save_timm(
   if model.head_size * model.num_heads != model.width:
     refuse('timm', model, {'head_dim': (None, model.width // model.num_heads)})
   ratio = model.mlp_dim / model.width
-  if int(model.width * ratio) != model.mlp_dim:  # rounded down, as theirs is
+  if int(model.width * ratio) != model.mlp_dim:  # timm rounds down
     ratio = np.nextafter(ratio, np.inf).item()
   model_args = dict(
     img_size=list(preprocessing.size),
@@ -264,7 +265,7 @@ def save_timm(
 
 
 def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
-  """How timm has an image prepared."""
+  """Returns timm's `pretrained_cfg`, which describes the preprocessing."""
   return dict(
     input_size=[channels, *p.size],
     fixed_input_size=True,
@@ -278,7 +279,7 @@ def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
 
 
 def run_timm(loaded: Pretrained) -> str:
-  """With timm."""
+  """Returns the Python lines that run the files with timm."""
   show = 'print(output)'
   if loaded.class_names:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"

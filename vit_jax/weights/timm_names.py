@@ -1,15 +1,16 @@
-"""timm's architecture names, as the arguments of its `VisionTransformer` that they stand for.
+"""Translates timm's architecture names into the arguments of its `VisionTransformer`.
 
-A name is a size, a patch, tags and a resolution: `vit_base_patch16_clip_224`. Needed because a
-fused qkv does not tell the number of heads, nor an array the activation. timm 1.0.31; names of
-models that are more than a ViT (parallel blocks, SwiGLU, RMSNorm, ...) are left out.
+A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
+needed because arrays tell neither the activation nor, with a fused qkv, the number of heads.
+They are from timm 1.0.31. Models that are more than a ViT (parallel blocks, SwiGLU, RMSNorm, ...)
+are not included.
 """
 
 import re
 
 
 def size(embed_dim: int, depth: int, num_heads: int, **others) -> dict:
-  """The arguments of a size."""
+  """Returns the arguments of a size."""
   return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **others)
 
 
@@ -41,12 +42,12 @@ SCALE = dict(init_values=1e-5)
 
 
 def registers(count: int, **others) -> dict:
-  """The arguments of timm's own `reg<count>_gap` models."""
+  """Returns the arguments of timm's own `reg<count>_gap` models."""
   common = dict(class_token=False, no_embed_class=True, global_pool='avg', reg_tokens=count)
   return common | others
 
 
-TAGS = {  # what follows the patch size, without the resolution
+TAGS = {  # the part of the name after the patch size, without the resolution
   '': {},
   'clip': CLIP,
   'clip_quickgelu': CLIP | dict(act_layer='quick_gelu'),
@@ -62,7 +63,8 @@ TAGS = {  # what follows the patch size, without the resolution
 
 BARE_GAP = GAP | dict(qkv_bias=False, init_values=1e-6)
 PLUS = size(896, 12, 14)
-# Names that mean something else than their size and tags; with the resolution where it counts.
+# Names that do not follow the rule "size, patch size, tags". A key includes the resolution if only
+# that resolution is an exception.
 EXCEPTIONS = {
   'vit_base_patch16_224_miil': dict(qkv_bias=False),
   'vit_base_patch16_gap': GAP | dict(num_heads=16),
@@ -95,7 +97,7 @@ NOT_A_VIT = {
 
 
 def arguments_of(name: str) -> dict | None:
-  """What a name stands for; None for one that is not known here."""
+  """Returns the arguments of an architecture name, or None for an unknown name."""
   if name.startswith('flexivit_'):
     found = SIZES.get(name.removeprefix('flexivit_'))
     return found and found | dict(patch_size=16, no_embed_class=True)
