@@ -1,6 +1,6 @@
 """Lists every named model with its parameters, published weights and tests.
 
-python -m benchmarks.zoo     # writes MODELS.md
+python -m benchmarks.zoo     # writes docs/models.md
 """
 
 import argparse
@@ -107,7 +107,7 @@ def timm_model(name: str) -> ViT:
 
 
 def tables() -> str:
-  """Returns the text of MODELS.md."""
+  """Returns the text of docs/models.md."""
   lines = [ABOUT + "## This project's names\n", '| name | parameters | published | tests |']
   lines += ['| --- | --- | --- | --- |']
   for name, (published, test) in VARIANTS.items():
@@ -150,7 +150,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
   parse(argv)
   with jax.default_device(jax.devices('cpu')[0]):
-    (ROOT / 'MODELS.md').write_text(tables(), encoding='utf-8')
+    (ROOT / 'docs' / 'models.md').write_text(tables(), encoding='utf-8')
 
 
 if __name__ == '__main__':

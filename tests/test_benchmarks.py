@@ -242,7 +242,7 @@ MILLIONS = {
 
 
 def test_models_have_the_published_parameter_counts():
-  text = (zoo.ROOT / 'MODELS.md').read_text()
+  text = (zoo.ROOT / 'docs' / 'models.md').read_text()
   listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))
   assert {name: listed[name] for name in MILLIONS} == MILLIONS
   for name in ('Ti/16', 'R26+S/32'):
