@@ -170,7 +170,7 @@ def by_group(paths, root='.'):
   """Returns {top-level folder or file: summed counts}, with 'all' as the last."""
   groups = {}
   for path in paths:
-    parts = path.relative_to(root).parts
+    parts = path.relative_to(root).parts if path.is_relative_to(root) else (path.name,)
     found = measure(path)
     counts = [found['words'], len(found['hits']), found['sentences'], len(found['long'])]
     for group in (parts[0], 'all'):

@@ -47,7 +47,7 @@ def attributes(model: ViT) -> dict:
   return {name: getattr(model, name) for name in ATTRIBUTES}
 
 
-def make(variant: str | None, num_classes: int | None, **overrides) -> ViT:
+def make(variant: str | None, num_classes: int | None, **overrides: object) -> ViT:
   """Returns a model of a published size, e.g. `make('B/16', num_classes=10, pool='gap')`.
 
   Args:
