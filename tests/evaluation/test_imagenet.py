@@ -190,6 +190,14 @@ def test_classes_that_are_not_imagenets_are_refused(photos):
     real.load_real_labels(photos / 'real.json', source, 'test')
 
 
+def test_classes_in_another_order_than_imagenets_are_refused(photos):
+  source = Source({'test': 1}, (*CLASSES[1:], CLASSES[0]), 3, None)
+  with pytest.raises(
+    ValueError, match=f'in the order of their names.* those here are {CLASSES[1]}'
+  ):
+    real.load_real_labels(photos / 'real.json', source, 'test')
+
+
 def test_images_left_out_are_refused_with_real_labels(photos, tmp_path):
   bad = tmp_path / 'all' / 'val'
   make_images(tmp_path / 'all' / 'train', range(12), seed=0)
