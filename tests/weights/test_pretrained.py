@@ -261,6 +261,11 @@ def test_a_new_head_replaces_the_pre_logits_too():
   assert same.model.representation_size == 20 and np.any(same.params['head']['kernel'])
 
 
+def test_classes_are_in_the_order_of_their_ids_whatever_that_of_the_file():
+  labels = {'2': 'c', '0': 'a', '3': 'd', '1': 'b'}
+  assert hf.class_names(labels, '') == ('a', 'b', 'c', 'd')
+
+
 def test_a_file_without_a_head_gives_tokens_unless_classes_are_asked_for():
   tokens = vit_jax.load(source('hf_backbone'))
   image = np.load(DATA / 'hf_backbone' / 'io.npz')['image']
