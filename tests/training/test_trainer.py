@@ -120,6 +120,13 @@ def test_a_finished_run_changes_nothing(trained):
   assert snapshot() == before
 
 
+def test_a_result_is_of_its_epochs_and_its_test_split_alone(trained):
+  workdir, result = trained
+  found = lambda **others: resume.finished_result(small_config(**others), workdir)
+  assert found() == found(log_every='3') == result
+  assert found(epochs='2') is found(**{'data.eval_split': 'test[:50%]'}) is None
+
+
 @pytest.mark.slow
 def test_bfloat16_moments_are_resumed(tmp_path):
   rounded = {'optimizer.moment_dtype': 'bfloat16'}  # which a checkpoint has to hold as well
