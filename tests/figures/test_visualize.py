@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import DATA, call, error, small_config
 from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices
+from vit_jax.experiment import Task, assemble
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
@@ -104,6 +106,22 @@ def test_it_scores_what_eval_scores(trained):
   )
   assert subject.attention.measured == subject_lib.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
+
+
+def test_attention_distance_is_the_mean_over_the_images_alone(monkeypatch):
+  def summary(model, params, image_BHWC):
+    level_B = image_BHWC.mean(axis=(1, 2, 3))
+    return dict.fromkeys(('rollout', 'heads', 'distance'), level_B[:, None, None])
+
+  monkeypatch.setattr(maps, 'attention_summary', summary)
+  exp = assemble(small_config(), Task(('a', 'b'), (8, 8), 3))
+  level_B = np.arange(11, dtype=np.uint8) ** 2  # 8 at once, and then 3
+  image_BHWC = np.broadcast_to(level_B[:, None, None, None], (11, 8, 8, 3))
+  found = subject_lib.attention_over(exp, {}, image_BHWC, devices.make_mesh(2))
+  want_B = level_B / 127.5 - 1
+  np.testing.assert_allclose(found.distance_DK, [[want_B.mean()]], rtol=1e-5)
+  np.testing.assert_allclose(found.rollout[:, 0, 0], want_B[:8], rtol=1e-5)
+  assert found.measured == 11
 
 
 def test_test_images_are_spread_over_the_classes_and_begin_with_the_most_contrast():
