@@ -261,11 +261,6 @@ def test_a_new_head_replaces_the_pre_logits_too():
   assert same.model.representation_size == 20 and np.any(same.params['head']['kernel'])
 
 
-def test_classes_are_in_the_order_of_their_ids_whatever_that_of_the_file():
-  labels = {'2': 'c', '0': 'a', '3': 'd', '1': 'b'}
-  assert hf.class_names(labels, '') == ('a', 'b', 'c', 'd')
-
-
 def test_a_file_without_a_head_gives_tokens_unless_classes_are_asked_for():
   tokens = vit_jax.load(source('hf_backbone'))
   image = np.load(DATA / 'hf_backbone' / 'io.npz')['image']
@@ -479,6 +474,13 @@ def test_timms_older_configs_have_it_all_on_one_level(tmp_path):
     timm_folder(tmp_path, fields | broken, drop=('pretrained_cfg',))
     with pytest.raises(ValueError, match=message):
       vit_jax.load(tmp_path)
+
+
+def test_what_timms_config_leaves_out_of_preprocessing_is_timms_default(tmp_path):
+  folder = timm_folder(tmp_path, {'model_args': ARGS}, drop=('pretrained_cfg',))
+  p = vit_jax.load(folder).preprocessing
+  assert (p.interpolation, p.crop, p.stretch) == ('bicubic', 0.875, False)
+  assert (p.mean, p.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 # Bad input.
