@@ -227,6 +227,18 @@ def test_damaged_records(capsys, workdir):
   assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
 
 
+def test_a_run_is_finished_where_its_result_is_as_new_as_its_metrics(trained):
+  workdir, result = trained
+  lines = subject_lib.read_lines(workdir)
+  nothing = [maps.Missing('it is not looked at')] * 6
+  found = gallery.numbers(pictures.Subject(lines, *nothing), workdir)
+  assert found['training steps'] == '32' and found['test images'] == '256'
+  assert found['test accuracy'] == f'{result["test_accuracy"]:.2%}'
+  more = [*lines, {'step': 33, 'split': 'train', 'loss': 1.0}]
+  found = gallery.numbers(pictures.Subject(more, *nothing), workdir)
+  assert found['training steps'] == '33, not finished' and 'test images' not in found
+
+
 def test_a_checkpoint_without_records(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
