@@ -232,9 +232,12 @@ def test_row_and_column_of_a_crop_are_independent():
   assert abs(np.corrcoef(shares[:, small])[0, 1]) < 0.3
 
 
+ERASE = jax.jit(crops.erasing)  # of one shape, which compiles once
+
+
 def test_erasing_puts_noise_into_a_rectangle():
   images = np.full((256, 20, 30, 3), 7, np.uint8)
-  out = np.asarray(jax.jit(crops.erasing)(KEYS, images, 0.6, 0.02, 1 / 3, 10 / 3))
+  out = np.asarray(ERASE(KEYS, images, 0.6, 0.02, 1 / 3, 10 / 3))
   hit = (out != 7).any(3)
   erased = hit.any((1, 2))
   assert abs(erased.mean() - 0.6) < 0.1
@@ -251,6 +254,13 @@ def test_erasing_puts_noise_into_a_rectangle():
   assert min(tops) == min(lefts) == 0 and hit[:, -1].any() and hit[:, :, -1].any()
   levels = out[hit]
   assert abs(levels.mean() - 127.5) < 1 and levels.min() == 0 and levels.max() == 255
+
+
+def test_a_pixel_may_be_erased_anywhere():
+  images = np.full((256, 20, 30, 3), 7, np.uint8)
+  hit = (np.asarray(ERASE(KEYS, images, 1.0, 1 / 600, 1 / 600, 1.0)) != 7).any(3)
+  assert (hit.sum((1, 2)) == 1).all()
+  assert hit.any((0, 2)).all() and hit.any((0, 1)).all()  # each row and each column
 
 
 MIX = jax.jit(mix)  # always called with the same shape, so it compiles once

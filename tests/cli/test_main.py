@@ -22,6 +22,7 @@ from tests.conftest import ROOT, call, error, small_config
 import vit_jax
 from vit_jax import cli, opening, storage
 from vit_jax import config as config_lib
+from vit_jax.check import check
 from vit_jax.cli.flags import STEP, split_paths
 from vit_jax.cli.parsing import parse_flags
 from vit_jax.data import image as image_lib
@@ -166,6 +167,8 @@ def test_existing_paths_may_contain_commas(tmp_path, monkeypatch):
   assert split_paths('a,b.png') == ['a,b.png'] and split_paths('a, c.png,') == ['a', 'c.png']
   assert len(split_paths(','.join(['x.png'] * 100))) == 100  # longer than the longest file name
   assert split_paths('') == split_paths(' , ') == []
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert split_paths('~/a,b.png') == ['~/a,b.png'] and split_paths('~/c,d.png') == ['~/c', 'd.png']
 
 
 def test_a_pipe_is_not_an_image(tmp_path):
@@ -331,6 +334,20 @@ def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
 def test_an_int_key_rejects_fractions_and_infinity(text):
   with pytest.raises(ValueError, match='expected int'):
     config_lib.override(config_lib.default_config(), 'batch_size', text)
+
+
+def test_what_saves_memory_may_change_when_a_run_resumes():
+  given = small_config(micro_batches='4', **{'model.remat': 'full'})
+  config_lib.check_same_run(small_config(), given, 'run')  # as running out of memory advises
+  with pytest.raises(ValueError, match="dtype: 'float32' there, 'bfloat16' given"):
+    config_lib.check_same_run(small_config(), small_config(**{'model.dtype': 'bfloat16'}), 'run')
+
+
+@pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
+@pytest.mark.parametrize('size', ['0', '-2'])
+def test_no_axis_of_a_mesh_is_of_no_device(axis, size):
+  with pytest.raises(ValueError, match=f'mesh needs numbers of devices.*{axis}.: {size}'):
+    check(small_config(**{f'mesh.{axis}': size}))
 
 
 def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
@@ -560,6 +577,13 @@ def test_a_config_survives_a_json_round_trip():
   assert again.model.patch_size == (4, 2) and isinstance(again.data.image_size, tuple)
   config_lib.override(again, 'model.layer_scale', 'none')
   assert again.model.layer_scale is None
+
+
+def test_what_weights_decide_goes_into_a_copy_of_the_config():
+  config = config_lib.default_config()
+  filled = config_lib.fill(config, {'model.depth': 3, 'data.mean': (0.1,), 'optimizer.lr': 9.0})
+  assert (filled.model.depth, filled.data.mean, filled.optimizer.lr) == (3, (0.1,), 1e-3)
+  assert config.model.depth is None and config.data.mean is None
 
 
 def test_a_config_of_an_older_version_loads():

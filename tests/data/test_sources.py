@@ -62,6 +62,12 @@ def test_digits_are_stratified():
   np.testing.assert_allclose(share, 0.2, atol=0.005)
 
 
+def test_the_17_levels_of_digits_are_rounded_to_the_nearest_of_256():
+  train = memory.load_examples(sources.open_source('digits', '', (8, 8)), 'train', (8, 8))
+  nearest = [(255 * level + 8) // 16 for level in range(17)]
+  np.testing.assert_array_equal(np.unique(train.image_NHWC), nearest)
+
+
 def make_folder(root, layout, count=12, size=(10, 8)):
   """Makes `count` images in each folder of `layout`, all different."""
   draw = np.random.RandomState(0)
@@ -88,6 +94,16 @@ def test_a_folder_with_splits(tmp_path, held_out):
   assert train.image_NHWC.shape == (36, 10, 8, 3)
   assert collections.Counter(train.label_N.tolist()) == {0: 12, 1: 12, 2: 12}
   assert len(set(train.label_N[:12].tolist())) == 3  # the classes are mixed
+
+
+def test_of_two_folders_to_test_on_the_first_is_the_test_and_the_other_keeps_its_name(tmp_path):
+  counts = {'train': 5, 'test': 2, 'val': 3}
+  touch(tmp_path, [f'{s}/{c}/{i}.jpg' for s, n in counts.items() for c in 'ab' for i in range(n)])
+  assert sources.open_source(f'folder:{tmp_path}', '', (4, 4)).sizes == {
+    'train': 10, 'test': 4, 'val': 6
+  }  # fmt: skip
+  (test,) = members(tmp_path, 'test')
+  assert {file.partition('/')[0] for file in test} == {'test'}
 
 
 def touch(root, names):
@@ -267,6 +283,15 @@ def test_image_modes_and_exif_rotation_are_handled(tmp_path):
     assert image.mode == 'RGB'
     np.testing.assert_allclose(np.asarray(image).astype(int), upright, atol=8, err_msg=file.name)
   assert image_lib.decode_image((tmp_path / 'palette.png').read_bytes(), '', channels=1).mode == 'L'
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_the_size_by_the_header_is_that_of_the_upright_image(orientation):
+  exif, file = Image.Exif(), io.BytesIO()
+  exif[0x0112] = orientation
+  Image.new('RGB', (10, 8)).save(file, 'PNG', exif=exif)
+  height, width = image_lib.upright_size(file.getvalue(), 'a.png')
+  assert (width, height) == image_lib.decode_image(file.getvalue(), 'a.png').size
 
 
 def test_fit_covers_and_crops_the_centre():

@@ -131,6 +131,14 @@ def test_process_out_of_memory_exits_without_a_traceback(capsys, monkeypatch):
   assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
 
 
+def test_a_process_that_is_interrupted_leaves_as_a_shell_has_it(capsys, monkeypatch):
+  codes = []
+  monkeypatch.setattr(joining.os, '_exit', codes.append)
+  monkeypatch.setattr(joining, 'PARTING', 0)
+  joining.leave(KeyboardInterrupt())
+  assert codes == [130] and capsys.readouterr().err == 'process 0 of 1: interrupted.\n'
+
+
 @pytest.mark.parametrize('first', [True, False])
 def test_process_0_exits_last(monkeypatch, first):
   """When its service ends, JAX aborts the others, which may still have an error to print."""
@@ -169,6 +177,10 @@ def test_inconsistent_flags_are_refused():
     joining.join('localhost:1234', 2, None)
   with pytest.raises(ValueError, match='0 to n-1'):
     joining.join('localhost:1234', 2, 5)
+  for process_id in (-1, 2):
+    with pytest.raises(ValueError, match=f'go together, got localhost:1234, 2, {process_id}'):
+      joining.check_arguments('localhost:1234', 2, process_id)
+  joining.check_arguments('localhost:1234', 2, 1)
   with pytest.raises(ValueError, match='must be given together, got None, 1, 7'):
     joining.join(None, 1, 7)
   for coordinator in ('foo', 'foo:0', '127.0.0.1:99999'):

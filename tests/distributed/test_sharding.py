@@ -1,13 +1,15 @@
 """Checks that parts of a batch on several devices give the same result as the whole batch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+from vit_jax.distributed import cluster, microbatch, sharding
 from vit_jax.distributed import devices as devices_lib
-from vit_jax.distributed import microbatch, sharding
 from vit_jax.model import variants
 
 
@@ -71,6 +73,32 @@ def test_cpu_mesh_size_depends_on_the_batch_size(monkeypatch):
   monkeypatch.setattr(devices_lib, '_one_per_core', True)
   assert sizes() == [1, 2, 1, 1, 2] and devices_lib.make_mesh().size == 2
   assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
+
+
+def test_a_run_is_told_how_many_devices_its_batch_is_worth(monkeypatch):
+  assert devices_lib.few_devices(128) is None  # the user, here conftest, has asked for two
+  monkeypatch.setattr(devices_lib, '_one_per_core', True)
+  monkeypatch.setattr(cluster, 'num_cores', lambda: 4)
+  told = devices_lib.few_devices(128)
+  assert 'started with 2 CPU device(s), and batch_size=128 is worth 4: ' in told
+  assert told.endswith('or set JAX_NUM_CPU_DEVICES=4.')
+  assert 'is worth 3: ' in devices_lib.few_devices(132, micro_batches=2, group=2)  # 33 pairs
+  assert devices_lib.few_devices(128, micro_batches=32, group=2) is None  # 2 pairs
+  assert devices_lib.few_devices(64) is None
+
+
+@pytest.mark.parametrize('arguments, shape, message', [
+    ((30, 4), {}, 'batch_size=30 must be a positive multiple of micro_batches=4.'),
+    ((36, 4, 2), {}, 'batch_size=36 must be a positive multiple of micro_batches=4, and of 8.'),
+    ((6, 2), {'data': 2}, 'does not divide over 2 devices: make batch_size a multiple of 4.'),
+    ((12, 2, 2), {'data': 2}, 'does not divide over 2 devices: make batch_size a multiple of 8.'),
+    ((6, 2), {'fsdp': 2}, 'does not divide over 2 devices: make batch_size a multiple of 4.'),
+])  # fmt: skip
+def test_a_batch_that_does_not_divide_is_told_of_what_it_must_be_a_multiple(
+  arguments, shape, message
+):
+  with pytest.raises(ValueError, match=re.escape(message) + '$'):
+    devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape)
 
 
 # Shape of each array, and the mesh axes that split it: with `fsdp` alone, and with `tensor` too.

@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import DATA, call, error, small_config
 from vit_jax.data.memory import Examples
+from vit_jax.distributed import devices
+from vit_jax.experiment import Task, assemble
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
@@ -104,6 +106,22 @@ def test_scores_match_the_run_result(trained):
   )
   assert subject.attention.measured == subject_lib.MEASURED
   assert subject.attention.distance_DK.shape == (2, 4)
+
+
+def test_attention_distance_is_the_mean_over_the_images_alone(monkeypatch):
+  def summary(model, params, image_BHWC):
+    level_B = image_BHWC.mean(axis=(1, 2, 3))
+    return dict.fromkeys(('rollout', 'heads', 'distance'), level_B[:, None, None])
+
+  monkeypatch.setattr(maps, 'attention_summary', summary)
+  exp = assemble(small_config(), Task(('a', 'b'), (8, 8), 3))
+  level_B = np.arange(11, dtype=np.uint8) ** 2  # 8 at once, and then 3
+  image_BHWC = np.broadcast_to(level_B[:, None, None, None], (11, 8, 8, 3))
+  found = subject_lib.attention_over(exp, {}, image_BHWC, devices.make_mesh(2))
+  want_B = level_B / 127.5 - 1
+  np.testing.assert_allclose(found.distance_DK, [[want_B.mean()]], rtol=1e-5)
+  np.testing.assert_allclose(found.rollout[:, 0, 0], want_B[:8], rtol=1e-5)
+  assert found.measured == 11
 
 
 def test_chosen_images_are_spread_over_the_classes_and_start_with_the_most_contrast():
@@ -207,6 +225,18 @@ def test_visualize_ignores_damaged_metrics_and_results(capsys, workdir):
   export = ['--mode=export', f'--workdir={workdir}', '--format=npz', f'--out={workdir}/out']
   assert not call(capsys, *export)[0]
   assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
+
+
+def test_a_run_is_finished_where_its_result_is_as_new_as_its_metrics(trained):
+  workdir, result = trained
+  lines = subject_lib.read_lines(workdir)
+  nothing = [maps.Missing('it is not looked at')] * 6
+  found = gallery.numbers(pictures.Subject(lines, *nothing), workdir)
+  assert found['training steps'] == '32' and found['test images'] == '256'
+  assert found['test accuracy'] == f'{result["test_accuracy"]:.2%}'
+  more = [*lines, {'step': 33, 'split': 'train', 'loss': 1.0}]
+  found = gallery.numbers(pictures.Subject(more, *nothing), workdir)
+  assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
 def test_checkpoint_without_metrics_and_config_is_drawn(workdir):

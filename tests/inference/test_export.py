@@ -1,6 +1,7 @@
 """Tests that exports run elsewhere: in new processes, most of them without this package."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ import yaml
 from tests.conftest import DATA, ROOT, call, error, small_config
 import vit_jax
 from vit_jax.data import image as image_lib
-from vit_jax.inference import exporting
+from vit_jax.inference import card, exporting
 from vit_jax.weights import program, reader
 from vit_jax.weights.formats import Preprocessing, prepare_lines
 
@@ -255,6 +256,17 @@ def test_a_card_lists_the_known_facts(trained, tmp_path):
   paper = (tmp_path / 'paper' / 'README.md').read_text()
   assert '| trained on | unknown |' in paper and str(DATA) not in paper
   assert 'read from `weights.npz`' in paper and '5 classes; their names are unknown' in paper
+
+
+def test_a_card_does_not_say_where_files_lie_on_the_machine_that_writes_it(trained):
+  loaded = vit_jax.load(trained[0])
+  config = {**loaded.run['config'], 'init': '/home/ann/secret/base.npz'}
+  config['data'] = {**config['data'], 'source': 'folder:/home/ann/photos'}
+  loaded = dataclasses.replace(loaded, run={**loaded.run, 'config': config})
+  for source in ('~/ann/runs/best', '/home/ann/runs/best'):
+    text = card.write_card('stablehlo', loaded, source)
+    assert 'the weights `base.npz`' in text and '`folder:photos`, split' in text
+    assert 'ann' not in text
 
 
 def test_a_program_is_independent_of_the_machine_that_writes_it(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA
-from vit_jax.model import positions, variants, vit
+from vit_jax.model import positions, resnet, variants, vit
 from vit_jax.model.encoder import Encoder
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
@@ -169,6 +169,42 @@ def test_queries_and_keys_are_normalised_with_the_models_epsilon():
   weights_NN = np.exp(normalised('query') @ normalised('key').T / math.sqrt(8))
   weights_NN /= weights_NN.sum(1, keepdims=True)
   np.testing.assert_allclose(got_NN, weights_NN, atol=1e-5)
+
+
+def test_the_probe_of_map_pooling_has_biases_and_no_norms_whatever_the_encoder_has():
+  model = small(pool='map', qk_norm=True, qkv_bias=False)
+  params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)['params']
+  query, norm = params['block_0']['attention']['query'], params['block_0']['attention']['key_norm']
+  assert set(query) == {'kernel'} and set(norm) == {'scale', 'bias'}
+  own = params['map']['attention']
+  assert set(own) == {'query', 'key', 'value', 'out'}
+  assert all(set(leaves) == {'kernel', 'bias'} for leaves in own.values())
+
+
+@pytest.mark.parametrize('norm_after_pool', [False, True])
+def test_every_norm_has_the_models_epsilon(norm_after_pool):
+  found = {}
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, nn.LayerNorm):
+      found['/'.join(context.module.path)] = context.module.epsilon
+    return call(*args, **kwargs)
+
+  model = small(depth=1, pool='map', pre_norm=True, qk_norm=True, norm_epsilon=0.5)
+  model = model.clone(norm_after_pool=norm_after_pool)
+  with nn.intercept_methods(note):
+    jax.eval_shape(model.init, jax.random.key(0), IMAGE)
+  inside = ('attention_norm', 'attention/query_norm', 'attention/key_norm', 'mlp_norm')
+  names = {'pre_norm', *(f'block_0/{name}' for name in inside), 'norm', 'map/mlp_norm'}
+  assert found == dict.fromkeys(names, 0.5)
+
+
+def test_kernels_of_the_stem_are_divided_by_their_deviation_and_1e_5():
+  kernel = np.random.RandomState(0).normal(size=(1, 1, 3, 4)).astype(np.float32) * 1e-5
+  image = np.random.RandomState(1).normal(size=(2, 5, 5, 3)).astype(np.float32)
+  want = image @ ((kernel - kernel.mean(2)) / (kernel.std(2) + 1e-5))[0, 0]
+  found = resnet.StdConv(4, 1).apply({'params': {'kernel': kernel}}, image)
+  np.testing.assert_allclose(found, want, atol=1e-5)
 
 
 def test_rope_products_depend_only_on_the_offset():

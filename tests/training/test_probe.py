@@ -1,7 +1,9 @@
 """Tests head training: the frozen backbone, cached features and sweeps."""
 
+import dataclasses
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
+from vit_jax.experiment import Task, assemble
 from vit_jax.model import attention
 from vit_jax.training import loop, probe, resume, state, trainer
 from vit_jax.training.loop import Run
@@ -75,6 +78,16 @@ def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   assert_equal(backbone(after.params), backbone(before.params))
   assert_equal(backbone(after.ema), backbone(before.params))
   assert (after.params['head']['kernel'] != before.params['head']['kernel']).any()
+
+
+def test_a_frozen_backbone_drops_nothing_out():
+  asked = []
+  model = types.SimpleNamespace(apply=lambda *_, train, **__: asked.append(train))
+  batch = {'image': np.zeros((2, 8, 8, 3), np.uint8), 'example': jnp.arange(2)}
+  for freeze in ('', 'backbone'):
+    exp = assemble(small_config(freeze=freeze), Task(('a', 'b'), (8, 8), 3))
+    dataclasses.replace(exp, model=model).logits({}, batch, jax.random.key(0))
+  assert asked == [True, False]
 
 
 @pytest.mark.slow
@@ -291,6 +304,26 @@ def test_run_with_another_backbone_is_detected(trained, tmp_path):
   assert not probe.has_other_backbone(trained[0], other_head)
   assert probe.has_other_backbone(trained[0], other)
   assert probe.has_other_backbone(trained[0], backbone(params) | {'block_9': params['norm']})
+
+
+def test_the_last_run_of_a_sweep_has_the_cycles_that_more_epochs_added(monkeypatch):
+  exp, training = opening.from_config(small_config(epochs='2', **SWEPT), cycles=(32,))
+  exp, last = probe.on_all(exp, training, 0.1)
+  assert last.cycles == (32,) and last.steps == 64 and exp.task.train_examples == 1024
+  assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
+
+
+def test_a_sweep_is_decided_anew_until_its_last_run_has_begun(monkeypatch, tmp_path):
+  exp, training = opening.from_config(small_config(**SWEPT))
+  old = [{'lr': 0.5, 'val_accuracy': 0.9}]
+  (tmp_path / 'sweep.json').write_text(json.dumps({'sweep': old}))
+  monkeypatch.setattr(probe, 'score_rate', lambda *_: 0.25)
+  points = probe.sweep(exp, training, devices.make_mesh(), tmp_path)
+  assert points == [{'lr': rate, 'val_accuracy': 0.25} for rate in (0.001, 0.1)]
+  assert json.loads((tmp_path / 'sweep.json').read_text()) == {'sweep': points}
+  monkeypatch.setattr(probe, 'latest_step', lambda _: 8)
+  (tmp_path / 'sweep.json').write_text(json.dumps({'sweep': old}))
+  assert probe.sweep(exp, training, devices.make_mesh(), tmp_path) == old
 
 
 @pytest.mark.parametrize('overrides, message', [

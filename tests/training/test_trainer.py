@@ -20,6 +20,7 @@ from PIL import Image
 import pytest
 
 from tests.conftest import ROOT, small_config
+from vit_jax import config as config_lib
 from vit_jax import evaluation, opening
 from vit_jax.data import batching
 from vit_jax.distributed import cluster, sharding
@@ -27,7 +28,7 @@ from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment, Task
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import loop, resume, state, step, trainer
+from vit_jax.training import loop, meter, resume, state, step, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import reader
@@ -117,6 +118,13 @@ def test_training_a_finished_run_changes_no_file(trained):
   before = snapshot()
   assert trainer.train(small_config(), workdir) == result
   assert snapshot() == before
+
+
+def test_a_result_is_of_its_epochs_and_its_test_split_alone(trained):
+  workdir, result = trained
+  found = lambda **others: resume.finished_result(small_config(**others), workdir)
+  assert found() == found(log_every='3') == result
+  assert found(epochs='2') is found(**{'data.eval_split': 'test[:50%]'}) is None
 
 
 @pytest.mark.slow
@@ -309,6 +317,19 @@ def test_gradient_norm_is_reported_before_clipping():
   assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
 
 
+def test_bad_images_are_those_since_the_last_log_line():
+  score = scoring.training_score(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.ones(2))
+  metrics = {'score': score, 'grad_norm': 1.0, 'learning_rate': 0.1}
+  lines = meter.Meter()
+  lines.add(1, metrics | {'bad_images': np.int32(2)})
+  lines.add(2, metrics | {'bad_images': np.int32(1)})
+  assert lines.read()['bad_images'] == 3
+  lines.add(3, metrics | {'bad_images': np.int32(0)})
+  assert lines.read()['bad_images'] == 0
+  lines.add(4, metrics)
+  assert 'bad_images' not in lines.read()
+
+
 def test_time_before_a_resume_is_counted(monkeypatch):
   blank = state.TrainState(jnp.int32(0), {}, (), None)
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
@@ -393,6 +414,13 @@ def test_added_cycles_warm_up_to_half_the_peak_and_decay():
   np.testing.assert_allclose(rates, expected, rtol=1e-4)
   assert found['stages'] == ((16, (4, 4)), (96, (8, 8)))
   assert (found['steps'], found['early_steps']) == (96, 32)
+
+
+@pytest.mark.parametrize('epochs, start, cycles', [('0', 0, ()), ('1', 32, (32,))])
+def test_a_run_of_no_steps_that_goes_on_is_in_its_first_cycle(epochs, start, cycles, tmp_path):
+  item = {'config': config_lib.to_dict(small_config(epochs=epochs))}
+  item |= {'task': {'train_examples': 1024}}
+  assert resume.add_cycle(small_config(epochs='2'), item, start, tmp_path) == cycles
 
 
 def die(step):

@@ -100,6 +100,15 @@ def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, me
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
+def test_what_a_run_drops_out_and_computes_in_may_differ_from_the_run_it_starts_from(trained):
+  others = {'dropout': '0.1', 'attention_dropout': '0.3', 'stochastic_depth': '0.4'}
+  others |= {'dtype': 'bfloat16', 'remat': 'full'}  # of the run: 0, 0, 0.2, float32, none
+  config = small_config(init=str(trained[0]), **{f'model.{k}': v for k, v in others.items()})
+  source = Source({}, tuple(f'pattern {i}' for i in range(10)), 3, None)
+  model = inherit.open_init(config, source)[0].model
+  assert {key: str(model[key]) for key in others} == others
+
+
 def test_positions_are_resized_to_the_image_size(weights):
   _, training = opening.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
   want = vit_jax.load(weights, grid=(2, 6)).params['pos_embedding']

@@ -486,6 +486,13 @@ def test_older_timm_configs_without_nesting_are_read(tmp_path):
       vit_jax.load(tmp_path)
 
 
+def test_what_timms_config_leaves_out_of_preprocessing_is_timms_default(tmp_path):
+  folder = timm_folder(tmp_path, {'model_args': ARGS}, drop=('pretrained_cfg',))
+  p = vit_jax.load(folder).preprocessing
+  assert (p.interpolation, p.crop, p.stretch) == ('bicubic', 0.875, False)
+  assert (p.mean, p.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 # Bad input.
 
 

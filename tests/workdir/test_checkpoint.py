@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT, small_config
 from vit_jax import storage
@@ -101,6 +103,15 @@ def test_previous_checkpoint_is_used_if_the_newest_is_damaged(trained, tmp_path,
   assert_same_end(workdir, trained)
 
 
+@pytest.mark.parametrize('item', ['config', 'params', 'state', 'names'])
+def test_a_checkpoint_is_set_aside_whichever_item_is_damaged(trained, tmp_path, item):
+  workdir = copied(trained, tmp_path)
+  damage(workdir, 32, item, 'flip')
+  stored.set_aside_damaged(workdir)
+  assert stored.saved_steps(workdir) == [16]
+  assert len(list((workdir / 'damaged').glob(f'32-*/{item}'))) == 1
+
+
 def test_run_starts_again_only_after_all_checkpoints_were_reported_damaged(trained, tmp_path):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
@@ -177,6 +188,33 @@ def test_best_checkpoint_is_kept_after_resuming(tmp_path):
         checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
         checkpoints.wait()
     assert stored.saved_steps(tmp_path) == kept
+
+
+def test_where_the_best_is_damaged_the_newest_of_the_others_is_used(tmp_path):
+  blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
+  saved = {'config': {'ema': 0}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
+  with checkpoint.Checkpoints(tmp_path, 3) as checkpoints:
+    for step, accuracy in ((1, 0.9), (2, None), (3, None)):
+      checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
+      checkpoints.wait()
+  assert stored.load_checkpoint(tmp_path, '')[0] == 1
+  damage(tmp_path, 1, 'params', 'flip')
+  assert stored.load_checkpoint(tmp_path, '')[0] == 3
+  with pytest.raises(items.Damaged, match='checkpoints/1 is damaged'):
+    stored.load_checkpoint(tmp_path, 'best')
+
+
+def test_tensorboard_drops_what_came_after_the_step_that_a_run_resumes_from(tmp_path):
+  with writer.Writer(tmp_path, 16):
+    pass
+  (path,) = (tmp_path / 'tensorboard').iterdir()
+  data, started = path.read_bytes(), []
+  while data:  # length, its checksum, the event, its checksum
+    (size,) = struct.unpack('<Q', data[:8])
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    started += [event.step] * (event.session_log.status == event_pb2.SessionLog.START)
+    data = data[16 + size :]
+  assert started == [17]  # which, and all after it, TensorBoard takes for void
 
 
 @contextlib.contextmanager

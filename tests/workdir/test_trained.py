@@ -126,6 +126,26 @@ def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
   assert exact.evaluate(tmp_path / 'next', {'data.eval_split': 'test[50:]'})['examples'] == 206
 
 
+def test_splits_are_inherited_over_any_number_of_runs():
+  first, second = ('synthetic', 'train[:5]'), ('digits', 'train[:9]')
+  earlier = trained.TrainingFiles(own_splits=(second,), inherited_splits=(first,))
+  source = sources.open_source('synthetic', '', (8, 8))
+  found = trained.find_training_files(source, small_config(), earlier)
+  assert found.own_splits == (('synthetic', 'train'),)
+  assert set(found.inherited_splits) == {first, second}
+
+
+def test_names_known_by_their_content_are_inherited_over_any_number_of_runs(tmp_path):
+  for name in CLASSES:
+    make_images(tmp_path / 'train' / name, [f'{name}{i}' for i in range(3)])
+    make_images(tmp_path / 'test' / name, [f'{name}{i}' for i in range(2, 4)])  # one as in train
+  source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+  earlier = trained.TrainingFiles(shared_N=np.array([5], np.uint64))
+  found = trained.hash_training_files(source, ['train'], earlier)
+  own = {folder_lib.hash_name(f'{name}2.png') for name in CLASSES}
+  assert set(found.shared_N.tolist()) == own | {5}
+
+
 def test_few_shot_and_pictures_leave_out_training_images(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
   exp, params, _ = opening.from_workdir(run[1], flags)
