@@ -38,8 +38,8 @@ def begin(
   """Checks a config against the run in a workdir, which must be locked.
 
   Returns:
-    Three values: the result if the run is finished, or None; the config of the existing run, or
-    None; and the last step of each earlier cycle.
+    The result, the saved config, and the last step of each earlier cycle. The result is None if the
+    run is not finished. The config is None if the workdir holds no run.
 
   Raises:
     ValueError: the workdir contains another run, or it is not writable.

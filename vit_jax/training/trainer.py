@@ -27,8 +27,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   Raises:
     ValueError: the config, the data or the workdir cannot be used; the message names the reason.
     FloatingPointError: training diverged, in a sweep at every rate. The last good checkpoint stays.
-    limits.OutOfMemory: the device ran out of memory; the message names the keys to change.
-    cluster.Preempted: the run was asked to stop and has saved a checkpoint.
+    OutOfMemory: the device ran out of memory; the message names the keys to change.
+    Preempted: the run was asked to stop and has saved a checkpoint.
   """
   workdir = names.local(workdir)
   start_up()
