@@ -256,7 +256,7 @@ def test_erasing_puts_noise_into_a_rectangle():
   assert abs(levels.mean() - 127.5) < 1 and levels.min() == 0 and levels.max() == 255
 
 
-def test_a_pixel_may_be_erased_anywhere():
+def test_erasing_reaches_every_row_and_column():
   images = np.full((256, 20, 30, 3), 7, np.uint8)
   hit = (np.asarray(ERASE(KEYS, images, 1.0, 1 / 600, 1 / 600, 1.0)) != 7).any(3)
   assert (hit.sum((1, 2)) == 1).all()

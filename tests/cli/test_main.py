@@ -336,7 +336,7 @@ def test_an_int_key_rejects_fractions_and_infinity(text):
     config_lib.override(config_lib.default_config(), 'batch_size', text)
 
 
-def test_what_saves_memory_may_change_when_a_run_resumes():
+def test_memory_keys_may_change_when_a_run_resumes():
   given = small_config(micro_batches='4', **{'model.remat': 'full'})
   config_lib.check_same_run(small_config(), given, 'run')  # as running out of memory advises
   with pytest.raises(ValueError, match="dtype: 'float32' there, 'bfloat16' given"):
@@ -345,7 +345,7 @@ def test_what_saves_memory_may_change_when_a_run_resumes():
 
 @pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
 @pytest.mark.parametrize('size', ['0', '-2'])
-def test_no_axis_of_a_mesh_is_of_no_device(axis, size):
+def test_a_mesh_axis_without_devices_is_refused(axis, size):
   with pytest.raises(ValueError, match=f'mesh needs numbers of devices.*{axis}.: {size}'):
     check(small_config(**{f'mesh.{axis}': size}))
 
@@ -579,7 +579,7 @@ def test_a_config_survives_a_json_round_trip():
   assert again.model.layer_scale is None
 
 
-def test_what_weights_decide_goes_into_a_copy_of_the_config():
+def test_fill_copies_the_config():
   config = config_lib.default_config()
   filled = config_lib.fill(config, {'model.depth': 3, 'data.mean': (0.1,), 'optimizer.lr': 9.0})
   assert (filled.model.depth, filled.data.mean, filled.optimizer.lr) == (3, (0.1,), 1e-3)

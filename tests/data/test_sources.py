@@ -62,7 +62,7 @@ def test_digits_are_stratified():
   np.testing.assert_allclose(share, 0.2, atol=0.005)
 
 
-def test_the_17_levels_of_digits_are_rounded_to_the_nearest_of_256():
+def test_digit_levels_are_rounded_to_the_nearest_byte():
   train = memory.load_examples(sources.open_source('digits', '', (8, 8)), 'train', (8, 8))
   nearest = [(255 * level + 8) // 16 for level in range(17)]
   np.testing.assert_array_equal(np.unique(train.image_NHWC), nearest)
@@ -96,7 +96,7 @@ def test_a_folder_with_splits(tmp_path, held_out):
   assert len(set(train.label_N[:12].tolist())) == 3  # the classes are mixed
 
 
-def test_of_two_folders_to_test_on_the_first_is_the_test_and_the_other_keeps_its_name(tmp_path):
+def test_the_first_of_two_test_folders_becomes_the_test_split(tmp_path):
   counts = {'train': 5, 'test': 2, 'val': 3}
   touch(tmp_path, [f'{s}/{c}/{i}.jpg' for s, n in counts.items() for c in 'ab' for i in range(n)])
   assert sources.open_source(f'folder:{tmp_path}', '', (4, 4)).sizes == {
@@ -286,7 +286,7 @@ def test_image_modes_and_exif_rotation_are_handled(tmp_path):
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_the_size_by_the_header_is_that_of_the_upright_image(orientation):
+def test_header_size_is_the_size_of_the_upright_image(orientation):
   exif, file = Image.Exif(), io.BytesIO()
   exif[0x0112] = orientation
   Image.new('RGB', (10, 8)).save(file, 'PNG', exif=exif)

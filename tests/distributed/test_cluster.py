@@ -131,7 +131,7 @@ def test_process_out_of_memory_exits_without_a_traceback(capsys, monkeypatch):
   assert capsys.readouterr().err == 'error: process 0 of 1: Training ran out of memory.\n'
 
 
-def test_a_process_that_is_interrupted_leaves_as_a_shell_has_it(capsys, monkeypatch):
+def test_an_interrupted_process_exits_with_130(capsys, monkeypatch):
   codes = []
   monkeypatch.setattr(joining.os, '_exit', codes.append)
   monkeypatch.setattr(joining, 'PARTING', 0)
@@ -178,7 +178,7 @@ def test_inconsistent_flags_are_refused():
   with pytest.raises(ValueError, match='0 to n-1'):
     joining.join('localhost:1234', 2, 5)
   for process_id in (-1, 2):
-    with pytest.raises(ValueError, match=f'go together, got localhost:1234, 2, {process_id}'):
+    with pytest.raises(ValueError, match=f'together, got localhost:1234, 2, {process_id}'):
       joining.check_arguments('localhost:1234', 2, process_id)
   joining.check_arguments('localhost:1234', 2, 1)
   with pytest.raises(ValueError, match='must be given together, got None, 1, 7'):

@@ -75,7 +75,7 @@ def test_cpu_mesh_size_depends_on_the_batch_size(monkeypatch):
   assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
 
 
-def test_a_run_is_told_how_many_devices_its_batch_is_worth(monkeypatch):
+def test_the_log_reports_when_a_batch_could_use_more_devices(monkeypatch):
   assert devices_lib.few_devices(128) is None  # the user, here conftest, has asked for two
   monkeypatch.setattr(devices_lib, '_one_per_core', True)
   monkeypatch.setattr(cluster, 'num_cores', lambda: 4)
@@ -94,9 +94,7 @@ def test_a_run_is_told_how_many_devices_its_batch_is_worth(monkeypatch):
     ((12, 2, 2), {'data': 2}, 'does not divide over 2 devices: make batch_size a multiple of 8.'),
     ((6, 2), {'fsdp': 2}, 'does not divide over 2 devices: make batch_size a multiple of 4.'),
 ])  # fmt: skip
-def test_a_batch_that_does_not_divide_is_told_of_what_it_must_be_a_multiple(
-  arguments, shape, message
-):
+def test_an_indivisible_batch_error_names_the_multiple(arguments, shape, message):
   with pytest.raises(ValueError, match=re.escape(message) + '$'):
     devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape)
 

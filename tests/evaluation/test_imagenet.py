@@ -191,7 +191,7 @@ def test_real_labels_are_refused_for_other_classes_than_imagenets(photos):
     real.load_real_labels(photos / 'real.json', source, 'test')
 
 
-def test_classes_in_another_order_than_imagenets_are_refused(photos):
+def test_real_labels_are_refused_for_another_class_order(photos):
   source = Source({'test': 1}, (*CLASSES[1:], CLASSES[0]), 3, None)
   with pytest.raises(
     ValueError, match=f'in the order of their names.* those here are {CLASSES[1]}'

@@ -108,7 +108,7 @@ def test_scores_match_the_run_result(trained):
   assert subject.attention.distance_DK.shape == (2, 4)
 
 
-def test_attention_distance_is_the_mean_over_the_images_alone(monkeypatch):
+def test_attention_distance_ignores_padding(monkeypatch):
   def summary(model, params, image_BHWC):
     level_B = image_BHWC.mean(axis=(1, 2, 3))
     return dict.fromkeys(('rollout', 'heads', 'distance'), level_B[:, None, None])
@@ -227,7 +227,7 @@ def test_visualize_ignores_damaged_metrics_and_results(capsys, workdir):
   assert '| accuracy | unknown |' in (workdir / 'out' / 'README.md').read_text()
 
 
-def test_a_run_is_finished_where_its_result_is_as_new_as_its_metrics(trained):
+def test_a_report_shows_whether_the_run_is_finished(trained):
   workdir, result = trained
   lines = subject_lib.read_lines(workdir)
   nothing = [maps.Missing('it is not looked at')] * 6

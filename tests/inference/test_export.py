@@ -258,7 +258,7 @@ def test_a_card_lists_the_known_facts(trained, tmp_path):
   assert 'read from `weights.npz`' in paper and '5 classes; their names are unknown' in paper
 
 
-def test_a_card_does_not_say_where_files_lie_on_the_machine_that_writes_it(trained):
+def test_a_card_contains_no_folder_names(trained):
   loaded = vit_jax.load(trained[0])
   config = {**loaded.run['config'], 'init': '/home/ann/secret/base.npz'}
   config['data'] = {**config['data'], 'source': 'folder:/home/ann/photos'}

@@ -71,7 +71,7 @@ def test_parameters_and_state_have_the_expected_size(trained):
   assert (found.steps, found.warmup) == (result['steps'], 6)
 
 
-def test_the_warmup_is_that_of_the_first_cycle():
+def test_inspect_reports_the_warmup_of_the_first_cycle():
   exp, _, _ = summary.summary_of_config(small_config(epochs='3'))
   found = cost.measure(exp, 1024, cycles=(32,))
   assert (found.steps, found.warmup) == (96, 6)  # a fifth of 32

@@ -171,7 +171,7 @@ def test_queries_and_keys_are_normalised_with_the_models_epsilon():
   np.testing.assert_allclose(got_NN, weights_NN, atol=1e-5)
 
 
-def test_the_probe_of_map_pooling_has_biases_and_no_norms_whatever_the_encoder_has():
+def test_map_pooling_has_biases_and_no_norms_for_any_encoder():
   model = small(pool='map', qk_norm=True, qkv_bias=False)
   params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)['params']
   query, norm = params['block_0']['attention']['query'], params['block_0']['attention']['key_norm']
@@ -182,7 +182,7 @@ def test_the_probe_of_map_pooling_has_biases_and_no_norms_whatever_the_encoder_h
 
 
 @pytest.mark.parametrize('norm_after_pool', [False, True])
-def test_every_norm_has_the_models_epsilon(norm_after_pool):
+def test_every_norm_uses_the_epsilon_of_the_model(norm_after_pool):
   found = {}
 
   def note(call, args, kwargs, context):
@@ -199,7 +199,7 @@ def test_every_norm_has_the_models_epsilon(norm_after_pool):
   assert found == dict.fromkeys(names, 0.5)
 
 
-def test_kernels_of_the_stem_are_divided_by_their_deviation_and_1e_5():
+def test_stem_kernels_are_standardised_with_epsilon_1e_5():
   kernel = np.random.RandomState(0).normal(size=(1, 1, 3, 4)).astype(np.float32) * 1e-5
   image = np.random.RandomState(1).normal(size=(2, 5, 5, 3)).astype(np.float32)
   want = image @ ((kernel - kernel.mean(2)) / (kernel.std(2) + 1e-5))[0, 0]

@@ -80,7 +80,7 @@ def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   assert (after.params['head']['kernel'] != before.params['head']['kernel']).any()
 
 
-def test_a_frozen_backbone_drops_nothing_out():
+def test_a_frozen_backbone_has_no_dropout():
   asked = []
   model = types.SimpleNamespace(apply=lambda *_, train, **__: asked.append(train))
   batch = {'image': np.zeros((2, 8, 8, 3), np.uint8), 'example': jnp.arange(2)}
@@ -306,14 +306,14 @@ def test_run_with_another_backbone_is_detected(trained, tmp_path):
   assert probe.has_other_backbone(trained[0], backbone(params) | {'block_9': params['norm']})
 
 
-def test_the_last_run_of_a_sweep_has_the_cycles_that_more_epochs_added(monkeypatch):
+def test_the_last_run_of_a_sweep_keeps_added_cycles(monkeypatch):
   exp, training = opening.from_config(small_config(epochs='2', **SWEPT), cycles=(32,))
   exp, last = probe.on_all(exp, training, 0.1)
   assert last.cycles == (32,) and last.steps == 64 and exp.task.train_examples == 1024
   assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
 
 
-def test_a_sweep_is_decided_anew_until_its_last_run_has_begun(monkeypatch, tmp_path):
+def test_a_sweep_is_repeated_until_its_last_run_has_begun(monkeypatch, tmp_path):
   exp, training = opening.from_config(small_config(**SWEPT))
   old = [{'lr': 0.5, 'val_accuracy': 0.9}]
   (tmp_path / 'sweep.json').write_text(json.dumps({'sweep': old}))

@@ -120,7 +120,7 @@ def test_training_a_finished_run_changes_no_file(trained):
   assert snapshot() == before
 
 
-def test_a_result_is_of_its_epochs_and_its_test_split_alone(trained):
+def test_a_result_belongs_to_its_epochs_and_test_split(trained):
   workdir, result = trained
   found = lambda **others: resume.finished_result(small_config(**others), workdir)
   assert found() == found(log_every='3') == result
@@ -317,7 +317,7 @@ def test_gradient_norm_is_reported_before_clipping():
   assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
 
 
-def test_bad_images_are_those_since_the_last_log_line():
+def test_bad_images_are_counted_since_the_last_log_line():
   score = scoring.training_score(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.ones(2))
   metrics = {'score': score, 'grad_norm': 1.0, 'learning_rate': 0.1}
   lines = meter.Meter()
@@ -417,7 +417,7 @@ def test_added_cycles_warm_up_to_half_the_peak_and_decay():
 
 
 @pytest.mark.parametrize('epochs, start, cycles', [('0', 0, ()), ('1', 32, (32,))])
-def test_a_run_of_no_steps_that_goes_on_is_in_its_first_cycle(epochs, start, cycles, tmp_path):
+def test_a_run_of_zero_steps_resumes_in_its_first_cycle(epochs, start, cycles, tmp_path):
   item = {'config': config_lib.to_dict(small_config(epochs=epochs))}
   item |= {'task': {'train_examples': 1024}}
   assert resume.add_cycle(small_config(epochs='2'), item, start, tmp_path) == cycles

@@ -100,7 +100,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, me
   assert not (tmp_path / 'run' / 'checkpoints').exists()
 
 
-def test_what_a_run_drops_out_and_computes_in_may_differ_from_the_run_it_starts_from(trained):
+def test_dropout_and_dtype_may_differ_from_the_init_run(trained):
   others = {'dropout': '0.1', 'attention_dropout': '0.3', 'stochastic_depth': '0.4'}
   others |= {'dtype': 'bfloat16', 'remat': 'full'}  # of the run: 0, 0, 0.2, float32, none
   config = small_config(init=str(trained[0]), **{f'model.{k}': v for k, v in others.items()})

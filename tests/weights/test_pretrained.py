@@ -486,7 +486,7 @@ def test_older_timm_configs_without_nesting_are_read(tmp_path):
       vit_jax.load(tmp_path)
 
 
-def test_what_timms_config_leaves_out_of_preprocessing_is_timms_default(tmp_path):
+def test_missing_timm_preprocessing_takes_timm_defaults(tmp_path):
   folder = timm_folder(tmp_path, {'model_args': ARGS}, drop=('pretrained_cfg',))
   p = vit_jax.load(folder).preprocessing
   assert (p.interpolation, p.crop, p.stretch) == ('bicubic', 0.875, False)

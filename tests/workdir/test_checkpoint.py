@@ -104,7 +104,7 @@ def test_previous_checkpoint_is_used_if_the_newest_is_damaged(trained, tmp_path,
 
 
 @pytest.mark.parametrize('item', ['config', 'params', 'state', 'names'])
-def test_a_checkpoint_is_set_aside_whichever_item_is_damaged(trained, tmp_path, item):
+def test_a_checkpoint_is_set_aside_if_any_item_is_damaged(trained, tmp_path, item):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, item, 'flip')
   stored.set_aside_damaged(workdir)
@@ -190,7 +190,7 @@ def test_best_checkpoint_is_kept_after_resuming(tmp_path):
     assert stored.saved_steps(tmp_path) == kept
 
 
-def test_where_the_best_is_damaged_the_newest_of_the_others_is_used(tmp_path):
+def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
   saved = {'config': {'ema': 0}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
   with checkpoint.Checkpoints(tmp_path, 3) as checkpoints:
@@ -204,7 +204,7 @@ def test_where_the_best_is_damaged_the_newest_of_the_others_is_used(tmp_path):
     stored.load_checkpoint(tmp_path, 'best')
 
 
-def test_tensorboard_drops_what_came_after_the_step_that_a_run_resumes_from(tmp_path):
+def test_tensorboard_drops_events_after_the_resumed_step(tmp_path):
   with writer.Writer(tmp_path, 16):
     pass
   (path,) = (tmp_path / 'tensorboard').iterdir()

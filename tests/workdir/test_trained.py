@@ -135,7 +135,7 @@ def test_splits_are_inherited_over_any_number_of_runs():
   assert set(found.inherited_splits) == {first, second}
 
 
-def test_names_known_by_their_content_are_inherited_over_any_number_of_runs(tmp_path):
+def test_names_with_known_content_are_inherited_over_any_number_of_runs(tmp_path):
   for name in CLASSES:
     make_images(tmp_path / 'train' / name, [f'{name}{i}' for i in range(3)])
     make_images(tmp_path / 'test' / name, [f'{name}{i}' for i in range(2, 4)])  # one as in train
