@@ -92,7 +92,7 @@ def test_a_missing_checkpoint_is_rejected(capsys, trained):
   flags = ['--mode=eval', f'--workdir={trained[0]}']
   err = error(capsys, *flags, '--step=7')
   assert '--step=7' in err and 'the checkpoints 16, 32' in err
-  assert 'has a validation accuracy. Give --step=last' in error(capsys, *flags, '--step=best')
+  assert 'has a validation accuracy. Use --step=last' in error(capsys, *flags, '--step=best')
   assert '--step is for eval, fewshot' in error(capsys, f'--workdir={trained[0]}', '--step=16')
   flags = ['--mode=predict', '--init=x.npz', '--images=a.png', '--step=16']
   assert 'remove it, since --init has none' in error(capsys, *flags)
@@ -174,7 +174,7 @@ def test_existing_paths_may_contain_commas(tmp_path, monkeypatch):
 def test_a_pipe_is_not_an_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
   assert image_lib.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
-  with pytest.raises(image_lib.BadImage, match='a.png: not a file'):
+  with pytest.raises(image_lib.BadImage, match='a.png: not a regular file'):
     image_lib.read_file(tmp_path / 'a.png')
 
 
@@ -223,7 +223,7 @@ def test_features_are_stored_only_once_in_memory():
 @pytest.mark.parametrize('argv, message', [
     (['--mode=evaluate', '--workdir=x'], 'Did you mean eval'),
     ([CONFIG], '--workdir'),
-    (['--workdir=x'], 'give --config'),
+    (['--workdir=x'], 'set --config'),
     (['--config=configs/digit.py', '--workdir=x'], 'Did you mean configs/digits.py'),
     (['--config=configs/cifar10.py:tinny', '--workdir=x'], 'Did you mean tiny'),
     (['--config=configs/digits.py:tiny', '--workdir=x'], 'no variants'),
@@ -339,14 +339,14 @@ def test_an_int_key_rejects_fractions_and_infinity(text):
 def test_memory_keys_may_change_when_a_run_resumes():
   given = small_config(micro_batches='4', **{'model.remat': 'full'})
   config_lib.check_same_run(small_config(), given, 'run')  # as running out of memory advises
-  with pytest.raises(ValueError, match="dtype: 'float32' there, 'bfloat16' given"):
+  with pytest.raises(ValueError, match="dtype: 'float32' in the workdir, 'bfloat16' given"):
     config_lib.check_same_run(small_config(), small_config(**{'model.dtype': 'bfloat16'}), 'run')
 
 
 @pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
 @pytest.mark.parametrize('size', ['0', '-2'])
 def test_a_mesh_axis_without_devices_is_refused(axis, size):
-  with pytest.raises(ValueError, match=f'mesh needs numbers of devices.*{axis}.: {size}'):
+  with pytest.raises(ValueError, match=f'a positive number of devices or -1.*{axis}.: {size}'):
     check(small_config(**{f'mesh.{axis}': size}))
 
 

@@ -80,9 +80,9 @@ def test_the_log_reports_when_a_batch_could_use_more_devices(monkeypatch):
   monkeypatch.setattr(devices_lib, '_one_per_core', True)
   monkeypatch.setattr(cluster, 'num_cores', lambda: 4)
   told = devices_lib.few_devices(128)
-  assert 'started with 2 CPU device(s), and batch_size=128 is worth 4: ' in told
+  assert 'started with 2 CPU device(s), but batch_size=128 would use 4. ' in told
   assert told.endswith('or set JAX_NUM_CPU_DEVICES=4.')
-  assert 'is worth 3: ' in devices_lib.few_devices(132, micro_batches=2, group=2)  # 33 pairs
+  assert 'would use 3. ' in devices_lib.few_devices(132, micro_batches=2, group=2)  # 33 pairs
   assert devices_lib.few_devices(128, micro_batches=32, group=2) is None  # 2 pairs
   assert devices_lib.few_devices(64) is None
 

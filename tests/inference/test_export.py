@@ -260,13 +260,13 @@ def test_a_card_lists_the_known_facts(trained, tmp_path):
 
 def test_a_card_contains_no_folder_names(trained):
   loaded = vit_jax.load(trained[0])
-  config = {**loaded.run['config'], 'init': '/home/ann/secret/base.npz'}
-  config['data'] = {**config['data'], 'source': 'folder:/home/ann/photos'}
+  config = {**loaded.run['config'], 'init': '/home/zoe/secret/base.npz'}
+  config['data'] = {**config['data'], 'source': 'folder:/home/zoe/photos'}
   loaded = dataclasses.replace(loaded, run={**loaded.run, 'config': config})
-  for source in ('~/ann/runs/best', '/home/ann/runs/best'):
+  for source in ('~/zoe/runs/best', '/home/zoe/runs/best'):
     text = card.write_card('stablehlo', loaded, source)
     assert 'the weights `base.npz`' in text and '`folder:photos`, split' in text
-    assert 'ann' not in text
+    assert 'zoe' not in text
 
 
 def test_a_program_is_independent_of_the_machine_that_writes_it(tmp_path, monkeypatch):

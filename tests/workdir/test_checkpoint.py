@@ -23,10 +23,10 @@ from vit_jax.training import state, trainer
 from vit_jax.workdir import checkpoint, items, stored, trained, writer
 
 
-def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
+def test_three_documented_lines_restore_anywhere(trained, tmp_path):
   workdir, _ = trained
-  readme = (ROOT / 'README.md').read_text()
-  lines = re.search(r'```python\n(import orbax.*?)```', readme, re.DOTALL).group(1)
+  page = (ROOT / 'docs' / 'workdir.md').read_text()
+  lines = re.search(r'```python\n(import orbax.*?)```', page, re.DOTALL).group(1)
   assert len([line for line in lines.splitlines() if line]) == 3
   step, params, _ = stored.load_checkpoint(workdir)
   lines = re.sub(r"'[^']*/params'", repr(f'{workdir}/checkpoints/{step}/params'), lines)
@@ -39,8 +39,8 @@ def test_the_readmes_three_lines_restore_anywhere(trained, tmp_path):
   assert jax.device_count() == 2  # it was written from two devices
 
 
-def test_the_readme_says_where_the_averaged_weights_lie(tmp_path):
-  assert '`ema` of `.../state`' in (ROOT / 'README.md').read_text()
+def test_the_docs_name_the_place_of_the_averaged_weights(tmp_path):
+  assert '`ema` of `.../state`' in (ROOT / 'docs' / 'workdir.md').read_text()
   blank = state.TrainState(
     jnp.int32(1), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, {'w': jnp.ones(3)}
   )
