@@ -25,12 +25,12 @@ PIXELS = 224
 ABOUT = f"""# Models
 
 Parameters are in millions, for a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels.
-Rows marked "32" have positions for 32x32 pixels. The command `python -m benchmarks.zoo` counts the
-parameters of the models built here and writes this page.
+Rows marked "32" have positions for 32x32 pixels. The command `python -m benchmarks.zoo` builds the
+models, counts their parameters and writes this page.
 
-The original code of each format wrote small weights and their outputs (`tests/fixtures/`). Tests
-check that these weights give the same outputs here (`test_pretrained.py`). Other tests check that
-random models of Hugging Face and timm give the same outputs and gradients
+The original code of each format wrote the weights and outputs of small models (`tests/fixtures/`).
+Tests check that these weights give the same outputs in this project (`test_pretrained.py`). Other
+tests check that random models of Hugging Face and timm give the same outputs and gradients
 (`test_pretrained_live.py`). We have not tested the full-size published files, because we had no
 access to them. File names are the names in the buckets and on the Hub.
 
@@ -116,8 +116,13 @@ def tables() -> str:
     lines.append(f'| `{name}` | {count} | {files} | `{test}` |')
   for name, trained in SMALL.items():
     count = millions(parameters(variants.make(name, 10, pool='gap'), 32))
-    lines.append(f'| `{name}` (32, 10 classes) | {count} | trained here: {trained} | `test_main` |')
-  lines += ['\n## Hugging Face\n', 'These classes, in any size: safetensors with `config.json`.\n']
+    lines.append(
+      f'| `{name}` (32, 10 classes) | {count} | trained in this project: {trained} | `test_main` |'
+    )
+  lines += [
+    '\n## Hugging Face\n',
+    'These classes load in any size, from safetensors with `config.json`.\n',
+  ]
   lines += ['| class | example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
@@ -136,8 +141,8 @@ def tables() -> str:
   absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
   lines += [
     '',
-    'These models cannot be loaded, because they are more than a ViT (SwiGLU, RMSNorm, parallel '
-    f'blocks, ...): {absent}.',
+    'These models cannot be loaded, because they have parts that this ViT lacks (SwiGLU, RMSNorm, '
+    f'parallel blocks, ...): {absent}.',
   ]
   return '\n'.join(lines) + '\n'
 
