@@ -637,13 +637,16 @@ def test_length_of_a_run_is_logged_before_training(caplog, tmp_path):
     _, training = opening.from_config(config)
   count, steps = len(training.train), training.steps
   line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
-  assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
+  assert f'{line} with 16 images each; the first {steps // 5} steps are warm-up.' in caplog.text
   few = f'{steps} steps are too few to learn much: set a smaller batch_size (e.g. '
   assert f'{few}{3 * count // 100}) or more epochs (e.g. {-(-1600 // count)}).' in caplog.text
   caplog.clear()
   with caplog.at_level(logging.INFO):
     opening.from_config(small_config(epochs='10'))
-  assert 'Training on 1,024 images of 8x8 pixels: 320 steps in batches of 32, 64' in caplog.text
+  assert (
+    'Training on 1,024 images of 8x8 pixels: 320 steps with 32 images each; the first 64 '
+    in caplog.text
+  )
   assert 'too few' not in caplog.text
 
 
