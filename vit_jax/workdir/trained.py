@@ -63,7 +63,7 @@ class TrainingFiles:
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the item `names`; each array starts with a zero, because orbax saves no empty ones."""
+    """Returns the item `names`; each array starts with a zero, as orbax saves no empty ones."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
