@@ -81,7 +81,9 @@ def test_the_docs_have_commands_of_every_mode():
 def test_make_targets_modules_and_requirements_of_the_docs_exist(path):
   targets = set(re.findall(r'^([a-z-]+)(?=[ :])', read(ROOT / 'Makefile'), re.M))
   targets |= {'results-cpu', 'results-gpu'}
-  for line in itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh'))):
+  lines = itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh')))
+  inline = re.findall(r'`([^`\n]+)`', read(path)) if path.name != 'migration.md' else ()
+  for line in (*lines, *inline):
     for target in re.findall(r'(?:^|[;&] )make ([a-z-]+)', line):
       assert target in targets, line
     for module in re.findall(r'python -m (benchmarks\.\w+|vit_jax[.\w]*)', line):
