@@ -188,6 +188,7 @@ def test_python_of_the_docs_compiles(path, text):
   ast.parse(text)
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_architecture_page_train(tmp_path, capsys, monkeypatch):
   page = ROOT / 'docs' / 'architecture.md'
   (module,) = [text for text in blocks(page, 'python') if 'POOLS' in text]

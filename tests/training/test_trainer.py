@@ -160,6 +160,7 @@ def test_resume_without_config_uses_all_cores(tmp_path):
   assert log.count(devices) == 2 and 'Resuming from step 2' in log
 
 
+@pytest.mark.slow
 def test_too_few_devices_for_the_batch_are_logged(tmp_path):
   script = (
     'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
@@ -231,6 +232,7 @@ def prepare(parts, devices, cycles=(), **overrides):
   return step, train_state, batches
 
 
+@pytest.mark.slow
 def test_training_does_not_compute_top_5_accuracy():
   step, train_state, batches = prepare(2, 1)
   assert 'top_k' not in step.lower(train_state, next(batches)).as_text()
@@ -503,6 +505,7 @@ def test_best_checkpoint_on_val_is_kept_besides_the_newest(tmp_path, scored, cap
   assert reader.read_weights(tmp_path).run['step'] == 32  # `init` starts from the last step
 
 
+@pytest.mark.slow
 def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monkeypatch):
   calls = itertools.count(1)
   with monkeypatch.context() as patch:
@@ -513,6 +516,7 @@ def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monke
   assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
 
 
+@pytest.mark.slow
 def test_run_interrupted_before_its_result_is_finished_without_training(tmp_path):
   result = trainer.train(small_config(), tmp_path)
   lines = writer.read_metrics(tmp_path)
