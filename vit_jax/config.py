@@ -24,6 +24,9 @@ from vit_jax.keys import KEYS
 
 log = logging.getLogger(__name__)
 
+# {old key: new key}. A release that renames a key adds it here, so that old configs still load.
+RENAMED: dict[str, str] = {}
+
 
 def default_config() -> ConfigDict:
   """Returns a locked config with every key of `KEYS` at its default: a ViT for 32x32 images."""
@@ -83,6 +86,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   Raises:
     ValueError: an unknown key (the message names the nearest ones) or a value of another type.
   """
+  key = RENAMED.get(key, key)
   if key not in KEYS:
     raise ValueError(f'--config.{unknown(key)}')
   kind, default = KEYS[key].kind, KEYS[key].default
@@ -155,23 +159,21 @@ def to_dict(config: ConfigDict) -> dict:
 def from_dict(saved: Mapping) -> ConfigDict:
   """Restores a config from the output of `to_dict`; keys added since then keep their defaults.
 
+  Renamed keys are translated.
+
   Raises:
     ValueError: a key that this version does not know, or a value of another type.
   """
   config = default_config()
-  unknown = sorted(flatten(saved).keys() - KEYS.keys())
+  values = {RENAMED.get(key, key): value for key, value in flatten(saved).items()}
+  unknown = sorted(values.keys() - KEYS.keys())
   if unknown:
     raise ValueError(f'The saved config has keys that this version lacks: {", ".join(unknown)}.')
-
-  def put(target, values):
-    for name, value in values.items():
-      if isinstance(value, Mapping):
-        put(target[name], value)
-      else:
-        target[name] = tuple(value) if isinstance(value, list) else value
-
   try:
-    put(config, saved)
+    for key, value in values.items():
+      section, _, name = key.rpartition('.')
+      holder = config[section] if section else config
+      holder[name] = tuple(value) if isinstance(value, list) else value
   except TypeError as error:
     raise ValueError(f'The saved config does not fit this version: {error}') from error
   return config

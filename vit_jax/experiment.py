@@ -81,7 +81,7 @@ class Experiment:
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes pairs of images and the losses of their labels."""
+    """Whether training mixes pairs of images and weights the losses of both labels."""
     return mixes(self.config.augment)
 
   @property
@@ -216,7 +216,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def group(config: ConfigDict) -> int:
-  """Returns how many neighbours of a batch stay together on a device: 2 if images mix, else 1."""
+  """Returns how many consecutive examples must share a device: 2 if images mix, else 1."""
   return 2 if mixes(config.augment) else 1
 
 

@@ -35,9 +35,7 @@ class Key:
   def __post_init__(self):
     kind = self.kind or type(self.default)
     if kind not in (bool, int, float, str, tuple):
-      raise ValueError(
-        f'Key({self.default!r}): values need a kind. Set it to bool, int, float, str or tuple.'
-      )
+      raise ValueError(f'Key({self.default!r}): set `kind` to bool, int, float, str or tuple.')
     object.__setattr__(self, 'kind', kind)
 
 

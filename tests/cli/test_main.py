@@ -586,6 +586,17 @@ def test_fill_copies_the_config():
   assert config.model.depth is None and config.data.mean is None
 
 
+def test_renamed_keys_are_translated(monkeypatch):
+  monkeypatch.setitem(config_lib.RENAMED, 'model.registers', 'model.num_registers')
+  monkeypatch.setitem(config_lib.RENAMED, 'rate', 'optimizer.lr')
+  saved = config_lib.to_dict(small_config(**{'model.registers': '3', 'rate': '0.5'}))
+  saved['model']['registers'] = saved['model'].pop('num_registers')
+  saved['rate'] = saved['optimizer'].pop('lr')
+  config = config_lib.from_dict(saved)
+  assert config.model.num_registers == 3 and config.optimizer.lr == 0.5
+  assert 'registers' not in config.model and 'rate' not in config
+
+
 def test_a_config_of_an_older_version_loads():
   saved = config_lib.to_dict(small_config())
   del saved['augment']

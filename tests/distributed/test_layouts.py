@@ -38,6 +38,7 @@ def test_split_model_trains_like_a_replicated_one(found, name):
   assert found[name]['stays']  # the layout stays, so no step is compiled again
 
 
+@pytest.mark.slow
 def test_each_device_holds_only_its_share(found):
   whole, fsdp = found['replicated'], found['fsdp']
   assert whole['held'] == whole['all'] == fsdp['all']

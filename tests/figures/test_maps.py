@@ -88,6 +88,7 @@ def test_rollout_follows_attention_from_the_last_block_to_the_first():
 @given(
   st.integers(1, 4), st.integers(1, 3), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3)
 )
+@pytest.mark.slow
 def test_rollout_is_the_product_of_the_layers(depth, heads, prefix, h, w):
   tokens = prefix + h * w
   layers = [random_attention(i, (2, heads, tokens)) for i in range(depth)]

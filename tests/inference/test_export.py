@@ -156,6 +156,7 @@ def save_image(folder, size):
   return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', PROGRAMS)
 def test_a_program_runs_elsewhere_with_the_code_of_its_card(format, trained, tmp_path):
   needs(format)
@@ -269,6 +270,7 @@ def test_a_card_contains_no_folder_names(trained):
     assert 'zoe' not in text
 
 
+@pytest.mark.slow
 def test_a_program_is_independent_of_the_machine_that_writes_it(tmp_path, monkeypatch):
   model, params = random_model(
     width=48, num_heads=4
@@ -290,6 +292,7 @@ def test_a_program_is_independent_of_the_machine_that_writes_it(tmp_path, monkey
   assert size < len(files[0]) < size + 50_000
 
 
+@pytest.mark.slow
 def test_exported_programs_compute_in_float32_from_the_stored_size(tmp_path):
   config = small_config(**{
       'epochs': '0', 'data.source': 'digits', 'data.image_size': '16', 'model.dtype': 'bfloat16',
@@ -342,6 +345,7 @@ def test_wrong_export_flags_are_refused_and_write_nothing(capsys, trained, tmp_p
   assert 'smaller than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
 
 
+@pytest.mark.slow
 def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   needs('onnx')
   model, params = random_model()

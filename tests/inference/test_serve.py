@@ -119,6 +119,7 @@ def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp
   assert not asked, f'the page requests {asked}'
 
 
+@pytest.mark.slow
 def test_fifty_requests_at_once_get_correct_answers(client, trained):
   files = sorted((trained[0] / 'examples').iterdir())
   wanted = [

@@ -173,6 +173,7 @@ def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_pa
   assert 'another config' in error(capsys, *flags[:2], f'--workdir={workdir}')
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_follows_the_batch_size(trained, tmp_path, monkeypatch):
   monkeypatch.setattr(devices, '_one_per_core', True)
   workdir, _ = trained

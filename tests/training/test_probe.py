@@ -53,6 +53,7 @@ def make_step(**overrides):
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
 
 
+@pytest.mark.slow
 def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   flops = {}
   for freeze in ('', 'backbone'):
@@ -202,6 +203,7 @@ def test_augmented_images_are_not_cached(tmp_path, counted):
   assert not counted and not (tmp_path / 'features').exists()
 
 
+@pytest.mark.slow
 def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
   exp, training = opening.from_config(small_config(**FROZEN))
   mesh, examples = devices.make_mesh(), training.test
@@ -340,6 +342,7 @@ def test_bad_values_are_rejected(overrides, message, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_sweep_fails_if_all_rates_diverge(trained, tmp_path):
   overrides = SWEPT | {'sweep': '1e30,1e31', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match=r'every learning rate of sweep=\(1e\+30, 1e\+31\)'):

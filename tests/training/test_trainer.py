@@ -160,6 +160,7 @@ def test_resume_without_config_uses_all_cores(tmp_path):
   assert log.count(devices) == 2 and 'Resuming from step 2' in log
 
 
+@pytest.mark.slow
 def test_too_few_devices_for_the_batch_are_logged(tmp_path):
   script = (
     'import sys, jax; jax.devices(); from tests.conftest import small_config\n'
@@ -231,6 +232,7 @@ def prepare(parts, devices, cycles=(), **overrides):
   return step, train_state, batches
 
 
+@pytest.mark.slow
 def test_training_does_not_compute_top_5_accuracy():
   step, train_state, batches = prepare(2, 1)
   assert 'top_k' not in step.lower(train_state, next(batches)).as_text()
@@ -503,6 +505,7 @@ def test_best_checkpoint_on_val_is_kept_besides_the_newest(tmp_path, scored, cap
   assert reader.read_weights(tmp_path).run['step'] == 32  # `init` starts from the last step
 
 
+@pytest.mark.slow
 def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monkeypatch):
   calls = itertools.count(1)
   with monkeypatch.context() as patch:
@@ -513,6 +516,7 @@ def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monke
   assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
 
 
+@pytest.mark.slow
 def test_run_interrupted_before_its_result_is_finished_without_training(tmp_path):
   result = trainer.train(small_config(), tmp_path)
   lines = writer.read_metrics(tmp_path)
@@ -637,13 +641,16 @@ def test_length_of_a_run_is_logged_before_training(caplog, tmp_path):
     _, training = opening.from_config(config)
   count, steps = len(training.train), training.steps
   line = f'Training on {count} images of 8x8 pixels (the first file has 20x30): {steps} steps'
-  assert f'{line} in batches of 16, {steps // 5} of them warm-up.' in caplog.text
+  assert f'{line} with 16 images each; the first {steps // 5} steps are warm-up.' in caplog.text
   few = f'{steps} steps are too few to learn much: set a smaller batch_size (e.g. '
   assert f'{few}{3 * count // 100}) or more epochs (e.g. {-(-1600 // count)}).' in caplog.text
   caplog.clear()
   with caplog.at_level(logging.INFO):
     opening.from_config(small_config(epochs='10'))
-  assert 'Training on 1,024 images of 8x8 pixels: 320 steps in batches of 32, 64' in caplog.text
+  assert (
+    'Training on 1,024 images of 8x8 pixels: 320 steps with 32 images each; the first 64 '
+    in caplog.text
+  )
   assert 'too few' not in caplog.text
 
 

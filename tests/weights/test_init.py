@@ -173,6 +173,7 @@ def test_the_head_is_kept_only_for_the_same_classes_in_the_same_order(trained):
     assert np.any(params['head']['kernel']) == (classes == own)
 
 
+@pytest.mark.slow
 def test_a_new_head_drops_the_pre_logits_for_any_number_of_classes(tmp_path, monkeypatch):
   """In the paper, both layers are the head, and fine-tuning removes all of it (Section 3.2)."""
   vit_jax.train(small_config(**{'epochs': '0', 'model.representation_size': '12'}), tmp_path)
@@ -265,6 +266,7 @@ def test_wrong_flags_are_refused_and_write_nothing(
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'w']
 
 
+@pytest.mark.slow
 def test_frozen_training_and_fine_tuning_start_with_the_same_loss(weights, tmp_path):
   config = fine_tuning(weights, {'epochs': '0', 'freeze': 'backbone'})
   frozen = trainer.train(config, tmp_path / 'frozen')

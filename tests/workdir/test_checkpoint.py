@@ -112,6 +112,7 @@ def test_a_checkpoint_is_set_aside_if_any_item_is_damaged(trained, tmp_path, ite
   assert len(list((workdir / 'damaged').glob(f'32-*/{item}'))) == 1
 
 
+@pytest.mark.slow
 def test_run_starts_again_only_after_all_checkpoints_were_reported_damaged(trained, tmp_path):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'cut')
@@ -169,6 +170,7 @@ def test_config_item_without_its_keys_counts_as_damaged(trained, tmp_path, text)
   assert exact.evaluate(workdir, {})['step'] == 16
 
 
+@pytest.mark.slow
 def test_finished_run_with_a_damaged_last_checkpoint_resumes(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   damage(workdir, 32, 'params', 'flip')

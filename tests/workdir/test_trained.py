@@ -114,6 +114,7 @@ def test_few_shot_refuses_to_test_on_its_shots(request):
     few_shot.fewshot(opening.Request(workdir, overrides={'data.train_split': 'test[:90%]'}))
 
 
+@pytest.mark.slow
 def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
   workdir = request.getfixturevalue('trained')[0]
   parts = {'data.train_split': 'train[:50%]', 'data.eval_split': 'train[50%:]', 'epochs': '0'}
@@ -167,6 +168,7 @@ def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
   assert set(trained.training_files_of(tmp_path / 'third').inherited_N) >= set(before.own_N)
 
 
+@pytest.mark.slow
 def test_resumed_run_leaves_out_its_training_images(rearranged, tmp_path):
   config = config_of(rearranged)
   assert trainer.train(config, tmp_path / 'run')['examples'] == 10

@@ -42,6 +42,7 @@ def test_old_workdir_can_be_evaluated(workdir, capsys):
   assert capsys.readouterr().out.startswith('step 700, loss 1.5287')
 
 
+@pytest.mark.slow
 def test_old_workdir_resumes_to_the_final_weights_of_0_1_0(workdir, reference):
   result = trainer.train(resume.saved_config(workdir, {}), workdir)
   assert result['steps'] == 718

@@ -40,9 +40,10 @@ def mix(
   cutmix_share = jnp.where(both, switch, jnp.where(cutmix_alpha > 0, 1.0, 0.0))
 
   def draw(key):
-    """Returns the image's own weights, their mean, and whether the image is mixed.
+    """Returns the share of the image at each pixel, the mean share, and whether to mix it.
 
-    The weights are `[H, W, 1]` in units of 2^-16. The mean counts only if the image is mixed.
+    The partner gets the rest. Shares are `[H, W, 1]` in units of 2^-16. If the image is not mixed,
+    the mean share has no meaning.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)
     happens, cut = jax.random.uniform(choice_key, (2,)) < jnp.stack([probability, cutmix_share])

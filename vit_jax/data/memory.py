@@ -148,10 +148,7 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
 
 
 def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
-  """Returns how much memory the splits need if it is more than half of `limits.limit()`.
-
-  Otherwise it returns an empty string.
-  """
+  """Returns a message if the splits need more than half of `limits.limit()`, else an empty text."""
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_, most = count * math.prod(size) * source.channels, limits.limit()
   if bytes_ <= most / 2:

@@ -41,9 +41,8 @@ def resolve(
       )
     pieces.append((name, start, stop))
   if not pieces:
-    raise ValueError(
-      f'Split {spec!r} contains no examples; the sizes are {dict(sizes)}. Use a larger part.'
-    )
+    there = ', '.join(f'{name} ({size:,} examples)' for name, size in sizes.items())
+    raise ValueError(f'Split {spec!r} contains no examples. Available: {there}. Use a larger part.')
   return pieces
 
 

@@ -118,7 +118,7 @@ class Stream:
       iterator.close()
 
   def some(self, index_N: Sequence[int]) -> Examples:
-    """Returns the examples at these indices in memory, decoded as in evaluation."""
+    """Reads the examples at these indices into memory, decoded as in evaluation."""
     found = self.decode_all(index_N)
     return Examples(found['image'], found['label'])
 
@@ -195,7 +195,7 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int, int]:
-    """Returns image and label of the first good example from here on, and the number of bad ones.
+    """Returns image and label of this example or the next readable one, and the number skipped.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.

@@ -141,7 +141,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Prints what the block waits for, and exits after `JOIN` seconds, before JAX would abort."""
+  """Reports a slow `with` block, and ends the process after `JOIN` seconds, before JAX aborts."""
 
   def give_up():
     say(f'error: {what} did not connect within {JOIN} s. Start all within this time. {ALONE}')

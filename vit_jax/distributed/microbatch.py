@@ -115,7 +115,7 @@ def micro(batch, mesh: Mesh, parts: int):
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns the function with every module's output split over the batch, like the batch itself.
+  """Returns the function with every module's output split along the batch axis, like its input.
 
   Without this, XLA may split a token's vector in the same way as the next kernel. Then devices
   exchange activations instead of parameters.

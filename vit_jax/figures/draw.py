@@ -94,7 +94,7 @@ def small(labels: int) -> int:
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Draws a bar for the accuracy of each class, or of the lowest if there are too many."""
+  """Draws a bar for the accuracy of each class; of many classes, only the least accurate ones."""
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
   if len(order) > LABELLED:

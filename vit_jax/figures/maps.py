@@ -114,7 +114,7 @@ def head_attention(
 
   The map depends on the pool. With `cls` it is the class token's attention, with `gap` the mean
   over the patches, and with `map` a mean weighted by the probe. With `cls_gap` and `distilled`
-  both sources count half. Attention to the class token and the registers is left out.
+  both vectors have equal weight. Attention to the class token and the registers is left out.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 

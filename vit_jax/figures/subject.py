@@ -34,7 +34,7 @@ def collect(request: Request, images: list[str] | None) -> Subject:
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
-    raise ValueError('Weights without a run have no test images: give --images=a.png,folder/.')
+    raise ValueError('A weights file has no test images of its own: give --images=a.png,folder/.')
   files = None if images is None else find_images(images)
   asked = init or files or request.overrides or request.config or request.step
   if not asked and latest_step(workdir) is None:

@@ -28,7 +28,7 @@ MANY = 10_000_000  # number of parameters above which writing takes a few second
 def export(
   path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
 ) -> list[pathlib.Path]:
-  """Writes the weights at `path` and their model card into the folder `out`.
+  """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
   Args:
     path: a workdir, a file or a name on the Hub; anything that `vit_jax.load` reads.
@@ -69,7 +69,7 @@ def check_card(out: pathlib.Path) -> None:
   file = out / card.NAME
   if file.is_file() and card.SIGNATURE not in file.read_text(encoding='utf-8', errors='replace'):
     raise ValueError(
-      f'{file} already exists, and is not the model card of an export. Choose another folder.'
+      f'{file} already exists and was not written by an export. Choose a different folder.'
     )
 
 
@@ -156,5 +156,7 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
     )
   grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
-    raise ValueError('The grid of the positions is not square. Pass preprocessing with its size.')
+    raise ValueError(
+      'The position embeddings do not form a square grid. Pass preprocessing with the image size.'
+    )
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

@@ -203,12 +203,12 @@ def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts:
 
 
 def refuse_addresses(file: gr.File) -> None:
-  """Stops Gradio from downloading addresses that a client sends; their size has no limit."""
+  """Stops Gradio from downloading URLs that a client sends; their size has no limit."""
   keep = file.async_move_resource_to_block_cache
 
   async def keep_uploads(path):
     if path and not pathlib.Path(path).is_file():
-      raise gr.Error('Addresses are not accepted. Upload the file itself.', print_exception=False)
+      raise gr.Error('URLs are not accepted. Upload the file itself.', print_exception=False)
     return await keep(path)
 
   file.async_move_resource_to_block_cache = keep_uploads

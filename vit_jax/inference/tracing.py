@@ -44,7 +44,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Counts the FLOPs of a run with one image per step, including stages with smaller images."""
+  """Counts the FLOPs of a whole run, as if each step had one image; stages may be smaller."""
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
   flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}

@@ -3,7 +3,9 @@
 Array names throughout the project end in dimension letters:
 
   * B: batch. H, W: image height and width. C: channels. h, w: rows and columns of patches.
-  * N: tokens. D: width. K: heads. E: head size. M: MLP width. L: classes.
+  * N: tokens, or examples of a split. D: width. K: heads. E: head size. M: MLP width. L: classes.
+  * Q: queries. I, O: inputs, outputs of a layer. p, q: rows and columns in a patch. P: p times q.
+  * V: grey levels. F: filters. R: rows of a figure.
 
 Parameters are float32. `dtype` is the type of the computation, except that LayerNorm, softmax and
 logits are computed in float32.

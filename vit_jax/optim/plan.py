@@ -111,7 +111,7 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
   """Returns the stages of a run with this number of steps; each stage has its own image size.
 
   Raises:
-    ValueError: a size whose width, in proportion, is not a whole number.
+    ValueError: scaling the image to a height gives a width that is not a whole number.
   """
   height, width = pair(config.data.image_size)
   found = []
@@ -150,7 +150,8 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
   size, batch_size = pair(config.data.image_size), config.batch_size
   own = '' if found in (None, size) else ' (the first file has {}x{})'.format(*found)
   log.info(
-    'Training on %s images of %dx%d pixels%s: %s steps in batches of %d, %d of them warm-up.',
+    'Training on %s images of %dx%d pixels%s: %s steps with %d images each; the first %d steps are '
+    'warm-up.',
     f'{examples:,}', *size, own, f'{steps:,}', batch_size,
     warmup_steps(config, examples, steps),
   )  # fmt: skip

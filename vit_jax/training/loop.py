@@ -134,7 +134,7 @@ class Run:
     return train_state, scores
 
   def log_cycle(self) -> None:
-    """Logs the plan of a cycle that more epochs have added."""
+    """Logs the steps and learning rate of a cycle that extends a finished run."""
     if not (cycles := self.training.cycles):
       return
     config, begin, end = self.config, cycles[-1], self.training.steps

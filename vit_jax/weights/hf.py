@@ -108,7 +108,7 @@ def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
 def preprocessing(
   folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
 ) -> Preprocessing:
-  """Reads `preprocessor_config.json`, or returns the default of the model's kind without it.
+  """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
 
   The size in that file is used if it is a multiple of the patch size. It may differ from the size
   of the position embeddings: DINOv2 has positions for 518 pixels, but expects images of 224 pixels.
@@ -134,7 +134,7 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
     ValueError: the processor does not scale pixels to [0, 1].
   """
   if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
-    raise ValueError(f'{origin}: rescale_factor: expected pixels divided by 255.')
+    raise ValueError(f'{origin}: pixels must be scaled by rescale_factor=1/255.')
   normal = p.get('do_normalize', True)
   resized, cropped = p.get('size', 224), p.get('crop_size')
   stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized

@@ -29,7 +29,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
-  """Returns the rows that all models share, given the names of their norms and MLP layers."""
+  """Returns the name-table rows shared by all models, given the names of norms and MLP layers."""
   layer = 'encoder.layer.{i}'
   heads = [
     row

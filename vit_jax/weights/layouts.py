@@ -79,7 +79,7 @@ STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned 
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """Returns the rows of a PyTorch `Linear`; our first `axes` axes are the inputs."""
+  """Returns the name-table rows of a PyTorch `Linear`; our first `axes` axes are the inputs."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -87,12 +87,12 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows of a PyTorch `LayerNorm`."""
+  """Returns the name-table rows of a PyTorch `LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
 def rows(table: Iterable[tuple], depth: int) -> list[Row]:
-  """Returns the rows of a table; a row with `{i}` in its names is repeated for each block."""
+  """Returns all rows of a table; a row with `{i}` in its names is repeated for each block."""
   found = []
   for ours, theirs, layout in table:
     ours, theirs = ((x,) if isinstance(x, str) else x for x in (ours, theirs))

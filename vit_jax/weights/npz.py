@@ -53,28 +53,28 @@ PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
 def norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows of a LayerNorm or GroupNorm."""
+  """Returns the name-table rows of a LayerNorm or GroupNorm."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('scale', 'bias')]
 
 
 def dense(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows of a dense layer."""
+  """Returns the name-table rows of a dense layer."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
 def attention_rows(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows of an attention layer's four projections."""
+  """Returns the name-table rows of an attention layer's four projections."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
 
 
 def mlp(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows of an MLP's two layers."""
+  """Returns the name-table rows of an MLP's two layers."""
   return dense(f'{ours}/up', f'{theirs}/Dense_0') + dense(f'{ours}/down', f'{theirs}/Dense_1')
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows of an encoder block."""
+  """Returns the name-table rows of an encoder block."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -85,7 +85,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the rows of a hybrid's ResNet; our names are the file's names under `stem`."""
+  """Returns the name-table rows of a hybrid's ResNet; our names add `stem` to the file's names."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):

@@ -44,7 +44,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Returns the rows of several linear layers that timm stores as one."""
+  """Returns the name-table rows of several linear layers that timm stores as one."""
   kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
   return [
     (kernels, f'{theirs}.weight', fused(linear())),

@@ -169,7 +169,7 @@ class Best(policies.PreservationPolicy):
 
 
 def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
-  """Opens the orbax manager for process 0 alone; accuracies may be added to `scored` later."""
+  """Opens the orbax manager of process 0. The caller may add to `scored`, {step: accuracy}."""
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,

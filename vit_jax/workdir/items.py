@@ -53,7 +53,7 @@ def restored(checkpoint: pathlib.Path, item: str):
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
   """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Other errors have other causes, and are raised unchanged. Examples are a missing device, a limit
+  Errors with other causes are raised unchanged. Examples are a missing device, a limit
   of memory, threads or open files, and an orbax version that does not fit JAX.
 
   Raises:

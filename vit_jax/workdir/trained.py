@@ -63,7 +63,7 @@ class TrainingFiles:
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the item `names`. Each array starts with a zero: orbax cannot save empty arrays."""
+    """Returns the item `names`; each array starts with a zero, as orbax saves no empty ones."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
@@ -157,9 +157,9 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 
 
 def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
-  """Raises ValueError if a test shares examples with a training split of a source without files.
+  """Raises ValueError if a test split overlaps a split that the weights were trained on.
 
-  For sources with files, use `leave_out_trained`.
+  It is for sources without files, such as TFDS. For folders, use `leave_out_trained`.
   """
   for spec, trained_on in () if source.files else names.all_splits:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
