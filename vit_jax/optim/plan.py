@@ -148,12 +148,12 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
   if not steps:
     return
   size, batch_size = pair(config.data.image_size), config.batch_size
+  warmup = warmup_steps(config, examples, steps)
   own = '' if found in (None, size) else ' (the first file has {}x{})'.format(*found)
   log.info(
-    'Training on %s images of %dx%d pixels%s: %s steps with %d images each; the first %d steps are '
-    'warm-up.',
+    'Training on %s images of %dx%d pixels%s: %s steps with %d images each; %s.',
     f'{examples:,}', *size, own, f'{steps:,}', batch_size,
-    warmup_steps(config, examples, steps),
+    f'the first {warmup} steps are warm-up' if warmup else 'no warm-up',
   )  # fmt: skip
   if steps < FEW_STEPS:
     smaller = int(config.epochs * examples / FEW_STEPS)
