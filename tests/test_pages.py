@@ -68,15 +68,23 @@ def commands(page):
   return [line for block in blocks(ROOT / 'docs' / page, 'sh') for line in lines_of(block)]
 
 
-def test_the_tutorial_runs(home):
+@pytest.fixture(scope='module')
+def tutorial(home):
+  """The same folder after the commands of the tutorial, which leave the run `runs/c10`."""
   for command in commands('tutorial.md'):
     if '--config=' not in command or 'folder:cifar10' in command:  # the others download CIFAR-10
       run(home, command)
+  return home
+
+
+def test_the_tutorial_runs(tutorial):
+  home = tutorial
   result = json.loads((home / 'runs' / 'c10' / 'result.json').read_text())
   assert result['examples'] == 40 and (home / 'runs' / 'c10' / 'report.html').exists()
 
 
-def test_the_fine_tuning_page_runs(home):
+def test_the_fine_tuning_page_runs(tutorial):
+  home = tutorial
   (home / 'new_photos').mkdir()
   Image.new('RGB', (40, 30), 'red').save(home / 'new_photos' / 'red.jpg')
   every = commands('finetune.md')
