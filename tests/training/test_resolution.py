@@ -235,7 +235,7 @@ def test_inspect_counts_the_flops_of_each_size(whole):
 
 @pytest.mark.parametrize('overrides, message', [
     ({'progressive.sizes': '8'}, 'one for each'),
-    ({'progressive.sizes': '8,12', 'progressive.until': '0.5,0.5'}, 'rising'),
+    ({'progressive.sizes': '8,12', 'progressive.until': '0.5,0.5'}, 'increasing'),
     ({'progressive.sizes': '8', 'progressive.until': '1.0'}, 'between 0 and 1'),
     ({'progressive.sizes': '32', 'progressive.until': '0.5'}, 'at most 16'),
     ({'progressive.sizes': '10', 'progressive.until': '0.5'}, 'patches of 4x4'),

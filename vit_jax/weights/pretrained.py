@@ -84,6 +84,7 @@ def adapt(
   for name, function in POSITIONS[model.position].params.items():
     if function is not None and name in params:
       params[name] = function(params[name], model, own_grid, grid, resize)
+      model = model.clone(learned_grid=tuple(grid))
   class_names = source.class_names
   if new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.
