@@ -154,6 +154,6 @@ def test_evaluate_and_predict_from_python(trained):
   assert (found['step'], found['examples']) == (16, 70)
   assert vit_jax.evaluate(workdir)['accuracy'] == result['test_accuracy']
   image = min((workdir / 'examples').iterdir())
-  (row,) = vit_jax.predict(str(workdir), [str(image)], topk=2)
+  (row,) = vit_jax.predict(str(workdir), str(image), topk=2)
   assert row['file'] == str(image) and len(row['predictions']) == 2
   assert inspect.isgeneratorfunction(predict_files)

@@ -1,6 +1,6 @@
 """Predicts the classes of image files, or computes their features."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 import csv
 import json
 import pathlib
@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import opening, progress
-from vit_jax.data import find_images
 from vit_jax.distributed import start_up
-from vit_jax.evaluation import map_files, probabilities
+from vit_jax.evaluation import PathLike, find_images, map_files, probabilities
 from vit_jax.names import choose, local
 from vit_jax.opening import Request
 
@@ -21,7 +20,7 @@ KINDS = ('pooled', 'tokens')  # kinds of features
 
 def predict(
   workdir: str | pathlib.Path | None,
-  images: Sequence[str],
+  images: PathLike | Iterable[PathLike],
   topk: int = 5,
   *,
   init: str = '',
@@ -34,7 +33,7 @@ def predict(
 
   Args:
     workdir: folder of a training run; None with `init`.
-    images: files, folders and patterns such as `photos/*.jpg`.
+    images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
     topk: number of classes per image.
     init: published weights instead of a workdir, anything that `vit_jax.load` reads.
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the best by
@@ -50,10 +49,12 @@ def predict(
   start_up()
   folder = None if workdir is None else local(workdir)
   request = Request(folder, init, step, overrides or {})
-  return predict_files(request, list(images), topk)
+  return predict_files(request, images, topk)
 
 
-def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dict]:
+def predict_files(
+  request: Request, paths: PathLike | Iterable[PathLike], topk: int
+) -> Iterator[dict]:
   """Yields the `topk` classes of each file, or an error message, in the given order.
 
   Yields:
@@ -81,13 +82,13 @@ def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dic
 
 
 def features(
-  request: Request, paths: list[str], kind: str
+  request: Request, paths: PathLike | Iterable[PathLike], kind: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """Computes the features of each file: the output of the model without its head.
 
   Args:
     request: which model to use; published weights need no head.
-    paths: files, folders and patterns.
+    paths: as `images` in `predict`.
     kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]`. `tokens` is the input
       of the pooling, `[N, T, D]`, with the class token and the registers first. Tokens are
       normalised by the last LayerNorm if it comes before the pooling.
