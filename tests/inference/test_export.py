@@ -188,6 +188,24 @@ def test_cards_resize_files_as_the_weights_require(fields, tmp_path):
   assert np.array_equal(np.asarray(variables['image']), want)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', 'I;16', 'CMYK', '1'])
+def test_cards_open_files_of_any_mode_as_predict_does(mode, channels, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pixels = np.random.RandomState(0).randint(0, 256, (9, 7, 4), np.uint8)
+  if mode == 'I;16':
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 250)
+  else:
+    image = Image.fromarray(pixels).convert(mode)
+  options = {'transparency': 3} if mode == 'P' else {}
+  image.save('image.png', 'JPEG' if mode == 'CMYK' else 'PNG', **options)
+  variables = {'Image': Image, 'ImageOps': ImageOps}
+  exec(prepare_lines(Preprocessing((4, 4)), channels, (4, 4)), variables)
+  decoded = image_lib.decode_image(pathlib.Path('image.png').read_bytes(), 'image.png', channels)
+  want = image_lib.fit_image(decoded, (4, 4))
+  np.testing.assert_array_equal(np.asarray(variables['image']).reshape(want.shape), want)
+
+
 def run_card(folder, seen, pixels_BHWC, blocked=()):
   """Runs a card's code, asserts that its variable `seen` is these pixels, returns the output."""
   code = f"{snippet(folder)}\nimport numpy as np; np.save('seen.npy', {seen})"
