@@ -43,8 +43,17 @@ def choices(key: str) -> tuple[str, ...]:
 
 
 def check(config: ConfigDict) -> None:
-  """Raises ValueError for invalid numbers, unknown names and contradictory keys."""
+  """Raises ValueError for missing keys, invalid numbers, unknown names and contradictions."""
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      'config: expected a config from configs/ or vit_jax.default_config(), got a value of type '
+      f'{type(config).__name__}.'
+    )
   values = config_lib.flatten(config)
+  if missing := [name for name in KEYS if name not in values]:
+    raise ValueError(
+      f'config: the key {missing[0]} is missing. Start from vit_jax.default_config().'
+    )
   for name, key in KEYS.items():
     value = values[name]
     if any(item != item for item in (value if isinstance(value, list) else [value])):

@@ -106,6 +106,11 @@ def save(
     ValueError: the format cannot hold the model; the message lists the attributes.
   """
   entry = choose('format', format, FORMATS)
+  if not isinstance(model, ViT):
+    kind = type(model).__name__
+    raise ValueError(
+      f'save: expected (model, params, folder), got a value of type {kind} as the model.'
+    )
   folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')

@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax import opening, progress
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import PathLike, find_images, map_files, probabilities
-from vit_jax.names import choose, local
+from vit_jax.names import check_positive, choose, local
 from vit_jax.opening import Request
 
 KINDS = ('pooled', 'tokens')  # kinds of features
@@ -64,8 +64,7 @@ def predict_files(
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
-  if topk < 1:
-    raise ValueError(f'--topk must be positive, got {topk}.')
+  check_positive('topk', topk)
   files = find_images(paths)
   exp, params, _ = opening.open_model(request)
   names = exp.task.class_names

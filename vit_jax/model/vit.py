@@ -166,6 +166,11 @@ class ViT(nn.Module):
 
     In a hybrid, the patches are taken from the stem's feature map. The result is `[B, h, w, D]`.
     """
+    if len(image_BHWC.shape) != 4:
+      raise ValueError(
+        f'images: expected the shape [B, H, W, C], got {image_BHWC.shape}. One image needs a batch '
+        'axis: image[None].'
+      )
     _, height, width, _ = image_BHWC.shape
     p, q = self.patch_size
     if height % p or width % q:
