@@ -67,6 +67,17 @@ def test_eval_prints_the_accuracy_of_the_run(capsys, trained):
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
 
 
+def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
+  workdir, result = trained
+  flags = ['--mode=eval', f'--workdir={workdir}', '--config.data.eval_split=test']
+  code, _, err = call(capsys, *flags)
+  assert not code and 'no effect' not in err
+  keys = {'ema': '0', 'optimizer.lr': '1', 'micro_batches': '7', 'augment.mix.probability': '0.5'}
+  code, out, err = call(capsys, *flags, *[f'--config.{key}={text}' for key, text in keys.items()])
+  assert not code and f'accuracy {result["test_accuracy"]:.9g}' in out
+  assert f'{", ".join(keys)}: no effect here, because only training reads' in err
+
+
 @pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
 def test_each_mode_uses_the_requested_checkpoint(capsys, trained, tmp_path, monkeypatch, mode):
   if mode == 'serve':
