@@ -41,6 +41,12 @@ def check_positive(what: str, value: object) -> None:
     raise ValueError(f'{what} must be a positive integer, got {value!r}.')
 
 
+def one_line(text: str) -> str:
+  """Escapes line breaks and other control characters, so that a name stays on its line."""
+  escaped = lambda found: found.group().encode('unicode_escape').decode()
+  return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', escaped, text)
+
+
 def local(path: str | pathlib.Path) -> pathlib.Path:
   """Returns a local path with `~` expanded.
 

@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax import opening, progress
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import PathLike, find_images, map_files, probabilities
-from vit_jax.names import check_positive, choose, local
+from vit_jax.names import check_positive, choose, local, one_line
 from vit_jax.opening import Request
 
 KINDS = ('pooled', 'tokens')  # kinds of features
@@ -143,9 +143,9 @@ def as_table(found: Iterable[dict]) -> None:
   """Prints each file's name, and its classes below it."""
   for row in found:
     if 'predictions' in row:
-      print(row['file'])
+      print(one_line(row['file']))
       for guess in row['predictions']:
-        print(f'  {guess["probability"]:7.2%}  {guess["class"]}', flush=True)
+        print(f'  {guess["probability"]:7.2%}  {one_line(guess["class"])}', flush=True)
 
 
 def as_json(found: Iterable[dict]) -> None:

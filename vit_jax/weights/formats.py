@@ -243,8 +243,10 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
     model: the model to write.
     holds: the values that the format can hold, by attribute.
   """
+  key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
-    f'  model.{name}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be written'
+    f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '
+    'written'
     for name, values in holds.items()
     if getattr(model, name) not in values
   ]
