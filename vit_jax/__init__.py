@@ -26,6 +26,8 @@ __version__ = '0.2.0'
 
 
 def __getattr__(name: str):
+  if name == 'figures':  # the public subpackage
+    return importlib.import_module(f'{__name__}.{name}')
   if name not in _PUBLIC:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)

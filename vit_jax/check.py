@@ -42,9 +42,23 @@ def choices(key: str) -> tuple[str, ...]:
   return tuple(names() if callable(names) else names)
 
 
-def check(config: ConfigDict) -> None:
-  """Raises ValueError for invalid numbers, unknown names and contradictory keys."""
+def check(config: ConfigDict, trains: bool = True) -> None:
+  """Raises ValueError for missing keys, invalid numbers, unknown names and contradictions.
+
+  Args:
+    config: the config.
+    trains: whether the config is used for training; without training, no images are mixed.
+  """
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      'config: expected a config from configs/ or vit_jax.default_config(), got a value of type '
+      f'{type(config).__name__}.'
+    )
   values = config_lib.flatten(config)
+  if missing := [name for name in KEYS if name not in values]:
+    raise ValueError(
+      f'config: the key {missing[0]} is missing. Start from vit_jax.default_config().'
+    )
   for name, key in KEYS.items():
     value = values[name]
     if any(item != item for item in (value if isinstance(value, list) else [value])):
@@ -58,6 +72,8 @@ def check(config: ConfigDict) -> None:
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
   pair(config.data.image_size, 'data.image_size')
   check_augment(config)
+  if trains:
+    check_partners(config)
   check_progressive(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
@@ -109,14 +125,16 @@ def check_augment(config: ConfigDict) -> None:
       f'augment.erasing.min_area={erasing.min_area:g} must not exceed '
       f'max_area={erasing.max_area:g}.'
     )
-  if not mixes(config.augment):
-    return
-  if not mix.mixup_alpha and not mix.cutmix_alpha:
+  if mixes(config.augment) and not mix.mixup_alpha and not mix.cutmix_alpha:
     raise ValueError(
       f'augment.mix.probability={mix.probability:g} needs mixup_alpha or cutmix_alpha above 0.'
     )
+
+
+def check_partners(config: ConfigDict) -> None:
+  """Raises ValueError if a micro-batch leaves an image without a partner to be mixed with."""
   parts = config.micro_batches or 1
-  if config.batch_size % (2 * parts):
+  if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(
       'augment.mix mixes pairs of images within each micro-batch, but '
       f'batch_size={config.batch_size} in micro_batches={parts} leaves an image without a '

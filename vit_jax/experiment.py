@@ -180,9 +180,10 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   for name in ('mean', 'std'):
     values = config.data[name]
     if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
+      counts = '1 value' if task.channels == 1 else f'1 or {task.channels} values'
       raise ValueError(
-        f'data.{name}={values}: the images have {task.channels} channel(s). Give 1 or '
-        f'{task.channels} values{", all positive" if name == "std" else ""}.'
+        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
+        f'the images have {task.channels} channel(s).'
       )
   loss, geometry = dict(config.loss), {}
   if task.stored_size == pair(config.data.image_size):  # else whole, smaller images are stored

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 import difflib
+import numbers
 import pathlib
 import re
 
@@ -32,6 +33,18 @@ def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
   if len(both) not in (1, 2) or not all(type(n) is int and n > 0 for n in both):
     raise ValueError(f'{what}: expected one or two positive integers, got {size!r}.')
   return both * 2 if len(both) == 1 else both
+
+
+def check_positive(what: str, value: object) -> None:
+  """Raises ValueError if a value is not a positive integer; the message begins with `what`."""
+  if not isinstance(value, numbers.Integral) or value < 1:
+    raise ValueError(f'{what} must be a positive integer, got {value!r}.')
+
+
+def one_line(text: str) -> str:
+  """Escapes line breaks and other control characters, so that a name stays on its line."""
+  escaped = lambda found: found.group().encode('unicode_escape').decode()
+  return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', escaped, text)
 
 
 def local(path: str | pathlib.Path) -> pathlib.Path:

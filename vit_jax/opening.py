@@ -41,6 +41,13 @@ from vit_jax.workdir import (
 
 log = logging.getLogger(__name__)
 
+# Prefixes of the config keys that only training reads.
+TRAINING_KEYS = (
+  'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
+  'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
+  'schedule.',
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -184,7 +191,7 @@ def from_init(
   config = config_lib.default_config()
   config.init = init
   config_lib.override_all(config, overrides)
-  check(config)
+  check(config, trains=False)
   found, names = read_weights(init), None
   if classes == 'data':
     data = config.data
@@ -239,7 +246,7 @@ def from_workdir(
     else:
       config_lib.check_same_run(own, config, workdir)
     size, config.data.image_size = pair(config.data.image_size), trained_size
-    check(config)
+    check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(size)
   experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
@@ -249,6 +256,8 @@ def from_workdir(
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
   """Opens the requested model: returns its experiment, parameters and step (None for `init`).
 
+  A warning names overrides that only training reads.
+
   Args:
     request: the model to open.
     classes: classes of `init`, as in `from_init`.
@@ -256,6 +265,9 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   Raises:
     ValueError: the weights do not exist, or the config or the overrides contradict them.
   """
+  unread = [key for key in request.overrides if key.startswith(TRAINING_KEYS)]
+  if unread and not request.config:
+    log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
     return *from_init(request.init, request.overrides, classes), None
   return from_workdir(request.workdir, request.overrides, request.config, request.step)

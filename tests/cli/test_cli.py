@@ -8,6 +8,9 @@ import subprocess
 import sys
 import tomllib
 
+import jax
+from ml_collections import ConfigDict
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT, call, error
@@ -154,6 +157,36 @@ def test_evaluate_and_predict_from_python(trained):
   assert (found['step'], found['examples']) == (16, 70)
   assert vit_jax.evaluate(workdir)['accuracy'] == result['test_accuracy']
   image = min((workdir / 'examples').iterdir())
-  (row,) = vit_jax.predict(str(workdir), [str(image)], topk=2)
+  (row,) = vit_jax.predict(str(workdir), str(image), topk=2)
   assert row['file'] == str(image) and len(row['predictions']) == 2
   assert inspect.isgeneratorfunction(predict_files)
+
+
+@pytest.mark.parametrize('call_of, message', [
+    (lambda run: next(vit_jax.predict(run, 'x.png', topk=None)),
+     'topk must be a positive integer, got None'),
+    (lambda run: next(vit_jax.predict(run, 'x.png', topk='3')),
+     "topk must be a positive integer, got '3'"),
+    (lambda run: vit_jax.load(run, num_classes='3'),
+     "num_classes must be a positive integer, got '3'"),
+    (lambda run: vit_jax.make(16, num_classes=3), 'model.variant: expected a name .*B/16, got 16'),
+    (lambda run: vit_jax.make('B/16', num_classes=-3),
+     'num_classes must be a positive integer, got -3'),
+    (lambda run: vit_jax.make('B/16', num_classes='3'), "num_classes .* got '3'"),
+    (lambda run: vit_jax.make('B/16', 3, depth='2'), "model.depth .* integer, got '2'"),
+    (lambda run: vit_jax.train({}, run), 'config: expected .*default_config.* type dict'),
+    (lambda run: vit_jax.train(ConfigDict(), run), 'config: the key seed is missing'),
+    (lambda run: vit_jax.save({}, vit_jax.make('tiny', 3), run, format='npz'),
+     r'save: expected \(model, params, folder\), got a value of type dict as the model'),
+    (lambda run: vit_jax.make('tiny', 3).init(jax.random.key(0), np.zeros((8, 8, 3))),
+     r'images: expected the shape \[B, H, W, C\], got \(8, 8, 3\)'),
+])  # fmt: skip
+def test_wrong_arguments_from_python_give_one_plain_message(call_of, message, trained):
+  with pytest.raises(ValueError, match=message):
+    call_of(trained[0])
+
+
+def test_the_package_gives_figures_without_an_import():
+  code = 'import vit_jax; print(vit_jax.figures.rollout.__name__)'
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == 'rollout\n', done.stderr

@@ -26,7 +26,7 @@ from vit_jax.check import check
 from vit_jax.cli.flags import STEP, split_paths
 from vit_jax.cli.parsing import parse_flags
 from vit_jax.data import image as image_lib
-from vit_jax.evaluation import exact, forward
+from vit_jax.evaluation import exact, files, forward
 from vit_jax.inference import prediction
 from vit_jax.training import trainer
 from vit_jax.weights import reader
@@ -66,6 +66,17 @@ def test_eval_prints_the_accuracy_of_the_run(capsys, trained):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--config.eval_batch_size=7')
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
+
+
+def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
+  workdir, result = trained
+  flags = ['--mode=eval', f'--workdir={workdir}', '--config.data.eval_split=test']
+  code, _, err = call(capsys, *flags)
+  assert not code and 'no effect' not in err
+  keys = {'ema': '0', 'optimizer.lr': '1', 'micro_batches': '7', 'augment.mix.probability': '0.5'}
+  code, out, err = call(capsys, *flags, *[f'--config.{key}={text}' for key, text in keys.items()])
+  assert not code and f'accuracy {result["test_accuracy"]:.9g}' in out
+  assert f'{", ".join(keys)}: no effect here, because only training reads' in err
 
 
 @pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
@@ -173,7 +184,7 @@ def test_existing_paths_may_contain_commas(tmp_path, monkeypatch):
 
 def test_a_pipe_is_not_an_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
-  assert image_lib.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
+  assert files.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
   with pytest.raises(image_lib.BadImage, match='a.png: not a regular file'):
     image_lib.read_file(tmp_path / 'a.png')
 
@@ -181,8 +192,8 @@ def test_a_pipe_is_not_an_image(tmp_path):
 def test_a_folder_with_an_image_suffix_is_not_an_image(tmp_path):
   (tmp_path / 'a.png').mkdir()
   (tmp_path / 'a.png' / 'b.png').touch()
-  assert image_lib.find_images([str(tmp_path)]) == image_lib.find_images([f'{tmp_path}/**/*.png'])
-  assert image_lib.find_images([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
+  assert files.find_images([str(tmp_path)]) == files.find_images([f'{tmp_path}/**/*.png'])
+  assert files.find_images([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
 
 
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])

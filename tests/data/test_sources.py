@@ -165,7 +165,8 @@ def test_files_are_ordered_by_the_hash_of_their_names(tmp_path):
   (tmp_path / 'train' / 'a' / os.fsdecode(b'na\xefve.jpg')).write_bytes(b'')
   (tmp_path / 'train' / 'a' / 'folder.png').mkdir()
   root = tmp_path / 'train'
-  files = [file for file in root.rglob('*') if image_lib.is_image(file)]
+  files = [file for file in root.rglob('*') if file.is_file()]
+  files = [file for file in files if image_lib.has_image_name(file.name)]
   below = lambda file: os.fsencode(pathlib.PurePath(*file.relative_to(root).parts[1:])).lower()
   digest = lambda file: (hashlib.sha256(below(file)).digest(), file.relative_to(root).parts[0])
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))

@@ -19,10 +19,11 @@ import yaml
 
 from tests.conftest import DATA, ROOT, call, error, small_config
 import vit_jax
+from vit_jax import experiment
 from vit_jax.data import image as image_lib
-from vit_jax.inference import card, exporting
+from vit_jax.inference import card, exporting, prediction
 from vit_jax.weights import program, reader
-from vit_jax.weights.formats import Preprocessing, prepare_lines
+from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
 
 ONNX = 'needs requirements-onnx.txt'
 PROGRAMS = ('stablehlo', 'onnx')
@@ -190,6 +191,24 @@ def test_cards_resize_files_as_the_weights_require(fields, tmp_path):
   assert np.array_equal(np.asarray(variables['image']), want)
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'L', 'I;16', 'CMYK', '1'])
+def test_cards_open_files_of_any_mode_as_predict_does(mode, channels, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  pixels = np.random.RandomState(0).randint(0, 256, (9, 7, 4), np.uint8)
+  if mode == 'I;16':
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 250)
+  else:
+    image = Image.fromarray(pixels).convert(mode)
+  options = {'transparency': 3} if mode == 'P' else {}
+  image.save('image.png', 'JPEG' if mode == 'CMYK' else 'PNG', **options)
+  variables = {'Image': Image, 'ImageOps': ImageOps}
+  exec(prepare_lines(Preprocessing((4, 4)), channels, (4, 4)), variables)
+  decoded = image_lib.decode_image(pathlib.Path('image.png').read_bytes(), 'image.png', channels)
+  want = image_lib.fit_image(decoded, (4, 4))
+  np.testing.assert_array_equal(np.asarray(variables['image']).reshape(want.shape), want)
+
+
 def run_card(folder, seen, pixels_BHWC, blocked=()):
   """Runs a card's code, asserts that its variable `seen` is these pixels, returns the output."""
   code = f"{snippet(folder)}\nimport numpy as np; np.save('seen.npy', {seen})"
@@ -353,3 +372,27 @@ def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='logits of the converted and the original model differ'):
     vit_jax.save(model, params, tmp_path, format='onnx')
   assert not list(tmp_path.iterdir())
+
+
+def test_class_names_with_line_breaks_stay_on_one_line(tmp_path, capsys):
+  model, params = random_model(pool='cls')
+  names = ('a\nb', 'c\r| d', 'é', 'f', 'g')
+  loaded = Pretrained(model, params, Preprocessing((8, 8)), names, ())
+  text = card.write_card('stablehlo', loaded, 'x\ny.npz')
+  assert r'0 a\nb, 1 c\r| d, 2 é' in text and r'`x\ny.npz`' in text
+  row = {'file': 'x\n.png', 'predictions': [{'class': 'a\nb', 'probability': 0.5}]}
+  prediction.as_table([row])
+  assert capsys.readouterr().out == 'x\\n.png\n   50.00%  a\\nb\n'
+
+
+def test_a_model_without_a_class_token_is_refused_with_its_config_key(tmp_path):
+  model, params = random_model(pool='gap')
+  with pytest.raises(ValueError, match='model.class_token=False: only True can be written'):
+    vit_jax.save(model, params, tmp_path, format='hf')
+
+
+@pytest.mark.parametrize('channels, counts', [(1, '1 value'), (3, '1 or 3 values')])
+def test_a_std_of_zero_is_refused(channels, counts):
+  config = small_config(**{'data.std': '0'})
+  with pytest.raises(ValueError, match=rf'data.std=\(0,\): expected {counts} above 0'):
+    experiment.assemble(config, experiment.Task(('a', 'b'), (8, 8), channels))

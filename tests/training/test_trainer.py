@@ -727,7 +727,7 @@ def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
     ({'data.image_size': '0'}, 'positive'), ({'loss.name': 'hinge'}, 'softmax'),
     ({'model.dtype': 'float8'}, 'bfloat16'), ({'init': '/nowhere'}, 'no such file or folder'),
     ({'model.pool': 'none'}, 'pool'), ({'data.mean': '1,2'}, 'data.mean'),
-    ({'data.std': '0'}, 'all positive'), ({'optimizer.clip': '-1'}, 'optimizer.clip'),
+    ({'data.std': '0'}, 'above 0'), ({'optimizer.clip': '-1'}, 'optimizer.clip'),
     ({'ema': 'nan'}, 'ema'), ({'epochs': '0.001'}, 'zero training steps'),
     ({'model.num_heads': '0'}, 'model.num_heads'), ({'model.head_dim': '-4'}, 'head_dim'),
 ])  # fmt: skip

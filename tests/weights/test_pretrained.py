@@ -295,6 +295,20 @@ def test_a_grid_that_is_not_square_must_be_given():
     logits(own, np.zeros((1, 16, 16, 3)))
 
 
+def test_a_loaded_model_refuses_another_grid_with_the_same_number_of_patches(trained, tmp_path):
+  for own, size in (
+    (vit_jax.load(source('paper_gap'), grid=(2, 4)), (32, 16)),
+    (vit_jax.load(trained[0], grid=(4, 4)), (8, 32)),
+  ):
+    right = np.zeros((1, *own.preprocessing.size, 3), np.float32)
+    assert logits(own, right).shape == (1, own.model.num_classes)
+    with pytest.raises(ValueError, match=r'has \dx\d patches, but the position embeddings are for'):
+      logits(own, np.zeros((1, *size, 3), np.float32))
+  wide = vit_jax.load(trained[0], grid=(2, 8))
+  vit_jax.save(*wide, tmp_path, format='timm')  # the image size follows from the model's grid
+  assert vit_jax.load(tmp_path).preprocessing.size == (8, 32)
+
+
 def test_a_workdir_and_its_checkpoints_load(trained):
   workdir, result = trained
   loaded = vit_jax.load(workdir)

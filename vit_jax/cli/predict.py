@@ -5,6 +5,7 @@ import logging
 
 from vit_jax import storage
 from vit_jax.cli.flags import IMAGES, OUT, WEIGHTS, Flag, Mode, request_of
+from vit_jax.names import one_line
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def write_features(args) -> int:
 def report_errors(errors: list[str]) -> int:
   """Logs the files that could not be read and returns the exit code."""
   for error in errors:
-    log.error('%s', error)
+    log.error('%s', one_line(error))
   return 1 if errors else 0
 
 

@@ -3,12 +3,13 @@
 from vit_jax.data.batching import Split, eval_batches, train_batches
 from vit_jax.data.folder import Files
 from vit_jax.data.image import (
+  EXTENSIONS,
   INTERPOLATIONS,
   BadImage,
   Fit,
   decode_image,
-  find_images,
   fit_image,
+  has_image_name,
   read_file,
   save_png,
 )
@@ -19,6 +20,7 @@ from vit_jax.data.sources import SOURCES, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
 __all__ = [
+  'EXTENSIONS',
   'INTERPOLATIONS',
   'SOURCES',
   'BadImage',
@@ -33,9 +35,9 @@ __all__ = [
   'decide_cache',
   'decode_image',
   'eval_batches',
-  'find_images',
   'first_size',
   'fit_image',
+  'has_image_name',
   'look_up_source',
   'num_examples',
   'open_source',

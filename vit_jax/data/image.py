@@ -10,7 +10,6 @@ Decisions:
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
-import glob
 import io
 import math
 import pathlib
@@ -20,7 +19,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vit_jax import storage
-from vit_jax.names import local
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
 # Accepted formats, for any file name. Some other formats, such as EPS, run programs.
@@ -32,11 +30,6 @@ Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (image, (height, w
 
 class BadImage(ValueError):
   """Raised for a file that cannot be decoded; the message gives its name and the reason."""
-
-
-def is_image(path: pathlib.Path) -> bool:
-  """Returns whether the path is a file with the extension of an image."""
-  return has_image_name(path.name) and path.is_file()
 
 
 def has_image_name(name: str) -> bool:
@@ -265,32 +258,6 @@ def opencv():
 
 FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in every Pillow version
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
-
-
-def find_images(paths: list[str]) -> list[pathlib.Path]:
-  """Returns the files at these paths; folders and patterns (`photos/*.jpg`) give sorted images.
-
-  Raises:
-    ValueError: no path is given, or a folder or a pattern matches no image.
-  """
-  if not paths:
-    raise ValueError('--images is empty: give a comma-separated list such as file.png,folder/.')
-  found = []
-  for path in map(local, paths):
-    if not path.exists() and any(sign in str(path) for sign in '*?['):
-      inside = sorted(p for p in map(pathlib.Path, glob.glob(str(path), recursive=True)))
-      inside = [p for p in inside if is_image(p)]
-      if not inside:
-        raise ValueError(f'{path}: no image matches (looked for {", ".join(EXTENSIONS)}).')
-      found += inside
-    elif path.is_dir():
-      inside = sorted(p for p in path.rglob('*') if is_image(p))
-      if not inside:
-        raise ValueError(f'{path}: no images in this folder (looked for {", ".join(EXTENSIONS)}).')
-      found += inside
-    else:
-      found.append(path)
-  return found
 
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:

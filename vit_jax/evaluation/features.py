@@ -139,7 +139,8 @@ def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
 
 def key(exp: Experiment, params: dict, examples: Split) -> str:
   """Returns a hash of everything that the features depend on."""
-  skip = ('num_classes', 'parent', 'name')  # the head, and attributes that flax adds
+  # The head, an attribute that only refuses images, and attributes that flax adds.
+  skip = ('num_classes', 'learned_grid', 'parent', 'name')
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}
   about = (traced(exp, params), model, sorted(exp.normalize.keywords.items()))

@@ -4,6 +4,7 @@ Decisions:
   * A figure whose data is missing is skipped. The report gives the reason.
 """
 
+from collections.abc import Iterable
 import logging
 import pathlib
 
@@ -23,13 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def visualize(
-  request: Request, images: list[str] | None = None, out: pathlib.Path | None = None
+  request: Request,
+  images: str | Iterable[str | pathlib.Path] | None = None,
+  out: pathlib.Path | None = None,
 ) -> list[pathlib.Path]:
   """Draws every figure whose data is available and returns the files, with the report last.
 
   Args:
     request: a training run, finished or not, or published weights.
-    images: image files and folders to draw; None for a few test images of the run.
+    images: paths of image files and folders to draw; None for a few test images of the run.
     out: output folder; the workdir by default.
 
   Raises:

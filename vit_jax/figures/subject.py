@@ -4,7 +4,7 @@ Test images are selected by their position in the split: the first of each class
 the same at every call and for two runs on the same data.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import logging
 import math
 import pathlib
@@ -13,9 +13,17 @@ import jax
 import numpy as np
 
 from vit_jax import opening, progress
-from vit_jax.data import Examples, Split, eval_batches, find_images
+from vit_jax.data import Examples, Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
-from vit_jax.evaluation import load_split, make_inference_step, open_test, probabilities, read_image
+from vit_jax.evaluation import (
+  PathLike,
+  find_images,
+  load_split,
+  make_inference_step,
+  open_test,
+  probabilities,
+  read_image,
+)
 from vit_jax.experiment import Experiment
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
@@ -29,7 +37,7 @@ SHOWN = 8  # number of images drawn
 MEASURED = 128  # number of images that attention distance is averaged over, as in the paper
 
 
-def collect(request: Request, images: list[str] | None) -> Subject:
+def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
   """Reads and computes the data for the figures; see `visualize` for the arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)

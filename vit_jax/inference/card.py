@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 
 from vit_jax.model import VARIANTS, ViT
+from vit_jax.names import one_line
 from vit_jax.weights import (
   FORMATS,
   Format,
@@ -141,7 +142,7 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
 def public(path: str) -> str:
   """Returns only the name of an absolute or `~` path, so that cards do not show local folders."""
   place = pathlib.PurePath(path)
-  return place.name if place.is_absolute() or path.startswith('~') else path
+  return one_line(place.name if place.is_absolute() or path.startswith('~') else path)
 
 
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
@@ -164,5 +165,5 @@ def classes(entry: Format, loaded: Pretrained) -> str:
     return f'{loaded.model.num_classes} classes; their names are unknown.'
   shown = names[:SHOWN] if entry.holds_names else names
   rest = f', and {len(names) - SHOWN:,} more in the JSON file' if len(names) > len(shown) else ''
-  listed = ', '.join(f'{i} {name}' for i, name in enumerate(shown))
+  listed = ', '.join(f'{i} {one_line(name)}' for i, name in enumerate(shown))
   return f'{len(names):,} classes: {listed}{rest}.'

@@ -97,8 +97,8 @@ def save(
     folder: output folder, created if it is missing; existing files of the same names are replaced
       only after all new files are complete.
     format: one of `FORMATS`.
-    preprocessing: how images must be prepared; None for pixels in [-1, 1] and the image size of a
-      square grid.
+    preprocessing: how images must be prepared; None for pixels in [-1, 1] and the image size of
+      the model's grid (a square one if the model does not know it).
     class_names: names of the logits; None to store no names.
     card: text of the `README.md`; None to write no such file.
 
@@ -106,6 +106,11 @@ def save(
     ValueError: the format cannot hold the model; the message lists the attributes.
   """
   entry = choose('format', format, FORMATS)
+  if not isinstance(model, ViT):
+    kind = type(model).__name__
+    raise ValueError(
+      f'save: expected (model, params, folder), got a value of type {kind} as the model.'
+    )
   folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
@@ -145,16 +150,18 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
-  """Returns the image size in pixels of the square grid that learned positions cover.
+  """Returns the image size in pixels of the grid that learned positions cover.
+
+  The grid is the model's `learned_grid`. A model without one must have a square grid.
 
   Raises:
-    ValueError: the positions are not learned, or their grid is not square.
+    ValueError: the positions are not learned, or their grid is unknown and not square.
   """
   if 'pos_embedding' not in params:
     raise ValueError(
       f'model.position={model.position!r} does not determine the image size. Pass preprocessing.'
     )
-  grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
+  grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError(
       'The position embeddings do not form a square grid. Pass preprocessing with the image size.'

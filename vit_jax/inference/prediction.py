@@ -1,6 +1,6 @@
 """Predicts the classes of image files, or computes their features."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 import csv
 import json
 import pathlib
@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import opening, progress
-from vit_jax.data import find_images
 from vit_jax.distributed import start_up
-from vit_jax.evaluation import map_files, probabilities
-from vit_jax.names import choose, local
+from vit_jax.evaluation import PathLike, find_images, map_files, probabilities
+from vit_jax.names import check_positive, choose, local, one_line
 from vit_jax.opening import Request
 
 KINDS = ('pooled', 'tokens')  # kinds of features
@@ -21,7 +20,7 @@ KINDS = ('pooled', 'tokens')  # kinds of features
 
 def predict(
   workdir: str | pathlib.Path | None,
-  images: Sequence[str],
+  images: PathLike | Iterable[PathLike],
   topk: int = 5,
   *,
   init: str = '',
@@ -34,7 +33,7 @@ def predict(
 
   Args:
     workdir: folder of a training run; None with `init`.
-    images: files, folders and patterns such as `photos/*.jpg`.
+    images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
     topk: number of classes per image.
     init: published weights instead of a workdir, anything that `vit_jax.load` reads.
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the best by
@@ -50,10 +49,12 @@ def predict(
   start_up()
   folder = None if workdir is None else local(workdir)
   request = Request(folder, init, step, overrides or {})
-  return predict_files(request, list(images), topk)
+  return predict_files(request, images, topk)
 
 
-def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dict]:
+def predict_files(
+  request: Request, paths: PathLike | Iterable[PathLike], topk: int
+) -> Iterator[dict]:
   """Yields the `topk` classes of each file, or an error message, in the given order.
 
   Yields:
@@ -63,8 +64,7 @@ def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dic
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
-  if topk < 1:
-    raise ValueError(f'--topk must be positive, got {topk}.')
+  check_positive('topk', topk)
   files = find_images(paths)
   exp, params, _ = opening.open_model(request)
   names = exp.task.class_names
@@ -81,13 +81,13 @@ def predict_files(request: Request, paths: list[str], topk: int) -> Iterator[dic
 
 
 def features(
-  request: Request, paths: list[str], kind: str
+  request: Request, paths: PathLike | Iterable[PathLike], kind: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
   """Computes the features of each file: the output of the model without its head.
 
   Args:
     request: which model to use; published weights need no head.
-    paths: files, folders and patterns.
+    paths: as `images` in `predict`.
     kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]`. `tokens` is the input
       of the pooling, `[N, T, D]`, with the class token and the registers first. Tokens are
       normalised by the last LayerNorm if it comes before the pooling.
@@ -143,9 +143,9 @@ def as_table(found: Iterable[dict]) -> None:
   """Prints each file's name, and its classes below it."""
   for row in found:
     if 'predictions' in row:
-      print(row['file'])
+      print(one_line(row['file']))
       for guess in row['predictions']:
-        print(f'  {guess["probability"]:7.2%}  {guess["class"]}', flush=True)
+        print(f'  {guess["probability"]:7.2%}  {one_line(guess["class"])}', flush=True)
 
 
 def as_json(found: Iterable[dict]) -> None:

@@ -31,7 +31,10 @@ def summary_of(request: Request) -> Summary:
     asked = config or saved_config(workdir, request.overrides)
   check(asked)
   if init or (workdir and latest_step(workdir) is not None):
-    exp, *_ = opening.open_model(request)
+    if init:
+      exp, _ = opening.from_init(init, request.overrides)
+    else:
+      exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
     notes, cycles = ('Training numbers assume the default config and --config.<key>.',), ()
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))

@@ -164,11 +164,15 @@ def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
   prefix = model.num_positions
   shape = (1, prefix + math.prod(whole), model.width)
   given = model.get_variable('params', 'pos_embedding')
-  if given is not None and given.shape != shape:
+  own = model.learned_grid or whole
+  mixed_up = math.prod(own) == math.prod(whole) and tuple(own) != tuple(whole)
+  if given is not None and (given.shape != shape or mixed_up):
+    found, wanted = math.prod(whole), given.shape[1] - prefix
+    if mixed_up:
+      found, wanted = ('x'.join(map(str, grid)) for grid in (whole, own))
     raise ValueError(
-      f'The image has {math.prod(whole)} patches, but the position embeddings are for '
-      f'{given.shape[1] - prefix}. Resize the image, or load the weights with grid=(h, w), the '
-      'number of patches down and across.'
+      f'The image has {found} patches, but the position embeddings are for {wanted}. Resize the '
+      'image, or load the weights with grid=(h, w), the number of patches down and across.'
     )
   init = nn.initializers.normal(stddev=0.02)
   return resize_positions(model.learned('pos_embedding', init, shape), whole, grid, prefix)

@@ -10,7 +10,7 @@ from vit_jax.model.layers import ACTIVATIONS
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.model.vit import ViT
-from vit_jax.names import choose
+from vit_jax.names import check_positive, choose
 
 # Sources: paper, Table 1; for g and G, Zhai et al. 2021 (2106.04560), Table 2; for Ti and S,
 # Touvron et al. 2020 (2012.12877), Table 1. The last three sizes are this project's own, for
@@ -85,6 +85,8 @@ def variant_fields(variant: str) -> dict:
   Raises:
     ValueError: the variant is unknown.
   """
+  if not isinstance(variant, str):
+    raise ValueError(f'model.variant: expected a name such as B/16, got {variant!r}.')
   name, _, patch = variant.partition('/')
   fields = dict(choose('model.variant', name, VARIANTS))
   if patch and not (patch.isascii() and patch.isdigit()):
@@ -117,9 +119,10 @@ def check_model(model: ViT) -> None:
 def check_sizes(model: ViT) -> None:
   """Raises ValueError if a size is not positive or the heads do not divide the width."""
   for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
-    size = getattr(model, name)
-    if size is not None and size < 1:
-      raise ValueError(f'model.{name} must be positive, got {size}.')
+    if getattr(model, name) is not None:
+      check_positive(f'model.{name}', getattr(model, name))
+  if model.num_classes is not None:
+    check_positive('num_classes', model.num_classes)
   if model.head_dim is None and model.width % model.num_heads:
     raise ValueError(
       f'model.width={model.width} is not divisible by model.num_heads={model.num_heads}. '

@@ -44,6 +44,8 @@ class ViT(nn.Module):
       `POSITION_PREFIXES`: `cls` (as in the paper, registers have no position), `none`, or `all`.
     position_grid: (down, across), the grid of patches that the positions are made for. Positions
       are stretched from it to images with any number of patches. None: the grid of the image.
+    learned_grid: (down, across), the grid of patches that the learned positions belong to. An image
+      with as many patches in another grid is refused. None: unknown, any such grid is accepted.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
@@ -76,6 +78,7 @@ class ViT(nn.Module):
   position: str = 'learned'
   position_prefix: str = 'cls'
   position_grid: tuple[int, int] | None = None
+  learned_grid: tuple[int, int] | None = None
   num_registers: int = 0
   representation_size: int | None = None
   dropout: float = 0.0
@@ -165,6 +168,11 @@ class ViT(nn.Module):
 
     In a hybrid, the patches are taken from the stem's feature map. The result is `[B, h, w, D]`.
     """
+    if len(image_BHWC.shape) != 4:
+      raise ValueError(
+        f'images: expected the shape [B, H, W, C], got {image_BHWC.shape}. One image needs a batch '
+        'axis: image[None].'
+      )
     _, height, width, _ = image_BHWC.shape
     p, q = self.patch_size
     if height % p or width % q:

@@ -243,8 +243,10 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
     model: the model to write.
     holds: the values that the format can hold, by attribute.
   """
+  key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
-    f'  model.{name}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be written'
+    f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '
+    'written'
     for name, values in holds.items()
     if getattr(model, name) not in values
   ]
@@ -253,9 +255,15 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
 
 
 def upright(channels: int) -> str:
-  """Returns the Python line that opens `image` and applies its EXIF orientation."""
+  """Returns the Python lines that open `image` as `vit_jax.data.decode_image` does."""
   mode = 'L' if channels == 1 else 'RGB'
-  return f"image = ImageOps.exif_transpose(Image.open('image.png')).convert('{mode}')"
+  return f"""image = ImageOps.exif_transpose(Image.open('image.png'))
+if image.mode.startswith('I'):  # 16-bit grey
+  image = image.convert('I').point(lambda value: value / 257 + 0.5).convert('L')
+elif image.has_transparency_data:  # shown on white
+  image = image.convert('RGBA')
+  image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+image = image.convert('{mode}')"""
 
 
 def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:

@@ -18,6 +18,7 @@ import pathlib
 import numpy as np
 
 from vit_jax.model import POOLS, POSITIONS, ViT, check_model, pooled
+from vit_jax.names import check_positive
 from vit_jax.weights import formats, layouts, reader
 from vit_jax.weights.formats import Pretrained, Weights
 
@@ -71,8 +72,8 @@ def adapt(
     resize: see `load`.
     new_head: whether to make a new head even if the file's head has the same number of classes.
   """
-  if num_classes is not None and num_classes < 1:
-    raise ValueError(f'num_classes must be positive, got {num_classes}.')
+  if num_classes is not None:
+    check_positive('num_classes', num_classes)
   model = ViT(**source.fields)
   check_model(model)
   own_grid = find_grid(source, model, grid, source_grid)
@@ -84,6 +85,7 @@ def adapt(
   for name, function in POSITIONS[model.position].params.items():
     if function is not None and name in params:
       params[name] = function(params[name], model, own_grid, grid, resize)
+      model = model.clone(learned_grid=tuple(grid))
   class_names = source.class_names
   if new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.

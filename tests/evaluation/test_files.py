@@ -1,0 +1,47 @@
+"""Finding the image files that a user asks for."""
+
+import errno
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from vit_jax.evaluation import files
+
+
+@pytest.fixture
+def photos(tmp_path):
+  for name in ('a/0.png', 'a/1.png', 'b/0.png', 'b/deep/0.png'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+  return tmp_path
+
+
+def test_find_images_skips_unreadable_and_vanished_entries(photos, monkeypatch, caplog):
+  scan, stat = os.scandir, os.stat
+
+  def scandir(path):
+    if pathlib.Path(path).name == 'deep':
+      raise FileNotFoundError(errno.ENOENT, 'No such file or directory', str(path))
+    return scan(path)
+
+  def stat_of(path, **kwargs):
+    if str(path).endswith('a/0.png'):
+      raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+    return stat(path, **kwargs)
+
+  monkeypatch.setattr(os, 'scandir', scandir)
+  monkeypatch.setattr(os, 'stat', stat_of)
+  assert files.find_images([str(photos)]) == [photos / 'a' / '1.png', photos / 'b' / '0.png']
+  assert 'b/deep: No such file or directory' in caplog.text
+
+
+def test_find_images_accepts_one_path_or_many(photos):
+  wanted = [photos / 'a' / '0.png', photos / 'a' / '1.png']
+  for paths in (str(photos / 'a'), photos / 'a', [photos / 'a'], iter(wanted)):
+    assert files.find_images(paths) == wanted
+  assert files.find_images(str(wanted[0])) == wanted[:1]
+  for wrong in (3, None, [3], np.zeros((2, 8, 8, 3), np.uint8)):
+    with pytest.raises(ValueError, match='images: expected a path or a list of paths, got a'):
+      files.find_images(wrong)

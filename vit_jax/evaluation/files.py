@@ -1,0 +1,69 @@
+"""Finds the image files that a user asks for."""
+
+from collections.abc import Iterable
+import glob
+import logging
+import os
+import pathlib
+
+from vit_jax import progress
+from vit_jax.data import EXTENSIONS, has_image_name
+from vit_jax.names import local
+
+log = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike
+
+
+def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
+  """Returns the files at these paths; folders and patterns (`photos/*.jpg`) give sorted images.
+
+  Raises:
+    ValueError: no path is given, or a folder or a pattern matches no image.
+  """
+  if isinstance(paths, PathLike):
+    paths = [paths]
+  items = list(paths) if isinstance(paths, Iterable) else [paths]
+  for wrong in (item for item in items if not isinstance(item, PathLike)):
+    kind = type(wrong).__name__
+    raise ValueError(f'images: expected a path or a list of paths, got a value of type {kind}.')
+  if not items:
+    raise ValueError('--images is empty: give a comma-separated list such as file.png,folder/.')
+  found, kinds = [], ', '.join(EXTENSIONS)
+  for path in map(local, items):
+    if os.path.isdir(path):
+      inside = images_below(path)
+      if not inside:
+        raise ValueError(f'{path}: no images in this folder (looked for {kinds}).')
+      found += inside
+    elif not os.path.exists(path) and any(sign in str(path) for sign in '*?['):
+      inside = [p for p in glob.iglob(str(path), recursive=True) if is_image(p)]
+      if not inside:
+        raise ValueError(f'{path}: no image matches (looked for {kinds}).')
+      found += sorted(map(pathlib.Path, inside))
+    else:
+      found.append(path)
+  return found
+
+
+def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all images in a folder, sorted. A warning reports folders that cannot be read."""
+  errors = []
+  with progress.announced(f'Listing the images in {folder} ...'):
+    walk = os.walk(folder, onerror=errors.append)
+    below = (os.path.join(top, name) for top, _, names in walk for name in names)
+    found = sorted(map(pathlib.Path, filter(is_image, below)))
+  if errors:
+    log.warning(
+      '%s: skipped %d folders that cannot be read. The first one is %s: %s.',
+      folder,
+      len(errors),
+      errors[0].filename,
+      errors[0].strerror,
+    )
+  return found
+
+
+def is_image(path: str) -> bool:
+  """Returns whether the path is a readable file with the extension of an image."""
+  return has_image_name(os.path.basename(path)) and os.path.isfile(path)
