@@ -1,6 +1,7 @@
 """Entries registered from outside the package work in every mode."""
 
 import json
+import re
 import shutil
 
 from flax import linen as nn
@@ -17,6 +18,7 @@ from vit_jax import cli, opening
 from vit_jax.augment import AUGMENTATIONS, Augmentation
 from vit_jax.cli.flags import WEIGHTS
 from vit_jax.data import SOURCES, Source
+from vit_jax.experiment import Task, assemble
 from vit_jax.figures import visualize
 from vit_jax.inference import exporting
 from vit_jax.keys import KEYS, Key
@@ -135,6 +137,20 @@ def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   model, params = vit_jax.load(tmp_path / 'run', grid=(4, 3))
   assert params['rows'].shape == (4, 1, 16) and params['columns'].shape == (1, 3, 16)
   assert model.apply({'params': params}, jnp.zeros((1, 16, 12, 3))).shape == (1, 10)
+
+
+@pytest.mark.parametrize('part, entry, message', [
+    ('position', Position(axial, params={'rows': None}),
+     'model.position=mine creates the parameters columns, which its entry does not list. Add them '
+     "to params={...} of the Position in POSITIONS['mine']."),
+    ('pool', Pool(weighted_mean, class_token=True),
+     'model.pool=mine creates the parameters mine, which its entry does not list. Add them to '
+     "params=(...) of the Pool in POOLS['mine']."),
+], ids=['position', 'pool'])  # fmt: skip
+def test_parameters_that_no_entry_lists_are_named(monkeypatch, part, entry, message):
+  monkeypatch.setitem({'position': POSITIONS, 'pool': POOLS}[part], 'mine', entry)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    assemble(small_config(**{f'model.{part}': 'mine'}), Task(('a', 'b'), (8, 8), 3))
 
 
 def lion(schedule, weight_decay, b1, b2, slowness, **_):
