@@ -235,8 +235,8 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
     kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
   name = getattr(model, kind)
   raise ValueError(
-    f'model.{kind}={name} creates the parameters {", ".join(given)}, which its entry does not '
-    f'list. Add them to {entry}[{name!r}].'
+    f'model.{kind}={name} creates parameters that its entry does not list: {", ".join(given)}. '
+    f'Add them to {entry}[{name!r}].'
   )
 
 
