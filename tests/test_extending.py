@@ -32,7 +32,7 @@ from vit_jax.model import (
   resize_positions,
 )
 from vit_jax.opening import Request
-from vit_jax.optim import LOSSES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import LOSSES, OPTIMIZERS, SCHEDULES, training_recipe
 from vit_jax.weights import FORMATS, Format, Preprocessing, Weights
 from vit_jax.weights.layouts import SAME, Row, flatten_params
 
@@ -173,6 +173,31 @@ def test_a_new_optimizer_schedule_and_loss_work_in_every_mode(tmp_path, monkeypa
   lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
   tested = [line for line in map(json.loads, lines) if line['split'] == 'test']
   assert tested[-1]['loss'] == pytest.approx(1, abs=0.2)  # near-zero logits miss one target by 1
+
+
+def focal(logits_BL, label_B, *, gamma):
+  log_p_B = -optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B)
+  return -((1 - jnp.exp(log_p_B)) ** gamma) * log_p_B
+
+
+def test_a_loss_gets_only_the_keys_that_it_accepts(monkeypatch):
+  monkeypatch.setitem(KEYS, 'loss.gamma', Key(2.0, 'exponent of the focal loss'))
+  monkeypatch.setitem(LOSSES, 'focal', focal)
+  monkeypatch.setitem(LOSSES, 'all', lambda logits_BL, label_B, **keys: keys)
+  loss = lambda name: assemble(
+    small_config(**{'loss.name': name, 'loss.gamma': '3'}), Task(('a', 'b'), (8, 8), 3)
+  ).loss(jnp.zeros((1, 2)), jnp.zeros(1, int))
+  half = np.log(2)
+  np.testing.assert_allclose(
+    [loss('softmax')[0], loss('sigmoid')[0], loss('focal')[0]], [half, 2 * half, half / 8], 1e-6
+  )
+  assert loss('all') == {'label_smoothing': 0, 'gamma': 3}
+
+
+def test_an_optimizer_gets_only_the_keys_that_it_accepts(monkeypatch):
+  monkeypatch.setitem(OPTIMIZERS, 'mine', lambda schedule, *, b1: optax.sgd(schedule, momentum=b1))
+  recipe = training_recipe(small_config(**{'optimizer.name': 'mine'}), 1024)
+  recipe['optimizer'].init({'kernel': jnp.zeros(2)})
 
 
 def negative(key_B, image_BHWC, probability):

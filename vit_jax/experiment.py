@@ -25,7 +25,7 @@ from vit_jax.augment import (
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import ViT, first_layer, last_layer, make
-from vit_jax.names import pair
+from vit_jax.names import accepted, pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
@@ -184,7 +184,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'data.{name}={values}: the images have {task.channels} channel(s). Give 1 or '
         f'{task.channels} values{", all positive" if name == "std" else ""}.'
       )
-  loss, geometry = dict(config.loss), {}
+  keys, geometry = dict(config.loss), {}
+  loss = LOSSES[keys.pop('name')]
   if task.stored_size == pair(config.data.image_size):  # else whole, smaller images are stored
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
@@ -194,7 +195,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     config,
     task,
     model,
-    functools.partial(LOSSES[loss.pop('name')], **loss),
+    functools.partial(loss, **accepted(loss, keys)),
     functools.partial(augment, arguments=arguments),
     functools.partial(augment_and_mix, arguments=arguments),
     functools.partial(
