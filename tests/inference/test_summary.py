@@ -190,6 +190,15 @@ def test_missing_data_is_replaced_by_assumptions_and_not_created(tmp_path):
   assert summarize(**prepared).steps
 
 
+def test_without_data_epochs_replace_the_steps(tmp_path):
+  missing = {'data.source': 'folder:photos', 'data.dir': str(tmp_path), 'epochs': '20'}
+  text = cost.as_text(summarize(**missing, **{'schedule.warmup': '2.5'}))
+  assert 'Steps: unknown without the data; the run has 20 epochs.' in text
+  assert 'Learning rate: warm-up to 0.01 in 2.5 epochs, then cosine.' in text
+  text = cost.as_text(summarize(**missing, **{'schedule.warmup': '9'}))
+  assert 'warm-up to 0.01 in 4 epochs' in text  # a fifth of the run
+
+
 def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_path):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=inspect', f'--workdir={workdir}')

@@ -17,7 +17,14 @@ from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
 from vit_jax.inference.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.model import first_layer, last_layer
-from vit_jax.optim import LATER_PEAK, Training, split_frozen, training_recipe, warmup_steps
+from vit_jax.optim import (
+  LATER_PEAK,
+  Training,
+  split_frozen,
+  training_recipe,
+  warmup_epochs,
+  warmup_steps,
+)
 from vit_jax.training import init_state
 from vit_jax.weights import flatten_params
 
@@ -185,9 +192,11 @@ def plan_text(summary: Summary) -> list[str]:
   """Returns the lines about the length of the run and its learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:
-    return [f'Steps: {config.epochs:g} epochs; the number of steps is unknown without the data.']
-  return [
-    f'Steps: {steps:,} in {config.epochs:g} epochs, {summary.run_flops / 1e15:.4g} PFLOPs in all.',
-    f'Learning rate: warm-up to {config.optimizer.lr:g} in {summary.warmup:,} steps, then '
-    f'{config.schedule.name}.',
-  ]
+    length = f'Steps: unknown without the data; the run has {config.epochs:g} epochs.'
+    warmup = f'{warmup_epochs(config):g} epochs'
+  else:
+    flops = f'{summary.run_flops / 1e15:.4g} PFLOPs in all'
+    length = f'Steps: {steps:,} in {config.epochs:g} epochs, {flops}.'
+    warmup = f'{summary.warmup:,} steps'
+  name = config.schedule.name
+  return [length, f'Learning rate: warm-up to {config.optimizer.lr:g} in {warmup}, then {name}.']
