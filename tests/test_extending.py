@@ -1,6 +1,7 @@
 """Entries registered from outside the package work in every mode."""
 
 import json
+import re
 import shutil
 
 from flax import linen as nn
@@ -17,6 +18,7 @@ from vit_jax import cli, opening
 from vit_jax.augment import AUGMENTATIONS, Augmentation
 from vit_jax.cli.flags import WEIGHTS
 from vit_jax.data import SOURCES, Source
+from vit_jax.experiment import Task, assemble
 from vit_jax.figures import visualize
 from vit_jax.inference import exporting
 from vit_jax.keys import KEYS, Key
@@ -30,7 +32,7 @@ from vit_jax.model import (
   resize_positions,
 )
 from vit_jax.opening import Request
-from vit_jax.optim import LOSSES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import LOSSES, OPTIMIZERS, SCHEDULES, training_recipe
 from vit_jax.weights import FORMATS, Format, Preprocessing, Weights
 from vit_jax.weights.layouts import SAME, Row, flatten_params
 
@@ -131,10 +133,24 @@ def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   fields = {'model.position': 'axial', 'optimizer.layer_decay': '0.9'}
   loaded, report = check_every_mode(tmp_path, **fields)
   assert loaded.params['rows'].shape == (2, 1, 16) and {'rows', 'columns'} <= {*first_layer()}
-  assert 'row and column embedding to those of all patches' in report
+  assert 'row and column embedding and every other' in report
   model, params = vit_jax.load(tmp_path / 'run', grid=(4, 3))
   assert params['rows'].shape == (4, 1, 16) and params['columns'].shape == (1, 3, 16)
   assert model.apply({'params': params}, jnp.zeros((1, 16, 12, 3))).shape == (1, 10)
+
+
+@pytest.mark.parametrize('part, entry, message', [
+    ('position', Position(axial, params={'rows': None}),
+     'model.position=mine creates parameters that its entry does not list: columns. Add them to '
+     "params={...} of the Position in POSITIONS['mine']."),
+    ('pool', Pool(weighted_mean, class_token=True),
+     'model.pool=mine creates parameters that its entry does not list: mine. Add them to '
+     "params=(...) of the Pool in POOLS['mine']."),
+], ids=['position', 'pool'])  # fmt: skip
+def test_parameters_that_no_entry_lists_are_named(monkeypatch, part, entry, message):
+  monkeypatch.setitem({'position': POSITIONS, 'pool': POOLS}[part], 'mine', entry)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    assemble(small_config(**{f'model.{part}': 'mine'}), Task(('a', 'b'), (8, 8), 3))
 
 
 def lion(schedule, weight_decay, b1, b2, slowness, **_):
@@ -157,6 +173,31 @@ def test_a_new_optimizer_schedule_and_loss_work_in_every_mode(tmp_path, monkeypa
   lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
   tested = [line for line in map(json.loads, lines) if line['split'] == 'test']
   assert tested[-1]['loss'] == pytest.approx(1, abs=0.2)  # near-zero logits miss one target by 1
+
+
+def focal(logits_BL, label_B, *, gamma):
+  log_p_B = -optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B)
+  return -((1 - jnp.exp(log_p_B)) ** gamma) * log_p_B
+
+
+def test_a_loss_gets_only_the_keys_that_it_accepts(monkeypatch):
+  monkeypatch.setitem(KEYS, 'loss.gamma', Key(2.0, 'exponent of the focal loss'))
+  monkeypatch.setitem(LOSSES, 'focal', focal)
+  monkeypatch.setitem(LOSSES, 'all', lambda logits_BL, label_B, **keys: keys)
+  loss = lambda name: assemble(
+    small_config(**{'loss.name': name, 'loss.gamma': '3'}), Task(('a', 'b'), (8, 8), 3)
+  ).loss(jnp.zeros((1, 2)), jnp.zeros(1, int))
+  half = np.log(2)
+  np.testing.assert_allclose(
+    [loss('softmax')[0], loss('sigmoid')[0], loss('focal')[0]], [half, 2 * half, half / 8], 1e-6
+  )
+  assert loss('all') == {'label_smoothing': 0, 'gamma': 3}
+
+
+def test_an_optimizer_gets_only_the_keys_that_it_accepts(monkeypatch):
+  monkeypatch.setitem(OPTIMIZERS, 'mine', lambda schedule, *, b1: optax.sgd(schedule, momentum=b1))
+  recipe = training_recipe(small_config(**{'optimizer.name': 'mine'}), 1024)
+  recipe['optimizer'].init({'kernel': jnp.zeros(2)})
 
 
 def negative(key_B, image_BHWC, probability):

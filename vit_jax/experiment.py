@@ -24,8 +24,8 @@ from vit_jax.augment import (
 )
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, make
-from vit_jax.names import pair
+from vit_jax.model import ViT, first_layer, last_layer, make
+from vit_jax.names import accepted, pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
@@ -185,7 +185,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
         f'the images have {task.channels} channel(s).'
       )
-  loss, geometry = dict(config.loss), {}
+  keys, geometry = dict(config.loss), {}
+  loss = LOSSES[keys.pop('name')]
   if task.stored_size == pair(config.data.image_size):  # else whole, smaller images are stored
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
@@ -195,7 +196,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     config,
     task,
     model,
-    functools.partial(LOSSES[loss.pop('name')], **loss),
+    functools.partial(loss, **accepted(loss, keys)),
     functools.partial(augment, arguments=arguments),
     functools.partial(augment_and_mix, arguments=arguments),
     functools.partial(
@@ -206,7 +207,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     ),
     functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
-  jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *experiment.image_shape)))
+  check_parameters(model, experiment.image_shape)
   for _, size in image_stages(config, 0):
     if any(n % patch for n, patch in zip(size, model.patch_size)):
       raise ValueError(
@@ -214,6 +215,31 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'{model.patch_size[0]}x{model.patch_size[1]}.'
       )
   return experiment
+
+
+def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
+  """Initializes the model abstractly, and checks that the registries list its parameters.
+
+  Raises:
+    ValueError: the model does not fit the images, or a position or pool creates a parameter that
+      its entry does not list.
+  """
+  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
+  listed = {*first_layer(), *last_layer()}
+  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
+  if not unlisted:
+    return
+  before = names(model.clone(pool='none', class_token=model.has_class))
+  if of_position := [name for name in unlisted if name in before]:
+    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
+  else:
+    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
+  name = getattr(model, kind)
+  raise ValueError(
+    f'model.{kind}={name} creates parameters that its entry does not list: {", ".join(given)}. '
+    f'Add them to {entry}[{name!r}].'
+  )
 
 
 def group(config: ConfigDict) -> int:

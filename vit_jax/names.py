@@ -1,7 +1,8 @@
-"""Checks what users write: names in a table, sizes and paths."""
+"""Checks what users write: names in a table, sizes, paths, and parameters of functions."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import difflib
+import inspect
 import numbers
 import pathlib
 import re
@@ -21,6 +22,16 @@ def choose(what: str, name: str, table: Collection[str]):
     valid = f' Valid: {", ".join(names)}.' if len(names) <= 40 else ''
     raise ValueError(f'{what}: unknown {name!r}.{hint}{valid}')
   return table[name] if isinstance(table, dict) else name
+
+
+def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
+  """Returns the arguments that the function accepts by name: all if it takes `**kwargs`."""
+  parameters = inspect.signature(function).parameters.values()
+  if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+    return dict(arguments)
+  by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+  names = {parameter.name for parameter in parameters if parameter.kind in by_name}
+  return {name: value for name, value in arguments.items() if name in names}
 
 
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:

@@ -78,13 +78,24 @@ def test_the_printed_config_restores_the_same_config(capsys):
   assert config_lib.flatten(again) == config_lib.flatten(wanted)
 
 
+def test_print_config_refuses_an_invalid_config(capsys):
+  config = '--config=configs/cifar10.py:tiny'
+  for flags, message in (
+    (['--config.model.position=learn'], "model.position: unknown 'learn'. Did you mean learned?"),
+    (['--config.data.crop=2'], 'data.crop must be from '),
+    (['--config.augment.erasing.min_area=0.9'], 'must not exceed'),
+  ):
+    assert message in error(capsys, config, *flags, '--print_config')
+    assert message in error(capsys, *flags, '--print_config')
+
+
 @pytest.mark.slow
 def test_print_config_works_for_a_workdir(capsys, trained):
   _, out, _ = call(capsys, '--print_config', f'--workdir={trained[0]}', '--config.log_every=7')
   assert 'data.source=synthetic' in out and 'log_every=7' in out
 
 
-@pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help'], ['--print_config']])
+@pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help']])
 def test_help_does_not_import_jax(flags):
   script = (
     f'import sys\nfrom vit_jax import cli\ncli.main({flags})\nassert "jax" not in sys.modules'

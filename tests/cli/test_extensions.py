@@ -43,7 +43,7 @@ def test_a_new_key_is_saved_and_may_change_when_a_run_resumes(new_key, tmp_path)
 
 
 def test_a_key_of_an_unknown_type_is_refused():
-  with pytest.raises(ValueError, match='need a kind'):
+  with pytest.raises(ValueError, match='set `kind` to'):
     Key(None, 'nothing')
 
 

@@ -1,6 +1,7 @@
 """Tests the cost of a config against closed formulas and XLA's numbers for compiled programs."""
 
 import dataclasses
+import functools
 import resource
 
 import jax
@@ -11,11 +12,13 @@ import pytest
 from benchmarks import works
 from tests.conftest import DATA, call, error, small_config
 from vit_jax import config as config_lib
-from vit_jax.distributed import devices
+from vit_jax import experiment, opening
+from vit_jax.distributed import add_up, devices
 from vit_jax.experiment import assemble
 from vit_jax.inference import cost, summary, tracing
 from vit_jax.opening import Request
 from vit_jax.optim import plan as plan_lib
+from vit_jax.training import init_state, loss_fn
 
 
 def summarize(**overrides):
@@ -69,6 +72,36 @@ def test_parameters_and_state_have_the_expected_size(trained):
   half = summarize(**{'optimizer.moment_dtype': 'bfloat16'})
   assert half.state_bytes['optimizer'] < 1.5 * size + 100 and not half.state_bytes['averages']
   assert (found.steps, found.warmup) == (result['steps'], 6)
+
+
+@pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
+def test_the_state_is_the_bytes_that_one_device_holds_in_training(axis):
+  sizes = {'data': 1, axis: 2}
+  config = small_config(**{
+    'model.width': '64', 'model.mlp_dim': '256', 'model.depth': '1', 'ema': '0.9',
+    'micro_batches': '1', **{f'mesh.{name}': str(size) for name, size in sizes.items()},
+  })  # fmt: skip
+  exp, training = opening.from_config(config)
+  mesh = experiment.mesh_for(exp.config)
+  now = init_state(exp, training, mesh)
+  example = {'image': np.zeros((32, 8, 8, 3), np.uint8), 'label': np.zeros(32, np.int32)}
+  batch = example | {'example': np.arange(32)}
+  gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
+  add = jax.jit(
+    lambda params: add_up(gradient, mesh, 1)(batch, params, {}, jax.random.key(0), None)
+  )
+  trees = {
+    'params': now.params, 'gradients': add(now.params)[0], 'optimizer': now.opt_state,
+    'averages': now.ema,
+  }  # fmt: skip
+  held = {
+    name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+    for name, tree in trees.items()
+  }
+  found = cost.measure(exp, 1024)
+  assert found.state_bytes == held
+  whole = 4 * found.parts[-1].parameters
+  assert held['params'] == whole if axis == 'data' else held['params'] < 0.7 * whole
 
 
 def test_inspect_reports_the_warmup_of_the_first_cycle():
@@ -155,6 +188,15 @@ def test_missing_data_is_replaced_by_assumptions_and_not_created(tmp_path):
   assert not list(tmp_path.iterdir())
   prepared = {'data.source': 'tfds:mini', 'data.dir': str(DATA / 'tfds'), 'batch_size': '4'}
   assert summarize(**prepared).steps
+
+
+def test_without_data_epochs_replace_the_steps(tmp_path):
+  missing = {'data.source': 'folder:photos', 'data.dir': str(tmp_path), 'epochs': '20'}
+  text = cost.as_text(summarize(**missing, **{'schedule.warmup': '2.5'}))
+  assert 'Steps: unknown without the data; the run has 20 epochs.' in text
+  assert 'Learning rate: warm-up to 0.01 in 2.5 epochs, then cosine.' in text
+  text = cost.as_text(summarize(**missing, **{'schedule.warmup': '9'}))
+  assert 'warm-up to 0.01 in 4 epochs' in text  # a fifth of the run
 
 
 def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_path):

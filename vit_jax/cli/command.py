@@ -1,7 +1,7 @@
 """Runs the program: from its arguments to an exit code.
 
 Decisions:
-  * Help and `--print_config` are printed before JAX is imported, wherever that is possible.
+  * Help is printed before JAX is imported, wherever that is possible.
   * A mistake of the user prints one line, `error: ...`, and gives exit code 2.
 """
 

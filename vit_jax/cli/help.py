@@ -111,12 +111,19 @@ def config_page() -> str:
 
 
 def config_text(args: argparse.Namespace) -> str:
-  """Returns the resolved config, one `key=value` line per key, in the form of `--config.`."""
+  """Returns the resolved config, one `key=value` line per key, in the form of `--config.`.
+
+  Raises:
+    ValueError: the config is not valid.
+  """
+  from vit_jax.check import check  # the registries need JAX
+
   config = given_config(args)
   if config is None and args.workdir:
     from vit_jax.training import saved_config
 
     config = saved_config(args.workdir, args.overrides)
   config = config or override_all(default_config(), args.overrides)
+  check(config)
   values = flatten(config)
   return '\n'.join(f'{key}={as_text(values[key])}' for key in KEYS)

@@ -23,6 +23,8 @@ ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
 MIN_EXAMPLES = 32  # per CPU device; with fewer, synchronization costs more than a device gains
 
+PAIRS = '2 (mixed pairs stay together)'  # why `group` is 2, in messages
+
 _one_per_core = False  # whether `start_up` set the number of CPU devices, not the user
 
 
@@ -78,7 +80,8 @@ def make_mesh(
   Args:
     batch_size: number of examples over all devices; None: a mesh of all devices.
     micro_batches: number of micro-batches that each device's share is divided into.
-    group: number of neighbouring examples that stay together on a device and in a micro-batch.
+    group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
+      if images are mixed in pairs, else 1.
     shape: number of devices along each of `AXES`; one axis may be -1, for all remaining devices.
       If another axis is -1 too, `data` becomes 1.
 
@@ -90,7 +93,7 @@ def make_mesh(
   if batch_size < 1 or micro_batches < 1 or batch_size % (micro_batches * group):
     raise ValueError(
       f'batch_size={batch_size} must be a positive multiple of micro_batches={micro_batches}'
-      + (f', and of {micro_batches * group}.' if group > 1 else '.')
+      + (f', and of {micro_batches * group}: {micro_batches} x {PAIRS}.' if group > 1 else '.')
     )
   rows = batch_size // micro_batches // group
   counts = [len(devices)]
@@ -109,10 +112,12 @@ def make_mesh(
   fitting = [found for found in sizes if rows % (found[0] * found[1]) == 0]
   if not fitting:
     data, fsdp, _ = sizes[0]
+    factors = [f'{data * fsdp} devices'] + [f'{micro_batches} micro-batches'] * (micro_batches > 1)
     raise ValueError(
       f'batch_size={batch_size} with micro_batches={micro_batches} does not divide over '
       f'{data * fsdp} devices: make batch_size a multiple of '
-      f'{micro_batches * data * fsdp * group}.'
+      f'{micro_batches * data * fsdp * group}'
+      + (f': {" x ".join([*factors, PAIRS])}.' if group > 1 else '.')
     )
   return mesh_of(fitting[0])
 

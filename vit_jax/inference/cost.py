@@ -5,17 +5,26 @@ All numbers come from shapes: nothing is computed or compiled, and no parameters
 
 from collections import Counter
 import dataclasses
+import math
 
 from clu import parameter_overview
 import jax
+from jax.sharding import Mesh
 
 from vit_jax import experiment
-from vit_jax.distributed import shares
+from vit_jax.distributed import layout, shares
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
 from vit_jax.inference.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.model import first_layer, last_layer
-from vit_jax.optim import LATER_PEAK, Training, split_frozen, training_recipe, warmup_steps
+from vit_jax.optim import (
+  LATER_PEAK,
+  Training,
+  split_frozen,
+  training_recipe,
+  warmup_epochs,
+  warmup_steps,
+)
 from vit_jax.training import init_state
 from vit_jax.weights import flatten_params
 
@@ -48,7 +57,7 @@ class Summary:
     parts: the modules, in the order of the model, and last their total.
     train_flops: FLOPs of a training step for one image.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages`.
+    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages` on each device.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of these images.
@@ -110,10 +119,10 @@ def measure(
     train_flops,
     run_flops,
     {
-      'params': size_of(shapes.params),
-      'gradients': size_of(split_frozen(shapes.params, config.freeze)[0]),
-      'optimizer': size_of(shapes.opt_state),
-      'averages': size_of(shapes.ema),
+      'params': size_on_device(shapes.params, mesh),
+      'gradients': size_on_device(split_frozen(shapes.params, config.freeze)[0], mesh),
+      'optimizer': size_on_device(shapes.opt_state, mesh),
+      'averages': size_on_device(shapes.ema, mesh),
     },
     mesh.size,
     at_once,
@@ -130,9 +139,13 @@ def measure(
   )
 
 
-def size_of(tree) -> int:
-  """Returns the total size of all arrays in bytes."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def size_on_device(tree, mesh: Mesh) -> int:
+  """Returns the bytes that each device holds of arrays that training places with `layout`."""
+  leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
+  return sum(
+    math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, sharding in zip(leaves, placed, strict=True)
+  )
 
 
 def place(name: str) -> tuple[int, str]:
@@ -179,9 +192,11 @@ def plan_text(summary: Summary) -> list[str]:
   """Returns the lines about the length of the run and its learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:
-    return [f'Steps: {config.epochs:g} epochs; the number of steps is unknown without the data.']
-  return [
-    f'Steps: {steps:,} in {config.epochs:g} epochs, {summary.run_flops / 1e15:.4g} PFLOPs in all.',
-    f'Learning rate: warm-up to {config.optimizer.lr:g} in {summary.warmup:,} steps, then '
-    f'{config.schedule.name}.',
-  ]
+    length = f'Steps: unknown without the data; the run has {config.epochs:g} epochs.'
+    warmup = f'{warmup_epochs(config):g} epochs'
+  else:
+    flops = f'{summary.run_flops / 1e15:.4g} PFLOPs in all'
+    length = f'Steps: {steps:,} in {config.epochs:g} epochs, {flops}.'
+    warmup = f'{summary.warmup:,} steps'
+  name = config.schedule.name
+  return [length, f'Learning rate: warm-up to {config.optimizer.lr:g} in {warmup}, then {name}.']

@@ -16,6 +16,7 @@ from vit_jax.optim.plan import (
   num_steps,
   plan_training,
   training_recipe,
+  warmup_epochs,
   warmup_steps,
 )
 from vit_jax.optim.schedules import SCHEDULES
@@ -35,5 +36,6 @@ __all__ = [
   'plan_training',
   'split_frozen',
   'training_recipe',
+  'warmup_epochs',
   'warmup_steps',
 ]

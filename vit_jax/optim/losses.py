@@ -1,4 +1,10 @@
-"""Loss functions `(logits_BL, label_B, **arguments) -> loss_B`."""
+"""`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`; labels are integers.
+
+A loss gets each config key `loss.<name>` that its signature accepts as `<name>`, or all of them if
+it takes `**kwargs`. Other packages can add an entry:
+
+    LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
+"""
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from vit_jax.model import first_layer, last_layer
-from vit_jax.names import choose
+from vit_jax.names import accepted, choose
 from vit_jax.optim import schedules
 
 
@@ -148,8 +148,12 @@ def is_matrix(params) -> dict:
 def make_optimizer(
   name: str, schedule: schedules.Schedule, clip: float, layer_decay: float = 1.0, **arguments
 ) -> optax.GradientTransformation:
-  """Returns the optimizer `name` of `OPTIMIZERS`, preceded by clipping by the global norm."""
-  parts = [choose('optimizer.name', name, OPTIMIZERS)(schedule, **arguments)]
+  """Returns the optimizer `name` of `OPTIMIZERS`, preceded by clipping by the global norm.
+
+  The optimizer gets only the `arguments` that its signature accepts.
+  """
+  function = choose('optimizer.name', name, OPTIMIZERS)
+  parts = [function(schedule, **accepted(function, arguments))]
   if clip:
     parts.insert(0, optax.clip_by_global_norm(clip))
   if layer_decay != 1:

@@ -136,6 +136,11 @@ def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
+def warmup_epochs(config: ConfigDict) -> float:
+  """Returns the length of the warm-up in epochs, for a run without later cycles."""
+  return min(config.schedule.warmup, config.epochs / 5)
+
+
 def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -> None:
   """Logs the length of a run, and warns if it is too short to learn much.
 
