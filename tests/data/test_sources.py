@@ -351,6 +351,31 @@ def test_files_other_than_images_are_counted_in_a_warning(tmp_path):
   assert 'folders not used: held. Test images are read from the folders test, val' in warnings[1]
 
 
+@pytest.mark.parametrize('top', ['', 'train'])
+def test_folders_that_are_no_classes_are_named_in_a_warning(tmp_path, top):
+  splits = ('train', 'test') if top else ('',)
+  for split in splits:
+    touch(tmp_path / split, [f'{c}/{i}.jpg' for c in 'ab' for i in range(20)])
+  touch(tmp_path / top, ['__MACOSX/0.jpg'])
+  os.symlink('.', tmp_path / top / 'c')
+  os.symlink(tmp_path, tmp_path / top / 'd')
+  os.symlink('a', tmp_path / top / 'e')  # a link to another folder is a class
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.class_names == ('a', 'b', 'e') and source.sizes['train'] <= 60
+  wanted = f'{tmp_path / top}: folders not used: __MACOSX, c, d. They are links to the folder '
+  assert any(warning.startswith(wanted) for warning in source.warnings), source.warnings
+
+
+@pytest.mark.parametrize('folders, named', [
+    (['valid', 'validation'], True), (['test', 'val'], False), (['validation'], False),
+])  # fmt: skip
+def test_a_warning_tells_which_of_several_folders_is_the_test(tmp_path, folders, named):
+  touch(tmp_path, [f'{s}/{c}/{i}.jpg' for s in ('train', *folders) for c in 'ab' for i in range(2)])
+  warnings = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
+  message = f"{tmp_path}: valid/ is the split 'test', validation/ is the split 'validation'."
+  assert warnings == ((message,) if named else ())
+
+
 def test_a_jfif_file_is_an_image(tmp_path):
   make_folder(tmp_path, ['train/a', 'train/b', 'test/a', 'test/b'], count=2)
   Image.new('RGB', (4, 4)).save(tmp_path / 'train' / 'a' / 'x.jfif', 'jpeg')

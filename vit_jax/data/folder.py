@@ -172,12 +172,23 @@ def warnings(
       f'{some([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of the '
       f'extensions {", ".join(image_lib.EXTENSIONS)}.'
     )
+  top = files['train'].top
+  for folder in dict.fromkeys((root, top)):
+    if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
+      yield (
+        f'{folder}: folders not used: {some(skipped)}. They are links to the folder that contains '
+        'them, or added by macOS.'
+      )
   others = sorted(set(subfolders(root)) - {'train', *TEST_NAMES})
-  if others and files['train'].top != root:
+  if others and top != root:
     yield (
       f'{root}: folders not used: {some(others)}. Test images are read from the folders '
       f'{", ".join(TEST_NAMES)}.'
     )
+  held_out = {name: part.top.name for name, part in files.items() if name != 'train'}
+  if len(held_out) > 1 and held_out['test'] != 'test':
+    shown = (f'{folder}/ is the split {name!r}' for name, folder in held_out.items())
+    yield f'{root}: {", ".join(shown)}.'
 
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
@@ -193,8 +204,15 @@ def some(names: Sequence[str]) -> str:
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """Returns the names of the folders in `root`, sorted, without hidden folders."""
-  return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.'))
+  """Returns the names of the folders in `root`, sorted, without hidden and useless folders."""
+  names = (p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.' and not useless(p))
+  return tuple(sorted(names))
+
+
+def useless(folder: pathlib.Path) -> bool:
+  """Returns whether a folder is a link to a folder that contains it, or `__MACOSX`."""
+  loops = folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+  return folder.name == '__MACOSX' or loops
 
 
 def list_files(
