@@ -14,16 +14,18 @@ import pytest
 from benchmarks import speed, sweep
 from tests import prose
 from tests.conftest import ROOT
-from vit_jax import cli
+from vit_jax import cli, config
 from vit_jax.cli import parsing
 from vit_jax.config import default_config, override_all
 from vit_jax.keys import KEYS
+from vit_jax.model import POOLS, POSITIONS
+from vit_jax.optim import LOSSES, SCHEDULES
 
 DOCS = sorted((ROOT / 'docs').glob('*.md'))
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *DOCS]
 FENCE = re.compile(r'^ *```(\w+)\n(.*?)^ *```', re.M | re.S)
 WORD = r"(?:'[^']*'|[^\s;&)'])+"  # of a shell command
-OWN_MODULE = '--import=my_parts'  # docs/architecture.md; the test below runs it
+OWN_MODULE = '--import=my_'  # docs/architecture.md; a test below runs these commands
 NOT_COMMANDS = (  # what stands in place of a person's own values
   '<model>', '<data>', '<repository>', '...',
 )  # fmt: skip
@@ -63,13 +65,13 @@ def test_commands_of_the_docs_pass_their_modes_parser(page, command, monkeypatch
   if any(part in command for part in NOT_COMMANDS):
     pytest.skip('a pattern, not a command')
   monkeypatch.chdir(ROOT)
-  argv = [word for word in shlex.split(command) if word != OWN_MODULE]
-  if len(argv) < len(shlex.split(command)):
-    argv = [word for word in argv if word.split('=')[1] not in ('smooth_max', 'square')]
+  argv = shlex.split(command)
+  if OWN_MODULE in command:  # without the module, its names and keys are unknown
+    argv = [word for word in argv if not word.startswith((OWN_MODULE, '--config.'))]
   general = parsing.parse_general(argv)
   args = parsing.parse_flags(argv, general.mode)
-  config = cli.load_file(args.config) if getattr(args, 'config', '') else default_config()
-  override_all(config, args.overrides)
+  given = cli.load_file(args.config) if getattr(args, 'config', '') else default_config()
+  override_all(given, args.overrides)
 
 
 def test_the_docs_have_commands_of_every_mode():
@@ -155,10 +157,12 @@ def test_the_reference_has_every_public_name():
 
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
 def test_config_keys_of_the_docs_exist(path):
+  page = read(path)
+  own = set(re.findall(r"^KEYS\['([\w.]+)'\] = ", page, re.M))  # defined in an example
   sections = {key.partition('.')[0] for key in KEYS if '.' in key}
-  for words in re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', read(path), flags=re.S)):
+  for words in re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', page, flags=re.S)):
     for key in re.findall(rf'(?<![\w./])((?:{"|".join(sections)})\.[a-z_.12]*\w)(?![\w/(])', words):
-      known = key in KEYS or any(name.startswith(f'{key}.') for name in KEYS)
+      known = key in {*KEYS, *own} or any(name.startswith(f'{key}.') for name in KEYS)
       assert known or key.endswith(('.py', '.json', '.safetensors', '.stablehlo', '.onnx')), key
 
 
@@ -191,23 +195,28 @@ def test_python_of_the_docs_compiles(path, text):
 
 
 @pytest.mark.slow
-def test_the_parts_of_the_architecture_page_train(tmp_path, capsys, monkeypatch):
-  page = ROOT / 'docs' / 'architecture.md'
-  (module,) = [text for text in blocks(page, 'python') if 'POOLS' in text]
-  (tmp_path / 'my_parts.py').write_text(module, encoding='utf-8')
+@pytest.mark.parametrize('name, printed', [
+    ('my_parts', ['model.pool=smooth_max', 'schedule.name=square']),
+    ('my_focal', ['loss.name=focal', 'loss.gamma=3.0', 'model.position=axial']),
+])  # fmt: skip
+def test_the_parts_of_the_architecture_page_train(tmp_path, capsys, monkeypatch, name, printed):
+  page = read(ROOT / 'docs' / 'architecture.md')
+  module = re.search(rf'Save this as `{name}\.py`.*?```python\n(.*?)```', page, re.S)[1]
+  (tmp_path / f'{name}.py').write_text(module, encoding='utf-8')
   monkeypatch.syspath_prepend(tmp_path)
-  from vit_jax.model import POOLS
-  from vit_jax.optim import SCHEDULES
-
-  (command,) = [text for page, text in COMMANDS if OWN_MODULE in text]
+  monkeypatch.setattr(config, 'imports', ())
+  (command,) = [text for page, text in COMMANDS if f'--import={name}' in text]
   argv = [word for word in shlex.split(command) if not word.startswith('--workdir')]
   monkeypatch.chdir(ROOT)
-  with mock.patch.dict(POOLS), mock.patch.dict(SCHEDULES):
+  with contextlib.ExitStack() as stack:
+    for table in (POOLS, POSITIONS, SCHEDULES, LOSSES, KEYS):
+      stack.enter_context(mock.patch.dict(table))
     cli.main([*argv, '--print_config'])
-    assert 'model.pool=smooth_max' in capsys.readouterr().out
-    short = ['--config.epochs=0.1', '--config.model.depth=1', f'--workdir={tmp_path / "run"}']
-    cli.main([*argv, *short])
+    assert {*printed} <= {*capsys.readouterr().out.splitlines()}
+    workdir = f'--workdir={tmp_path / "run"}'
+    cli.main([*argv, '--config.epochs=0.1', '--config.model.depth=1', workdir])
   assert (tmp_path / 'run' / 'result.json').exists()
+  assert config.imports == (name,)
 
 
 FILES = prose.project_files(ROOT)
