@@ -104,8 +104,8 @@ def from_config(
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
-      'which held out other files and read them in another order. Its weights still load: start '
-      'from them with --config.init=<its workdir> and another --workdir.'
+      'which held out other files and read the training files in another order. Its weights still '
+      'load: start from them with --config.init=<its workdir> and another --workdir.'
     )
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)

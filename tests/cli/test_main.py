@@ -452,14 +452,15 @@ def test_event_loops_that_fail_to_open_are_silent():
   assert (ended.stdout, ended.stderr) == ('Too many open files\n', '')
 
 
-def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch):
+def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch, trained):
   def stop(*_):
     raise KeyboardInterrupt
 
   for mode in ('train', 'eval'):
     monkeypatch.setitem(cli.MODES, mode, dataclasses.replace(cli.MODES[mode], run=stop))
-    code, _, err = call(capsys, f'--mode={mode}', '--workdir=x')
-    assert code == 130 and ('resumes' in err) == (mode == 'train')
+    code, _, err = call(capsys, f'--mode={mode}', f'--workdir={trained[0]}')
+    assert code == 130 and ('The same command resumes from step 32.' in err) == (mode == 'train')
+  assert 'Nothing was saved yet' in call(capsys, '--workdir=x')[2]
 
 
 def test_a_second_ctrl_c_exits_immediately():

@@ -76,10 +76,20 @@ def main(argv: Sequence[str]) -> int | None:
     print(f'error: {describe(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    resumes = ' The same command resumes from what was saved.' if mode and mode.resumes else ''
-    print(f'Interrupted.{resumes}', file=sys.stderr)
+    print(f'Interrupted.{what_was_saved(args) if mode and mode.resumes else ""}', file=sys.stderr)
     return 130
   return None
+
+
+def what_was_saved(args: argparse.Namespace) -> str:
+  """Returns from which step an interrupted run resumes."""
+  if 'vit_jax.workdir' not in sys.modules:  # importing takes seconds, and nothing began
+    return ''
+  from vit_jax.workdir import saved_steps
+
+  for step in saved_steps(args.workdir):
+    return f' The same command resumes from step {step}.'
+  return ' Nothing was saved yet: the same command starts again.'
 
 
 def run(mode: Mode, args: argparse.Namespace) -> int | None:

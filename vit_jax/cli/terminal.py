@@ -59,7 +59,7 @@ def open_streams() -> None:
 
 
 def hush_event_loops() -> None:
-  """Silences messages about event loops that orbax could not open; its error gives the reason."""
+  """Silences messages about event loops that orbax could not open; orbax raises an error too."""
   before = sys.unraisablehook
 
   def report(unraisable):
@@ -90,7 +90,8 @@ class Output(io.TextIOWrapper):
     except OSError as error:
       close_pipe()  # otherwise Python writes again at exit
       raise OSError(
-        f'Cannot write to standard output ({error.strerror}). Free disk space or redirect it.'
+        f'Cannot write to standard output ({error.strerror}). Free disk space, or redirect the '
+        'output.'
       ) from error
 
 

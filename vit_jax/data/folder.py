@@ -97,7 +97,7 @@ def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images in `train/<class>/` and the folders in `TEST_NAMES`, or in plain `<class>/`.
 
   The first folder of `TEST_NAMES` that exists becomes the split `test`; the others keep their
-  names. If none exists, the files at positions below `HELD_OUT` become the split `test`.
+  names. If none exists, files whose names hash to a `position` below `HELD_OUT` become `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training

@@ -102,7 +102,7 @@ def open_split(
     source: dataset that contains the split.
     split: the split in TFDS notation.
     size: (height, width) of the images.
-    to_train: whether the split is used for training, where `reading.crop` applies.
+    to_train: whether the split is used for training; only then does `reading.crop` apply.
   """
   if reading.cache == 'memory':
     return memory.load_examples(source, split, size, reading.skip_bad_images, reading.fit)

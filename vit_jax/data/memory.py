@@ -92,7 +92,7 @@ def load_examples(
     split: the split in TFDS notation.
     size: (height, width) that images are scaled to.
     skip_bad_images: skip images that cannot be decoded, instead of raising.
-    fit: `image.fit_image` with its other arguments bound.
+    fit: `image.fit_image` with every argument bound except image and size.
 
   Raises:
     image.BadImage: an image cannot be decoded, and bad images are not skipped.

@@ -73,7 +73,7 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on a CPU, of as many as divide the batch, at most `worth`.
+  """Returns a mesh of all devices; on a CPU, of the most that divide the batch, up to `worth()`.
 
   If the user has set the number of CPU devices, the mesh uses as many of them as divide the batch.
 
@@ -82,8 +82,8 @@ def make_mesh(
     micro_batches: number of micro-batches that each device's share is divided into.
     group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
       if images are mixed in pairs, else 1.
-    shape: number of devices along each of `AXES`; one axis may be -1, for all remaining devices.
-      If another axis is -1 too, `data` becomes 1.
+    shape: number of devices along each of `AXES`. An axis of -1 takes all remaining devices; if
+      `data` and another axis are -1, `data` becomes 1.
 
   Raises:
     ValueError: the devices cannot form such a mesh, or the batch does not divide over them.

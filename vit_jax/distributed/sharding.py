@@ -48,7 +48,7 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns which mesh axis splits each axis of an array.
 
   `tensor` splits the axis given in `TENSOR_AXIS`. `fsdp` splits the longest other axis that is
-  divisible by its size (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  divisible by the size of `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)

@@ -21,7 +21,7 @@ class RealAccuracy(metrics.Average):
 
 @functools.cache  # JAX can only add metrics of one and the same class
 def averages(*names: str) -> type[metrics.Collection]:
-  """Returns the class that averages the metrics of these names."""
+  """Returns a `metrics.Collection` type that averages the metrics of these names."""
   kinds = {'real_accuracy': RealAccuracy}
   return metrics.Collection.create(
     **{name: kinds.get(name) or metrics.Average.from_output(name) for name in names}

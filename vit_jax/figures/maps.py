@@ -51,7 +51,7 @@ def attentions(
     weight.
 
   Raises:
-    Missing: the model does not pool, or its pool does not report what it reads.
+    Missing: the model does not pool, or its pool does not report how much it reads of each token.
   """
   pool = POOLS[model.pool]
   if pool.tokens:
@@ -132,7 +132,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
     `distance`: `[B, depth, K]`, in pixels.
 
   Raises:
-    Missing: the model does not pool, or its pool does not report what it reads.
+    Missing: the model does not pool, or its pool does not report how much it reads of each token.
   """
   grid = grid_of(model, image_BHWC)
 

@@ -112,7 +112,7 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
   if now < start:
     raise ValueError(
       f'{workdir} is already at step {start}, but epochs={config.epochs:g} ends at step {now}. '
-      f'Set more than epochs={saved.epochs:g}, or use another --workdir.'
+      f'Set epochs to more than {saved.epochs:g}, or use another --workdir.'
     )
   return (*cycles, then) if then else ()
 

@@ -143,7 +143,7 @@ def read_npz(path: pathlib.Path) -> Weights:
   if prefix is None:
     raise ValueError(
       f'{path}: not a ViT of the paper or of big_vision: expected an array embedding/kernel, found '
-      f'{len(arrays)} others: {", ".join(sorted(arrays)[:5])}, ...'
+      f'{len(arrays)} others, such as {", ".join(sorted(arrays)[:5])}.'
     )
   inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
   get = lambda name: arrays[prefix + name]
