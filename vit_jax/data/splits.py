@@ -42,7 +42,10 @@ def resolve(
     pieces.append((name, start, stop))
   if not pieces:
     there = ', '.join(f'{name} ({size:,} examples)' for name, size in sizes.items())
-    raise ValueError(f'Split {spec!r} contains no examples. Available: {there}. Use a larger part.')
+    raise ValueError(
+      f'Split {spec!r} contains no examples. Available: {there}. Use a larger part, e.g. '
+      'train[:80%] to train and train[80%:] to validate.'
+    )
   return pieces
 
 
