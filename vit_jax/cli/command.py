@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli.errors import describe
+from vit_jax.cli.errors import describe, what_was_saved
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
@@ -76,20 +76,12 @@ def main(argv: Sequence[str]) -> int | None:
     print(f'error: {describe(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print(f'Interrupted.{what_was_saved(args) if mode and mode.resumes else ""}', file=sys.stderr)
+    print(
+      f'Interrupted.{what_was_saved(args.workdir) if mode and mode.resumes else ""}',
+      file=sys.stderr,
+    )
     return 130
   return None
-
-
-def what_was_saved(args: argparse.Namespace) -> str:
-  """Returns from which step an interrupted run resumes."""
-  if 'vit_jax.workdir' not in sys.modules:  # importing takes seconds, and nothing began
-    return ''
-  from vit_jax.workdir import saved_steps
-
-  for step in saved_steps(args.workdir):
-    return f' The same command resumes from step {step}.'
-  return ' Nothing was saved yet: the same command starts again.'
 
 
 def run(mode: Mode, args: argparse.Namespace) -> int | None:

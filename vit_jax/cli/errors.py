@@ -2,7 +2,9 @@
 
 import errno
 import os
+import pathlib
 import re
+import sys
 
 
 def describe(error: Exception) -> str:
@@ -16,3 +18,14 @@ def describe(error: Exception) -> str:
   if flag and (value := os.environ.get(flag[1].upper())) is not None:
     return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Correct it.'
   return str(error)
+
+
+def what_was_saved(workdir: pathlib.Path) -> str:
+  """Returns from which step an interrupted run resumes."""
+  if 'vit_jax.workdir' not in sys.modules:  # importing takes seconds, and nothing began
+    return ''
+  from vit_jax.workdir import saved_steps
+
+  for step in saved_steps(workdir):
+    return f' The same command resumes from step {step}.'
+  return ' Nothing was saved yet: the same command starts again.'
