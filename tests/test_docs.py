@@ -24,7 +24,7 @@ from vit_jax.optim import LOSSES, SCHEDULES
 DOCS = sorted((ROOT / 'docs').glob('*.md'))
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *DOCS]
 FENCE = re.compile(r'^ *```(\w+)\n(.*?)^ *```', re.M | re.S)
-WORD = r"(?:'[^']*'|[^\s;&)'])+"  # of a shell command
+WORD = r"(?:'[^']*'|[^\s;&)'])+"  # one word of a shell command
 OWN_MODULE = '--import=my_'  # docs/architecture.md; a test below runs these commands
 NOT_COMMANDS = (  # what stands in place of a person's own values
   '<model>', '<data>', '<repository>', '...',

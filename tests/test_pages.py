@@ -15,7 +15,7 @@ from tests.test_docs import blocks, lines_of
 
 pytestmark = pytest.mark.slow
 
-SMALL = {  # what a page says, and what the test puts in its place
+SMALL = {  # words of a page: their replacement in the test
   '--config.epochs=20': '--config.epochs=1 --config.batch_size=16',
   'google/vit-base-patch16-224-in21k': 'tiny_timm',
   'py:b16,': 'py:tiny,',
@@ -70,7 +70,7 @@ def commands(page):
 
 @pytest.fixture(scope='module')
 def tutorial(home):
-  """The same folder after the commands of the tutorial, which leave the run `runs/c10`."""
+  """Returns that folder after the commands of the tutorial, which leave the run `runs/c10`."""
   for command in commands('tutorial.md'):
     if '--config=' not in command or 'folder:cifar10' in command:  # the others download CIFAR-10
       run(home, command)

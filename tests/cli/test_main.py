@@ -459,7 +459,7 @@ def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch, t
   for mode in ('train', 'eval'):
     monkeypatch.setitem(cli.MODES, mode, dataclasses.replace(cli.MODES[mode], run=stop))
     code, _, err = call(capsys, f'--mode={mode}', f'--workdir={trained[0]}')
-    assert code == 130 and ('The same command resumes from step 32.' in err) == (mode == 'train')
+    assert code == 130 and ('resumes from step 32.' in err) == (mode == 'train')
   assert 'Nothing was saved yet' in call(capsys, '--workdir=x')[2]
 
 

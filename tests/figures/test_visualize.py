@@ -156,7 +156,7 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   page = Page(out / 'report.html')
   assert 'weights without a run have no metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)
-  assert ('what the probe attends to' in page.text) == (name == 'timm_map')
+  assert ('probe attends to' in page.text) == (name == 'timm_map')
   assert ('have no head' in page.text) == (name == 'hf_backbone')
 
 

@@ -102,7 +102,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(weights, overrides, me
 
 def test_dropout_and_dtype_may_differ_from_the_init_run(trained):
   others = {'dropout': '0.1', 'attention_dropout': '0.3', 'stochastic_depth': '0.4'}
-  others |= {'dtype': 'bfloat16', 'remat': 'full'}  # of the run: 0, 0, 0.2, float32, none
+  others |= {'dtype': 'bfloat16', 'remat': 'full'}  # the run has 0, 0, 0.2, float32 and none
   config = small_config(init=str(trained[0]), **{f'model.{k}': v for k, v in others.items()})
   source = Source({}, tuple(f'pattern {i}' for i in range(10)), 3, None)
   model = inherit.open_init(config, source)[0].model

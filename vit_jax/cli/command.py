@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int | None:
   """Runs a mode, or prints the requested help; returns the exit code, None for 0."""
   keep_compiled()
   show_log()
-  mode = None
+  mode, args = None, None
   try:
     args = parse_general(argv)
     if args.extensions:
@@ -76,10 +76,9 @@ def main(argv: Sequence[str]) -> int | None:
     print(f'error: {describe(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    print(
-      f'Interrupted.{what_was_saved(args.workdir) if mode and mode.resumes else ""}',
-      file=sys.stderr,
-    )
+    workdir = getattr(args, 'workdir', None)  # None before the mode's flags are parsed
+    saved = what_was_saved(workdir) if mode and mode.resumes else ''
+    print(f'Interrupted.{saved}', file=sys.stderr)
     return 130
   return None
 

@@ -20,9 +20,9 @@ def describe(error: Exception) -> str:
   return str(error)
 
 
-def what_was_saved(workdir: pathlib.Path) -> str:
+def what_was_saved(workdir: pathlib.Path | None) -> str:
   """Returns from which step an interrupted run resumes."""
-  if 'vit_jax.workdir' not in sys.modules:  # importing takes seconds, and nothing began
+  if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun
     return ''
   from vit_jax.workdir import saved_steps
 
