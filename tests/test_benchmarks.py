@@ -64,7 +64,9 @@ def test_plain_linen_computes_the_same_function(work):
   np.testing.assert_allclose(got, model.apply({'params': params}, image_BHWC), atol=2e-5)
 
 
-@pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
+@pytest.mark.parametrize('work', [
+    pytest.param(INFERENCE, id='tiny'), pytest.param(CLS, id='B/16', marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_pytorch_model_computes_the_same_function(work):
   torch = pytest.importorskip('torch', reason='requirements-peers.txt is not installed')
   from benchmarks.torch_vit import TorchViT

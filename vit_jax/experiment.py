@@ -224,6 +224,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
     ValueError: the model does not fit the images, or a position or pool creates a parameter that
       its entry does not list.
   """
+  model = model.clone(depth=1)  # all blocks have the same parameters
   image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
   listed = {*first_layer(), *last_layer()}

@@ -48,6 +48,7 @@ def test_each_device_holds_only_its_share(found):
   assert both['held'] < 0.3 * both['all']
 
 
+@pytest.mark.slow
 def test_every_layout_restores_the_checkpoints_of_every_other(found):
   assert found['wrong'] == []
 

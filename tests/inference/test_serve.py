@@ -64,6 +64,7 @@ def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
   return {found['label']: found['confidence'] for found in label['confidences']}, picture
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
 def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp_path):
   file = sorted((trained[0] / 'examples').iterdir())[0]

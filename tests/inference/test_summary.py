@@ -74,7 +74,9 @@ def test_parameters_and_state_have_the_expected_size(trained):
   assert (found.steps, found.warmup) == (result['steps'], 6)
 
 
-@pytest.mark.parametrize('axis', ['data', 'fsdp', 'tensor'])
+@pytest.mark.parametrize(
+  'axis', ['fsdp', *(pytest.param(x, marks=pytest.mark.slow) for x in ('data', 'tensor'))]
+)
 def test_the_state_is_the_bytes_that_one_device_holds_in_training(axis):
   sizes = {'data': 1, axis: 2}
   config = small_config(**{

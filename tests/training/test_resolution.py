@@ -214,6 +214,7 @@ def test_progressive_run_resumes_bit_for_bit_before_and_at_the_change(whole, sto
     )
 
 
+@pytest.mark.slow
 def test_early_steps_see_images_reduced_like_pillows(whole):
   """The border is left out."""
   exp, _, _ = opening.from_workdir(whole[0])

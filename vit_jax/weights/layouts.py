@@ -102,6 +102,7 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
   return found
 
 
+@functools.lru_cache(maxsize=8)
 def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the model's parameters, e.g. `{'block_0/mlp/up/kernel': (48, 192)}`.
 
