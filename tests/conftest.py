@@ -1,5 +1,6 @@
 """Sets up two CPU devices, a compilation cache for the session, and a trained workdir."""
 
+import functools
 import os
 import pathlib
 import tempfile
@@ -40,6 +41,18 @@ def small_config(**overrides):
   for key, text in {**settings, **overrides}.items():
     config_lib.override(config, key, text)
   return config
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def init_params(model, image_BHWC):
+  """Returns parameters; compiled, because single operations take seconds to compile."""
+  return model.init(jax.random.key(0), image_BHWC)['params']
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_model(model, params, image_BHWC):
+  """Returns the logits or tokens of a model, compiled as a whole."""
+  return model.apply({'params': params}, image_BHWC)
 
 
 def call(capsys, *argv):

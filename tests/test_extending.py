@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.conftest import call, error, small_config
+from tests.conftest import call, error, run_model, small_config
 import vit_jax
 from vit_jax import cli, opening
 from vit_jax.augment import AUGMENTATIONS, Augmentation
@@ -63,7 +63,7 @@ def check_every_mode(folder, classes=10, **overrides):
   image_BHWC = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 3), np.uint8)
   p = loaded.preprocessing
   pixels = (image_BHWC / 255 - np.array(p.mean)) / np.array(p.std)
-  want = loaded.model.apply({'params': loaded.params}, jnp.asarray(pixels, jnp.float32))
+  want = run_model(loaded.model, loaded.params, jnp.asarray(pixels, jnp.float32))
   np.testing.assert_allclose(program.call(image_BHWC), want, atol=1e-4)
   return loaded, drawn[-1].read_text(encoding='utf-8')
 
@@ -136,7 +136,7 @@ def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   assert 'row and column embedding and every other' in report
   model, params = vit_jax.load(tmp_path / 'run', grid=(4, 3))
   assert params['rows'].shape == (4, 1, 16) and params['columns'].shape == (1, 3, 16)
-  assert model.apply({'params': params}, jnp.zeros((1, 16, 12, 3))).shape == (1, 10)
+  assert run_model(model, params, jnp.zeros((1, 16, 12, 3))).shape == (1, 10)
 
 
 @pytest.mark.parametrize('part, entry, message', [

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn import linear_model
 
+from tests.conftest import run_model
 from vit_jax import cli, evaluation, opening
 from vit_jax.data import sources, stream
 from vit_jax.distributed import devices
@@ -90,7 +91,7 @@ def test_features_are_the_input_of_the_head(opened):
   np.testing.assert_array_equal(found.label_N, test.label_N)
   feature_ND = found.image_NHWC
   assert feature_ND.shape == (70, 16) and feature_ND.dtype == np.float32
-  logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
+  logits = run_model(exp.model, params, exp.normalize(test.image_NHWC))
   head = params['head']
   np.testing.assert_allclose(feature_ND @ head['kernel'] + head['bias'], logits, atol=1e-4)
 
@@ -127,7 +128,7 @@ def test_fewshot_measures_a_trained_workdir(capsys, trained, opened, monkeypatch
   exp, params, _ = opened
   train, test = (evaluation.load_split(exp, split) for split in ('train', 'test'))
   backbone = exp.model.clone(num_classes=None)
-  apply = lambda image: np.asarray(backbone.apply({'params': params}, exp.normalize(image)), float)
+  apply = lambda image: np.asarray(run_model(backbone, params, exp.normalize(image)), float)
   index = few_shot.draw_shots(train.label_N, exp.task.class_names, 5, seed=1).ravel()
   want = reference(
     apply(train.image_NHWC[index]), train.label_N[index], apply(test.image_NHWC), test.label_N

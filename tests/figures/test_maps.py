@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sklearn import decomposition, metrics
 
+from tests.conftest import run_model
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
 from vit_jax.model import attention, pooling, resnet, variants
@@ -135,7 +136,7 @@ def test_map_head_reads_what_its_probe_attends_to(case):
   model, params, image = build(**CASES[case])
   _, read = maps.attentions(model, params, image)
   body = model.clone(pool='none', num_classes=None, class_token=model.has_class)
-  token = np.float64(body.apply({'params': params}, image))[:, model.num_prefix :]
+  token = np.float64(run_model(body, params, image))[:, model.num_prefix :]
   query = np.float64(params['map']['query']).repeat(2, axis=0)
   want = attend(params['map']['attention'], query, token, 2)[:, :, 0]
   np.testing.assert_array_equal(read[..., : model.num_prefix], 0)
@@ -191,7 +192,7 @@ def test_maps_use_the_plain_path_where_the_model_uses_a_fused_kernel(monkeypatch
   monkeypatch.setattr(attention, 'with_gradient', spy('fused', attention.with_gradient))
   monkeypatch.setattr(attention, 'plain', spy('plain', plain))
 
-  logits = model.apply({'params': params}, image)
+  logits = run_model(model, params, image)
   assert calls.count('fused') >= model.depth
   calls.clear()
   looked, _ = model.apply({'params': params}, image, mutable=['intermediates'])

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 import pytest
 import yaml
 
-from tests.conftest import DATA, ROOT, call, error, small_config
+from tests.conftest import DATA, ROOT, call, error, init_params, run_model, small_config
 import vit_jax
 from vit_jax import experiment
 from vit_jax.data import image as image_lib
@@ -87,7 +87,7 @@ def random_model(image_shape=(8, 8, 3), **fields):
   """Returns a model and its parameters, all of them random."""
   sizes = dict(width=16, depth=2, num_heads=2, mlp_dim=32, patch_size=(4, 4))
   model = vit_jax.make(None, 5, **sizes | fields)
-  params = model.init(jax.random.key(0), jnp.zeros((1, *image_shape)))['params']
+  params = init_params(model, jnp.zeros((1, *image_shape)))
   keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
   noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
   add = lambda x, key: np.asarray(x + 0.3 * jax.random.normal(key, x.shape))
@@ -117,7 +117,7 @@ def test_programs_give_the_outputs_of_the_model(format, name, tmp_path):
   p = Preprocessing((8, 8), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
   vit_jax.save(model, params, tmp_path, format=format, preprocessing=p)
   image_BHWC = images(p, 3)
-  want = model.apply({'params': params}, normalized(image_BHWC, p))
+  want = run_model(model, params, normalized(image_BHWC, p))
   for batch in (1, 3):  # any number of images
     found = outputs(format, tmp_path, image_BHWC[:batch])
     assert found.dtype == np.float32
@@ -137,7 +137,7 @@ def test_programs_of_published_weights_give_the_original_outputs(format, name, t
   exporting.export(path if path.exists() else DATA / name, format, tmp_path / 'out')
   loaded = vit_jax.load(path if path.exists() else DATA / name)
   image_BHWC = images(loaded.preprocessing, 3)
-  want = loaded.model.apply({'params': loaded.params}, normalized(image_BHWC, loaded.preprocessing))
+  want = run_model(loaded.model, loaded.params, normalized(image_BHWC, loaded.preprocessing))
   np.testing.assert_allclose(outputs(format, tmp_path / 'out', image_BHWC), want, atol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_a_program_runs_elsewhere_with_the_code_of_its_card(format, trained, tmp
   p = loaded.preprocessing
   file = save_image(tmp_path / 'out', (20, 30))
   pixels = image_lib.fit_image(file, p.size, p.interpolation, p.crop, p.stretch)
-  want_L = loaded.model.apply({'params': loaded.params}, normalized(pixels[None], p))[0]
+  want_L = run_model(loaded.model, loaded.params, normalized(pixels[None], p))[0]
   code = snippet(tmp_path / 'out') + "np.save('out.npy', output)"
   printed = run(code, tmp_path / 'out', OURS | ({'jax'} if format == 'onnx' else set()))
   assert printed.strip() == loaded.class_names[want_L.argmax()]
@@ -223,7 +223,7 @@ def test_npz_card_runs(trained, tmp_path):
   file = save_image(tmp_path / 'npz', (8, 8))
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
-  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  best = run_model(loaded.model, loaded.params, pixels)[0].argmax()
   assert int(run_card(tmp_path / 'npz', 'pixels', pixels)) == best
   assert f'{best} pattern {best}' in (tmp_path / 'npz' / 'README.md').read_text()
 
@@ -235,7 +235,7 @@ def test_hugging_face_card_runs(tmp_path):
   exporting.export(DATA / 'hf_classifier', 'hf', tmp_path)
   file = save_image(tmp_path, loaded.preprocessing.size)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
-  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  best = run_model(loaded.model, loaded.params, pixels)[0].argmax()
   names = loaded.class_names or [f'LABEL_{i}' for i in range(loaded.model.num_classes)]
   seen = "inputs['pixel_values'].permute(0, 2, 3, 1)"
   assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == names[best]
@@ -250,7 +250,7 @@ def test_timm_card_runs(trained, tmp_path):
   file = save_image(tmp_path, (8, 8))
   loaded = vit_jax.load(workdir)
   pixels = normalized(np.asarray(file)[None], loaded.preprocessing)
-  best = loaded.model.apply({'params': loaded.params}, pixels)[0].argmax()
+  best = run_model(loaded.model, loaded.params, pixels)[0].argmax()
   seen = 'transform(image).permute(1, 2, 0)'
   assert run_card(tmp_path, seen, pixels, OURS - {'safetensors'}) == f'pattern {best}'
 
@@ -330,7 +330,7 @@ def test_exported_programs_compute_in_float32_from_the_stored_size(tmp_path):
   )
   image_BHWC = images(p, 1)
   larger = jax.image.resize(image_BHWC / np.float32(255), (3, 16, 16, 1), 'cubic')
-  want = model.apply({'params': params}, (larger - 0.3) / np.float32(0.4))
+  want = run_model(model, params, (larger - 0.3) / np.float32(0.4))
   found = outputs('stablehlo', tmp_path / 'out', image_BHWC)
   np.testing.assert_allclose(found, want, atol=1e-5 * np.abs(want).max())
 

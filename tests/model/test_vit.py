@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import DATA
+from tests.conftest import DATA, init_params, run_model
 from vit_jax.model import positions, resnet, variants, vit
 from vit_jax.model.encoder import Encoder
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
@@ -53,7 +53,7 @@ def test_logits_equal_the_papers_code(folder, fields):
   model = variants.make('tiny', 5, width=24, depth=2, **fields)
   params = paper_params(DATA / folder / 'weights.npz')
   io = np.load(DATA / folder / 'io.npz')
-  logits = model.apply({'params': params}, io['image'], train=False)
+  logits = run_model(model, params, io['image'])
   np.testing.assert_allclose(logits, io['output'], atol=2e-5)
 
 
@@ -422,13 +422,13 @@ def test_invalid_models_are_rejected(fields, message):
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_block_tokens_returns_the_tokens_after_each_block(remat):
   model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
-  params = model.init(jax.random.key(0), image_BHWC)['params']
+  params = init_params(model, image_BHWC)
   blocks = vit.block_tokens(model, params, image_BHWC)
   assert len(blocks) == 3
   shorter = model.clone(depth=2, num_classes=None, pool='none')
   kept = {name: leaves for name, leaves in params.items() if name not in ('block_2', 'head')}
   norm = {'scale': jnp.ones_like(params['norm']['scale']), 'bias': params['norm']['bias']}
-  out = shorter.apply({'params': kept | {'norm': norm}}, image_BHWC)
+  out = run_model(shorter, kept | {'norm': norm}, image_BHWC)
   x = blocks[1]
   want = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + model.norm_epsilon)
   np.testing.assert_allclose(out, want, atol=1e-5)
@@ -439,7 +439,7 @@ def test_encoder_draws_are_the_same_alone_and_in_a_model(remat):
   """Random draws depend on module paths, and an encoder in a model adds nothing to them."""
   fields = dict(attention_dropout=0.1, stochastic_depth=0.3, layer_scale=0.1, remat=remat)
   model = small(num_classes=None, pool='none', position='none', class_token=False, **fields)
-  params = model.init(jax.random.key(0), IMAGE)['params']
+  params = init_params(model, IMAGE)
   embedding = lambda module, _: module.name == 'embedding'
   apply = functools.partial(model.apply, {'params': params}, IMAGE, train=True)
   key = {'dropout': jax.random.key(1)}
@@ -447,7 +447,7 @@ def test_encoder_draws_are_the_same_alone_and_in_a_model(remat):
   x_BND = state['intermediates']['embedding']['__call__'][0].reshape(4, 8, 16)
 
   encoder = Encoder(model.block, model.depth, remat=remat)
-  own = encoder.init(jax.random.key(0), x_BND)['params']
+  own = init_params(encoder, x_BND)
   assert own.keys() == {'block_0', 'block_1', 'norm'} == params.keys() - {'embedding'}
   jax.tree.map(np.testing.assert_array_equal, own, {name: params[name] for name in own})
   np.testing.assert_array_equal(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import probe as benchmark
-from tests.conftest import small_config
+from tests.conftest import run_model, small_config
 from vit_jax import cli, inherit, opening
 from vit_jax.data import batching
 from vit_jax.data.source import Source
@@ -65,7 +65,7 @@ def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   assert sorted(moments) == sorted(2 * [kernel, bias])  # Adam's two moments, for the head only
 
   def forward(params, image_BHWC):
-    return exp.model.apply({'params': params}, exp.normalize(image_BHWC))
+    return run_model(exp.model, params, exp.normalize(image_BHWC))
 
   image_BHWC = jnp.zeros((16, 8, 8, 3), jnp.uint8)  # each of the two devices has half a batch
   forward = jax.jit(forward).lower(train_state.params, image_BHWC).compile()
@@ -109,7 +109,7 @@ def test_head_is_averaged_and_clipped_by_its_own_gradient(trained):
   pooled = exp.model.clone(num_classes=None)
   for i in range(3):
     batch, decay = next(batches), min(0.2, (1 + i) / (10 + i))
-    x = np.asarray(pooled.apply({'params': params}, exp.normalize(batch['image'])), np.float64)
+    x = np.asarray(run_model(pooled, params, exp.normalize(batch['image'])), np.float64)
     p = np.exp(x @ head['kernel'] + head['bias'])
     error = p / p.sum(1, keepdims=True) - np.eye(10)[np.asarray(batch['label'])]
     grads = {'kernel': x.T @ error / 32, 'bias': error.mean(0)}

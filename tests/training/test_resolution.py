@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import small_config
+from tests.conftest import run_model, small_config
 from vit_jax import opening
 from vit_jax.data import sources
 from vit_jax.evaluation import exact
@@ -108,13 +108,13 @@ def test_every_position_of_the_table_has_a_gradient():
 def test_positions_without_parameters_are_stretched(position):
   model = small(pool='gap', position=position, position_grid=WHOLE)
   params = random_params(model)
-  stretched = model.apply({'params': params}, IMAGES)
-  plain = model.clone(position_grid=None).apply({'params': params}, IMAGES)
+  stretched = run_model(model, params, IMAGES)
+  plain = run_model(model.clone(position_grid=None), params, IMAGES)
   assert np.allclose(stretched, plain, atol=1e-5) == (position == 'none')
   own = np.random.RandomState(3).normal(size=(3, 16, 24, 3)).astype(np.float32)  # 4 x 6 patches
   np.testing.assert_array_equal(
-    model.apply({'params': params}, own),
-    model.clone(position_grid=None).apply({'params': params}, own),
+    run_model(model, params, own),
+    run_model(model.clone(position_grid=None), params, own),
   )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import ROOT, small_config
+from tests.conftest import ROOT, run_model, small_config
 from vit_jax import config as config_lib
 from vit_jax import evaluation, opening
 from vit_jax.data import batching
@@ -192,7 +192,7 @@ def test_evaluation_equals_the_mean_in_float64(trained):
   workdir, result = trained
   exp, params, _ = opening.from_workdir(workdir)
   test = evaluation.load_split(exp, 'test')
-  logits = exp.model.apply({'params': params}, exp.normalize(test.image_NHWC))
+  logits = run_model(exp.model, params, exp.normalize(test.image_NHWC))
   logits = np.asarray(logits, np.float64)
   log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
   assert result['test_loss'] == pytest.approx(-log_p[np.arange(256), test.label_N].mean(), abs=1e-6)

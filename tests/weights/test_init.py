@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, call, error, small_config
+from tests.conftest import DATA, call, error, run_model, small_config
 from tests.weights.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
@@ -128,7 +128,7 @@ def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights
   code, out, _ = call(capsys, *flags)
   model, params = vit_jax.load(weights)
   normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']
-  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  want_L = jax.nn.softmax(run_model(model, params, normal[None].astype(np.float32))[0])
   found = {p['class']: p['probability'] for p in json.loads(out)['predictions']}
   assert not code and list(found) == [f'class {i}' for i in np.argsort(-want_L)]
   np.testing.assert_allclose([found[f'class {i}'] for i in range(4)], want_L, atol=1e-6)
@@ -137,7 +137,7 @@ def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights
   code, out, _ = call(capsys, *flags, '--config.data.image_size=24', '--topk=1')
   model, params = vit_jax.load(weights, grid=(6, 6))
   normal = (pixels - PROCESSOR['image_mean']) / PROCESSOR['image_std']
-  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  want_L = jax.nn.softmax(run_model(model, params, normal[None].astype(np.float32))[0])
   (best,) = json.loads(out)['predictions']
   assert best['class'] == f'class {want_L.argmax()}'
   np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
@@ -147,7 +147,7 @@ def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights
   resized = Image.fromarray(np.uint8(pixels * 255 + 0.5)).resize((16, 16), Image.BILINEAR)
   normal = (np.asarray(resized) / 255 - PROCESSOR['image_mean']) / PROCESSOR['image_std']
   model, params = vit_jax.load(weights)
-  want_L = jax.nn.softmax(model.apply({'params': params}, normal[None].astype(np.float32))[0])
+  want_L = jax.nn.softmax(run_model(model, params, normal[None].astype(np.float32))[0])
   best = json.loads(out)['predictions'][0]
   np.testing.assert_allclose(best['probability'], want_L.max(), atol=1e-6)
   for flag in ('data.crop=0.5', 'data.stretch=false', 'data.interpolation=nearest'):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import DATA
+from tests.conftest import DATA, init_params, run_model
 import vit_jax
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
@@ -46,7 +46,7 @@ def source(name):
 
 
 def logits(loaded, image):
-  return loaded.model.apply({'params': loaded.params}, image, train=False)
+  return run_model(loaded.model, loaded.params, image)
 
 
 def equal(a, b):
@@ -691,7 +691,7 @@ def test_saving_refuses_preprocessing_that_hugging_face_cannot_do(tmp_path):
     vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=cut)
   vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=loaded.preprocessing)
   grey = variants.make('tiny', 3, pool='cls', activation='gelu')
-  params = grey.init(jax.random.key(0), np.zeros((1, 8, 8, 1)))['params']
+  params = init_params(grey, np.zeros((1, 8, 8, 1)))
   vit_jax.save(grey, jax.device_get(params), tmp_path / 'grey', format='hf')
   assert vit_jax.load(tmp_path / 'grey').preprocessing.mean == (0.5,)
 
@@ -713,6 +713,6 @@ def test_an_image_processor_without_a_filter_uses_bilinear_as_in_transformers():
 
 def test_npz_refuses_an_epsilon_that_it_cannot_store(tmp_path):
   model = vit_jax.make('tiny', 3, norm_epsilon=1e-5)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  params = init_params(model, jnp.zeros((1, 8, 8, 3)))
   with pytest.raises(ValueError, match='norm_epsilon'):
     vit_jax.save(model, params, tmp_path, format='npz')

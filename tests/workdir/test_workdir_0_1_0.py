@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import DATA, small_config
+from tests.conftest import DATA, run_model, small_config
 import vit_jax
 from vit_jax import cli, opening
 from vit_jax.experiment import Experiment
@@ -31,10 +31,10 @@ def reference():
 def test_weights_give_the_logits_of_0_1_0(workdir, reference):
   exp, params, step = opening.from_workdir(workdir)
   assert step == 700
-  logits_BL = exp.logits(params, {'image': reference['image']})
+  logits_BL = jax.jit(exp.logits)(params, {'image': reference['image']})
   np.testing.assert_allclose(logits_BL, reference['logits'], rtol=1e-4, atol=1e-5)
   model, params = vit_jax.load(workdir)
-  assert model.apply({'params': params}, np.zeros((1, 8, 8, 1))).shape == (1, 10)
+  assert run_model(model, params, np.zeros((1, 8, 8, 1))).shape == (1, 10)
 
 
 def test_old_workdir_can_be_evaluated(workdir, capsys):
