@@ -14,7 +14,7 @@ from vit_jax import opening
 from vit_jax.data import sources
 from vit_jax.evaluation import exact
 from vit_jax.figures import maps
-from vit_jax.inference import cost
+from vit_jax.inference import cost, summary
 from vit_jax.model import positions, variants
 from vit_jax.optim import losses
 from vit_jax.training import loop, trainer
@@ -226,8 +226,8 @@ def test_early_steps_see_images_reduced_like_pillows(whole):
     np.testing.assert_allclose(out[2:-2, 2:-2, channel], want[2:-2, 2:-2], atol=1e-3)
 
 
-def test_inspect_counts_the_flops_of_each_size(whole):
-  exp, _, _ = opening.from_workdir(whole[0])
+def test_inspect_counts_the_flops_of_each_size():
+  exp, *_ = summary.summary_of_config(small_config(**STAGES))
   found = cost.measure(exp, 512)
   each = {n: cost.measure(exp.at((n, n)), 512).train_flops for n in (8, 16)}
   assert found.train_flops == each[16] > 3 * each[8]
