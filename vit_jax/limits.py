@@ -10,8 +10,9 @@ import jax
 
 LESS = {  # remedies
   'Training': (
-    'Raise micro_batches or set model.remat=full; both may change when a run resumes. Or start '
-    'another run with a smaller batch_size or data.image_size, or with model.dtype=bfloat16.'
+    'Raise micro_batches or set model.remat=full, and repeat the command: the run resumes with '
+    'the new values. Or start another run with a smaller batch_size or data.image_size, or with '
+    'model.dtype=bfloat16.'
   ),
   'Reading images': 'Set data.cache=stream, a smaller split, or a smaller data.image_size.',
   'Evaluation': 'Set a smaller eval_batch_size.',

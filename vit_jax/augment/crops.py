@@ -39,8 +39,8 @@ def resized_crop(
     image_BHWC: uint8 images.
     min_area: smallest area of the part, as a share of the image. The area is uniform from
       `min_area` to 1.
-    max_aspect: highest ratio of the longer side of the part to the shorter one. A large part may
-      need a lower ratio to fit.
+    max_aspect: highest ratio of the longer side of the part to the shorter one. For large
+      parts, the ratio is limited further, so that they fit.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -94,8 +94,8 @@ def erasing(
     probability: probability that an image loses a rectangle.
     min_area: smallest area of the rectangle, as a share of the image. The area is uniform.
     max_area: largest area of the rectangle, as a share of the image.
-    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. A large
-      rectangle may need a lower ratio to fit.
+    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. For large
+      rectangles, the ratio is limited further, so that they fit.
   """
   height, width, channels = image_BHWC.shape[1:]
 

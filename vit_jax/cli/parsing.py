@@ -99,7 +99,9 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
       raise ValueError(f'unknown argument {word}. Set config keys with --config.<key>=<value>')
     negated, key, text = found.groups()
     if negated and (text or not is_switch(key)):
-      raise ValueError(f'{word}: --no works only for keys that are true or false, without a value')
+      raise ValueError(
+        f'{word}: --noconfig.<key> sets a key that is true or false, and takes no value'
+      )
     if negated:
       overrides[key] = 'false'
     elif text:
@@ -126,7 +128,8 @@ def check_flags(args: argparse.Namespace) -> None:
     raise ValueError('--init uses weights without a run: remove --workdir and --config.')
   if args.init and args.step:
     raise ValueError(
-      '--step chooses a checkpoint of a --workdir: remove it, since --init has none.'
+      '--step chooses a checkpoint of --workdir and cannot be used with --init. Remove --step, or '
+      'pass --init=<workdir>/checkpoints/<step>.'
     )
 
 

@@ -44,11 +44,11 @@ def decide_cache(
   size: tuple[int, int],
   trains: bool = False,
 ) -> str:
-  """Returns where splits are kept, `memory` or `stream`; decides if `reading.cache` is `auto`.
+  """Returns `reading.cache`; if it is `auto`, chooses `memory` or `stream`.
 
-  It chooses memory if the splits fill at most half of it and training sees the same batches as from
-  a stream (`differs`). So a run does not depend on how much memory its machine has. Evaluation
-  always sees the same pixels.
+  It chooses `memory` under two conditions: the splits fill at most half of the available memory,
+  and training batches are the same as from a stream (see `differs`). So a run does not depend on
+  how much memory its machine has. Evaluation always sees the same pixels.
 
   Args:
     reading: settings for reading the splits.

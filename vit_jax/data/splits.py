@@ -19,8 +19,8 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for splits whose percentages are ranges of positions: the increasing positions of
-      their examples in [0, 1).
+    positions: for splits that percentages divide by position instead of by index: the position of
+      each example, from 0 to below 1, in increasing order.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.

@@ -29,7 +29,7 @@ _one_per_core = False  # whether `start_up` set the number of CPU devices, not t
 
 
 def start_up() -> None:
-  """Makes one CPU device per core, of which a mesh uses at most `worth`.
+  """Makes one CPU device per core. A mesh may use fewer of them (see `worth`).
 
   The first query for devices starts JAX, by default with a single CPU device. So this must be
   called before anything else. It does nothing if the user has set the number of CPU devices, or if
@@ -73,9 +73,9 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on a CPU, of the most that divide the batch, up to `worth()`.
+  """Returns a mesh of all devices; on CPUs, of the largest number that divides the batch.
 
-  If the user has set the number of CPU devices, the mesh uses as many of them as divide the batch.
+  That number is at most `worth`, unless the user has set the number of CPU devices.
 
   Args:
     batch_size: number of examples over all devices; None: a mesh of all devices.

@@ -162,7 +162,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this may be one of several processes; JAX then checks more closely."""
+  """Returns whether this process may be one of several; if so, JAX checks more closely."""
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 

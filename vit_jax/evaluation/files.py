@@ -65,5 +65,5 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_image(path: str) -> bool:
-  """Returns whether the path is a readable file with the extension of an image."""
+  """Returns whether the path is a file with the extension of an image."""
   return has_image_name(os.path.basename(path)) and os.path.isfile(path)

@@ -140,7 +140,7 @@ def measure(
 
 
 def size_on_device(tree, mesh: Mesh) -> int:
-  """Returns the bytes that each device holds of arrays that training places with `layout`."""
+  """Returns how many bytes of the tree each device holds, when it is split as in training."""
   leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
   return sum(
     math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

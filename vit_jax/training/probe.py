@@ -52,7 +52,7 @@ def train_head(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> dict:
-  """Trains the head in a locked workdir, with `sweep` at its best learning rate."""
+  """Trains the head in a locked workdir. With `sweep`, first finds the best learning rate."""
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test

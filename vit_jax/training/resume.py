@@ -128,7 +128,7 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
     if before != now and '' not in (before, now):
       change = f'{field.name} was {before}, is {now}'
       if field.name == 'fingerprint':
-        change = 'training files were renamed, or as many were added as removed'
+        change = 'the number of training files is the same, but their names or classes changed'
       raise ValueError(
         f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
         f'({change}). Restore the data, or use another --workdir.'

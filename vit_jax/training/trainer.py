@@ -26,7 +26,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
 
   Raises:
     ValueError: the config, the data or the workdir cannot be used; the message names the reason.
-    FloatingPointError: training diverged, in a sweep at every rate. The last good checkpoint stays.
+    FloatingPointError: training diverged; in a sweep, it diverged at every learning rate. The last
+      good checkpoint stays.
     OutOfMemory: the device ran out of memory; the message names the keys to change.
     Preempted: the run was asked to stop and has saved a checkpoint.
   """

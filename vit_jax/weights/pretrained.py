@@ -40,7 +40,7 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: patches (down, across) of your images; None for the grid of the file.
     source_grid: patches (down, across) of the file's position embeddings. Needed only if the file
-      does not store them, they are not square, and `grid` has another number of patches.
+      does not store this grid, the grid is not square, and `grid` has another number of patches.
     num_classes: number of classes of the head. Another number than the file's gives a new head of
       zeros, without pre-logits. None for the file's head; if the file has no head, the model
       returns the normalised tokens `[B, N, D]`.

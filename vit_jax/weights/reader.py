@@ -59,7 +59,7 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """Reads a file or a folder in the first of `FORMATS` that fits, trying the last format first.
+  """Reads a file or a folder in the last of `FORMATS` that fits.
 
   Raises:
     ValueError: no format fits.

@@ -1,8 +1,9 @@
 """Reads the items of a checkpoint with orbax, and interprets orbax's errors.
 
 Decisions:
-  * A checkpoint counts as damaged only if its files are readable or missing. Resuming a run moves
-    damaged checkpoints away, so an error of this process must not count as damage.
+  * A checkpoint counts as damaged if files are missing, or can be read and are invalid. A file that
+    cannot be read may be valid, so it does not count. Resuming a run moves damaged checkpoints
+    away, so an error of this process must not count as damage.
 """
 
 from collections.abc import Iterator
@@ -96,7 +97,7 @@ def digest(item) -> str:
 
 
 def be_silent() -> None:
-  """Hides errors that orbax and tensorstore print from their threads, because they also raise them.
+  """Hides the errors that orbax and tensorstore print, because both also raise them.
 
   Otherwise a full disk would fill the terminal with tracebacks.
   """
