@@ -4,15 +4,15 @@
 
   * `plain` computes the attention weights, which can be inspected, and leaves the rest to XLA.
   * `with_gradient` runs on a CPU. It computes the same output with a custom gradient, which makes
-    two fewer passes over the weights. Its array layout lets its own passes and XLA's matrix
-    products run along contiguous tokens.
+    two fewer passes over the weights. In its array layout, tokens are contiguous, both for its own
+    passes and for XLA's matrix products.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
     It runs on NVIDIA GPUs in half precision.
 
 Exported programs use `plain` for every backend (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
-`[B, N, K, E]`. Q is the number of queries where it may differ from N.
+`[B, N, K, E]`. Q is the number of queries where it can differ from N, the number of tokens.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,13 @@ def attention(
   """Returns the output of multi-head attention, `[B, Q, K, E]`.
 
   Args:
-    query_BQKE: queries; there may be more or fewer than keys (the MAP head has one query).
+    query_BQKE: queries; their number can differ from that of the keys (the MAP head has one query).
     key_BNKE: keys.
     value_BNKE: values.
     keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
       `1 - rate`.
     rate: dropout rate.
-    inspect: called with the weights before dropout, `[B, K, Q, N]`.
+    inspect: function to call with the weights before dropout, `[B, K, Q, N]`; None for no call.
   """
   if inspect:
     inspect(attention_weights(query_BQKE, key_BNKE))
@@ -57,8 +57,8 @@ def attention(
 def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
   """Returns whether cuDNN supports these arrays on this GPU.
 
-  It needs self-attention in half precision, a head size that is a multiple of 8 up to 128, and an
-  Ampere GPU or newer.
+  cuDNN needs self-attention in half precision, a head size that is a multiple of 8 and at most 128,
+  and an Ampere GPU or newer.
   """
   half, size = query_BQKE.dtype in (jnp.bfloat16, jnp.float16), query_BQKE.shape[-1]
   fits = size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
@@ -105,8 +105,8 @@ def plain(
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
 
-# Without differentiation this runs `plain`, which is faster because it saves nothing for a backward
-# pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
+# Without differentiation, `with_gradient` runs `plain`, which is faster because it saves nothing for
+# a backward pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
 with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 
@@ -130,7 +130,8 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
 def backward(rate, saved, dy_BQKE):
   """Returns the gradients of queries, keys and values.
 
-  The gradient of the softmax needs `sum_n w dw`. It equals `sum_e y dy`, which has E terms, not N.
+  The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which
+  has E terms instead of N.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype
