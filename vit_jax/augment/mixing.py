@@ -64,7 +64,7 @@ def mix(
 
 
 def partner(x_B: jax.Array) -> jax.Array:
-  """Returns the value of each example's partner: the neighbour that it is mixed with."""
+  """Returns the value of each example's partner, which is its neighbour in the batch."""
   assert len(x_B) % 2 == 0, f'{len(x_B)} examples do not form pairs: expected an even number.'
   pairs = x_B.reshape(-1, 2, *x_B.shape[1:])
   return pairs[:, ::-1].reshape(x_B.shape)

@@ -35,7 +35,7 @@ def attention(
   """Returns the output of multi-head attention, `[B, Q, K, E]`.
 
   Args:
-    query_BQKE: queries; their number can differ from that of the keys (the MAP head has one query).
+    query_BQKE: queries; the number of keys can be different (the MAP head has one query).
     key_BNKE: keys.
     value_BNKE: values.
     keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
@@ -105,8 +105,8 @@ def plain(
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
 
-# Without differentiation, `with_gradient` runs `plain`, which is faster because it saves nothing for
-# a backward pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
+# Without differentiation, `with_gradient` runs `plain`, which is faster because it saves nothing
+# for a backward pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
 with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 

@@ -71,7 +71,7 @@ class EncoderBlock(nn.Module):
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Returns the tokens after this block, `[B, N, D]`; the arguments are those of `Encoder`."""
+    """Returns the tokens after this block, `[B, N, D]`; `Encoder` has the same arguments."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE)

@@ -25,7 +25,7 @@ def adamw(
 ):
   """Returns AdamW (Loshchilov and Hutter, 1711.05101).
 
-  The Adam of the paper's Table 3 is the same optimizer: the paper's code also decoupled the weight
+  The Adam of the paper's Table 3 is the same optimizer. The paper's code also decoupled the weight
   decay and multiplied it by the learning rate.
   """
   return optax.adamw(
@@ -115,8 +115,8 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
   parameters of `last_layer`.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
-  al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer, so it also scales
-  the weight decay.
+  al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and
+  therefore also scales the weight decay.
   """
 
   def update(updates, _):
