@@ -9,9 +9,9 @@ anti-aliasing. The result is uint8 images in batches of 128.
 Each contestant runs in its own process and may use all cores. Contestants take turns of a few
 seconds, so that other load on the machine affects all of them equally. Images per second per core
 are computed from the CPU time of a process and its children. Elapsed time is less fair: on a
-shared machine it favours the contestant with the most threads. A ratio is our
-rate divided by a peer's rate, and the median over the rounds is reported. Ratios by elapsed time
-are reported too. Peers that are not installed are skipped.
+shared machine it favours the contestant with the most threads. A ratio is our rate divided by a
+peer's rate, and the median over the rounds is reported. Ratios by elapsed time are reported too.
+Peers that are not installed are skipped.
 
 The benchmark measures four more numbers:
   * the milliseconds that each available decoder takes in one thread;

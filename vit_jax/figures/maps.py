@@ -285,8 +285,8 @@ def mistakes(
 def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
   """Returns the indices of `count` examples, spread evenly over the classes.
 
-  The first example of each class comes first, then the second of each class. There are fewer
-  indices if there are fewer examples. With more classes than `count`, classes are evenly spaced.
+  The first example of each class comes first, then the second of each class. With fewer examples,
+  there are fewer indices. With more classes than `count`, evenly spaced classes are used.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

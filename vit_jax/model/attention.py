@@ -130,8 +130,8 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
 def backward(rate, saved, dy_BQKE):
   """Returns the gradients of queries, keys and values.
 
-  The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which
-  has E terms instead of N.
+  The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which has E
+  terms instead of N.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype

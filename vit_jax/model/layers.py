@@ -124,7 +124,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention (paper, Appendix A) to x; queries come from `query_BND`, or else x."""
+  """Multi-head attention (paper, Appendix A) to x, with queries from `query_BND`, or else x."""
 
   block: Block
 

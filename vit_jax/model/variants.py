@@ -29,7 +29,7 @@ VARIANTS = {
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
 # in pixels of the image, so it includes the stem: R50+B/16, R50+L/32, R26+B/32, R26+S/32, R+Ti/32.
-# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by 4, its patches by 8 more.
+# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by a factor of 4, its patches by 8.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),

@@ -52,8 +52,8 @@ class ViT(nn.Module):
     representation_size: width of the tanh pre-logits layer; None for no such layer.
     dropout: dropout rate after positions, in the MLP, and at the end of each branch.
     attention_dropout: dropout rate of the attention weights.
-    stochastic_depth: drop rate of the branches of the last block; from 0 in the first block, the
-      rate rises linearly.
+    stochastic_depth: drop rate of the last block's branches. The rate rises linearly from 0 in the
+      first block.
     layer_scale: initial value of LayerScale; None for no LayerScale.
     pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
       CLIP.
@@ -228,7 +228,7 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter, also for a model that only `bind` has given parameters."""
+    """Returns a top-level parameter, also outside of `apply`, in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 

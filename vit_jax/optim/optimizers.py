@@ -115,8 +115,8 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
   parameters of `last_layer`.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
-  al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and
-  therefore also scales the weight decay.
+  al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and therefore
+  also scales the weight decay.
   """
 
   def update(updates, _):
@@ -149,7 +149,7 @@ def is_matrix(params) -> dict:
 def make_optimizer(
   name: str, schedule: schedules.Schedule, clip: float, layer_decay: float = 1.0, **arguments
 ) -> optax.GradientTransformation:
-  """Returns the optimizer `name`, after clipping by global norm and before layer decay.
+  """Returns the optimizer `name`, preceded by gradient clipping and followed by layer decay.
 
   The optimizer gets only the `arguments` that its signature accepts.
   """

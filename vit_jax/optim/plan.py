@@ -33,8 +33,9 @@ class Training:
     test: test split.
     steps: number of steps of the whole run.
     cycles: last step of each earlier cycle. Setting more epochs for a finished run adds a cycle.
-    early_steps: number of steps with strong augmentations, counted from the first step. The last
-      `augment.off_for_last` of the first cycle is without them, and so are later cycles.
+    early_steps: number of steps with strong augmentations, counted from the first step. They
+      are off in the last part of the first cycle (its share is `augment.off_for_last`), and in
+      later cycles.
     stages: last step and image size of each stage of the run.
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Run:
-  """A training run from its newest checkpoint, or without one from its beginning, to its end.
+  """A training run. It starts from its newest checkpoint, or without a checkpoint at step 0.
 
   Attributes:
     exp: experiment to train.
@@ -124,7 +124,7 @@ class Run:
         meter.pause()
         if (
           'save' in events and not self.training.val
-        ):  # before the evaluation, which bad data can end
+        ):  # before the evaluation, because bad data can stop it
           self.save(train_state, {})
         if 'eval' in events:
           scores = self.evaluate(step, train_state)

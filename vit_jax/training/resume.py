@@ -163,7 +163,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """Returns `result.json` if its run had the same epochs and test split; None if not."""
+  """Returns `result.json` if it has the config's epochs and test split; None if not."""
   result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])
@@ -195,7 +195,7 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
-    known = sys.getfilesystemencoding()  # it can lack letters of a class name
+    known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
     name = exp.task.class_names[label].encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
     save_png(image_HWC, folder / f'{i}_{name}.png')

@@ -48,7 +48,7 @@ HOLDS = {
 }
 
 # Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image
-# towers (two prefixes), and its older files.
+# towers (two prefixes), and the older files of big_vision.
 PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 

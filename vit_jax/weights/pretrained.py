@@ -131,8 +131,8 @@ def find_grid(
   """Returns the grid of a file's position embeddings.
 
   Raises:
-    ValueError: the number of positions does not fit the grid. If no grid is given or stored, it is
-      not a square number.
+    ValueError: the number of positions does not fit the given or stored grid. Without a grid, the
+      number is not a square number.
   """
   found = [
     array

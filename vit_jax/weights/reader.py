@@ -97,7 +97,7 @@ def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
 
 
 def is_of_timm(folder: pathlib.Path) -> bool:
-  """Returns whether timm wrote a folder's `config.json`."""
+  """Returns whether a folder's `config.json` has timm's format."""
   file = folder / 'config.json'
   return file.is_file() and 'architecture' in load_json(file)
 
