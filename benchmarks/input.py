@@ -339,7 +339,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns the median ratio of our rate to each peer's, with `i` as in `medians`."""
+  """Returns the median ratio of our rate to each peer's, for elapsed (i=0) or CPU seconds (i=1)."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

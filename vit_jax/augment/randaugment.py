@@ -46,7 +46,7 @@ def whole(weakest: float, strongest: float, **limits) -> Argument:
   return Argument(weakest, strongest, whole=True, **limits)
 
 
-# Sets of operations with their arguments (for units, see `operate`). All operations of a set are
+# Sets of operations with their arguments. `operate` lists the units. All operations of a set are
 # equally likely.
 SPACES = {
   # The 14 operations of RandAugment (1909.13719, Section 3). Posterize keeps as many bits as in

@@ -64,7 +64,7 @@ class Subject:
     test: test split.
     scores: predictions for the test split.
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
-    attention: attention in these images; its distances are averaged over more images.
+    attention: attention in these images, with distances that are averaged over more images.
     step: step of the checkpoint; None for published weights.
   """
 

@@ -42,7 +42,7 @@ def begin(
     run is not finished. The config is None if the workdir holds no run.
 
   Raises:
-    ValueError: the workdir contains a run with a different config, or is not writable.
+    ValueError: the workdir contains a run that this config cannot resume, or is not writable.
   """
   set_aside_damaged(workdir)
   start, finished, saved, cycles = latest_step(workdir), None, None, ()
