@@ -105,7 +105,8 @@ def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
-FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # training decides
+# Attributes that training decides.
+FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat', 'attention'}
 
 
 def same(name: str, asked: object, own: object, model: ViT) -> bool:

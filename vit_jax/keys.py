@@ -260,6 +260,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'none', 'recomputed in the backward pass to save memory; dots: all but products with weights; '
     'full: whole blocks', choices='REMAT', may_change=True,
   ),
+  'model.attention': Key(
+    'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
+    'fastest that computes correctly', choices='ATTENTION', may_change=True,
+  ),
 }  # fmt: skip
 
 OPTIMIZER = {

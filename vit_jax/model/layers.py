@@ -18,7 +18,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import target_backend
+from vit_jax.distributed import target
 from vit_jax.model import attention, positions
 
 NARROW = 256  # with more outputs, transposing the kernel costs more time than it saves
@@ -32,7 +32,7 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   compute `dy^T x`. The barrier stops XLA from cancelling the two transpositions.
   """
   inputs, outputs = kernel_IO.shape
-  if outputs < inputs and outputs <= NARROW and target_backend() == 'cpu':
+  if outputs < inputs and outputs <= NARROW and target().platform == 'cpu':
     return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
   return x_NI @ kernel_IO
 
@@ -65,6 +65,7 @@ class Block:
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
   dtype: Any = jnp.float32
+  attention: str = 'auto'
 
 
 class Dense(nn.Module):
@@ -153,10 +154,13 @@ class Attention(nn.Module):
       (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
       ones_BKNN = jnp.ones((batch, heads, queries, keys))
       keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
-    inspect = None
+    choice = block.attention
     if self.is_mutable_collection('intermediates'):
-      inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
-    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate, inspect)
+      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE)
+      self.sow('intermediates', 'attention_BKNN', weights_BKNN)
+      choice = 'plain'  # which computes the same weights, so XLA computes them once
+    kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
+    y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
     return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
+from vit_jax.model.attention import ATTENTION
 from vit_jax.model.encoder import REMAT
 from vit_jax.model.layers import ACTIVATIONS
 from vit_jax.model.pooling import POOLS
@@ -105,6 +106,7 @@ def check_model(model: ViT) -> None:
     ('position_prefix', POSITION_PREFIXES),
     ('remat', REMAT),
     ('activation', ACTIVATIONS),
+    ('attention', ATTENTION),
   ):
     choose(f'model.{name}', getattr(model, name), table)
   check_sizes(model)

@@ -66,6 +66,7 @@ class ViT(nn.Module):
     resnet_width: number of channels of the stem's root.
     dtype: type of the computation; parameters are float32.
     remat: which values are saved for the backward pass, one of `REMAT`.
+    attention: which kernel computes attention, one of `ATTENTION`.
   """
 
   num_classes: int | None
@@ -97,6 +98,7 @@ class ViT(nn.Module):
   resnet_width: int = 64
   dtype: Any = jnp.float32
   remat: str = 'none'
+  attention: str = 'auto'
 
   @property
   def head_size(self) -> int:

@@ -167,7 +167,7 @@ class Run:
     with progress.announced('Compiling the training step ...'):
       step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
     seconds = time.perf_counter() - began
-    devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
+    devices = f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
     log.info(
         'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
         seconds, *size, self.training.steps, devices,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.augment import partner
-from vit_jax.distributed import add_up, keep_layout
+from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
 from vit_jax.optim import Training, split_frozen
@@ -97,5 +97,6 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
   """Returns the jitted `(state, batch) -> (state, metrics)`, which donates the given state."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
-  options = DETERMINISTIC if exp.config.deterministic and jax.default_backend() == 'gpu' else None
+  on_gpu = target(mesh).platform in ('cuda', 'rocm')
+  options = DETERMINISTIC if exp.config.deterministic and on_gpu else None
   return jax.jit(step, donate_argnums=0, compiler_options=options)
