@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from benchmarks import hlo, memory, photos, scaling, speed, works, zoo
 from benchmarks import input as input_lib
-from benchmarks import memory, photos, pods, scaling, speed, works, zoo
 from benchmarks.plain_linen import PlainViT
 from vit_jax.augment import pipeline
 from vit_jax.data import sources, splits
@@ -274,7 +274,7 @@ ENTRY %main {
 
 
 def test_collectives_are_counted_once_with_their_bytes():
-  found = {(c['kind'], c['group']): (c['count'], c['bytes']) for c in pods.collectives(HLO)}
+  found = {(c['kind'], c['group']): (c['count'], c['bytes']) for c in hlo.collectives(HLO)}
   assert found == {
     ('reduce-scatter', 4): (1, 64 * 8 * 2),
     ('all-gather', 4): (1, 32 * 4 * 4),
