@@ -301,7 +301,8 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  import sys; sys.exit(0)', 'line 4: SystemExit: 0'),
   (MAKE + '  config.model = None\n  return config',
-   'sets model to None, but it is a section. Set keys in it instead, e.g. model.variant'),
+   'sets model to None, but this name is a section. Set the keys of the section instead, e.g. '
+   'model.variant'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files_are_reported_with_their_line(capsys, text, message, tmp_path):
@@ -332,8 +333,8 @@ def test_config_overrides_accept_the_syntax_of_absl():
 @pytest.mark.parametrize('argv, message', [
     (['--config.batch_size'], '--config.batch_size needs a value'),
     (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
-    (['--noconfig.batch_size'], 'sets a key that is true or false'),
-    (['--noconfig.deterministic=true'], 'sets a key that is true or false'),
+    (['--noconfig.batch_size'], 'takes no value, and works only for keys that are true or false'),
+    (['--noconfig.deterministic=true'], 'takes no value, and works only for keys'),
 ])  # fmt: skip
 def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
   with pytest.raises(SystemExit, match='2'):
@@ -383,7 +384,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
-     'remove --format and --topk'),
+     'cannot be combined with --format or --topk'),
     (['--mode=visualize', '--images=,'], '--images is empty'),
     (['--mode=predict', '--images=,'], '--images is empty'),
 ])  # fmt: skip

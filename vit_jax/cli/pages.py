@@ -17,8 +17,8 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-A default of None in `model.*` means: taken from the `init` weights if given, else from
-`model.variant`, else the default of `ViT`."""
+A default of None in `model.*` means that the value is taken from the `init` weights if given, else
+from `model.variant`, else from the default of `ViT`."""
 
 COMMAND_HEAD = (
   """# Command line
@@ -32,8 +32,8 @@ Without `--mode`, the mode is `train`.
 | --- | --- |
 | 0 | success |
 | 1 | `predict` could not read some images; their names are listed |
-| 2 | an error that the last line explains |
-| 75 | training was asked to stop and has saved; the same command resumes |
+| 2 | an error occurred; the last line explains it |
+| 75 | training received a stop signal and saved a checkpoint; the same command resumes |
 | 130 | Ctrl-C |"""
   ''
 )
