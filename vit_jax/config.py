@@ -203,9 +203,9 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   ]
   if differences:
     raise ValueError(
-      f'{workdir} holds a run with a different config:\n' + '\n'.join(differences) + '\nUse the '
-      'values of the workdir, or a new --workdir. Keys that may change: ' + ', '.join(may_change)
-      + '. After a run has finished, epochs may also be raised.'
+      f'{workdir} holds a run with a different config:\n' + '\n'.join(differences) + '\nGive the '
+      'same values, or a new --workdir. Keys that may change: ' + ', '.join(may_change) + '. '
+      'For a finished run, epochs may also be raised.'
     )
 
 

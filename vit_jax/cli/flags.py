@@ -78,9 +78,7 @@ CLUSTER = (
     int,
     None,
   ),
-  Flag(
-    'process_id', 'on several hosts: index of this process, 0 to num_processes - 1', int, None
-  ),
+  Flag('process_id', 'on several hosts: index of this process, 0 to num_processes - 1', int, None),
 )
 
 

@@ -1,4 +1,4 @@
-"""Checks that JAX's backend starts, and names the backend that a model's kernels are chosen for."""
+"""Reports missing devices, and names the backend for which a model's kernels are chosen."""
 
 from collections.abc import Iterator
 import contextlib
