@@ -46,7 +46,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that the config does not set, because `init` or the data may set them."""
+  """Returns the keys that have no value yet; `init` or the data may set them later."""
   keys = {key for key in KEYS if key.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
@@ -183,7 +183,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
 
 
 def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
-  """Returns a copy of the config; keys that it does not set (`unset`) are set from `values`."""
+  """Returns a copy of the config, in which keys without a value (`unset`) are set from `values`."""
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')

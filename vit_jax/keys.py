@@ -145,8 +145,8 @@ DATA = {
   ),
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
-    'auto', 'memory: decode once and keep all images; stream: decode again in each epoch; auto: '
-    'memory if the images fit and the training batches are the same as with stream, else stream',
+    'auto', 'memory: decode once and keep all images; stream: decode in each epoch; auto: memory '
+    'if images fit and training batches stay the same, else stream',
     choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
@@ -259,8 +259,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'float32', 'type of the computation; parameters stay float32', choices=('float32', 'bfloat16')
   ),
   'model.remat': Key(
-    'none', 'what the backward pass recomputes to save memory; none: nothing; dots: everything '
-    'except products with weights; full: whole blocks', choices='REMAT', may_change=True,
+    'none', 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
+    'everything except products with weights; full: whole blocks', choices='REMAT', may_change=True,
   ),
 }  # fmt: skip
 

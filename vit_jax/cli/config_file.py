@@ -65,7 +65,7 @@ def run_file(path: str) -> dict[str, object]:
 def neighbours(path: str) -> Iterator[None]:
   """Lets a config file import other files of its folder, e.g. `from configs import finetune`."""
   base = str(pathlib.Path(path).resolve().parents[1])
-  sys.path.append(base)  # at the end, so that it hides no other module
+  sys.path.append(base)  # at the end, so that no other module is hidden
   try:
     yield
   finally:

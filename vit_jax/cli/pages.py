@@ -17,8 +17,8 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-A default of None in `model.*` means that the value is taken from the `init` weights if given, else
-from `model.variant`, else from the default of `ViT`."""
+A default of None in `model.*` means that the value comes from the `init` weights, else from
+`model.variant`, else from the default of `ViT`."""
 
 COMMAND_HEAD = (
   """# Command line

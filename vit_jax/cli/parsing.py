@@ -89,7 +89,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
   `--config.key` and `--noconfig.key` are also valid.
 
   Raises:
-    ValueError: a word that is no override, a missing value, or a value where none is allowed.
+    ValueError: a word that is not an override, a missing value, or a value where none is allowed.
   """
   overrides, words = {}, list(words)
   while words:

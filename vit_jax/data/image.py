@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vit_jax import storage
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
-# Accepted formats, whatever the file name. Opening some other formats, e.g. EPS, runs programs.
+# Accepted formats, for any file name. Opening some other formats, e.g. EPS, runs programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels

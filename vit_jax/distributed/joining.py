@@ -24,7 +24,7 @@ import jax
 
 from vit_jax.distributed import cluster
 
-SOON = 5.0  # seconds after which a process reports that it waits for other processes
+SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
 PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
 LOST = 30  # seconds without a heartbeat after which a process counts as dead

@@ -1,8 +1,8 @@
 """Defines how the devices work through a batch.
 
 Decisions:
-  * If every device holds all parameters, each device works on its share of the batch independently,
-    and sums over devices are computed once per step (`shard_map`). If parameters are split, XLA
+  * If every device holds all parameters, each device works on its share of the batch independently.
+    Sums over devices are computed once per step (`shard_map`). If parameters are split, XLA
     partitions one program over all devices. Constraints keep the activations between blocks split
     over the batch.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its

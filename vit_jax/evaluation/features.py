@@ -124,7 +124,7 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the program of `extract` for one image on one device, as text.
 
-  Any change to the computation of the backbone changes this text, in whatever file its code is.
+  A change to the backbone's computation changes this text, even if the code is in other files.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)

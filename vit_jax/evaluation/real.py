@@ -58,7 +58,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
   """Reads the labels in a file; each label is a list of class numbers below `count`.
 
   Raises:
-    ValueError: the file cannot be read, is no list of such labels, or has a class beyond `count`.
+    ValueError: the file cannot be read, is not a list of such labels, or has other classes.
   """
   try:
     labels = json.loads(path.read_text(encoding='utf-8'))

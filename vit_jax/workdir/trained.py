@@ -7,8 +7,8 @@ Decisions:
     For example, both splits may be numbered from 0001.jpg. Files with such names are identified by
     the hash of their content.
   * Copies of an image under a different name are not found.
-  * Sources without files (digits, TFDS) are identified by `data.source`, whatever `data.dir` is. A
-    test that shares examples with a training split of the same source is refused.
+  * Sources without files (digits, TFDS) are identified by `data.source`, in any `data.dir`. A test
+    that shares examples with a training split of the same source is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -189,7 +189,7 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number:
     log.warning(
       '%s: %d of %d images are left out, because the weights were trained on these images, judging '
-      'by the names or the content of the files.',
+      'by file names or content.',
       split,
       number,
       before,
