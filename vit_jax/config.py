@@ -2,8 +2,8 @@
 
 An experiment file in `configs/` starts from `default_config()` and changes some keys.
 `experiment.py` builds the model and its functions from a config. Lower layers such as the model
-and the data never see a config. The modes read only the few keys that
-they need, e.g. `data.eval_split`.
+and the data never see a config. Each mode reads only the few keys that it needs, e.g.
+`data.eval_split`.
 """
 
 import ast
@@ -76,7 +76,7 @@ def unknown(key: str) -> str:
 
 
 def hint(near: Sequence[str]) -> str:
-  """Returns a "Did you mean ...?" suffix for a mistyped name; empty without near names."""
+  """Returns the text "Did you mean ...?" for similar names; empty without similar names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
@@ -105,7 +105,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-  """Sets all overrides in the config and returns it; see `override`."""
+  """Sets several keys, each as `override` does, and returns the config."""
   for key, text in overrides.items():
     override(config, key, text)
   return config

@@ -77,12 +77,12 @@ class Experiment:
 
   @property
   def augments(self) -> bool:
-    """Whether training may augment images."""
+    """Whether the config enables any augmentation."""
     return bool(active(self.config.augment))
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes pairs of images and weights the losses of both labels."""
+    """Whether training mixes pairs of images; the loss is then a weighted mean for both labels."""
     return mixes(self.config.augment)
 
   @property

@@ -54,7 +54,7 @@ def names_of(loaded: Pretrained) -> TrainingFiles:
 
 
 def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
-  """Returns the patch grid (down, across) of the config's images, with the patch size of weights.
+  """Returns the patch grid (down, across) of the config's images, for the weights' patch size.
 
   Raises:
     ValueError: the images do not divide into patches.
@@ -69,7 +69,7 @@ def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """Returns the config completed from the weights.
+  """Completes the config from the weights, and checks that config and weights agree.
 
   Raises:
     ValueError: the config asks for a different model; the message lists the differences.

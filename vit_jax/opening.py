@@ -56,7 +56,8 @@ class Request:
   Attributes:
     workdir: folder of a training run; None with `init`.
     init: published weights instead of a workdir; anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir, in the forms of `stored.preferred`; by default the best.
+    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if a checkpoint
+      has a validation accuracy, else the last.
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: the config that the run must have, with the overrides; None: any config is accepted.
   """
@@ -185,7 +186,7 @@ def from_init(
       the model then has no classes and returns features.
 
   Raises:
-    ValueError: the weights cannot be read or have no head, or the overrides contradict them.
+    ValueError: the weights cannot be read or have no head, or overrides contradict the weights.
   """
   config = config_lib.default_config()
   config.init = init
@@ -231,7 +232,7 @@ def from_workdir(
     workdir: folder of a training run.
     overrides: dotted keys and values that override the config of the workdir.
     config: the config that the run must have, with the overrides; None: any config is accepted.
-    step: checkpoint, in the forms of `stored.preferred`; by default the best.
+    step: checkpoint of the workdir, as in `Request`.
 
   Raises:
     ValueError: no such checkpoint exists, or the config or overrides contradict the checkpoint.

@@ -19,7 +19,7 @@ class Flag:
   Attributes:
     name: name without the dashes.
     help: purpose, in one line.
-    type: converts the text to a value; `Path` also expands `~` and rejects URLs.
+    type: function that converts the text to a value. For `Path`, URLs are rejected.
     default: value if the flag is not given.
     required: whether the mode needs the flag, unless `--init` is given.
   """
@@ -39,9 +39,9 @@ class Mode:
     summary: purpose of the mode, in one line; starts with a verb.
     example: flags of a typical command.
     flags: accepted flags; all others are rejected.
-    run: function that runs the mode. The attributes of its argument are the flags, and `overrides`
-      with the config overrides. It returns the exit code, or None for 0. It imports slow modules
-      only when it is called.
+    run: function that runs the mode. Its argument has an attribute for each flag, and `overrides`
+      for the config overrides. The function returns the exit code, or None for 0. It imports slow
+      modules only when it is called.
     resumes: whether the same command resumes an interrupted run.
   """
 

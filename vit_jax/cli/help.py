@@ -35,7 +35,7 @@ def program() -> str:
 
 
 def columns(rows: dict[str, str]) -> str:
-  """Formats rows as two aligned columns and wraps the second one."""
+  """Formats rows as two aligned columns, and wraps the text of the second column."""
   width = max(map(len, rows)) + 4
   lines = []
   for name, text in rows.items():

@@ -75,7 +75,7 @@ PAGES = {'config.md': config_markdown, 'cli.md': command_markdown}
 
 
 def main(argv: list[str]) -> None:
-  """Writes every page into the folder that is the one argument."""
+  """Writes every page into the folder that is given as the only argument."""
   (folder,) = argv
   for name, text in PAGES.items():
     (pathlib.Path(folder) / name).write_text(text(), encoding='utf-8')

@@ -71,7 +71,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Standard output with error messages that name it; the system's messages do not."""
+  """Standard output. Its errors say that standard output failed; the system's errors do not."""
 
   def write(self, text):
     with self.named():

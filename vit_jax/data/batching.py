@@ -70,7 +70,7 @@ class Plan:
 
 
 class Split(Protocol):
-  """Interface of the examples that batches are made from: `memory.Examples` or `stream.Stream`."""
+  """Interface of `memory.Examples` and `stream.Stream`, from which batches are made."""
 
   def __len__(self) -> int: ...
 

@@ -32,7 +32,7 @@ SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Files of a split, sorted by position, in compact arrays: a million paths take little memory.
+  """Files of a split, sorted by position. The arrays are compact, for splits of a million files.
 
   Attributes:
     top: folder that contains the class folders.
@@ -89,7 +89,7 @@ def hash_name(name: str) -> int:
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
-  """Returns the position of each hash in [0, 1), from the 53 bits that fit into a float64."""
+  """Returns the position of each hash in [0, 1), computed from its highest 53 bits."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 

@@ -157,7 +157,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side; a large crop of a long image may exceed it.
+    max_aspect: largest ratio of longer to shorter side. Large crops of long images may exceed it.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -190,7 +190,7 @@ def decode_part(
     size: (height, width) of the result.
 
   Raises:
-    BadImage: as in `decode_image`.
+    BadImage: the file cannot be decoded, for one of the reasons in `decode_image`.
   """
   with refused(encoded, name):
     opened = open_header(encoded)

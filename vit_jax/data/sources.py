@@ -29,7 +29,7 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   """Opens a source like `open_source`, but never prepares data, and accepts missing data.
 
   Returns:
-    The source; its `sizes` are empty if the data is missing. None if nothing is known about it.
+    The source, with empty `sizes` if the data is missing. None if the source is unknown.
   """
   kind, _, name = spec.partition(':')
   if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):

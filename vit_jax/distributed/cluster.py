@@ -26,11 +26,12 @@ class Preempted(Exception):
 
 
 def asked_to_stop() -> bool:
-  """Returns whether all processes must stop now; each process must call this equally often.
+  """Returns whether all processes must stop now.
 
-  JAX identifies calls by their numbers. After a stop signal, all processes stop at the first call
-  that no process has made yet. The numbers are not the training steps, because a run may begin at
-  any step. They are larger than any step, because orbax numbers its own calls by step.
+  Every process must call this function equally often, because JAX identifies calls by their
+  numbers. After a stop signal, all processes stop at the first call that no process has made yet.
+  The numbers are not the training steps, because a run may begin at any step. They are larger than
+  any step, because orbax numbers its own calls by step.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
@@ -93,7 +94,7 @@ def from_first(function: Callable[[], object]) -> object:
 
 
 def check_same(what: str, value: dict) -> None:
-  """Raises ValueError in every process if the value in any process differs from process 0.
+  """Raises ValueError in all processes if any process has a different value than process 0.
 
   Args:
     what: name of the value, for the message.

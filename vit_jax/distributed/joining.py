@@ -3,7 +3,7 @@
 Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
   * A process that fails exits without waiting for the other processes. JAX's coordination service
-    ends these within `LOST` seconds, and names the failed process.
+    ends the other processes within `LOST` seconds, and names the failed process.
   * Process 0 runs that service. As soon as process 0 exits, JAX aborts the other processes. So if
     all processes fail in the same way, process 0 exits last.
 """
@@ -142,7 +142,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Reports a slow `with` block. After `JOIN` seconds ends the process, before JAX aborts it."""
+  """Reports a slow block, and ends the process after `JOIN` seconds, before JAX would abort it."""
 
   def give_up():
     say(f'error: {what} did not connect within {JOIN} s. Start them all within this time. {ALONE}')
@@ -163,7 +163,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this process may be one of several; if so, JAX checks more closely."""
+  """Returns whether this process is possibly one of several; `join` then lets JAX find out."""
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 

@@ -102,7 +102,7 @@ def split(batch, parts: int):
 def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch like `split`, but takes each part from the shares of all devices.
 
-  This differs from `split` only if parameters are split. Then `batch` is the batch of all devices.
+  The result differs from `split` only if parameters are split. Then `batch` is the whole batch.
   """
   if not devices.splits(mesh):
     return split(batch, parts)

@@ -48,7 +48,7 @@ def layout(mesh: Mesh, tree):
 
 
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-  """Returns which mesh axis splits each axis of an array.
+  """Returns, for each axis of an array, the mesh axis that splits it, or None.
 
   `tensor` splits the axis given in `TENSOR_AXIS`. `fsdp` splits the longest other axis that is
   divisible by the size of `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).

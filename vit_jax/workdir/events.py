@@ -20,7 +20,7 @@ class Events:
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
-    """Opens a new file, for which TensorBoard discards older events from step `start` on."""
+    """Opens a new file. TensorBoard then ignores older events of step `start` and later."""
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):
       folder.mkdir(exist_ok=True)

@@ -128,7 +128,7 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
 
   Args:
     workdir: folder of a training run.
-    step: which checkpoint to load, in the forms of `preferred`.
+    step: which checkpoint to load: `best`, `last`, a number or empty, as in `preferred`.
 
   Raises:
     ValueError: the workdir has no such checkpoint, or only damaged ones.
