@@ -1,4 +1,4 @@
-"""Parses the arguments of a benchmark: `--help` shows its docstring, an error is one line."""
+"""Parses a benchmark's arguments: `--help` shows its docstring, errors are one line."""
 
 import argparse
 

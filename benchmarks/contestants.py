@@ -1,6 +1,6 @@
 """The contestants of `benchmarks.speed`: `CONTESTANTS[name](work, size)` returns a `Program`.
 
-`size` is the result of `works.sizes` for the workload. Only this project's code can compute it.
+`size` is the result of `works.sizes` for the workload. Computing it needs this project's code.
 
 Every contestant has the same workload: random images already on the device, and the same batch
 size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.
@@ -288,7 +288,7 @@ CONTESTANTS = {
 
 
 def matmul_rate(library: str) -> float:
-  """Returns floating-point operations per second in large square products, the median of 20.
+  """Returns the median rate of 20 large square products, in floating-point operations per second.
 
   The matrices are 2048 x 2048 in float32 on a CPU, and 8192 x 8192 in bfloat16 on a GPU.
 

@@ -111,7 +111,7 @@ def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
 
 
 def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
-  """Starts a run, kills it, resumes it and compares its end with `want`."""
+  """Starts a run, kills it, resumes it and compares its final state with `want`."""
   draw = random.Random(1000 * processes + number)
   workdir = folder / f'killed{processes}_{number}'
   started = start(workdir, processes)

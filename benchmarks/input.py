@@ -9,9 +9,9 @@ anti-aliasing. The result is uint8 images in batches of 128.
 Each contestant runs in its own process and may use all cores. Contestants take turns of a few
 seconds, so that other load on the machine affects all of them equally. Images per second per core
 are computed from the CPU time of a process and its children. Elapsed time is less fair: on a
-shared machine it favours the contestant with the most threads. A ratio is ours to theirs, and the
-median over the rounds; ratios by elapsed time are also reported. Peers that are not installed are
-skipped.
+shared machine it favours the contestant with the most threads. A ratio is our rate divided by a
+peer's rate, and the median over the rounds is reported. Ratios by elapsed time are reported too.
+Peers that are not installed are skipped.
 
 The benchmark measures four more numbers:
   * the milliseconds that each available decoder takes in one thread;
@@ -339,7 +339,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns the median ratio of our rate to each peer's, with `i` as in `medians`."""
+  """Returns the median ratio of our rate to each peer's, for elapsed (i=0) or CPU seconds (i=1)."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

@@ -1,8 +1,8 @@
 """Finds the largest batch that fits in memory: `python -m benchmarks.speed --memory=16`.
 
 The train step is compiled ahead of time for the current backend, and nothing is allocated. XLA
-reports the memory that the step needs, with its state and batch, and this is compared with the
-budget.
+reports the memory that the step needs, with its state and batch. The benchmark compares this memory
+with the budget.
 """
 
 import functools

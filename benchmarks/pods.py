@@ -5,8 +5,8 @@
     JAX_PLATFORMS=cpu pods/bin/python -m benchmarks.pods g/14 v5e:16x16     # only these rows
 
 The TPU's own compiler reports memory and FLOPs per chip, and the program with its collectives.
-They are written to `results/pods.json`. Install libtpu only in a separate environment, because
-JAX looks for a TPU when libtpu is installed. A row takes minutes.
+These results are written to `results/pods.json`. Install libtpu only in a separate environment,
+because JAX looks for a TPU when libtpu is installed. A row takes minutes.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def group_size(line: str) -> int:
 
 
 def collectives(text: str) -> list[dict]:
-  """Returns what a chip exchanges in a step, by kind and number of participating chips.
+  """Returns the collectives of a step, by kind and by number of participating chips.
 
   Args:
     text: HLO of the compiled step.

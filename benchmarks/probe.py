@@ -1,4 +1,4 @@
-"""Compares the epoch time of a linear probe on cached features and with the backbone.
+"""Compares the epoch times of a linear probe with cached features and without them.
 
     python -m benchmarks.probe
 

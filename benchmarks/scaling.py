@@ -1,11 +1,12 @@
-"""Tests training with several processes: equal results, speed here, and a model of TPU pods.
+"""Tests training with several processes: equal results, measured speed, modelled TPU pods.
 
     python -m benchmarks.scaling      # 10 minutes; results/scaling.json
 
 The file has three parts; docs/benchmarks.md explains them:
-  * `alike`: `main.py` as 1 process with 4 devices, 2 with 2 and 4 with 1, over loopback. It
-    compares 50 losses of each layout with the first one, and the number of tested images.
-  * `measured`: the speed of 1, 2 and 4 processes with one device and the same work each.
+  * `alike`: three layouts of `main.py` over loopback: 1 process with 4 devices, 2 processes with 2
+    devices each, and 4 processes with 1 device each. The 50 losses of each layout are compared with
+    the losses of the first layout, and the number of tested images is recorded.
+  * `measured`: the speed of 1, 2 and 4 processes, each with one device and the same work.
   * `modelled`: the bytes that each of 8 to 512 chips sends in a step, and the time of its matrix
     products. The collectives come from `results/pods.json`.
 """

@@ -4,8 +4,9 @@
         --config.data.dir=~/tensorflow_datasets
 
 `tiny` reaches 83.2% test accuracy in 100 epochs (1.5 hours on 2 CPU cores). With 20 epochs and
-without RandAugment it reaches 80.0% (9 minutes). See results/README.md. The other variants have not
-been measured. `small`, `wide` and `deep` follow published recipes for models of their size.
+without RandAugment, it reaches 80.0% (9 minutes). Details are in results/README.md. The other
+variants have not been measured. `small`, `wide` and `deep` follow published recipes for models of
+their size.
 """
 
 from vit_jax.config import default_config

@@ -2,7 +2,8 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-Test accuracy 99.17% (mean of 5 seeds); 30 seconds per run on 2 CPU cores (results/digits.json).
+The test accuracy is 99.17% (mean of 5 seeds). A run takes 30 seconds on 2 CPU cores
+(results/digits.json).
 """
 
 from vit_jax.config import default_config

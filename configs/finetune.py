@@ -4,28 +4,28 @@
         --workdir=runs/b16_c10
     python main.py --config=configs/finetune.py:b16,cifar10,adamw --config.init=... --workdir=...
 
-Only `tiny,folder` has been measured: from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs, it
+Only `tiny,folder` has been measured, from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs. It
 reaches 75.8%, or 76.3% with `adamw`. Training from scratch reaches 61.1% (results/transfer.json).
 
 The default is the paper's recipe (2010.11929, Table 4 and B.1.1):
   * SGD with momentum 0.9, batch size 512, no weight decay, gradients clipped to global norm 1;
-  * cosine decay after 500 steps of warm-up, as in its code;
+  * cosine decay after 500 steps of warm-up, as in the paper's code;
   * 384 pixels and a new head of zeros;
   * 10,000 steps on CIFAR, 20,000 on ImageNet.
 
 The paper chose the learning rate from {0.001, 0.003, 0.01, 0.03} for CIFAR and from
-{0.003, 0.01, 0.03, 0.06} for ImageNet. It scored each rate on a held-out part of train (2% and 1%)
-and used all of train for the final run. To choose a rate in the same way, add:
+{0.003, 0.01, 0.03, 0.06} for ImageNet. Each rate was scored on a held-out part of train (2% for
+CIFAR, 1% for ImageNet). The final run used all of train. To choose a rate in the same way, add:
 
     --config.data.train_split='train[:98%]' --config.data.val_split='train[98%:]' \\
         --config.optimizer.lr=0.01
 
-`adamw` replaces SGD by the recipe of MAE (2111.06377, Table 9), without RandAugment, mixup and
-cutmix: layer-wise learning-rate decay 0.75, weight decay 0.05, label smoothing 0.1 and stochastic
-depth 0.1.
+`adamw` replaces SGD by the recipe of MAE (2111.06377, Table 9): layer-wise learning-rate decay
+0.75, weight decay 0.05, label smoothing 0.1 and stochastic depth 0.1. Unlike MAE, it uses no
+RandAugment, mixup or cutmix.
 
 Choices of this project, not of the paper:
-  * horizontal flips, and on CIFAR a random crop after a border of 4 pixels, at the original size;
+  * horizontal flips; on CIFAR also a border of 4 pixels and a random crop of the original size;
   * the number of epochs of `folder`;
   * bfloat16 for the paper's models;
   * 378 pixels for h14, because 384 is not a multiple of 14.

@@ -11,7 +11,7 @@ This project has trained none of these recipes. The authors report these accurac
   * `paper`: 77.91% with B/16, 76.53% with L/16.
   * `i21k`: 83.97% with B/16, 85.15% with L/16.
 
-The accuracies of `paper` and `i21k` are from Table 5, after fine-tuning at 384 pixels
+The accuracies of `paper` and `i21k` are from the paper's Table 5, after fine-tuning at 384 pixels
 (`configs/finetune.py`). The recipes come from these papers:
 
 | recipe | default for | paper | section |
@@ -25,12 +25,13 @@ The code of AugReg uses `medium2` for S/16, B/32, B/16 and L/16, `light2` for S/
 Ti/16.
 
 Choices of this project that the papers and their code leave open or make differently:
-  * The last 1% of train chooses the checkpoint in all recipes.
+  * In all recipes, the best checkpoint is chosen on the last 1% of the training split.
   * The computation uses bfloat16.
   * Mixup weights are drawn for each image, not once per batch.
   * Images are resized bilinearly.
   * `i21k` has one class per image and softmax. It needs a folder with `<path>/train/<class>/*` and
-    `<path>/test/`, and about 14.2 million images; another number changes the warm-up.
+    `<path>/test/`, and about 14.2 million images. With a different number of images, the number of
+    warm-up steps changes.
 
 A batch size of 4,096 needs several accelerators or `--config.micro_batches`.
 """

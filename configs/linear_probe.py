@@ -6,10 +6,10 @@
 Only `tiny,folder` has been measured: 62.2% from Tiny-ImageNet to CIFAR-10 in 10 epochs
 (results/transfer.json).
 
-Each learning rate of `sweep` trains on the first 98% of train and is scored on the last 2%. The
-best rate then trains on all of train. Images are not augmented, so the backbone processes each
-image only once, at 224 pixels (32 for tiny and small). The optimizer is SGD without weight decay.
-The rates are a choice of this project.
+For each learning rate of `sweep`, a head is trained on the first 98% of train and scored on the
+last 2%. The final head is trained at the best rate on all of train. Images are not augmented, so
+the backbone processes each image only once, at 224 pixels (32 for tiny and small). The optimizer is
+SGD without weight decay. This project chose the learning rates.
 """
 
 from configs import finetune

@@ -12,7 +12,15 @@ from vit_jax import config as config_lib
 from vit_jax.augment import MAX_MAGNITUDES, PAD_MODES, SPACES, mixes
 from vit_jax.data import INTERPOLATIONS
 from vit_jax.keys import KEYS
-from vit_jax.model import ACTIVATIONS, POOLS, POSITION_PREFIXES, POSITIONS, REMAT, RESIZES
+from vit_jax.model import (
+  ACTIVATIONS,
+  ATTENTION,
+  POOLS,
+  POSITION_PREFIXES,
+  POSITIONS,
+  REMAT,
+  RESIZES,
+)
 from vit_jax.names import choose, pair
 from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
 
@@ -28,6 +36,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],
   'POSITIONS': POSITIONS,
   'POSITION_PREFIXES': POSITION_PREFIXES,
+  'ATTENTION': ATTENTION,
   'REMAT': REMAT,
   'RESIZES': RESIZES,
   'SCHEDULES': SCHEDULES,

@@ -105,7 +105,8 @@ def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
-FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat'}  # may differ
+# Attributes that may differ from the weights.
+FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat', 'attention'}
 
 
 def same(name: str, asked: object, own: object, model: ViT) -> bool:

@@ -53,13 +53,11 @@ TRAINING = {
   ),
   'batch_size': Key(256, 'training batch size over all devices and hosts', 'examples', range=COUNT),
   'micro_batches': Key(
-    None, 'number of parts into which each device splits its share of a batch, to save memory; '
-    'None: 1 on an accelerator, and on a CPU so many that a part fits into the cache', kind=int,
-    range=COUNT, may_change=True,
+    None, 'number of parts into which a device splits its batch, to save memory; None: 1 on an '
+    'accelerator; on a CPU, parts that fit into the cache', kind=int, range=COUNT, may_change=True,
   ),
   'eval_batch_size': Key(
-    256, 'evaluation batch size over all devices and hosts', 'examples', range=COUNT,
-    may_change=True,
+    256, 'evaluation batch size on all devices and hosts', 'examples', range=COUNT, may_change=True
   ),
   'log_every': Key(
     50, 'interval between training logs; 0: only at the end', 'steps', range=STEPS, may_change=True
@@ -261,6 +259,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.remat': Key(
     'none', 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
     'everything except products with weights; full: whole blocks', choices='REMAT', may_change=True,
+  ),
+  'model.attention': Key(
+    'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
+    'fastest that computes correctly', choices='ATTENTION', may_change=True,
   ),
 }  # fmt: skip
 

@@ -56,8 +56,8 @@ class Request:
   Attributes:
     workdir: folder of a training run; None with `init`.
     init: published weights instead of a workdir; anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if a checkpoint
-      has a validation accuracy, else the last.
+    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if there is a
+      validation accuracy, else the last.
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: the config that the run must have, with the overrides; None: any config is accepted.
   """

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.model import attention, layers
+from vit_jax.distributed import Target, compiled_for, inference_mesh, microbatch, target
+from vit_jax.distributed.backend import ANY, target_of
+from vit_jax.model import attention
 from vit_jax.model.vit import ViT
 
 # Relative rounding error of each dtype; tolerances are multiples of it.
@@ -55,7 +57,7 @@ shapes = st.tuples(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient, attention.attention])
+@pytest.mark.parametrize('kernel', [attention.plain, attention.with_gradient])
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(shapes, st.sampled_from(sorted(ROUNDING)), st.sampled_from([0.0, 0.3]), st.integers(0, 99))
 def test_kernels_agree_with_float64(kernel, shape, dtype, rate, seed):
@@ -86,53 +88,73 @@ def test_large_logits_do_not_overflow():
   assert all(np.isfinite(x).all() for x in got)
 
 
-def test_inspecting_attention_weights_does_not_change_the_output():
-  query, key, value, *_ = draw((2, 3, 7, 2, 4), 'float32', 0, 1)
-  seen = []
-  looked = attention.attention(query, key, value, inspect=seen.append)
-  np.testing.assert_allclose(seen[0].sum(-1), 1, atol=1e-6)
-  np.testing.assert_allclose(looked, attention.attention(query, key, value), atol=1e-6)
+CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('cuda', 9.0)
 
 
 @pytest.mark.parametrize(
-  ('backend', 'version', 'capability', 'dtype', 'size', 'dropout', 'kernel'),
+  ('devices', 'choice', 'dtype', 'size', 'dropout', 'kernel'),
   [
-    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, False, 'cudnn'),
-    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 64, True, 'plain'),  # cuDNN would draw another mask
-    ('gpu', 'cuda 13000', '9.0', 'float32', 64, False, 'plain'),
-    ('gpu', 'cuda 13000', '9.0', 'bfloat16', 12, False, 'plain'),
-    ('gpu', 'cuda 13000', '7.5', 'bfloat16', 64, False, 'plain'),
-    ('gpu', 'rocm 70000', '9.0', 'bfloat16', 64, False, 'plain'),
-    ('tpu', 'libtpu', '', 'bfloat16', 64, False, 'plain'),
-    ('cpu', 'cpu', '', 'bfloat16', 64, False, 'with_gradient'),
+    (HOPPER, 'auto', 'bfloat16', 64, False, 'flash'),
+    (HOPPER, 'cudnn', 'bfloat16', 64, False, 'flash'),
+    (HOPPER, 'plain', 'bfloat16', 64, False, 'plain'),
+    (HOPPER, 'auto', 'bfloat16', 64, True, 'plain'),  # cuDNN would draw another mask
+    (HOPPER, 'cudnn', 'bfloat16', 64, True, 'plain'),
+    (HOPPER, 'auto', 'float32', 64, False, 'plain'),
+    (HOPPER, 'auto', 'bfloat16', 12, False, 'plain'),
+    (HOPPER, 'auto', 'bfloat16', 136, False, 'plain'),
+    (Target('cuda', 7.5), 'auto', 'bfloat16', 64, False, 'plain'),
+    (Target('rocm'), 'auto', 'bfloat16', 64, False, 'plain'),
+    (TPU, 'auto', 'bfloat16', 64, False, 'plain'),
+    (ANY, 'auto', 'bfloat16', 64, False, 'plain'),
+    (ANY, 'cudnn', 'bfloat16', 64, False, 'plain'),
+    (CPU, 'auto', 'bfloat16', 64, False, 'with_gradient'),
+    (CPU, 'plain', 'bfloat16', 64, False, 'plain'),
   ],
 )
-def test_backend_dtype_and_head_size_choose_the_kernel(
-  monkeypatch, backend, version, capability, dtype, size, dropout, kernel
-):
-  """XLA replaces cuDNN's kernel here, because that kernel needs a GPU."""
-  given = draw((2, 5, 5, 2, size), dtype, 0.3 * dropout, 2)[:5]
-  want = attention.plain(*given)
-  calls, fused = [], jax.nn.dot_product_attention
+def test_devices_and_arrays_choose_the_kernel(devices, choice, dtype, size, dropout, kernel):
+  tokens = jax.ShapeDtypeStruct((2, 5, 3, size), dtype)
+  one = jax.ShapeDtypeStruct((2, 1, 3, size), dtype)  # the query of the MAP head
+  with compiled_for(devices):
+    assert attention.select_kernel(choice, tokens, tokens, dropout) is getattr(attention, kernel)
+    of_one = 'plain' if kernel == 'flash' else kernel
+    assert attention.select_kernel(choice, one, tokens, dropout) is getattr(attention, of_one)
 
-  def flash(*qkv, implementation, **lengths):
-    calls.append(implementation)
-    return fused(*qkv, implementation='xla', **lengths)
 
-  def spy(name):
-    function = getattr(attention, name)
-    monkeypatch.setattr(attention, name, lambda *x: calls.append(name) or function(*x))
-
+@pytest.mark.parametrize(
+  ('platform', 'version', 'found'),
+  [
+    ('cpu', 'cpu', Target('cpu')),
+    ('gpu', 'PJRT C API\ncuda 13000', Target('cuda', 9.0)),
+    ('cuda', 'a described topology', Target('cuda', 9.0)),
+    ('gpu', 'rocm 70000', Target('rocm')),
+    ('tpu', 'libtpu', Target('tpu')),
+  ],
+)
+def test_a_device_is_described(platform, version, found):
   client = types.SimpleNamespace(platform_version=version)
-  device = types.SimpleNamespace(client=client, compute_capability=capability)
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  monkeypatch.setattr(jax, 'devices', lambda: [device])
-  monkeypatch.setattr(jax.nn, 'dot_product_attention', flash)
-  spy('plain')
-  spy('with_gradient')
-  y = attention.attention(*given)
-  assert calls == [kernel]
-  np.testing.assert_allclose(np.float32(y), np.float32(want), atol=0.02)
+  device = types.SimpleNamespace(platform=platform, client=client, compute_capability='9.0')
+  assert target_of(device) == found
+
+
+def test_a_program_takes_the_kernels_of_its_mesh_and_not_of_this_machine():
+  chosen, mesh = [], inference_mesh(2)
+  gpu = types.SimpleNamespace(platform='gpu', client=None, compute_capability='9.0')
+  described = types.SimpleNamespace(devices=np.array([gpu]))  # a mesh of hardware that is not here
+  assert target(described) == Target('rocm')
+  assert microbatch.micro_batches(mesh, 64, 1024, 48) > 1
+
+  def double(x):
+    chosen.append(target())
+    return 2 * x
+
+  microbatch.concatenate(double, mesh, 1)(jnp.zeros((2, 3)))
+  assert set(chosen) == {CPU}
+  with compiled_for(HOPPER):
+    chosen.clear()
+    microbatch.concatenate(double, mesh, 1)(jnp.zeros((2, 3)))
+    microbatch.add_up(lambda x: double(x).sum(), mesh, 1)(jnp.zeros((2, 3)))
+    assert set(chosen) == {HOPPER}
+    assert microbatch.micro_batches(mesh, 64, 1024, 48) == 1
 
 
 @pytest.mark.parametrize('tokens', [6, 7])
@@ -163,9 +185,6 @@ def test_gradients_lower_to_flash_attention_on_an_nvidia_gpu(
   from jax._src.cudnn import fused_attention_stablehlo
 
   monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000)
-  for module in (attention, layers):
-    monkeypatch.setattr(module, 'target_backend', lambda: 'gpu')
-  monkeypatch.setattr(attention, 'is_ampere', lambda: True)
   model = ViT(
     num_classes=3, patch_size=(16, 16), width=16, depth=1, num_heads=2, mlp_dim=16,
     pool='cls' if class_token else 'gap', dtype=dtype,
@@ -173,7 +192,8 @@ def test_gradients_lower_to_flash_attention_on_an_nvidia_gpu(
   image_BHWC = jax.ShapeDtypeStruct((2, *image, 3), np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), image_BHWC)
   gradient = jax.grad(lambda variables, image_BHWC: model.apply(variables, image_BHWC).sum())
-  traced = jax.jit(gradient).trace(variables, image_BHWC)
+  with compiled_for(HOPPER):
+    traced = jax.jit(gradient).trace(variables, image_BHWC)
   program = traced.lower(lowering_platforms=('cuda',)).as_text()
   for kernel in ('__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'):
     assert (f'@{kernel}(' in program) == flash, kernel

@@ -249,9 +249,9 @@ def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
 def test_feature_cache_key_depends_on_the_backbone_code(tmp_path, monkeypatch):
   exp, training = opening.from_config(small_config(**FROZEN))
   params = probe.initial_params(exp, training, tmp_path / 'none')
-  before, attend = features.key(exp, params, training.test), attention.attention
+  before, attend = features.key(exp, params, training.test), attention.with_gradient
   assert features.key(exp, params, training.test) == before
-  monkeypatch.setattr(attention, 'attention', lambda *x, **how: attend(*x, **how) + 0.1)
+  monkeypatch.setattr(attention, 'with_gradient', lambda *x: attend(*x) + 0.1)
   assert features.key(exp, params, training.test) != before
 
 

@@ -1,4 +1,4 @@
-"""Crops, flips and erasing: augmentations that need one image and do not change its grey levels."""
+"""Crops, flips and erasing: augmentations of a single image that move or replace its pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def rectangle(
   aspect = jnp.exp(jax.random.uniform(aspect_key, (), minval=tallest, maxval=widest))
   pixels = area * height * width
   size = jnp.sqrt(jnp.stack([pixels / aspect, pixels * aspect]))
-  return jnp.minimum(size, jnp.array([height, width]))  # rounding may exceed it
+  return jnp.minimum(size, jnp.array([height, width]))  # rounding errors could make it too large
 
 
 def erasing(
@@ -91,8 +91,9 @@ def erasing(
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images with at most four channels.
-    probability: probability that an image loses a rectangle.
-    min_area: smallest area of the rectangle, as a share of the image. The area is uniform.
+    probability: probability that a rectangle of an image is replaced.
+    min_area: smallest area of the rectangle, as a share of the image. The area is uniform from
+      `min_area` to `max_area`.
     max_area: largest area of the rectangle, as a share of the image.
     max_aspect: highest ratio of the longer side of the rectangle to the shorter one. For large
       rectangles, the ratio is limited further, so that they fit.

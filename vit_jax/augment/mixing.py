@@ -18,8 +18,9 @@ def mix(
   """Mixes each image with its `partner`, by mixup or by cutmix.
 
   Mixup (Zhang et al. 2017, 1710.09412) takes a weighted mean of the two images. Cutmix (Yun et al.
-  2019, 1905.04899) copies a rectangle around a random pixel, clipped at the border. Every example
-  has its own draws, so an image may be mixed while its partner is not.
+  2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle lies around a
+  random pixel and is clipped at the border. Every example has its own random draws, so an image can
+  be mixed while its partner is not.
 
   Args:
     key_B: random key of each example.
@@ -27,23 +28,24 @@ def mix(
     probability: probability that an image is mixed.
     mixup_alpha: parameter of the Beta(alpha, alpha) distribution of the image's own weight; 0
       disables mixup.
-    cutmix_alpha: parameter of the Beta(alpha, alpha) distribution of the image's own area, before
-      the rectangle is clipped; 0 disables cutmix.
+    cutmix_alpha: parameter of the Beta(alpha, alpha) distribution of the share of the area that the
+      image keeps, before the rectangle is clipped; 0 disables cutmix.
     switch: probability of cutmix instead of mixup if both are enabled.
 
   Returns:
     image_BHWC: the mixed uint8 images.
-    own_B: the image's own weight (mixup) or share of the area (cutmix); 1 if it is not mixed.
+    own_B: the weight (mixup) or the share of the area (cutmix) of the image itself; 1 for an image
+      that is not mixed.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)
   cutmix_share = jnp.where(both, switch, jnp.where(cutmix_alpha > 0, 1.0, 0.0))
 
   def draw(key):
-    """Returns the share of the image at each pixel, the mean share, and whether to mix it.
+    """Returns the image's share of each pixel, its mean share, and whether it is mixed.
 
-    The partner gets the rest. Shares are `[H, W, 1]` in units of 2^-16. If the image is not mixed,
-    the mean share has no meaning.
+    The rest of each pixel comes from the partner. The shares of the pixels are `[H, W, 1]` in units
+    of 2^-16. If the image is not mixed, the mean share has no meaning.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)
     happens, cut = jax.random.uniform(choice_key, (2,)) < jnp.stack([probability, cutmix_share])
@@ -62,7 +64,7 @@ def mix(
 
 
 def partner(x_B: jax.Array) -> jax.Array:
-  """Returns, for each example, the value of its neighbour, with which it is mixed."""
+  """Returns the value of each example's partner, which is its neighbour in the batch."""
   assert len(x_B) % 2 == 0, f'{len(x_B)} examples do not form pairs: expected an even number.'
   pairs = x_B.reshape(-1, 2, *x_B.shape[1:])
   return pairs[:, ::-1].reshape(x_B.shape)

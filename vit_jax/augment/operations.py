@@ -1,16 +1,16 @@
 """Pillow's image operations for a batch, with a different operation for each image.
 
 Decisions:
-  * An image does not pass through all operations. Its own operation sets the parameters of three
-    passes over the batch. They are a lookup table, a blend with a grey or smoothed version, and an
-    affine warp. Passes that the operation does not need leave the image unchanged. A layer costs
-    three passes for any number of operations.
+  * All images go through the same three passes: a lookup table, a blend with a grey or smoothed
+    version, and an affine warp. The operation of each image sets the parameters of the passes.
+    Passes that the operation does not need leave the image unchanged. A layer therefore costs three
+    passes, however many operations there are.
   * Pillow defines what each operation does, including how it rounds down. `test_randaugment.py`
     compares every operation with Pillow.
   * Pixels are computed with integers. Programs for different batch sizes round floats differently,
     and equalize and later layers would amplify the difference.
-  * Barriers separate the passes, which halved their time on a CPU. XLA would fuse them and compute
-    a pixel again for every pixel that reads it.
+  * Barriers separate the passes. Without them, XLA would fuse the passes and compute a pixel again
+    for every pixel that reads it. On a CPU, the barriers halved the time of the passes.
   * Pixels from outside the image are grey (128), as in AutoAugment's code. Warps are bilinear.
 """
 
@@ -35,7 +35,7 @@ def operate(
   centre_B2: jax.Array | None,
   image_BHWC: jax.Array,
 ) -> jax.Array:
-  """Applies its own operation to each image, within one grey level of Pillow's result.
+  """Applies one operation to each image; results are within one grey level of Pillow's.
 
   The meaning of the argument depends on the operation:
 
@@ -44,12 +44,12 @@ def operate(
     * solarize_add: the amount added to levels below 128.
     * posterize: the number of bits to keep.
     * rotate: the angle in degrees, counter-clockwise.
-    * shear_x, shear_y: how many pixels to the right (down) the input is read, per output row
+    * translate_x, translate_y: the input is read this many pixels further to the right (down).
+    * translate_x_relative, translate_y_relative: the same shift, as a share of the width (height).
+    * shear_x, shear_y: the shift to the right (down) grows by this many pixels with each row
       (column).
-    * translate_x, translate_y: how many pixels to the right (down) the input is read.
-    * translate_x_relative, translate_y_relative: likewise, as a share of the width (height).
     * cutout: half of the square's side, in pixels.
-    * All other operations ignore it.
+    * All other operations ignore the argument.
 
   Args:
     operation_B: indices into `OPERATIONS`.
@@ -228,10 +228,10 @@ def cutout_square(
 def warp(
   matrix_B23: jax.Array, image_BHWC: jax.Array, hidden_BHW: jax.Array | None = None
 ) -> jax.Array:
-  """Reads the images at other places, with bilinear interpolation between pixels.
+  """Reads each image at the places that its matrix gives, with bilinear interpolation.
 
   Pixels from outside the image and pixels in `hidden_BHW` become `FILL`. The four pixels around a
-  place are packed into one uint32, which needs one read instead of four.
+  place are packed into one uint32, so one read is enough instead of four.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

@@ -2,12 +2,12 @@
 
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
-    uint8 images. Each example has its own key, so a draw depends only on the example.
-  * `AUGMENTATIONS` defines their order and the argument that enables each of them. All are off by
-    default.
+    uint8 images. Each example has its own key, so its draws do not depend on other examples.
+  * `AUGMENTATIONS` defines the order of the augmentations, and which argument enables each of them.
+    All augmentations are off by default.
   * Mixing comes last. It pairs the example at position i of the batch with the example at i XOR 1.
-    These pairs are random because the order of the data is random. The two examples are on the
-    same device and in the same micro-batch if these hold an even number of examples.
+    These pairs are random because the order of the data is random. If every device and micro-batch
+    holds an even number of examples, the two examples of a pair are always together.
   * Images stay uint8 throughout, also after mixing. The rounding error is below one grey level.
 """
 
@@ -77,7 +77,8 @@ def augment(
     example_B: positions in the global batch, which determine the random draws.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each augmentation, by name.
-    strong: True applies only strong augmentations, False only the others, None all.
+    strong: True applies only the strong augmentations, False only the augmentations that are not
+      strong, None all of them.
   """
   for i, (name, entry) in enumerate(AUGMENTATIONS.items()):
     if strong in (None, entry.strong) and entry.on(arguments[name]):
@@ -106,7 +107,7 @@ def augment_and_mix(
     image_BHWC: uint8 images.
     arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
     early: whether this step uses strong augmentations and mixing; if not, they are not computed.
-      None: all steps use them.
+      None if all steps of the run use them.
 
   Returns:
     image_BHWC: the augmented uint8 images.

@@ -1,4 +1,4 @@
-"""RandAugment and TrivialAugment: they draw an operation and its strength for each image.
+"""RandAugment and TrivialAugment, which draw operations and their strengths for each image.
 
 The table `SPACES` defines what a strength means, because papers and implementations differ.
 """
@@ -26,7 +26,7 @@ class Argument(NamedTuple):
     signed: whether the value is subtracted from `around` in half of the draws.
     whole: whether the distance from `weakest` is truncated to a whole number.
     bounds: smallest and largest argument.
-    period: argument at which it starts at 0 again.
+    period: value at which the argument starts at 0 again.
   """
 
   weakest: float = 0.0
@@ -46,7 +46,7 @@ def whole(weakest: float, strongest: float, **limits) -> Argument:
   return Argument(weakest, strongest, whole=True, **limits)
 
 
-# Sets of operations with their arguments (for units, see `operate`). All operations of a set are
+# Sets of operations with their arguments. `operate` lists the units. All operations of a set are
 # equally likely.
 SPACES = {
   # The 14 operations of RandAugment (1909.13719, Section 3). Posterize keeps as many bits as in
@@ -88,8 +88,8 @@ SPACES = {
   },
   # The 16 operations of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision
   # use. Not all become stronger with the magnitude. Posterize and solarize become weaker, and
-  # solarize starts again at 10 and 20. The factors of color, contrast, brightness and sharpness
-  # rise from below 1 to above 1. Lengths in pixels are meant for images of 224 pixels.
+  # solarize starts again at magnitudes 10 and 20. The factors of color, contrast, brightness and
+  # sharpness rise from below 1 to above 1. Lengths in pixels are meant for images of 224 pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),
@@ -127,7 +127,7 @@ SPACES = {
     'translate_y': signed(32),
   },
 }
-MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # linear beyond 10
+MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # strengths of up to 3
 STRENGTHS = 31  # number of TrivialAugment's strengths, evenly spaced from 0 to 1
 
 
@@ -173,9 +173,9 @@ def rand_augment(
 
 
 def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
-  """Draws a strength from a normal distribution around `magnitude`, clipped from 0 to `most`.
+  """Draws a magnitude, clips it to the range from 0 to `most`, and returns its strength.
 
-  The magnitude `FULL` is strength 1.
+  The distribution is normal around `magnitude`. The magnitude `FULL` is strength 1.
   """
   level = magnitude + mstd * jax.random.normal(key)
   return jnp.clip(level, 0, most) / FULL
@@ -184,8 +184,8 @@ def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) ->
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
   """Applies one operation of random strength (Müller and Hutter 2021, 2103.10158).
 
-  It is applied with the given probability, which is 1 in the paper. The paper's warps take the
-  nearest pixel and fill with black; here they are bilinear and fill with grey.
+  The operation is applied with the given probability, which is 1 in the paper. Warps are bilinear
+  and fill with grey here; the paper takes the nearest pixel and fills with black.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
@@ -204,7 +204,7 @@ def draw_operation(
   Args:
     key: random key of the example and the layer.
     space: name of a set of operations in `SPACES`.
-    strength: `key -> strength`; it may exceed 1.
+    strength: function `key -> strength`; a strength can exceed 1.
     probability: probability that the drawn operation is kept; otherwise it becomes the identity.
 
   Returns:

@@ -1,6 +1,12 @@
 """Processes, devices, and the placement of arrays on devices."""
 
-from vit_jax.distributed.backend import is_ampere, needed, portable, target_backend
+from vit_jax.distributed.backend import (
+  Target,
+  compiled_for,
+  needed,
+  portable,
+  target,
+)
 from vit_jax.distributed.children import check_can_start, end_with_parent, unsignalled
 from vit_jax.distributed.cluster import (
   TRY_AGAIN,
@@ -31,17 +37,18 @@ __all__ = [
   'TRY_AGAIN',
   'Preempted',
   'Preemption',
+  'Target',
   'add_up',
   'batch_sharding',
   'check_can_start',
   'check_same',
+  'compiled_for',
   'concatenate',
   'end_with_parent',
   'few_devices',
   'from_first',
   'gather',
   'inference_mesh',
-  'is_ampere',
   'is_first',
   'joined',
   'keep_layout',
@@ -58,7 +65,7 @@ __all__ = [
   'replicated',
   'shares',
   'start_up',
-  'target_backend',
+  'target',
   'to_host',
   'unsignalled',
 ]

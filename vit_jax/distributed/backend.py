@@ -1,24 +1,72 @@
-"""Reports missing devices, and names the backend for which a model's kernels are chosen."""
+"""Names the devices for which a program is compiled, and reports missing devices.
+
+Decisions:
+  * A program that runs on a mesh chooses its kernels by the devices of the mesh. These devices may
+    be descriptions of hardware that this machine does not have.
+  * `compiled_for` replaces the devices of the mesh, to lower a step for a GPU on a CPU.
+  * `model.apply` has no mesh. JAX then computes on its default device, and `target` describes it.
+"""
 
 from collections.abc import Iterator
 import contextlib
 import contextvars
+import dataclasses
 import os
 
 import jax
-
-_portable = contextvars.ContextVar('portable', default=False)
-
-
-def target_backend() -> str | None:
-  """Returns `cpu`, `gpu` or `tpu`; None if the program must run on all of them."""
-  return None if _portable.get() else jax.default_backend()
+from jax.sharding import Mesh
 
 
-def is_ampere() -> bool:
-  """Returns whether the first device is an NVIDIA GPU of the Ampere generation or later."""
-  device = jax.devices()[0]
-  return 'cuda' in device.client.platform_version and float(device.compute_capability) >= 8
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Kind of device for which a program is compiled.
+
+  Attributes:
+    platform: `cpu`, `cuda`, `rocm` or `tpu`; empty if the program must run on all of them.
+    capability: compute capability of an NVIDIA GPU, such as 9.0 for Hopper, else 0.
+  """
+
+  platform: str
+  capability: float = 0.0
+
+
+ANY = Target('')
+
+_target = contextvars.ContextVar('target', default=None)
+
+
+def target(mesh: Mesh | None = None) -> Target:
+  """Returns the kind of device for which a program is compiled.
+
+  Inside `compiled_for`, this is its target. Otherwise it is the kind of the mesh's devices, or of
+  JAX's default device if there is no mesh.
+  """
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  return _target.get() or target_of(device)
+
+
+def target_of(device: jax.Device) -> Target:
+  """Describes a real device, or a device of a topology from `jax.experimental.topologies`."""
+  if device.platform not in ('gpu', 'cuda', 'rocm'):
+    return Target(device.platform)
+  if 'cuda' in f'{device.platform} {getattr(device.client, "platform_version", "")}':
+    return Target('cuda', float(device.compute_capability))
+  return Target('rocm')
+
+
+@contextlib.contextmanager
+def compiled_for(target: Target) -> Iterator[None]:
+  """Makes programs that are traced in this block choose kernels for the given kind of device."""
+  token = _target.set(target)
+  try:
+    yield
+  finally:
+    _target.reset(token)
+
+
+def portable() -> contextlib.AbstractContextManager[None]:
+  """Makes programs that are traced in this block independent of the machine and its backend."""
+  return compiled_for(ANY)
 
 
 @contextlib.contextmanager
@@ -39,13 +87,3 @@ def needed() -> Iterator[None]:
         'Install JAX for this device, e.g. jax[cuda13], or unset JAX_PLATFORMS.'
       ) from error
     raise
-
-
-@contextlib.contextmanager
-def portable() -> Iterator[None]:
-  """Makes programs that are traced in this block independent of the machine and its backend."""
-  token = _portable.set(True)
-  try:
-    yield
-  finally:
-    _portable.reset(token)

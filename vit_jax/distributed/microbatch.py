@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.distributed import devices
+from vit_jax.distributed.backend import compiled_for, target
 from vit_jax.distributed.sharding import keep_layout
 
 # Size of a micro-batch on a CPU: large enough for an efficient matrix product, and small enough for
@@ -44,7 +45,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
     1 on accelerators. On a CPU, the number that gives micro-batches of about `TOKENS` tokens, or
     of `TOKENS_PER_WIDTH` times the width if this is more.
   """
-  if mesh.devices.flat[0].platform != 'cpu':
+  if target(mesh).platform != 'cpu':
     return 1
   rows = batch_size // devices.shares(mesh)
   best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
@@ -63,7 +64,8 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   @jax.jit  # traced once, although called twice
   def sums_of(part, *shared):
-    return keep_layout(mesh, function(part, *shared))
+    with compiled_for(target(mesh)):
+      return keep_layout(mesh, function(part, *shared))
 
   def added(batch, *shared):
     if parts == 1:
@@ -85,10 +87,14 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
   """Works like `add_up`, but joins the rows of a function that returns one row per example."""
 
+  def rows_of(part, *shared):
+    with compiled_for(target(mesh)):
+      return function(part, *shared)
+
   def on_device(batch, *shared):
     if parts == 1:
-      return function(batch, *shared)
-    rows = jax.lax.map(lambda part: function(part, *shared), split(batch, parts))
+      return rows_of(batch, *shared)
+    rows = jax.lax.map(lambda part: rows_of(part, *shared), split(batch, parts))
     return rows.reshape(-1, *rows.shape[2:])
 
   return on_devices(on_device, mesh, PartitionSpec(devices.BATCH))

@@ -1,7 +1,7 @@
 """Draws figures from arrays, with matplotlib only.
 
-Each function returns a `Figure` 8 inches wide, meant to be viewed at 800 pixels, so 100 pixels
-per inch.
+Each function returns a `Figure` that is 8 inches wide. At the intended width of 800 pixels, an inch
+has 100 pixels.
 
 Decisions:
   * Figures do not use pyplot. There is nothing to close, and no display is needed.
@@ -23,7 +23,7 @@ from vit_jax.figures import canvas
 
 SPLITS = {'train': canvas.BLUE, 'val': canvas.GREEN, 'test': canvas.ORANGE}
 
-NUMBERED, LABELLED = 20, 40  # maximum number of classes to number the cells, to name the axes
+NUMBERED, LABELLED = 20, 40  # maximum number of classes with numbers in cells, with names on axes
 LOWEST = 20  # number of classes named when there are too many to name all of them
 
 PATCHES = 14  # maximum number of patches shown in the sequence
@@ -94,7 +94,7 @@ def small(labels: int) -> int:
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Draws a bar for the accuracy of each class; of many classes, only the least accurate ones."""
+  """Draws the accuracy of each class as a bar; with many classes, only the lowest accuracies."""
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
   if len(order) > LABELLED:

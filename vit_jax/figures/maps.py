@@ -6,11 +6,11 @@
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * The model exposes its attention through `sow`. While it does, it uses the plain attention
-    path, which computes the weights explicitly (`attention.py`). No second model is needed.
-  * The array `read` holds how much the pooled output reads from each token of the last block. It
-    is 1 for the class token, equal for all patches, or the attention of a MAP head's probe. All
-    functions on attention start from `read`, so they work for every pool.
+  * The model exposes its attention through `sow`. For this, it uses the plain attention path,
+    which computes the weights explicitly (`attention.py`). No second model is needed.
+  * The array `read` holds how much the pooled output reads from each token of the last block. With
+    `cls`, only the class token has a share. With `gap`, all patches have equal shares, and with
+    `map`, the probe's attention. Functions that start from `read` therefore work for every pool.
   * `Missing` is raised if a model does not have the requested array. It is a separate subclass
     of `ValueError`, so a report can skip one figure and give the reason.
 """
@@ -47,8 +47,8 @@ def attentions(
   Returns:
     A list with one float32 `attention_BKNN` for each block; rows (queries) sum to 1.
     `read_BKN`, the share that the pool reads from each token of the last block; rows sum to 1.
-    K is the number of heads of the probe, or 1 without a probe. Concatenated vectors have equal
-    weight.
+    K is the number of heads of the probe, or 1 without a probe. If the pool concatenates vectors,
+    each has the same weight.
 
   Raises:
     Missing: the model does not pool, or its pool does not report how much it reads of each token.
@@ -92,7 +92,7 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   Args:
     layers: `attention_BKNN` of each block, in order.
-    read_BN: share that the pool reads from each token of the last block; see `attentions`.
+    read_BN: share that the pool reads from each token of the last block; the mean of `read_BKN`.
     grid: number of patches (down, across). Patches are the last tokens.
 
   Returns:
@@ -113,17 +113,17 @@ def head_attention(
   """Returns what each head of a block attends to, for the tokens that the pool reads: `map_BKhw`.
 
   The map depends on the pool. With `cls` it is the class token's attention, with `gap` the mean
-  over the patches, and with `map` a mean weighted by the probe. With `cls_gap` and `distilled`
+  over the patches, and with `map` a mean weighted by the probe. With `cls_gap` and `distilled`,
   both vectors have equal weight. Attention to the class token and the registers is left out.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
 
 def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-  """Returns the small arrays that `draw.py` needs from the large attention arrays.
+  """Reduces the large attention arrays to the small arrays that `draw.py` needs.
 
-  Images are processed one at a time, and each block's attention is summarised at once. A B/16 at
-  224 pixels therefore needs little memory besides its weights.
+  Images are processed one at a time, and each block's attention is summarised immediately. A B/16
+  at 224 pixels therefore needs little memory besides its weights.
 
   Returns:
     `rollout`: `[B, h, w]`.
@@ -221,8 +221,8 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
   Args:
     model: a model without a convolutional stem.
     params: the model's parameters.
-    count: maximum number of components. There are at most as many as values in a patch, and
-      fewer than D.
+    count: maximum number of components. There are at most as many components as values in a
+      patch, and fewer than D.
 
   Returns:
     `filter_FpqC`, the components in order of importance. Each has length 1, and its entry with
@@ -285,8 +285,8 @@ def mistakes(
 def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
   """Returns the indices of `count` examples, spread evenly over the classes.
 
-  The first example of each class comes first, then the second of each class. There are fewer
-  indices if there are fewer examples. If `count` is too small, it uses evenly spaced classes.
+  The first example of each class comes first, then the second of each class. With fewer examples,
+  there are fewer indices. With more classes than `count`, evenly spaced classes are used.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

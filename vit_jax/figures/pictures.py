@@ -64,7 +64,7 @@ class Subject:
     test: test split.
     scores: predictions for the test split.
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
-    attention: attention over these images and, for the distances, some more.
+    attention: attention in these images, with distances that are averaged over more images.
     step: step of the checkpoint; None for published weights.
   """
 
@@ -146,7 +146,7 @@ def picture_filters(subject: Subject) -> tuple[Figure, str]:
   filter_FpqC, share_F = maps.filters(exp.model, params)
   return draw.draw_filters(filter_FpqC, share_F), (
     f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
-    'patch, with their share of the variance. Each is scaled by its own largest value; mid-grey '
+    'patch, with their share of the variance. Each is scaled by its own largest value. Mid-grey '
     'is zero (Figure 7 of the paper, left).'
   )
 
@@ -178,8 +178,8 @@ def picture_rollout(subject: Subject) -> tuple[Figure, str]:
   """Returns the attention rollout of the shown images and its caption."""
   shown, attention = subject.need('shown', 'attention')
   return draw.draw_rollout(shown, attention.rollout), (
-    'Which patches the output comes from, by attention rollout, and the images lit by it (Figure 6 '
-    'of the paper). A value of 1 is the share of a patch if all patches had equal shares.'
+    'Which patches the output comes from, according to attention rollout, and the images lit by '
+    'this map (Figure 6 of the paper). A value of 1 is the mean over all patches of the image.'
   )
 
 

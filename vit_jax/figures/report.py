@@ -1,8 +1,8 @@
 """Writes a self-contained HTML page with the numbers, config and figures of a run.
 
 Decisions:
-  * The page has no scripts, fonts or external links. It opens from a disk, from an e-mail, and
-    in ten years.
+  * The page has no scripts, fonts or external links. It can be opened from a disk or an e-mail,
+    and still in ten years.
   * All text goes through `html.escape`, because names of classes, files and runs are not trusted.
   * Figures have a white background, so they look the same on a dark page.
 """

@@ -1,7 +1,7 @@
 """Reads, selects and computes the data for all figures of a run, once.
 
-Test images are selected by their position in the split: the first of each class. The selection is
-the same at every call and for two runs on the same data.
+The selected test images are the first images of each class in the split. The selection is the same
+for every call, and for two runs on the same data.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,11 +38,11 @@ MEASURED = 128  # number of images that attention distance is averaged over, as 
 
 
 def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
-  """Reads and computes the data for the figures; see `visualize` for the arguments."""
+  """Reads and computes the data for the figures; `visualize` has the same arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
-    raise ValueError('A weights file has no test images of its own: give --images=a.png,folder/.')
+    raise ValueError('Weights without a run have no test images: set --images=a.png,folder/.')
   files = None if images is None else find_images(images)
   asked = init or files or request.overrides or request.config or request.step
   if not asked and latest_step(workdir) is None:
@@ -119,7 +119,7 @@ def choose_images(test: Split, exp: Experiment) -> np.ndarray:
   classes = len(exp.task.class_names)
   shown, measured = (maps.spread_over_classes(test.label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
-  # The figures of patches and heads show only the first image, so it should have much contrast.
+  # The figures of patches and heads show only the first image, so it should have a high contrast.
   shown = shown[np.argsort(-contrast, kind='stable')]
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
   return test.some(index).image_NHWC
@@ -137,7 +137,9 @@ def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
   good = [row for row in rows if not isinstance(row, str)]
   bad = [row for row in rows if isinstance(row, str)]
   if not good:
-    raise ValueError(f'--images: none of {len(rows)} files is a readable image. {bad[0]}')
+    raise ValueError(
+      f'--images: none of {len(rows)} files is a readable image. First error: {bad[0]}'
+    )
   for row in bad:
     log.warning('Skipped: %s', row)
   return np.stack(good)
@@ -153,7 +155,7 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> AttentionMaps:
-  """Returns attention maps of the first `SHOWN` images, and distances averaged over all."""
+  """Returns attention maps of the first `SHOWN` images, and distances averaged over all images."""
 
   def summary(image_BHWC, params):
     return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))

@@ -1,8 +1,8 @@
 """Writes the model card of an export: facts about the weights, and code that runs them.
 
 Decisions:
-  * The card only states facts that come with the weights: for a vit_jax run its config and
-    result, for published weights very little. Everything else is reported as unknown.
+  * The card only states facts that come with the weights. A run of vit_jax has a config and a
+    result, but published weights have very little. Everything else is reported as unknown.
   * The card does not choose a license; the user does.
 """
 
@@ -35,7 +35,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     result: contents of the run's `result.json`; None if it does not exist.
   """
   entry = FORMATS[format]
-  if not entry.enlarges:  # files are resized directly to the model's size
+  if not entry.enlarges:  # files are then resized directly to the model's size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())

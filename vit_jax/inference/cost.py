@@ -28,12 +28,12 @@ from vit_jax.optim import (
 from vit_jax.training import init_state
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # number of examples if it is unknown; the optimizer's state does not depend on it
+MANY = 10**9  # used for an unknown number of examples; the optimizer's state does not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The cost of a module; equal modules of all blocks are summed.
+  """The cost of a module, or of the modules with the same name in all blocks together.
 
   Attributes:
     module: name of the module; `block_*/mlp` stands for the MLPs of all blocks.
@@ -54,7 +54,7 @@ class Summary:
 
   Attributes:
     exp: the experiment.
-    parts: the modules, in the order of the model, and last their total.
+    parts: the modules in the order of the model, then their total.
     train_flops: FLOPs of a training step for one image.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
     state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages` on each device.
@@ -91,7 +91,7 @@ def measure(
     exp: the experiment.
     examples: number of examples in the training split; None if it is unknown.
     notes: assumptions that were made.
-    cycles: as in `plan.Training`.
+    cycles: last step of each earlier cycle, as in `plan.Training`.
 
   Raises:
     ValueError: the batch cannot be divided among this machine's devices.

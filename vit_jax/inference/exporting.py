@@ -1,4 +1,4 @@
-"""Exports trained or published weights for other code bases, or as programs that need none."""
+"""Exports trained or published weights for other code bases, or as self-contained programs."""
 
 import contextlib
 import logging
@@ -31,14 +31,15 @@ def export(
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
   Args:
-    path: a workdir, a file or a name on the Hub; anything that `vit_jax.load` reads.
+    path: a workdir, a file, a folder or a name on the Hub; anything that `vit_jax.load` reads.
     format: one of `FORMATS`.
     out: output folder, created if it is missing; an earlier export in it is replaced, including
       its model card.
-    step: which checkpoint of a workdir to export, as in `stored.preferred`.
+    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' for the default of
+      `predict`.
 
   Returns:
-    The files in the folder.
+    All files in the folder.
 
   Raises:
     ValueError: the weights cannot be read, the format cannot hold them, or the folder is not
@@ -97,13 +98,13 @@ def save(
     folder: output folder, created if it is missing; existing files of the same names are replaced
       only after all new files are complete.
     format: one of `FORMATS`.
-    preprocessing: how images must be prepared; None for pixels in [-1, 1] and the image size of
-      the model's grid (a square one if the model does not know it).
+    preprocessing: how images must be prepared. None for pixels in [-1, 1] and the image size that
+      the learned positions cover, as in `image_size`.
     class_names: names of the logits; None to store no names.
     card: text of the `README.md`; None to write no such file.
 
   Raises:
-    ValueError: the format cannot hold the model; the message lists the attributes.
+    ValueError: the format cannot hold the model; the message lists the attributes that do not fit.
   """
   entry = choose('format', format, FORMATS)
   if not isinstance(model, ViT):
@@ -115,7 +116,9 @@ def save(
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
   if class_names is not None and len(class_names) != model.num_classes:
-    raise ValueError(f'{len(class_names)} class names for {model.num_classes} classes.')
+    raise ValueError(
+      f'save: got {len(class_names)} class names for {model.num_classes} classes: give one each.'
+    )
   storage.check_folder(folder)
   with storage.writing(folder), contextlib.ExitStack() as stack:
     if not folder.exists():
@@ -152,18 +155,18 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
   """Returns the image size in pixels of the grid that learned positions cover.
 
-  The grid is the model's `learned_grid`. A model without one must have a square grid.
+  The grid is the model's `learned_grid`. If the model has none, the grid must be square.
 
   Raises:
     ValueError: the positions are not learned, or their grid is unknown and not square.
   """
   if 'pos_embedding' not in params:
     raise ValueError(
-      f'model.position={model.position!r} does not determine the image size. Pass preprocessing.'
+      f'model.position={model.position!r} does not determine the image size. Set preprocessing.'
     )
   grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError(
-      'The position embeddings do not form a square grid. Pass preprocessing with the image size.'
+      'The position embeddings do not form a square grid. Set preprocessing with the image size.'
     )
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

@@ -15,7 +15,7 @@ from vit_jax.figures import attention_summary, resize_map
 MAX_PIXELS = 50_000_000
 MAX_WAITING = 256  # maximum number of queued requests
 KEEP = 3600  # seconds to keep an upload on disk, and its result in memory
-CLEAN = 300  # seconds between deletions of older uploads
+CLEAN = 300  # seconds between two deletions of old uploads
 
 TOPK = 5
 SHOWN = 448  # minimum size in pixels of the picture's shorter side
@@ -30,8 +30,8 @@ class Seen(NamedTuple):
     image_HWC: the model's input, uint8.
     probability_L: probability of each class.
     rollout_hw: attention of all blocks combined (`maps.rollout`).
-    heads_RKhw: attention of each head in each block (`maps.head_attention`), then of a MAP head's
-      probe.
+    heads_RKhw: attention of each head in each block (`maps.head_attention`). With a MAP head, the
+      last row is the attention of its probe.
   """
 
   image_HWC: np.ndarray
@@ -94,7 +94,7 @@ class Viewer:
 
 
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
-  """Lights an image by a map: dark where the map is 0. Enlarges it to at least `SHOWN` pixels."""
+  """Darkens an image where a map is low, and enlarges it to at least `SHOWN` pixels."""
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
   light_HW = resize_map(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
@@ -158,7 +158,7 @@ def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
 
 
 def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts: Parts) -> None:
-  """Connects the parts: what happens when a file, an example, a layer or a head is chosen."""
+  """Defines what happens when a user chooses a file, an example, a layer or a head."""
 
   def classify(encoded: bytes | None, layer: str, head: str):
     if encoded is None:
@@ -203,7 +203,7 @@ def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts:
 
 
 def refuse_addresses(file: gr.File) -> None:
-  """Stops Gradio from downloading URLs that a client sends; their size has no limit."""
+  """Stops Gradio from downloading URLs that a client sends: no limit applies to their size."""
   keep = file.async_move_resource_to_block_cache
 
   async def keep_uploads(path):

@@ -41,10 +41,10 @@ def predict(
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
 
   Returns:
-    The iterator of `predict_files`.
+    An iterator with a dict for each file, as `predict_files` describes it.
 
   Raises:
-    ValueError: for the same reasons as `predict_files`.
+    ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
   start_up()
   folder = None if workdir is None else local(workdir)
@@ -97,7 +97,8 @@ def features(
     that cannot be read.
 
   Raises:
-    ValueError: for the same reasons as `predict_files`, or no file could be read.
+    ValueError: the weights or a folder do not exist, the overrides contradict the weights, or no
+      file could be read.
   """
   choose('--features', kind, KINDS)
   files = find_images(paths)

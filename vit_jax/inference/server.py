@@ -1,11 +1,11 @@
 """Serves a web page to try a model: upload an image, see its classes and the model's attention.
 
 Decisions:
-  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. It accepts only
-    images, and reports why others are refused. File size and number of pixels are limited.
+  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. If a file is not an
+    image, it reports why the file is refused. File size and number of pixels are limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
   * Neither the page nor the server fetches anything from the network. The page has system fonts,
-    no analytics and no share link. An address instead of an upload is refused.
+    no analytics and no share link. A URL instead of an uploaded file is refused.
   * Uploads are stored in the server's own folder, which is deleted when the server stops.
 """
 
@@ -38,7 +38,10 @@ CSS = """
 
 
 def check_address(host: str, port: int) -> None:
-  """Raises ValueError if the server cannot listen on an address; called before loading a model."""
+  """Raises ValueError if the server cannot listen on an address.
+
+  The check comes before the model is loaded, which takes longer.
+  """
   try:
     socket.create_server((host, port)).close()
   except (OSError, OverflowError) as error:
@@ -59,7 +62,7 @@ def serve(request: Request, host: str, port: int) -> None:
 
   Raises:
     ValueError: the address is in use, or the checkpoint does not exist, or the overrides
-      contradict it.
+      contradict the checkpoint.
   """
   check_address(host, port)
   exp, params, _ = opening.open_model(request)

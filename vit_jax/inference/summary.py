@@ -35,7 +35,7 @@ def summary_of(request: Request) -> Summary:
       exp, _ = opening.from_init(init, request.overrides)
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-    notes, cycles = ('Training numbers assume the default config and --config.<key>.',), ()
+    notes, cycles = ('Training numbers assume the default config, changed by --config.<key>.',), ()
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)

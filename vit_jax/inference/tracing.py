@@ -3,8 +3,8 @@
 Decisions:
   * Only matrix products and convolutions count; a multiplication and an addition are two FLOPs.
     Norms, softmax and GELU would add a few percent.
-  * FLOPs are counted in the traced program. So they are exact for this model, and those for a step
-    include operations that `model.remat` repeats.
+  * FLOPs are counted in the traced program. They are therefore exact for this model. The FLOPs of a
+    training step include the operations that `model.remat` repeats.
   * Activations are the arrays that differentiation keeps for the backward pass, each counted once.
     XLA keeps less if it recomputes cheap parts (a sixth less on a CPU), and needs some working
     memory in addition.
@@ -33,7 +33,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   group = experiment.group(exp.config)
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   split = split_frozen(params, exp.config.freeze)
-  with portable():  # without kernels, whose operations would not be counted
+  with portable():  # the operations inside custom kernels would not be counted
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
     gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   flops = Counter()
@@ -44,7 +44,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Counts the FLOPs of a whole run, as if each step had one image; stages may be smaller."""
+  """Counts the FLOPs of a whole run with one image per step; stages can have smaller images."""
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
   flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}
@@ -119,12 +119,12 @@ def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
 
 
 def is_program(value: object) -> bool:
-  """Whether a parameter of an operation is a function that the operation calls."""
+  """Returns whether a parameter of an operation is a function that the operation calls."""
   return isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` of each output of a program that depends on the batch.
+  """Yields `(name, bytes)` of each program output that depends on the batch.
 
   An array that is returned in two shapes counts once.
   """

@@ -1,5 +1,6 @@
 """The Vision Transformer as Flax modules."""
 
+from vit_jax.model.attention import ATTENTION
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
@@ -18,6 +19,7 @@ from vit_jax.model.vit import ViT, first_layer, last_layer
 
 __all__ = [
   'ACTIVATIONS',
+  'ATTENTION',
   'ATTRIBUTES',
   'POOLS',
   'POSITIONS',

@@ -1,18 +1,18 @@
 """Scaled dot-product attention (paper, Appendix A, equations 5 to 8) and its kernels.
 
-`attention` chooses the kernel from its arguments and the backend:
+`select_kernel` chooses one of these kernels by the arrays and by the devices of the program:
 
-  * `plain` computes the attention weights, which can be inspected, and leaves the rest to XLA.
+  * `plain` computes the attention weights and leaves the rest to XLA.
   * `with_gradient` runs on a CPU. It computes the same output with a custom gradient, which makes
-    two fewer passes over the weights. Its array layout lets its own passes and XLA's matrix
-    products run along contiguous tokens.
+    two fewer passes over the weights. In its array layout, tokens are contiguous, both for its own
+    passes and for XLA's matrix products.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
     It runs on NVIDIA GPUs in half precision.
 
 Exported programs use `plain` for every backend (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
-`[B, N, K, E]`. Q is the number of queries where it may differ from N.
+`[B, N, K, E]`. Q is the number of queries where it can differ from N, the number of tokens.
 """
 
 from collections.abc import Callable
@@ -21,52 +21,65 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import is_ampere, target_backend
+from vit_jax.distributed import Target, target
+
+# Values of `model.attention`: `cudnn` and `plain` name a kernel, `auto` takes the fastest.
+ATTENTION = ('auto', 'cudnn', 'plain')
+
+AMPERE = 8.0  # compute capability of the first GPUs that cuDNN's flash attention supports
 
 
-def attention(
-  query_BQKE: jax.Array,
-  key_BNKE: jax.Array,
-  value_BNKE: jax.Array,
-  keep_BKQN: jax.Array | None = None,
-  rate: float = 0.0,
-  inspect: Callable[[jax.Array], object] | None = None,
-) -> jax.Array:
-  """Returns the output of multi-head attention, `[B, Q, K, E]`.
+def select_kernel(
+  choice: str, query_BQKE: jax.Array, key_BNKE: jax.Array, drops: bool = False
+) -> Callable:
+  """Returns the kernel `(query, key, value, keep, rate) -> y_BQKE` for these arrays.
+
+  `plain` documents the arguments. A kernel that cannot run is replaced: with `cudnn`, the query of
+  the MAP head and a model with dropout of attention weights use the same kernel as with `plain`.
 
   Args:
-    query_BQKE: queries; there may be more or fewer than keys (the MAP head has one query).
+    choice: one of `ATTENTION`.
+    query_BQKE: queries, or their shape and dtype.
+    key_BNKE: keys, or their shape and dtype.
+    drops: whether dropout applies to the attention weights.
+  """
+  if choice == 'plain':
+    return plain
+  devices = target()
+  if devices.platform == 'cpu':
+    return with_gradient
+  obstacle = flash_obstacle(devices, query_BQKE.dtype, query_BQKE.shape[-1])
+  if obstacle or drops or query_BQKE.shape != key_BNKE.shape:
+    return plain
+  return flash
+
+
+def flash_obstacle(devices: Target, dtype: jnp.dtype, head_size: int) -> str:
+  """Returns why cuDNN's flash attention cannot run on these devices; empty if it can."""
+  if devices.platform != 'cuda' or devices.capability < AMPERE:
+    return 'the devices are not NVIDIA GPUs of the Ampere generation or later'
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f'model.dtype={jnp.dtype(dtype).name} is not bfloat16'
+  if head_size % 8 or head_size > 128:
+    return f'the head size {head_size} is not a multiple of 8 up to 128'
+  return ''
+
+
+def flash(
+  query_BNKE: jax.Array,
+  key_BNKE: jax.Array,
+  value_BNKE: jax.Array,
+  keep_BKNN: None = None,
+  rate: float = 0.0,
+) -> jax.Array:
+  """Returns the values averaged by the attention weights, computed by cuDNN: `[B, N, K, E]`.
+
+  Args:
+    query_BNKE: queries.
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
-      `1 - rate`.
-    rate: dropout rate.
-    inspect: called with the weights before dropout, `[B, K, Q, N]`.
-  """
-  if inspect:
-    inspect(attention_weights(query_BQKE, key_BNKE))
-    return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-  target = target_backend()
-  if target == 'cpu':
-    return with_gradient(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-  if target and keep_BKQN is None and flash_runs(query_BQKE, key_BNKE):
-    return flash(query_BQKE, key_BNKE, value_BNKE)
-  return plain(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate)
-
-
-def flash_runs(query_BQKE: jax.Array, key_BNKE: jax.Array) -> bool:
-  """Returns whether cuDNN supports these arrays on this GPU.
-
-  It needs self-attention in half precision, a head size that is a multiple of 8 up to 128, and an
-  Ampere GPU or newer.
-  """
-  half, size = query_BQKE.dtype in (jnp.bfloat16, jnp.float16), query_BQKE.shape[-1]
-  fits = size % 8 == 0 and size <= 128 and query_BQKE.shape == key_BNKE.shape
-  return half and fits and is_ampere()
-
-
-def flash(query_BNKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array) -> jax.Array:
-  """Returns the values averaged by the attention weights, computed by cuDNN: `[B, N, K, E]`.
+    keep_BKNN: None, because cuDNN would draw its own dropout mask.
+    rate: not used.
 
   cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
   case, one masked token is added and its output is cut off. Output and gradient stay the same.
@@ -99,14 +112,23 @@ def plain(
   keep_BKQN: jax.Array | None,
   rate: float,
 ) -> jax.Array:
-  """Returns the values averaged by the attention weights, `[B, Q, K, E]`."""
+  """Returns the values averaged by the attention weights, `[B, Q, K, E]`.
+
+  Args:
+    query_BQKE: queries; the number of keys can be different (the MAP head has one query).
+    key_BNKE: keys.
+    value_BNKE: values.
+    keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
+      `1 - rate`.
+    rate: dropout rate.
+  """
   weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate)
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
 
-# Without differentiation this runs `plain`, which is faster because it saves nothing for a backward
-# pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
+# Without differentiation, `with_gradient` runs `plain`, which is faster because it saves nothing
+# for a backward pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
 with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 
@@ -130,7 +152,8 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
 def backward(rate, saved, dy_BQKE):
   """Returns the gradients of queries, keys and values.
 
-  The gradient of the softmax needs `sum_n w dw`. It equals `sum_e y dy`, which has E terms, not N.
+  The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which has E
+  terms instead of N.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype

@@ -7,8 +7,8 @@ import jax
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
-# Which values the forward pass saves for the backward pass, which computes the others again.
-# None saves all of them.
+# Which values the forward pass saves. The backward pass computes all other values again. None saves
+# all values.
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -71,7 +71,7 @@ class EncoderBlock(nn.Module):
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
   ) -> jax.Array:
-    """Returns the tokens after this block, `[B, N, D]`; `Encoder` explains the arguments."""
+    """Returns the tokens after this block, `[B, N, D]`; `Encoder` has the same arguments."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE)

@@ -4,7 +4,7 @@ Decisions:
   * Every matrix product is two-dimensional, `[B N, D] x [D, F]`. XLA's CPU backend computes the
     gradient of a batched product about four times slower.
   * A random draw depends on the example's position in the global batch, never on the shape of the
-    array. The number of devices and micro-batches therefore does not change it.
+    array. The number of devices and micro-batches therefore does not change the draws.
   * `sow('intermediates', 'attention_BKNN')` is the only way to get attention weights. Apply the
     model with `mutable=['intermediates']` to receive them.
 """
@@ -18,21 +18,21 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import target_backend
+from vit_jax.distributed import target
 from vit_jax.model import attention, positions
 
-NARROW = 256  # number of outputs; above it, transposing the kernel costs more than it saves
+NARROW = 256  # with more outputs, transposing the kernel costs more time than it saves
 
 
 def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   """Returns `x W`, `[N, O]`, written so that its gradient is fast too.
 
-  Differentiation asks for `x^T dy`. If the kernel has few outputs and more inputs, XLA's CPU
-  backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA compute `dy^T x`.
-  The barrier stops XLA from cancelling the two transpositions.
+  The gradient of the kernel is `x^T dy`. If the kernel has few outputs, and more inputs than
+  outputs, XLA's CPU backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA
+  compute `dy^T x`. The barrier stops XLA from cancelling the two transpositions.
   """
   inputs, outputs = kernel_IO.shape
-  if outputs < inputs and outputs <= NARROW and target_backend() == 'cpu':
+  if outputs < inputs and outputs <= NARROW and target().platform == 'cpu':
     return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
   return x_NI @ kernel_IO
 
@@ -65,6 +65,7 @@ class Block:
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
   dtype: Any = jnp.float32
+  attention: str = 'auto'
 
 
 class Dense(nn.Module):
@@ -102,8 +103,8 @@ class Dense(nn.Module):
 class Dropout(nn.Module):
   """Dropout whose mask is drawn separately for each example.
 
-  With `whole`, there is one draw per example, which drops the whole residual branch of this
-  example: stochastic depth (Huang et al. 2016, 1603.09382).
+  With `whole`, one draw per example drops or keeps the whole residual branch of the example. This
+  is stochastic depth (Huang et al. 2016, 1603.09382).
   """
 
   rate: float
@@ -111,7 +112,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
-    """Returns `x` `[B, ...]` after dropout; `example_B` has the positions, None at inference."""
+    """Applies dropout to `x`, `[B, ...]`; `example_B` holds positions, or is None at inference."""
     if example_B is None or self.rate == 0:
       return x
     key = self.make_rng('dropout')
@@ -124,7 +125,7 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention (paper, Appendix A), from x or `query_BND` to x."""
+  """Multi-head attention (paper, Appendix A) to x, with queries from `query_BND`, or else x."""
 
   block: Block
 
@@ -153,10 +154,13 @@ class Attention(nn.Module):
       (batch, queries, heads, _), keys = query_BNKE.shape, key_BNKE.shape[1]
       ones_BKNN = jnp.ones((batch, heads, queries, keys))
       keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
-    inspect = None
+    choice = block.attention
     if self.is_mutable_collection('intermediates'):
-      inspect = functools.partial(self.sow, 'intermediates', 'attention_BKNN')
-    y_BNKE = attention.attention(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate, inspect)
+      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE)
+      self.sow('intermediates', 'attention_BKNN', weights_BKNN)
+      choice = 'plain'  # which computes the same weights, so XLA computes them once
+    kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
+    y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
     return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
 
 

@@ -21,16 +21,16 @@ class Pool:
 
   Attributes:
     function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
-      class token (if present), registers, patches. The vector is `[B, D]` or has another width.
+      class token (if present), registers, patches. The vector has the width D or another width.
     class_token: whether the pool reads the class token.
     registers: number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
     params: names of the top-level parameters that the pool adds; they belong to the head.
-    linear: whether the vector is a fixed mean of tokens, or several such means side by side.
+    linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
       Attention maps then average the attention of these tokens with the same weights.
-    probe: `(model, sown) -> share_BKN`, for a pool that learns to attend. It computes the share of
-      each token from the `intermediates` that the model sows. K is the model's number of heads,
-      or 1. A pool that is not linear and has no probe has no attention maps.
+    probe: function `(model, sown) -> share_BKN`, for a pool that learns to attend. It computes
+      the share of each token from the `intermediates` that the model sows. K is the model's number
+      of heads, or 1. A pool that is not linear and has no probe has no attention maps.
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
       It names the tokens that the pool reads.
   """
@@ -94,8 +94,8 @@ POOLS = {
     params=('map',),
     probe=map_probe,
     caption=(
-      'the patches attend to, weighted as the probe weights them, and what the probe attends to '
-      '(pool)'
+      'the patches attend to, weighted by the attention of the probe, and (in the row "pool") what '
+      'the probe attends to'
     ),
   ),
   'cls_gap': Pool(  # DINOv2's classifier

@@ -1,4 +1,4 @@
-"""`POSITIONS`: the position embeddings, and how learned embeddings are resized to another grid.
+"""`POSITIONS`: the position embeddings, and how learned embeddings are resized to a different grid.
 
 Other packages can add an entry:
 
@@ -25,13 +25,13 @@ class Position:
   """A position embedding with everything that the project must know about it.
 
   `table` and `angles` receive the bound model and two grids, each as patches (down, across). `grid`
-  is the image's grid. `whole` is the grid that the positions were made for; they are stretched from
-  it to the image. The two grids differ only if the image size differs. Use
+  is the image's grid. `whole` is the grid that the positions were made for. The two grids differ
+  only for images of a different size, and the positions are then stretched to the image. Use
   `model.learned(name, init, shape)` to get a learned parameter.
 
   Attributes:
-    table: `(model, grid, whole) -> [1, P + h w, D]`, added to the patches and to the first P of
-      the tokens before them; None adds nothing.
+    table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to the patches and to the
+      first P of the tokens before the patches; None adds nothing.
     angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, which rotate queries and keys;
       None for no rotation.
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
@@ -52,9 +52,9 @@ class Position:
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """Returns row and column, `[h, w]` each, of the patches of `grid` in the coordinates of `whole`.
 
-  Both grids cover the same image. The coordinates of a patch are the place of its centre. They are
-  counted in patches of `whole`, from the centre of its first patch. If the grids are equal, they
-  are whole numbers.
+  Both grids cover the same image. The coordinates of a patch give the place of its centre. They are
+  measured in patches of `whole`, from the centre of the first patch of `whole`. If the grids are
+  equal, the coordinates are whole numbers.
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
   y, x = np.meshgrid(rows, columns, indexing='ij')
@@ -64,8 +64,8 @@ def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarr
 def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> np.ndarray:
   """Returns fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
-  Each of these fills a quarter of the width: sine of the column, cosine of the column, sine of the
-  row, cosine of the row. If `whole` is given, rows and columns are coordinates in that grid.
+  The four quarters of the width are: sine of the column, cosine of the column, sine of the row,
+  cosine of the row. If `whole` is given, rows and columns are coordinates in that grid.
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))
@@ -91,7 +91,7 @@ def rope_angles(
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates each pair (first half, second half) of a head's features by its angle."""
+  """Rotates each pair of a head's features, one from each half of the head, by its angle."""
   cos, sin = cos_NE[:, None], sin_NE[:, None]
   a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
@@ -108,9 +108,9 @@ def resize_positions(
 
   Args:
     position_1ND: learned positions, `[1, prefix + h w, D]`.
-    source_grid: (h, w) of the grid for which they were learned.
+    source_grid: (h, w) of the grid for which the positions were learned.
     grid: (h', w') of the new grid.
-    prefix: number of positions for tokens before the patches; these are not changed.
+    prefix: number of positions for tokens before the patches; these positions stay unchanged.
     method: one of `RESIZES`.
 
   Returns:
@@ -140,7 +140,7 @@ def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def antialiased(method: str):
-  """Returns a half-pixel interpolation that averages when shrinking, as PyTorch's `antialias`."""
+  """Returns a resize function with half-pixel centres and antialiasing, as in PyTorch."""
 
   def function(table_hwD, grid):
     return jax.image.resize(table_hwD, (*grid, table_hwD.shape[-1]), method, antialias=True)

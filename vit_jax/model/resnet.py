@@ -1,7 +1,8 @@
 """The stem of the paper's hybrids: a ResNet (BiT) with weight standardisation and GroupNorm.
 
-The hybrids are described in the paper, Section 3.1, "Hybrid architecture", and the two norms in
-Kolesnikov et al. 2019 (1912.11370). Parameters have the same names as in the paper's files.
+The paper describes the hybrids in Section 3.1, "Hybrid architecture". Kolesnikov et al. 2019
+(1912.11370) describe weight standardisation and GroupNorm. Parameters have the same names as in the
+paper's files.
 """
 
 from typing import Any
@@ -43,7 +44,7 @@ class StdConv(nn.Module):
 
 
 class Unit(nn.Module):
-  """A bottleneck: 1x1, 3x3 and 1x1 convolutions, added to the identity or to a projection."""
+  """A bottleneck: adds 1x1, 3x3 and 1x1 convolutions to the input, or to a projection of it."""
 
   features: int
   stride: int = 1
@@ -68,7 +69,7 @@ class Unit(nn.Module):
 
 
 class Stage(nn.Module):
-  """A sequence of units with the same width; the first unit may reduce the feature map."""
+  """A sequence of units with the same width; the first unit can reduce the feature map."""
 
   units: int
   features: int

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
+from vit_jax.model.attention import ATTENTION
 from vit_jax.model.encoder import REMAT
 from vit_jax.model.layers import ACTIVATIONS
 from vit_jax.model.pooling import POOLS
@@ -29,7 +30,7 @@ VARIANTS = {
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
 # in pixels of the image, so it includes the stem: R50+B/16, R50+L/32, R26+B/32, R26+S/32, R+Ti/32.
-# The last one is published as R+Ti/16. Its stem reduces by 4, its patches by another 8.
+# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by a factor of 4, its patches by 8.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
@@ -52,7 +53,7 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
 
   Args:
     variant: a name in `VARIANTS`, followed by a slash and the patch size (`B/16`). The patch size
-      is optional if the variant has one. None if the overrides give every size.
+      is optional if the variant has one. None is allowed if the overrides give every size.
     num_classes: width of the head; None for no head.
     **overrides: any attribute of `ViT`; None keeps the variant's value.
 
@@ -69,7 +70,7 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
   if missing:
     hint = f'Write e.g. {variant}/16' if missing == ['patch_size'] else 'Give a variant'
     raise ValueError(
-      f'model.variant={variant!r} does not define {", ".join(missing)}. {hint}, or set them.'
+      f'model.variant={variant!r} does not define {", ".join(missing)}. {hint}, or set these keys.'
     )
   if isinstance(fields['patch_size'], int):
     fields['patch_size'] = (fields['patch_size'],) * 2
@@ -105,6 +106,7 @@ def check_model(model: ViT) -> None:
     ('position_prefix', POSITION_PREFIXES),
     ('remat', REMAT),
     ('activation', ACTIVATIONS),
+    ('attention', ATTENTION),
   ):
     choose(f'model.{name}', getattr(model, name), table)
   check_sizes(model)
@@ -133,7 +135,7 @@ def check_sizes(model: ViT) -> None:
 def check_patches(model: ViT) -> None:
   """Raises ValueError if the patch size or the stem is invalid."""
   if len(model.patch_size) != 2 or min(model.patch_size) < 1:
-    raise ValueError(f'model.patch_size must be (height, width), got {model.patch_size}.')
+    raise ValueError(f'model.patch_size must be two positive numbers, got {model.patch_size}.')
   if model.resnet is None:
     return
   if any(n < 1 for n in model.resnet) or model.resnet_width % 32:

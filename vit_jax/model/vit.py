@@ -30,7 +30,7 @@ class ViT(nn.Module):
   """The Vision Transformer: patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
 
   Attributes:
-    num_classes: width of the head; None for no head, which returns the pooled features.
+    num_classes: width of the head; None for a model without a head, which returns pooled features.
     patch_size: (height, width) of a patch in pixels.
     width: D, size of a token.
     depth: number of encoder blocks.
@@ -41,17 +41,19 @@ class ViT(nn.Module):
     class_token: whether the model has a class token; None: only if the pool reads it.
     position: position embedding, one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position, one of
-      `POSITION_PREFIXES`: `cls` (as in the paper, registers have no position), `none`, or `all`.
-    position_grid: (down, across), the grid of patches that the positions are made for. Positions
-      are stretched from it to images with any number of patches. None: the grid of the image.
+      `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
+    position_grid: (down, across), the grid of patches that the positions are made for. For an image
+      with a different grid, positions are stretched. None: always the grid of the image.
     learned_grid: (down, across), the grid of patches that the learned positions belong to. An image
-      with as many patches in another grid is refused. None: unknown, any such grid is accepted.
+      with the same number of patches in a different grid is refused. None: the grid is unknown, and
+      every grid with this number of patches is accepted.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
     dropout: dropout rate after positions, in the MLP, and at the end of each branch.
     attention_dropout: dropout rate of the attention weights.
-    stochastic_depth: drop rate of the last block's branches; rises linearly from 0 at the first.
+    stochastic_depth: drop rate of the last block's branches. The rate rises linearly from 0 in the
+      first block.
     layer_scale: initial value of LayerScale; None for no LayerScale.
     pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
       CLIP.
@@ -64,6 +66,7 @@ class ViT(nn.Module):
     resnet_width: number of channels of the stem's root.
     dtype: type of the computation; parameters are float32.
     remat: which values are saved for the backward pass, one of `REMAT`.
+    attention: which kernel computes attention, one of `ATTENTION`.
   """
 
   num_classes: int | None
@@ -95,6 +98,7 @@ class ViT(nn.Module):
   resnet_width: int = 64
   dtype: Any = jnp.float32
   remat: str = 'none'
+  attention: str = 'auto'
 
   @property
   def head_size(self) -> int:
@@ -129,7 +133,7 @@ class ViT(nn.Module):
 
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size.
-      train: whether to apply dropout; needs `rngs={'dropout': key}`.
+      train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: position of each example in the global batch, which determines its random draws;
         the default is `0..B-1`.
 
@@ -151,7 +155,7 @@ class ViT(nn.Module):
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
     encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
-    nn.share_scope(self, encoder)  # puts its parameters block_0, ..., norm at the top level
+    nn.share_scope(self, encoder)  # puts the encoder's parameters at the top level
     x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
     if self.norm_after_pool:
       x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
@@ -200,8 +204,8 @@ class ViT(nn.Module):
   def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Adds positions, class token and registers, and returns tokens `[B, N, D]` and RoPE's angles.
 
-    The class token comes first, then the registers, then the patches. The entry of `POSITIONS`
-    decides whether the first tokens have positions. The angles are None without RoPE.
+    The class token comes first, then the registers, then the patches. Whether the tokens before the
+    patches have positions depends on the entry of `POSITIONS`. The angles are None without RoPE.
     """
     batch, h, w, width = x_BhwD.shape
     x_BND = x_BhwD.reshape(batch, h * w, width)
@@ -226,7 +230,7 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter; this also works in a model that is only bound."""
+    """Returns a top-level parameter, also outside of `apply`, in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 

@@ -1,7 +1,7 @@
 """`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`; labels are integers.
 
-A loss gets each config key `loss.<name>` that its signature accepts as `<name>`, or all of them if
-it takes `**kwargs`. Other packages can add an entry:
+Each config key `loss.<name>` is passed to a loss as the argument `<name>` if the loss has an
+argument of this name. A loss with `**kwargs` gets all keys. Other packages can add an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
 """

@@ -4,7 +4,7 @@ Decisions:
   * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels only, not
     to biases, norms, positions, or class and register tokens.
   * Frozen parameters are removed from the tree that an optimizer sees. They have no gradient and no
-    optimizer state, and do not count in the norm that clipping uses.
+    optimizer state, and clipping does not include them in the norm.
 """
 
 import jax
@@ -25,8 +25,8 @@ def adamw(
 ):
   """Returns AdamW (Loshchilov and Hutter, 1711.05101).
 
-  It is also the Adam of the paper's Table 3. The paper's code decoupled the weight decay and
-  multiplied it by the learning rate too.
+  The Adam of the paper's Table 3 is the same optimizer. The paper's code also decoupled the weight
+  decay and multiplied it by the learning rate.
   """
   return optax.adamw(
     schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix, mu_dtype=moment_dtype
@@ -57,7 +57,7 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns Muon for the matrices of the blocks (Jordan et al. 2024) and AdamW for the rest.
+  """Returns Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for other parameters.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
   Section 2.2), so both use the same learning rate.
@@ -111,11 +111,12 @@ def split_frozen(params: dict, freeze: str) -> tuple[dict, dict]:
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
   """Multiplies each update by `decay ** (depth + 1 - layer)`.
 
-  Layer 0 is `first_layer`, block i is layer i + 1, and layer depth + 1 is `last_layer`.
+  Layer 0 has the parameters of `first_layer`, layer i + 1 is block i, and layer depth + 1 has the
+  parameters of `last_layer`.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
-  al. 2021, 2111.06377) use for fine-tuning. It follows the optimizer, so it also scales the weight
-  decay.
+  al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and therefore
+  also scales the weight decay.
   """
 
   def update(updates, _):
@@ -148,7 +149,7 @@ def is_matrix(params) -> dict:
 def make_optimizer(
   name: str, schedule: schedules.Schedule, clip: float, layer_decay: float = 1.0, **arguments
 ) -> optax.GradientTransformation:
-  """Returns the optimizer `name` of `OPTIMIZERS`, preceded by clipping by the global norm.
+  """Returns the optimizer `name`, preceded by gradient clipping and followed by layer decay.
 
   The optimizer gets only the `arguments` that its signature accepts.
   """

@@ -20,7 +20,7 @@ FEW_STEPS = 100  # number of training steps below which a warning is logged
 # Last step of each stage of a run, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
 
-LATER_PEAK = 0.5  # peak learning rate of a cycle that more epochs add, as a share of optimizer.lr
+LATER_PEAK = 0.5  # peak learning rate of an added cycle, as a share of optimizer.lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,11 @@ class Training:
     val: validation split; None without one.
     test: test split.
     steps: number of steps of the whole run.
-    cycles: last step of each earlier cycle. More epochs on a finished run add a cycle.
-    early_steps: number of steps with strong augmentations, counted from the first step. It is set
-      by `augment.off_for_last`, which is a share of the first cycle.
-    stages: image size of each stage of the run.
+    cycles: last step of each earlier cycle. Setting more epochs for a finished run adds a cycle.
+    early_steps: number of steps with strong augmentations, counted from the first step. They
+      are off in the last part of the first cycle (its share is `augment.off_for_last`), and in
+      later cycles.
+    stages: last step and image size of each stage of the run.
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.
     params: weights of `init` to start from; None for random ones.
@@ -72,8 +73,9 @@ def plan_training(
 def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
   """Returns the fields of `Training` that depend on the config and the number of examples.
 
-  The first cycle is the original run. Each later cycle warms up to `LATER_PEAK` of the learning
-  rate, then decays like the first. Its images have full size and are only cropped and flipped.
+  The first cycle is the original run. Each later cycle warms up to `LATER_PEAK` times
+  `optimizer.lr`, then decays like the first. In later cycles, images have full size and are only
+  cropped and flipped.
 
   Args:
     config: config of the run.
@@ -111,7 +113,7 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
   """Returns the stages of a run with this number of steps; each stage has its own image size.
 
   Raises:
-    ValueError: scaling the image to a height gives a width that is not a whole number.
+    ValueError: at a height of `progressive.sizes`, the width would not be a whole number.
   """
   height, width = pair(config.data.image_size)
   found = []
@@ -119,8 +121,8 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
     across, rest = divmod(size * width, height)
     if rest:
       raise ValueError(
-        f'progressive.sizes: images of {height}x{width} pixels reduced to a height of {size} have '
-        f'a width of {size * width / height:g}, expected a whole number.'
+        f'progressive.sizes: at a height of {size}, images of {height}x{width} pixels would have a '
+        f'width of {size * width / height:g}, expected a whole number. Choose a different height.'
       )
     found.append((round(share * steps), (size, across)))
   return (*found, (steps, (height, width)))

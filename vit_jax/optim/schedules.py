@@ -9,7 +9,8 @@ from vit_jax.names import choose
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# Share of the peak after the warm-up, as a function of the completed fraction of the decay.
+# Learning rate after the warm-up, as a share of the peak. The argument is the completed fraction of
+# the decay.
 SCHEDULES = {
   'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
   'linear': lambda fraction: 1 - fraction,
@@ -24,8 +25,8 @@ def make_schedule(name: str, peak: float, steps: int, warmup: int) -> Schedule:
     name: one of `SCHEDULES`.
     peak: learning rate at the end of the warm-up.
     steps: number of steps.
-    warmup: number of steps of linear warm-up. It starts at `peak / warmup`, because a step with a
-      learning rate of 0 would be wasted.
+    warmup: number of steps of linear warm-up. The first step has the rate `peak / warmup`, because
+      a step with a learning rate of 0 would be wasted.
   """
   decay = choose('schedule.name', name, SCHEDULES)
 

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Run:
-  """A training run, from its newest checkpoint or its beginning to its end.
+  """A training run. It starts from its newest checkpoint, or without a checkpoint at step 0.
 
   Attributes:
     exp: experiment to train.
@@ -61,7 +61,7 @@ class Run:
   def __post_init__(self):
     self.config = self.exp.config
     self.eval_step = make_eval_step(self.exp, self.mesh)
-    self.began = time.perf_counter()  # start; `run` moves it back by the time of earlier sessions
+    self.began = time.perf_counter()  # start time; `run` subtracts the seconds of earlier sessions
 
   def run(self) -> dict:
     """Trains to the end, writes `result.json` and returns its content."""
@@ -103,7 +103,7 @@ class Run:
           meter.resume()
         train_state, metrics = train_step(train_state, batch)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # once, so that the log line is true
+          jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')
         if late:
           meter.add(*late)
@@ -117,14 +117,14 @@ class Run:
         late = None
         if 'log' in events:
           self.log(step, meter.read(), bar)
-        if stop:  # without evaluation, which may take too long; the next start does it
+        if stop:  # no evaluation now, because time can be short; the next start evaluates
           self.save(train_state, {})
           self.checkpoints.wait()
           raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
         meter.pause()
         if (
           'save' in events and not self.training.val
-        ):  # first, because bad data ends the evaluation
+        ):  # before the evaluation, because bad data can stop it
           self.save(train_state, {})
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
@@ -140,8 +140,8 @@ class Run:
     config, begin, end = self.config, cycles[-1], self.training.steps
     warmup = warmup_steps(config, len(self.training.train), end - begin)
     log.info(
-        'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s; crops '
-        'and flips only.', len(cycles) + 1, begin + 1, end, warmup,
+        'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s. Images '
+        'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup,
         LATER_PEAK * config.optimizer.lr, config.schedule.name,
     )  # fmt: skip
 
@@ -162,12 +162,12 @@ class Run:
     return next(size for end, size in self.training.stages if step <= end)
 
   def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
-    """Compiles the step in advance, so that images per second do not include compilation."""
+    """Compiles the step in advance, so that images per second exclude the time to compile."""
     began, exp = time.perf_counter(), self.exp.at(size)
     with progress.announced('Compiling the training step ...'):
       step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
     seconds = time.perf_counter() - began
-    devices = f'{self.mesh.size} {jax.default_backend()} device(s)'
+    devices = f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
     log.info(
         'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
         seconds, *size, self.training.steps, devices,
@@ -178,7 +178,7 @@ class Run:
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
 
-    With a validation split, saving requires an evaluation, because its score ranks checkpoints.
+    With a validation split, saving requires an evaluation, because its accuracy ranks checkpoints.
     """
     config, last = self.config, step == self.training.steps
     every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
@@ -217,7 +217,7 @@ class Run:
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """Saves a checkpoint with its validation accuracy if it has one, never its test accuracy."""
+    """Saves a checkpoint with its validation accuracy, if any, but never its test accuracy."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'seconds': time.perf_counter() - self.began,
@@ -243,7 +243,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and accuracies of the last checkpoint and of the best by validation accuracy."""
+    """Returns step and accuracies of the last and of the best checkpoint (by validation)."""
 
     def accuracies(step):
       splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}

@@ -1,4 +1,4 @@
-"""Trains the head alone, on features that are computed once if this gives the same result.
+"""Trains the head alone, on features that are computed only once if possible.
 
 Decisions:
   * Without augmentation, a frozen backbone gives the same features in every epoch. They are
@@ -30,7 +30,7 @@ from vit_jax.workdir import held, latest_step, read_json, restore_item, write_js
 
 log = logging.getLogger(__name__)
 
-FEW = 50  # validation images; with fewer, a single image can decide between learning rates
+FEW = 50  # validation images; with fewer, a single image can change which learning rate is best
 
 
 class OnFeatures(Experiment):
@@ -42,7 +42,7 @@ class OnFeatures(Experiment):
     return head.apply({'params': params['head']}, batch['image'])
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns 1, because a head is small enough for a single part per device."""
+    """Returns 1, because training only a head needs too little memory to split a batch."""
     return 1
 
 
@@ -56,7 +56,7 @@ def train_head(
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
-  if not exp.augments:  # cached features are keyed by content, so this may precede the checks
+  if not exp.augments:  # features are cached by content, so this is safe before the checks
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
@@ -68,7 +68,7 @@ def train_head(
 
 
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
-  """Returns the parameters of the checkpoint, of `init`, or random ones, in this order.
+  """Returns the parameters of the newest checkpoint, or else of `init`, or else random ones.
 
   The checkpoint comes first, because a run must keep its backbone.
   """
@@ -122,7 +122,8 @@ def sweep(
     return chosen
   if len(training.val) < FEW:
     log.warning(
-      'Learning rates are compared on only %d validation images: hold out more.', len(training.val)
+      'Learning rates are compared on only %d validation images: hold out more images.',
+      len(training.val),
     )
   points = []
   for rate in exp.config.sweep:
@@ -163,13 +164,13 @@ def score_rate(
       begin(config, folder)
       record(exp, folder)
       result = fit(exp, plan, mesh, folder)
-  # Only the score is needed, and a backbone for each rate would fill the disk.
+  # Only the score is needed. Keeping the backbone of each rate would fill the disk.
   from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
 
 
 def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
-  """Returns whether the run in a folder has another backbone than these weights."""
+  """Returns whether the backbone of the run in a folder differs from these weights."""
   if (step := latest_step(folder)) is None:
     return False
   theirs = split_frozen(restore_item(folder, step, 'params'), 'backbone')[1]
@@ -179,7 +180,7 @@ def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
 
 
 def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment, Training]:
-  """Returns the final run of a sweep: training and validation split together, at `rate`."""
+  """Returns the final run of a sweep, which trains on both splits at the learning rate `rate`."""
   train, val = training.train, training.val
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
@@ -189,6 +190,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment of the final run, whose task counts the examples of both splits."""
+  """Returns the experiment of the final run: its task has the examples of both splits."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

@@ -27,7 +27,7 @@ OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ betwe
 
 
 def check_processes(config: ConfigDict) -> None:
-  """Raises ValueError if the config of this process differs from process 0."""
+  """Raises ValueError if the config of this process differs from the config of process 0."""
   mine = config_lib.flatten(config)
   check_same('config', {key: mine[key] for key in mine if key not in OWN})
 
@@ -35,14 +35,14 @@ def check_processes(config: ConfigDict) -> None:
 def begin(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict | None, ConfigDict | None, tuple[int, ...]]:
-  """Checks a config against the run in a workdir, which must be locked.
+  """Compares a config with the run in a workdir. The workdir must be locked.
 
   Returns:
     The result, the saved config, and the last step of each earlier cycle. The result is None if the
     run is not finished. The config is None if the workdir holds no run.
 
   Raises:
-    ValueError: the workdir contains another run, or it is not writable.
+    ValueError: the workdir contains a run that this config cannot resume, or is not writable.
   """
   set_aside_damaged(workdir)
   start, finished, saved, cycles = latest_step(workdir), None, None, ()
@@ -65,7 +65,7 @@ def begin(
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError if a run of version 0.1.0 depends on a rule that has changed since then.
 
-  Runs on image folders are rejected by `opening.from_config`, because other files are held out now.
+  `opening.from_config` rejects runs on image folders, because they now hold out different files.
 
   Args:
     item: the item `config` of the newest checkpoint. Version 0.1.0 wrote no version into it.
@@ -79,7 +79,7 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
   reasons = [reason for reason, depends in changed.items() if depends]
   if 'version' not in item and reasons:
     raise ValueError(
-      f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. It can be '
+      f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. The run can be '
       'evaluated and used, but not resumed. Start a new run in another --workdir. To start from '
       f'these weights, add --config.init={workdir}'
     )
@@ -95,7 +95,8 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
     workdir: folder of the run.
 
   Raises:
-    ValueError: other epochs for an unfinished run, or fewer epochs for a finished run.
+    ValueError: the config changes the epochs of an unfinished run, or reduces the epochs of a
+      finished run.
   """
   saved, examples = config_lib.from_dict(item['config']), item['task']['train_examples']
   then, now = num_steps(saved, examples), num_steps(config, examples)
@@ -162,7 +163,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """Returns `result.json` if the run has done exactly `config.epochs`; None if not."""
+  """Returns `result.json` if it has the config's epochs and test split; None if not."""
   result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])
@@ -194,7 +195,7 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
-    known = sys.getfilesystemencoding()  # it may lack some letters of a class name
+    known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
     name = exp.task.class_names[label].encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
     save_png(image_HWC, folder / f'{i}_{name}.png')

@@ -40,13 +40,13 @@ class TrainState:
 
 
 def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dict:
-  """Returns random parameters for images `(H, W, C)`, which depend only on the seed."""
+  """Returns random parameters for images `(H, W, C)`, drawn with this seed."""
   image_BHWC = jnp.zeros((1, *image_shape))
   return model.init(jax.random.key(seed), image_BHWC)['params']
 
 
 def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
-  """Creates the state before the first step directly on its devices.
+  """Creates the state before the first step, directly on the devices that will hold it.
 
   Optimizers have no state for parameters that `freeze` keeps constant.
   """

@@ -3,8 +3,8 @@
 Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. No key
     is stored, and no draw depends on the number of devices or micro-batches.
-  * Training accuracy compares a mixed image with its own label, even if its partner has the larger
-    share. With mixup and cutmix, training accuracy therefore means little.
+  * For a mixed image, training accuracy uses the image's own label, even if the partner has the
+    larger share. With mixup and cutmix, training accuracy therefore means little.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.augment import partner
-from vit_jax.distributed import add_up, keep_layout
+from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
 from vit_jax.optim import Training, split_frozen
@@ -56,8 +56,8 @@ def train_step(
 
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
-    clipping) and `learning_rate` (of this step). If the batch has `bad`, `bad_images` is the number
-    of bad images.
+    clipping) and `learning_rate` (of this step). If the batch has an entry `bad`, the metrics also
+    contain `bad_images`, the number of images that could not be decoded.
   """
   config = exp.config
   key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -95,7 +95,8 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `(state, batch) -> (state, metrics)` of a run; it donates the state."""
+  """Returns the jitted `(state, batch) -> (state, metrics)`, which donates the given state."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
-  options = DETERMINISTIC if exp.config.deterministic and jax.default_backend() == 'gpu' else None
+  on_gpu = target(mesh).platform in ('cuda', 'rocm')
+  options = DETERMINISTIC if exp.config.deterministic and on_gpu else None
   return jax.jit(step, donate_argnums=0, compiler_options=options)

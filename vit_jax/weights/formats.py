@@ -28,8 +28,8 @@ class Preprocessing:
 
   Attributes:
     size: (height, width) in pixels.
-    mean: subtracted from pixels in [0, 1]; one value per channel, or one for all channels.
-    std: divisor after the subtraction; one value per channel, or one for all channels.
+    mean: value to subtract from pixels in [0, 1]; one per channel, or one for all channels.
+    std: divisor after the subtraction; one per channel, or one for all channels.
     interpolation: one of `image.INTERPOLATIONS`.
     crop: fraction of the shorter side that is kept, around the centre; with `stretch`, the
       fraction of each side.
@@ -178,7 +178,8 @@ def read_params(
     The parameters as a tree, and the names of the ignored arrays.
 
   Raises:
-    ValueError: arrays are missing, left over, of the wrong shape or type, or not finite.
+    ValueError: arrays are missing, not part of the model, of the wrong shape or type, or not
+      finite.
   """
   params, used, problems = {}, set(), []
   for row in weights.rows:

@@ -110,8 +110,9 @@ def preprocessing(
 ) -> Preprocessing:
   """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
 
-  The size in that file is used if it is a multiple of the patch size. It may differ from the size
-  of the position embeddings: DINOv2 has positions for 518 pixels, but expects images of 224 pixels.
+  The size in that file is used if it is a multiple of the patch size. It can differ from the size
+  of the position embeddings. For example, DINOv2 has positions for 518 pixels, but expects images
+  of 224 pixels.
   """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
@@ -170,7 +171,7 @@ def architecture(model: ViT) -> str:
   """Returns the name of the Hugging Face architecture that can hold a model.
 
   Raises:
-    ValueError: no architecture can; the message lists the attributes that do not fit.
+    ValueError: no architecture can hold it; the message lists the attributes that do not fit.
   """
   activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
   refuse('hf', model, hf_names.PLAIN | {'activation': activations})

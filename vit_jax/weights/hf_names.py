@@ -66,7 +66,8 @@ TEACHER_HEAD = [
   ('head/bias', ('cls_classifier.bias', 'distillation_classifier.bias'), TEACHER_BIAS),
 ]
 
-# By `model_type`: the prefix of a classifier's names, the name table, and the config's defaults.
+# KINDS maps each `model_type` to the prefix of parameter names in a classifier, the name table, and
+# the config's defaults.
 COMMON = dict(
   hidden_size=768,
   num_hidden_layers=12,
@@ -89,7 +90,7 @@ KINDS = {
     DINO | dict(num_register_tokens=4),
   ),
 }
-# By the name in `architectures`: (kind, pool, rows of the head).
+# Maps each name in `architectures` to (kind, pool, rows of the head).
 ARCHITECTURES = {
   'ViTForImageClassification': ('vit', 'cls', HEAD),
   'ViTModel': ('vit', 'cls', []),

@@ -1,9 +1,9 @@
 """Reads and writes the `.npz` files of the paper and of big_vision, which differ only in names.
 
 Decisions:
-  * The format sets everything that arrays cannot tell: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
+  * The format fixes what the arrays do not show: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
   * Each member is read completely, so that its checksum is verified. Nothing is unpickled.
-  * The paper's models are written with its older names, which all published files use. Models
+  * The paper's models are written with the older names, which all its published files use. Models
     that only big_vision has are written with big_vision's names.
 """
 
@@ -47,8 +47,8 @@ HOLDS = {
   'norm_epsilon': (1e-6,),
 }
 
-# Prefix of all parameter names: the paper's files, big_vision's files, its image towers (two
-# spellings), its older files.
+# Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image
+# towers (two prefixes), and the older files of big_vision.
 PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
@@ -127,12 +127,12 @@ def table(
 
 
 def is_npz(place: pathlib.Path) -> bool:
-  """Whether a path is an `.npz` file, or a folder with exactly one."""
+  """Returns whether a path is an `.npz` file, or a folder with exactly one such file."""
   return place.suffix == '.npz' if place.is_file() else len([*place.glob('*.npz')]) == 1
 
 
 def read_npz(path: pathlib.Path) -> Weights:
-  """Returns the weights of an `.npz` file, or of the only one in a folder.
+  """Returns the weights of an `.npz` file, or of the only such file in a folder.
 
   Raises:
     ValueError: the file is damaged, or is not a ViT of the paper or of big_vision.
@@ -142,8 +142,8 @@ def read_npz(path: pathlib.Path) -> Weights:
   prefix = next((p for p in PREFIXES if f'{p}embedding/kernel' in arrays), None)
   if prefix is None:
     raise ValueError(
-      f'{path}: not a ViT of the paper or of big_vision: expected an array embedding/kernel, found '
-      f'{len(arrays)} others, such as {", ".join(sorted(arrays)[:5])}.'
+      f'{path}: not a ViT of the paper or of big_vision. Expected an array embedding/kernel, found '
+      f'{len(arrays)} other arrays, such as {", ".join(sorted(arrays)[:5])}.'
     )
   inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
   get = lambda name: arrays[prefix + name]

@@ -3,8 +3,8 @@
     model, params = vit_jax.load('ViT-B_16.npz')
 
 Decisions:
-  * The file decides the model: its activation, epsilon and pooling. Where the format does not
-    store them, the values of its code base are used.
+  * Activation, epsilon and pooling of the model come from the file. If the format does not store
+    them, the values of its code base are used.
   * A new head also replaces the pre-logits layer. In the paper, both together are the head for
     pre-training (Section 3.1), and fine-tuning removes all of it (Section 3.2).
 """
@@ -38,17 +38,18 @@ def load(
   Args:
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
-    grid: patches (down, across) of your images; None for the grid of the file.
-    source_grid: patches (down, across) of the file's position embeddings. Needed only if the file
-      does not store this grid, the grid is not square, and `grid` has another number of patches.
-    num_classes: number of classes of the head. Another number than the file's gives a new head of
-      zeros, without pre-logits. None for the file's head; if the file has no head, the model
-      returns the normalised tokens `[B, N, D]`.
+    grid: number of patches (down, across) of your images; None for the grid of the file.
+    source_grid: number of patches (down, across) of the file's position embeddings. Needed only if
+      the file does not store this grid, the grid is not square, and `grid` has a different number
+      of patches.
+    num_classes: number of classes of the head. If the number differs from the file's, the head is
+      new: it starts at zero and has no pre-logits. None keeps the file's head. If the file has no
+      head, the model then returns the normalised tokens `[B, N, D]`.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
 
   Raises:
     ValueError: the path does not exist, the file is damaged or holds pickled objects, the weights
-      contradict their config, or the grid does not fit. The message tells which.
+      contradict their config, or the grid does not fit. The message names the reason.
   """
   loaded = adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
   return as_tokens(loaded) if loaded.model.num_classes is None else loaded
@@ -66,10 +67,11 @@ def adapt(
 
   Args:
     source: the contents of the file.
-    grid: see `load`.
-    source_grid: see `load`.
-    num_classes: see `load`.
-    resize: see `load`.
+    grid: number of patches (down, across) of the images; None for the grid of the file.
+    source_grid: number of patches (down, across) of the file's position embeddings; None if the
+      grid is stored in the file, equal to `grid`, or square.
+    num_classes: number of classes of the head; None keeps the file's head.
+    resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
     new_head: whether to make a new head even if the file's head has the same number of classes.
   """
   if num_classes is not None:
@@ -115,7 +117,7 @@ def as_tokens(loaded: Pretrained) -> Pretrained:
 
 
 def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
-  """Returns the parameters without some top-level entries, and the paths of what was removed."""
+  """Returns the parameters without some top-level entries, and the paths of the removed arrays."""
   dropped = layouts.flatten_params({name: params[name] for name in names if name in params})
   return {name: leaf for name, leaf in params.items() if name not in names}, tuple(dropped)
 
@@ -129,7 +131,8 @@ def find_grid(
   """Returns the grid of a file's position embeddings.
 
   Raises:
-    ValueError: the positions do not fit the given grid, or are not square and no grid is given.
+    ValueError: the number of positions does not fit the given or stored grid. Without a grid, the
+      number is not a square number.
   """
   found = [
     array

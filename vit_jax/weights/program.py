@@ -1,11 +1,12 @@
 """Writes programs: a model with its weights and its preprocessing in one file.
 
-A program runs without this package. Both formats take one argument: uint8 images `[b, H, W, C]`
-with any `b`, already resized to H x W as `model.json` next to the file describes. Both return
-float32 logits `[b, L]`, or the pooled features if the model has no head.
+A program runs without this package. In both formats, StableHLO and ONNX, it takes one argument:
+uint8 images `[b, H, W, C]` with any `b`. The images must already have the size H x W; `model.json`
+next to the file describes how to resize them. The program returns float32 logits `[b, L]`, or the
+pooled features if the model has no head.
 
 Decisions:
-  * Programs return logits, because a softmax turns them into probabilities, but not the reverse.
+  * Programs return logits, because probabilities can be computed from logits, but not the reverse.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU use less by default.
   * `backend.portable` makes the program independent of the machine that writes it.
@@ -34,7 +35,7 @@ Program = Callable[[jax.Array], jax.Array]
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 LIMIT = 2**31  # maximum size of a serialized program, in bytes
-TOLERANCE = 1e-4  # maximum error of ONNX logits; relative to JAX's logits if these exceed 1
+TOLERANCE = 1e-4  # maximum error of ONNX outputs; relative to JAX's largest output if it exceeds 1
 
 CONVERTER = (
   'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
@@ -175,7 +176,7 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
     loaded: the weights.
     imports: the lines that import the runtime.
     read: the line that opens the program.
-    call: the line that calls it; `IMAGE` stands for the batch.
+    call: the line that calls the program; `IMAGE` stands for the batch.
   """
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   axes = 'None, ..., None' if channels == 1 else 'None'

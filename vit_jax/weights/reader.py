@@ -2,7 +2,7 @@
 
 Decisions:
   * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
-  * The files at a path decide which format is read.
+  * The format depends on the files at the path.
 """
 
 from collections.abc import Callable
@@ -37,14 +37,15 @@ TORCH = ('*.safetensors', '*.index.json')
 
 
 def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
-  """Reads the weights at a path, or under that name on the Hub, without changing them.
+  """Reads the weights at a path, or in a repository on the Hub, without changing them.
 
   Args:
-    path: see `load`.
-    step: which checkpoint of a workdir to read, as in `stored.preferred`.
+    path: a file, a folder, a workdir, a checkpoint or a name on the Hub, as in `load`.
+    step: checkpoint of a workdir to read: `best`, `last`, a number, or '' for the default of
+      `predict`.
 
   Raises:
-    ValueError: no readable weights were found; the message tells what was expected.
+    ValueError: no readable weights were found; the message names what was expected.
   """
   place = local(path)
   if (place / 'checkpoints').is_dir():
@@ -59,7 +60,7 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """Reads a file or a folder in the last of `FORMATS` that fits.
+  """Reads a file or a folder; if several formats fit, the last of them in `FORMATS` is used.
 
   Raises:
     ValueError: no format fits.
@@ -83,7 +84,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Whether a path holds safetensors with a `config.json`, of timm or of Hugging Face.
+  """Returns whether a path holds safetensors with a `config.json` of timm or of Hugging Face.
 
   Args:
     place: a file, or a folder.
@@ -96,7 +97,7 @@ def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
 
 
 def is_of_timm(folder: pathlib.Path) -> bool:
-  """Whether a folder's `config.json` was written by timm."""
+  """Returns whether a folder's `config.json` has timm's format."""
   file = folder / 'config.json'
   return file.is_file() and 'architecture' in load_json(file)
 
@@ -174,7 +175,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """Reads a checkpoint of this project; the averaged (EMA) weights if the run keeps them."""
+  """Reads a checkpoint of this project; if it has averaged (EMA) weights, they are used."""
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])

@@ -194,7 +194,7 @@ def arguments(origin: str, config: dict) -> dict:
   given |= own
   for key, value in given.items():
     if key in ONLY and value != ONLY[key]:
-      raise ValueError(f'{origin}: {key}={value!r}: only {ONLY[key]!r} is supported.')
+      raise ValueError(f'{origin}: {key}={value!r} is not supported, only {ONLY[key]!r}.')
     if key not in set(DEFAULTS) | set(ONLY) | NEUTRAL:
       raise ValueError(f'{origin}: model_args has the unsupported argument {key!r}.')
   return DEFAULTS | given

@@ -1,9 +1,9 @@
 """Translates timm's architecture names into the arguments of its `VisionTransformer`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
-needed because arrays tell neither the activation nor, with a fused qkv, the number of heads.
-They are from timm 1.0.31. Models that are more than a ViT (parallel blocks, SwiGLU, RMSNorm, ...)
-are not included.
+needed because the arrays of a file do not show the activation or, with a fused qkv, the number of
+heads. The tables are from timm 1.0.31. They do not include models that are more than a ViT
+(parallel blocks, SwiGLU, RMSNorm, ...).
 """
 
 import re
