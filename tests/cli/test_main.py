@@ -364,10 +364,10 @@ def test_a_mesh_axis_without_devices_is_refused(axis, size):
 
 def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
   workdir, _ = trained
-  assert 'another config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
+  assert 'a different config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
   flags = ['--mode=export', f'--workdir={workdir}', '--config.seed=1']
   assert '--config is for train' in error(capsys, *flags)
-  assert 'another config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
+  assert 'a different config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
   assert '--workdir is required' in error(capsys, CONFIG, '--workdir=')
   for bad in ('0', '-5'):
     flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
