@@ -121,26 +121,25 @@ def test_devices_and_arrays_choose_the_kernel(devices, choice, dtype, size, drop
 
 
 @pytest.mark.parametrize(
-  ('platform', 'version', 'found'),
+  ('platform', 'generation', 'found'),
   [
-    ('cpu', 'cpu', Target('cpu')),
-    ('gpu', 'PJRT C API\ncuda 13000', Target('cuda', 9.0)),
-    ('cuda', 'a described topology', Target('cuda', 9.0)),
-    ('gpu', 'rocm 70000', Target('rocm')),
-    ('tpu', 'libtpu', Target('tpu')),
+    ('cpu', None, CPU),
+    ('gpu', '9.0', HOPPER),
+    ('gpu', '12.0', Target('cuda', 12.0)),
+    ('gpu', 'gfx942', Target('rocm')),
+    ('tpu', None, TPU),
   ],
 )
-def test_a_device_is_described(platform, version, found):
-  client = types.SimpleNamespace(platform_version=version)
-  device = types.SimpleNamespace(platform=platform, client=client, compute_capability='9.0')
+def test_a_device_is_described(platform, generation, found):
+  device = types.SimpleNamespace(platform=platform, compute_capability=generation)
   assert target_of(device) == found
 
 
 def test_a_program_takes_the_kernels_of_its_mesh_and_not_of_this_machine():
   chosen, mesh = [], inference_mesh(2)
-  gpu = types.SimpleNamespace(platform='gpu', client=None, compute_capability='9.0')
+  gpu = types.SimpleNamespace(platform='gpu', compute_capability='9.0')
   described = types.SimpleNamespace(devices=np.array([gpu]))  # a mesh of hardware that is not here
-  assert target(described) == Target('rocm')
+  assert target(described) == HOPPER and target(mesh) == target() == CPU
   assert microbatch.micro_batches(mesh, 64, 1024, 48) > 1
 
   def double(x):

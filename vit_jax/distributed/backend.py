@@ -47,11 +47,11 @@ def target(mesh: Mesh | None = None) -> Target:
 
 def target_of(device: jax.Device) -> Target:
   """Describes a real device, or a device of a topology from `jax.experimental.topologies`."""
-  if device.platform not in ('gpu', 'cuda', 'rocm'):
+  if device.platform != 'gpu':
     return Target(device.platform)
-  if 'cuda' in f'{device.platform} {getattr(device.client, "platform_version", "")}':
-    return Target('cuda', float(device.compute_capability))
-  return Target('rocm')
+  generation = device.compute_capability  # e.g. 9.0 for NVIDIA's Hopper, or gfx942 for AMD
+  amd = generation.startswith('gfx')
+  return Target('rocm') if amd else Target('cuda', float(generation))
 
 
 @contextlib.contextmanager

@@ -1,0 +1,302 @@
+"""Compiles the training step of `main.py` for GPUs and TPUs that are not there.
+
+    python -m benchmarks.compile --lower=cuda --config=configs/cifar10.py:b16 --batch=256
+
+lowers a step for CUDA or TPU with CPU JAX alone, in seconds. It prints one line of JSON with
+`tokens`, `dtype` and `kernels`, which maps the name of each custom call to its number of calls.
+
+    python3 -m venv compilers && compilers/bin/pip install -r requirements.txt
+    compilers/bin/pip install --no-deps 'libtpu==0.0.50.*'
+    compilers/bin/pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
+    export JAX_PLATFORMS=cpu
+    compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
+        --devices=8 --batch=2048
+    compilers/bin/python -m benchmarks.compile          # the rows of ROWS that have no result yet
+
+compile with the compilers of the hardware, on any x86 machine. The versions of the two CUDA wheels
+must be the version of JAX. Install these wheels only in a separate environment, because JAX looks
+for the hardware. A row takes from 15 seconds to minutes, and `results/compiled.json` gets it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+import numpy as np
+
+from benchmarks import arguments, collect, hlo
+from vit_jax import cli
+from vit_jax import config as config_lib
+from vit_jax.distributed import Target, compiled_for, sharding
+from vit_jax.distributed import devices as devices_lib
+from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.names import pair
+from vit_jax.optim import plan as plan_lib
+from vit_jax.optim.plan import Training
+from vit_jax.training import state
+from vit_jax.training.step import make_train_step
+from vit_jax.workdir import writer
+
+PATH = collect.RESULTS / 'compiled.json'
+H200 = pathlib.Path(__file__).with_name('h200.txtpb')  # XLA's description of the GPU
+GIB = {'h200': 141e9 / 2**30, 'v5e': 16, 'v5p': 95, 'v6e': 32}  # memory of a device
+# Targets of `--lower`: Hopper, and any TPU.
+LOWERED = {'cuda': Target('cuda', 9.0), 'tpu': Target('tpu')}
+DATASETS = {'tfds:cifar10': (10, 50_000), 'tfds:cifar100': (100, 50_000)}
+DATASETS |= {'tfds:imagenet2012': (1000, 1_281_167)}  # classes and training images
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A training step to compile.
+
+  Attributes:
+    config: config file with its variant, and overrides as on the command line.
+    target: `h200`, or a TPU topology such as `v5e:16x16`.
+    devices: number of devices.
+    batch: images per step, on all devices together; 0 for the batch size of the config.
+  """
+
+  config: str
+  target: str
+  devices: int
+  batch: int = 0
+
+
+# Tried in this order if a row does not fit.
+REMEDIES = tuple(f'--config.micro_batches={n}' for n in (2, 4, 8))
+REMEDIES += ('--config.model.remat=full', '--config.model.remat=full --config.micro_batches=4')
+
+NO_DROPOUT = '--config.model.dropout=0'
+FSDP = '--config.mesh.data=1 --config.mesh.fsdp=8'
+OVER_HOSTS = '--config.mesh.data=4 --config.mesh.fsdp=8'
+HALF = '--config.model.dtype=bfloat16'
+ROWS = (
+  Row('configs/cifar10.py:small', 'h200', 1),
+  Row('configs/cifar10.py:wide', 'h200', 1),
+  Row('configs/cifar10.py:deep', 'h200', 1),
+  Row('configs/cifar10.py:b16', 'h200', 1),
+  Row(f'configs/cifar10.py:b16 {NO_DROPOUT}', 'h200', 1),
+  Row(f'configs/cifar10.py:b16 {NO_DROPOUT} --config.model.attention=plain', 'h200', 1),
+  Row('configs/cifar10.py:l16', 'h200', 1),
+  Row('configs/finetune.py:b16,cifar10', 'h200', 1),
+  Row('configs/finetune.py:l16,cifar10', 'h200', 1),
+  Row('configs/imagenet.py:s16', 'h200', 1),
+  Row('configs/imagenet.py:b16', 'h200', 8, 2048),
+  Row(f'configs/imagenet.py:b16 {NO_DROPOUT}', 'h200', 8, 2048),
+  Row(f'configs/imagenet.py:b16 {NO_DROPOUT} {FSDP}', 'h200', 8, 2048),
+  Row(f'configs/imagenet.py:l16 {NO_DROPOUT} {FSDP}', 'h200', 8, 2048),
+  Row(f'configs/imagenet.py:l16 {FSDP}', 'h200', 8, 2048),
+  Row('configs/imagenet.py:b16', 'h200', 32, 4096),
+  Row(f'configs/imagenet.py:l16 {OVER_HOSTS}', 'h200', 32, 4096),
+  Row(f'configs/imagenet.py:h14 {OVER_HOSTS}', 'h200', 32, 4096),
+  Row(f'configs/cifar10.py:small {HALF}', 'v5e:2x2', 4),
+  Row(f'configs/cifar10.py:wide {HALF}', 'v5e:2x2', 4),
+  Row(f'configs/cifar10.py:deep {HALF}', 'v5e:2x2', 4),
+  Row('configs/imagenet.py:s16', 'v5e:2x2', 4, 1024),
+  Row('configs/imagenet.py:b16', 'v5e:16x16', 256),
+  Row('configs/imagenet.py:l16', 'v5e:16x16', 256),
+  Row('configs/imagenet.py:l16', 'v6e:16x16', 256),
+  Row('configs/imagenet.py:h14 --config.mesh.data=32 --config.mesh.fsdp=16', 'v5p:8x8x8', 512),
+)
+
+
+def load(spec: str, batch: int) -> ConfigDict:
+  """Returns the config of a row, with its overrides and batch size."""
+  path, *flags = spec.split()
+  config = cli.load_file(path)
+  overrides = dict(flag.removeprefix('--config.').split('=', 1) for flag in flags)
+  return config_lib.override_all(config, overrides | ({'batch_size': str(batch)} if batch else {}))
+
+
+def build(config: ConfigDict) -> tuple[Experiment, Training]:
+  """Returns the experiment and its plan, without any data."""
+  classes, examples = DATASETS[config.data.source]
+  task = Task(
+    tuple(f'class {i}' for i in range(classes)), pair(config.data.image_size), 3, examples
+  )
+  recipe = plan_lib.training_recipe(config, examples)
+  return assemble(config, task), Training(None, None, None, params=None, **recipe)
+
+
+def trace_step(exp: Experiment, training: Training, mesh: Mesh) -> jax.stages.Traced:
+  """Traces the training step of `main.py` for the devices of a mesh, which may not exist."""
+
+  def abstract(x, where):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  shapes = jax.eval_shape(lambda: state.init_state(exp, training, devices_lib.make_mesh()))
+  size, where = exp.config.batch_size, sharding.batch_sharding(mesh)
+  batch = {
+    'image': jax.ShapeDtypeStruct((size, *exp.task.stored_size, 3), 'uint8', sharding=where),
+    'label': jax.ShapeDtypeStruct((size,), 'int32', sharding=where),
+  }
+  placed = jax.tree.map(abstract, shapes, sharding.layout(mesh, shapes))
+  return make_train_step(exp, training, mesh).trace(placed, batch)
+
+
+@contextlib.contextmanager
+def without_cudnn():
+  """Lets JAX lower cuDNN's kernels without cuDNN, whose version it asks for."""
+  name = 'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version'
+  with mock.patch(name, lambda: 91000):
+    yield
+
+
+def lower(config: ConfigDict, platform: str) -> dict:
+  """Lowers the training step for `cuda` or `tpu`, and returns its tokens, dtype and kernels."""
+  exp, training = build(config)
+  with without_cudnn(), compiled_for(LOWERED[platform]):
+    traced = trace_step(exp, training, devices_lib.make_mesh())
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  grid = [n // patch for n, patch in zip(exp.image_shape, exp.model.patch_size)]
+  return {
+    'tokens': exp.model.num_prefix + math.prod(grid),
+    'dtype': config.model.dtype,
+    'kernels': hlo.kernels(re.findall(r'stablehlo\.custom_call @([\w$.]+)', text)),
+  }
+
+
+def describe(target: str, count: int) -> np.ndarray:
+  """Returns the devices of hardware that is not there; 8 GPUs share a host."""
+  if target == 'h200':
+    shape = f'{max(count // 8, 1)}x1x{min(count, 8)}'
+    found = topologies.get_topology_desc(
+      platform='cuda', target_config=H200.read_text(encoding='utf-8'), topology=shape
+    )
+  else:
+    found = topologies.get_topology_desc(platform='tpu', topology_name=target)
+  return np.array(found.devices[:count])
+
+
+def arrange(config: ConfigDict, devices: np.ndarray) -> Mesh:
+  """Returns the mesh of the config."""
+  sizes = devices_lib.axis_sizes(dict(config.mesh), devices.size)
+  if not sizes:
+    raise ValueError(f'{devices.size} devices cannot form the mesh {dict(config.mesh)}.')
+  return Mesh(devices.reshape(sizes), devices_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def flops(compiled: jax.stages.Compiled) -> float:
+  """Returns XLA's count of the FLOPs of a step on each device, without those of cuDNN's kernels."""
+  from jax._src.lib import _jax
+
+  (module,) = compiled.runtime_executable().hlo_modules()
+  return _jax.hlo_module_cost_analysis(jax.devices('cpu')[0].client, module)['flops']
+
+
+def compile_row(row: Row) -> dict:
+  """Compiles a row, and returns its kernels, collectives, memory and FLOPs on each device."""
+  config = load(row.config, row.batch)
+  exp, training = build(config)
+  mesh = arrange(config, describe(row.target, row.devices))
+  with without_cudnn():
+    began = time.perf_counter()
+    compiled = trace_step(exp, training, mesh).lower().compile()
+  seconds, text, memory = (
+    time.perf_counter() - began,
+    compiled.as_text(),
+    compiled.memory_analysis(),
+  )
+  peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+  peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+  room = GIB[row.target.split(':')[0]]
+  return dataclasses.asdict(row) | {
+    'batch': config.batch_size,
+    'mesh': dict(mesh.shape),
+    'compile_seconds': round(seconds, 1),
+    'kernels': hlo.kernels(re.findall(r'custom_call_target="([^"]+)"', text)),
+    'collectives': hlo.collectives(text),
+    'gib': round(peak / 2**30, 2),
+    'gib_of_device': round(room, 1),
+    'fits': peak / 2**30 < room,
+    'remat_lines': len(re.findall(r'^ .*%\S*\.remat', text, re.MULTILINE)),
+    'flops': flops(compiled),
+    'modelled_seconds': hlo.modelled_seconds(text, row.target),
+    'jax': jax.__version__,
+    'compiler': version_of(row.target),
+    'date': datetime.date.today().isoformat(),
+  }
+
+
+def attempt(row: Row) -> dict:
+  """Compiles a row; if its memory does not suffice, also looks for a setting that makes it fit."""
+  found = compile_or_refuse(row)
+  if found['fits']:
+    return found
+  for remedy in REMEDIES:
+    then = compile_or_refuse(dataclasses.replace(row, config=f'{row.config} {remedy}'))
+    if then['fits']:
+      return found | {'fits_with': remedy, 'gib_then': then['gib']}
+  return found
+
+
+def compile_or_refuse(row: Row) -> dict:
+  """Works like `compile_row`, but also returns a result if the compiler runs out of memory."""
+  try:
+    return compile_row(row)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return dataclasses.asdict(row) | {'fits': False, 'refused': str(error).splitlines()[0][:200]}
+
+
+def version_of(target: str) -> str:
+  """Returns the package that contains the compiler, with its version."""
+  name = 'jax-cuda12-pjrt' if target == 'h200' else 'libtpu'
+  return f'{name} {importlib.metadata.version(name)}'
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  parser.add_argument('--config', help='config file with its variant, and overrides, in one text')
+  parser.add_argument('--batch', type=arguments.count, default=0, help='images per step')
+  parser.add_argument('--lower', choices=sorted(LOWERED), help='lower with CPU JAX, and print')
+  parser.add_argument('--target', help='h200, or a TPU topology such as v5e:16x16')
+  parser.add_argument('--devices', type=arguments.count, default=1, help='number of devices')
+  args = parser.parse_args(argv)
+  if (args.lower or args.target) and not args.config:
+    parser.error('--lower and --target need --config, such as configs/cifar10.py:b16')
+  if args.lower and args.target:
+    parser.error('--lower runs without a compiler and takes no --target')
+  if args.config and not (args.lower or args.target):
+    parser.error('--config needs --lower=cuda, --lower=tpu or --target')
+  if args.target and args.target.split(':')[0] not in GIB:
+    parser.error(f'--target={args.target}: expected h200, or a topology of {", ".join(GIB)}')
+  return args
+
+
+def main(argv: list[str]) -> None:
+  args = parse(argv)
+  if args.lower:
+    print(json.dumps(lower(load(args.config, args.batch), args.lower)))
+    return
+  if args.target:
+    print(json.dumps(attempt(Row(args.config, args.target, args.devices, args.batch))))
+    return
+  key = lambda r: (r['config'], r['target'], r['devices'])
+  done = {key(found): found for found in (writer.read_json(PATH) or {'rows': []})['rows']}
+  for row in ROWS:
+    if key(dataclasses.asdict(row)) in done:
+      continue
+    found = attempt(row)
+    done[key(found)] = found
+    writer.write_json(PATH, {'rows': [done[k] for r in ROWS if (k := key(vars(r))) in done]})
+    print(row.config, row.target, found.get('gib'), 'GiB', found.get('kernels'), flush=True)
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""Reads kernels, collectives and estimated times in the text of a compiled program (HLO)."""
+
+from collections import Counter
+import math
+import re
+
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4, 'u32': 4}
+PARTITIONING = ('Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape')  # calls without code
+
+
+def kernels(names: list[str]) -> dict[str, int]:
+  """Counts the custom calls that run code."""
+  return dict(sorted(Counter(name for name in names if name not in PARTITIONING).items()))
+
+
+def group_size(line: str) -> int:
+  """Returns how many chips take part in each group of a collective."""
+  if named := re.search(r'replica_groups=mesh\[(.+?)\] \{(.*?)\}', line):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # a whole axis or a part of it
+    return math.prod(int(part or sizes[name]) for name, part in axes)
+  if counted := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
+    return int(counted[1])
+  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
+  return len(listed[1].split(',')) if listed else 2  # a permutation lists pairs
+
+
+def collectives(text: str) -> list[dict]:
+  """Returns the collectives of a step, by kind and by number of participating chips.
+
+  Args:
+    text: HLO of the compiled step.
+
+  Returns:
+    For each kind and group size, the number of operations and the bytes of the whole arrays. These
+    are the arrays before they are scattered, or after they are gathered.
+  """
+  operations, inside = {}, ''  # `inside` is the header of the computation that contains the line
+  for line in text.splitlines():
+    if not line.startswith(' '):
+      inside = line
+    match = re.search(r'= (.+?) (' + '|'.join(COLLECTIVES) + r')(-start)?\(', line)
+    if not match:
+      continue
+    shapes, kind, started = match.groups()
+    group, number = group_size(line), re.search(r'channel_id=(\d+)', line)
+    arrays = re.findall(r'(\w+)\[([\d,]*)\]', shapes)
+    size = sum(BYTES.get(t, 4) * math.prod(int(n) for n in s.split(',') if n) for t, s in arrays)
+    if kind == 'reduce-scatter':
+      size *= group
+    elif kind == 'all-reduce' and inside.startswith('%all-reduce-scatter'):
+      kind = 'reduce-scatter'  # the TPU's compiler writes it as an all-reduce
+    elif kind == 'all-gather' and started:
+      size = size * group // (group + 1)  # the result of a start includes its input
+    # A collective that overlaps with other work appears several times with the same channel id.
+    # Collectives that the compiler combined all have channel id 1.
+    known = number and number[1] != '1'
+    operations[number[1] if known else f'unknown {len(operations)}'] = kind, group, size
+  counts, sizes = Counter(), Counter()
+  for kind, group, size in operations.values():
+    counts[kind, group] += 1
+    sizes[kind, group] += size
+  return [
+    {'kind': kind, 'group': group, 'count': counts[kind, group], 'bytes': sizes[kind, group]}
+    for kind, group in sorted(counts)
+  ]
+
+
+def modelled_seconds(text: str, target: str) -> float | None:
+  """Returns the time of a step that the TPU's compiler estimates; None for a GPU.
+
+  It is the sum of the estimated cycles of all operations, and was not compared with a real TPU.
+  """
+  clock = {'v5e': 1.5e9, 'v5p': 1.75e9, 'v6e': 1.75e9}.get(target.split(':')[0])
+  cycles = [int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text)]
+  return round(sum(cycles) / clock, 5) if clock else None
