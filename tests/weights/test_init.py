@@ -242,7 +242,7 @@ def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
 @pytest.mark.parametrize('argv, message', [
     (['--mode=eval', '--init=w'], '--init is for fewshot, predict, visualize, export'),
     (['--mode=train', '--init=w'], 'use --config.init'),
-    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], '--init excludes --workdir'),
+    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], '--init excludes'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),
     (['--mode=predict', f'--init={DATA}/hf_backbone', '--images=.'], 'has no head'),
     (['--mode=predict', '--init=w', '--images=.', '--config.model.width=8'], 'model.width: 8 in'),
