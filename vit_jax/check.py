@@ -1,7 +1,7 @@
 """Checks a config: valid names, valid ranges, and keys that contradict each other.
 
-`keys.py` gives the range of each key and its valid names, or the name of a registry in
-`REGISTRIES`, which lists them.
+`keys.py` gives the valid range and the valid names of each key. Instead of the names it may give
+the name of a registry, whose entries are the valid names (`REGISTRIES`).
 """
 
 from collections.abc import Callable, Collection
@@ -32,7 +32,8 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'MOMENT_DTYPES': MOMENT_DTYPES,
   'OPTIMIZERS': OPTIMIZERS,
   'PAD_MODES': PAD_MODES,
-  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],  # only one vector
+  # A classifier needs a pool that returns one vector.
+  'POOLS': lambda: [name for name, pool in POOLS.items() if not pool.tokens],
   'POSITIONS': POSITIONS,
   'POSITION_PREFIXES': POSITION_PREFIXES,
   'ATTENTION': ATTENTION,
@@ -56,7 +57,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
 
   Args:
     config: the config.
-    trains: whether the config is used for training; without training, no images are mixed.
+    trains: whether the config is used for training. Otherwise no images are mixed, so the batch
+      size is not checked for mixing.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(
@@ -93,7 +95,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split):
     raise ValueError(
-      'sweep needs freeze=backbone and a data.val_split that decides the learning rate, e.g. '
+      'sweep needs freeze=backbone and a data.val_split, which selects the learning rate, e.g. '
       "train_split='train[:98%]', val_split='train[98%:]'."
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
@@ -141,11 +143,11 @@ def check_augment(config: ConfigDict) -> None:
 
 
 def check_partners(config: ConfigDict) -> None:
-  """Raises ValueError if a micro-batch leaves an image without a partner to be mixed with."""
+  """Raises ValueError if a micro-batch has an odd number of images, but mixing needs pairs."""
   parts = config.micro_batches or 1
   if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(
       'augment.mix mixes pairs of images within each micro-batch, but '
-      f'batch_size={config.batch_size} in micro_batches={parts} leaves an image without a '
+      f'batch_size={config.batch_size} with micro_batches={parts} leaves an image without a '
       f'partner. Set batch_size to a multiple of {2 * parts}.'
     )

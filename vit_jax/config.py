@@ -2,8 +2,8 @@
 
 An experiment file in `configs/` starts from `default_config()` and changes some keys.
 `experiment.py` builds the model and its functions from a config. Lower layers such as the model
-and the data never see a config. The modes read only the few keys that
-they need, e.g. `data.eval_split`.
+and the data never see a config. Each mode reads only the few keys that it needs, e.g.
+`data.eval_split`.
 """
 
 import ast
@@ -24,7 +24,7 @@ from vit_jax.keys import KEYS
 
 log = logging.getLogger(__name__)
 
-# {old key: new key}. A release that renames a key adds it here, so that old configs still load.
+# {old key: new key}. A release that renames a key adds an entry, so that old configs still load.
 RENAMED: dict[str, str] = {}
 
 
@@ -40,13 +40,13 @@ def default_config() -> ConfigDict:
   return ConfigDict(tree).lock()
 
 
-imports: tuple[str, ...] = ()  # modules given by `--import`; checkpoints record them
+imports: tuple[str, ...] = ()  # names of the modules of `--import`; checkpoints store the names
 
 TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl accepts
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that the config leaves open for `init` or the data to decide."""
+  """Returns the keys that have no value yet; `init` or the data may set them later."""
   keys = {key for key in KEYS if key.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
@@ -54,13 +54,13 @@ def unset(config: Mapping) -> set[str]:
 
 
 def is_switch(key: str) -> bool:
-  """Returns whether a key exists and is true or false."""
+  """Returns whether a key exists and has the values true and false."""
   return key in KEYS and KEYS[key].kind is bool
 
 
 def unknown(key: str) -> str:
   """Returns the message for an unknown key, with the nearest valid keys."""
-  named = collections.defaultdict(list)  # maps a name that the user may have meant to keys
+  named = collections.defaultdict(list)  # {possible intended name: keys with this name}
   for name in KEYS:
     section, _, leaf = name.rpartition('.')
     for words in {name, leaf}:
@@ -76,7 +76,7 @@ def unknown(key: str) -> str:
 
 
 def hint(near: Sequence[str]) -> str:
-  """Returns a "Did you mean ...?" suffix for a mistyped name; empty without near names."""
+  """Returns the text "Did you mean ...?" for similar names; empty without similar names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
@@ -84,7 +84,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
   """Sets a dotted key from command-line text, converted to the type of the key.
 
   Raises:
-    ValueError: an unknown key (the message names the nearest ones) or a value of another type.
+    ValueError: an unknown key (the message gives similar keys), or a value of the wrong type.
   """
   key = RENAMED.get(key, key)
   if key not in KEYS:
@@ -105,14 +105,17 @@ def override(config: ConfigDict, key: str, text: str) -> None:
 
 
 def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
-  """Sets all overrides in the config and returns it; see `override`."""
+  """Sets several keys, each as `override` does, and returns the config."""
   for key, text in overrides.items():
     override(config, key, text)
   return config
 
 
 def parse(text: str, kind: type, optional: bool = False):
-  """Converts text to a value; tuples as `32,32`, `(32, 32)` or `32`, an int also as `1e3`."""
+  """Converts text to a value of the given type.
+
+  A tuple may be written as `32,32`, `(32, 32)` or `32`, and an int also as `1e3`.
+  """
   if optional and (text == 'None' or (kind is not str and text == 'none')):
     return None  # for a str key `none` is a valid name: model.position=none
   if kind is bool:
@@ -157,12 +160,12 @@ def to_dict(config: ConfigDict) -> dict:
 
 
 def from_dict(saved: Mapping) -> ConfigDict:
-  """Restores a config from the output of `to_dict`; keys added since then keep their defaults.
+  """Restores a config from the output of `to_dict`; missing keys keep their defaults.
 
-  Renamed keys are translated.
+  Old names of renamed keys are accepted.
 
   Raises:
-    ValueError: a key that this version does not know, or a value of another type.
+    ValueError: a key that this version does not know, or a value of the wrong type.
   """
   config = default_config()
   values = {RENAMED.get(key, key): value for key, value in flatten(saved).items()}
@@ -180,7 +183,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
 
 
 def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
-  """Returns a copy of the config whose open keys take their values from `values` (dotted keys)."""
+  """Returns a copy of the config, in which keys without a value (`unset`) are set from `values`."""
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')
@@ -200,9 +203,9 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   ]
   if differences:
     raise ValueError(
-      f'{workdir} holds a run with another config:\n' + '\n'.join(differences) + '\nGive the '
-      'same values, or another --workdir. Keys that may change: ' + ', '.join(may_change) + '. '
-      'A finished run may also be given more epochs.'
+      f'{workdir} holds a run with a different config:\n' + '\n'.join(differences) + '\nGive the '
+      'same values, or a new --workdir. Keys that may change: ' + ', '.join(may_change) + '. '
+      'For a finished run, epochs may also be raised.'
     )
 
 
@@ -210,7 +213,8 @@ def import_extensions(names: Sequence[str]) -> None:
   """Imports the modules of `--import`, which register names and keys for configs.
 
   Raises:
-    ValueError: a module that Python cannot find, or that fails; the message names file and line.
+    ValueError: Python cannot find a module, or the module raises an error. The message then gives
+      the file and the line of the error.
   """
   global imports
   for name in names:
@@ -227,16 +231,16 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Reports modules of `--import` that a run used and this process lacks.
+  """Reports modules that the run imported (`--import`), but this process did not.
 
-  A ValueError raised inside is extended by their names. Without an error they are logged as a
-  warning. Modules named in a checkpoint are never imported.
+  If the block raises a ValueError, its message is extended by the names of these modules. Otherwise
+  a warning is logged. A module is never imported because a checkpoint names it.
 
   Args:
     saved: the item `config` of a checkpoint.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
-  message = f'The run was trained with --import={missing}, which is missing here: add it.'
+  message = f'The run was trained with --import={missing}, which was not given now. Add this flag.'
   try:
     yield
   except ValueError as error:

@@ -29,7 +29,7 @@ from vit_jax.names import accepted, pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
 
-# Defaults of keys that `init` may decide, used without `init`.
+# Values of these keys if neither the config nor `init` sets them.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 
@@ -39,10 +39,10 @@ class Task:
 
   Attributes:
     class_names: name of each label; empty for weights without a head.
-    stored_size: (height, width) to which the host fits the images.
+    stored_size: (height, width) of the images that the host passes to the devices.
     channels: 1 (grey) or 3 (RGB).
-    train_examples: size of the training split, on which the order of the examples depends.
-    fingerprint: hash of the names and labels in the source's `train`; empty if unknown.
+    train_examples: number of training examples. The order of the examples depends on this number.
+    fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
   """
 
   class_names: tuple[str, ...]
@@ -61,7 +61,8 @@ class Task:
 class Experiment:
   """The model and the functions that a config describes, with their arguments bound.
 
-  `names` identifies the files that the weights were trained on; None if the run recorded none.
+  `names` identifies the files that the weights were trained on. It is None if the run did not
+  record its training files.
   """
 
   config: ConfigDict
@@ -76,12 +77,12 @@ class Experiment:
 
   @property
   def augments(self) -> bool:
-    """Whether training may augment images."""
+    """Whether the config enables any augmentation."""
     return bool(active(self.config.augment))
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes pairs of images and weights the losses of both labels."""
+    """Whether training mixes pairs of images; the loss is then a weighted mean for both labels."""
     return mixes(self.config.augment)
 
   @property
@@ -106,8 +107,8 @@ class Experiment:
   def at(self, size: tuple[int, int]) -> 'Experiment':
     """Returns this experiment for another image size (height, width), with the same parameters.
 
-    The positions of the old size are stretched over the patches of the new one. Images are fitted
-    to the new size if they were fitted to the old one.
+    The position embedding of the old size is stretched over the new patch grid. If the host stores
+    images at the old size, it now stores them at the new size.
     """
     own = pair(self.config.data.image_size)
     if size == own:
@@ -130,8 +131,8 @@ class Experiment:
 
     Args:
       params: parameters of the model.
-      batch: `image` `[B, H, W, C]`; with a key also `example` `[B]`, the positions from which
-        random draws derive.
+      batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
+        example in the run, from which its random numbers derive.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:
@@ -145,9 +146,9 @@ class Experiment:
     )
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns the best number of micro-batches for the share of a batch on each device.
+    """Returns the best number of micro-batches for each device's share of a batch.
 
-    If images are mixed, neighbours stay together, provided that the share is even.
+    If images are mixed and this share is even, neighbours stay in the same micro-batch.
     """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
@@ -155,7 +156,7 @@ class Experiment:
     return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
   def saved(self) -> dict:
-    """Returns the description that a checkpoint stores; see `Checkpoints.save`."""
+    """Returns the description of the run that `Checkpoints.save` stores."""
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
@@ -167,10 +168,10 @@ class Experiment:
 
 
 def assemble(config: ConfigDict, task: Task) -> Experiment:
-  """Builds the model and its functions, and checks them on an abstract image.
+  """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: the model is impossible or does not fit the images.
+    ValueError: no model with these keys exists, or the model does not fit the images.
   """
   config = config_lib.fill(config, DEFAULTS)
   fields = dict(config.model)
@@ -187,7 +188,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
       )
   keys, geometry = dict(config.loss), {}
   loss = LOSSES[keys.pop('name')]
-  if task.stored_size == pair(config.data.image_size):  # else whole, smaller images are stored
+  if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
   if config.data.cache == 'stream':  # the decoder already crops
@@ -218,11 +219,11 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Initializes the model abstractly, and checks that the registries list its parameters.
+  """Checks that the registries list all parameters of the model. Nothing is computed.
 
   Raises:
-    ValueError: the model does not fit the images, or a position or pool creates a parameter that
-      its entry does not list.
+    ValueError: the model does not fit the images, or a position embedding or pooling creates a
+      parameter that its registry entry does not list.
   """
   model = model.clone(depth=1)  # all blocks have the same parameters
   image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -238,7 +239,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
     kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
   name = getattr(model, kind)
   raise ValueError(
-    f'model.{kind}={name} creates parameters that its entry does not list: {", ".join(given)}. '
+    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
     f'Add them to {entry}[{name!r}].'
   )
 
@@ -249,10 +250,10 @@ def group(config: ConfigDict) -> int:
 
 
 def mesh_for(config: ConfigDict) -> jax.sharding.Mesh:
-  """Returns a mesh of the devices that the config asks for.
+  """Returns the mesh of devices that the config describes.
 
   Raises:
-    ValueError: the devices cannot form this mesh, or the batch cannot be divided over them.
+    ValueError: the devices cannot form this mesh, or the batch cannot be divided over the devices.
   """
   return make_mesh(**division(config), shape=dict(config.mesh))
 

@@ -1,4 +1,4 @@
-"""Completes a config from the weights that a run starts from, and checks that both agree."""
+"""Completes a config from the `init` weights, and checks that config and weights agree."""
 
 import logging
 
@@ -20,8 +20,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   The head is new and the pre-logits layer is dropped, unless the weights have the same classes.
 
   Returns:
-    The config completed from the weights, their parameters, and the names of their training files,
-    as far as these are known.
+    The completed config, the parameters, and the names of the files that the weights were trained
+    on. The names are empty if they are unknown.
 
   Raises:
     ValueError: the weights do not exist, or the config contradicts them.
@@ -34,11 +34,11 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
       f'data.source={config.data.source} have {source.channels}.'
     )
   classes = source.class_names
-  new_head = found.class_names != classes  # other classes, or unknown ones
+  new_head = found.class_names != classes  # the classes differ, or are unknown
   loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
   if new_head:
-    log.info('The head is new: the weights have other or unknown classes.')
+    log.info('The head is new, because the weights have different or unknown classes.')
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
@@ -47,14 +47,14 @@ def names_of(loaded: Pretrained) -> TrainingFiles:
   names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
-      'The weights of init come from version 0.1.0, which did not record its training files. They '
-      'may have been trained on some of the test images.'
+      'The weights of init come from version 0.1.0, which did not record the training files. '
+      'Perhaps these weights were trained on some of the test images.'
     )
   return names or TrainingFiles()
 
 
 def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
-  """Returns the patch grid (down, across) of the config's images for the model of the weights.
+  """Returns the patch grid (down, across) of the config's images, for the weights' patch size.
 
   Raises:
     ValueError: the images do not divide into patches.
@@ -62,17 +62,17 @@ def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
   size, patch = pair(config.data.image_size), ViT(**found.fields).patch_size
   if any(n % p for n, p in zip(size, patch)):
     raise ValueError(
-      f'data.image_size={size} does not divide into the patches of init={config.init}: they have '
-      f'{patch[0]}x{patch[1]} pixels.'
+      f'data.image_size={size} does not divide into the patches of init={config.init}. Use '
+      f'multiples of the patch size, {patch[0]}x{patch[1]} pixels.'
     )
   return size[0] // patch[0], size[1] // patch[1]
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """Returns the config completed from the weights.
+  """Completes the config from the weights, and checks that config and weights agree.
 
   Raises:
-    ValueError: the config asks for another model; the message lists the differences.
+    ValueError: the config asks for a different model; the message lists the differences.
   """
   own = {name: getattr(loaded.model, name) for name in ATTRIBUTES if name in config.model}
   asked = variant_fields(config.model.variant) if config.model.variant else {}
@@ -105,7 +105,7 @@ def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
-# Attributes that training decides.
+# Attributes that may differ from the weights.
 FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat', 'attention'}
 
 

@@ -1,7 +1,7 @@
 """Defines all config keys: default, type, unit, range and meaning.
 
-Defaults, overrides, checks, `--help_config` and `docs/config.md` are made from `KEYS`. An extension
-adds its own keys before a config is created:
+`KEYS` is the basis of defaults, overrides, checks, `--help_config` and `docs/config.md`. An
+extension adds its own keys before a config is created:
 
     KEYS['augment.mine.strength'] = Key(0.0, 'strength of my augmentation; 0: none', range=(0, 1))
 """
@@ -15,13 +15,13 @@ class Key:
   """Description of one config key.
 
   Attributes:
-    default: value in `default_config()`; None if weights, a variant or a device decide.
+    default: value in `default_config()`; None: the value is found later, e.g. in the weights.
     help: meaning and special values, in one line.
     unit: unit of the value; empty for a name, a switch or a plain number.
     kind: type of the values; required only if the default is None.
     range: (lowest, highest) valid value, both included.
     choices: valid names, or the name of their registry in `check.REGISTRIES`.
-    may_change: whether a resumed run may change the key.
+    may_change: whether the key may have a new value when a run is resumed.
   """
 
   default: object
@@ -53,85 +53,84 @@ TRAINING = {
   ),
   'batch_size': Key(256, 'training batch size over all devices and hosts', 'examples', range=COUNT),
   'micro_batches': Key(
-    None, 'parts into which each device splits its share of a batch, to save memory; None: 1 on an '
-    'accelerator; on a CPU, enough for a part to fit the cache', kind=int, range=COUNT,
-    may_change=True,
+    None, 'number of parts into which a device splits its batch, to save memory; None: 1 on an '
+    'accelerator; on a CPU, parts that fit into the cache', kind=int, range=COUNT, may_change=True,
   ),
   'eval_batch_size': Key(
-    256, 'evaluation batch size over all devices and hosts', 'examples', range=COUNT,
-    may_change=True,
+    256, 'evaluation batch size on all devices and hosts', 'examples', range=COUNT, may_change=True
   ),
   'log_every': Key(
-    50, 'interval of training metrics; 0: only at the end', 'steps', range=STEPS, may_change=True
+    50, 'interval between training logs; 0: only at the end', 'steps', range=STEPS, may_change=True
   ),
   'eval_every': Key(
-    1000, 'interval of evaluations; 0: only at the end; with val_split, each checkpoint adds one',
-    'steps', range=STEPS, may_change=True,
+    1000, 'interval between evaluations; 0: only at the end; with data.val_split, each checkpoint '
+    'is also evaluated', 'steps', range=STEPS, may_change=True,
   ),
   'checkpoint_every': Key(
-    1000, 'interval of checkpoints; 0: only at the end', 'steps', range=STEPS, may_change=True
+    1000, 'interval between checkpoints; 0: only at the end', 'steps', range=STEPS, may_change=True
   ),
   'keep_checkpoints': Key(
-    2, 'newest checkpoints to keep, besides the best one on val_split', range=COUNT, may_change=True
+    2, 'newest checkpoints to keep; the best on val_split is kept too', range=COUNT, may_change=True
   ),
-  'init': Key('', 'weights to start from, anything that `vit_jax.load` reads; empty: random'),
+  'init': Key('', 'weights to start from: anything that `vit_jax.load` reads; empty: random'),
   'init_resize': Key(
-    'bilinear', 'method that resizes the positions of `init` to the patch grid', choices='RESIZES'
+    'bilinear', 'method that resizes the position embedding of `init`', choices='RESIZES'
   ),
   'freeze': Key(
-    '', 'backbone: train only the head, without dropout; empty: train all', choices='FREEZE'
+    '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
   'sweep': Key(
-    (), 'with freeze: learning rates to try; the best one on val_split then trains on train_split '
-    'and val_split; empty: use optimizer.lr',
+    (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
+    'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',
   ),
   'ema': Key(
     0.0, 'maximum EMA decay per step, ramped up at the start; evaluation uses the averaged '
     'weights; 0: no averaging', range=DECAY,
   ),
   'deterministic': Key(
-    False, 'bit-identical runs on the same GPUs, but slower; CPU runs always are', may_change=True
+    False, 'bit-identical runs on the same GPUs, but slower; runs on CPUs are always bit-identical',
+    may_change=True,
   ),
   'progressive.sizes': Key(
-    (), 'heights of smaller images to train on first; empty: full size only', 'pixels'
+    (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
-  'progressive.until': Key((), 'share of the run at which each size of progressive.sizes ends'),
+  'progressive.until': Key((), 'share of the run after which each size of progressive.sizes ends'),
   'mesh.data': Key(
-    -1, 'devices that split the batch; -1: all that remain, or 1 if another axis is -1',
-    may_change=True,
+    -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
+    'mesh.fsdp or mesh.tensor is -1', may_change=True,
   ),
   'mesh.fsdp': Key(
-    1, 'devices that split batch, parameters and optimizer state; -1: all that remain',
-    may_change=True,
+    1, 'number of devices over which batch, parameters and optimizer state are split; -1: all '
+    'remaining devices', may_change=True,
   ),
   'mesh.tensor': Key(
-    1, 'devices that split attention heads and MLP units; -1: all that remain', may_change=True
+    1, 'number of devices over which attention heads and MLP units are split; -1: all remaining '
+    'devices', may_change=True,
   ),
 }  # fmt: skip
 
 DATA = {
   'data.source': Key('tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `digits` or `synthetic`'),
   'data.dir': Key(
-    '', 'folder of TFDS data (empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets), or base folder '
-    'of a relative `folder:<path>`', may_change=True,
+    '', 'base folder of a relative `folder:<path>`, or folder of the TFDS data; if it is empty, '
+    'TFDS data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
   ),
   'data.train_split': Key('train', 'training split, e.g. `train[:98%]`'),
   'data.val_split': Key(
-    '', 'held-out split that chooses the best checkpoint, or the rate of a sweep; empty: none'
+    '', 'held-out split for choosing a checkpoint or a learning rate of a sweep; empty: none'
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
-    '', 'path of real.json; --mode=eval on ImageNet then also reports ReaL accuracy',
-    may_change=True,
+    '', "path of ImageNet's real.json; --mode=eval then also reports ReaL accuracy", may_change=True
   ),
   'data.image_size': Key((32, 32), 'height and width of the model input', 'pixels'),
   'data.mean': Key(
-    None, 'mean to subtract, per channel or one for all, with pixels in [0, 1]; None: taken from '
-    '`init`, else 0.5', kind=tuple,
+    None, 'mean to subtract from pixels in [0, 1]: one value per channel, or one value for all '
+    'channels; None: taken from `init`, else 0.5', kind=tuple,
   ),
   'data.std': Key(
-    None, 'standard deviation to divide by, like data.mean; None: taken from `init`, else 0.5',
-    kind=tuple,
+    None, 'standard deviation to divide by, in the form of data.mean; None: taken from `init`, '
+    'else 0.5', kind=tuple,
   ),
   'data.interpolation': Key(
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
@@ -144,17 +143,17 @@ DATA = {
   ),
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
-    'auto', 'memory: decode once, keep all images; stream: decode in each epoch; auto: memory if '
-    'the images fit and training sees the same batches, else stream',
+    'auto', 'memory: decode once and keep all images; stream: decode in each epoch; auto: memory '
+    'if images fit and training batches stay the same, else stream',
     choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
-    0, 'streaming: number of worker processes that decode; 0: the training process decodes',
+    0, 'when streaming: number of worker processes that decode; 0: the training process decodes',
     range=(0, 1e3), may_change=True,
   ),
   'data.threads': Key(
-    None, 'streaming: decoding threads per process; None: cores divided by workers, at most 16',
-    kind=int, range=(1, 1e3), may_change=True,
+    None, 'when streaming: decoding threads per process; None: cores divided by processes, at most '
+    '16', kind=int, range=(1, 1e3), may_change=True,
   ),
 }  # fmt: skip
 
@@ -186,7 +185,7 @@ AUGMENT = {  # augmentations are applied in this order
     'standard', 'set of operations and their ranges', choices='SPACES'
   ),
   'augment.trivial_augment.probability': Key(
-    0.0, 'probability of one random operation; 1 in the paper, 0: none', range=SHARE
+    0.0, 'probability that one random operation is applied; 1 in the paper; 0: none', range=SHARE
   ),
   'augment.erasing.probability': Key(
     0.0, 'probability that noise replaces a random rectangle', range=SHARE
@@ -209,16 +208,17 @@ AUGMENT = {  # augmentations are applied in this order
     0.5, 'probability of cutmix instead of mixup, if both are on', range=SHARE
   ),
   'augment.off_for_last': Key(
-    0.0, 'share at the end of the run that uses only crops and flips; 0: none', range=SHARE
+    0.0, 'share of the run, at its end, in which images are only cropped and flipped; 0: no such '
+    'phase', range=SHARE,
   ),
 }  # fmt: skip
 
 MODEL = {  # None: taken from the `init` weights if given, else from the variant, else from `ViT`
   'model.variant': Key(
-    None, 'name in `VARIANTS`/patch size, e.g. S/32; None: taken from `init`, else B/16', kind=str
+    None, 'size in `VARIANTS` and patch size, e.g. S/32; None: from `init`, else B/16', kind=str
   ),
   'model.patch_size': Key(None, 'height and width of a patch', 'pixels', kind=tuple),
-  'model.width': Key(None, 'size of a token', kind=int),
+  'model.width': Key(None, 'number of values in a token', kind=int),
   'model.depth': Key(None, 'number of encoder blocks', kind=int),
   'model.num_heads': Key(None, 'number of attention heads', kind=int),
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
@@ -242,7 +242,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     0.0, 'stochastic-depth rate of the last block, rising linearly from 0; below 1'
   ),
   'model.layer_scale': Key(None, 'initial value of LayerScale; None: no LayerScale', kind=float),
-  'model.pre_norm': Key(None, 'LayerNorm before the first block, as in CLIP', kind=bool),
+  'model.pre_norm': Key(None, 'apply a LayerNorm before the first block, as in CLIP', kind=bool),
   'model.norm_after_pool': Key(None, 'apply the last LayerNorm after the pooling', kind=bool),
   'model.qkv_bias': Key(None, 'add a bias to queries, keys and values', kind=bool),
   'model.qk_norm': Key(None, 'apply LayerNorm to queries and keys', kind=bool),
@@ -251,14 +251,14 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'quick_gelu in CLIP', kind=str, choices='ACTIVATIONS',
   ),
   'model.norm_epsilon': Key(None, 'epsilon of LayerNorm', kind=float, range=SHARE),
-  'model.resnet': Key(None, 'units per stage of the ResNet stem (hybrids)', kind=tuple),
+  'model.resnet': Key(None, 'number of units in each stage of the ResNet stem', kind=tuple),
   'model.resnet_width': Key(None, 'channels of the root block of the ResNet stem', kind=int),
   'model.dtype': Key(
     'float32', 'type of the computation; parameters stay float32', choices=('float32', 'bfloat16')
   ),
   'model.remat': Key(
-    'none', 'recomputed in the backward pass to save memory; dots: all but products with weights; '
-    'full: whole blocks', choices='REMAT', may_change=True,
+    'none', 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
+    'everything except products with weights; full: whole blocks', choices='REMAT', may_change=True,
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
@@ -279,7 +279,7 @@ OPTIMIZER = {
     'float32', 'number format of the first moment; bfloat16 saves memory', choices='MOMENT_DTYPES'
   ),
   'optimizer.layer_decay': Key(
-    1.0, 'learning-rate factor from each layer to the layer below; 1: equal rates', range=(1e-6, 1)
+    1.0, 'learning rate of a layer, relative to the layer above it; 1: equal rates', range=(1e-6, 1)
   ),
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
@@ -293,7 +293,7 @@ OPTIMIZER = {
     'class', choices='LOSSES',
   ),
   'loss.label_smoothing': Key(
-    0.0, 'share of the target spread evenly over all classes', range=SHARE
+    0.0, 'share of the target that is spread evenly over all classes', range=SHARE
   ),
 }  # fmt: skip
 

@@ -11,10 +11,10 @@ import jax
 LESS = {  # remedies
   'Training': (
     'Raise micro_batches or set model.remat=full, and repeat the command: the run resumes with '
-    'the new values. Or start another run with a smaller batch_size or data.image_size, or with '
+    'the new values. Or start a new run with a smaller batch_size or data.image_size, or with '
     'model.dtype=bfloat16.'
   ),
-  'Reading images': 'Set data.cache=stream, a smaller split, or a smaller data.image_size.',
+  'Reading images': 'Set data.cache=stream, or use a smaller split or data.image_size.',
   'Evaluation': 'Set a smaller eval_batch_size.',
   'Feature extraction': 'Set a smaller eval_batch_size, or model.dtype=bfloat16.',
 }
@@ -29,10 +29,11 @@ class OutOfMemory(MemoryError):
 def memory_for(what: str) -> Iterator[None]:
   """Turns every error that means too little memory or too few threads into `OutOfMemory`.
 
-  It also works as a decorator. If several are nested, the innermost one sets the message.
+  The function also works as a decorator. In nested blocks, the innermost block sets the message.
 
   Args:
-    what: the activity that the message names; a key of `LESS`, or any other name.
+    what: name of the activity for the message. If it is a key of `LESS`, the message gives the
+      remedy listed there.
   """
   try:
     yield
@@ -58,9 +59,9 @@ def is_full(error: RuntimeError) -> bool:
 
 
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
-  """Returns the bytes of memory that this process may use: all, or less if a cgroup limits it.
+  """Returns the bytes of memory that this process can use: all memory, or the limit of a cgroup.
 
-  Containers and batch systems set such limits, for a process's own cgroup or one above it.
+  Containers and batch systems set such limits, for the cgroup of a process or a cgroup above it.
 
   Args:
     root: folder that holds `proc` and `sys`.
@@ -76,7 +77,7 @@ def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
     else:
       continue
     own = top / path.lstrip('/')
-    # A container may see a path of the host, of which only the top folder exists here.
+    # A container may see the path of its cgroup on the host. Then only the top folder exists here.
     for folder in (own, *own.parents[: len(own.parts) - len(top.parts)]):
       file = folder / name
       text = file.read_text(encoding='utf-8').strip() if file.exists() else 'max'

@@ -12,8 +12,8 @@ def choose(what: str, name: str, table: Collection[str]):
   """Returns `table[name]`, or `name` if the table is a plain collection.
 
   Raises:
-    ValueError: the name is unknown; the message gives `what`, the nearest names and, if there are
-      at most 40, all valid names.
+    ValueError: the name is unknown. The message begins with `what` and gives similar names. It
+      lists all valid names if there are at most 40 of them.
   """
   if name not in table:
     near = difflib.get_close_matches(str(name), [str(key) for key in table], n=3)
@@ -25,7 +25,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the arguments that the function accepts by name: all if it takes `**kwargs`."""
+  """Returns the arguments whose names the function accepts; with `**kwargs`, it accepts all."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)
@@ -35,7 +35,7 @@ def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, o
 
 
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
-  """Converts one number or two to (height, width).
+  """Converts one or two numbers to (height, width).
 
   Raises:
     ValueError: the size is not one or two positive integers; the message begins with `what`.
@@ -53,7 +53,7 @@ def check_positive(what: str, value: object) -> None:
 
 
 def one_line(text: str) -> str:
-  """Escapes line breaks and other control characters, so that a name stays on its line."""
+  """Escapes line breaks and other control characters, so that the text stays on one line."""
   escaped = lambda found: found.group().encode('unicode_escape').decode()
   return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', escaped, text)
 

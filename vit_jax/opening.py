@@ -56,9 +56,10 @@ class Request:
   Attributes:
     workdir: folder of a training run; None with `init`.
     init: published weights instead of a workdir; anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir, as in `stored.preferred`; by default the best.
+    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if there is a
+      validation accuracy, else the last.
     overrides: dotted keys and their values as text; they override the config of the weights.
-    config: config, including overrides, that the run must have been trained with; None: any.
+    config: the config that the run must have, with the overrides; None: any config is accepted.
   """
 
   workdir: pathlib.Path | None = None
@@ -79,14 +80,13 @@ def from_config(
   cycles: tuple[int, ...] = (),
   seen: TrainingFiles | None = None,
 ) -> tuple[Experiment, Training]:
-  """Opens the data and the `init` weights, then builds the experiment and its training.
+  """Opens the data and the `init` weights, and builds the `Experiment` and the `Training`.
 
   Args:
     config: checked config of the run.
-    saved: config of the run to resume, which already contains the choices of `init`; None for a
-      new run.
-    cycles: as in `Training`.
-    seen: names of the files that the resumed run was trained on.
+    saved: saved config of the run to resume, already completed from `init`; None for a new run.
+    cycles: last step of each earlier cycle, as in `Training`.
+    seen: names of the training files of the run to resume; None if the run did not record them.
 
   Raises:
     ValueError: any mistake that the user can correct; the message explains how.
@@ -104,8 +104,8 @@ def from_config(
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
-      'which held out other files and read the training files in another order. Its weights still '
-      'load: start from them with --config.init=<its workdir> and another --workdir.'
+      'which held out different files and used a different order. Its weights can still be used: '
+      'start a new run with --config.init=<workdir of this run> and a new --workdir.'
     )
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
@@ -138,16 +138,16 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
   for name in ('train_split', 'eval_split'):
     if overlap(source.pieces(data.val_split), source.pieces(data[name])):
       raise ValueError(
-        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}: '
-        "hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
+        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}. '
+        "Hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
       )
 
 
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
-  """Builds the experiment of a run, and decides how and at which size its splits are stored.
+  """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
 
   Raises:
-    ValueError: the model is impossible, or the splits do not fit into memory.
+    ValueError: no model with these keys exists, or the splits do not fit into memory.
   """
   data, size = config.data, task.stored_size
   names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
@@ -164,8 +164,8 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
   """Prepares a new run.
 
   Returns:
-    The config completed from the `init` weights, these weights (None without `init`), and the
-    names of the training files. Files of earlier runs are included.
+    The completed config, the `init` weights (None without `init`), and the names of the training
+    files. The files that the `init` weights were trained on are included.
   """
   params, earlier = None, TrainingFiles()
   if config.init:
@@ -181,12 +181,12 @@ def from_init(
   Args:
     init: anything that `pretrained.load` reads.
     overrides: dotted keys and values.
-    classes: `weights`: the classes of the weights; `data`: the classes of the data, with a head of
-      zeros if they differ; `any`: like `weights`, but weights without a head are accepted. They
-      have no classes and the model returns features.
+    classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
+      weights have different classes, the head is zero. `any` also accepts weights without a head:
+      the model then has no classes and returns features.
 
   Raises:
-    ValueError: the weights cannot be read or have no head, or the overrides contradict them.
+    ValueError: the weights cannot be read or have no head, or overrides contradict the weights.
   """
   config = config_lib.default_config()
   config.init = init
@@ -207,7 +207,7 @@ def from_init(
   count = names and len(names)
   new_head = names not in (None, found.class_names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
-  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # weights may define no pool
+  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # some weights have no pooling
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
@@ -226,16 +226,16 @@ def from_workdir(
   config: ConfigDict | None = None,
   step: str = '',
 ) -> tuple[Experiment, dict, int]:
-  """Opens a checkpoint of a workdir: returns its experiment, weights and step.
+  """Opens a checkpoint of a workdir, and returns its experiment, weights and step.
 
   Args:
     workdir: folder of a training run.
     overrides: dotted keys and values that override the config of the workdir.
-    config: config, including overrides, that the run must have been trained with; None: any.
-    step: checkpoint, as in `stored.preferred`; by default the best.
+    config: the config that the run must have, with the overrides; None: any config is accepted.
+    step: checkpoint of the workdir, as in `Request`.
 
   Raises:
-    ValueError: no checkpoint exists, or the config or the overrides contradict it.
+    ValueError: no such checkpoint exists, or the config or overrides contradict the checkpoint.
   """
   loaded, params, saved = load_checkpoint(workdir, step)
   with config_lib.naming_imports(saved):
@@ -254,16 +254,16 @@ def from_workdir(
 
 
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
-  """Opens the requested model: returns its experiment, parameters and step (None for `init`).
+  """Opens the requested model, and returns its experiment, parameters and step (None for `init`).
 
   A warning names overrides that only training reads.
 
   Args:
     request: the model to open.
-    classes: classes of `init`, as in `from_init`.
+    classes: classes of the model if `init` is given, as in `from_init`.
 
   Raises:
-    ValueError: the weights do not exist, or the config or the overrides contradict them.
+    ValueError: the weights do not exist, or the config or overrides contradict the weights.
   """
   unread = [key for key in request.overrides if key.startswith(TRAINING_KEYS)]
   if unread and not request.config:

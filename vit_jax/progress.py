@@ -1,4 +1,4 @@
-"""Shows the progress of long work: log messages and progress bars."""
+"""Shows the progress of long work with log messages and progress bars."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -37,8 +37,8 @@ def counter(items: Iterable | None = None, **arguments) -> tqdm:
 def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
   """Yields the items, with a progress bar if they take longer than `SOON`.
 
-  The bar disappears after the last item. If the first item alone takes longer than `SOON`, e.g.
-  because a program is compiled for it, the message is logged.
+  The bar disappears after the last item. If the first item takes longer than `SOON`, e.g. because
+  JAX compiles a program, the message is logged.
   """
   with contextlib.ExitStack() as first:
     first.enter_context(announced(f'{message} ...'))

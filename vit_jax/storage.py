@@ -20,12 +20,12 @@ def check_folder(folder: pathlib.Path) -> None:
   if not there.is_dir():
     raise ValueError(f'Cannot write to {folder}: {there} is a file, not a folder.')
   if not os.access(there, os.W_OK | os.X_OK):
-    raise ValueError(f'Cannot write to {folder}: {there} is read-only here.')
+    raise ValueError(f'Cannot write to {folder}: {there} is read-only for this user.')
 
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns disk errors, which rarely name the file, into `Unwritten`."""
+  """Turns disk errors into `Unwritten`, because few of them name the file."""
   try:
     yield
   except Unwritten:
@@ -49,7 +49,7 @@ def reason(error: Exception) -> str | None:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Replaces a file atomically: after a crash or on a full disk, it has its old or its new text."""
+  """Replaces a file atomically: even after a crash, it has either the old or the new text."""
   with replacing(path) as partial:
     # The text may hold file names that are not UTF-8.
     partial.write_text(text, encoding='utf-8', errors='backslashreplace')

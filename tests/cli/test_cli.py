@@ -139,7 +139,7 @@ def test_a_missing_extra_is_named_in_one_sentence(capsys, monkeypatch, module, i
   flags = (Flag('workdir', 'a folder'),)
   monkeypatch.setitem(cli.MODES, 'mine', cli.Mode('', '', flags, run_mine))
   said = error(capsys, '--mode=mine', '--workdir=x')
-  assert said == f'error: --mode=mine needs {module}, which is not installed: {install}.\n'
+  assert said == f'error: --mode=mine needs {module}, which is not installed. Run: {install}.\n'
 
 
 def test_a_missing_module_outside_the_extras_shows_a_traceback(monkeypatch):

@@ -301,7 +301,8 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  import sys; sys.exit(0)', 'line 4: SystemExit: 0'),
   (MAKE + '  config.model = None\n  return config',
-   'sets model to None, but it is a section. Set keys in it instead, e.g. model.variant'),
+   'sets model to None, but this name is a section. Set the keys of the section instead, e.g. '
+   'model.variant'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files_are_reported_with_their_line(capsys, text, message, tmp_path):
@@ -332,8 +333,8 @@ def test_config_overrides_accept_the_syntax_of_absl():
 @pytest.mark.parametrize('argv, message', [
     (['--config.batch_size'], '--config.batch_size needs a value'),
     (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
-    (['--noconfig.batch_size'], 'sets a key that is true or false'),
-    (['--noconfig.deterministic=true'], 'sets a key that is true or false'),
+    (['--noconfig.batch_size'], 'takes no value, and works only for keys that are true or false'),
+    (['--noconfig.deterministic=true'], 'takes no value, and works only for keys'),
 ])  # fmt: skip
 def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
   with pytest.raises(SystemExit, match='2'):
@@ -363,10 +364,10 @@ def test_a_mesh_axis_without_devices_is_refused(axis, size):
 
 def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
   workdir, _ = trained
-  assert 'another config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
+  assert 'a different config' in error(capsys, '--mode=eval', CONFIG, f'--workdir={workdir}')
   flags = ['--mode=export', f'--workdir={workdir}', '--config.seed=1']
   assert '--config is for train' in error(capsys, *flags)
-  assert 'another config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
+  assert 'a different config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
   assert '--workdir is required' in error(capsys, CONFIG, '--workdir=')
   for bad in ('0', '-5'):
     flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
@@ -383,7 +384,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
-     'remove --format and --topk'),
+     'cannot be combined with --format or --topk'),
     (['--mode=visualize', '--images=,'], '--images is empty'),
     (['--mode=predict', '--images=,'], '--images is empty'),
 ])  # fmt: skip
@@ -579,7 +580,7 @@ def test_an_override_that_contradicts_the_checkpoint_is_rejected(capsys, trained
   err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.model.depth=3')
   assert 'block_2/attention/key/bias: missing in the weights' in err
   err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.data.source=digits')
-  assert 'the model was trained on 10 classes: pattern 0' in err
+  assert 'the model was trained on 10 classes (pattern 0' in err
 
 
 def test_a_config_survives_a_json_round_trip():

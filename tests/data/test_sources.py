@@ -402,7 +402,7 @@ def test_path_without_folder_prefix_is_refused_with_a_remedy(tmp_path):
 def test_an_absent_or_empty_folder_is_refused(tmp_path):
   with pytest.raises(ValueError, match='no folder'):
     sources.open_source(f'folder:{tmp_path}/nothing', '', (4, 4))
-  with pytest.raises(ValueError, match="'folder:' has no path; write folder:<path"):
+  with pytest.raises(ValueError, match="'folder:' has no path. Write folder:<path"):
     sources.open_source('folder:', str(tmp_path), (4, 4))
   for name in 'ab':
     (tmp_path / name).mkdir()

@@ -73,7 +73,7 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
   said = (tmp_path / '0.log').read_text()
   assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # the process that died
-  assert 'another one died, start all processes again with the same commands' in said
+  assert 'another process died, start all processes again with the same commands' in said
   saved = stored.latest_step(workdir)
   assert saved in (10, 20, 30, 40, 50)
   processes[1].wait()

@@ -214,7 +214,7 @@ def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_pa
   assert 'needs --config' in error(capsys, '--mode=inspect')
   assert 'holds no run' in error(capsys, '--mode=inspect', f'--workdir={tmp_path}')
   assert 'Did you mean cifar10' in error(capsys, *flags, '--config.data.source=tfds:cifr10')
-  assert 'another config' in error(capsys, *flags[:2], f'--workdir={workdir}')
+  assert 'a different config' in error(capsys, *flags[:2], f'--workdir={workdir}')
 
 
 @pytest.mark.slow

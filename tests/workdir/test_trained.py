@@ -76,7 +76,7 @@ def test_training_images_are_left_out_of_the_test(run, rearranged, cache, caplog
   with caplog.at_level(logging.WARNING):
     result = exact.evaluate(run[1], flags)
   assert result['examples'] == 3 and result['left_out'] == 7
-  assert 'test: 7 of 10 images are left out: the weights were trained on them' in caplog.text
+  assert 'test: 7 of 10 images are left out, because the weights were trained' in caplog.text
   source = evaluation.open_test(opening.from_workdir(run[1], flags)[0])[0]
   assert 'left_out' not in exact.evaluate(run[1], {})
   parts = [source.read(name, range(start, stop)) for name, start, stop in source.pieces('test')]
@@ -104,7 +104,7 @@ def test_training_split_of_a_source_without_files_is_refused(request, score, spl
   workdir = request.getfixturevalue('trained')[0]
   flags = {'data.eval_split': split, 'data.train_split': 'train[20%:25%]', 'data.dir': 'moved'}
   flags |= {'data.source': 'synthetic', 'data.image_size': '8'}
-  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic, which the wei"):
+  with pytest.raises(ValueError, match="shares examples with 'train' of synthetic. The weights"):
     score(workdir, flags)
 
 

@@ -1,8 +1,8 @@
-"""Runs the program: from its arguments to an exit code.
+"""Runs the program with its command-line arguments, and returns its exit code.
 
 Decisions:
   * Help is printed before JAX is imported, wherever that is possible.
-  * A mistake of the user prints one line, `error: ...`, and gives exit code 2.
+  * After a mistake of the user, the program prints one line, `error: ...`, and returns code 2.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int | None:
     if install is None:
       raise
     print(
-      f'error: --mode={args.mode} needs {error.name}, which is not installed: {install}.',
+      f'error: --mode={args.mode} needs {error.name}, which is not installed. Run: {install}.',
       file=sys.stderr,
     )
     return 2
@@ -112,7 +112,7 @@ def install_for(error: ModuleNotFoundError) -> str | None:
 
 
 def keep_compiled() -> None:
-  """Makes JAX keep compiled programs for later runs; call it before JAX is imported."""
+  """Makes JAX keep compiled programs for later runs. Must be called before JAX is imported."""
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

@@ -38,12 +38,14 @@ def load_file(spec: str) -> ConfigDict:
   with located(path), neighbours(path):
     config = get_config(variant) if variant else get_config()
   if not isinstance(config, ConfigDict):
-    raise ValueError(f'--config: get_config() of {path} must return the config it created.')
+    raise ValueError(
+      f'--config: get_config() of {path} must return the config, but it returned something else.'
+    )
   for key in flatten(config):
     if keys := [name for name in KEYS if name.startswith(f'{key}.')]:
       raise ValueError(
-        f'--config: {path} sets {key} to {config[key]!r}, but it is a section. Set keys in it '
-        f'instead, e.g. {keys[0]}.'
+        f'--config: {path} sets {key} to {config[key]!r}, but this name is a section. Set the keys '
+        f'of the section instead, e.g. {keys[0]}.'
       )
     if key not in KEYS:
       raise ValueError(f'--config: {path} sets {unknown(key)}')
@@ -63,7 +65,7 @@ def run_file(path: str) -> dict[str, object]:
 def neighbours(path: str) -> Iterator[None]:
   """Lets a config file import other files of its folder, e.g. `from configs import finetune`."""
   base = str(pathlib.Path(path).resolve().parents[1])
-  sys.path.append(base)  # last, to hide no other module
+  sys.path.append(base)  # at the end, so that no other module is hidden
   try:
     yield
   finally:

@@ -8,7 +8,7 @@ import sys
 
 
 def describe(error: Exception) -> str:
-  """Returns the message of an error, with the remedy where Python or JAX names none."""
+  """Returns the message of an error, and adds a remedy where Python or JAX gives none."""
   if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM):
     return (
       f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
@@ -16,7 +16,7 @@ def describe(error: Exception) -> str:
     )
   flag = re.search(r'JAX flag (jax_\w+)', str(error))
   if flag and (value := os.environ.get(flag[1].upper())) is not None:
-    return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Correct it.'
+    return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Change it.'
   return str(error)
 
 
@@ -28,4 +28,4 @@ def what_was_saved(workdir: pathlib.Path | None) -> str:
 
   for step in saved_steps(workdir):
     return f' The same command resumes from step {step}.'
-  return ' Nothing was saved yet: the same command starts again.'
+  return ' Nothing was saved yet: the same command starts from the beginning.'

@@ -10,7 +10,7 @@ def run_eval(args) -> None:
   from vit_jax.evaluation import evaluate_checkpoint
 
   with joined(args.coordinator, args.num_processes, args.process_id):
-    # JAX intercepts SIGTERM for training, which saves a checkpoint. Evaluation just ends.
+    # JAX intercepts SIGTERM, so that training can save a checkpoint. Evaluation ends at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result = evaluate_checkpoint(request_of(args))
     if is_first():

@@ -16,8 +16,8 @@ def run_export(args) -> None:
 
 
 MODE = Mode(
-  'exports weights for other libraries (hf, timm, npz) or a program (stablehlo, onnx)',
+  'exports weights (hf, timm, npz), or the model with its weights as a program (stablehlo, onnx)',
   '--workdir=runs/digits --format=timm --out=digits/',
-  (WORKDIR, INIT, STEP, Flag('format', 'hf, timm, npz, stablehlo or onnx'), OUT),
+  (WORKDIR, INIT, STEP, Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'), OUT),
   run_export,
 )

@@ -1,4 +1,4 @@
-"""Defines modes, flags, and the flags that several modes share."""
+"""Defines the classes `Mode` and `Flag`, and the flags that several modes share."""
 
 import argparse
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Flag:
   Attributes:
     name: name without the dashes.
     help: purpose, in one line.
-    type: converts the text to a value; `Path` also expands `~` and rejects URLs.
+    type: function that converts the text to a value. For `Path`, URLs are rejected.
     default: value if the flag is not given.
-    required: whether the mode needs the flag; `--init` can replace it.
+    required: whether the mode needs the flag, unless `--init` is given.
   """
 
   name: str
@@ -39,8 +39,9 @@ class Mode:
     summary: purpose of the mode, in one line; starts with a verb.
     example: flags of a typical command.
     flags: accepted flags; all others are rejected.
-    run: runs the mode. It gets the flags as attributes and the config overrides as `overrides`,
-      and returns the exit code, None for 0. It imports slow modules itself.
+    run: function that runs the mode. Its argument has an attribute for each flag, and `overrides`
+      for the config overrides. The function returns the exit code, or None for 0. It imports slow
+      modules only when it is called.
     resumes: whether the same command resumes an interrupted run.
   """
 
@@ -63,8 +64,8 @@ CONFIG = Flag('config', 'config file: path/to/file.py[:<variant>]')
 INIT = Flag('init', 'weights to use instead of a workdir: a file, folder or Hugging Face Hub name')
 STEP = Flag(
   'step',
-  'checkpoint: best (by validation accuracy), last, or a step; default: best if there is a '
-  'validation accuracy, else last',
+  'checkpoint: best (by validation accuracy), last, or a step number; default: best if there is a '
+  'checkpoint with a validation accuracy, else last',
 )
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
 OUT = Flag('out', 'output folder', pathlib.Path)
@@ -72,9 +73,12 @@ WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of
 CLUSTER = (
   Flag('coordinator', 'on several hosts: <host>:<port> of process 0', default=None),
   Flag(
-    'num_processes', 'on several hosts: number of processes; 1: run alone, even in Slurm', int, None
+    'num_processes',
+    'on several hosts: number of processes; 1: run this process alone, even in Slurm',
+    int,
+    None,
   ),
-  Flag('process_id', 'on several hosts: index from 0 to num_processes - 1', int, None),
+  Flag('process_id', 'on several hosts: index of this process, 0 to num_processes - 1', int, None),
 )
 
 

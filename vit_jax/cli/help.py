@@ -35,7 +35,7 @@ def program() -> str:
 
 
 def columns(rows: dict[str, str]) -> str:
-  """Formats rows as two aligned columns and wraps the second one."""
+  """Formats rows as two aligned columns, and wraps the text of the second column."""
   width = max(map(len, rows)) + 4
   lines = []
   for name, text in rows.items():
@@ -111,7 +111,7 @@ def config_page() -> str:
 
 
 def config_text(args: argparse.Namespace) -> str:
-  """Returns the resolved config, one `key=value` line per key, in the form of `--config.`.
+  """Returns the complete config with one line per key: `key=value`, as written after `--config.`.
 
   Raises:
     ValueError: the config is not valid.

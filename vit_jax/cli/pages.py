@@ -17,8 +17,8 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-A default of None in `model.*` means: taken from the `init` weights if given, else from
-`model.variant`, else the default of `ViT`."""
+A default of None in `model.*` means that the value comes from the `init` weights, else from
+`model.variant`, else from the default of `ViT`."""
 
 COMMAND_HEAD = (
   """# Command line
@@ -32,8 +32,8 @@ Without `--mode`, the mode is `train`.
 | --- | --- |
 | 0 | success |
 | 1 | `predict` could not read some images; their names are listed |
-| 2 | an error that the last line explains |
-| 75 | training was asked to stop and has saved; the same command resumes |
+| 2 | an error occurred; the last line explains it |
+| 75 | training received a stop signal and saved a checkpoint; the same command resumes |
 | 130 | Ctrl-C |"""
   ''
 )
@@ -75,7 +75,7 @@ PAGES = {'config.md': config_markdown, 'cli.md': command_markdown}
 
 
 def main(argv: list[str]) -> None:
-  """Writes every page into the folder that is the one argument."""
+  """Writes every page into the folder that is given as the only argument."""
   (folder,) = argv
   for name, text in PAGES.items():
     (pathlib.Path(folder) / name).write_text(text(), encoding='utf-8')

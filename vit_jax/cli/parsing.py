@@ -11,11 +11,11 @@ from vit_jax.config import is_switch
 from vit_jax.names import local
 
 GENERAL = (  # flags of every mode
-  Flag('mode', 'one of the modes above; default: train', default='train'),
+  Flag('mode', 'name of the mode; default: train', default='train'),
   Flag('import', 'comma-separated modules to import first; they register names, keys or modes'),
 )
 SWITCHES = {  # flags without a value; they print a page and exit
-  'help': 'print this page, or with --mode=<mode> the flags of the mode',
+  'help': 'print all modes, or with --mode=<mode> the flags of that mode',
   'help_config': 'print every config key with its default, unit and meaning',
   'print_config': 'print the config of --config or --workdir, with its overrides',
 }
@@ -33,7 +33,7 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the flags of every mode. Extensions, imported later, may define the other flags."""
+  """Parses the flags that every mode accepts. Extensions, imported later, may define others."""
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
   args.given = given(argv)
@@ -41,19 +41,19 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def given(argv: Sequence[str]) -> set[str]:
-  """Returns the flags that stand alone or have a non-empty value on the command line."""
+  """Returns the flags on the command line, except flags with an empty value (`--flag=`)."""
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
 
 
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
-  """Parses all flags of a mode; adds `given` and the `overrides` of `read_overrides`.
+  """Parses all flags of a mode, and adds the attributes `given` and `overrides`.
 
   Flags of other modes are parsed too, so that `check_flags` can reject them.
 
   Raises:
     ValueError: a flag of another mode, or a URL instead of a path.
-    SystemExit: an unknown flag, or a value of another type.
+    SystemExit: an unknown flag, or a value of the wrong type.
   """
   parser, paths = new_parser(), set()
   for flag in flags_of(mode):
@@ -85,11 +85,11 @@ def flags_of(mode: str) -> Iterator[Flag]:
 def read_overrides(words: Sequence[str]) -> dict[str, str]:
   """Returns the overrides `{key: text}` in the words of a command line.
 
-  Valid forms are `--config.key=text` and `--config.key text`; for keys that are true or false also
-  `--config.key` and `--noconfig.key`.
+  Valid forms are `--config.key=text` and `--config.key text`. For keys that are true or false,
+  `--config.key` and `--noconfig.key` are also valid.
 
   Raises:
-    ValueError: another flag, a missing value, or a value where none is allowed.
+    ValueError: a word that is not an override, a missing value, or a value where none is allowed.
   """
   overrides, words = {}, list(words)
   while words:
@@ -100,7 +100,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
     negated, key, text = found.groups()
     if negated and (text or not is_switch(key)):
       raise ValueError(
-        f'{word}: --noconfig.<key> sets a key that is true or false, and takes no value'
+        f'{word}: --noconfig.<key> takes no value, and works only for keys that are true or false'
       )
     if negated:
       overrides[key] = 'false'
@@ -125,7 +125,7 @@ def check_flags(args: argparse.Namespace) -> None:
         f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}{hint}.'
       )
   if args.init and (args.workdir or args.config):
-    raise ValueError('--init uses weights without a run: remove --workdir and --config.')
+    raise ValueError('--init excludes --workdir and --config. Remove these two, or remove --init.')
   if args.init and args.step:
     raise ValueError(
       '--step chooses a checkpoint of --workdir and cannot be used with --init. Remove --step, or '

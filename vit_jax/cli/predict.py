@@ -16,7 +16,9 @@ def run_predict(args) -> int:
   if args.features:
     return write_features(args)
   if args.out:
-    raise ValueError('--out is for --features=pooled or tokens. Predictions are printed.')
+    raise ValueError(
+      '--out is for --features=pooled or tokens. Remove --out: predictions are printed.'
+    )
   found = predict_files(request_of(args), args.images or [], args.topk)
   return report_errors(print_predictions(found, args.format or 'table'))
 
@@ -27,15 +29,15 @@ def write_features(args) -> int:
   from vit_jax.weights import write_arrays
 
   if args.given & {'--format', '--topk'}:
-    raise ValueError('--features writes arrays: remove --format and --topk.')
+    raise ValueError('--features cannot be combined with --format or --topk. Remove these flags.')
   if not args.out or args.out.suffix != '.npz':
     raise ValueError(f'--features={args.features} needs --out, an npz file to write, e.g. out.npz.')
   if args.out.exists():
-    raise ValueError(f'--out: {args.out} exists already and is not overwritten. Give another file.')
+    raise ValueError(f'--out: {args.out} already exists and is not overwritten. Give a new name.')
   storage.check_folder(args.out.parent)
   arrays, errors = features(request_of(args), args.images or [], args.features)
   write_arrays(args.out, arrays)
-  print(f'{args.out}: arrays path and feature; feature has shape {list(arrays["feature"].shape)}')
+  print(f'{args.out} has the arrays path and feature {list(arrays["feature"].shape)}.')
   return report_errors(errors)
 
 
@@ -52,10 +54,10 @@ MODE = Mode(
   (
     *WEIGHTS,
     IMAGES,
-    Flag('topk', 'number of classes per image', int, 5),
-    Flag('format', 'output: table, json or csv; default: table'),
-    Flag('features', 'write features instead of classes: pooled or tokens'),
-    dataclasses.replace(OUT, help='npz file to write, with --features'),
+    Flag('topk', 'number of classes to print for each image', int, 5),
+    Flag('format', 'output format: table, json or csv; default: table'),
+    Flag('features', 'features to write instead of predicting classes: pooled or tokens'),
+    dataclasses.replace(OUT, help='with --features: npz file to write'),
   ),
   run_predict,
 )

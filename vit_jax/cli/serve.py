@@ -14,7 +14,7 @@ MODE = Mode(
   '--workdir=runs/digits --port=7860',
   (
     *WEIGHTS,
-    Flag('host', 'address to listen on; 0.0.0.0: open to other machines', default='127.0.0.1'),
+    Flag('host', 'address to listen on; 0.0.0.0: accept other machines', default='127.0.0.1'),
     Flag('port', 'port to listen on', int, 7860),
   ),
   run_serve,

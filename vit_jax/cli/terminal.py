@@ -33,7 +33,7 @@ def show_log() -> None:
 
 def set_up() -> None:
   """Handles Ctrl-C, closed streams, and characters that the terminal cannot show."""
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C is not ignored
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
   hush_event_loops()
@@ -46,8 +46,8 @@ def set_up() -> None:
 def open_streams() -> None:
   """Opens the null device for standard streams that are closed, e.g. by `>&-`.
 
-  For a closed stream `sys.stdout` is None, and the next opened file would get its descriptor:
-  output of libraries would be written into that file.
+  If stdout is closed, `sys.stdout` is None and the next opened file gets the free descriptor.
+  Libraries would then write their output into that file.
   """
   for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
     try:
@@ -59,7 +59,7 @@ def open_streams() -> None:
 
 
 def hush_event_loops() -> None:
-  """Silences messages about event loops that orbax could not open; orbax raises an error too."""
+  """Silences messages about event loops that orbax cannot open, because it also raises an error."""
   before = sys.unraisablehook
 
   def report(unraisable):
@@ -71,7 +71,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Standard output whose errors name it, unlike the messages of the system."""
+  """Standard output. Its errors say that standard output failed; the system's errors do not."""
 
   def write(self, text):
     with self.named():
@@ -96,9 +96,9 @@ class Output(io.TextIOWrapper):
 
 
 def interrupt(_, frame) -> None:
-  """Handles Ctrl-C: the first one exits cleanly, the second one immediately.
+  """Handles Ctrl-C: the program exits cleanly after the first one, immediately after the second.
 
-  During an import the first one exits immediately too, because imports may swallow exceptions.
+  During an import, the program exits immediately, because imports may swallow exceptions.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):
@@ -115,7 +115,7 @@ def end_at_once(message: str) -> None:
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """Encodes characters that the terminal cannot show: the raw bytes of file names, else escapes."""
+  """Encodes characters that the terminal cannot show: as raw bytes in file names, else escaped."""
   try:
     return codecs.lookup_error('surrogateescape')(error)
   except UnicodeEncodeError:
@@ -123,5 +123,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Discards remaining output when the reader has closed the pipe (`head`) or writing fails."""
+  """Discards the remaining output after a write failed, e.g. because `head` closed the pipe."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

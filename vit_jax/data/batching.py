@@ -1,15 +1,15 @@
-"""Makes training batches in a reproducible order, and evaluation batches that are exact.
+"""Makes training batches in a reproducible order, and evaluation batches of each example once.
 
 Decisions:
-  * Training reads one endless sequence: one permutation of the examples per epoch. It is cut into
-    batches, which may cross the end of an epoch. The example at position `step * batch_size + i`
-    depends only on the seed and the number of examples. So the step number is enough to resume, and
-    no example is dropped at the end of an epoch.
+  * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
+    The sequence is cut into batches, so a batch can have examples of two epochs. The example at
+    position `step * batch_size + i` depends only on the seed and the number of examples. So the
+    step number is enough to resume, and no example is dropped at the end of an epoch.
   * A batch is a global array. Each process gathers only the rows that its own devices hold. All
     processes compute the same order, so they need not communicate.
   * Evaluation pads the last batch and adds a mask, so that every example counts once.
-  * A `Plan` lists the examples of each batch. Examples in memory (`memory.py`) and streamed
-    examples (`stream.py`) make the same batches from it.
+  * A `Plan` lists the examples of each batch. The batches of a plan are the same for examples in
+    memory (`memory.py`) and for streamed examples (`stream.py`).
 """
 
 from collections.abc import Iterator
@@ -43,8 +43,8 @@ class Plan:
     stride: number of positions from the start of one batch to the start of the next.
     rows: number of rows in a batch.
     steps: the step numbers of the batches.
-    seed: seed of the order and of the random numbers for each position. None: the examples in
-      their own order, without random crops; the last example is repeated as padding.
+    seed: seed of the order and of the random numbers for each position. None, for evaluation: the
+      examples keep their own order and are not cropped at random. Padding repeats the last example.
   """
 
   size: int
@@ -70,7 +70,7 @@ class Plan:
 
 
 class Split(Protocol):
-  """Interface of the examples that batches are made from: `memory.Examples` or `stream.Stream`."""
+  """Interface of `memory.Examples` and `stream.Stream`, from which batches are made."""
 
   def __len__(self) -> int: ...
 
@@ -108,8 +108,8 @@ def eval_batches(
   """Yields every example once, in order, in batches of one shape; `mask` is 0 for padding.
 
   The number of rows is `batch_size`, rounded up to a multiple of the number of devices. `mask` is
-  also 0 for bad images, if they are skipped. `extra` holds more arrays with one row per example;
-  each batch contains their rows under the same names.
+  also 0 for bad images, if they are skipped. `extra` holds additional arrays with one row per
+  example. Each batch contains the rows of its examples, under the names of these arrays.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

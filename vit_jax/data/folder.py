@@ -4,9 +4,9 @@ Decisions:
   * Each file is identified by a hash of its name below its class folder. The hash alone gives the
     file a position in [0, 1), and the position decides whether the file is held out. So no file
     changes its split when files are added, removed or moved to another class.
-  * The files of a split are sorted by position. This mixes the classes, and does not depend on the
-    file system or the NumPy version. A percentage of a split is a range of positions.
-  * Warnings report all files and folders that are ignored.
+  * The files of a split are sorted by position. This order mixes the classes, and does not depend
+    on the file system or the NumPy version. A percentage of a split is a range of positions.
+  * Warnings report the files and folders that are ignored, except hidden ones.
 """
 
 import collections
@@ -32,7 +32,7 @@ SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Files of a split, sorted by position, in compact arrays: a million paths take little memory.
+  """Files of a split, sorted by position. The arrays are compact, for splits of a million files.
 
   Attributes:
     top: folder that contains the class folders.
@@ -89,15 +89,16 @@ def hash_name(name: str) -> int:
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
-  """Returns the position of each hash in [0, 1), from the 53 bits that fit into a float64."""
+  """Returns the position of each hash in [0, 1), computed from its highest 53 bits."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 
 def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images in `train/<class>/` and the folders in `TEST_NAMES`, or in plain `<class>/`.
 
-  The first folder of `TEST_NAMES` that exists becomes the split `test`; the others keep their
-  names. If none exists, files whose names hash to a `position` below `HELD_OUT` become `test`.
+  The first folder of `TEST_NAMES` that exists becomes the split `test`; the other folders keep
+  their names as splits. If none of them exists, the files with a `position` below `HELD_OUT` become
+  the split `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training
@@ -110,8 +111,8 @@ def open_folder(root: pathlib.Path) -> Folder:
   if len(class_names) < 2:
     raise ValueError(
       f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}), '
-      'expected at least two. Use <path>/<class>/*.jpg, or <path>/train/<class>/*.jpg and '
-      '<path>/test/<class>/*.jpg.'
+      'expected at least two. Store images as <path>/<class>/*.jpg, or as '
+      '<path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg.'
     )
   split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
   if split_like and not split:
@@ -245,7 +246,7 @@ def list_files(
             found.append((hash_name(below), os.fsencode(f'{class_name}/{below}'), label))
           elif not name.startswith('.'):
             passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
-    found.sort()  # files of the same name in several classes share a hash; the path then decides
+    found.sort()  # by hash; files with the same name in several classes share it: then by path
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)
   return Files(top, *arrays)

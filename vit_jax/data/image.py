@@ -1,10 +1,10 @@
-"""Decodes image files to uint8 arrays on the host; `vit_jax.augment` changes them on the device.
+"""Decodes image files to uint8 arrays on the host; `vit_jax.augment` augments them on the device.
 
 Decisions:
   * Pillow opens every file and decodes whole images. Its pixels are the reference.
-  * Random crops are decoded and scaled again in every epoch. OpenCV does both, because it is faster
-    (results/input.json). Pillow still opens these files, so that the same files are accepted. It
-    also decodes all of them except ordinary RGB JPEGs.
+  * Random crops are decoded and scaled again in every epoch. For crops, OpenCV decodes ordinary RGB
+    JPEGs and scales all images, because it is faster (results/input.json). Pillow decodes all other
+    files, and opens every file, so that the same files are accepted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vit_jax import storage
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
-# Accepted formats, for any file name. Some other formats, such as EPS, run programs.
+# Accepted formats, for any file name. Opening some other formats, e.g. EPS, runs programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -59,8 +59,8 @@ def decode_image(
   EXIF rotation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
   Raises:
-    BadImage: the file is not an image, is cut short, has no 8-bit form, or has too many pixels:
-      more than `max_pixels` or, if this is None, than Pillow's limit for decompression bombs.
+    BadImage: the file is not an image, is incomplete, has no 8-bit form, or has too many pixels.
+      The limit is `max_pixels` or, if this is None, Pillow's limit for decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -123,9 +123,9 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: one of `INTERPOLATIONS`; it averages pixels when the image becomes smaller.
-    crop: fraction of the shorter side that is kept, around the centre.
-    stretch: scale height and width independently. Otherwise the longer side is cropped.
+    interpolation: filter from `INTERPOLATIONS`. It averages pixels when the image becomes smaller.
+    crop: share of the shorter side that the central crop keeps.
+    stretch: whether to scale height and width independently. Otherwise the longer side is cropped.
   """
   height, width = size
   method = INTERPOLATIONS[interpolation]
@@ -157,7 +157,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side; a large crop of a long image may exceed it.
+    max_aspect: largest ratio of longer to shorter side. Large crops of long images may exceed it.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -180,17 +180,17 @@ def decode_part(
   """Decodes a file and scales a part of it to `size`: `image_HWC`, uint8.
 
   If the part is at least n = 2, 4 or 8 times as large as `size`, a JPEG is decoded at 1/n of its
-  size. This uses fewer terms of its cosine transform.
+  size. Such decoding is faster, because it uses fewer terms of the cosine transform.
 
   Args:
     encoded: the bytes of the file.
     name: name of the file, for error messages.
     channels: 1 or 3.
-    choose: function from the (height, width) of the upright image to the box of the part.
+    choose: function that maps the (height, width) of the upright image to the box of the part.
     size: (height, width) of the result.
 
   Raises:
-    BadImage: as in `decode_image`.
+    BadImage: the file cannot be decoded, for one of the reasons in `decode_image`.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -211,7 +211,10 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether it is a complete, upright RGB JPEG; OpenCV fills missing parts with grey."""
+  """Returns whether a file is a complete, upright RGB JPEG.
+
+  Incomplete files are excluded, because OpenCV fills their missing parts with grey.
+  """
   return (
     opened.format == 'JPEG'
     and opened.mode == 'RGB'
@@ -227,7 +230,7 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
   The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
   shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
   bilinear filter. That filter is a triangle with the width of two new pixels. If an axis shrinks to
-  less than half its length, each new pixel is the mean over its area instead.
+  less than half its length, each new pixel is instead the mean of the old pixels in its area.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))

@@ -21,9 +21,9 @@ class Reading:
   """Settings for reading splits.
 
   Attributes:
-    cache: `memory`, `stream`, or `auto` until `decide_cache` has decided.
+    cache: `memory`, `stream`, or `auto`, for which `decide_cache` chooses one of the two.
     fit: function that scales a decoded image to a size.
-    crop: arguments of the random crop in training; None: training sees the whole image.
+    crop: arguments of the random crop in training; None: no random crop.
     skip_bad_images: skip images that cannot be decoded, instead of stopping.
     workers: number of processes that decode a stream; 0: decode in this process.
     threads: number of decoding threads in each process; None: `stream.best_threads`.
@@ -44,16 +44,16 @@ def decide_cache(
   size: tuple[int, int],
   trains: bool = False,
 ) -> str:
-  """Returns `reading.cache`; if it is `auto`, chooses `memory` or `stream`.
+  """Returns `reading.cache`, or a choice of `memory` or `stream` if it is `auto`.
 
-  It chooses `memory` under two conditions: the splits fill at most half of the available memory,
-  and training batches are the same as from a stream (see `differs`). So a run does not depend on
-  how much memory its machine has. Evaluation always sees the same pixels.
+  The choice is `memory` under two conditions. The splits fill at most half of the available memory,
+  and training batches are the same as from a stream; `differs` checks this. So the result of a run
+  does not depend on the memory of its machine. Evaluation always sees the same pixels.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
-    names: all splits that are held at the same time.
+    names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
     trains: whether the first split is used for training.
   """
@@ -76,9 +76,9 @@ def decide_cache(
 
 
 def differs(reading: Reading, source: Source, split: str, size: tuple[int, int]) -> str:
-  """Returns why training batches from memory differ from streamed ones; empty if they do not.
+  """Returns why training batches from memory differ from streamed batches; empty if they do not.
 
-  Everything else is the same for both: order, decoding, scaling, and processing on the device.
+  Order, decoding, scaling and the processing on the device are the same in any case.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'

@@ -1,10 +1,10 @@
 """Decodes a split once and keeps it in memory. `stream.py` decodes it again in every epoch.
 
 Decisions:
-  * Images are kept as uint8. If all of them share a size that is smaller than the model's
-    (`common_size`), they are kept at that size and the device enlarges them. CIFAR-10 at 224 pixels
-    would fill 7.5 GB.
-  * Each image is decoded into its row of one array, so loading never holds the split twice.
+  * Images are kept as uint8. If all images have the same size, smaller than the model's input
+    (`common_size`), they are kept at this size and the device enlarges them. Enlarged to 224
+    pixels, CIFAR-10 would fill 7.5 GB.
+  * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,7 +65,7 @@ class Examples:
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
-    """Returns these examples followed by the others."""
+    """Returns these examples, followed by the examples of `other`."""
     return Examples(
       np.concatenate([self.image_NHWC, other.image_NHWC]),
       np.concatenate([self.label_N, other.label_N]),
@@ -131,7 +131,7 @@ def load_examples(
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
   """Returns the (height, width) that all images of a split share, if it is smaller than `size`.
 
-  Otherwise it returns None. It reads only headers, and stops at the first image that differs.
+  Otherwise returns None. Only headers are read, up to the first image with a different size.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):
@@ -163,6 +163,6 @@ def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) ->
   """Raises ValueError if the splits together would fill more than half of the memory."""
   if too_much := excess(source, names, size):
     raise ValueError(
-      f'{", ".join(names)}: {too_much}. Stream them (data.cache=stream), use a part such '
+      f'{", ".join(names)}: {too_much}. Stream the images (data.cache=stream), use a part such '
       f'as {names[0]}[:10%], or set a smaller data.image_size.'
     )

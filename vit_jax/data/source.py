@@ -5,8 +5,8 @@ Decisions:
     notation, and only the requested examples are read.
   * A source can be read in any order and sent to another process. So its `read` function holds
     names and paths, not open files.
-  * A percentage of a folder's split is a range of file positions (`folder.py`). For other sources
-    it is a share of the split's size.
+  * A percentage of a folder's split is a range of file positions (`folder.py`). For other sources,
+    a percentage is a share of the number of examples.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 
-# Name; path, file content or pixels; label.
+# (name, image, label); the image is given as a path, as the content of a file, or as pixels.
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]
 
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
@@ -35,10 +35,10 @@ class Source:
     class_names: name of the class of each label.
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
-      a file or a uint8 array. It has not been checked yet; see `pixels`.
+      a file or a uint8 array. `pixels` checks and decodes it later.
     fingerprint: hash of the training split's names and labels; empty if unknown.
     files: files of each split of a folder; empty for other kinds of sources.
-    left_out: for each split, bool `[N]`: which of its files are left out.
+    left_out: for each split, whether each of its files is left out, bool `[N]`.
     warnings: messages for the user about the data.
     spec: the `data.source` value that `open_source` opened.
   """

@@ -29,7 +29,7 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   """Opens a source like `open_source`, but never prepares data, and accepts missing data.
 
   Returns:
-    The source, without `sizes` if they are unknown; None if nothing is known about it.
+    The source, with empty `sizes` if the data is missing. None if the source is unknown.
   """
   kind, _, name = spec.partition(':')
   if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):
@@ -88,9 +88,9 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
   del image_size
   root = folder_root(path, data_dir)
   if not path:
-    raise ValueError("data.source: 'folder:' has no path; write folder:<path of the images>.")
+    raise ValueError("data.source: 'folder:' has no path. Write folder:<path of the images>.")
   if not root.is_dir():
-    raise ValueError(f'data.source: no folder at {str(root)!r}; write folder:<path of the images>.')
+    raise ValueError(f'data.source: no folder at {str(root)!r}. Write folder:<path of the images>.')
   found = folder_lib.open_folder(root)
   files = found.files
 

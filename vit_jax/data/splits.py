@@ -19,8 +19,8 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for splits that percentages divide by position instead of by index: the position of
-      each example, from 0 to below 1, in increasing order.
+    positions: for some splits, the position of each example, from 0 to below 1, in increasing
+      order. Percentages divide these splits by position, and all other splits by index.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.
@@ -61,7 +61,9 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
   try:
     (found,) = core.ReadInstruction.from_spec(part.strip()).to_absolute({name: info})
   except (ValueError, AssertionError) as error:
-    raise ValueError(f'Split {part!r} of {size:,}: {str(error).splitlines()[0]}') from error
+    raise ValueError(
+      f'Split {part!r} of {size:,} examples: {str(error).splitlines()[0]}'
+    ) from error
   return found.from_ or 0, size if found.to is None else found.to
 
 
@@ -84,7 +86,8 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
 
   Args:
     pieces: ranges of examples.
-    unwanted: for each split, bool `[N]` over all its examples. Splits without an entry are kept.
+    unwanted: for each split, whether each of its examples is unwanted, bool `[N]`. Splits without
+      an entry are kept.
   """
 
   def runs() -> Iterator[Piece]:
@@ -93,7 +96,8 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
         yield name, start, stop
         continue
       kept = ~unwanted[name][start:stop]
-      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))  # edges of runs
+      # Starts and stops of the runs of consecutive examples that are kept.
+      edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
       yield from ((name, start + a, start + b) for a, b in edges.reshape(-1, 2).tolist())
 
   return list(runs())

@@ -1,14 +1,14 @@
 """Reads, decodes and crops examples during training, for splits that are not kept in memory.
 
 Decisions:
-  * The step number is enough to resume, as for splits in memory. Grain maps the number of a part,
-    which is a few rows of a batch, to its pixels. Batches do not depend on the number of threads
-    and workers, or on the order in which parts are finished.
+  * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
+    few rows, and Grain maps the number of a part to its pixels. So batches do not depend on the
+    number of threads and workers, or on the order in which parts are finished.
   * A process decodes only the rows that its own devices hold. The random numbers of an example
     depend only on the seed and on its position in the endless sequence. So any number of processes
     makes the same batches.
-  * A random crop is taken from the file at full resolution, instead of on the device. All other
-    augmentations stay on the device.
+  * A random crop is taken from the file at full resolution, on the host. All other augmentations
+    run on the device.
   * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good example and
     its label. The replacement is the same in every run, and replaced images are counted.
 """
@@ -54,7 +54,7 @@ class Stream:
     pieces: `(split, start, stop)` ranges, in order.
     size: (height, width) of the images.
     fit: function that scales an image, as in `memory.load_examples`.
-    crop: `min_area` and `max_aspect` of the random crops in training; None: only `fit`.
+    crop: `min_area` and `max_aspect` of the random crops in training; None: no random crops.
     skip_bad_images: replace images that cannot be decoded, instead of raising.
     workers: number of worker processes that decode; 0: decode in this process.
     threads: number of decoding threads in each process.
@@ -74,7 +74,7 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """All labels, int32. Fast for a folder; for TFDS it reads all records."""
+    """All labels, int32. A folder gives them fast; for TFDS, all records are read."""
     return np.array([label for _, _, label in self.read_all()], np.int32)
 
   def batches(
@@ -82,7 +82,7 @@ class Stream:
   ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of a `Plan`: `image`, `label` and, if bad images are replaced, `bad`.
 
-    The caller must close this iterator, which ends the workers.
+    The caller must close this iterator, because only then the workers end.
 
     Raises:
       image.BadImage: an image cannot be decoded, and bad images are not replaced.
@@ -138,7 +138,7 @@ class Stream:
     return self.decode_all(index_N)['bad'] == 0
 
   def joined(self, other: 'Stream') -> 'Stream':
-    """Returns these examples followed by the others."""
+    """Returns these examples, followed by the examples of `other`."""
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -166,7 +166,7 @@ class Stream:
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
     piece_N = np.searchsorted(begins, index_N, side='right') - 1
     found = [None] * len(index_N)
-    for piece in np.unique(piece_N):  # only the needed ones, of perhaps thousands
+    for piece in np.unique(piece_N):  # there may be thousands of pieces; most are not needed
       split, start, _ = self.pieces[piece]
       rows = np.flatnonzero(piece_N == piece)
       places = (index_N[rows] - begins[piece] + start).tolist()
@@ -195,7 +195,7 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int, int]:
-    """Returns image and label of this example or the next readable one, and the number skipped.
+    """Returns image and label of this or the next readable example, and how many were skipped.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -279,14 +279,14 @@ def read_part(
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
   """Returns the four random numbers in [0, 1) that belong to a position."""
-  # The position is part of the key, so each position has its own numbers. Raw bits are drawn: NumPy
-  # guarantees the same bits in every version, but not the same floats.
+  # The position is part of the key, so each position has its own numbers. We draw raw bits, because
+  # NumPy guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
   return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Joins dictionaries of arrays into one, in this process's own memory, and empties them."""
+  """Joins dictionaries of arrays into a new one, in this process's own memory, and empties them."""
   # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
   # shared with the workers, so the parts are emptied here.
   names = list(parts[0])

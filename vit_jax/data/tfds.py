@@ -3,8 +3,8 @@
     python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
 
 This command runs in a child process, and is the only code that imports TensorFlow. It prepares the
-dataset `NAME` in DATA_DIR in the array_record format. If the dataset is already there as TFRecord,
-it copies the records to CONVERTED_DIR instead.
+dataset `NAME` in DATA_DIR in the array_record format. If DATA_DIR already has the dataset in the
+TFRecord format, the command instead writes a converted copy to CONVERTED_DIR.
 """
 
 import functools
@@ -31,7 +31,7 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens an image classification dataset of tensorflow-datasets, without TensorFlow."""
   del image_size
   root = data_root(name, data_dir)
-  if jax.distributed.is_initialized():  # process 0 prepares data that all may share
+  if jax.distributed.is_initialized():  # process 0 prepares the data: all may share its folder
     from_first(lambda: prepared_builder(name, root) and None)
   return tfds_source(name, prepared_builder(name, root))
 
@@ -76,8 +76,8 @@ def tfds_source(name: str, builder) -> Source:
           yield f'tfds:{name}/{split}/{i}{file}', record[image_key], int(record[label_key])
     except Exception as error:  # TFDS and array_record raise many kinds of errors
       raise ValueError(
-        f'tfds:{name}/{split}: {directory} cannot be read: {error}. A shard is missing or '
-        'damaged: copy it again, or remove the folder, and the data will be prepared again.'
+        f'tfds:{name}/{split}: {directory} cannot be read: {error}. A shard is missing or damaged. '
+        'Copy the shard again, or remove the folder so that the data is prepared again.'
       ) from error
 
   sizes = {name: info.num_examples for name, info in builder.info.splits.items()}
@@ -147,8 +147,8 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
       f'tfds:{name} is not prepared in {str(root)!r}, and preparing it failed: {reason}\n'
       'On a machine with network access and tensorflow, run\n'
       f'    tfds build {name} --file_format=array_record --data_dir={root}\n'
-      'and copy the folder here. Or set data.dir (or TFDS_DATA_DIR) to a folder with prepared '
-      'data, or use data.source=folder:<path>.'
+      'and copy the folder to this machine. Or set data.dir (or TFDS_DATA_DIR) to a folder with '
+      'prepared data, or use data.source=folder:<path>.'
     )
 
 
@@ -169,7 +169,7 @@ def prepare_here() -> None:
     source = pathlib.Path(builder.data_dir)
     convert_to_array_record(source, pathlib.Path(converted) / source.relative_to(root))
   else:
-    sys.exit(f'prepared as {builder.info.file_format.value}, expected array_record or tfrecord')
+    sys.exit(f'the data is in {builder.info.file_format.value}, expected array_record or tfrecord')
 
 
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
-"""Names the devices that a program is compiled for, and checks that JAX's backend starts.
+"""Names the devices for which a program is compiled, and reports missing devices.
 
 Decisions:
-  * A program that runs on a mesh chooses its kernels by the devices of the mesh, which may be
-    descriptions of hardware that is not there.
+  * A program that runs on a mesh chooses its kernels by the devices of the mesh. These devices may
+    be descriptions of hardware that this machine does not have.
   * `compiled_for` replaces the devices of the mesh, to lower a step for a GPU on a CPU.
   * `model.apply` has no mesh. JAX then computes on its default device, and `target` describes it.
 """
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """The kind of device that a program is compiled for.
+  """Kind of device for which a program is compiled.
 
   Attributes:
     platform: `cpu`, `cuda`, `rocm` or `tpu`; empty if the program must run on all of them.
@@ -36,27 +36,27 @@ _target = contextvars.ContextVar('target', default=None)
 
 
 def target(mesh: Mesh | None = None) -> Target:
-  """Returns the devices that a program is compiled for.
+  """Returns the kind of device for which a program is compiled.
 
-  These are the devices of the surrounding `compiled_for`, else those of the mesh, else JAX's
-  default device.
+  Inside `compiled_for`, this is its target. Otherwise it is the kind of the mesh's devices, or of
+  JAX's default device if there is no mesh.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   return _target.get() or target_of(device)
 
 
 def target_of(device: jax.Device) -> Target:
-  """Describes a device, or a device of a topology that `jax.experiment.topologies` describes."""
+  """Describes a real device, or a device of a topology from `jax.experimental.topologies`."""
   if device.platform != 'gpu':
     return Target(device.platform)
-  generation = device.compute_capability  # such as 9.0 of NVIDIA's Hopper, or gfx942 of AMD
+  generation = device.compute_capability  # e.g. 9.0 for NVIDIA's Hopper, or gfx942 for AMD
   amd = generation.startswith('gfx')
   return Target('rocm') if amd else Target('cuda', float(generation))
 
 
 @contextlib.contextmanager
 def compiled_for(target: Target) -> Iterator[None]:
-  """Makes programs that are traced in this block choose kernels for these devices."""
+  """Makes programs that are traced in this block choose kernels for the given kind of device."""
   token = _target.set(target)
   try:
     yield

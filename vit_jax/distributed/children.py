@@ -11,12 +11,12 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError if Python cannot start processes, because a worker imports a bare script."""
+  """Raises ValueError if workers cannot start, because importing the main script would run it."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
     raise ValueError(
-      'Each worker process of data.workers imports the main script, and would run it again. Put '
+      'Each worker process of data.workers imports the main script, which would run it again. Put '
       "the script's code under `if __name__ == '__main__':`, or use data.workers=0."
     ) from error
 
@@ -26,7 +26,7 @@ def unsignalled() -> Iterator[None]:
   """Blocks SIGINT and SIGTERM in threads started in this block, and in the processes they start.
 
   All processes of a job get these signals at the same time. Workers must keep running until
-  training has saved, and a worker that is still starting could not ignore the signals by itself.
+  training has saved. A worker that is still starting could not ignore the signals by itself.
   """
   multiprocessing.resource_tracker.ensure_running()  # starting it later would undo the mask
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -1,8 +1,8 @@
 """Makes several processes act as one: they share values and stop at the same step.
 
 Decisions:
-  * Only process 0 reads and writes the workdir, and sends the others what it found. So no shared
-    file system is needed, and a pod writes the same files as a laptop.
+  * Only process 0 reads and writes the workdir, and it sends what it reads to the other processes.
+    So no shared file system is needed, and a pod writes the same files as a laptop.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,12 @@ class Preempted(Exception):
 
 
 def asked_to_stop() -> bool:
-  """Returns whether all processes must stop now; each process must call this equally often.
+  """Returns whether all processes must stop now.
 
-  JAX identifies calls by their numbers. When the notice comes, all processes stop at the call after
-  the latest call that any process has made. The numbers are not the training steps, because a run
-  may begin at any step. They are larger than any step, because orbax numbers its calls by step.
+  Every process must call this function equally often, because JAX identifies calls by their
+  numbers. After a stop signal, all processes stop at the first call that no process has made yet.
+  The numbers are not the training steps, because a run may begin at any step. They are larger than
+  any step, because orbax numbers its own calls by step.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
@@ -49,14 +50,14 @@ def from_first(function: Callable[[], object]) -> object:
   """Calls `function` in process 0, and returns its result or raises its error in all processes.
 
   Args:
-    function: returns a value that JSON can hold, with NumPy arrays anywhere in it. With several
-      processes, tuples come back as lists.
+    function: returns a value that JSON can hold, with NumPy arrays anywhere in the value. With
+      several processes, tuples come back as lists.
 
   Raises:
-    ValueError: the function raised it. With several processes it also replaces an OSError and, in
-      all but process 0, any other error.
+    ValueError: the function raised a ValueError. With several processes, an OSError also becomes a
+      ValueError. Any other error does so too, except in process 0, which raises it unchanged.
   """
-  # The process count alone would start JAX, perhaps before `devices.start_up` has run.
+  # Asking for the process count starts JAX, perhaps before `devices.start_up` has run.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None
@@ -93,7 +94,7 @@ def from_first(function: Callable[[], object]) -> object:
 
 
 def check_same(what: str, value: dict) -> None:
-  """Raises ValueError in every process if one has a different value than process 0.
+  """Raises ValueError in all processes if any process has a different value than process 0.
 
   Args:
     what: name of the value, for the message.
@@ -122,7 +123,7 @@ def from_all(value: object) -> list:
 
 
 def broadcast(data: bytes | None) -> bytes:
-  """Returns the bytes of process 0 in all processes; the others pass None."""
+  """Returns the bytes of process 0 in all processes; all other processes pass None."""
   size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
@@ -143,8 +144,8 @@ def to_host(tree):
 class Preemption:
   """Context manager that listens for SIGTERM, the notice that this job must end soon.
 
-  With several processes, JAX's preemption service listens. It makes all of them stop at the same
-  step, even if only one got the notice.
+  With several processes, JAX's preemption service listens. It makes all processes stop at the same
+  step, even if only one process got the signal.
   """
 
   def __enter__(self):

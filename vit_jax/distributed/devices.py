@@ -1,10 +1,10 @@
 """Chooses the number of devices and arranges them in a mesh.
 
 Decisions:
-  * The mesh axes are `data`, `fsdp` and `tensor`. A batch is split over the first two. Parameters,
-    and all arrays shaped like them, are split over the last two.
-  * The axes have the type Auto. With Explicit, the default of `jax.make_mesh`, a linen module fails
-    on a sharded batch.
+  * The mesh axes are `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`.
+    Parameters, and arrays with the shapes of parameters, are split over `fsdp` and `tensor`.
+  * The axes have the type Auto. The default of `jax.make_mesh` is Explicit, with which a linen
+    module fails on a sharded batch.
   * On a CPU, each core is a device if the batch is large enough (`microbatch.py` has the reason).
 """
 
@@ -21,23 +21,23 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that a batch is split over
 ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
-MIN_EXAMPLES = 32  # per CPU device; with fewer, synchronization costs more than a device gains
+MIN_EXAMPLES = 32  # per CPU device; with fewer examples, one more device makes a step slower
 
 PAIRS = '2 (mixed pairs stay together)'  # why `group` is 2, in messages
 
-_one_per_core = False  # whether `start_up` set the number of CPU devices, not the user
+_one_per_core = False  # True if `start_up`, not the user, set the number of CPU devices
 
 
 def start_up() -> None:
-  """Makes one CPU device per core. A mesh may use fewer of them (see `worth`).
+  """Makes one CPU device per core. For small batches, a mesh uses fewer devices (`worth`).
 
-  The first query for devices starts JAX, by default with a single CPU device. So this must be
-  called before anything else. It does nothing if the user has set the number of CPU devices, or if
-  JAX is already running.
+  The first query for devices starts JAX, by default with a single CPU device. So this function must
+  be called before anything else. It does nothing if the user has set the number of CPU devices, or
+  if JAX is already running.
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
-    with contextlib.suppress(RuntimeError):  # JAX is running: see `few_devices`
+    with contextlib.suppress(RuntimeError):  # JAX is running; `few_devices` warns about this
       jax.config.update('jax_num_cpu_devices', cluster.num_cores())
       _one_per_core = True
 
@@ -45,7 +45,7 @@ def start_up() -> None:
 def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str | None:
   """Returns why a batch is divided over fewer CPU devices than possible; None if it is not.
 
-  Args: see `make_mesh`.
+  The arguments are the same as in `make_mesh`.
   """
   count = jax.device_count()
   user_set_count = jax.config.jax_num_cpu_devices > 0 and not _one_per_core
@@ -57,7 +57,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
     return None
   return (
     f'JAX was started with {count} CPU device(s), but batch_size={batch_size} would use {wanted}. '
-    'Results differ in rounding from a run with all devices. Call vit_jax.train before '
+    'With fewer devices, the rounding of results is different. Call vit_jax.train before '
     f'other JAX code, or set JAX_NUM_CPU_DEVICES={wanted}.'
   )
 
@@ -73,9 +73,10 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on CPUs, of the largest number that divides the batch.
+  """Returns a mesh of all devices; on a CPU, of as many devices as divide the batch.
 
-  That number is at most `worth`, unless the user has set the number of CPU devices.
+  On a CPU, `worth` limits the number of devices. The limit does not apply if the user has set the
+  number of CPU devices, or if `shape` needs more devices.
 
   Args:
     batch_size: number of examples over all devices; None: a mesh of all devices.
@@ -115,15 +116,15 @@ def make_mesh(
     factors = [f'{data * fsdp} devices'] + [f'{micro_batches} micro-batches'] * (micro_batches > 1)
     raise ValueError(
       f'batch_size={batch_size} with micro_batches={micro_batches} does not divide over '
-      f'{data * fsdp} devices: make batch_size a multiple of '
+      f'{data * fsdp} devices. Make batch_size a multiple of '
       f'{micro_batches * data * fsdp * group}'
-      + (f': {" x ".join([*factors, PAIRS])}.' if group > 1 else '.')
+      + (f' = {" x ".join([*factors, PAIRS])}.' if group > 1 else '.')
     )
   return mesh_of(fitting[0])
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """Returns a mesh of all devices for a padded batch; on a CPU, of at most `worth`."""
+  """Returns a mesh of all devices for a padded batch; on a CPU, `worth` limits their number."""
   count = jax.device_count()
   return mesh_of((worth(count, batch_size) if _one_per_core else count, 1, 1))
 

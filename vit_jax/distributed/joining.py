@@ -2,10 +2,10 @@
 
 Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
-  * A process that fails exits without waiting for the others. JAX's coordination service ends the
-    others within `LOST` seconds, and names the failed process.
-  * Process 0 runs that service, and JAX aborts the other processes as soon as it exits. So if all
-    processes fail in the same way, process 0 exits last.
+  * A process that fails exits without waiting for the other processes. JAX's coordination service
+    ends the other processes within `LOST` seconds, and names the failed process.
+  * Process 0 runs that service. As soon as process 0 exits, JAX aborts the other processes. So if
+    all processes fail in the same way, process 0 exits last.
 """
 
 from collections.abc import Iterator
@@ -24,15 +24,16 @@ import jax
 
 from vit_jax.distributed import cluster
 
-SOON = 5.0  # seconds of waiting for the others after which a process prints a message
+SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
 PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
-# Variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each process. A TPU
-# has libtpu instead. KUBERNETES_SERVICE_HOST says nothing: Kubernetes sets it in single pods, too.
+# Variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each process. On a
+# TPU, libtpu is installed instead. KUBERNETES_SERVICE_HOST is not listed, because Kubernetes also
+# sets it in single pods.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
@@ -45,7 +46,7 @@ def joined(
 ) -> Iterator[None]:
   """Runs the block as one of several processes, or alone; `join` documents the arguments.
 
-  If there are several processes and this one fails, it exits here (`leave`).
+  If the block fails in one of several processes, `leave` ends this process.
   """
   join(coordinator, num_processes, process_id)
   try:
@@ -57,7 +58,7 @@ def joined(
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-  """Joins this process with the others; does nothing if it runs alone.
+  """Connects this process with the other processes; does nothing if this process runs alone.
 
   Without arguments, JAX detects Slurm, Open MPI, Kubernetes and TPU pods by itself.
 
@@ -78,7 +79,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   try:
     with (
       warnings.catch_warnings(action='ignore'),  # about clusters JAX cannot inspect
-      waiting(f'{num_processes} processes at {coordinator}' if some else 'all processes'),
+      waiting(f'{num_processes} processes at {coordinator}' if some else 'the other processes'),
     ):
       jax.distributed.initialize(
         *given, initialization_timeout=JOIN + LOST, heartbeat_timeout_seconds=LOST
@@ -90,8 +91,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
     raise ValueError(f'The processes could not connect: {error}. {ALONE}') from error
   # Printed now, because after another process dies this one can only hang until JAX aborts it.
-  say(f'This is one of several processes. If JAX aborts it because another one died, {AGAIN}')
-  cluster.asked_to_stop()  # a notice before the first step then takes effect at a later call
+  say(f'If JAX aborts this process because another process died, {AGAIN}')
+  cluster.asked_to_stop()  # a stop signal before the first step takes effect at a later call
 
 
 def check_arguments(
@@ -116,7 +117,7 @@ def check_arguments(
   if not alone and process_id == 0 and (reason := why_not_free(int(found[1]))):
     raise ValueError(
       f'--coordinator={coordinator}: process 0 cannot listen on port {found[1]} of this machine '
-      f'({reason}). Use another port in all processes.'
+      f'({reason}). Use a different port, and the same one in all processes.'
     )
 
 
@@ -141,10 +142,10 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Reports a slow `with` block, and ends the process after `JOIN` seconds, before JAX aborts."""
+  """Reports a slow block, and ends the process after `JOIN` seconds, before JAX would abort it."""
 
   def give_up():
-    say(f'error: {what} did not connect within {JOIN} s. Start all within this time. {ALONE}')
+    say(f'error: {what} did not connect within {JOIN} s. Start them all within this time. {ALONE}')
     os._exit(2)
 
   timers = [
@@ -162,12 +163,12 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this process may be one of several; if so, JAX checks more closely."""
+  """Returns whether this process is possibly one of several; `join` then lets JAX find out."""
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 
 def leave(error: BaseException) -> None:
-  """Ends this process, one of several, at once; an ordinary exit would wait for the others."""
+  """Ends this process at once; an ordinary exit would wait for the other processes."""
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)
@@ -179,7 +180,7 @@ def leave(error: BaseException) -> None:
   runtime = isinstance(error, jax.errors.JaxRuntimeError)
   if runtime or 'Gloo' in str(error):  # Gloo sends data between CPUs
     names = ' (JAX names it within a minute)' if runtime else ''
-    say(f'Another process may have died{names}: {AGAIN}')
+    say(f'Perhaps another process has died{names}. In this case, {AGAIN}')
   if runtime:
     time.sleep(LOST + 5)  # within this time JAX ends this process
   sys.stdout.flush()

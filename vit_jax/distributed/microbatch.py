@@ -1,11 +1,12 @@
 """Defines how the devices work through a batch.
 
 Decisions:
-  * If every device holds all parameters, it works on its share of the batch independently, and sums
-    are computed once per step (`shard_map`). If parameters are split, XLA partitions one program
-    over all devices. Constraints keep the activations between blocks split over the batch.
+  * If every device holds all parameters, each device works on its share of the batch independently.
+    Sums over devices are computed once per step (`shard_map`). If parameters are split, XLA
+    partitions one program over all devices. Constraints keep the activations between blocks split
+    over the batch.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its
-    share in micro-batches that fit into its cache, without waiting for the others until the end.
+    share in micro-batches that fit into its cache, and waits for other devices only at the end.
     For small models this is far faster than one program over all cores and the whole batch
     (`plain_linen` in results/speed_cpu.json). For wide models it makes no difference.
 """
@@ -53,11 +54,11 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> sums` that adds up `function` over the batch.
+  """Returns a function `(batch, *shared) -> sums` that adds up results of `function` over a batch.
 
   Args:
     function: maps `(micro-batch, *shared)` to a tree of sums over the examples.
-    mesh: mesh of devices. Each holds a share of the batch, and `shared` as `layout` places it.
+    mesh: mesh of devices. Each device holds a share of the batch, and `layout` places `shared`.
     parts: number of micro-batches per device, which must divide the device's share.
   """
 
@@ -84,7 +85,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Works like `add_up`, for a function that returns an array with one row per example."""
+  """Works like `add_up`, but joins the rows of a function that returns one row per example."""
 
   def rows_of(part, *shared):
     with compiled_for(target(mesh)):
@@ -107,7 +108,7 @@ def split(batch, parts: int):
 def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch like `split`, but takes each part from the shares of all devices.
 
-  This matters only if parameters are split, where `batch` is the batch of all devices.
+  The result differs from `split` only if parameters are split. Then `batch` is the whole batch.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -121,10 +122,10 @@ def micro(batch, mesh: Mesh, parts: int):
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns the function with every module's output split along the batch axis, like its input.
+  """Changes a function: every module's output is split along the batch axis, like its input.
 
-  Without this, XLA may split a token's vector in the same way as the next kernel. Then devices
-  exchange activations instead of parameters.
+  Without this constraint, XLA can split a token's vector in the same way as the next kernel.
+  Devices would then exchange activations instead of parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 

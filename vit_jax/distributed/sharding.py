@@ -9,8 +9,8 @@ import numpy as np
 
 from vit_jax.distributed import devices
 
-# The axis of an array that `tensor` splits, by the last two parts of the array's name. It splits
-# the heads of attention and the hidden units of the MLP (Shoeybi et al. 2019, 1909.08053,
+# The axis of an array that `tensor` splits, by the last two parts of the array's name. These axes
+# are the heads of attention and the hidden units of the MLP (Shoeybi et al. 2019, 1909.08053,
 # Section 3).
 TENSOR_AXIS = {
   ('query', 'kernel'): 1,
@@ -24,7 +24,7 @@ TENSOR_AXIS = {
   ('up', 'bias'): 0,
   ('down', 'kernel'): 0,
 }
-SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays: gathering would cost too much
+SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays, because gathering them is slow
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -38,14 +38,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def layout(mesh: Mesh, tree):
-  """Returns the sharding of each array of a tree: parameters, or arrays named and shaped alike."""
+  """Returns the sharding of each array of a tree.
+
+  The arrays are parameters, or have the names and shapes of parameters.
+  """
   return jax.tree_util.tree_map_with_path(
     lambda path, x: NamedSharding(mesh, partition(mesh, path, x.shape)), tree
   )
 
 
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-  """Returns which mesh axis splits each axis of an array.
+  """Returns, for each axis of an array, the mesh axis that splits it, or None.
 
   `tensor` splits the axis given in `TENSOR_AXIS`. `fsdp` splits the longest other axis that is
   divisible by the size of `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).

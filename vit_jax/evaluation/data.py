@@ -1,4 +1,4 @@
-"""Opens the data on which a trained model is tested, prepared as in its training."""
+"""Opens test data for a trained model, and prepares it as in training."""
 
 import dataclasses
 import logging
@@ -23,15 +23,16 @@ def open_data(experiment: Experiment) -> Source:
   """Opens the source of the experiment's data.
 
   Raises:
-    ValueError: the data has other classes, or another number of channels, than the model.
+    ValueError: the data and the model have different classes or numbers of channels.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     raise ValueError(
-      f'{data.source} has {len(source.class_names)} classes: '
-      f'{", ".join(source.class_names[:5])}, ...; but the model was trained on '
-      f'{len(task.class_names)} classes: {", ".join(task.class_names[:5])}, ...'
+      f'{data.source} has {len(source.class_names)} classes '
+      f'({", ".join(source.class_names[:5])}, ...), but the model was trained on '
+      f'{len(task.class_names)} classes ({", ".join(task.class_names[:5])}, ...). Use the same '
+      'classes.'
     )
   if source.channels != task.channels:
     raise ValueError(
@@ -49,11 +50,11 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
     source: the source if it is already open; None to open it.
 
   Returns:
-    The source, and how many files of the test split were removed.
+    The source, and how many files of the test split were left out.
 
   Raises:
-    ValueError: the data has other classes than the model, or all of the test split was used for
-      training.
+    ValueError: the data and the model have different classes, or the weights were trained on the
+      whole test split.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:

@@ -22,7 +22,7 @@ EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
-  """Returns the compiled `(batch, params) -> metrics` for one padded batch."""
+  """Returns the compiled function `(batch, params) -> metrics` for one padded batch."""
 
   def score_part(part, params):
     logits_BL = exp.logits(params, part)
@@ -53,7 +53,7 @@ def score_split(
     examples: the split.
     batch_size: examples per batch, on all devices together.
     mesh: the devices.
-    **extra: `real` from `load_real_labels`, with one row per example, or nothing.
+    **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra)
   count = math.ceil(len(examples) / batch_size)
@@ -78,7 +78,7 @@ def evaluate(
     The result of `evaluate_checkpoint`.
 
   Raises:
-    ValueError: the workdir has no such checkpoint, or the data or the overrides contradict it.
+    ValueError: the workdir has no such checkpoint, or data or overrides contradict the checkpoint.
   """
   start_up()
   return evaluate_checkpoint(Request(local(workdir), step=step, overrides=overrides or {}))

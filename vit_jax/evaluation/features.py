@@ -41,7 +41,7 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 
 
 def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
-  """Returns the compiled `(batch, params) -> feature_BD` for a batch of uint8 images."""
+  """Returns the compiled function `(batch, params) -> feature_BD` for a batch of uint8 images."""
 
   def feature_step(batch, params):
     parts = exp.micro_batches(mesh, len(batch['mask']))
@@ -122,9 +122,9 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 
 def traced(exp: Experiment, params: dict) -> str:
-  """Returns the program of `extract` for one image on one device, with the version of JAX.
+  """Returns JAX's version and the program of `extract` for one image on one device, as text.
 
-  Any change to the backbone's code changes this text, no matter which file it is in.
+  A change to the backbone's computation changes this text, even if the code is in other files.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -139,7 +139,7 @@ def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
 
 def key(exp: Experiment, params: dict, examples: Split) -> str:
   """Returns a hash of everything that the features depend on."""
-  # The head, an attribute that only refuses images, and attributes that flax adds.
+  # Not hashed: the head, an attribute that only serves to refuse images, and attributes of flax.
   skip = ('num_classes', 'learned_grid', 'parent', 'name')
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}

@@ -1,6 +1,6 @@
-"""Measures few-shot accuracy: how well features separate classes given a few images of each.
+"""Measures few-shot accuracy: how well features separate classes, with few images per class.
 
-The method is in Section 4.1 of the paper: a regularised least-squares regression from frozen
+The method is from Section 4.1 of the paper: a regularised least-squares regression from frozen
 features to {-1, 1}^L targets, solved in closed form. The details follow big_vision's
 `evaluators/fewshot_lsr.py`:
   * Each feature is centred and divided by its standard deviation (plus 1e-5) over the drawn images.
@@ -60,10 +60,10 @@ def draw_shots(
 def draw_readable(
   train: Split, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """Draws readable images with each of `SEEDS`, for the most of `SHOTS` that all classes have.
+  """Draws readable images for each of `SEEDS`, with the largest of `SHOTS` that all classes have.
 
   A bad image is replaced by another image of its class. Training would replace it by the next
-  image in the split, which may belong to another class.
+  image in the split, which may belong to a different class.
 
   Returns:
     The result of `draw_shots` for each seed, and the sorted indices of all drawn images.
@@ -120,7 +120,7 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
   Args:
     exp: the experiment. Shots are drawn from `data.train_split`. Accuracy is measured on all of
       `data.eval_split`, except for images that the backbone was trained on.
-    params: parameters of its model; the head is not used.
+    params: parameters of the experiment's model; the head is not used.
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,

@@ -16,7 +16,7 @@ PathLike = str | os.PathLike
 
 
 def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
-  """Returns the files at these paths; folders and patterns (`photos/*.jpg`) give sorted images.
+  """Returns the files at these paths. A folder or pattern stands for all its images, sorted.
 
   Raises:
     ValueError: no path is given, or a folder or a pattern matches no image.
@@ -39,7 +39,7 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
     elif not os.path.exists(path) and any(sign in str(path) for sign in '*?['):
       inside = [p for p in glob.iglob(str(path), recursive=True) if is_image(p)]
       if not inside:
-        raise ValueError(f'{path}: no image matches (looked for {kinds}).')
+        raise ValueError(f'{path}: no image matches this pattern (looked for {kinds}).')
       found += sorted(map(pathlib.Path, inside))
     else:
       found.append(path)

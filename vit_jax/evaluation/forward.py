@@ -26,7 +26,7 @@ def map_files(
 
   Args:
     exp: the experiment that defines the preprocessing.
-    params: parameters of its model.
+    params: parameters of the experiment's model.
     files: at least one file.
     function: takes uint8 images and returns an array with one row per image.
   """
@@ -54,7 +54,7 @@ def map_files(
 
 
 def probabilities(exp: Experiment) -> Function:
-  """Returns `(image_BHWC, params) -> probability_BL` for uint8 images."""
+  """Returns the function `(image_BHWC, params) -> probability_BL` for uint8 images."""
   return lambda image_BHWC, params: jax.nn.softmax(
     exp.model.apply({'params': params}, exp.normalize(image_BHWC))
   )
@@ -71,7 +71,7 @@ def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Func
 
 
 def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
-  """Reads an image and prepares it as in training; returns the error message if it cannot."""
+  """Reads an image and prepares it as in training; returns an error message for a bad image."""
   try:
     decoded = decode_image(read_file(file), file, exp.task.channels)
   except BadImage as error:

@@ -1,6 +1,6 @@
 """Loads ReaL, the reassessed labels of ImageNet's validation set (Beyer et al. 2020, 2006.07159).
 
-Unlike the original labels, they list every class that an image shows.
+Unlike the original labels, ReaL lists every class that an image shows.
 """
 
 import json
@@ -19,7 +19,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
   """Returns which classes each image of a split shows, bool `[N, L]`; all False without a label.
 
   Images are identified by their file names, so any subset in any order works. With TFDS, this
-  reads every record once more than evaluation alone.
+  function reads all records, and evaluation then reads them again.
 
   Args:
     path: path of `real.json`: a list of class numbers for each image file, in the files' order.

@@ -5,15 +5,15 @@ A workdir keeps its checkpoints in `checkpoints/<step>/`. Each has four items:
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config and facts about the data (class names, channels,
-    stored size). It also has the last steps of the run's earlier cycles, and checksums of all items
-    (`digests`).
+    stored size). It also has the last step of each earlier cycle of the run, and checksums of all
+    items (`digests`).
 
 Decisions:
-  * Process 0 saves whole arrays, as NumPy arrays. JAX arrays would be saved with their devices.
-    Without a target, orbax then refuses to restore them on a machine with fewer devices. So a
-    laptop and a pod write the same files, and each can open the files of the other.
-  * A checkpoint appears under its name only when it is complete, because orbax renames it then.
-    Later damage is detected by the checksums, which are compared at every read.
+  * Process 0 saves each array as one whole NumPy array. So a laptop and a pod write the same files,
+    and every machine can read them. For JAX arrays, orbax would also save the devices. It then
+    restores on a machine with fewer devices only if the caller gives a target.
+  * orbax renames a checkpoint to its final name only when it is complete. Later damage is detected
+    by checksums, which are compared before a checkpoint is used.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Keeps the newest `keep` checkpoints, and the one with the best accuracy given to `save`."""
+    """Keeps the newest `keep` checkpoints, and the one with the best validation accuracy."""
     self._workdir = workdir
     self._accuracies, self._manager = {}, None
     if is_first():
@@ -77,7 +77,7 @@ class Checkpoints:
 
     Args:
       state: training state of the run.
-      config: the item `config`; its key `names` holds the item `names`.
+      config: the item `config`, with the item `names` under the key `names`.
       accuracy: validation accuracy, by which the best checkpoint is chosen; None if unknown.
 
     Raises:
@@ -98,7 +98,7 @@ class Checkpoints:
     if accuracy is not None:
       config = config | {'accuracy': accuracy}
       self._accuracies[step] = accuracy
-    config = json.loads(json.dumps(config))  # turns tuples into lists, as reading does
+    config = json.loads(json.dumps(config))  # tuples become lists, as when the file is read
     digests = {name: items.digest(item) for name, item in (parts | {'config': config}).items()}
     try:
       self._manager.save(
@@ -117,7 +117,7 @@ class Checkpoints:
     """Waits, in all processes, until the last checkpoint is on disk.
 
     Raises:
-      storage.Unwritten: it cannot be written. With several processes, this becomes a ValueError.
+      storage.Unwritten: the checkpoint cannot be written; a ValueError with several processes.
     """
     from_first(self._wait)
 
@@ -131,7 +131,7 @@ class Checkpoints:
     """Restores the newest state and its `config` item.
 
     Args:
-      like: a state with the same shapes, which may be abstract.
+      like: a state with the same shapes; its arrays may be abstract.
 
     Returns:
       The arrays of the state on the host, in the order of the leaves of `like`, and the `config`
@@ -154,9 +154,9 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class Best(policies.PreservationPolicy):
-  """Preserves the best checkpoint, as `stored.ranked` orders them; `accuracies` are by step.
+  """Preserves the checkpoint that is first in `stored.ranked`. `accuracies` is {step: accuracy}.
 
-  orbax's own policy knows only the checkpoints saved since it was opened.
+  orbax's own policy knows only checkpoints that were saved after the manager was opened.
   """
 
   accuracies: dict[int, float]
@@ -169,7 +169,7 @@ class Best(policies.PreservationPolicy):
 
 
 def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
-  """Opens the orbax manager of process 0. The caller may add to `scored`, {step: accuracy}."""
+  """Opens the orbax manager of process 0. `scored` is {step: accuracy}, and may grow later."""
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
@@ -182,8 +182,8 @@ def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.C
     return ocp.CheckpointManager(stored.directory(workdir), options=options)
   except items.CONTENT as error:
     raise ValueError(
-      f'orbax cannot open {stored.directory(workdir)}: {error}. If one of the checkpoints there '
-      'is damaged, move it away; the same command then resumes from the others.'
+      f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
+      'damaged, move it away. The same command then resumes from the newest remaining checkpoint.'
     ) from error
 
 
@@ -200,7 +200,7 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds to a `storage.Unwritten` which checkpoint of the workdir is still complete."""
+  """Adds the newest complete checkpoint of the workdir to the message of a `storage.Unwritten`."""
   try:
     yield
   except storage.Unwritten as error:

@@ -15,12 +15,12 @@ FLUSH = 30  # maximum seconds for which events wait in memory
 class Events:
   """Writes TensorBoard events in the calling thread.
 
-  tensorboardX's own `SummaryWriter` writes in a second thread. A full disk ends that thread, and
-  the next call then waits for it forever.
+  tensorboardX's own `SummaryWriter` writes in a second thread. A full disk ends this thread, and
+  the next call then waits for the thread forever.
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
-    """Makes TensorBoard discard older events from step `start` on."""
+    """Opens a new file. TensorBoard then ignores older events of step `start` and later."""
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):
       folder.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ class Events:
       self._writer.write_event(event)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Writes values, given by name, after `step` updates."""
+    """Writes named values that were measured after `step` updates."""
     for name, value in values.items():
       self._add(Event(step=step, summary=scalar(name, value)))
     if time.monotonic() > self._flushed + FLUSH:

@@ -1,9 +1,10 @@
 """Reads the items of a checkpoint with orbax, and interprets orbax's errors.
 
 Decisions:
-  * A checkpoint counts as damaged if files are missing, or can be read and are invalid. A file that
-    cannot be read may be valid, so it does not count. Resuming a run moves damaged checkpoints
-    away, so an error of this process must not count as damage.
+  * A checkpoint is damaged if a file is missing or has invalid content. If a file cannot be read,
+    its content may be valid, and the checkpoint is not treated as damaged. This matters because
+    damaged checkpoints are moved away when a run is resumed. So an error of this process, e.g. too
+    little memory, must not be taken for damage.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ CONTENT = (
   ValueError, LookupError, TypeError, AttributeError,
   FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# Status codes in tensorstore's ValueErrors that are not about the content of files.
+# Texts in tensorstore's ValueErrors whose cause is not the content of files.
 LIMITS = (
   'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'PERMISSION_DENIED', 'CANCELLED', 'ABORTED',
   'DEADLINE_EXCEEDED', os.strerror(errno.EMFILE), os.strerror(errno.ENFILE),
@@ -54,8 +55,8 @@ def restored(checkpoint: pathlib.Path, item: str):
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
   """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Errors with other causes are raised unchanged. Examples are a missing device, a limit
-  of memory, threads or open files, and an orbax version that does not fit JAX.
+  Errors with other causes are raised unchanged. Such causes are a missing device, a limit of
+  memory, threads or open files, and an orbax version that does not fit JAX.
 
   Raises:
     Damaged: the files are not a valid checkpoint.
@@ -113,7 +114,7 @@ def is_news(record: logging.LogRecord) -> bool:
 
 
 def unraisable(found) -> None:
-  """Calls Python's own hook, except for tasks that orbax abandoned with a checkpoint."""
+  """Calls Python's own hook, except for tasks that orbax abandoned when a checkpoint failed."""
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 
@@ -130,12 +131,12 @@ def check_readable(folder: pathlib.Path) -> None:
         with open(os.path.join(inside, name), 'rb') as file:
           while file.read(2**24):
             pass
-  except FileNotFoundError:  # it cannot be read later either
+  except FileNotFoundError:  # a missing file cannot be read later either
     pass
   except OSError as error:
     raise OSError(
-      f'The checkpoint {folder} cannot be read ({error.strerror}: {error.filename}). It was not '
-      'changed; repeat the command once it can be read.'
+      f'The checkpoint {folder} cannot be read ({error.strerror}: {error.filename}). Make the file '
+      'readable and repeat the command. The checkpoint was not changed.'
     ) from error
 
 

@@ -19,13 +19,13 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Locks a workdir, and makes it if needed, so that only one run at a time writes into it.
+  """Locks a workdir, and creates it if needed, so that only one run at a time writes into it.
 
-  Process 0 holds the lock for all processes. Files and folders made here are removed again if the
-  block writes nothing. A read-only workdir is not locked, because nothing can be written into it.
+  Process 0 holds the lock for all processes. If the block writes nothing, new files and folders are
+  removed again. A read-only workdir is not locked, because nothing can be written into it.
 
   Raises:
-    ValueError: another run, in this process or another, holds the lock.
+    ValueError: another run holds the lock, in this process or in a different one.
   """
   with contextlib.ExitStack() as stack:
     from_first(lambda: stack.enter_context(_held(workdir)))
@@ -50,7 +50,7 @@ def _held(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def lock(workdir: pathlib.Path) -> IO | None:
-  """Opens `log.txt`, locked until it is closed; returns None if it cannot be written.
+  """Opens and locks `log.txt`; closing the file unlocks it. Returns None if it is not writable.
 
   Raises:
     ValueError: another run holds the lock.
@@ -68,10 +68,12 @@ def lock(workdir: pathlib.Path) -> IO | None:
     except BlockingIOError as error:
       file.close()
       raise ValueError(
-        f'{workdir}: another run is writing here. Wait until it ends, or use another --workdir.'
+        f'{workdir}: another run is writing here. Wait for its end, or use a different --workdir.'
       ) from error
     except OSError as error:  # some network file systems have no locks
-      writer.LOG.info('%s cannot be locked (%s): start one run at a time here.', file.name, error)
+      writer.LOG.info(
+        '%s cannot be locked (%s). Do not start a second run in this workdir.', file.name, error
+      )
       return file
     with contextlib.suppress(FileNotFoundError):
       if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):

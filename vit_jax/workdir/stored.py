@@ -53,7 +53,7 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
   The item `names` is None for checkpoints of version 0.1.0.
 
   Raises:
-    Damaged: the item cannot be read, or is not the saved one.
+    Damaged: the item is invalid, or has changed since it was saved.
   """
   return from_first(lambda: read_item(workdir, step, item))
 
@@ -94,7 +94,7 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
       aside.parent.mkdir(exist_ok=True)
       (directory(workdir) / str(step)).rename(aside)
-      log.warning('%s It was moved to %s.', error, aside)
+      log.warning('%s The checkpoint was moved to %s.', error, aside)
   if found:
     raise ValueError(
       f'{workdir}: all checkpoints are damaged, and were moved to {workdir}/damaged. Repeat the '
@@ -117,21 +117,21 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
 
 
 def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
-  """Returns `(step, accuracy)`, highest accuracy first; among equal ones, the newest first."""
+  """Returns pairs `(step, accuracy)`, the best first; of equal accuracies, the newest first."""
   return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
 
 
 def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: step, weights (NumPy), and the item `config` with `names`.
 
-  The weights are the averaged ones, if the run keeps them. A damaged checkpoint is skipped.
+  If the run averages its weights, these averages are returned. Damaged checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
-    step: which checkpoint to load, as in `preferred`.
+    step: which checkpoint to load: `best`, `last`, a number or empty, as in `preferred`.
 
   Raises:
-    ValueError: the workdir has no such checkpoint.
+    ValueError: the workdir has no such checkpoint, or only damaged ones.
   """
   found = from_first(lambda: _load(workdir, step))
   return tuple(found)
@@ -171,14 +171,17 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   found = saved_steps(workdir)
   if not found:
     raise ValueError(
-      f'{workdir}: no checkpoint in {directory(workdir)}. Use the --workdir of a training '
-      'run that has saved one (every checkpoint_every steps, and at the end).'
+      f'{workdir}: no checkpoint in {directory(workdir)}. Use the --workdir of a run that has '
+      'saved a checkpoint. Runs do this every checkpoint_every steps and at the end.'
     )
   if step == 'last':
     return [(n, 'the last checkpoint') for n in found]
   if step in ('best', ''):
     scores = ranked(accuracies(workdir))
-    best = [(n, f'best of {len(scores)} by validation accuracy {a:.2%}') for n, a in scores]
+    best = [
+      (n, f'validation accuracy {a:.2%}, the best of {len(scores)} checkpoint(s)')
+      for n, a in scores
+    ]
     if step == 'best' and not best:
       raise ValueError(
         f'--step=best: no checkpoint of {workdir} has a validation accuracy. Use --step=last, or '
@@ -188,6 +191,6 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   if not step.isdecimal() or int(step) not in found:
     there = ', '.join(str(n) for n in sorted(found))
     raise ValueError(
-      f'--step={step}: {workdir} has the checkpoints {there}. Use one of these, best or last.'
+      f'--step={step}: {workdir} has the checkpoints {there}. Use one of these steps, best or last.'
     )
   return [(int(step), 'as requested')]

@@ -2,13 +2,13 @@
 
 Decisions:
   * A file is identified by the hash of its name below its class folder (`folder.py`). So it is also
-    recognized in another split, class or folder.
-  * A name that both training and held-out files have does not identify an image. For example, both
-    splits may be numbered from 0001.jpg. Files with such names are identified by the hash of their
-    content.
-  * Copies of an image under another name are not found.
-  * Sources without files (digits, TFDS) are identified by `data.source` and the split, in any
-    folder. A test that shares examples with such a split is refused.
+    recognized in a different split, class or folder.
+  * If a training file and a held-out file have the same name, the name does not identify an image.
+    For example, both splits may be numbered from 0001.jpg. Files with such names are identified by
+    the hash of their content.
+  * Copies of an image under a different name are not found.
+  * Sources without files (digits, TFDS) are identified by `data.source`, in any `data.dir`. A test
+    that shares examples with a training split of the same source is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ NONE = np.zeros(0, np.uint64)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """Hashes that identify the training files (of names or content, uint64), and the training splits.
+  """Training files, as uint64 hashes of their names or their content, and training splits.
 
   Attributes:
     own_N: hashes of the run's own training files.
-    inherited_N: hashes of the training files of the runs that its weights come from.
-    shared_N: hashes of the names whose files are identified by their content.
+    inherited_N: hashes of the files that earlier runs trained the `init` weights on.
+    shared_N: hashes of names that do not identify a file. Such files are compared by content.
     own_splits: `(data.source, split)` pairs that the run itself is trained on.
-    inherited_splits: `(data.source, split)` pairs of the runs that its weights come from.
+    inherited_splits: `(data.source, split)` pairs that the `init` weights were trained on.
   """
 
   own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
@@ -63,13 +63,13 @@ class TrainingFiles:
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the item `names`; each array starts with a zero, as orbax saves no empty ones."""
+    """Returns the item `names`; a zero begins each array, because orbax saves no empty arrays."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
   @classmethod
   def load(cls, saved: Mapping) -> 'TrainingFiles | None':
-    """Makes the object from a checkpoint; returns None if a folder's file names were not saved."""
+    """Creates the object from a checkpoint; returns None if it lacks names of a folder's files."""
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
     own = trained_splits(saved['config'])
@@ -79,7 +79,7 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads the training files from a workdir's newest checkpoint; empty without a checkpoint."""
+  """Loads the `TrainingFiles` of a workdir's newest checkpoint; empty without a checkpoint."""
   step = stored.latest_step(workdir)
   if step is None:
     return TrainingFiles()
@@ -96,7 +96,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns what a run with this config trains on, and what earlier runs trained on."""
+  """Returns the training files and splits of a run with this config, and of earlier runs."""
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
   return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
@@ -148,7 +148,7 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
 
 
 def known(files: Files, names: TrainingFiles) -> np.ndarray:
-  """Returns which of the files were trained on, bool `[N]`."""
+  """Returns whether the weights were trained on each of the files, bool `[N]`."""
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
   if len(index_N):
@@ -159,13 +159,13 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
   """Raises ValueError if a test split overlaps a split that the weights were trained on.
 
-  It is for sources without files, such as TFDS. For folders, use `leave_out_trained`.
+  This check is for sources without files, such as TFDS. For folders, use `leave_out_trained`.
   """
   for spec, trained_on in () if source.files else names.all_splits:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
       raise ValueError(
-        f'Split {split!r} shares examples with {trained_on!r} of {spec}, which the weights were '
-        'trained on, so it cannot be used as a test. Choose another data.eval_split.'
+        f'Split {split!r} shares examples with {trained_on!r} of {spec}. The weights were trained '
+        'on these examples, so they cannot be a test. Choose a different data.eval_split.'
       )
 
 
@@ -184,12 +184,12 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise ValueError(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of their files. Choose another split or folder for the test.'
+      'or the content of the files. Choose a different split or folder for the test.'
     )
   if number:
     log.warning(
-      '%s: %d of %d images are left out: the weights were trained on them, judging by the names '
-      'or the content of their files.',
+      '%s: %d of %d images are left out, because the weights were trained on these images, judging '
+      'by file names or content.',
       split,
       number,
       before,

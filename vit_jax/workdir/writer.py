@@ -1,8 +1,8 @@
 """Writes the records of a run: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
 Decisions:
-  * A run locks its workdir's `log.txt` while it checks and writes. It writes nothing before that,
-    so a refused command does not change another run's files.
+  * A run locks its workdir's `log.txt` before it checks and writes. So a command that is refused
+    does not change the files of another run.
   * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
@@ -32,7 +32,7 @@ class Writer:
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'
-    from vit_jax.workdir.events import Events  # so reading records needs no tensorboardX
+    from vit_jax.workdir.events import Events  # here, because readers need no tensorboardX
 
     with contextlib.ExitStack() as opened:
       self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
@@ -88,7 +88,7 @@ class LogFile(logging.FileHandler):
   def __init__(self, path: pathlib.Path):
     self._path, self._failure = path, None
     with storage.writing(path):
-      # The name of a bad image need not be UTF-8.
+      # The name of a bad image is not always UTF-8.
       super().__init__(path, encoding='utf-8', errors='backslashreplace')
 
   def handleError(self, record):
@@ -132,7 +132,7 @@ class Silent:
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
   """Returns the lines of `metrics.jsonl`; an empty list if the file does not exist.
 
-  Lines that a crash cut short, lines of another kind and values that are not numbers are skipped.
+  Incomplete lines, lines without a step or split, and values that are not numbers are skipped.
   """
   file, lines = workdir / 'metrics.jsonl', []
   text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
