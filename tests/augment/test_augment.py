@@ -263,6 +263,13 @@ def test_erasing_reaches_every_row_and_column():
   assert hit.any((0, 2)).all() and hit.any((0, 1)).all()  # each row and each column
 
 
+def test_noise_of_one_channel_does_not_depend_on_the_others():
+  images = np.full((256, 20, 30, 3), 7, np.uint8)
+  out = np.asarray(ERASE(KEYS, images, 1.0, 0.02, 1 / 3, 10 / 3))
+  levels = out[(out != 7).any(3)].astype(float)
+  assert np.abs(np.corrcoef(levels.T) - np.eye(3)).max() < 0.03
+
+
 MIX = jax.jit(mix)  # always called with the same shape, so it compiles once
 
 
@@ -316,8 +323,8 @@ def test_cutmix_replaces_a_rectangle_and_the_label_loses_its_area():
 
 @pytest.mark.parametrize('probability, switch, alphas, shares', [
     (1.0, 0.5, (0.8, 1.0), (0.5, 0.5)), (0.5, 0.8, (0.8, 1.0), (0.1, 0.4)),
-    (1.0, 0.0, (0.0, 1.0), (0.0, 1.0)), (1.0, 1.0, (0.8, 0.0), (1.0, 0.0)),
-    (0.0, 0.5, (0.8, 1.0), (0.0, 0.0)),
+    (0.5, 0.5, (0.8, 1.0), (0.25, 0.25)), (1.0, 0.0, (0.0, 1.0), (0.0, 1.0)),
+    (1.0, 1.0, (0.8, 0.0), (1.0, 0.0)), (0.0, 0.5, (0.8, 1.0), (0.0, 0.0)),
 ])  # fmt: skip
 def test_each_image_switches_between_mixup_cutmix_and_neither(probability, switch, alphas, shares):
   images = BLACK_AND_WHITE
