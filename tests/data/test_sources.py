@@ -148,6 +148,12 @@ def test_a_fifth_of_a_plain_folder_is_held_out_and_slices_are_even(tmp_path):
   assert 0 < count[7] < 20
 
 
+def test_percentages_divide_the_held_out_files_evenly(tmp_path):
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(1000)])
+  half, rest, whole = map(len, members(tmp_path, 'test[:50%]', 'test[50%:]', 'test'))
+  assert half + rest == whole and half == pytest.approx(rest, abs=60)
+
+
 def test_images_with_the_same_name_fall_into_the_same_percentage(tmp_path):
   folders = [f'{split}/{c}' for split in ('train', 'test') for c in 'ab']
   touch(tmp_path, [f'{inside}/{i}.jpg' for inside in folders for i in range(40)])
