@@ -207,6 +207,12 @@ def test_stem_kernels_are_standardised_with_epsilon_1e_5():
   np.testing.assert_allclose(found, want, atol=1e-5)
 
 
+def test_a_unit_of_the_stem_starts_as_the_identity():
+  image = np.random.RandomState(0).rand(1, 3, 3, 128).astype(np.float32)
+  out, _ = jax.jit(resnet.Unit(32).init_with_output)(jax.random.key(0), image)
+  np.testing.assert_array_equal(out, image)
+
+
 def test_rope_products_depend_only_on_the_offset():
   cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
   query, key = np.random.RandomState(1).normal(size=(2, 8))
