@@ -188,6 +188,13 @@ def test_inconsistent_flags_are_refused():
       joining.join(coordinator, 2, 0)
 
 
+@pytest.mark.parametrize('coordinator', [None, 'localhost:1234'])
+@pytest.mark.parametrize('process_id', [None, 0])
+def test_a_single_process_runs_alone(coordinator, process_id):
+  joining.join(coordinator, 1, process_id)
+  assert not cluster.jax.distributed.is_initialized()
+
+
 def test_occupied_port_is_reported_before_jax_starts():
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
