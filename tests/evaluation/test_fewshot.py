@@ -9,7 +9,7 @@ from sklearn import linear_model
 
 from tests.conftest import run_model
 from vit_jax import cli, evaluation, opening
-from vit_jax.data import sources, stream
+from vit_jax.data import Examples, sources, stream
 from vit_jax.distributed import devices
 from vit_jax.evaluation import features, few_shot
 
@@ -26,6 +26,14 @@ def test_shots_are_drawn_without_replacement_and_nested():
   sets = [set(index_LS.ravel()) for index_LS in drawn]
   assert sets[0] != sets[1] != sets[2] != sets[0]
   np.testing.assert_array_equal(few_shot.draw_shots(LABELS, NAMES, 5, 1), drawn[1][:, :5])
+
+
+@pytest.mark.parametrize('fewest, shots', [(1, 1), (4, 1), (5, 5), (9, 5), (10, 10), (25, 25)])
+def test_the_smallest_class_limits_the_shots(fewest, shots):
+  label_N = np.repeat(np.arange(3, dtype=np.int32), [30, fewest, 40])
+  train = Examples(np.zeros((len(label_N), 1, 1, 1), np.uint8), label_N)
+  drawn, _ = few_shot.draw_readable(train, NAMES)
+  assert [index_LS.shape for index_LS in drawn] == [(3, shots)] * 3
 
 
 def test_too_few_images_of_a_class_are_refused():
