@@ -37,6 +37,11 @@ def test_find_images_skips_unreadable_and_vanished_entries(photos, monkeypatch, 
   assert 'b/deep: No such file or directory' in caplog.text
 
 
+def test_find_images_searches_all_folders_below_for_two_stars(photos):
+  wanted = [photos / name for name in ('a/0.png', 'b/0.png', 'b/deep/0.png')]
+  assert files.find_images(photos / '**' / '0.png') == wanted
+
+
 def test_find_images_accepts_one_path_or_many(photos):
   wanted = [photos / 'a' / '0.png', photos / 'a' / '1.png']
   for paths in (str(photos / 'a'), photos / 'a', [photos / 'a'], iter(wanted)):
