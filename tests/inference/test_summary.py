@@ -163,6 +163,11 @@ def test_a_device_holds_one_micro_batch_at_a_time():
   assert whole.activation_bytes == round(16 * whole.parts[-1].activations_mib * 2**20)
 
 
+def test_devices_that_split_the_heads_hold_every_image_of_the_batch():
+  found = summarize(**{'micro_batches': '1', 'mesh.data': '1', 'mesh.tensor': '2'})
+  assert (found.devices, found.at_once) == (2, 32)
+
+
 def test_mixing_images_does_not_change_the_cost():
   sizes = {'augment.flip.probability': '0', 'model.stochastic_depth': '0'}
   plain, mixed = summarize(**sizes), summarize(**sizes | {'augment.mix.probability': '1'})
