@@ -12,8 +12,9 @@ from PIL import Image
 import pytest
 
 from tests.conftest import DATA, call, error, small_config
+from vit_jax import opening
 from vit_jax.data.memory import Examples
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, replicate
 from vit_jax.experiment import Task, assemble
 from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
@@ -256,6 +257,28 @@ def test_report_escapes_all_text(tmp_path):
   text = (tmp_path / 'r.html').read_text()
   assert '<script' not in text and f'alt="{report.escape(bad)}"' in text
   assert Page(tmp_path / 'r.html').text.count(bad) == 14
+
+
+def test_images_are_drawn_as_the_model_sees_them():
+  overrides = {'data.image_size': '24', 'data.mean': '0.4,0.5,0.6', 'data.std': '0.2,0.3,0.4'}
+  exp = assemble(small_config(**overrides), Task(('a', 'b'), (12, 12), 3))
+  small = np.random.RandomState(0).choice([0, 255], (12, 12, 3)).astype(np.uint8)
+  (seen,) = subject_lib.as_seen(exp, small[None]).astype(int)
+  channels = [Image.fromarray(small[..., c].astype(np.float32)) for c in range(3)]
+  large = [np.asarray(one.resize((24, 24), Image.Resampling.BICUBIC)) for one in channels]
+  want = np.clip(np.stack(large, axis=-1), 0, 255)  # bicubic interpolation overshoots
+  # The border is left out, because Pillow extends the image differently there.
+  np.testing.assert_allclose(seen[4:-4, 4:-4], want[4:-4, 4:-4], atol=0.51)
+
+
+def test_answers_keep_the_index_of_each_example_if_devices_pad_the_batches(trained):
+  exp, params, _ = opening.from_workdir(trained[0], {'eval_batch_size': '3'})
+  images = np.random.RandomState(0).randint(0, 256, (7, 8, 8, 3), np.uint8)
+  mesh = devices.make_mesh()
+  assert mesh.size == 2  # so that each batch of 3 examples has a row of padding
+  test = Examples(images, np.arange(7, dtype=np.int32))
+  found = subject_lib.answers(exp, replicate(mesh, params), test, mesh)
+  assert found.index_N.tolist() == found.label_N.tolist() == list(range(7))
 
 
 @pytest.mark.parametrize('classes', [2, 30, 1000])
