@@ -19,6 +19,7 @@ from vit_jax import inherit, opening
 from vit_jax.data.source import Source
 from vit_jax.figures import maps
 from vit_jax.inference import exporting, prediction
+from vit_jax.model import RESIZES
 from vit_jax.opening import Request
 from vit_jax.training import trainer
 
@@ -188,6 +189,19 @@ def test_a_new_head_drops_the_pre_logits_for_any_number_of_classes(tmp_path, mon
     for found in (params, fewshot_params):
       assert ('pre_logits' in found) == (size is not None)
       assert found['head']['kernel'].shape == (size or 16, len(classes))
+
+
+def test_init_resize_applies_with_and_without_training(weights):
+  source, seen = Source({}, ('a', 'b'), 3, None), set()
+  for method in RESIZES:
+    settings = {'init_resize': method, 'data.image_size': '24'}
+    want = vit_jax.load(weights, grid=(6, 6), resize=method).params['pos_embedding']
+    _, trained_params, _ = inherit.open_init(fine_tuning(weights, settings), source)
+    _, used_params = opening.from_init(str(weights), settings)
+    np.testing.assert_array_equal(trained_params['pos_embedding'], want)
+    np.testing.assert_array_equal(used_params['pos_embedding'], want)
+    seen.add(want.tobytes())
+  assert len(seen) == len(RESIZES)
 
 
 def test_fewshot_measures_published_weights(capsys, weights):
