@@ -76,6 +76,11 @@ class Experiment:
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
 
   @property
+  def sees_images(self) -> bool:
+    """Whether a batch has images; False if it has features of images."""
+    return True
+
+  @property
   def augments(self) -> bool:
     """Whether the config enables any augmentation."""
     return bool(active(self.config.augment))

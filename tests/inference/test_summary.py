@@ -15,10 +15,11 @@ from vit_jax import config as config_lib
 from vit_jax import experiment, opening
 from vit_jax.distributed import add_up, devices
 from vit_jax.experiment import assemble
-from vit_jax.inference import cost, summary, tracing
+from vit_jax.inference import cost, summary
 from vit_jax.opening import Request
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import init_state, loss_fn
+from vit_jax.training import init_state, tracing
+from vit_jax.training.step import loss_fn
 
 
 def summarize(**overrides):

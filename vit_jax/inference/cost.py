@@ -15,7 +15,6 @@ from vit_jax import experiment
 from vit_jax.distributed import layout, shares
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
-from vit_jax.inference.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.model import first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
@@ -25,7 +24,14 @@ from vit_jax.optim import (
   warmup_epochs,
   warmup_steps,
 )
-from vit_jax.training import init_state
+from vit_jax.training import (
+  OTHER,
+  activations,
+  init_state,
+  module_of,
+  of_stages,
+  work,
+)
 from vit_jax.weights import flatten_params
 
 MANY = 10**9  # used for an unknown number of examples; the optimizer's state does not depend on it

@@ -31,6 +31,7 @@ from vit_jax.optim import LATER_PEAK, Training, warmup_steps
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
 from vit_jax.training.step import TrainStep, make_train_step
+from vit_jax.training.tracing import model_flops
 from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
-      train_step, meter = self.compile(train_state, batch, size), Meter()
+      train_step, flops = self.compile(train_state, batch, size)
+      meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
@@ -99,7 +101,7 @@ class Run:
         if self.size_of(step) != size:
           meter.pause()
           size = self.size_of(step)
-          train_step = self.compile(train_state, batch, size)
+          train_step, flops = self.compile(train_state, batch, size)
           meter.resume()
         train_state, metrics = train_step(train_state, batch)
         if step == start + 1:
@@ -107,7 +109,7 @@ class Run:
           log.info('First step done.')
         if late:
           meter.add(*late)
-        late = step, metrics
+        late = step, metrics, flops
         bar.update()
         stop = self.preemption.is_due() and step < steps
         events = self.due(step)
@@ -161,8 +163,14 @@ class Run:
     """Returns (height, width) of the images at a step; the first step is 1."""
     return next(size for end, size in self.training.stages if step <= end)
 
-  def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
-    """Compiles the step in advance, so that images per second exclude the time to compile."""
+  def compile(
+    self, train_state: TrainState, batch: dict, size: tuple[int, int]
+  ) -> tuple[TrainStep, int]:
+    """Compiles the step in advance, so that images per second exclude the time to compile.
+
+    Returns:
+      The compiled step, and its FLOPs on all devices together (0 if it sees only features).
+    """
     began, exp = time.perf_counter(), self.exp.at(size)
     with progress.announced('Compiling the training step ...'):
       step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
@@ -173,7 +181,8 @@ class Run:
         seconds, *size, self.training.steps, devices,
     )  # fmt: skip
     platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
-    return step
+    flops = model_flops(exp, train_state.params) if exp.sees_images else 0
+    return step, flops * self.config.batch_size
 
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
@@ -191,6 +200,7 @@ class Run:
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
       f'{values["images_per_second"]:,.0f} images/s'
+      + (f', MFU {values["mfu"]:.1%}' if 'mfu' in values else '')
     )
 
   def evaluate(self, step: int, train_state: TrainState) -> dict[str, dict]:

@@ -36,6 +36,10 @@ FEW = 50  # validation images; with fewer, a single image can change which learn
 class OnFeatures(Experiment):
   """An experiment whose batches contain features `[B, D]` instead of images."""
 
+  @property
+  def sees_images(self) -> bool:
+    return False
+
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
     """Returns the logits `[B, L]`; the key is ignored, because a head has no dropout."""
     head = Dense((len(self.task.class_names),))

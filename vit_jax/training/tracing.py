@@ -12,6 +12,7 @@ Decisions:
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+import dataclasses
 import math
 
 import jax
@@ -22,7 +23,7 @@ from vit_jax import experiment
 from vit_jax.distributed import portable
 from vit_jax.experiment import Experiment
 from vit_jax.optim import Stages, split_frozen
-from vit_jax.training import loss_fn
+from vit_jax.training.step import loss_fn
 
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
 OTHER = 'other'  # operations outside of modules: pooling, the loss, adding positions
@@ -30,24 +31,35 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """Counts the FLOPs for one image, in the forward pass (by module) and in a training step."""
-  group = experiment.group(exp.config)
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
-  split = split_frozen(params, exp.config.freeze)
-  with portable():  # the operations inside custom kernels would not be counted
+  with portable():  # without kernels, whose operations would not be counted
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
-    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   flops = Counter()
   for stack, count in products(forward.jaxpr):
     flops[module_of(stack, params)] += count
+  return flops, step_flops(exp, params)
+
+
+def step_flops(exp: Experiment, params: dict) -> int:
+  """Counts the FLOPs of a training step for one image."""
+  group = experiment.group(exp.config)
+  split = split_frozen(params, exp.config.freeze)
+  with portable():
+    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
-  return flops, sum(train) // group
+  return sum(train) // group
+
+
+def model_flops(exp: Experiment, params: dict) -> int:
+  """Counts the FLOPs of a training step for one image, without what `model.remat` repeats."""
+  return step_flops(dataclasses.replace(exp, model=exp.model.clone(remat='none')), params)
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
   """Counts the FLOPs of a whole run with one image per step; stages can have smaller images."""
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
-  flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}
+  flops = {size: step_flops(exp.at(size), params) for _, size in stages[:-1]}
   flops[exp.image_shape[:2]] = train_flops
   return sum(n * flops[size] for n, (_, size) in zip(steps, stages))
 
