@@ -11,7 +11,6 @@ import logging
 import pathlib
 import time
 
-from clu import platform
 import jax
 import tqdm
 
@@ -28,10 +27,9 @@ from vit_jax.distributed import (
 from vit_jax.evaluation import make_eval_step, score_split
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
+from vit_jax.training.compiling import compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
-from vit_jax.training.step import TrainStep, make_train_step
-from vit_jax.training.tracing import model_flops
 from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
 
 log = logging.getLogger(__name__)
@@ -91,7 +89,7 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
-      train_step, flops = self.compile(train_state, batch, size)
+      compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
       meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
@@ -101,15 +99,15 @@ class Run:
         if self.size_of(step) != size:
           meter.pause()
           size = self.size_of(step)
-          train_step, flops = self.compile(train_state, batch, size)
+          compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
           meter.resume()
-        train_state, metrics = train_step(train_state, batch)
+        train_state, metrics = compiled.step(train_state, batch)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')
         if late:
           meter.add(*late)
-        late = step, metrics, flops
+        late = step, metrics, compiled.flops
         bar.update()
         stop = self.preemption.is_due() and step < steps
         events = self.due(step)
@@ -162,27 +160,6 @@ class Run:
   def size_of(self, step: int) -> tuple[int, int]:
     """Returns (height, width) of the images at a step; the first step is 1."""
     return next(size for end, size in self.training.stages if step <= end)
-
-  def compile(
-    self, train_state: TrainState, batch: dict, size: tuple[int, int]
-  ) -> tuple[TrainStep, int]:
-    """Compiles the step in advance, so that images per second exclude the time to compile.
-
-    Returns:
-      The compiled step, and its FLOPs on all devices together (0 if it sees only features).
-    """
-    began, exp = time.perf_counter(), self.exp.at(size)
-    with progress.announced('Compiling the training step ...'):
-      step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
-    seconds = time.perf_counter() - began
-    devices = f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
-    log.info(
-        'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
-        seconds, *size, self.training.steps, devices,
-    )  # fmt: skip
-    platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
-    flops = model_flops(exp, train_state.params) if exp.sees_images else 0
-    return step, flops * self.config.batch_size
 
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
