@@ -63,7 +63,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 
 
 def worth(count: int, batch_size: int) -> int:
-  """Returns the maximum number of CPU devices, out of `count`, that a batch is divided over."""
+  """Returns how many of `count` CPU devices to use: each gets at least `MIN_EXAMPLES` examples."""
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 

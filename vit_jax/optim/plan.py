@@ -73,9 +73,9 @@ def plan_training(
 def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
   """Returns the fields of `Training` that depend on the config and the number of examples.
 
-  The first cycle is the original run. Each later cycle warms up to `LATER_PEAK` times
-  `optimizer.lr`, then decays like the first. In later cycles, images have full size and are only
-  cropped and flipped.
+  A run has one cycle. More epochs for a finished run add another cycle. Each later cycle warms up
+  to `LATER_PEAK` times `optimizer.lr`, then decays like the first. In later cycles, images have
+  full size and are only cropped and flipped.
 
   Args:
     config: config of the run.

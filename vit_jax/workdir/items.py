@@ -114,7 +114,7 @@ def is_news(record: logging.LogRecord) -> bool:
 
 
 def unraisable(found) -> None:
-  """Calls Python's own hook, except for tasks that orbax abandoned when a checkpoint failed."""
+  """Hides the error of tasks that orbax abandons when a checkpoint fails; prints all others."""
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 

@@ -96,7 +96,13 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the training files and splits of a run with this config, and of earlier runs."""
+  """Returns the training files and splits of a run with this config, added to those of its `init`.
+
+  Args:
+    source: dataset of the run.
+    config: config of the run.
+    earlier: training files and splits of the weights that the run starts from.
+  """
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
   return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
@@ -165,7 +171,7 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
       raise ValueError(
         f'Split {split!r} shares examples with {trained_on!r} of {spec}. The weights were trained '
-        'on these examples, so they cannot be a test. Choose a different data.eval_split.'
+        'on these examples, so a test on them is not valid. Choose a different data.eval_split.'
       )
 
 
