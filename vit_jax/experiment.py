@@ -76,6 +76,11 @@ class Experiment:
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
 
   @property
+  def chosen_attention(self) -> str:
+    """The kernel that the run has chosen if `model.attention` is auto; auto if it has not."""
+    return self.model.attention if self.config.model.attention == 'auto' else 'auto'
+
+  @property
   def sees_images(self) -> bool:
     """Whether a batch has images; False if it has features of images."""
     return True
@@ -167,6 +172,7 @@ class Experiment:
       'config': config_lib.to_dict(self.config),
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
+      'attention': self.chosen_attention,
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
     }

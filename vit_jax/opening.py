@@ -248,6 +248,9 @@ def from_workdir(
     size, config.data.image_size = pair(config.data.image_size), trained_size
     check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(size)
+    if config.model.attention == 'auto':  # what training has chosen
+      model = experiment.model.clone(attention=saved.get('attention', 'auto'))
+      experiment = dataclasses.replace(experiment, model=model)
   experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded

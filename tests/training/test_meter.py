@@ -13,6 +13,7 @@ from vit_jax.inference import cost, summary
 from vit_jax.model import make
 from vit_jax.training import meter as meter_module
 from vit_jax.training import tracing
+from vit_jax.training.compiling import Compiled
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import init_params
 from vit_jax.workdir import read_metrics
@@ -43,7 +44,7 @@ def read(clock, mesh, dtype):
   """Measures two steps of 4 x 10^15 FLOPs in 5 seconds."""
   meter = Meter(mesh, dtype)
   for step in range(2):
-    meter.add(step, metrics(), 4 * 10**15)
+    meter.add(step, metrics(), Compiled(None, 4 * 10**15, False))
   clock.now += 5
   return meter.read()
 
@@ -102,3 +103,11 @@ def test_recomputation_does_not_count_as_work_of_the_model():
   params = init_params(kept.model, kept.image_shape, 0)
   assert tracing.step_flops(repeated, params) > tracing.step_flops(kept, params)
   assert tracing.model_flops(repeated, params) == tracing.step_flops(kept, params)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_loss_that_is_not_finite_names_the_fused_kernel(fused, clock):
+  broken = metrics() | {'grad_norm': float('nan')}
+  with pytest.raises(FloatingPointError, match='gradient norm of step 3 is nan') as error:
+    Meter(mesh_of('cpu', 1), 'float32').add(3, broken, Compiled(None, 0, fused))
+  assert ('--config.model.attention=plain' in str(error.value)) == fused

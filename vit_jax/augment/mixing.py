@@ -42,10 +42,10 @@ def mix(
   cutmix_share = jnp.where(both, switch, jnp.where(cutmix_alpha > 0, 1.0, 0.0))
 
   def draw(key):
-    """Returns the image's share of each pixel, its mean share, and whether it is mixed.
+    """Returns the weight of the image at each pixel, its mean, and whether the image is mixed.
 
-    The rest of each pixel comes from the partner. The shares of the pixels are `[H, W, 1]` in units
-    of 2^-16. If the image is not mixed, the mean share has no meaning.
+    The partner has the rest of the weight. The weights are `[H, W, 1]` in units of 2^-16. If the
+    image is not mixed, the mean has no meaning.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)
     happens, cut = jax.random.uniform(choice_key, (2,)) < jnp.stack([probability, cutmix_share])

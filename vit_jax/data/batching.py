@@ -54,7 +54,7 @@ class Plan:
   seed: int | None = None
 
   def positions(self, step: int) -> np.ndarray:
-    """Returns the positions of the rows of a batch, `[rows]`."""
+    """Returns the position of each row of a batch in the sequence of all epochs, `[rows]`."""
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:

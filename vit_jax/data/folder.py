@@ -1,7 +1,7 @@
 """Lists the images in a folder in a fixed order, and decides which of them are held out.
 
 Decisions:
-  * Each file is identified by a hash of its name below its class folder. The hash alone gives the
+  * Each file is identified by a hash of its path in its class folder. The hash alone gives the
     file a position in [0, 1), and the position decides whether the file is held out. So no file
     changes its split when files are added, removed or moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
@@ -81,7 +81,7 @@ class Folder:
 
 
 def hash_name(name: str) -> int:
-  """Hashes a file's name below its class folder to 64 bits, ignoring case and Unicode form."""
+  """Hashes a file's path in its class folder to 64 bits, ignoring case and Unicode form."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in every locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()

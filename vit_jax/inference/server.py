@@ -1,8 +1,8 @@
 """Serves a web page to try a model: upload an image, see its classes and the model's attention.
 
 Decisions:
-  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. If a file is not an
-    image, it reports why the file is refused. File size and number of pixels are limited.
+  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. For a file that is
+    not an image, it raises an error with the reason. File size and number of pixels are limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
   * Neither the page nor the server fetches anything from the network. The page has system fonts,
     no analytics and no share link. A URL instead of an uploaded file is refused.

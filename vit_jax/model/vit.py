@@ -30,7 +30,8 @@ class ViT(nn.Module):
   """The Vision Transformer: patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
 
   Attributes:
-    num_classes: width of the head; None for a model without a head, which returns pooled features.
+    num_classes: width of the head; None for a model without a head, which returns the features that
+      `pool` gives.
     patch_size: (height, width) of a patch in pixels.
     width: D, size of a token.
     depth: number of encoder blocks.
@@ -44,9 +45,9 @@ class ViT(nn.Module):
       `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
     position_grid: (down, across), the grid of patches that the positions are made for. For an image
       with a different grid, positions are stretched. None: always the grid of the image.
-    learned_grid: (down, across), the grid of patches that the learned positions belong to. An image
-      with the same number of patches in a different grid is refused. None: the grid is unknown, and
-      every grid with this number of patches is accepted.
+    learned_grid: (down, across), the grid of patches of the parameter `pos_embedding`. It must be
+      `position_grid`, or without one the grid of the image. None: the grid is unknown, and only the
+      number of patches must agree.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.

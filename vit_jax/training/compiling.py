@@ -14,6 +14,7 @@ from vit_jax.optim import Training
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import TrainStep, make_train_step
 from vit_jax.training.tracing import model_flops
+from vit_jax.training.trial import uses_flash
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +26,12 @@ class Compiled:
   Attributes:
     step: the training step.
     flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
+    fused: whether its attention is a kernel of cuDNN.
   """
 
   step: TrainStep
   flops: int
+  fused: bool
 
 
 def compile_step(
@@ -46,4 +49,4 @@ def compile_step(
       time.perf_counter() - began, height, width, training.steps, devices,
   )  # fmt: skip
   platform.work_unit().set_notes(f'{exp.config.model.variant} on {devices}')
-  return Compiled(step, flops)
+  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh))

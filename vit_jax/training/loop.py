@@ -107,7 +107,7 @@ class Run:
           log.info('First step done.')
         if late:
           meter.add(*late)
-        late = step, metrics, compiled.flops
+        late = step, metrics, compiled
         bar.update()
         stop = self.preemption.is_due() and step < steps
         events = self.due(step)

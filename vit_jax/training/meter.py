@@ -9,6 +9,12 @@ import jax
 
 from vit_jax.distributed import peak_tflops
 from vit_jax.evaluation import summarize
+from vit_jax.training.compiling import Compiled
+
+FUSED = (
+  " The run uses cuDNN's kernel for attention; --config.model.attention=plain repeats the step "
+  'without it.'
+)
 
 
 class Meter:
@@ -42,13 +48,13 @@ class Meter:
     yield
     self._waited += time.perf_counter() - began
 
-  def add(self, step: int, metrics: dict, flops: int) -> None:
+  def add(self, step: int, metrics: dict, compiled: Compiled) -> None:
     """Adds the metrics of a step; waits until the device has computed them.
 
     Args:
       step: number of the step.
       metrics: result of the step.
-      flops: FLOPs of the step, on all devices together.
+      compiled: the step.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
@@ -60,9 +66,10 @@ class Meter:
         raise FloatingPointError(
           f'The {name} of step {step} is {value}: training diverged. Earlier checkpoints are still '
           'valid. Try a smaller optimizer.lr or a longer schedule.warmup.'
+          + (FUSED if compiled.fused else '')
         )
     self._scores.append(metrics['score'])
-    self._flops += flops
+    self._flops += compiled.flops
     self._bad += [metrics['bad_images']] if 'bad_images' in metrics else []
     self._learning_rate = float(metrics['learning_rate'])
 

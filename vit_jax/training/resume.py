@@ -26,8 +26,9 @@ from vit_jax.workdir import (
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
-def check_processes(config: ConfigDict) -> None:
-  """Raises ValueError if the config of this process differs from the config of process 0."""
+def check_in_all_processes(config: ConfigDict) -> None:
+  """Raises ValueError if the config is not valid, or differs from the config of process 0."""
+  check(config)
   mine = config_lib.flatten(config)
   check_same('config', {key: mine[key] for key in mine if key not in OWN})
 

@@ -1,7 +1,7 @@
 """Identifies the files and splits that weights were trained on, so that tests exclude them.
 
 Decisions:
-  * A file is identified by the hash of its name below its class folder (`folder.py`). So it is also
+  * A file is identified by the hash of its path in its class folder (`folder.py`). So it is also
     recognized in a different split, class or folder.
   * If a training file and a held-out file have the same name, the name does not identify an image.
     For example, both splits may be numbered from 0001.jpg. Files with such names are identified by
