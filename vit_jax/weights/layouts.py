@@ -8,6 +8,7 @@ converts between them:
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
+import types
 from typing import NamedTuple
 
 import jax
@@ -102,8 +103,8 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
   return found
 
 
-@functools.lru_cache(maxsize=8)
-def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # loading and saving ask for the same shapes
+def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, tuple[int, ...]]:
   """Returns the shapes of the model's parameters, e.g. `{'block_0/mlp/up/kernel': (48, 192)}`.
 
   Args:
@@ -111,7 +112,8 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tup
     image_shape: (H, W, C).
   """
   init = functools.partial(model.init, jax.random.key(0))
-  return shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+  shapes = shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+  return types.MappingProxyType(shapes)
 
 
 def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
