@@ -72,12 +72,13 @@ def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int,
 
 
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
-  """Returns `cudnn` if cuDNN is correct for all shapes and faster for the last, else `plain`.
+  """Returns `cudnn` if cuDNN is correct for all shapes and not slower for the last, else `plain`.
 
   Args:
     shapes: shapes of the queries; the last is the one of most steps.
     dtype: type of the computation.
-    deterministic: whether the choice must not depend on a measured time.
+    deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
+      be correct.
   """
   for shape in shapes:
     if wrong := first_difference(shape, dtype):

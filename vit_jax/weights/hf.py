@@ -156,7 +156,7 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
 
 
 def edge(size) -> int:
-  """Returns the shorter edge of a processor's size."""
+  """Returns the length of the shorter edge that an image processor resizes to."""
   if isinstance(size, dict):
     return size.get('shortest_edge') or min(size['height'], size['width'])
   return size if isinstance(size, int) else min(size)

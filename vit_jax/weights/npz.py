@@ -85,7 +85,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the name-table rows of a hybrid's ResNet; our names add `stem` to the file's names."""
+  """Returns the name-table rows of a hybrid's ResNet; our names are the file's, below `stem/`."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):

@@ -63,7 +63,9 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
   checkpoint = directory(workdir) / str(step)
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
-    raise items.damaged(checkpoint, f'its item config needs the keys {", ".join(sorted(SAVED))}')
+    raise items.damaged(
+      checkpoint, f'its item config does not have all of the keys {", ".join(sorted(SAVED))}'
+    )
   digests = about.pop('digests', {})  # missing in checkpoints of older versions
   if item == 'names' and item not in digests:
     return None
