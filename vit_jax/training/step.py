@@ -29,7 +29,7 @@ DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 def loss_fn(
   batch: dict, trained: dict, frozen: dict, key: jax.Array, early: jax.Array | None, exp: Experiment
 ):
-  """Returns what a micro-batch adds to the mean loss of the batch, and the score of the micro-batch.
+  """Returns what a micro-batch adds to the mean loss of the batch, and its training score.
 
   Args:
     batch: `image`, `label` and `example`.

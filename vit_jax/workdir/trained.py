@@ -176,7 +176,7 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """Returns the source without the files of a split that the weights were trained on, and their number.
+  """Returns the source without the files of a split that were trained on, and their number.
 
   Raises:
     ValueError: the weights were trained on all files of the split.
