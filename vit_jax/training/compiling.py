@@ -26,7 +26,7 @@ class Compiled:
   Attributes:
     step: the training step.
     flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
-    fused: whether its attention is a kernel of cuDNN.
+    fused: whether the step computes attention with a kernel of cuDNN.
   """
 
   step: TrainStep
@@ -37,7 +37,7 @@ class Compiled:
 def compile_step(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, state: TrainState, batch: dict
 ) -> Compiled:
-  """Compiles the step before training, so that images per second exclude the time to compile."""
+  """Compiles the step before training, so that the measured speed excludes the time to compile."""
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):
     step = make_train_step(exp, training, mesh).lower(state, batch).compile()

@@ -134,7 +134,7 @@ class Run:
     return train_state, scores
 
   def log_cycle(self) -> None:
-    """Logs the steps and learning rate of a cycle that extends a finished run."""
+    """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
     if not (cycles := self.training.cycles):
       return
     config, begin, end = self.config, cycles[-1], self.training.steps
@@ -146,12 +146,12 @@ class Run:
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
-    """Returns whether the evaluation after step `start` is missing, because the run was stopped."""
+    """Returns whether the run was stopped before the evaluation that is due after step `start`."""
     due = start > 0 and 'eval' in self.due(start)
     return due and not from_first(lambda: self.records.find(start, 'test'))
 
   def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
-    """Evaluates the checkpoint that the run resumes from, and adds its scores to the records."""
+    """Evaluates the checkpoint from which the run resumes, and writes and returns the scores."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
     self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
@@ -164,7 +164,8 @@ class Run:
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
 
-    With a validation split, saving requires an evaluation, because its accuracy ranks checkpoints.
+    With a validation split, `eval` is due whenever `save` is due. The validation accuracy then
+    decides which checkpoint is the best.
     """
     config, last = self.config, step == self.training.steps
     every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
@@ -204,7 +205,7 @@ class Run:
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """Saves a checkpoint with its validation accuracy, if any, but never its test accuracy."""
+    """Saves a checkpoint, with the validation accuracy if there is one; never the test accuracy."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'seconds': time.perf_counter() - self.began,
@@ -230,7 +231,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and accuracies of the last and of the best checkpoint (by validation)."""
+    """Returns step and accuracies of the last checkpoint, and of the best by validation."""
 
     def accuracies(step):
       splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}

@@ -21,7 +21,7 @@ class Meter:
   """Averages training metrics between two log lines; its clock counts only training time."""
 
   def __init__(self, mesh: jax.sharding.Mesh, dtype: str):
-    """Creates a meter for training on a mesh with a compute type."""
+    """Creates a meter for training on the devices of `mesh` with the compute type `dtype`."""
     device, self._devices = mesh.local_devices[0], mesh.size
     self._memory_stats = device.memory_stats
     self._peak = peak_tflops(device) if dtype == 'bfloat16' else None
@@ -76,7 +76,7 @@ class Meter:
   def read(self) -> dict[str, float]:
     """Returns the means since the last call; the clock must be running.
 
-    `data_wait` is the share of training time that the loop spent waiting for its next batch.
+    `data_wait` is the share of training time in which the loop waited for the next batch.
     `mfu` is the share of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).
     """
     self.pause()

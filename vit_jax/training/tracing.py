@@ -5,9 +5,9 @@ Decisions:
     Norms, softmax and GELU would add a few percent.
   * FLOPs are counted in the traced program. They are therefore exact for this model. The FLOPs of a
     training step include the operations that `model.remat` repeats.
-  * Activations are the arrays that differentiation keeps for the backward pass, each counted once.
-    XLA keeps less if it recomputes cheap parts (a sixth less on a CPU), and needs some working
-    memory in addition.
+  * Activations are the arrays that the forward pass keeps for the backward pass. Each array is
+    counted once. XLA keeps fewer of them if it recomputes cheap parts (a sixth less on a CPU). XLA
+    also needs some working memory.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Counts the FLOPs for one image, in the forward pass (by module) and in a training step."""
+  """Returns, for one image, the FLOPs of the forward pass by module, and of a training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   with portable():  # without kernels, whose operations would not be counted
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
@@ -51,12 +51,16 @@ def step_flops(exp: Experiment, params: dict) -> int:
 
 
 def model_flops(exp: Experiment, params: dict) -> int:
-  """Counts the FLOPs of a training step for one image, without what `model.remat` repeats."""
+  """Counts the FLOPs of a training step for one image, as if `model.remat` repeated nothing."""
   return step_flops(dataclasses.replace(exp, model=exp.model.clone(remat='none')), params)
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Counts the FLOPs of a whole run with one image per step; stages can have smaller images."""
+  """Returns the FLOPs of a whole run, as if each step had only one image.
+
+  Each stage of the run has its own number of steps and image size. `train_flops` are the FLOPs of a
+  step at full image size.
+  """
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
   flops = {size: step_flops(exp.at(size), params) for _, size in stages[:-1]}
@@ -65,7 +69,7 @@ def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -
 
 
 def activations(exp: Experiment, params: dict) -> Counter:
-  """Counts the bytes kept for the backward pass of one image, by module."""
+  """Returns the bytes that one image keeps for the backward pass, by module."""
   group = experiment.group(exp.config)
 
   def keep(trained, *others):
@@ -81,7 +85,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
 
 
 def loss(exp: Experiment, count: int) -> Callable:
-  """Returns the loss of `count` examples in a training step, given the trained parameters."""
+  """Returns the function that computes the training loss of `count` examples."""
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}
@@ -91,7 +95,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Returns the shapes of the loss's inputs other than parameters."""
+  """Returns the shapes of the other arguments of a `loss` function: batch, `early` and seed."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -102,7 +106,7 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """Returns the row for a name, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
+  """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
   names = stack.split('/')
   for i, name in enumerate(names):
     if name.startswith('block_') and name in params:
@@ -114,7 +118,7 @@ def module_of(stack: str, params: dict) -> str:
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
-  """Yields `(name, FLOPs)` of each matrix product and convolution, also inside called functions."""
+  """Yields `(name, FLOPs)` of each matrix product and convolution, also in nested functions."""
   for eqn in jaxpr.eqns:
     stack = f'{prefix}/{eqn.source_info.name_stack}'
     size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
@@ -131,14 +135,14 @@ def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
 
 
 def is_program(value: object) -> bool:
-  """Returns whether a parameter of an operation is a function that the operation calls."""
+  """Returns whether the value is a traced function, e.g. the body of a loop."""
   return isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` of each program output that depends on the batch.
+  """Yields `(name, bytes)` of each output of a traced function that depends on the batch.
 
-  An array that is returned in two shapes counts once.
+  An array that is returned in two shapes is yielded only once.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

@@ -38,7 +38,7 @@ def choose_attention(
 
   Args:
     exp: experiment to train.
-    training: its plan; each of its image sizes is tried.
+    training: plan of the run. The kernel is tried at each image size of the plan.
     mesh: mesh of the devices.
     earlier: choice in the run's newest checkpoint; None without one.
 
@@ -62,7 +62,7 @@ def choose_attention(
 
 
 def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
-  """Returns the shape `[B, N, K, E]` of the queries of a micro-batch on a device."""
+  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
   config, model = exp.config, exp.model
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
@@ -72,10 +72,10 @@ def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int,
 
 
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
-  """Returns `cudnn` if cuDNN is correct for all shapes and not slower for the last, else `plain`.
+  """Returns `cudnn` if cuDNN is correct for all shapes, and not slower for the last; else `plain`.
 
   Args:
-    shapes: shapes of the queries; the last is the one of most steps.
+    shapes: shape of the queries at each image size of the run; the last is for full size.
     dtype: type of the computation.
     deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
       be correct.
@@ -100,7 +100,7 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 
 
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
-  """Returns where output or gradients of cuDNN differ from `plain`; empty if nowhere."""
+  """Describes the first output or gradient of cuDNN that differs from `plain`; empty if none."""
   for name, (factor, offset) in INPUTS.items():
     given = draw(shape, dtype, factor, offset)
     ours, theirs = (value_and_gradients(kernel)(*given) for kernel in (flash, plain))
