@@ -90,7 +90,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns where `[image, channel, grey level]` of each pixel is in a flat `[B, C, 256]` array."""
+  """Returns the index of each pixel's `[image, channel, level]` in a flat `[B, C, 256]` array."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
