@@ -6,8 +6,9 @@ Decisions:
   * `AUGMENTATIONS` defines the order of the augmentations, and which argument enables each of them.
     All augmentations are off by default.
   * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
-    are the next pair, and so on. These pairs are random because the order of the data is random. If every device and micro-batch
-    holds an even number of examples, the two examples of a pair are always together.
+    are the next pair, and so on. These pairs are random because the order of the data is random. If
+    every device and micro-batch holds an even number of examples, the two examples of a pair are
+    always together.
   * Images stay uint8 throughout, also after mixing. The rounding error is below one grey level.
 """
 

@@ -1,10 +1,11 @@
-"""Makes training batches in a reproducible order, and evaluation batches without repetition.
+"""Makes batches: for training in a reproducible order, for evaluation with each example once.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
     The sequence is cut into batches, so a batch can have examples of two epochs. The example at
-    position `step * batch_size + i` of the sequence depends only on the seed and the number of examples. So the
-    step number is enough to resume, and no example is dropped at the end of an epoch.
+    position `step * batch_size + i` of the sequence depends only on the seed and the number of
+    examples. So the step number is enough to resume, and no example is dropped at the end of an
+    epoch.
   * A batch is a global array. Each process gathers only the rows that its own devices hold. All
     processes compute the same order, so they need not communicate.
   * Evaluation pads the last batch and adds a mask, so that every example counts once.
@@ -47,8 +48,8 @@ class Plan:
     rows: number of rows in a batch.
     steps: the step numbers of the batches.
     seed: seed of the order and of the random numbers for each position. None means evaluation: the
-      sequence is the examples in their own order, followed by copies of the last example as padding.
-      No example is cropped at random.
+      sequence is the examples in their own order, then copies of the last example as padding. No
+      example is cropped at random.
   """
 
   size: int
@@ -113,7 +114,7 @@ def eval_batches(
 
   The number of rows is `batch_size`, rounded up to a multiple of the number of devices. If bad
   images are skipped, `mask` is also 0 for them. `extra` holds additional arrays with one row per
-  example. A batch contains these arrays under the same names, with the rows of the batch's examples.
+  example. A batch contains these arrays under the same names, with the rows of its own examples.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

@@ -2,8 +2,9 @@
 
 Decisions:
   * A file is identified by a hash of its path without the class folder: of `a/1.jpg` for the file
-    `cat/a/1.jpg`. The hash alone gives the file a position in [0, 1), and the position decides whether the file is held out. So no file
-    changes its split when files are added, removed or moved to another class.
+    `cat/a/1.jpg`. The hash alone gives the file a position in [0, 1), and the position decides
+    whether the file is held out. So no file changes its split when files are added, removed or
+    moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
     on the file system or the NumPy version. A percentage of a split is a range of positions.
   * Warnings report the files and folders that are ignored, except hidden ones.
@@ -98,8 +99,8 @@ def open_folder(root: pathlib.Path) -> Folder:
 
   With a folder `train/`, the training images are in `train/<class>/`. The first folder of
   `TEST_NAMES` that exists becomes the split `test`; the other folders keep their names as splits.
-  Without a folder `train/`, all images are in `<class>/`. If there is no test folder, the files with
-  a `position` below `HELD_OUT` become the split `test`.
+  Without a folder `train/`, all images are in `<class>/`. If there is no test folder, the files
+  with a `position` below `HELD_OUT` become the split `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training

@@ -2,15 +2,16 @@
 
 Decisions:
   * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
-    few rows. Grain calls a function that returns the pixels of part number n. So batches do not depend on the
-    number of threads and workers, or on the order in which parts are finished.
+    few rows. Grain computes each part from its number alone. So batches do not depend on the number
+    of threads and workers, or on the order in which parts are finished.
   * A process decodes only the rows that its own devices hold. The random numbers of an example
-    depend only on the seed and on its position in the endless sequence. So any number of processes
-    makes the same batches.
+    depend only on the seed and on the position of the example in the endless sequence. So any
+    number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good image,
-    with the label of that image. The replacement is the same in every run, and replaced images are counted.
+  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good image, with
+    the label of that image. The replacement is the same in every run, and replaced images are
+    counted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -23,7 +23,7 @@ def check_can_start() -> None:
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Blocks SIGINT and SIGTERM in threads that the block starts, and in the processes of these threads.
+  """Blocks SIGINT and SIGTERM in the threads that this block starts, and in the workers.
 
   All processes of a job get these signals at the same time. Workers must keep running until
   training has saved. A worker that is still starting could not ignore the signals by itself.
