@@ -11,7 +11,7 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError if workers cannot start, because importing the main script would run it."""
+  """Raises ValueError if the start of a worker would run the main script again."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
@@ -23,7 +23,7 @@ def check_can_start() -> None:
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Blocks SIGINT and SIGTERM in threads started in this block, and in the processes they start.
+  """Blocks SIGINT and SIGTERM in the threads that this block starts, and in the workers.
 
   All processes of a job get these signals at the same time. Workers must keep running until
   training has saved. A worker that is still starting could not ignore the signals by itself.

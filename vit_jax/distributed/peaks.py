@@ -1,4 +1,4 @@
-"""Peak speed of accelerators, to which `mfu` compares a training run."""
+"""Peak speed of accelerators. The metric `mfu` is the share of it that a training run reaches."""
 
 import jax
 
@@ -20,5 +20,5 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: jax.Device) -> float | None:
-  """Returns the peak of a device in bfloat16, in TFLOP/s; None if the table does not list it."""
+  """Returns the peak of a device in bfloat16, in TFLOP/s; None for an unlisted device."""
   return next((n for kind, n in PEAK_TFLOPS.items() if device.device_kind.startswith(kind)), None)

@@ -1,4 +1,4 @@
-"""Opens test data for a trained model, and prepares it as in training."""
+"""Opens test data for a trained model, and prepares the images as in training."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -84,7 +84,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
   Args:
     experiment: the model's experiment.
-    parts: for each split its open source and its name in TFDS notation.
+    parts: one pair for each split: the open source, and the split in TFDS notation.
 
   Raises:
     ValueError: the splits do not fit into memory.
