@@ -111,7 +111,9 @@ def test_inspect_reports_the_warmup_of_the_first_cycle():
   exp, _, _ = summary.summary_of_config(small_config(epochs='3'))
   found = cost.measure(exp, 1024, cycles=(32,))
   assert (found.steps, found.warmup) == (96, 6)  # a fifth of 32
-  assert found.notes == ('After step 32, a new cycle warms up to 0.5 times the learning rate.',)
+  assert found.notes == (
+    'After step 32, the learning rate warms up again, to 0.5 times optimizer.lr.',
+  )
 
 
 @pytest.mark.slow

@@ -43,18 +43,18 @@ class ViT(nn.Module):
     position: position embedding, one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position, one of
       `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
-    position_grid: (down, across), the grid of patches that the positions are made for. For an image
-      with a different grid, positions are stretched. None: always the grid of the image.
-    learned_grid: (down, across), the grid of patches of the parameter `pos_embedding`. It must be
-      `position_grid`, or without one the grid of the image. None: the grid is unknown, and only the
-      number of patches must agree.
+    position_grid: (down, across), the grid of patches to make positions for. For an image with a
+      different grid, these positions are stretched. None: the grid of each image, no stretching.
+    learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
+      is only checked: a different `position_grid` (if None, a different image grid) is an error.
+      None: the grid is unknown, and only the number of patches is checked.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
-    dropout: dropout rate after positions, in the MLP, and at the end of each branch.
+    dropout: dropout rate after the positions, in the MLP, and at the end of each residual branch.
     attention_dropout: dropout rate of the attention weights.
-    stochastic_depth: drop rate of the last block's branches. The rate rises linearly from 0 in the
-      first block.
+    stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from
+      0 in the first block.
     layer_scale: initial value of LayerScale; None for no LayerScale.
     pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
       CLIP.
@@ -117,7 +117,7 @@ class ViT(nn.Module):
 
   @property
   def num_positions(self) -> int:
-    """Number of tokens before the patches that have a learned position."""
+    """Number of learned positions for tokens before the patches."""
     return POSITION_PREFIXES[self.position_prefix](self)
 
   @property
@@ -135,8 +135,8 @@ class ViT(nn.Module):
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size.
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
-      example_B: position of each example in the global batch, which determines its random draws;
-        the default is `0..B-1`.
+      example_B: index of each example in the batch of all devices. Random numbers for an example
+        depend on this index. The default is `0..B-1`.
 
     Returns:
       The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
@@ -231,7 +231,7 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter, also outside of `apply`, in a model made by `bind`."""
+    """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 

@@ -54,7 +54,10 @@ CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
 
 
 def linear(axes: int = 1) -> Layout:
-  """Returns the layout of PyTorch's `[outputs, inputs]`; our first `axes` axes are the inputs."""
+  """Returns the layout of a PyTorch weight `[outputs, inputs]`, the transpose of our kernel.
+
+  The first `axes` axes of our kernel belong to the inputs.
+  """
 
   def write(ours):
     inputs = int(np.prod(ours[0].shape[:axes]))
@@ -80,7 +83,7 @@ STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned 
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """Returns the name-table rows of a PyTorch `Linear`; our first `axes` axes are the inputs."""
+  """Returns the rows that map our names to PyTorch's for a `Linear`; `axes` is as in `linear`."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -88,7 +91,7 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of a PyTorch `LayerNorm`."""
+  """Returns the rows that map our names to PyTorch's for a `LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
@@ -117,7 +120,7 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, 
 
 
 def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every leaf, by its path."""
+  """Returns the shape of every array of a tree, by its path in the tree."""
   return {name: tuple(leaf.shape) for name, leaf in flatten_params(tree).items()}
 
 
