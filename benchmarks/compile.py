@@ -211,6 +211,7 @@ def compile_row(row: Row) -> dict:
     compiled.as_text(),
     compiled.memory_analysis(),
   )
+  remat_lines = len(re.findall(r'^ .*%\S*\.remat', text, re.MULTILINE))
   peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
   room = GIB[row.target.split(':')[0]]
@@ -222,8 +223,8 @@ def compile_row(row: Row) -> dict:
     'collectives': hlo.collectives(text),
     'gib': round(peak / 2**30, 2),
     'gib_of_device': round(room, 1),
-    'fits': peak / 2**30 < room,
-    'remat_lines': len(re.findall(r'^ .*%\S*\.remat', text, re.MULTILINE)),
+    'fits': peak / 2**30 < room and not remat_lines,  # without recomputation by XLA
+    'remat_lines': remat_lines,
     'flops': flops(compiled),
     'modelled_seconds': hlo.modelled_seconds(text, row.target),
     'jax': jax.__version__,

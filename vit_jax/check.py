@@ -1,7 +1,7 @@
 """Checks a config: valid names, valid ranges, and keys that contradict each other.
 
-`keys.py` gives the valid range and the valid names of each key. Instead of the names it may give
-the name of a registry, whose entries are the valid names (`REGISTRIES`).
+`keys.py` gives the valid range or the valid names of each key. In place of names, it can give a key
+of `REGISTRIES`. The entries of this registry are then the valid names.
 """
 
 from collections.abc import Callable, Collection
@@ -57,8 +57,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
 
   Args:
     config: the config.
-    trains: whether the config is used for training. Otherwise no images are mixed, so the batch
-      size is not checked for mixing.
+    trains: whether the config is used for training. If False, the batch size may be odd even with
+      mixup and cutmix, because only training mixes pairs of images.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(
@@ -143,7 +143,7 @@ def check_augment(config: ConfigDict) -> None:
 
 
 def check_partners(config: ConfigDict) -> None:
-  """Raises ValueError if a micro-batch has an odd number of images, but mixing needs pairs."""
+  """Raises ValueError if images are mixed in pairs, but a micro-batch has an odd number of them."""
   parts = config.micro_batches or 1
   if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(

@@ -54,7 +54,7 @@ def unset(config: Mapping) -> set[str]:
 
 
 def is_switch(key: str) -> bool:
-  """Returns whether a key exists and has the values true and false."""
+  """Returns whether the text is the name of a key that is true or false."""
   return key in KEYS and KEYS[key].kind is bool
 
 
@@ -76,7 +76,7 @@ def unknown(key: str) -> str:
 
 
 def hint(near: Sequence[str]) -> str:
-  """Returns the text "Did you mean ...?" for similar names; empty without similar names."""
+  """Returns the text " Did you mean a or b?" for the names `a` and `b`; empty without names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
@@ -231,13 +231,14 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Reports modules that the run imported (`--import`), but this process did not.
+  """Names the `--import` modules of a run that this process has not imported.
 
-  If the block raises a ValueError, its message is extended by the names of these modules. Otherwise
-  a warning is logged. A module is never imported because a checkpoint names it.
+  If the code in the context raises a ValueError, the names are added to the message of this error.
+  Otherwise a warning with the names is logged. The modules are not imported, because a checkpoint
+  must not decide which code is executed.
 
   Args:
-    saved: the item `config` of a checkpoint.
+    saved: JSON of the run's checkpoint. The list `imports` in it names the modules.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
   message = f'The run was trained with --import={missing}, which was not given now. Add this flag.'

@@ -59,7 +59,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The model and the functions that a config describes, with their arguments bound.
+  """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
   record its training files.
@@ -76,13 +76,23 @@ class Experiment:
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
 
   @property
+  def chosen_attention(self) -> str:
+    """The kernel that the run chose for `model.attention=auto`; `auto` if it chose none."""
+    return self.model.attention if self.config.model.attention == 'auto' else 'auto'
+
+  @property
+  def sees_images(self) -> bool:
+    """Whether batches contain images; False if they contain features of images."""
+    return True
+
+  @property
   def augments(self) -> bool:
     """Whether the config enables any augmentation."""
     return bool(active(self.config.augment))
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes pairs of images; the loss is then a weighted mean for both labels."""
+    """Whether training mixes pairs of images, and weights the losses of their two labels."""
     return mixes(self.config.augment)
 
   @property
@@ -107,8 +117,8 @@ class Experiment:
   def at(self, size: tuple[int, int]) -> 'Experiment':
     """Returns this experiment for another image size (height, width), with the same parameters.
 
-    The position embedding of the old size is stretched over the new patch grid. If the host stores
-    images at the old size, it now stores them at the new size.
+    The position embedding of the old size is stretched over the new patch grid. If the host stored
+    images at the old size, the new experiment stores them at the new size.
     """
     own = pair(self.config.data.image_size)
     if size == own:
@@ -132,7 +142,7 @@ class Experiment:
     Args:
       params: parameters of the model.
       batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
-        example in the run, from which its random numbers derive.
+        image in the batch of the step. This position selects the image's random numbers.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:
@@ -148,7 +158,8 @@ class Experiment:
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """Returns the best number of micro-batches for each device's share of a batch.
 
-    If images are mixed and this share is even, neighbours stay in the same micro-batch.
+    If a device gets an even number of images, the two images of a mixed pair stay in the same
+    micro-batch.
     """
     height, width, _ = self.image_shape
     patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
@@ -162,6 +173,7 @@ class Experiment:
       'config': config_lib.to_dict(self.config),
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
+      'attention': self.chosen_attention,
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
     }
@@ -219,7 +231,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that the registries list all parameters of the model. Nothing is computed.
+  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
 
   Raises:
     ValueError: the model does not fit the images, or a position embedding or pooling creates a
@@ -245,7 +257,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
 
 
 def group(config: ConfigDict) -> int:
-  """Returns how many consecutive examples must share a device: 2 if images mix, else 1."""
+  """Returns how many consecutive examples must be on one device: 2 if images are mixed, else 1."""
   return 2 if mixes(config.augment) else 1
 
 
@@ -259,7 +271,7 @@ def mesh_for(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def division(config: ConfigDict) -> dict[str, int]:
-  """Returns the arguments of `devices.make_mesh` that describe how a batch may be divided."""
+  """Returns the arguments `batch_size`, `micro_batches` and `group` of `devices.make_mesh`."""
   return {
     'batch_size': config.batch_size,
     'micro_batches': config.micro_batches or 1,

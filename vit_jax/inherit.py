@@ -17,11 +17,12 @@ log = logging.getLogger(__name__)
 def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
   """Opens the weights that `init` names and adapts them to the data's classes and image size.
 
-  The head is new and the pre-logits layer is dropped, unless the weights have the same classes.
+  If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
+  pre-logits layer is dropped.
 
   Returns:
     The completed config, the parameters, and the names of the files that the weights were trained
-    on. The names are empty if they are unknown.
+    on. The names are empty if these files are unknown.
 
   Raises:
     ValueError: the weights do not exist, or the config contradicts them.

@@ -94,7 +94,7 @@ TRAINING = {
   'progressive.sizes': Key(
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
-  'progressive.until': Key((), 'share of the run after which each size of progressive.sizes ends'),
+  'progressive.until': Key((), 'share of the run after which each size is replaced by the next'),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
     'mesh.fsdp or mesh.tensor is -1', may_change=True,
@@ -112,7 +112,7 @@ TRAINING = {
 DATA = {
   'data.source': Key('tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `digits` or `synthetic`'),
   'data.dir': Key(
-    '', 'base folder of a relative `folder:<path>`, or folder of the TFDS data; if it is empty, '
+    '', 'base folder of a relative `folder:<path>`, or folder of the TFDS data; empty: '
     'TFDS data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
   ),
   'data.train_split': Key('train', 'training split, e.g. `train[:98%]`'),
@@ -129,7 +129,7 @@ DATA = {
     'channels; None: taken from `init`, else 0.5', kind=tuple,
   ),
   'data.std': Key(
-    None, 'standard deviation to divide by, in the form of data.mean; None: taken from `init`, '
+    None, 'standard deviation to divide by; values as for data.mean; None: taken from `init`, '
     'else 0.5', kind=tuple,
   ),
   'data.interpolation': Key(
@@ -143,8 +143,8 @@ DATA = {
   ),
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
-    'auto', 'memory: decode once and keep all images; stream: decode in each epoch; auto: memory '
-    'if images fit and training batches stay the same, else stream',
+    'auto', 'memory: decode once, keep all images; stream: decode in each epoch; auto: memory '
+    'if images fit and both give the same training batches, else stream',
     choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(

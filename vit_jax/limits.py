@@ -27,7 +27,7 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Turns every error that means too little memory or too few threads into `OutOfMemory`.
+  """Raises `OutOfMemory` in place of errors that mean too little memory or too few threads.
 
   The function also works as a decorator. In nested blocks, the innermost block sets the message.
 
@@ -59,9 +59,10 @@ def is_full(error: RuntimeError) -> bool:
 
 
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
-  """Returns the bytes of memory that this process can use: all memory, or the limit of a cgroup.
+  """Returns the bytes of memory that this process can use.
 
-  Containers and batch systems set such limits, for the cgroup of a process or a cgroup above it.
+  This is all memory of the machine, or less if a container or a batch system sets a limit. Such a
+  limit belongs to the cgroup of this process, or to a cgroup above it.
 
   Args:
     root: folder that holds `proc` and `sys`.

@@ -25,7 +25,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the arguments whose names the function accepts; with `**kwargs`, it accepts all."""
+  """Returns the arguments that the function accepts; a function with `**kwargs` accepts all."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)

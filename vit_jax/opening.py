@@ -59,7 +59,8 @@ class Request:
     step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if there is a
       validation accuracy, else the last.
     overrides: dotted keys and their values as text; they override the config of the weights.
-    config: the config that the run must have, with the overrides; None: any config is accepted.
+    config: config of `--config`, to which the overrides are already applied. An error is raised if
+      the workdir has a different one. None: any config is accepted.
   """
 
   workdir: pathlib.Path | None = None
@@ -85,7 +86,7 @@ def from_config(
   Args:
     config: checked config of the run.
     saved: saved config of the run to resume, already completed from `init`; None for a new run.
-    cycles: last step of each earlier cycle, as in `Training`.
+    cycles: steps at which the run was finished earlier and got more epochs, as in `Training`.
     seen: names of the training files of the run to resume; None if the run did not record them.
 
   Raises:
@@ -165,7 +166,7 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
 
   Returns:
     The completed config, the `init` weights (None without `init`), and the names of the training
-    files. The files that the `init` weights were trained on are included.
+    files. They include the files that the `init` weights were trained on.
   """
   params, earlier = None, TrainingFiles()
   if config.init:
@@ -231,7 +232,8 @@ def from_workdir(
   Args:
     workdir: folder of a training run.
     overrides: dotted keys and values that override the config of the workdir.
-    config: the config that the run must have, with the overrides; None: any config is accepted.
+    config: a config to which the overrides are already applied. An error is raised if the workdir
+      has a different one. None: any config is accepted.
     step: checkpoint of the workdir, as in `Request`.
 
   Raises:
@@ -248,6 +250,9 @@ def from_workdir(
     size, config.data.image_size = pair(config.data.image_size), trained_size
     check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(size)
+    if config.model.attention == 'auto':  # what training has chosen
+      model = experiment.model.clone(attention=saved.get('attention', 'auto'))
+      experiment = dataclasses.replace(experiment, model=model)
   experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded

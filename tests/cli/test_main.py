@@ -259,7 +259,7 @@ def test_features_are_stored_only_once_in_memory():
     (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl and no checkpoint'),
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
-    (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'give --images'),
+    (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'set --images'),
     (['--config=gs://bucket/digits.py', '--workdir=x'], 'URLs are not supported'),
     ([CONFIG, '--workdir=x', '--config.data.source=folder:gs://bucket/x'], 'URLs are not'),
     ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=gs://bucket'],

@@ -15,10 +15,11 @@ from vit_jax import config as config_lib
 from vit_jax import experiment, opening
 from vit_jax.distributed import add_up, devices
 from vit_jax.experiment import assemble
-from vit_jax.inference import cost, summary, tracing
+from vit_jax.inference import cost, summary
 from vit_jax.opening import Request
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import init_state, loss_fn
+from vit_jax.training import init_state, tracing
+from vit_jax.training.step import loss_fn
 
 
 def summarize(**overrides):
@@ -110,7 +111,9 @@ def test_inspect_reports_the_warmup_of_the_first_cycle():
   exp, _, _ = summary.summary_of_config(small_config(epochs='3'))
   found = cost.measure(exp, 1024, cycles=(32,))
   assert (found.steps, found.warmup) == (96, 6)  # a fifth of 32
-  assert found.notes == ('After step 32, a new cycle warms up to 0.5 times the learning rate.',)
+  assert found.notes == (
+    'After step 32, the learning rate warms up again, to 0.5 times optimizer.lr.',
+  )
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from vit_jax.model import positions, variants
 from vit_jax.optim import losses
 from vit_jax.training import loop, trainer
 from vit_jax.training.loop import Run
-from vit_jax.training.step import make_train_step
 from vit_jax.weights import pretrained
 from vit_jax.workdir import stored, writer
 
@@ -162,19 +161,14 @@ STAGES |= {'eval_every': '0', 'ema': '0.9'}  # 12 of the 32 steps see images of 
 def whole(tmp_path_factory):
   """A run with smaller images first: (workdir, [step, image size, ...] of each compilation)."""
   workdir, seen = tmp_path_factory.mktemp('stages'), []
-  compile_, make = Run.compile, make_train_step
+  real = loop.compile_step
 
-  def after(self, train_state, batch, size):
-    seen.append(int(train_state.step))
-    return compile_(self, train_state, batch, size)
-
-  def of(exp, training, mesh):
-    seen.append(exp.image_shape[:2])
-    return make(exp, training, mesh)
+  def compiles(exp, training, mesh, state, batch):
+    seen.extend((int(state.step), exp.image_shape[:2]))
+    return real(exp, training, mesh, state, batch)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Run, 'compile', after)
-    patch.setattr(loop, 'make_train_step', of)
+    patch.setattr(loop, 'compile_step', compiles)
     trainer.train(small_config(**STAGES), workdir)
   return workdir, seen
 

@@ -28,7 +28,7 @@ from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment, Task
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import loop, meter, resume, state, step, trainer
+from vit_jax.training import compiling, meter, resume, state, step, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import reader
@@ -702,7 +702,7 @@ def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
 
     return jax.jit(broken, donate_argnums=0)
 
-  monkeypatch.setattr(loop, 'make_train_step', breaks)
+  monkeypatch.setattr(compiling, 'make_train_step', breaks)
   with pytest.raises(FloatingPointError, match=f'loss of step {last} is nan'):
     trainer.train(small_config(), tmp_path)
   assert stored.latest_step(tmp_path) == 16

@@ -119,6 +119,6 @@ def erasing(
 
 
 def box(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
-  """Returns the mask `[H, W, 1]` of a rectangle; `bottom` and `right` are just outside it."""
+  """Returns the mask `[H, W, 1]` of a rectangle, without row `bottom` and column `right`."""
   y_H11, x_1W1 = jnp.arange(size[0])[:, None, None], jnp.arange(size[1])[None, :, None]
   return (y_H11 >= top) & (y_H11 < bottom) & (x_1W1 >= left) & (x_1W1 < right)

@@ -26,10 +26,10 @@ def mix(
     key_B: random key of each example.
     image_BHWC: uint8 images; their number is even.
     probability: probability that an image is mixed.
-    mixup_alpha: parameter of the Beta(alpha, alpha) distribution of the image's own weight; 0
-      disables mixup.
-    cutmix_alpha: parameter of the Beta(alpha, alpha) distribution of the share of the area that the
-      image keeps, before the rectangle is clipped; 0 disables cutmix.
+    mixup_alpha: 0 disables mixup. Otherwise, the weight of the image itself has the distribution
+      Beta(alpha, alpha).
+    cutmix_alpha: 0 disables cutmix. Otherwise, the share of the area that the image keeps has the
+      distribution Beta(alpha, alpha), before the rectangle is clipped.
     switch: probability of cutmix instead of mixup if both are enabled.
 
   Returns:
@@ -42,10 +42,13 @@ def mix(
   cutmix_share = jnp.where(both, switch, jnp.where(cutmix_alpha > 0, 1.0, 0.0))
 
   def draw(key):
-    """Returns the image's share of each pixel, its mean share, and whether it is mixed.
+    """Draws how an image is mixed.
 
-    The rest of each pixel comes from the partner. The shares of the pixels are `[H, W, 1]` in units
-    of 2^-16. If the image is not mixed, the mean share has no meaning.
+    Returns:
+      The weight of the image itself at each pixel, `[H, W, 1]` in units of 2^-16. The rest is the
+      weight of the partner.
+      The mean of these weights, from 0 to 1; it has no meaning if the image is not mixed.
+      Whether the image is mixed at all.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)
     happens, cut = jax.random.uniform(choice_key, (2,)) < jnp.stack([probability, cutmix_share])
@@ -64,7 +67,7 @@ def mix(
 
 
 def partner(x_B: jax.Array) -> jax.Array:
-  """Returns the value of each example's partner, which is its neighbour in the batch."""
+  """Swaps the two neighbours in each pair of rows: `[a, b, c, d]` becomes `[b, a, d, c]`."""
   assert len(x_B) % 2 == 0, f'{len(x_B)} examples do not form pairs: expected an even number.'
   pairs = x_B.reshape(-1, 2, *x_B.shape[1:])
   return pairs[:, ::-1].reshape(x_B.shape)

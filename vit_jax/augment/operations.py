@@ -90,7 +90,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the index of each pixel's value in a flattened `[B, C, 256]` array."""
+  """Returns the index of each pixel's `[image, channel, level]` in a flat `[B, C, 256]` array."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
@@ -159,9 +159,9 @@ def smooth(image_BHWC: jax.Array) -> jax.Array:
 
 
 def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Applies color and sharpness, which move the image away from or towards another version.
+  """Applies color and sharpness, which blend the image with a changed version.
 
-  The other version is grey for color, and smoothed for sharpness.
+  The changed version is grey for color, and smoothed for sharpness.
   """
   color_B111 = chosen['color'][:, None, None, None]
   any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
@@ -178,15 +178,15 @@ def fixed(number: jax.Array) -> jax.Array:
 
 
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """Interpolates from `zero` at factor 0 to `one` at factor `ONE`, and beyond; rounds down."""
+  """Extends a line through `zero` at factor 0 and `one` at factor `ONE`; rounds down."""
   return zero + (factor * (one - zero) >> BITS)
 
 
 def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
   """Returns the matrices `[B, 2, 3]` that map an output place (x, y, 1) to the input place (x, y).
 
-  Places are measured in pixels, from the image's corner to the centre of a pixel. The matrices are
-  int32 in units of 2^-16.
+  Places are measured in pixels from the image's top left corner. The matrices are int32 in units of
+  2^-16.
   """
   _, height, width, _ = shape
   only = lambda name: jnp.where(chosen[name], argument_B, 0.0)

@@ -2,12 +2,13 @@
 
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
-    uint8 images. Each example has its own key, so its draws do not depend on other examples.
+    uint8 images. Each example has its own key, so no draw depends on other examples.
   * `AUGMENTATIONS` defines the order of the augmentations, and which argument enables each of them.
     All augmentations are off by default.
-  * Mixing comes last. It pairs the example at position i of the batch with the example at i XOR 1.
-    These pairs are random because the order of the data is random. If every device and micro-batch
-    holds an even number of examples, the two examples of a pair are always together.
+  * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
+    are the next pair, and so on. These pairs are random because the order of the data is random. If
+    every device and micro-batch holds an even number of examples, the two examples of a pair are
+    always together.
   * Images stay uint8 throughout, also after mixing. The rounding error is below one grey level.
 """
 
@@ -28,8 +29,8 @@ class Augmentation(NamedTuple):
   Attributes:
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
-    off: value of this argument that disables it.
-    strong: whether `off_for_last` disables it at the end of a run.
+    off: the augmentation is disabled if the argument `switch` has this value.
+    strong: whether `off_for_last` disables the augmentation at the end of a run.
   """
 
   function: Callable[..., jax.Array]
@@ -70,11 +71,11 @@ def augment(
   arguments: Mapping[str, Mapping],
   strong: bool | None = None,
 ) -> jax.Array:
-  """Applies each of `AUGMENTATIONS` with its arguments, without mixing.
+  """Applies those of `AUGMENTATIONS` that `arguments` enables, but does not mix.
 
   Args:
     key: random key of the step.
-    example_B: positions in the global batch, which determine the random draws.
+    example_B: row number of each image in the global batch. The random draws depend on it.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each augmentation, by name.
     strong: True applies only the strong augmentations, False only the augmentations that are not
@@ -87,7 +88,7 @@ def augment(
 
 
 def keys(key: jax.Array, place: int, example_B: jax.Array) -> jax.Array:
-  """Returns the key of each example for the augmentation with index `place`."""
+  """Returns a random key for each example, for the augmentation with index `place`."""
   step_key = jax.random.fold_in(key, place)
   return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(example_B)
 
@@ -103,7 +104,8 @@ def augment_and_mix(
 
   Args:
     key: random key of the step.
-    example_B: positions in the global batch; the two examples of a pair are next to each other.
+    example_B: row number of each image in the global batch. The two examples of a pair are next to
+      each other.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
     early: whether this step uses strong augmentations and mixing; if not, they are not computed.
@@ -111,7 +113,7 @@ def augment_and_mix(
 
   Returns:
     image_BHWC: the augmented uint8 images.
-    own_B: weight of each image's own label; the rest is the weight of its partner's label.
+    own_B: weight of each image's own label. The label of the partner has the weight `1 - own_B`.
   """
 
   def strongly(image_BHWC):

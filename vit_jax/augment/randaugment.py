@@ -23,10 +23,10 @@ class Argument(NamedTuple):
     weakest: value at strength 0.
     strongest: value at strength 1; values at other strengths follow linearly.
     around: constant to which the value is added.
-    signed: whether the value is subtracted from `around` in half of the draws.
+    signed: whether half of the draws subtract the value from `around` instead.
     whole: whether the distance from `weakest` is truncated to a whole number.
-    bounds: smallest and largest argument.
-    period: value at which the argument starts at 0 again.
+    bounds: smallest and largest argument; the argument is clipped to this range.
+    period: arguments from this number on are reduced modulo this number.
   """
 
   weakest: float = 0.0
@@ -156,8 +156,9 @@ def rand_augment(
     key_B: random key of each example.
     image_BHWC: uint8 images.
     num_layers: number of operations per image, drawn with replacement.
-    magnitude: mean strength, from 0 to the maximum of the space in `MAX_MAGNITUDES`.
-    mstd: standard deviation of the strength; draws are clipped to the same bounds.
+    magnitude: mean of the drawn magnitudes, from 0 to the maximum of the space in
+      `MAX_MAGNITUDES`.
+    mstd: standard deviation of the drawn magnitudes, which are clipped to the same range.
     probability: probability that a drawn operation is applied.
     space: name of a set of operations in `SPACES`.
   """

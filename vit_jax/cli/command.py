@@ -106,7 +106,7 @@ def load_extensions(names: Sequence[str]) -> None:
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """Returns the command that installs a missing module; None if no extra contains it."""
+  """Returns the command that installs a missing module; None if the command is unknown."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 

@@ -39,9 +39,9 @@ class Mode:
     summary: purpose of the mode, in one line; starts with a verb.
     example: flags of a typical command.
     flags: accepted flags; all others are rejected.
-    run: function that runs the mode. Its argument has an attribute for each flag, and `overrides`
-      for the config overrides. The function returns the exit code, or None for 0. It imports slow
-      modules only when it is called.
+    run: function that runs the mode and returns the exit code, or None for 0. Its argument has an
+      attribute for each flag, and `overrides` for the config overrides. Slow modules are imported
+      inside this function.
     resumes: whether the same command resumes an interrupted run.
   """
 

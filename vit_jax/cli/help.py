@@ -81,7 +81,7 @@ def mode_page(name: str) -> str:
 
 
 def valid(name: str) -> str:
-  """Returns the valid values of a key as text; empty if only its type is checked."""
+  """Returns the valid values of a key as text; empty if every value of the right type is valid."""
   from vit_jax.check import choices  # the registries need JAX
 
   if names := choices(name):

@@ -33,7 +33,7 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the flags that every mode accepts. Extensions, imported later, may define others."""
+  """Parses the flags that every mode accepts, and ignores others: extensions may define them."""
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
   args.given = given(argv)

@@ -25,7 +25,7 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints the log of this package and of no other."""
+  """Prints the log messages of this package. Messages of other packages are not printed."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
@@ -59,7 +59,7 @@ def open_streams() -> None:
 
 
 def hush_event_loops() -> None:
-  """Silences messages about event loops that orbax cannot open, because it also raises an error."""
+  """Hides messages about event loops that orbax cannot open; orbax also raises an error."""
   before = sys.unraisablehook
 
   def report(unraisable):
@@ -71,7 +71,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Standard output. Its errors say that standard output failed; the system's errors do not."""
+  """Standard output, with error messages that name standard output and give a remedy."""
 
   def write(self, text):
     with self.named():
@@ -115,7 +115,10 @@ def end_at_once(message: str) -> None:
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """Encodes characters that the terminal cannot show: as raw bytes in file names, else escaped."""
+  """Encodes a character that the terminal cannot show as an escape such as `\\u20ac`.
+
+  An undecodable byte of a file name is written unchanged.
+  """
   try:
     return codecs.lookup_error('surrogateescape')(error)
   except UnicodeEncodeError:

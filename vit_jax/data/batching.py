@@ -1,10 +1,11 @@
-"""Makes training batches in a reproducible order, and evaluation batches of each example once.
+"""Makes batches: for training in a reproducible order, for evaluation with each example once.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
     The sequence is cut into batches, so a batch can have examples of two epochs. The example at
-    position `step * batch_size + i` depends only on the seed and the number of examples. So the
-    step number is enough to resume, and no example is dropped at the end of an epoch.
+    position `step * batch_size + i` of the sequence depends only on the seed and the number of
+    examples. So the step number is enough to resume, and no example is dropped at the end of an
+    epoch.
   * A batch is a global array. Each process gathers only the rows that its own devices hold. All
     processes compute the same order, so they need not communicate.
   * Evaluation pads the last batch and adds a mask, so that every example counts once.
@@ -36,15 +37,19 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Defines which examples each batch holds. Batch `step` begins at position `step * stride`.
+  """Defines which examples each batch holds.
+
+  A batch is a range of the sequence of examples. The range of batch `step` begins at position
+  `step * stride` of the sequence.
 
   Attributes:
     size: number of examples.
     stride: number of positions from the start of one batch to the start of the next.
     rows: number of rows in a batch.
     steps: the step numbers of the batches.
-    seed: seed of the order and of the random numbers for each position. None, for evaluation: the
-      examples keep their own order and are not cropped at random. Padding repeats the last example.
+    seed: seed of the order and of the random numbers for each position. None means evaluation: the
+      sequence is the examples in their own order, then copies of the last example as padding. No
+      example is cropped at random.
   """
 
   size: int
@@ -54,11 +59,11 @@ class Plan:
   seed: int | None = None
 
   def positions(self, step: int) -> np.ndarray:
-    """Returns the positions of the rows of a batch, `[rows]`."""
+    """Returns the positions in the sequence that a batch covers, one per row: `[rows]`."""
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:
-    """Returns the indices of the examples at these positions, `[N]`."""
+    """Returns the indices of the examples at these positions of the sequence, `[N]`."""
     if self.seed is None:
       return np.minimum(position_N, self.size - 1)
     epoch_N, offset_N = np.divmod(position_N, self.size)
@@ -107,9 +112,9 @@ def eval_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields every example once, in order, in batches of one shape; `mask` is 0 for padding.
 
-  The number of rows is `batch_size`, rounded up to a multiple of the number of devices. `mask` is
-  also 0 for bad images, if they are skipped. `extra` holds additional arrays with one row per
-  example. Each batch contains the rows of its examples, under the names of these arrays.
+  The number of rows is `batch_size`, rounded up to a multiple of the number of devices. If bad
+  images are skipped, `mask` is also 0 for them. `extra` holds additional arrays with one row per
+  example. A batch contains these arrays under the same names, with the rows of its own examples.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

@@ -1,9 +1,10 @@
 """Lists the images in a folder in a fixed order, and decides which of them are held out.
 
 Decisions:
-  * Each file is identified by a hash of its name below its class folder. The hash alone gives the
-    file a position in [0, 1), and the position decides whether the file is held out. So no file
-    changes its split when files are added, removed or moved to another class.
+  * A file is identified by a hash of its path without the class folder: of `a/1.jpg` for the file
+    `cat/a/1.jpg`. The hash alone gives the file a position in [0, 1), and the position decides
+    whether the file is held out. So no file changes its split when files are added, removed or
+    moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
     on the file system or the NumPy version. A percentage of a split is a range of positions.
   * Warnings report the files and folders that are ignored, except hidden ones.
@@ -39,7 +40,7 @@ class Files:
     path_N: path of each file, relative to `top`, as bytes.
     label_N: label of each file, int32.
     hash_N: `hash_name` of each file, uint64.
-    span: range of positions that the split covers.
+    span: range of positions that the split covers; (0, 1) without held-out files.
   """
 
   top: pathlib.Path
@@ -53,12 +54,12 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Increasing positions of the files, with `span` stretched to [0, 1)."""
+    """Positions of the files within the split, increasing: `span` is scaled to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
   def within(self, low: float, high: float) -> 'Files':
-    """Returns the files whose positions are in [low, high)."""
+    """Returns the files whose hashes have a `position` in [low, high)."""
     start, stop = np.searchsorted(position(self.hash_N), (low, high))
     arrays = (array[start:stop] for array in (self.path_N, self.label_N, self.hash_N))
     return Files(self.top, *arrays, (low, high))
@@ -81,7 +82,7 @@ class Folder:
 
 
 def hash_name(name: str) -> int:
-  """Hashes a file's name below its class folder to 64 bits, ignoring case and Unicode form."""
+  """Returns a 64-bit hash of a path below a class folder, ignoring case and Unicode form."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in every locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
@@ -94,11 +95,12 @@ def position(hash_N: np.ndarray) -> np.ndarray:
 
 
 def open_folder(root: pathlib.Path) -> Folder:
-  """Lists the images in `train/<class>/` and the folders in `TEST_NAMES`, or in plain `<class>/`.
+  """Lists the images of each split.
 
-  The first folder of `TEST_NAMES` that exists becomes the split `test`; the other folders keep
-  their names as splits. If none of them exists, the files with a `position` below `HELD_OUT` become
-  the split `test`.
+  With a folder `train/`, the training images are in `train/<class>/`. The first folder of
+  `TEST_NAMES` that exists becomes the split `test`; the other folders keep their names as splits.
+  Without a folder `train/`, all images are in `<class>/`. If there is no test folder, the files
+  with a `position` below `HELD_OUT` become the split `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training
@@ -193,7 +195,7 @@ def warnings(
 
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
-  """Returns the classes without a file."""
+  """Returns the names of the classes that have no file."""
   count_L = np.bincount(files.label_N, minlength=len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
 
@@ -205,7 +207,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """Returns the names of the folders in `root`, sorted, without hidden and useless folders."""
+  """Returns the names of the folders in `root`, sorted, without hidden or `useless` folders."""
   names = (p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.' and not useless(p))
   return tuple(sorted(names))
 
@@ -219,7 +221,7 @@ def useless(folder: pathlib.Path) -> bool:
 def list_files(
   top: pathlib.Path, class_names: tuple[str, ...], passed_over: collections.Counter
 ) -> Files:
-  """Lists every image below the class folders in `top`; counts other files by extension.
+  """Lists every image below the class folders in `top`; counts other files in `passed_over`.
 
   Only file names are checked. A broken link is reported later, when the file is read.
 

@@ -1,7 +1,7 @@
 """Decodes image files to uint8 arrays on the host; `vit_jax.augment` augments them on the device.
 
 Decisions:
-  * Pillow opens every file and decodes whole images. Its pixels are the reference.
+  * Pillow opens every file and decodes whole images. Pillow's pixels are the reference.
   * Random crops are decoded and scaled again in every epoch. For crops, OpenCV decodes ordinary RGB
     JPEGs and scales all images, because it is faster (results/input.json). Pillow decodes all other
     files, and opens every file, so that the same files are accepted.
@@ -124,7 +124,7 @@ def fit_image(
     image: grey or RGB image.
     size: (height, width) of the result.
     interpolation: filter from `INTERPOLATIONS`. It averages pixels when the image becomes smaller.
-    crop: share of the shorter side that the central crop keeps.
+    crop: share of the shorter side that the central crop keeps; with `stretch`, of both sides.
     stretch: whether to scale height and width independently. Otherwise the longer side is cropped.
   """
   height, width = size
@@ -142,7 +142,7 @@ def fit_image(
 
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
-  """Fits an array to `size`, as `fit` does with a decoded file."""
+  """Scales an array to `size` with `fit`, a function that takes a Pillow image."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)
 
@@ -157,7 +157,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side. Large crops of long images may exceed it.
+    max_aspect: largest ratio of longer to shorter side. Large parts of long images may exceed it.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)

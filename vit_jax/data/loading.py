@@ -44,11 +44,11 @@ def decide_cache(
   size: tuple[int, int],
   trains: bool = False,
 ) -> str:
-  """Returns `reading.cache`, or a choice of `memory` or `stream` if it is `auto`.
+  """Returns `reading.cache`; if this is `auto`, chooses `memory` or `stream`.
 
   The choice is `memory` under two conditions. The splits fill at most half of the available memory,
   and training batches are the same as from a stream; `differs` checks this. So the result of a run
-  does not depend on the memory of its machine. Evaluation always sees the same pixels.
+  does not depend on the memory of its machine. In evaluation, both choices give the same pixels.
 
   Args:
     reading: settings for reading the splits.

@@ -1,7 +1,7 @@
-"""Decodes a split once and keeps it in memory. `stream.py` decodes it again in every epoch.
+"""Decodes a split once and keeps the images in memory. `stream.py` decodes in every epoch.
 
 Decisions:
-  * Images are kept as uint8. If all images have the same size, smaller than the model's input
+  * Images are kept as uint8. If all images have one size that is smaller than the model's input
     (`common_size`), they are kept at this size and the device enlarges them. Enlarged to 224
     pixels, CIFAR-10 would fill 7.5 GB.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
@@ -72,7 +72,7 @@ class Examples:
     )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields named arrays that together identify these examples."""
+    """Yields pairs of a name and an array, which together identify these examples."""
     yield 'images', self.image_NHWC
     yield 'labels', self.label_N
 
@@ -104,7 +104,7 @@ def load_examples(
   label_N = np.empty(count, np.int32)
 
   def decode(example, row):
-    """Fills a row. Returns the error of a bad image, otherwise an empty string."""
+    """Decodes an example into a row. Returns the error if the image is bad, else an empty text."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:

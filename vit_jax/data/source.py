@@ -35,7 +35,7 @@ class Source:
     class_names: name of the class of each label.
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
-      a file or a uint8 array. `pixels` checks and decodes it later.
+      a file or a uint8 array. `pixels` checks and decodes the image later.
     fingerprint: hash of the training split's names and labels; empty if unknown.
     files: files of each split of a folder; empty for other kinds of sources.
     left_out: for each split, whether each of its files is left out, bool `[N]`.
@@ -69,7 +69,7 @@ def pixels(
 ) -> np.ndarray:
   """Returns the pixels of an example, scaled to `size` by `fit`: `image_HWC`.
 
-  An array that already has this size is returned unchanged.
+  If the example holds an array of this size, the array is returned unchanged.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -113,7 +113,7 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises a bad image's error with a remedy, for callers that do not skip bad images."""
+  """Raises the error again with a remedy added, for callers that do not skip bad images."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
@@ -129,7 +129,7 @@ def check_label(source: Source, name: str, label: int) -> None:
 
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
-  """Returns the file content of an example, which is given as a path or as bytes."""
+  """Returns the bytes of a file, given its path or the bytes themselves."""
   return image_lib.read_file(encoded) if isinstance(encoded, pathlib.Path) else encoded
 
 

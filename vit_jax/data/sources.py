@@ -29,7 +29,8 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   """Opens a source like `open_source`, but never prepares data, and accepts missing data.
 
   Returns:
-    The source, with empty `sizes` if the data is missing. None if the source is unknown.
+    The source. If the data of a TFDS dataset is missing, `sizes` is empty. None if the folder of a
+    `folder:<path>` source is missing.
   """
   kind, _, name = spec.partition(':')
   if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):

@@ -14,13 +14,14 @@ WHOLE = 10**9  # percentages of positions are rounded to this many equal parts
 def resolve(
   spec: str, sizes: Mapping[str, int], positions: Mapping[str, np.ndarray] | None = None
 ) -> list[Piece]:
-  """Returns the pieces that make up a split.
+  """Returns the pieces `(split, start, stop)` that make up a split.
 
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
     positions: for some splits, the position of each example, from 0 to below 1, in increasing
-      order. Percentages divide these splits by position, and all other splits by index.
+      order. In these splits, a percentage is a range of positions. In all other splits, it is a
+      share of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.
@@ -86,8 +87,8 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
 
   Args:
     pieces: ranges of examples.
-    unwanted: for each split, whether each of its examples is unwanted, bool `[N]`. Splits without
-      an entry are kept.
+    unwanted: for each split, whether each of its examples is unwanted, bool `[N]`. A split
+      without an entry has no unwanted examples.
   """
 
   def runs() -> Iterator[Piece]:

@@ -2,15 +2,16 @@
 
 Decisions:
   * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
-    few rows, and Grain maps the number of a part to its pixels. So batches do not depend on the
-    number of threads and workers, or on the order in which parts are finished.
+    few rows. Grain computes each part from its number alone. So batches do not depend on the number
+    of threads and workers, or on the order in which parts are finished.
   * A process decodes only the rows that its own devices hold. The random numbers of an example
-    depend only on the seed and on its position in the endless sequence. So any number of processes
-    makes the same batches.
+    depend only on the seed and on the position of the example in the endless sequence. So any
+    number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good example and
-    its label. The replacement is the same in every run, and replaced images are counted.
+  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good image, with
+    the label of that image. The replacement is the same in every run, and replaced images are
+    counted.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """All labels, int32. A folder gives them fast; for TFDS, all records are read."""
+    """All labels, int32. This is fast for a folder; for TFDS, it reads all records."""
     return np.array([label for _, _, label in self.read_all()], np.int32)
 
   def batches(
@@ -131,7 +132,7 @@ class Stream:
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
     """Returns whether each image at these indices can be decoded, bool `[N]`.
 
-    All are True if bad images stop the run.
+    If bad images stop the run, nothing is decoded, and all values are True.
     """
     if not self.skip_bad_images or not len(index_N):
       return np.ones(len(index_N), bool)
@@ -142,7 +143,7 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields named arrays that identify these examples: their files, and how they are decoded."""
+    """Yields pairs of a name and an array, which identify the files and how they are decoded."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -195,7 +196,7 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int, int]:
-    """Returns image and label of this or the next readable example, and how many were skipped.
+    """Returns image and label of this or the next good example, and the number of skipped ones.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -267,7 +268,7 @@ def read_part(
   Args:
     stream: the stream that holds the examples.
     plan: the plan of the batches.
-    parts: rows of each part of a batch.
+    parts: row numbers of each part of a batch.
     number: number of the part, counted from the plan's first batch.
   """
   step, part = divmod(number, len(parts))
@@ -278,7 +279,7 @@ def read_part(
 
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
-  """Returns the four random numbers in [0, 1) that belong to a position."""
+  """Returns the four random numbers in [0, 1) for a position in the endless sequence."""
   # The position is part of the key, so each position has its own numbers. We draw raw bits, because
   # NumPy guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
@@ -286,7 +287,7 @@ def draw_uniform(seed: int, position: int) -> np.ndarray:
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Joins dictionaries of arrays into a new one, in this process's own memory, and empties them."""
+  """Joins the arrays of the parts into new arrays in this process's memory; empties the parts."""
   # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
   # shared with the workers, so the parts are emptied here.
   names = list(parts[0])

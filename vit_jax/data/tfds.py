@@ -111,7 +111,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a known or prepared dataset; None if it is neither."""
+  """Returns the builder of a dataset that TFDS knows or `directory` contains, else None."""
   import tensorflow_datasets
 
   try:

@@ -21,6 +21,7 @@ from vit_jax.distributed.cluster import (
 from vit_jax.distributed.devices import few_devices, inference_mesh, make_mesh, shares, start_up
 from vit_jax.distributed.joining import joined
 from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
+from vit_jax.distributed.peaks import peak_tflops
 from vit_jax.distributed.sharding import (
   batch_sharding,
   gather,
@@ -58,6 +59,7 @@ __all__ = [
   'micro_batches',
   'needed',
   'num_cores',
+  'peak_tflops',
   'place',
   'place_rows',
   'portable',

@@ -38,8 +38,8 @@ _target = contextvars.ContextVar('target', default=None)
 def target(mesh: Mesh | None = None) -> Target:
   """Returns the kind of device for which a program is compiled.
 
-  Inside `compiled_for`, this is its target. Otherwise it is the kind of the mesh's devices, or of
-  JAX's default device if there is no mesh.
+  In a `compiled_for` block, this is the target of the block. Otherwise it is the kind of the mesh's
+  devices or, if there is no mesh, of JAX's default device.
   """
   device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
   return _target.get() or target_of(device)

@@ -11,19 +11,19 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError if workers cannot start, because importing the main script would run it."""
+  """Raises ValueError if the start of a worker would run the main script again."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
     raise ValueError(
-      'Each worker process of data.workers imports the main script, which would run it again. Put '
-      "the script's code under `if __name__ == '__main__':`, or use data.workers=0."
+      'data.workers starts processes that import the main script. Each of them would run the '
+      "script again. Put its code under `if __name__ == '__main__':`, or use data.workers=0."
     ) from error
 
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Blocks SIGINT and SIGTERM in threads started in this block, and in the processes they start.
+  """Blocks SIGINT and SIGTERM in the threads that this block starts, and in the workers.
 
   All processes of a job get these signals at the same time. Workers must keep running until
   training has saved. A worker that is still starting could not ignore the signals by itself.

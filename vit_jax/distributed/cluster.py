@@ -28,10 +28,10 @@ class Preempted(Exception):
 def asked_to_stop() -> bool:
   """Returns whether all processes must stop now.
 
-  Every process must call this function equally often, because JAX identifies calls by their
-  numbers. After a stop signal, all processes stop at the first call that no process has made yet.
-  The numbers are not the training steps, because a run may begin at any step. They are larger than
-  any step, because orbax numbers its own calls by step.
+  Every process must call this function equally often, because JAX numbers the calls and compares
+  the numbers of the processes. After a stop signal, all processes stop at the first call that no
+  process has made yet. The numbers begin at 2^30, above any training step, because orbax makes
+  calls of the same kind and numbers them by step.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
@@ -50,12 +50,13 @@ def from_first(function: Callable[[], object]) -> object:
   """Calls `function` in process 0, and returns its result or raises its error in all processes.
 
   Args:
-    function: returns a value that JSON can hold, with NumPy arrays anywhere in the value. With
-      several processes, tuples come back as lists.
+    function: returns a value that JSON can hold, except that the value may contain NumPy arrays.
+      With several processes, tuples come back as lists.
 
   Raises:
     ValueError: the function raised a ValueError. With several processes, an OSError also becomes a
-      ValueError. Any other error does so too, except in process 0, which raises it unchanged.
+      ValueError. Process 0 raises any other error unchanged; the other processes then raise a
+      ValueError.
   """
   # Asking for the process count starts JAX, perhaps before `devices.start_up` has run.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
@@ -113,7 +114,7 @@ def check_same(what: str, value: dict) -> None:
 
 
 def from_all(value: object) -> list:
-  """Returns the values of all processes, in every process. JSON must be able to hold them."""
+  """Returns a list with the `value` of each process. JSON must be able to hold the values."""
   data = json.dumps(value).encode()
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [json.loads(data)]
@@ -123,7 +124,7 @@ def from_all(value: object) -> list:
 
 
 def broadcast(data: bytes | None) -> bytes:
-  """Returns the bytes of process 0 in all processes; all other processes pass None."""
+  """Returns, in every process, the `data` of process 0; the other processes pass None."""
   size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
@@ -131,7 +132,7 @@ def broadcast(data: bytes | None) -> bytes:
 
 
 def to_host(tree):
-  """Returns the arrays of a tree as whole NumPy arrays, in every process."""
+  """Converts the arrays of a tree to NumPy arrays, which every process then holds whole."""
 
   def whole(x):
     if x.is_fully_addressable or x.is_fully_replicated:
@@ -144,8 +145,8 @@ def to_host(tree):
 class Preemption:
   """Context manager that listens for SIGTERM, the notice that this job must end soon.
 
-  With several processes, JAX's preemption service listens. It makes all processes stop at the same
-  step, even if only one process got the signal.
+  With several processes, JAX's preemption service listens. This service makes all processes stop at
+  the same step, even if only one process got the signal.
   """
 
   def __enter__(self):

@@ -43,9 +43,9 @@ def start_up() -> None:
 
 
 def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str | None:
-  """Returns why a batch is divided over fewer CPU devices than possible; None if it is not.
+  """Returns a warning if JAX was started with fewer CPU devices than the batch could use.
 
-  The arguments are the same as in `make_mesh`.
+  Otherwise returns None. The arguments are the same as in `make_mesh`.
   """
   count = jax.device_count()
   user_set_count = jax.config.jax_num_cpu_devices > 0 and not _one_per_core
@@ -63,7 +63,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 
 
 def worth(count: int, batch_size: int) -> int:
-  """Returns the maximum number of CPU devices, out of `count`, that a batch is divided over."""
+  """Returns how many of `count` CPU devices to use, with `MIN_EXAMPLES` or more examples each."""
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 
@@ -73,7 +73,7 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on a CPU, of as many devices as divide the batch.
+  """Returns a mesh of all devices; on a CPU, of the largest number that divides the batch.
 
   On a CPU, `worth` limits the number of devices. The limit does not apply if the user has set the
   number of CPU devices, or if `shape` needs more devices.

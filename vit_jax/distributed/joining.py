@@ -142,7 +142,10 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Reports a slow block, and ends the process after `JOIN` seconds, before JAX would abort it."""
+  """Prints a message if the block is slow, and ends this process after `JOIN` seconds.
+
+  JAX would abort the process later.
+  """
 
   def give_up():
     say(f'error: {what} did not connect within {JOIN} s. Start them all within this time. {ALONE}')
@@ -163,7 +166,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this process is possibly one of several; `join` then lets JAX find out."""
+  """Returns whether this process may be one of several. If so, `join` asks JAX to detect them."""
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 

@@ -39,7 +39,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
     batch_size: number of examples over all devices.
     tokens: number of tokens of an example.
     width: width of the model.
-    group: number of neighbouring examples that stay together.
+    group: number of neighbouring examples that stay together in a micro-batch.
 
   Returns:
     1 on accelerators. On a CPU, the number that gives micro-batches of about `TOKENS` tokens, or
@@ -58,7 +58,8 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   Args:
     function: maps `(micro-batch, *shared)` to a tree of sums over the examples.
-    mesh: mesh of devices. Each device holds a share of the batch, and `layout` places `shared`.
+    mesh: mesh of devices. Each device holds a share of the batch. The arrays in `shared` are placed
+      as `sharding.layout` defines.
     parts: number of micro-batches per device, which must divide the device's share.
   """
 
@@ -106,9 +107,10 @@ def split(batch, parts: int):
 
 
 def micro(batch, mesh: Mesh, parts: int):
-  """Splits a batch like `split`, but takes each part from the shares of all devices.
+  """Splits a batch into parts, as `split` does, so that each part uses every device.
 
-  The result differs from `split` only if parameters are split. Then `batch` is the whole batch.
+  If parameters are split, `batch` is the whole batch. Each part then takes examples from the shares
+  of all devices. Otherwise `batch` is the share of one device, and the result is that of `split`.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -122,7 +124,7 @@ def micro(batch, mesh: Mesh, parts: int):
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Changes a function: every module's output is split along the batch axis, like its input.
+  """Returns the function with a constraint: module outputs stay split along the batch axis.
 
   Without this constraint, XLA can split a token's vector in the same way as the next kernel.
   Devices would then exchange activations instead of parameters.

@@ -50,8 +50,9 @@ def layout(mesh: Mesh, tree):
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns, for each axis of an array, the mesh axis that splits it, or None.
 
-  `tensor` splits the axis given in `TENSOR_AXIS`. `fsdp` splits the longest other axis that is
-  divisible by the size of `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  `tensor` splits the axis given in `TENSOR_AXIS`, if the size of `tensor` divides this axis. `fsdp`
+  splits the longest other axis that the size of `fsdp` divides, in arrays of at least `SPLIT_FROM`
+  numbers (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)
@@ -82,13 +83,13 @@ def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
 
 
 def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Returns `array[index_B]` as a global array; each process gathers only its devices' rows."""
+  """Returns `array[index_B]` as a global array; a process reads only rows of its own devices."""
   shape = (len(index_B), *array.shape[1:])
   return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
 
 
 def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:
-  """Returns the rows of a batch that the devices of this process hold, in order."""
+  """Returns the numbers of the batch rows that the devices of this process hold, sorted."""
   places = over_batch.addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows)[where] for where in places]))
 
@@ -99,7 +100,7 @@ def place_rows(
   over_batch: jax.sharding.Sharding,
   local: Mapping[str, np.ndarray],
 ) -> dict[str, jax.Array]:
-  """Makes global arrays of `count` rows; `local` holds this process's rows, numbered `row_N`."""
+  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`."""
 
   def put(array):
     def part(where):
@@ -113,7 +114,7 @@ def place_rows(
 
 
 def keep_layout(mesh: Mesh, tree):
-  """Keeps arrays in their `layout`, inside a program that XLA partitions."""
+  """Keeps arrays in their `layout`, if parameters are split and XLA partitions the program."""
   return (
     jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree
   )

@@ -1,5 +1,6 @@
-"""Opens test data for a trained model, and prepares it as in training."""
+"""Opens test data for a trained model, and prepares the images as in training."""
 
+from collections.abc import Sequence
 import dataclasses
 import logging
 
@@ -19,6 +20,11 @@ from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
 log = logging.getLogger(__name__)
 
 
+def abridged(names: Sequence[str]) -> str:
+  """Returns the first five names as text."""
+  return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
+
+
 def open_data(experiment: Experiment) -> Source:
   """Opens the source of the experiment's data.
 
@@ -28,11 +34,13 @@ def open_data(experiment: Experiment) -> Source:
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
+    own, given = abridged(source.class_names), abridged(task.class_names)
+    only = sorted({*source.class_names} ^ {*task.class_names})
+    differ = f'Only one of the two has: {abridged(only)}' if only else 'The order differs'
     raise ValueError(
-      f'{data.source} has {len(source.class_names)} classes '
-      f'({", ".join(source.class_names[:5])}, ...), but the model was trained on '
-      f'{len(task.class_names)} classes ({", ".join(task.class_names[:5])}, ...). Use the same '
-      'classes.'
+      f'{data.source} has {len(source.class_names)} classes ({own}), but the model was trained on '
+      f'{len(task.class_names)} classes ({given}). {differ}. Use the same '
+      'classes in the same order.'
     )
   if source.channels != task.channels:
     raise ValueError(
@@ -76,7 +84,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
   Args:
     experiment: the model's experiment.
-    parts: for each split its open source and its name in TFDS notation.
+    parts: one pair for each split: the open source, and the split in TFDS notation.
 
   Raises:
     ValueError: the splits do not fit into memory.

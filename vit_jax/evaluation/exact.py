@@ -64,15 +64,15 @@ def score_split(
 def evaluate(
   workdir: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, step: str = ''
 ) -> dict[str, float]:
-  """Evaluates a checkpoint of a workdir on its `data.eval_split`.
+  """Evaluates a checkpoint of a workdir on the split that `data.eval_split` names.
 
       vit_jax.evaluate('runs/digits', step='last')['accuracy']
 
   Args:
     workdir: folder of a training run.
     overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
-    step: checkpoint to evaluate: `best`, `last` or a number. The default is the best by
-      validation accuracy, or the last if none has a validation accuracy.
+    step: checkpoint to evaluate: `best`, `last` or a number. The default is the checkpoint with the
+      best validation accuracy, or the last one if no checkpoint has a validation accuracy.
 
   Returns:
     The result of `evaluate_checkpoint`.
@@ -113,7 +113,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, float]:
 
 
 def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray | None:
-  """Loads the ReaL labels of a split, bool `[N, L]`; None if the config sets no path for them.
+  """Loads the ReaL labels of a split, bool `[N, L]`; None if `data.real_labels` is not set.
 
   Raises:
     ValueError: the labels cannot be read, or belong to other data.

@@ -110,7 +110,7 @@ def cached_features(
 
 
 def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """Reads `feature_ND` and `label_N` from a file; returns None if it is missing or damaged."""
+  """Reads `feature_ND` and `label_N` from a file; None if the file is missing or damaged."""
   if not path.exists():
     return None
   try:
@@ -124,7 +124,7 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the program of `extract` for one image on one device, as text.
 
-  A change to the backbone's computation changes this text, even if the code is in other files.
+  Any change of the backbone's computation changes this text, in whatever file the code is.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)

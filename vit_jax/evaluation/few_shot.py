@@ -60,8 +60,9 @@ def draw_shots(
 def draw_readable(
   train: Split, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """Draws readable images for each of `SEEDS`, with the largest of `SHOTS` that all classes have.
+  """Draws readable images of every class, once for each of `SEEDS`.
 
+  The number of images per class is the largest of `SHOTS` for which every class has enough images.
   A bad image is replaced by another image of its class. Training would replace it by the next
   image in the split, which may belong to a different class.
 
@@ -91,7 +92,7 @@ def draw_readable(
 
 
 def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
-  """Returns the w `[D, L]` that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
+  """Returns the matrix w, `[D, L]`, that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
   x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
   examples, width = x_ND.shape
   if examples < width:
@@ -124,7 +125,7 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
-    'l2': ...}`, with the population standard deviation. `left_out` is as in
+    'l2': ...}`. `std` is the population standard deviation. `left_out` is as in
     `evaluate_checkpoint`.
 
   Raises:
@@ -161,9 +162,10 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
 
 
 def fewshot(request: Request) -> dict:
-  """Measures few-shot accuracies and writes them to the workdir's `fewshot.json` if possible.
+  """Measures few-shot accuracies and writes them to `fewshot.json` in the workdir.
 
-  Published weights are tested on the data that the overrides name, and nothing is written.
+  If the workdir cannot be written, a warning says so. Published weights have no workdir: they are
+  tested on the data that the overrides name, and nothing is written.
   """
   exp, params, loaded = opening.open_model(request, 'data')
   result = score_backbone(exp, params)

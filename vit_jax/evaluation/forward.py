@@ -22,13 +22,13 @@ BATCH = 64  # maximum number of images per step
 def map_files(
   exp: Experiment, params: dict, files: list[pathlib.Path], function: Function
 ) -> Iterator[tuple[pathlib.Path, np.ndarray | str]]:
-  """Yields each file with its row of `function(image_BHWC, params)`, or with an error message.
+  """Yields each file with the result of `function` for its image, or with an error message.
 
   Args:
     exp: the experiment that defines the preprocessing.
     params: parameters of the experiment's model.
     files: at least one file.
-    function: takes uint8 images and returns an array with one row per image.
+    function: maps `(image_BHWC, params)`, with uint8 images, to an array with one row per image.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)

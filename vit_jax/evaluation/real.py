@@ -16,13 +16,14 @@ CLASS = re.compile(r'n\d{8}')  # the labels number the classes in the order of t
 
 
 def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
-  """Returns which classes each image of a split shows, bool `[N, L]`; all False without a label.
+  """Returns which classes each image of a split shows, bool `[N, L]`.
 
-  Images are identified by their file names, so any subset in any order works. With TFDS, this
-  function reads all records, and evaluation then reads them again.
+  The row of an image without a label is all False. Images are identified by their file names, so
+  any subset in any order works. With TFDS, this function reads all records, and evaluation then
+  reads them again.
 
   Args:
-    path: path of `real.json`: a list of class numbers for each image file, in the files' order.
+    path: path of `real.json`: for each image, in the order of file names, a list of class numbers.
     source: ImageNet's validation images.
     split: the split in TFDS notation.
 
@@ -58,7 +59,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
   """Reads the labels in a file; each label is a list of class numbers below `count`.
 
   Raises:
-    ValueError: the file cannot be read, is not a list of such labels, or has other classes.
+    ValueError: the file cannot be read, is not a list of labels, or has an unknown class.
   """
   try:
     labels = json.loads(path.read_text(encoding='utf-8'))

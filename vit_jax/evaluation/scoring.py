@@ -11,7 +11,7 @@ import numpy as np
 
 @flax.struct.dataclass
 class RealAccuracy(metrics.Average):
-  """ReaL accuracy: the share of labelled images predicted as one of their ReaL classes."""
+  """ReaL accuracy: share of labelled images whose predicted class is among the ReaL labels."""
 
   @classmethod
   def from_model_output(cls, *, predicted_B, mask, real_BL, **_):
@@ -44,7 +44,9 @@ def score(
   mask_B: jax.Array,
   real_BL: jax.Array | None = None,
 ) -> metrics.Collection:
-  """Returns the loss and accuracies of a batch in evaluation; top-5 only with more than 5 classes.
+  """Returns the loss and accuracies of a batch in evaluation.
+
+  The top-5 accuracy is included only with more than five classes.
 
   Args:
     logits_BL: the model's logits.

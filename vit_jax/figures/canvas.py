@@ -65,13 +65,16 @@ def show_image(axis, image_HWC: np.ndarray, **arguments):
 
 
 def bare(axis) -> None:
-  """Removes the ticks and the frame, and keeps the label."""
+  """Removes ticks and frame around a plot, but keeps the axis labels."""
   axis.set(xticks=[], yticks=[])
   axis.spines[:].set_visible(False)
 
 
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
-  """Repeats every pixel of the tiles, so that a gap can be thinner than an original pixel."""
+  """Enlarges tiles to at least 16 pixels per side, by repeating every pixel.
+
+  A gap between tiles can then be thinner than a pixel of the original.
+  """
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
 
@@ -87,7 +90,7 @@ def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
 
 
 def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
-  """Draws a grid of maps `[R, C, h, w]` with names for its rows and columns."""
+  """Draws a grid of maps `[R, C, h, w]` with the names of the rows and columns."""
   tile_RChw = enlarge(tile_RChw)
   h, w = tile_RChw.shape[2:]
   gap = min(h, w) // 8
@@ -112,7 +115,7 @@ def evenly(size: int, most: int) -> np.ndarray:
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Returns the map at another size `[H, W]`, interpolated linearly between patch centres."""
+  """Resizes a map of the patches to `[H, W]`, by linear interpolation between patch centres."""
   for axis, wanted in enumerate(size):
     given = map_hw.shape[axis]
     where = (np.arange(wanted) + 0.5) * given / wanted - 0.5
@@ -122,7 +125,7 @@ def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def short(name: str, most: int = 16) -> str:
-  """Returns a class name on one line, cut to `most` characters to fit next to its tick.
+  """Returns a class name on one line, cut to `most` characters so that it fits on an axis.
 
   Dollar signs are escaped, because matplotlib reads them as the start of a formula.
   """

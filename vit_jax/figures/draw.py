@@ -1,15 +1,14 @@
 """Draws figures from arrays, with matplotlib only.
 
-Each function returns a `Figure` that is 8 inches wide. At the intended width of 800 pixels, an inch
-has 100 pixels.
+Each function returns a `Figure` that is 8 inches wide, to be shown 800 pixels wide.
 
 Decisions:
   * Figures do not use pyplot. There is nothing to close, and no display is needed.
   * Categories have colours that colour-blind readers can tell apart (Okabe and Ito's palette).
-    Maps use viridis, which runs from dark to light, as in the paper.
+    As in the paper, maps use viridis, whose colours run from dark to light.
   * Large grids of maps are drawn as one image with gaps, not as hundreds of axes.
-  * Characters missing from matplotlib's own font use an installed font of `FALLBACKS`. Without
-    such a font they are drawn as boxes, and matplotlib's warnings about them are hidden.
+  * A character that matplotlib's own font lacks is drawn with an installed font of `FALLBACKS`.
+    Without such a font, a box is drawn instead, and matplotlib's warning is hidden.
 """
 
 from collections.abc import Sequence
@@ -126,7 +125,7 @@ def draw_mistakes(
   predictions: Sequence[str],
   confidences: Sequence[float],
 ) -> Figure:
-  """Draws images with their true class, the predicted class and its probability."""
+  """Draws each image with the true class, the predicted class and the probability of the latter."""
   columns = 5
   rows = -(-len(image_NHWC) // columns)
   height, width = image_NHWC.shape[1:3]
@@ -145,7 +144,7 @@ def draw_mistakes(
 
 @canvas.styled
 def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
-  """Draws an image with patch borders, its separated patches, and the patches as a sequence."""
+  """Draws an image three times: with patch borders, as separate patches, and as a sequence."""
   h, w, p, q, _ = patch_hwpqC.shape
   height, width, _ = image_HWC.shape
   figure = Figure(
@@ -184,9 +183,9 @@ def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
-  """Draws principal components of the patch embedding, with their share of the variance.
+  """Draws principal components of the patch embedding, each with its share of the variance.
 
-  Each component is scaled by its own largest value; mid-grey is zero.
+  Each component is divided by its largest magnitude. Mid-grey is zero.
   """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -206,7 +205,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws a map for each patch: the similarity of its position embedding to all others."""
+  """Draws a map for each patch: how similar all position embeddings are to that of the patch."""
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
   tile_RChw = similarity_hwhw[row_R][:, column_C]
@@ -246,7 +245,7 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
 @canvas.styled
 def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
-  """Draws each image, the image lit by its rollout map, and the rollout map."""
+  """Draws three rows: images, the images darkened where rollout is low, and the rollout maps."""
   count = len(image_BHWC)
   _, height, width, _ = image_BHWC.shape
   even_Bhw = map_Bhw / np.maximum(map_Bhw.mean(axis=(1, 2), keepdims=True), 1e-30)
@@ -279,8 +278,8 @@ def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Seque
 
   Args:
     image_HWC: image drawn next to the maps.
-    map_RKhw: attention of each head, one row of heads for each of `rows`.
-    rows: names of the rows.
+    map_RKhw: one map for each row (a block, or the pool) and each head.
+    rows: names of the R rows.
   """
   h, w = map_RKhw.shape[2:]
   row_R, head_K = (canvas.evenly(n, canvas.TILES) for n in map_RKhw.shape[:2])

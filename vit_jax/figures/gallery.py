@@ -113,7 +113,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
 def config_differences(
   subject: Subject, workdir: pathlib.Path | None
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
-  """Returns the config keys that differ from the default, and the unchanged keys.
+  """Returns the config keys whose values differ from the default, and the unchanged keys.
 
   Returns:
     A list of `(key, value, default)` for the changed keys, and `{key: value}` of the others.

@@ -6,11 +6,11 @@
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * The model exposes its attention through `sow`. For this, it uses the plain attention path,
-    which computes the weights explicitly (`attention.py`). No second model is needed.
-  * The array `read` holds how much the pooled output reads from each token of the last block. With
-    `cls`, only the class token has a share. With `gap`, all patches have equal shares, and with
-    `map`, the probe's attention. Functions that start from `read` therefore work for every pool.
+  * The model returns its attention weights through Flax's `sow`, without a second model. It then
+    uses the kernel `plain` (`attention.py`), which computes the weights explicitly.
+  * The array `read` holds the share of each token of the last block in the pooled output. With
+    `cls`, the class token has the whole share. With `gap`, all patches have equal shares. With
+    `map`, the shares are the probe's attention. Functions that use `read` work for every such pool.
   * `Missing` is raised if a model does not have the requested array. It is a separate subclass
     of `ValueError`, so a report can skip one figure and give the reason.
 """
@@ -37,21 +37,21 @@ def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
 def attentions(
   model: ViT, params: dict, image_BHWC: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Returns the attention of every block, and what the pooled output reads from each token.
+  """Returns the attention of every block, and the share of each token in the pooled output.
 
   Args:
-    model: a model whose pool is linear or has a probe.
+    model: a model whose entry in `POOLS` is `linear` or has a `probe`.
     params: the model's parameters.
     image_BHWC: normalised images.
 
   Returns:
     A list with one float32 `attention_BKNN` for each block; rows (queries) sum to 1.
-    `read_BKN`, the share that the pool reads from each token of the last block; rows sum to 1.
+    `read_BKN`, the share of each token of the last block in the pooled output; rows sum to 1.
     K is the number of heads of the probe, or 1 without a probe. If the pool concatenates vectors,
-    each has the same weight.
+    each vector has the same weight.
 
   Raises:
-    Missing: the model does not pool, or its pool does not report how much it reads of each token.
+    Missing: the pool returns all tokens, or it is neither `linear` nor has a `probe`.
   """
   pool = POOLS[model.pool]
   if pool.tokens:
@@ -76,7 +76,7 @@ def attentions(
 def pool_shares(model: ViT, tokens: int) -> jax.Array:
   """Returns the share of each token in the output of a linear pool: `[N]`, with sum 1.
 
-  The shares are the pool's output for unit tokens, averaged over concatenated vectors.
+  The pool is applied to unit vectors as tokens. Concatenated vectors of its output are averaged.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
@@ -86,18 +86,18 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
   """Returns how much of the pooled output comes from each patch of the image: `map_Bhw`.
 
   This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6).
-  Heads are averaged. The residual connection counts as an identity with equal weight,
-  `(A + I) / 2`, and the layers are multiplied. Only the rows that the pool reads are followed,
-  from the last block to the first.
+  Each block counts as the matrix `(A + I) / 2`: A is the mean attention of the heads, and I stands
+  for the residual connection. From the last block to the first, the shares that the pool reads are
+  multiplied by these matrices.
 
   Args:
     layers: `attention_BKNN` of each block, in order.
-    read_BN: share that the pool reads from each token of the last block; the mean of `read_BKN`.
+    read_BN: share of each token in the pooled output: the mean of `read_BKN` over its heads.
     grid: number of patches (down, across). Patches are the last tokens.
 
   Returns:
-    Shares of the pooled output. The map leaves out the class token and the registers. Together
-    with their shares, it sums to 1.
+    The share of each patch. The shares of all patches, the class token and the registers sum to 1,
+    but the map holds only the patches.
   """
   flow_BN = read_BN
   for attention_BKNN in reversed(layers):
@@ -110,11 +110,11 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 def head_attention(
   attention_BKNN: jax.Array, read_BN: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-  """Returns what each head of a block attends to, for the tokens that the pool reads: `map_BKhw`.
+  """Returns how much the tokens that the pool reads attend to each patch, by head: `map_BKhw`.
 
-  The map depends on the pool. With `cls` it is the class token's attention, with `gap` the mean
-  over the patches, and with `map` a mean weighted by the probe. With `cls_gap` and `distilled`,
-  both vectors have equal weight. Attention to the class token and the registers is left out.
+  With `cls`, it is the class token's attention. With `gap`, it is the mean attention of the
+  patches. With `map`, this mean is weighted by the probe's attention. With `cls_gap` and
+  `distilled`, both vectors have equal weight. Attention to tokens before the patches is left out.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
@@ -127,12 +127,12 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
   Returns:
     `rollout`: `[B, h, w]`.
-    `heads`: `[B, R, K, h, w]`, `head_attention` of each block. If the pool has a probe, the last
-      row is the probe's own attention.
-    `distance`: `[B, depth, K]`, in pixels.
+    `heads`: `[B, R, K, h, w]`, `head_attention` of each block. A pool with a probe adds a last row,
+      which holds the attention of the probe.
+    `distance`: `[B, depth, K]`, `mean_attention_distance` of each block.
 
   Raises:
-    Missing: the model does not pool, or its pool does not report how much it reads of each token.
+    Missing: the pool returns all tokens, or it is neither `linear` nor has a `probe`.
   """
   grid = grid_of(model, image_BHWC)
 
@@ -153,7 +153,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
 
 def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Reshapes the patches of `[..., N]` to `[..., h, w]` and drops the tokens before them."""
+  """Drops the tokens before the patches from `[..., N]`, and reshapes the rest to `[..., h, w]`."""
   h, w = grid
   return x[..., x.shape[-1] - h * w :].reshape(*x.shape[:-1], h, w)
 
@@ -206,7 +206,7 @@ def position_embeddings(model: ViT, params: dict, grid: tuple[int, int]) -> np.n
 
 
 def position_similarity(position_hwD: np.ndarray) -> np.ndarray:
-  """Returns the cosine similarity of all position pairs: `similarity_hwhw` (paper, Figure 7)."""
+  """Returns the cosine similarity of every two positions: `similarity_hwhw` (paper, Figure 7)."""
   norm_hw1 = np.linalg.norm(position_hwD, axis=-1, keepdims=True)
   unit_hwD = position_hwD / np.maximum(norm_hw1, np.finfo(np.float32).tiny)
   return np.einsum('hwD,yxD->hwyx', unit_hwD, unit_hwD)
@@ -221,12 +221,12 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
   Args:
     model: a model without a convolutional stem.
     params: the model's parameters.
-    count: maximum number of components. There are at most as many components as values in a
-      patch, and fewer than D.
+    count: maximum number of components. If the patch has fewer values, or D - 1 is smaller, the
+      smallest of these numbers is used.
 
   Returns:
-    `filter_FpqC`, the components in order of importance. Each has length 1, and its entry with
-      the largest magnitude is positive.
+    `filter_FpqC`, the components in order of importance. Each is a unit vector, and the
+      entry with the largest magnitude is positive.
     `share_F`, the share of each component in the variance of the filters.
 
   Raises:
@@ -285,8 +285,8 @@ def mistakes(
 def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
   """Returns the indices of `count` examples, spread evenly over the classes.
 
-  The first example of each class comes first, then the second of each class. With fewer examples,
-  there are fewer indices. With more classes than `count`, evenly spaced classes are used.
+  The first example of each class comes first, then the second of each class. If there are fewer
+  examples than `count`, all are used. If there are more classes, evenly spaced classes come first.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

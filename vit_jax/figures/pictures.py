@@ -55,16 +55,16 @@ class AttentionMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """The data for all figures. A part that is not available is a `Missing` with the reason.
+  """The data for all figures. For a part that is not available, a `Missing` gives the reason.
 
   Attributes:
     lines: lines of `metrics.jsonl`.
-    exp: experiment that fits the weights.
+    exp: experiment with the model and the config of the weights.
     params: parameters of the model.
     test: test split.
     scores: predictions for the test split.
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
-    attention: attention in these images, with distances that are averaged over more images.
+    attention: attention in the images of `shown`; the distances are averaged over more images.
     step: step of the checkpoint; None for published weights.
   """
 
@@ -81,7 +81,7 @@ class Subject:
     """Returns the named parts.
 
     Raises:
-      Missing: the first part that is not available.
+      Missing: a named part is not available.
     """
     parts = [getattr(self, name) for name in names]
     for part in parts:
@@ -91,7 +91,7 @@ class Subject:
 
 
 def picture_curves(subject: Subject) -> tuple[Figure, str]:
-  """Returns the training curves and their caption."""
+  """Returns the figure of the training curves, and its caption."""
   (lines,) = subject.need('lines')
   return draw.draw_curves(lines), (
     'Loss and accuracy during training. Training values come from augmented batches and are '
@@ -100,7 +100,7 @@ def picture_curves(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_confusion(subject: Subject) -> tuple[Figure, str]:
-  """Returns the confusion matrix of the test split and its caption."""
+  """Returns the figure of the confusion matrix of the test split, and its caption."""
   exp, scores = subject.need('exp', 'scores')
   names, count = exp.task.class_names, len(scores.label_N)
   count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
@@ -112,7 +112,7 @@ def picture_confusion(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
-  """Returns the most confident mistakes on the test split and their caption."""
+  """Returns the figure of the most confident mistakes on the test split, and its caption."""
   exp, test, scores = subject.need('exp', 'test', 'scores')
   index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
   if not len(index):
@@ -131,7 +131,7 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_patches(subject: Subject) -> tuple[Figure, str]:
-  """Returns the patches of the first image and their caption."""
+  """Returns the figure of the patches of the first image, and its caption."""
   exp, shown = subject.need('exp', 'shown')
   figure = draw.draw_patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
   return figure, (
@@ -141,7 +141,7 @@ def picture_patches(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_filters(subject: Subject) -> tuple[Figure, str]:
-  """Returns the filters of the patch embedding and their caption."""
+  """Returns the figure of the filters of the patch embedding, and its caption."""
   exp, params = subject.need('exp', 'params')
   filter_FpqC, share_F = maps.filters(exp.model, params)
   return draw.draw_filters(filter_FpqC, share_F), (
@@ -152,7 +152,7 @@ def picture_filters(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_positions(subject: Subject) -> tuple[Figure, str]:
-  """Returns the similarity of the position embeddings and its caption."""
+  """Returns the figure of the similarity of position embeddings, and its caption."""
   exp, params = subject.need('exp', 'params')
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
@@ -164,7 +164,7 @@ def picture_positions(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_distance(subject: Subject) -> tuple[Figure, str]:
-  """Returns the mean attention distance over all measured images and its caption."""
+  """Returns the figure of the mean attention distance over all measured images, and its caption."""
   exp, attention = subject.need('exp', 'attention')
   even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
   return draw.draw_attention_distance(attention.distance_DK, even), (
@@ -175,7 +175,7 @@ def picture_distance(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_rollout(subject: Subject) -> tuple[Figure, str]:
-  """Returns the attention rollout of the shown images and its caption."""
+  """Returns the figure of the attention rollout of the shown images, and its caption."""
   shown, attention = subject.need('shown', 'attention')
   return draw.draw_rollout(shown, attention.rollout), (
     'Which patches the output comes from, according to attention rollout, and the images lit by '
@@ -184,7 +184,7 @@ def picture_rollout(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_heads(subject: Subject) -> tuple[Figure, str]:
-  """Returns the attention of each head in the first image and its caption."""
+  """Returns the figure of the attention of each head in the first image, and its caption."""
   exp, shown, attention = subject.need('exp', 'shown', 'attention')
   map_RKhw = attention.heads[0]
   rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']

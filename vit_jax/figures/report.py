@@ -2,7 +2,7 @@
 
 Decisions:
   * The page has no scripts, fonts or external links. It can be opened from a disk or an e-mail,
-    and still in ten years.
+    without a network, and also in ten years.
   * All text goes through `html.escape`, because names of classes, files and runs are not trusted.
   * Figures have a white background, so they look the same on a dark page.
 """
@@ -56,8 +56,8 @@ class Report:
     subtitle: line below the title.
     numbers: results of the run, by name.
     changed: `(key, value, default)` of the config keys that differ from the default.
-    unchanged: config keys at their default, with the value.
-    pictures: figures in the order of the page, which embeds their files.
+    unchanged: `{key: value}` of the config keys that have their default value.
+    pictures: figures, in the order of the page. The page contains the bytes of the PNG files.
     left_out: titles of the skipped figures, with the reason.
   """
 
@@ -122,7 +122,7 @@ def html_table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def cells(rows: Iterable[tuple[str, ...]], tag: str = 'td') -> str:
-  """Returns the rows of a table; the given cells are already HTML."""
+  """Returns the HTML rows of a table; the cells must already be HTML."""
   line = lambda row: ''.join(f'<{tag}>{cell}</{tag}>' for cell in row)
   return '\n'.join(f'<tr>{line(row)}</tr>' for row in rows)
 

@@ -38,7 +38,7 @@ MEASURED = 128  # number of images that attention distance is averaged over, as 
 
 
 def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
-  """Reads and computes the data for the figures; `visualize` has the same arguments."""
+  """Reads and computes the data for the figures; `visualize` describes the arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
@@ -70,7 +70,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
-  """Returns the run's metrics, or the reason if they are missing."""
+  """Returns the lines of the run's `metrics.jsonl`, or the reason why there are none."""
   if workdir is None:
     return Missing('weights without a run have no metrics.')
   if not (workdir / 'metrics.jsonl').exists():
@@ -79,7 +79,9 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
 
 
 def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
-  """Returns the run's test split without training images, or the reason if it is unreadable.
+  """Returns the test split, or the reason why the split cannot be read.
+
+  Files that the weights were trained on are left out.
 
   Raises:
     ValueError, OSError: the data cannot be opened with the given `data.*` overrides.

@@ -69,7 +69,7 @@ To run the model on an `image.png` in this folder:
 
 
 def front_matter(library: str, model: ViT) -> str:
-  """Returns the YAML header of a card, which the Hub reads."""
+  """Returns the YAML header of a card; the Hugging Face Hub reads this header."""
   task = 'image-feature-extraction' if model.num_classes is None else 'image-classification'
   lines = [f'library_name: {library}', f'pipeline_tag: {task}', 'tags:']
   lines += ['- vision', '- vision-transformer']
@@ -77,7 +77,7 @@ def front_matter(library: str, model: ViT) -> str:
 
 
 def name_of(model: ViT) -> str:
-  """Returns the name of a model's variant, e.g. `B/16`, or its sizes if it has no such name."""
+  """Returns the variant and patch size, e.g. `B/16`; without a variant, width x depth: `64x6/8`."""
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
@@ -103,7 +103,7 @@ def architecture_text(model: ViT) -> str:
 
 
 def images(p: Preprocessing, channels: int) -> str:
-  """Describes the images that a model takes, and how files are resized to them."""
+  """Describes the images that a model takes, and how image files are resized to this form."""
   height, width = p.size
   small = f'{p.stored_size[0]}x{p.stored_size[1]}, enlarged to ' if p.stored_size else ''
   fitted, side = ('stretched', 'each side') if p.stretch else ('cropped', 'the shorter side')
@@ -140,13 +140,13 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
 
 
 def public(path: str) -> str:
-  """Returns only the name of an absolute or `~` path, so that cards do not show local folders."""
+  """Returns only the last part of an absolute or `~` path, so that cards show no local folders."""
   place = pathlib.PurePath(path)
   return one_line(place.name if place.is_absolute() or path.startswith('~') else path)
 
 
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
-  """Returns the accuracy from the run's result if it was measured with these weights."""
+  """Returns the test accuracy in a run's result; `unknown` if other weights were measured."""
   try:
     split, best = result['config']['data']['eval_split'], result.get('best', {})
     found = {best.get('step'): best.get('test_accuracy'), result['steps']: result['test_accuracy']}
@@ -157,7 +157,7 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 
 
 def classes(entry: Format, loaded: Pretrained) -> str:
-  """Describes the model's outputs, with their class names."""
+  """Describes the model's outputs: features, or classes with their names."""
   names = loaded.class_names
   if loaded.model.num_classes is None:
     return 'The model has no head: it returns features.'

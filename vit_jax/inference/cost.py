@@ -1,4 +1,4 @@
-"""Estimates the cost of a config before it runs: parameters, FLOPs, memory and steps.
+"""Estimates the cost of a config before training: parameters, FLOPs, memory and steps.
 
 All numbers come from shapes: nothing is computed or compiled, and no parameters are allocated.
 """
@@ -15,7 +15,6 @@ from vit_jax import experiment
 from vit_jax.distributed import layout, shares
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
-from vit_jax.inference.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.model import first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
@@ -25,15 +24,22 @@ from vit_jax.optim import (
   warmup_epochs,
   warmup_steps,
 )
-from vit_jax.training import init_state
+from vit_jax.training import (
+  OTHER,
+  activations,
+  init_state,
+  module_of,
+  of_stages,
+  work,
+)
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # used for an unknown number of examples; the optimizer's state does not depend on it
+MANY = 10**9  # stands for an unknown number of examples, which does not affect the state's size
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The cost of a module, or of the modules with the same name in all blocks together.
+  """The cost of a module, or the summed cost of the modules with one name in all blocks.
 
   Attributes:
     module: name of the module; `block_*/mlp` stands for the MLPs of all blocks.
@@ -63,7 +69,7 @@ class Summary:
     activation_bytes: bytes of the activations of these images.
     steps: number of training steps; None if the number of examples is unknown.
     warmup: number of warm-up steps; None if the number of examples is unknown.
-    notes: assumptions that were made.
+    notes: sentences about the assumptions behind these numbers, and about later warm-ups.
   """
 
   exp: Experiment
@@ -90,8 +96,8 @@ def measure(
   Args:
     exp: the experiment.
     examples: number of examples in the training split; None if it is unknown.
-    notes: assumptions that were made.
-    cycles: last step of each earlier cycle, as in `plan.Training`.
+    notes: sentences about the assumptions that were made.
+    cycles: last step of each earlier cycle. Setting more epochs for a finished run adds a cycle.
 
   Raises:
     ValueError: the batch cannot be divided among this machine's devices.
@@ -132,7 +138,7 @@ def measure(
     (
       *notes,
       *(
-        f'After step {n:,}, a new cycle warms up to {LATER_PEAK:g} times the learning rate.'
+        f'After step {n:,}, the learning rate warms up again, to {LATER_PEAK:g} times optimizer.lr.'
         for n in cycles
       ),
     ),
@@ -140,7 +146,7 @@ def measure(
 
 
 def size_on_device(tree, mesh: Mesh) -> int:
-  """Returns how many bytes of the tree each device holds, when it is split as in training."""
+  """Returns how many bytes each device holds if the tree's arrays are split as in training."""
   leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
   return sum(
     math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -149,7 +155,7 @@ def size_on_device(tree, mesh: Mesh) -> int:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Sort key of a row: the position of its top-level module, then its name."""
+  """Returns a sort key: the place of the top-level module in the model, then the name."""
   order = (*first_layer(), 'block_*', *last_layer(), OTHER)
   return order.index(name.partition('/')[0]), name
 

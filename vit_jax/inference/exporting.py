@@ -33,10 +33,10 @@ def export(
   Args:
     path: a workdir, a file, a folder or a name on the Hub; anything that `vit_jax.load` reads.
     format: one of `FORMATS`.
-    out: output folder, created if it is missing; an earlier export in it is replaced, including
-      its model card.
-    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' for the default of
-      `predict`.
+    out: output folder, created if it is missing. An earlier export in this folder is replaced,
+      including the model card.
+    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' to choose as `predict`
+      does by default.
 
   Returns:
     All files in the folder.
@@ -90,7 +90,7 @@ def save(
   class_names: tuple[str, ...] | None = None,
   card: str | None = None,
 ) -> None:
-  """Writes weights into a folder in one of `FORMATS`; `load` can read hf, timm and npz again.
+  """Writes weights into a folder in one of `FORMATS`; `load` can read the formats hf, timm and npz.
 
   Args:
     model: the model.
@@ -99,8 +99,8 @@ def save(
       only after all new files are complete.
     format: one of `FORMATS`.
     preprocessing: how images must be prepared. None for pixels in [-1, 1] and the image size that
-      the learned positions cover, as in `image_size`.
-    class_names: names of the logits; None to store no names.
+      `image_size` returns.
+    class_names: names of the classes, in the order of the logits; None to store no names.
     card: text of the `README.md`; None to write no such file.
 
   Raises:
@@ -153,20 +153,22 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
-  """Returns the image size in pixels of the grid that learned positions cover.
+  """Returns the size (height, width) in pixels of the images that learned positions are for.
 
-  The grid is the model's `learned_grid`. If the model has none, the grid must be square.
+  The size follows from the model's `learned_grid`. If this is None, a square image is assumed.
 
   Raises:
     ValueError: the positions are not learned, or their grid is unknown and not square.
   """
   if 'pos_embedding' not in params:
     raise ValueError(
-      f'model.position={model.position!r} does not determine the image size. Set preprocessing.'
+      f'model.position={model.position!r} does not determine the image size. '
+      'Pass the argument preprocessing, which contains the image size.'
     )
   grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError(
-      'The position embeddings do not form a square grid. Set preprocessing with the image size.'
+      'The position embeddings do not form a square grid. Pass the argument preprocessing, '
+      'which contains the image size.'
     )
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

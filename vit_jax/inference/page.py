@@ -30,8 +30,8 @@ class Seen(NamedTuple):
     image_HWC: the model's input, uint8.
     probability_L: probability of each class.
     rollout_hw: attention of all blocks combined (`maps.rollout`).
-    heads_RKhw: attention of each head in each block (`maps.head_attention`). With a MAP head, the
-      last row is the attention of its probe.
+    heads_RKhw: attention of each head in each block (`maps.head_attention`). If the pool
+      has a probe (`map`), the last row is the attention of the probe.
   """
 
   image_HWC: np.ndarray
@@ -85,7 +85,7 @@ class Viewer:
     return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
-    """Returns the image lit by the attention of a layer and head, uint8 `[H, W, 3]`."""
+    """Returns the image, darkened where a layer and head attend little: uint8 `[H, W, 3]`."""
     map_hw = seen.rollout_hw
     if layer != ROLLOUT:
       map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
@@ -203,7 +203,7 @@ def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts:
 
 
 def refuse_addresses(file: gr.File) -> None:
-  """Stops Gradio from downloading URLs that a client sends: no limit applies to their size."""
+  """Makes Gradio refuse a URL sent by a client; the download would have no size limit."""
   keep = file.async_move_resource_to_block_cache
 
   async def keep_uploads(path):

@@ -36,12 +36,12 @@ def predict(
     images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
     topk: number of classes per image.
     init: published weights instead of a workdir, anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a number. The default is the best by
-      validation accuracy, or the last if none has a validation accuracy.
+    step: checkpoint of the workdir: `best`, `last` or a number. The default is the
+      checkpoint with the best validation accuracy, or the last if no accuracy was measured.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
 
   Returns:
-    An iterator with a dict for each file, as `predict_files` describes it.
+    An iterator with a dict for each file; `predict_files` describes the dicts.
 
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
@@ -87,10 +87,10 @@ def features(
 
   Args:
     request: which model to use; published weights need no head.
-    paths: as `images` in `predict`.
-    kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]`. `tokens` is the input
-      of the pooling, `[N, T, D]`, with the class token and the registers first. Tokens are
-      normalised by the last LayerNorm if it comes before the pooling.
+    paths: image files, folders and patterns, as in `predict`.
+    kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]` for N files. `tokens` is
+      the input of the pooling, `[N, T, D]` for T tokens, with the class token and the registers
+      first. Tokens are normalised if the last LayerNorm comes before the pooling.
 
   Returns:
     `{'path': [N], 'feature': [N, ...]}` with float32 features, and an error message for each file

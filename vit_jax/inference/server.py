@@ -1,8 +1,8 @@
 """Serves a web page to try a model: upload an image, see its classes and the model's attention.
 
 Decisions:
-  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. If a file is not an
-    image, it reports why the file is refused. File size and number of pixels are limited.
+  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. A file that is not an
+    image gives an error message with the reason. File size and number of pixels are limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
   * Neither the page nor the server fetches anything from the network. The page has system fonts,
     no analytics and no share link. A URL instead of an uploaded file is refused.
@@ -40,7 +40,7 @@ CSS = """
 def check_address(host: str, port: int) -> None:
   """Raises ValueError if the server cannot listen on an address.
 
-  The check comes before the model is loaded, which takes longer.
+  The check is fast, so it comes before the model is loaded.
   """
   try:
     socket.create_server((host, port)).close()
@@ -51,7 +51,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def serve(request: Request, host: str, port: int) -> None:
-  """Serves a workdir's model, or published weights with a head, until it is interrupted.
+  """Serves a workdir's model, or published weights with a head, until the process ends.
 
   The page offers the images in the workdir's `examples/`.
 

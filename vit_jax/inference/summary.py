@@ -20,7 +20,7 @@ def summary_of(request: Request) -> Summary:
   """Summarises the cost of a config, of the run in a workdir, or of published weights.
 
   Raises:
-    ValueError: the config is not valid, or the request names none of the three.
+    ValueError: the config is not valid, or the request has no config, workdir or weights.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
@@ -44,9 +44,9 @@ def summary_of(request: Request) -> Summary:
 
 
 def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
-  """Returns the experiment, the number of training examples, and the assumptions made.
+  """Returns the experiment, the number of training examples if it is known, and the assumptions.
 
-  This neither downloads nor prepares data, and reads no images.
+  The function neither downloads nor prepares data, and reads no images.
 
   Raises:
     ValueError: the model is not valid, or the source is unknown.

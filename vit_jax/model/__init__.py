@@ -1,6 +1,6 @@
 """The Vision Transformer as Flax modules."""
 
-from vit_jax.model.attention import ATTENTION
+from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
@@ -36,10 +36,14 @@ __all__ = [
   'attributes',
   'check_model',
   'first_layer',
+  'flash',
+  'flash_obstacle',
   'last_layer',
   'make',
+  'plain',
   'pooled',
   'resize_positions',
+  'select_kernel',
   'stem_stride',
   'variant_fields',
 ]

@@ -1,18 +1,18 @@
 """Scaled dot-product attention (paper, Appendix A, equations 5 to 8) and its kernels.
 
-`select_kernel` chooses one of these kernels by the arrays and by the devices of the program:
+`select_kernel` chooses one of these kernels, depending on the arrays and the devices:
 
   * `plain` computes the attention weights and leaves the rest to XLA.
-  * `with_gradient` runs on a CPU. It computes the same output with a custom gradient, which makes
-    two fewer passes over the weights. In its array layout, tokens are contiguous, both for its own
-    passes and for XLA's matrix products.
+  * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
+    that makes two fewer passes over the attention weights. Tokens are the last axis of its arrays,
+    so these passes and XLA's matrix products access contiguous memory.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
     It runs on NVIDIA GPUs in half precision.
 
 Exported programs use `plain` for every backend (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
-`[B, N, K, E]`. Q is the number of queries where it can differ from N, the number of tokens.
+`[B, N, K, E]`. Where the number of queries can differ from N, the number of tokens, it is called Q.
 """
 
 from collections.abc import Callable
@@ -34,8 +34,9 @@ def select_kernel(
 ) -> Callable:
   """Returns the kernel `(query, key, value, keep, rate) -> y_BQKE` for these arrays.
 
-  `plain` documents the arguments. A kernel that cannot run is replaced: with `cudnn`, the query of
-  the MAP head and a model with dropout of attention weights use the same kernel as with `plain`.
+  `plain` documents the arguments. On a CPU, every choice except `plain` gives `with_gradient`. On
+  other devices, `plain` is used where `flash` cannot run, even if the choice is `cudnn`. Examples
+  are the MAP head, which has only one query, and dropout of attention weights.
 
   Args:
     choice: one of `ATTENTION`.
@@ -78,11 +79,12 @@ def flash(
     query_BNKE: queries.
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKNN: None, because cuDNN would draw its own dropout mask.
+    keep_BKNN: must be None; cuDNN draws its own dropout masks and cannot use given ones.
     rate: not used.
 
   cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
-  case, one masked token is added and its output is cut off. Output and gradient stay the same.
+  case, a masked token is added, and the output for this token is cut off. The remaining output and
+  the gradient are the same as without the token.
   """
   attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
   batch, tokens = query_BNKE.shape[:2]

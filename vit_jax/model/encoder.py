@@ -43,8 +43,8 @@ class Encoder(nn.Module):
 
     Args:
       x_BND: tokens.
-      example_B: position of each example in the global batch, which determines its dropout masks;
-        None at inference.
+      example_B: index of each example in the batch of all devices. The dropout masks of an example
+        depend on this index. None at inference.
       rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; None for no rotation.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock

@@ -3,10 +3,10 @@
 Decisions:
   * Every matrix product is two-dimensional, `[B N, D] x [D, F]`. XLA's CPU backend computes the
     gradient of a batched product about four times slower.
-  * A random draw depends on the example's position in the global batch, never on the shape of the
-    array. The number of devices and micro-batches therefore does not change the draws.
+  * Random numbers for an example depend on its index in the batch of all devices, never on the
+    shape of the array. The number of devices and micro-batches therefore does not change them.
   * `sow('intermediates', 'attention_BKNN')` is the only way to get attention weights. Apply the
-    model with `mutable=['intermediates']` to receive them.
+    model with `mutable=['intermediates']` to receive the weights.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Dense(nn.Module):
 
   Attributes:
     features: shape of the output's last axes; the kernel's shape is `[*inputs, *features]`.
-    axes: number of trailing axes of x that are contracted.
+    axes: number of axes of x, counted from the last, that the product sums over.
   """
 
   features: tuple[int, ...]
@@ -103,8 +103,8 @@ class Dense(nn.Module):
 class Dropout(nn.Module):
   """Dropout whose mask is drawn separately for each example.
 
-  With `whole`, one draw per example drops or keeps the whole residual branch of the example. This
-  is stochastic depth (Huang et al. 2016, 1603.09382).
+  With `whole`, all values of an example are kept or dropped together. At the end of a residual
+  branch, this is stochastic depth (Huang et al. 2016, 1603.09382).
   """
 
   rate: float
@@ -112,7 +112,7 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
-    """Applies dropout to `x`, `[B, ...]`; `example_B` holds positions, or is None at inference."""
+    """Applies dropout to `x`, `[B, ...]`; `Encoder` describes `example_B`."""
     if example_B is None or self.rate == 0:
       return x
     key = self.make_rng('dropout')
@@ -125,7 +125,10 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention (paper, Appendix A) to x, with queries from `query_BND`, or else x."""
+  """Multi-head attention (paper, Appendix A).
+
+  Keys and values come from `x_BND`. Queries come from `query_BND`; if it is None, from `x_BND`.
+  """
 
   block: Block
 

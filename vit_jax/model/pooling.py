@@ -21,9 +21,9 @@ class Pool:
 
   Attributes:
     function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
-      class token (if present), registers, patches. The vector has the width D or another width.
+      class token (if present), registers, patches. The vector can have any width.
     class_token: whether the pool reads the class token.
-    registers: number of registers that the pool needs.
+    registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
     params: names of the top-level parameters that the pool adds; they belong to the head.
     linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
@@ -67,7 +67,7 @@ def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
 
 
 def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
-  """Returns the attention of the `MapHead` query, which sees only the patches: `[B, K, N]`."""
+  """Returns the attention of the `MapHead` query, `[B, K, N]`: 0 for tokens before the patches."""
   (share_BK1P,) = sown['map']['attention']['attention_BKNN']
   return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
 

@@ -37,9 +37,9 @@ class Position:
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
       that resizes the parameter to another grid when weights are loaded:
       `(leaves, model, own grid, grid, method) -> leaves`. The method is one of `RESIZES`. None
-      means that the parameter does not depend on the grid.
+      instead of a function means that the parameter does not depend on the grid.
     check: raises ValueError if the embedding does not fit the model's sizes.
-    caption: name of this embedding in the caption of the figure of position similarities.
+    caption: name of this embedding in the caption of the figure `positions.png`.
   """
 
   table: Callable[[nn.Module, Grid, Grid], Array] | None = None
@@ -50,11 +50,11 @@ class Position:
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns row and column, `[h, w]` each, of the patches of `grid` in the coordinates of `whole`.
+  """Returns the place of each patch of `grid` in the grid `whole`: row and column, `[h, w]` each.
 
-  Both grids cover the same image. The coordinates of a patch give the place of its centre. They are
-  measured in patches of `whole`, from the centre of the first patch of `whole`. If the grids are
-  equal, the coordinates are whole numbers.
+  Both grids cover the same image. Row and column give the centre of a patch. They are measured in
+  patches of `whole`, from the centre of the first patch of `whole`. If the grids are equal, rows
+  and columns are 0, 1, 2, ...
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
   y, x = np.meshgrid(rows, columns, indexing='ij')
@@ -65,7 +65,7 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
   """Returns fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
   The four quarters of the width are: sine of the column, cosine of the column, sine of the row,
-  cosine of the row. If `whole` is given, rows and columns are coordinates in that grid.
+  cosine of the row. If `whole` is given, rows and columns are measured in that grid.
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))
@@ -80,7 +80,7 @@ def rope_angles(
   """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
   The first half of the angles depends on the row, the second half on the column. If `whole` is
-  given, rows and columns are coordinates in that grid. The `prefix` tokens before the patches have
+  given, rows and columns are measured in that grid. The `prefix` tokens before the patches have
   angle 0, so they have no position.
   """
   theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
@@ -91,7 +91,7 @@ def rope_angles(
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates each pair of a head's features, one from each half of the head, by its angle."""
+  """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token."""
   cos, sin = cos_NE[:, None], sin_NE[:, None]
   a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
@@ -218,7 +218,7 @@ POSITIONS = {
   'none': Position(),
 }
 
-# Number of tokens before the patches that have a learned position.
+# Number of learned positions for tokens before the patches.
 POSITION_PREFIXES = {
   'cls': lambda model: int(model.has_class),
   'none': lambda model: 0,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 def stem_stride(stages: tuple[int, ...]) -> int:
   """Returns the factor by which the stem reduces height and width.
 
-  The root reduces them by 4, each stage after the first by 2.
+  The root has the factor 4, and each stage after the first has the factor 2.
   """
   return 4 * 2 ** max(len(stages) - 1, 0)
 
@@ -44,7 +44,7 @@ class StdConv(nn.Module):
 
 
 class Unit(nn.Module):
-  """A bottleneck: adds 1x1, 3x3 and 1x1 convolutions to the input, or to a projection of it."""
+  """A bottleneck: adds the output of 1x1, 3x3 and 1x1 convolutions to the (projected) input."""
 
   features: int
   stride: int = 1

@@ -53,7 +53,7 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
 
   Args:
     variant: a name in `VARIANTS`, followed by a slash and the patch size (`B/16`). The patch size
-      is optional if the variant has one. None is allowed if the overrides give every size.
+      is optional if the variant defines one. None is allowed if the overrides give every size.
     num_classes: width of the head; None for no head.
     **overrides: any attribute of `ViT`; None keeps the variant's value.
 
@@ -119,7 +119,7 @@ def check_model(model: ViT) -> None:
 
 
 def check_sizes(model: ViT) -> None:
-  """Raises ValueError if a size is not positive or the heads do not divide the width."""
+  """Raises ValueError if a size is not positive, or num_heads does not divide the width."""
   for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
     if getattr(model, name) is not None:
       check_positive(f'model.{name}', getattr(model, name))

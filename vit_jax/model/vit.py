@@ -30,7 +30,8 @@ class ViT(nn.Module):
   """The Vision Transformer: patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
 
   Attributes:
-    num_classes: width of the head; None for a model without a head, which returns pooled features.
+    num_classes: width of the head; None for a model without a head, which returns the features that
+      `pool` gives.
     patch_size: (height, width) of a patch in pixels.
     width: D, size of a token.
     depth: number of encoder blocks.
@@ -42,18 +43,18 @@ class ViT(nn.Module):
     position: position embedding, one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position, one of
       `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
-    position_grid: (down, across), the grid of patches that the positions are made for. For an image
-      with a different grid, positions are stretched. None: always the grid of the image.
-    learned_grid: (down, across), the grid of patches that the learned positions belong to. An image
-      with the same number of patches in a different grid is refused. None: the grid is unknown, and
-      every grid with this number of patches is accepted.
+    position_grid: (down, across), the grid of patches to make positions for. For an image with a
+      different grid, these positions are stretched. None: the grid of each image, no stretching.
+    learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
+      is only checked: a different `position_grid` (if None, a different image grid) is an error.
+      None: the grid is unknown, and only the number of patches is checked.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
-    dropout: dropout rate after positions, in the MLP, and at the end of each branch.
+    dropout: dropout rate after the positions, in the MLP, and at the end of each residual branch.
     attention_dropout: dropout rate of the attention weights.
-    stochastic_depth: drop rate of the last block's branches. The rate rises linearly from 0 in the
-      first block.
+    stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from
+      0 in the first block.
     layer_scale: initial value of LayerScale; None for no LayerScale.
     pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
       CLIP.
@@ -116,7 +117,7 @@ class ViT(nn.Module):
 
   @property
   def num_positions(self) -> int:
-    """Number of tokens before the patches that have a learned position."""
+    """Number of learned positions for tokens before the patches."""
     return POSITION_PREFIXES[self.position_prefix](self)
 
   @property
@@ -134,8 +135,8 @@ class ViT(nn.Module):
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size.
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
-      example_B: position of each example in the global batch, which determines its random draws;
-        the default is `0..B-1`.
+      example_B: index of each example in the batch of all devices. Random numbers for an example
+        depend on this index. The default is `0..B-1`.
 
     Returns:
       The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
@@ -230,7 +231,7 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter, also outside of `apply`, in a model made by `bind`."""
+    """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 

@@ -32,11 +32,11 @@ class Training:
     val: validation split; None without one.
     test: test split.
     steps: number of steps of the whole run.
-    cycles: last step of each earlier cycle. Setting more epochs for a finished run adds a cycle.
-    early_steps: number of steps with strong augmentations, counted from the first step. They
-      are off in the last part of the first cycle (its share is `augment.off_for_last`), and in
-      later cycles.
-    stages: last step and image size of each stage of the run.
+    cycles: steps at which the run was finished earlier. If a finished run gets more epochs, a new
+      cycle begins, with a new warm-up.
+    early_steps: step after which strong augmentations are off. They are off for the last part of
+      the first cycle (the share `augment.off_for_last`) and for all later cycles.
+    stages: pairs (last step, image size). The first stages of a run can have smaller images.
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.
     params: weights of `init` to start from; None for random ones.
@@ -62,7 +62,7 @@ def plan_training(
   params: dict | None,
   cycles: tuple[int, ...] = (),
 ) -> Training:
-  """Returns the plan for training with this config on these splits, from these weights.
+  """Returns the plan for training with this config on these splits, starting from `params`.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -73,14 +73,14 @@ def plan_training(
 def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
   """Returns the fields of `Training` that depend on the config and the number of examples.
 
-  The first cycle is the original run. Each later cycle warms up to `LATER_PEAK` times
-  `optimizer.lr`, then decays like the first. In later cycles, images have full size and are only
-  cropped and flipped.
+  A run has one cycle. If a finished run gets more epochs, another cycle begins. In later cycles,
+  the learning rate rises to `LATER_PEAK` times `optimizer.lr`, then decays as in the first cycle.
+  Images then have full size and are only cropped and flipped.
 
   Args:
     config: config of the run.
     examples: number of examples in the training split.
-    cycles: last step of each earlier cycle, as in `Training`.
+    cycles: steps at which the run was finished earlier, as in `Training`.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -110,7 +110,7 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
 
 
 def image_stages(config: ConfigDict, steps: int) -> Stages:
-  """Returns the stages of a run with this number of steps; each stage has its own image size.
+  """Returns `(last step, (height, width))` of each stage of a run; the last stage has full size.
 
   Raises:
     ValueError: at a height of `progressive.sizes`, the width would not be a whole number.
@@ -139,7 +139,7 @@ def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
 
 
 def warmup_epochs(config: ConfigDict) -> float:
-  """Returns the length of the warm-up in epochs, for a run without later cycles."""
+  """Returns the length of the warm-up in epochs, for a run that is trained only once."""
   return min(config.schedule.warmup, config.epochs / 5)
 
 

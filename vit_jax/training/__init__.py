@@ -2,7 +2,16 @@
 
 from vit_jax.training.resume import saved_config
 from vit_jax.training.state import init_state
-from vit_jax.training.step import loss_fn
+from vit_jax.training.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.training.trainer import train
 
-__all__ = ['init_state', 'loss_fn', 'saved_config', 'train']
+__all__ = [
+  'OTHER',
+  'activations',
+  'init_state',
+  'module_of',
+  'of_stages',
+  'saved_config',
+  'train',
+  'work',
+]

@@ -11,7 +11,6 @@ import logging
 import pathlib
 import time
 
-from clu import platform
 import jax
 import tqdm
 
@@ -28,9 +27,9 @@ from vit_jax.distributed import (
 from vit_jax.evaluation import make_eval_step, score_split
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
+from vit_jax.training.compiling import compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
-from vit_jax.training.step import TrainStep, make_train_step
 from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,8 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
-      train_step, meter = self.compile(train_state, batch, size), Meter()
+      compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+      meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
@@ -99,15 +99,15 @@ class Run:
         if self.size_of(step) != size:
           meter.pause()
           size = self.size_of(step)
-          train_step = self.compile(train_state, batch, size)
+          compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
           meter.resume()
-        train_state, metrics = train_step(train_state, batch)
+        train_state, metrics = compiled.step(train_state, batch)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')
         if late:
           meter.add(*late)
-        late = step, metrics
+        late = step, metrics, compiled
         bar.update()
         stop = self.preemption.is_due() and step < steps
         events = self.due(step)
@@ -134,7 +134,7 @@ class Run:
     return train_state, scores
 
   def log_cycle(self) -> None:
-    """Logs the steps and learning rate of a cycle that extends a finished run."""
+    """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
     if not (cycles := self.training.cycles):
       return
     config, begin, end = self.config, cycles[-1], self.training.steps
@@ -146,12 +146,12 @@ class Run:
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
-    """Returns whether the evaluation after step `start` is missing, because the run was stopped."""
+    """Returns whether the run was stopped before the evaluation that is due after step `start`."""
     due = start > 0 and 'eval' in self.due(start)
     return due and not from_first(lambda: self.records.find(start, 'test'))
 
   def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
-    """Evaluates the checkpoint that the run resumes from, and adds its scores to the records."""
+    """Evaluates the checkpoint from which the run resumes, and writes and returns the scores."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
     self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
@@ -161,24 +161,11 @@ class Run:
     """Returns (height, width) of the images at a step; the first step is 1."""
     return next(size for end, size in self.training.stages if step <= end)
 
-  def compile(self, train_state: TrainState, batch: dict, size: tuple[int, int]) -> TrainStep:
-    """Compiles the step in advance, so that images per second exclude the time to compile."""
-    began, exp = time.perf_counter(), self.exp.at(size)
-    with progress.announced('Compiling the training step ...'):
-      step = make_train_step(exp, self.training, self.mesh).lower(train_state, batch).compile()
-    seconds = time.perf_counter() - began
-    devices = f'{self.mesh.size} {self.mesh.devices.flat[0].platform} device(s)'
-    log.info(
-        'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
-        seconds, *size, self.training.steps, devices,
-    )  # fmt: skip
-    platform.work_unit().set_notes(f'{self.config.model.variant} on {devices}')
-    return step
-
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
 
-    With a validation split, saving requires an evaluation, because its accuracy ranks checkpoints.
+    With a validation split, `eval` is due whenever `save` is due. The validation accuracy then
+    decides which checkpoint is the best.
     """
     config, last = self.config, step == self.training.steps
     every = {'log': config.log_every, 'eval': config.eval_every, 'save': config.checkpoint_every}
@@ -191,6 +178,7 @@ class Run:
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
       f'{values["images_per_second"]:,.0f} images/s'
+      + (f', MFU {values["mfu"]:.1%}' if 'mfu' in values else '')
     )
 
   def evaluate(self, step: int, train_state: TrainState) -> dict[str, dict]:
@@ -217,7 +205,7 @@ class Run:
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """Saves a checkpoint with its validation accuracy, if any, but never its test accuracy."""
+    """Saves a checkpoint, with the validation accuracy if there is one; never the test accuracy."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'seconds': time.perf_counter() - self.began,
@@ -243,7 +231,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and accuracies of the last and of the best checkpoint (by validation)."""
+    """Returns step and accuracies of the last checkpoint, and of the best by validation."""
 
     def accuracies(step):
       splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}

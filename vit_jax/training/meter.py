@@ -1,4 +1,4 @@
-"""Averages training metrics between two log lines, and measures speed."""
+"""Averages training metrics between two log lines, and measures speed and utilisation."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,16 +7,28 @@ import time
 
 import jax
 
+from vit_jax.distributed import peak_tflops
 from vit_jax.evaluation import summarize
+from vit_jax.training.compiling import Compiled
+
+FUSED = (
+  " The run uses cuDNN's kernel for attention; --config.model.attention=plain repeats the step "
+  'without it.'
+)
 
 
 class Meter:
   """Averages training metrics between two log lines; its clock counts only training time."""
 
-  def __init__(self):
+  def __init__(self, mesh: jax.sharding.Mesh, dtype: str):
+    """Creates a meter for training on the devices of `mesh` with the compute type `dtype`."""
+    device, self._devices = mesh.local_devices[0], mesh.size
+    self._memory_stats = device.memory_stats
+    self._peak = peak_tflops(device) if dtype == 'bfloat16' else None
     self._reset()
 
   def _reset(self) -> None:
+    self._flops = 0
     self._scores, self._seconds, self._waited, self._learning_rate = [], 0.0, 0.0, 0.0
     self._bad = []
     self._started = time.perf_counter()
@@ -36,8 +48,13 @@ class Meter:
     yield
     self._waited += time.perf_counter() - began
 
-  def add(self, step: int, metrics: dict) -> None:
+  def add(self, step: int, metrics: dict, compiled: Compiled) -> None:
     """Adds the metrics of a step; waits until the device has computed them.
+
+    Args:
+      step: number of the step.
+      metrics: result of the step.
+      compiled: the step.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
@@ -49,22 +66,34 @@ class Meter:
         raise FloatingPointError(
           f'The {name} of step {step} is {value}: training diverged. Earlier checkpoints are still '
           'valid. Try a smaller optimizer.lr or a longer schedule.warmup.'
+          + (FUSED if compiled.fused else '')
         )
     self._scores.append(metrics['score'])
+    self._flops += compiled.flops
     self._bad += [metrics['bad_images']] if 'bad_images' in metrics else []
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
     """Returns the means since the last call; the clock must be running.
 
-    `data_wait` is the share of training time that the loop spent waiting for its next batch.
+    `data_wait` is the share of training time in which the loop waited for the next batch.
+    `mfu` is the share of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).
     """
     self.pause()
     values = summarize(self._scores)
     values['images_per_second'] = round(values['examples'] / self._seconds, 1)
     values['data_wait'] = round(self._waited / self._seconds, 4)
     values['learning_rate'] = self._learning_rate
+    values |= self._utilisation()
+    if stats := self._memory_stats():
+      values['memory_gib'] = round(stats['bytes_in_use'] / 2**30, 3)
     if self._bad:
       values['bad_images'] = int(sum(self._bad))
     self._reset()
     return values
+
+  def _utilisation(self) -> dict[str, float]:
+    """Returns the TFLOP/s on each device, and their share of the peak if it is known."""
+    tflops = self._flops / self._seconds / self._devices / 1e12
+    found = {'tflops_per_device': float(f'{tflops:.4g}')} if tflops else {}
+    return found | ({'mfu': round(tflops / self._peak, 4)} if tflops and self._peak else {})

@@ -1,4 +1,4 @@
-"""Trains the head alone, on features that are computed only once if possible.
+"""Trains only the head; without augmentation, the features of the images are computed once.
 
 Decisions:
   * Without augmentation, a frozen backbone gives the same features in every epoch. They are
@@ -36,6 +36,10 @@ FEW = 50  # validation images; with fewer, a single image can change which learn
 class OnFeatures(Experiment):
   """An experiment whose batches contain features `[B, D]` instead of images."""
 
+  @property
+  def sees_images(self) -> bool:
+    return False
+
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
     """Returns the logits `[B, L]`; the key is ignored, because a head has no dropout."""
     head = Dense((len(self.task.class_names),))
@@ -68,9 +72,9 @@ def train_head(
 
 
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
-  """Returns the parameters of the newest checkpoint, or else of `init`, or else random ones.
+  """Returns the parameters of the newest checkpoint; without one, of `init`; else random ones.
 
-  The checkpoint comes first, because a run must keep its backbone.
+  The checkpoint comes first, because a resumed run must keep the same backbone.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -86,7 +90,7 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Returns the experiment and the training on features, which are cached in `folder`."""
+  """Computes the features, caches them in `folder`, and returns experiment and plan for them."""
   params = replicate(mesh, training.params)
   step = make_feature_step(exp, mesh)
   splits = {
@@ -104,10 +108,10 @@ def sweep(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> list[dict]:
-  """Trains a head at each rate of `config.sweep` and returns their accuracies.
+  """Trains a head at each rate of `config.sweep` and returns the validation accuracies.
 
-  Finished heads are not trained again. Once the final run has a checkpoint, the saved results of
-  its sweep are returned.
+  Finished heads are not trained again. If the final run already has a checkpoint, no head is
+  trained, and the accuracies in `sweep.json` are returned.
 
   Returns:
     `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
@@ -149,7 +153,7 @@ def score_rate(
   folder: pathlib.Path,
   rate: float,
 ) -> float:
-  """Trains a head at one learning rate in its own folder, and returns its validation accuracy."""
+  """Trains a head at the learning rate `rate` in `folder`, and returns the validation accuracy."""
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
@@ -170,7 +174,7 @@ def score_rate(
 
 
 def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
-  """Returns whether the backbone of the run in a folder differs from these weights."""
+  """Returns whether the run in `folder` has a different backbone than `params`."""
   if (step := latest_step(folder)) is None:
     return False
   theirs = split_frozen(restore_item(folder, step, 'params'), 'backbone')[1]
@@ -190,6 +194,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment of the final run: its task has the examples of both splits."""
+  """Returns the experiment of the final run, which counts the examples of both splits."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

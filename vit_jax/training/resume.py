@@ -26,8 +26,9 @@ from vit_jax.workdir import (
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
-def check_processes(config: ConfigDict) -> None:
-  """Raises ValueError if the config of this process differs from the config of process 0."""
+def check_in_all_processes(config: ConfigDict) -> None:
+  """Raises ValueError if the config is not valid, or differs from the config of process 0."""
+  check(config)
   mine = config_lib.flatten(config)
   check_same('config', {key: mine[key] for key in mine if key not in OWN})
 
@@ -38,8 +39,8 @@ def begin(
   """Compares a config with the run in a workdir. The workdir must be locked.
 
   Returns:
-    The result, the saved config, and the last step of each earlier cycle. The result is None if the
-    run is not finished. The config is None if the workdir holds no run.
+    The result, the saved config, and the last steps of earlier cycles (`add_cycle`). The result is
+    None if the run is not finished. The config is None if the workdir has no checkpoint.
 
   Raises:
     ValueError: the workdir contains a run that this config cannot resume, or is not writable.
@@ -63,12 +64,13 @@ def begin(
 
 
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError if a run of version 0.1.0 depends on a rule that has changed since then.
+  """Raises ValueError for runs of version 0.1.0 that today's version would continue differently.
 
   `opening.from_config` rejects runs on image folders, because they now hold out different files.
 
   Args:
-    item: the item `config` of the newest checkpoint. Version 0.1.0 wrote no version into it.
+    item: JSON of the newest checkpoint (its item `config`). It has no key `version` if version
+      0.1.0 wrote it.
     workdir: folder of the run.
   """
   optimizer, data = item['config']['optimizer'], item['config']['data']
@@ -86,11 +88,14 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
 
 
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
-  """Returns the last step of each earlier cycle; more epochs on a finished run add a cycle.
+  """Returns the steps at which the run was finished earlier and got more epochs.
+
+  A run has one cycle. If a finished run gets more epochs, a new cycle begins. Example: a run was
+  finished at step 100 and is now extended to step 150. The result is then `(100,)`.
 
   Args:
     config: the given config.
-    item: the item `config` of the newest checkpoint.
+    item: JSON of the newest checkpoint (its item `config`).
     start: step of this checkpoint.
     workdir: folder of the run.
 
@@ -163,7 +168,7 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """Returns `result.json` if it has the config's epochs and test split; None if not."""
+  """Returns `result.json`; None if it is for other epochs or another test split than the config."""
   result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])

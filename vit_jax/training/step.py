@@ -29,10 +29,13 @@ DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 def loss_fn(
   batch: dict, trained: dict, frozen: dict, key: jax.Array, early: jax.Array | None, exp: Experiment
 ):
-  """Returns a micro-batch's share of the mean loss of its batch, and its training score.
+  """Returns the loss and the training score of a micro-batch.
+
+  The loss is a sum divided by the size of the whole batch. Added over all micro-batches, it gives
+  the mean loss of the batch.
 
   Args:
-    batch: `image`, `label` and `example`.
+    batch: micro-batch with `image`, `label` and `example` (positions of the images in the batch).
     trained: parameters that get a gradient.
     frozen: all other parameters.
     key: random key of the step.
@@ -95,7 +98,7 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `(state, batch) -> (state, metrics)`, which donates the given state."""
+  """Returns the jitted `(state, batch) -> (state, metrics)`. Do not use the given state again."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

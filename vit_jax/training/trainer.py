@@ -5,12 +5,12 @@ import pathlib
 from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, names, opening
-from vit_jax.check import check
 from vit_jax.distributed import start_up
 from vit_jax.training.loop import fit
 from vit_jax.training.probe import train_head
-from vit_jax.training.resume import begin, check_processes, record
-from vit_jax.workdir import held, training_files_of
+from vit_jax.training.resume import begin, check_in_all_processes, record
+from vit_jax.training.trial import choose_attention
+from vit_jax.workdir import held, newest_config, training_files_of
 
 
 @limits.memory_for('Training')
@@ -33,8 +33,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """
   workdir = names.local(workdir)
   start_up()
-  check(config)
-  check_processes(config)
+  check_in_all_processes(config)
   with held(workdir):
     finished, saved, cycles = begin(config, workdir)
     if finished:
@@ -43,5 +42,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     if config.freeze:
       return train_head(exp, training, mesh, workdir)
+    earlier = (newest_config(workdir) or {}).get('attention')
+    exp = choose_attention(exp, training, mesh, earlier)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

@@ -1,8 +1,8 @@
 """The contents of a weights file, and the steps that all weight formats share.
 
 Decisions:
-  * Reading and writing use the same table rows. The shapes in a file are checked against the
-    output of the layout's own `write`, so no shape is written down twice.
+  * Reading and writing use the same name tables (`layouts.py`). The expected shape of a file's
+    array is the shape that `write` of its `Layout` would give, so no shape is listed twice.
   * Every array of a file is either read, or listed in `ignored`, or reported as an error.
 """
 
@@ -35,8 +35,8 @@ class Preprocessing:
       fraction of each side.
     stretch: whether height and width are resized independently; if not, the longer side is
       cropped.
-    stored_size: (height, width) to which a file is resized if the device then enlarges it to
-      `size`; None if a file is resized directly to `size`.
+    stored_size: (height, width) to which an image file is resized first; the device then enlarges
+      the image to `size`. None if files are resized directly to `size`.
   """
 
   size: tuple[int, int]
@@ -63,18 +63,18 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The arrays of a weights file, and the model that its format and its config describe.
+  """The arrays of a weights file, and the model that the format and the config describe.
 
   Attributes:
     origin: where the file came from, for messages.
     arrays: the file's arrays, by name.
-    rows: the name table for this file.
+    rows: the name table, which maps the file's arrays to our parameters.
     fields: attributes of `ViT`; `num_classes` is None if the file has no head.
     channels: number of channels of an image.
-    preprocessing: how images are prepared; its size is (0, 0) if the file does not store a size.
-    grid: patches (down, across) that the position embeddings cover; None if the file does not
-      store it.
-    class_names: names of the classes; None if the file does not store them.
+    preprocessing: how images are prepared; `size` is (0, 0) if the file does not store a size.
+    grid: number of patches (down, across) that the position embeddings are for; None if the file
+      does not store this grid.
+    class_names: names of the classes; None if the file does not store names.
     ignored: regular expressions for the names of arrays that do not affect the output.
     run: `config`, `task` and `step` of the vit_jax run that wrote the file; None for other files.
   """
@@ -98,9 +98,9 @@ class Pretrained:
   Attributes:
     model: the model, to be called as `model.apply({'params': params}, image_BHWC)`.
     params: float32 NumPy arrays.
-    preprocessing: how the weights expect an image to be prepared; its size fits the grid.
-    class_names: names of the head's logits; None if the file does not store them, or if the head
-      is new.
+    preprocessing: how the weights expect an image to be prepared; `size` fits the model's grid.
+    class_names: names of the classes, in the order of the logits. None if the file does not store
+      names, or if the head is new.
     ignored: names of the file's arrays that the model does not use.
     run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
       weights.
@@ -124,7 +124,7 @@ class Format:
   Attributes:
     save: `(model, params, folder, preprocessing, class_names)` writes the files into the folder,
       and raises ValueError for a model that the format cannot hold.
-    usage: `(loaded) -> Python` returns the lines that run the written files, for the model card.
+    usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
       is only written.
@@ -212,7 +212,7 @@ def read_params(
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
-  """Returns the problem with an array of a file, or None if it is fine."""
+  """Returns what is wrong with an array of a file, or None if nothing is wrong."""
   if array.dtype not in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
     return f'{name}: has type {array.dtype}, expected a floating-point type'
   if array.shape != shape:
@@ -223,7 +223,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """Returns all parameters under the file's names; call `refuse` first to check the model."""
+  """Returns all parameters as a file's arrays, by name; call `refuse` first to check the model."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }
@@ -256,7 +256,7 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
 
 
 def upright(channels: int) -> str:
-  """Returns the Python lines that open `image` as `vit_jax.data.decode_image` does."""
+  """Returns code that reads `image.png` as `vit_jax.data.decode_image` does, into `image`."""
   mode = 'L' if channels == 1 else 'RGB'
   return f"""image = ImageOps.exif_transpose(Image.open('image.png'))
 if image.mode.startswith('I'):  # 16-bit grey
@@ -268,7 +268,7 @@ image = image.convert('{mode}')"""
 
 
 def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """Returns the Python lines that open `image`, turn it upright and resize it to `size`."""
+  """Returns Python code that reads `image.png` into an upright `image`, resized to `size`."""
   opened = upright(channels)
   method = f'Image.Resampling.{p.interpolation.upper()}'
   shape = f'({size[1]}, {size[0]}), {method}'

@@ -110,9 +110,9 @@ def preprocessing(
 ) -> Preprocessing:
   """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
 
-  The size in that file is used if it is a multiple of the patch size. It can differ from the size
-  of the position embeddings. For example, DINOv2 has positions for 518 pixels, but expects images
-  of 224 pixels.
+  The file's image size is used if it is a multiple of the patch size. This size can differ from
+  the one that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
+  but expects images of 224 pixels.
   """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
@@ -129,7 +129,7 @@ def preprocessing(
 
 
 def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """Converts the config of an image processor; `size` is used if the config gives none.
+  """Converts the config of an image processor; without a height and width, `size` is used.
 
   Raises:
     ValueError: the processor does not scale pixels to [0, 1].
@@ -156,14 +156,14 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
 
 
 def edge(size) -> int:
-  """Returns the shorter edge of a processor's size."""
+  """Returns the shorter side, in pixels, of a `size` in the config of an image processor."""
   if isinstance(size, dict):
     return size.get('shortest_edge') or min(size['height'], size['width'])
   return size if isinstance(size, int) else min(size)
 
 
 def both(size) -> tuple[int, int]:
-  """Returns a processor's size as (height, width)."""
+  """Returns a `size` in the config of an image processor as (height, width)."""
   return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 
@@ -171,7 +171,7 @@ def architecture(model: ViT) -> str:
   """Returns the name of the Hugging Face architecture that can hold a model.
 
   Raises:
-    ValueError: no architecture can hold it; the message lists the attributes that do not fit.
+    ValueError: no architecture can hold the model; the message lists the wrong attributes.
   """
   activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
   refuse('hf', model, hf_names.PLAIN | {'activation': activations})
@@ -248,7 +248,7 @@ def save_hf(
 
 
 def processor_config(p: Preprocessing, channels: int) -> dict:
-  """Returns the `preprocessor_config.json` for a preprocessing.
+  """Returns the contents of the `preprocessor_config.json` that describes a preprocessing.
 
   Raises:
     ValueError: no image processor of Hugging Face can do this preprocessing.
@@ -284,7 +284,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
 
 
 def run_hf(loaded: Pretrained) -> str:
-  """Returns the Python lines that run the files with transformers."""
+  """Returns Python code that runs the files with the library transformers."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
   show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'

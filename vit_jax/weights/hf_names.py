@@ -29,7 +29,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
-  """Returns the name-table rows shared by all models, given the names of norms and MLP layers."""
+  """Returns rows of the name table for all models, given the names of norms and MLP layers."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -128,6 +128,6 @@ PLAIN = {
 
 
 def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Returns the architecture for a config that does not name one."""
+  """Returns the architecture of a model whose config does not name its architecture."""
   headed = 'classifier.weight' in arrays
   return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)

@@ -8,6 +8,7 @@ converts between them:
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
+import types
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,10 @@ CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
 
 
 def linear(axes: int = 1) -> Layout:
-  """Returns the layout of PyTorch's `[outputs, inputs]`; our first `axes` axes are the inputs."""
+  """Returns the layout of a PyTorch weight `[outputs, inputs]`, the transpose of our kernel.
+
+  The first `axes` axes of our kernel belong to the inputs.
+  """
 
   def write(ours):
     inputs = int(np.prod(ours[0].shape[:axes]))
@@ -79,7 +83,7 @@ STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned 
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """Returns the name-table rows of a PyTorch `Linear`; our first `axes` axes are the inputs."""
+  """Returns the rows that map our names to PyTorch's for a `Linear`; `axes` is as in `linear`."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -87,7 +91,7 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of a PyTorch `LayerNorm`."""
+  """Returns the rows that map our names to PyTorch's for a `LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
@@ -102,8 +106,8 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
   return found
 
 
-@functools.lru_cache(maxsize=8)
-def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=8)  # loading and saving ask for the same shapes
+def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, tuple[int, ...]]:
   """Returns the shapes of the model's parameters, e.g. `{'block_0/mlp/up/kernel': (48, 192)}`.
 
   Args:
@@ -111,11 +115,12 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> dict[str, tup
     image_shape: (H, W, C).
   """
   init = functools.partial(model.init, jax.random.key(0))
-  return shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+  shapes = shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+  return types.MappingProxyType(shapes)
 
 
 def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every leaf, by its path."""
+  """Returns the shape of every array of a tree, by its path in the tree."""
   return {name: tuple(leaf.shape) for name, leaf in flatten_params(tree).items()}
 
 

@@ -1,10 +1,10 @@
 """Reads and writes the `.npz` files of the paper and of big_vision, which differ only in names.
 
 Decisions:
-  * The format fixes what the arrays do not show: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
-  * Each member is read completely, so that its checksum is verified. Nothing is unpickled.
-  * The paper's models are written with the older names, which all its published files use. Models
-    that only big_vision has are written with big_vision's names.
+  * Three facts are not stored, but hold for all files: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
+  * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
+  * The paper's models are written with the older names, as in all published files of the paper.
+    Models that only big_vision has are written with big_vision's names.
 """
 
 import io
@@ -53,28 +53,28 @@ PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
 def norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of a LayerNorm or GroupNorm."""
+  """Returns the rows that map our names to the file's for a LayerNorm or GroupNorm."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('scale', 'bias')]
 
 
 def dense(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of a dense layer."""
+  """Returns the rows that map our names to the file's for a dense layer."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
 def attention_rows(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of an attention layer's four projections."""
+  """Returns the rows that map our names to the file's for the four projections of attention."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
 
 
 def mlp(ours: str, theirs: str) -> list[tuple]:
-  """Returns the name-table rows of an MLP's two layers."""
+  """Returns the rows that map our names to the file's for the two layers of an MLP."""
   return dense(f'{ours}/up', f'{theirs}/Dense_0') + dense(f'{ours}/down', f'{theirs}/Dense_1')
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the name-table rows of an encoder block."""
+  """Returns the rows that map our names to the file's for an encoder block."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -85,7 +85,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the name-table rows of a hybrid's ResNet; our names add `stem` to the file's names."""
+  """Returns the rows for a hybrid's ResNet; each of our names is `stem/` and the file's name."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):
@@ -100,7 +100,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the name table for a file."""
+  """Returns the name table, which maps our names to the file's, for a whole file."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -202,7 +202,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Counts the different values of the pattern's group among the names."""
+  """Returns how many different texts the group of the pattern matches in the names."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 
@@ -275,7 +275,7 @@ def save_npz(
 
 
 def run_npz(loaded: Pretrained) -> str:
-  """Returns the Python lines that run the file with vit_jax; they include the preprocessing."""
+  """Returns Python code that prepares an image and runs the file with vit_jax."""
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
   axes = '[..., None]' if channels == 1 else ''

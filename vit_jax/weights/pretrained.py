@@ -4,9 +4,9 @@
 
 Decisions:
   * Activation, epsilon and pooling of the model come from the file. If the format does not store
-    them, the values of its code base are used.
+    them, they are the values of the code base that defined the format.
   * A new head also replaces the pre-logits layer. In the paper, both together are the head for
-    pre-training (Section 3.1), and fine-tuning removes all of it (Section 3.2).
+    pre-training (Section 3.1), and fine-tuning removes both (Section 3.2).
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ def load(
       the file does not store this grid, the grid is not square, and `grid` has a different number
       of patches.
     num_classes: number of classes of the head. If the number differs from the file's, the head is
-      new: it starts at zero and has no pre-logits. None keeps the file's head. If the file has no
-      head, the model then returns the normalised tokens `[B, N, D]`.
+      new: it starts at zero and has no pre-logits. None keeps the file's head; if the file
+      has no head, the model returns the normalised tokens `[B, N, D]`.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
 
   Raises:
@@ -131,8 +131,8 @@ def find_grid(
   """Returns the grid of a file's position embeddings.
 
   Raises:
-    ValueError: the number of positions does not fit the given or stored grid. Without a grid, the
-      number is not a square number.
+    ValueError: the number of positions does not fit the given or stored grid, or there is no such
+      grid and the number is not a square number.
   """
   found = [
     array

@@ -8,10 +8,11 @@ pooled features if the model has no head.
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
-    precision, because matrix products on a GPU or a TPU use less by default.
+    precision, because matrix products on a GPU or a TPU have less precision by default.
   * `backend.portable` makes the program independent of the machine that writes it.
-  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX: tf2onnx needs `jax2tf`
-    without XLA, which was removed. The result is compared with JAX before it is kept.
+  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other one, tf2onnx,
+    needs a mode of `jax2tf` (without XLA) that JAX removed. The outputs of the converted model are
+    compared with JAX's before the file is kept.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ Program = Callable[[jax.Array], jax.Array]
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 LIMIT = 2**31  # maximum size of a serialized program, in bytes
-TOLERANCE = 1e-4  # maximum error of ONNX outputs; relative to JAX's largest output if it exceeds 1
+TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if above 1
 
 CONVERTER = (
   'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
@@ -170,7 +171,7 @@ def write_about(
 
 
 def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> str:
-  """Returns the Python lines that run a program on an image.
+  """Returns Python code that runs a program on an image.
 
   Args:
     loaded: the weights.
@@ -194,7 +195,7 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
 
 
 def run_stablehlo(loaded: Pretrained) -> str:
-  """Returns the Python lines that run the program with JAX alone."""
+  """Returns Python code that runs the program with JAX, without vit_jax."""
   return python_program(
     loaded,
     'import json\n\nimport jax.export\nimport numpy as np',
@@ -204,7 +205,7 @@ def run_stablehlo(loaded: Pretrained) -> str:
 
 
 def run_onnx(loaded: Pretrained) -> str:
-  """Returns the Python lines that run the program with onnxruntime."""
+  """Returns Python code that runs the program with onnxruntime."""
   return python_program(
     loaded,
     'import json\n\nimport numpy as np\nimport onnxruntime',

@@ -2,7 +2,7 @@
 
 Decisions:
   * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
-  * The format depends on the files at the path.
+  * The format is recognised by the files at the path.
 """
 
 from collections.abc import Callable
@@ -41,8 +41,8 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
 
   Args:
     path: a file, a folder, a workdir, a checkpoint or a name on the Hub, as in `load`.
-    step: checkpoint of a workdir to read: `best`, `last`, a number, or '' for the default of
-      `predict`.
+    step: checkpoint of a workdir to read: `best`, `last`, a number, or '' to choose as `predict`
+      does by default.
 
   Raises:
     ValueError: no readable weights were found; the message names what was expected.
@@ -88,7 +88,7 @@ def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
 
   Args:
     place: a file, or a folder.
-    of_timm: whether the `config.json` must be timm's, with an `architecture`.
+    of_timm: True for timm's `config.json`, which has the key `architecture`; False for any other.
   """
   if place.is_file():
     return place.suffix == '.safetensors' and of_timm == is_of_timm(place.parent)
@@ -106,7 +106,7 @@ def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
   """Returns the safetensors files of the model at a path.
 
   Raises:
-    ValueError: the index does not list files.
+    ValueError: the folder has an index file, but this file does not list the weights files.
   """
   if place.is_file():
     return [place]
@@ -175,7 +175,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """Reads a checkpoint of this project; if it has averaged (EMA) weights, they are used."""
+  """Reads a checkpoint of this project: the averaged (EMA) weights if the run averages them."""
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])
@@ -210,7 +210,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
 
 
 def download(name: str) -> pathlib.Path:
-  """Returns the folder of a Hub repository in the Hub's cache, and downloads it if needed.
+  """Returns the local folder of a Hub repository, which is downloaded if it is not cached yet.
 
   Raises:
     ValueError: the repository does not exist, or is not cached and cannot be downloaded.

@@ -44,7 +44,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Returns the name-table rows of several linear layers that timm stores as one."""
+  """Returns the rows that map our names to timm's, for linear layers that timm stores as one."""
   kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
   return [
     (kernels, f'{theirs}.weight', fused(linear())),
@@ -173,7 +173,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
 
 
 def arguments(origin: str, config: dict) -> dict:
-  """Returns every argument of the model, with the image size that its weights are for.
+  """Returns every argument of timm's model, including the image size of the weights.
 
   Raises:
     ValueError: the architecture is unknown, or an argument is not supported.
@@ -279,7 +279,7 @@ def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
 
 
 def run_timm(loaded: Pretrained) -> str:
-  """Returns the Python lines that run the files with timm."""
+  """Returns Python code that runs the files with timm."""
   show = 'print(output)'
   if loaded.class_names:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"

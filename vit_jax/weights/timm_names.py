@@ -1,16 +1,16 @@
 """Translates timm's architecture names into the arguments of its `VisionTransformer`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
-needed because the arrays of a file do not show the activation or, with a fused qkv, the number of
-heads. The tables are from timm 1.0.31. They do not include models that are more than a ViT
-(parallel blocks, SwiGLU, RMSNorm, ...).
+needed because the arrays of a file do not show the activation, nor, if q, k and v are fused, the
+number of heads. The tables are from timm 1.0.31. They do not include models that are more than a
+ViT (parallel blocks, SwiGLU, RMSNorm, ...).
 """
 
 import re
 
 
 def size(embed_dim: int, depth: int, num_heads: int, **others) -> dict:
-  """Returns the arguments of a size."""
+  """Returns the arguments that define a size, such as `base`."""
   return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **others)
 
 
@@ -42,7 +42,7 @@ SCALE = dict(init_values=1e-5)
 
 
 def registers(count: int, **others) -> dict:
-  """Returns the arguments of timm's own `reg<count>_gap` models."""
+  """Returns the arguments of timm's own models with `reg<count>_gap` in the name."""
   common = dict(class_token=False, no_embed_class=True, global_pool='avg', reg_tokens=count)
   return common | others
 

@@ -1,19 +1,20 @@
 """Saves and restores checkpoints with orbax, which only this package uses.
 
-A workdir keeps its checkpoints in `checkpoints/<step>/`. Each has four items:
+A workdir keeps each checkpoint in `checkpoints/<step>/`. A checkpoint has four parts, which orbax
+calls items:
   * `params`: the parameters.
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config and facts about the data (class names, channels,
-    stored size). It also has the last step of each earlier cycle of the run, and checksums of all
-    items (`digests`).
+    stored size). The JSON also has the checksums of all items (`digests`), and the steps at which
+    the run was finished earlier and got more epochs (`cycles`).
 
 Decisions:
   * Process 0 saves each array as one whole NumPy array. So a laptop and a pod write the same files,
-    and every machine can read them. For JAX arrays, orbax would also save the devices. It then
-    restores on a machine with fewer devices only if the caller gives a target.
-  * orbax renames a checkpoint to its final name only when it is complete. Later damage is detected
-    by checksums, which are compared before a checkpoint is used.
+    and every machine can read them. With JAX arrays, orbax would also save the list of devices. A
+    machine with fewer devices could then read them only if the caller describes every array.
+  * orbax gives a checkpoint its final name only when all files are written. Checksums are compared
+    before a checkpoint is used, so later damage is detected.
 """
 
 from collections.abc import Iterator
@@ -77,7 +78,8 @@ class Checkpoints:
 
     Args:
       state: training state of the run.
-      config: the item `config`, with the item `names` under the key `names`.
+      config: facts about the run. The value of the key `names` becomes the item `names`; all other
+        keys become the item `config`.
       accuracy: validation accuracy, by which the best checkpoint is chosen; None if unknown.
 
     Raises:
@@ -117,7 +119,8 @@ class Checkpoints:
     """Waits, in all processes, until the last checkpoint is on disk.
 
     Raises:
-      storage.Unwritten: the checkpoint cannot be written; a ValueError with several processes.
+      storage.Unwritten: the checkpoint cannot be written (one process).
+      ValueError: the same failure, if there are several processes.
     """
     from_first(self._wait)
 
@@ -128,10 +131,10 @@ class Checkpoints:
       raise not_saved(self._workdir, error) from error
 
   def restore(self, like) -> tuple[list[np.ndarray], dict]:
-    """Restores the newest state and its `config` item.
+    """Restores the training state and the item `config` of the newest checkpoint.
 
     Args:
-      like: a state with the same shapes; its arrays may be abstract.
+      like: a state with arrays of the same shapes and types. Their values are not used.
 
     Returns:
       The arrays of the state on the host, in the order of the leaves of `like`, and the `config`
@@ -154,9 +157,9 @@ class Checkpoints:
 
 @dataclasses.dataclass
 class Best(policies.PreservationPolicy):
-  """Preserves the checkpoint that is first in `stored.ranked`. `accuracies` is {step: accuracy}.
+  """Keeps the checkpoint with the best validation accuracy. `accuracies` is {step: accuracy}.
 
-  orbax's own policy knows only checkpoints that were saved after the manager was opened.
+  After a run resumes, orbax's own policy would not know the accuracies of earlier checkpoints.
   """
 
   accuracies: dict[int, float]
@@ -169,7 +172,7 @@ class Best(policies.PreservationPolicy):
 
 
 def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
-  """Opens the orbax manager of process 0. `scored` is {step: accuracy}, and may grow later."""
+  """Opens the orbax manager of process 0. `scored` is {step: accuracy}; steps may be added."""
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
@@ -200,7 +203,7 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds the newest complete checkpoint of the workdir to the message of a `storage.Unwritten`."""
+  """Adds to the message of a `storage.Unwritten` from which step the same command resumes."""
   try:
     yield
   except storage.Unwritten as error:

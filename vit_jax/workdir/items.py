@@ -1,4 +1,4 @@
-"""Reads the items of a checkpoint with orbax, and interprets orbax's errors.
+"""Reads the parts (items) of a checkpoint with orbax, and decides which errors mean damage.
 
 Decisions:
   * A checkpoint is damaged if a file is missing or has invalid content. If a file cannot be read,
@@ -55,8 +55,8 @@ def restored(checkpoint: pathlib.Path, item: str):
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
   """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Errors with other causes are raised unchanged. Such causes are a missing device, a limit of
-  memory, threads or open files, and an orbax version that does not fit JAX.
+  Errors with other causes are raised unchanged, e.g. if a device is missing, or if memory, threads
+  or open files run out. An orbax version that does not fit JAX is also such a cause.
 
   Raises:
     Damaged: the files are not a valid checkpoint.
@@ -84,7 +84,7 @@ def check_process() -> None:
 
 
 def digest(item) -> str:
-  """Returns the SHA-256 of an item's JSON, or of its arrays' names, types, shapes and bytes."""
+  """Returns the SHA-256 of JSON, or of the names, types, shapes and bytes of a tree of arrays."""
   leaves = jax.tree_util.tree_leaves_with_path(item)
   if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
     return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
@@ -98,7 +98,7 @@ def digest(item) -> str:
 
 
 def be_silent() -> None:
-  """Hides the errors that orbax and tensorstore print, because both also raise them.
+  """Stops orbax and tensorstore from printing errors that they also raise.
 
   Otherwise a full disk would fill the terminal with tracebacks.
   """
@@ -108,13 +108,16 @@ def be_silent() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-  """Returns False for log records of errors that orbax also raises."""
+  """Returns whether to print a log record; False for an error that orbax also raises."""
   error = record.exc_info and record.exc_info[1]
   return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
 
 
 def unraisable(found) -> None:
-  """Calls Python's own hook, except for tasks that orbax abandoned when a checkpoint failed."""
+  """Prints an error that Python cannot raise, unless it is `Event loop is closed`.
+
+  orbax causes this one if saving a checkpoint fails.
+  """
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 

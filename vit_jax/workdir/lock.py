@@ -19,10 +19,10 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 
 @contextlib.contextmanager
 def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Locks a workdir, and creates it if needed, so that only one run at a time writes into it.
+  """Locks a workdir, so that only one run at a time writes into it. Creates missing folders.
 
-  Process 0 holds the lock for all processes. If the block writes nothing, new files and folders are
-  removed again. A read-only workdir is not locked, because nothing can be written into it.
+  Process 0 holds the lock for all processes. If nothing is written, the new `log.txt` and new
+  folders are removed again. A read-only workdir is not locked, because nothing can be written.
 
   Raises:
     ValueError: another run holds the lock, in this process or in a different one.
@@ -50,7 +50,7 @@ def _held(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def lock(workdir: pathlib.Path) -> IO | None:
-  """Opens and locks `log.txt`; closing the file unlocks it. Returns None if it is not writable.
+  """Opens and locks `log.txt`; closing it releases the lock. None: the file is not writable.
 
   Raises:
     ValueError: another run holds the lock.

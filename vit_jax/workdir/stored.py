@@ -36,7 +36,7 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
-  """Returns the newest undamaged item `config` with its `step`; None if none exists."""
+  """Returns the JSON of the newest undamaged checkpoint, with the key `step`; None without one."""
 
   def find():
     for step in saved_steps(workdir):
@@ -48,7 +48,7 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """Returns an item of a checkpoint as it was saved, with NumPy arrays.
+  """Returns one item of a checkpoint: `config` (a dict), or a tree of NumPy arrays.
 
   The item `names` is None for checkpoints of version 0.1.0.
 
@@ -59,18 +59,22 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
 
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
-  """Works like `restore_item`, without broadcasting to other processes."""
+  """Works like `restore_item`, but reads and returns the item only in this process."""
   checkpoint = directory(workdir) / str(step)
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
-    raise items.damaged(checkpoint, f'its item config needs the keys {", ".join(sorted(SAVED))}')
+    raise items.damaged(
+      checkpoint, f'its JSON in config/ must have the keys {", ".join(sorted(SAVED))}'
+    )
   digests = about.pop('digests', {})  # missing in checkpoints of older versions
   if item == 'names' and item not in digests:
     return None
   found = about if item == 'config' else items.restored(checkpoint, item)
   now = items.digest(found)
   if digests.get(item, now) != now:
-    raise items.damaged(checkpoint, f'the checksum of its {item} is wrong')
+    raise items.damaged(
+      checkpoint, f'the content of its folder {item}/ does not match the checksum'
+    )
   return found
 
 
@@ -103,9 +107,9 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 
 
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
-  """Returns the validation accuracies of the checkpoints that have one, by step.
+  """Returns {step: validation accuracy} for the checkpoints that have one.
 
-  If a checkpoint was saved before its evaluation, its accuracy is only in `metrics.jsonl`.
+  For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
   """
   lines = writer.read_metrics(workdir)
   recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
@@ -122,9 +126,10 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
 
 
 def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
-  """Returns a checkpoint for inference: step, weights (NumPy), and the item `config` with `names`.
+  """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
-  If the run averages its weights, these averages are returned. Damaged checkpoints are skipped.
+  The facts are the item `config`, with the item `names` under the key `names`. If the run averages
+  its weights, the averages are returned. Damaged checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -156,9 +161,10 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
 
 
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
-  """Returns the checkpoints to try, preferred ones first, each with the reason for its choice.
+  """Returns the checkpoints to try: pairs `(step, reason)`, the preferred one first.
 
-  The reason is empty if `step` is empty and a checkpoint has no validation accuracy.
+  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty,
+  checkpoints without a validation accuracy have an empty reason.
 
   Args:
     workdir: folder of a training run.

@@ -1,11 +1,10 @@
-"""Identifies the files and splits that weights were trained on, so that tests exclude them.
+"""Records what weights were trained on, so that no test uses the same files.
 
 Decisions:
-  * A file is identified by the hash of its name below its class folder (`folder.py`). So it is also
-    recognized in a different split, class or folder.
-  * If a training file and a held-out file have the same name, the name does not identify an image.
-    For example, both splits may be numbered from 0001.jpg. Files with such names are identified by
-    the hash of their content.
+  * The name of a file is the path after the class folder, e.g. `a/1.jpg` for `train/cat/a/1.jpg`.
+    The hash of this name identifies the file, also in a different split, class or folder.
+  * A training file and a held-out file can have the same name, e.g. if each split is numbered from
+    0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
   * Sources without files (digits, TFDS) are identified by `data.source`, in any `data.dir`. A test
     that shares examples with a training split of the same source is refused.
@@ -32,12 +31,13 @@ NONE = np.zeros(0, np.uint64)
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """Training files, as uint64 hashes of their names or their content, and training splits.
+  """The files (as uint64 hashes of name or content) and splits that weights were trained on.
 
   Attributes:
     own_N: hashes of the run's own training files.
     inherited_N: hashes of the files that earlier runs trained the `init` weights on.
-    shared_N: hashes of names that do not identify a file. Such files are compared by content.
+    shared_N: hashes of names that a training file and a held-out file have in common. Files with
+      these names are compared by content.
     own_splits: `(data.source, split)` pairs that the run itself is trained on.
     inherited_splits: `(data.source, split)` pairs that the `init` weights were trained on.
   """
@@ -59,17 +59,20 @@ class TrainingFiles:
     return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
 
   def before(self) -> 'TrainingFiles':
-    """Returns only the files and splits of earlier runs."""
+    """Returns a copy without the run's own files and splits."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the item `names`; a zero begins each array, because orbax saves no empty arrays."""
+    """Returns the item `names`. Each array begins with a 0, because orbax saves no empty arrays."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
   @classmethod
   def load(cls, saved: Mapping) -> 'TrainingFiles | None':
-    """Creates the object from a checkpoint; returns None if it lacks names of a folder's files."""
+    """Creates the object from the items `config` and `names` of a checkpoint.
+
+    Returns None if the run trained on an image folder, but did not record the files.
+    """
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
     own = trained_splits(saved['config'])
@@ -79,7 +82,10 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads the `TrainingFiles` of a workdir's newest checkpoint; empty without a checkpoint."""
+  """Loads the training files from the newest checkpoint; empty without a checkpoint.
+
+  Returns None if the run trained on an image folder, but did not record the files.
+  """
   step = stored.latest_step(workdir)
   if step is None:
     return TrainingFiles()
@@ -96,7 +102,13 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the training files and splits of a run with this config, and of earlier runs."""
+  """Returns what a run with this config trains on, together with what `earlier` contains.
+
+  Args:
+    source: dataset of the run.
+    config: config of the run.
+    earlier: training files and splits of the weights that the run starts from.
+  """
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
   return dataclasses.replace(known, own_splits=own_splits, inherited_splits=earlier.all_splits)
@@ -105,7 +117,7 @@ def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles)
 def hash_training_files(
   source: Source, trained_on: Sequence[str], earlier: TrainingFiles
 ) -> TrainingFiles:
-  """Returns the hashes of the files in some splits of a source, and the hashes of earlier runs."""
+  """Returns the hashes of the files in the splits `trained_on`, and the hashes in `earlier`."""
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
     return TrainingFiles(NONE, earlier.all_N, earlier.shared_N)
@@ -148,7 +160,7 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
 
 
 def known(files: Files, names: TrainingFiles) -> np.ndarray:
-  """Returns whether the weights were trained on each of the files, bool `[N]`."""
+  """Returns bool `[N]`: for each file, whether the weights were trained on it."""
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
   if len(index_N):
@@ -165,12 +177,15 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
       raise ValueError(
         f'Split {split!r} shares examples with {trained_on!r} of {spec}. The weights were trained '
-        'on these examples, so they cannot be a test. Choose a different data.eval_split.'
+        'on these examples, so a test on them is not valid. Choose a different data.eval_split.'
       )
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """Returns the source without the training files in a split, and the number of these files.
+  """Leaves out the files of a test split that the weights were trained on.
+
+  Returns:
+    The source without these files, and the number of left-out files.
 
   Raises:
     ValueError: the weights were trained on all files of the split.

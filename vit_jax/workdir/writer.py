@@ -26,9 +26,9 @@ class Writer:
   """Context manager that appends to the records of a workdir."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Removes what an interrupted run wrote after step `start`, from which the run now resumes.
+    """Opens the records, and removes lines that an interrupted run wrote after step `start`.
 
-    The caller must hold the workdir's lock (`lock.held`).
+    The run resumes from step `start`. The caller must hold the workdir's lock (`lock.held`).
     """
     self.workdir = workdir
     self._file = workdir / 'metrics.jsonl'

@@ -5,13 +5,14 @@ Decisions:
     Norms, softmax and GELU would add a few percent.
   * FLOPs are counted in the traced program. They are therefore exact for this model. The FLOPs of a
     training step include the operations that `model.remat` repeats.
-  * Activations are the arrays that differentiation keeps for the backward pass, each counted once.
-    XLA keeps less if it recomputes cheap parts (a sixth less on a CPU), and needs some working
-    memory in addition.
+  * Activations are the arrays that the forward pass keeps for the backward pass. Each array is
+    counted once. XLA keeps fewer of them if it recomputes cheap parts (a sixth less on a CPU). XLA
+    also needs some working memory.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+import dataclasses
 import math
 
 import jax
@@ -22,38 +23,53 @@ from vit_jax import experiment
 from vit_jax.distributed import portable
 from vit_jax.experiment import Experiment
 from vit_jax.optim import Stages, split_frozen
-from vit_jax.training import loss_fn
+from vit_jax.training.step import loss_fn
 
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
 OTHER = 'other'  # operations outside of modules: pooling, the loss, adding positions
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Counts the FLOPs for one image, in the forward pass (by module) and in a training step."""
-  group = experiment.group(exp.config)
+  """Returns, for one image, the FLOPs of the forward pass by module, and of a training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
-  split = split_frozen(params, exp.config.freeze)
-  with portable():  # the operations inside custom kernels would not be counted
+  with portable():  # without kernels, whose operations would not be counted
     forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
-    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   flops = Counter()
   for stack, count in products(forward.jaxpr):
     flops[module_of(stack, params)] += count
+  return flops, step_flops(exp, params)
+
+
+def step_flops(exp: Experiment, params: dict) -> int:
+  """Counts the FLOPs of a training step for one image."""
+  group = experiment.group(exp.config)
+  split = split_frozen(params, exp.config.freeze)
+  with portable():
+    gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
-  return flops, sum(train) // group
+  return sum(train) // group
+
+
+def model_flops(exp: Experiment, params: dict) -> int:
+  """Counts the FLOPs of a training step for one image, as if `model.remat` repeated nothing."""
+  return step_flops(dataclasses.replace(exp, model=exp.model.clone(remat='none')), params)
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Counts the FLOPs of a whole run with one image per step; stages can have smaller images."""
+  """Returns the FLOPs of a whole run, as if each step had only one image.
+
+  Each stage of the run has its own number of steps and image size. `train_flops` are the FLOPs of a
+  step at full image size.
+  """
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
-  flops = {size: work(exp.at(size), params)[1] for _, size in stages[:-1]}
+  flops = {size: step_flops(exp.at(size), params) for _, size in stages[:-1]}
   flops[exp.image_shape[:2]] = train_flops
   return sum(n * flops[size] for n, (_, size) in zip(steps, stages))
 
 
 def activations(exp: Experiment, params: dict) -> Counter:
-  """Counts the bytes kept for the backward pass of one image, by module."""
+  """Returns the bytes that one image keeps for the backward pass, by module."""
   group = experiment.group(exp.config)
 
   def keep(trained, *others):
@@ -69,7 +85,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
 
 
 def loss(exp: Experiment, count: int) -> Callable:
-  """Returns the loss of `count` examples in a training step, given the trained parameters."""
+  """Returns the function that computes the training loss of `count` examples."""
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}
@@ -79,7 +95,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Returns the shapes of the loss's inputs other than parameters."""
+  """Returns the shapes of the other arguments of a `loss` function: batch, `early` and seed."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -90,7 +106,7 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """Returns the row for a name, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
+  """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
   names = stack.split('/')
   for i, name in enumerate(names):
     if name.startswith('block_') and name in params:
@@ -102,7 +118,7 @@ def module_of(stack: str, params: dict) -> str:
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
-  """Yields `(name, FLOPs)` of each matrix product and convolution, also inside called functions."""
+  """Yields `(name, FLOPs)` of each matrix product and convolution, also in nested functions."""
   for eqn in jaxpr.eqns:
     stack = f'{prefix}/{eqn.source_info.name_stack}'
     size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
@@ -119,14 +135,14 @@ def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
 
 
 def is_program(value: object) -> bool:
-  """Returns whether a parameter of an operation is a function that the operation calls."""
+  """Returns whether the value is a traced function, e.g. the body of a loop."""
   return isinstance(value, (core.Jaxpr, core.ClosedJaxpr))
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` of each program output that depends on the batch.
+  """Yields `(name, bytes)` of each output of a traced function that depends on the batch.
 
-  An array that is returned in two shapes counts once.
+  An array that is returned in two shapes is yielded only once.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

@@ -1,0 +1,113 @@
+"""Tests the speed and the utilisation that a run reports."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import small_config
+from vit_jax.distributed import peak_tflops, portable
+from vit_jax.evaluation import training_score
+from vit_jax.inference import cost, summary
+from vit_jax.model import make
+from vit_jax.training import meter as meter_module
+from vit_jax.training import tracing
+from vit_jax.training.compiling import Compiled
+from vit_jax.training.meter import Meter
+from vit_jax.training.state import init_params
+from vit_jax.workdir import read_metrics
+
+
+def device(kind, stats=None):
+  return types.SimpleNamespace(device_kind=kind, memory_stats=lambda: stats)
+
+
+def mesh_of(kind, count, stats=None):
+  return types.SimpleNamespace(local_devices=[device(kind, stats)] * 2, size=count)
+
+
+def metrics():
+  score = training_score(np.zeros((8, 3), np.float32), np.zeros(8, np.int32), np.ones(8))
+  return {'score': jax.device_get(score), 'grad_norm': 1.0, 'learning_rate': 0.1}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that the test sets."""
+  time = types.SimpleNamespace(now=0.0)
+  monkeypatch.setattr(meter_module, 'time', types.SimpleNamespace(perf_counter=lambda: time.now))
+  return time
+
+
+def read(clock, mesh, dtype):
+  """Measures two steps of 4 x 10^15 FLOPs in 5 seconds."""
+  meter = Meter(mesh, dtype)
+  for step in range(2):
+    meter.add(step, metrics(), Compiled(None, 4 * 10**15, False))
+  clock.now += 5
+  return meter.read()
+
+
+def test_utilisation_is_the_flops_per_second_divided_by_the_peak(clock):
+  values = read(clock, mesh_of('NVIDIA H200', 4, {'bytes_in_use': 3 * 2**29}), 'bfloat16')
+  assert values['images_per_second'] == 16 / 5
+  assert values['tflops_per_device'] == 400
+  assert values['mfu'] == round(400 / 989, 4)
+  assert values['memory_gib'] == 1.5
+
+
+@pytest.mark.parametrize('kind, dtype', [('cpu', 'bfloat16'), ('NVIDIA H200', 'float32')])
+def test_without_a_known_peak_only_the_speed_is_reported(kind, dtype, clock):
+  values = read(clock, mesh_of(kind, 2), dtype)
+  assert values['tflops_per_device'] == 800
+  assert not {'mfu', 'memory_gib'} & values.keys()
+
+
+@pytest.mark.parametrize('kind, peak', [
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
+    ('NVIDIA H200 141GB HBM3e', 989), ('TPU v4', 275), ('TPU v5 lite', 197), ('TPU v5', 459),
+    ('TPU v5p', 459), ('TPU v6 lite', 918), ('NVIDIA GeForce RTX 3060', None), ('cpu', None),
+])  # fmt: skip
+def test_the_peak_follows_from_the_name_of_the_device(kind, peak):
+  assert peak_tflops(device(kind)) == peak
+
+
+def test_a_run_reports_the_flops_that_inspect_counts(trained):
+  workdir, _ = trained
+  exp, examples, _ = summary.summary_of_config(small_config())
+  counted = cost.measure(exp, examples)
+  line = [line for line in read_metrics(workdir) if line['split'] == 'train'][-1]
+  tflops = counted.train_flops * line['images_per_second'] / counted.devices / 1e12
+  np.testing.assert_allclose(line['tflops_per_device'], tflops, rtol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['B/16', 'R50+B/16'])
+def test_forward_flops_are_within_3_percent_of_the_count_of_xla(name):
+  model = make(name, num_classes=1000)
+  image_BHWC = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), image_BHWC)
+  with portable():
+    program = jax.make_jaxpr(model.apply)(variables, image_BHWC)
+    lowered = jax.jit(model.apply).lower(variables, image_BHWC)
+  ours = sum(count for _, count in tracing.products(program.jaxpr))
+  np.testing.assert_allclose(ours, lowered.cost_analysis()['flops'], rtol=0.03)
+
+
+def test_recomputation_does_not_count_as_work_of_the_model():
+  kept, repeated = (
+    summary.summary_of_config(small_config(**{'model.remat': remat}))[0]
+    for remat in ('none', 'full')
+  )
+  params = init_params(kept.model, kept.image_shape, 0)
+  assert tracing.step_flops(repeated, params) > tracing.step_flops(kept, params)
+  assert tracing.model_flops(repeated, params) == tracing.step_flops(kept, params)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_loss_that_is_not_finite_names_the_fused_kernel(fused, clock):
+  broken = metrics() | {'grad_norm': float('nan')}
+  with pytest.raises(FloatingPointError, match='gradient norm of step 3 is nan') as error:
+    Meter(mesh_of('cpu', 1), 'float32').add(3, broken, Compiled(None, 0, fused))
+  assert ('--config.model.attention=plain' in str(error.value)) == fused

@@ -1,0 +1,134 @@
+"""Tests the choice between cuDNN's attention and the plain one, with a stand-in for cuDNN.
+
+The stand-in runs on a CPU: it is XLA's attention, or a broken or slow version of it.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.conftest import small_config
+from vit_jax.distributed import Target, compiled_for, make_mesh
+from vit_jax.inference import summary
+from vit_jax.model import plain
+from vit_jax.optim import Training, training_recipe
+from vit_jax.training import trial
+
+HOPPER = Target('cuda', 9.0)
+GPU = {'model.dtype': 'bfloat16', 'model.width': '16', 'model.num_heads': '2'}
+
+
+def choose(earlier=None, **overrides):
+  """Returns the choice for a small model on a GPU."""
+  exp, examples, _ = summary.summary_of_config(small_config(**GPU | overrides))
+  recipe = training_recipe(exp.config, examples)
+  training = Training(None, None, None, params=None, **recipe)
+  with compiled_for(HOPPER):
+    found = trial.choose_attention(exp, training, make_mesh(32), earlier)
+  assert found.config.model.attention == exp.config.model.attention  # as the user has written it
+  return found
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+  """Returns a function that replaces cuDNN's kernel and the times of the two kernels."""
+
+  def replace(kernel=plain, seconds=(1.0, 2.0)):
+    trial.value_and_gradients.cache_clear()
+    monkeypatch.setattr(trial, 'flash', kernel)
+    times = {kernel: seconds[0], plain: seconds[1]}
+    if kernel is not plain:
+      monkeypatch.setattr(trial, 'duration', lambda kernel, *_: times[kernel])
+
+  return replace
+
+
+def scaled(error):
+  """Returns a kernel whose output is `1 + error(query)` times the correct one."""
+
+  def kernel(query, key, value, keep, rate):
+    return (plain(query, key, value, keep, rate) * (1 + error(query))).astype(query.dtype)
+
+  return kernel
+
+
+exact = scaled(lambda query: 0.0)
+
+
+@pytest.mark.parametrize('seconds, choice', [((1.0, 2.0), 'cudnn'), ((2.0, 1.0), 'plain')])
+def test_the_faster_of_two_correct_kernels_is_used(cudnn, seconds, choice):
+  cudnn(exact, seconds)
+  assert choose().model.attention == choice
+
+
+@pytest.mark.parametrize('error', [
+    lambda query: 0.2,
+    lambda query: jnp.where(jnp.abs(query).max() > 8, jnp.nan, 0),  # only for large logits
+    lambda query: jnp.where(query.mean() > 3, 0.2, 0),  # only for very negative logits
+])  # fmt: skip
+def test_an_incorrect_kernel_is_not_used(cudnn, error, caplog):
+  cudnn(scaled(error))
+  assert choose().model.attention == 'plain'
+  assert 'Attention of cuDNN is not correct here (output' in caplog.text
+
+
+def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):
+  @jax.custom_vjp
+  def kernel(query, key, value):
+    return plain(query, key, value, None, 0.0)
+
+  def backward(saved, dy):
+    dquery, dkey, dvalue = jax.vjp(lambda *qkv: plain(*qkv, None, 0.0), *saved)[1](dy)
+    return dquery, dkey * jnp.nan, dvalue
+
+  kernel.defvjp(lambda *qkv: (kernel(*qkv), qkv), backward)
+  cudnn(lambda query, key, value, keep, rate: kernel(query, key, value))
+  assert choose().model.attention == 'plain'
+  assert 'gradient of the key, usual logits, shape' in caplog.text
+
+
+def test_the_rows_with_very_negative_logits_are_below_minus_88():
+  factor, offset = trial.INPUTS['very negative logits']
+  query, key, *_ = trial.draw((2, 9, 2, 64), jnp.float32, factor, offset)
+  logits = jnp.einsum('bqke,bnke->bkqn', query, key) * 64**-0.5
+  assert jax.nn.logsumexp(logits, axis=-1).max() < -88
+
+
+def test_deterministic_runs_do_not_measure_time(cudnn, monkeypatch):
+  cudnn(exact)
+  monkeypatch.setattr(trial, 'duration', None)
+  assert choose(deterministic='True').model.attention == 'cudnn'
+
+
+@pytest.mark.parametrize('earlier', ['cudnn', 'plain'])
+def test_a_resumed_run_keeps_its_kernel(monkeypatch, earlier):
+  monkeypatch.setattr(trial, 'decide', None)
+  found = choose(earlier)
+  assert found.model.attention == found.saved()['attention'] == earlier
+
+
+@pytest.mark.parametrize('overrides', [
+    {'model.attention': 'plain'}, {'model.dtype': 'float32'}, {'model.attention_dropout': '0.1'},
+    {'model.head_dim': '12'},
+])  # fmt: skip
+def test_nothing_is_tried_where_the_choice_is_clear(monkeypatch, overrides):
+  monkeypatch.setattr(trial, 'decide', None)
+  found = choose(**overrides)
+  assert found.model.attention == found.config.model.attention
+  assert found.saved()['attention'] == 'auto'
+
+
+def test_cudnn_is_refused_where_it_cannot_run():
+  with pytest.raises(
+    ValueError, match='model.attention=cudnn: .* model.dtype=float32 is not bfloat16. Set'
+  ):
+    choose(**{'model.attention': 'cudnn', 'model.dtype': 'float32'})
+
+
+def test_a_duration_is_the_time_of_a_call(monkeypatch):
+  clock = iter([10.0, 15.0])
+  monkeypatch.setattr(trial, 'time', type(time)('clock'))
+  trial.time.perf_counter = lambda: next(clock)
+  assert trial.duration(plain, (1, 3, 1, 8), jnp.bfloat16) == 5.0 / trial.REPEATS

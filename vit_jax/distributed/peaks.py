@@ -1,0 +1,24 @@
+"""Peak speed of accelerators. The metric `mfu` is the share of it that a training run reaches."""
+
+import jax
+
+# Dense bfloat16 products, in units of 10^12 FLOPs per second, from the vendors' data sheets. The
+# keys are the beginnings of `device_kind`. A longer key precedes a shorter one that it begins with.
+PEAK_TFLOPS = {
+  'NVIDIA A100': 312,
+  'NVIDIA H100 PCIe': 756,
+  'NVIDIA H100 NVL': 835,
+  'NVIDIA H100': 989,
+  'NVIDIA H200': 989,
+  'NVIDIA B200': 2250,
+  'TPU v4': 275,
+  'TPU v5 lite': 197,
+  'TPU v5e': 197,
+  'TPU v5': 459,
+  'TPU v6': 918,
+}
+
+
+def peak_tflops(device: jax.Device) -> float | None:
+  """Returns the peak of a device in bfloat16, in TFLOP/s; None for an unlisted device."""
+  return next((n for kind, n in PEAK_TFLOPS.items() if device.device_kind.startswith(kind)), None)

@@ -1,0 +1,52 @@
+"""Compiles the training step of a run in advance."""
+
+import dataclasses
+import logging
+import time
+
+from clu import platform
+import jax
+
+from vit_jax import progress
+from vit_jax.distributed import target
+from vit_jax.experiment import Experiment
+from vit_jax.optim import Training
+from vit_jax.training.state import TrainState
+from vit_jax.training.step import TrainStep, make_train_step
+from vit_jax.training.tracing import model_flops
+from vit_jax.training.trial import uses_flash
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A compiled training step.
+
+  Attributes:
+    step: the training step.
+    flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
+    fused: whether the step computes attention with a kernel of cuDNN.
+  """
+
+  step: TrainStep
+  flops: int
+  fused: bool
+
+
+def compile_step(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, state: TrainState, batch: dict
+) -> Compiled:
+  """Compiles the step before training, so that the measured speed excludes the time to compile."""
+  began = time.perf_counter()
+  with progress.announced('Compiling the training step ...'):
+    step = make_train_step(exp, training, mesh).lower(state, batch).compile()
+  flops = exp.config.batch_size * model_flops(exp, state.params) if exp.sees_images else 0
+  devices = f'{mesh.size} {target(mesh).platform} device(s)'
+  height, width, _ = exp.image_shape
+  log.info(
+      'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
+      time.perf_counter() - began, height, width, training.steps, devices,
+  )  # fmt: skip
+  platform.work_unit().set_notes(f'{exp.config.model.variant} on {devices}')
+  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh))

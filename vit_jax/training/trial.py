@@ -1,0 +1,150 @@
+"""Tries cuDNN's attention on the GPU of a run before the run relies on it.
+
+cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. So `model.attention=auto`
+compares the kernel with `plain` first, also on logits that are hard to compute.
+
+Decisions:
+  * A run makes this choice once. Its checkpoints contain it, so resuming does not change a kernel.
+  * Process 0 makes the choice for all processes.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.distributed import compiled_for, from_first, shares, target
+from vit_jax.experiment import Experiment
+from vit_jax.model import flash, flash_obstacle, plain, select_kernel
+from vit_jax.optim import Training
+
+log = logging.getLogger(__name__)
+
+# Factors of queries and keys, and a constant that is added to the queries and subtracted from the
+# keys: usual logits, large logits, and rows whose logsumexp is far below -88.
+INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
+TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
+REPEATS = 10  # timed calls of each kernel
+
+
+def choose_attention(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, earlier: str | None
+) -> Experiment:
+  """Returns the experiment with the attention kernel that the run uses.
+
+  Args:
+    exp: experiment to train.
+    training: plan of the run. The kernel is tried at each image size of the plan.
+    mesh: mesh of the devices.
+    earlier: choice in the run's newest checkpoint; None without one.
+
+  Raises:
+    ValueError: `model.attention=cudnn`, and cuDNN cannot run on these devices.
+  """
+  model, asked = exp.model, exp.model.attention
+  obstacle = flash_obstacle(target(mesh), model.dtype, model.head_size)
+  if asked == 'cudnn' and obstacle:
+    raise ValueError(
+      f'model.attention=cudnn: cuDNN cannot compute this attention, because {obstacle}. '
+      'Set model.attention=auto.'
+    )
+  if asked != 'auto' or obstacle or model.attention_dropout:
+    return exp
+  choice = earlier
+  if choice not in ('cudnn', 'plain'):
+    shapes = [attention_shape(exp.at(size), mesh) for _, size in training.stages]
+    choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
+  return dataclasses.replace(exp, model=model.clone(attention=choice))
+
+
+def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
+  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
+  config, model = exp.config, exp.model
+  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
+  patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
+  heads = model.num_heads // mesh.shape['tensor']
+  batch = config.batch_size // shares(mesh) // parts
+  return batch, model.num_prefix + patches, heads, model.head_size
+
+
+def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
+  """Returns `cudnn` if cuDNN is correct for all shapes, and not slower for the last; else `plain`.
+
+  Args:
+    shapes: shape of the queries at each image size of the run; the last is for full size.
+    dtype: type of the computation.
+    deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
+      be correct.
+  """
+  for shape in shapes:
+    if wrong := first_difference(shape, dtype):
+      log.warning(
+        'Attention of cuDNN is not correct here (%s). Using model.attention=plain.', wrong
+      )
+      return 'plain'
+  if deterministic:
+    log.info('Attention of cuDNN is correct here. Using model.attention=cudnn.')
+    return 'cudnn'
+  kernels = {'cudnn': flash, 'plain': plain}
+  seconds = {name: duration(kernel, shapes[-1], dtype) for name, kernel in kernels.items()}
+  choice = min(seconds, key=seconds.get)
+  log.info(
+      'Attention of cuDNN is correct here, and takes %.3g ms per block; plain takes %.3g ms. '
+      'Using model.attention=%s.', *(1e3 * s for s in seconds.values()), choice,
+  )  # fmt: skip
+  return choice
+
+
+def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
+  """Describes the first output or gradient of cuDNN that differs from `plain`; empty if none."""
+  for name, (factor, offset) in INPUTS.items():
+    given = draw(shape, dtype, factor, offset)
+    ours, theirs = (value_and_gradients(kernel)(*given) for kernel in (flash, plain))
+    for part, got, want in zip(('output', 'query', 'key', 'value'), ours, theirs, strict=True):
+      got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+      error = jnp.abs(got - want).max() / jnp.maximum(jnp.abs(want).max(), 1)
+      if not error <= TOLERANCE:  # also if it is NaN
+        what = part if part == 'output' else f'gradient of the {part}'
+        return f'{what}, {name}, shape {"x".join(map(str, shape))}: relative error {error:.2g}'
+  return ''
+
+
+def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offset: float) -> list:
+  """Returns random queries, keys, values and the gradient of the output."""
+  arrays = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)]
+  query, key, value, dy = arrays
+  return [x.astype(dtype) for x in (factor * query + offset, factor * key - offset, value, dy)]
+
+
+@functools.cache
+def value_and_gradients(kernel):
+  """Returns the compiled `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`."""
+
+  def run(query, key, value, dy):
+    y, pull = jax.vjp(lambda *qkv: kernel(*qkv, None, 0.0), query, key, value)
+    return y, *pull(dy)
+
+  return jax.jit(run)
+
+
+def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> float:
+  """Returns the seconds of a forward and backward pass."""
+  given, run = draw(shape, dtype, 1, 0), value_and_gradients(kernel)
+  jax.block_until_ready(run(*given))
+  began = time.perf_counter()
+  for _ in range(REPEATS):
+    found = run(*given)
+  jax.block_until_ready(found)
+  return (time.perf_counter() - began) / REPEATS
+
+
+def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
+  """Returns whether the blocks of the model use cuDNN's kernel."""
+  query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
+  with compiled_for(target(mesh)):
+    drops = bool(exp.model.attention_dropout)
+    return select_kernel(exp.model.attention, query, query, drops) is flash
