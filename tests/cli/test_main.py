@@ -330,6 +330,11 @@ def test_config_overrides_accept_the_syntax_of_absl():
   assert config.batch_size == 100 and type(config.batch_size) is int
 
 
+def test_a_negative_value_may_follow_its_key():
+  overrides = parse_flags(['--config.mesh.data', '-1', '--config.epochs=2'], 'train').overrides
+  assert overrides == {'mesh.data': '-1', 'epochs': '2'}
+
+
 @pytest.mark.parametrize('argv, message', [
     (['--config.batch_size'], '--config.batch_size needs a value'),
     (['--config.epohcs', '--topk=3'], '--config.epohcs needs a value'),
