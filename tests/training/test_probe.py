@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import types
 
@@ -308,6 +309,45 @@ def test_run_with_another_backbone_is_detected(trained, tmp_path):
   assert probe.has_other_backbone(trained[0], backbone(params) | {'block_9': params['norm']})
 
 
+def tried(folder, rate, origin, **overrides):
+  """Tries a learning rate of a sweep with a stand-in for training; returns whether it trained."""
+  exp, training = opening.from_config(small_config(**FROZEN | overrides))
+  training = dataclasses.replace(training, params=probe.initial_params(exp, training, folder))
+  fitted = []
+
+  def fit(exp, plan, mesh, folder, **notes):
+    fitted.append(rate)
+    result = {'val_accuracy': 0.5, 'config': exp.saved()['config'], 'steps': 32} | notes
+    writer.write_json(folder / 'result.json', result)
+    return result
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(probe, 'fit', fit)
+    origin = probe.measured_on(exp, training) | origin
+    assert probe.score_rate(exp, training, None, folder, rate, origin) == 0.5
+  return bool(fitted)
+
+
+def test_a_finished_rate_of_a_sweep_belongs_to_its_data_backbone_and_config(tmp_path):
+  assert tried(tmp_path, 0.1, {})
+  assert not tried(tmp_path, 0.1, {})
+  assert tried(tmp_path, 0.1, {'backbone': 'another'})
+  with pytest.raises(ValueError, match='the data of synthetic changed since this learning rate'):
+    tried(tmp_path, 0.1, {'data': 'other', 'backbone': 'another'})
+  with pytest.raises(ValueError, match='seed'):
+    tried(tmp_path, 0.1, {}, seed='7')
+
+
+def test_the_backbone_of_a_sweep_is_identified_without_its_head():
+  exp, training = opening.from_config(small_config(**FROZEN))
+  params = probe.initial_params(exp, training, pathlib.Path('none'))
+  known = lambda params: probe.measured_on(exp, dataclasses.replace(training, params=params))
+  head = params | {'head': jax.tree.map(lambda x: x + 1, params['head'])}
+  norm = params | {'norm': jax.tree.map(lambda x: x + 1, params['norm'])}
+  assert known(params) == known(head) != known(norm)
+  assert known(params)['data'] == exp.task.fingerprint
+
+
 def test_the_last_run_of_a_sweep_keeps_added_cycles(monkeypatch):
   exp, training = opening.from_config(small_config(epochs='2', **SWEPT), cycles=(32,))
   exp, last = probe.on_all(exp, training, 0.1)
@@ -319,6 +359,7 @@ def test_a_sweep_is_repeated_until_its_last_run_has_begun(monkeypatch, tmp_path)
   exp, training = opening.from_config(small_config(**SWEPT))
   old = [{'lr': 0.5, 'val_accuracy': 0.9}]
   (tmp_path / 'sweep.json').write_text(json.dumps({'sweep': old}))
+  training = dataclasses.replace(training, params=probe.initial_params(exp, training, tmp_path))
   monkeypatch.setattr(probe, 'score_rate', lambda *_: 0.25)
   points = probe.sweep(exp, training, devices.make_mesh(), tmp_path)
   assert points == [{'lr': rate, 'val_accuracy': 0.25} for rate in (0.001, 0.1)]

@@ -10,6 +10,7 @@ Decisions:
 """
 
 import dataclasses
+import hashlib
 import logging
 import pathlib
 import shutil
@@ -26,7 +27,14 @@ from vit_jax.optim import Training, plan_training, split_frozen
 from vit_jax.training.loop import fit
 from vit_jax.training.resume import begin, finished_result, record
 from vit_jax.training.state import init_params
-from vit_jax.workdir import held, latest_step, read_json, restore_item, write_json
+from vit_jax.workdir import (
+  held,
+  latest_step,
+  newest_config,
+  read_json,
+  restore_item,
+  write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +137,10 @@ def sweep(
       'Learning rates are compared on only %d validation images: hold out more images.',
       len(training.val),
     )
-  points = []
+  points, origin = [], measured_on(exp, training)
   for rate in exp.config.sweep:
     try:
-      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate)
+      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate, origin)
     except FloatingPointError as error:
       log.warning('Learning rate %g: %s', rate, error)
       accuracy = None
@@ -152,25 +160,49 @@ def score_rate(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
   rate: float,
+  origin: dict[str, str],
 ) -> float:
-  """Trains a head at the learning rate `rate` in `folder`, and returns the validation accuracy."""
+  """Trains a head at the learning rate `rate` in `folder`, and returns the validation accuracy.
+
+  A head of a different backbone is trained again. `origin` is the result of `measured_on`.
+
+  Raises:
+    ValueError: the folder holds a head that was trained with another config or on other data.
+  """
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
   config.optimizer.lr, config.sweep, config.keep_checkpoints = rate, (), 1
   exp = dataclasses.replace(exp, config=config)
-  if has_other_backbone(folder, training.params):
+  result = from_first(lambda: finished_result(config, folder))
+  if earlier := result or newest_config(folder):
+    config_lib.check_same_run(config_lib.from_dict(earlier['config']), config, folder)
+  if result and result.get('data', origin['data']) != origin['data']:
+    raise ValueError(
+      f'{folder}: the data of {config.data.source} changed since this learning rate was tried. '
+      'Restore the data, or use another --workdir.'
+    )
+  other = result and result.get('backbone', origin['backbone']) != origin['backbone']
+  if other or has_other_backbone(folder, training.params):
+    log.info('%s: trained again, because the backbone is a different one.', folder)
     from_first(lambda: shutil.rmtree(folder))
-  if result := from_first(lambda: finished_result(config, folder)):
-    config_lib.check_same_run(config_lib.from_dict(result['config']), config, folder)
-  else:
+    result = None
+  if not result:
     splits = training.train, training.val, training.test
     plan = plan_training(config, *splits, training.params)
     with held(folder):
       begin(config, folder)
       record(exp, folder)
-      result = fit(exp, plan, mesh, folder)
+      result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed. Keeping the backbone of each rate would fill the disk.
   from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
   return result['val_accuracy']
+
+
+def measured_on(exp: Experiment, training: Training) -> dict[str, str]:
+  """Returns hashes of the `data` and of the frozen `backbone`, which `result.json` keeps."""
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(split_frozen(training.params, 'backbone')[1]):
+    digest.update(np.ascontiguousarray(leaf))
+  return {'data': exp.task.fingerprint, 'backbone': digest.hexdigest()}
 
 
 def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
@@ -194,6 +226,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment of the final run, which counts the examples of both splits."""
+  """Returns the experiment of the final run, which trains on the examples of both splits."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))
