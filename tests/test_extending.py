@@ -141,10 +141,10 @@ def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('part, entry, message', [
     ('position', Position(axial, params={'rows': None}),
-     'model.position=mine creates parameters that its entry does not list: columns. Add them to '
+     'model.position=mine creates parameters that its registry entry lacks: columns. Add them to '
      "params={...} of the Position in POSITIONS['mine']."),
     ('pool', Pool(weighted_mean, class_token=True),
-     'model.pool=mine creates parameters that its entry does not list: mine. Add them to '
+     'model.pool=mine creates parameters that its registry entry lacks: mine. Add them to '
      "params=(...) of the Pool in POOLS['mine']."),
 ], ids=['position', 'pool'])  # fmt: skip
 def test_parameters_that_no_entry_lists_are_named(monkeypatch, part, entry, message):

@@ -29,6 +29,7 @@ from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment, Task
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import compiling, meter, resume, state, step, trainer
+from vit_jax.training.compiling import Compiled
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import reader
@@ -322,13 +323,14 @@ def test_gradient_norm_is_reported_before_clipping():
 def test_bad_images_are_counted_since_the_last_log_line():
   score = scoring.training_score(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.ones(2))
   metrics = {'score': score, 'grad_norm': 1.0, 'learning_rate': 0.1}
-  lines = meter.Meter()
-  lines.add(1, metrics | {'bad_images': np.int32(2)})
-  lines.add(2, metrics | {'bad_images': np.int32(1)})
+  step = Compiled(None, 0, False)
+  lines = meter.Meter(devices_lib.make_mesh(1), 'float32')
+  lines.add(1, metrics | {'bad_images': np.int32(2)}, step)
+  lines.add(2, metrics | {'bad_images': np.int32(1)}, step)
   assert lines.read()['bad_images'] == 3
-  lines.add(3, metrics | {'bad_images': np.int32(0)})
+  lines.add(3, metrics | {'bad_images': np.int32(0)}, step)
   assert lines.read()['bad_images'] == 0
-  lines.add(4, metrics)
+  lines.add(4, metrics, step)
   assert 'bad_images' not in lines.read()
 
 
