@@ -37,7 +37,8 @@ def write_features(args) -> int:
   storage.check_folder(args.out.parent)
   arrays, errors = features(request_of(args), args.images or [], args.features)
   write_arrays(args.out, arrays)
-  print(f'{args.out} has the arrays path and feature {list(arrays["feature"].shape)}.')
+  shape = list(arrays['feature'].shape)
+  print(f'{args.out} has the arrays `path` and `feature`. The shape of `feature` is {shape}.')
   return report_errors(errors)
 
 

@@ -4,7 +4,8 @@ Decisions:
   * Pillow opens every file and decodes whole images. Pillow's pixels are the reference.
   * Random crops are decoded and scaled again in every epoch. For crops, OpenCV decodes ordinary RGB
     JPEGs and scales all images, because it is faster (results/input.json). Pillow decodes all other
-    files, and opens every file, so that the same files are accepted.
+    files. Pillow also reads the header of each file that OpenCV decodes, so that crops accept the
+    same files as whole images.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -284,7 +284,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
 
 
 def run_hf(loaded: Pretrained) -> str:
-  """Returns Python code that runs the files with the library transformers."""
+  """Returns Python code that loads the files with transformers and applies the model."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
   show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'

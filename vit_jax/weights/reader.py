@@ -84,7 +84,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors with a `config.json` of timm or of Hugging Face.
+  """Returns whether a path holds safetensors of timm, or without `of_timm` of Hugging Face.
 
   Args:
     place: a file, or a folder.

@@ -279,7 +279,7 @@ def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
 
 
 def run_timm(loaded: Pretrained) -> str:
-  """Returns Python code that runs the files with timm."""
+  """Returns Python code that loads the files with timm and applies the model."""
   show = 'print(output)'
   if loaded.class_names:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"
