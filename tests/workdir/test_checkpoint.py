@@ -285,3 +285,21 @@ def test_read_only_workdir_refuses_training_but_allows_evaluation(trained, tmp_p
       trainer.train(small_config(epochs='2'), workdir)
     assert exact.evaluate(workdir, {})['step'] == 32
     assert trainer.train(small_config(), workdir) == trained[1]  # it had finished before
+
+
+def test_a_checkpoint_that_training_replaces_during_reading_is_not_damaged(
+  trained, tmp_path, monkeypatch, caplog
+):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  folder, read = workdir / 'checkpoints', stored.read_item
+  (folder / '32').rename(tmp_path / 'newest')
+
+  def replaced(*arguments):
+    if (folder / '16').exists():
+      (tmp_path / 'newest').rename(folder / '32')
+      shutil.rmtree(folder / '16')
+    return read(*arguments)
+
+  monkeypatch.setattr(stored, 'read_item', replaced)
+  assert stored.load_checkpoint(workdir, 'last')[0] == 32
+  assert 'damaged' not in caplog.text

@@ -142,8 +142,8 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
   return tuple(found)
 
 
-def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
-  found = preferred(workdir, step)
+def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
+  known, found = saved_steps(workdir), preferred(workdir, wanted)
   for (step, why), following in zip(found, [*found[1:], None]):
     try:
       config = read_item(workdir, step, 'config') | {'names': read_item(workdir, step, 'names')}
@@ -155,6 +155,8 @@ def _load(workdir: pathlib.Path, step: str) -> tuple[int, dict, dict]:
         log.info('%s: step %d, %s.', workdir, step, why)
       return step, params, config
     except items.Damaged as error:
+      if saved_steps(workdir) != known:  # training has replaced checkpoints in the meantime
+        return _load(workdir, wanted)
       if following is None:
         raise
       log.warning('%s The checkpoint of step %d is used instead.', error, following[0])
