@@ -332,7 +332,7 @@ def test_a_finished_rate_of_a_sweep_belongs_to_its_data_backbone_and_config(tmp_
   assert tried(tmp_path, 0.1, {})
   assert not tried(tmp_path, 0.1, {})
   assert tried(tmp_path, 0.1, {'backbone': 'another'})
-  with pytest.raises(ValueError, match='the data of synthetic changed since this learning rate'):
+  with pytest.raises(ValueError, match='the data of synthetic changed after learning rate 0.1 was'):
     tried(tmp_path, 0.1, {'data': 'other', 'backbone': 'another'})
   with pytest.raises(ValueError, match='seed'):
     tried(tmp_path, 0.1, {}, seed='7')

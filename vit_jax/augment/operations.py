@@ -7,8 +7,8 @@ Decisions:
     passes, however many operations there are.
   * Pillow defines what each operation does, including how it rounds down. `test_randaugment.py`
     compares every operation with Pillow.
-  * Pixels are computed with integers. Programs for different batch sizes round floats differently,
-    and equalize and later layers would amplify the difference.
+  * Pixels are computed with integers. Programs for different batch sizes round floats differently.
+    The operation `equalize` and later layers would amplify the difference.
   * Barriers separate the passes. Without them, XLA would fuse the passes and compute a pixel again
     for every pixel that reads it. On a CPU, the barriers halved the time of the passes.
   * Pixels from outside the image are grey (128), as in AutoAugment's code. Warps are bilinear.

@@ -71,7 +71,7 @@ def augment(
   arguments: Mapping[str, Mapping],
   strong: bool | None = None,
 ) -> jax.Array:
-  """Applies those of `AUGMENTATIONS` that `arguments` enables, but does not mix.
+  """Applies the `AUGMENTATIONS` that `arguments` enables. Mixing images is a separate function.
 
   Args:
     key: random key of the step.

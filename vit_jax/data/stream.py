@@ -132,7 +132,7 @@ class Stream:
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
     """Returns whether each image at these indices can be decoded, bool `[N]`.
 
-    If bad images stop the run, nothing is decoded, and all values are True.
+    Without `skip_bad_images`, nothing is decoded here, and all values are True.
     """
     if not self.skip_bad_images or not len(index_N):
       return np.ones(len(index_N), bool)

@@ -144,7 +144,7 @@ def say(text: str) -> None:
 def waiting(what: str) -> Iterator[None]:
   """Prints a message if the block is slow, and ends this process after `JOIN` seconds.
 
-  JAX would abort the process later.
+  Without this, JAX would also abort the process, but later.
   """
 
   def give_up():

@@ -59,7 +59,7 @@ def attentions(
       f'model.pool={model.pool} returns every token. Choose a pool first: model.clone(pool="cls").'
     )
   if not (pool.linear or pool.probe):
-    raise Missing(f'model.pool={model.pool} does not report how much it reads from each token.')
+    raise Missing(f'model.pool={model.pool} does not report the share of each token in its output.')
   _, state = model.apply({'params': params}, image_BHWC, mutable=['intermediates'])
   sown = state['intermediates']
   layers = [
@@ -76,7 +76,7 @@ def attentions(
 def pool_shares(model: ViT, tokens: int) -> jax.Array:
   """Returns the share of each token in the output of a linear pool: `[N]`, with sum 1.
 
-  The pool is applied to unit vectors as tokens. Concatenated vectors of its output are averaged.
+  The pool is applied to unit vectors. The shares of concatenated vectors are averaged.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)

@@ -177,8 +177,8 @@ def score_rate(
     config_lib.check_same_run(config_lib.from_dict(earlier['config']), config, folder)
   if result and result.get('data', origin['data']) != origin['data']:
     raise ValueError(
-      f'{folder}: the data of {config.data.source} changed since this learning rate was tried. '
-      'Restore the data, or use another --workdir.'
+      f'{folder}: the data of {config.data.source} changed after '
+      f'learning rate {rate:g} was tried. Restore the data, or use another --workdir.'
     )
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
