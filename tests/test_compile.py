@@ -14,7 +14,7 @@ CONFIGS = [
   ('configs/cifar10.py:small', 64, 0),  # float32
   (f'configs/cifar10.py:small {HALF}', 64, 7),
   (f'configs/cifar10.py:wide {HALF}', 64, 8),
-  (f'configs/cifar10.py:deep {HALF}', 64, 7),
+  (f'configs/cifar10.py:deep {HALF}', 64, 12),
   ('configs/cifar10.py:b16', 197, 12),
   ('configs/cifar10.py:l16', 197, 24),
   ('configs/finetune.py:b16,cifar10', 577, 12),
