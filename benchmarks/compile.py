@@ -5,17 +5,18 @@
 lowers a step for CUDA or TPU with CPU JAX alone, in seconds. It prints one line of JSON with
 `tokens`, `dtype` and `kernels`, which maps the name of each custom call to its number of calls.
 
-    python3 -m venv compilers && compilers/bin/pip install -r requirements.txt
+    python3.12 -m venv compilers && compilers/bin/pip install -r requirements.txt
     compilers/bin/pip install --no-deps 'libtpu==0.0.50.*'
-    compilers/bin/pip install --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
+    compilers/bin/pip install --no-deps jax-cuda12-plugin==0.12.0.1 jax-cuda12-pjrt==0.12.0.1
     export JAX_PLATFORMS=cpu
     compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
         --devices=8 --batch=2048
     compilers/bin/python -m benchmarks.compile          # the rows of ROWS that have no result yet
 
 compile with the compilers of the hardware, on any x86 machine. The versions of the two CUDA wheels
-must be the version of JAX. Install these wheels only in a separate environment, because JAX looks
-for the hardware. A row takes from 15 seconds to minutes, and `results/compiled.json` gets it.
+must be the version of JAX, which must be 0.12 or later to read `h200.txtpb`. Install these wheels
+only in a separate environment, because JAX looks for the hardware. A row takes from 15 seconds to
+minutes, and `results/compiled.json` gets it.
 """
 
 import argparse

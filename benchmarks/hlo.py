@@ -6,6 +6,7 @@ import re
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4, 'u32': 4}
+V5E_CLOCK = 1.5e9  # cycles per second
 PARTITIONING = ('Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape')  # calls without code
 
 
@@ -68,10 +69,11 @@ def collectives(text: str) -> list[dict]:
 
 
 def modelled_seconds(text: str, target: str) -> float | None:
-  """Returns the time of a step that the TPU's compiler estimates; None for a GPU.
+  """Returns the time of a step that the compiler estimates for a v5e; None for other devices.
 
   It is the sum of the estimated cycles of all operations, and was not compared with a real TPU.
   """
-  clock = {'v5e': 1.5e9, 'v5p': 1.75e9, 'v6e': 1.75e9}.get(target.split(':')[0])
+  if not target.startswith('v5e:'):
+    return None
   cycles = [int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text)]
-  return round(sum(cycles) / clock, 5) if clock else None
+  return round(sum(cycles) / V5E_CLOCK, 5)

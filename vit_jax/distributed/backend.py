@@ -41,8 +41,9 @@ def target(mesh: Mesh | None = None) -> Target:
   In a `compiled_for` block, this is the target of the block. Otherwise it is the kind of the mesh's
   devices or, if there is no mesh, of JAX's default device.
   """
-  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-  return _target.get() or target_of(device)
+  if chosen := _target.get():
+    return chosen
+  return target_of(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
 
 
 def target_of(device: jax.Device) -> Target:

@@ -122,9 +122,8 @@ class Run:
           self.checkpoints.wait()
           raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
         meter.pause()
-        if (
-          'save' in events and not self.training.val
-        ):  # before the evaluation, because bad data can stop it
+        # Saved before the evaluation, because bad data can stop it.
+        if 'save' in events and not self.training.val:
           self.save(train_state, {})
         if 'eval' in events:
           scores = self.evaluate(step, train_state)

@@ -40,9 +40,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
       return finished
     mesh = experiment.mesh_for(config)
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
-    if config.freeze:
-      return train_head(exp, training, mesh, workdir)
     earlier = (newest_config(workdir) or {}).get('attention')
     exp = choose_attention(exp, training, mesh, earlier)
+    if config.freeze:
+      return train_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)
