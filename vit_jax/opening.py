@@ -105,8 +105,9 @@ def from_config(
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
-      'which held out different files and used a different order. Its weights can still be used: '
-      'start a new run with --config.init=<workdir of this run> and a new --workdir.'
+      'which held out different files and read the files in a different order. The weights of this '
+      'run can still be used: start a new run with --config.init=<workdir of this run> and a new '
+      '--workdir.'
     )
   size = pair(data.image_size)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)

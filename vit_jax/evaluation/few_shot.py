@@ -125,8 +125,8 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
-    'l2': ...}`. `std` is the population standard deviation. `left_out` is as in
-    `evaluate_checkpoint`.
+    'l2': ...}`. `std` is the population standard deviation. If images were left out, the result
+    also has the key `left_out`, as in `evaluate_checkpoint`.
 
   Raises:
     ValueError: a class has no image, or the splits share examples.

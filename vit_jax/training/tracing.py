@@ -140,7 +140,7 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` of each output of a traced function that depends on the batch.
+  """Yields `(name, bytes)` for those outputs of a traced function that depend on the batch.
 
   An array that is returned in two shapes is yielded only once.
   """

@@ -48,9 +48,10 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """Returns one item of a checkpoint: `config` (a dict), or a tree of NumPy arrays.
+  """Returns one item of a checkpoint.
 
-  The item `names` is None for checkpoints of version 0.1.0.
+  `config` is a dict, and each other item is a tree of NumPy arrays. For checkpoints of version
+  0.1.0, the item called `names` is None.
 
   Raises:
     Damaged: the item is invalid, or has changed since it was saved.
@@ -165,8 +166,8 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """Returns the checkpoints to try: pairs `(step, reason)`, the preferred one first.
 
-  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty,
-  checkpoints without a validation accuracy have an empty reason.
+  The reason is a text for the log, e.g. `the last checkpoint`. It is `''` for a checkpoint without
+  a validation accuracy if `step` is empty.
 
   Args:
     workdir: folder of a training run.
@@ -199,6 +200,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   if not step.isdecimal() or int(step) not in found:
     there = ', '.join(str(n) for n in sorted(found))
     raise ValueError(
-      f'--step={step}: {workdir} has the checkpoints {there}. Use one of these steps, best or last.'
+      f'--step={step}: {workdir} has the checkpoints {there}. Set --step to one of these numbers, to '
+      'best or to last.'
     )
   return [(int(step), 'as requested')]
