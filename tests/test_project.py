@@ -21,7 +21,7 @@ PACKAGE = ROOT / 'vit_jax'
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
   'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
-  'training', 'figures', 'inference', 'cli',
+  'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 

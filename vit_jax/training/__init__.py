@@ -1,13 +1,18 @@
 """The train step, the loop around it, and how a run resumes."""
 
-from vit_jax.training.resume import saved_config
+from vit_jax.training.compiling import compile_step
+from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import init_state
 from vit_jax.training.tracing import OTHER, activations, module_of, of_stages, work
 from vit_jax.training.trainer import train
+from vit_jax.training.trial import choose_attention
 
 __all__ = [
   'OTHER',
   'activations',
+  'check_in_all_processes',
+  'choose_attention',
+  'compile_step',
   'init_state',
   'module_of',
   'of_stages',

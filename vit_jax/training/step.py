@@ -44,7 +44,8 @@ def loss_fn(
   """
   image_key, dropout_key = jax.random.split(key)
   example_B, label_B = batch['example'], batch['label']
-  image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
+  with jax.named_scope('augment'):
+    image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
   logits_BL = exp.logits(trained | frozen, batch | {'image': image_BHWC}, dropout_key)
   loss_B = exp.loss(logits_BL, label_B)
   if exp.mixes:
@@ -73,8 +74,9 @@ def train_step(
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen, key, early)
 
-  updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
-  params = optax.apply_updates(trained, updates) | frozen
+  with jax.named_scope('optimizer'):
+    updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates) | frozen
   metrics = {
     'score': score,
     'grad_norm': optax.global_norm(grads),
