@@ -150,6 +150,16 @@ def test_a_model_needs_only_light_dependencies():
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
 
+def test_public_names_can_be_imported_in_several_threads_at_once():
+  script = (
+    'import concurrent.futures, vit_jax\n'
+    'with concurrent.futures.ThreadPoolExecutor(10) as pool:\n'
+    '  found = list(pool.map(lambda name: getattr(vit_jax, name), vit_jax.__all__))\n'
+    'assert all(found)'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
 SPECS = ['digits.py', 'folder.py:small'] + [
   f'{name}.py:{variant}'
   for name in ('cifar10', 'cifar100')
