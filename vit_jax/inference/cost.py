@@ -9,6 +9,7 @@ import math
 
 from clu import parameter_overview
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vit_jax import experiment
@@ -27,6 +28,7 @@ from vit_jax.optim import (
 from vit_jax.training import (
   OTHER,
   activations,
+  forward_flops,
   init_state,
   module_of,
   of_stages,
@@ -62,8 +64,10 @@ class Summary:
     exp: the experiment.
     parts: the modules in the order of the model, then their total.
     train_flops: FLOPs of a training step for one image.
+    teacher: cost of a pass of the teacher, for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages` on each device.
+    state_bytes: bytes of `params`, `gradients`, `optimizer`, `averages` and `teacher` on each
+      device.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of these images.
@@ -75,6 +79,7 @@ class Summary:
   exp: Experiment
   parts: tuple[Part, ...]
   train_flops: int
+  teacher: Part | None
   run_flops: int | None
   state_bytes: dict[str, int]
   devices: int
@@ -117,18 +122,21 @@ def measure(
   names = sorted({*parameters, *flops, *kept}, key=place)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
+  teacher, weights = teacher_part(exp)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   at_once = config.batch_size // shares(mesh) // divided
   return Summary(
     exp,
     (*parts, total),
     train_flops,
+    teacher,
     run_flops,
     {
       'params': size_on_device(shapes.params, mesh),
       'gradients': size_on_device(split_frozen(shapes.params, config.freeze)[0], mesh),
       'optimizer': size_on_device(shapes.opt_state, mesh),
       'averages': size_on_device(shapes.ema, mesh),
+      'teacher': size_on_device(weights, mesh),
     },
     mesh.size,
     at_once,
@@ -143,6 +151,17 @@ def measure(
       ),
     ),
   )
+
+
+def teacher_part(exp: Experiment) -> tuple[Part | None, dict]:
+  """Returns the cost and the parameters of the teacher; (None, {}) if no step runs a teacher."""
+  teacher = exp.teacher
+  if teacher is None or teacher.cached:
+    return None, {}
+  shape = (1, *teacher.normalize.keywords['size'], exp.task.channels)
+  flops = forward_flops(teacher.model, teacher.params, jax.ShapeDtypeStruct(shape, jnp.float32))
+  count = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
+  return Part('teacher', count, flops.total() / 1e9, 0.0), teacher.params
 
 
 def size_on_device(tree, mesh: Mesh) -> int:
@@ -177,6 +196,7 @@ def as_text(summary: Summary) -> str:
     f'{summary.train_flops / 1e9:.4g} GFLOPs for a training step.',
     f'Compute per training step: {summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a '
     f'batch of {config.batch_size}.',
+    *teacher_text(summary),
     f'State on each device: {held}.',
     f'Activations: {total.activations_mib:.4g} MiB per image. On this machine, each of '
     f'{summary.devices} device(s) holds {summary.at_once} images at a time: '
@@ -187,6 +207,21 @@ def as_text(summary: Summary) -> str:
     *(f'Note: {note}' for note in summary.notes),
   ]
   return '\n'.join(lines)
+
+
+def teacher_text(summary: Summary) -> list[str]:
+  """Returns the line about the teacher; none if the config names no teacher."""
+  teacher, part = summary.exp.teacher, summary.teacher
+  if not summary.exp.config.distill.teacher:
+    return []
+  if teacher is None:
+    return ['Teacher: not included in these numbers.']
+  if part is None:
+    return ['Teacher: its logits are computed once, before training, because no image changes.']
+  return [
+    f'Teacher: {name_of(teacher.model)} with {part.parameters:,} parameters. A training step '
+    f'includes its forward pass, {part.gflops:.4g} GFLOPs per image.'
+  ]
 
 
 def mib(size: int) -> str:

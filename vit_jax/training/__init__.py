@@ -2,12 +2,13 @@
 
 from vit_jax.training.resume import saved_config
 from vit_jax.training.state import init_state
-from vit_jax.training.tracing import OTHER, activations, module_of, of_stages, work
+from vit_jax.training.tracing import OTHER, activations, forward_flops, module_of, of_stages, work
 from vit_jax.training.trainer import train
 
 __all__ = [
   'OTHER',
   'activations',
+  'forward_flops',
   'init_state',
   'module_of',
   'of_stages',
