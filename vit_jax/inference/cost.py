@@ -27,11 +27,13 @@ from vit_jax.optim import (
 )
 from vit_jax.training import (
   OTHER,
+  TrainState,
   activations,
   forward_flops,
   init_state,
   module_of,
   of_stages,
+  runs_teacher,
   work,
 )
 from vit_jax.weights import flatten_params
@@ -122,22 +124,15 @@ def measure(
   names = sorted({*parameters, *flops, *kept}, key=place)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
-  teacher, weights = teacher_part(exp)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   at_once = config.batch_size // shares(mesh) // divided
   return Summary(
     exp,
     (*parts, total),
     train_flops,
-    teacher,
+    teacher_part(exp),
     run_flops,
-    {
-      'params': size_on_device(shapes.params, mesh),
-      'gradients': size_on_device(split_frozen(shapes.params, config.freeze)[0], mesh),
-      'optimizer': size_on_device(shapes.opt_state, mesh),
-      'averages': size_on_device(shapes.ema, mesh),
-      'teacher': size_on_device(weights, mesh),
-    },
+    state_bytes(exp, shapes, mesh),
     mesh.size,
     at_once,
     round(at_once * kept.total()),
@@ -153,15 +148,27 @@ def measure(
   )
 
 
-def teacher_part(exp: Experiment) -> tuple[Part | None, dict]:
-  """Returns the cost and the parameters of the teacher; (None, {}) if no step runs a teacher."""
+def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
+  """Returns the bytes of each part of the state on each device, as in `Summary`."""
+  trees = {
+    'params': shapes.params,
+    'gradients': split_frozen(shapes.params, exp.config.freeze)[0],
+    'optimizer': shapes.opt_state,
+    'averages': shapes.ema,
+    'teacher': exp.teacher.params if runs_teacher(exp) else None,
+  }
+  return {name: size_on_device(tree, mesh) for name, tree in trees.items()}
+
+
+def teacher_part(exp: Experiment) -> Part | None:
+  """Returns the cost of a pass of the teacher for one image; None if no step runs a teacher."""
+  if not runs_teacher(exp):
+    return None
   teacher = exp.teacher
-  if teacher is None or teacher.cached:
-    return None, {}
   shape = (1, *teacher.normalize.keywords['size'], exp.task.channels)
   flops = forward_flops(teacher.model, teacher.params, jax.ShapeDtypeStruct(shape, jnp.float32))
   count = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
-  return Part('teacher', count, flops.total() / 1e9, 0.0), teacher.params
+  return Part('teacher', count, flops.total() / 1e9, 0.0)
 
 
 def size_on_device(tree, mesh: Mesh) -> int:

@@ -69,8 +69,9 @@ class Teacher:
     """Returns the logits `[B, L]` for the uint8 images of a batch, unless the batch has them."""
     if 'teacher' in batch:
       return batch['teacher']
-    with jax.named_scope('teacher'):
-      return self.model.apply({'params': params['teacher']}, self.normalize(batch['image']))
+    image_BHWC = self.normalize(batch['image'])
+    with jax.named_scope('teacher'):  # `training/tracing.py` counts this scope as a module
+      return self.model.apply({'params': params['teacher']}, image_BHWC)
 
   def loss(self, loss_B: jax.Array, logits_BL: jax.Array, teacher_BL: jax.Array) -> jax.Array:
     """Returns the weighted mean of `loss_B`, the loss of the labels, and of the teacher's loss."""

@@ -1,17 +1,27 @@
 """The train step, the loop around it, and how a run resumes."""
 
 from vit_jax.training.resume import saved_config
-from vit_jax.training.state import init_state
-from vit_jax.training.tracing import OTHER, activations, forward_flops, module_of, of_stages, work
+from vit_jax.training.state import TrainState, init_state
+from vit_jax.training.tracing import (
+  OTHER,
+  activations,
+  forward_flops,
+  module_of,
+  of_stages,
+  runs_teacher,
+  work,
+)
 from vit_jax.training.trainer import train
 
 __all__ = [
   'OTHER',
+  'TrainState',
   'activations',
   'forward_flops',
   'init_state',
   'module_of',
   'of_stages',
+  'runs_teacher',
   'saved_config',
   'train',
   'work',

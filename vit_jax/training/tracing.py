@@ -61,8 +61,12 @@ def step_flops(exp: Experiment, params: dict) -> int:
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
   """Returns the trained and frozen parameters that a training step passes to `loss_fn`."""
   trained, frozen = split_frozen(params, exp.config.freeze)
-  runs = exp.teacher and not exp.teacher.cached
-  return trained, frozen | ({'teacher': exp.teacher.params} if runs else {})
+  return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
+
+
+def runs_teacher(exp: Experiment) -> bool:
+  """Returns whether each training step runs a teacher."""
+  return exp.teacher is not None and not exp.teacher.cached
 
 
 def model_flops(exp: Experiment, params: dict) -> int:
