@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,16 @@ docs: $(VENV)/installed
 # The pages that are generated: the config keys and the flags of each mode.
 pages: $(VENV)/installed
 	$(RUN) -m vit_jax.cli.pages docs
+
+# Compilers for an H200 that is not there, in an environment of their own: 200 MB of wheels.
+COMPILER_PYTHON ?= python3.12
+CUDA := 0.12.0.1
+compilers: .compilers/installed
+.compilers/installed: requirements.txt
+	$(COMPILER_PYTHON) -m venv .compilers
+	.compilers/bin/pip install --quiet --requirement requirements.txt jax==$(CUDA) jaxlib==$(CUDA)
+	.compilers/bin/pip install --quiet --no-deps jax-cuda12-plugin==$(CUDA) jax-cuda12-pjrt==$(CUDA)
+	touch $@
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -21,7 +21,7 @@ PACKAGE = ROOT / 'vit_jax'
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
   'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
-  'training', 'figures', 'inference', 'cli',
+  'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 
@@ -146,6 +146,16 @@ def test_a_model_needs_only_light_dependencies():
     'shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))\n'
     "assert shapes['params']['head']['kernel'].shape == (768, 10)\n"
     'from vit_jax.inference import prediction'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
+def test_public_names_can_be_imported_in_several_threads_at_once():
+  script = (
+    'import concurrent.futures, vit_jax\n'
+    'with concurrent.futures.ThreadPoolExecutor(10) as pool:\n'
+    '  found = list(pool.map(lambda name: getattr(vit_jax, name), vit_jax.__all__))\n'
+    'assert all(found)'
   )
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 

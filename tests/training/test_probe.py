@@ -425,3 +425,8 @@ def test_benchmark_compares_frozen_and_cached_epochs():
   assert result['epoch_seconds'] == medians and set(medians) == {'frozen', 'cached'}
   assert result['times_as_fast'] == medians['frozen'] / medians['cached']
   assert benchmark.settings().freeze == 'backbone' and not benchmark.settings().sweep
+
+
+def test_close_learning_rates_have_folders_of_their_own():
+  rates = (0.1, 0.10000000001, 1.0, 1e-5)
+  assert [probe.short(rate) for rate in rates] == ['0.1', '0.10000000001', '1', '1e-05']

@@ -1,6 +1,7 @@
 """The train step, the loop around it, and how a run resumes."""
 
-from vit_jax.training.resume import saved_config
+from vit_jax.training.compiling import compile_step
+from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
   OTHER,
@@ -12,11 +13,15 @@ from vit_jax.training.tracing import (
   work,
 )
 from vit_jax.training.trainer import train
+from vit_jax.training.trial import choose_attention
 
 __all__ = [
   'OTHER',
   'TrainState',
   'activations',
+  'check_in_all_processes',
+  'choose_attention',
+  'compile_step',
   'forward_flops',
   'init_state',
   'module_of',

@@ -101,7 +101,7 @@ class Run:
           size = self.size_of(step)
           compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
           meter.resume()
-        train_state, metrics = compiled.step(train_state, batch)
+        train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')

@@ -23,7 +23,7 @@ from vit_jax.model import POOLS
 from vit_jax.optim import Training, split_frozen, split_head
 from vit_jax.training.state import TrainState
 
-TrainStep = Callable[..., tuple[TrainState, dict]]
+TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
 
 DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 
@@ -46,7 +46,8 @@ def loss_fn(
   """
   image_key, dropout_key = jax.random.split(key)
   example_B, label_B = batch['example'], batch['label']
-  image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
+  with jax.named_scope('augment'):
+    image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
   batch = batch | {'image': image_BHWC}
   logits_BL, taught_BL = heads(exp, trained | frozen, batch, dropout_key)
   loss_B = exp.loss(logits_BL, label_B)
@@ -100,8 +101,9 @@ def train_step(
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen | taught, key, early)
 
-  updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
-  params = optax.apply_updates(trained, updates) | frozen
+  with jax.named_scope('optimizer'):
+    updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates) | frozen
   metrics = {
     'score': score,
     'grad_norm': optax.global_norm(grads),
