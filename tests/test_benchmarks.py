@@ -367,7 +367,7 @@ def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
   if words == () and name in ('transfer', 'recipes'):  # only mentioned in a text
     return
   monkeypatch.chdir(tmp_path)
-  for run in ('digits0', 'digits1', 'digits2', 'tin'):
+  for run in ('digits0', 'digits1', 'digits2', 'tin', 'teacher'):
     (tmp_path / 'runs' / run).mkdir(parents=True)
     (tmp_path / 'runs' / run / 'result.json').write_text('{}')
   if name == 'streamed':

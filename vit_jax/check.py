@@ -22,10 +22,11 @@ from vit_jax.model import (
   RESIZES,
 )
 from vit_jax.names import choose, pair
-from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import DISTILLATIONS, FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'ACTIVATIONS': ACTIVATIONS,
+  'DISTILLATIONS': DISTILLATIONS,
   'FREEZE': FREEZE,
   'INTERPOLATIONS': INTERPOLATIONS,
   'LOSSES': LOSSES,
@@ -86,6 +87,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   if trains:
     check_partners(config)
   check_progressive(config)
+  check_distill(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(
@@ -119,6 +121,29 @@ def check_progressive(config: ConfigDict) -> None:
     )
   if sizes and config.freeze:
     raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of them.')
+
+
+def check_distill(config: ConfigDict) -> None:
+  """Raises ValueError for keys that contradict a teacher."""
+  if not config.distill.teacher:
+    return
+  if config.freeze:
+    raise ValueError(
+      'distill.teacher cannot be combined with freeze: the student learns with all its parameters. '
+      'Remove one of them.'
+    )
+  if config.loss.name == 'sigmoid':
+    raise ValueError(
+      'distill.teacher cannot be combined with loss.name=sigmoid, because teacher and student are '
+      'compared after a softmax. Set loss.name=softmax.'
+    )
+  pool = POOLS.get(config.model.pool)
+  if pool and pool.distills and config.model.representation_size:
+    raise ValueError(
+      f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
+      'distillation token need their own heads, but model.representation_size joins the tokens. '
+      'Set it to None.'
+    )
 
 
 def check_augment(config: ConfigDict) -> None:

@@ -26,7 +26,7 @@ from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import ViT, first_layer, last_layer, make
 from vit_jax.names import accepted, pair
-from vit_jax.optim import LOSSES, image_stages
+from vit_jax.optim import LOSSES, Teacher, image_stages
 from vit_jax.workdir import TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -62,7 +62,7 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files.
+  record its training files. Only training has a `teacher`, if the config names one.
   """
 
   config: ConfigDict
@@ -74,6 +74,7 @@ class Experiment:
   normalize: Callable[[jax.Array], jax.Array]
   fit: Fit
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
+  teacher: Teacher | None = None
 
   @property
   def chosen_attention(self) -> str:
@@ -174,6 +175,7 @@ class Experiment:
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
       'attention': self.chosen_attention,
+      'teacher': self.teacher and self.teacher.digest,
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
     }

@@ -295,6 +295,21 @@ OPTIMIZER = {
   'loss.label_smoothing': Key(
     0.0, 'share of the target that is spread evenly over all classes', range=SHARE
   ),
+  'distill.teacher': Key(
+    '', 'trained model from whose predictions the run also learns: anything that `init` reads; '
+    'empty: no teacher',
+  ),
+  'distill.kind': Key(
+    'soft', "soft: learn the teacher's probabilities; hard: learn the class that the teacher "
+    'chooses', choices='DISTILLATIONS',
+  ),
+  'distill.weight': Key(
+    0.5, "share of the teacher's loss; the rest is the loss of the labels", range=SHARE
+  ),
+  'distill.temperature': Key(
+    1.0, 'soft: divisor of the logits of teacher and student; above 1, unlikely classes count more',
+    range=(0.01, 1e3),
+  ),
 }  # fmt: skip
 
 KEYS: dict[str, Key] = TRAINING | DATA | AUGMENT | MODEL | OPTIMIZER

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
-  'schedule.',
+  'schedule.', 'distill.',
 )  # fmt: skip
 
 
@@ -97,11 +97,12 @@ def from_config(
   for warning in source.warnings:
     log.warning('%s', warning)
   check_held_out(config, source)
+  teacher, taught_on = inherit.open_teacher(config, source)
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
   else:
-    config, params, seen = begin_from(config, source)
+    config, params, seen = begin_from(config, source, taught_on)
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
@@ -128,7 +129,7 @@ def from_config(
     report_split(name, examples)
   announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
-  experiment = dataclasses.replace(experiment, task=task, names=seen)
+  experiment = dataclasses.replace(experiment, task=task, names=seen, teacher=teacher)
   return experiment, plan_training(config, train, val, test, params, cycles)
 
 
@@ -162,17 +163,19 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)
 
 
-def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, TrainingFiles]:
-  """Prepares a new run.
+def begin_from(
+  config: ConfigDict, source: Source, taught_on: TrainingFiles
+) -> tuple[ConfigDict, dict | None, TrainingFiles]:
+  """Prepares a new run, whose teacher was trained on the files in `taught_on`.
 
   Returns:
     The completed config, the `init` weights (None without `init`), and the names of the training
-    files. They include the files that the `init` weights were trained on.
+    files. They include the files that the `init` weights and the teacher were trained on.
   """
   params, earlier = None, TrainingFiles()
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
-  return config, params, find_training_files(source, config, earlier)
+  return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
 
 def from_init(

@@ -695,8 +695,8 @@ def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
   def breaks(*arguments):
     step = real(*arguments)
 
-    def broken(state, batch):
-      state, metrics = step(state, batch)
+    def broken(state, batch, teacher):
+      state, metrics = step(state, batch, teacher)
       bad = jnp.where(state.step == last, jnp.nan, 1.0)
       score = metrics['score']
       score = score.replace(loss=score.loss.replace(total=score.loss.total * bad))

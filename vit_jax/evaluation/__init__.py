@@ -7,6 +7,7 @@ from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
 from vit_jax.evaluation.scoring import summarize, training_score
+from vit_jax.evaluation.teaching import with_teacher
 
 __all__ = [
   'PathLike',
@@ -27,4 +28,5 @@ __all__ = [
   'score_split',
   'summarize',
   'training_score',
+  'with_teacher',
 ]

@@ -1,6 +1,5 @@
 """Opens test data for a trained model, and prepares the images as in training."""
 
-from collections.abc import Sequence
 import dataclasses
 import logging
 
@@ -14,15 +13,10 @@ from vit_jax.data import (
   report_split,
 )
 from vit_jax.experiment import Experiment
-from vit_jax.names import pair
+from vit_jax.names import abridged, difference, pair
 from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
 
 log = logging.getLogger(__name__)
-
-
-def abridged(names: Sequence[str]) -> str:
-  """Returns the first five names as text."""
-  return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
 
 
 def open_data(experiment: Experiment) -> Source:
@@ -35,12 +29,10 @@ def open_data(experiment: Experiment) -> Source:
   source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     own, given = abridged(source.class_names), abridged(task.class_names)
-    only = sorted({*source.class_names} ^ {*task.class_names})
-    differ = f'Only one of the two has: {abridged(only)}' if only else 'The order differs'
     raise ValueError(
       f'{data.source} has {len(source.class_names)} classes ({own}), but the model was trained on '
-      f'{len(task.class_names)} classes ({given}). {differ}. Use the same '
-      'classes in the same order.'
+      f'{len(task.class_names)} classes ({given}). '
+      f'{difference(source.class_names, task.class_names)}. Use the same classes in the same order.'
     )
   if source.channels != task.channels:
     raise ValueError(

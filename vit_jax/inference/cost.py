@@ -9,6 +9,7 @@ import math
 
 from clu import parameter_overview
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vit_jax import experiment
@@ -26,10 +27,13 @@ from vit_jax.optim import (
 )
 from vit_jax.training import (
   OTHER,
+  TrainState,
   activations,
+  forward_flops,
   init_state,
   module_of,
   of_stages,
+  runs_teacher,
   work,
 )
 from vit_jax.weights import flatten_params
@@ -62,8 +66,10 @@ class Summary:
     exp: the experiment.
     parts: the modules in the order of the model, then their total.
     train_flops: FLOPs of a training step for one image.
+    teacher: cost of a pass of the teacher, for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages` on each device.
+    state_bytes: bytes of `params`, `gradients`, `optimizer`, `averages` and `teacher` on each
+      device.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of these images.
@@ -75,6 +81,7 @@ class Summary:
   exp: Experiment
   parts: tuple[Part, ...]
   train_flops: int
+  teacher: Part | None
   run_flops: int | None
   state_bytes: dict[str, int]
   devices: int
@@ -123,13 +130,9 @@ def measure(
     exp,
     (*parts, total),
     train_flops,
+    teacher_part(exp),
     run_flops,
-    {
-      'params': size_on_device(shapes.params, mesh),
-      'gradients': size_on_device(split_frozen(shapes.params, config.freeze)[0], mesh),
-      'optimizer': size_on_device(shapes.opt_state, mesh),
-      'averages': size_on_device(shapes.ema, mesh),
-    },
+    state_bytes(exp, shapes, mesh),
     mesh.size,
     at_once,
     round(at_once * kept.total()),
@@ -143,6 +146,29 @@ def measure(
       ),
     ),
   )
+
+
+def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
+  """Returns the bytes of each part of the state on each device, as in `Summary`."""
+  trees = {
+    'params': shapes.params,
+    'gradients': split_frozen(shapes.params, exp.config.freeze)[0],
+    'optimizer': shapes.opt_state,
+    'averages': shapes.ema,
+    'teacher': exp.teacher.params if runs_teacher(exp) else None,
+  }
+  return {name: size_on_device(tree, mesh) for name, tree in trees.items()}
+
+
+def teacher_part(exp: Experiment) -> Part | None:
+  """Returns the cost of a pass of the teacher for one image; None if no step runs a teacher."""
+  if not runs_teacher(exp):
+    return None
+  teacher = exp.teacher
+  shape = (1, *teacher.normalize.keywords['size'], exp.task.channels)
+  flops = forward_flops(teacher.model, teacher.params, jax.ShapeDtypeStruct(shape, jnp.float32))
+  count = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
+  return Part('teacher', count, flops.total() / 1e9, 0.0)
 
 
 def size_on_device(tree, mesh: Mesh) -> int:
@@ -177,6 +203,7 @@ def as_text(summary: Summary) -> str:
     f'{summary.train_flops / 1e9:.4g} GFLOPs for a training step.',
     f'Compute per training step: {summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a '
     f'batch of {config.batch_size}.',
+    *teacher_text(summary),
     f'State on each device: {held}.',
     f'Activations: {total.activations_mib:.4g} MiB per image. On this machine, each of '
     f'{summary.devices} device(s) holds {summary.at_once} images at a time: '
@@ -187,6 +214,21 @@ def as_text(summary: Summary) -> str:
     *(f'Note: {note}' for note in summary.notes),
   ]
   return '\n'.join(lines)
+
+
+def teacher_text(summary: Summary) -> list[str]:
+  """Returns the line about the teacher; none if the config names no teacher."""
+  teacher, part = summary.exp.teacher, summary.teacher
+  if not summary.exp.config.distill.teacher:
+    return []
+  if teacher is None:
+    return ['Teacher: not included in these numbers.']
+  if part is None:
+    return ['Teacher: its logits are computed once, before training, because no image changes.']
+  return [
+    f'Teacher: {name_of(teacher.model)} with {part.parameters:,} parameters. A training step '
+    f'includes its forward pass, {part.gflops:.4g} GFLOPs per image.'
+  ]
 
 
 def mib(size: int) -> str:

@@ -17,6 +17,7 @@ from vit_jax import config as config_lib
 from vit_jax import experiment, opening
 from vit_jax.data import train_batches
 from vit_jax.distributed import batch_sharding
+from vit_jax.evaluation import with_teacher
 from vit_jax.profiling.timeline import STEPS, WAIT
 from vit_jax.training import choose_attention, compile_step, init_state
 from vit_jax.workdir import newest_config, training_files_of
@@ -32,12 +33,13 @@ class Steps:
     saved = config_lib.from_dict(earlier['config']) if earlier else None
     exp, training = opening.from_config(config, saved, seen=training_files_of(workdir))
     exp = choose_attention(exp, training, self.mesh, earlier.get('attention'))
+    exp, training = with_teacher(exp, training, self.mesh, workdir / 'features')
     over_batch = batch_sharding(self.mesh)
     self._batches = train_batches(training.train, config.batch_size, config.seed, 0, over_batch)
     stack.enter_context(contextlib.closing(self._batches))
     self._state = init_state(exp, training, self.mesh)
     compiled = compile_step(exp, training, self.mesh, self._state, next(self._batches))
-    self._step = compiled.step
+    self._step, self._teacher = compiled.step, training.teacher
 
   @property
   def text(self) -> str:
@@ -52,6 +54,6 @@ class Steps:
         with jax.profiler.StepTraceAnnotation('train', step_num=number):
           with jax.profiler.TraceAnnotation(WAIT):
             batch = next(self._batches)
-          self._state, metrics = self._step(self._state, batch)
+          self._state, metrics = self._step(self._state, batch, self._teacher)
       jax.block_until_ready((self._state, metrics))
     return time.perf_counter() - began

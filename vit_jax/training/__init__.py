@@ -2,20 +2,31 @@
 
 from vit_jax.training.compiling import compile_step
 from vit_jax.training.resume import check_in_all_processes, saved_config
-from vit_jax.training.state import init_state
-from vit_jax.training.tracing import OTHER, activations, module_of, of_stages, work
+from vit_jax.training.state import TrainState, init_state
+from vit_jax.training.tracing import (
+  OTHER,
+  activations,
+  forward_flops,
+  module_of,
+  of_stages,
+  runs_teacher,
+  work,
+)
 from vit_jax.training.trainer import train
 from vit_jax.training.trial import choose_attention
 
 __all__ = [
   'OTHER',
+  'TrainState',
   'activations',
   'check_in_all_processes',
   'choose_attention',
   'compile_step',
+  'forward_flops',
   'init_state',
   'module_of',
   'of_stages',
+  'runs_teacher',
   'saved_config',
   'train',
   'work',

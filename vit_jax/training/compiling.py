@@ -40,7 +40,7 @@ def compile_step(
   """Compiles the step before training, so that the measured speed excludes the time to compile."""
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):
-    step = make_train_step(exp, training, mesh).lower(state, batch).compile()
+    step = make_train_step(exp, training, mesh).lower(state, batch, training.teacher).compile()
   flops = exp.config.batch_size * model_flops(exp, state.params) if exp.sees_images else 0
   devices = f'{mesh.size} {target(mesh).platform} device(s)'
   height, width, _ = exp.image_shape

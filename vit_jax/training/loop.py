@@ -24,7 +24,7 @@ from vit_jax.distributed import (
   from_first,
   is_first,
 )
-from vit_jax.evaluation import make_eval_step, score_split
+from vit_jax.evaluation import make_eval_step, score_split, with_teacher
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
 from vit_jax.training.compiling import compile_step
@@ -101,7 +101,7 @@ class Run:
           size = self.size_of(step)
           compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
           meter.resume()
-        train_state, metrics = compiled.step(train_state, batch)
+        train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')
@@ -257,6 +257,7 @@ def fit(
     **notes: additional fields for `result.json`.
   """
   config, start = exp.config, latest_step(workdir)
+  exp, training = with_teacher(exp, training, mesh, workdir / 'features')
   with (
     intact(workdir),
     Preemption() as preemption,  # also active while records and checkpoints are closed

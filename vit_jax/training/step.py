@@ -8,6 +8,7 @@ Decisions:
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -18,10 +19,11 @@ from vit_jax.augment import partner
 from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
-from vit_jax.optim import Training, split_frozen
+from vit_jax.model import POOLS
+from vit_jax.optim import Training, split_frozen, split_head
 from vit_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, dict], tuple[TrainState, dict]]
+TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
 
 DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 
@@ -37,7 +39,7 @@ def loss_fn(
   Args:
     batch: micro-batch with `image`, `label` and `example` (positions of the images in the batch).
     trained: parameters that get a gradient.
-    frozen: all other parameters.
+    frozen: all other parameters; `teacher` has the parameters of the teacher.
     key: random key of the step.
     early: whether the step has strong augmentations; None: all steps have them.
     exp: experiment to train.
@@ -46,17 +48,41 @@ def loss_fn(
   example_B, label_B = batch['example'], batch['label']
   with jax.named_scope('augment'):
     image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
-  logits_BL = exp.logits(trained | frozen, batch | {'image': image_BHWC}, dropout_key)
+  batch = batch | {'image': image_BHWC}
+  logits_BL, taught_BL = heads(exp, trained | frozen, batch, dropout_key)
   loss_B = exp.loss(logits_BL, label_B)
   if exp.mixes:
     loss_B = own_B * loss_B + (1 - own_B) * exp.loss(logits_BL, partner(label_B))
+  if exp.teacher:
+    loss_B = exp.teacher.loss(loss_B, taught_BL, exp.teacher.logits(frozen, batch))
+    logits_BL = (logits_BL + taught_BL) / 2
   return loss_B.sum() / exp.config.batch_size, training_score(logits_BL, label_B, loss_B)
 
 
+def heads(
+  exp: Experiment, params: dict, batch: dict, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits that learn from the labels, and those that learn from the teacher.
+
+  They differ only if there is a teacher, and the model has a distillation token.
+  """
+  if not (exp.teacher and POOLS[exp.model.pool].distills):
+    logits_BL = exp.logits(params, batch, key)
+    return logits_BL, logits_BL
+  body = dataclasses.replace(exp, model=exp.model.clone(num_classes=None))
+  return split_head(body.logits(params, batch, key), params['head'])
+
+
 def train_step(
-  state: TrainState, batch: dict, exp: Experiment, training: Training, mesh: jax.sharding.Mesh
+  state: TrainState,
+  batch: dict,
+  teacher: dict | None = None,
+  *,
+  exp: Experiment,
+  training: Training,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict]:
-  """Updates the state with a batch.
+  """Updates the state with a batch. `teacher` has the teacher's parameters, if a step needs them.
 
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
@@ -69,10 +95,11 @@ def train_step(
   bad_B = batch.pop('bad', None)
   early = state.step < training.early_steps if training.early_steps < training.steps else None
   trained, frozen = split_frozen(state.params, config.freeze)
+  taught = {} if teacher is None else {'teacher': teacher}
 
   gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
   parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen, key, early)
+  grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen | taught, key, early)
 
   with jax.named_scope('optimizer'):
     updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
@@ -100,7 +127,7 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `(state, batch) -> (state, metrics)`. Do not use the given state again."""
+  """Returns the jitted `train_step` of a run. Do not use a given state again."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

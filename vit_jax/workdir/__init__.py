@@ -1,6 +1,7 @@
 """Reads and writes the files that a run keeps on disk."""
 
 from vit_jax.workdir.checkpoint import Checkpoints, intact
+from vit_jax.workdir.items import digest
 from vit_jax.workdir.lock import held
 from vit_jax.workdir.stored import (
   latest_step,
@@ -26,6 +27,7 @@ __all__ = [
   'TrainingFiles',
   'Writer',
   'check_untrained',
+  'digest',
   'find_training_files',
   'held',
   'intact',
