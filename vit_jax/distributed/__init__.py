@@ -23,6 +23,7 @@ from vit_jax.distributed.joining import joined
 from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
 from vit_jax.distributed.peaks import peak_tflops
 from vit_jax.distributed.sharding import (
+  arrange,
   batch_sharding,
   gather,
   keep_layout,
@@ -40,6 +41,7 @@ __all__ = [
   'Preemption',
   'Target',
   'add_up',
+  'arrange',
   'batch_sharding',
   'check_can_start',
   'check_same',

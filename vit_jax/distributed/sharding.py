@@ -71,6 +71,11 @@ def place(tree, like):
   return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
 
 
+def arrange(mesh: Mesh, tree):
+  """Makes global arrays in their `layout`, from arrays that every process holds whole."""
+  return jax.tree.map(spread, tree, layout(mesh, tree))
+
+
 def replicate(mesh: Mesh, tree):
   """Makes global arrays, replicated on every device, from arrays that every process holds whole."""
   return jax.tree.map(lambda x: spread(x, replicated(mesh)), tree)

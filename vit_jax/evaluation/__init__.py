@@ -1,7 +1,8 @@
 """Evaluates models, computes features, and measures few-shot accuracy."""
 
+from vit_jax.evaluation.answers import Scores, answer_split, calibrate_run, make_eval_step, trust
 from vit_jax.evaluation.data import load_split, open_data, open_test
-from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, make_eval_step, score_split
+from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, score_split
 from vit_jax.evaluation.features import cached_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
@@ -10,7 +11,10 @@ from vit_jax.evaluation.scoring import summarize, training_score
 
 __all__ = [
   'PathLike',
+  'Scores',
+  'answer_split',
   'cached_features',
+  'calibrate_run',
   'evaluate',
   'evaluate_checkpoint',
   'fewshot',
@@ -27,4 +31,5 @@ __all__ = [
   'score_split',
   'summarize',
   'training_score',
+  'trust',
 ]
