@@ -23,13 +23,13 @@ from vit_jax.distributed.joining import joined
 from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
 from vit_jax.distributed.peaks import peak_tflops
 from vit_jax.distributed.sharding import (
-  arrange,
   batch_sharding,
   gather,
   keep_layout,
   layout,
   local_rows,
   place,
+  place_params,
   place_rows,
   replicate,
   replicated,
@@ -41,7 +41,6 @@ __all__ = [
   'Preemption',
   'Target',
   'add_up',
-  'arrange',
   'batch_sharding',
   'check_can_start',
   'check_same',
@@ -63,6 +62,7 @@ __all__ = [
   'num_cores',
   'peak_tflops',
   'place',
+  'place_params',
   'place_rows',
   'portable',
   'replicate',

@@ -71,8 +71,8 @@ def place(tree, like):
   return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
 
 
-def arrange(mesh: Mesh, tree):
-  """Makes global arrays in their `layout`, from arrays that every process holds whole."""
+def place_params(mesh: Mesh, tree):
+  """Makes global arrays in their `layout` from arrays that every process holds whole."""
   return jax.tree.map(spread, tree, layout(mesh, tree))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vit_jax import limits, progress
 from vit_jax.data import Split, eval_batches
-from vit_jax.distributed import arrange, batch_sharding, concatenate, replicated, to_host
+from vit_jax.distributed import batch_sharding, concatenate, place_params, replicated, to_host
 from vit_jax.evaluation import measures
 from vit_jax.experiment import Experiment
 from vit_jax.workdir import Calibration, restore_weights, save_calibration
@@ -173,6 +173,21 @@ def answer_split(
 
 
 @limits.memory_for('Evaluation')
+def score_examples(
+  eval_step: EvalStep,
+  params: dict,
+  examples: Split,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  temperature: float = 1.0,
+  **extra: np.ndarray,
+) -> Scores:
+  """Returns the scores of all examples of a split; the arguments are those of `answer_split`."""
+  found = answer_split(eval_step, params, examples, batch_size, mesh, **extra)
+  return Scores.joined([Scores.of(answers, temperature) for answers in found])
+
+
+@limits.memory_for('Evaluation')
 def calibrate(
   eval_step: EvalStep,
   params: dict,
@@ -212,7 +227,7 @@ def calibrate_run(
   """
   eval_step = make_eval_step(exp, mesh)
   for step in steps:
-    params = arrange(mesh, restore_weights(workdir, step))
+    params = place_params(mesh, restore_weights(workdir, step))
     found = calibrate(eval_step, params, val, exp.config.eval_batch_size, mesh)
     log_calibration(step, found)
     save_calibration(workdir, step, found)

@@ -11,11 +11,10 @@ from vit_jax.data import Split
 from vit_jax.distributed import inference_mesh, is_first, replicate, start_up
 from vit_jax.evaluation.answers import (
   EvalStep,
-  Scores,
-  answer_split,
   calibrate,
   log_calibration,
   make_eval_step,
+  score_examples,
   trust,
 )
 from vit_jax.evaluation.data import load_split, load_validation, open_test
@@ -38,8 +37,7 @@ def score_split(
 
   The arguments are those of `answer_split`.
   """
-  found = answer_split(eval_step, params, examples, batch_size, mesh, **extra)
-  return Scores.joined([Scores.of(answers, 1.0) for answers in found]).means()
+  return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
 
 def evaluate(
@@ -96,8 +94,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   split = exp.config.data.eval_split
   examples = load_split(exp, split, source)
   extra = real_labels(exp, split, source, len(examples))
-  found = answer_split(eval_step, params, examples, batch_size, mesh, **extra)
-  scores = Scores.joined([Scores.of(answers, calibration.temperature) for answers in found])
+  temperature = calibration.temperature
+  scores = score_examples(eval_step, params, examples, batch_size, mesh, temperature, **extra)
   result = {'step': loaded, 'source': exp.config.data.source, 'split': split} | scores.means()
   result |= {'left_out': left_out} if left_out else {}
   result |= trust(scores, exp.task.class_names, calibration)
