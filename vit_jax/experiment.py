@@ -27,7 +27,7 @@ from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import ViT, first_layer, last_layer, make
 from vit_jax.names import accepted, pair
 from vit_jax.optim import LOSSES, Teacher, image_stages
-from vit_jax.workdir import TrainingFiles
+from vit_jax.workdir import Calibration, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -62,7 +62,8 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files. Only training has a `teacher`, if the config names one.
+  record its training files. Only training has a `teacher`, if the config names one. `calibration`
+  belongs to the weights that a mode uses; training has none.
   """
 
   config: ConfigDict
@@ -75,6 +76,7 @@ class Experiment:
   fit: Fit
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
   teacher: Teacher | None = None
+  calibration: Calibration = dataclasses.field(default_factory=Calibration)
 
   @property
   def chosen_attention(self) -> str:
@@ -155,6 +157,11 @@ class Experiment:
       example_B=batch['example'],
       rngs={'dropout': key},
     )
+
+  def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
+    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images."""
+    logits_BL = self.logits(params, {'image': image_BHWC})
+    return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """Returns the best number of micro-batches for each device's share of a batch.

@@ -32,6 +32,7 @@ from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
+  Calibration,
   TrainingFiles,
   check_untrained,
   find_training_files,
@@ -222,7 +223,9 @@ def from_init(
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels)
   experiment = assemble(inherit.follow(config, loaded), task)
-  return dataclasses.replace(experiment, names=inherit.names_of(loaded)), loaded.params
+  calibration = Calibration() if new_head else Calibration.load(loaded.run)
+  names = inherit.names_of(loaded)
+  return dataclasses.replace(experiment, names=names, calibration=calibration), loaded.params
 
 
 def from_workdir(
@@ -257,7 +260,8 @@ def from_workdir(
     if config.model.attention == 'auto':  # what training has chosen
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
-  experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
+  facts = dict(names=TrainingFiles.load(saved), calibration=Calibration.load(saved))
+  experiment = dataclasses.replace(experiment, **facts)
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 

@@ -16,7 +16,7 @@ from vit_jax import opening
 from vit_jax.data.memory import Examples
 from vit_jax.distributed import devices, replicate
 from vit_jax.experiment import Task, assemble
-from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
+from vit_jax.figures import canvas, charts, draw, facts, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
 from vit_jax.training import trainer
@@ -232,11 +232,11 @@ def test_a_report_shows_whether_the_run_is_finished(trained):
   workdir, result = trained
   lines = subject_lib.read_lines(workdir)
   nothing = [maps.Missing('it is not looked at')] * 6
-  found = gallery.numbers(pictures.Subject(lines, *nothing), workdir)
+  found = facts.numbers(pictures.Subject(lines, *nothing), workdir)
   assert found['training steps'] == '32' and found['test images'] == '256'
   assert found['test accuracy'] == f'{result["test_accuracy"]:.2%}'
   more = [*lines, {'step': 33, 'split': 'train', 'loss': 1.0}]
-  found = gallery.numbers(pictures.Subject(more, *nothing), workdir)
+  found = facts.numbers(pictures.Subject(more, *nothing), workdir)
   assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
@@ -285,7 +285,7 @@ def test_answers_keep_the_index_of_each_example_if_devices_pad_the_batches(train
 def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))
   names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
-  figure = draw.draw_confusion(count, maps.class_accuracy(count), names)
+  figure = charts.draw_confusion(count, maps.class_accuracy(count), names)
   matrix, bars = figure.axes[0], figure.axes[1]
   shown = matrix.images[0].get_array()
   np.testing.assert_allclose(shown.sum(axis=1), 1)  # each row shows shares of a true class
@@ -300,7 +300,7 @@ def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
 def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
   names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
   figures = [
-    draw.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
+    charts.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
     draw.draw_mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
   ]
   with warnings.catch_warnings():
@@ -312,7 +312,7 @@ def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
 
 
 def test_class_without_examples_is_drawn_and_labelled(tmp_path):
-  figure = draw.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
+  figure = charts.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
   canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import pathlib
 
+from vit_jax import config as config_lib
 from vit_jax.data import (
   Source,
   Split,
@@ -14,7 +16,7 @@ from vit_jax.data import (
 )
 from vit_jax.experiment import Experiment
 from vit_jax.names import abridged, difference, pair
-from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
+from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained, restore_item
 
 log = logging.getLogger(__name__)
 
@@ -95,3 +97,23 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
   """Loads one split with `load_splits`; the source is opened if it is None."""
   return load_splits(experiment, (source or open_data(experiment), name))[0]
+
+
+def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) -> Split | None:
+  """Loads the validation split of a run, without the files that the weights were trained on.
+
+  Returns None if the run has no such split, if the experiment has other data than the run, if the
+  training files are not known, or if the last run of a sweep was also trained on this split.
+
+  Args:
+    experiment: the experiment of the weights.
+    workdir: folder of the run.
+    step: step of the checkpoint with the weights.
+  """
+  data, names = experiment.config.data, experiment.names
+  saved = config_lib.from_dict(restore_item(workdir, step, 'config')['config'])
+  same = (saved.data.source, saved.data.val_split) == (data.source, data.val_split)
+  if not (same and data.val_split) or saved.sweep or names is None:
+    return None
+  source, _ = leave_out_trained(open_data(experiment), data.val_split, names)
+  return load_split(experiment, data.val_split, source)

@@ -11,29 +11,14 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax.data import Split
+from vit_jax.evaluation import Scores, coverage_curve, reliability, trust
 from vit_jax.experiment import Experiment
-from vit_jax.figures import draw, maps
+from vit_jax.figures import charts, draw, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Predictions for the test examples.
-
-  Attributes:
-    index_N: index of each example in the split; unreadable images are left out.
-    label_N: true classes.
-    predicted_N: predicted classes.
-    confidence_N: probabilities of the predicted classes.
-  """
-
-  index_N: np.ndarray
-  label_N: np.ndarray
-  predicted_N: np.ndarray
-  confidence_N: np.ndarray
+POINTS = 200  # points of the coverage curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +90,41 @@ def picture_confusion(subject: Subject) -> tuple[Figure, str]:
   names, count = exp.task.class_names, len(scores.label_N)
   count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
-  return draw.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
+  return charts.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
     f'Predicted classes of {count:,} test images, in percent of each true class, and the accuracy '
     f'of each class. {right:,} predictions are correct ({right / count:.2%}).'
+  )
+
+
+def picture_reliability(subject: Subject) -> tuple[Figure, str]:
+  """Returns the reliability diagram of the test split, and its caption."""
+  exp, scores = subject.need('exp', 'scores')
+  fitted = exp.calibration.examples > 0
+  found = trust(scores, exp.task.class_names, exp.calibration)
+  bins = reliability(scores.confidence_N, scores.correct_N)
+  before = reliability(scores.raw_N, scores.correct_N) if fitted else None
+  text = (
+    'Accuracy of the test images by the probability of their predicted class. If the probabilities '
+    'can be trusted, the bars end at the dashed line. The expected calibration error is '
+    f'{found["ece"]:.2%}'
+  )
+  if fitted:
+    text += (
+      f'; without the temperature {found["temperature"]:.4g}, it would be '
+      f'{found["ece_uncalibrated"]:.2%}'
+    )
+  return charts.draw_reliability(bins, before), f'{text}.'
+
+
+def picture_coverage(subject: Subject) -> tuple[Figure, str]:
+  """Returns the curve of accuracy against coverage of the test split, and its caption."""
+  (scores,) = subject.need('scores')
+  curve = coverage_curve(scores.confidence_N, scores.correct_N, POINTS)
+  half = POINTS // 2 - 1
+  return charts.draw_coverage(curve), (
+    'Accuracy if the model answers only the images of which it is most confident, and the lowest '
+    'confidence among them. On the more confident half of the images, the accuracy is '
+    f'{curve["accuracy"][half]:.2%}.'
   )
 
 
@@ -198,6 +215,8 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
 PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'curves': ('Loss and accuracy', picture_curves),
   'confusion': ('Confusion matrix', picture_confusion),
+  'reliability': ('Reliability of the probabilities', picture_reliability),
+  'coverage': ('Accuracy and coverage', picture_coverage),
   'mistakes': ('Most confident mistakes', picture_mistakes),
   'patches': ('An image as patches', picture_patches),
   'filters': ('Filters of the patch embedding', picture_filters),

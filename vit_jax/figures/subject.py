@@ -17,17 +17,18 @@ from vit_jax.data import Examples, Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
 from vit_jax.evaluation import (
   PathLike,
+  Scores,
   find_images,
   load_split,
-  make_inference_step,
+  make_eval_step,
   open_test,
-  probabilities,
   read_image,
+  score_examples,
 )
 from vit_jax.experiment import Experiment
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
-from vit_jax.figures.pictures import AttentionMaps, Scores, Subject
+from vit_jax.figures.pictures import AttentionMaps, Subject
 from vit_jax.opening import Request
 from vit_jax.workdir import latest_step, read_metrics
 
@@ -98,14 +99,8 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
   """Returns the model's prediction for every readable test example."""
-  step, size = make_inference_step(exp, mesh, probabilities(exp)), exp.config.eval_batch_size
-  found = []
-  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
-    row_N = np.flatnonzero(batch['mask'])
-    probability_NL = np.asarray(step(batch['image'], params))[row_N]
-    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
-    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
-  return Scores(*map(np.concatenate, zip(*found)))
+  size, temperature = exp.config.eval_batch_size, exp.calibration.temperature
+  return score_examples(make_eval_step(exp, mesh), params, test, size, mesh, temperature)
 
 
 def batches(

@@ -19,6 +19,7 @@ from vit_jax.weights import (
   flatten_params,
   image_channels,
 )
+from vit_jax.workdir import Calibration
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
@@ -35,7 +36,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     result: contents of the run's `result.json`; None if it does not exist.
   """
   entry = FORMATS[format]
-  if not entry.enlarges:  # files are then resized directly to the model's size
+  if not entry.is_program:  # files are then resized directly to the model's size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -46,6 +47,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
     'accuracy': accuracy_text(loaded, result),
+    **temperature(entry, loaded),
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
@@ -154,6 +156,18 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
     return f'{value:.2%} on the {result["examples"]:,} images of `{split}`'
   except (AttributeError, TypeError, KeyError, ValueError):  # result or run is missing or damaged
     return 'unknown'
+
+
+def temperature(entry: Format, loaded: Pretrained) -> dict[str, str]:
+  """Returns the row about the temperature; empty if none was fitted."""
+  found = Calibration.load(loaded.run)
+  if not found.examples:
+    return {}
+  use = 'divide the logits by it before softmax to get calibrated probabilities'
+  if entry.is_program:
+    use = 'already applied: the softmax of the output gives calibrated probabilities'
+  fitted = f'fitted on {found.examples:,} validation images'
+  return {'temperature': f'{found.temperature:.6g}, {fitted}; {use}'}
 
 
 def classes(entry: Format, loaded: Pretrained) -> str:

@@ -24,13 +24,20 @@ from vit_jax.distributed import (
   from_first,
   is_first,
 )
-from vit_jax.evaluation import make_eval_step, score_split, with_teacher
+from vit_jax.evaluation import calibrate_run, make_eval_step, score_split, with_teacher
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
 from vit_jax.training.compiling import compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
-from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
+from vit_jax.workdir import (
+  Checkpoints,
+  Silent,
+  Writer,
+  forget_calibrations,
+  intact,
+  latest_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -249,6 +256,8 @@ def fit(
 ) -> dict:
   """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
 
+  With a validation split, the last and the best checkpoint are calibrated at the end.
+
   Args:
     exp: experiment to train.
     training: data, plan and initial weights.
@@ -264,4 +273,9 @@ def fit(
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
     Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
-    return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
+    forget_calibrations(workdir, start or 0)
+    result = Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
+  if training.val is not None:
+    steps = {result[name]['step'] for name in ('last', 'best')}
+    calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
+  return result

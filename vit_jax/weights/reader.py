@@ -248,6 +248,6 @@ FORMATS = {
     functools.partial(read_torch, read=read_timm),
     library='timm',
   ),
-  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), enlarges=True),
-  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), enlarges=True),
+  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), is_program=True),
+  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), is_program=True),
 }

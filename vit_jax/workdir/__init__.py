@@ -1,5 +1,6 @@
 """Reads and writes the files that a run keeps on disk."""
 
+from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
 from vit_jax.workdir.lock import held
@@ -8,6 +9,7 @@ from vit_jax.workdir.stored import (
   load_checkpoint,
   newest_config,
   restore_item,
+  restore_weights,
   saved_steps,
   set_aside_damaged,
 )
@@ -22,6 +24,7 @@ from vit_jax.workdir.writer import DETAILS, Silent, Writer, read_json, read_metr
 
 __all__ = [
   'DETAILS',
+  'Calibration',
   'Checkpoints',
   'Silent',
   'TrainingFiles',
@@ -29,6 +32,7 @@ __all__ = [
   'check_untrained',
   'digest',
   'find_training_files',
+  'forget_calibrations',
   'held',
   'intact',
   'latest_step',
@@ -38,6 +42,8 @@ __all__ = [
   'read_json',
   'read_metrics',
   'restore_item',
+  'restore_weights',
+  'save_calibration',
   'saved_steps',
   'set_aside_damaged',
   'training_files_of',

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
 from vit_jax.workdir import items, writer
+from vit_jax.workdir.calibration import find_calibration
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,22 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
     Damaged: the item is invalid, or has changed since it was saved.
   """
   return from_first(lambda: read_item(workdir, step, item))
+
+
+def restore_weights(workdir: pathlib.Path, step: int) -> dict:
+  """Returns the weights of a checkpoint for inference (NumPy): averaged ones if there are any.
+
+  Raises:
+    Damaged: the item is invalid, or has changed since it was saved.
+  """
+  return from_first(lambda: read_weights_of(workdir, step))
+
+
+def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
+  """Works like `restore_weights`, but reads and returns the weights only in this process."""
+  if read_item(workdir, step, 'config')['config']['ema'] > 0:
+    return read_item(workdir, step, 'state')['ema']
+  return read_item(workdir, step, 'params')
 
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
@@ -129,8 +146,9 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
 def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
-  The facts are the item `config`, with the item `names` under the key `names`. If the run averages
-  its weights, the averages are returned. Damaged checkpoints are skipped.
+  The facts are the item `config`, with the item `names` under the key `names` and the fields of the
+  checkpoint's `Calibration` under the key `calibration` (None if there is none). If the run
+  averages its weights, the averages are returned. Damaged checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -148,13 +166,10 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
   for (step, why), following in zip(found, [*found[1:], None]):
     try:
       config = read_item(workdir, step, 'config') | {'names': read_item(workdir, step, 'names')}
-      if config['config']['ema'] > 0:
-        params = read_item(workdir, step, 'state')['ema']
-      else:
-        params = read_item(workdir, step, 'params')
+      params = read_weights_of(workdir, step)
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
-      return step, params, config
+      return step, params, config | {'calibration': find_calibration(workdir, step)}
     except items.Damaged as error:
       if saved_steps(workdir) != known:  # training has replaced checkpoints in the meantime
         return _load(workdir, wanted)
