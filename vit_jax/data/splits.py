@@ -84,7 +84,13 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def place(text: str, percent: bool, size: int) -> int:
-  """Returns the index, or the percentage of the size rounded to an index; may be negative."""
+  """Returns the index, or the percentage of the size rounded to an index; may be negative.
+
+  Raises:
+    ValueError: not a number, or a percentage beyond 100.
+  """
+  if percent and abs(float(text)) > 100:
+    raise ValueError(f'{text}% is more than the split has')
   return round(float(text) * size / 100) if percent else int(text)
 
 
