@@ -88,7 +88,7 @@ def run_one(name: str, args: argparse.Namespace, seconds: float) -> str:
   """Runs a slice in a process of its own for at most these seconds; returns its state."""
   args.work.mkdir(parents=True, exist_ok=True)
   path, log = args.results / f'{name}.json', args.work / f'{name}.log'
-  path.unlink(missing_ok=True)  # of an earlier call
+  path.unlink(missing_ok=True)  # an earlier call has written it
   began = time.monotonic()
   with log.open('ab') as out:
     process = subprocess.Popen(

@@ -8,9 +8,9 @@ The first command fills the folder `gpu/`, which git ignores, with at most 64 Mi
   * `gpu/wheels/`: the packages of `requirements-gpu.txt`, for Linux on x86-64 and the given version
     of Python.
 
-The second command extracts the images to `runs/gpu/cifar10`, and installs those packages into
-`runs/gpu/site` that this Python lacks, or has in a version that does not suffice. It changes
-nothing else on the machine. It needs only the standard library and pip.
+The second command extracts the images to `runs/gpu/cifar10`. It installs packages into
+`runs/gpu/site` if this Python lacks them, or has them in an unsuitable version. It changes nothing
+else on the machine. It needs only the standard library and pip.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def unpack() -> None:
 def emptied(path: pathlib.Path) -> pathlib.Path:
   """Returns an empty folder that replaces `path` when it is complete."""
   partial = path.with_name(f'{path.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
+  shutil.rmtree(partial, ignore_errors=True)  # an earlier call was killed
   partial.mkdir(parents=True)
   return partial
 

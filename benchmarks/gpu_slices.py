@@ -2,7 +2,7 @@
 
 A function has the signature `(folder, toy) -> result`. It may keep files in `folder`, and finds
 them there when it is called again. JSON can hold the result. With `toy`, the slice runs in seconds
-on a CPU, to test that it works.
+on a CPU, as a test.
 """
 
 import dataclasses

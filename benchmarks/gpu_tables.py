@@ -63,7 +63,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table of both kernels; errors are those of the worst output or gradient."""
+  """Returns the table of both kernels, with the worst error of the output and the gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))

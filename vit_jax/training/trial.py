@@ -114,8 +114,8 @@ def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
 def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
   """Returns the output and the gradients of `plain` in float32.
 
-  In bfloat16, `plain` itself is wrong by 0.1 for large logits, if the scale `E ** -0.5` of the
-  queries is not a power of two, as for the 80 channels of a head of H/14.
+  In bfloat16, the error of `plain` is about 0.1 for large logits if the scale of the queries,
+  `E ** -0.5`, is not a power of two. An example is H/14, with E = 80.
   """
   with jax.default_matmul_precision('highest'):
     return value_and_gradients(plain)(*(x.astype(jnp.float32) for x in given))
