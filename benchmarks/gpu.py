@@ -23,7 +23,15 @@ import threading
 import time
 from typing import NamedTuple
 
-from benchmarks import arguments, collect, gpu_pack, gpu_slices, gpu_tables
+from benchmarks import (
+  arguments,
+  collect,
+  contestants,
+  gpu_pack,
+  gpu_slices,
+  gpu_tables,
+  speed,
+)
 from vit_jax.distributed import TRY_AGAIN
 from vit_jax.workdir import writer
 
@@ -188,6 +196,11 @@ def main(argv: list[str]) -> int:
   if args.slice:
     measure(args.slice, args)
     return 0
+  backend = 'toy' if args.toy else speed.in_a_process(contestants.machine)['backend']
+  if backend == 'cpu':
+    arguments.Parser(__spec__, __doc__).error(
+      'JAX finds no GPU here; install jax[cuda13] for this Python, or use --toy'
+    )
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
   run_all(SLICES, args)
   print(gpu_tables.tables(SLICES, args.results, args.work))

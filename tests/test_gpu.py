@@ -293,6 +293,14 @@ def test_toy_results_do_not_replace_measured_ones(capsys):
   assert '--toy needs --results' in capsys.readouterr().err
 
 
+def test_a_machine_without_a_gpu_is_refused_before_any_slice(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(gpu.speed, 'in_a_process', lambda function: {'backend': 'cpu'})
+  with pytest.raises(SystemExit, match='2'):
+    gpu.main([f'--results={tmp_path / "results"}'])
+  assert 'JAX finds no GPU here; install' in capsys.readouterr().err
+  assert not (tmp_path / 'results').exists()
+
+
 @pytest.mark.slow
 def test_toy_slices_finish(tmp_path):
   command = [sys.executable, '-m', 'benchmarks.gpu', '--toy', f'--results={tmp_path}']
