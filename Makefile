@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
+.PHONY: gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +65,19 @@ lint: $(VENV)/installed
 results-cpu results-gpu: results-%: $(VENV)/installed
 	@test -n "$(DATA)" || (echo "make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
 	$(RUN) -m benchmarks.recipes $* $(DATA)
+
+# Everything that needs a GPU, without a network, with .venv or else the Python that has JAX for it.
+MINUTES ?= 30
+GPU_PYTHON ?= $(or $(wildcard $(RUN)),$(PYTHON))
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu_pack --unpack
+	PYTHONPATH=$(CURDIR)/runs/gpu/site:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu --minutes=$(MINUTES)
+
+# Fills gpu/ for a machine without a network, e.g. make gpu-pack DATA=cifar10. PACK_FOR is its Python.
+PACK_FOR ?= 3.12
+gpu-pack: $(VENV)/installed
+	@test -n "$(DATA)" || (echo "make $@ DATA=path/to/cifar10, with train/ and test/"; exit 2)
+	$(RUN) -m benchmarks.gpu_pack $(DATA) --python=$(PACK_FOR)
 
 clean:
 	rm -rf $(VENV) runs site

@@ -359,6 +359,7 @@ def documented():
     for name, words in re.findall(r'-m benchmarks\.(\w+)(.*)', text):
       words = words.split('`')[0].split('  #')[0].split(' # ')[0]
       words = words.replace('$*', 'cpu').replace('$(DATA)', 'folder:cifar10')
+      words = words.replace('$(MINUTES)', '30')
       yield name, tuple(shlex.split(words.removesuffix("'")))
 
 
