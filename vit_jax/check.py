@@ -14,6 +14,7 @@ from vit_jax.data import INTERPOLATIONS
 from vit_jax.keys import KEYS
 from vit_jax.model import (
   ACTIVATIONS,
+  ADAPTERS,
   ATTENTION,
   POOLS,
   POSITION_PREFIXES,
@@ -26,6 +27,7 @@ from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'ACTIVATIONS': ACTIVATIONS,
+  'ADAPTERS': lambda: ('', *ADAPTERS),
   'FREEZE': FREEZE,
   'INTERPOLATIONS': INTERPOLATIONS,
   'LOSSES': LOSSES,
@@ -85,6 +87,11 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   check_augment(config)
   if trains:
     check_partners(config)
+  if config.adapt and config.freeze:
+    raise ValueError(
+      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}: it already keeps the '
+      'weights of init, and trains the head. Remove one of them.'
+    )
   check_progressive(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):

@@ -24,9 +24,9 @@ from vit_jax.augment import (
 )
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, first_layer, last_layer, make
+from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import LOSSES, image_stages
+from vit_jax.optim import LOSSES, image_stages, split_frozen
 from vit_jax.workdir import TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -140,20 +140,26 @@ class Experiment:
     """Computes the logits `[B, L]` of a batch of uint8 images.
 
     Args:
-      params: parameters of the model.
+      params: parameters of the model, and of its adapter if it has one.
       batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
         image in the batch of the step. This position selects the image's random numbers.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:
+      params = merged(params, self.config)
       return self.model.apply({'params': params}, self.normalize(batch['image']))
-    return self.model.apply(
-      {'params': params},
-      self.normalize(batch['image']),
-      train=not self.config.freeze,  # a frozen backbone runs as at inference
-      example_B=batch['example'],
-      rngs={'dropout': key},
-    )
+    with applied(params, self.config):
+      return self.model.apply(
+        {'params': params},
+        self.normalize(batch['image']),
+        train=not self.config.freeze,  # a frozen backbone runs as at inference
+        example_B=batch['example'],
+        rngs={'dropout': key},
+      )
+
+  def split(self, params: dict) -> tuple[dict, dict]:
+    """Returns the parameters that the config trains, and all others."""
+    return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """Returns the best number of micro-batches for each device's share of a batch.
@@ -221,6 +227,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
   check_parameters(model, experiment.image_shape)
+  check_adapter(model, experiment.image_shape, config.adapt, config)
   for _, size in image_stages(config, 0):
     if any(n % patch for n, patch in zip(size, model.patch_size)):
       raise ValueError(

@@ -79,6 +79,12 @@ TRAINING = {
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
+  'adapt': Key(
+    '', 'lora: keep the weights of `init`, and train the head and a low-rank update of each kernel '
+    'in attention and MLP; empty: train the weights themselves', choices='ADAPTERS'
+  ),
+  'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
+  'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
   'sweep': Key(
     (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
     'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',

@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 # Prefixes of the config keys that only training reads.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
-  'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
-  'schedule.',
+  'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'sweep', 'ema', 'progressive.', 'mesh.',
+  'augment.', 'optimizer.', 'schedule.',
 )  # fmt: skip
 
 
@@ -171,6 +171,11 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
   params, earlier = None, TrainingFiles()
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
+  elif config.adapt:
+    raise ValueError(
+      f'adapt={config.adapt} keeps the weights of init, but init is empty, so the kept weights '
+      'would be random. Set --config.init, e.g. to a file, a folder or a workdir.'
+    )
   return config, params, find_training_files(source, config, earlier)
 
 

@@ -128,6 +128,8 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   config, task = loaded.run['config'], loaded.run['task']
   kind, colon, name = config['data']['source'].partition(':')
   part = '; only the head was trained' if config['freeze'] else ''
+  if config.get('adapt'):  # missing in runs of older versions
+    part = f'; only the head and an adapter ({config["adapt"]}) were trained'
   return {
     'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
     f'{task["train_examples"]:,} images',

@@ -1,5 +1,13 @@
 """The Vision Transformer as Flax modules."""
 
+from vit_jax.model.adapters import (
+  ADAPTED,
+  ADAPTERS,
+  adapted,
+  applied,
+  check_adapter,
+  merged,
+)
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
@@ -19,6 +27,8 @@ from vit_jax.model.vit import ViT, first_layer, last_layer
 
 __all__ = [
   'ACTIVATIONS',
+  'ADAPTED',
+  'ADAPTERS',
   'ATTENTION',
   'ATTRIBUTES',
   'POOLS',
@@ -33,13 +43,17 @@ __all__ = [
   'Pool',
   'Position',
   'ViT',
+  'adapted',
+  'applied',
   'attributes',
+  'check_adapter',
   'check_model',
   'first_layer',
   'flash',
   'flash_obstacle',
   'last_layer',
   'make',
+  'merged',
   'plain',
   'pooled',
   'resize_positions',

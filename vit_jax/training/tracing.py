@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from vit_jax import experiment
 from vit_jax.distributed import portable
 from vit_jax.experiment import Experiment
-from vit_jax.optim import Stages, split_frozen
+from vit_jax.optim import Stages
 from vit_jax.training.step import loss_fn
 
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
@@ -43,7 +43,7 @@ def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
 def step_flops(exp: Experiment, params: dict) -> int:
   """Counts the FLOPs of a training step for one image."""
   group = experiment.group(exp.config)
-  split = split_frozen(params, exp.config.freeze)
+  split = exp.split(params)
   with portable():
     gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
   train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
@@ -76,7 +76,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
     function = lambda trained: loss(exp, group)(trained, *others)
     return jax.tree.leaves(jax.vjp(function, trained)[1])
 
-  split = split_frozen(params, exp.config.freeze)
+  split = exp.split(params)
   jaxpr = jax.make_jaxpr(keep)(*split, *batch(exp, group)).jaxpr
   kept = Counter()
   for stack, size in residuals(jaxpr, jaxpr.invars[len(jax.tree.leaves(params)) :]):

@@ -8,6 +8,7 @@ import time
 import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
+from vit_jax.model import merged
 from vit_jax.workdir import items, writer
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
   The facts are the item `config`, with the item `names` under the key `names`. If the run averages
-  its weights, the averages are returned. Damaged checkpoints are skipped.
+  its weights, the averages are returned. An adapter is merged into the weights. Damaged checkpoints
+  are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -153,7 +155,7 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
         params = read_item(workdir, step, 'params')
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
-      return step, params, config
+      return step, merged(params, config['config']), config
     except items.Damaged as error:
       if saved_steps(workdir) != known:  # training has replaced checkpoints in the meantime
         return _load(workdir, wanted)
