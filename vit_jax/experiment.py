@@ -26,7 +26,7 @@ from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import LOSSES, image_stages, split_frozen
+from vit_jax.optim import CLASSIFIERS, LOSSES, image_stages, split_frozen
 from vit_jax.workdir import TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -159,6 +159,8 @@ class Experiment:
 
   def split(self, params: dict) -> tuple[dict, dict]:
     """Returns the parameters that the config trains, and all others."""
+    if self.config.classifier:
+      return {}, params
     return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
@@ -195,6 +197,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
+  if config.classifier and CLASSIFIERS[config.classifier].stores:
+    fields['examples'] = task.train_examples or None  # None until the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]

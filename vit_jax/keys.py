@@ -85,6 +85,11 @@ TRAINING = {
   ),
   'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
   'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
+  'classifier': Key(
+    '', 'compute the head without training, and keep the weights of `init`; ridge: least squares '
+    'in closed form; knn: votes of the nearest training images; both need epochs=0; empty: train',
+    choices='CLASSIFIERS',
+  ),
   'sweep': Key(
     (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
     'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',

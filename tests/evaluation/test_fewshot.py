@@ -93,7 +93,7 @@ def test_features_are_the_input_of_the_head(opened):
   test = evaluation.load_split(exp, 'test[:70]')
   mesh = devices.make_mesh()
   step = features.make_feature_step(exp, mesh)
-  found = features.compute(
+  found = features.compute_features(
     step, params, test, 33, mesh
   )  # a batch size that fits neither 70 examples nor 2 devices
   np.testing.assert_array_equal(found.label_N, test.label_N)

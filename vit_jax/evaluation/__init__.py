@@ -2,7 +2,7 @@
 
 from vit_jax.evaluation.data import load_split, open_data, open_test
 from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, make_eval_step, score_split
-from vit_jax.evaluation.features import cached_features, make_feature_step
+from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
@@ -11,6 +11,7 @@ from vit_jax.evaluation.scoring import summarize, training_score
 __all__ = [
   'PathLike',
   'cached_features',
+  'compute_features',
   'evaluate',
   'evaluate_checkpoint',
   'fewshot',

@@ -133,7 +133,10 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   return {
     'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
     f'{task["train_examples"]:,} images',
-    'trained for': f'{config["epochs"]:g} epochs planned, with batch size '
+    'trained for': 'no steps: the head was computed from the features of these images '
+    f'({config["classifier"]})'
+    if config.get('classifier')
+    else f'{config["epochs"]:g} epochs planned, with batch size '
     f'{config["batch_size"]}; these weights are from step {loaded.run["step"]:,}{part}',
     'initialised from': f'the weights `{public(config["init"])}`'
     if config['init']

@@ -10,6 +10,7 @@ from vit_jax.model.adapters import (
 )
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
+from vit_jax.model.heads import knn_logits, unit
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
@@ -51,6 +52,7 @@ __all__ = [
   'first_layer',
   'flash',
   'flash_obstacle',
+  'knn_logits',
   'last_layer',
   'make',
   'merged',
@@ -59,5 +61,6 @@ __all__ = [
   'resize_positions',
   'select_kernel',
   'stem_stride',
+  'unit',
   'variant_fields',
 ]

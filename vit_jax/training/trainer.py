@@ -17,6 +17,7 @@ from vit_jax.workdir import held, newest_config, training_files_of
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
+  With `classifier`, the head is computed without training steps.
   With `freeze=backbone`, only the head is trained (`probe.py`). With `sweep`, heads are trained at
   several learning rates.
 
@@ -42,7 +43,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     earlier = (newest_config(workdir) or {}).get('attention')
     exp = choose_attention(exp, training, mesh, earlier)
-    if config.freeze:
+    if config.freeze or config.classifier:
       return train_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

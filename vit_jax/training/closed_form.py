@@ -1,0 +1,76 @@
+"""Computes a head in one pass over the training images, and leaves an ordinary workdir.
+
+Decisions:
+  * The run has no training steps. It evaluates the head, and saves a checkpoint and `result.json`
+    at step 0, with the code of any other run. So all modes can use its workdir.
+"""
+
+import dataclasses
+import logging
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import opening
+from vit_jax.distributed import replicate
+from vit_jax.evaluation import compute_features, make_feature_step
+from vit_jax.experiment import Experiment
+from vit_jax.names import choose
+from vit_jax.opening import Request
+from vit_jax.optim import CLASSIFIERS, Training
+
+log = logging.getLogger(__name__)
+
+
+def classifier_config(request: Request, classifier: str) -> ConfigDict:
+  """Returns the config of a run that computes a head for the features of the requested model.
+
+  Args:
+    request: the model. Its data, or the data of the overrides, is used.
+    classifier: one of `CLASSIFIERS`.
+
+  Raises:
+    ValueError: the weights cannot be read, or do not fit the data.
+  """
+  choose('--classifier', classifier, CLASSIFIERS)
+  exp, _, step = opening.open_model(request, 'data')
+  config, own = config_lib.default_config(), config_lib.flatten(exp.config)
+  kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.'))}
+  for key, value in kept.items():
+    section, _, name = key.partition('.')
+    config[section][name] = tuple(value) if isinstance(value, list) else value
+  config.init = request.init or f'{request.workdir}/checkpoints/{step}'
+  config.eval_batch_size = exp.config.eval_batch_size
+  config.classifier, config.epochs = classifier, 0.0
+  return config
+
+
+def with_head(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, restored: bool
+) -> tuple[Experiment, Training]:
+  """Returns the experiment and its plan with the head that `config.classifier` names.
+
+  Args:
+    exp: experiment with the backbone.
+    training: plan of a run without steps.
+    mesh: mesh of the devices.
+    restored: whether a checkpoint already holds the head, so that it need not be computed.
+  """
+  classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
+  if not restored:
+    log.info('Computing the features of %d training images ...', count)
+    step, params = make_feature_step(exp, mesh), replicate(mesh, training.params)
+    size = exp.config.eval_batch_size
+    found = compute_features(step, params, training.train, size, mesh)
+    head = classifier.fit(found.image_NHWC, found.label_N, len(exp.task.class_names))
+    if classifier.stores:  # skipped bad images leave empty rows
+      missing = count - len(found)
+      pad = lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
+      head = {name: pad(x) for name, x in head.items()}
+    head = {name: x.astype(np.float32) for name, x in head.items()}
+    training = dataclasses.replace(training, params=training.params | {'head': head})
+  if classifier.stores:
+    exp = dataclasses.replace(exp, model=exp.model.clone(examples=count))
+  return exp, training
