@@ -96,7 +96,15 @@ def adamw(config):
   config.model.stochastic_depth = 0.1
 
 
-RECIPES = {'sgd': sgd, 'adamw': adamw}
+def lora(config):
+  config.adapt = 'lora'
+  config.optimizer.name = 'adamw'
+  config.optimizer.lr = 3e-3
+  config.optimizer.weight_decay = 0.05
+  config.loss.label_smoothing = 0.1
+
+
+RECIPES = {'sgd': sgd, 'adamw': adamw, 'lora': lora}
 
 
 def parse(variant):
@@ -104,7 +112,7 @@ def parse(variant):
   parts = variant.split(',')
   if len(parts) not in (2, 3):
     raise ValueError(
-      f'variant {variant!r} must be <model>,<dataset> or <model>,<dataset>,adamw, e.g. b16,cifar10.'
+      f'variant {variant!r} must be <model>,<dataset> or <model>,<dataset>,<recipe>, e.g. b16,cifar10.'
     )
   model, dataset, recipe = [*parts, 'sgd'][:3]
   choose('model', model, MODELS)

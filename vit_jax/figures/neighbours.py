@@ -21,7 +21,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import canvas
 from vit_jax.model import unit
 
-ROWS, NEAREST = 6, 5  # number of mistakes drawn, and of training images next to each
+ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each
 AMONG = 10_000  # maximum number of training images compared
 PART = 2000  # number of training images in memory at a time
 

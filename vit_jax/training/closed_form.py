@@ -7,6 +7,7 @@ Decisions:
 
 import dataclasses
 import logging
+import pathlib
 
 import jax
 from ml_collections import ConfigDict
@@ -17,9 +18,12 @@ from vit_jax import opening
 from vit_jax.distributed import replicate
 from vit_jax.evaluation import compute_features, make_feature_step
 from vit_jax.experiment import Experiment
-from vit_jax.names import choose
 from vit_jax.opening import Request
 from vit_jax.optim import CLASSIFIERS, Training
+from vit_jax.training.loop import fit
+from vit_jax.training.probe import train_head
+from vit_jax.training.resume import record
+from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,6 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   Raises:
     ValueError: the weights cannot be read, or do not fit the data.
   """
-  choose('--classifier', classifier, CLASSIFIERS)
   exp, _, step = opening.open_model(request, 'data')
   config, own = config_lib.default_config(), config_lib.flatten(exp.config)
   kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.'))}
@@ -45,6 +48,20 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   config.eval_batch_size = exp.config.eval_batch_size
   config.classifier, config.epochs = classifier, 0.0
   return config
+
+
+def make_head(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, workdir: pathlib.Path
+) -> dict:
+  """Computes the head with `classifier`, else trains it; returns the content of `result.json`.
+
+  The caller must hold the lock of the workdir.
+  """
+  if not exp.config.classifier:
+    return train_head(exp, training, mesh, workdir)
+  exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
+  record(exp, workdir, training.test)
+  return fit(exp, training, mesh, workdir)
 
 
 def with_head(

@@ -1,6 +1,4 @@
-"""Makes only the head: trains it, or computes it (`closed_form.py`).
-
-Without augmentation, the features of the images are computed once.
+"""Trains only the head; without augmentation, the features of the images are computed once.
 
 Decisions:
   * Without augmentation, a frozen backbone gives the same features in every epoch. They are
@@ -26,7 +24,6 @@ from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.model import Dense
 from vit_jax.optim import Training, plan_training, split_frozen
-from vit_jax.training.closed_form import with_head
 from vit_jax.training.loop import fit
 from vit_jax.training.resume import begin, finished_result, record
 from vit_jax.training.state import init_params
@@ -67,12 +64,8 @@ def train_head(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> dict:
-  """Makes the head in a locked workdir. With `sweep`, first finds the best learning rate."""
+  """Trains the head in a locked workdir. With `sweep`, first finds the best learning rate."""
   config, notes = exp.config, {}
-  if config.classifier:
-    exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
-    record(exp, workdir, training.test)
-    return fit(exp, training, mesh, workdir)
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
   if not exp.augments:  # features are cached by content, so this is safe before the checks

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, names, opening
 from vit_jax.distributed import start_up
+from vit_jax.training.closed_form import make_head
 from vit_jax.training.loop import fit
-from vit_jax.training.probe import train_head
 from vit_jax.training.resume import begin, check_in_all_processes, record
 from vit_jax.training.trial import choose_attention
 from vit_jax.workdir import held, newest_config, training_files_of
@@ -44,6 +44,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     earlier = (newest_config(workdir) or {}).get('attention')
     exp = choose_attention(exp, training, mesh, earlier)
     if config.freeze or config.classifier:
-      return train_head(exp, training, mesh, workdir)
+      return make_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)
