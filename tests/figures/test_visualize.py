@@ -22,7 +22,7 @@ from vit_jax.opening import Request
 from vit_jax.training import trainer
 
 PICTURES = set(pictures.PICTURES)
-OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
+OF_DATA = {'confusion', 'mistakes', 'neighbours', 'patches', 'distance', 'rollout', 'heads'}
 
 
 class Page(HTMLParser):
@@ -73,7 +73,7 @@ def names(folder):
 
 def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir):
   code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
-  drawn = PICTURES - {'mistakes'} if 'mistakes' not in names(workdir) else PICTURES
+  drawn = PICTURES - {'mistakes', 'neighbours'} if 'mistakes' not in names(workdir) else PICTURES
   assert not code and names(workdir) == drawn
   assert out.splitlines()[-1] == str(workdir / 'report.html')
   assert len(out.splitlines()) == len(drawn) + 1
@@ -153,7 +153,7 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   init = f'--init={DATA}/{name}' + ('/weights.npz' if name.startswith('paper') else '')
   code, _, _ = call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')
   assert not code
-  assert names(out) == PICTURES - {'curves', 'confusion', 'mistakes'} - left_out
+  assert names(out) == PICTURES - {'curves', 'confusion', 'mistakes', 'neighbours'} - left_out
   page = Page(out / 'report.html')
   assert 'weights without a run have no metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)

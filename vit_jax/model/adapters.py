@@ -127,7 +127,7 @@ def over_kernels(function: Callable, tree: dict, path: tuple[str, ...] = ()) -> 
 
 
 def find(tree: dict, path: tuple[str, ...]) -> dict | None:
-  """Returns the entry of a tree at a path; None if there is none."""
+  """Returns the entry of a tree at a path; None if the tree lacks it."""
   for name in path:
     if name not in tree:
       return None
@@ -143,14 +143,14 @@ Settings = Mapping[str, Mapping[str, object]]  # the keys of each adapter, by it
 
 
 def adapted(params: dict, key: jax.Array, adapt: str, settings: Settings) -> dict:
-  """Returns the parameters with those of the adapter `adapt` added; an empty name adds none."""
+  """Adds the initial parameters of the adapter `adapt`; an empty name adds nothing."""
   if not adapt:
     return params
   return params | {adapt: ADAPTERS[adapt].init(key, params, **settings.get(adapt, {}))}
 
 
 def merged(params: dict, settings: Settings) -> dict:
-  """Returns the parameters of the model alone; those of an adapter are merged into them."""
+  """Returns the parameters of the model alone, after merging an adapter if there is one."""
   for name in own_entries(params):
     own = {other: leaves for other, leaves in params.items() if other != name}
     params = ADAPTERS[name].merge(own, params[name], **settings.get(name, {}))

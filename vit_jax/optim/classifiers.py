@@ -17,6 +17,7 @@ Decisions:
 from collections.abc import Callable
 import dataclasses
 
+import jax
 import numpy as np
 
 from vit_jax.model import knn_logits, unit
@@ -75,8 +76,9 @@ def fit_knn(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[s
 def knn_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int) -> np.ndarray:
   """Returns the logits of a k-NN head: `[N, L]`."""
   parts = [feature_ND[i : i + ROWS] for i in range(0, len(feature_ND), ROWS)]
+  logits = jax.jit(knn_logits, static_argnums=3)
   stored = head['feature'], head['label']
-  return np.concatenate([np.asarray(knn_logits(part, *stored, classes)) for part in parts])
+  return np.concatenate([np.asarray(logits(part, *stored, classes)) for part in parts])
 
 
 # By the value of the config key `classifier`.

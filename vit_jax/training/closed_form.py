@@ -15,7 +15,7 @@ import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import opening
-from vit_jax.distributed import replicate
+from vit_jax.distributed import from_first, replicate
 from vit_jax.evaluation import compute_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.opening import Request
@@ -73,7 +73,7 @@ def with_head(
     exp: experiment with the backbone.
     training: plan of a run without steps.
     mesh: mesh of the devices.
-    restored: whether a checkpoint already holds the head, so that it need not be computed.
+    restored: whether a checkpoint already holds the head. If so, the head is not computed again.
   """
   classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
   if not restored:
@@ -81,7 +81,8 @@ def with_head(
     step, params = make_feature_step(exp, mesh), replicate(mesh, training.params)
     size = exp.config.eval_batch_size
     found = compute_features(step, params, training.train, size, mesh)
-    head = classifier.fit(found.image_NHWC, found.label_N, len(exp.task.class_names))
+    classes = len(exp.task.class_names)  # hosts round differently, so one computes the head
+    head = from_first(lambda: classifier.fit(found.image_NHWC, found.label_N, classes))
     if classifier.stores:  # skipped bad images leave empty rows
       missing = count - len(found)
       pad = lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
