@@ -174,6 +174,7 @@ SPECS += [
   )
 ]
 SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
+SPECS += ['finetune.py:b16,folder,lora']
 SPECS += [f'imagenet.py:{model}' for model in imagenet.MODELS]
 SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 

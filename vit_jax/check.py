@@ -14,6 +14,7 @@ from vit_jax.data import INTERPOLATIONS
 from vit_jax.keys import KEYS
 from vit_jax.model import (
   ACTIVATIONS,
+  ADAPTERS,
   ATTENTION,
   POOLS,
   POSITION_PREFIXES,
@@ -22,10 +23,20 @@ from vit_jax.model import (
   RESIZES,
 )
 from vit_jax.names import choose, pair
-from vit_jax.optim import DISTILLATIONS, FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import (
+  CLASSIFIERS,
+  DISTILLATIONS,
+  FREEZE,
+  LOSSES,
+  MOMENT_DTYPES,
+  OPTIMIZERS,
+  SCHEDULES,
+)
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'ACTIVATIONS': ACTIVATIONS,
+  'ADAPTERS': lambda: ('', *ADAPTERS),
+  'CLASSIFIERS': lambda: ('', *CLASSIFIERS),
   'DISTILLATIONS': DISTILLATIONS,
   'FREEZE': FREEZE,
   'INTERPOLATIONS': INTERPOLATIONS,
@@ -86,6 +97,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   check_augment(config)
   if trains:
     check_partners(config)
+  check_frozen(config, trains)
   check_progressive(config)
   check_distill(config)
   axes = dict(config.mesh)
@@ -102,6 +114,24 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
     raise ValueError(f'sweep must list distinct learning rates above 0, got {tuple(rates)}.')
+
+
+def check_frozen(config: ConfigDict, trains: bool) -> None:
+  """Raises ValueError if keys contradict each other about which parameters are trained."""
+  if config.classifier and trains:
+    set_too = {'epochs': 0, 'freeze': '', 'adapt': '', 'sweep': (), 'ema': 0}
+    wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
+    if wrong:
+      raise ValueError(
+        f'classifier={config.classifier} computes the head without training, so it cannot be '
+        f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
+        'default. To train from such a head, start a new run with --config.init=<its workdir>.'
+      )
+  if config.adapt and config.freeze:
+    raise ValueError(
+      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}: it already keeps the '
+      'weights of init, and trains the head. Remove one of them.'
+    )
 
 
 def check_progressive(config: ConfigDict) -> None:

@@ -24,9 +24,9 @@ from vit_jax.augment import (
 )
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, first_layer, last_layer, make
+from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import LOSSES, Teacher, image_stages
+from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, image_stages, split_frozen
 from vit_jax.workdir import Calibration, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -143,20 +143,28 @@ class Experiment:
     """Computes the logits `[B, L]` of a batch of uint8 images.
 
     Args:
-      params: parameters of the model.
+      params: parameters of the model, and of its adapter if it has one.
       batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
         image in the batch of the step. This position selects the image's random numbers.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:
+      params = merged(params, self.config)
       return self.model.apply({'params': params}, self.normalize(batch['image']))
-    return self.model.apply(
-      {'params': params},
-      self.normalize(batch['image']),
-      train=not self.config.freeze,  # a frozen backbone runs as at inference
-      example_B=batch['example'],
-      rngs={'dropout': key},
-    )
+    with applied(params, self.config):
+      return self.model.apply(
+        {'params': params},
+        self.normalize(batch['image']),
+        train=not self.config.freeze,  # a frozen backbone runs as at inference
+        example_B=batch['example'],
+        rngs={'dropout': key},
+      )
+
+  def split(self, params: dict) -> tuple[dict, dict]:
+    """Returns the parameters that the config trains, and all others."""
+    if self.config.classifier:
+      return {}, params
+    return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
     """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images."""
@@ -198,6 +206,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
+  if config.classifier and CLASSIFIERS[config.classifier].stores:
+    fields['examples'] = task.train_examples or None  # None until the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   for name in ('mean', 'std'):
     values = config.data[name]
@@ -230,6 +240,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
   check_parameters(model, experiment.image_shape)
+  check_adapter(model, experiment.image_shape, config.adapt, config)
   for _, size in image_stages(config, 0):
     if any(n % patch for n, patch in zip(size, model.patch_size)):
       raise ValueError(

@@ -40,12 +40,17 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
       f'data.source={config.data.source} have {source.channels}.'
     )
   classes = source.class_names
-  new_head = found.class_names != classes  # the classes differ, or are unknown
+  new_head = needs_new_head(found, classes)
   loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
   if new_head:
     log.info('The head is new, because the weights have different or unknown classes.')
   return follow(config, loaded), loaded.params, names_of(loaded)
+
+
+def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
+  """Returns whether the weights have other or unknown classes, or a head that stores images."""
+  return found.class_names != classes or found.fields.get('examples') is not None
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:

@@ -79,6 +79,15 @@ TRAINING = {
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
+  'adapt': Key(
+    '', 'lora: train the head and a low-rank update of each kernel in attention and MLP, and keep '
+    'the weights of `init`; empty: no such update', choices='ADAPTERS'
+  ),
+  'classifier': Key(
+    '', 'head to compute without training, on the weights of `init` and with epochs=0; ridge: '
+    'least squares in closed form; knn: votes of the nearest training images; empty: train',
+    choices='CLASSIFIERS',
+  ),
   'sweep': Key(
     (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
     'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',
@@ -91,6 +100,8 @@ TRAINING = {
     False, 'bit-identical runs on the same GPUs, but slower; runs on CPUs are always bit-identical',
     may_change=True,
   ),
+  'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
+  'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
   'progressive.sizes': Key(
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),

@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 # Prefixes of the config keys that only training reads.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
-  'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
-  'schedule.', 'distill.',
+  'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
+  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'distill.',
 )  # fmt: skip
 
 
@@ -176,6 +176,12 @@ def begin_from(
   params, earlier = None, TrainingFiles()
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
+  elif config.adapt or config.classifier:
+    key = f'adapt={config.adapt}' if config.adapt else f'classifier={config.classifier}'
+    raise ValueError(
+      f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
+      'Set --config.init, e.g. to a file, a folder or a workdir.'
+    )
   return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
 
@@ -211,7 +217,7 @@ def from_init(
     config.data.image_size = found.preprocessing.size
   grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = names and len(names)
-  new_head = names not in (None, found.class_names)
+  new_head = names is not None and inherit.needs_new_head(found, names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # some weights have no pooling
   expected = loaded.preprocessing

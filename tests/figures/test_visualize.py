@@ -24,7 +24,7 @@ from vit_jax.training import trainer
 from vit_jax.workdir import Calibration, save_calibration
 
 PICTURES = set(pictures.PICTURES)
-OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes'}
+OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes', 'neighbours'}
 OF_DATA = {*OF_TEST, 'patches', 'distance', 'rollout', 'heads'}
 
 
@@ -76,7 +76,7 @@ def names(folder):
 
 def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir):
   code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
-  drawn = PICTURES - {'mistakes'} if 'mistakes' not in names(workdir) else PICTURES
+  drawn = PICTURES - {'mistakes', 'neighbours'} if 'mistakes' not in names(workdir) else PICTURES
   assert not code and names(workdir) == drawn
   assert out.splitlines()[-1] == str(workdir / 'report.html')
   assert len(out.splitlines()) == len(drawn) + 1

@@ -190,11 +190,11 @@ def test_cached_features_give_the_same_result(trained, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
   """Records the number of examples of each computation of features."""
-  computed, real = [], features.compute
+  computed, real = [], features.compute_features
   count = lambda step, params, examples, *rest: (
     computed.append(len(examples)) or real(step, params, examples, *rest)
   )
-  monkeypatch.setattr(features, 'compute', count)
+  monkeypatch.setattr(features, 'compute_features', count)
   return computed
 
 

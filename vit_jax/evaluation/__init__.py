@@ -9,7 +9,7 @@ from vit_jax.evaluation.answers import (
 )
 from vit_jax.evaluation.data import load_split, open_data, open_test
 from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, score_split
-from vit_jax.evaluation.features import cached_features, make_feature_step
+from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
@@ -22,6 +22,7 @@ __all__ = [
   'Scores',
   'cached_features',
   'calibrate_run',
+  'compute_features',
   'coverage_curve',
   'evaluate',
   'evaluate_checkpoint',

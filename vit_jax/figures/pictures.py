@@ -15,10 +15,12 @@ from vit_jax.evaluation import Scores, coverage_curve, reliability, trust
 from vit_jax.experiment import Experiment
 from vit_jax.figures import charts, draw, maps
 from vit_jax.figures.maps import Missing
+from vit_jax.figures.neighbours import ROWS, Neighbours, draw_neighbours
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
 POINTS = 200  # points of the coverage curve
+NOT_COMPARED = Missing('there are no test results.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Subject:
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
     attention: attention in the images of `shown`; the distances are averaged over more images.
     step: step of the checkpoint; None for published weights.
+    nearest: the nearest training images of the most confident mistakes.
   """
 
   lines: list[dict] | Missing
@@ -61,6 +64,7 @@ class Subject:
   shown: np.ndarray | Missing
   attention: AttentionMaps | Missing
   step: int | None = None
+  nearest: Neighbours | Missing = NOT_COMPARED
 
   def need(self, *names: str) -> list:
     """Returns the named parts.
@@ -128,12 +132,22 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
   )
 
 
+def worst(scores: Scores, count: int) -> np.ndarray:
+  """Returns the rows of the `count` most confident mistakes.
+
+  Raises:
+    Missing: there is no mistake.
+  """
+  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, count)
+  if not len(index):
+    raise Missing('the model classified every test image correctly.')
+  return index
+
+
 def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of the most confident mistakes on the test split, and its caption."""
   exp, test, scores = subject.need('exp', 'test', 'scores')
-  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
-  if not len(index):
-    raise Missing('the model classified every test image correctly.')
+  index = worst(scores, MISTAKES)
   name = lambda labels: [exp.task.class_names[label] for label in labels]
   figure = draw.draw_mistakes(
     test.some(scores.index_N[index]).image_NHWC,
@@ -144,6 +158,24 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
   return figure, (
     'Wrong predictions with the highest probability, in decreasing order. Some show classes that '
     'the model cannot tell apart, others a doubtful label.'
+  )
+
+
+def picture_neighbours(subject: Subject) -> tuple[Figure, str]:
+  """Returns the figure of the nearest training images of mistakes, and its caption."""
+  exp, test, scores, nearest = subject.need('exp', 'test', 'scores', 'nearest')
+  index, names = worst(scores, ROWS), exp.task.class_names
+  titles = [
+    (names[label], names[predicted], f'{100 * share:.1f}%')
+    for label, predicted, share in zip(
+      scores.label_N[index], scores.predicted_N[index], scores.confidence_N[index]
+    )
+  ]
+  image_RHWC = test.some(scores.index_N[index]).image_NHWC
+  return draw_neighbours(image_RHWC, titles, nearest, names), (
+    'The most confident mistakes (left), and the training images whose features are most similar, '
+    f'with their class and cosine similarity, among {nearest.among:,} training images. Names are '
+    'green for the true class of the test image, and orange for the predicted class.'
   )
 
 
@@ -218,6 +250,7 @@ PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'reliability': ('Reliability of the probabilities', picture_reliability),
   'coverage': ('Accuracy and coverage', picture_coverage),
   'mistakes': ('Most confident mistakes', picture_mistakes),
+  'neighbours': ('Nearest training images of the mistakes', picture_neighbours),
   'patches': ('An image as patches', picture_patches),
   'filters': ('Filters of the patch embedding', picture_filters),
   'positions': ('Similarity of position embeddings', picture_positions),

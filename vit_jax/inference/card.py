@@ -130,10 +130,15 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   config, task = loaded.run['config'], loaded.run['task']
   kind, colon, name = config['data']['source'].partition(':')
   part = '; only the head was trained' if config['freeze'] else ''
+  if config.get('adapt'):  # missing in runs of older versions
+    part = f'; only the head and an adapter ({config["adapt"]}) were trained'
   return {
     'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
     f'{task["train_examples"]:,} images',
-    'trained for': f'{config["epochs"]:g} epochs planned, with batch size '
+    'trained for': 'no steps: the head was computed from the features of these images '
+    f'({config["classifier"]})'
+    if config.get('classifier')
+    else f'{config["epochs"]:g} epochs planned, with batch size '
     f'{config["batch_size"]}; these weights are from step {loaded.run["step"]:,}{part}',
     'initialised from': f'the weights `{public(config["init"])}`'
     if config['init']

@@ -16,11 +16,10 @@ from vit_jax import experiment
 from vit_jax.distributed import layout, shares
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
-from vit_jax.model import first_layer, last_layer
+from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
   Training,
-  split_frozen,
   training_recipe,
   warmup_epochs,
   warmup_steps,
@@ -64,6 +63,7 @@ class Summary:
 
   Attributes:
     exp: the experiment.
+    trained: number of parameters that are trained.
     parts: the modules in the order of the model, then their total.
     train_flops: FLOPs of a training step for one image.
     teacher: cost of a pass of the teacher, for one image; None if no step runs a teacher.
@@ -79,6 +79,7 @@ class Summary:
   """
 
   exp: Experiment
+  trained: int
   parts: tuple[Part, ...]
   train_flops: int
   teacher: Part | None
@@ -122,12 +123,14 @@ def measure(
   for name, leaf in flatten_params(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
   names = sorted({*parameters, *flops, *kept}, key=place)
+  trained, _ = exp.split(shapes.params)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
   at_once = config.batch_size // shares(mesh) // divided
   return Summary(
     exp,
+    sum(leaf.size for leaf in jax.tree.leaves(trained)),
     (*parts, total),
     train_flops,
     teacher_part(exp),
@@ -152,7 +155,7 @@ def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, in
   """Returns the bytes of each part of the state on each device, as in `Summary`."""
   trees = {
     'params': shapes.params,
-    'gradients': split_frozen(shapes.params, exp.config.freeze)[0],
+    'gradients': exp.split(shapes.params)[0],
     'optimizer': shapes.opt_state,
     'averages': shapes.ema,
     'teacher': exp.teacher.params if runs_teacher(exp) else None,
@@ -182,7 +185,7 @@ def size_on_device(tree, mesh: Mesh) -> int:
 
 def place(name: str) -> tuple[int, str]:
   """Returns a sort key: the place of the top-level module in the model, then the name."""
-  order = (*first_layer(), 'block_*', *last_layer(), OTHER)
+  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, OTHER)
   return order.index(name.partition('/')[0]), name
 
 
@@ -199,6 +202,7 @@ def as_text(summary: Summary) -> str:
     f'{name_of(exp.model)}, images of {height}x{width}x{channels}, '
     f'{len(exp.task.class_names):,} classes',
     table.replace('Gflops', 'GFLOPs').replace('Activations_mib', 'Activations MiB'),
+    f'Trained parameters: {summary.trained:,} of {total.parameters:,}.',
     f'Compute per image: {total.gflops:.4g} GFLOPs for the forward pass, '
     f'{summary.train_flops / 1e9:.4g} GFLOPs for a training step.',
     f'Compute per training step: {summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a '

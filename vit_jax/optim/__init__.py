@@ -1,5 +1,6 @@
 """Losses, optimizers, schedules, and the training plan of a run."""
 
+from vit_jax.optim.classifiers import CLASSIFIERS, L2
 from vit_jax.optim.distill import DISTILLATIONS, Teacher, split_head
 from vit_jax.optim.losses import LOSSES
 from vit_jax.optim.optimizers import (
@@ -23,8 +24,10 @@ from vit_jax.optim.plan import (
 from vit_jax.optim.schedules import SCHEDULES
 
 __all__ = [
+  'CLASSIFIERS',
   'DISTILLATIONS',
   'FREEZE',
+  'L2',
   'LATER_PEAK',
   'LOSSES',
   'MOMENT_DTYPES',

@@ -1,5 +1,6 @@
 """The train step, the loop around it, and how a run resumes."""
 
+from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step
 from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
@@ -21,6 +22,7 @@ __all__ = [
   'activations',
   'check_in_all_processes',
   'choose_attention',
+  'classifier_config',
   'compile_step',
   'forward_flops',
   'init_state',

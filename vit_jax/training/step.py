@@ -20,7 +20,7 @@ from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
 from vit_jax.model import POOLS
-from vit_jax.optim import Training, split_frozen, split_head
+from vit_jax.optim import Training, split_head
 from vit_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
@@ -94,7 +94,7 @@ def train_step(
   batch = batch | {'example': jnp.arange(config.batch_size)}
   bad_B = batch.pop('bad', None)
   early = state.step < training.early_steps if training.early_steps < training.steps else None
-  trained, frozen = split_frozen(state.params, config.freeze)
+  trained, frozen = exp.split(state.params)
   taught = {} if teacher is None else {'teacher': teacher}
 
   gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
@@ -119,8 +119,8 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
   """Returns the moving average updated with the new parameters; None without averaging."""
   if state.ema is None:
     return None
-  average, constant = split_frozen(state.ema, exp.config.freeze)
-  trained, _ = split_frozen(params, exp.config.freeze)
+  average, constant = exp.split(state.ema)
+  trained, _ = exp.split(params)
   # The decay is smaller in the first steps, so that a short run also forgets its initial weights.
   decay = jnp.minimum(exp.config.ema, (1 + state.step) / (10 + state.step))
   return optax.incremental_update(trained, average, 1 - decay) | constant

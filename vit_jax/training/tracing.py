@@ -24,7 +24,7 @@ from vit_jax import experiment
 from vit_jax.distributed import portable
 from vit_jax.experiment import Experiment
 from vit_jax.model import ViT
-from vit_jax.optim import Stages, split_frozen
+from vit_jax.optim import Stages
 from vit_jax.training.step import loss_fn
 
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
@@ -60,7 +60,7 @@ def step_flops(exp: Experiment, params: dict) -> int:
 
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
   """Returns the trained and frozen parameters that a training step passes to `loss_fn`."""
-  trained, frozen = split_frozen(params, exp.config.freeze)
+  trained, frozen = exp.split(params)
   return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
 
 

@@ -6,8 +6,8 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, names, opening
 from vit_jax.distributed import start_up
+from vit_jax.training.closed_form import make_head
 from vit_jax.training.loop import fit
-from vit_jax.training.probe import train_head
 from vit_jax.training.resume import begin, check_in_all_processes, record
 from vit_jax.training.trial import choose_attention
 from vit_jax.workdir import held, newest_config, training_files_of
@@ -17,6 +17,7 @@ from vit_jax.workdir import held, newest_config, training_files_of
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
+  With `classifier`, the head is computed without training steps.
   With `freeze=backbone`, only the head is trained (`probe.py`). With `sweep`, heads are trained at
   several learning rates.
 
@@ -42,7 +43,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     earlier = (newest_config(workdir) or {}).get('attention')
     exp = choose_attention(exp, training, mesh, earlier)
-    if config.freeze:
-      return train_head(exp, training, mesh, workdir)
+    if config.freeze or config.classifier:
+      return make_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

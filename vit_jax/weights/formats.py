@@ -246,6 +246,11 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
     model: the model to write.
     holds: the values that the format can hold, by attribute.
   """
+  if model.examples is not None:
+    raise ValueError(
+      f'The format {format_name} cannot hold a k-NN head, only a linear one. Use the format onnx '
+      'or stablehlo, or compute a linear head: --mode=fewshot --classifier=ridge.'
+    )
   key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
     f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '

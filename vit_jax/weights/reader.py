@@ -182,6 +182,8 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
     fields['patch_size'] = pair(fields['patch_size'])
+  if 'feature' in params['head']:  # a k-NN head
+    fields['examples'] = len(params['head']['feature'])
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])

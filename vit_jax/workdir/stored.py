@@ -8,6 +8,7 @@ import time
 import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
+from vit_jax.model import merged
 from vit_jax.workdir import items, writer
 from vit_jax.workdir.calibration import find_calibration
 
@@ -148,7 +149,8 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
 
   The facts are the item `config`, with the item `names` under the key `names` and the fields of the
   checkpoint's `Calibration` under the key `calibration` (None if there is none). If the run
-  averages its weights, the averages are returned. Damaged checkpoints are skipped.
+  averages its weights, the averages are returned. An adapter is merged into the weights. Damaged
+  checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -169,7 +171,8 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
       params = read_weights_of(workdir, step)
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
-      return step, params, config | {'calibration': find_calibration(workdir, step)}
+      config |= {'calibration': find_calibration(workdir, step)}
+      return step, merged(params, config['config']), config
     except items.Damaged as error:
       if saved_steps(workdir) != known:  # training has replaced checkpoints in the meantime
         return _load(workdir, wanted)
