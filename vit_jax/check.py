@@ -81,11 +81,12 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if key.range and not key.range[0] <= value <= key.range[1]:
       low, high = key.range
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
-  pair(config.data.image_size, 'data.image_size')
   check_augment(config)
-  if trains:
+  if trains and config.batch_size:
     check_partners(config)
-  check_progressive(config)
+  if config.data.image_size is not None:
+    pair(config.data.image_size, 'data.image_size')
+    check_progressive(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(
@@ -93,7 +94,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
       f'tensor may be -1, got {axes}.'
     )
   rates = config.sweep
-  if rates and not (config.freeze and config.data.val_split):
+  if rates and not (config.freeze and config.data.val_split != ''):
     raise ValueError(
       'sweep needs freeze=backbone and a data.val_split, which selects the learning rate, e.g. '
       "train_split='train[:98%]', val_split='train[98%:]'."

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import vit_jax
@@ -23,8 +22,8 @@ from vit_jax.augment import (
   normalize,
 )
 from vit_jax.data import Fit, Reading, fit_image
-from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, first_layer, last_layer, make
+from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
+from vit_jax.model import ViT, check_parameters, make
 from vit_jax.names import accepted, pair
 from vit_jax.optim import LOSSES, image_stages
 from vit_jax.workdir import TrainingFiles
@@ -52,6 +51,13 @@ class Task:
   fingerprint: str = ''
 
   @classmethod
+  def of_whole_images(
+    cls, config: ConfigDict, class_names: tuple[str, ...], channels: int
+  ) -> 'Task':
+    """Returns the task of images that the host stores at the size of the model's input."""
+    return cls(class_names, pair(config.data.image_size), channels)
+
+  @classmethod
   def load(cls, saved: dict) -> 'Task':
     """Restores a task from the JSON of a checkpoint."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
@@ -62,7 +68,8 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files.
+  record its training files. `parts` is the number of micro-batches with which a training step fits
+  into memory. It is None if the memory is not limited.
   """
 
   config: ConfigDict
@@ -74,6 +81,7 @@ class Experiment:
   normalize: Callable[[jax.Array], jax.Array]
   fit: Fit
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
+  parts: int | None = None
 
   @property
   def chosen_attention(self) -> str:
@@ -166,6 +174,31 @@ class Experiment:
     together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
     return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
+  def training_parts(self, mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of micro-batches of a training step."""
+    config = self.config
+    return config.micro_batches or self.parts or self.micro_batches(mesh, config.batch_size)
+
+  def budget(self, mesh: jax.sharding.Mesh) -> float | None:
+    """Returns the bytes that a program may use on each device; None without a limit."""
+    gib = self.config.device_memory
+    limit = gib * 2**30 if gib else memory_limit(mesh)
+    return SHARE * limit if limit else None
+
+  def fitted(
+    self, build: Callable[[int], Callable], mesh: jax.sharding.Mesh, held: int = 0
+  ) -> Fitted:
+    """Returns a forward pass `(batch, params) -> result` that fits into memory.
+
+    Args:
+      build: maps a number of micro-batches to the jitted function.
+      mesh: mesh of the devices.
+      held: bytes that arrays other than batch and parameters occupy on each device.
+    """
+    budget = self.budget(mesh)
+    best = functools.partial(self.micro_batches, mesh)
+    return Fitted(build, mesh, best, budget and budget - held)
+
   def saved(self) -> dict:
     """Returns the description of the run that `Checkpoints.save` stores."""
     return {
@@ -174,6 +207,7 @@ class Experiment:
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
       'attention': self.chosen_attention,
+      'plan': self.parts and {'micro_batches': self.parts, 'remat': self.model.remat},
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
     }
@@ -228,32 +262,6 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'{model.patch_size[0]}x{model.patch_size[1]}.'
       )
   return experiment
-
-
-def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
-
-  Raises:
-    ValueError: the model does not fit the images, or a position embedding or pooling creates a
-      parameter that its registry entry does not list.
-  """
-  model = model.clone(depth=1)  # all blocks have the same parameters
-  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
-  listed = {*first_layer(), *last_layer()}
-  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
-  if not unlisted:
-    return
-  before = names(model.clone(pool='none', class_token=model.has_class))
-  if of_position := [name for name in unlisted if name in before]:
-    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
-  else:
-    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
-  name = getattr(model, kind)
-  raise ValueError(
-    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
-    f'Add them to {entry}[{name!r}].'
-  )
 
 
 def group(config: ConfigDict) -> int:

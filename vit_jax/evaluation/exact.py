@@ -21,19 +21,18 @@ from vit_jax.opening import Request
 EvalStep = Callable[[dict[str, jax.Array], dict], metrics.Collection]
 
 
-def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
-  """Returns the compiled function `(batch, params) -> metrics` for one padded batch."""
+def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
+  """Returns the compiled function `(batch, params) -> metrics` for one padded batch.
+
+  `held` is the number of bytes that other arrays occupy on each device.
+  """
 
   def score_part(part, params):
     logits_BL = exp.logits(params, part)
     loss_B = exp.loss(logits_BL, part['label'])
     return score(logits_BL, part['label'], loss_B, part['mask'], part.get('real'))
 
-  def eval_step(batch, params):
-    parts = exp.micro_batches(mesh, len(batch['mask']))
-    return add_up(score_part, mesh, parts)(batch, params)
-
-  return jax.jit(eval_step)
+  return exp.fitted(lambda parts: jax.jit(add_up(score_part, mesh, parts)), mesh, held)
 
 
 @limits.memory_for('Evaluation')

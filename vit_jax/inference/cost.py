@@ -5,14 +5,12 @@ All numbers come from shapes: nothing is computed or compiled, and no parameters
 
 from collections import Counter
 import dataclasses
-import math
 
 from clu import parameter_overview
 import jax
-from jax.sharding import Mesh
 
 from vit_jax import experiment
-from vit_jax.distributed import layout, shares
+from vit_jax.distributed import shares, size_on_device
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
 from vit_jax.model import first_layer, last_layer
@@ -27,6 +25,7 @@ from vit_jax.optim import (
 from vit_jax.training import (
   OTHER,
   activations,
+  estimated,
   init_state,
   module_of,
   of_stages,
@@ -107,6 +106,7 @@ def measure(
   steps = recipe['steps'] if examples else None
   warmup = warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
   training = Training(None, None, None, params=None, **recipe)
+  exp = estimated(exp, training, mesh)
   shapes = jax.eval_shape(lambda: init_state(exp, training, mesh))
   flops, train_flops = work(exp, shapes.params)
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
@@ -117,18 +117,17 @@ def measure(
   names = sorted({*parameters, *flops, *kept}, key=place)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
-  divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  at_once = config.batch_size // shares(mesh) // divided
+  at_once = config.batch_size // shares(mesh) // exp.training_parts(mesh)
   return Summary(
     exp,
     (*parts, total),
     train_flops,
     run_flops,
     {
-      'params': size_on_device(shapes.params, mesh),
-      'gradients': size_on_device(split_frozen(shapes.params, config.freeze)[0], mesh),
-      'optimizer': size_on_device(shapes.opt_state, mesh),
-      'averages': size_on_device(shapes.ema, mesh),
+      'params': size_on_device(mesh, shapes.params),
+      'gradients': size_on_device(mesh, split_frozen(shapes.params, config.freeze)[0]),
+      'optimizer': size_on_device(mesh, shapes.opt_state),
+      'averages': size_on_device(mesh, shapes.ema),
     },
     mesh.size,
     at_once,
@@ -142,15 +141,6 @@ def measure(
         for n in cycles
       ),
     ),
-  )
-
-
-def size_on_device(tree, mesh: Mesh) -> int:
-  """Returns how many bytes each device holds if the tree's arrays are split as in training."""
-  leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
-  return sum(
-    math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf, sharding in zip(leaves, placed, strict=True)
   )
 
 
@@ -183,6 +173,7 @@ def as_text(summary: Summary) -> str:
     f'{mib(summary.activation_bytes)}.',
     'State and activations on each device: '
     f'{mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
+    *memory_text(summary),
     *plan_text(summary),
     *(f'Note: {note}' for note in summary.notes),
   ]
@@ -192,6 +183,17 @@ def as_text(summary: Summary) -> str:
 def mib(size: int) -> str:
   """Formats a number of bytes in MiB."""
   return f'{size / 2**20:,.1f} MiB'
+
+
+def memory_text(summary: Summary) -> list[str]:
+  """Returns the line about what a run does to fit into memory, if a limit is known."""
+  exp = summary.exp
+  if not exp.parts:
+    return []
+  return [
+    f'To fit into memory: probably micro_batches={exp.parts} with model.remat={exp.model.remat}. '
+    'The compiler decides; it keeps fewer activations than the ones above.'
+  ]
 
 
 def plan_text(summary: Summary) -> list[str]:

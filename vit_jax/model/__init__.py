@@ -5,6 +5,7 @@ from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
+from vit_jax.model.registered import check_parameters
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
@@ -35,6 +36,7 @@ __all__ = [
   'ViT',
   'attributes',
   'check_model',
+  'check_parameters',
   'first_layer',
   'flash',
   'flash_obstacle',

@@ -11,6 +11,7 @@ from vit_jax import progress
 from vit_jax.distributed import target
 from vit_jax.experiment import Experiment
 from vit_jax.optim import Training
+from vit_jax.training.fitting import fit_step
 from vit_jax.training.state import TrainState
 from vit_jax.training.step import TrainStep, make_train_step
 from vit_jax.training.tracing import model_flops
@@ -27,20 +28,29 @@ class Compiled:
     step: the training step.
     flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
     fused: whether the step computes attention with a kernel of cuDNN.
+    exp: the experiment, with the micro-batches and `remat` that fit into memory.
   """
 
   step: TrainStep
   flops: int
   fused: bool
+  exp: Experiment
 
 
 def compile_step(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, state: TrainState, batch: dict
 ) -> Compiled:
-  """Compiles the step before training, so that the measured speed excludes the time to compile."""
+  """Compiles a step that fits into memory.
+
+  It is compiled before training, so that the measured speed excludes the time to compile.
+
+  Raises:
+    limits.OutOfMemory: no step fits.
+  """
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):
-    step = make_train_step(exp, training, mesh).lower(state, batch).compile()
+    lower = lambda exp: make_train_step(exp, training, mesh).lower(state, batch)
+    exp, step = fit_step(exp, lower, mesh, state)
   flops = exp.config.batch_size * model_flops(exp, state.params) if exp.sees_images else 0
   devices = f'{mesh.size} {target(mesh).platform} device(s)'
   height, width, _ = exp.image_shape
@@ -49,4 +59,4 @@ def compile_step(
       time.perf_counter() - began, height, width, training.steps, devices,
   )  # fmt: skip
   platform.work_unit().set_notes(f'{exp.config.model.variant} on {devices}')
-  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh))
+  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh), exp)

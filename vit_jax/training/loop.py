@@ -8,7 +8,6 @@ Decisions:
 import contextlib
 import dataclasses
 import logging
-import pathlib
 import time
 
 import jax
@@ -22,15 +21,15 @@ from vit_jax.distributed import (
   batch_sharding,
   few_devices,
   from_first,
-  is_first,
+  size_on_device,
 )
 from vit_jax.evaluation import make_eval_step, score_split
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
-from vit_jax.training.compiling import compile_step
+from vit_jax.training.compiling import Compiled, compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
-from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
+from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class Run:
 
   def __post_init__(self):
     self.config = self.exp.config
-    self.eval_step = make_eval_step(self.exp, self.mesh)
     self.began = time.perf_counter()  # start time; `run` subtracts the seconds of earlier sessions
 
   def run(self) -> dict:
@@ -69,6 +67,8 @@ class Run:
       log.warning(few)
     train_state, seconds = start_state(self.exp, self.training, self.mesh, self.checkpoints)
     self.began -= seconds
+    other = size_on_device(self.mesh, train_state) - size_on_device(self.mesh, train_state.params)
+    self.eval_step = make_eval_step(self.exp, self.mesh, held=other)
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
       self.log_cycle()
@@ -89,7 +89,7 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
-      compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+      compiled = self.compile(size, train_state, batch)
       meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
@@ -99,7 +99,7 @@ class Run:
         if self.size_of(step) != size:
           meter.pause()
           size = self.size_of(step)
-          compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+          compiled = self.compile(size, train_state, batch)
           meter.resume()
         train_state, metrics = compiled.step(train_state, batch)
         if step == start + 1:
@@ -131,6 +131,13 @@ class Run:
           self.save(train_state, scores)
         meter.resume()
     return train_state, scores
+
+  def compile(self, size: tuple[int, int], train_state: TrainState, batch: dict) -> Compiled:
+    """Compiles the step for an image size. Its plan becomes the plan of the run."""
+    found = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+    model = self.exp.model.clone(remat=found.exp.model.remat)
+    self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
+    return found
 
   def log_cycle(self) -> None:
     """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
@@ -238,29 +245,3 @@ class Run:
       return {'step': step} | {name: line.get('accuracy') for name, line in found.items()}
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
-
-
-def fit(
-  exp: Experiment,
-  training: Training,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
-  **notes: object,
-) -> dict:
-  """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
-
-  Args:
-    exp: experiment to train.
-    training: data, plan and initial weights.
-    mesh: mesh of the devices.
-    workdir: folder that this process has locked with `held`.
-    **notes: additional fields for `result.json`.
-  """
-  config, start = exp.config, latest_step(workdir)
-  with (
-    intact(workdir),
-    Preemption() as preemption,  # also active while records and checkpoints are closed
-    (Writer if is_first() else Silent)(workdir, start or 0) as records,
-    Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-  ):
-    return Run(exp, training, mesh, records, checkpoints, preemption, notes).run()

@@ -70,7 +70,7 @@ def train_step(
   trained, frozen = split_frozen(state.params, config.freeze)
 
   gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
-  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
+  parts = exp.training_parts(mesh)
   grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen, key, early)
 
   updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)

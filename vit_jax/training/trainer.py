@@ -6,9 +6,10 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, names, opening
 from vit_jax.distributed import start_up
-from vit_jax.training.loop import fit
+from vit_jax.training.fitting import Plan, planned
 from vit_jax.training.probe import train_head
 from vit_jax.training.resume import begin, check_in_all_processes, record
+from vit_jax.training.session import fit
 from vit_jax.training.trial import choose_attention
 from vit_jax.workdir import held, newest_config, training_files_of
 
@@ -38,11 +39,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     finished, saved, cycles = begin(config, workdir)
     if finished:
       return finished
-    mesh = experiment.mesh_for(config)
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
-    earlier = (newest_config(workdir) or {}).get('attention')
-    exp = choose_attention(exp, training, mesh, earlier)
-    if config.freeze:
+    mesh = experiment.mesh_for(exp.config)
+    earlier = newest_config(workdir) or {}
+    if plan := earlier.get('plan'):
+      exp = planned(exp, Plan(**plan))
+    exp = choose_attention(exp, training, mesh, earlier.get('attention'))
+    if exp.config.freeze:
       return train_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

@@ -21,6 +21,7 @@ from vit_jax.distributed import compiled_for, from_first, shares, target
 from vit_jax.experiment import Experiment
 from vit_jax.model import flash, flash_obstacle, plain, select_kernel
 from vit_jax.optim import Training
+from vit_jax.training.fitting import estimated
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,11 @@ def choose_attention(
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
-    shapes = [attention_shape(exp.at(size), mesh) for _, size in training.stages]
+    # The trial must fit into memory too, with the kernel that needs more of it.
+    smaller = estimated(
+      dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
+    )
+    shapes = [attention_shape(smaller.at(size), mesh) for _, size in training.stages]
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 
@@ -64,7 +69,7 @@ def choose_attention(
 def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
   """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
   config, model = exp.config, exp.model
-  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
+  parts = exp.training_parts(mesh)
   patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
   heads = model.num_heads // mesh.shape['tensor']
   batch = config.batch_size // shares(mesh) // parts
