@@ -26,10 +26,10 @@ from vit_jax.data import (
   overlap,
   report_split,
 )
-from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.experiment import Experiment, Task, assemble, mesh_for
 from vit_jax.model import pooled
-from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
+from vit_jax.sizing import choose_open, image_size, warn_of_few
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
   TrainingFiles,
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
-  'schedule.',
+  'schedule.', 'recipe.',
 )  # fmt: skip
 
 
@@ -93,22 +93,24 @@ def from_config(
     ValueError: any mistake that the user can correct; the message explains how.
   """
   data = config.data
-  source = open_source(data.source, data.dir, pair(data.image_size))
+  source = open_source(data.source, data.dir, image_size(config))
   for warning in source.warnings:
     log.warning('%s', warning)
-  check_held_out(config, source)
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
+    check_held_out(config, source)
   else:
     config, params, seen = begin_from(config, source)
+  mesh_for(config)  # reports a batch size that does not fit the devices, before images are read
+  data = config.data
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
       'which held out different files and used a different order. Its weights can still be used: '
       'start a new run with --config.init=<workdir of this run> and a new --workdir.'
     )
-  size = pair(data.image_size)
+  size = image_size(config)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
   experiment = decided(config, task, source)
   config, size = experiment.config, experiment.task.stored_size
@@ -169,8 +171,12 @@ def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | N
     files. They include the files that the `init` weights were trained on.
   """
   params, earlier = None, TrainingFiles()
+  config = choose_open(config, source)
+  check_held_out(config, source)
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
+  check(config)  # also the chosen values
+  warn_of_few(config, source)
   return config, params, find_training_files(source, config, earlier)
 
 
@@ -196,7 +202,7 @@ def from_init(
   found, names = read_weights(init), None
   if classes == 'data':
     data = config.data
-    names = open_source(data.source, data.dir, pair(data.image_size)).class_names
+    names = open_source(data.source, data.dir, image_size(config)).class_names
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
@@ -247,7 +253,8 @@ def from_workdir(
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
-    size, config.data.image_size = pair(config.data.image_size), trained_size
+      config = config_lib.fill(config, config_lib.flatten(own))
+    size, config.data.image_size = image_size(config), trained_size
     check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(size)
     if config.model.attention == 'auto':  # what training has chosen
