@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages results-cpu results-gpu clean
+.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
+.PHONY: gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,16 @@ docs: $(VENV)/installed
 pages: $(VENV)/installed
 	$(RUN) -m vit_jax.cli.pages docs
 
+# Compilers for an H200 that is not there, in an environment of their own: 200 MB of wheels.
+COMPILER_PYTHON ?= python3.12
+CUDA := 0.12.0.1
+compilers: .compilers/installed
+.compilers/installed: requirements.txt
+	$(COMPILER_PYTHON) -m venv .compilers
+	.compilers/bin/pip install --quiet --requirement requirements.txt jax==$(CUDA) jaxlib==$(CUDA)
+	.compilers/bin/pip install --quiet --no-deps jax-cuda12-plugin==$(CUDA) jax-cuda12-pjrt==$(CUDA)
+	touch $@
+
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
@@ -54,6 +65,19 @@ lint: $(VENV)/installed
 results-cpu results-gpu: results-%: $(VENV)/installed
 	@test -n "$(DATA)" || (echo "make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
 	$(RUN) -m benchmarks.recipes $* $(DATA)
+
+# Everything that needs a GPU, without a network, with .venv or else the Python that has JAX for it.
+MINUTES ?= 30
+GPU_PYTHON ?= $(or $(wildcard $(RUN)),$(PYTHON))
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu_pack --unpack
+	PYTHONPATH=$(CURDIR)/runs/gpu/site:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu --minutes=$(MINUTES)
+
+# Fills gpu/ for a machine without a network, e.g. make gpu-pack DATA=cifar10. PACK_FOR is its Python.
+PACK_FOR ?= 3.12
+gpu-pack: $(VENV)/installed
+	@test -n "$(DATA)" || (echo "make $@ DATA=path/to/cifar10, with train/ and test/"; exit 2)
+	$(RUN) -m benchmarks.gpu_pack $(DATA) --python=$(PACK_FOR)
 
 clean:
 	rm -rf $(VENV) runs site

@@ -76,6 +76,8 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
     data['dir'] = ''
     if init := result['config']['init']:
       result['config']['init'] = pathlib.Path(init).name
+    if teacher := result['config'].get('distill', {}).get('teacher'):
+      result['config']['distill']['teacher'] = pathlib.Path(teacher).name
     runs.append(result)
   accuracies = [run['test_accuracy'] for run in runs]
   return {

@@ -5,18 +5,18 @@
 lowers a step for CUDA or TPU with CPU JAX alone, in seconds. It prints one line of JSON with
 `tokens`, `dtype` and `kernels`, which maps the name of each custom call to its number of calls.
 
-    python3.12 -m venv compilers && compilers/bin/pip install -r requirements.txt
-    compilers/bin/pip install --no-deps 'libtpu==0.0.50.*'
-    compilers/bin/pip install --no-deps jax-cuda12-plugin==0.12.0.1 jax-cuda12-pjrt==0.12.0.1
+    make compilers
+    .compilers/bin/pip install --no-deps 'libtpu==0.0.50.*'
     export JAX_PLATFORMS=cpu
-    compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
+    .compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
         --devices=8 --batch=2048
-    compilers/bin/python -m benchmarks.compile          # the rows of ROWS that have no result yet
+    .compilers/bin/python -m benchmarks.compile --check  # two rows again: are they as before?
+    .compilers/bin/python -m benchmarks.compile          # the rows of ROWS without a result
 
-compile with the compilers of the hardware, on any x86 machine. The versions of the two CUDA wheels
-must be the version of JAX, which must be 0.12 or later to read `h200.txtpb`. Install these wheels
-only in a separate environment, because JAX looks for the hardware. A row takes from 15 seconds to
-minutes, and `results/compiled.json` gets it.
+compile with the compilers of the hardware, on any x86 machine. JAX must be 0.12 or later to read
+`h200.txtpb`, and the versions of the CUDA wheels must be the version of JAX. The wheels are in a
+separate environment, because JAX looks for the hardware. A row takes from 15 seconds to minutes,
+and `results/compiled.json` gets it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from vit_jax.names import pair
 from vit_jax.optim import plan as plan_lib
 from vit_jax.optim.plan import Training
 from vit_jax.training import state
-from vit_jax.training.fitting import fit_step, plan_of
+from vit_jax.training.compiling import fit_step, plan_of
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import writer
 
@@ -57,6 +57,7 @@ H200 = pathlib.Path(__file__).with_name('h200.txtpb')  # XLA's description of th
 GIB = {'h200': 141e9 / 2**30, 'v5e': 16, 'v5p': 95, 'v6e': 32}  # memory of a device
 # Targets of `--lower`: Hopper, and any TPU.
 LOWERED = {'cuda': Target('cuda', 9.0), 'tpu': Target('tpu')}
+SAME_MEMORY = 0.02  # relative difference that `--check` accepts
 DATASETS = {'tfds:cifar10': (10, 50_000), 'tfds:cifar100': (100, 50_000)}
 DATASETS |= {'tfds:imagenet2012': (1000, 1_281_167)}  # classes and training images
 
@@ -114,6 +115,8 @@ ROWS = (
   Row('configs/imagenet.py:l16', 'v6e:16x16', 256),
   Row('configs/imagenet.py:h14 --config.mesh.data=32 --config.mesh.fsdp=16', 'v5p:8x8x8', 512),
 )
+
+CHECKED = ROWS[0], ROWS[4]  # `small`, and B/16 without dropout
 
 
 def load(spec: str, batch: int) -> ConfigDict:
@@ -265,6 +268,28 @@ def version_of(target: str) -> str:
   return f'{name} {importlib.metadata.version(name)}'
 
 
+def key_of(result: dict) -> tuple:
+  """Returns what identifies a row in `results/compiled.json`."""
+  return result['config'], result['target'], result['devices']
+
+
+def stored() -> dict[tuple, dict]:
+  """Returns the results of `results/compiled.json`."""
+  return {key_of(found): found for found in (writer.read_json(PATH) or {'rows': []})['rows']}
+
+
+def check() -> list[str]:
+  """Compiles the rows of `CHECKED`, and returns how they differ from the stored results."""
+  differ = []
+  for row in CHECKED:
+    found, before = compile_row(row), stored()[key_of(vars(row))]
+    if found['kernels'] != before['kernels']:
+      differ.append(f'{row.config}: kernels {before["kernels"]} became {found["kernels"]}.')
+    if abs(found['gib'] / before['gib'] - 1) > SAME_MEMORY:
+      differ.append(f'{row.config}: {before["gib"]} GiB became {found["gib"]} GiB.')
+  return differ
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', help='config file with its variant, and overrides, in one text')
@@ -272,6 +297,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('--lower', choices=sorted(LOWERED), help='lower with CPU JAX, and print')
   parser.add_argument('--target', help='h200, or a TPU topology such as v5e:16x16')
   parser.add_argument('--devices', type=arguments.count, default=1, help='number of devices')
+  parser.add_argument('--check', action='store_true', help='compile two rows again, and compare')
   args = parser.parse_args(argv)
   if (args.lower or args.target) and not args.config:
     parser.error('--lower and --target need --config, such as configs/cifar10.py:b16')
@@ -292,14 +318,15 @@ def main(argv: list[str]) -> None:
   if args.target:
     print(json.dumps(attempt(Row(args.config, args.target, args.devices, args.batch))))
     return
-  key = lambda r: (r['config'], r['target'], r['devices'])
-  done = {key(found): found for found in (writer.read_json(PATH) or {'rows': []})['rows']}
+  if args.check:
+    sys.exit('\n'.join(check()) or 0)
+  done = stored()
   for row in ROWS:
-    if key(dataclasses.asdict(row)) in done:
+    if key_of(vars(row)) in done:
       continue
     found = attempt(row)
-    done[key(found)] = found
-    writer.write_json(PATH, {'rows': [done[k] for r in ROWS if (k := key(vars(r))) in done]})
+    done[key_of(found)] = found
+    writer.write_json(PATH, {'rows': [done[k] for r in ROWS if (k := key_of(vars(r))) in done]})
     print(row.config, row.target, found.get('gib'), 'GiB', found.get('kernels'), flush=True)
 
 

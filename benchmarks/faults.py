@@ -17,6 +17,7 @@ previous checkpoint must be used.
 """
 
 import argparse
+from collections.abc import Sequence
 import hashlib
 import json
 import multiprocessing
@@ -60,7 +61,7 @@ def train(flags: list[str], log: pathlib.Path) -> None:
   sys.exit(code)
 
 
-def start(workdir: pathlib.Path, processes: int) -> list:
+def start(workdir: pathlib.Path, processes: int, flags: Sequence[str] = FLAGS) -> list:
   """Starts the processes of a run and returns them."""
   together = [[]]
   if processes > 1:
@@ -71,22 +72,21 @@ def start(workdir: pathlib.Path, processes: int) -> list:
     together = [[*count, f'--process_id={i}'] for i in range(processes)]
   context = multiprocessing.get_context('forkserver')  # imports JAX once for all processes
   started = []
-  for i, flags in enumerate(together):
+  for i, rank in enumerate(together):
     log = workdir.with_suffix(f'.{i}.log')
-    started.append(
-      context.Process(target=train, args=([f'--workdir={workdir}', *FLAGS, *flags], log))
-    )
+    words = [f'--workdir={workdir}', *flags, *rank]
+    started.append(context.Process(target=train, args=(words, log)))
     started[-1].start()
   return started
 
 
-def finish(workdir: pathlib.Path, processes: int) -> None:
+def finish(workdir: pathlib.Path, processes: int, flags: Sequence[str] = FLAGS) -> None:
   """Runs training to its end.
 
   Raises:
     SystemExit: a process failed.
   """
-  for process in start(workdir, processes):
+  for process in start(workdir, processes, flags):
     process.join(600)
     if process.exitcode != 0:
       raise SystemExit(
@@ -110,11 +110,13 @@ def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
 
 
-def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
+def kill(
+  folder: pathlib.Path, number: int, processes: int, want: str, flags: Sequence[str] = FLAGS
+) -> dict:
   """Starts a run, kills it, resumes it and compares its final state with `want`."""
   draw = random.Random(1000 * processes + number)
   workdir = folder / f'killed{processes}_{number}'
-  started = start(workdir, processes)
+  started = start(workdir, processes, flags)
   step = draw.randrange(STEPS)  # step 0 kills the run while it starts
   if step:
     wait_for(step, workdir, started)
@@ -132,7 +134,7 @@ def kill(folder: pathlib.Path, number: int, processes: int, want: str) -> dict:
   outlived, codes = time.monotonic() - died, [process.exitcode for process in started]
   reached = stored.latest_step(workdir)
   partial = [p.name for p in stored.directory(workdir).glob('*tmp*')]
-  finish(workdir, processes)
+  finish(workdir, processes, flags)
   same = fingerprint(workdir) == want
   found = {
     'processes': processes,

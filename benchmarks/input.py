@@ -21,7 +21,7 @@ The benchmark measures four more numbers:
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import functools
 import importlib.util
 import io
@@ -171,18 +171,21 @@ def serve(name: str, folder: str) -> None:
   batches.close()
 
 
-def race(folder: pathlib.Path) -> dict[str, list[tuple[float, float]]]:
-  """Returns what `serve` printed for each contestant in each round."""
+def race(
+  folder: pathlib.Path, names: Iterable[str], rounds: int = ROUNDS
+) -> dict[str, list[tuple[float, float]]]:
+  """Returns what `serve` printed for each of these contestants in each round."""
   quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
   rates, running = {}, {}
-  for name, (needs, _) in CONTESTANTS.items():
+  for name in names:
+    needs, _ = CONTESTANTS[name]
     if importlib.util.find_spec(needs) is None:
       print(f'Skipped {name}: {needs} is not installed.')
       continue
     running[name] = subprocess.Popen([*COMMAND, 'serve', name, str(folder)], **pipes)
     assert running[name].stdout.readline() == 'ready\n', f'{name} failed'
-  for _ in range(ROUNDS):
+  for _ in range(rounds):
     for name, process in running.items():
       process.stdin.write('go\n')
       process.stdin.flush()
@@ -357,7 +360,7 @@ def main() -> None:
     photos.make(folder, COUNT)
     sizes = [file.stat().st_size for file in folder.rglob('*.jpg')]
     milliseconds = decoders(folder)
-    rounds = race(folder)
+    rounds = race(folder, CONTESTANTS)
     trained = alone('train', folder)
     held = {workers: alone('resident', workers, folder) for workers in (0, cores)}
   result = ratios(rounds, 1) | {

@@ -88,7 +88,7 @@ def measure(config, examples: int, rounds: int) -> dict:
     params = sharding.replicate(mesh, weights)
     step = features.make_feature_step(exp, mesh)
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
-    features.compute(step, params, once, config.eval_batch_size, mesh)  # compiles the step
+    features.compute_features(step, params, once, config.eval_batch_size, mesh)  # compiles the step
     cost = seconds(
       lambda: features.cached_features(exp, step, params, many, mesh, folder).image_NHWC
     )

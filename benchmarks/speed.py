@@ -31,12 +31,6 @@ from benchmarks import arguments, contestants, memory, works
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ROUNDS = 7
 TURN = 0.5  # seconds
-PEAKS = {  # dense bfloat16 FLOP/s from data sheets; the first matching name is used
-  'H100 PCIe': 756e12,
-  'H100': 989e12,
-  'H200': 989e12,
-  'A100': 312e12,
-}
 SPAWN = multiprocessing.get_context('spawn')
 ENVIRONMENT = {  # for the contestants: one GPU, memory on demand, no compilation caches
   'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0').split(',')[0],
@@ -103,7 +97,7 @@ def serve(connection, name: str, work: works.Work, size: dict) -> None:
   connection.send(program.peak_memory())
 
 
-def measure(work: works.Work) -> dict:
+def measure(work: works.Work, rounds: int = ROUNDS, turn: float = TURN) -> dict:
   """Measures a workload: each contestant's rates and the ratios of this project to them."""
   names = ['vit_jax', *['vit_jax_input'] * (work.mode == 'train'), *work.peers]
   began = time.perf_counter()
@@ -118,9 +112,9 @@ def measure(work: works.Work) -> dict:
   steps = {}
   for c in running:
     c.seconds(1)
-    steps[c.name] = math.ceil(TURN / c.seconds(1))
+    steps[c.name] = math.ceil(turn / c.seconds(1))
   rates = {c.name: [] for c in running}
-  for i in range(ROUNDS):
+  for i in range(rounds):
     for c in random.Random(i).sample(running, len(running)):  # a new order in each round
       n = steps[c.name]
       rates[c.name].append(n * work.batch_size / c.seconds(n))
@@ -192,9 +186,11 @@ def in_a_process(function, *arguments):
 
 def peak(device: str, measured: float) -> tuple[float, str]:
   """Returns the peak rate and its source: a GPU's data sheet, or else the measured rate."""
-  for name, flops in PEAKS.items():
+  from vit_jax.distributed.peaks import PEAK_TFLOPS  # imports JAX: not in a peer's process
+
+  for name, tflops in PEAK_TFLOPS.items():
     if name in device:
-      return flops, f'the {name} data sheet, dense bfloat16'
+      return 1e12 * tflops, f'the {name} data sheet, dense bfloat16'
   return measured, 'measured rate of large square matrix products on this machine'
 
 

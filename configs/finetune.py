@@ -1,8 +1,9 @@
-"""Fine-tunes weights on another dataset: `<model>,<dataset>` or `<model>,<dataset>,adamw`.
+"""Fine-tunes weights on another dataset: `<model>,<dataset>` or `<model>,<dataset>,<recipe>`.
 
     python main.py --config=configs/finetune.py:b16,cifar10 --config.init=ViT-B_16.npz \\
         --workdir=runs/b16_c10
     python main.py --config=configs/finetune.py:b16,cifar10,adamw --config.init=... --workdir=...
+    python main.py --config=configs/finetune.py:b16,cifar10,lora --config.init=... --workdir=...
 
 Only `tiny,folder` has been measured, from Tiny-ImageNet to CIFAR-10 at 32 pixels in 10 epochs. It
 reaches 75.8%, or 76.3% with `adamw`. Training from scratch reaches 61.1% (results/transfer.json).
@@ -23,6 +24,12 @@ CIFAR, 1% for ImageNet). The final run used all of train. To choose a rate in th
 `adamw` replaces SGD by the recipe of MAE (2111.06377, Table 9): layer-wise learning-rate decay
 0.75, weight decay 0.05, label smoothing 0.1 and stochastic depth 0.1. Unlike MAE, it uses no
 RandAugment, mixup or cutmix.
+
+`lora` keeps the weights, and trains the head and a low-rank update of each kernel in attention and
+MLP (Hu et al. 2021, 2106.09685). The rank is 8. We tried it with `tiny` on 1,630 CIFAR-10 images,
+from Tiny-ImageNet weights, in 611 steps of 32 images (one seed). Learning rates of 0.001, 0.003 and
+0.01 reached 58.9%, 58.4% and 61.1% on 370 held-out images, and `adamw` at 0.001 59.2%. These
+differences are smaller than the uncertainty.
 
 Choices of this project, not of the paper:
   * horizontal flips; on CIFAR also a border of 4 pixels and a random crop of the original size;
@@ -106,7 +113,15 @@ def adamw(config):
   config.model.stochastic_depth = 0.1
 
 
-RECIPES = {'sgd': sgd, 'adamw': adamw}
+def lora(config):
+  config.adapt = 'lora'
+  config.optimizer.name = 'adamw'
+  config.optimizer.lr = 1e-3
+  config.optimizer.weight_decay = 0.05
+  config.loss.label_smoothing = 0.1
+
+
+RECIPES = {'sgd': sgd, 'adamw': adamw, 'lora': lora}
 
 
 def parse(variant):
@@ -114,7 +129,8 @@ def parse(variant):
   parts = variant.split(',')
   if len(parts) not in (2, 3):
     raise ValueError(
-      f'variant {variant!r} must be <model>,<dataset> or <model>,<dataset>,adamw, e.g. b16,cifar10.'
+      f'variant {variant!r} must be <model>,<dataset> or <model>,<dataset>,<recipe>, e.g. '
+      'b16,cifar10 or b16,folder,lora.'
     )
   model, dataset, recipe = [*parts, 'sgd'][:3]
   choose('model', model, MODELS)
@@ -147,5 +163,7 @@ def get_config(variant='b16,cifar10'):
   RECIPES[recipe](config)
   if dataset == 'folder':
     follow_data(config)
+    if recipe == 'lora':  # its rate was tried with batches of 32
+      config.recipe.lr *= (BATCH_SIZE / 32) ** 0.5
     config.data.train_split = config.data.val_split = None
   return config

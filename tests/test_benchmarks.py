@@ -359,6 +359,7 @@ def documented():
     for name, words in re.findall(r'-m benchmarks\.(\w+)(.*)', text):
       words = words.split('`')[0].split('  #')[0].split(' # ')[0]
       words = words.replace('$*', 'cpu').replace('$(DATA)', 'folder:cifar10')
+      words = words.replace('$(MINUTES)', '30')
       yield name, tuple(shlex.split(words.removesuffix("'")))
 
 
@@ -367,7 +368,7 @@ def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
   if words == () and name in ('transfer', 'recipes'):  # only mentioned in a text
     return
   monkeypatch.chdir(tmp_path)
-  for run in ('digits0', 'digits1', 'digits2', 'tin'):
+  for run in ('digits0', 'digits1', 'digits2', 'tin', 'teacher'):
     (tmp_path / 'runs' / run).mkdir(parents=True)
     (tmp_path / 'runs' / run / 'result.json').write_text('{}')
   if name == 'streamed':

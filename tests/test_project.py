@@ -22,7 +22,7 @@ PACKAGE = ROOT / 'vit_jax'
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
   'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'opening',
-  'evaluation', 'training', 'figures', 'inference', 'cli',
+  'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 
@@ -151,6 +151,16 @@ def test_a_model_needs_only_light_dependencies():
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
 
+def test_public_names_can_be_imported_in_several_threads_at_once():
+  script = (
+    'import concurrent.futures, vit_jax\n'
+    'with concurrent.futures.ThreadPoolExecutor(10) as pool:\n'
+    '  found = list(pool.map(lambda name: getattr(vit_jax, name), vit_jax.__all__))\n'
+    'assert all(found)'
+  )
+  subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
 SPECS = ['digits.py', 'folder.py:small'] + [
   f'{name}.py:{variant}'
   for name in ('cifar10', 'cifar100')
@@ -165,6 +175,7 @@ SPECS += [
   )
 ]
 SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
+SPECS += ['finetune.py:b16,folder,lora']
 SPECS += [f'imagenet.py:{model}' for model in imagenet.MODELS]
 SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 

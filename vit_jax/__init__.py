@@ -7,6 +7,7 @@ for row in vit_jax.predict(workdir, ['cat.png', 'photos/']): print(row)
 """
 
 import importlib
+import threading
 
 _PUBLIC = {  # imported on first use: a model needs no data or checkpoint libraries
   'ViT': 'model.vit',
@@ -24,10 +25,13 @@ _PUBLIC = {  # imported on first use: a model needs no data or checkpoint librar
 __all__ = list(_PUBLIC)
 __version__ = '0.2.0'
 
+_importing = threading.RLock()  # JAX cannot be imported in several threads at the same time
+
 
 def __getattr__(name: str):
-  if name == 'figures':  # the public subpackage
-    return importlib.import_module(f'{__name__}.{name}')
-  if name not in _PUBLIC:
+  if name not in ('figures', *_PUBLIC):
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)
+  with _importing:
+    if name == 'figures':  # the public subpackage
+      return importlib.import_module(f'{__name__}.{name}')
+    return getattr(importlib.import_module(f'{__name__}.{_PUBLIC[name]}'), name)

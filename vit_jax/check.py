@@ -14,6 +14,7 @@ from vit_jax.data import INTERPOLATIONS
 from vit_jax.keys import KEYS
 from vit_jax.model import (
   ACTIVATIONS,
+  ADAPTERS,
   ATTENTION,
   POOLS,
   POSITION_PREFIXES,
@@ -22,10 +23,22 @@ from vit_jax.model import (
   RESIZES,
 )
 from vit_jax.names import choose, pair
-from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import (
+  CLASSIFIERS,
+  DISTILLATIONS,
+  FREEZE,
+  LOSSES,
+  MOMENT_DTYPES,
+  OPTIMIZERS,
+  SCHEDULES,
+  image_stages,
+)
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'ACTIVATIONS': ACTIVATIONS,
+  'ADAPTERS': lambda: ('', *ADAPTERS),
+  'CLASSIFIERS': lambda: ('', *CLASSIFIERS),
+  'DISTILLATIONS': DISTILLATIONS,
   'FREEZE': FREEZE,
   'INTERPOLATIONS': INTERPOLATIONS,
   'LOSSES': LOSSES,
@@ -84,9 +97,11 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   check_augment(config)
   if trains and config.batch_size:
     check_partners(config)
+  check_frozen(config, trains)
   if config.data.image_size is not None:
     pair(config.data.image_size, 'data.image_size')
     check_progressive(config)
+  check_distill(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
     raise ValueError(
@@ -101,6 +116,24 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
     raise ValueError(f'sweep must list distinct learning rates above 0, got {tuple(rates)}.')
+
+
+def check_frozen(config: ConfigDict, trains: bool) -> None:
+  """Raises ValueError if keys contradict each other about which parameters are trained."""
+  if config.classifier and trains:
+    set_too = {'epochs': 0, 'freeze': '', 'adapt': '', 'sweep': (), 'ema': 0}
+    wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
+    if wrong:
+      raise ValueError(
+        f'classifier={config.classifier} computes the head without training, so it cannot be '
+        f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
+        'default. To train from such a head, start a new run with --config.init=<its workdir>.'
+      )
+  if config.adapt and config.freeze:
+    raise ValueError(
+      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}: it already keeps the '
+      'weights of init, and trains the head. Remove one of them.'
+    )
 
 
 def check_progressive(config: ConfigDict) -> None:
@@ -120,6 +153,29 @@ def check_progressive(config: ConfigDict) -> None:
     )
   if sizes and config.freeze:
     raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of them.')
+
+
+def check_distill(config: ConfigDict) -> None:
+  """Raises ValueError for keys that contradict a teacher."""
+  if not config.distill.teacher:
+    return
+  if config.freeze:
+    raise ValueError(
+      'distill.teacher cannot be combined with freeze: the student learns with all its parameters. '
+      'Remove one of them.'
+    )
+  if config.loss.name == 'sigmoid':
+    raise ValueError(
+      'distill.teacher cannot be combined with loss.name=sigmoid, because teacher and student are '
+      'compared after a softmax. Set loss.name=softmax.'
+    )
+  pool = POOLS.get(config.model.pool)
+  if pool and pool.distills and config.model.representation_size:
+    raise ValueError(
+      f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
+      'distillation token need their own heads, but model.representation_size joins the tokens. '
+      'Set it to None.'
+    )
 
 
 def check_augment(config: ConfigDict) -> None:
@@ -152,3 +208,25 @@ def check_partners(config: ConfigDict) -> None:
       f'batch_size={config.batch_size} with micro_batches={parts} leaves an image without a '
       f'partner. Set batch_size to a multiple of {2 * parts}.'
     )
+
+
+def check_channels(config: ConfigDict, channels: int) -> None:
+  """Raises ValueError if `data.mean` or `data.std` does not fit images with these channels."""
+  for name in ('mean', 'std'):
+    values = config.data[name]
+    if len(values) not in (1, channels) or (name == 'std' and min(values) <= 0):
+      counts = '1 value' if channels == 1 else f'1 or {channels} values'
+      raise ValueError(
+        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
+        f'the images have {channels} channel(s).'
+      )
+
+
+def check_stages(config: ConfigDict, patch_size: tuple[int, int]) -> None:
+  """Raises ValueError if images of a size in `progressive.sizes` do not divide into patches."""
+  for _, size in image_stages(config, 0):
+    if any(n % patch for n, patch in zip(size, patch_size)):
+      raise ValueError(
+        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
+        f'{patch_size[0]}x{patch_size[1]}.'
+      )

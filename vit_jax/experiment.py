@@ -21,12 +21,13 @@ from vit_jax.augment import (
   mixes,
   normalize,
 )
+from vit_jax.check import check_channels, check_stages
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
-from vit_jax.model import ViT, check_parameters, make
+from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import LOSSES, image_stages
-from vit_jax.workdir import TrainingFiles
+from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, split_frozen
+from vit_jax.workdir import Calibration, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
@@ -68,8 +69,9 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files. `parts` is the number of micro-batches with which a training step fits
-  into memory. It is None if the memory is not limited.
+  record its training files. Only training has a `teacher`, if the config names one. `calibration`
+  belongs to the weights that a mode uses; training has none. `parts` is the number of micro-batches
+  with which a training step fits into memory. It is None if the memory is not limited.
   """
 
   config: ConfigDict
@@ -81,6 +83,8 @@ class Experiment:
   normalize: Callable[[jax.Array], jax.Array]
   fit: Fit
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
+  teacher: Teacher | None = None
+  calibration: Calibration = dataclasses.field(default_factory=Calibration)
   parts: int | None = None
 
   @property
@@ -148,20 +152,33 @@ class Experiment:
     """Computes the logits `[B, L]` of a batch of uint8 images.
 
     Args:
-      params: parameters of the model.
+      params: parameters of the model, and of its adapter if it has one.
       batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
         image in the batch of the step. This position selects the image's random numbers.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:
+      params = merged(params, self.config)
       return self.model.apply({'params': params}, self.normalize(batch['image']))
-    return self.model.apply(
-      {'params': params},
-      self.normalize(batch['image']),
-      train=not self.config.freeze,  # a frozen backbone runs as at inference
-      example_B=batch['example'],
-      rngs={'dropout': key},
-    )
+    with applied(params, self.config):
+      return self.model.apply(
+        {'params': params},
+        self.normalize(batch['image']),
+        train=not self.config.freeze,  # a frozen backbone runs as at inference
+        example_B=batch['example'],
+        rngs={'dropout': key},
+      )
+
+  def split(self, params: dict) -> tuple[dict, dict]:
+    """Returns the parameters that the config trains, and all others."""
+    if self.config.classifier:
+      return {}, params
+    return split_frozen(params, self.config.freeze, self.config.adapt)
+
+  def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
+    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images."""
+    logits_BL = self.logits(params, {'image': image_BHWC})
+    return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """Returns the best number of micro-batches for each device's share of a batch.
@@ -208,6 +225,7 @@ class Experiment:
       'task': dataclasses.asdict(self.task),
       'attention': self.chosen_attention,
       'plan': self.parts and {'micro_batches': self.parts, 'remat': self.model.remat},
+      'teacher': self.teacher and self.teacher.digest,
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
     }
@@ -223,15 +241,10 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
+  if config.classifier and CLASSIFIERS[config.classifier].stores:
+    fields['examples'] = task.train_examples or None  # None until the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
-  for name in ('mean', 'std'):
-    values = config.data[name]
-    if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
-      counts = '1 value' if task.channels == 1 else f'1 or {task.channels} values'
-      raise ValueError(
-        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
-        f'the images have {task.channels} channel(s).'
-      )
+  check_channels(config, task.channels)
   keys, geometry = dict(config.loss), {}
   loss = LOSSES[keys.pop('name')]
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
@@ -255,12 +268,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
   check_parameters(model, experiment.image_shape)
-  for _, size in image_stages(config, 0):
-    if any(n % patch for n, patch in zip(size, model.patch_size)):
-      raise ValueError(
-        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
-        f'{model.patch_size[0]}x{model.patch_size[1]}.'
-      )
+  check_adapter(model, experiment.image_shape, config.adapt, config)
+  check_stages(config, model.patch_size)
   return experiment
 
 

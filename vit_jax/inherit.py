@@ -1,15 +1,20 @@
-"""Completes a config from the `init` weights, and checks that config and weights agree."""
+"""Opens the weights that a config names, `init` and `distill.teacher`, and checks that they fit."""
 
+import functools
 import logging
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
+from vit_jax.augment import active, normalize
 from vit_jax.data import Source
 from vit_jax.model import ATTRIBUTES, ViT, variant_fields
-from vit_jax.names import pair
+from vit_jax.names import abridged, accepted, difference, pair
+from vit_jax.optim import DISTILLATIONS, Teacher
 from vit_jax.weights import Pretrained, Weights, adapt, read_weights
-from vit_jax.workdir import TrainingFiles
+from vit_jax.workdir import TrainingFiles, digest
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
       f'data.source={config.data.source} have {source.channels}.'
     )
   classes = source.class_names
-  new_head = found.class_names != classes  # the classes differ, or are unknown
+  new_head = needs_new_head(found, classes)
   loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
   log.info('Starting from the weights in %s', config.init)
   if new_head:
@@ -44,15 +49,81 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
+def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
+  """Returns whether the weights have other or unknown classes, or a head that stores images."""
+  return found.class_names != classes or found.fields.get('examples') is not None
+
+
 def names_of(loaded: Pretrained) -> TrainingFiles:
   """Returns the names of the files that weights were trained on; empty if unknown."""
   names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
-      'The weights of init come from version 0.1.0, which did not record the training files. '
+      'Weights of this run come from version 0.1.0, which did not record the training files. '
       'Perhaps these weights were trained on some of the test images.'
     )
   return names or TrainingFiles()
+
+
+def open_teacher(
+  config: ConfigDict, source: Source
+) -> tuple[Teacher, TrainingFiles] | tuple[None, TrainingFiles]:
+  """Opens the teacher that `distill.teacher` names.
+
+  Returns:
+    The teacher, and the names of its training files, because a student also learns from these
+    files. None and empty names if the config names no teacher.
+
+  Raises:
+    ValueError: the weights do not exist, have no head, or do not fit the data.
+  """
+  keys = dict(config.distill)
+  path, kind, weight = keys.pop('teacher'), keys.pop('kind'), keys.pop('weight')
+  if not path:
+    return None, TrainingFiles()
+  found = read_weights(path)
+  check_teacher(config, found, source)
+  loaded, kind = adapt(found), DISTILLATIONS[kind]
+  about, model = loaded.preprocessing, loaded.model
+  log.info(
+    'Learning from the teacher %s: %.4g million parameters, images of %dx%d pixels.',
+    path, sum(x.size for x in jax.tree.leaves(loaded.params)) / 1e6, *about.size,
+  )  # fmt: skip
+  teacher = Teacher(
+    model.clone(dtype=jnp.dtype(config.model.dtype), remat='none'),
+    loaded.params,
+    functools.partial(normalize, size=about.size, mean=about.mean, std=about.std),
+    functools.partial(kind, **accepted(kind, keys)),
+    weight,
+    cached=not active(config.augment) and not config.data.skip_bad_images,
+    digest=digest(loaded.params),
+  )
+  return teacher, names_of(loaded)
+
+
+def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
+  """Raises ValueError if the weights of a teacher do not fit the classes and images of the data."""
+  data, name = config.data.source, f'distill.teacher={config.distill.teacher}'
+  count, classes = found.fields['num_classes'], source.class_names
+  if count is None:
+    raise ValueError(
+      f'{name} has no head, so it cannot teach classes. Use a classifier, or train a head and use '
+      f'its workdir: --config=configs/linear_probe.py --config.init={config.distill.teacher}'
+    )
+  if found.channels != source.channels:
+    raise ValueError(
+      f'{name} expects images with {found.channels} channel(s), but the images of '
+      f'data.source={data} have {source.channels}. Use a teacher for the same kind of images.'
+    )
+  if count != len(classes) or found.class_names not in (None, classes):
+    theirs = found.class_names
+    given = f'{difference(classes, theirs)}. ' if theirs else ''
+    raise ValueError(
+      f'{name} has {count} classes{f" ({abridged(theirs)})" if theirs else ""}, but '
+      f'data.source={data} has {len(classes)} ({abridged(classes)}). {given}Use a teacher with the '
+      'same classes in the same order. To get one, fine-tune these weights on the data: '
+      f'--config.init={config.distill.teacher}'
+    )
 
 
 def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:

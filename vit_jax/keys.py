@@ -93,6 +93,15 @@ TRAINING = {
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
+  'adapt': Key(
+    '', 'lora: train the head and a low-rank update of each kernel in attention and MLP, and keep '
+    'the weights of `init`; empty: no such update', choices='ADAPTERS'
+  ),
+  'classifier': Key(
+    '', 'head to compute without training, on the weights of `init` and with epochs=0; ridge: '
+    'least squares in closed form; knn: votes of the nearest training images; empty: train',
+    choices='CLASSIFIERS',
+  ),
   'sweep': Key(
     (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
     'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',
@@ -105,6 +114,8 @@ TRAINING = {
     False, 'bit-identical runs on the same GPUs, but slower; runs on CPUs are always bit-identical',
     may_change=True,
   ),
+  'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
+  'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
   'progressive.sizes': Key(
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
@@ -320,6 +331,21 @@ OPTIMIZER = {
   ),
   'loss.label_smoothing': Key(
     0.0, 'share of the target that is spread evenly over all classes', range=SHARE
+  ),
+  'distill.teacher': Key(
+    '', 'trained model from whose predictions the run also learns: anything that `init` reads; '
+    'empty: no teacher',
+  ),
+  'distill.kind': Key(
+    'soft', "soft: learn the teacher's probabilities; hard: learn the class that the teacher "
+    'chooses', choices='DISTILLATIONS',
+  ),
+  'distill.weight': Key(
+    0.5, "share of the teacher's loss; the rest is the loss of the labels", range=SHARE
+  ),
+  'distill.temperature': Key(
+    1.0, 'soft: divisor of the logits of teacher and student; above 1, unlikely classes count more',
+    range=(0.01, 1e3),
   ),
 }  # fmt: skip
 

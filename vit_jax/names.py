@@ -34,6 +34,17 @@ def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, o
   return {name: value for name, value in arguments.items() if name in names}
 
 
+def difference(ones: Sequence[str], others: Sequence[str]) -> str:
+  """Returns a sentence that says how two different lists of names differ, without a full stop."""
+  only = sorted({*ones} ^ {*others})
+  return f'Only one of the two has: {abridged(only)}' if only else 'The order differs'
+
+
+def abridged(names: Sequence[str]) -> str:
+  """Returns the first five names as text."""
+  return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
+
+
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:
   """Converts one or two numbers to (height, width).
 

@@ -32,6 +32,7 @@ from vit_jax.optim import Training, announce, plan_training
 from vit_jax.sizing import choose_open, image_size, warn_of_few
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
+  Calibration,
   TrainingFiles,
   check_untrained,
   find_training_files,
@@ -44,8 +45,8 @@ log = logging.getLogger(__name__)
 # Prefixes of the config keys that only training reads.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
-  'keep_checkpoints', 'freeze', 'sweep', 'ema', 'progressive.', 'mesh.', 'augment.', 'optimizer.',
-  'schedule.', 'recipe.',
+  'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
+  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
 
@@ -96,19 +97,21 @@ def from_config(
   source = open_source(data.source, data.dir, image_size(config))
   for warning in source.warnings:
     log.warning('%s', warning)
+  teacher, taught_on = inherit.open_teacher(config, source)
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
     check_held_out(config, source)
   else:
-    config, params, seen = begin_from(config, source)
+    config, params, seen = begin_from(config, source, taught_on)
   mesh_for(config)  # reports a batch size that does not fit the devices, before images are read
   data = config.data
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
-      'which held out different files and used a different order. Its weights can still be used: '
-      'start a new run with --config.init=<workdir of this run> and a new --workdir.'
+      'which held out different files and read the files in a different order. The weights of this '
+      'run can still be used: start a new run with --config.init=<workdir of this run> and a new '
+      '--workdir.'
     )
   size = image_size(config)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
@@ -129,7 +132,7 @@ def from_config(
     report_split(name, examples)
   announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
-  experiment = dataclasses.replace(experiment, task=task, names=seen)
+  experiment = dataclasses.replace(experiment, task=task, names=seen, teacher=teacher)
   return experiment, plan_training(config, train, val, test, params, cycles)
 
 
@@ -163,21 +166,29 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)
 
 
-def begin_from(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict | None, TrainingFiles]:
-  """Prepares a new run.
+def begin_from(
+  config: ConfigDict, source: Source, taught_on: TrainingFiles
+) -> tuple[ConfigDict, dict | None, TrainingFiles]:
+  """Prepares a new run, whose teacher was trained on the files in `taught_on`.
 
   Returns:
     The completed config, the `init` weights (None without `init`), and the names of the training
-    files. They include the files that the `init` weights were trained on.
+    files. They include the files that the `init` weights and the teacher were trained on.
   """
   params, earlier = None, TrainingFiles()
   config = choose_open(config, source)
   check_held_out(config, source)
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
+  elif config.adapt or config.classifier:
+    key = f'adapt={config.adapt}' if config.adapt else f'classifier={config.classifier}'
+    raise ValueError(
+      f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
+      'Set --config.init, e.g. to a file, a folder or a workdir.'
+    )
   check(config)  # also the chosen values
   warn_of_few(config, source)
-  return config, params, find_training_files(source, config, earlier)
+  return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
 
 def from_init(
@@ -212,7 +223,7 @@ def from_init(
     config.data.image_size = found.preprocessing.size
   grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = names and len(names)
-  new_head = names not in (None, found.class_names)
+  new_head = names is not None and inherit.needs_new_head(found, names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # some weights have no pooling
   expected = loaded.preprocessing
@@ -224,7 +235,9 @@ def from_init(
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels)
   experiment = assemble(inherit.follow(config, loaded), task)
-  return dataclasses.replace(experiment, names=inherit.names_of(loaded)), loaded.params
+  calibration = Calibration() if new_head else Calibration.load(loaded.run)
+  names = inherit.names_of(loaded)
+  return dataclasses.replace(experiment, names=names, calibration=calibration), loaded.params
 
 
 def from_workdir(
@@ -260,7 +273,8 @@ def from_workdir(
     if config.model.attention == 'auto':  # what training has chosen
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
-  experiment = dataclasses.replace(experiment, names=TrainingFiles.load(saved))
+  facts = dict(names=TrainingFiles.load(saved), calibration=Calibration.load(saved))
+  experiment = dataclasses.replace(experiment, **facts)
   check_params(experiment.model, params, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 

@@ -3,8 +3,11 @@
 from collections.abc import Iterator
 import contextlib
 import errno
+import logging
 import os
 import pathlib
+
+log = logging.getLogger(__name__)
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG, errno.EIO)
 
@@ -34,6 +37,15 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     if why := reason(error):
       raise unwritten(path, why) from error
     raise
+
+
+@contextlib.contextmanager
+def tolerated() -> Iterator[None]:
+  """Logs a warning instead of raising `Unwritten`, for results that are also printed."""
+  try:
+    yield
+  except Unwritten as error:
+    log.warning('%s The result is only printed.', error)
 
 
 def unwritten(path: pathlib.Path, why: str) -> Unwritten:

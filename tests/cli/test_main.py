@@ -385,7 +385,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=export', '--config.init='], '--config is for train'),
     (['--mode=eval', '--topk', '3'], '--topk is for predict, not'),
     (['--mode=predict', '--images=a.png', '--port=7860'], '--port is for serve'),
-    (['--mode=inspect', '--out=x'], '--out is for predict, visualize, export'),
+    (['--mode=inspect', '--out=x'], '--out is for fewshot, predict, visualize, export'),
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],

@@ -53,6 +53,17 @@ def test_parts_give_the_result_of_the_whole_batch(devices, parts):
   assert total['count'] == 12 and set(sizes) == {12 // devices // parts}
 
 
+@pytest.mark.parametrize('shape', [{'data': 2}, {'data': 1, 'fsdp': 2}, {'data': 1, 'tensor': 2}])
+@pytest.mark.parametrize('parts', [1, 3])
+def test_joined_rows_have_the_order_of_the_batch_on_any_mesh(shape, parts):
+  mesh = devices_lib.make_mesh(2, shape=devices_lib.ALL_DATA | shape)
+  batch = jax.device_put({'x': np.arange(12.0)}, sharding.batch_sharding(mesh))
+  rows = lambda batch: {'same': batch['x'], 'pair': jnp.stack([batch['x'], -batch['x']], axis=1)}
+  found = jax.jit(microbatch.concatenate(rows, mesh, parts))(batch)
+  np.testing.assert_array_equal(found['same'], np.arange(12))
+  np.testing.assert_array_equal(found['pair'], np.arange(12)[:, None] * [1, -1])
+
+
 def test_devices_communicate_once_per_batch():
   """The compiled loop over micro-batches contains no communication."""
   mesh = devices_lib.make_mesh(2)

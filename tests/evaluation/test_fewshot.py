@@ -12,6 +12,7 @@ from vit_jax import cli, evaluation, opening
 from vit_jax.data import Examples, sources, stream
 from vit_jax.distributed import devices
 from vit_jax.evaluation import features, few_shot
+from vit_jax.optim import classifiers
 
 NAMES = ('a', 'b', 'c')
 NAMES10 = tuple('0123456789')
@@ -45,7 +46,7 @@ def test_too_few_images_of_a_class_are_refused():
 def test_the_closed_form_solution_matches_least_squares_and_ridge(shape):
   draw = np.random.RandomState(1).normal
   x, y = draw(size=shape), draw(size=(shape[0], 3))
-  w = few_shot.solve(x, y, 3.0)
+  w = classifiers.solve(x, y, 3.0)
   assert w.dtype == np.float64
   rows = np.concatenate([x, np.sqrt(3.0) * np.eye(shape[1])])  # the penalty, as additional examples
   want = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((shape[1], 3))]), rcond=None)[0]
@@ -55,7 +56,7 @@ def test_the_closed_form_solution_matches_least_squares_and_ridge(shape):
 
 
 def reference(train, label, test, test_label):
-  """Computes `regression_accuracy` with scikit-learn."""
+  """Computes the accuracy of `ridge` with scikit-learn."""
   from sklearn import preprocessing
 
   scaler = preprocessing.StandardScaler().fit(train)
@@ -78,7 +79,8 @@ def test_the_accuracy_equals_a_ridge_regression():
 
   label, train = make([400, 300, 300, 200, 200])  # uneven, so that the bias matters
   test_label, test = make([200] * 5)
-  got = few_shot.regression_accuracy(train, label, test, test_label)
+  known, tested = Examples(train, label), Examples(test, test_label)
+  got = few_shot.classifier_accuracy('ridge', known, tested, 5)
   assert got == reference(train.astype(float), label, test.astype(float), test_label)
   assert 0.3 < got < 0.95  # better than chance, but not trivial
 
@@ -93,7 +95,7 @@ def test_features_are_the_input_of_the_head(opened):
   test = evaluation.load_split(exp, 'test[:70]')
   mesh = devices.make_mesh()
   step = features.make_feature_step(exp, mesh)
-  found = features.compute(
+  found = features.compute_features(
     step, params, test, 33, mesh
   )  # a batch size that fits neither 70 examples nor 2 devices
   np.testing.assert_array_equal(found.label_N, test.label_N)
@@ -117,9 +119,9 @@ def test_a_result_that_cannot_be_written_is_still_printed(capsys, trained, monke
 def test_fewshot_measures_a_trained_workdir(capsys, trained, opened, monkeypatch):
   workdir, _ = trained
   tested = []
-  real = few_shot.regression_accuracy
+  real = few_shot.classifier_accuracy
   monkeypatch.setattr(
-    few_shot, 'regression_accuracy', lambda *a: tested.append(len(a[2])) or real(*a)
+    few_shot, 'classifier_accuracy', lambda *a: tested.append(len(a[2])) or real(*a)
   )
   assert not cli.main(['--mode=fewshot', f'--workdir={workdir}'])
   out = capsys.readouterr().out
@@ -162,8 +164,10 @@ def test_bad_images_are_replaced_by_others_of_their_class(opened, monkeypatch):
 
   streams = [dataclasses.replace(s, source=dataclasses.replace(source, read=read)) for s in streams]
   monkeypatch.setattr(evaluation.data, 'load_splits', lambda *_: streams)
-  labels, real = [], few_shot.regression_accuracy
-  monkeypatch.setattr(few_shot, 'regression_accuracy', lambda *a: labels.append(a[1]) or real(*a))
+  labels, real = [], few_shot.classifier_accuracy
+  monkeypatch.setattr(
+    few_shot, 'classifier_accuracy', lambda *a: labels.append(a[1].label_N) or real(*a)
+  )
   result = few_shot.score_backbone(exp, params)
   assert list(result['shots']) == ['1', '5', '10'] and result['examples'] == 40
   for label_N, shots in zip(labels, np.repeat([1, 5, 10], 3)):

@@ -12,17 +12,20 @@ from PIL import Image
 import pytest
 
 from tests.conftest import DATA, call, error, small_config
-from vit_jax import opening
+import vit_jax
+from vit_jax import figures, opening
 from vit_jax.data.memory import Examples
 from vit_jax.distributed import devices, replicate
 from vit_jax.experiment import Task, assemble
-from vit_jax.figures import canvas, draw, gallery, maps, pictures, report
+from vit_jax.figures import canvas, charts, draw, facts, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
 from vit_jax.training import trainer
+from vit_jax.workdir import Calibration, save_calibration
 
 PICTURES = set(pictures.PICTURES)
-OF_DATA = {'confusion', 'mistakes', 'patches', 'distance', 'rollout', 'heads'}
+OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes', 'neighbours'}
+OF_DATA = {*OF_TEST, 'patches', 'distance', 'rollout', 'heads'}
 
 
 class Page(HTMLParser):
@@ -73,7 +76,7 @@ def names(folder):
 
 def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir):
   code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
-  drawn = PICTURES - {'mistakes'} if 'mistakes' not in names(workdir) else PICTURES
+  drawn = PICTURES - {'mistakes', 'neighbours'} if 'mistakes' not in names(workdir) else PICTURES
   assert not code and names(workdir) == drawn
   assert out.splitlines()[-1] == str(workdir / 'report.html')
   assert len(out.splitlines()) == len(drawn) + 1
@@ -153,7 +156,7 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   init = f'--init={DATA}/{name}' + ('/weights.npz' if name.startswith('paper') else '')
   code, _, _ = call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')
   assert not code
-  assert names(out) == PICTURES - {'curves', 'confusion', 'mistakes'} - left_out
+  assert names(out) == PICTURES - {'curves', *OF_TEST} - left_out
   page = Page(out / 'report.html')
   assert 'weights without a run have no metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)
@@ -232,11 +235,11 @@ def test_a_report_shows_whether_the_run_is_finished(trained):
   workdir, result = trained
   lines = subject_lib.read_lines(workdir)
   nothing = [maps.Missing('it is not looked at')] * 6
-  found = gallery.numbers(pictures.Subject(lines, *nothing), workdir)
+  found = facts.numbers(pictures.Subject(lines, *nothing), workdir)
   assert found['training steps'] == '32' and found['test images'] == '256'
   assert found['test accuracy'] == f'{result["test_accuracy"]:.2%}'
   more = [*lines, {'step': 33, 'split': 'train', 'loss': 1.0}]
-  found = gallery.numbers(pictures.Subject(more, *nothing), workdir)
+  found = facts.numbers(pictures.Subject(more, *nothing), workdir)
   assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
@@ -252,11 +255,11 @@ def test_report_escapes_all_text(tmp_path):
   path = tmp_path / 'figure.png'
   Image.new('L', (1, 1)).save(path)
   picture = report.Picture(path, bad, bad)
-  parts = bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}
+  parts = bad, bad, {bad: bad}, [(bad,) * 3], {bad: bad}, [picture], {bad: bad}, [(bad,) * 5]
   report.write_report(tmp_path / 'r.html', report.Report(*parts))
   text = (tmp_path / 'r.html').read_text()
   assert '<script' not in text and f'alt="{report.escape(bad)}"' in text
-  assert Page(tmp_path / 'r.html').text.count(bad) == 14
+  assert Page(tmp_path / 'r.html').text.count(bad) == 19
 
 
 def test_images_are_drawn_as_the_model_sees_them():
@@ -285,7 +288,7 @@ def test_answers_keep_the_index_of_each_example_if_devices_pad_the_batches(train
 def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))
   names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
-  figure = draw.draw_confusion(count, maps.class_accuracy(count), names)
+  figure = charts.draw_confusion(count, maps.class_accuracy(count), names)
   matrix, bars = figure.axes[0], figure.axes[1]
   shown = matrix.images[0].get_array()
   np.testing.assert_allclose(shown.sum(axis=1), 1)  # each row shows shares of a true class
@@ -300,7 +303,7 @@ def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
 def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
   names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
   figures = [
-    draw.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
+    charts.draw_confusion(np.eye(4, dtype=int), np.ones(4), names),
     draw.draw_mistakes(np.zeros((4, 8, 8, 3), np.uint8), names, names, [0.5] * 4),
   ]
   with warnings.catch_warnings():
@@ -312,9 +315,60 @@ def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
 
 
 def test_class_without_examples_is_drawn_and_labelled(tmp_path):
-  figure = draw.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
+  figure = charts.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
   canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
+
+
+@pytest.mark.parametrize('fitted', [False, True])
+def test_reliability_bars_are_the_accuracies_of_the_bins(fitted, tmp_path):
+  random = np.random.RandomState(0)
+  confidence, right = random.uniform(0.5, 1, 300), random.uniform(size=300) < 0.8
+  bins = figures.reliability(confidence, right)
+  figure = figures.draw_reliability(bins, bins if fitted else None)
+  left, counts = figure.axes
+  heights = [bar.get_height() for bar in left.patches]
+  np.testing.assert_allclose(heights, np.nan_to_num(bins['accuracy']))
+  assert sum(bar.get_height() for bar in counts.patches[:15]) == pytest.approx(1)
+  assert ('without temperature' in left.get_legend_handles_labels()[1]) == fitted
+  canvas.save_figure(figure, tmp_path / 'c.png')
+
+
+def test_the_coverage_curve_ends_at_the_accuracy_of_all_examples():
+  random = np.random.RandomState(0)
+  confidence, right = random.uniform(0.5, 1, 300), random.uniform(size=300) < 0.8
+  figure = figures.draw_coverage(figures.coverage_curve(confidence, right))
+  accuracy, threshold = (axis.lines[0].get_xydata() for axis in figure.axes)
+  assert accuracy[-1].tolist() == pytest.approx([1, right.mean()])
+  assert threshold[-1].tolist() == pytest.approx([1, confidence.min()])
+  assert figure.axes[0].get_ylim()[0] <= accuracy[:, 1].min()
+
+
+def test_the_report_shows_the_scores_of_each_class_and_how_far_to_trust_them(workdir):
+  save_calibration(workdir, 32, Calibration(2.5, examples=99))
+  gallery.visualize(Request(workdir))
+  result = vit_jax.evaluate(workdir)
+  text = Page(workdir / 'report.html').text
+  low, high = result['accuracy_interval']
+  for shown in (
+    f'{result["accuracy"]:.2%}, 95% interval {low:.2%} to {high:.2%}',
+    f'{result["ece"]:.2%}', '2.5, fitted on 99 validation images',
+    f'without the temperature 2.5, it would be {result["ece_uncalibrated"]:.2%}',
+  ):  # fmt: skip
+    assert shown in text
+  rows = facts.class_rows(subject_lib.collect(Request(workdir), None))
+  order = sorted(result['per_class'], key=lambda name: result['per_class'][name]['f1'] or 0)
+  assert {row[0] for row in rows} == set(order)
+  assert [row[3] for row in rows] == [f'{result["per_class"][row[0]]["f1"]:.2%}' for row in rows]
+  assert rows[0][3] == f'{result["per_class"][order[0]]["f1"]:.2%}'
+
+
+def test_the_report_folds_the_table_of_many_classes():
+  rows = [(f'class {i}', *['1%'] * 4) for i in range(30)]
+  shown, folded = report.class_table(rows).split('<details>')
+  assert 'class 19' in shown and 'class 20' not in shown
+  assert '10 more' in folded and 'class 20' in folded
+  assert 'details' not in report.class_table(rows[:20])
 
 
 def test_curves_show_the_recorded_metrics():

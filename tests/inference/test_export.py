@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,15 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 import pytest
+from scipy import special
 import yaml
 
 from tests.conftest import DATA, ROOT, call, error, init_params, run_model, small_config
 import vit_jax
-from vit_jax import experiment
+from vit_jax import evaluation, experiment, opening
 from vit_jax.data import image as image_lib
 from vit_jax.inference import card, exporting, prediction
 from vit_jax.weights import program, reader
 from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
+from vit_jax.workdir import Calibration, save_calibration
 
 ONNX = 'needs requirements-onnx.txt'
 PROGRAMS = ('stablehlo', 'onnx')
@@ -362,6 +365,77 @@ def test_wrong_export_flags_are_refused_and_write_nothing(capsys, trained, tmp_p
   assert 'already holds model.stablehlo' in error(capsys, *flags, '--format=timm')
   monkeypatch.setattr(program, 'LIMIT', 2**24)
   assert 'smaller than 2 GiB' in error(capsys, *flags, '--format=stablehlo')
+
+
+@pytest.fixture(scope='module')
+def calibrated(trained, tmp_path_factory):
+  """A copy of a run whose last checkpoint has the temperature 2.5, and predictions of its images.
+
+  The predictions are `{class: probability}` for each of the run's example images.
+  """
+  workdir = shutil.copytree(trained[0], tmp_path_factory.mktemp('calibrated') / 'run')
+  save_calibration(workdir, 32, Calibration(2.5, examples=99))
+  found = prediction.predict(workdir, [workdir / 'examples'], topk=10)
+  rows = [{p['class']: p['probability'] for p in row['predictions']} for row in found]
+  return workdir, rows
+
+
+def opened(workdir):
+  """Returns the example images of a run, uint8 `[N, H, W, C]`."""
+  exp = opening.from_workdir(workdir)[0]
+  files = sorted((workdir / 'examples').iterdir())
+  return exp, np.stack([evaluation.read_image(file, exp) for file in files])
+
+
+def test_predict_divides_the_logits_by_the_temperature(calibrated):
+  workdir, rows = calibrated
+  exp, image_BHWC = opened(workdir)
+  _, params, _ = opening.from_workdir(workdir)
+  logits_BL = np.asarray(run_model(exp.model, params, exp.normalize(image_BHWC)), np.float64)
+  want_BL = special.softmax(logits_BL / 2.5, axis=1)
+  assert np.abs(want_BL - special.softmax(logits_BL, axis=1)).max() > 0.01
+  for row, want_L in zip(rows, want_BL):
+    np.testing.assert_allclose([row[n] for n in exp.task.class_names], want_L, rtol=1e-4)
+  again = prediction.predict(None, [workdir / 'examples'], topk=10, init=str(workdir))
+  for row, found in zip(rows, again):
+    assert {p['class']: p['probability'] for p in found['predictions']} == pytest.approx(row)
+
+
+def test_serve_shows_the_probabilities_of_predict(calibrated):
+  page = pytest.importorskip('vit_jax.inference.page', reason='needs requirements-demo.txt')
+  workdir, rows = calibrated
+  exp, params, _ = opening.from_workdir(workdir)
+  viewer = page.Viewer(exp, params)
+  for row, file in zip(rows, sorted((workdir / 'examples').iterdir())):
+    assert viewer.guesses(viewer.open(file.read_bytes())) == pytest.approx(row, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', PROGRAMS)
+def test_the_softmax_of_a_program_gives_the_probabilities_of_predict(calibrated, format, tmp_path):
+  needs(format)
+  workdir, rows = calibrated
+  exp, image_BHWC = opened(workdir)
+  exporting.export(workdir, format, tmp_path)
+  found_BL = special.softmax(outputs(format, tmp_path, image_BHWC), axis=1)
+  for row, found_L in zip(rows, found_BL):
+    np.testing.assert_allclose(found_L, [row[n] for n in exp.task.class_names], rtol=1e-3)
+  about = json.loads((tmp_path / 'model.json').read_text())
+  assert about['output']['temperature'] == 2.5
+  assert (
+    '| temperature | 2.5, fitted on 99 validation images; already applied'
+    in (tmp_path / 'README.md').read_text()
+  )
+
+
+def test_weight_formats_keep_the_weights_and_state_the_temperature(calibrated, tmp_path):
+  workdir, _ = calibrated
+  exporting.export(workdir, 'npz', tmp_path)
+  jax.tree.map(
+    np.testing.assert_array_equal, vit_jax.load(tmp_path).params, vit_jax.load(workdir).params
+  )
+  text = (tmp_path / 'README.md').read_text()
+  assert '| temperature | 2.5, fitted on 99 validation images; divide the logits by it' in text
 
 
 @pytest.mark.slow

@@ -188,6 +188,12 @@ def test_a_picture_is_lit_where_attention_is():
   assert page_lib.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
 
 
+def test_port_0_is_any_free_port():
+  port = server.find_port('127.0.0.1', 0)
+  assert port > 0
+  assert server.find_port('127.0.0.1', port) == port
+
+
 def test_a_port_that_is_in_use_is_refused(trained, capsys):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))

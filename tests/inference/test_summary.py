@@ -95,7 +95,7 @@ def test_the_state_is_the_bytes_that_one_device_holds_in_training(axis):
   )
   trees = {
     'params': now.params, 'gradients': add(now.params)[0], 'optimizer': now.opt_state,
-    'averages': now.ema,
+    'averages': now.ema, 'teacher': None,
   }  # fmt: skip
   held = {
     name: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))

@@ -248,6 +248,30 @@ def test_every_parameter_of_a_model_has_a_layer():
     assert float(scaled['head']['bias'][0]) == 1
 
 
+def test_an_adapter_has_the_layers_of_its_kernels():
+  ones = {f'block_{i}': {'mlp': {'up': {'a': jnp.ones(2), 'b': jnp.ones(3)}}} for i in range(3)}
+  ones = {'head': {'kernel': jnp.ones(1)}, 'lora': ones | {'map': {'a': jnp.ones(1)}}}
+  scaled, _ = optimizers.scale_by_layer(0.5).update(ones, optax.EmptyState(), None)
+  found = [float(scaled['lora'][f'block_{i}']['mlp']['up']['b'][0]) for i in range(3)]
+  assert found == [0.5**3, 0.5**2, 0.5]
+  assert float(scaled['head']['kernel'][0]) == float(scaled['lora']['map']['a'][0]) == 1
+
+
+@pytest.mark.parametrize('name', ['adamw', 'muon', 'sgd'])
+def test_weight_decay_pulls_the_factors_of_lora_to_zero(name):
+  params = {
+    'head': {'bias': 2 * np.ones(3)},
+    'lora': {'block_0': {'up': {'a': 2 * np.ones((4, 2))}}},
+  }
+  optimizer = optimizers.make_optimizer(
+    name, lambda _: 0.1, clip=0.0, weight_decay=0.3, b1=0.9, b2=0.99, momentum=0.9
+  )
+  zeros = jax.tree.map(np.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['lora']['block_0']['up']['a'], -0.1 * 0.3 * 2, rtol=1e-6)
+  np.testing.assert_array_equal(updates['head']['bias'], 0)
+
+
 def test_freeze_backbone_trains_only_the_head():
   params = {'embedding': 1, 'block_0': 2, 'head': 3}
   assert optimizers.split_frozen(params, '') == (params, {})
@@ -257,6 +281,8 @@ def test_freeze_backbone_trains_only_the_head():
   )
   with pytest.raises(ValueError, match='freeze: unknown'):
     optimizers.split_frozen(params, 'head')
+  lora = params | {'lora': 4}
+  assert optimizers.split_frozen(lora, '', 'lora')[0] == {'head': 3, 'lora': 4}
 
 
 def test_muon_passes_both_decays_to_the_adam_of_biases():

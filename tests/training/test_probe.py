@@ -190,11 +190,11 @@ def test_cached_features_give_the_same_result(trained, tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
   """Records the number of examples of each computation of features."""
-  computed, real = [], features.compute
+  computed, real = [], features.compute_features
   count = lambda step, params, examples, *rest: (
     computed.append(len(examples)) or real(step, params, examples, *rest)
   )
-  monkeypatch.setattr(features, 'compute', count)
+  monkeypatch.setattr(features, 'compute_features', count)
   return computed
 
 
@@ -425,3 +425,8 @@ def test_benchmark_compares_frozen_and_cached_epochs():
   assert result['epoch_seconds'] == medians and set(medians) == {'frozen', 'cached'}
   assert result['times_as_fast'] == medians['frozen'] / medians['cached']
   assert benchmark.settings().freeze == 'backbone' and not benchmark.settings().sweep
+
+
+def test_close_learning_rates_have_folders_of_their_own():
+  rates = (0.1, 0.10000000001, 1.0, 1e-5)
+  assert [probe.short(rate) for rate in rates] == ['0.1', '0.10000000001', '1', '1e-05']

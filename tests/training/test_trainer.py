@@ -202,20 +202,6 @@ def test_evaluation_equals_the_mean_in_float64(trained):
   assert writer.read_metrics(workdir)[-1]['top5_accuracy'] == top5
 
 
-@pytest.mark.parametrize(('classes', 'top5'), [(7, 5 / 7), (6, 5 / 6), (5, None)])
-def test_top_5_counts_five_classes(classes, top5):
-  """The label of row i is the class with rank i in this row."""
-  rank_BL = np.stack([np.roll(np.arange(classes), i) for i in range(classes)])
-  label_B = np.argmax(rank_BL == np.arange(classes)[:, None], axis=1)
-  loss_B, mask_B = np.arange(classes + 2.0), np.ones(classes + 2)
-  mask_B[-2:] = 0  # padding, whose labels would be correct
-  rows = np.r_[np.arange(classes), 0, 0]
-  metrics = scoring.score(-1.0 * rank_BL[rows], label_B[rows], loss_B, mask_B)
-  want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
-  want |= {} if top5 is None else {'top5_accuracy': top5}
-  assert scoring.summarize([jax.device_get(metrics)]) == pytest.approx(want)
-
-
 def prepare(parts, devices, cycles=(), **overrides):
   """Returns the step, a first state and batches, in `parts` micro-batches on `devices` devices.
 
@@ -695,8 +681,8 @@ def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
   def breaks(*arguments):
     step = real(*arguments)
 
-    def broken(state, batch):
-      state, metrics = step(state, batch)
+    def broken(state, batch, teacher):
+      state, metrics = step(state, batch, teacher)
       bad = jnp.where(state.step == last, jnp.nan, 1.0)
       score = metrics['score']
       score = score.replace(loss=score.loss.replace(total=score.loss.total * bad))

@@ -49,7 +49,8 @@ def scaled(error):
   """Returns a kernel whose output is `1 + error(query)` times the correct one."""
 
   def kernel(query, key, value, keep, rate):
-    return (plain(query, key, value, keep, rate) * (1 + error(query))).astype(query.dtype)
+    accurate = plain(*(x.astype(jnp.float32) for x in (query, key, value)), keep, rate)
+    return (accurate * (1 + error(query))).astype(query.dtype)
 
   return kernel
 
@@ -77,7 +78,7 @@ def test_an_incorrect_kernel_is_not_used(cudnn, error, caplog):
 def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):
   @jax.custom_vjp
   def kernel(query, key, value):
-    return plain(query, key, value, None, 0.0)
+    return exact(query, key, value, None, 0.0)
 
   def backward(saved, dy):
     dquery, dkey, dvalue = jax.vjp(lambda *qkv: plain(*qkv, None, 0.0), *saved)[1](dy)
@@ -87,6 +88,15 @@ def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):
   cudnn(lambda query, key, value, keep, rate: kernel(query, key, value))
   assert choose().model.attention == 'plain'
   assert 'gradient of the key, usual logits, shape' in caplog.text
+
+
+def test_a_correct_kernel_is_used_although_plain_is_not_accurate(cudnn):
+  """The head size of H/14: its square root is not a power of two, and bfloat16 rounds queries."""
+  shape = (2, 17, 2, 80)
+  cudnn(plain)
+  assert 'large logits' in trial.first_difference(shape, jnp.bfloat16)
+  cudnn(exact)
+  assert trial.first_difference(shape, jnp.bfloat16) == ''
 
 
 def test_the_rows_with_very_negative_logits_are_below_minus_88():

@@ -1,19 +1,42 @@
 """Defines `--mode=fewshot`."""
 
-from vit_jax.cli.flags import WEIGHTS, Mode, request_of
+import dataclasses
+
+from vit_jax.cli.flags import OUT, WEIGHTS, Flag, Mode, request_of
 
 
 def run_fewshot(args) -> None:
   from vit_jax.evaluation import fewshot
 
-  for shots, score in fewshot(request_of(args))['shots'].items():
+  if args.out:
+    return leave_workdir(args)
+  for shots, score in fewshot(request_of(args), args.classifier)['shots'].items():
     seeds = len(score['accuracy'])
     print(f'{shots:>2} shots: {score["mean"]:.2%} ± {score["std"]:.2%} over {seeds} seeds')
 
 
+def leave_workdir(args) -> None:
+  """Runs the mode with `--out`."""
+  from vit_jax.training import classifier_config, train
+
+  result = train(classifier_config(request_of(args), args.classifier), args.out)
+  print(
+    f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples; the classifier '
+    f'({args.classifier}) of all training images is in {args.out}/. All modes can use this workdir.'
+  )
+
+
 MODE = Mode(
-  'measures the few-shot accuracy of the features',
+  'measures the few-shot accuracy of the features, or makes a classifier without training',
   '--init=ViT-B_16.npz --config.data.source=folder:photos',
-  WEIGHTS,
+  (
+    *WEIGHTS,
+    Flag(
+      'classifier', 'ridge: least squares in closed form; knn: 20 nearest images', default='ridge'
+    ),
+    dataclasses.replace(
+      OUT, help='new workdir for a classifier of all training images; default: only measure'
+    ),
+  ),
   run_fewshot,
 )

@@ -1,6 +1,6 @@
 """Lists all modes."""
 
-from vit_jax.cli import eval, export, fewshot, inspect, predict, serve, train, visualize
+from vit_jax.cli import eval, export, fewshot, inspect, predict, profile, serve, train, visualize
 from vit_jax.cli.flags import Mode
 
 MODES: dict[str, Mode] = {
@@ -12,4 +12,5 @@ MODES: dict[str, Mode] = {
   'export': export.MODE,
   'serve': serve.MODE,
   'inspect': inspect.MODE,
+  'profile': profile.MODE,
 }

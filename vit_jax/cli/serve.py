@@ -15,7 +15,7 @@ MODE = Mode(
   (
     *WEIGHTS,
     Flag('host', 'address to listen on; 0.0.0.0: accept other machines', default='127.0.0.1'),
-    Flag('port', 'port to listen on', int, 7860),
+    Flag('port', 'port to listen on; 0: any free port', int, 7860),
   ),
   run_serve,
 )

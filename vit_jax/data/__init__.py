@@ -1,6 +1,6 @@
 """Datasets, splits and batches."""
 
-from vit_jax.data.batching import Split, eval_batches, train_batches
+from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
 from vit_jax.data.folder import Files, count_labels, some
 from vit_jax.data.image import (
   EXTENSIONS,
@@ -27,6 +27,7 @@ __all__ = [
   'Examples',
   'Files',
   'Fit',
+  'Plan',
   'Reading',
   'Source',
   'Split',

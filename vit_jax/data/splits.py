@@ -1,12 +1,19 @@
-"""Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source."""
+"""Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
+
+TFDS itself is needed only to read its data. Its unit `shard` is not supported.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+import re
 
 import numpy as np
 
 from vit_jax.names import choose
 
 Piece = tuple[str, int, int]  # name of a split, index of its first example, index after its last
+
+# A percent sign after one of two numbers holds for both, as in TFDS.
+NOTATION = re.compile(r'[\w-]+(\[((?P<first>-?[\d_.]+)%?)?:((?P<last>-?[\d_.]+)%?)?\])?')
 
 WHOLE = 10**9  # percentages of positions are rounded to this many equal parts
 
@@ -56,16 +63,35 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
   Raises:
     ValueError: invalid notation, or a boundary beyond the size.
   """
-  from tensorflow_datasets import core  # imported here because prediction does not need TFDS
-
-  info = core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
-  try:
-    (found,) = core.ReadInstruction.from_spec(part.strip()).to_absolute({name: info})
-  except (ValueError, AssertionError) as error:
+  found = NOTATION.fullmatch(part.strip())
+  numbers = (found['first'], found['last']) if found else ()
+  if not found or ('[' in part and numbers == (None, None)):
     raise ValueError(
-      f'Split {part!r} of {size:,} examples: {str(error).splitlines()[0]}'
-    ) from error
-  return found.from_ or 0, size if found.to is None else found.to
+      f'Split {part!r}: expected the name of a split, or a part of it, such as {name}[:98%] or '
+      f'{name}[-500:].'
+    )
+  try:
+    places = [
+      default if text is None else place(text, '%' in part, size)
+      for text, default in zip(numbers, (0, size))
+    ]
+  except ValueError as error:
+    raise ValueError(f'Split {part!r}: {error}.') from error
+  if max(map(abs, places)) > size:
+    raise ValueError(f'Split {part!r}: the split {name} has only {size:,} examples.')
+  start, stop = (size + n if n < 0 else n for n in places)
+  return start, stop
+
+
+def place(text: str, percent: bool, size: int) -> int:
+  """Returns the index, or the percentage of the size rounded to an index; may be negative.
+
+  Raises:
+    ValueError: not a number, or a percentage beyond 100.
+  """
+  if percent and abs(float(text)) > 100:
+    raise ValueError(f'{text}% is more than the split has')
+  return round(float(text) * size / 100) if percent else int(text)
 
 
 def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:

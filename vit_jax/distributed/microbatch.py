@@ -86,19 +86,25 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Works like `add_up`, but joins the rows of a function that returns one row per example."""
+  """Works like `add_up`, but joins the rows of the results of `function`.
+
+  `function` returns an array, or a tree of arrays, with one row per example. The rows of the result
+  are in the order of the batch.
+  """
 
   def rows_of(part, *shared):
     with compiled_for(target(mesh)):
       return function(part, *shared)
 
-  def on_device(batch, *shared):
+  def joined(batch, *shared):
     if parts == 1:
       return rows_of(batch, *shared)
-    rows = jax.lax.map(lambda part: rows_of(part, *shared), split(batch, parts))
-    return rows.reshape(-1, *rows.shape[2:])
+    rows = jax.lax.map(lambda part: rows_of(part, *shared), micro(batch, mesh, parts))
+    return jax.tree.map(lambda x: whole(x, mesh), rows)
 
-  return on_devices(on_device, mesh, PartitionSpec(devices.BATCH))
+  if devices.splits(mesh):
+    return over_blocks(joined, mesh)
+  return on_devices(joined, mesh, PartitionSpec(devices.BATCH))
 
 
 def split(batch, parts: int):
@@ -121,6 +127,15 @@ def micro(batch, mesh: Mesh, parts: int):
     return jax.lax.with_sharding_constraint(x.reshape(parts, -1, *x.shape[3:]), sharding)
 
   return jax.tree.map(pieces, batch)
+
+
+def whole(x: jax.Array, mesh: Mesh) -> jax.Array:
+  """Undoes `micro`: joins the parts `[parts, B / parts, ...]` to `[B, ...]`."""
+  if devices.splits(mesh):
+    parts, shares = len(x), devices.shares(mesh)
+    x = x.reshape(parts, shares, -1, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(-1, *x.shape[3:])
+  return x.reshape(-1, *x.shape[2:])
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:

@@ -23,6 +23,13 @@ TENSOR_AXIS = {
   ('up', 'kernel'): 1,
   ('up', 'bias'): 0,
   ('down', 'kernel'): 0,
+  # The factors of LoRA are split in the same way: of a kernel `W + A B`, the side with the axis.
+  ('query', 'b'): 1,
+  ('key', 'b'): 1,
+  ('value', 'b'): 1,
+  ('out', 'a'): 0,
+  ('up', 'b'): 1,
+  ('down', 'a'): 0,
 }
 SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays, because gathering them is slow
 
@@ -78,6 +85,11 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 def place(tree, like):
   """Makes global arrays, sharded as in `like`, from arrays that every process holds whole."""
   return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
+
+
+def place_params(mesh: Mesh, tree):
+  """Makes global arrays in their `layout` from arrays that every process holds whole."""
+  return jax.tree.map(spread, tree, layout(mesh, tree))
 
 
 def replicate(mesh: Mesh, tree):

@@ -1,16 +1,29 @@
 """Evaluates models, computes features, and measures few-shot accuracy."""
 
+from vit_jax.evaluation.answers import (
+  Scores,
+  calibrate_run,
+  make_eval_step,
+  score_examples,
+  trust,
+)
 from vit_jax.evaluation.data import load_split, open_data, open_test
-from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, make_eval_step, score_split
-from vit_jax.evaluation.features import cached_features, make_feature_step
+from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, score_split
+from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
+from vit_jax.evaluation.measures import coverage_curve, reliability
 from vit_jax.evaluation.scoring import summarize, training_score
+from vit_jax.evaluation.teaching import with_teacher
 
 __all__ = [
   'PathLike',
+  'Scores',
   'cached_features',
+  'calibrate_run',
+  'compute_features',
+  'coverage_curve',
   'evaluate',
   'evaluate_checkpoint',
   'fewshot',
@@ -24,7 +37,11 @@ __all__ = [
   'open_test',
   'probabilities',
   'read_image',
+  'reliability',
+  'score_examples',
   'score_split',
   'summarize',
   'training_score',
+  'trust',
+  'with_teacher',
 ]

@@ -1,9 +1,10 @@
 """Opens test data for a trained model, and prepares the images as in training."""
 
-from collections.abc import Sequence
 import dataclasses
 import logging
+import pathlib
 
+from vit_jax import config as config_lib
 from vit_jax.data import (
   Source,
   Split,
@@ -14,15 +15,10 @@ from vit_jax.data import (
   report_split,
 )
 from vit_jax.experiment import Experiment
-from vit_jax.names import pair
-from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
+from vit_jax.names import abridged, difference, pair
+from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained, restore_item
 
 log = logging.getLogger(__name__)
-
-
-def abridged(names: Sequence[str]) -> str:
-  """Returns the first five names as text."""
-  return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
 
 
 def open_data(experiment: Experiment) -> Source:
@@ -35,12 +31,10 @@ def open_data(experiment: Experiment) -> Source:
   source = open_source(data.source, data.dir, pair(data.image_size))
   if source.class_names != task.class_names:
     own, given = abridged(source.class_names), abridged(task.class_names)
-    only = sorted({*source.class_names} ^ {*task.class_names})
-    differ = f'Only one of the two has: {abridged(only)}' if only else 'The order differs'
     raise ValueError(
       f'{data.source} has {len(source.class_names)} classes ({own}), but the model was trained on '
-      f'{len(task.class_names)} classes ({given}). {differ}. Use the same '
-      'classes in the same order.'
+      f'{len(task.class_names)} classes ({given}). '
+      f'{difference(source.class_names, task.class_names)}. Use the same classes in the same order.'
     )
   if source.channels != task.channels:
     raise ValueError(
@@ -103,3 +97,23 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
   """Loads one split with `load_splits`; the source is opened if it is None."""
   return load_splits(experiment, (source or open_data(experiment), name))[0]
+
+
+def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) -> Split | None:
+  """Loads the validation split of a run, without the files that the weights were trained on.
+
+  Returns None if the run has no such split, if the experiment has other data than the run, if the
+  training files are not known, or if the last run of a sweep was also trained on this split.
+
+  Args:
+    experiment: the experiment of the weights.
+    workdir: folder of the run.
+    step: step of the checkpoint with the weights.
+  """
+  data, names = experiment.config.data, experiment.names
+  saved = config_lib.from_dict(restore_item(workdir, step, 'config')['config'])
+  same = (saved.data.source, saved.data.val_split) == (data.source, data.val_split)
+  if not (same and data.val_split) or saved.sweep or names is None:
+    return None
+  source, _ = leave_out_trained(open_data(experiment), data.val_split, names)
+  return load_split(experiment, data.val_split, source)

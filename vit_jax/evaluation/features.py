@@ -58,7 +58,7 @@ def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.A
 
 
 @limits.memory_for('Feature extraction')
-def compute(
+def compute_features(
   feature_step: FeatureStep,
   params: dict,
   examples: Split,
@@ -103,7 +103,7 @@ def cached_features(
     log.info('Read the features of %d examples from %s', len(arrays['label_N']), path)
     return Examples(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
-  found = compute(feature_step, params, examples, exp.config.eval_batch_size, mesh)
+  found = compute_features(feature_step, params, examples, exp.config.eval_batch_size, mesh)
   if is_first():
     write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
   return found
@@ -140,7 +140,7 @@ def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
 def key(exp: Experiment, params: dict, examples: Split) -> str:
   """Returns a hash of everything that the features depend on."""
   # Not hashed: the head, an attribute that only serves to refuse images, and attributes of flax.
-  skip = ('num_classes', 'learned_grid', 'parent', 'name')
+  skip = ('num_classes', 'examples', 'learned_grid', 'parent', 'name')
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}
   about = (traced(exp, params), model, sorted(exp.normalize.keywords.items()))

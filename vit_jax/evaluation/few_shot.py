@@ -1,16 +1,9 @@
 """Measures few-shot accuracy: how well features separate classes, with few images per class.
 
-The method is from Section 4.1 of the paper: a regularised least-squares regression from frozen
-features to {-1, 1}^L targets, solved in closed form. The details follow big_vision's
-`evaluators/fewshot_lsr.py`:
-  * Each feature is centred and divided by its standard deviation (plus 1e-5) over the drawn images.
-  * The bias is the weight of a constant feature of 100.
-  * The L2 penalty has the strength 2^10 and also applies to the bias.
-  * A draw with fewer shots is a subset of the draw with more shots.
+The classifier is one of `CLASSIFIERS`: the paper's closed-form regression (Section 4.1), or k-NN.
 
 Decisions:
-  * The regression is solved on the host in float64. If there are fewer examples than features, the
-    dual form is solved, because it is smaller.
+  * A draw with fewer shots is a subset of the draw with more shots.
   * Only the drawn images and the whole test split go through the backbone.
 """
 
@@ -19,19 +12,19 @@ import logging
 import numpy as np
 
 from vit_jax import opening, storage
-from vit_jax.data import Split, overlap
+from vit_jax.data import Examples, Split, overlap
 from vit_jax.distributed import inference_mesh, replicate
 from vit_jax.evaluation import data, features
 from vit_jax.experiment import Experiment
+from vit_jax.names import choose
 from vit_jax.opening import Request
+from vit_jax.optim import CLASSIFIERS, L2
 from vit_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)  # images per class
 SEEDS = (0, 1, 2)  # seeds of the draws
-L2 = 2.0**10
-BIAS = 100.0  # large, so that the penalty hardly affects the bias
 
 
 def draw_shots(
@@ -91,42 +84,27 @@ def draw_readable(
   return drawn, needed
 
 
-def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
-  """Returns the matrix w, `[D, L]`, that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
-  x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
-  examples, width = x_ND.shape
-  if examples < width:
-    return x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + l2 * np.eye(examples), y_NL)
-  return np.linalg.solve(x_ND.T @ x_ND + l2 * np.eye(width), x_ND.T @ y_NL)
+def classifier_accuracy(classifier: str, known: Examples, tested: Examples, classes: int) -> float:
+  """Returns the test accuracy, 0 to 1, of a classifier that is fitted to the features `known`."""
+  entry = CLASSIFIERS[classifier]
+  head = entry.fit(known.image_NHWC, known.label_N, classes)
+  score_ML = entry.scores(tested.image_NHWC, head, classes)
+  return float((score_ML.argmax(axis=1) == tested.label_N).mean())
 
 
-def regression_accuracy(
-  train_ND: np.ndarray, label_N: np.ndarray, test_MD: np.ndarray, test_label_M: np.ndarray
-) -> float:
-  """Returns the test accuracy, 0 to 1, of a regression that is fitted to the training examples."""
-  train_ND, test_MD = train_ND.astype(np.float64), test_MD.astype(np.float64)
-  mean_D, std_D = train_ND.mean(axis=0), train_ND.std(axis=0) + 1e-5
-
-  def prepare(x_ND):
-    return np.pad((x_ND - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=((0, 0), (0, BIAS)))
-
-  target_NL = 2.0 * np.eye(label_N.max() + 1)[label_N] - 1
-  w_DL = solve(prepare(train_ND), target_NL, L2)
-  return float(((prepare(test_MD) @ w_DL).argmax(axis=1) == test_label_M).mean())
-
-
-def score_backbone(exp: Experiment, params: dict) -> dict:
+def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> dict:
   """Measures the few-shot accuracies of a backbone on the experiment's data.
 
   Args:
     exp: the experiment. Shots are drawn from `data.train_split`. Accuracy is measured on all of
       `data.eval_split`, except for images that the backbone was trained on.
     params: parameters of the experiment's model; the head is not used.
+    classifier: one of `CLASSIFIERS`.
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
-    'l2': ...}`. `std` is the population standard deviation. `left_out` is as in
-    `evaluate_checkpoint`.
+    'classifier': ...}`. `std` is the population standard deviation. `l2` is the penalty of `ridge`.
+    If images were left out, the result also has the key `left_out`, as in `evaluate_checkpoint`.
 
   Raises:
     ValueError: a class has no image, or the splits share examples.
@@ -145,7 +123,9 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
   mesh = inference_mesh(config.eval_batch_size)
   step = features.make_feature_step(exp, mesh)
   params = replicate(mesh, params)
-  compute = lambda examples: features.compute(step, params, examples, config.eval_batch_size, mesh)
+  compute = lambda examples: features.compute_features(
+    step, params, examples, config.eval_batch_size, mesh
+  )
   known, tested = compute(train.some(needed)), compute(test)
   scores = {}
   for shots in (n for n in SHOTS if n <= drawn[0].shape[1]):
@@ -153,22 +133,22 @@ def score_backbone(exp: Experiment, params: dict) -> dict:
     for index_LS in drawn:
       index = index_LS[:, :shots].ravel()
       chosen = known.some(np.searchsorted(needed, index))
-      values.append(
-        regression_accuracy(chosen.image_NHWC, chosen.label_N, tested.image_NHWC, tested.label_N)
-      )
+      values.append(classifier_accuracy(classifier, chosen, tested, len(exp.task.class_names)))
     scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
-  result = {'shots': scores, 'examples': len(tested), 'l2': L2}
+  result = {'shots': scores, 'examples': len(tested), 'classifier': classifier}
+  result |= {'l2': L2} if classifier == 'ridge' else {}
   return result | ({'left_out': left_out} if left_out else {})
 
 
-def fewshot(request: Request) -> dict:
+def fewshot(request: Request, classifier: str = 'ridge') -> dict:
   """Measures few-shot accuracies and writes them to `fewshot.json` in the workdir.
 
   If the workdir cannot be written, a warning says so. Published weights have no workdir: they are
   tested on the data that the overrides name, and nothing is written.
   """
+  choose('--classifier', classifier, CLASSIFIERS)
   exp, params, loaded = opening.open_model(request, 'data')
-  result = score_backbone(exp, params)
+  result = score_backbone(exp, params, classifier)
   if request.workdir:
     result = {'step': loaded} | result
     try:

@@ -55,9 +55,7 @@ def map_files(
 
 def probabilities(exp: Experiment) -> Function:
   """Returns the function `(image_BHWC, params) -> probability_BL` for uint8 images."""
-  return lambda image_BHWC, params: jax.nn.softmax(
-    exp.model.apply({'params': params}, exp.normalize(image_BHWC))
-  )
+  return lambda image_BHWC, params: exp.probabilities(params, image_BHWC)
 
 
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:

@@ -10,9 +10,35 @@ import re
 import numpy as np
 
 from vit_jax.data import Source
+from vit_jax.experiment import Experiment
+from vit_jax.names import local
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # number of an image file, counted from 1
 CLASS = re.compile(r'n\d{8}')  # the labels number the classes in the order of these names
+
+
+def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:
+  """Returns `{'real': ReaL labels of a split, bool [N, L]}`; empty without `data.real_labels`.
+
+  Args:
+    exp: the experiment.
+    split: the split in TFDS notation.
+    source: the images.
+    count: number of examples of the loaded split.
+
+  Raises:
+    ValueError: the labels cannot be read, belong to other data, or bad images were skipped.
+  """
+  path = exp.config.data.real_labels
+  if not path:
+    return {}
+  real_NL = load_real_labels(local(path), source, split)
+  if len(real_NL) != count:
+    raise ValueError(
+      f'data.real_labels: {len(real_NL) - count} of the {len(real_NL)} images are bad and '
+      'were skipped, so labels and images cannot be matched. Set data.cache=stream.'
+    )
+  return {'real': real_NL}
 
 
 def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:

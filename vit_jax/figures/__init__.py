@@ -1,12 +1,13 @@
 """Figures of what a model attends to and has learned, and the report that shows them.
 
-`maps.py` computes arrays, `draw.py` draws them, and `gallery.py` writes the report.
+`maps.py` computes arrays, `draw.py` and `charts.py` draw them, and `gallery.py` writes the report.
 """
 
+from vit_jax.evaluation import coverage_curve, reliability
 from vit_jax.figures.canvas import resize_map, save_figure
+from vit_jax.figures.charts import draw_confusion, draw_coverage, draw_reliability
 from vit_jax.figures.draw import (
   draw_attention_distance,
-  draw_confusion,
   draw_curves,
   draw_filters,
   draw_head_attention,
@@ -35,10 +36,10 @@ from vit_jax.figures.maps import (
 )
 
 __all__ = [
-  'Missing', 'attention_summary', 'attentions', 'class_accuracy', 'confusion',
-  'draw_attention_distance', 'draw_confusion', 'draw_curves', 'draw_filters',
+  'Missing', 'attention_summary', 'attentions', 'class_accuracy', 'confusion', 'coverage_curve',
+  'draw_attention_distance', 'draw_confusion', 'draw_coverage', 'draw_curves', 'draw_filters',
   'draw_head_attention', 'draw_mistakes', 'draw_patches', 'draw_position_similarity',
-  'draw_rollout', 'filters', 'grid_of', 'head_attention', 'mean_attention_distance', 'mistakes',
-  'patch_distances', 'patches', 'position_embeddings', 'position_similarity', 'resize_map',
-  'rollout', 'save_figure', 'visualize',
+  'draw_reliability', 'draw_rollout', 'filters', 'grid_of', 'head_attention',
+  'mean_attention_distance', 'mistakes', 'patch_distances', 'patches', 'position_embeddings',
+  'position_similarity', 'reliability', 'resize_map', 'rollout', 'save_figure', 'visualize',
 ]  # fmt: skip

@@ -13,7 +13,6 @@ Decisions:
 
 from collections.abc import Sequence
 
-import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
@@ -21,9 +20,6 @@ import numpy as np
 from vit_jax.figures import canvas
 
 SPLITS = {'train': canvas.BLUE, 'val': canvas.GREEN, 'test': canvas.ORANGE}
-
-NUMBERED, LABELLED = 20, 40  # maximum number of classes with numbers in cells, with names on axes
-LOWEST = 20  # number of classes named when there are too many to name all of them
 
 PATCHES = 14  # maximum number of patches shown in the sequence
 
@@ -49,73 +45,6 @@ def draw_curves(lines: list[dict]) -> Figure:
   axes[0].legend()
   axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   return figure
-
-
-@canvas.styled
-def draw_confusion(
-  count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
-) -> Figure:
-  """Draws the confusion matrix (rows are true classes) and the accuracy of each class."""
-  classes = len(class_names)
-  total_L1 = count_LL.sum(axis=1, keepdims=True)
-  share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
-  figure = Figure((canvas.WIDTH, min(max(0.42 * classes, 1.5), 4.2) + 1.2), layout='constrained')
-  matrix, bars = figure.subplots(1, 2, width_ratios=(2.4, 1))
-  norm = matplotlib.colors.PowerNorm(1 if classes <= NUMBERED else 0.5, 0, 1)
-  shades = matrix.imshow(share_LL, cmap='Blues', norm=norm, aspect='auto')
-  number = '' if classes <= LABELLED else ' (number)'
-  matrix.set(xlabel=f'predicted class{number}', ylabel=f'true class{number}')
-  matrix.tick_params(length=0)
-  if classes <= LABELLED:
-    names = [canvas.short(name) for name in class_names]
-    matrix.set_yticks(range(classes), names, fontsize=small(classes))
-    turn = dict(rotation=45, ha='right', rotation_mode='anchor')
-    turn = turn if max(map(len, names)) > 2 else {}
-    matrix.set_xticks(range(classes), names, fontsize=small(classes), **turn)
-  if classes <= NUMBERED:
-    matrix.set_title('percent of the true class')
-    matrix.spines[:].set_visible(False)
-    for (i, j), share in np.ndenumerate(share_LL):
-      if share >= 0.005:
-        colour = 'white' if share > 0.55 else 'black'
-        matrix.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=colour, size=8)
-  else:
-    matrix.spines[:].set_visible(True)
-    bar = canvas.add_colours(figure, shades, matrix, 'share of the true class', location='left')
-    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-  class_bars(bars, accuracy_L, class_names)
-  return figure
-
-
-def small(labels: int) -> int:
-  """Returns a font size, in points, at which this number of labels fits on an axis."""
-  return 8 if labels <= NUMBERED else 6
-
-
-def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Draws the accuracy of each class as a bar; with many classes, only the lowest accuracies."""
-  order = np.arange(len(class_names))
-  title = 'accuracy of each class'
-  if len(order) > LABELLED:
-    order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN is sorted last
-    title = f'the {LOWEST} lowest of {len(class_names):,} classes'
-  names = [canvas.short(class_names[i]) for i in order]
-  axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=canvas.BLUE)
-  axis.set_yticks(range(len(order)), names, fontsize=small(len(order)))
-  axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1), xlabel='accuracy', title=title)
-  axis.tick_params(axis='y', length=0)
-  axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-  axis.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
-  axis.grid(axis='x')
-  if len(order) > NUMBERED:
-    return
-  for i, value in enumerate(accuracy_L[order]):
-    if np.isnan(value):
-      axis.text(0.02, i, 'no example', va='center', size=8)
-    elif value > 0.3:
-      axis.text(value - 0.02, i, f'{100 * value:.1f}', va='center', ha='right', color='w', size=8)
-    else:
-      axis.text(value + 0.02, i, f'{100 * value:.1f}', va='center', size=8)
 
 
 @canvas.styled

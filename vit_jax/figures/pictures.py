@@ -11,29 +11,16 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax.data import Split
+from vit_jax.evaluation import Scores, coverage_curve, reliability, trust
 from vit_jax.experiment import Experiment
-from vit_jax.figures import draw, maps
+from vit_jax.figures import charts, draw, maps
 from vit_jax.figures.maps import Missing
+from vit_jax.figures.neighbours import ROWS, Neighbours, draw_neighbours
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Predictions for the test examples.
-
-  Attributes:
-    index_N: index of each example in the split; unreadable images are left out.
-    label_N: true classes.
-    predicted_N: predicted classes.
-    confidence_N: probabilities of the predicted classes.
-  """
-
-  index_N: np.ndarray
-  label_N: np.ndarray
-  predicted_N: np.ndarray
-  confidence_N: np.ndarray
+POINTS = 200  # points of the coverage curve
+NOT_COMPARED = Missing('there are no test results.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +53,7 @@ class Subject:
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
     attention: attention in the images of `shown`; the distances are averaged over more images.
     step: step of the checkpoint; None for published weights.
+    nearest: the nearest training images of the most confident mistakes.
   """
 
   lines: list[dict] | Missing
@@ -76,6 +64,7 @@ class Subject:
   shown: np.ndarray | Missing
   attention: AttentionMaps | Missing
   step: int | None = None
+  nearest: Neighbours | Missing = NOT_COMPARED
 
   def need(self, *names: str) -> list:
     """Returns the named parts.
@@ -105,18 +94,60 @@ def picture_confusion(subject: Subject) -> tuple[Figure, str]:
   names, count = exp.task.class_names, len(scores.label_N)
   count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
-  return draw.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
+  return charts.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
     f'Predicted classes of {count:,} test images, in percent of each true class, and the accuracy '
     f'of each class. {right:,} predictions are correct ({right / count:.2%}).'
   )
 
 
+def picture_reliability(subject: Subject) -> tuple[Figure, str]:
+  """Returns the reliability diagram of the test split, and its caption."""
+  exp, scores = subject.need('exp', 'scores')
+  fitted = exp.calibration.examples > 0
+  found = trust(scores, exp.task.class_names, exp.calibration)
+  bins = reliability(scores.confidence_N, scores.correct_N)
+  before = reliability(scores.raw_N, scores.correct_N) if fitted else None
+  text = (
+    'Accuracy of the test images by the probability of their predicted class. If the probabilities '
+    'can be trusted, the bars end at the dashed line. The expected calibration error is '
+    f'{found["ece"]:.2%}'
+  )
+  if fitted:
+    text += (
+      f'; without the temperature {found["temperature"]:.4g}, it would be '
+      f'{found["ece_uncalibrated"]:.2%}'
+    )
+  return charts.draw_reliability(bins, before), f'{text}.'
+
+
+def picture_coverage(subject: Subject) -> tuple[Figure, str]:
+  """Returns the curve of accuracy against coverage of the test split, and its caption."""
+  (scores,) = subject.need('scores')
+  curve = coverage_curve(scores.confidence_N, scores.correct_N, POINTS)
+  half = POINTS // 2 - 1
+  return charts.draw_coverage(curve), (
+    'Accuracy if the model answers only the images of which it is most confident, and the lowest '
+    'confidence among them. On the more confident half of the images, the accuracy is '
+    f'{curve["accuracy"][half]:.2%}.'
+  )
+
+
+def worst(scores: Scores, count: int) -> np.ndarray:
+  """Returns the rows of the `count` most confident mistakes.
+
+  Raises:
+    Missing: there is no mistake.
+  """
+  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, count)
+  if not len(index):
+    raise Missing('the model classified every test image correctly.')
+  return index
+
+
 def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of the most confident mistakes on the test split, and its caption."""
   exp, test, scores = subject.need('exp', 'test', 'scores')
-  index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, MISTAKES)
-  if not len(index):
-    raise Missing('the model classified every test image correctly.')
+  index = worst(scores, MISTAKES)
   name = lambda labels: [exp.task.class_names[label] for label in labels]
   figure = draw.draw_mistakes(
     test.some(scores.index_N[index]).image_NHWC,
@@ -127,6 +158,24 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
   return figure, (
     'Wrong predictions with the highest probability, in decreasing order. Some show classes that '
     'the model cannot tell apart, others a doubtful label.'
+  )
+
+
+def picture_neighbours(subject: Subject) -> tuple[Figure, str]:
+  """Returns the figure of the nearest training images of mistakes, and its caption."""
+  exp, test, scores, nearest = subject.need('exp', 'test', 'scores', 'nearest')
+  index, names = worst(scores, ROWS), exp.task.class_names
+  titles = [
+    (names[label], names[predicted], f'{100 * share:.1f}%')
+    for label, predicted, share in zip(
+      scores.label_N[index], scores.predicted_N[index], scores.confidence_N[index]
+    )
+  ]
+  image_RHWC = test.some(scores.index_N[index]).image_NHWC
+  return draw_neighbours(image_RHWC, titles, nearest, names), (
+    'The most confident mistakes (left), and the training images whose features are most similar, '
+    f'with their class and cosine similarity, among {nearest.among:,} training images. Names are '
+    'green for the true class of the test image, and orange for the predicted class.'
   )
 
 
@@ -198,7 +247,10 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
 PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'curves': ('Loss and accuracy', picture_curves),
   'confusion': ('Confusion matrix', picture_confusion),
+  'reliability': ('Reliability of the probabilities', picture_reliability),
+  'coverage': ('Accuracy and coverage', picture_coverage),
   'mistakes': ('Most confident mistakes', picture_mistakes),
+  'neighbours': ('Nearest training images of the mistakes', picture_neighbours),
   'patches': ('An image as patches', picture_patches),
   'filters': ('Filters of the patch embedding', picture_filters),
   'positions': ('Similarity of position embeddings', picture_positions),

@@ -15,6 +15,8 @@ import pathlib
 
 from vit_jax import storage
 
+SHOWN = 20  # number of classes in the table that is not folded
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5a5a5a; --ground: #fff; --line: #ddd; }
 @media (prefers-color-scheme: dark) {
@@ -59,6 +61,7 @@ class Report:
     unchanged: `{key: value}` of the config keys that have their default value.
     pictures: figures, in the order of the page. The page contains the bytes of the PNG files.
     left_out: titles of the skipped figures, with the reason.
+    classes: `(class, precision, recall, F1, images)` of each class, as text.
   """
 
   title: str
@@ -68,6 +71,7 @@ class Report:
   unchanged: Mapping[str, object]
   pictures: Sequence[Picture]
   left_out: Mapping[str, str]
+  classes: Sequence[tuple[str, ...]] = ()
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
@@ -75,6 +79,7 @@ def write_report(path: pathlib.Path, report: Report) -> None:
   parts = [
     f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
     section('Numbers', html_table(report.numbers.items())),
+    section('Classes', class_table(report.classes)) if report.classes else '',
     section('Config', config_tables(report.changed, report.unchanged)),
     *(section(picture.title, figure(picture)) for picture in report.pictures),
     section('Skipped figures', html_table(report.left_out.items())) if report.left_out else '',
@@ -114,6 +119,17 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
     f'<table>{shown}</table>\n<details><summary>{len(rest)} keys at their default</summary>\n'
     f'{folded}</details>'
   )
+
+
+def class_table(classes: Sequence[tuple[str, ...]]) -> str:
+  """Returns a table of the first `SHOWN` classes, and a folded table of the others."""
+  head = ('class', 'precision', 'recall', 'F1', 'images')
+  rows = [tuple(map(escape, row)) for row in classes]
+  shown = f'<table>{cells([head], "th")}{cells(rows[:SHOWN])}</table>'
+  if len(rows) <= SHOWN:
+    return shown
+  folded = f'<table>{cells([head], "th")}{cells(rows[SHOWN:])}</table>'
+  return f'{shown}\n<details><summary>{len(rows) - SHOWN:,} more</summary>\n{folded}</details>'
 
 
 def html_table(rows: Iterable[tuple[str, str]]) -> str:

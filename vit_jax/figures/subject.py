@@ -17,17 +17,19 @@ from vit_jax.data import Examples, Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, inference_mesh, replicate
 from vit_jax.evaluation import (
   PathLike,
+  Scores,
   find_images,
   load_split,
-  make_inference_step,
+  make_eval_step,
   open_test,
-  probabilities,
   read_image,
+  score_examples,
 )
 from vit_jax.experiment import Experiment
 from vit_jax.figures import maps
 from vit_jax.figures.maps import Missing
-from vit_jax.figures.pictures import AttentionMaps, Scores, Subject
+from vit_jax.figures.neighbours import ROWS, Neighbours, find_neighbours
+from vit_jax.figures.pictures import AttentionMaps, Subject, worst
 from vit_jax.opening import Request
 from vit_jax.workdir import latest_step, read_metrics
 
@@ -61,12 +63,13 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   test = test if init else load_test(exp, request.overrides)
   there = not isinstance(test, Missing)
   scores = answers(exp, on_device, test, mesh) if there else test
+  nearest = near_mistakes(exp, on_device, test, scores, mesh) if there else test
   if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test, loaded)
   chosen = choose_images(test, exp) if chosen is None else chosen
   attention = attention_over(exp, on_device, chosen, mesh)
   seen = as_seen(exp, chosen[:SHOWN])
-  return Subject(lines, exp, params, test, scores, seen, attention, loaded)
+  return Subject(lines, exp, params, test, scores, seen, attention, loaded, nearest)
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
@@ -98,14 +101,23 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
   """Returns the model's prediction for every readable test example."""
-  step, size = make_inference_step(exp, mesh, probabilities(exp)), exp.config.eval_batch_size
-  found = []
-  for i, batch in enumerate(batches(test, size, mesh, 'Predicting')):
-    row_N = np.flatnonzero(batch['mask'])
-    probability_NL = np.asarray(step(batch['image'], params))[row_N]
-    best = probability_NL.argmax(axis=1), probability_NL.max(axis=1)
-    found.append((i * size + row_N, np.asarray(batch['label'])[row_N], *best))
-  return Scores(*map(np.concatenate, zip(*found)))
+  size, temperature = exp.config.eval_batch_size, exp.calibration.temperature
+  return score_examples(make_eval_step(exp, mesh), params, test, size, mesh, temperature)
+
+
+def near_mistakes(
+  exp: Experiment, params: dict, test: Split, scores: Scores, mesh: jax.sharding.Mesh
+) -> Neighbours | Missing:
+  """Returns the nearest training images of the most confident mistakes, or why there are none."""
+  try:
+    index = worst(scores, ROWS)
+    train = load_split(exp, exp.config.data.train_split)
+  except Missing as reason:
+    return reason
+  except (ValueError, OSError) as error:
+    log.warning('Cannot read the training data: %s', error)
+    return Missing(f'cannot read the training data: {error}')
+  return find_neighbours(exp, params, test.some(scores.index_N[index]), train, mesh)
 
 
 def batches(

@@ -19,6 +19,7 @@ from vit_jax.weights import (
   flatten_params,
   image_channels,
 )
+from vit_jax.workdir import Calibration
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
@@ -35,7 +36,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     result: contents of the run's `result.json`; None if it does not exist.
   """
   entry = FORMATS[format]
-  if not entry.enlarges:  # files are then resized directly to the model's size
+  if not entry.is_program:  # files are then resized directly to the model's size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -46,6 +47,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
     'accuracy': accuracy_text(loaded, result),
+    **temperature(entry, loaded),
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
@@ -128,10 +130,15 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   config, task = loaded.run['config'], loaded.run['task']
   kind, colon, name = config['data']['source'].partition(':')
   part = '; only the head was trained' if config['freeze'] else ''
+  if config.get('adapt'):  # missing in runs of older versions
+    part = f'; only the head and an adapter ({config["adapt"]}) were trained'
   return {
     'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
     f'{task["train_examples"]:,} images',
-    'trained for': f'{config["epochs"]:g} epochs planned, with batch size '
+    'trained for': 'no steps: the head was computed from the features of these images '
+    f'({config["classifier"]})'
+    if config.get('classifier')
+    else f'{config["epochs"]:g} epochs planned, with batch size '
     f'{config["batch_size"]}; these weights are from step {loaded.run["step"]:,}{part}',
     'initialised from': f'the weights `{public(config["init"])}`'
     if config['init']
@@ -154,6 +161,18 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
     return f'{value:.2%} on the {result["examples"]:,} images of `{split}`'
   except (AttributeError, TypeError, KeyError, ValueError):  # result or run is missing or damaged
     return 'unknown'
+
+
+def temperature(entry: Format, loaded: Pretrained) -> dict[str, str]:
+  """Returns the row about the temperature; empty if none was fitted."""
+  found = Calibration.load(loaded.run)
+  if not found.examples:
+    return {}
+  use = 'divide the logits by it before softmax to get calibrated probabilities'
+  if entry.is_program:
+    use = 'already applied: the softmax of the output gives calibrated probabilities'
+  fitted = f'fitted on {found.examples:,} validation images'
+  return {'temperature': f'{found.temperature:.6g}, {fitted}; {use}'}
 
 
 def classes(entry: Format, loaded: Pretrained) -> str:

@@ -8,27 +8,31 @@ import dataclasses
 
 from clu import parameter_overview
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from vit_jax import experiment
 from vit_jax.distributed import shares, size_on_device
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
-from vit_jax.model import first_layer, last_layer
+from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
   Training,
-  split_frozen,
   training_recipe,
   warmup_epochs,
   warmup_steps,
 )
 from vit_jax.training import (
   OTHER,
+  TrainState,
   activations,
   estimated,
+  forward_flops,
   init_state,
   module_of,
   of_stages,
+  runs_teacher,
   work,
 )
 from vit_jax.weights import flatten_params
@@ -59,10 +63,13 @@ class Summary:
 
   Attributes:
     exp: the experiment.
+    trained: number of parameters that are trained.
     parts: the modules in the order of the model, then their total.
     train_flops: FLOPs of a training step for one image.
+    teacher: cost of a pass of the teacher, for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of `params`, `gradients`, `optimizer` and `averages` on each device.
+    state_bytes: bytes of `params`, `gradients`, `optimizer`, `averages` and `teacher` on each
+      device.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of these images.
@@ -72,8 +79,10 @@ class Summary:
   """
 
   exp: Experiment
+  trained: int
   parts: tuple[Part, ...]
   train_flops: int
+  teacher: Part | None
   run_flops: int | None
   state_bytes: dict[str, int]
   devices: int
@@ -115,20 +124,18 @@ def measure(
   for name, leaf in flatten_params(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
   names = sorted({*parameters, *flops, *kept}, key=place)
+  trained, _ = exp.split(shapes.params)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   at_once = config.batch_size // shares(mesh) // exp.training_parts(mesh)
   return Summary(
     exp,
+    sum(leaf.size for leaf in jax.tree.leaves(trained)),
     (*parts, total),
     train_flops,
+    teacher_part(exp),
     run_flops,
-    {
-      'params': size_on_device(mesh, shapes.params),
-      'gradients': size_on_device(mesh, split_frozen(shapes.params, config.freeze)[0]),
-      'optimizer': size_on_device(mesh, shapes.opt_state),
-      'averages': size_on_device(mesh, shapes.ema),
-    },
+    state_bytes(exp, shapes, mesh),
     mesh.size,
     at_once,
     round(at_once * kept.total()),
@@ -144,9 +151,32 @@ def measure(
   )
 
 
+def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
+  """Returns the bytes of each part of the state on each device, as in `Summary`."""
+  trees = {
+    'params': shapes.params,
+    'gradients': exp.split(shapes.params)[0],
+    'optimizer': shapes.opt_state,
+    'averages': shapes.ema,
+    'teacher': exp.teacher.params if runs_teacher(exp) else None,
+  }
+  return {name: size_on_device(mesh, tree) for name, tree in trees.items()}
+
+
+def teacher_part(exp: Experiment) -> Part | None:
+  """Returns the cost of a pass of the teacher for one image; None if no step runs a teacher."""
+  if not runs_teacher(exp):
+    return None
+  teacher = exp.teacher
+  shape = (1, *teacher.normalize.keywords['size'], exp.task.channels)
+  flops = forward_flops(teacher.model, teacher.params, jax.ShapeDtypeStruct(shape, jnp.float32))
+  count = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
+  return Part('teacher', count, flops.total() / 1e9, 0.0)
+
+
 def place(name: str) -> tuple[int, str]:
   """Returns a sort key: the place of the top-level module in the model, then the name."""
-  order = (*first_layer(), 'block_*', *last_layer(), OTHER)
+  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, OTHER)
   return order.index(name.partition('/')[0]), name
 
 
@@ -163,10 +193,12 @@ def as_text(summary: Summary) -> str:
     f'{name_of(exp.model)}, images of {height}x{width}x{channels}, '
     f'{len(exp.task.class_names):,} classes',
     table.replace('Gflops', 'GFLOPs').replace('Activations_mib', 'Activations MiB'),
+    f'Trained parameters: {summary.trained:,} of {total.parameters:,}.',
     f'Compute per image: {total.gflops:.4g} GFLOPs for the forward pass, '
     f'{summary.train_flops / 1e9:.4g} GFLOPs for a training step.',
     f'Compute per training step: {summary.train_flops * config.batch_size / 1e12:.4g} TFLOPs for a '
     f'batch of {config.batch_size}.',
+    *teacher_text(summary),
     f'State on each device: {held}.',
     f'Activations: {total.activations_mib:.4g} MiB per image. On this machine, each of '
     f'{summary.devices} device(s) holds {summary.at_once} images at a time: '
@@ -178,6 +210,21 @@ def as_text(summary: Summary) -> str:
     *(f'Note: {note}' for note in summary.notes),
   ]
   return '\n'.join(lines)
+
+
+def teacher_text(summary: Summary) -> list[str]:
+  """Returns the line about the teacher; none if the config names no teacher."""
+  teacher, part = summary.exp.teacher, summary.teacher
+  if not summary.exp.config.distill.teacher:
+    return []
+  if teacher is None:
+    return ['Teacher: not included in these numbers.']
+  if part is None:
+    return ['Teacher: its logits are computed once, before training, because no image changes.']
+  return [
+    f'Teacher: {name_of(teacher.model)} with {part.parameters:,} parameters. A training step '
+    f'includes its forward pass, {part.gflops:.4g} GFLOPs per image.'
+  ]
 
 
 def mib(size: int) -> str:

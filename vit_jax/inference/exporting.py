@@ -19,6 +19,7 @@ from vit_jax.weights import (
   read_weights,
   square_grid,
 )
+from vit_jax.workdir import Calibration
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def export(
     format=format,
     preprocessing=loaded.preprocessing,
     class_names=loaded.class_names,
+    calibration=Calibration.load(loaded.run),
     card=card.write_card(format, loaded, str(path), result(found.origin)),
   )
   return sorted(out.iterdir())
@@ -88,6 +90,7 @@ def save(
   format: str,
   preprocessing: Preprocessing | None = None,
   class_names: tuple[str, ...] | None = None,
+  calibration: Calibration | None = None,
   card: str | None = None,
 ) -> None:
   """Writes weights into a folder in one of `FORMATS`; `load` can read the formats hf, timm and npz.
@@ -101,6 +104,8 @@ def save(
     preprocessing: how images must be prepared. None for pixels in [-1, 1] and the image size that
       `image_size` returns.
     class_names: names of the classes, in the order of the logits; None to store no names.
+    calibration: how logits become probabilities. The programs (StableHLO, ONNX) apply it, and the
+      other formats cannot hold it. None for a temperature of 1.
     card: text of the `README.md`; None to write no such file.
 
   Raises:
@@ -125,7 +130,8 @@ def save(
       folder.mkdir(parents=True)
       stack.callback(remove_empty, folder)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
-    entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names)
+    last = (calibration or Calibration(),) if entry.is_program else ()
+    entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names, *last)
     if card is not None:
       (pathlib.Path(temporary) / 'README.md').write_text(
         card, encoding='utf-8', errors='backslashreplace'

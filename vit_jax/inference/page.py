@@ -52,8 +52,8 @@ class Viewer:
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the probabilities and the attention summary of one uint8 image."""
     image_BHWC = self.exp.normalize(image_HWC[None])
-    logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
-    return jax.nn.softmax(logits_BL)[0], attention_summary(self.exp.model, params, image_BHWC)
+    (probability_L,) = self.exp.probabilities(params, image_HWC[None])
+    return probability_L, attention_summary(self.exp.model, params, image_BHWC)
 
   def see(self, image_HWC: np.ndarray) -> Seen:
     """Runs the model on an image that already has the model's input size."""

@@ -37,13 +37,17 @@ CSS = """
 """
 
 
-def check_address(host: str, port: int) -> None:
-  """Raises ValueError if the server cannot listen on an address.
+def find_port(host: str, port: int) -> int:
+  """Returns the port, or a free port if it is 0.
 
   The check is fast, so it comes before the model is loaded.
+
+  Raises:
+    ValueError: the server cannot listen on this address.
   """
   try:
-    socket.create_server((host, port)).close()
+    with socket.create_server((host, port)) as server:
+      return server.getsockname()[1]
   except (OSError, OverflowError) as error:
     raise ValueError(
       f'Cannot listen on --host={host} --port={port} ({error}). Choose another address or port.'
@@ -58,13 +62,13 @@ def serve(request: Request, host: str, port: int) -> None:
   Args:
     request: which model to serve.
     host: address to listen on.
-    port: port to listen on.
+    port: port to listen on; 0: any free port.
 
   Raises:
     ValueError: the address is in use, or the checkpoint does not exist, or the overrides
       contradict the checkpoint.
   """
-  check_address(host, port)
+  port = find_port(host, port)
   exp, params, _ = opening.open_model(request)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)

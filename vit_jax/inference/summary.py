@@ -1,5 +1,7 @@
 """Makes the summary of `--mode=inspect`: for a config, a workdir, or published weights."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -62,4 +64,7 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
   if config.init:
     config, *_ = inherit.open_init(config, source)
   task = Task.of_whole_images(config, source.class_names, source.channels)
-  return assemble(config, task), examples, notes
+  exp = assemble(config, task)
+  if not notes:  # the classes are known
+    exp = dataclasses.replace(exp, teacher=inherit.open_teacher(config, source)[0])
+  return exp, examples, notes

@@ -1,7 +1,16 @@
 """The Vision Transformer as Flax modules."""
 
+from vit_jax.model.adapters import (
+  ADAPTED,
+  ADAPTERS,
+  adapted,
+  applied,
+  check_adapter,
+  merged,
+)
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
+from vit_jax.model.heads import knn_logits, unit
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
@@ -20,6 +29,8 @@ from vit_jax.model.vit import ViT, first_layer, last_layer
 
 __all__ = [
   'ACTIVATIONS',
+  'ADAPTED',
+  'ADAPTERS',
   'ATTENTION',
   'ATTRIBUTES',
   'POOLS',
@@ -34,18 +45,24 @@ __all__ = [
   'Pool',
   'Position',
   'ViT',
+  'adapted',
+  'applied',
   'attributes',
+  'check_adapter',
   'check_model',
   'check_parameters',
   'first_layer',
   'flash',
   'flash_obstacle',
+  'knn_logits',
   'last_layer',
   'make',
+  'merged',
   'plain',
   'pooled',
   'resize_positions',
   'select_kernel',
   'stem_stride',
+  'unit',
   'variant_fields',
 ]

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.distributed import Target, target
+from vit_jax.model.products import stored_transpose, wants_stored
 
 # Values of `model.attention`: `cudnn` and `plain` name a kernel, `auto` takes the fastest.
 ATTENTION = ('auto', 'cudnn', 'plain')
@@ -138,9 +139,7 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
   """Returns the output and the arrays that `backward` needs, such as the unnormalised weights."""
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
-  logits_BKNQ = jnp.einsum(
-    'BKEQ,BKEN->BKNQ', query_BKEQ, key_BKEN, preferred_element_type=jnp.float32
-  )
+  logits_BKNQ = over_heads(key_BKEN, query_BKEQ)
   weights_BKNQ = jnp.exp(logits_BKNQ - logits_BKNQ.max(axis=2, keepdims=True))
   total_BK1Q = weights_BKNQ.sum(axis=2, keepdims=True)
   weights_BKNQ = weights_BKNQ.astype(query_BQKE.dtype)
@@ -161,9 +160,7 @@ def backward(rate, saved, dy_BQKE):
   dtype = dy_BQKE.dtype
   dy_BKEQ = (heads_first(dy_BQKE) / total_BK1Q).astype(dtype)
   dvalue_BKEN = jnp.einsum('BKEQ,BKNQ->BKEN', dy_BKEQ, drop(weights_BKNQ, keep_BKNQ, rate))
-  dweights_BKNQ = jnp.einsum(
-    'BKEQ,BKEN->BKNQ', dy_BKEQ, value_BKEN, preferred_element_type=jnp.float32
-  )
+  dweights_BKNQ = over_heads(value_BKEN, dy_BKEQ)
   product_BKEQ = dy_BKEQ.astype(jnp.float32) * y_BKEQ
   inner_BK1Q = product_BKEQ.sum(axis=2, keepdims=True)
   dlogits_BKNQ = weights_BKNQ * (drop(dweights_BKNQ, keep_BKNQ, rate) - inner_BK1Q)
@@ -175,6 +172,14 @@ def backward(rate, saved, dy_BQKE):
 
 
 with_gradient.defvjp(forward, backward)
+
+
+def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
+  """Returns the sums over E of the products of two arrays, float32 `[B, K, N, Q]`."""
+  sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  if wants_stored(left_BKEN.dtype):
+    return sums('BKNE,BKEQ->BKNQ', stored_transpose(left_BKEN), right_BKEQ)
+  return sums('BKEN,BKEQ->BKNQ', left_BKEN, right_BKEQ)
 
 
 def heads_first(x_BNKE: jax.Array) -> jax.Array:

@@ -1,8 +1,6 @@
 """The layers that blocks and heads are made of.
 
 Decisions:
-  * Every matrix product is two-dimensional, `[B N, D] x [D, F]`. XLA's CPU backend computes the
-    gradient of a batched product about four times slower.
   * Random numbers for an example depend on its index in the batch of all devices, never on the
     shape of the array. The number of devices and micro-batches therefore does not change them.
   * `sow('intermediates', 'attention_BKNN')` is the only way to get attention weights. Apply the
@@ -18,24 +16,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import target
 from vit_jax.model import attention, positions
-
-NARROW = 256  # with more outputs, transposing the kernel costs more time than it saves
-
-
-def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns `x W`, `[N, O]`, written so that its gradient is fast too.
-
-  The gradient of the kernel is `x^T dy`. If the kernel has few outputs, and more inputs than
-  outputs, XLA's CPU backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA
-  compute `dy^T x`. The barrier stops XLA from cancelling the two transpositions.
-  """
-  inputs, outputs = kernel_IO.shape
-  if outputs < inputs and outputs <= NARROW and target().platform == 'cpu':
-    return x_NI @ jax.lax.optimization_barrier(kernel_IO.T).T
-  return x_NI @ kernel_IO
-
+from vit_jax.model.products import matmul
 
 # The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, and the first CLIP models use
 # `quick_gelu`.
@@ -119,9 +101,20 @@ class Dropout(nn.Module):
     shape = (1,) * (x.ndim - 1) if self.whole else x.shape[1:]
 
     def draw(example):
-      return jax.random.bernoulli(jax.random.fold_in(key, example), 1 - self.rate, shape)
+      return keep_mask(jax.random.fold_in(key, example), self.rate, shape)
 
     return jnp.where(jax.vmap(draw)(example_B), x / (1 - self.rate), 0).astype(x.dtype)
+
+
+def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+  """Draws which values dropout keeps. The rate is rounded to a multiple of 2^-16.
+
+  Random numbers are a large part of the cost of dropout, so each one serves two values.
+  """
+  *outer, inner = shape
+  word = jax.random.bits(key, (*outer, -(-inner // 2)), jnp.uint32)
+  bits = jnp.concatenate([word & 0xFFFF, word >> 16], axis=-1)[..., :inner]
+  return bits >= round(rate * 2**16)
 
 
 class Attention(nn.Module):

@@ -31,6 +31,8 @@ class Pool:
     probe: function `(model, sown) -> share_BKN`, for a pool that learns to attend. It computes
       the share of each token from the `intermediates` that the model sows. K is the model's number
       of heads, or 1. A pool that is not linear and has no probe has no attention maps.
+    distills: whether the vector is the class token followed by a distillation token, for which a
+      run with a teacher trains two heads (Touvron et al. 2020, 2012.12877, Section 4).
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
       It names the tokens that the pool reads.
   """
@@ -42,6 +44,7 @@ class Pool:
   params: tuple[str, ...] = ()
   linear: bool = False
   probe: Callable[[nn.Module, Mapping], jax.Array] | None = None
+  distills: bool = False
   caption: str = 'the tokens that the pool reads attend to'
 
 
@@ -109,6 +112,7 @@ POOLS = {
     class_token=True,
     registers=1,
     linear=True,
+    distills=True,
     caption='the class token and the distillation token attend to, each weighted by one half',
   ),
   'none': Pool(lambda model, x_BND: x_BND, tokens=True),

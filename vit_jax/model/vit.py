@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from vit_jax.model import resnet
 from vit_jax.model.encoder import Encoder, EncoderBlock
+from vit_jax.model.heads import KnnHead
 from vit_jax.model.layers import Block, Dense, Dropout
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
@@ -68,6 +69,7 @@ class ViT(nn.Module):
     dtype: type of the computation; parameters are float32.
     remat: which values are saved for the backward pass, one of `REMAT`.
     attention: which kernel computes attention, one of `ATTENTION`.
+    examples: number of training images that a k-NN head stores (`heads.py`); None: a linear head.
   """
 
   num_classes: int | None
@@ -100,6 +102,7 @@ class ViT(nn.Module):
   dtype: Any = jnp.float32
   remat: str = 'none'
   attention: str = 'auto'
+  examples: int | None = None
 
   @property
   def head_size(self) -> int:
@@ -165,6 +168,8 @@ class ViT(nn.Module):
       x = jnp.tanh(x)
     if self.num_classes is None:
       return x
+    if self.examples is not None:
+      return KnnHead(self.num_classes, self.examples, name='head')(x)
     # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 

@@ -1,5 +1,7 @@
 """Losses, optimizers, schedules, and the training plan of a run."""
 
+from vit_jax.optim.classifiers import CLASSIFIERS, L2
+from vit_jax.optim.distill import DISTILLATIONS, Teacher, split_head
 from vit_jax.optim.losses import LOSSES
 from vit_jax.optim.optimizers import (
   FREEZE,
@@ -22,19 +24,24 @@ from vit_jax.optim.plan import (
 from vit_jax.optim.schedules import SCHEDULES
 
 __all__ = [
+  'CLASSIFIERS',
+  'DISTILLATIONS',
   'FREEZE',
+  'L2',
   'LATER_PEAK',
   'LOSSES',
   'MOMENT_DTYPES',
   'OPTIMIZERS',
   'SCHEDULES',
   'Stages',
+  'Teacher',
   'Training',
   'announce',
   'image_stages',
   'num_steps',
   'plan_training',
   'split_frozen',
+  'split_head',
   'training_recipe',
   'warmup_epochs',
   'warmup_steps',

@@ -1,8 +1,8 @@
 """Optimizers, built from optax.
 
 Decisions:
-  * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels only, not
-    to biases, norms, positions, or class and register tokens.
+  * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels and to
+    the factors of LoRA, not to biases, norms, positions, or class and register tokens.
   * Frozen parameters are removed from the tree that an optimizer sees. They have no gradient and no
     optimizer state, and clipping does not include them in the norm.
 """
@@ -10,7 +10,7 @@ Decisions:
 import jax
 import optax
 
-from vit_jax.model import first_layer, last_layer
+from vit_jax.model import ADAPTED, ADAPTERS, first_layer, last_layer
 from vit_jax.names import accepted, choose
 from vit_jax.optim import schedules
 
@@ -57,7 +57,7 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for other parameters.
+  """Returns Muon (Jordan et al. 2024) for the blocks' kernels, AdamW for other parameters.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
   Section 2.2), so both use the same learning rate.
@@ -84,7 +84,7 @@ def block_matrices(params: dict) -> dict:
   def axes(path, x):
     if not path[0].key.startswith('block_') or path[-1].key != 'kernel':
       return None
-    inputs = x.ndim - 1 if path[-2].key == 'out' else 1  # only `out` has heads as inputs
+    inputs = ADAPTED[path[-2].key]
     return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
 
   return jax.tree_util.tree_map_with_path(axes, params)
@@ -101,9 +101,17 @@ FREEZE = {  # whether a top-level parameter keeps its initial value
 }
 
 
-def split_frozen(params: dict, freeze: str) -> tuple[dict, dict]:
-  """Returns (trained, frozen) parameters; `freeze` is a key of `FREEZE`."""
+def split_frozen(params: dict, freeze: str, adapt: str = '') -> tuple[dict, dict]:
+  """Returns (trained, frozen) parameters.
+
+  Args:
+    params: parameters of a model, with those of its adapter.
+    freeze: key of `FREEZE`.
+    adapt: name of the adapter, which is trained together with the head; empty: none.
+  """
   keeps = choose('freeze', freeze, FREEZE)
+  if adapt:
+    keeps = lambda name: name not in ('head', adapt)
   trained = {name: leaves for name, leaves in params.items() if not keeps(name)}
   return trained, {name: leaves for name, leaves in params.items() if keeps(name)}
 
@@ -112,14 +120,14 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
   """Multiplies each update by `decay ** (depth + 1 - layer)`.
 
   Layer 0 has the parameters of `first_layer`, layer i + 1 is block i, and layer depth + 1 has the
-  parameters of `last_layer`.
+  parameters of `last_layer`. The parameters of an adapter belong to the layer that they adapt.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
   al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and therefore
   also scales the weight decay.
   """
 
-  def update(updates, _):
+  def scaled(updates):
     depth = sum(name.startswith('block_') for name in updates)
 
     def scale(name):
@@ -133,17 +141,18 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
       )
       return decay ** (depth - int(i))
 
-    return {
-      name: jax.tree.map(lambda x, name=name: scale(name) * x, leaves)
-      for name, leaves in updates.items()
-    }
+    def layer(name, leaves):
+      return scaled(leaves) if name in ADAPTERS else jax.tree.map(lambda x: scale(name) * x, leaves)
 
-  return optax.stateless(update)
+    return {name: layer(name, leaves) for name, leaves in updates.items()}
+
+  return optax.stateless(lambda updates, _: scaled(updates))
 
 
 def is_matrix(params) -> dict:
-  """Returns a tree that is True for the leaves named `kernel`."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+  """Returns a tree that is True for kernels and for the factors of LoRA."""
+  matrices = ('kernel', 'a', 'b')
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
 
 
 def make_optimizer(

@@ -40,6 +40,7 @@ class Training:
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.
     params: weights of `init` to start from; None for random ones.
+    teacher: the teacher's parameters on the devices; None if no step needs them.
   """
 
   train: Split
@@ -52,6 +53,7 @@ class Training:
   schedule: schedules.Schedule
   optimizer: optax.GradientTransformation
   params: dict | None
+  teacher: dict | None = None
 
 
 def plan_training(

@@ -1,18 +1,35 @@
 """The train step, the loop around it, and how a run resumes."""
 
-from vit_jax.training.fitting import estimated
-from vit_jax.training.resume import saved_config
-from vit_jax.training.state import init_state
-from vit_jax.training.tracing import OTHER, activations, module_of, of_stages, work
+from vit_jax.training.closed_form import classifier_config
+from vit_jax.training.compiling import compile_step, estimated
+from vit_jax.training.resume import check_in_all_processes, saved_config
+from vit_jax.training.state import TrainState, init_state
+from vit_jax.training.tracing import (
+  OTHER,
+  activations,
+  forward_flops,
+  module_of,
+  of_stages,
+  runs_teacher,
+  work,
+)
 from vit_jax.training.trainer import train
+from vit_jax.training.trial import prepared
 
 __all__ = [
   'OTHER',
+  'TrainState',
   'activations',
+  'check_in_all_processes',
+  'classifier_config',
+  'compile_step',
   'estimated',
+  'forward_flops',
   'init_state',
   'module_of',
   'of_stages',
+  'prepared',
+  'runs_teacher',
   'saved_config',
   'train',
   'work',

@@ -7,6 +7,7 @@ Decisions:
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 
@@ -67,7 +68,8 @@ class Run:
       log.warning(few)
     train_state, seconds = start_state(self.exp, self.training, self.mesh, self.checkpoints)
     self.began -= seconds
-    other = size_on_device(self.mesh, train_state) - size_on_device(self.mesh, train_state.params)
+    size = functools.partial(size_on_device, self.mesh)
+    other = size(train_state) - size(train_state.params) + size(self.training.teacher)
     self.eval_step = make_eval_step(self.exp, self.mesh, held=other)
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
@@ -101,7 +103,7 @@ class Run:
           size = self.size_of(step)
           compiled = self.compile(size, train_state, batch)
           meter.resume()
-        train_state, metrics = compiled.step(train_state, batch)
+        train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
           log.info('First step done.')

@@ -140,7 +140,7 @@ def sweep(
   points, origin = [], measured_on(exp, training)
   for rate in exp.config.sweep:
     try:
-      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / f'{rate:g}', rate, origin)
+      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
     except FloatingPointError as error:
       log.warning('Learning rate %g: %s', rate, error)
       accuracy = None
@@ -152,6 +152,11 @@ def sweep(
   if is_first():
     write_json(file, {'sweep': points})
   return points
+
+
+def short(rate: float) -> str:
+  """Returns a learning rate as text that no other rate has, in the short format if possible."""
+  return f'{rate:g}' if float(f'{rate:g}') == rate else repr(rate)
 
 
 def score_rate(

@@ -142,6 +142,21 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
       )
 
 
+def check_same_teacher(experiment: Experiment, workdir: pathlib.Path) -> None:
+  """Raises ValueError if the teacher changed since the run began, or differs between processes."""
+  if experiment.teacher is None:
+    return
+  path, now = experiment.config.distill.teacher, experiment.teacher.digest
+  check_same('teacher', {path: now})
+  step = latest_step(workdir)
+  before = now if step is None else restore_item(workdir, step, 'config')['teacher']
+  if before != now:
+    raise ValueError(
+      f'{workdir}: the weights of distill.teacher={path} changed since this run began (SHA-256 was '
+      f'{before[:12]}..., is {now[:12]}...). Restore the weights, or use another --workdir.'
+    )
+
+
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
   """Returns the config of the run in a workdir, with overrides.
 
@@ -189,6 +204,7 @@ def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) ->
   """
   check_same('data', dataclasses.asdict(exp.task))
   check_same_data(exp, workdir)
+  check_same_teacher(exp, workdir)
   if is_first():
     write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
     if test is not None:

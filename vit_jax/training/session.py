@@ -6,12 +6,20 @@ import pathlib
 import jax
 
 from vit_jax.distributed import Preemption, is_first
+from vit_jax.evaluation import calibrate_run, with_teacher
 from vit_jax.experiment import Experiment
 from vit_jax.limits import is_full
 from vit_jax.optim import Training
-from vit_jax.training.fitting import halved, plan_of
+from vit_jax.training.compiling import halved, plan_of
 from vit_jax.training.loop import Run
-from vit_jax.workdir import Checkpoints, Silent, Writer, intact, latest_step
+from vit_jax.workdir import (
+  Checkpoints,
+  Silent,
+  Writer,
+  forget_calibrations,
+  intact,
+  latest_step,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +34,7 @@ def fit(
   """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
 
   If memory runs out, the run continues once from its newest checkpoint, with half the micro-batch.
+  With a validation split, the last and the best checkpoint are calibrated at the end.
 
   Args:
     exp: experiment to train.
@@ -34,11 +43,15 @@ def fit(
     workdir: folder that this process has locked with `held`.
     **notes: additional fields for `result.json`.
   """
-  found = attempt(exp, training, mesh, workdir, notes)
-  if isinstance(found, Experiment):
-    log.warning('Out of memory: trying again with %s.', plan_of(found, mesh))
-    found = attempt(found, training, mesh, workdir, notes, retries=False)
-  return found
+  exp, training = with_teacher(exp, training, mesh, workdir / 'features')
+  result = attempt(exp, training, mesh, workdir, notes)
+  if isinstance(result, Experiment):
+    log.warning('Out of memory: trying again with %s.', plan_of(result, mesh))
+    result = attempt(result, training, mesh, workdir, notes, retries=False)
+  if training.val is not None:
+    steps = {result[name]['step'] for name in ('last', 'best')}
+    calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
+  return result
 
 
 def attempt(
@@ -62,6 +75,7 @@ def attempt(
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
     Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
+    forget_calibrations(workdir, start or 0)
     run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
     try:
       return run.run()

@@ -10,8 +10,8 @@ import optax
 
 from vit_jax.distributed import layout, place
 from vit_jax.experiment import Experiment
-from vit_jax.model import ViT
-from vit_jax.optim import Training, split_frozen
+from vit_jax.model import ViT, adapted
+from vit_jax.optim import Training
 from vit_jax.workdir import DETAILS, Checkpoints
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class TrainState:
 
   Attributes:
     step: number of updates so far, int32.
-    params: the model's parameters, float32.
+    params: the parameters of the model and of its adapter, float32.
     opt_state: the optimizer's state.
     ema: exponential moving average of the parameters; None without averaging.
   """
@@ -48,13 +48,15 @@ def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dic
 def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
   """Creates the state before the first step, directly on the devices that will hold it.
 
-  Optimizers have no state for parameters that `freeze` keeps constant.
+  Optimizers have no state for parameters that `freeze` or `adapt` keeps constant.
   """
   config = exp.config
 
   def init():
     params = init_params(exp.model, exp.image_shape, config.seed)
-    opt_state = training.optimizer.init(split_frozen(params, config.freeze)[0])
+    key = jax.random.split(jax.random.key(config.seed))[1]
+    params = adapted(params, key, config.adapt, config)
+    opt_state = training.optimizer.init(exp.split(params)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, params if config.ema else None)
 
   return jax.jit(init, out_shardings=layout(mesh, jax.eval_shape(init)))()
@@ -78,6 +80,7 @@ def start_state(
   DETAILS.info('%s', overview)
   if training.params is None:
     return fresh, 0.0
-  weights = place(training.params, fresh.params)
+  given = training.params
+  weights = fresh.params | place(given, {name: fresh.params[name] for name in given})
   ema = jax.tree.map(jnp.copy, weights) if exp.config.ema else None
   return fresh.replace(params=weights, ema=ema), 0.0

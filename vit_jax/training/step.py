@@ -8,6 +8,7 @@ Decisions:
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 
 import jax
@@ -18,10 +19,11 @@ from vit_jax.augment import partner
 from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
-from vit_jax.optim import Training, split_frozen
+from vit_jax.model import POOLS
+from vit_jax.optim import Training, split_head
 from vit_jax.training.state import TrainState
 
-TrainStep = Callable[[TrainState, dict], tuple[TrainState, dict]]
+TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
 
 DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 
@@ -37,25 +39,50 @@ def loss_fn(
   Args:
     batch: micro-batch with `image`, `label` and `example` (positions of the images in the batch).
     trained: parameters that get a gradient.
-    frozen: all other parameters.
+    frozen: all other parameters; `teacher` has the parameters of the teacher.
     key: random key of the step.
     early: whether the step has strong augmentations; None: all steps have them.
     exp: experiment to train.
   """
   image_key, dropout_key = jax.random.split(key)
   example_B, label_B = batch['example'], batch['label']
-  image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
-  logits_BL = exp.logits(trained | frozen, batch | {'image': image_BHWC}, dropout_key)
+  with jax.named_scope('augment'):
+    image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
+  batch = batch | {'image': image_BHWC}
+  logits_BL, taught_BL = heads(exp, trained | frozen, batch, dropout_key)
   loss_B = exp.loss(logits_BL, label_B)
   if exp.mixes:
     loss_B = own_B * loss_B + (1 - own_B) * exp.loss(logits_BL, partner(label_B))
+  if exp.teacher:
+    loss_B = exp.teacher.loss(loss_B, taught_BL, exp.teacher.logits(frozen, batch))
+    logits_BL = (logits_BL + taught_BL) / 2
   return loss_B.sum() / exp.config.batch_size, training_score(logits_BL, label_B, loss_B)
 
 
+def heads(
+  exp: Experiment, params: dict, batch: dict, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits that learn from the labels, and those that learn from the teacher.
+
+  They differ only if there is a teacher, and the model has a distillation token.
+  """
+  if not (exp.teacher and POOLS[exp.model.pool].distills):
+    logits_BL = exp.logits(params, batch, key)
+    return logits_BL, logits_BL
+  body = dataclasses.replace(exp, model=exp.model.clone(num_classes=None))
+  return split_head(body.logits(params, batch, key), params['head'])
+
+
 def train_step(
-  state: TrainState, batch: dict, exp: Experiment, training: Training, mesh: jax.sharding.Mesh
+  state: TrainState,
+  batch: dict,
+  teacher: dict | None = None,
+  *,
+  exp: Experiment,
+  training: Training,
+  mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict]:
-  """Updates the state with a batch.
+  """Updates the state with a batch. `teacher` has the teacher's parameters, if a step needs them.
 
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
@@ -67,14 +94,16 @@ def train_step(
   batch = batch | {'example': jnp.arange(config.batch_size)}
   bad_B = batch.pop('bad', None)
   early = state.step < training.early_steps if training.early_steps < training.steps else None
-  trained, frozen = split_frozen(state.params, config.freeze)
+  trained, frozen = exp.split(state.params)
+  taught = {} if teacher is None else {'teacher': teacher}
 
   gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
   parts = exp.training_parts(mesh)
-  grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen, key, early)
+  grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen | taught, key, early)
 
-  updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
-  params = optax.apply_updates(trained, updates) | frozen
+  with jax.named_scope('optimizer'):
+    updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+    params = optax.apply_updates(trained, updates) | frozen
   metrics = {
     'score': score,
     'grad_norm': optax.global_norm(grads),
@@ -90,15 +119,15 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
   """Returns the moving average updated with the new parameters; None without averaging."""
   if state.ema is None:
     return None
-  average, constant = split_frozen(state.ema, exp.config.freeze)
-  trained, _ = split_frozen(params, exp.config.freeze)
+  average, constant = exp.split(state.ema)
+  trained, _ = exp.split(params)
   # The decay is smaller in the first steps, so that a short run also forgets its initial weights.
   decay = jnp.minimum(exp.config.ema, (1 + state.step) / (10 + state.step))
   return optax.incremental_update(trained, average, 1 - decay) | constant
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `(state, batch) -> (state, metrics)`. Do not use the given state again."""
+  """Returns the jitted `train_step` of a run. Do not use a given state again."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
+import re
 
 import jax
 from jax.extend import core
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 from vit_jax import experiment
 from vit_jax.distributed import portable
 from vit_jax.experiment import Experiment
-from vit_jax.optim import Stages, split_frozen
+from vit_jax.model import ViT
+from vit_jax.optim import Stages
 from vit_jax.training.step import loss_fn
 
 ALIASES = ('reshape', 'squeeze', 'expand_dims')  # operations that only change the shape
@@ -32,22 +34,39 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """Returns, for one image, the FLOPs of the forward pass by module, and of a training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
+  return forward_flops(exp.model, params, image), step_flops(exp, params)
+
+
+def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Counter:
+  """Returns the FLOPs of the forward pass for the inputs `image`, by module."""
   with portable():  # without kernels, whose operations would not be counted
-    forward = jax.make_jaxpr(exp.model.apply)({'params': params}, image)
+    forward = jax.make_jaxpr(model.apply)({'params': params}, image)
   flops = Counter()
   for stack, count in products(forward.jaxpr):
     flops[module_of(stack, params)] += count
-  return flops, step_flops(exp, params)
+  return flops
 
 
 def step_flops(exp: Experiment, params: dict) -> int:
-  """Counts the FLOPs of a training step for one image."""
+  """Counts the FLOPs of a training step for one image, with those of a teacher."""
   group = experiment.group(exp.config)
-  split = split_frozen(params, exp.config.freeze)
+  split = with_teacher_params(exp, params)
   with portable():
     gradient = jax.make_jaxpr(jax.grad(loss(exp, group)))(*split, *batch(exp, group))
-  train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, params) != OTHER]
+  names = split[0] | split[1]
+  train = [n for stack, n in products(gradient.jaxpr) if module_of(stack, names) != OTHER]
   return sum(train) // group
+
+
+def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
+  """Returns the trained and frozen parameters that a training step passes to `loss_fn`."""
+  trained, frozen = exp.split(params)
+  return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
+
+
+def runs_teacher(exp: Experiment) -> bool:
+  """Returns whether each training step runs a teacher."""
+  return exp.teacher is not None and not exp.teacher.cached
 
 
 def model_flops(exp: Experiment, params: dict) -> int:
@@ -76,10 +95,10 @@ def activations(exp: Experiment, params: dict) -> Counter:
     function = lambda trained: loss(exp, group)(trained, *others)
     return jax.tree.leaves(jax.vjp(function, trained)[1])
 
-  split = split_frozen(params, exp.config.freeze)
+  split = with_teacher_params(exp, params)
   jaxpr = jax.make_jaxpr(keep)(*split, *batch(exp, group)).jaxpr
   kept = Counter()
-  for stack, size in residuals(jaxpr, jaxpr.invars[len(jax.tree.leaves(params)) :]):
+  for stack, size in residuals(jaxpr, jaxpr.invars[len(jax.tree.leaves(split)) :]):
     kept[module_of(stack, params)] += size / group
   return kept
 
@@ -101,13 +120,15 @@ def batch(exp: Experiment, count: int) -> tuple:
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
     'label': jax.ShapeDtypeStruct((count,), jnp.int32),
   }
+  if exp.teacher and exp.teacher.cached:
+    images['teacher'] = jax.ShapeDtypeStruct((count, exp.model.num_classes), jnp.float32)
   early = jax.ShapeDtypeStruct((), jnp.bool) if exp.config.augment.off_for_last else None
   return images, early, jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 def module_of(stack: str, params: dict) -> str:
   """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
-  names = stack.split('/')
+  names = re.findall(r'[^/()]+', stack)
   for i, name in enumerate(names):
     if name.startswith('block_') and name in params:
       inside = names[i + 1] if names[i + 1 :] and names[i + 1] in params[name] else ''
@@ -140,7 +161,7 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` of each output of a traced function that depends on the batch.
+  """Yields `(name, bytes)` for those outputs of a traced function that depend on the batch.
 
   An array that is returned in two shapes is yielded only once.
   """

@@ -6,11 +6,10 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, names, opening
 from vit_jax.distributed import start_up
-from vit_jax.training.fitting import Plan, planned
-from vit_jax.training.probe import train_head
+from vit_jax.training.closed_form import make_head
 from vit_jax.training.resume import begin, check_in_all_processes, record
 from vit_jax.training.session import fit
-from vit_jax.training.trial import choose_attention
+from vit_jax.training.trial import prepared
 from vit_jax.workdir import held, newest_config, training_files_of
 
 
@@ -18,6 +17,7 @@ from vit_jax.workdir import held, newest_config, training_files_of
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
+  With `classifier`, the head is computed without training steps.
   With `freeze=backbone`, only the head is trained (`probe.py`). With `sweep`, heads are trained at
   several learning rates.
 
@@ -41,11 +41,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
       return finished
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     mesh = experiment.mesh_for(exp.config)
-    earlier = newest_config(workdir) or {}
-    if plan := earlier.get('plan'):
-      exp = planned(exp, Plan(**plan))
-    exp = choose_attention(exp, training, mesh, earlier.get('attention'))
-    if exp.config.freeze:
-      return train_head(exp, training, mesh, workdir)
+    exp = prepared(exp, training, mesh, newest_config(workdir) or {})
+    if exp.config.freeze or exp.config.classifier:
+      return make_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

@@ -1,27 +1,27 @@
 """Tries cuDNN's attention on the GPU of a run before the run relies on it.
 
 cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. So `model.attention=auto`
-compares the kernel with `plain` first, also on logits that are hard to compute.
+compares the kernel with `plain` in float32 first, also on logits that are hard to compute.
 
 Decisions:
   * A run makes this choice once. Its checkpoints contain it, so resuming does not change a kernel.
   * Process 0 makes the choice for all processes.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import logging
-import math
 import time
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import compiled_for, from_first, shares, target
+from vit_jax.distributed import from_first, target
 from vit_jax.experiment import Experiment
-from vit_jax.model import flash, flash_obstacle, plain, select_kernel
+from vit_jax.model import flash, flash_obstacle, plain
 from vit_jax.optim import Training
-from vit_jax.training.fitting import estimated
+from vit_jax.training.compiling import attention_shape, estimated, resumed
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,17 @@ log = logging.getLogger(__name__)
 INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
 TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
 REPEATS = 10  # timed calls of each kernel
+
+
+def prepared(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, saved: Mapping
+) -> Experiment:
+  """Returns the experiment with the choices that a run makes only once.
+
+  These are the plan that saves memory and the attention kernel. `saved` is the JSON of the newest
+  checkpoint, from which they come if it has them; empty without a checkpoint.
+  """
+  return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
 
 def choose_attention(
@@ -66,16 +77,6 @@ def choose_attention(
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 
 
-def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
-  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
-  config, model = exp.config, exp.model
-  parts = exp.training_parts(mesh)
-  patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
-  heads = model.num_heads // mesh.shape['tensor']
-  batch = config.batch_size // shares(mesh) // parts
-  return batch, model.num_prefix + patches, heads, model.head_size
-
-
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
   """Returns `cudnn` if cuDNN is correct for all shapes, and not slower for the last; else `plain`.
 
@@ -105,17 +106,37 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 
 
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
-  """Describes the first output or gradient of cuDNN that differs from `plain`; empty if none."""
+  """Describes the first output or gradient of cuDNN that is not correct; empty if none."""
   for name, (factor, offset) in INPUTS.items():
     given = draw(shape, dtype, factor, offset)
-    ours, theirs = (value_and_gradients(kernel)(*given) for kernel in (flash, plain))
-    for part, got, want in zip(('output', 'query', 'key', 'value'), ours, theirs, strict=True):
-      got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-      error = jnp.abs(got - want).max() / jnp.maximum(jnp.abs(want).max(), 1)
+    found = errors(value_and_gradients(flash)(*given), reference(given))
+    for part, error in found.items():
       if not error <= TOLERANCE:  # also if it is NaN
         what = part if part == 'output' else f'gradient of the {part}'
         return f'{what}, {name}, shape {"x".join(map(str, shape))}: relative error {error:.2g}'
   return ''
+
+
+def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
+  """Returns the output and the gradients of `plain` in float32.
+
+  In bfloat16, the error of `plain` is about 0.1 for large logits if the scale of the queries,
+  `E ** -0.5`, is not a power of two. An example is H/14, with E = 80.
+  """
+  with jax.default_matmul_precision('highest'):
+    return value_and_gradients(plain)(*(x.astype(jnp.float32) for x in given))
+
+
+def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[str, float]:
+  """Returns the error of the output, and of the gradients of query, key and value.
+
+  An error is the largest difference, divided by the largest wanted value, but at least by 1. It is
+  NaN if any value is NaN.
+  """
+  return {
+    part: float(jnp.abs(got - want).max() / jnp.maximum(jnp.abs(want).max(), 1))
+    for part, got, want in zip(('output', 'query', 'key', 'value'), found, wanted, strict=True)
+  }
 
 
 def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offset: float) -> list:
@@ -145,11 +166,3 @@ def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> floa
     found = run(*given)
   jax.block_until_ready(found)
   return (time.perf_counter() - began) / REPEATS
-
-
-def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
-  """Returns whether the blocks of the model use cuDNN's kernel."""
-  query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
-  with compiled_for(target(mesh)):
-    drops = bool(exp.model.attention_dropout)
-    return select_kernel(exp.model.attention, query, query, drops) is flash

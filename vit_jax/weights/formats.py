@@ -130,17 +130,19 @@ class Format:
       is only written.
     read: `(path) -> Weights`; None if the format is only written.
     library: name of the library on the Hub, for the model card.
-    enlarges: whether the written program enlarges images from `stored_size` to `size` itself.
+    is_program: whether the files hold a program, not only weights. The program itself enlarges
+      images from `stored_size` to `size` and divides the logits by the temperature. `save` then has
+      the `Calibration` as its last argument.
     holds_names: whether the format can store class names.
   """
 
-  save: Callable[[ViT, dict, pathlib.Path, Preprocessing, tuple[str, ...] | None], None]
+  save: Callable[..., None]
   usage: Callable[[Pretrained], str]
   files: tuple[str, ...]
   reads: Callable[[pathlib.Path], bool] | None = None
   read: Callable[[pathlib.Path], Weights] | None = None
   library: str = ''
-  enlarges: bool = False
+  is_program: bool = False
   holds_names: bool = True
 
 
@@ -244,6 +246,11 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
     model: the model to write.
     holds: the values that the format can hold, by attribute.
   """
+  if model.examples is not None:
+    raise ValueError(
+      f'The format {format_name} cannot hold a k-NN head, only a linear one. Use the format onnx '
+      'or stablehlo, or compute a linear head: --mode=fewshot --classifier=ridge.'
+    )
   key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
     f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '

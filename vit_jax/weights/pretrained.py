@@ -91,7 +91,7 @@ def adapt(
   class_names = source.class_names
   if new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.
-    model = pooled(model.clone(num_classes=num_classes, representation_size=None))
+    model = pooled(model.clone(num_classes=num_classes, representation_size=None, examples=None))
     params, dropped = without(params, ('pre_logits', 'head'))
     ignored, class_names = ignored + dropped, None
   if num_classes is not None and 'head' not in params:

@@ -7,6 +7,8 @@ pooled features if the model has no head.
 
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
+    The logits are divided by the temperature of the weights. Their softmax is therefore the
+    probability that `predict` prints.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * `backend.portable` makes the program independent of the machine that writes it.
@@ -31,6 +33,7 @@ from vit_jax.distributed import portable
 from vit_jax.model import ViT
 from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
 from vit_jax.weights.layouts import image_channels
+from vit_jax.workdir import Calibration
 
 Program = Callable[[jax.Array], jax.Array]
 
@@ -44,13 +47,18 @@ CONVERTER = (
 )
 
 
-def make_program(model: ViT, params: dict, preprocessing: Preprocessing) -> tuple[Program, tuple]:
+def make_program(
+  model: ViT, params: dict, preprocessing: Preprocessing, calibration: Calibration
+) -> tuple[Program, tuple]:
   """Returns the program, and the shape (H, W, C) of its input images."""
   model, p = model.clone(dtype=jnp.float32, remat='none'), preprocessing
 
   def program(image_BHWC):
     image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
-    return model.apply({'params': params}, image_BHWC)
+    output = model.apply({'params': params}, image_BHWC)
+    # Features have no temperature. Without a temperature, the program has no division.
+    scaled = model.num_classes is not None and calibration.temperature != 1
+    return output / calibration.temperature if scaled else output
 
   return program, (*(p.stored_size or p.size), image_channels(params))
 
@@ -61,6 +69,7 @@ def save_stablehlo(
   folder: pathlib.Path,
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
+  calibration: Calibration,
 ) -> None:
   """Writes `model.stablehlo`, serialized by `jax.export`, and `model.json`.
 
@@ -73,13 +82,14 @@ def save_stablehlo(
       'stablehlo: a file must be smaller than 2 GiB, but the parameters take '
       f'{size / 2**30:.1f} GiB. Use another format.'
     )
-  program, image_shape = make_program(model, params, preprocessing)
+  program, image_shape = make_program(model, params, preprocessing, calibration)
   (batch,) = export.symbolic_shape('b')
   image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
   with portable(), jax.default_matmul_precision('highest'):
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(image)
   (folder / 'model.stablehlo').write_bytes(exported.serialize())
-  write_about(folder, model, exported.out_avals[0].shape, image_shape, preprocessing, class_names)
+  output = output_of(model, exported.out_avals[0].shape, calibration)
+  write_about(folder, output, image_shape, preprocessing, class_names)
 
 
 def save_onnx(
@@ -88,6 +98,7 @@ def save_onnx(
   folder: pathlib.Path,
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
+  calibration: Calibration,
 ) -> None:
   """Writes `model.onnx` and `model.json`, and for large models also `model.onnx.data`.
 
@@ -100,7 +111,7 @@ def save_onnx(
       import onnxruntime
     except ImportError as error:
       raise ValueError(CONVERTER % error) from error
-    program, image_shape = make_program(model, params, preprocessing)
+    program, image_shape = make_program(model, params, preprocessing, calibration)
     (batch,) = export.symbolic_shape('b')
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
     path, name = folder / 'model.onnx', output_name(model)
@@ -127,7 +138,8 @@ def save_onnx(
       f'onnx: the {name} of the converted and the original model differ by {error:.1g}. Install '
       'the versions in requirements-onnx.txt, or use another format.'
     )
-  write_about(folder, model, ours.shape, image_shape, preprocessing, class_names)
+  output = output_of(model, ours.shape, calibration)
+  write_about(folder, output, image_shape, preprocessing, class_names)
 
 
 @contextlib.contextmanager
@@ -149,10 +161,15 @@ def output_name(model: ViT) -> str:
   return 'features' if model.num_classes is None else 'logits'
 
 
+def output_of(model: ViT, shape: tuple, calibration: Calibration) -> dict[str, object]:
+  """Returns what `model.json` says about the output; the program has applied the temperature."""
+  about = {'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
+  return about if model.num_classes is None else about | {'temperature': calibration.temperature}
+
+
 def write_about(
   folder: pathlib.Path,
-  model: ViT,
-  output_shape: tuple,
+  output: dict[str, object],
   image_shape: tuple[int, int, int],
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
@@ -162,11 +179,9 @@ def write_about(
   about = {
     'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *image_shape]},
     'resize': {'interpolation': p.interpolation, 'crop': p.crop, 'stretch': p.stretch},
-    'output': {
-      'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *output_shape[1:]],
-    },
+    'output': output,
     'class_names': class_names,
-  }  # fmt: skip
+  }
   (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')
 
 

@@ -182,6 +182,8 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
     fields['patch_size'] = pair(fields['patch_size'])
+  if 'feature' in params['head']:  # a k-NN head
+    fields['examples'] = len(params['head']['feature'])
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
@@ -248,6 +250,6 @@ FORMATS = {
     functools.partial(read_torch, read=read_timm),
     library='timm',
   ),
-  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), enlarges=True),
-  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), enlarges=True),
+  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), is_program=True),
+  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), is_program=True),
 }

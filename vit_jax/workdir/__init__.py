@@ -1,12 +1,15 @@
 """Reads and writes the files that a run keeps on disk."""
 
+from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
+from vit_jax.workdir.items import digest
 from vit_jax.workdir.lock import held
 from vit_jax.workdir.stored import (
   latest_step,
   load_checkpoint,
   newest_config,
   restore_item,
+  restore_weights,
   saved_steps,
   set_aside_damaged,
 )
@@ -21,12 +24,15 @@ from vit_jax.workdir.writer import DETAILS, Silent, Writer, read_json, read_metr
 
 __all__ = [
   'DETAILS',
+  'Calibration',
   'Checkpoints',
   'Silent',
   'TrainingFiles',
   'Writer',
   'check_untrained',
+  'digest',
   'find_training_files',
+  'forget_calibrations',
   'held',
   'intact',
   'latest_step',
@@ -36,6 +42,8 @@ __all__ = [
   'read_json',
   'read_metrics',
   'restore_item',
+  'restore_weights',
+  'save_calibration',
   'saved_steps',
   'set_aside_damaged',
   'training_files_of',

@@ -8,7 +8,9 @@ import time
 import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
+from vit_jax.model import merged
 from vit_jax.workdir import items, writer
+from vit_jax.workdir.calibration import find_calibration
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +50,31 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """Returns one item of a checkpoint: `config` (a dict), or a tree of NumPy arrays.
+  """Returns one item of a checkpoint.
 
-  The item `names` is None for checkpoints of version 0.1.0.
+  `config` is a dict, and each other item is a tree of NumPy arrays. For checkpoints of version
+  0.1.0, the item called `names` is None.
 
   Raises:
     Damaged: the item is invalid, or has changed since it was saved.
   """
   return from_first(lambda: read_item(workdir, step, item))
+
+
+def restore_weights(workdir: pathlib.Path, step: int) -> dict:
+  """Returns the weights of a checkpoint for inference (NumPy): averaged ones if there are any.
+
+  Raises:
+    Damaged: the item is invalid, or has changed since it was saved.
+  """
+  return from_first(lambda: read_weights_of(workdir, step))
+
+
+def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
+  """Works like `restore_weights`, but reads and returns the weights only in this process."""
+  if read_item(workdir, step, 'config')['config']['ema'] > 0:
+    return read_item(workdir, step, 'state')['ema']
+  return read_item(workdir, step, 'params')
 
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
@@ -128,8 +147,10 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
 def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
-  The facts are the item `config`, with the item `names` under the key `names`. If the run averages
-  its weights, the averages are returned. Damaged checkpoints are skipped.
+  The facts are the item `config`, with the item `names` under the key `names` and the fields of the
+  checkpoint's `Calibration` under the key `calibration` (None if there is none). If the run
+  averages its weights, the averages are returned. An adapter is merged into the weights. Damaged
+  checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -147,13 +168,11 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
   for (step, why), following in zip(found, [*found[1:], None]):
     try:
       config = read_item(workdir, step, 'config') | {'names': read_item(workdir, step, 'names')}
-      if config['config']['ema'] > 0:
-        params = read_item(workdir, step, 'state')['ema']
-      else:
-        params = read_item(workdir, step, 'params')
+      params = read_weights_of(workdir, step)
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
-      return step, params, config
+      config |= {'calibration': find_calibration(workdir, step)}
+      return step, merged(params, config['config']), config
     except items.Damaged as error:
       if saved_steps(workdir) != known:  # training has replaced checkpoints in the meantime
         return _load(workdir, wanted)
@@ -165,8 +184,8 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """Returns the checkpoints to try: pairs `(step, reason)`, the preferred one first.
 
-  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty,
-  checkpoints without a validation accuracy have an empty reason.
+  The reason is a text for the log, e.g. `the last checkpoint`. It is `''` for a checkpoint without
+  a validation accuracy if `step` is empty.
 
   Args:
     workdir: folder of a training run.
@@ -199,6 +218,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   if not step.isdecimal() or int(step) not in found:
     there = ', '.join(str(n) for n in sorted(found))
     raise ValueError(
-      f'--step={step}: {workdir} has the checkpoints {there}. Use one of these steps, best or last.'
+      f'--step={step}: {workdir} has the checkpoints {there}. Set --step to one of these '
+      'numbers, to best or to last.'
     )
   return [(int(step), 'as requested')]

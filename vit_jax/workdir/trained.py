@@ -62,6 +62,15 @@ class TrainingFiles:
     """Returns a copy without the run's own files and splits."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
+  def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
+    """Returns a copy that also contains everything in `other`, as inherited."""
+    return dataclasses.replace(
+      self,
+      inherited_N=np.union1d(self.inherited_N, other.all_N),
+      shared_N=np.union1d(self.shared_N, other.shared_N),
+      inherited_splits=tuple(dict.fromkeys(self.inherited_splits + other.all_splits)),
+    )
+
   def item(self) -> dict[str, np.ndarray]:
     """Returns the item `names`. Each array begins with a 0, because orbax saves no empty arrays."""
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}

@@ -12,8 +12,8 @@ from vit_jax.distributed import batch_sharding, layout, make_mesh, needed_bytes
 from vit_jax.evaluation import summarize
 from vit_jax.inference import cost
 from vit_jax.limits import OutOfMemory
-from vit_jax.training import compiling, fitting, trainer
-from vit_jax.training.fitting import Plan
+from vit_jax.training import compiling, trainer
+from vit_jax.training.compiling import Plan
 from vit_jax.training.state import init_state
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import newest_config
@@ -40,11 +40,11 @@ class Step:
     }
 
   def lower(self, exp):
-    self.plans.append(fitting.plan_of(exp, self.mesh))
+    self.plans.append(compiling.plan_of(exp, self.mesh))
     return make_train_step(exp, self.training, self.mesh).lower(self.state, self.batch)
 
   def fit(self):
-    return fitting.fit_step(self.exp, self.lower, self.mesh, self.state)
+    return compiling.fit_step(self.exp, self.lower, self.mesh, self.state)
 
 
 def test_the_chosen_step_fits_90_percent_of_the_memory_and_is_compiled_once():
@@ -59,8 +59,8 @@ def test_the_chosen_step_fits_90_percent_of_the_memory_and_is_compiled_once():
 
 def test_plans_use_more_micro_batches_before_they_recompute():
   step = Step(micro_batches='None')
-  plans = fitting.possible_plans(step.exp, step.mesh)
-  assert plans[0] == fitting.plan_of(step.exp, step.mesh)
+  plans = compiling.possible_plans(step.exp, step.mesh)
+  assert plans[0] == compiling.plan_of(step.exp, step.mesh)
   assert [plan.remat for plan in plans] == sorted(
     (plan.remat for plan in plans), key=['none', 'dots', 'full'].index
   )
@@ -69,16 +69,16 @@ def test_plans_use_more_micro_batches_before_they_recompute():
   step = Step(**{'augment.mix.probability': '1'})
   assert all(
     64 // step.mesh.size // plan.micro_batches % 2 == 0  # mixed pairs
-    for plan in fitting.possible_plans(step.exp, step.mesh)
+    for plan in compiling.possible_plans(step.exp, step.mesh)
   )
 
 
 def test_values_that_the_config_sets_are_kept():
   step = Step(micro_batches='4', device_memory='1e-5', **{'model.remat': 'dots'})
   exp, _ = step.fit()  # the user decides, even if it does not fit
-  assert fitting.plan_of(exp, step.mesh) == Plan(4, 'dots') and exp.parts is None
+  assert compiling.plan_of(exp, step.mesh) == Plan(4, 'dots') and exp.parts is None
   step = Step(micro_batches='4', device_memory='0.01')
-  assert {plan.micro_batches for plan in fitting.possible_plans(step.exp, step.mesh)} == {4}
+  assert {plan.micro_batches for plan in compiling.possible_plans(step.exp, step.mesh)} == {4}
 
 
 def test_without_a_limit_the_micro_batches_of_the_cache_are_used():
@@ -91,15 +91,15 @@ def test_without_a_limit_the_micro_batches_of_the_cache_are_used():
 @pytest.mark.parametrize('plan', [Plan(1, 'none'), Plan(32, 'none')])
 def test_the_estimate_is_close_to_the_compiled_step(plan):
   step = Step()
-  need = fitting.estimator(step.exp, step.mesh, step.state)
-  compiled = needed_bytes(step.lower(fitting.planned(step.exp, plan)).compile())
+  need = compiling.estimator(step.exp, step.mesh, step.state)
+  compiled = needed_bytes(step.lower(compiling.planned(step.exp, plan)).compile())
   assert compiled < sum(need(plan)) < 1.4 * compiled
 
 
 def test_two_plans_compute_the_same_step_up_to_rounding():
   step, found = Step(batch_size='16'), []
   for plan in (Plan(1, 'none'), Plan(16 // step.mesh.size, 'full')):
-    exp = fitting.planned(step.exp, plan)
+    exp = compiling.planned(step.exp, plan)
     state = init_state(exp, step.training, step.mesh)
     batch = {
       'image': np.random.RandomState(0).randint(0, 256, (16, 32, 32, 3)).astype(np.uint8),
@@ -146,7 +146,7 @@ def full(monkeypatch):
 
     def fit_step(exp, lower, mesh, state):
       exp, step = real(exp, lower, mesh, state)
-      plans.append(fitting.plan_of(exp, mesh))
+      plans.append(compiling.plan_of(exp, mesh))
 
       def run(*args):
         if len(plans) <= count:
@@ -207,10 +207,10 @@ def test_b16_at_384_pixels_fits_8_gib_with_a_batch_of_512(monkeypatch):
   shapes = compiler.shapes_of(exp, training)
 
   def lower(exp):
-    plans.append(fitting.plan_of(exp, mesh))
+    plans.append(compiling.plan_of(exp, mesh))
     return compiler.trace_step(exp, training, mesh).lower()
 
   # As on an accelerator: the micro-batches that suit a CPU's cache would fit anyway.
   monkeypatch.setattr(experiment, 'micro_batches', lambda *_: 1)
-  _, step = fitting.fit_step(exp, lower, mesh, shapes)
+  _, step = compiling.fit_step(exp, lower, mesh, shapes)
   assert needed_bytes(step) <= 0.9 * 8 * 2**30 and len(plans) <= 3

@@ -1,0 +1,60 @@
+"""Tests matrix products with stored transposed operands, and the random masks of dropout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.distributed import Target, compiled_for
+from vit_jax.model import products
+from vit_jax.model.layers import keep_mask
+
+
+@pytest.mark.parametrize('shape', [(1, 7, 5), (12, 33, 64), (200, 64, 130)])
+def test_products_with_stored_transposes_have_the_gradient_of_float64(shape):
+  rows, inputs, outputs = shape
+  random = np.random.default_rng(0)
+  draw = lambda *size: jnp.asarray(random.normal(size=size), jnp.bfloat16)
+  x_NI, kernel_IO, dy_NO = draw(rows, inputs), draw(inputs, outputs), draw(rows, outputs)
+  y_NO, gradient = jax.vjp(products.with_stored_transposes, x_NI, kernel_IO)
+  got = (y_NO, *gradient(dy_NO))
+  x, kernel, dy = (np.asarray(a, np.float64) for a in (x_NI, kernel_IO, dy_NO))
+  for array, exact in zip(got, (x @ kernel, dy @ kernel.T, x.T @ dy)):
+    assert array.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+      np.asarray(array, np.float64), exact, atol=2**-7 * np.abs(exact).max()
+    )
+
+
+@pytest.mark.parametrize(
+  'platform, dtype, version, stored',
+  [
+    ('cpu', 'bfloat16', (0, 12, 0), True),
+    ('cpu', 'bfloat16', (0, 11, 9), False),
+    ('cpu', 'float32', (0, 12, 0), False),
+    ('tpu', 'bfloat16', (0, 12, 0), False),
+  ],
+)
+def test_transposes_are_stored_only_where_it_is_faster(
+  monkeypatch, platform, dtype, version, stored
+):
+  monkeypatch.setattr(jax, '__version_info__', version)
+  called = []
+  monkeypatch.setattr(products, 'with_stored_transposes', lambda x, w: called.append(1) or x @ w)
+  with compiled_for(Target(platform)):
+    products.matmul(jnp.ones((2, 3), dtype), jnp.ones((3, 4), dtype))
+  assert bool(called) == stored
+
+
+@pytest.mark.parametrize('shape', [(100, 300), (300, 101), (30001, 1)])
+def test_a_mask_keeps_each_value_with_the_same_probability(shape):
+  keep = np.asarray(keep_mask(jax.random.key(1), 0.3, shape))
+  assert keep.shape == shape
+  assert abs(keep.mean() - 0.7) < 4 * (0.3 * 0.7 / keep.size) ** 0.5
+
+
+def test_the_two_values_of_a_random_number_are_independent():
+  keep = np.asarray(keep_mask(jax.random.key(2), 0.5, (500, 400)))
+  halves = keep[:, :200], keep[:, 200:]
+  same = (halves[0] == halves[1]).mean()
+  assert abs(same - 0.5) < 4 * 0.5 / halves[0].size ** 0.5

@@ -1,0 +1,164 @@
+"""Measures how good and how trustworthy predictions are, from NumPy arrays.
+
+`N` is the number of examples. `confidence_N` is the probability of the predicted class.
+
+Decisions:
+  * A value that is not defined is NaN, e.g. the recall of a class without examples. `as_json`
+    writes it as null.
+  * Equal confidences are treated as one group, so no result depends on the order of the examples.
+"""
+
+from collections.abc import Sequence
+import math
+import statistics
+
+import numpy as np
+from scipy import optimize
+
+LEVEL = 0.95  # probability with which the interval covers the true accuracy
+BINS = 15  # bins of the calibration error, as in Guo et al. 2017 (1706.04599), Section 5
+POINTS = 20  # points of the curve of accuracy against coverage
+
+COLDEST, HOTTEST = 0.01, 100.0  # limits of the temperature
+CHUNK = 2**22  # logits that are converted to float64 at once
+
+
+def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
+  """Returns the 95% confidence interval of an accuracy (Wilson 1927; Brown et al. 2001, eq. 4).
+
+  Unlike the interval of the normal approximation, it is never empty and never leaves [0, 1].
+
+  Args:
+    correct: number of correct predictions.
+    examples: number of predictions, at least 1.
+  """
+  z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+  share, ratio = correct / examples, z**2 / examples
+  half = z * math.sqrt((share * (1 - share) + ratio / 4) / examples)
+  low, high = ((share + ratio / 2 + sign * half) / (1 + ratio) for sign in (-1, 1))
+  return max(low, 0.0), min(high, 1.0)
+
+
+def class_scores(
+  label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int
+) -> dict[str, np.ndarray]:
+  """Returns `precision`, `recall`, `f1` and `support` of each class, `[L]`.
+
+  The support is the number of examples of the class. Without predictions of a class, its precision
+  is NaN. Without examples, its recall is NaN. Without both, its F1 is NaN.
+  """
+  label_N, predicted_N = np.asarray(label_N), np.asarray(predicted_N)
+  count = lambda classes: np.bincount(classes, minlength=num_classes)
+  right_L, given_L, support_L = map(count, (label_N[label_N == predicted_N], predicted_N, label_N))
+  share = lambda part_L, all_L: np.where(all_L > 0, part_L / np.maximum(all_L, 1), np.nan)
+  return {
+    'precision': share(right_L, given_L),
+    'recall': share(right_L, support_L),
+    'f1': share(2 * right_L, given_L + support_L),
+    'support': support_L,
+  }
+
+
+def balanced_accuracy(recall_L: np.ndarray) -> float:
+  """Returns the mean recall of the classes that have examples."""
+  return float(np.nanmean(recall_L))
+
+
+def confused(
+  label_N: np.ndarray, predicted_N: np.ndarray, names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+  """Returns the confusion matrix without its zeros: `{true class: {predicted class: examples}}`."""
+  pair_P2, count_P = np.unique(np.stack([label_N, predicted_N], axis=1), axis=0, return_counts=True)
+  found = {}
+  for (label, predicted), count in zip(pair_P2.tolist(), count_P.tolist()):
+    found.setdefault(names[label], {})[names[predicted]] = count
+  return found
+
+
+def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np.ndarray]:
+  """Compares the confidence with the accuracy in bins of equal width (Guo et al. 2017, Section 2).
+
+  Returns:
+    `low` and `high`, the limits of each bin: it holds confidences above `low` up to `high`.
+    `examples`, their number. `confidence` and `accuracy`, their means; NaN in an empty bin.
+  """
+  edge_B = np.linspace(0, 1, BINS + 1)
+  bin_N = np.searchsorted(edge_B[1:-1], confidence_N)
+  total = lambda weight_N: np.bincount(bin_N, weight_N, minlength=BINS)
+  examples_B = np.bincount(bin_N, minlength=BINS)
+  mean = lambda weight_N: np.where(
+    examples_B > 0, total(weight_N) / np.maximum(examples_B, 1), np.nan
+  )
+  return {
+    'low': edge_B[:-1],
+    'high': edge_B[1:],
+    'examples': examples_B,
+    'confidence': mean(confidence_N),
+    'accuracy': mean(correct_N),
+  }
+
+
+def calibration_error(bins: dict[str, np.ndarray]) -> float:
+  """Returns the expected calibration error of the bins of `reliability` (Guo et al., eq. 3)."""
+  gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
+  return float((gap_B * bins['examples']).sum() / bins['examples'].sum())
+
+
+def coverage_curve(
+  confidence_N: np.ndarray, correct_N: np.ndarray, points: int = POINTS
+) -> dict[str, np.ndarray]:
+  """Returns the accuracy on the most confident examples (Geifman and El-Yaniv 2017, 1705.08500).
+
+  Returns:
+    `coverage`, the share of the examples that the model answers. `accuracy`, the accuracy on these
+    examples; of examples with equal confidence, each counts with their mean. `confidence`, the
+    lowest confidence among them.
+  """
+  order_N = np.argsort(-np.asarray(confidence_N), kind='stable')
+  falling_N, count = np.asarray(confidence_N)[order_N], len(order_N)
+  last = np.flatnonzero(np.append(falling_N[1:] != falling_N[:-1], True))  # of each group
+  right = np.cumsum(np.asarray(correct_N, np.float64)[order_N])[last]
+  coverage_P = np.arange(1, points + 1) / points
+  answered_P = coverage_P * count
+  right_P = np.interp(answered_P, [0, *(last + 1)], [0, *right])
+  return {
+    'coverage': coverage_P,
+    'accuracy': right_P / answered_P,
+    'confidence': falling_N[np.ceil(answered_P - 1e-9).astype(int) - 1],
+  }
+
+
+def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
+  """Returns the temperature with the least negative log-likelihood (Guo et al. 2017, Section 4.2).
+
+  The sum is computed in float64. The temperature stays between `COLDEST` and `HOTTEST`. It is 1 if
+  every prediction is correct: the likelihood then grows without limit as the temperature falls.
+  """
+  logits_NL, label_N = np.asarray(logits_NL), np.asarray(label_N)
+  rows = max(1, CHUNK // logits_NL.shape[1])
+  chunks = [slice(start, start + rows) for start in range(0, len(label_N), rows)]
+
+  def loss(log_temperature):
+    total = 0.0
+    for chunk in chunks:
+      gap_BL = logits_NL[chunk].astype(np.float64)
+      gap_BL -= gap_BL.max(axis=1, keepdims=True)
+      gap_BL /= math.exp(log_temperature)
+      own_B = np.take_along_axis(gap_BL, label_N[chunk, None], axis=1)[:, 0]
+      total += (np.log(np.exp(gap_BL).sum(axis=1)) - own_B).sum()
+    return total / len(label_N)
+
+  if (logits_NL.argmax(axis=1) == label_N).all():
+    return 1.0
+  bounds = math.log(COLDEST), math.log(HOTTEST)
+  found = optimize.minimize_scalar(loss, bounds=bounds, method='bounded', options={'xatol': 1e-6})
+  return math.exp(found.x)
+
+
+def rows_of(columns: dict[str, np.ndarray]) -> list[dict[str, float | int | None]]:
+  """Returns one dict for each row of a table, for JSON: NaN becomes None."""
+  plain = [
+    [None if value != value else value for value in np.asarray(column).tolist()]
+    for column in columns.values()
+  ]
+  return [dict(zip(columns, row)) for row in zip(*plain)]

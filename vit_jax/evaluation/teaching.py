@@ -1,0 +1,90 @@
+"""Prepares the teacher of a run: puts it on the devices, or computes its logits once.
+
+Decisions:
+  * If nothing random changes an image, the teacher gives the same logits in every epoch. They are
+    then computed once for each example, from its features (`features.py`), which are cached.
+  * Otherwise each step runs the teacher. Its parameters are placed like the parameters of the
+    student, so `mesh.fsdp` and `mesh.tensor` split them too. No checkpoint contains them.
+"""
+
+from collections.abc import Iterator
+import copy
+import dataclasses
+import logging
+import pathlib
+
+import jax
+import numpy as np
+
+from vit_jax.data import Plan, Split
+from vit_jax.distributed import gather, place_params, replicate
+from vit_jax.evaluation.features import cached_features, make_feature_step
+from vit_jax.experiment import Experiment
+from vit_jax.optim import Training
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taught:
+  """A split whose batches also contain the logits of a teacher, as `teacher`, `[B, L]`.
+
+  Attributes:
+    examples: the split.
+    logits_NL: the teacher's logits for each example of the split.
+  """
+
+  examples: Split
+  logits_NL: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of a `Plan`; the caller must close this iterator."""
+    batches = self.examples.batches(plan, over_batch)
+    try:
+      for step, batch in zip(plan.steps, batches):
+        index_B = plan.examples(plan.positions(step))
+        yield batch | {'teacher': gather(self.logits_NL, index_B, over_batch)}
+    finally:
+      batches.close()
+
+
+def with_teacher(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, folder: pathlib.Path
+) -> tuple[Experiment, Training]:
+  """Returns experiment and plan of a run whose teacher is ready; unchanged without a teacher.
+
+  Args:
+    exp: experiment to train. The teacher uses its kernel of attention.
+    training: plan of the run.
+    mesh: devices of the run.
+    folder: folder of cached features.
+  """
+  if exp.teacher is None:
+    return exp, training
+  model = exp.teacher.model.clone(attention=exp.model.attention)
+  exp = dataclasses.replace(exp, teacher=dataclasses.replace(exp.teacher, model=model))
+  if exp.teacher.cached:
+    taught = Taught(training.train, compute_logits(exp, training.train, mesh, folder))
+    return exp, dataclasses.replace(training, train=taught)
+  placed = place_params(mesh, exp.teacher.params)
+  return exp, dataclasses.replace(training, teacher=placed)
+
+
+def compute_logits(
+  exp: Experiment, examples: Split, mesh: jax.sharding.Mesh, folder: pathlib.Path
+) -> np.ndarray:
+  """Returns the teacher's logits of all examples, `[N, L]`; its features are cached in `folder`."""
+  log.info('Each example always has the same image, so the teacher computes its logits only once.')
+  teacher, config = exp.teacher, copy.deepcopy(exp.config)
+  config.data.image_size = teacher.normalize.keywords['size']
+  of_teacher = dataclasses.replace(
+    exp, config=config, model=teacher.model, normalize=teacher.normalize, teacher=None
+  )
+  step, params = make_feature_step(of_teacher, mesh), replicate(mesh, teacher.params)
+  features = cached_features(of_teacher, step, params, examples, mesh, folder)
+  return features.image_NHWC @ teacher.params['head']['kernel'] + teacher.params['head']['bias']

@@ -1,0 +1,138 @@
+"""Draws how good and how trustworthy predictions are, in the style of `draw.py`."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+from matplotlib import ticker
+from matplotlib.figure import Figure
+import numpy as np
+
+from vit_jax.figures import canvas
+
+NUMBERED, LABELLED = 20, 40  # maximum number of classes with numbers in cells, with names on axes
+LOWEST = 20  # number of classes named when there are too many to name all of them
+
+
+@canvas.styled
+def draw_confusion(
+  count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
+) -> Figure:
+  """Draws the confusion matrix (rows are true classes) and the accuracy of each class."""
+  classes = len(class_names)
+  total_L1 = count_LL.sum(axis=1, keepdims=True)
+  share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
+  figure = Figure((canvas.WIDTH, min(max(0.42 * classes, 1.5), 4.2) + 1.2), layout='constrained')
+  matrix, bars = figure.subplots(1, 2, width_ratios=(2.4, 1))
+  norm = matplotlib.colors.PowerNorm(1 if classes <= NUMBERED else 0.5, 0, 1)
+  shades = matrix.imshow(share_LL, cmap='Blues', norm=norm, aspect='auto')
+  number = '' if classes <= LABELLED else ' (number)'
+  matrix.set(xlabel=f'predicted class{number}', ylabel=f'true class{number}')
+  matrix.tick_params(length=0)
+  if classes <= LABELLED:
+    names = [canvas.short(name) for name in class_names]
+    matrix.set_yticks(range(classes), names, fontsize=small(classes))
+    turn = dict(rotation=45, ha='right', rotation_mode='anchor')
+    turn = turn if max(map(len, names)) > 2 else {}
+    matrix.set_xticks(range(classes), names, fontsize=small(classes), **turn)
+  if classes <= NUMBERED:
+    matrix.set_title('percent of the true class')
+    matrix.spines[:].set_visible(False)
+    for (i, j), share in np.ndenumerate(share_LL):
+      if share >= 0.005:
+        colour = 'white' if share > 0.55 else 'black'
+        matrix.text(j, i, f'{100 * share:.0f}', ha='center', va='center', color=colour, size=8)
+  else:
+    matrix.spines[:].set_visible(True)
+    bar = canvas.add_colours(figure, shades, matrix, 'share of the true class', location='left')
+    bar.ax.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  class_bars(bars, accuracy_L, class_names)
+  return figure
+
+
+def small(labels: int) -> int:
+  """Returns a font size, in points, at which this number of labels fits on an axis."""
+  return 8 if labels <= NUMBERED else 6
+
+
+def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
+  """Draws the accuracy of each class as a bar; with many classes, only the lowest accuracies."""
+  order = np.arange(len(class_names))
+  title = 'accuracy of each class'
+  if len(order) > LABELLED:
+    order = np.argsort(accuracy_L, kind='stable')[:LOWEST]  # NaN is sorted last
+    title = f'the {LOWEST} lowest of {len(class_names):,} classes'
+  names = [canvas.short(class_names[i]) for i in order]
+  axis.barh(range(len(order)), np.nan_to_num(accuracy_L[order]), height=0.7, color=canvas.BLUE)
+  axis.set_yticks(range(len(order)), names, fontsize=small(len(order)))
+  axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(0, 1), xlabel='accuracy', title=title)
+  axis.tick_params(axis='y', length=0)
+  axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  axis.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
+  axis.grid(axis='x')
+  if len(order) > NUMBERED:
+    return
+  for i, value in enumerate(accuracy_L[order]):
+    if np.isnan(value):
+      axis.text(0.02, i, 'no example', va='center', size=8)
+    elif value > 0.3:
+      axis.text(value - 0.02, i, f'{100 * value:.1f}', va='center', ha='right', color='w', size=8)
+    else:
+      axis.text(value + 0.02, i, f'{100 * value:.1f}', va='center', size=8)
+
+
+@canvas.styled
+def draw_reliability(
+  bins: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None
+) -> Figure:
+  """Draws the accuracy against the confidence, and the number of examples by confidence.
+
+  Args:
+    bins: the result of `reliability`.
+    before: the same for probabilities before calibration; None to leave it out.
+  """
+  figure = Figure((canvas.WIDTH, 3.6), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  places = dict(x=bins['low'], width=bins['high'] - bins['low'], align='edge', edgecolor='white')
+  left.plot([0, 1], [0, 1], color=canvas.GREY, linestyle=(0, (4, 3)), label='perfect calibration')
+  label = 'all examples' if before is None else 'with temperature'
+  left.bar(height=np.nan_to_num(bins['accuracy']), color=canvas.BLUE, label=label, **places)
+  total = bins['examples'].sum()
+  right.bar(height=bins['examples'] / total, color=canvas.BLUE, label=label, **places)
+  if before is not None:
+    there = before['examples'] > 0
+    line = dict(color=canvas.ORANGE, marker='.', label='without temperature')
+    left.plot(before['confidence'][there], before['accuracy'][there], **line)
+    edge_B = np.append(before['low'], before['high'][-1:])
+    line = dict(color=canvas.ORANGE, label='without temperature', linewidth=1.5)
+    right.stairs(before['examples'] / total, edge_B, **line)
+  left.set(ylabel='accuracy', ylim=(0, 1))
+  right.set(ylabel='share of the examples', ylim=(0, None))
+  for axis in (left, right):
+    axis.set(xlabel='confidence: probability of the predicted class', xlim=(0, 1))
+    axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    axis.grid()
+  left.legend(loc='upper left')
+  return figure
+
+
+@canvas.styled
+def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
+  """Draws the accuracy on the most confident examples, and the confidence that selects them.
+
+  Args:
+    curve: the result of `coverage_curve`.
+  """
+  figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
+  left, right = figure.subplots(1, 2)
+  left.plot(curve['coverage'], curve['accuracy'], color=canvas.BLUE)
+  right.plot(curve['coverage'], curve['confidence'], color=canvas.BLUE)
+  low = curve['accuracy'].min()
+  left.set(ylabel='accuracy on these images', ylim=(low - 0.05 * (1 - low) - 0.001, 1.002))
+  right.set(ylabel='lowest confidence among them', ylim=(0, 1.02))
+  for axis in (left, right):
+    axis.set(xlabel='coverage: share of the images answered', xlim=(0, 1))
+    axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+    axis.grid()
+  return figure

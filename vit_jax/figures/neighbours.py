@@ -1,0 +1,114 @@
+"""Finds and draws the training images that a model finds most similar to its mistakes.
+
+Decisions:
+  * Images are compared by the cosine similarity of their features, the input of the head.
+  * A mistake next to similar images of the wrong class often has a doubtful label, or shows classes
+    that the features cannot tell apart. Without similar images, training data is missing.
+  * At most `AMONG` training images are compared, spread evenly over the split. So drawing takes no
+    longer for a large split.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+from matplotlib.figure import Figure
+import numpy as np
+
+from vit_jax.data import Examples, Split
+from vit_jax.evaluation import compute_features, make_feature_step
+from vit_jax.experiment import Experiment
+from vit_jax.figures import canvas
+from vit_jax.model import unit
+
+ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each
+AMONG = 10_000  # maximum number of training images compared
+PART = 2000  # number of training images in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbours:
+  """The training images that are most similar to R test images, the most similar first.
+
+  Attributes:
+    image_RKHWC: uint8 images.
+    label_RK: their classes.
+    similarity_RK: cosine similarities of the features, -1 to 1.
+    among: number of training images that were compared.
+  """
+
+  image_RKHWC: np.ndarray
+  label_RK: np.ndarray
+  similarity_RK: np.ndarray
+  among: int
+
+
+def find_neighbours(
+  exp: Experiment, params: dict, test: Examples, train: Split, mesh: jax.sharding.Mesh
+) -> Neighbours:
+  """Finds the `NEAREST` training images of each test image.
+
+  Args:
+    exp: the experiment that defines the backbone and the preprocessing.
+    params: parameters of the model, on the devices of the mesh.
+    test: R test images.
+    train: training split.
+    mesh: the devices.
+  """
+  step, size = make_feature_step(exp, mesh), exp.config.eval_batch_size
+  found = lambda examples: compute_features(step, params, examples, size, mesh).image_NHWC
+  test_RD, index_N = np.asarray(unit(found(test))), canvas.evenly(len(train), AMONG)
+  images, labels, similarities, among = [], [], [], 0
+  for start in range(0, len(index_N), PART):
+    index = index_N[start : start + PART]
+    part = train.some(index[train.readable(index)])
+    similarity_RN = test_RD @ np.asarray(unit(found(part))).T
+    best_RK = np.argsort(-similarity_RN, axis=1, kind='stable')[:, :NEAREST]
+    images.append(part.image_NHWC[best_RK])
+    labels.append(part.label_N[best_RK])
+    similarities.append(np.take_along_axis(similarity_RN, best_RK, axis=1))
+    among += len(part)
+  parts = [np.concatenate(x, axis=1) for x in (images, labels, similarities)]
+  best_RK = np.argsort(-parts[2], axis=1, kind='stable')[:, :NEAREST]
+  row_R1 = np.arange(len(test_RD))[:, None]
+  return Neighbours(*(x[row_R1, best_RK] for x in parts), among)
+
+
+@canvas.styled
+def draw_neighbours(
+  image_RHWC: np.ndarray,
+  titles: Sequence[tuple[str, str, str]],
+  found: Neighbours,
+  class_names: Sequence[str],
+) -> Figure:
+  """Draws each mistake in a row with its nearest training images.
+
+  Args:
+    image_RHWC: the mistakes.
+    titles: for each mistake, the true class, the predicted class and its probability as text.
+    found: the nearest training images.
+    class_names: name of each class.
+  """
+  rows, columns = found.label_RK.shape
+  height, width = image_RHWC.shape[1:3]
+  tile = canvas.WIDTH / (columns + 1.4)
+  size = (canvas.WIDTH, rows * (min(tile * height / width, 2.0) + 0.5))
+  figure = Figure(size, layout='constrained')
+  axes = figure.subplots(rows, columns + 2, squeeze=False, width_ratios=[1, 0.1, *[1] * columns])
+  for axis in axes.ravel():
+    axis.set_axis_off()
+  above = dict(xycoords='axes fraction', xytext=(0, 4), textcoords='offset points', ha='center')
+  for row, image, (truth, guess, share) in zip(axes, image_RHWC, titles):
+    canvas.show_image(row[0], image)
+    row[0].set_title(f'true: {canvas.short(truth)}', size=8, pad=15)
+    text = f'model: {canvas.short(guess, 11)}, {share}'
+    row[0].annotate(text, (0.5, 1), size=8, color=canvas.ORANGE, **above)
+  columns = zip(axes, titles, found.image_RKHWC, found.label_RK, found.similarity_RK)
+  for row, (truth, guess, _), images, labels, similarities in columns:
+    for axis, image, label, similarity in zip(row[2:], images, labels, similarities):
+      name = class_names[label]
+      colour = {truth: canvas.GREEN, guess: canvas.ORANGE}.get(name, canvas.GREY)
+      canvas.show_image(axis, image)
+      axis.set_title(canvas.short(name), size=8, pad=15, color=colour)
+      axis.annotate(f'{similarity:.2f}', (0.5, 1), size=8, **above)
+  return figure

@@ -1,0 +1,65 @@
+"""A head that classifies by the nearest training images, without any training.
+
+The method is the weighted k-NN classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
+values of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
+with the highest cosine similarity vote for their class with the weight exp(similarity / 0.07).
+
+Decisions:
+  * The stored features and labels are parameters, so checkpoints, inference and programs need no
+    further code. They are stored as float32, like all parameters.
+  * Logits are logarithms of the votes. So the softmax gives each class its share of the votes.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+LOWEST = 1e-12  # vote of a class without neighbours, relative to the nearest neighbour
+
+
+class KnnHead(nn.Module):
+  """The k-NN classifier: features `[B, D]` to logits `[B, L]`.
+
+  Attributes:
+    num_classes: L, number of classes.
+    examples: M, number of stored training images.
+  """
+
+  num_classes: int
+  examples: int
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array) -> jax.Array:
+    zeros = nn.initializers.zeros
+    feature_MD = self.param('feature', zeros, (self.examples, x_BD.shape[-1]))
+    label_M = self.param('label', zeros, (self.examples,))
+    return knn_logits(x_BD, feature_MD, label_M, self.num_classes)
+
+
+def knn_logits(
+  x_BD: jax.Array, feature_MD: jax.Array, label_M: jax.Array, num_classes: int
+) -> jax.Array:
+  """Returns the logarithm of each class's votes, `[B, L]`.
+
+  Args:
+    x_BD: features of the images to classify.
+    feature_MD: features of the training images, scaled to length 1.
+    label_M: their labels; a row with the label -1 is padding and has no vote.
+    num_classes: L.
+  """
+  similarity_BM = jnp.matmul(
+    unit(x_BD.astype(jnp.float32)), feature_MD.T, precision=jax.lax.Precision.HIGHEST
+  )
+  similarity_BM = jnp.where(label_M < 0, -2.0, similarity_BM)
+  best_BK, index_BK = jax.lax.top_k(similarity_BM, min(NEIGHBOURS, len(label_M)))
+  weight_BK = jnp.exp((best_BK - best_BK[:, :1]) / TEMPERATURE)
+  voted_BKL = jax.nn.one_hot(jnp.take(label_M, index_BK).astype(jnp.int32), num_classes)
+  vote_BL = (weight_BK[..., None] * voted_BKL).sum(axis=1)
+  return jnp.log(jnp.maximum(vote_BL, LOWEST))
+
+
+def unit(x_ND: jax.Array) -> jax.Array:
+  """Returns vectors scaled to length 1, so that products are cosine similarities."""
+  return x_ND / jnp.maximum(jnp.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)

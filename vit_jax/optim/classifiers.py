@@ -1,0 +1,88 @@
+"""`CLASSIFIERS`: heads that are computed from the features of the training images, in one pass.
+
+`ridge` is the paper's few-shot classifier (Section 4.1): a regularised least-squares regression
+from frozen features to {-1, 1}^L targets, solved in closed form. The details follow big_vision's
+`evaluators/fewshot_lsr.py`:
+  * Each feature is centred and divided by its standard deviation (plus 1e-5) over the images.
+  * The bias is the weight of a constant feature of 100.
+  * The L2 penalty has the strength 2^10 and also applies to the bias.
+
+Decisions:
+  * The regression is solved on the host in float64. If there are fewer examples than features, the
+    dual form is solved, because it is smaller.
+  * Centring, scaling and the constant feature are folded into the kernel and the bias. So the
+    classifier is an ordinary linear head.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import numpy as np
+
+from vit_jax.model import knn_logits, unit
+
+L2 = 2.0**10
+BIAS = 100.0  # large, so that the penalty hardly affects the bias
+ROWS = 1024  # test images that `knn` compares with all training images at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+  """A way to compute a head from features.
+
+  Attributes:
+    fit: `(feature_ND, label_N, classes) -> head` returns the parameters of the head.
+    scores: `(feature_ND, head, classes) -> score_NL`; the highest score is the prediction.
+    stores: whether the head holds the features of the training images.
+  """
+
+  fit: Callable[[np.ndarray, np.ndarray, int], dict[str, np.ndarray]]
+  scores: Callable[[np.ndarray, dict[str, np.ndarray], int], np.ndarray]
+  stores: bool = False
+
+
+def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
+  """Returns the matrix w, `[D, L]`, that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
+  x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
+  examples, width = x_ND.shape
+  if examples < width:
+    return x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + l2 * np.eye(examples), y_NL)
+  return np.linalg.solve(x_ND.T @ x_ND + l2 * np.eye(width), x_ND.T @ y_NL)
+
+
+def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+  """Returns the `kernel` `[D, L]` and `bias` `[L]` of the regression, in float64."""
+  x_ND = feature_ND.astype(np.float64)
+  mean_D, std_D = x_ND.mean(axis=0), x_ND.std(axis=0) + 1e-5
+  scaled = np.pad((x_ND - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=BIAS)
+  w_DL = solve(scaled, 2.0 * np.eye(classes)[label_N] - 1, L2)
+  kernel = w_DL[:-1] / std_D[:, None]
+  return {'kernel': kernel, 'bias': BIAS * w_DL[-1] - mean_D @ kernel}
+
+
+def linear_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int) -> np.ndarray:
+  """Returns the scores of a linear head in float64: `[N, L]`."""
+  del classes
+  return feature_ND.astype(np.float64) @ head['kernel'] + head['bias']
+
+
+def fit_knn(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+  """Returns the `feature` `[N, D]`, scaled to length 1, and the `label` `[N]` of each image."""
+  del classes
+  return {'feature': np.asarray(unit(feature_ND)), 'label': label_N.astype(np.float32)}
+
+
+def knn_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int) -> np.ndarray:
+  """Returns the logits of a k-NN head: `[N, L]`."""
+  parts = [feature_ND[i : i + ROWS] for i in range(0, len(feature_ND), ROWS)]
+  logits = jax.jit(knn_logits, static_argnums=3)
+  stored = head['feature'], head['label']
+  return np.concatenate([np.asarray(logits(part, *stored, classes)) for part in parts])
+
+
+# By the value of the config key `classifier`.
+CLASSIFIERS = {
+  'ridge': Classifier(fit_ridge, linear_scores),
+  'knn': Classifier(fit_knn, knn_scores, stores=True),
+}

@@ -1,0 +1,71 @@
+"""Makes the table of `--mode=profile`: time by kind, and the longest operations."""
+
+from collections import Counter
+from collections.abc import Mapping
+import dataclasses
+
+from vit_jax.profiling.operations import CONTAINERS, KINDS, Operation, kind_of
+from vit_jax.profiling.timeline import IDLE, WAIT
+
+UNKNOWN = 'could not be attributed'
+LONGEST = 10  # number of operations to list
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+  """Where the time of a training step goes.
+
+  Attributes:
+    step_ms: measured time of a recorded step, in milliseconds.
+    unrecorded_ms: measured time of a step without the profiler.
+    steps: number of recorded steps.
+    devices: number and platform of the devices, e.g. `2 cpu`.
+    kinds: milliseconds per step of each kind. They add up to `step_ms`.
+    longest: the longest operations: label, kind and milliseconds per step.
+  """
+
+  step_ms: float
+  unrecorded_ms: float
+  steps: int
+  devices: str
+  kinds: dict[str, float]
+  longest: list[tuple[str, str, float]]
+
+
+def summarize_time(
+  nanoseconds: Counter, known: Mapping[str, Operation], steps: int
+) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
+  """Returns the fields `kinds` and `longest` of a `Profile`.
+
+  Args:
+    nanoseconds: time of each operation, from `divide`.
+    known: operations of the compiled step by name.
+    steps: number of recorded steps.
+  """
+  kinds = Counter(dict.fromkeys((*KINDS, WAIT, IDLE, UNKNOWN), 0.0))
+  labels = Counter()
+  for name, time in nanoseconds.items():
+    kind = name if name in (WAIT, IDLE) else UNKNOWN
+    if name in known and known[name].opcode not in CONTAINERS:
+      kind = kind_of(known[name])
+      labels[known[name].label, kind] += time / 1e6 / steps
+    kinds[kind] += time / 1e6 / steps
+  return dict(kinds), [(*names, time) for names, time in labels.most_common(LONGEST)]
+
+
+def as_table(profile: Profile) -> str:
+  """Returns the table as text."""
+  share = lambda time: f'{time:10.3f} {time / profile.step_ms:8.1%}'
+  longest = [f'{share(time)}  {label} ({kind})' for label, kind, time in profile.longest]
+  return '\n'.join([
+    f'A training step takes {profile.step_ms:.4g} ms while it is recorded, and '
+    f'{profile.unrecorded_ms:.4g} ms otherwise.',
+    f'Mean of {profile.steps} steps on {profile.devices} device(s):',
+    '',
+    '        ms    share  kind',
+    *(f'{share(time)}  {kind}' for kind, time in profile.kinds.items()),
+    f'{share(sum(profile.kinds.values()))}  sum',
+    '',
+    '        ms    share  longest operations',
+    *longest,
+  ])  # fmt: skip

@@ -1,0 +1,106 @@
+"""Divides the time of recorded steps among the operations that ran.
+
+Decisions:
+  * At each moment, the running operations share the time equally. So the parts add up to the whole.
+  * A collective counts only while no other operation runs, because then it really costs time.
+  * Waiting for a batch counts only while no operation runs.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+import dataclasses
+import pathlib
+
+from jax.profiler import ProfileData
+
+from vit_jax.profiling.operations import COLLECTIVES, CONTAINERS, Operation
+
+WAIT = 'wait for the next batch'  # names of annotations in the trace
+STEPS = 'recorded steps'
+IDLE = 'idle'
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """Something that took time; `begin` and `end` are in nanoseconds."""
+
+  name: str
+  begin: float
+  end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """The recorded steps.
+
+  Attributes:
+    operations: the operations that ran on the devices.
+    waits: times in which the host waited for a batch.
+    whole: the time from the beginning of the first step to the end of the last step.
+  """
+
+  operations: list[Span]
+  waits: list[Span]
+  whole: Span
+
+
+def read_trace(file: pathlib.Path) -> Trace:
+  """Reads a file `*.xplane.pb` of `jax.profiler`.
+
+  On GPUs and TPUs, the operations are those of the first device. On a CPU they are those of all
+  devices, because the devices share the cores.
+  """
+  planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
+  host = list(spans(planes['/host:CPU']))
+  devices = sorted(name for name in planes if name.startswith('/device:'))
+  on_devices = [list(spans(planes[name])) for name in devices]
+  of = lambda pairs, wanted: [span for name, span in pairs if name == wanted]
+  ran = next((found for pairs in on_devices if (found := of(pairs, 'operation'))), None)
+  return Trace(ran or of(host, 'operation'), of(host, WAIT), of(host, STEPS)[0])
+
+
+def spans(plane) -> Iterator[tuple[str, Span]]:
+  """Yields `('operation', span)` of each operation, and `(name, span)` of all other events."""
+  for line in plane.lines:
+    for event in line.events:
+      operation = dict(event.stats).get('hlo_op')
+      if operation is None and line.name == 'XLA Ops':  # a TPU puts the whole HLO line there
+        operation = event.name.split(' ')[0].lstrip('%')
+      kind, name = ('operation', operation) if operation else (event.name, event.name)
+      yield kind, Span(name, event.start_ns, event.end_ns)
+
+
+def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
+  """Returns the nanoseconds of each operation, and of `WAIT` and `IDLE`.
+
+  The sum is the time of all recorded steps.
+  """
+  changes = [(trace.whole.end, False, '')]
+  for span in (*trace.operations, *trace.waits):
+    begin, end = max(span.begin, trace.whole.begin), min(span.end, trace.whole.end)
+    if begin < end:
+      changes += [(begin, True, span.name), (end, False, span.name)]
+  totals, running, now = Counter(), Counter(), trace.whole.begin
+  for time, begins, name in sorted(changes):
+    if time > now:
+      first = defaultdict(list)
+      for active in running:
+        first[rank(active, known)].append(active)
+      names = first[min(first)] if first else [IDLE]
+      for active in names:
+        totals[active] += (time - now) / len(names)
+      now = time
+    running[name] += 1 if begins else -1
+    if running[name] <= 0:
+      del running[name]
+  return totals
+
+
+def rank(name: str, known: Mapping[str, Operation]) -> int:
+  """Returns the rank of what is active: the time belongs to the lowest rank."""
+  if name == WAIT:
+    return 3
+  opcode = known[name].opcode if name in known else ''
+  if opcode in CONTAINERS:
+    return 2
+  return 1 if opcode.startswith(COLLECTIVES) else 0

@@ -1,0 +1,94 @@
+"""Computes a head in one pass over the training images, and leaves an ordinary workdir.
+
+Decisions:
+  * The run has no training steps. It evaluates the head, and saves a checkpoint and `result.json`
+    at step 0, with the code of any other run. So all modes can use its workdir.
+"""
+
+import dataclasses
+import logging
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import opening
+from vit_jax.distributed import from_first, replicate
+from vit_jax.evaluation import compute_features, make_feature_step
+from vit_jax.experiment import Experiment
+from vit_jax.opening import Request
+from vit_jax.optim import CLASSIFIERS, Training
+from vit_jax.training.probe import train_head
+from vit_jax.training.resume import record
+from vit_jax.training.session import fit
+from vit_jax.workdir import latest_step
+
+log = logging.getLogger(__name__)
+
+
+def classifier_config(request: Request, classifier: str) -> ConfigDict:
+  """Returns the config of a run that computes a head for the features of the requested model.
+
+  Args:
+    request: the model. Its data, or the data of the overrides, is used.
+    classifier: one of `CLASSIFIERS`.
+
+  Raises:
+    ValueError: the weights cannot be read, or do not fit the data.
+  """
+  exp, _, step = opening.open_model(request, 'data')
+  config, own = config_lib.default_config(), config_lib.flatten(exp.config)
+  kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.'))}
+  for key, value in kept.items():
+    section, _, name = key.partition('.')
+    config[section][name] = tuple(value) if isinstance(value, list) else value
+  config.init = request.init or f'{request.workdir}/checkpoints/{step}'
+  config.eval_batch_size = exp.config.eval_batch_size
+  config.classifier, config.epochs = classifier, 0.0
+  return config
+
+
+def make_head(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, workdir: pathlib.Path
+) -> dict:
+  """Computes the head with `classifier`, else trains it; returns the content of `result.json`.
+
+  The caller must hold the lock of the workdir.
+  """
+  if not exp.config.classifier:
+    return train_head(exp, training, mesh, workdir)
+  exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
+  record(exp, workdir, training.test)
+  return fit(exp, training, mesh, workdir)
+
+
+def with_head(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, restored: bool
+) -> tuple[Experiment, Training]:
+  """Returns the experiment and its plan with the head that `config.classifier` names.
+
+  Args:
+    exp: experiment with the backbone.
+    training: plan of a run without steps.
+    mesh: mesh of the devices.
+    restored: whether a checkpoint already holds the head. If so, the head is not computed again.
+  """
+  classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
+  if not restored:
+    log.info('Computing the features of %d training images ...', count)
+    step, params = make_feature_step(exp, mesh), replicate(mesh, training.params)
+    size = exp.config.eval_batch_size
+    found = compute_features(step, params, training.train, size, mesh)
+    classes = len(exp.task.class_names)  # hosts round differently, so one computes the head
+    head = from_first(lambda: classifier.fit(found.image_NHWC, found.label_N, classes))
+    if classifier.stores:  # skipped bad images leave empty rows
+      missing = count - len(found)
+      pad = lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
+      head = {name: pad(x) for name, x in head.items()}
+    head = {name: x.astype(np.float32) for name, x in head.items()}
+    training = dataclasses.replace(training, params=training.params | {'head': head})
+  if classifier.stores:
+    exp = dataclasses.replace(exp, model=exp.model.clone(examples=count))
+  return exp, training

@@ -1,0 +1,88 @@
+"""Keeps how a checkpoint's logits become probabilities, in `<workdir>/calibration.json`.
+
+The file maps the step of a checkpoint to its calibration, because a temperature is valid only for
+the weights that it was fitted on.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import logging
+import math
+import pathlib
+
+from vit_jax.distributed import from_first, is_first
+from vit_jax.workdir.writer import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+NAME = 'calibration.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+  """How logits become probabilities, fitted on the validation split.
+
+  Attributes:
+    temperature: the logits are divided by this number (Guo et al. 2017, 1706.04599, Section 4.2).
+    thresholds: for each class, the probability from which the class is predicted; None for models
+      that predict exactly one class.
+    examples: number of validation examples; 0 if nothing was fitted.
+  """
+
+  temperature: float = 1.0
+  thresholds: tuple[float, ...] | None = None
+  examples: int = 0
+
+  @classmethod
+  def load(cls, saved: Mapping | None) -> 'Calibration':
+    """Creates the object from the facts of `load_checkpoint`; the default one without facts."""
+    fields = (saved or {}).get('calibration') or {}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def find_calibration(workdir: pathlib.Path, step: int) -> dict | None:
+  """Returns the fields of a checkpoint's `Calibration`; None if the file has no valid entry."""
+  fields = (read_json(workdir / NAME) or {}).get(str(step))
+  if fields is None:
+    return None
+  known = {field.name for field in dataclasses.fields(Calibration)}
+  if not isinstance(fields, dict) or not fields.keys() <= known or not valid(fields):
+    log.warning(
+      '%s: the entry of step %d is damaged and not used. Run --mode=eval to fit the temperature '
+      'again.',
+      workdir / NAME,
+      step,
+    )
+    return None
+  return fields
+
+
+def valid(fields: dict) -> bool:
+  """Returns whether the temperature is a positive number."""
+  value = fields.get('temperature')
+  return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def save_calibration(workdir: pathlib.Path, step: int, calibration: Calibration) -> None:
+  """Writes the calibration of a checkpoint; only process 0 writes.
+
+  Raises:
+    storage.Unwritten: the file cannot be written.
+  """
+  if is_first():
+    entries = read_json(workdir / NAME) or {}
+    write_json(workdir / NAME, entries | {str(step): dataclasses.asdict(calibration)})
+
+
+def forget_calibrations(workdir: pathlib.Path, start: int) -> None:
+  """Drops the entries of steps after `start`, because these steps will be trained again."""
+
+  def forget():
+    kept = read_json(workdir / NAME)
+    if kept is None:
+      return
+    entries = {k: v for k, v in kept.items() if k.isdecimal() and int(k) <= start}
+    if entries != kept:
+      write_json(workdir / NAME, entries)
+
+  from_first(forget)
