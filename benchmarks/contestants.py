@@ -10,6 +10,7 @@ Each contestant runs in its own process, so contestants do not share threads or 
 from collections.abc import Callable
 import dataclasses
 import itertools
+import pathlib
 import resource
 import statistics
 import sys
@@ -285,6 +286,13 @@ CONTESTANTS = {
   'huggingface_compiled': lambda work, size: huggingface(work, size, compiled=True),
   'timm_compiled': timm_compiled,
 }
+
+
+def cpu_has_bfloat16() -> bool:
+  """Returns whether the CPU has instructions for bfloat16 products."""
+  info = pathlib.Path('/proc/cpuinfo')
+  flags = info.read_text(encoding='utf-8').split() if info.exists() else ()
+  return bool({'amx_bf16', 'avx512_bf16'}.intersection(flags))
 
 
 def matmul_rate(library: str) -> float:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed             # all workloads; writes results/speed_<backend>.json
     python -m benchmarks.speed --only=tiny # workloads with `tiny` in the name; writes no file
+    python -m benchmarks.speed --bfloat16  # on a CPU with bfloat16 instructions such as AMX
     python -m benchmarks.speed --dry-run   # the GPU workloads at toy sizes, on any machine
     python -m benchmarks.speed --memory=16 # the largest batches that fit in 16 GiB
 
@@ -232,6 +233,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--only', default='', help='run workloads whose name contains this text')
   parser.add_argument('--dry-run', action='store_true', help='run GPU workloads at toy sizes')
+  parser.add_argument('--bfloat16', action='store_true', help='bfloat16 workloads for a CPU')
   parser.add_argument('--memory', type=float, metavar='GIB', help='print largest batches that fit')
   return parser.parse_args(argv)
 
@@ -243,6 +245,10 @@ def main(argv: list[str]) -> None:
     return memory.show(args.memory)
   results = in_a_process(contestants.machine)
   backend = 'gpu' if args.dry_run else results['backend']
+  if args.bfloat16:
+    if backend != 'cpu' or not contestants.cpu_has_bfloat16():
+      refuse('--bfloat16 needs a CPU with AMX or AVX512-BF16, and no GPU')
+    backend = 'cpu_bfloat16'
   if backend not in works.WORKS:
     refuse(f'no workloads for {backend}; expected {" or ".join(works.WORKS)}')
   selected = [work for work in works.WORKS[backend] if args.only in work.name]

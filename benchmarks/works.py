@@ -135,6 +135,12 @@ WORKS = {
     Work(f'{CIFAR}:b16', 'train', 4, DTYPE, HUB_PEERS, ERF),
     Work(f'{CIFAR}:b16', 'inference', 8, DTYPE, HUB_PEERS, ERF),
   ),
+  'cpu_bfloat16': (
+    Work(f'{CIFAR}:small', 'train', 128, 'bfloat16', CPU_PEERS),
+    Work(f'{CIFAR}:small', 'inference', 128, 'bfloat16', CPU_PEERS),
+    Work(f'{CIFAR}:b16', 'train', 4, 'bfloat16', HUB_PEERS, ERF),
+    Work(f'{CIFAR}:b16', 'inference', 8, 'bfloat16', HUB_PEERS, ERF),
+  ),
   'gpu': (
     Work(f'{CIFAR}:b16', 'train', 256, 'bfloat16', GPU_PEERS, ERF),
     Work(f'{CIFAR}:b16', 'inference', 512, 'bfloat16', (*GPU_PEERS, 'plain_linen'), ERF),

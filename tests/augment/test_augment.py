@@ -73,9 +73,10 @@ def test_draws_depend_only_on_the_example():
 
 
 def test_each_step_augmentation_and_example_has_its_own_key():
-  keys = [pipeline.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in range(3)]
+  places = [*range(len(pipeline.AUGMENTATIONS)), pipeline.MIX_PLACE]
+  keys = [pipeline.keys(key, i, jnp.arange(5)) for key in jax.random.split(KEY) for i in places]
   data = np.concatenate([jax.random.key_data(key_B) for key_B in keys])
-  assert len(np.unique(data, axis=0)) == 2 * 3 * 5
+  assert len(np.unique(data, axis=0)) == 2 * len(places) * 5
 
 
 def test_augmentation_and_dropout_draw_from_different_keys():

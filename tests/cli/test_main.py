@@ -397,6 +397,11 @@ def test_flags_without_an_effect_are_rejected(capsys, trained, argv, message):
   assert message in error(capsys, f'--workdir={trained[0]}', *argv)
 
 
+def test_flags_without_a_value_count_as_not_given():
+  args = parse_flags(['--init=', '--step=', '--out=', '--workdir=runs'], 'train')
+  assert args.given == {'--workdir'} and args.init == args.step == '' and args.out is None
+
+
 @pytest.mark.parametrize('argv, inside', [
     (['--mode=predict', '--images=a.png', '--features=pooled'], 'f.npz'),
     (['--mode=visualize'], ''),

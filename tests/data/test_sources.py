@@ -20,7 +20,7 @@ from tests.conftest import DATA, ROOT
 from vit_jax import limits, progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
-from vit_jax.data import memory, sources, splits
+from vit_jax.data import memory, sources, splits, tfds
 from vit_jax.data.source import Source
 
 SIZES = {'train': 100, 'test': 20}
@@ -35,6 +35,12 @@ SIZES = {'train': 100, 'test': 20}
 ])  # fmt: skip
 def test_split_notation(spec, pieces):
   assert splits.resolve(spec, SIZES) == pieces
+
+
+def test_each_part_of_a_split_has_its_own_unit():
+  positions = {'train': np.arange(100) / 100}
+  found = splits.resolve('train[:10]+train[50%:]', SIZES, positions)
+  assert found == [('train', 0, 10), ('train', 50, 100)]
 
 
 @pytest.mark.parametrize('spec, message', [
@@ -533,6 +539,12 @@ def test_loading_needs_little_more_memory_than_the_split(tmp_path):
 def test_unknown_sources_are_refused(spec, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     sources.open_source(spec, str(tmp_path), (4, 4))
+
+
+def test_the_config_decides_the_folder_of_tfds_before_the_environment(monkeypatch, tmp_path):
+  monkeypatch.setenv('TFDS_DATA_DIR', str(tmp_path / 'environment'))
+  assert tfds.data_root('mnist', '') == tmp_path / 'environment'
+  assert tfds.data_root('mnist', str(tmp_path / 'config')) == tmp_path / 'config'
 
 
 def test_tfds_reads_array_record():

@@ -293,6 +293,13 @@ def test_each_axis_is_scaled_independently():
   assert abs(got - np.apply_along_axis(longer, 1, shorter)).max() <= 2  # rounded twice
 
 
+@pytest.mark.parametrize('height, width', [(20, 60), (60, 20)])
+def test_a_part_in_the_last_corner_of_a_long_image_is_kept(height, width):
+  noise_HWC = np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)
+  part = image_lib.scale_part(noise_HWC, (width - 12, height - 8, width, height), (8, 12))
+  np.testing.assert_array_equal(part, noise_HWC[-8:, -12:])
+
+
 @pytest.mark.parametrize('height, width, shrink', [(90, 70, 1), (208, 288, 2), (700, 520, 8)])
 def test_part_of_a_jpeg_matches_its_pixels(tmp_path, height, width, shrink, monkeypatch):
   file, whole = tmp_path / 'a.jpg', smooth(np.random.RandomState(1), height, width)
@@ -574,6 +581,18 @@ def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, t
   assert result['examples'] == 20
   lines = [x for x in writer.read_metrics(tmp_path / 'run') if x['split'] == 'train']
   assert sum(line['bad_images'] for line in lines) in (1, 2)
+
+
+def test_content_of_a_stream_depends_on_the_labels():
+  def renumbered(split, indices):
+    for name, image_HWC, label in numbered(split, indices):
+      yield name, image_HWC, (label + 1) % IDS
+
+  before, after = (
+    [(str(path), array.tobytes()) for path, array in open_numbered(read=read).content()]
+    for read in (numbered, renumbered)
+  )
+  assert [i for i, (a, b) in enumerate(zip(before, after)) if a == b] == [0, 1]  # fit and code
 
 
 def test_unreadable_file_changes_the_content_of_a_stream(photos, tmp_path):

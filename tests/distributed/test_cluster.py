@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT, small_config
-from vit_jax import limits
+from vit_jax import evaluation, limits
 from vit_jax.distributed import cluster, joining
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
@@ -92,6 +92,26 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   result = json.loads((workdir / 'result.json').read_text())
   assert result['examples'] == reference['examples'] == 256
   assert result['test_accuracy'] == reference['test_accuracy']
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_each_example_once_and_fit_the_same_temperature(tmp_path):
+  split = {'data.train_split': 'train[:256]', 'data.val_split': 'train[256:448]'}
+  flags = [f'--config.{key}={value}' for key, value in split.items()]
+  processes = start_both(tmp_path / 'run', (flags, flags))
+  assert [process.wait(120) for process in processes] == [0, 0]
+  fitted = json.loads((tmp_path / 'run' / 'calibration.json').read_text())
+  flags += ['--mode=eval', '--config.eval_batch_size=37']  # is no multiple of the 4 devices
+  processes = start_both(tmp_path / 'run', (flags, flags))
+  assert [process.wait(120) for process in processes] == [0, 0]
+  together = json.loads((tmp_path / 'run' / 'eval.json').read_text())
+  (tmp_path / 'run' / 'calibration.json').unlink()
+  alone = evaluation.evaluate(tmp_path / 'run', {'eval_batch_size': '256'})
+  assert together['examples'] == alone['examples'] == 256
+  assert together['confusion'] == alone['confusion']
+  temperature = fitted[str(alone['step'])]['temperature']
+  assert temperature == pytest.approx(alone['temperature'], rel=1e-4)
+  assert together['temperature'] == temperature
 
 
 @pytest.mark.slow

@@ -42,6 +42,13 @@ def test_find_images_searches_all_folders_below_for_two_stars(photos):
   assert files.find_images(photos / '**' / '0.png') == wanted
 
 
+def test_a_file_with_the_signs_of_a_pattern_in_its_name_is_found(photos):
+  file = photos / 'a' / '[01].png'
+  assert files.find_images(file) == [photos / 'a' / '0.png', photos / 'a' / '1.png']
+  file.touch()
+  assert files.find_images(file) == [file]
+
+
 def test_find_images_accepts_one_path_or_many(photos):
   wanted = [photos / 'a' / '0.png', photos / 'a' / '1.png']
   for paths in (str(photos / 'a'), photos / 'a', [photos / 'a'], iter(wanted)):

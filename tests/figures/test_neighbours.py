@@ -6,8 +6,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from tests.conftest import small_config
 from vit_jax.data import Examples
+from vit_jax.evaluation import Scores
 from vit_jax.experiment import Task, assemble
-from vit_jax.figures import canvas, neighbours, pictures, subject
+from vit_jax.figures import canvas, neighbours, subject
 from vit_jax.figures.maps import Missing
 
 NAMES = ('cat', 'dog', 'a very long name of a class')
@@ -87,10 +88,10 @@ def test_fewer_training_images_than_columns_are_drawn(pixels_as_features, tmp_pa
 def test_missing_mistakes_or_training_data_are_reported(monkeypatch):
   exp = assemble(small_config(), Task(NAMES, (8, 8), 3))
   test = make(3, 1)
-  right = pictures.Scores(np.arange(3), test.label_N, test.label_N, np.ones(3))
-  found = subject.near_mistakes(exp, {}, test, right, None)
+  scores = lambda predicted_N: Scores(np.arange(3), test.label_N, predicted_N, *[np.ones(3)] * 3)
+  found = subject.near_mistakes(exp, {}, test, scores(test.label_N), None)
   assert isinstance(found, Missing) and 'every test image correctly' in str(found)
-  wrong = pictures.Scores(np.arange(3), test.label_N, (test.label_N + 1) % 3, np.ones(3))
+  wrong = scores((test.label_N + 1) % 3)
 
   def fail(*_):
     raise ValueError('no such folder')

@@ -24,6 +24,7 @@ import vit_jax
 from vit_jax import evaluation, experiment, opening
 from vit_jax.data import image as image_lib
 from vit_jax.inference import card, exporting, prediction
+from vit_jax.model import VARIANTS
 from vit_jax.weights import program, reader
 from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
 from vit_jax.workdir import Calibration, save_calibration
@@ -279,6 +280,11 @@ def test_a_card_lists_the_known_facts(trained, tmp_path):
   paper = (tmp_path / 'paper' / 'README.md').read_text()
   assert '| trained on | unknown |' in paper and str(DATA) not in paper
   assert 'read from `weights.npz`' in paper and '5 classes; their names are unknown' in paper
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_each_variant_is_recognised_by_its_sizes(variant):
+  assert card.name_of(vit_jax.make(f'{variant}/32', 10)) == f'{variant}/32'
 
 
 def test_a_card_contains_no_folder_names(trained):

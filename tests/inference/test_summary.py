@@ -147,6 +147,15 @@ def test_a_frozen_backbone_keeps_only_features():
   assert found.train_flops == pytest.approx((forward + head) * 1e9)
 
 
+def test_remat_dots_keeps_nothing_that_grows_with_the_square_of_the_tokens():
+  fields = {'model.remat': 'dots', 'model.depth': '1'}
+  few, many = (  # 16 and 64 tokens
+    part(summarize(**fields, **{'data.image_size': size}), 'block_*/attention')
+    for size in ('16', '32')
+  )
+  assert many.activations_mib == pytest.approx(4 * few.activations_mib, rel=0.01)
+
+
 def test_an_array_in_two_shapes_counts_once():
   def program(scale, x):
     y = jnp.sin(x) * scale

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import init_params, run_model
 from vit_jax.model import POOLS, variants
 from vit_jax.optim import distill
 
@@ -85,12 +86,12 @@ def test_the_weight_is_the_share_of_the_teachers_loss():
 def test_the_two_heads_average_to_the_head_of_the_model():
   model = variants.make('tiny', num_classes=10, pool='distilled', num_registers=1, depth=1)
   image_BHWC = jnp.asarray(RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32))
-  params = jax.jit(model.init)(jax.random.key(0), image_BHWC)['params']
+  params = init_params(model, image_BHWC)
   draw = lambda x: RANDOM.normal(size=x.shape).astype(np.float32)
   params = params | {'head': jax.tree.map(draw, params['head'])}
-  feature_BD = model.clone(num_classes=None).apply({'params': params}, image_BHWC)
+  feature_BD = run_model(model.clone(num_classes=None), params, image_BHWC)
   both = distill.split_head(feature_BD, params['head'])
-  logits_BL = model.apply({'params': params}, image_BHWC)
+  logits_BL = run_model(model, params, image_BHWC)
   np.testing.assert_allclose((both[0] + both[1]) / 2, logits_BL, atol=1e-5)
   first_BD = feature_BD.at[:, 48:].set(0)  # without the distillation token
   other = distill.split_head(first_BD, params['head'])

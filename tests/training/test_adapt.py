@@ -110,6 +110,7 @@ def test_loading_a_checkpoint_merges_the_adapter(monkeypatch):
     config = {'config': {'ema': ema, 'adapt': 'lora', 'lora': {'rank': 2, 'scale': 3.0}}}
     items = {'config': config, 'names': {}, 'params': params, 'state': {'ema': average}}
     monkeypatch.setattr(stored, 'saved_steps', lambda _: [8])
+    monkeypatch.setattr(stored, 'find_calibration', lambda *_: None)
     monkeypatch.setattr(stored, 'read_item', lambda workdir, step, item, items=items: items[item])
     _, found, _ = stored.load_checkpoint(None)
     half = 2.0 if ema else 1.0

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import call, error, run_model, small_config
+from tests.conftest import call, error, init_params, run_model, small_config
 import vit_jax
 from vit_jax import inherit, opening
 from vit_jax.augment import pipeline
@@ -57,7 +57,7 @@ def randomized(params):
 def opened(teacher, **overrides):
   """Returns an experiment, random parameters, and a batch of 8 images."""
   exp, training = opening.from_config(student(teacher, **overrides))
-  params = randomized(state.init_params(exp.model, exp.image_shape, 0))
+  params = randomized(init_params(exp.model, jnp.zeros((1, *exp.image_shape))))
   first = training.train.some(range(8))
   batch = {'image': first.image_NHWC, 'label': first.label_N, 'example': jnp.arange(8)}
   return exp, params, batch
@@ -65,22 +65,28 @@ def opened(teacher, **overrides):
 
 def test_the_teacher_sees_the_augmented_images_at_its_own_size(teacher):
   exp, params, batch = opened(teacher, **MIXED)
-  seen, blank = [], jnp.zeros((8, 8, 8, 3))
+  seen, blank, frozen = [], jnp.zeros((8, 8, 8, 3)), {'teacher': exp.teacher.params}
   spy = dataclasses.replace(exp.teacher, normalize=lambda x: seen.append(x) or blank)
-  frozen = {'teacher': exp.teacher.params}
-  loss_fn(batch, params, frozen, KEY, None, dataclasses.replace(exp, teacher=spy))
-  image_key, _ = jax.random.split(KEY)
-  arguments = exp.config.augment.to_dict()
-  want, own_B = pipeline.augment_and_mix(
-    image_key, batch['example'], batch['image'], arguments, early=None
-  )
-  np.testing.assert_array_equal(seen[0], want)
+  spying = dataclasses.replace(exp, teacher=spy)
+
+  @jax.jit
+  def images(batch):
+    """Returns the images of the teacher, the augmented images, and the weights of the mixing."""
+    loss_fn(batch, params, frozen, KEY, None, spying)
+    arguments = exp.config.augment.to_dict()
+    image_key, _ = jax.random.split(KEY)
+    return *seen, *pipeline.augment_and_mix(
+      image_key, batch['example'], batch['image'], arguments, early=None
+    )
+
+  found, want, own_B = images(batch)
+  np.testing.assert_array_equal(found, want)
   assert (np.asarray(want) != batch['image']).any() and (own_B < 1).any()
 
   model, weights = vit_jax.load(teacher)
   image_BHWC = jax.image.resize(batch['image'] / 255.0, (8, 8, 8, 3), 'cubic')
   want = run_model(model, weights, (image_BHWC - 0.5) / 0.5)
-  found = exp.teacher.logits(frozen, batch)
+  found = jax.jit(exp.teacher.logits)(frozen, batch)
   np.testing.assert_allclose(found, want, atol=1e-4)
   assert abs(found).max() > 0.5
 
@@ -90,11 +96,14 @@ def test_the_loss_is_the_weighted_mean_of_labels_and_teacher(teacher, kind):
   overrides = STILL | {'distill.kind': kind, 'distill.weight': '0.3', 'model.stochastic_depth': '0'}
   exp, params, batch = opened(teacher, **overrides)
   frozen = {'teacher': exp.teacher.params}
-  loss, score = loss_fn(batch, params, frozen, KEY, None, exp)
-  z_BL, t_BL = (
-    np.asarray(x, np.float64)
-    for x in (exp.logits(params, batch), exp.teacher.logits(frozen, batch))
-  )
+
+  @jax.jit
+  def compute(params, frozen, batch):
+    logits_BL = exp.logits(params, batch), exp.teacher.logits(frozen, batch)
+    return *loss_fn(batch, params, frozen, KEY, None, exp), *logits_BL
+
+  loss, score, *logits = compute(params, frozen, batch)
+  z_BL, t_BL = (np.asarray(x_BL, np.float64) for x_BL in logits)
   log_p = lambda x_BL: x_BL - np.log(np.exp(x_BL).sum(1, keepdims=True))
   rows, label_B = np.arange(8), np.asarray(batch['label'])
   taught_B = {
@@ -121,13 +130,16 @@ def test_each_head_learns_from_its_own_targets_only(teacher, weight, own):
 def test_without_a_teacher_a_distillation_token_is_trained_as_before(teacher):
   exp, params, batch = opened(teacher, **TOKEN)
   alone = dataclasses.replace(exp, teacher=None)
-  first, second = heads(alone, params, batch, KEY)
-  assert first is second
-  both = heads(exp, params, batch, KEY)
+  split = jax.jit(
+    lambda params, batch: (heads(alone, params, batch, KEY), heads(exp, params, batch, KEY))
+  )
+  (first, second), both = split(params, batch)
+  np.testing.assert_array_equal(first, second)
   np.testing.assert_allclose((both[0] + both[1]) / 2, first, atol=1e-5)
   assert abs(both[0] - both[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_student_equal_to_its_teacher_learns_nothing(teacher):
   overrides = {'init': str(teacher), 'distill.weight': '1', 'model.stochastic_depth': '0'}
   overrides |= {'data.image_size': '8', 'data.mean': 'None', 'data.std': 'None'}
@@ -222,12 +234,26 @@ def test_logits_belong_to_their_examples(teacher, tmp_path):
   exp, training = teaching.with_teacher(exp, training, mesh, tmp_path)
   assert training.teacher is None  # the devices do not hold the teacher
   batches = loop.train_batches(training.train, 32, 0, 30, sharding.batch_sharding(mesh))
+  run = jax.jit(exp.teacher.logits)
   for _ in range(3):  # into the second epoch
     batch = next(batches)
     without = {name: x for name, x in batch.items() if name != 'teacher'}
-    want = exp.teacher.logits({'teacher': exp.teacher.params}, without)
+    want = run({'teacher': exp.teacher.params}, without)
     np.testing.assert_allclose(batch['teacher'], want, atol=1e-4)
   batches.close()
+
+
+@pytest.mark.slow
+def test_published_weights_teach_images_smaller_than_their_patches(tmp_path):
+  path = 'tests/fixtures/hf_deit'  # patches of 7x7 pixels
+  four = dataclasses.replace(SOURCE, class_names=tuple('abcd'))
+  found, _ = inherit.open_teacher(student(path, **STILL), four)
+  exp, training = opening.from_config(student('', **STILL, **{'data.image_size': '4'}))
+  exp, first = dataclasses.replace(exp, teacher=found), training.train.some(range(8))
+  logits_NL = teaching.compute_logits(exp, first, devices.make_mesh(8), tmp_path)
+  want = jax.jit(found.logits)({'teacher': found.params}, {'image': first.image_NHWC})
+  np.testing.assert_allclose(logits_NL, want, atol=1e-4)
+  assert abs(logits_NL).max() > 0.1
 
 
 @pytest.mark.parametrize('overrides, cached', [

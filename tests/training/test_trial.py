@@ -112,6 +112,14 @@ def test_deterministic_runs_do_not_measure_time(cudnn, monkeypatch):
   assert choose(deterministic='True').model.attention == 'cudnn'
 
 
+def test_kernels_are_timed_at_the_full_image_size(monkeypatch):
+  timed = []
+  monkeypatch.setattr(trial, 'first_difference', lambda *_: '')
+  monkeypatch.setattr(trial, 'duration', lambda kernel, shape, dtype: timed.append(shape) or 1.0)
+  choose(**{'progressive.sizes': '4', 'progressive.until': '0.5'})
+  assert [tokens for _, tokens, _, _ in timed] == [4, 4]  # 8x8 pixels in patches of 4x4
+
+
 @pytest.mark.parametrize('earlier', ['cudnn', 'plain'])
 def test_a_resumed_run_keeps_its_kernel(monkeypatch, earlier):
   monkeypatch.setattr(trial, 'decide', None)

@@ -110,6 +110,14 @@ def test_dropout_and_dtype_may_differ_from_the_init_run(trained):
   assert {key: str(model[key]) for key in others} == others
 
 
+def test_one_mean_for_all_channels_agrees_with_three_equal_ones(weights):
+  grey = {'image_mean': [0.4] * 3, 'image_std': [0.2] * 3}
+  (weights / 'preprocessor_config.json').write_text(json.dumps(PROCESSOR | grey))
+  config = fine_tuning(weights, {'data.mean': '0.4', 'data.std': '0.2'})
+  data = inherit.open_init(config, Source({}, ('cat', 'dog'), 3, None))[0].data
+  assert (data.mean, data.std) == ((0.4,), (0.2,))
+
+
 def test_positions_are_resized_to_the_image_size(weights):
   _, training = opening.from_config(fine_tuning(weights, {'data.image_size': '8,24'}))
   want = vit_jax.load(weights, grid=(2, 6)).params['pos_embedding']

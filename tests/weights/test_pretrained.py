@@ -624,6 +624,14 @@ def test_weights_split_into_several_files_load(tmp_path):
     vit_jax.load(tmp_path)
 
 
+def test_other_safetensors_files_next_to_the_model_are_not_read(tmp_path):
+  shutil.copytree(source('hf_classifier'), tmp_path, dirs_exist_ok=True)
+  arrays = load_file(tmp_path / 'model.safetensors')
+  older = {name: 2 * array for name, array in arrays.items()}
+  save_file(older, tmp_path / 'older.safetensors')
+  assert equal(vit_jax.load(tmp_path).params, vit_jax.load(source('hf_classifier')).params)
+
+
 def test_saving_refuses_unknown_formats_and_wrong_parameters(tmp_path):
   model, params = vit_jax.load(source('paper_token'))
   with pytest.raises(ValueError, match="format: unknown 'tflite'"):
@@ -716,3 +724,10 @@ def test_npz_refuses_an_epsilon_that_it_cannot_store(tmp_path):
   params = init_params(model, jnp.zeros((1, 8, 8, 3)))
   with pytest.raises(ValueError, match='norm_epsilon'):
     vit_jax.save(model, params, tmp_path, format='npz')
+
+
+@pytest.mark.parametrize('pool', ['gap', 'map'])
+def test_npz_refuses_a_class_token_that_the_pool_does_not_read(pool, tmp_path):
+  model = vit_jax.make('tiny', 3, pool=pool, class_token=True)
+  with pytest.raises(ValueError, match='model.class_token=True: only None, False can be written'):
+    npz.save_npz(model, {}, tmp_path, Preprocessing((8, 8)), None)

@@ -13,7 +13,8 @@ import pytest
 
 from vit_jax.data import image as image_lib
 from vit_jax.inference import exporting
-from vit_jax.weights import hf, pretrained
+from vit_jax.model import ACTIVATIONS
+from vit_jax.weights import hf, hf_names, pretrained
 
 torch = pytest.importorskip('torch', reason='needs requirements-peers.txt: torch')
 
@@ -162,3 +163,12 @@ def test_image_preparation_matches_the_hugging_face_processor(fields, tmp_path):
   ours = image_lib.fit_image(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
   ours = (ours / 255 - np.array(p.mean)) / np.array(p.std)
   np.testing.assert_allclose(ours, want.transpose(1, 2, 0), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', hf_names.ACTIVATIONS)
+def test_activations_equal_those_of_hugging_face_with_the_same_name(name):
+  activations = pytest.importorskip('transformers.activations', reason='needs transformers')
+  x = np.linspace(-5, 5, 101, dtype=np.float32)
+  want = activations.ACT2FN[name](torch.tensor(x)).numpy()
+  np.testing.assert_allclose(ACTIVATIONS[hf_names.ACTIVATIONS[name]](x), want, atol=1e-6)

@@ -143,9 +143,13 @@ def smallest_batch(
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """Returns a mesh of all devices for a padded batch; on a CPU, `worth` limits their number."""
+  """Returns a mesh of all devices for a padded batch; on a CPU, `worth` limits their number.
+
+  With several processes there is no limit, because every process must have a device of the mesh.
+  """
   count = jax.device_count()
-  return mesh_of((worth(count, batch_size) if _one_per_core else count, 1, 1))
+  limited = _one_per_core and jax.process_count() == 1
+  return mesh_of((worth(count, batch_size) if limited else count, 1, 1))
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Mesh:

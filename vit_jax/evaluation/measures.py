@@ -13,7 +13,6 @@ import math
 import statistics
 
 import numpy as np
-from scipy import optimize
 
 LEVEL = 0.95  # probability with which the interval covers the true accuracy
 BINS = 15  # bins of the calibration error, as in Guo et al. 2017 (1706.04599), Section 5
@@ -24,7 +23,7 @@ CHUNK = 2**22  # logits that are converted to float64 at once
 
 
 def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
-  """Returns the 95% confidence interval of an accuracy (Wilson 1927; Brown et al. 2001, eq. 4).
+  """Returns the 95% confidence interval of an accuracy (Wilson 1927).
 
   Unlike the interval of the normal approximation, it is never empty and never leaves [0, 1].
 
@@ -134,6 +133,8 @@ def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
   The sum is computed in float64. The temperature stays between `COLDEST` and `HOTTEST`. It is 1 if
   every prediction is correct: the likelihood then grows without limit as the temperature falls.
   """
+  from scipy import optimize  # takes 0.4 s to import, and `predict` does not need it
+
   logits_NL, label_N = np.asarray(logits_NL), np.asarray(label_N)
   rows = max(1, CHUNK // logits_NL.shape[1])
   chunks = [slice(start, start + rows) for start in range(0, len(label_N), rows)]
