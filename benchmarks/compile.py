@@ -41,13 +41,14 @@ import numpy as np
 from benchmarks import arguments, collect, hlo
 from vit_jax import cli
 from vit_jax import config as config_lib
-from vit_jax.distributed import Target, compiled_for, sharding
+from vit_jax.distributed import Target, compiled_for, needed_bytes, sharding
 from vit_jax.distributed import devices as devices_lib
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.names import pair
 from vit_jax.optim import plan as plan_lib
 from vit_jax.optim.plan import Training
 from vit_jax.training import state
+from vit_jax.training.compiling import fit_step, plan_of
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import writer
 
@@ -136,13 +137,18 @@ def build(config: ConfigDict) -> tuple[Experiment, Training]:
   return assemble(config, task), Training(None, None, None, params=None, **recipe)
 
 
+def shapes_of(exp: Experiment, training: Training) -> state.TrainState:
+  """Returns the shapes of the state of a run."""
+  return jax.eval_shape(lambda: state.init_state(exp, training, devices_lib.make_mesh()))
+
+
 def trace_step(exp: Experiment, training: Training, mesh: Mesh) -> jax.stages.Traced:
   """Traces the training step of `main.py` for the devices of a mesh, which may not exist."""
 
   def abstract(x, where):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-  shapes = jax.eval_shape(lambda: state.init_state(exp, training, devices_lib.make_mesh()))
+  shapes = shapes_of(exp, training)
   size, where = exp.config.batch_size, sharding.batch_sharding(mesh)
   batch = {
     'image': jax.ShapeDtypeStruct((size, *exp.task.stored_size, 3), 'uint8', sharding=where),
@@ -209,16 +215,12 @@ def compile_row(row: Row) -> dict:
   mesh = arrange(config, describe(row.target, row.devices))
   with without_cudnn():
     began = time.perf_counter()
-    compiled = trace_step(exp, training, mesh).lower().compile()
-  seconds, text, memory = (
-    time.perf_counter() - began,
-    compiled.as_text(),
-    compiled.memory_analysis(),
-  )
+    lower = lambda exp: trace_step(exp, training, mesh).lower()
+    exp, compiled = fit_step(exp, lower, mesh, shapes_of(exp, training))
+  seconds, text = time.perf_counter() - began, compiled.as_text()
   remat_lines = len(re.findall(r'^ .*%\S*\.remat', text, re.MULTILINE))
-  peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-  peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-  room = GIB[row.target.split(':')[0]]
+  peak = needed_bytes(compiled)
+  room = config.device_memory or GIB[row.target.split(':')[0]]
   return dataclasses.asdict(row) | {
     'batch': config.batch_size,
     'mesh': dict(mesh.shape),
@@ -231,6 +233,7 @@ def compile_row(row: Row) -> dict:
     'remat_lines': remat_lines,
     'flops': flops(compiled),
     'modelled_seconds': hlo.modelled_seconds(text, row.target),
+    **({'plan': str(plan_of(exp, mesh))} if exp.parts else {}),
     'jax': jax.__version__,
     'compiler': version_of(row.target),
     'date': datetime.date.today().isoformat(),

@@ -26,7 +26,7 @@ def step_bytes(config, batch_size: int) -> int:
   import jax.numpy as jnp
 
   from vit_jax import opening
-  from vit_jax.distributed import devices
+  from vit_jax.distributed import devices, needed_bytes
   from vit_jax.training import state
   from vit_jax.training.step import make_train_step
 
@@ -40,9 +40,7 @@ def step_bytes(config, batch_size: int) -> int:
     'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
   }
   step = make_train_step(exp, training, mesh)
-  plan = step.lower(jax.eval_shape(init), batch).compile().memory_analysis()
-  held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-  return held + plan.temp_size_in_bytes
+  return needed_bytes(step.lower(jax.eval_shape(init), batch).compile())
 
 
 def largest_batch(config, budget: float) -> tuple[int, int]:

@@ -33,7 +33,8 @@ differences are smaller than the uncertainty.
 
 Choices of this project, not of the paper:
   * horizontal flips; on CIFAR also a border of 4 pixels and a random crop of the original size;
-  * the number of epochs of `folder`;
+  * for `folder`, batch, epochs and warm-up, which follow the number of images, and the learning
+    rate, which follows the batch;
   * bfloat16 for the paper's models;
   * 378 pixels for h14, because 384 is not a multiple of 14.
 
@@ -58,6 +59,15 @@ MODELS = {
 SMALL = ('tiny', 'small')  # models for 32x32 images
 
 BATCH_SIZE = 512
+
+
+def follow_data(config):
+  """Leaves batch, steps, warm-up and learning rate open; they follow the number of images."""
+  for key in ('batch_size', 'epochs'):
+    config.recipe[key], config[key] = config[key], None
+  config.recipe.warmup, config.schedule.warmup = config.schedule.warmup, None
+  config.recipe.lr, config.optimizer.lr = config.optimizer.lr, None
+  config.checkpoint_every = None
 
 
 def passes(steps, examples):
@@ -151,4 +161,9 @@ def get_config(variant='b16,cifar10'):
   config.log_every = 50
   config.optimizer.clip = 1.0
   RECIPES[recipe](config)
+  if dataset == 'folder':
+    follow_data(config)
+    if recipe == 'lora':  # its rate was tried with batches of 32
+      config.recipe.lr *= (BATCH_SIZE / 32) ** 0.5
+    config.data.train_split = config.data.val_split = None
   return config

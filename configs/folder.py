@@ -3,14 +3,19 @@
     python main.py --config=configs/folder.py:small --config.data.source=folder:photos \
         --workdir=runs/photos
 
-The variants are those in `cifar10.py`. The result depends on your images.
+The variants are those in `cifar10.py`. Batch, steps, warm-up and learning rate follow the number of
+images. `tiny`, `small`, `wide` and `deep` train at 32, 64, 128 or 224 pixels; this follows the
+median size of the images. The program logs what it chose. The result depends on your images.
 """
 
-from configs import cifar10
+from configs import cifar10, finetune
 
 
 def get_config(variant='small'):
   config = cifar10.get_config(variant)
   config.data.source = 'folder:'
   config.data.mean = config.data.std = None  # taken from `init`, else 0.5
+  if variant not in ('b16', 'l16'):
+    config.data.image_size = None  # 32 to 224 pixels, with patches of 4 to 16
+  finetune.follow_data(config)
   return config

@@ -7,9 +7,10 @@ Only `tiny,folder` has been measured: 62.2% from Tiny-ImageNet to CIFAR-10 in 10
 (results/transfer.json).
 
 For each learning rate of `sweep`, a head is trained on the first 98% of train and scored on the
-last 2%. The final head is trained at the best rate on all of train. Images are not augmented, so
-the backbone processes each image only once, at 224 pixels (32 for tiny and small). The optimizer is
-SGD without weight decay. This project chose the learning rates.
+last 2%. For `folder`, the parts are 90% and 10%. The final head is trained at the best rate on all
+of train. Images are not augmented, so the backbone processes each image only once, at 224 pixels
+(32 for tiny and small). The optimizer is SGD without weight decay. This project chose the learning
+rates.
 """
 
 from configs import finetune
@@ -20,10 +21,13 @@ def get_config(variant='b16,cifar10'):
   config = finetune.get_config(f'{model},{dataset}')
   config.freeze = 'backbone'
   config.sweep = (0.01, 0.03, 0.1, 0.3, 1.0)
-  config.epochs = 50.0
   config.schedule.warmup = 0.0
-  config.data.train_split = 'train[:98%]'
-  config.data.val_split = 'train[98%:]'
+  if dataset == 'folder':
+    config.recipe.epochs = 50.0
+    config.checkpoint_every = 1000
+  else:
+    config.epochs = 50.0
+    config.data.train_split, config.data.val_split = 'train[:98%]', 'train[98%:]'
   if model not in finetune.SMALL:
     config.data.image_size = (224, 224)
   config.augment.flip.probability = 0.0

@@ -12,6 +12,7 @@ from configs import finetune, imagenet
 from vit_jax import cli
 from vit_jax.check import check
 from vit_jax.experiment import Task, assemble
+from vit_jax.sizing import choose_open
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
@@ -20,8 +21,8 @@ PACKAGE = ROOT / 'vit_jax'
 # package only names that its `__init__` lists.
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
-  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'opening', 'evaluation',
-  'training', 'profiling', 'figures', 'inference', 'cli',
+  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'opening',
+  'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 
@@ -183,6 +184,7 @@ SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 def test_every_config_builds(spec):
   config = cli.load_file(f'{ROOT}/configs/{spec}')
   check(config)
+  config = choose_open(config, None)
   channels = 1 if spec == 'digits.py' else 3
   task = Task(('a', 'b'), (32, 32), channels)
   assert assemble(config, task).image_shape[-1] == channels

@@ -31,6 +31,7 @@ from vit_jax.optim import (
   MOMENT_DTYPES,
   OPTIMIZERS,
   SCHEDULES,
+  image_stages,
 )
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
@@ -93,12 +94,13 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if key.range and not key.range[0] <= value <= key.range[1]:
       low, high = key.range
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
-  pair(config.data.image_size, 'data.image_size')
   check_augment(config)
-  if trains:
+  if trains and config.batch_size:
     check_partners(config)
   check_frozen(config, trains)
-  check_progressive(config)
+  if config.data.image_size is not None:
+    pair(config.data.image_size, 'data.image_size')
+    check_progressive(config)
   check_distill(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
@@ -107,7 +109,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
       f'tensor may be -1, got {axes}.'
     )
   rates = config.sweep
-  if rates and not (config.freeze and config.data.val_split):
+  if rates and not (config.freeze and config.data.val_split != ''):
     raise ValueError(
       'sweep needs freeze=backbone and a data.val_split, which selects the learning rate, e.g. '
       "train_split='train[:98%]', val_split='train[98%:]'."
@@ -206,3 +208,25 @@ def check_partners(config: ConfigDict) -> None:
       f'batch_size={config.batch_size} with micro_batches={parts} leaves an image without a '
       f'partner. Set batch_size to a multiple of {2 * parts}.'
     )
+
+
+def check_channels(config: ConfigDict, channels: int) -> None:
+  """Raises ValueError if `data.mean` or `data.std` does not fit images with these channels."""
+  for name in ('mean', 'std'):
+    values = config.data[name]
+    if len(values) not in (1, channels) or (name == 'std' and min(values) <= 0):
+      counts = '1 value' if channels == 1 else f'1 or {channels} values'
+      raise ValueError(
+        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
+        f'the images have {channels} channel(s).'
+      )
+
+
+def check_stages(config: ConfigDict, patch_size: tuple[int, int]) -> None:
+  """Raises ValueError if images of a size in `progressive.sizes` do not divide into patches."""
+  for _, size in image_stages(config, 0):
+    if any(n % patch for n, patch in zip(size, patch_size)):
+      raise ValueError(
+        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
+        f'{patch_size[0]}x{patch_size[1]}.'
+      )

@@ -47,7 +47,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 def unset(config: Mapping) -> set[str]:
   """Returns the keys that have no value yet; `init` or the data may set them later."""
-  keys = {key for key in KEYS if key.startswith('model.')}
+  keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
   return left | ({'data.cache'} if values['data.cache'] == 'auto' else set())
@@ -91,7 +91,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     raise ValueError(f'--config.{unknown(key)}')
   kind, default = KEYS[key].kind, KEYS[key].default
   try:
-    value = parse(text, kind, optional=default is None)
+    value = parse(text, kind, optional=default is None or KEYS[key].open)
   except (ValueError, SyntaxError):
     example = {int: '8', float: '0.1', bool: 'true', tuple: '0.1,0.2'}[kind]
     example = ','.join(map(str, default)) if kind is tuple and default else example
@@ -187,7 +187,8 @@ def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')
-    config[section][name] = values[key]
+    holder = config[section] if section else config
+    holder[name] = values[key]
   return config
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import vit_jax
@@ -22,11 +21,12 @@ from vit_jax.augment import (
   mixes,
   normalize,
 )
+from vit_jax.check import check_channels, check_stages
 from vit_jax.data import Fit, Reading, fit_image
-from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
+from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
+from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, image_stages, split_frozen
+from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, split_frozen
 from vit_jax.workdir import Calibration, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -52,6 +52,13 @@ class Task:
   fingerprint: str = ''
 
   @classmethod
+  def of_whole_images(
+    cls, config: ConfigDict, class_names: tuple[str, ...], channels: int
+  ) -> 'Task':
+    """Returns the task of images that the host stores at the size of the model's input."""
+    return cls(class_names, pair(config.data.image_size), channels)
+
+  @classmethod
   def load(cls, saved: dict) -> 'Task':
     """Restores a task from the JSON of a checkpoint."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
@@ -63,7 +70,8 @@ class Experiment:
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
   record its training files. Only training has a `teacher`, if the config names one. `calibration`
-  belongs to the weights that a mode uses; training has none.
+  belongs to the weights that a mode uses; training has none. `parts` is the number of micro-batches
+  with which a training step fits into memory. It is None if the memory is not limited.
   """
 
   config: ConfigDict
@@ -77,6 +85,7 @@ class Experiment:
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
   teacher: Teacher | None = None
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
+  parts: int | None = None
 
   @property
   def chosen_attention(self) -> str:
@@ -182,6 +191,31 @@ class Experiment:
     together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
     return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
+  def training_parts(self, mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of micro-batches of a training step."""
+    config = self.config
+    return config.micro_batches or self.parts or self.micro_batches(mesh, config.batch_size)
+
+  def budget(self, mesh: jax.sharding.Mesh) -> float | None:
+    """Returns the bytes that a program may use on each device; None without a limit."""
+    gib = self.config.device_memory
+    limit = gib * 2**30 if gib else memory_limit(mesh)
+    return SHARE * limit if limit else None
+
+  def fitted(
+    self, build: Callable[[int], Callable], mesh: jax.sharding.Mesh, held: int = 0
+  ) -> Fitted:
+    """Returns a forward pass `(batch, params) -> result` that fits into memory.
+
+    Args:
+      build: maps a number of micro-batches to the jitted function.
+      mesh: mesh of the devices.
+      held: bytes that arrays other than batch and parameters occupy on each device.
+    """
+    budget = self.budget(mesh)
+    best = functools.partial(self.micro_batches, mesh)
+    return Fitted(build, mesh, best, budget and budget - held)
+
   def saved(self) -> dict:
     """Returns the description of the run that `Checkpoints.save` stores."""
     return {
@@ -190,6 +224,7 @@ class Experiment:
       'imports': list(config_lib.imports),
       'task': dataclasses.asdict(self.task),
       'attention': self.chosen_attention,
+      'plan': self.parts and {'micro_batches': self.parts, 'remat': self.model.remat},
       'teacher': self.teacher and self.teacher.digest,
       'names': self.names.item(),
       'inherited_splits': self.names.inherited_splits,
@@ -209,14 +244,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   if config.classifier and CLASSIFIERS[config.classifier].stores:
     fields['examples'] = task.train_examples or None  # None until the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
-  for name in ('mean', 'std'):
-    values = config.data[name]
-    if len(values) not in (1, task.channels) or (name == 'std' and min(values) <= 0):
-      counts = '1 value' if task.channels == 1 else f'1 or {task.channels} values'
-      raise ValueError(
-        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
-        f'the images have {task.channels} channel(s).'
-      )
+  check_channels(config, task.channels)
   keys, geometry = dict(config.loss), {}
   loss = LOSSES[keys.pop('name')]
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
@@ -241,39 +269,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   )
   check_parameters(model, experiment.image_shape)
   check_adapter(model, experiment.image_shape, config.adapt, config)
-  for _, size in image_stages(config, 0):
-    if any(n % patch for n, patch in zip(size, model.patch_size)):
-      raise ValueError(
-        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
-        f'{model.patch_size[0]}x{model.patch_size[1]}.'
-      )
+  check_stages(config, model.patch_size)
   return experiment
-
-
-def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
-
-  Raises:
-    ValueError: the model does not fit the images, or a position embedding or pooling creates a
-      parameter that its registry entry does not list.
-  """
-  model = model.clone(depth=1)  # all blocks have the same parameters
-  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
-  listed = {*first_layer(), *last_layer()}
-  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
-  if not unlisted:
-    return
-  before = names(model.clone(pool='none', class_token=model.has_class))
-  if of_position := [name for name in unlisted if name in before]:
-    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
-  else:
-    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
-  name = getattr(model, kind)
-  raise ValueError(
-    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
-    f'Add them to {entry}[{name!r}].'
-  )
 
 
 def group(config: ConfigDict) -> int:

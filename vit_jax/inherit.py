@@ -33,6 +33,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
     ValueError: the weights do not exist, or the config contradicts them.
   """
   found = read_weights(config.init)
+  config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
   grid = grid_for(config, found)
   if found.channels != source.channels:
     raise ValueError(
@@ -168,7 +169,9 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
       + '\nSet these keys to None to take their values from the weights, or set model.variant '
       'to the variant of the weights.'
     )
-  given = {f'model.{name}': value for name, value in own.items() if value is not None}
+  given = {
+    f'model.{name}': value for name, value in own.items() if value is not None and name not in FREE
+  }
   return config_lib.fill(config, given | about)
 
 

@@ -22,6 +22,8 @@ class Key:
     range: (lowest, highest) valid value, both included.
     choices: valid names, or the name of their registry in `check.REGISTRIES`.
     may_change: whether the key may have a new value when a run is resumed.
+    open: whether the value may be None although the default is not. A new run then chooses the
+      value from its data (`sizing.py`).
   """
 
   default: object
@@ -31,6 +33,7 @@ class Key:
   range: tuple[float, float] | None = None
   choices: str | Collection[str] = ''
   may_change: bool = False
+  open: bool = False
 
   def __post_init__(self):
     kind = self.kind or type(self.default)
@@ -49,12 +52,22 @@ TRAINING = {
     0, 'random seed of initial weights, data order and all random draws', range=(0, 2**32 - 1)
   ),
   'epochs': Key(
-    100.0, 'passes over the training split; raise it to extend a finished run', range=(0, 1e6)
+    100.0, 'passes over the training split; raise it to extend a finished run; None: '
+    'recipe.epochs, or more for at least 300 steps', range=(0, 1e6), open=True,
   ),
-  'batch_size': Key(256, 'training batch size over all devices and hosts', 'examples', range=COUNT),
+  'batch_size': Key(
+    256, 'training batch size over all devices and hosts; None: recipe.batch_size, or less for at '
+    'least 300 steps', 'examples', range=COUNT, open=True,
+  ),
   'micro_batches': Key(
-    None, 'number of parts into which a device splits its batch, to save memory; None: 1 on an '
-    'accelerator; on a CPU, parts that fit into the cache', kind=int, range=COUNT, may_change=True,
+    None, 'number of parts into which a device splits its batch, to save memory; None: as few as '
+    'fit into memory; on a CPU, parts that fit into the cache', kind=int, range=COUNT,
+    may_change=True,
+  ),
+  'device_memory': Key(
+    None, 'memory of each device, of which 90% are used; None: what the device reports; a CPU '
+    'reports none, and its memory is not limited', 'GiB', kind=float, range=(1e-6, 1e6),
+    may_change=True,
   ),
   'eval_batch_size': Key(
     256, 'evaluation batch size on all devices and hosts', 'examples', range=COUNT, may_change=True
@@ -67,7 +80,8 @@ TRAINING = {
     'is also evaluated', 'steps', range=STEPS, may_change=True,
   ),
   'checkpoint_every': Key(
-    1000, 'interval between checkpoints; 0: only at the end', 'steps', range=STEPS, may_change=True
+    1000, 'interval between checkpoints; 0: only at the end; None: a tenth of the run', 'steps',
+    range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
     2, 'newest checkpoints to keep; the best on val_split is kept too', range=COUNT, may_change=True
@@ -126,15 +140,22 @@ DATA = {
     '', 'base folder of a relative `folder:<path>`, or folder of the TFDS data; empty: '
     'TFDS data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
   ),
-  'data.train_split': Key('train', 'training split, e.g. `train[:98%]`'),
+  'data.train_split': Key(
+    'train', 'training split, e.g. `train[:98%]`; None: all of train, without the images that '
+    'data.val_split=None holds out', open=True,
+  ),
   'data.val_split': Key(
-    '', 'held-out split for choosing a checkpoint or a learning rate of a sweep; empty: none'
+    '', 'held-out split for choosing a checkpoint or a learning rate of a sweep; empty: none; '
+    "None: the data's own validation split, else the last 10% of train", open=True,
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
     '', "path of ImageNet's real.json; --mode=eval then also reports ReaL accuracy", may_change=True
   ),
-  'data.image_size': Key((32, 32), 'height and width of the model input', 'pixels'),
+  'data.image_size': Key(
+    (32, 32), 'height and width of the model input; None: taken from `init`, else from the images '
+    '(32 to 224)', 'pixels', open=True,
+  ),
   'data.mean': Key(
     None, 'mean to subtract from pixels in [0, 1]: one value per channel, or one value for all '
     'channels; None: taken from `init`, else 0.5', kind=tuple,
@@ -268,8 +289,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'float32', 'type of the computation; parameters stay float32', choices=('float32', 'bfloat16')
   ),
   'model.remat': Key(
-    'none', 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
-    'everything except products with weights; full: whole blocks', choices='REMAT', may_change=True,
+    None, 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
+    'everything except products with weights; full: whole blocks; None: none, or more if '
+    'micro_batches alone cannot save enough memory', kind=str, choices='REMAT', may_change=True,
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
@@ -279,7 +301,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
 
 OPTIMIZER = {
   'optimizer.name': Key('adamw', 'optimizer', choices='OPTIMIZERS'),
-  'optimizer.lr': Key(1e-3, 'peak learning rate', range=(0, 1e38)),
+  'optimizer.lr': Key(
+    1e-3, 'peak learning rate; None: recipe.lr times batch_size / recipe.batch_size; times the '
+    'square root of this, unless the optimizer is sgd', range=(0, 1e38), open=True,
+  ),
   'optimizer.weight_decay': Key(
     0.05, 'weight decay of weight matrices, multiplied by the learning rate', range=(0, 1e6)
   ),
@@ -297,7 +322,8 @@ OPTIMIZER = {
   ),
   'schedule.name': Key('cosine', 'learning-rate decay after the warm-up', choices='SCHEDULES'),
   'schedule.warmup': Key(
-    5.0, 'length of the linear warm-up, at most a fifth of the run', 'epochs', range=(0, 1e6)
+    5.0, 'length of the linear warm-up, at most a fifth of the run; None: as '
+    'long a share of the run as in the recipe', 'epochs', range=(0, 1e6), open=True,
   ),
   'loss.name': Key(
     'softmax', 'softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each '
@@ -323,4 +349,20 @@ OPTIMIZER = {
   ),
 }  # fmt: skip
 
-KEYS: dict[str, Key] = TRAINING | DATA | AUGMENT | MODEL | OPTIMIZER
+RECIPE = {  # only a new run reads these keys, for values that the config leaves open
+  'recipe.batch_size': Key(
+    256, 'largest batch size to choose', 'examples', range=COUNT, may_change=True
+  ),
+  'recipe.epochs': Key(
+    100.0, 'smallest number of epochs to choose', range=(0, 1e6), may_change=True
+  ),
+  'recipe.warmup': Key(
+    5.0, 'length of the warm-up in a run of recipe.epochs', 'epochs', range=(0, 1e6),
+    may_change=True,
+  ),
+  'recipe.lr': Key(
+    1e-3, 'learning rate for recipe.batch_size', range=(0, 1e38), may_change=True
+  ),
+}  # fmt: skip
+
+KEYS: dict[str, Key] = TRAINING | RECIPE | DATA | AUGMENT | MODEL | OPTIMIZER

@@ -58,6 +58,11 @@ def is_full(error: RuntimeError) -> bool:
   return isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
 
 
+def gib(size: float) -> str:
+  """Formats a number of bytes in GiB."""
+  return f'{size / 2**30:.3g} GiB'
+
+
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
   """Returns the bytes of memory that this process can use.
 

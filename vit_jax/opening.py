@@ -26,10 +26,10 @@ from vit_jax.data import (
   overlap,
   report_split,
 )
-from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.experiment import Experiment, Task, assemble, mesh_for
 from vit_jax.model import pooled
-from vit_jax.names import pair
 from vit_jax.optim import Training, announce, plan_training
+from vit_jax.sizing import choose_open, image_size, warn_of_few
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
-  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'distill.',
+  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
 
@@ -94,16 +94,18 @@ def from_config(
     ValueError: any mistake that the user can correct; the message explains how.
   """
   data = config.data
-  source = open_source(data.source, data.dir, pair(data.image_size))
+  source = open_source(data.source, data.dir, image_size(config))
   for warning in source.warnings:
     log.warning('%s', warning)
-  check_held_out(config, source)
   teacher, taught_on = inherit.open_teacher(config, source)
   params = None
   if saved is not None:
     config = config_lib.fill(config, config_lib.flatten(saved))
+    check_held_out(config, source)
   else:
     config, params, seen = begin_from(config, source, taught_on)
+  mesh_for(config)  # reports a batch size that does not fit the devices, before images are read
+  data = config.data
   if seen is None:
     raise ValueError(
       f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
@@ -111,7 +113,7 @@ def from_config(
       'run can still be used: start a new run with --config.init=<workdir of this run> and a new '
       '--workdir.'
     )
-  size = pair(data.image_size)
+  size = image_size(config)
   task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
   experiment = decided(config, task, source)
   config, size = experiment.config, experiment.task.stored_size
@@ -174,6 +176,8 @@ def begin_from(
     files. They include the files that the `init` weights and the teacher were trained on.
   """
   params, earlier = None, TrainingFiles()
+  config = choose_open(config, source)
+  check_held_out(config, source)
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
   elif config.adapt or config.classifier:
@@ -182,6 +186,8 @@ def begin_from(
       f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
       'Set --config.init, e.g. to a file, a folder or a workdir.'
     )
+  check(config)  # also the chosen values
+  warn_of_few(config, source)
   return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
 
@@ -207,7 +213,7 @@ def from_init(
   found, names = read_weights(init), None
   if classes == 'data':
     data = config.data
-    names = open_source(data.source, data.dir, pair(data.image_size)).class_names
+    names = open_source(data.source, data.dir, image_size(config)).class_names
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
@@ -260,7 +266,8 @@ def from_workdir(
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
-    size, config.data.image_size = pair(config.data.image_size), trained_size
+      config = config_lib.fill(config, config_lib.flatten(own))
+    size, config.data.image_size = image_size(config), trained_size
     check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(size)
     if config.model.attention == 'auto':  # what training has chosen

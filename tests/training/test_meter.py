@@ -44,7 +44,7 @@ def read(clock, mesh, dtype):
   """Measures two steps of 4 x 10^15 FLOPs in 5 seconds."""
   meter = Meter(mesh, dtype)
   for step in range(2):
-    meter.add(step, metrics(), Compiled(None, 4 * 10**15, False))
+    meter.add(step, metrics(), Compiled(None, 4 * 10**15, False, None))
   clock.now += 5
   return meter.read()
 
@@ -109,5 +109,5 @@ def test_recomputation_does_not_count_as_work_of_the_model():
 def test_a_loss_that_is_not_finite_names_the_fused_kernel(fused, clock):
   broken = metrics() | {'grad_norm': float('nan')}
   with pytest.raises(FloatingPointError, match='gradient norm of step 3 is nan') as error:
-    Meter(mesh_of('cpu', 1), 'float32').add(3, broken, Compiled(None, 0, fused))
+    Meter(mesh_of('cpu', 1), 'float32').add(3, broken, Compiled(None, 0, fused, None))
   assert ('--config.model.attention=plain' in str(error.value)) == fused

@@ -20,7 +20,7 @@ from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.experiment import Task, assemble
 from vit_jax.model import attention
-from vit_jax.training import loop, probe, resume, state, trainer
+from vit_jax.training import probe, resume, session, state, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import stored, writer
@@ -165,7 +165,7 @@ def test_cached_features_give_the_same_result(trained, tmp_path):
 
   def plainly(exp, training, mesh, workdir):
     resume.record(exp, workdir, training.test)
-    return loop.fit(exp, training, mesh, workdir)
+    return session.fit(exp, training, mesh, workdir)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(trainer, 'train_head', plainly)

@@ -309,7 +309,7 @@ def test_gradient_norm_is_reported_before_clipping():
 def test_bad_images_are_counted_since_the_last_log_line():
   score = scoring.training_score(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.ones(2))
   metrics = {'score': score, 'grad_norm': 1.0, 'learning_rate': 0.1}
-  step = Compiled(None, 0, False)
+  step = Compiled(None, 0, False, None)
   lines = meter.Meter(devices_lib.make_mesh(1), 'float32')
   lines.add(1, metrics | {'bad_images': np.int32(2)}, step)
   lines.add(2, metrics | {'bad_images': np.int32(1)}, step)

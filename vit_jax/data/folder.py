@@ -194,9 +194,14 @@ def warnings(
     yield f'{root}: {", ".join(shown)}.'
 
 
+def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns the number of images of each class, `[L]`."""
+  return np.bincount(label_N, minlength=num_classes)
+
+
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
   """Returns the names of the classes that have no file."""
-  count_L = np.bincount(files.label_N, minlength=len(class_names))
+  count_L = count_labels(files.label_N, len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
 
 

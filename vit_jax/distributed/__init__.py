@@ -18,8 +18,17 @@ from vit_jax.distributed.cluster import (
   num_cores,
   to_host,
 )
-from vit_jax.distributed.devices import few_devices, inference_mesh, make_mesh, shares, start_up
+from vit_jax.distributed.devices import (
+  few_devices,
+  inference_mesh,
+  make_mesh,
+  shares,
+  smallest_batch,
+  start_up,
+)
+from vit_jax.distributed.fitted import Fitted
 from vit_jax.distributed.joining import joined
+from vit_jax.distributed.memory import SHARE, first_fit, memory_limit, needed_bytes
 from vit_jax.distributed.microbatch import add_up, concatenate, micro_batches
 from vit_jax.distributed.peaks import peak_tflops
 from vit_jax.distributed.sharding import (
@@ -33,10 +42,13 @@ from vit_jax.distributed.sharding import (
   place_rows,
   replicate,
   replicated,
+  size_on_device,
 )
 
 __all__ = [
+  'SHARE',
   'TRY_AGAIN',
+  'Fitted',
   'Preempted',
   'Preemption',
   'Target',
@@ -48,6 +60,7 @@ __all__ = [
   'concatenate',
   'end_with_parent',
   'few_devices',
+  'first_fit',
   'from_first',
   'gather',
   'inference_mesh',
@@ -57,8 +70,10 @@ __all__ = [
   'layout',
   'local_rows',
   'make_mesh',
+  'memory_limit',
   'micro_batches',
   'needed',
+  'needed_bytes',
   'num_cores',
   'peak_tflops',
   'place',
@@ -68,6 +83,8 @@ __all__ = [
   'replicate',
   'replicated',
   'shares',
+  'size_on_device',
+  'smallest_batch',
   'start_up',
   'target',
   'to_host',

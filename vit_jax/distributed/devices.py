@@ -97,13 +97,8 @@ def make_mesh(
       + (f', and of {micro_batches * group}: {micro_batches} x {PAIRS}.' if group > 1 else '.')
     )
   rows = batch_size // micro_batches // group
-  counts = [len(devices)]
-  if devices[0].platform == 'cpu' and jax.process_count() == 1:
-    most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
-    # The first count that fits is used, so counts above `most` are used only if `shape` needs them.
-    counts = [*range(most, 0, -1), *range(most + 1, len(devices) + 1)]
-  sizes = [axis_sizes(shape, count) for count in counts]
-  sizes = [found for found in sizes if found]
+  most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
+  sizes = possible_sizes(shape, most)
   if not sizes:
     raise ValueError(
       f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s): the product of its '
@@ -121,6 +116,30 @@ def make_mesh(
       + (f' = {" x ".join([*factors, PAIRS])}.' if group > 1 else '.')
     )
   return mesh_of(fitting[0])
+
+
+def possible_sizes(shape: Mapping[str, int], most: int) -> list[tuple[int, ...]]:
+  """Returns the sizes of the meshes that `make_mesh` can choose from, the best first.
+
+  Args:
+    shape: number of devices along each of `AXES`, as in `make_mesh`.
+    most: number of CPU devices that are worth using.
+  """
+  devices = jax.devices()
+  counts = [len(devices)]
+  if devices[0].platform == 'cpu' and jax.process_count() == 1:
+    # The first count that fits is used, so counts above `most` are used only if `shape` needs them.
+    counts = [*range(most, 0, -1), *range(most + 1, len(devices) + 1)]
+  sizes = [axis_sizes(shape, count) for count in counts]
+  return [found for found in sizes if found]
+
+
+def smallest_batch(
+  micro_batches: int = 1, group: int = 1, shape: Mapping[str, int] = ALL_DATA
+) -> int:
+  """Returns the smallest batch size that `make_mesh` accepts with these arguments."""
+  sizes = possible_sizes(shape, jax.device_count())
+  return min((data * fsdp for data, fsdp, _ in sizes), default=1) * micro_batches * group
 
 
 def inference_mesh(batch_size: int) -> Mesh:

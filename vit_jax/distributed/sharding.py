@@ -54,6 +54,15 @@ def layout(mesh: Mesh, tree):
   )
 
 
+def size_on_device(mesh: Mesh, tree) -> int:
+  """Returns the bytes of a tree that each device holds, if the arrays are placed by `layout`."""
+  leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
+  return sum(
+    math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, sharding in zip(leaves, placed, strict=True)
+  )
+
+
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns, for each axis of an array, the mesh axis that splits it, or None.
 

@@ -126,10 +126,11 @@ class Scores:
     return found
 
 
-def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
+def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
   """Returns the compiled function `(batch, params) -> rows` for one padded batch.
 
-  The rows are `logits` `[B, L]` and `loss` `[B]`, and the batch without its images.
+  The rows are `logits` `[B, L]` and `loss` `[B]`, and the batch without its images. `held` is the
+  number of bytes that other arrays occupy on each device.
   """
 
   def answer(part, params):
@@ -137,11 +138,10 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh) -> EvalStep:
     rest = {name: array for name, array in part.items() if name != 'image'}
     return rest | {'logits': logits_BL, 'loss': exp.loss(logits_BL, part['label'])}
 
-  def eval_step(batch, params):
-    parts = exp.micro_batches(mesh, len(batch['mask']))
-    return concatenate(answer, mesh, parts)(batch, params)
+  def build(parts):
+    return jax.jit(concatenate(answer, mesh, parts), out_shardings=replicated(mesh))
 
-  return jax.jit(eval_step, out_shardings=replicated(mesh))
+  return exp.fitted(build, mesh, held)
 
 
 def answer_split(

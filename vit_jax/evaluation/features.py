@@ -43,11 +43,11 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
   """Returns the compiled function `(batch, params) -> feature_BD` for a batch of uint8 images."""
 
-  def feature_step(batch, params):
-    parts = exp.micro_batches(mesh, len(batch['mask']))
-    return concatenate(functools.partial(extract, exp), mesh, parts)(batch, params)
+  def build(parts):
+    function = concatenate(functools.partial(extract, exp), mesh, parts)
+    return jax.jit(function, out_shardings=replicated(mesh))
 
-  return jax.jit(feature_step, out_shardings=replicated(mesh))
+  return exp.fitted(build, mesh)
 
 
 def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.Array:

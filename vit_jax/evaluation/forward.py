@@ -61,11 +61,7 @@ def probabilities(exp: Experiment) -> Function:
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
   """Compiles a function of images and parameters to run on every device of the mesh."""
 
-  def step(image_BHWC, params):
-    parts = exp.micro_batches(mesh, len(image_BHWC))
-    return concatenate(function, mesh, parts)(image_BHWC, params)
-
-  return jax.jit(step)
+  return exp.fitted(lambda parts: jax.jit(concatenate(function, mesh, parts)), mesh)
 
 
 def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:

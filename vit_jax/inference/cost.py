@@ -5,7 +5,6 @@ All numbers come from shapes: nothing is computed or compiled, and no parameters
 
 from collections import Counter
 import dataclasses
-import math
 
 from clu import parameter_overview
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vit_jax import experiment
-from vit_jax.distributed import layout, shares
+from vit_jax.distributed import shares, size_on_device
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import name_of
 from vit_jax.model import ADAPTERS, first_layer, last_layer
@@ -28,6 +27,7 @@ from vit_jax.training import (
   OTHER,
   TrainState,
   activations,
+  estimated,
   forward_flops,
   init_state,
   module_of,
@@ -115,6 +115,7 @@ def measure(
   steps = recipe['steps'] if examples else None
   warmup = warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
   training = Training(None, None, None, params=None, **recipe)
+  exp = estimated(exp, training, mesh)
   shapes = jax.eval_shape(lambda: init_state(exp, training, mesh))
   flops, train_flops = work(exp, shapes.params)
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
@@ -126,8 +127,7 @@ def measure(
   trained, _ = exp.split(shapes.params)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
-  divided = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  at_once = config.batch_size // shares(mesh) // divided
+  at_once = config.batch_size // shares(mesh) // exp.training_parts(mesh)
   return Summary(
     exp,
     sum(leaf.size for leaf in jax.tree.leaves(trained)),
@@ -160,7 +160,7 @@ def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, in
     'averages': shapes.ema,
     'teacher': exp.teacher.params if runs_teacher(exp) else None,
   }
-  return {name: size_on_device(tree, mesh) for name, tree in trees.items()}
+  return {name: size_on_device(mesh, tree) for name, tree in trees.items()}
 
 
 def teacher_part(exp: Experiment) -> Part | None:
@@ -172,15 +172,6 @@ def teacher_part(exp: Experiment) -> Part | None:
   flops = forward_flops(teacher.model, teacher.params, jax.ShapeDtypeStruct(shape, jnp.float32))
   count = sum(leaf.size for leaf in jax.tree.leaves(teacher.params))
   return Part('teacher', count, flops.total() / 1e9, 0.0)
-
-
-def size_on_device(tree, mesh: Mesh) -> int:
-  """Returns how many bytes each device holds if the tree's arrays are split as in training."""
-  leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
-  return sum(
-    math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf, sharding in zip(leaves, placed, strict=True)
-  )
 
 
 def place(name: str) -> tuple[int, str]:
@@ -214,6 +205,7 @@ def as_text(summary: Summary) -> str:
     f'{mib(summary.activation_bytes)}.',
     'State and activations on each device: '
     f'{mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
+    *memory_text(summary),
     *plan_text(summary),
     *(f'Note: {note}' for note in summary.notes),
   ]
@@ -238,6 +230,17 @@ def teacher_text(summary: Summary) -> list[str]:
 def mib(size: int) -> str:
   """Formats a number of bytes in MiB."""
   return f'{size / 2**20:,.1f} MiB'
+
+
+def memory_text(summary: Summary) -> list[str]:
+  """Returns the line about what a run does to fit into memory, if a limit is known."""
+  exp = summary.exp
+  if not exp.parts:
+    return []
+  return [
+    f'To fit into memory: probably micro_batches={exp.parts} with model.remat={exp.model.remat}. '
+    'The compiler decides; it keeps fewer activations than the ones above.'
+  ]
 
 
 def plan_text(summary: Summary) -> list[str]:

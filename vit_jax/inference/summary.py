@@ -10,8 +10,8 @@ from vit_jax.check import check
 from vit_jax.data import Source, look_up_source, num_examples
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.inference.cost import Summary, measure
-from vit_jax.names import pair
 from vit_jax.opening import Request
+from vit_jax.sizing import choose_open, image_size
 from vit_jax.training import saved_config
 from vit_jax.workdir import latest_step, newest_config
 
@@ -54,15 +54,16 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
     ValueError: the model is not valid, or the source is unknown.
   """
   data, examples, notes = config.data, None, ()
-  source = look_up_source(data.source, data.dir, pair(data.image_size))
+  source = look_up_source(data.source, data.dir, image_size(config))
+  config = choose_open(config, source)
   if source is None:
     source = Source({}, ASSUMED, 3, None)
     notes = (f'{data.source} was not found: assuming {len(ASSUMED):,} classes of RGB images.',)
   if source.sizes:
-    examples = num_examples(source.pieces(data.train_split))
+    examples = num_examples(source.pieces(config.data.train_split))
   if config.init:
     config, *_ = inherit.open_init(config, source)
-  task = Task(source.class_names, pair(data.image_size), source.channels)
+  task = Task.of_whole_images(config, source.class_names, source.channels)
   exp = assemble(config, task)
   if not notes:  # the classes are known
     exp = dataclasses.replace(exp, teacher=inherit.open_teacher(config, source)[0])

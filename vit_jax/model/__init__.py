@@ -14,6 +14,7 @@ from vit_jax.model.heads import knn_logits, unit
 from vit_jax.model.layers import ACTIVATIONS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
+from vit_jax.model.registered import check_parameters
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
@@ -49,6 +50,7 @@ __all__ = [
   'attributes',
   'check_adapter',
   'check_model',
+  'check_parameters',
   'first_layer',
   'flash',
   'flash_obstacle',

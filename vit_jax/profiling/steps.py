@@ -19,7 +19,7 @@ from vit_jax.data import train_batches
 from vit_jax.distributed import batch_sharding
 from vit_jax.evaluation import with_teacher
 from vit_jax.profiling.timeline import STEPS, WAIT
-from vit_jax.training import choose_attention, compile_step, init_state
+from vit_jax.training import compile_step, init_state, prepared
 from vit_jax.workdir import newest_config, training_files_of
 
 
@@ -28,11 +28,11 @@ class Steps:
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack):
     """Opens the data and compiles the step; `stack` closes the data later."""
-    self.mesh = experiment.mesh_for(config)
     earlier = newest_config(workdir) or {}
     saved = config_lib.from_dict(earlier['config']) if earlier else None
     exp, training = opening.from_config(config, saved, seen=training_files_of(workdir))
-    exp = choose_attention(exp, training, self.mesh, earlier.get('attention'))
+    config, self.mesh = exp.config, experiment.mesh_for(exp.config)
+    exp = prepared(exp, training, self.mesh, earlier)
     exp, training = with_teacher(exp, training, self.mesh, workdir / 'features')
     over_batch = batch_sharding(self.mesh)
     self._batches = train_batches(training.train, config.batch_size, config.seed, 0, over_batch)

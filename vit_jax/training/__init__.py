@@ -1,7 +1,7 @@
 """The train step, the loop around it, and how a run resumes."""
 
 from vit_jax.training.closed_form import classifier_config
-from vit_jax.training.compiling import compile_step
+from vit_jax.training.compiling import compile_step, estimated
 from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
@@ -14,20 +14,21 @@ from vit_jax.training.tracing import (
   work,
 )
 from vit_jax.training.trainer import train
-from vit_jax.training.trial import choose_attention
+from vit_jax.training.trial import prepared
 
 __all__ = [
   'OTHER',
   'TrainState',
   'activations',
   'check_in_all_processes',
-  'choose_attention',
   'classifier_config',
   'compile_step',
+  'estimated',
   'forward_flops',
   'init_state',
   'module_of',
   'of_stages',
+  'prepared',
   'runs_teacher',
   'saved_config',
   'train',

@@ -20,9 +20,9 @@ from vit_jax.evaluation import compute_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.opening import Request
 from vit_jax.optim import CLASSIFIERS, Training
-from vit_jax.training.loop import fit
 from vit_jax.training.probe import train_head
 from vit_jax.training.resume import record
+from vit_jax.training.session import fit
 from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)

@@ -1,22 +1,201 @@
-"""Compiles the training step of a run in advance."""
+"""Compiles the training step, with micro-batches and `model.remat` that fit into memory.
 
+Decisions:
+  * More micro-batches come before `remat`, because they cost almost nothing.
+  * Checkpoints contain the plan, so that a resumed run computes bit-identical steps.
+"""
+
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import logging
+import math
 import time
 
 from clu import platform
 import jax
 
 from vit_jax import progress
-from vit_jax.distributed import target
-from vit_jax.experiment import Experiment
+from vit_jax.distributed import compiled_for, first_fit, shares, size_on_device, target
+from vit_jax.experiment import Experiment, group
+from vit_jax.limits import OutOfMemory, gib
+from vit_jax.model import REMAT, flash, select_kernel
 from vit_jax.optim import Training
-from vit_jax.training.state import TrainState
+from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.step import TrainStep, make_train_step
-from vit_jax.training.tracing import model_flops
-from vit_jax.training.trial import uses_flash
+from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
+
+# Share of the counted activations that XLA keeps; it computes cheap ones again. On a GPU, the share
+# is 0.49 to 0.63 for the steps in results/compiled.json that fit one device.
+KEPT, KEPT_ON_CPU = 0.65, 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How a training step saves memory.
+
+  Attributes:
+    micro_batches: number of parts into which each device splits its share of the batch.
+    remat: one of `REMAT`.
+  """
+
+  micro_batches: int
+  remat: str
+
+  def __str__(self) -> str:
+    return f'micro_batches={self.micro_batches} with model.remat={self.remat}'
+
+
+def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
+  """Returns the plan that an experiment has."""
+  return Plan(exp.training_parts(mesh), exp.model.remat)
+
+
+def planned(exp: Experiment, plan: Plan) -> Experiment:
+  """Returns an experiment with a plan. Values that the config sets are kept."""
+  remat = exp.config.model.remat or plan.remat
+  return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
+
+
+def resumed(exp: Experiment, saved: Mapping) -> Experiment:
+  """Returns the experiment with the plan in the JSON of a run's checkpoint, if it has one."""
+  plan = saved.get('plan')
+  return planned(exp, Plan(**plan)) if plan else exp
+
+
+def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
+  """Returns the plans that the config allows, from the fastest to the one with the least memory."""
+  config, rows = exp.config, exp.config.batch_size // shares(mesh)
+  together = group(config) if rows % 2 == 0 else 1  # mixed pairs
+  first = exp.micro_batches(mesh, config.batch_size)
+  counts = [n for n in range(first, rows + 1) if rows % n == 0 and rows // n % together == 0]
+  counts = [config.micro_batches] if config.micro_batches else counts
+  remats = [config.model.remat] if config.model.remat else list(REMAT)
+  return [Plan(count, remat) for remat in remats for count in counts]
+
+
+def estimator(
+  exp: Experiment, mesh: jax.sharding.Mesh, state: TrainState
+) -> Callable[[Plan], tuple[float, float]]:
+  """Returns a function that estimates the bytes of a step on each device, as `first_fit` needs it.
+
+  The function returns two numbers of bytes. The first does not depend on the size of a micro-batch.
+  The second is for the activations of a micro-batch.
+
+  Args:
+    exp: the experiment.
+    mesh: mesh of the devices.
+    state: state of the run, or its shapes.
+  """
+  rows, image = exp.config.batch_size // shares(mesh), (*exp.task.stored_size, exp.task.channels)
+  trained, _ = exp.split(state.params)
+  held = size_on_device(mesh, state)
+  held += size_on_device(mesh, exp.teacher.params) if runs_teacher(exp) else 0
+  summed = size_on_device(mesh, trained) + rows * math.prod(image)
+
+  @functools.cache
+  def kept(remat):
+    with compiled_for(target(mesh)):  # attention kernels keep different arrays
+      return activations(planned(exp, Plan(1, remat)), state.params).total()
+
+  share = KEPT_ON_CPU if target(mesh).platform == 'cpu' else KEPT
+
+  def need(plan):
+    copies = 1 if plan.micro_batches == 1 else 2  # sums over micro-batches, and the newest one
+    # With `remat`, the backward pass computes the activations of one block at a time.
+    block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
+    each = share * (kept(plan.remat) + block)
+    return held + copies * summed, rows // plan.micro_batches * each
+
+  return need
+
+
+def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
+  """Returns the experiment with the plan that is estimated to fit; nothing is compiled.
+
+  The experiment is returned unchanged if it has a plan, or if no memory limit is known.
+  """
+  budget = exp.budget(mesh)
+  if budget is None or exp.parts:
+    return exp
+  need = estimator(exp, mesh, jax.eval_shape(lambda: init_state(exp, training, mesh)))
+  plans = possible_plans(exp, mesh)
+  return planned(exp, next((plan for plan in plans if sum(need(plan)) <= budget), plans[-1]))
+
+
+def fit_step(
+  exp: Experiment,
+  lower: Callable[[Experiment], jax.stages.Lowered],
+  mesh: jax.sharding.Mesh,
+  state: TrainState,
+) -> tuple[Experiment, jax.stages.Compiled]:
+  """Compiles a training step that fits into the memory of each device.
+
+  Without a memory limit, or if the config leaves nothing open, the step is compiled unchanged.
+
+  Args:
+    exp: the experiment. If it already has a plan, no faster plan is tried.
+    lower: lowers the step of an experiment.
+    mesh: mesh of the devices.
+    state: state of the run, or its shapes.
+
+  Returns:
+    The experiment with its plan, and the compiled step.
+
+  Raises:
+    limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
+  """
+  budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
+  if budget is None or len(plans) == 1 or not exp.sees_images:
+    return exp, lower(exp).compile()
+  need, own, factor = estimator(exp, mesh, state), plan_of(exp, mesh), 1.0
+  if exp.parts and own in plans:
+    plans, factor = plans[plans.index(own) :], 0.0
+  fit = first_fit(plans, lambda plan: lower(planned(exp, plan)), need, budget, factor)
+  if fit.compiled is None:
+    raise OutOfMemory(
+      f'Training does not fit into memory: the smallest plan tried, {fit.plan}, needs '
+      f'{gib(fit.size)} on each device, but may use {gib(budget)}. Parameters and optimizer state '
+      f'alone take {gib(size_on_device(mesh, state))}. Lower data.image_size, choose a smaller '
+      'model.variant, set model.dtype=bfloat16 or freeze=backbone, or use more devices with '
+      'mesh.fsdp=-1.'
+    )
+  log.info(
+      '%s: a training step needs %s on each device and may use %s (compiled %d time(s)).',
+      fit.plan, gib(fit.size), gib(budget), fit.attempts,
+  )  # fmt: skip
+  return planned(exp, fit.plan), fit.compiled
+
+
+def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
+  """Returns the experiment with half the micro-batch, or with more `remat` if that is impossible.
+
+  Returns None if the config leaves nothing open that would save memory.
+  """
+  plans, own = possible_plans(exp, mesh), plan_of(exp, mesh)
+  later = plans[plans.index(own) + 1 :] if own in plans else []
+  smaller = [p for p in later if p.remat != own.remat or p.micro_batches >= 2 * own.micro_batches]
+  return planned(exp, smaller[0]) if smaller else None
+
+
+def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
+  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
+  config, model = exp.config, exp.model
+  parts = exp.training_parts(mesh)
+  patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
+  heads = model.num_heads // mesh.shape['tensor']
+  batch = config.batch_size // shares(mesh) // parts
+  return batch, model.num_prefix + patches, heads, model.head_size
+
+
+def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
+  """Returns whether the blocks of the model use cuDNN's kernel."""
+  query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
+  with compiled_for(target(mesh)):
+    drops = bool(exp.model.attention_dropout)
+    return select_kernel(exp.model.attention, query, query, drops) is flash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +206,29 @@ class Compiled:
     step: the training step.
     flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
     fused: whether the step computes attention with a kernel of cuDNN.
+    exp: the experiment, with the micro-batches and `remat` that fit into memory.
   """
 
   step: TrainStep
   flops: int
   fused: bool
+  exp: Experiment
 
 
 def compile_step(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, state: TrainState, batch: dict
 ) -> Compiled:
-  """Compiles the step before training, so that the measured speed excludes the time to compile."""
+  """Compiles a step that fits into memory.
+
+  It is compiled before training, so that the measured speed excludes the time to compile.
+
+  Raises:
+    limits.OutOfMemory: no step fits.
+  """
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):
-    step = make_train_step(exp, training, mesh).lower(state, batch, training.teacher).compile()
+    lower = lambda exp: make_train_step(exp, training, mesh).lower(state, batch, training.teacher)
+    exp, step = fit_step(exp, lower, mesh, state)
   flops = exp.config.batch_size * model_flops(exp, state.params) if exp.sees_images else 0
   devices = f'{mesh.size} {target(mesh).platform} device(s)'
   height, width, _ = exp.image_shape
@@ -49,4 +237,4 @@ def compile_step(
       time.perf_counter() - began, height, width, training.steps, devices,
   )  # fmt: skip
   platform.work_unit().set_notes(f'{exp.config.model.variant} on {devices}')
-  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh))
+  return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh), exp)

@@ -7,8 +7,8 @@ Decisions:
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import pathlib
 import time
 
 import jax
@@ -22,22 +22,15 @@ from vit_jax.distributed import (
   batch_sharding,
   few_devices,
   from_first,
-  is_first,
+  size_on_device,
 )
-from vit_jax.evaluation import calibrate_run, make_eval_step, score_split, with_teacher
+from vit_jax.evaluation import make_eval_step, score_split
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
-from vit_jax.training.compiling import compile_step
+from vit_jax.training.compiling import Compiled, compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
-from vit_jax.workdir import (
-  Checkpoints,
-  Silent,
-  Writer,
-  forget_calibrations,
-  intact,
-  latest_step,
-)
+from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +59,6 @@ class Run:
 
   def __post_init__(self):
     self.config = self.exp.config
-    self.eval_step = make_eval_step(self.exp, self.mesh)
     self.began = time.perf_counter()  # start time; `run` subtracts the seconds of earlier sessions
 
   def run(self) -> dict:
@@ -76,6 +68,9 @@ class Run:
       log.warning(few)
     train_state, seconds = start_state(self.exp, self.training, self.mesh, self.checkpoints)
     self.began -= seconds
+    size = functools.partial(size_on_device, self.mesh)
+    other = size(train_state) - size(train_state.params) + size(self.training.teacher)
+    self.eval_step = make_eval_step(self.exp, self.mesh, held=other)
     start, steps = int(train_state.step), self.training.steps
     if start < steps:
       self.log_cycle()
@@ -96,7 +91,7 @@ class Run:
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, size = next(batches), self.size_of(start + 1)
-      compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+      compiled = self.compile(size, train_state, batch)
       meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
@@ -106,7 +101,7 @@ class Run:
         if self.size_of(step) != size:
           meter.pause()
           size = self.size_of(step)
-          compiled = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+          compiled = self.compile(size, train_state, batch)
           meter.resume()
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
@@ -138,6 +133,13 @@ class Run:
           self.save(train_state, scores)
         meter.resume()
     return train_state, scores
+
+  def compile(self, size: tuple[int, int], train_state: TrainState, batch: dict) -> Compiled:
+    """Compiles the step for an image size. Its plan becomes the plan of the run."""
+    found = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
+    model = self.exp.model.clone(remat=found.exp.model.remat)
+    self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
+    return found
 
   def log_cycle(self) -> None:
     """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
@@ -245,37 +247,3 @@ class Run:
       return {'step': step} | {name: line.get('accuracy') for name, line in found.items()}
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
-
-
-def fit(
-  exp: Experiment,
-  training: Training,
-  mesh: jax.sharding.Mesh,
-  workdir: pathlib.Path,
-  **notes: object,
-) -> dict:
-  """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
-
-  With a validation split, the last and the best checkpoint are calibrated at the end.
-
-  Args:
-    exp: experiment to train.
-    training: data, plan and initial weights.
-    mesh: mesh of the devices.
-    workdir: folder that this process has locked with `held`.
-    **notes: additional fields for `result.json`.
-  """
-  config, start = exp.config, latest_step(workdir)
-  exp, training = with_teacher(exp, training, mesh, workdir / 'features')
-  with (
-    intact(workdir),
-    Preemption() as preemption,  # also active while records and checkpoints are closed
-    (Writer if is_first() else Silent)(workdir, start or 0) as records,
-    Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
-  ):
-    forget_calibrations(workdir, start or 0)
-    result = Run(exp, training, mesh, records, checkpoints, preemption, notes).run()
-  if training.val is not None:
-    steps = {result[name]['step'] for name in ('last', 'best')}
-    calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
-  return result

@@ -24,8 +24,8 @@ from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.model import Dense
 from vit_jax.optim import Training, plan_training, split_frozen
-from vit_jax.training.loop import fit
 from vit_jax.training.resume import begin, finished_result, record
+from vit_jax.training.session import fit
 from vit_jax.training.state import init_params
 from vit_jax.workdir import (
   held,

@@ -52,6 +52,7 @@ def begin(
     with config_lib.naming_imports(item):
       saved = config_lib.from_dict(item['config'])
     config_lib.check_same_run(saved, config, workdir)
+    config = config_lib.fill(config, config_lib.flatten(saved))
     cycles = add_cycle(config, item, start, workdir)
     finished = from_first(lambda: finished_result(config, workdir))
     if finished and finished.get('steps') != start:  # the last checkpoint is missing

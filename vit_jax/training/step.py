@@ -98,7 +98,7 @@ def train_step(
   taught = {} if teacher is None else {'teacher': teacher}
 
   gradient = jax.grad(functools.partial(loss_fn, exp=exp), argnums=1, has_aux=True)
-  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
+  parts = exp.training_parts(mesh)
   grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen | taught, key, early)
 
   with jax.named_scope('optimizer'):

@@ -7,9 +7,9 @@ from ml_collections import ConfigDict
 from vit_jax import experiment, limits, names, opening
 from vit_jax.distributed import start_up
 from vit_jax.training.closed_form import make_head
-from vit_jax.training.loop import fit
 from vit_jax.training.resume import begin, check_in_all_processes, record
-from vit_jax.training.trial import choose_attention
+from vit_jax.training.session import fit
+from vit_jax.training.trial import prepared
 from vit_jax.workdir import held, newest_config, training_files_of
 
 
@@ -39,11 +39,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     finished, saved, cycles = begin(config, workdir)
     if finished:
       return finished
-    mesh = experiment.mesh_for(config)
     exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
-    earlier = (newest_config(workdir) or {}).get('attention')
-    exp = choose_attention(exp, training, mesh, earlier)
-    if config.freeze or config.classifier:
+    mesh = experiment.mesh_for(exp.config)
+    exp = prepared(exp, training, mesh, newest_config(workdir) or {})
+    if exp.config.freeze or exp.config.classifier:
       return make_head(exp, training, mesh, workdir)
     record(exp, workdir, training.test)
     return fit(exp, training, mesh, workdir)

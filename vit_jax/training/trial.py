@@ -8,19 +8,20 @@ Decisions:
   * Process 0 makes the choice for all processes.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import logging
-import math
 import time
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax.distributed import compiled_for, from_first, shares, target
+from vit_jax.distributed import from_first, target
 from vit_jax.experiment import Experiment
-from vit_jax.model import flash, flash_obstacle, plain, select_kernel
+from vit_jax.model import flash, flash_obstacle, plain
 from vit_jax.optim import Training
+from vit_jax.training.compiling import attention_shape, estimated, resumed
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,17 @@ log = logging.getLogger(__name__)
 INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
 TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
 REPEATS = 10  # timed calls of each kernel
+
+
+def prepared(
+  exp: Experiment, training: Training, mesh: jax.sharding.Mesh, saved: Mapping
+) -> Experiment:
+  """Returns the experiment with the choices that a run makes only once.
+
+  These are the plan that saves memory and the attention kernel. `saved` is the JSON of the newest
+  checkpoint, from which they come if it has them; empty without a checkpoint.
+  """
+  return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
 
 def choose_attention(
@@ -56,19 +68,13 @@ def choose_attention(
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
-    shapes = [attention_shape(exp.at(size), mesh) for _, size in training.stages]
+    # The trial must fit into memory too, with the kernel that needs more of it.
+    smaller = estimated(
+      dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
+    )
+    shapes = [attention_shape(smaller.at(size), mesh) for _, size in training.stages]
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
-
-
-def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
-  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
-  config, model = exp.config, exp.model
-  parts = config.micro_batches or exp.micro_batches(mesh, config.batch_size)
-  patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
-  heads = model.num_heads // mesh.shape['tensor']
-  batch = config.batch_size // shares(mesh) // parts
-  return batch, model.num_prefix + patches, heads, model.head_size
 
 
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
@@ -160,11 +166,3 @@ def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> floa
     found = run(*given)
   jax.block_until_ready(found)
   return (time.perf_counter() - began) / REPEATS
-
-
-def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
-  """Returns whether the blocks of the model use cuDNN's kernel."""
-  query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
-  with compiled_for(target(mesh)):
-    drops = bool(exp.model.attention_dropout)
-    return select_kernel(exp.model.attention, query, query, drops) is flash

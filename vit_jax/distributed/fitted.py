@@ -1,0 +1,85 @@
+"""Compiles forward passes with as few micro-batches as fit into the memory of each device."""
+
+from collections.abc import Callable
+import logging
+
+import jax
+
+from vit_jax.distributed.devices import shares
+from vit_jax.distributed.memory import first_fit
+from vit_jax.distributed.sharding import size_on_device
+from vit_jax.limits import OutOfMemory, gib, is_full
+
+log = logging.getLogger(__name__)
+
+
+class Fitted:
+  """A function `(batch, params) -> result` that is compiled for each size of the batch."""
+
+  def __init__(
+    self,
+    build: Callable[[int], Callable],
+    mesh: jax.sharding.Mesh,
+    best: Callable[[int], int],
+    budget: float | None,
+  ):
+    """Creates the function; nothing is compiled yet.
+
+    Args:
+      build: maps a number of micro-batches to the jitted function.
+      mesh: mesh of the devices.
+      best: maps the number of rows of a batch to the fastest number of micro-batches.
+      budget: bytes that the function may use on each device; None without a limit.
+    """
+    self._build, self._mesh, self._best, self._budget = build, mesh, best, budget
+    self._functions = {}  # by the number of rows of a batch
+
+  def __call__(self, batch, params):
+    rows = len(jax.tree.leaves(batch)[0])
+    if rows in self._functions:
+      return self._functions[rows](batch, params)
+    counts = self._counts(rows)
+    if self._budget is None:
+      self._functions[rows] = self._build(counts[0])
+      return self._functions[rows](batch, params)
+    count, self._functions[rows] = self._fit(counts, batch, params)
+    try:
+      return jax.block_until_ready(self._functions[rows](batch, params))
+    except RuntimeError as error:
+      later = [n for n in counts if n >= 2 * count]
+      if not is_full(error) or not later or jax.process_count() > 1:
+        raise
+    log.warning('Out of memory with %d micro-batches: trying %d.', count, later[0])
+    _, self._functions[rows] = self._fit(later, batch, params)
+    return self._functions[rows](batch, params)
+
+  def _counts(self, rows: int) -> list[int]:
+    """Returns the possible numbers of micro-batches, increasing."""
+    share, first = rows // shares(self._mesh), self._best(rows)
+    return [first, *(n for n in range(first + 1, share + 1) if share % n == 0)]
+
+  def _fit(self, counts: list[int], batch, params) -> tuple[int, Callable]:
+    """Returns the first number of micro-batches that fits, and the compiled function.
+
+    Raises:
+      limits.OutOfMemory: no number fits.
+    """
+    budget, fixed, functions = self._budget, size_on_device(self._mesh, params), {}
+
+    def lower(count):
+      functions[count] = self._build(count)
+      return functions[count].lower(batch, params)
+
+    # One image needs an unknown number of bytes, so the largest micro-batch is compiled first.
+    fit = first_fit(counts, lower, lambda count: (fixed, 1 / count), budget, factor=0.0)
+    if fit.compiled is None:
+      raise OutOfMemory(
+        f'The model does not fit into memory: with {fit.plan} micro-batches, it needs '
+        f'{gib(fit.size)} on each device, but may use {gib(budget)}. Lower data.image_size (for '
+        'evaluation, also eval_batch_size), or set model.dtype=bfloat16.'
+      )
+    if fit.attempts > 1:
+      log.info(
+        '%d micro-batches: a forward pass needs %s of %s.', fit.plan, gib(fit.size), gib(budget)
+      )
+    return fit.plan, functions[fit.plan]  # JAX compiles the program of `lower` only once

@@ -1,0 +1,117 @@
+"""Compiles programs that fit into the memory of each device.
+
+Decisions:
+  * XLA's memory analysis of the compiled program decides whether a program fits. An estimate only
+    selects what is compiled first, so that one compilation is usually enough.
+  * Process 0 decides, because hosts can have devices with different memory.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Generic, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+from vit_jax.distributed.cluster import from_first
+from vit_jax.limits import is_full
+
+SHARE = 0.9  # usable share of a device's memory; fragments and cuDNN's workspace need the rest
+COMPILATIONS = 3  # most programs that are compiled to find one that fits
+MARGIN = 1.1  # factor on the measured memory after a program did not fit
+
+Plan = TypeVar('Plan')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit(Generic[Plan]):
+  """Result of `first_fit`.
+
+  Attributes:
+    plan: the plan that fits; if none fits, the last plan that was compiled.
+    compiled: the program; None if no plan fits.
+    size: bytes that the plan needs on each device; infinite if the compiler gave up.
+    attempts: number of compilations.
+  """
+
+  plan: Plan
+  compiled: jax.stages.Compiled | None
+  size: float
+  attempts: int
+
+
+def first_fit(
+  plans: Sequence[Plan],
+  lower: Callable[[Plan], jax.stages.Lowered],
+  need: Callable[[Plan], tuple[float, float]],
+  budget: float,
+  factor: float = 1.0,
+) -> Fit[Plan]:
+  """Compiles a program with one plan after another, until one fits.
+
+  Plans that cannot fit by `need` are passed over. After a plan did not fit, the factor is corrected
+  by the memory that its program needs. At most `COMPILATIONS` plans are compiled.
+
+  Args:
+    plans: from the fastest plan to the one with the least memory.
+    lower: lowers the program with a plan.
+    need: maps a plan to two numbers of bytes. The sum of the first number and of `factor` times the
+      second one estimates what the program needs on each device.
+    budget: bytes that the program may use on each device.
+    factor: first value of the factor. With 0, the first plan is compiled first.
+  """
+  for attempt in range(1, COMPILATIONS + 1):
+    estimates = ((plan, *need(plan)) for plan in plans)
+    fitting = (p for p, fixed, varying in estimates if fixed + factor * varying <= budget)
+    plan = next(fitting, plans[-1])
+    compiled, size = compiled_size(lower(plan))
+    fits = size <= budget
+    if from_first(lambda fits=fits: fits):
+      return Fit(plan, compiled, size, attempt)
+    plans = plans[plans.index(plan) + 1 :]
+    if not plans:
+      break
+    fixed, varying = need(plan)
+    size = size if compiled else 2 * budget  # a guess
+    factor = MARGIN * max((size - fixed) / varying, factor)
+  return Fit(plan, None, size if compiled else math.inf, attempt)
+
+
+def compiled_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float]:
+  """Compiles a program, and returns the program and its `needed_bytes`.
+
+  Returns `(None, inf)` if the compiler itself reports that the program needs too much memory.
+  """
+  try:
+    compiled = lowered.compile()
+  except RuntimeError as error:
+    if not is_full(error):
+      raise
+    return None, math.inf
+  return compiled, needed_bytes(compiled)
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+  """Returns the bytes that a compiled program needs on each device, with arguments and results.
+
+  They do not include cuDNN's workspace.
+  """
+  memory = compiled.memory_analysis()
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+
+
+def memory_limit(mesh: Mesh) -> int | None:
+  """Returns the bytes that the devices of a mesh report, or None if they report nothing.
+
+  CPUs and the devices of a described topology report nothing. Process 0 answers for all processes.
+  """
+
+  def ask():
+    try:
+      return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
+    except jax.errors.JaxRuntimeError:  # the device does not exist
+      return None
+
+  return from_first(ask)

@@ -1,0 +1,32 @@
+"""Checks that `POSITIONS` and `POOLS` list the parameters that their parts create."""
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.model.vit import ViT, first_layer, last_layer
+
+
+def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
+  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
+
+  Raises:
+    ValueError: the model does not fit the images, or a position embedding or pooling creates a
+      parameter that its registry entry does not list.
+  """
+  model = model.clone(depth=1)  # all blocks have the same parameters
+  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
+  listed = {*first_layer(), *last_layer()}
+  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
+  if not unlisted:
+    return
+  before = names(model.clone(pool='none', class_token=model.has_class))
+  if of_position := [name for name in unlisted if name in before]:
+    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
+  else:
+    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
+  name = getattr(model, kind)
+  raise ValueError(
+    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
+    f'Add them to {entry}[{name!r}].'
+  )

@@ -1,0 +1,175 @@
+"""Chooses the values that a config leaves open, from the number and the size of its images.
+
+Decisions:
+  * A run has at least `MIN_STEPS` steps. First the batch becomes smaller, down to `MIN_BATCH`; then
+    the run gets more epochs. A batch is never larger than the training split.
+  * A batch size is a power of two times the smallest batch size that the devices can divide.
+  * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
+    Section 2.1). That of the other optimizers, whose updates do not grow with the gradient, is
+    proportional to its square root (Malladi et al. 2022, 2205.10287).
+  * The values are saved with the run, so a resumed run does not choose again.
+"""
+
+import logging
+import math
+
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax.data import BadImage, Source, count_labels, num_examples, own_size, some
+from vit_jax.distributed import from_first, smallest_batch
+from vit_jax.experiment import DEFAULTS, group
+from vit_jax.model import variant_fields
+from vit_jax.names import pair
+
+log = logging.getLogger(__name__)
+
+MIN_STEPS = 300
+MIN_BATCH = 16  # smallest batch size that is chosen to get more steps
+LINEAR = ('sgd',)  # optimizers whose learning rate is proportional to the batch size
+SAVES = 10  # checkpoints in a run
+PARTS = 'train[:90%]', 'train[90%:]'  # for training and for validation
+VALIDATION = ('val', 'valid', 'validation')  # names of validation splits
+PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # image size: patch size
+MADE = (32, 32)  # size of synthetic images if the config leaves it open
+SAMPLE = 100  # training images whose sizes are read
+FEW = 3  # held-out images of a class; with fewer, a warning names the class
+
+
+def image_size(config: ConfigDict) -> tuple[int, int]:
+  """Returns the (height, width) of the model's input, or `MADE` if the config leaves it open."""
+  return pair(config.data.image_size or MADE)
+
+
+def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
+  """Returns the config with values for the keys that follow the data, and logs these values.
+
+  With `init`, the image size stays open, because it follows the weights.
+
+  Args:
+    config: checked config of a new run.
+    source: dataset of the run. None, or a source without examples: the data is not available. The
+      recipe then gives the values.
+  """
+  source = source if source and source.sizes else None
+  found = from_first(lambda: chosen_values(config, source))
+  values = config_lib.flatten(config)
+  chosen = {
+    key: tuple(value) if isinstance(value, list) else value
+    for key, value in found.items()
+    if values[key] is None
+  }
+  if chosen and source:
+    show = lambda value: f'{value:.4g}' if isinstance(value, float) else config_lib.as_text(value)
+    text = ', '.join(f'{key}={show(value)}' for key, value in chosen.items())
+    log.info('Chosen for these images: %s', text)
+  return config_lib.fill(config, chosen)
+
+
+def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object]:
+  """Returns a value for each key that can follow the data, even if the config sets the key."""
+  recipe = config.recipe
+  train, val = choose_splits(config, source) if source else ('train', '')
+  count = num_examples(source.pieces(train)) if source else None
+  batch_size = config.batch_size or choose_batch(config, count)
+  epochs = recipe.epochs if config.epochs is None else config.epochs
+  if config.epochs is None and count:
+    epochs = max(epochs, math.ceil(10 * MIN_STEPS * batch_size / count) / 10)
+  power = 1.0 if config.optimizer.name in LINEAR else 0.5
+  steps = epochs * count / batch_size if count else None
+  found = {
+    'data.train_split': train,
+    'data.val_split': val,
+    'batch_size': batch_size,
+    'epochs': epochs,
+    'schedule.warmup': epochs * recipe.warmup / max(recipe.epochs, 1e-9),
+    'optimizer.lr': recipe.lr * (batch_size / recipe.batch_size) ** power,
+    'checkpoint_every': 1000 if steps is None else math.ceil(steps / SAVES),
+  }
+  if config.data.image_size is None and not config.init:
+    found |= choose_size(config, source, train)
+  return found
+
+
+def choose_batch(config: ConfigDict, count: int | None) -> int:
+  """Returns the batch size for `count` training images; None: the number is unknown."""
+  recipe = config.recipe
+  unit = smallest_batch(config.micro_batches or 1, group(config), dict(config.mesh))
+  most = recipe.batch_size
+  if count:
+    epochs = recipe.epochs if config.epochs is None else config.epochs
+    most = min(most, count, max(MIN_BATCH, epochs * count / MIN_STEPS))
+  return unit * 2 ** max(int(math.log2(max(most / unit, 1))), 0)
+
+
+def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
+  """Returns the splits for training and for validation.
+
+  An empty validation split means that too few images could be held out.
+  """
+  train, val = config.data.train_split, config.data.val_split
+  if train is not None or val is not None:
+    return train or 'train', val or ''
+  own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
+  if own:
+    return 'train', own[0]
+  try:
+    counts = [class_counts(source, part) for part in PARTS]
+  except ValueError:  # a part has no images
+    counts = None
+  if counts is None or (counts[0] is not None and not counts[0].all()):
+    log.warning('There are too few images to hold out some of them for validation.')
+    return 'train', ''
+  return PARTS
+
+
+def class_counts(source: Source, split: str) -> np.ndarray | None:
+  """Returns the number of images of each class in a split, `[L]`; None for sources without files.
+
+  Raises:
+    ValueError: the split has no images.
+  """
+  pieces = source.pieces(split)
+  if any(name not in source.files for name, _, _ in pieces):
+    return None
+  labels = [source.files[name].label_N[start:stop] for name, start, stop in pieces]
+  return count_labels(np.concatenate(labels), len(source.class_names))
+
+
+def warn_of_few(config: ConfigDict, source: Source) -> None:
+  """Warns if a class has so few held-out images that its accuracy means nothing."""
+  for split in filter(None, (config.data.val_split, config.data.eval_split)):
+    count_L = class_counts(source, split)
+    if count_L is not None and (count_L < FEW).any():
+      few = np.flatnonzero(count_L < FEW)
+      text = some([f'{source.class_names[label]} ({count_L[label]})' for label in few])
+      log.warning('%s: fewer than %d held-out images of the classes %s.', split, FEW, text)
+
+
+def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
+  """Returns the image size, and the patch size for it if the config leaves this open too.
+
+  The size is the largest of `PATCHES` that at most half of the images fall short of.
+  """
+  shorter = [min(size) for size in sample_sizes(source, split)] if source else []
+  median = np.median(shorter) if shorter else max(PATCHES)
+  size = max([size for size in PATCHES if size <= median], default=min(PATCHES))
+  patch = config.model.patch_size
+  if patch is None and '/' in (config.model.variant or DEFAULTS['model.variant']):
+    patch = variant_fields(config.model.variant or DEFAULTS['model.variant'])['patch_size']
+  if patch is None:
+    return {'data.image_size': (size, size), 'model.patch_size': (PATCHES[size],) * 2}
+  return {'data.image_size': tuple(max(size // n, 1) * n for n in pair(patch))}
+
+
+def sample_sizes(source: Source, split: str) -> list[tuple[int, int]]:
+  """Returns (height, width) of up to `SAMPLE` images, spread over a split; skips bad images."""
+  places = [(name, i) for name, start, stop in source.pieces(split) for i in range(start, stop)]
+  found = []
+  for name, i in places[:: -(-len(places) // SAMPLE)]:
+    try:
+      found += [own_size(example) for example in source.read(name, [i])]
+    except BadImage:  # reported when it is decoded
+      continue
+  return found

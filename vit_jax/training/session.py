@@ -1,0 +1,88 @@
+"""Runs the training loop in a workdir, and repeats it once if memory runs out."""
+
+import logging
+import pathlib
+
+import jax
+
+from vit_jax.distributed import Preemption, is_first
+from vit_jax.evaluation import calibrate_run, with_teacher
+from vit_jax.experiment import Experiment
+from vit_jax.limits import is_full
+from vit_jax.optim import Training
+from vit_jax.training.compiling import halved, plan_of
+from vit_jax.training.loop import Run
+from vit_jax.workdir import (
+  Checkpoints,
+  Silent,
+  Writer,
+  forget_calibrations,
+  intact,
+  latest_step,
+)
+
+log = logging.getLogger(__name__)
+
+
+def fit(
+  exp: Experiment,
+  training: Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  **notes: object,
+) -> dict:
+  """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
+
+  If memory runs out, the run continues once from its newest checkpoint, with half the micro-batch.
+  With a validation split, the last and the best checkpoint are calibrated at the end.
+
+  Args:
+    exp: experiment to train.
+    training: data, plan and initial weights.
+    mesh: mesh of the devices.
+    workdir: folder that this process has locked with `held`.
+    **notes: additional fields for `result.json`.
+  """
+  exp, training = with_teacher(exp, training, mesh, workdir / 'features')
+  result = attempt(exp, training, mesh, workdir, notes)
+  if isinstance(result, Experiment):
+    log.warning('Out of memory: trying again with %s.', plan_of(result, mesh))
+    result = attempt(result, training, mesh, workdir, notes, retries=False)
+  if training.val is not None:
+    steps = {result[name]['step'] for name in ('last', 'best')}
+    calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
+  return result
+
+
+def attempt(
+  exp: Experiment,
+  training: Training,
+  mesh: jax.sharding.Mesh,
+  workdir: pathlib.Path,
+  notes: dict[str, object],
+  *,
+  retries: bool = True,
+) -> dict | Experiment:
+  """Trains like `fit`, and returns the result.
+
+  Returns the experiment with a smaller micro-batch if memory runs out, but only if `retries`. The
+  arrays of the failed run are then no longer referenced, so their memory is free.
+  """
+  config, start = exp.config, latest_step(workdir)
+  with (
+    intact(workdir),
+    Preemption() as preemption,  # also active while records and checkpoints are closed
+    (Writer if is_first() else Silent)(workdir, start or 0) as records,
+    Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+  ):
+    forget_calibrations(workdir, start or 0)
+    run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
+    try:
+      return run.run()
+    except RuntimeError as error:  # evaluation raises OutOfMemory instead, which is another type
+      # With several processes, perhaps not every process is out of memory.
+      retries = retries and is_full(error) and jax.process_count() == 1
+      smaller = halved(run.exp, mesh) if retries else None
+      if smaller is None:
+        raise
+      return smaller
