@@ -1,5 +1,6 @@
 """Tests LoRA's arithmetic: merging, gradients, and a block written in PyTorch."""
 
+import contextlib
 import functools
 import re
 
@@ -8,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import run_model
-from vit_jax.model import ADAPTED, adapted, applied, check_adapter, make, merged
+from tests.conftest import run_model, small_config
+from vit_jax import check
+from vit_jax.model import ADAPTED, ADAPTERS, adapted, applied, check_adapter, make, merged
+from vit_jax.model.adapters import Adapter
 from vit_jax.weights import flatten_params
 
 SETTINGS = {'lora': {'rank': 3, 'scale': 0.7}}
@@ -57,7 +60,7 @@ def test_a_is_gaussian_with_variance_one_over_the_inputs_and_b_is_zero():
   for name, leaf in found.items():
     inputs = 1536 if 'down' in name else 384
     wanted = inputs**-0.5 if name.endswith('/a') else 0
-    assert np.std(leaf) == pytest.approx(wanted, rel=0.05), name
+    assert np.sqrt(np.mean(np.square(leaf))) == pytest.approx(wanted, rel=0.05), name
   draws = [leaf.ravel()[:8].tolist() for name, leaf in found.items() if name.endswith('/a')]
   assert len({*map(tuple, draws)}) == len(draws)  # no two layers share their numbers
 
@@ -165,3 +168,16 @@ def test_rank_above_a_side_of_a_kernel_is_rejected(rank, message):
   with pytest.raises(ValueError) as error:
     check_adapter(model, (8, 8, 3), 'lora', settings)
   assert re.search(rf'lora.rank={rank} is larger.*{message}', str(error.value))
+
+
+def test_an_adapter_of_another_package_is_valid_and_needs_no_keys(monkeypatch):
+  def merge(params, added):
+    return params | {'head': {'bias': params['head']['bias'] + added['shift']}}
+
+  init = lambda key, params: {'shift': 2 * np.ones_like(params['head']['bias'])}
+  monkeypatch.setitem(ADAPTERS, 'shift', Adapter(init, merge, contextlib.nullcontext))
+  params = {'head': {'bias': np.arange(3.0)}}
+  with_shift = adapted(params, jax.random.key(0), 'shift', SETTINGS)
+  assert with_shift.keys() == {'head', 'shift'}
+  assert merged(with_shift, SETTINGS)['head']['bias'].tolist() == [2, 3, 4]
+  check.check(small_config(adapt='shift'))
