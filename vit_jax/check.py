@@ -22,7 +22,7 @@ from vit_jax.model import (
   RESIZES,
 )
 from vit_jax.names import choose, pair
-from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES
+from vit_jax.optim import FREEZE, LOSSES, MOMENT_DTYPES, OPTIMIZERS, SCHEDULES, parse_weights
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'ACTIVATIONS': ACTIVATIONS,
@@ -82,6 +82,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
       low, high = key.range
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
   pair(config.data.image_size, 'data.image_size')
+  parse_weights(config.loss.class_weights)
   check_augment(config)
   if trains:
     check_partners(config)

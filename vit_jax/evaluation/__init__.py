@@ -6,7 +6,8 @@ from vit_jax.evaluation.features import cached_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
-from vit_jax.evaluation.scoring import summarize, training_score
+from vit_jax.evaluation.multilabel import given_labels
+from vit_jax.evaluation.scoring import quality, summarize, training_score
 
 __all__ = [
   'PathLike',
@@ -15,6 +16,7 @@ __all__ = [
   'evaluate_checkpoint',
   'fewshot',
   'find_images',
+  'given_labels',
   'load_split',
   'make_eval_step',
   'make_feature_step',
@@ -23,6 +25,7 @@ __all__ = [
   'open_data',
   'open_test',
   'probabilities',
+  'quality',
   'read_image',
   'score_split',
   'summarize',

@@ -4,17 +4,21 @@ from collections.abc import Sequence
 import dataclasses
 import logging
 
+import numpy as np
+
 from vit_jax.data import (
   Source,
   Split,
   check_memory,
   decide_cache,
+  multi_hot,
   open_source,
   open_split,
   report_split,
 )
+from vit_jax.evaluation.real import load_real_labels
 from vit_jax.experiment import Experiment
-from vit_jax.names import pair
+from vit_jax.names import local, pair
 from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained
 
 log = logging.getLogger(__name__)
@@ -47,7 +51,12 @@ def open_data(experiment: Experiment) -> Source:
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '
       f'{source.channels}.'
     )
-  return source
+  if source.multi_label and not task.multi_label:
+    raise ValueError(
+      f'{data.source} has several labels per image, but the model was trained on images with one '
+      'label. Train a model on images with several labels.'
+    )
+  return multi_hot(source) if task.multi_label else source
 
 
 def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Source, int]:
@@ -103,3 +112,13 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
   """Loads one split with `load_splits`; the source is opened if it is None."""
   return load_splits(experiment, (source or open_data(experiment), name))[0]
+
+
+def load_real(experiment: Experiment, split: str, source: Source) -> np.ndarray | None:
+  """Loads the ReaL labels of a split, bool `[N, L]`; None if `data.real_labels` is not set.
+
+  Raises:
+    ValueError: the labels cannot be read, or belong to other data.
+  """
+  path = experiment.config.data.real_labels
+  return load_real_labels(local(path), source, split) if path else None

@@ -54,8 +54,12 @@ def map_files(
 
 
 def probabilities(exp: Experiment) -> Function:
-  """Returns the function `(image_BHWC, params) -> probability_BL` for uint8 images."""
-  return lambda image_BHWC, params: jax.nn.softmax(
+  """Returns the function `(image_BHWC, params) -> probability_BL` for uint8 images.
+
+  The probabilities of an image add up to 1, unless an image can have several labels.
+  """
+  squash = jax.nn.sigmoid if exp.task.multi_label else jax.nn.softmax
+  return lambda image_BHWC, params: squash(
     exp.model.apply({'params': params}, exp.normalize(image_BHWC))
   )
 

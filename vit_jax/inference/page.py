@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vit_jax.data import BadImage, decode_image
+from vit_jax.evaluation import probabilities
 from vit_jax.experiment import Experiment
 from vit_jax.figures import attention_summary, resize_map
 
@@ -52,8 +53,8 @@ class Viewer:
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the probabilities and the attention summary of one uint8 image."""
     image_BHWC = self.exp.normalize(image_HWC[None])
-    logits_BL = self.exp.model.apply({'params': params}, image_BHWC)
-    return jax.nn.softmax(logits_BL)[0], attention_summary(self.exp.model, params, image_BHWC)
+    probability_BL = probabilities(self.exp)(image_HWC[None], params)
+    return probability_BL[0], attention_summary(self.exp.model, params, image_BHWC)
 
   def see(self, image_HWC: np.ndarray) -> Seen:
     """Runs the model on an image that already has the model's input size."""

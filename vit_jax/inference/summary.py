@@ -60,5 +60,10 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
     examples = num_examples(source.pieces(data.train_split))
   if config.init:
     config, *_ = inherit.open_init(config, source)
-  task = Task(source.class_names, pair(data.image_size), source.channels)
+  task = Task(
+    source.class_names,
+    pair(data.image_size),
+    source.channels,
+    multi_label=source.multi_label,
+  )
   return assemble(config, task), examples, notes

@@ -1,6 +1,7 @@
 """Losses, optimizers, schedules, and the training plan of a run."""
 
-from vit_jax.optim.losses import LOSSES
+from vit_jax.optim.class_weights import named_weights, parse_weights, training_weights, weighted
+from vit_jax.optim.losses import LOSSES, takes_several
 from vit_jax.optim.optimizers import (
   FREEZE,
   MOMENT_DTYPES,
@@ -32,10 +33,15 @@ __all__ = [
   'Training',
   'announce',
   'image_stages',
+  'named_weights',
   'num_steps',
+  'parse_weights',
   'plan_training',
   'split_frozen',
+  'takes_several',
   'training_recipe',
+  'training_weights',
   'warmup_epochs',
   'warmup_steps',
+  'weighted',
 ]

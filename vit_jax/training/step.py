@@ -18,7 +18,7 @@ from vit_jax.augment import partner
 from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
-from vit_jax.optim import Training, split_frozen
+from vit_jax.optim import Training, split_frozen, weighted
 from vit_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict], tuple[TrainState, dict]]
@@ -46,9 +46,10 @@ def loss_fn(
   example_B, label_B = batch['example'], batch['label']
   image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
   logits_BL = exp.logits(trained | frozen, batch | {'image': image_BHWC}, dropout_key)
-  loss_B = exp.loss(logits_BL, label_B)
+  loss = weighted(exp.loss, exp.weight_L)
+  loss_B = loss(logits_BL, label_B)
   if exp.mixes:
-    loss_B = own_B * loss_B + (1 - own_B) * exp.loss(logits_BL, partner(label_B))
+    loss_B = own_B * loss_B + (1 - own_B) * loss(logits_BL, partner(label_B))
   return loss_B.sum() / exp.config.batch_size, training_score(logits_BL, label_B, loss_B)
 
 

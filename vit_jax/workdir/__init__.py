@@ -1,5 +1,6 @@
 """Reads and writes the files that a run keeps on disk."""
 
+from vit_jax.workdir.audit import report_mistakes
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.lock import held
 from vit_jax.workdir.stored import (
@@ -35,6 +36,7 @@ __all__ = [
   'newest_config',
   'read_json',
   'read_metrics',
+  'report_mistakes',
   'restore_item',
   'saved_steps',
   'set_aside_damaged',
