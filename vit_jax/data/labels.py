@@ -6,7 +6,7 @@ Decisions:
     with one label per image, a missing label is a mistake.
   * An image is identified by a hash of its path, as in `folder.py`. Leading folders that are named
     like a split or a class do not count. So a list of the images in class folders holds out the
-    same images as `folder:`, and each run knows the training images of the other.
+    same images as `folder:`. Neither is tested on the training images of the other.
   * Mistakes are errors with the line of the file. Only repeated equal rows are tolerated.
 """
 
@@ -117,7 +117,7 @@ def by_column(
 def check_splits(
   file: pathlib.Path, class_names: tuple[str, ...], files: Mapping[str, Files]
 ) -> None:
-  """Raises ValueError if a class has no training image, or if there are no test images."""
+  """Raises ValueError if a class has no training image, or if the test split is empty."""
   absent, reason = without(class_names, files['train']), ''
   if files['train'].span != (0.0, 1.0):
     reason = (

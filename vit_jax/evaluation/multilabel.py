@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-THRESHOLD = 0.5  # of a class for which no threshold was chosen
+THRESHOLD = 0.5  # used if no threshold was chosen
 
 
 def cumulative(

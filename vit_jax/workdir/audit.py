@@ -4,7 +4,7 @@ Decisions:
   * Mistakes are warnings. Nothing is changed, and training goes on.
   * Only cheap checks are done. Files are read only if files of different splits have the same size
     in bytes, because copies have equal sizes. With more than `MOST_FILES` files, or if more than
-    `MOST_BYTES` would be read, copies are not searched. The log then says so.
+    `MOST_BYTES` would be read, copies are not searched, and the log reports this.
   * Whether files are readable is judged by their headers, and only if images are streamed. Images
     in memory are all decoded before training anyway.
 """
@@ -28,7 +28,7 @@ from vit_jax.distributed import is_first
 log = logging.getLogger(__name__)
 
 FEW = 10  # training images of a class, below which the class is named
-MOST_FILES = 20_000
+MOST_FILES = 100_000
 MOST_BYTES = 2**28
 
 Sizes = dict[pathlib.Path, int]  # size of each file in bytes; 0 for a file that cannot be read
@@ -93,7 +93,7 @@ def size_of(path: pathlib.Path) -> int:
 
 
 def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path]) -> Iterator[str]:
-  """Yields a warning that names the files whose header is not that of an image."""
+  """Yields a warning that names the files without a valid image header."""
 
   def is_bad(path):
     try:
