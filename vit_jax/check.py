@@ -31,6 +31,7 @@ from vit_jax.optim import (
   MOMENT_DTYPES,
   OPTIMIZERS,
   SCHEDULES,
+  parse_weights,
 )
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
@@ -94,6 +95,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
       low, high = key.range
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
   pair(config.data.image_size, 'data.image_size')
+  parse_weights(config.loss.class_weights)
   check_augment(config)
   if trains:
     check_partners(config)

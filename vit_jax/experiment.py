@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 import vit_jax
 from vit_jax import config as config_lib
@@ -26,7 +27,16 @@ from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
 from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, image_stages, split_frozen
+from vit_jax.optim import (
+  CLASSIFIERS,
+  LOSSES,
+  Teacher,
+  image_stages,
+  named_weights,
+  parse_weights,
+  split_frozen,
+  takes_several,
+)
 from vit_jax.workdir import Calibration, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -43,6 +53,7 @@ class Task:
     channels: 1 (grey) or 3 (RGB).
     train_examples: number of training examples. The order of the examples depends on this number.
     fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
+    multi_label: whether an image can have several labels, or none.
   """
 
   class_names: tuple[str, ...]
@@ -50,6 +61,7 @@ class Task:
   channels: int
   train_examples: int = 0
   fingerprint: str = ''
+  multi_label: bool = False
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
@@ -62,8 +74,9 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files. Only training has a `teacher`, if the config names one. `calibration`
-  belongs to the weights that a mode uses; training has none.
+  record its training files. Only training has a `teacher`, if the config names one, and `weight_L`,
+  the weight of each class, if the weights differ. `calibration` belongs to the weights that a mode
+  uses; training has none.
   """
 
   config: ConfigDict
@@ -77,6 +90,7 @@ class Experiment:
   names: TrainingFiles | None = dataclasses.field(default_factory=TrainingFiles)
   teacher: Teacher | None = None
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
+  weight_L: np.ndarray | None = None
 
   @property
   def chosen_attention(self) -> str:
@@ -167,8 +181,13 @@ class Experiment:
     return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
-    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images."""
+    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images.
+
+    The probabilities of an image add up to 1, unless an image can have several labels.
+    """
     logits_BL = self.logits(params, {'image': image_BHWC})
+    if self.task.multi_label:
+      return jax.nn.sigmoid(logits_BL)
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
@@ -200,9 +219,11 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: no model with these keys exists, or the model does not fit the images.
+    ValueError: no model with these keys exists, or the model does not fit the images, or the loss
+      does not fit the labels.
   """
-  config = config_lib.fill(config, DEFAULTS)
+  loss = 'sigmoid' if task.multi_label else 'softmax'
+  config = config_lib.fill(config, DEFAULTS | {'loss.name': loss})
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
@@ -219,6 +240,18 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
       )
   keys, geometry = dict(config.loss), {}
   loss = LOSSES[keys.pop('name')]
+  if task.multi_label and not takes_several(loss):
+    able = [name for name, other in LOSSES.items() if takes_several(other)]
+    raise ValueError(
+      f'loss.name={config.loss.name} expects one label per image, but these images can have '
+      f'several. Set loss.name to {" or ".join(able)}.'
+    )
+  if task.multi_label and config.classifier:
+    raise ValueError(
+      f'classifier={config.classifier} expects one label per image, but these images can have '
+      'several. Train a linear probe instead: --config=configs/linear_probe.py.'
+    )
+  named_weights(parse_weights(keys.pop('class_weights')) or {}, task.class_names)
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()

@@ -104,6 +104,12 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
   """Raises ValueError if the weights of a teacher do not fit the classes and images of the data."""
   data, name = config.data.source, f'distill.teacher={config.distill.teacher}'
   count, classes = found.fields['num_classes'], source.class_names
+  if source.multi_label:
+    raise ValueError(
+      f'{name} cannot teach images with several labels, because teacher and student are compared '
+      f'after a softmax. Use data with one label per image instead of data.source={data}, or '
+      'train without a teacher.'
+    )
   if count is None:
     raise ValueError(
       f'{name} has no head, so it cannot teach classes. Use a classifier, or train a head and use '

@@ -29,7 +29,7 @@ from vit_jax.data import (
 from vit_jax.experiment import Experiment, Task, assemble
 from vit_jax.model import pooled
 from vit_jax.names import pair
-from vit_jax.optim import Training, announce, plan_training
+from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
@@ -38,6 +38,7 @@ from vit_jax.workdir import (
   find_training_files,
   leave_out_trained,
   load_checkpoint,
+  report_mistakes,
 )
 
 log = logging.getLogger(__name__)
@@ -112,9 +113,13 @@ def from_config(
       '--workdir.'
     )
   size = pair(data.image_size)
-  task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
+  several = source.multi_label
+  task = Task(source.class_names, size, source.channels, 0, source.fingerprint, several)
   experiment = decided(config, task, source)
   config, size = experiment.config, experiment.task.stored_size
+
+  if saved is None:
+    report_mistakes(source, named_splits(config), config.data.cache == 'stream')
 
   def read(split, seen):
     unseen, _ = leave_out_trained(source, split, seen)
@@ -130,7 +135,9 @@ def from_config(
     report_split(name, examples)
   announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
-  experiment = dataclasses.replace(experiment, task=task, names=seen, teacher=teacher)
+  weight_L = training_weights(config.loss.class_weights, train, task.class_names)
+  facts = dict(names=seen, teacher=teacher, weight_L=weight_L)
+  experiment = dataclasses.replace(experiment, task=task, **facts)
   return experiment, plan_training(config, train, val, test, params, cycles)
 
 
@@ -147,18 +154,23 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
       )
 
 
+def named_splits(config: ConfigDict) -> list[str]:
+  """Returns the splits that a run uses, the training split first."""
+  data = config.data
+  return [split for split in (data.train_split, data.val_split, data.eval_split) if split]
+
+
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
 
   Raises:
     ValueError: no model with these keys exists, or the splits do not fit into memory.
   """
-  data, size = config.data, task.stored_size
-  names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
+  size, names = task.stored_size, named_splits(config)
   reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
   cache = decide_cache(reading, source, names, size, trains=True)
   if cache == 'memory':
-    size = common_size(source, data.train_split, size) or size
+    size = common_size(source, names[0], size) or size
     check_memory(source, names, size)
   task = dataclasses.replace(task, stored_size=size)
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)
@@ -205,9 +217,11 @@ def from_init(
   config_lib.override_all(config, overrides)
   check(config, trains=False)
   found, names = read_weights(init), None
+  several = bool(found.run and found.run['task'].get('multi_label'))
   if classes == 'data':
     data = config.data
-    names = open_source(data.source, data.dir, pair(data.image_size)).class_names
+    source = open_source(data.source, data.dir, pair(data.image_size))
+    names, several = source.class_names, source.multi_label
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
@@ -227,7 +241,7 @@ def from_init(
       config.data[name] = getattr(expected, name)
   count = loaded.model.num_classes or 0
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
-  task = Task(tuple(names), expected.size, found.channels)
+  task = Task(tuple(names), expected.size, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
   calibration = Calibration() if new_head else Calibration.load(loaded.run)
   names = inherit.names_of(loaded)

@@ -38,7 +38,8 @@ class Files:
   Attributes:
     top: folder that contains the class folders.
     path_N: path of each file, relative to `top`, as bytes.
-    label_N: label of each file, int32.
+    label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
+      with a 1 for each label.
     hash_N: `hash_name` of each file, uint64.
     span: range of positions that the split covers; (0, 1) without held-out files.
   """
@@ -68,7 +69,7 @@ class Files:
     """Returns 16 hex digits that identify the file paths, their labels and their order."""
     digest = hashlib.sha256()
     for label, path in zip(self.label_N.tolist(), self.path_N.tolist()):
-      digest.update(b'%d %b\0' % (label, path))
+      digest.update(b'%b %b\0' % (label_text(label).encode(), path))
     return digest.hexdigest()[:16]
 
 
@@ -79,6 +80,18 @@ class Folder:
   class_names: tuple[str, ...]
   files: dict[str, Files]
   warnings: tuple[str, ...]
+
+
+def label_text(label: int | Sequence[int]) -> str:
+  """Returns the number of a class; for a multi-hot label `[L]`, all its classes, e.g. `1,4`."""
+  return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
+
+
+def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns the number of images of each class, `[L]`, for labels `[N]` or `[N, L]`."""
+  if label_N.ndim == 2:
+    return label_N.sum(axis=0, dtype=np.int64)
+  return np.bincount(label_N, minlength=num_classes)
 
 
 def hash_name(name: str) -> int:
@@ -196,7 +209,7 @@ def warnings(
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
   """Returns the names of the classes that have no file."""
-  count_L = np.bincount(files.label_N, minlength=len(class_names))
+  count_L = count_labels(files.label_N, len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
 
 

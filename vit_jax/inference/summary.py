@@ -62,8 +62,8 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
     examples = num_examples(source.pieces(data.train_split))
   if config.init:
     config, *_ = inherit.open_init(config, source)
-  task = Task(source.class_names, pair(data.image_size), source.channels)
-  exp = assemble(config, task)
+  size, several = pair(data.image_size), source.multi_label
+  exp = assemble(config, Task(source.class_names, size, source.channels, multi_label=several))
   if not notes:  # the classes are known
     exp = dataclasses.replace(exp, teacher=inherit.open_teacher(config, source)[0])
   return exp, examples, notes

@@ -6,6 +6,7 @@ import re
 import sys
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import storage
@@ -217,6 +218,8 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
-    name = exp.task.class_names[label].encode(known, 'replace').decode(known)
+    labels = np.flatnonzero(label) if exp.task.multi_label else [label]
+    name = ' '.join(exp.task.class_names[i] for i in labels)[:100] or 'no label'
+    name = name.encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
     save_png(image_HWC, folder / f'{i}_{name}.png')

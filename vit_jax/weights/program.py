@@ -164,7 +164,10 @@ def output_name(model: ViT) -> str:
 def output_of(model: ViT, shape: tuple, calibration: Calibration) -> dict[str, object]:
   """Returns what `model.json` says about the output; the program has applied the temperature."""
   about = {'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
-  return about if model.num_classes is None else about | {'temperature': calibration.temperature}
+  if model.num_classes is None:
+    return about
+  thresholds = {'thresholds': calibration.thresholds} if calibration.thresholds else {}
+  return about | {'temperature': calibration.temperature} | thresholds
 
 
 def write_about(
