@@ -9,7 +9,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -25,17 +24,15 @@ from vit_jax.augment import (
 )
 from vit_jax.data import Fit, Reading, fit_image
 from vit_jax.distributed import make_mesh, micro_batches, shares
-from vit_jax.model import ViT, applied, check_adapter, first_layer, last_layer, make, merged
+from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
 from vit_jax.names import accepted, pair
 from vit_jax.optim import (
   CLASSIFIERS,
-  LOSSES,
   Teacher,
+  check_weights,
+  choose_loss,
   image_stages,
-  named_weights,
-  parse_weights,
   split_frozen,
-  takes_several,
 )
 from vit_jax.workdir import Calibration, TrainingFiles
 
@@ -220,7 +217,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
   Raises:
     ValueError: no model with these keys exists, or the model does not fit the images, or the loss
-      does not fit the labels.
+      or the classifier does not fit the labels.
   """
   loss = 'sigmoid' if task.multi_label else 'softmax'
   config = config_lib.fill(config, DEFAULTS | {'loss.name': loss})
@@ -239,19 +236,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'the images have {task.channels} channel(s).'
       )
   keys, geometry = dict(config.loss), {}
-  loss = LOSSES[keys.pop('name')]
-  if task.multi_label and not takes_several(loss):
-    able = [name for name, other in LOSSES.items() if takes_several(other)]
-    raise ValueError(
-      f'loss.name={config.loss.name} expects one label per image, but these images can have '
-      f'several. Set loss.name to {" or ".join(able)}.'
-    )
+  loss = choose_loss(keys.pop('name'), task.multi_label)
   if task.multi_label and config.classifier:
     raise ValueError(
       f'classifier={config.classifier} expects one label per image, but these images can have '
       'several. Train a linear probe instead: --config=configs/linear_probe.py.'
     )
-  named_weights(parse_weights(keys.pop('class_weights')) or {}, task.class_names)
+  check_weights(keys.pop('class_weights'), task.class_names)
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
@@ -281,32 +272,6 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
         f'{model.patch_size[0]}x{model.patch_size[1]}.'
       )
   return experiment
-
-
-def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
-
-  Raises:
-    ValueError: the model does not fit the images, or a position embedding or pooling creates a
-      parameter that its registry entry does not list.
-  """
-  model = model.clone(depth=1)  # all blocks have the same parameters
-  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
-  listed = {*first_layer(), *last_layer()}
-  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
-  if not unlisted:
-    return
-  before = names(model.clone(pool='none', class_token=model.has_class))
-  if of_position := [name for name in unlisted if name in before]:
-    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
-  else:
-    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
-  name = getattr(model, kind)
-  raise ValueError(
-    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
-    f'Add them to {entry}[{name!r}].'
-  )
 
 
 def group(config: ConfigDict) -> int:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax import inherit
-from vit_jax.check import check
+from vit_jax.check import check, check_held_out
 from vit_jax.data import (
   Source,
   check_memory,
@@ -23,7 +23,6 @@ from vit_jax.data import (
   first_size,
   open_source,
   open_split,
-  overlap,
   report_split,
 )
 from vit_jax.experiment import Experiment, Task, assemble
@@ -113,11 +112,9 @@ def from_config(
       '--workdir.'
     )
   size = pair(data.image_size)
-  several = source.multi_label
-  task = Task(source.class_names, size, source.channels, 0, source.fingerprint, several)
+  task = Task(source.class_names, size, source.channels, 0, source.fingerprint, source.multi_label)
   experiment = decided(config, task, source)
   config, size = experiment.config, experiment.task.stored_size
-
   if saved is None:
     report_mistakes(source, named_splits(config), config.data.cache == 'stream')
 
@@ -139,19 +136,6 @@ def from_config(
   facts = dict(names=seen, teacher=teacher, weight_L=weight_L)
   experiment = dataclasses.replace(experiment, task=task, **facts)
   return experiment, plan_training(config, train, val, test, params, cycles)
-
-
-def check_held_out(config: ConfigDict, source: Source) -> None:
-  """Raises ValueError if the validation split shares examples with the train or test split."""
-  data = config.data
-  if not data.val_split:
-    return
-  for name in ('train_split', 'eval_split'):
-    if overlap(source.pieces(data.val_split), source.pieces(data[name])):
-      raise ValueError(
-        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}. '
-        "Hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
-      )
 
 
 def named_splits(config: ConfigDict) -> list[str]:

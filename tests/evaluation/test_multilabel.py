@@ -7,6 +7,7 @@ from sklearn import metrics
 
 from vit_jax.evaluation import multilabel, scoring
 from vit_jax.evaluation.multilabel import Labelled
+from vit_jax.workdir import Calibration
 
 NAMES = tuple('abcde')
 
@@ -37,8 +38,9 @@ def test_scores_of_each_class_equal_scikit_learns():
     label_NL, probability_NL >= threshold_L, average=None, zero_division=0
   )
   columns = ('precision', 'recall', 'f1', 'support')
+  assert found['e']['precision'] is None  # the class is never given
   for column, values in zip(columns, want):
-    np.testing.assert_allclose([found[name][column] for name in NAMES], values)
+    np.testing.assert_allclose([found[name][column] or 0 for name in NAMES], values)
   given = Labelled(probability_NL, label_NL).summary()['macro_f1']
   np.testing.assert_allclose(
     given, metrics.f1_score(label_NL, probability_NL >= 0.5, average='macro', zero_division=0)
@@ -49,7 +51,7 @@ def test_classes_without_positive_images_are_skipped_in_means():
   probability_NL, label_NL = random_scores(2, ties=False)
   label_NL[:, 3] = 0
   found = Labelled(probability_NL, label_NL)
-  assert np.isnan(found.by_class(NAMES)['d']['average_precision'])
+  assert found.by_class(NAMES)['d']['average_precision'] is None
   rest = [0, 1, 2, 4]
   assert found.summary() == Labelled(probability_NL[:, rest], label_NL[:, rest]).summary()
   assert Labelled(probability_NL, 0 * label_NL).summary() == {
@@ -90,22 +92,37 @@ def test_labels_at_or_above_the_threshold_are_given_most_likely_first():
   assert multilabel.given_labels(probability_L, 0.91).tolist() == []
 
 
-def test_rows_of_batches_are_joined_without_padding():
+def test_rows_of_batches_are_joined():
   logits = np.array([[0.0, 800.0], [-800.0, 1.0], [5.0, 5.0]], np.float32)
   label = np.array([[1, 0], [0, 1], [1, 1]], np.uint8)
-  batch = {'logits': logits, 'label': label, 'mask': np.array([1, 1, 0])}
-  found = Labelled.join([batch, batch])
+  first, second = (Labelled.of(logits[rows], label[rows], np.ones(2)) for rows in ([0, 1], [2, 0]))
+  found = Labelled.joined([first, second])
   np.testing.assert_allclose(found.probability_NL[:2], [[0.5, 1], [0, 1 / (1 + np.exp(-1))]])
-  np.testing.assert_array_equal(found.label_NL, np.concatenate([label[:2], label[:2]]))
-  assert Labelled.join([None, None]) is None
+  np.testing.assert_array_equal(found.label_NL, label[[0, 1, 2, 0]])
+  assert found.loss_N.shape == (4,)
+
+
+def test_measures_at_the_thresholds_equal_scikit_learns():
+  probability_NL, label_NL = random_scores(4, ties=False)
+  thresholds = (0.2, 0.4, 0.5, 0.7, 0.3)
+  found = Labelled(probability_NL, label_NL).trust(NAMES, Calibration(1.0, thresholds, 9))
+  want = metrics.f1_score(label_NL, probability_NL >= thresholds, average='macro')
+  assert found['macro_f1_at_thresholds'] == pytest.approx(want)
+  assert found['threshold_examples'] == 9
+  assert [row['threshold'] for row in found['per_class'].values()] == [*thresholds]
+  found = Labelled(probability_NL, label_NL)
+  without = found.trust(NAMES, Calibration())
+  assert without['threshold_examples'] == 0
+  assert without['macro_f1_at_thresholds'] == found.summary()['macro_f1']
 
 
 def test_accuracy_counts_a_prediction_that_is_one_of_the_labels():
   logits_BL = jnp.array([[3.0, 1, 2], [3, 1, 2], [1, 3, 2], [1, 2, 3], [1, 2, 3]])
   label_BL = jnp.array([[1, 1, 0], [0, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 1]], jnp.uint8)
-  mask_B = jnp.array([1, 1, 1, 1, 0])
-  found = scoring.summarize([scoring.score(logits_BL, label_BL, jnp.ones(5), mask_B)])
-  assert found == {'loss': 1.0, 'accuracy': pytest.approx(2 / 3), 'examples': 4}
+  rows = map(np.asarray, (logits_BL, label_BL, jnp.ones(5)))
+  found = Labelled.of(*rows).means()
+  assert found['accuracy'] == pytest.approx(3 / 4)
+  assert (found['loss'], found['examples']) == (1.0, 5)
   trained = scoring.summarize([scoring.training_score(logits_BL, label_BL, jnp.ones(5))])
   assert trained['accuracy'] == pytest.approx(3 / 4) and trained['examples'] == 5
   nothing = scoring.summarize([scoring.training_score(logits_BL, 0 * label_BL, jnp.ones(5))])

@@ -119,4 +119,7 @@ def test_the_mean_over_the_training_split_equals_pytorchs_weighted_mean():
 
 
 def test_only_some_losses_accept_several_labels():
-  assert [name for name, loss in losses.LOSSES.items() if losses.takes_several(loss)] == ['sigmoid']
+  assert losses.choose_loss('sigmoid', several=True) is losses.sigmoid
+  assert losses.choose_loss('softmax', several=False) is losses.softmax
+  with pytest.raises(ValueError, match='loss.name=softmax expects one label.*loss.name to sigmoid'):
+    losses.choose_loss('softmax', several=True)

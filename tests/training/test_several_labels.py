@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -56,10 +57,10 @@ def test_pairs_have_the_labels_of_both_images(pairs):
   assert counts.count(0) == 560 // 16 + 96 // 16
 
 
-def outputs(workdir, **overrides):
-  """Returns probabilities and labels of the test split, computed without the project's scores."""
+def outputs(workdir, split='test', **overrides):
+  """Returns probabilities and labels of a split, computed without the project's scores."""
   exp, params, _ = opening.open_model(Request(workdir, step='last', overrides=overrides))
-  test = evaluation.load_split(exp, 'test')
+  test = evaluation.load_split(exp, split)
   logits = run_model(exp.model, params, exp.normalize(test.image_NHWC))
   return 1 / (1 + np.exp(-np.asarray(logits, np.float64))), test.label_N
 
@@ -105,13 +106,60 @@ def test_eval_prints_the_scores_of_each_class(run, capsys):
   workdir, _ = run
   probability_NL, label_NL = outputs(workdir)
   want = evaluation.evaluate(workdir, step='last')
-  f1 = metrics.f1_score(label_NL, probability_NL >= 0.5, average=None, zero_division=0)
+  threshold_L = thresholds_of(workdir)
+  f1 = metrics.f1_score(label_NL, probability_NL >= threshold_L, average=None, zero_division=0)
   assert [row['f1'] for row in want['per_class'].values()] == pytest.approx(list(f1))
+  assert want['macro_f1_at_thresholds'] == pytest.approx(f1.mean())
   _, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}', '--step=last')
   assert f'mean_average_precision {want["mean_average_precision"]:.9g}' in out
   row = want['per_class']['3']
-  assert f'3: average precision {row["average_precision"]:.4f}, F1 {row["f1"]:.4f}' in out
+  cells = f'{row["average_precision"]:.2%} {row["threshold"]:.2%}', f'{row["f1"]:.2%}'
+  (line,) = [' '.join(line.split()) for line in out.splitlines() if line.endswith('  3')]
+  assert line.startswith(cells[0]) and line.endswith(f'{cells[1]} {row["support"]} 3')
   assert row['support'] == label_NL[:, 3].sum()
+  assert len(out.splitlines()) == 3 + 10  # numbers, summary, header, and every class
+
+
+def test_eval_json_has_only_measures_that_several_labels_allow(run):
+  workdir, _ = run
+  want = evaluation.evaluate(workdir, step='last')
+  saved = json.loads((workdir / 'eval.json').read_text(encoding='utf-8'))
+  assert saved == want and saved['threshold_examples'] == 111
+  assert saved.keys() == {
+    'step', 'source', 'split', 'loss', 'accuracy', 'mean_average_precision', 'macro_f1',
+    'examples', 'macro_f1_at_thresholds', 'threshold_examples', 'per_class',
+  }  # fmt: skip
+
+
+def thresholds_of(workdir):
+  """Returns the thresholds of the last checkpoint, which the end of the training has fitted."""
+  exp, *_ = opening.open_model(Request(workdir, step='last'))
+  assert exp.calibration.temperature == 1 and exp.calibration.examples > 0
+  return np.array(exp.calibration.thresholds)
+
+
+def test_thresholds_have_the_best_f1_on_the_validation_split(run):
+  workdir, _ = run
+  probability_NL, label_NL = outputs(workdir, split='train[80%:]')
+  threshold_L = thresholds_of(workdir)
+  f1 = lambda t: metrics.f1_score(label_NL, probability_NL >= t, average=None, zero_division=0)
+  best_L = np.max([f1(t) for t in np.linspace(0, 1, 1001)], axis=0)
+  assert (f1(threshold_L) >= best_L - 1e-9).all() and (threshold_L != 0.5).any()
+
+
+def test_eval_fits_missing_thresholds_again(run, tmp_path):
+  workdir = shutil.copytree(run[0], tmp_path / 'run')
+  before = json.loads((workdir / 'calibration.json').read_text())
+  (workdir / 'calibration.json').unlink()
+  (image,) = list((workdir / 'examples').glob('0_*.png'))
+  assert opening.open_model(Request(workdir))[0].calibration.thresholds is None
+  assert predict(workdir, image)  # at 0.5
+  result = evaluation.evaluate(workdir, step='last')
+  now = json.loads((workdir / 'calibration.json').read_text())
+  entry, step = now[str(result['step'])], str(result['step'])
+  assert entry['thresholds'] == pytest.approx(before[step]['thresholds'], abs=1e-4)
+  (workdir / 'calibration.json').write_text(json.dumps({step: entry | {'thresholds': ['x']}}))
+  assert opening.open_model(Request(workdir, step=step))[0].calibration.thresholds is None
 
 
 def test_predict_gives_every_label_above_the_threshold(run, pairs, capsys):
@@ -120,13 +168,14 @@ def test_predict_gives_every_label_above_the_threshold(run, pairs, capsys):
   probability_NL, _ = outputs(workdir)
   rows = list(predict(workdir, files, step='last'))
   names = opening.open_model(Request(workdir))[0].task.class_names
-  by_file = {row['file']: row['predictions'] for row in rows}
+  by_file, threshold_L = {row['file']: row['predictions'] for row in rows}, thresholds_of(workdir)
   order = [path for _, path, _ in sources.open_source(
     f'labels:{pairs}/labels.csv', '', (8, 16)).read('test', range(96))]  # fmt: skip
   for path, probability_L in zip(order, probability_NL):
     given = {guess['class'] for guess in by_file[str(path)]}
-    sure = np.abs(probability_L - 0.5) > 1e-3
-    assert given == {n for n, p in zip(names, probability_L) if p >= 0.5} or not sure.all()
+    sure = np.abs(probability_L - threshold_L) > 1e-3
+    wanted = {n for n, p, t in zip(names, probability_L, threshold_L) if p >= t}
+    assert given == wanted or not sure.all()
     found = [guess['probability'] for guess in by_file[str(path)]]
     assert found == sorted(found, reverse=True)
   assert [len(row['predictions']) for row in predict(workdir, files[:2], topk=3)] == [3, 3]
@@ -139,6 +188,17 @@ def test_predict_gives_every_label_above_the_threshold(run, pairs, capsys):
   assert {line['file'] for line in empty} == {file for file, found in by_file.items() if not found}
   assert empty
   assert 'no label' in call(capsys, *flags)[1]
+
+
+def test_an_exported_program_states_the_thresholds(run, capsys, tmp_path):
+  workdir, _ = run
+  flags = '--mode=export', '--format=stablehlo', '--step=last', f'--out={tmp_path}/out'
+  assert call(capsys, *flags, f'--workdir={workdir}')[0] == 0
+  about, want = json.loads((tmp_path / 'out/model.json').read_text()), thresholds_of(workdir)
+  assert about['output']['thresholds'] == pytest.approx(want)
+  card = (tmp_path / 'out/README.md').read_text(encoding='utf-8')
+  assert f'{want[0]:.3g}, {want[1]:.3g}, ' in card and 'sigmoid' in card
+  assert 'softmax' not in card
 
 
 def test_weights_of_such_a_run_keep_its_task(run, pairs):
@@ -157,10 +217,21 @@ def test_a_finished_run_is_resumed_by_the_same_command(run, pairs):
   assert trainer.train(config_for(pairs), workdir) == result
 
 
-def test_modes_for_one_label_refuse_or_skip(run, capsys, tmp_path):
+def test_modes_for_one_label_refuse_or_skip(run, pairs, capsys, tmp_path):
   workdir, _ = run
   code, _, message = call(capsys, '--mode=fewshot', f'--workdir={workdir}')
   assert code == 2 and 'one label per image' in message and 'linear_probe' in message
+  for key, part in (
+    ('classifier=ridge', 'one label per image'),
+    ('distill.teacher', 'cannot teach'),
+  ):
+    name, _, value = key.partition('=')
+    changed = {name: value or str(workdir)}
+    changed |= {'epochs': '0', 'init': str(workdir)} if value else {}
+    with pytest.raises(ValueError, match=part):
+      trainer.train(config_for(pairs, **changed), tmp_path / name)
+  with pytest.raises(ValueError, match='data.real_labels expects a model of one label per image'):
+    evaluation.evaluate(workdir, {'data.real_labels': 'real.json'})
   visualize(Request(workdir), out=tmp_path)
   page = (tmp_path / 'report.html').read_text(encoding='utf-8')
   assert 'Confusion matrix</td><td>it needs images with one label each' in page

@@ -34,7 +34,7 @@ def as_text(result: dict) -> str:
   several = 'mean_average_precision' in result
   summary = several_labels(result) if several else one_label(result)
   columns = SEVERAL if several else ONE
-  return '\n'.join([line, summary, *class_table(result['per_class'], columns)])
+  return '\n'.join([line, summary, *class_lines(result['per_class'], columns)])
 
 
 def several_labels(result: dict) -> str:
@@ -60,7 +60,7 @@ def one_label(result: dict) -> str:
   )
 
 
-def class_table(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
+def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
   """Returns the lines of a table of the classes that have examples, the lowest F1 first."""
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
   found = sorted(found, key=lambda item: item[0])[: WORST if columns is ONE else None]

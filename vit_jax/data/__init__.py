@@ -1,7 +1,7 @@
 """Datasets, splits and batches."""
 
 from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
-from vit_jax.data.folder import Files, count_labels, some
+from vit_jax.data.folder import Files, count_labels
 from vit_jax.data.image import (
   EXTENSIONS,
   INTERPOLATIONS,
@@ -49,6 +49,5 @@ __all__ = [
   'read_file',
   'report_split',
   'save_png',
-  'some',
   'train_batches',
 ]

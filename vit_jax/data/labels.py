@@ -19,8 +19,9 @@ import unicodedata
 import numpy as np
 
 from vit_jax import progress
-from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, hash_name, some, without
+from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, hash_name, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
+from vit_jax.names import abridged
 
 
 def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
@@ -59,7 +60,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   check_splits(file, class_names, files)
   if absent := without(class_names, files['test']):
     warnings.append(
-      f'{file}: no test images for class {some(absent)}. The test does not cover every class.'
+      f'{file}: no test images for class {abridged(absent)}. The test does not cover every class.'
     )
   return Folder(class_names, files, tuple(warnings))
 
@@ -126,7 +127,7 @@ def check_splits(
     )
   if absent:
     raise ValueError(
-      f'{file}: no training images for class {some(absent)}. Add images, or remove the '
+      f'{file}: no training images for class {abridged(absent)}. Add images, or remove the '
       f'class.{reason}'
     )
   if not len(files['test']):
@@ -161,7 +162,7 @@ def merged(file: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Row], list[str
   if not repeated:
     return list(rows), []
   return list(known.values()), [
-    f'{file}: {len(repeated):,} repeated rows count once: {some(repeated)}.'
+    f'{file}: {len(repeated):,} repeated rows count once: {abridged(repeated)}.'
   ]
 
 
@@ -196,8 +197,8 @@ def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[s
   if missing:
     slashes = " Write '/' instead of '\\'." if '\\' in missing[0] else ''
     raise ValueError(
-      f'{file}: {len(missing):,} of {len(rows):,} images do not exist: {some(missing)}. Relative '
-      f"paths start at {top}.{slashes} Correct the column 'path', or set data.dir to the folder at "
-      'which the paths start.'
+      f'{file}: {len(missing):,} of {len(rows):,} images do not exist: {abridged(missing)}. '
+      f"Relative paths start at {top}.{slashes} Correct the column 'path', or set "
+      'data.dir to the folder at which the paths start.'
     )
   return found

@@ -23,9 +23,9 @@ from vit_jax.data import image as image_lib
 from vit_jax.data import source as source_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
-from vit_jax.data.folder import SHOWN
 from vit_jax.data.source import Source
 from vit_jax.distributed import gather
+from vit_jax.names import SHOWN
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,10 +49,10 @@ def class_scores(
   """
   label_N, predicted_N = np.asarray(label_N), np.asarray(predicted_N)
   count = lambda classes: np.bincount(classes, minlength=num_classes)
-  return shares(*map(count, (label_N[label_N == predicted_N], predicted_N, label_N)))
+  return ratios(*map(count, (label_N[label_N == predicted_N], predicted_N, label_N)))
 
 
-def shares(
+def ratios(
   right_L: np.ndarray, given_L: np.ndarray, support_L: np.ndarray
 ) -> dict[str, np.ndarray]:
   """Returns the columns of `class_scores` from three counts of each class.

@@ -137,7 +137,7 @@ class Labelled:
     given_NL = self.probability_NL >= threshold_L
     counts = (given_NL & label_NL).sum(axis=0), given_NL.sum(axis=0), label_NL.sum(axis=0)
     precision_L = average_precision(self.probability_NL, label_NL)
-    columns = {'average_precision': precision_L} | measures.shares(*counts)
+    columns = {'average_precision': precision_L} | measures.ratios(*counts)
     rows = measures.rows_of(columns | {'threshold': threshold_L})
     return dict(zip(class_names, rows))
 

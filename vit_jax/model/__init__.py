@@ -21,6 +21,7 @@ from vit_jax.model.variants import (
   VARIANTS,
   attributes,
   check_model,
+  check_parameters,
   make,
   variant_fields,
 )
@@ -49,6 +50,7 @@ __all__ = [
   'attributes',
   'check_adapter',
   'check_model',
+  'check_parameters',
   'first_layer',
   'flash',
   'flash_obstacle',

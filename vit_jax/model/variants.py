@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
@@ -10,7 +11,7 @@ from vit_jax.model.encoder import REMAT
 from vit_jax.model.layers import ACTIVATIONS
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
-from vit_jax.model.vit import ViT
+from vit_jax.model.vit import ViT, first_layer, last_layer
 from vit_jax.names import check_positive, choose
 
 # Sources: paper, Table 1; for g and G, Zhai et al. 2021 (2106.04560), Table 2; for Ti and S,
@@ -165,3 +166,29 @@ def check_pool(model: ViT) -> None:
       f'model.pool={model.pool} needs {pool.registers} register(s), got {model.num_registers}. Set '
       'model.num_registers.'
     )
+
+
+def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
+  """Checks that `POSITIONS` and `POOLS` list the parameters that these parts create.
+
+  Raises:
+    ValueError: the model does not fit the images, or a position embedding or pooling creates a
+      parameter that its registry entry does not list.
+  """
+  model = model.clone(depth=1)  # all blocks have the same parameters
+  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  names = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params'].keys()
+  listed = {*first_layer(), *last_layer()}
+  unlisted = [n for n in names(model) if n not in listed and not n.startswith('block_')]
+  if not unlisted:
+    return
+  before = names(model.clone(pool='none', class_token=model.has_class))
+  if of_position := [name for name in unlisted if name in before]:
+    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
+  else:
+    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
+  name = getattr(model, kind)
+  raise ValueError(
+    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
+    f'Add them to {entry}[{name!r}].'
+  )

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.data import Split, count_labels, some
-from vit_jax.names import choose
+from vit_jax.data import Split, count_labels
+from vit_jax.names import abridged, choose
 from vit_jax.optim.losses import Loss
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,11 @@ def class_weights(text: str, count_L: np.ndarray, class_names: Sequence[str]) ->
   return np.float32(weight_L * (count_L.sum() / (weight_L @ count_L)))
 
 
+def check_weights(text: str, class_names: Sequence[str]) -> None:
+  """Raises ValueError if a value of `loss.class_weights` is not valid, or has an unknown class."""
+  named_weights(parse_weights(text) or {}, class_names)
+
+
 def training_weights(text: str, train: Split, class_names: Sequence[str]) -> np.ndarray | None:
   """Returns the `class_weights` for a training split, and logs them."""
   if text == 'none':  # counting the labels of TFDS data reads all records
@@ -75,7 +80,8 @@ def training_weights(text: str, train: Split, class_names: Sequence[str]) -> np.
   count_L = count_labels(train.label_N, len(class_names))
   weight_L = class_weights(text, count_L, class_names)
   rows = zip(class_names, weight_L, count_L)
-  log.info('Class weights: %s.', some([f'{name} {w:.3g} ({n:,} images)' for name, w, n in rows]))
+  rows = [f'{name} {weight:.3g} ({count:,} images)' for name, weight, count in rows]
+  log.info('Class weights: %s.', abridged(rows))
   return weight_L
 
 

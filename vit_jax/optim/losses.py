@@ -57,6 +57,20 @@ def sigmoid(
 LOSSES: dict[str, Loss] = {'softmax': softmax, 'sigmoid': sigmoid}
 
 
-def takes_several(loss: Loss) -> bool:
-  """Returns whether a loss accepts images with several labels."""
-  return 'positive_L' in inspect.signature(loss).parameters
+def choose_loss(name: str, several: bool) -> Loss:
+  """Returns an entry of `LOSSES`.
+
+  Args:
+    name: name of the entry.
+    several: whether images can have several labels.
+
+  Raises:
+    ValueError: images can have several labels, but the loss expects one.
+  """
+  able = [key for key, loss in LOSSES.items() if 'positive_L' in inspect.signature(loss).parameters]
+  if several and name not in able:
+    raise ValueError(
+      f'loss.name={name} expects one label per image, but these images can have several. Set '
+      f'loss.name to {" or ".join(able)}.'
+    )
+  return LOSSES[name]

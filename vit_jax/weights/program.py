@@ -8,7 +8,8 @@ pooled features if the model has no head.
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
-    probability that `predict` prints.
+    probability that `predict` prints. If images can have several labels, it is the sigmoid of the
+    logits, and `model.json` has the thresholds.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * `backend.portable` makes the program independent of the machine that writes it.

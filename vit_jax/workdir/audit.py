@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import progress
-from vit_jax.data import Source, count_labels, some
+from vit_jax.data import Source, count_labels
 from vit_jax.distributed import is_first
+from vit_jax.names import abridged
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def few_images(source: Source, split: str) -> Iterator[str]:
   if few:
     yield (
       f'{split}: {len(few):,} of {len(count_L):,} classes have fewer than {FEW} images: '
-      f'{some([f"{name} {count}" for count, name in few])}.'
+      f'{abridged([f"{name} {count}" for count, name in few])}.'
     )
 
 
@@ -105,7 +106,7 @@ def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path])
   bad = [str(path) for path, is_so in zip(paths, pool.map(is_bad, paths)) if is_so]
   if bad:
     yield (
-      f'{len(bad):,} of {len(paths):,} files are not readable images: {some(bad)}. Repair or '
+      f'{len(bad):,} of {len(paths):,} files are not readable images: {abridged(bad)}. Repair or '
       'remove them, or skip them: --config.data.skip_bad_images=True.'
     )
 
@@ -132,8 +133,8 @@ def copies(
     if found:
       yield (
         f'{len(found):,} images of {other} are exact copies of images of {one}: '
-        f'{some([f"{path} = {original}" for path, original in found])}. They make the scores of '
-        f'{other} too good. Remove the copies.'
+        f'{abridged([f"{path} = {original}" for path, original in found])}. They make the scores '
+        f'of {other} too good. Remove the copies.'
       )
 
 
