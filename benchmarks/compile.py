@@ -43,14 +43,14 @@ from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.distributed import Target, compiled_for, needed_bytes, sharding
 from vit_jax.distributed import devices as devices_lib
-from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.experiment import Experiment, assemble
 from vit_jax.names import pair
 from vit_jax.optim import plan as plan_lib
 from vit_jax.optim.plan import Training
 from vit_jax.training import state
 from vit_jax.training.compiling import fit_step, plan_of
 from vit_jax.training.step import make_train_step
-from vit_jax.workdir import writer
+from vit_jax.workdir import Task, writer
 
 PATH = collect.RESULTS / 'compiled.json'
 H200 = pathlib.Path(__file__).with_name('h200.txtpb')  # XLA's description of the GPU

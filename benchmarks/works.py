@@ -73,10 +73,11 @@ def settings(work: Work) -> ConfigDict:
 def sizes(work: Work) -> dict:
   """Returns the keyword arguments from which every peer builds its model."""
   from vit_jax import experiment, names  # imported here to keep JAX out of a peer's process
+  from vit_jax.workdir import Task
 
   config = settings(work)
   height, width = names.pair(config.data.image_size)
-  task = experiment.Task(tuple(map(str, range(NUM_CLASSES))), (height, width), 3)
+  task = Task(tuple(map(str, range(NUM_CLASSES))), (height, width), 3)
   model = experiment.assemble(config, task).model
   assert height == width and model.patch_size[0] == model.patch_size[1]
   return {

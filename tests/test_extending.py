@@ -18,7 +18,7 @@ from vit_jax import cli, opening
 from vit_jax.augment import AUGMENTATIONS, Augmentation
 from vit_jax.cli.flags import WEIGHTS
 from vit_jax.data import SOURCES, Source
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.figures import visualize
 from vit_jax.inference import exporting
 from vit_jax.keys import KEYS, Key
@@ -35,6 +35,7 @@ from vit_jax.opening import Request
 from vit_jax.optim import LOSSES, OPTIMIZERS, SCHEDULES, training_recipe
 from vit_jax.weights import FORMATS, Format, Preprocessing, Weights
 from vit_jax.weights.layouts import SAME, Row, flatten_params
+from vit_jax.workdir import Task
 
 
 def check_every_mode(folder, classes=10, **overrides):

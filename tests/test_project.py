@@ -11,8 +11,9 @@ import pytest
 from configs import finetune, imagenet
 from vit_jax import cli
 from vit_jax.check import check
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.sizing import choose_open
+from vit_jax.workdir import Task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'vit_jax'
@@ -21,8 +22,8 @@ PACKAGE = ROOT / 'vit_jax'
 # package only names that its `__init__` lists.
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
-  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'opening',
-  'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
+  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'splitting',
+  'opening', 'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 

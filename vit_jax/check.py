@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.augment import MAX_MAGNITUDES, PAD_MODES, SPACES, mixes
-from vit_jax.data import INTERPOLATIONS
+from vit_jax.data import INTERPOLATIONS, Source, overlap
 from vit_jax.keys import KEYS
 from vit_jax.model import (
   ACTIVATIONS,
@@ -32,6 +32,7 @@ from vit_jax.optim import (
   OPTIMIZERS,
   SCHEDULES,
   image_stages,
+  parse_weights,
 )
 
 REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
@@ -94,6 +95,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if key.range and not key.range[0] <= value <= key.range[1]:
       low, high = key.range
       raise ValueError(f'{name} must be from {low:.15g} to {high:.15g}, got {value}.')
+  parse_weights(config.loss.class_weights)
   check_augment(config)
   if trains and config.batch_size:
     check_partners(config)
@@ -116,6 +118,19 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
     raise ValueError(f'sweep must list distinct learning rates above 0, got {tuple(rates)}.')
+
+
+def check_held_out(config: ConfigDict, source: Source) -> None:
+  """Raises ValueError if the validation split shares examples with the train or test split."""
+  data = config.data
+  if not data.val_split:
+    return
+  for name in ('train_split', 'eval_split'):
+    if overlap(source.pieces(data.val_split), source.pieces(data[name])):
+      raise ValueError(
+        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}. '
+        "Hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
+      )
 
 
 def check_frozen(config: ConfigDict, trains: bool) -> None:

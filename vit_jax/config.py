@@ -49,7 +49,7 @@ def unset(config: Mapping) -> set[str]:
   """Returns the keys that have no value yet; `init` or the data may set them later."""
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
-  left = {key for key in keys | {'data.mean', 'data.std'} if values[key] is None}
+  left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}
   return left | ({'data.cache'} if values['data.cache'] == 'auto' else set())
 
 

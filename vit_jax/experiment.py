@@ -10,6 +10,7 @@ import functools
 
 import jax
 from ml_collections import ConfigDict
+import numpy as np
 
 import vit_jax
 from vit_jax import config as config_lib
@@ -22,46 +23,15 @@ from vit_jax.augment import (
   normalize,
 )
 from vit_jax.check import check_channels, check_stages
-from vit_jax.data import Fit, Reading, fit_image
+from vit_jax.data import Fit, Reading, Source, fit_image
 from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
 from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import CLASSIFIERS, LOSSES, Teacher, split_frozen
-from vit_jax.workdir import Calibration, TrainingFiles
+from vit_jax.optim import CLASSIFIERS, Teacher, check_weights, choose_loss, split_frozen
+from vit_jax.workdir import Calibration, Task, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
 DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Properties of the training data; every checkpoint stores them.
-
-  Attributes:
-    class_names: name of each label; empty for weights without a head.
-    stored_size: (height, width) of the images that the host passes to the devices.
-    channels: 1 (grey) or 3 (RGB).
-    train_examples: number of training examples. The order of the examples depends on this number.
-    fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
-  """
-
-  class_names: tuple[str, ...]
-  stored_size: tuple[int, int]
-  channels: int
-  train_examples: int = 0
-  fingerprint: str = ''
-
-  @classmethod
-  def of_whole_images(
-    cls, config: ConfigDict, class_names: tuple[str, ...], channels: int
-  ) -> 'Task':
-    """Returns the task of images that the host stores at the size of the model's input."""
-    return cls(class_names, pair(config.data.image_size), channels)
-
-  @classmethod
-  def load(cls, saved: dict) -> 'Task':
-    """Restores a task from the JSON of a checkpoint."""
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +39,10 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files. Only training has a `teacher`, if the config names one. `calibration`
-  belongs to the weights that a mode uses; training has none. `parts` is the number of micro-batches
-  with which a training step fits into memory. It is None if the memory is not limited.
+  record its training files. Only training has a `teacher`, if the config names one, and `weight_L`,
+  the weight of each class, if the weights differ. `calibration` belongs to the weights that a mode
+  uses; training has none. `parts` is the number of micro-batches with which a training step fits
+  into memory. It is None if the memory is not limited.
   """
 
   config: ConfigDict
@@ -86,6 +57,7 @@ class Experiment:
   teacher: Teacher | None = None
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
   parts: int | None = None
+  weight_L: np.ndarray | None = None
 
   @property
   def chosen_attention(self) -> str:
@@ -176,8 +148,13 @@ class Experiment:
     return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
-    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images."""
+    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images.
+
+    The probabilities of an image add up to 1, unless an image can have several labels.
+    """
     logits_BL = self.logits(params, {'image': image_BHWC})
+    if self.task.multi_label:
+      return jax.nn.sigmoid(logits_BL)
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
@@ -235,9 +212,11 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: no model with these keys exists, or the model does not fit the images.
+    ValueError: no model with these keys exists, or the model does not fit the images, or the loss
+      or the classifier does not fit the labels.
   """
-  config = config_lib.fill(config, DEFAULTS)
+  loss = 'sigmoid' if task.multi_label else 'softmax'
+  config = config_lib.fill(config, DEFAULTS | {'loss.name': loss})
   fields = dict(config.model)
   if fields['patch_size'] is not None:
     fields['patch_size'] = pair(fields['patch_size'])
@@ -246,7 +225,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   check_channels(config, task.channels)
   keys, geometry = dict(config.loss), {}
-  loss = LOSSES[keys.pop('name')]
+  loss = choose_loss(keys.pop('name'), task.multi_label)
+  if task.multi_label and config.classifier:
+    raise ValueError(
+      f'classifier={config.classifier} expects one label per image, but these images can have '
+      'several. Train a linear probe instead: --config=configs/linear_probe.py.'
+    )
+  check_weights(keys.pop('class_weights'), task.class_names)
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
@@ -271,6 +256,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   check_adapter(model, experiment.image_shape, config.adapt, config)
   check_stages(config, model.patch_size)
   return experiment
+
+
+def assemble_for(config: ConfigDict, source: Source) -> Experiment:
+  """Assembles an experiment for a dataset; the host stores images at the model's input size."""
+  size = pair(config.data.image_size)
+  task = Task(source.class_names, size, source.channels, multi_label=source.multi_label)
+  return assemble(config, task)
 
 
 def group(config: ConfigDict) -> int:

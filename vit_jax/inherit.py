@@ -1,5 +1,6 @@
 """Opens the weights that a config names, `init` and `distill.teacher`, and checks that they fit."""
 
+import dataclasses
 import functools
 import logging
 
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
 from vit_jax.data import Source
-from vit_jax.model import ATTRIBUTES, ViT, variant_fields
+from vit_jax.model import ATTRIBUTES, ViT, pooled, variant_fields
 from vit_jax.names import abridged, accepted, difference, pair
 from vit_jax.optim import DISTILLATIONS, Teacher
 from vit_jax.weights import Pretrained, Weights, adapt, read_weights
@@ -52,6 +53,11 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   """Returns whether the weights have other or unknown classes, or a head that stores images."""
   return found.class_names != classes or found.fields.get('examples') is not None
+
+
+def with_pooling(loaded: Pretrained) -> Pretrained:
+  """Returns the weights with a pooling; some published weights have none."""
+  return dataclasses.replace(loaded, model=pooled(loaded.model))
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:
@@ -105,6 +111,12 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
   """Raises ValueError if the weights of a teacher do not fit the classes and images of the data."""
   data, name = config.data.source, f'distill.teacher={config.distill.teacher}'
   count, classes = found.fields['num_classes'], source.class_names
+  if source.multi_label:
+    raise ValueError(
+      f'{name} cannot teach images with several labels, because teacher and student are compared '
+      f'after a softmax. Use data with one label per image instead of data.source={data}, or '
+      'train without a teacher.'
+    )
   if count is None:
     raise ValueError(
       f'{name} has no head, so it cannot teach classes. Use a classifier, or train a head and use '

@@ -135,10 +135,14 @@ TRAINING = {
 }  # fmt: skip
 
 DATA = {
-  'data.source': Key('tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `digits` or `synthetic`'),
+  'data.source': Key(
+    'tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `labels:<csv or jsonl file>`, `digits` or '
+    '`synthetic`',
+  ),
   'data.dir': Key(
-    '', 'base folder of a relative `folder:<path>`, or folder of the TFDS data; empty: '
-    'TFDS data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
+    '', 'base folder of a relative `folder:<path>` or `labels:<file>` and of the paths in this '
+    'file, or folder of the TFDS data; empty: paths in a file start at its folder, TFDS data is in '
+    '$TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: all of train, without the images that '
@@ -326,8 +330,12 @@ OPTIMIZER = {
     'long a share of the run as in the recipe', 'epochs', range=(0, 1e6), open=True,
   ),
   'loss.name': Key(
-    'softmax', 'softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each '
-    'class', choices='LOSSES',
+    None, 'softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each class; '
+    'None: sigmoid if images can have several labels, else softmax', kind=str, choices='LOSSES',
+  ),
+  'loss.class_weights': Key(
+    'none', 'weights of the classes in training, for classes of different sizes; none: all equal; '
+    'balanced: inverse to the number of images; or the weights of some classes: cat=2,dog=0.5'
   ),
   'loss.label_smoothing': Key(
     0.0, 'share of the target that is spread evenly over all classes', range=SHARE

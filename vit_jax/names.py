@@ -7,6 +7,8 @@ import numbers
 import pathlib
 import re
 
+SHOWN = 5  # maximum number of names or errors that a message lists
+
 
 def choose(what: str, name: str, table: Collection[str]):
   """Returns `table[name]`, or `name` if the table is a plain collection.
@@ -41,8 +43,9 @@ def difference(ones: Sequence[str], others: Sequence[str]) -> str:
 
 
 def abridged(names: Sequence[str]) -> str:
-  """Returns the first five names as text."""
-  return ', '.join([*names[:5], *(['...'] if len(names) > 5 else [])])
+  """Returns the first `SHOWN` names as text, and the number of further names."""
+  more = len(names) - SHOWN
+  return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:

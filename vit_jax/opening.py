@@ -14,30 +14,24 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax import inherit
-from vit_jax.check import check
+from vit_jax.check import check, check_held_out
 from vit_jax.data import (
   Source,
-  check_memory,
-  common_size,
-  decide_cache,
   first_size,
   open_source,
-  open_split,
-  overlap,
-  report_split,
 )
-from vit_jax.experiment import Experiment, Task, assemble, mesh_for
-from vit_jax.model import pooled
-from vit_jax.optim import Training, announce, plan_training
+from vit_jax.experiment import Experiment, assemble, mesh_for
+from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.sizing import choose_open, image_size, warn_of_few
+from vit_jax.splitting import decided, named_splits, open_splits
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
+  Task,
   TrainingFiles,
-  check_untrained,
   find_training_files,
-  leave_out_trained,
   load_checkpoint,
+  report_mistakes,
 )
 
 log = logging.getLogger(__name__)
@@ -114,56 +108,18 @@ def from_config(
       '--workdir.'
     )
   size = image_size(config)
-  task = Task(source.class_names, size, source.channels, fingerprint=source.fingerprint)
+  task = Task(source.class_names, size, source.channels, 0, source.fingerprint, source.multi_label)
   experiment = decided(config, task, source)
-  config, size = experiment.config, experiment.task.stored_size
-
-  def read(split, seen):
-    unseen, _ = leave_out_trained(source, split, seen)
-    return open_split(experiment.reading, unseen, split, size)
-
-  train = open_split(experiment.reading, source, data.train_split, size, to_train=True)
-  val = None
-  if data.val_split:
-    val = read(data.val_split, seen.before() if config.sweep else seen)
-  check_untrained(source, data.eval_split, seen)
-  test = read(data.eval_split, seen)
-  for name, examples in (('train', train), ('val', val), ('test', test)):
-    report_split(name, examples)
+  config = experiment.config
+  if saved is None:
+    report_mistakes(source, named_splits(config), config.data.cache == 'stream')
+  train, val, test = open_splits(experiment, source, seen)
   announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
-  experiment = dataclasses.replace(experiment, task=task, names=seen, teacher=teacher)
+  weight_L = training_weights(config.loss.class_weights, train, task.class_names)
+  facts = dict(names=seen, teacher=teacher, weight_L=weight_L)
+  experiment = dataclasses.replace(experiment, task=task, **facts)
   return experiment, plan_training(config, train, val, test, params, cycles)
-
-
-def check_held_out(config: ConfigDict, source: Source) -> None:
-  """Raises ValueError if the validation split shares examples with the train or test split."""
-  data = config.data
-  if not data.val_split:
-    return
-  for name in ('train_split', 'eval_split'):
-    if overlap(source.pieces(data.val_split), source.pieces(data[name])):
-      raise ValueError(
-        f'data.val_split={data.val_split!r} shares examples with data.{name}={data[name]!r}. '
-        "Hold out a part of train, e.g. train_split='train[:98%]', val_split='train[98%:]'."
-      )
-
-
-def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
-  """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
-
-  Raises:
-    ValueError: no model with these keys exists, or the splits do not fit into memory.
-  """
-  data, size = config.data, task.stored_size
-  names = [split for split in (data.train_split, data.val_split, data.eval_split) if split]
-  reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
-  cache = decide_cache(reading, source, names, size, trains=True)
-  if cache == 'memory':
-    size = common_size(source, data.train_split, size) or size
-    check_memory(source, names, size)
-  task = dataclasses.replace(task, stored_size=size)
-  return assemble(config_lib.fill(config, {'data.cache': cache}), task)
 
 
 def begin_from(
@@ -211,9 +167,11 @@ def from_init(
   config_lib.override_all(config, overrides)
   check(config, trains=False)
   found, names = read_weights(init), None
+  several = bool(found.run and found.run['task'].get('multi_label'))
   if classes == 'data':
     data = config.data
-    names = open_source(data.source, data.dir, image_size(config)).class_names
+    source = open_source(data.source, data.dir, image_size(config))
+    names, several = source.class_names, source.multi_label
   elif found.fields['num_classes'] is None and classes != 'any':
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
@@ -225,7 +183,7 @@ def from_init(
   count = names and len(names)
   new_head = names is not None and inherit.needs_new_head(found, names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
-  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))  # some weights have no pooling
+  loaded = inherit.with_pooling(loaded)
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
@@ -233,7 +191,7 @@ def from_init(
       config.data[name] = getattr(expected, name)
   count = loaded.model.num_classes or 0
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
-  task = Task(tuple(names), expected.size, found.channels)
+  task = Task(tuple(names), expected.size, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
   calibration = Calibration() if new_head else Calibration.load(loaded.run)
   names = inherit.names_of(loaded)

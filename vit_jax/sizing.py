@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.data import BadImage, Source, count_labels, num_examples, own_size, some
+from vit_jax.data import BadImage, Source, count_labels, num_examples, own_size
 from vit_jax.distributed import from_first, smallest_batch
 from vit_jax.experiment import DEFAULTS, group
 from vit_jax.model import variant_fields
-from vit_jax.names import pair
+from vit_jax.names import abridged, pair
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
     count_L = class_counts(source, split)
     if count_L is not None and (count_L < FEW).any():
       few = np.flatnonzero(count_L < FEW)
-      text = some([f'{source.class_names[label]} ({count_L[label]})' for label in few])
+      text = abridged([f'{source.class_names[label]} ({count_L[label]})' for label in few])
       log.warning('%s: fewer than %d held-out images of the classes %s.', split, FEW, text)
 
 

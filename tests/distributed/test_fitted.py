@@ -10,9 +10,10 @@ from tests.conftest import small_config
 from vit_jax import evaluation
 from vit_jax.distributed import Fitted, concatenate, inference_mesh, replicate
 from vit_jax.evaluation import make_inference_step, probabilities
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.limits import OutOfMemory
 from vit_jax.training.state import init_params
+from vit_jax.workdir import Task
 
 WIDE = {'model.width': '32', 'model.mlp_dim': '512', 'data.image_size': '16'}
 

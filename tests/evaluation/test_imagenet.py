@@ -17,10 +17,11 @@ from vit_jax.check import check
 from vit_jax.data import loading, memory, sources, tfds
 from vit_jax.data.source import Source
 from vit_jax.evaluation import exact, real
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import trainer
 from vit_jax.weights import pretrained
+from vit_jax.workdir import Task
 
 TRAIN = {'imagenet2012': 1_268_355, 'imagenet21k': 14_058_000}  # images in 99% of the train split
 

@@ -7,9 +7,10 @@ from sklearn.neighbors import NearestNeighbors
 from tests.conftest import small_config
 from vit_jax.data import Examples
 from vit_jax.evaluation import Scores
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.figures import canvas, neighbours, subject
 from vit_jax.figures.maps import Missing
+from vit_jax.workdir import Task
 
 NAMES = ('cat', 'dog', 'a very long name of a class')
 

@@ -16,12 +16,12 @@ import vit_jax
 from vit_jax import figures, opening
 from vit_jax.data.memory import Examples
 from vit_jax.distributed import devices, replicate
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.figures import canvas, charts, draw, facts, gallery, maps, pictures, report
 from vit_jax.figures import subject as subject_lib
 from vit_jax.opening import Request
 from vit_jax.training import trainer
-from vit_jax.workdir import Calibration, save_calibration
+from vit_jax.workdir import Calibration, Task, save_calibration
 
 PICTURES = set(pictures.PICTURES)
 OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes', 'neighbours'}

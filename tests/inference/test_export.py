@@ -27,7 +27,7 @@ from vit_jax.inference import card, exporting, prediction
 from vit_jax.model import VARIANTS
 from vit_jax.weights import program, reader
 from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
-from vit_jax.workdir import Calibration, save_calibration
+from vit_jax.workdir import Calibration, Task, save_calibration
 
 ONNX = 'needs requirements-onnx.txt'
 PROGRAMS = ('stablehlo', 'onnx')
@@ -475,4 +475,4 @@ def test_a_model_without_a_class_token_is_refused_with_its_config_key(tmp_path):
 def test_a_std_of_zero_is_refused(channels, counts):
   config = small_config(**{'data.std': '0'})
   with pytest.raises(ValueError, match=rf'data.std=\(0,\): expected {counts} above 0'):
-    experiment.assemble(config, experiment.Task(('a', 'b'), (8, 8), channels))
+    experiment.assemble(config, Task(('a', 'b'), (8, 8), channels))

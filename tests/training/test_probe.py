@@ -18,12 +18,12 @@ from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
-from vit_jax.experiment import Task, assemble
+from vit_jax.experiment import assemble
 from vit_jax.model import attention
 from vit_jax.training import probe, resume, session, state, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
-from vit_jax.workdir import stored, writer
+from vit_jax.workdir import Task, stored, writer
 
 FROZEN = {'freeze': 'backbone', 'augment.flip.probability': '0'}
 AUGMENTED = {'freeze': 'backbone'}  # with the flips of `small_config`

@@ -26,14 +26,14 @@ from vit_jax.data import batching
 from vit_jax.distributed import cluster, sharding
 from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
-from vit_jax.experiment import Experiment, Task
+from vit_jax.experiment import Experiment
 from vit_jax.optim import plan as plan_lib
 from vit_jax.training import compiling, meter, resume, state, step, trainer
 from vit_jax.training.compiling import Compiled
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.weights import reader
-from vit_jax.workdir import lock, stored, writer
+from vit_jax.workdir import Task, lock, stored, writer
 
 TRAIN = """
 import sys, json

@@ -5,7 +5,11 @@ import signal
 from vit_jax.cli.flags import CLUSTER, CONFIG, STEP, WORKDIR, Mode, request_of
 from vit_jax.names import one_line
 
-WORST = 5  # number of classes in the printed table
+WORST = 5  # number of classes in the printed table, unless images can have several labels
+
+# Columns of the printed table, for images with one label each, and with several labels.
+ONE = {'precision': 'precision', 'recall': 'recall', 'f1': 'F1', 'support': 'examples'}
+SEVERAL = {'average_precision': 'average precision', 'threshold': 'threshold'} | ONE
 
 
 def run_eval(args) -> None:
@@ -21,31 +25,53 @@ def run_eval(args) -> None:
 
 
 def as_text(result: dict) -> str:
-  """Returns all numbers as `name value`, a summary, and a table of the worst classes."""
+  """Returns all numbers as `name value`, a summary, and a table of the worst classes.
+
+  If images can have several labels, the table has all classes.
+  """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
+  line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
+  several = 'mean_average_precision' in result
+  summary = several_labels(result) if several else one_label(result)
+  columns = SEVERAL if several else ONE
+  return '\n'.join([line, summary, *class_lines(result['per_class'], columns)])
+
+
+def several_labels(result: dict) -> str:
+  """Returns the summary for images that can have several labels."""
+  examples = result['threshold_examples']
+  fitted = f'fitted on {examples:,} validation images' if examples else 'no validation split: 0.5'
+  return (
+    f'mean average precision {result["mean_average_precision"]:.2%}, mean F1 '
+    f'{result["macro_f1_at_thresholds"]:.2%} at the thresholds of the classes ({fitted}), '
+    f'{result["macro_f1"]:.2%} at 0.5'
+  )
+
+
+def one_label(result: dict) -> str:
+  """Returns the summary for images that have one label each."""
   low, high = result['accuracy_interval']
   fitted, examples = f'temperature {result["temperature"]:.4g}', result['temperature_examples']
   before = f' ({result["ece_uncalibrated"]:.2%} before' if examples else ' (no validation split: '
   before += f' {fitted}, fitted on {examples:,} validation images)' if examples else f'{fitted})'
-  summary = (
+  return (
     f'accuracy {result["accuracy"]:.2%} (95% interval {low:.2%} to {high:.2%}), '
     f'balanced accuracy {result["balanced_accuracy"]:.2%}, ECE {result["ece"]:.2%}{before}'
   )
-  line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
-  return '\n'.join([line, summary, *worst_classes(result['per_class'])])
 
 
-def worst_classes(per_class: dict[str, dict]) -> list[str]:
-  """Returns the lines of a table of the classes with the lowest F1."""
+def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
+  """Returns the lines of a table of the classes that have examples, the lowest F1 first."""
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
-  found = sorted(found, key=lambda item: item[0])[:WORST]
+  found = sorted(found, key=lambda item: item[0])[: WORST if columns is ONE else None]
   share = lambda value: 'none' if value is None else f'{value:.2%}'
-  rows = [
-    (*(share(row[name]) for name in ('precision', 'recall', 'f1')), f'{row["support"]:,}', name)
-    for _, name, row in found
-  ]
-  rows = [('precision', 'recall', 'F1', 'examples', 'class with the lowest F1'), *rows]
-  return ['  '.join([*(f'{cell:>9}' for cell in row[:4]), one_line(row[4])]) for row in rows]
+  show = lambda row, name: f'{row[name]:,}' if name == 'support' else share(row[name])
+  last = 'class with the lowest F1' if columns is ONE else 'class'
+  rows = [(*columns.values(), last)]
+  rows += [(*(show(row, column) for column in columns), one_line(name)) for _, name, row in found]
+  widths = [max(9, len(title)) for title in columns.values()]
+  line = lambda cells, name: '  '.join([*(f'{x:>{n}}' for x, n in zip(cells, widths)), name])
+  return [line(cells, name) for *cells, name in rows]
 
 
 MODE = Mode(

@@ -55,7 +55,13 @@ MODE = Mode(
   (
     *WEIGHTS,
     IMAGES,
-    Flag('topk', 'number of classes to print for each image', int, 5),
+    Flag(
+      'topk',
+      'number of classes to print for each image; default: 5, or every label above its '
+      'threshold if an image can have several labels',
+      int,
+      None,
+    ),
     Flag('format', 'output format: table, json or csv; default: table'),
     Flag('features', 'features to write instead of predicting classes: pooled or tokens'),
     dataclasses.replace(OUT, help='with --features: npz file to write'),

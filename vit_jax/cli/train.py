@@ -19,8 +19,11 @@ def run_train(args) -> int | None:
       log.info('%s Run the same command to resume.', error)
       return TRY_AGAIN
     if is_first():
+      name, value = 'accuracy', result['test_accuracy']
+      if 'test_mean_average_precision' in result:  # images can have several labels
+        name, value = 'mean average precision', result['test_mean_average_precision']
       print(
-        f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples after '
+        f'Test {name} {value:.2%} on {result["examples"]} examples after '
         f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
         'result.json, tensorboard, log.txt).'
       )

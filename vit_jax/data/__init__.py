@@ -1,7 +1,7 @@
 """Datasets, splits and batches."""
 
 from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
-from vit_jax.data.folder import Files, count_labels, some
+from vit_jax.data.folder import Files, count_labels
 from vit_jax.data.image import (
   EXTENSIONS,
   INTERPOLATIONS,
@@ -15,7 +15,7 @@ from vit_jax.data.image import (
 )
 from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
-from vit_jax.data.source import Source, first_size, own_size
+from vit_jax.data.source import Source, first_size, multi_hot, own_size
 from vit_jax.data.sources import SOURCES, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
@@ -41,6 +41,7 @@ __all__ = [
   'fit_image',
   'has_image_name',
   'look_up_source',
+  'multi_hot',
   'num_examples',
   'open_source',
   'open_split',

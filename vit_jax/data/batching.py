@@ -77,6 +77,8 @@ class Plan:
 class Split(Protocol):
   """Interface of `memory.Examples` and `stream.Stream`, from which batches are made."""
 
+  label_N: np.ndarray  # int32, or multi-hot `[N, L]` uint8
+
   def __len__(self) -> int: ...
 
   def batches(
@@ -98,6 +100,7 @@ def train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on.
 
+  If an image can have several labels, `label` is multi-hot, `[B, L]` uint8.
   If bad images are replaced, a batch also has `bad` `[B]`: the number of bad images that were
   skipped to fill each row.
   """

@@ -22,11 +22,10 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.data import image as image_lib
-from vit_jax.names import choose
+from vit_jax.names import abridged, choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
 HELD_OUT = 0.2  # share of the files that are held out if the folder has no test folder
-SHOWN = 5  # maximum number of names listed in a warning
 # Folders with these names are probably splits, not classes.
 SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
@@ -38,7 +37,8 @@ class Files:
   Attributes:
     top: folder that contains the class folders.
     path_N: path of each file, relative to `top`, as bytes.
-    label_N: label of each file, int32.
+    label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
+      with a 1 for each label.
     hash_N: `hash_name` of each file, uint64.
     span: range of positions that the split covers; (0, 1) without held-out files.
   """
@@ -68,7 +68,7 @@ class Files:
     """Returns 16 hex digits that identify the file paths, their labels and their order."""
     digest = hashlib.sha256()
     for label, path in zip(self.label_N.tolist(), self.path_N.tolist()):
-      digest.update(b'%d %b\0' % (label, path))
+      digest.update(b'%b %b\0' % (label_text(label).encode(), path))
     return digest.hexdigest()[:16]
 
 
@@ -79,6 +79,18 @@ class Folder:
   class_names: tuple[str, ...]
   files: dict[str, Files]
   warnings: tuple[str, ...]
+
+
+def label_text(label: int | Sequence[int]) -> str:
+  """Returns the number of a class; for a multi-hot label `[L]`, all its classes, e.g. `1,4`."""
+  return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
+
+
+def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns the number of images of each class, `[L]`, for labels `[N]` or `[N, L]`."""
+  if label_N.ndim == 2:
+    return label_N.sum(axis=0, dtype=np.int64)
+  return np.bincount(label_N, minlength=num_classes)
 
 
 def hash_name(name: str) -> int:
@@ -119,7 +131,7 @@ def open_folder(root: pathlib.Path) -> Folder:
   split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
   if split_like and not split:
     raise ValueError(
-      f'{root}: {some(split_like)} looks like a split of the data, not like a class. Name the '
+      f'{root}: {abridged(split_like)} looks like a split of the data, not like a class. Name the '
       f'splits train/ and {"/ or ".join(TEST_NAMES)}/, each with one folder per class.'
     )
   listed = list_files(top, class_names, passed_over)
@@ -141,15 +153,15 @@ def check_classes(
   absent = without(class_names, listed)
   if absent:
     raise ValueError(
-      f'{root}: no images for class {some(absent)} (looked for '
+      f'{root}: no images for class {abridged(absent)} (looked for '
       f'{", ".join(image_lib.EXTENSIONS)}). Add images, or remove the folder.'
     )
   absent = without(class_names, files['train'])
   if absent:
     raise ValueError(
-      f'{root}: all images of class {some(absent)} are held out for testing. A hash of the file '
-      f'name selects about {HELD_OUT:.0%} of all files. Add images, or divide them into train/ '
-      'and test/.'
+      f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
+      f'file name selects about {HELD_OUT:.0%} of all files. Add images, or divide them into '
+      'train/ and test/.'
     )
   if not len(files['test']):
     raise ValueError(
@@ -167,25 +179,27 @@ def warnings(
 ) -> Iterator[str]:
   """Yields warnings about classes without test images, and about files and folders not used."""
   if absent := without(class_names, files['test']):
-    yield f'{root}: no test images for class {some(absent)}. The test does not cover every class.'
+    yield (
+      f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
+    )
   if passed_over:
     most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
       f'{root}: {passed_over.total():,} files are not used: '
-      f'{some([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of the '
-      f'extensions {", ".join(image_lib.EXTENSIONS)}.'
+      f'{abridged([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of '
+      f'the extensions {", ".join(image_lib.EXTENSIONS)}.'
     )
   top = files['train'].top
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (
-        f'{folder}: folders not used: {some(skipped)}. They are links to the folder that contains '
-        'them, or added by macOS.'
+        f'{folder}: folders not used: {abridged(skipped)}. They are links to the folder that '
+        'contains them, or added by macOS.'
       )
   others = sorted(set(subfolders(root)) - {'train', *TEST_NAMES})
   if others and top != root:
     yield (
-      f'{root}: folders not used: {some(others)}. Test images are read from the folders '
+      f'{root}: folders not used: {abridged(others)}. Test images are read from the folders '
       f'{", ".join(TEST_NAMES)}.'
     )
   held_out = {name: part.top.name for name, part in files.items() if name != 'train'}
@@ -194,21 +208,10 @@ def warnings(
     yield f'{root}: {", ".join(shown)}.'
 
 
-def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns the number of images of each class, `[L]`."""
-  return np.bincount(label_N, minlength=num_classes)
-
-
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
   """Returns the names of the classes that have no file."""
   count_L = count_labels(files.label_N, len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
-
-
-def some(names: Sequence[str]) -> str:
-  """Returns the first few names as text, and the number of further names."""
-  more = len(names) - SHOWN
-  return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:

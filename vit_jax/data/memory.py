@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import os
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -24,11 +25,12 @@ from vit_jax.data import splits
 from vit_jax.data.batching import Plan
 from vit_jax.data.source import Source
 from vit_jax.distributed import gather
+from vit_jax.names import SHOWN
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """A split in memory: `image_NHWC` uint8, `label_N` int32.
+  """A split in memory: `image_NHWC` uint8; `label_N` int32, or multi-hot `[N, L]` uint8.
 
   `skipped` holds one message for each bad image that was skipped.
   """
@@ -101,15 +103,13 @@ def load_examples(
   pieces = source.pieces(split)
   count = splits.num_examples(pieces)
   image_NHWC = np.empty((count, *size, source.channels), np.uint8)
-  label_N = np.empty(count, np.int32)
+  label_N = np.empty((count, *source.label_shape), source.label_type)
 
   def decode(example, row):
     """Decodes an example into a row. Returns the error if the image is bad, else an empty text."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:
-      if not skip_bad_images:
-        source_lib.stop_at(error)
       return str(error)
     label_N[row] = example[2]
     return ''
@@ -119,6 +119,8 @@ def load_examples(
     chunks = source_lib.read_pieces(source, pieces)
     decoded = (error for chunk in chunks for error in pool.map(decode, chunk, rows))
     errors = list(progress.bar(decoded, f'Reading {split}', 'image', count))
+  if any(errors) and not skip_bad_images:
+    stop_at_all(split, list(filter(None, errors)), count)
   good = [row for row, error in enumerate(errors) if not error]
   if not good:
     raise ValueError(f'Split {split!r}: all {count} images are unreadable or have a wrong label.')
@@ -126,6 +128,16 @@ def load_examples(
     if row != old:
       image_NHWC[row], label_N[row] = image_NHWC[old], label_N[old]
   return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
+
+
+def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
+  """Raises BadImage for the bad ones of the `count` images of a split; the first few are named."""
+  text = ' '.join(errors[:SHOWN])
+  if len(errors) > 1:
+    text = f'{split}: {len(errors):,} of {count:,} images are bad. {text}'
+  if len(errors) > SHOWN:
+    text += f' And {len(errors) - SHOWN:,} more.'
+  source_lib.stop_at(image_lib.BadImage(text))
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:

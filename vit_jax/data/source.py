@@ -20,8 +20,9 @@ from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 
-# (name, image, label); the image is given as a path, as the content of a file, or as pixels.
-Example = tuple[str, pathlib.Path | bytes | np.ndarray, int]
+# (name, image, label); the image is given as a path, as the content of a file, or as pixels. The
+# label is the number of a class, or multi-hot: uint8 `[L]` with a 1 for each label.
+Example = tuple[str, pathlib.Path | bytes | np.ndarray, int | np.ndarray]
 
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
 
@@ -41,6 +42,7 @@ class Source:
     left_out: for each split, whether each of its files is left out, bool `[N]`.
     warnings: messages for the user about the data.
     spec: the `data.source` value that `open_source` opened.
+    multi_label: whether an image can have several labels, or none; labels are then multi-hot.
   """
 
   sizes: dict[str, int]
@@ -52,6 +54,17 @@ class Source:
   left_out: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   warnings: tuple[str, ...] = ()
   spec: str = ''
+  multi_label: bool = False
+
+  @property
+  def label_shape(self) -> tuple[int, ...]:
+    """Shape of an image's label: () for the number of a class, (L,) for a multi-hot label."""
+    return (len(self.class_names),) if self.multi_label else ()
+
+  @property
+  def label_type(self) -> type[np.integer]:
+    """Type of the arrays that hold labels."""
+    return np.uint8 if self.multi_label else np.int32
 
   def pieces(self, split: str) -> list[splits.Piece]:
     """Returns the ranges of examples in a split, without the files in `left_out`.
@@ -62,6 +75,23 @@ class Source:
     positions = {name: files.position_N for name, files in self.files.items()}
     pieces = splits.resolve(split, self.sizes, positions)
     return splits.remove(pieces, self.left_out)
+
+
+def multi_hot(source: Source) -> Source:
+  """Returns the source with multi-hot labels, for a model that can give an image several labels."""
+  if source.multi_label:
+    return source
+  eye_LL = np.eye(len(source.class_names), dtype=np.uint8)
+
+  def read(split, indices):
+    for name, image, label in source.read(split, indices):
+      yield name, image, eye_LL[label]
+
+  files = {
+    name: dataclasses.replace(part, label_N=eye_LL[part.label_N])
+    for name, part in source.files.items()
+  }
+  return dataclasses.replace(source, read=read, files=files, multi_label=True)
 
 
 def pixels(
@@ -119,9 +149,9 @@ def stop_at(error: image_lib.BadImage) -> NoReturn:
   ) from error
 
 
-def check_label(source: Source, name: str, label: int) -> None:
+def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
   """Raises BadImage if the source has no class for the label."""
-  if not 0 <= label < len(source.class_names):
+  if not source.multi_label and not 0 <= label < len(source.class_names):
     raise image_lib.BadImage(
       f'{name}: label {label} is not one of the {len(source.class_names)} classes, 0 to '
       f'{len(source.class_names) - 1}.'

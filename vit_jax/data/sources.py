@@ -8,19 +8,22 @@ import numpy as np
 
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
+from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
 from vit_jax.names import choose, local
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens the source `tfds:<name>`, `folder:<path>`, `digits` or `synthetic`.
+  """Opens the source `tfds:<name>`, `folder:<path>`, `labels:<file>`, `digits` or `synthetic`.
 
   Raises:
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
   """
   kind, _, argument = spec.partition(':')
-  if kind not in SOURCES and ('/' in kind or folder_root(kind, data_dir).is_dir()):
-    raise ValueError(f'data.source={spec!r}: write folder:{spec} to read a folder of images.')
+  if kind not in SOURCES and ('/' in kind or from_base(kind, data_dir).exists()):
+    file = spec.endswith(('.csv', '.jsonl'))
+    kind, content = ('labels', 'a file with labels') if file else ('folder', 'a folder of images')
+    raise ValueError(f'data.source={spec!r}: write {kind}:{spec} to read {content}.')
   source = choose('data.source', kind, SOURCES)(argument, data_dir, image_size)
   return dataclasses.replace(source, spec=spec)
 
@@ -30,10 +33,10 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
   Returns:
     The source. If the data of a TFDS dataset is missing, `sizes` is empty. None if the folder of a
-    `folder:<path>` source is missing.
+    `folder:<path>` source or the file of a `labels:<file>` source is missing.
   """
   kind, _, name = spec.partition(':')
-  if kind == 'folder' and not (name and folder_root(name, data_dir).is_dir()):
+  if kind in ('folder', 'labels') and not (name and from_base(name, data_dir).exists()):
     return None
   if kind != 'tfds':
     return open_source(spec, data_dir, image_size)
@@ -87,19 +90,38 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
   A relative path starts at `data_dir`.
   """
   del image_size
-  root = folder_root(path, data_dir)
+  root = from_base(path, data_dir)
   if not path:
     raise ValueError("data.source: 'folder:' has no path. Write folder:<path of the images>.")
   if not root.is_dir():
     raise ValueError(f'data.source: no folder at {str(root)!r}. Write folder:<path of the images>.')
-  found = folder_lib.open_folder(root)
+  return source_of(folder_lib.open_folder(root))
+
+
+def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """Opens the images that a CSV or JSONL file lists with their labels (`labels.open_labels`).
+
+  A relative path of the file starts at `data_dir`. The paths in the file start at `data_dir` or, if
+  it is empty, at the folder of the file.
+  """
+  del image_size
+  file = from_base(path, data_dir)
+  if not path:
+    raise ValueError("data.source: 'labels:' has no path. Write labels:<a .csv or .jsonl file>.")
+  if not file.is_file():
+    raise ValueError(f'data.source: no file at {str(file)!r}. Write labels:<path of the file>.')
+  return source_of(open_labels(file, local(data_dir) if data_dir else file.parent))
+
+
+def source_of(found: folder_lib.Folder) -> Source:
+  """Returns the source of listed image files."""
   files = found.files
 
   def read(split, indices):
     top, path_N, label_N = files[split].top, files[split].path_N, files[split].label_N
     for i in indices:
       file = top / os.fsdecode(bytes(path_N[i]))
-      yield str(file), file, int(label_N[i])
+      yield str(file), file, label_N[i] if label_N.ndim == 2 else int(label_N[i])
 
   return Source(
     {name: len(part) for name, part in files.items()},
@@ -109,17 +131,19 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
     files['train'].fingerprint(),
     files,
     warnings=found.warnings,
+    multi_label=files['train'].label_N.ndim == 2,
   )
 
 
-def folder_root(path: str, data_dir: str) -> pathlib.Path:
-  """Returns the path of an image folder; a relative path starts at `data_dir`."""
+def from_base(path: str, data_dir: str) -> pathlib.Path:
+  """Returns the path of a folder or a file; a relative path starts at `data_dir`."""
   return local(data_dir) / local(path)
 
 
 SOURCES = {
   'tfds': tfds.open_tfds,
   'folder': open_images,
+  'labels': open_labelled,
   'digits': digits,
   'synthetic': synthetic,
 }

@@ -29,6 +29,7 @@ import PIL
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
+from vit_jax.data.folder import label_text
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Example, Source, as_bytes, check_label, pixels, stop_at
 from vit_jax.distributed import (
@@ -75,8 +76,8 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """All labels, int32. This is fast for a folder; for TFDS, it reads all records."""
-    return np.array([label for _, _, label in self.read_all()], np.int32)
+    """All labels, `[N]` or `[N, L]`. This is fast for a folder; for TFDS, it reads all records."""
+    return np.array([label for _, _, label in self.read_all()], self.source.label_type)
 
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
@@ -154,7 +155,7 @@ class Stream:
         if not self.skip_bad_images:
           stop_at(error)
         whole = b''
-      yield f'{label} {name}', np.frombuffer(whole, np.uint8)
+      yield f'{label_text(label)} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:
     """Yields every example in order, not decoded."""
@@ -190,12 +191,12 @@ class Stream:
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
     rows = [self.good(*row) for row in zip(self.read(index_N), index_N, draws)]
     image, label, bad = zip(*rows)
-    found = {'image': np.stack(image), 'label': np.array(label, np.int32)}
+    found = {'image': np.stack(image), 'label': np.array(label, self.source.label_type)}
     return found | ({'bad': np.array(bad, np.int32)} if self.skip_bad_images else {})
 
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
-  ) -> tuple[np.ndarray, int, int]:
+  ) -> tuple[np.ndarray, int | np.ndarray, int]:
     """Returns image and label of this or the next good example, and the number of skipped ones.
 
     Raises:

@@ -14,7 +14,8 @@ from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
 from vit_jax.evaluation.measures import coverage_curve, reliability
-from vit_jax.evaluation.scoring import summarize, training_score
+from vit_jax.evaluation.multilabel import given_labels
+from vit_jax.evaluation.scoring import quality, summarize, training_score
 from vit_jax.evaluation.teaching import with_teacher
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
   'evaluate_checkpoint',
   'fewshot',
   'find_images',
+  'given_labels',
   'load_split',
   'make_eval_step',
   'make_feature_step',
@@ -36,6 +38,7 @@ __all__ = [
   'open_data',
   'open_test',
   'probabilities',
+  'quality',
   'read_image',
   'reliability',
   'score_examples',

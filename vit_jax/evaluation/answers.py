@@ -4,6 +4,8 @@ Decisions:
   * Every process gets the logits of the whole batch. Scores are then computed with NumPy in
     float64, so they do not depend on devices, processes or micro-batches.
   * Only one batch of logits is in memory at a time, because a split of ImageNet-21k has billions.
+    If images can have several labels, all probabilities are kept, because the average precision
+    compares all images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,7 @@ from vit_jax import limits, progress
 from vit_jax.data import Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, place_params, replicated, to_host
 from vit_jax.evaluation import measures
+from vit_jax.evaluation.multilabel import Labelled, best_thresholds
 from vit_jax.experiment import Experiment
 from vit_jax.workdir import Calibration, restore_weights, save_calibration
 
@@ -36,7 +39,7 @@ class Answers:
 
   Attributes:
     index_N: index of each example in the split.
-    label_N: true classes.
+    label_N: true classes; multi-hot `[N, L]` if images can have several labels.
     logits_NL: float32 logits.
     loss_N: loss of the config, e.g. with label smoothing.
     real_NL: ReaL labels; None without them.
@@ -181,10 +184,17 @@ def score_examples(
   mesh: jax.sharding.Mesh,
   temperature: float = 1.0,
   **extra: np.ndarray,
-) -> Scores:
-  """Returns the scores of all examples of a split; the arguments are those of `answer_split`."""
-  found = answer_split(eval_step, params, examples, batch_size, mesh, **extra)
-  return Scores.joined([Scores.of(answers, temperature) for answers in found])
+) -> Scores | Labelled:
+  """Returns the scores of all examples of a split; the arguments are those of `answer_split`.
+
+  They are `Labelled` if images can have several labels.
+  """
+  parts = []
+  for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
+    several = found.label_N.ndim == 2
+    rows = found.logits_NL, found.label_N, found.loss_N
+    parts.append(Labelled.of(*rows) if several else Scores.of(found, temperature))
+  return type(parts[0]).joined(parts)
 
 
 @limits.memory_for('Evaluation')
@@ -197,6 +207,7 @@ def calibrate(
 ) -> Calibration:
   """Fits the temperature on a validation split; the arguments are those of `answer_split`.
 
+  If images can have several labels, the threshold of each class is fitted instead.
   Of a very large split, evenly spaced examples are used, at most `FITTED` logits.
   """
   logits, labels = [], []
@@ -206,6 +217,10 @@ def calibrate(
     logits.append(answers.logits_NL[chosen])
     labels.append(answers.label_N[chosen])
   logits_NL, label_N = np.concatenate(logits), np.concatenate(labels)
+  if label_N.ndim == 2:
+    rows = Labelled.of(logits_NL, label_N)
+    thresholds = tuple(best_thresholds(rows.probability_NL, label_N).tolist())
+    return Calibration(thresholds=thresholds, examples=len(label_N))
   return Calibration(measures.fit_temperature(logits_NL, label_N), examples=len(label_N))
 
 
@@ -216,7 +231,7 @@ def calibrate_run(
   workdir: pathlib.Path,
   steps: Sequence[int],
 ) -> None:
-  """Fits the temperatures of a run's checkpoints on its validation split, and keeps them.
+  """Fits the calibrations of a run's checkpoints on its validation split, and keeps them.
 
   Args:
     exp: experiment of the run.
@@ -234,16 +249,15 @@ def calibrate_run(
 
 
 def log_calibration(step: int, found: Calibration) -> None:
-  """Logs the temperature that was fitted for a checkpoint."""
-  log.info(
-    'Step %d: temperature %.4g, fitted on %d validation examples.',
-    step,
-    found.temperature,
-    found.examples,
-  )
+  """Logs what was fitted for a checkpoint."""
+  fitted = f'temperature {found.temperature:.4g}'
+  if found.thresholds:
+    low, high = min(found.thresholds), max(found.thresholds)
+    fitted = f'thresholds of the classes from {low:.4g} to {high:.4g}'
+  log.info('Step %d: %s, fitted on %d validation examples.', step, fitted, found.examples)
 
 
-def trust(scores: Scores, class_names: Sequence[str], calibration: Calibration) -> dict:
+def trust(scores: Scores | Labelled, class_names: Sequence[str], calibration: Calibration) -> dict:
   """Returns the measures that tell how far predictions can be trusted.
 
   Returns:
@@ -253,8 +267,10 @@ def trust(scores: Scores, class_names: Sequence[str], calibration: Calibration) 
     examples it was fitted on. `per_class`, the precision, recall, F1 and support of each class.
     `confusion`, `{true class: {predicted class: examples}}` without zeros. `reliability`, the rows
     of `measures.reliability`. `coverage`, the rows of `measures.coverage_curve`. Undefined values
-    are None.
+    are None. If images can have several labels, the measures are those of `Labelled.trust`.
   """
+  if isinstance(scores, Labelled):
+    return scores.trust(class_names, calibration)
   label_N, predicted_N, correct_N = scores.label_N, scores.predicted_N, scores.correct_N
   classes = measures.class_scores(label_N, predicted_N, len(class_names))
   bins = measures.reliability(scores.confidence_N, correct_N)

@@ -10,6 +10,7 @@ from vit_jax.data import (
   Split,
   check_memory,
   decide_cache,
+  multi_hot,
   open_source,
   open_split,
   report_split,
@@ -41,7 +42,12 @@ def open_data(experiment: Experiment) -> Source:
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '
       f'{source.channels}.'
     )
-  return source
+  if source.multi_label and not task.multi_label:
+    raise ValueError(
+      f'{data.source} has several labels per image, but the model was trained on images with one '
+      'label. Train a model on images with several labels.'
+    )
+  return multi_hot(source) if task.multi_label else source
 
 
 def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Source, int]:

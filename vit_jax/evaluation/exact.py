@@ -24,7 +24,6 @@ from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
 
 
-@limits.memory_for('Evaluation')
 def score_split(
   eval_step: EvalStep,
   params: dict,
@@ -35,7 +34,8 @@ def score_split(
 ) -> dict[str, float]:
   """Returns the loss, the accuracies and the number of examples of a split.
 
-  The arguments are those of `answer_split`.
+  If images can have several labels, the mean average precision and the mean F1 are added. The
+  arguments are those of `answer_split`.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
@@ -69,13 +69,13 @@ def evaluate(
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
   """Evaluates the checkpoint that a request names, and writes the result to `eval.json`.
 
-  If the checkpoint has no temperature yet, it is fitted on the validation split and kept. If the
+  If the checkpoint has no calibration yet, it is fitted on the validation split and kept. If the
   workdir cannot be written, a warning says so.
 
   Returns:
-    The step, the source and the split of the data, the loss, accuracies and number of examples from
-    `score_split`, and the measures of `trust`. `left_out` is the number of images that were not
-    scored because the weights were trained on them. The key is missing if the number is zero.
+    The step, the source and the split of the data, the values of `score_split`, and the measures of
+    `trust`. `left_out` is the number of images that were not scored because the weights were
+    trained on them. The key is missing if the number is zero.
   """
   exp, params, loaded = opening.open_model(request)
   batch_size = exp.config.eval_batch_size

@@ -110,6 +110,11 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
     ValueError: a class has no image, or the splits share examples.
   """
   config = exp.config
+  if exp.task.multi_label:
+    raise ValueError(
+      'Few-shot accuracy is defined for one label per image, but these images can have several. '
+      'Train a linear probe instead: --config=configs/linear_probe.py.'
+    )
   source, splits = data.open_data(exp), config.data
   if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
     raise ValueError(

@@ -48,7 +48,19 @@ def class_scores(
   """
   label_N, predicted_N = np.asarray(label_N), np.asarray(predicted_N)
   count = lambda classes: np.bincount(classes, minlength=num_classes)
-  right_L, given_L, support_L = map(count, (label_N[label_N == predicted_N], predicted_N, label_N))
+  return ratios(*map(count, (label_N[label_N == predicted_N], predicted_N, label_N)))
+
+
+def ratios(
+  right_L: np.ndarray, given_L: np.ndarray, support_L: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns the columns of `class_scores` from three counts of each class.
+
+  Args:
+    right_L: examples of the class to which it was given.
+    given_L: all examples to which it was given.
+    support_L: all examples of the class.
+  """
   share = lambda part_L, all_L: np.where(all_L > 0, part_L / np.maximum(all_L, 1), np.nan)
   return {
     'precision': share(right_L, given_L),

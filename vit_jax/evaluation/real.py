@@ -27,11 +27,17 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
     count: number of examples of the loaded split.
 
   Raises:
-    ValueError: the labels cannot be read, belong to other data, or bad images were skipped.
+    ValueError: the labels cannot be read, belong to other data, bad images were skipped, or the
+      model can give an image several labels.
   """
   path = exp.config.data.real_labels
   if not path:
     return {}
+  if exp.task.multi_label:
+    raise ValueError(
+      'data.real_labels expects a model of one label per image, but this model can give several. '
+      'Remove data.real_labels.'
+    )
   real_NL = load_real_labels(local(path), source, split)
   if len(real_NL) != count:
     raise ValueError(

@@ -62,8 +62,12 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   test = Missing('weights without a run have no test data.')
   test = test if init else load_test(exp, request.overrides)
   there = not isinstance(test, Missing)
-  scores = answers(exp, on_device, test, mesh) if there else test
-  nearest = near_mistakes(exp, on_device, test, scores, mesh) if there else test
+  scores = nearest = test
+  if there and exp.task.multi_label:
+    scores = nearest = Missing('it needs images with one label each, but these can have several.')
+  elif there:
+    scores = answers(exp, on_device, test, mesh)
+    nearest = near_mistakes(exp, on_device, test, scores, mesh)
   if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test, loaded)
   chosen = choose_images(test, exp) if chosen is None else chosen
@@ -131,7 +135,8 @@ def batches(
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
   """Returns test images spread evenly over the classes, starting with the images to draw."""
   classes = len(exp.task.class_names)
-  shown, measured = (maps.spread_over_classes(test.label_N, classes, n) for n in (SHOWN, MEASURED))
+  label_N = test.label_N.argmax(axis=1) if exp.task.multi_label else test.label_N  # the first label
+  shown, measured = (maps.spread_over_classes(label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
   # The figures of patches and heads show only the first image, so it should have a high contrast.
   shown = shown[np.argsort(-contrast, kind='stable')]

@@ -47,7 +47,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
     'accuracy': accuracy_text(loaded, result),
-    **temperature(entry, loaded),
+    **calibration(entry, loaded),
     'license': 'not chosen yet',
   }
   rows = '\n'.join(f'| {name} | {value} |' for name, value in about.items())
@@ -163,11 +163,18 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
     return 'unknown'
 
 
-def temperature(entry: Format, loaded: Pretrained) -> dict[str, str]:
-  """Returns the row about the temperature; empty if none was fitted."""
+def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
+  """Returns the row about the temperature or the thresholds; empty if none was fitted."""
   found = Calibration.load(loaded.run)
   if not found.examples:
     return {}
+  if found.thresholds:
+    shown = ', '.join(f'{value:.3g}' for value in found.thresholds[:SHOWN])
+    rest = ', ...' if len(found.thresholds) > SHOWN else ''
+    return {
+      'thresholds': f'{shown}{rest}, in the order of the classes, fitted on {found.examples:,} '
+      'validation images; an image has a class if the sigmoid of its logit reaches the threshold'
+    }
   use = 'divide the logits by it before softmax to get calibrated probabilities'
   if entry.is_program:
     use = 'already applied: the softmax of the output gives calibrated probabilities'

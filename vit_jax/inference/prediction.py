@@ -11,30 +11,32 @@ import numpy as np
 
 from vit_jax import opening, progress
 from vit_jax.distributed import start_up
-from vit_jax.evaluation import PathLike, find_images, map_files, probabilities
+from vit_jax.evaluation import PathLike, find_images, given_labels, map_files, probabilities
 from vit_jax.names import check_positive, choose, local, one_line
 from vit_jax.opening import Request
 
+TOPK = 5  # number of classes per image, unless an image can have several labels
 KINDS = ('pooled', 'tokens')  # kinds of features
 
 
 def predict(
   workdir: str | pathlib.Path | None,
   images: PathLike | Iterable[PathLike],
-  topk: int = 5,
+  topk: int | None = None,
   *,
   init: str = '',
   step: str = '',
   overrides: Mapping[str, str] | None = None,
 ) -> Iterator[dict]:
-  """Predicts the `topk` classes of each image file, in the given order.
+  """Predicts the classes of each image file, in the given order.
 
       for row in vit_jax.predict('runs/digits', ['cat.png', 'photos/']): print(row)
 
   Args:
     workdir: folder of a training run; None with `init`.
     images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
-    topk: number of classes per image.
+    topk: number of classes per image, the most likely first. None: five or, if an image can have
+      several labels, every label at or above its threshold.
     init: published weights instead of a workdir, anything that `vit_jax.load` reads.
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the
       checkpoint with the best validation accuracy, or the last if no accuracy was measured.
@@ -53,18 +55,20 @@ def predict(
 
 
 def predict_files(
-  request: Request, paths: PathLike | Iterable[PathLike], topk: int
+  request: Request, paths: PathLike | Iterable[PathLike], topk: int | None
 ) -> Iterator[dict]:
-  """Yields the `topk` classes of each file, or an error message, in the given order.
+  """Yields the classes of each file, or an error message, in the given order.
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}` with the most likely
-    class first, or `{'file': ..., 'error': ...}` if the file cannot be read.
+    class first, or `{'file': ..., 'error': ...}` if the file cannot be read. The list can be empty
+    only if an image can have several labels.
 
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
-  check_positive('topk', topk)
+  if topk is not None:
+    check_positive('topk', topk)
   files = find_images(paths)
   exp, params, _ = opening.open_model(request)
   names = exp.task.class_names
@@ -75,7 +79,10 @@ def predict_files(
     if isinstance(row, str):
       yield {'file': str(file), 'error': row}
       continue
-    best = np.argsort(-row, kind='stable')[:topk]
+    if exp.task.multi_label and topk is None:
+      best = given_labels(row, exp.calibration.thresholds)
+    else:
+      best = np.argsort(-row, kind='stable')[: topk or TOPK]
     found = [{'class': names[i], 'probability': float(row[i])} for i in best]
     yield {'file': str(file), 'predictions': found}
 
@@ -141,12 +148,14 @@ def stack(
 
 
 def as_table(found: Iterable[dict]) -> None:
-  """Prints each file's name, and its classes below it."""
+  """Prints each file's name, and its classes below it, or that it has none."""
   for row in found:
     if 'predictions' in row:
       print(one_line(row['file']))
       for guess in row['predictions']:
         print(f'  {guess["probability"]:7.2%}  {one_line(guess["class"])}', flush=True)
+      if not row['predictions']:
+        print('           no label', flush=True)
 
 
 def as_json(found: Iterable[dict]) -> None:
@@ -156,13 +165,18 @@ def as_json(found: Iterable[dict]) -> None:
 
 
 def as_csv(found: Iterable[dict]) -> None:
-  """Prints one CSV line per file and class, with the most likely class of a file first."""
+  """Prints one CSV line per file and class, with the most likely class of a file first.
+
+  A file without a label has one line, in which the other columns are empty.
+  """
   lines = csv.writer(sys.stdout, lineterminator='\n')
   for i, row in enumerate(found):
     if not i:  # print no header if opening the model fails
       lines.writerow(('file', 'rank', 'class', 'probability'))
     for rank, guess in enumerate(row.get('predictions', ()), start=1):
       lines.writerow((row['file'], rank, guess['class'], guess['probability']))
+    if row.get('predictions') == []:
+      lines.writerow((row['file'], '', '', ''))
 
 
 FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}

@@ -8,7 +8,7 @@ from vit_jax import config as config_lib
 from vit_jax import inherit, opening
 from vit_jax.check import check
 from vit_jax.data import Source, look_up_source, num_examples
-from vit_jax.experiment import Experiment, Task, assemble
+from vit_jax.experiment import Experiment, assemble_for
 from vit_jax.inference.cost import Summary, measure
 from vit_jax.opening import Request
 from vit_jax.sizing import choose_open, image_size
@@ -63,8 +63,7 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
     examples = num_examples(source.pieces(config.data.train_split))
   if config.init:
     config, *_ = inherit.open_init(config, source)
-  task = Task.of_whole_images(config, source.class_names, source.channels)
-  exp = assemble(config, task)
+  exp = assemble_for(config, source)
   if not notes:  # the classes are known
     exp = dataclasses.replace(exp, teacher=inherit.open_teacher(config, source)[0])
   return exp, examples, notes

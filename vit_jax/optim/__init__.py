@@ -1,8 +1,9 @@
 """Losses, optimizers, schedules, and the training plan of a run."""
 
+from vit_jax.optim.class_weights import check_weights, parse_weights, training_weights, weighted
 from vit_jax.optim.classifiers import CLASSIFIERS, L2
 from vit_jax.optim.distill import DISTILLATIONS, Teacher, split_head
-from vit_jax.optim.losses import LOSSES
+from vit_jax.optim.losses import LOSSES, choose_loss
 from vit_jax.optim.optimizers import (
   FREEZE,
   MOMENT_DTYPES,
@@ -37,12 +38,17 @@ __all__ = [
   'Teacher',
   'Training',
   'announce',
+  'check_weights',
+  'choose_loss',
   'image_stages',
   'num_steps',
+  'parse_weights',
   'plan_training',
   'split_frozen',
   'split_head',
   'training_recipe',
+  'training_weights',
   'warmup_epochs',
   'warmup_steps',
+  'weighted',
 ]

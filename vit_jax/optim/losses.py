@@ -4,11 +4,19 @@ Each config key `loss.<name>` is passed to a loss as the argument `<name>` if th
 argument of this name. A loss with `**kwargs` gets all keys. Other packages can add an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
+
+A loss for images with several labels has the argument `positive_L`: a factor for the positive
+labels of each class, or None. Its labels may be integers `[B]` or multi-hot `[B, L]`.
 """
+
+from collections.abc import Callable
+import inspect
 
 import jax
 import jax.numpy as jnp
 import optax
+
+Loss = Callable[..., jax.Array]
 
 
 def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
@@ -23,13 +31,46 @@ def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0
   return optax.softmax_cross_entropy(logits_BL.astype(jnp.float32), target_BL)
 
 
-def sigmoid(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+def sigmoid(
+  logits_BL: jax.Array,
+  label_B: jax.Array,
+  label_smoothing: float = 0.0,
+  positive_L: jax.Array | None = None,
+) -> jax.Array:
   """Returns the sum of one binary cross-entropy per class (Beyer et al. 2020, 2006.07159).
 
-  Label smoothing gives the same target as in `softmax`.
+  With label smoothing s, the target of an image with k labels is `1 - s + s k / L` for its labels
+  and `s k / L` for other classes. For k = 1, this is the target in `softmax`.
   """
-  target_BL = optax.smooth_labels(jax.nn.one_hot(label_B, logits_BL.shape[-1]), label_smoothing)
-  return optax.sigmoid_binary_cross_entropy(logits_BL.astype(jnp.float32), target_BL).sum(-1)
+  logits_BL = logits_BL.astype(jnp.float32)
+  if label_B.ndim == 1:
+    label_B = jax.nn.one_hot(label_B, logits_BL.shape[-1])
+  target_BL = label_B.astype(jnp.float32)
+  share_B1 = target_BL.mean(axis=-1, keepdims=True)
+  target_BL = (1 - label_smoothing) * target_BL + label_smoothing * share_B1
+  if positive_L is None:
+    return optax.sigmoid_binary_cross_entropy(logits_BL, target_BL).sum(-1)
+  positive_BL = positive_L * target_BL * jax.nn.log_sigmoid(logits_BL)
+  return -(positive_BL + (1 - target_BL) * jax.nn.log_sigmoid(-logits_BL)).sum(-1)
 
 
-LOSSES = {'softmax': softmax, 'sigmoid': sigmoid}
+LOSSES: dict[str, Loss] = {'softmax': softmax, 'sigmoid': sigmoid}
+
+
+def choose_loss(name: str, several: bool) -> Loss:
+  """Returns an entry of `LOSSES`.
+
+  Args:
+    name: name of the entry.
+    several: whether images can have several labels.
+
+  Raises:
+    ValueError: images can have several labels, but the loss expects one.
+  """
+  able = [key for key, loss in LOSSES.items() if 'positive_L' in inspect.signature(loss).parameters]
+  if several and name not in able:
+    raise ValueError(
+      f'loss.name={name} expects one label per image, but these images can have several. Set '
+      f'loss.name to {" or ".join(able)}.'
+    )
+  return LOSSES[name]

@@ -5,6 +5,7 @@ Decisions:
   * A checkpoint is saved only after the loss of its step was read and is finite.
 """
 
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ from vit_jax.distributed import (
   from_first,
   size_on_device,
 )
-from vit_jax.evaluation import make_eval_step, score_split
+from vit_jax.evaluation import make_eval_step, quality, score_split
 from vit_jax.experiment import Experiment, division
 from vit_jax.optim import LATER_PEAK, Training, warmup_steps
 from vit_jax.training.compiling import Compiled, compile_step
@@ -33,6 +34,9 @@ from vit_jax.training.state import TrainState, start_state
 from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
+
+# Scores of an evaluation, with their names in messages; the second is only for several labels.
+SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
 
 
 @dataclasses.dataclass
@@ -162,7 +166,7 @@ class Run:
     """Evaluates the checkpoint from which the run resumes, and writes and returns the scores."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
-    self.checkpoints.rate(start, scores.get('val', {}).get('accuracy'))
+    self.checkpoints.rate(start, quality(scores['val']) if 'val' in scores else None)
     return scores
 
   def size_of(self, step: int) -> tuple[int, int]:
@@ -199,11 +203,14 @@ class Run:
       values = self.score(train_state.eval_params, examples)
       if train_state.ema is not None:  # for comparison, also the raw weights
         raw = self.score(train_state.params, examples)
-        values |= {f'raw_{name}': raw[name] for name in ('loss', 'accuracy')}
+        values |= {f'raw_{name}': raw[name] for name in ('loss', *SCORES) if name in raw}
       self.records.write(step, split, **values)
+      shown = ', '.join(
+        f'{text} {values[name]:.2%}' for name, text in SCORES.items() if name in values
+      )
       log.info(
-          'Step %d: %s accuracy %.2f%%, loss %.4f on %d examples.',
-          step, split, 100 * values['accuracy'], values['loss'], values['examples'],
+        'Step %d: %s %s, loss %.4f on %d examples.',
+        step, split, shown, values['loss'], values['examples'],
       )  # fmt: skip
       scores[split] = values
     return scores
@@ -213,18 +220,18 @@ class Run:
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """Saves a checkpoint, with the validation accuracy if there is one; never the test accuracy."""
+    """Saves a checkpoint, with its quality on validation if it was measured; never on test."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'seconds': time.perf_counter() - self.began,
     }
-    self.checkpoints.save(train_state, saved, scores.get('val', {}).get('accuracy'))
+    self.checkpoints.save(train_state, saved, quality(scores['val']) if 'val' in scores else None)
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
     """Writes `result.json` after the last checkpoint is on disk, and returns its content."""
     self.checkpoints.wait()
     result = {
-      'test_accuracy': scores['test']['accuracy'],
+      **named('test', scores['test']),
       'test_loss': scores['test']['loss'],
       'examples': scores['test']['examples'],
       'steps': int(train_state.step),
@@ -233,7 +240,7 @@ class Run:
       'config': self.exp.saved()['config'],
     } | self.notes
     if 'val' in scores:
-      result['val_accuracy'] = scores['val']['accuracy']
+      result |= named('val', scores['val'])
       result |= from_first(lambda: self.last_and_best(result['steps']))
     self.records.result(result)
     return result
@@ -242,8 +249,14 @@ class Run:
     """Returns step and accuracies of the last checkpoint, and of the best by validation."""
 
     def accuracies(step):
-      splits = {'val_accuracy': 'val', 'test_accuracy': 'test'}
-      found = {name: self.records.find(step, split) for name, split in splits.items()}
-      return {'step': step} | {name: line.get('accuracy') for name, line in found.items()}
+      found = {split: self.records.find(step, split) for split in ('val', 'test')}
+      return {'step': step} | named('val', found['val']) | named('test', found['test'])
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
+
+
+def named(split: str, values: Mapping[str, float]) -> dict[str, float | None]:
+  """Returns `{'test_accuracy': ...}` for the `SCORES` of a split; the accuracy may be None."""
+  return {f'{split}_accuracy': values.get('accuracy')} | {
+    f'{split}_{name}': values[name] for name in SCORES if name in values
+  }

@@ -123,7 +123,7 @@ def sweep(
 
   Returns:
     `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
-    if training diverged.
+    if training diverged. With several labels per image, it is the mean average precision.
 
   Raises:
     FloatingPointError: training diverged at all rates.
@@ -199,7 +199,7 @@ def score_rate(
       result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed. Keeping the backbone of each rate would fill the disk.
   from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
-  return result['val_accuracy']
+  return result.get('val_mean_average_precision', result['val_accuracy'])
 
 
 def measured_on(exp: Experiment, training: Training) -> dict[str, str]:

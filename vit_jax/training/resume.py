@@ -6,15 +6,17 @@ import re
 import sys
 
 from ml_collections import ConfigDict
+import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import storage
 from vit_jax.check import check
 from vit_jax.data import Split, save_png
 from vit_jax.distributed import check_same, from_first, is_first
-from vit_jax.experiment import Experiment, Task
+from vit_jax.experiment import Experiment
 from vit_jax.optim import num_steps
 from vit_jax.workdir import (
+  Task,
   latest_step,
   newest_config,
   read_json,
@@ -218,6 +220,8 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
-    name = exp.task.class_names[label].encode(known, 'replace').decode(known)
+    labels = np.flatnonzero(label) if exp.task.multi_label else [label]
+    name = ' '.join(exp.task.class_names[i] for i in labels)[:100] or 'no label'
+    name = name.encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)
     save_png(image_HWC, folder / f'{i}_{name}.png')

@@ -20,7 +20,7 @@ from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
 from vit_jax.model import POOLS
-from vit_jax.optim import Training, split_head
+from vit_jax.optim import Training, split_head, weighted
 from vit_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
@@ -50,9 +50,10 @@ def loss_fn(
     image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
   batch = batch | {'image': image_BHWC}
   logits_BL, taught_BL = heads(exp, trained | frozen, batch, dropout_key)
-  loss_B = exp.loss(logits_BL, label_B)
+  loss = weighted(exp.loss, exp.weight_L)
+  loss_B = loss(logits_BL, label_B)
   if exp.mixes:
-    loss_B = own_B * loss_B + (1 - own_B) * exp.loss(logits_BL, partner(label_B))
+    loss_B = own_B * loss_B + (1 - own_B) * loss(logits_BL, partner(label_B))
   if exp.teacher:
     loss_B = exp.teacher.loss(loss_B, taught_BL, exp.teacher.logits(frozen, batch))
     logits_BL = (logits_BL + taught_BL) / 2

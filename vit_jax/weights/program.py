@@ -8,7 +8,8 @@ pooled features if the model has no head.
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
-    probability that `predict` prints.
+    probability that `predict` prints. If images can have several labels, it is the sigmoid of the
+    logits, and `model.json` has the thresholds.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * `backend.portable` makes the program independent of the machine that writes it.
@@ -164,7 +165,10 @@ def output_name(model: ViT) -> str:
 def output_of(model: ViT, shape: tuple, calibration: Calibration) -> dict[str, object]:
   """Returns what `model.json` says about the output; the program has applied the temperature."""
   about = {'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
-  return about if model.num_classes is None else about | {'temperature': calibration.temperature}
+  if model.num_classes is None:
+    return about
+  thresholds = {'thresholds': calibration.thresholds} if calibration.thresholds else {}
+  return about | {'temperature': calibration.temperature} | thresholds
 
 
 def write_about(

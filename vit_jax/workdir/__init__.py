@@ -1,5 +1,6 @@
 """Reads and writes the files that a run keeps on disk."""
 
+from vit_jax.workdir.audit import report_mistakes
 from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
@@ -13,6 +14,7 @@ from vit_jax.workdir.stored import (
   saved_steps,
   set_aside_damaged,
 )
+from vit_jax.workdir.task import Task
 from vit_jax.workdir.trained import (
   TrainingFiles,
   check_untrained,
@@ -27,6 +29,7 @@ __all__ = [
   'Calibration',
   'Checkpoints',
   'Silent',
+  'Task',
   'TrainingFiles',
   'Writer',
   'check_untrained',
@@ -41,6 +44,7 @@ __all__ = [
   'newest_config',
   'read_json',
   'read_metrics',
+  'report_mistakes',
   'restore_item',
   'restore_weights',
   'save_calibration',

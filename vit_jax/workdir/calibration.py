@@ -48,8 +48,7 @@ def find_calibration(workdir: pathlib.Path, step: int) -> dict | None:
   known = {field.name for field in dataclasses.fields(Calibration)}
   if not isinstance(fields, dict) or not fields.keys() <= known or not valid(fields):
     log.warning(
-      '%s: the entry of step %d is damaged and not used. Run --mode=eval to fit the temperature '
-      'again.',
+      '%s: the entry of step %d is damaged and not used. Run --mode=eval to fit it again.',
       workdir / NAME,
       step,
     )
@@ -58,9 +57,11 @@ def find_calibration(workdir: pathlib.Path, step: int) -> dict | None:
 
 
 def valid(fields: dict) -> bool:
-  """Returns whether the temperature is a positive number."""
-  value = fields.get('temperature')
-  return type(value) in (int, float) and math.isfinite(value) and value > 0
+  """Returns whether the temperature is a positive number, and thresholds are numbers."""
+  number = lambda value: type(value) in (int, float) and math.isfinite(value)
+  value, thresholds = fields.get('temperature'), fields.get('thresholds')
+  right = thresholds is None or (isinstance(thresholds, list) and all(map(number, thresholds)))
+  return right and number(value) and value > 0
 
 
 def save_calibration(workdir: pathlib.Path, step: int, calibration: Calibration) -> None:

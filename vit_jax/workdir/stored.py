@@ -128,10 +128,16 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   """Returns {step: validation accuracy} for the checkpoints that have one.
 
+  If images can have several labels, it is the mean average precision instead of the accuracy.
   For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
   """
   lines = writer.read_metrics(workdir)
-  recorded = {line['step']: line.get('accuracy') for line in lines if line['split'] == 'val'}
+  keys = ('mean_average_precision', 'accuracy')
+  recorded = {
+    line['step']: next((line[key] for key in keys if key in line), None)
+    for line in lines
+    if line['split'] == 'val'
+  }
   found = {}
   for step in saved_steps(workdir):
     with contextlib.suppress(items.Damaged):
@@ -205,8 +211,10 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
     return [(n, 'the last checkpoint') for n in found]
   if step in ('best', ''):
     scores = ranked(accuracies(workdir))
+    several = scores and read_item(workdir, scores[0][0], 'config')['task'].get('multi_label')
+    measure = 'mean average precision' if several else 'accuracy'
     best = [
-      (n, f'validation accuracy {a:.2%}, the best of {len(scores)} checkpoint(s)')
+      (n, f'validation {measure} {a:.2%}, the best of {len(scores)} checkpoint(s)')
       for n, a in scores
     ]
     if step == 'best' and not best:

@@ -1,0 +1,92 @@
+"""Checks the warnings about a data set before training."""
+
+import logging
+
+import numpy as np
+from PIL import Image
+
+from vit_jax.data import sources
+from vit_jax.workdir import audit
+
+
+def make(root, counts):
+  """Makes `counts[folder]` different PNG files in each folder."""
+  draw = np.random.RandomState(0)
+  for folder, count in counts.items():
+    (root / folder).mkdir(parents=True)
+    for i in range(count):
+      pixels = draw.randint(0, 256, (4, 4, 3)).astype(np.uint8)
+      Image.fromarray(pixels).save(root / folder / f'{folder.replace("/", "_")}{i}.png')
+
+
+def found(root, splits=('train', 'test'), streamed=False):
+  source = sources.open_source(f'folder:{root}', '', (4, 4))
+  return list(audit.audit(source, splits, streamed))
+
+
+COUNTS = {'train/cat': 12, 'train/dog': 3, 'train/ant': 9, 'test/cat': 3, 'test/dog': 3}
+
+
+def test_small_classes_are_named_with_their_size(tmp_path):
+  make(tmp_path, COUNTS)
+  (warning,) = found(tmp_path)
+  assert warning == 'train: 2 of 3 classes have fewer than 10 images: dog 3, ant 9.'
+
+
+def test_only_the_used_part_of_a_split_counts(tmp_path):
+  make(tmp_path, {'train/cat': 40, 'train/dog': 40, 'test/cat': 1, 'test/dog': 1})
+  assert not found(tmp_path)
+  assert 'train[:15%]: 2 of 2 classes' in found(tmp_path, ('train[:15%]', 'test'))[0]
+
+
+def test_copies_across_splits_are_named(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3, 'val/dog': 4})
+  (tmp_path / 'val/cat').mkdir()
+  original = tmp_path / 'train/cat/train_cat3.png'
+  for copy in ('test/dog/other.png', 'val/cat/more.png'):
+    (tmp_path / copy).write_bytes(original.read_bytes())
+  (tmp_path / 'train/dog/inside.png').write_bytes(original.read_bytes())
+  train_test, train_val, test_val = found(tmp_path, ('train', 'test', 'val'))
+  assert train_test.startswith('1 images of test are exact copies of images of train:')
+  assert f'{tmp_path}/test/dog/other.png = ' in train_test
+  assert 'of val are exact copies of images of train' in train_val
+  assert 'of val are exact copies of images of test' in test_val
+
+
+def test_unreadable_files_are_counted_and_named_if_images_are_streamed(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  (tmp_path / 'train/dog/empty.png').touch()
+  (tmp_path / 'test/cat/text.jpg').write_text('not an image')
+  assert not found(tmp_path)
+  (warning,) = found(tmp_path, streamed=True)
+  assert warning.startswith('2 of 32 files are not readable images: ')
+  assert 'dog/empty.png' in warning and 'cat/text.jpg' in warning and 'skip_bad_images' in warning
+
+
+def test_expensive_searches_are_skipped_and_reported(tmp_path, monkeypatch):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  (tmp_path / 'test/dog/other.png').write_bytes(
+    (tmp_path / 'train/cat/train_cat3.png').read_bytes()
+  )
+  with monkeypatch.context() as patched:
+    patched.setattr(audit, 'MOST_BYTES', 10)
+    assert 'copies across splits were not searched' in found(tmp_path)[0]
+  monkeypatch.setattr(audit, 'MOST_FILES', 10)
+  assert 'more than 10 files, so copies across splits were not searched' in found(tmp_path)[0]
+
+
+def test_a_missing_file_is_left_to_the_decoder(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  (tmp_path / 'test/dog/gone.png').symlink_to(tmp_path / 'nowhere.png')
+  assert not found(tmp_path)
+
+
+def test_sources_without_files_have_no_warnings(tmp_path, caplog):
+  with caplog.at_level(logging.WARNING):
+    audit.report_mistakes(sources.open_source('digits', '', (8, 8)), ('train', 'test'), True)
+    assert not caplog.records
+    make(tmp_path, COUNTS)
+    audit.report_mistakes(
+      sources.open_source(f'folder:{tmp_path}', '', (4, 4)), ('train', 'test'), False
+    )
+  assert 'dog 3, ant 9' in caplog.text

@@ -1,0 +1,204 @@
+"""Reads the labels of images from a CSV or JSONL file, for the source `labels:<file>`.
+
+Decisions:
+  * The file has several labels per image (multi-label) if any of its rows has more than one label.
+    Labels are then rows of 0 and 1, and an image without a label belongs to no class. In a file
+    with one label per image, a missing label is a mistake.
+  * An image is identified by a hash of its path, as in `folder.py`. Leading folders that are named
+    like a split or a class do not count. So a list of the images in class folders holds out the
+    same images as `folder:`. Neither is tested on the training images of the other.
+  * Mistakes are errors with the line of the file. Only repeated equal rows are tolerated.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+import os
+import pathlib
+import unicodedata
+
+import numpy as np
+
+from vit_jax import progress
+from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, hash_name, without
+from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
+from vit_jax.names import abridged
+
+
+def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
+  """Reads the classes and the images of each split from a file with labels.
+
+  Without the column `split`, the images with a `position` below `HELD_OUT` become the split `test`.
+  With the column, the first of `TEST_NAMES` that occurs becomes the split `test`.
+
+  Args:
+    file: a `.csv` or `.jsonl` file with the columns `path`, `label` and optionally `split`.
+    top: folder at which relative paths start.
+
+  Returns:
+    The classes, sorted by name, and the files. `label_N` is `[N, L]` if an image can have several
+    labels.
+
+  Raises:
+    ValueError: the file cannot be read, or has a mistake; the message names the line.
+  """
+  rows, warnings = merged(file, read_rows(file))
+  paths = locate(file, top, rows)
+  class_names = tuple(sorted({label for row in rows for label in row.labels}))
+  if len(class_names) < 2:
+    raise ValueError(
+      f'{file}: found {len(class_names)} class(es) ({", ".join(class_names) or "none"}) in column '
+      "'label', expected at least two. Give images without the class a class of their own."
+    )
+  label_N = as_array(file, rows, class_names)
+  kept = {name.casefold() for name in (*SPLITS, *class_names)}
+  hash_N = np.array([hash_name(identity(row.path, top, kept)) for row in rows], np.uint64)
+  path_N = np.array([os.fsencode(path) for path in paths], np.bytes_)
+  order = np.lexsort((path_N, hash_N))
+  listed = Files(top, path_N[order], label_N[order], hash_N[order])
+  split_N = np.array([row.split for row in rows])[order]
+  files = by_column(file, listed, split_N, warnings)
+  check_splits(file, class_names, files)
+  if absent := without(class_names, files['test']):
+    warnings.append(
+      f'{file}: no test images for class {abridged(absent)}. The test does not cover every class.'
+    )
+  return Folder(class_names, files, tuple(warnings))
+
+
+def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ...]) -> np.ndarray:
+  """Returns the classes: int32 `[N]`, or uint8 `[N, L]` with a 1 for each label of an image."""
+  number = {name: i for i, name in enumerate(class_names)}
+  if any(len(row.labels) > 1 for row in rows):
+    label_NL = np.zeros((len(rows), len(class_names)), np.uint8)
+    for label_L, row in zip(label_NL, rows):
+      label_L[[number[label] for label in row.labels]] = 1
+    return label_NL
+  for row in rows:
+    if not row.labels:
+      refuse(
+        file,
+        row.line,
+        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. Only "
+        'in a file in which some image has several labels, an image may have none.',
+      )
+  return np.array([number[row.labels[0]] for row in rows], np.int32)
+
+
+def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
+  """Returns a path below `top` without leading folders whose names are in `kept`."""
+  inside = pathlib.PurePath(path)
+  if inside.is_relative_to(top):  # an absolute path
+    inside = inside.relative_to(top)
+  *folders, name = inside.parts
+  while folders and folders[0].casefold() in kept:
+    del folders[0]
+  return '/'.join([*folders, name])
+
+
+def by_column(
+  file: pathlib.Path, listed: Files, split_N: np.ndarray, warnings: list[str]
+) -> dict[str, Files]:
+  """Divides the files by the column `split`, and adds a warning about a renamed split.
+
+  Without held-out files in this column, the positions divide them, as in `folder.open_folder`.
+  """
+  arrays = listed.path_N, listed.label_N, listed.hash_N
+  found = {name: Files(listed.top, *(a[split_N == name] for a in arrays)) for name in SPLITS}
+  held_out = [name for name in TEST_NAMES if len(found[name])]
+  if not held_out:
+    return {'train': listed.within(HELD_OUT, 1.0), 'test': listed.within(0.0, HELD_OUT)}
+  if not len(found['train']):
+    raise ValueError(f"{file}: column 'split' has no 'train'. Write train for training images.")
+  if held_out[0] != 'test':
+    warnings.append(f"{file}: the images of split {held_out[0]!r} are the split 'test'.")
+  names = {'test': held_out[0]} | {name: name for name in held_out[1:]}
+  return {'train': found['train']} | {name: found[own] for name, own in names.items()}
+
+
+def check_splits(
+  file: pathlib.Path, class_names: tuple[str, ...], files: Mapping[str, Files]
+) -> None:
+  """Raises ValueError if a class has no training image, or if the test split is empty."""
+  absent, reason = without(class_names, files['train']), ''
+  if files['train'].span != (0.0, 1.0):
+    reason = (
+      f' A hash of the path holds out about {HELD_OUT:.0%} of the images for testing. Add a column '
+      "'split' with train and test to choose them."
+    )
+  if absent:
+    raise ValueError(
+      f'{file}: no training images for class {abridged(absent)}. Add images, or remove the '
+      f'class.{reason}'
+    )
+  if not len(files['test']):
+    raise ValueError(f'{file}: no test images. Add images.{reason}')
+
+
+def merged(file: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+  """Returns each image once, and a warning if rows are repeated.
+
+  Raises:
+    ValueError: two rows have the same path, but different labels or splits.
+  """
+  known, repeated = {}, []
+  for row in rows:
+    first = known.setdefault(row.path, row)
+    if first is row:
+      continue
+    for column, ours, theirs in (
+      ('label', set(first.labels), set(row.labels)),
+      ('split', {first.split}, {row.split}),
+    ):
+      if ours != theirs:
+        texts = (SEPARATOR.join(sorted(names)) for names in (ours, theirs))
+        before, now = (repr(text) for text in texts)
+        refuse(
+          file,
+          row.line,
+          f'{row.path!r} has {column} {now}, but line {first.line} gives {before}. List each image '
+          f'once; join several labels of an image with {SEPARATOR!r}.',
+        )
+    repeated.append(f'{row.path} (line {row.line})')
+  if not repeated:
+    return list(rows), []
+  return list(known.values()), [
+    f'{file}: {len(repeated):,} repeated rows count once: {abridged(repeated)}.'
+  ]
+
+
+def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
+  """Returns the path of each image, relative to `top` or absolute, as the disk spells it.
+
+  A letter such as an umlaut can be written in two Unicode forms. If the file uses a different form
+  than the disk, the disk's form is returned.
+
+  Raises:
+    ValueError: an image does not exist.
+  """
+
+  @functools.cache  # listing a folder is faster than looking for each of its files
+  def names_in(folder: str) -> set[str]:
+    try:
+      return set(os.listdir(folder))
+    except OSError:
+      return set()
+
+  def spelled(path: str) -> str | None:
+    for form in (None, 'NFC', 'NFD'):
+      text = unicodedata.normalize(form, path) if form else path
+      folder, name = os.path.split(os.path.join(top, text))
+      if name in names_in(folder):
+        return text
+    return None
+
+  with progress.announced(f'Looking for the images of {file} ...'):
+    found = [spelled(row.path) for row in rows]
+  missing = [f'{row.path} (line {row.line})' for row, path in zip(rows, found) if path is None]
+  if missing:
+    slashes = " Write '/' instead of '\\'." if '\\' in missing[0] else ''
+    raise ValueError(
+      f'{file}: {len(missing):,} of {len(rows):,} images do not exist: {abridged(missing)}. '
+      f"Relative paths start at {top}.{slashes} Correct the column 'path', or set "
+      'data.dir to the folder at which the paths start.'
+    )
+  return found

@@ -1,0 +1,170 @@
+"""Scores for images with several labels: average precision, F1 and thresholds of each class.
+
+Decisions:
+  * Average precision is the sum over all thresholds of the precision times the increase in recall,
+    without interpolation, as `average_precision_score` in scikit-learn. Images with equal scores
+    share a threshold.
+  * Means over the classes skip classes without a positive image, because their average precision
+    and recall are not defined.
+  * A label is given to an image if its probability is at or above the threshold of the class.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+
+import numpy as np
+
+from vit_jax.evaluation import measures
+from vit_jax.workdir import Calibration
+
+THRESHOLD = 0.5  # used if no threshold was chosen
+
+
+def cumulative(
+  score_N: np.ndarray, label_N: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns each distinct score in decreasing order, and what a threshold at this score gives.
+
+  Returns:
+    score_T: the distinct scores.
+    found_T: number of positive images at or above the threshold.
+    given_T: number of all images at or above the threshold.
+  """
+  order = np.argsort(-score_N, kind='stable')
+  score_N, hit_N = score_N[order], label_N[order].astype(np.int64)
+  last_T = np.append(np.flatnonzero(np.diff(score_N)), len(score_N) - 1)
+  return score_N[last_T], np.cumsum(hit_N)[last_T], last_T + 1
+
+
+def average_precision(score_NL: np.ndarray, label_NL: np.ndarray) -> np.ndarray:
+  """Returns the average precision of each class, `[L]`; NaN for a class without positive images.
+
+  Args:
+    score_NL: scores such as logits or probabilities; only their order within a class counts.
+    label_NL: 1 for each label of an image, else 0.
+  """
+  found_L = []
+  for score_N, label_N in zip(score_NL.T, label_NL.T):
+    _, found_T, given_T = cumulative(score_N, label_N)
+    gain_T = np.diff(found_T, prepend=0)
+    found_L.append((gain_T * found_T / given_T).sum() / found_T[-1] if found_T[-1] else np.nan)
+  return np.array(found_L)
+
+
+def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndarray:
+  """Returns for each class the threshold with the highest F1 on these images, `[L]`.
+
+  A threshold lies halfway between two probabilities that occur, so that rounding errors do not
+  change a decision. Of equal F1 scores, the highest threshold is chosen. A class without positive
+  images gets `THRESHOLD`. Choose thresholds on validation images, never on test images.
+  """
+  threshold_L = []
+  for probability_N, label_N in zip(probability_NL.T.astype(np.float64), label_NL.T):
+    probability_T, found_T, given_T = cumulative(probability_N, label_N)
+    best = np.argmax(2 * found_T / (given_T + found_T[-1]))
+    below = np.append(probability_T, 0.0)[best + 1]
+    middle = (probability_T[best] + below) / 2
+    threshold_L.append(middle if found_T[-1] else THRESHOLD)
+  return np.array(threshold_L)
+
+
+def given_labels(
+  probability_L: np.ndarray, threshold_L: Sequence[float] | None = None
+) -> np.ndarray:
+  """Returns the classes at or above their thresholds, the most likely class first: indices.
+
+  Without thresholds, each class has `THRESHOLD`.
+  """
+  order = np.argsort(-probability_L, kind='stable')
+  return order[(probability_L >= chosen(threshold_L, len(order)))[order]]
+
+
+def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
+  """Returns the thresholds as an array; `THRESHOLD` for each class if there are none."""
+  return np.full(classes, THRESHOLD) if threshold_L is None else np.asarray(threshold_L)
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """The scores of examples that can have several labels, one row per example.
+
+  Attributes:
+    probability_NL: probability of each class.
+    label_NL: multi-hot labels.
+    loss_N: losses; None if they are not needed.
+  """
+
+  probability_NL: np.ndarray
+  label_NL: np.ndarray
+  loss_N: np.ndarray | None = None
+
+  @classmethod
+  def of(
+    cls, logits_NL: np.ndarray, label_NL: np.ndarray, loss_N: np.ndarray | None = None
+  ) -> 'Labelled':
+    """Returns the scores for logits."""
+    probability_NL = np.exp(-np.logaddexp(0, -logits_NL.astype(np.float64)))  # the sigmoid
+    return cls(probability_NL, label_NL, loss_N)
+
+  @classmethod
+  def joined(cls, parts: Sequence['Labelled']) -> 'Labelled':
+    """Returns the rows of all parts, which have losses."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+  def means(self) -> dict[str, float]:
+    """Returns loss, accuracy, the values of `summary`, and the number of examples.
+
+    The accuracy is the share of the images with labels whose most likely class is one of them. It
+    is 0 if no image has a label.
+    """
+    first_N1 = self.probability_NL.argmax(axis=1)[:, None]
+    hits = int(np.take_along_axis(self.label_NL.astype(bool), first_N1, axis=1).sum())
+    labelled = int(self.label_NL.any(axis=1).sum())
+    found = {'loss': float(self.loss_N.mean(dtype=np.float64)), 'accuracy': hits / max(labelled, 1)}
+    return found | self.summary() | {'examples': len(self.label_NL)}
+
+  def by_class(
+    self, class_names: Sequence[str], threshold_L: Sequence[float] | None = None
+  ) -> dict[str, dict[str, float | None]]:
+    """Returns the scores of each class by name.
+
+    Returns:
+      For each class, `average_precision`, `precision`, `recall`, `f1`, `support` (number of
+      positive images) and `threshold`. Undefined values are None.
+    """
+    threshold_L, label_NL = chosen(threshold_L, len(class_names)), self.label_NL.astype(bool)
+    given_NL = self.probability_NL >= threshold_L
+    counts = (given_NL & label_NL).sum(axis=0), given_NL.sum(axis=0), label_NL.sum(axis=0)
+    precision_L = average_precision(self.probability_NL, label_NL)
+    columns = {'average_precision': precision_L} | measures.ratios(*counts)
+    rows = measures.rows_of(columns | {'threshold': threshold_L})
+    return dict(zip(class_names, rows))
+
+  def summary(self) -> dict[str, float]:
+    """Returns the mean average precision, and the mean F1 at `THRESHOLD`, over the classes."""
+    rows = self.by_class(range(self.label_NL.shape[1]))
+    return {
+      'mean_average_precision': mean_of('average_precision', rows),
+      'macro_f1': mean_of('f1', rows),
+    }
+
+  def trust(self, class_names: Sequence[str], calibration: Calibration) -> dict:
+    """Returns the measures at the thresholds of a calibration.
+
+    Returns:
+      `macro_f1_at_thresholds`, the mean F1 over the classes. `threshold_examples`, the number of
+      validation examples that the thresholds were fitted on. `per_class`, the result of `by_class`.
+    """
+    rows = self.by_class(class_names, calibration.thresholds)
+    return {
+      'macro_f1_at_thresholds': mean_of('f1', rows),
+      'threshold_examples': calibration.examples if calibration.thresholds else 0,
+      'per_class': rows,
+    }
+
+
+def mean_of(column: str, rows: Mapping[object, dict]) -> float:
+  """Returns the mean of a column of `by_class` over the classes with positive images, else 0."""
+  values = [row[column] for row in rows.values() if row['support']]
+  return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,67 @@
+"""Opens the splits of a run, and decides how their images are kept."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from vit_jax import config as config_lib
+from vit_jax.data import (
+  Source,
+  Split,
+  check_memory,
+  common_size,
+  decide_cache,
+  open_split,
+  report_split,
+)
+from vit_jax.experiment import Experiment, assemble
+from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained
+
+
+def open_splits(
+  experiment: Experiment, source: Source, seen: TrainingFiles
+) -> tuple[Split, Split | None, Split]:
+  """Opens the splits for training, validation (None without one) and test.
+
+  Validation and test are without the files in `seen`, which the weights were trained on.
+
+  Raises:
+    ValueError: the weights were trained on the whole test split.
+  """
+  data, size = experiment.config.data, experiment.task.stored_size
+
+  def read(split, seen):
+    unseen, _ = leave_out_trained(source, split, seen)
+    return open_split(experiment.reading, unseen, split, size)
+
+  train = open_split(experiment.reading, source, data.train_split, size, to_train=True)
+  val = None
+  if data.val_split:
+    val = read(data.val_split, seen.before() if experiment.config.sweep else seen)
+  check_untrained(source, data.eval_split, seen)
+  test = read(data.eval_split, seen)
+  for name, examples in (('train', train), ('val', val), ('test', test)):
+    report_split(name, examples)
+  return train, val, test
+
+
+def named_splits(config: ConfigDict) -> list[str]:
+  """Returns the splits that a run uses, the training split first."""
+  data = config.data
+  return [split for split in (data.train_split, data.val_split, data.eval_split) if split]
+
+
+def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
+  """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
+
+  Raises:
+    ValueError: no model with these keys exists, or the splits do not fit into memory.
+  """
+  size, names = task.stored_size, named_splits(config)
+  reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
+  cache = decide_cache(reading, source, names, size, trains=True)
+  if cache == 'memory':
+    size = common_size(source, names[0], size) or size
+    check_memory(source, names, size)
+  task = dataclasses.replace(task, stored_size=size)
+  return assemble(config_lib.fill(config, {'data.cache': cache}), task)

@@ -1,0 +1,29 @@
+"""Describes the data that a run was trained on."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Properties of the training data; every checkpoint stores them.
+
+  Attributes:
+    class_names: name of each label; empty for weights without a head.
+    stored_size: (height, width) of the images that the host passes to the devices.
+    channels: 1 (grey) or 3 (RGB).
+    train_examples: number of training examples. The order of the examples depends on this number.
+    fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
+    multi_label: whether an image can have several labels, or none.
+  """
+
+  class_names: tuple[str, ...]
+  stored_size: tuple[int, int]
+  channels: int
+  train_examples: int = 0
+  fingerprint: str = ''
+  multi_label: bool = False
+
+  @classmethod
+  def load(cls, saved: dict) -> 'Task':
+    """Restores a task from the JSON of a checkpoint."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
