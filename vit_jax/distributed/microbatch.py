@@ -100,7 +100,7 @@ def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
     if parts == 1:
       return rows_of(batch, *shared)
     rows = jax.lax.map(lambda part: rows_of(part, *shared), micro(batch, mesh, parts))
-    return jax.tree.map(lambda x: whole(x, mesh), rows)
+    return jax.tree.map(lambda x: unsplit(x, mesh), rows)
 
   if devices.splits(mesh):
     return over_blocks(joined, mesh)
@@ -129,7 +129,7 @@ def micro(batch, mesh: Mesh, parts: int):
   return jax.tree.map(pieces, batch)
 
 
-def whole(x: jax.Array, mesh: Mesh) -> jax.Array:
+def unsplit(x: jax.Array, mesh: Mesh) -> jax.Array:
   """Undoes `micro`: joins the parts `[parts, B / parts, ...]` to `[B, ...]`."""
   if devices.splits(mesh):
     parts, shares = len(x), devices.shares(mesh)
