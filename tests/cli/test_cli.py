@@ -175,8 +175,8 @@ def test_evaluate_and_predict_from_python(trained):
 
 
 @pytest.mark.parametrize('call_of, message', [
-    (lambda run: next(vit_jax.predict(run, 'x.png', topk=None)),
-     'topk must be a positive integer, got None'),
+    (lambda run: next(vit_jax.predict(run, 'x.png', topk=0)),
+     'topk must be a positive integer, got 0'),
     (lambda run: next(vit_jax.predict(run, 'x.png', topk='3')),
      "topk must be a positive integer, got '3'"),
     (lambda run: vit_jax.load(run, num_classes='3'),

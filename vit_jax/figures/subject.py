@@ -135,7 +135,9 @@ def batches(
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
   """Returns test images spread evenly over the classes, starting with the images to draw."""
   classes = len(exp.task.class_names)
-  label_N = test.label_N.argmax(axis=1) if exp.task.multi_label else test.label_N  # the first label
+  label_N = test.label_N
+  if label_N.ndim == 2:  # several labels: the first one
+    label_N = label_N.argmax(axis=1)
   shown, measured = (maps.spread_over_classes(label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
   # The figures of patches and heads show only the first image, so it should have a high contrast.
