@@ -138,6 +138,7 @@ def test_the_batch_divides_over_devices_and_micro_batches():
   assert config.batch_size % 4 == 0
 
 
+@pytest.mark.slow
 def test_the_choice_is_printed_in_one_line_and_saved(tmp_path, capsys):
   from PIL import Image
 

@@ -293,7 +293,7 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   ('x = 1', 'defines no function get_config'),
   ('def get_config(): pass', 'must return the config'),
   (MAKE + '  config.model.widht = 3\n  return config',
-   'broken.py, line 4: widht: unknown key. Did you mean model.width?'),
+   'broken.py, line 4: widht: unknown key. Did you mean model.width'),
   (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: unknown key'),
   (MAKE + '  config.lr = config.optimiser.lr\n', 'line 4: optimiser: unknown key'),
   (MAKE + '  config.epochs = float("all")\n', "line 4: could not convert string to float: 'all'"),

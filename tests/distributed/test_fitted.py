@@ -15,6 +15,8 @@ from vit_jax.limits import OutOfMemory
 from vit_jax.training.state import init_params
 from vit_jax.workdir import Task
 
+pytestmark = pytest.mark.slow  # these tests train small models
+
 WIDE = {'model.width': '32', 'model.mlp_dim': '512', 'data.image_size': '16'}
 
 

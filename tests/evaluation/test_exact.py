@@ -127,12 +127,14 @@ def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   {'data.val_split': 'train[:100]'},  # these images were trained on
   {'data.source': 'digits', 'data.image_size': '8'},
 ])  # fmt: skip
+@pytest.mark.slow
 def test_no_temperature_is_fitted_on_other_data_than_the_runs(workdir, overrides):
   (workdir / 'calibration.json').unlink()
   exp, _, step = opening.from_workdir(workdir, overrides)
   assert data.load_validation(exp, workdir, step) is None
 
 
+@pytest.mark.slow
 def test_without_validation_split_the_temperature_is_1(trained, tmp_path, capsys):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}')
@@ -206,6 +208,7 @@ def test_a_damaged_temperature_is_not_used(workdir, entry, caplog):
   assert 'damaged' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_new_run_forgets_the_temperatures_of_an_earlier_one(workdir):
   shutil.rmtree(workdir / 'checkpoints')
   (workdir / 'result.json').unlink()

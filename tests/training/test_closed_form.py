@@ -15,6 +15,8 @@ from vit_jax.data import Examples, open_source
 from vit_jax.inference import exporting
 from vit_jax.training import closed_form, train
 
+pytestmark = pytest.mark.slow  # these tests train small models
+
 
 def features_of(exp, params, split):
   """Returns features and labels of a split, in float64."""

@@ -18,6 +18,8 @@ from vit_jax.training.state import init_state
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import newest_config
 
+pytestmark = pytest.mark.slow  # these tests train small models
+
 WIDE = {
   'model.width': '64', 'model.mlp_dim': '256', 'data.image_size': '32', 'model.patch_size': '4',
   'batch_size': '64', 'data.train_split': 'train[:64]', 'data.eval_split': 'test[:8]',

@@ -63,6 +63,7 @@ def opened(teacher, **overrides):
   return exp, params, batch
 
 
+@pytest.mark.slow
 def test_the_teacher_sees_the_augmented_images_at_its_own_size(teacher):
   exp, params, batch = opened(teacher, **MIXED)
   seen, blank, frozen = [], jnp.zeros((8, 8, 8, 3)), {'teacher': exp.teacher.params}
@@ -365,6 +366,7 @@ def test_inherited_files_of_two_trainings_are_joined():
   assert both.all_splits == (('a', 'train'), ('b', 'train'), ('c', 'x'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('overrides, runs', [({}, 1), (MIXED, 1), (TOKEN, 1), (STILL, 0)])
 def test_flops_of_a_step_include_one_pass_of_the_teacher(teacher, overrides, runs):
   exp, params, _ = opened(teacher, **overrides)
