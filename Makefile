@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
-.PHONY: gpu gpu-pack clean
+.PHONY: test-hardware gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,11 @@ compilers: .compilers/installed
 	.compilers/bin/pip install --quiet --requirement requirements.txt jax==$(CUDA) jaxlib==$(CUDA)
 	.compilers/bin/pip install --quiet --no-deps jax-cuda12-plugin==$(CUDA) jax-cuda12-pjrt==$(CUDA)
 	touch $@
+
+# Two training steps, compiled again for an H200, and every slice of `make gpu` at toy size.
+test-hardware: compilers
+	JAX_PLATFORMS=cpu .compilers/bin/python -m benchmarks.compile --check
+	$(RUN) -m benchmarks.gpu --toy --results="$$(mktemp -d)"
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -304,6 +304,6 @@ def test_a_machine_without_a_gpu_is_refused_before_any_slice(tmp_path, monkeypat
 @pytest.mark.slow
 def test_toy_slices_finish(tmp_path):
   command = [sys.executable, '-m', 'benchmarks.gpu', '--toy', f'--results={tmp_path}']
-  for name in ('attention', 'small'):  # .ci/run runs all
+  for name in ('attention', 'small'):  # `make test-hardware` runs all
     subprocess.run([*command, f'--slice={name}'], cwd=gpu.ROOT, check=True, capture_output=True)
     assert gpu.state_of(name, tmp_path) == 'finished'
