@@ -20,7 +20,7 @@ from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.experiment import assemble
 from vit_jax.model import attention
-from vit_jax.training import probe, resume, session, state, trainer
+from vit_jax.training import closed_form, probe, resume, session, state, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import Task, stored, writer
@@ -168,7 +168,7 @@ def test_cached_features_give_the_same_result(trained, tmp_path):
     return session.fit(exp, training, mesh, workdir)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(trainer, 'train_head', plainly)
+    patch.setattr(closed_form, 'train_head', plainly)
     plain = trainer.train(small_config(**overrides), tmp_path / 'plain')
   assert list((tmp_path / 'cached' / 'features').glob('*.npz'))
   assert not (tmp_path / 'plain' / 'features').exists()
