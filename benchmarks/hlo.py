@@ -4,7 +4,8 @@ from collections import Counter
 import math
 import re
 
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+from vit_jax.profiling.operations import COLLECTIVES
+
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2, 'f16': 2, 'f32': 4, 's32': 4, 'u32': 4}
 V5E_CLOCK = 1.5e9  # cycles per second
 PARTITIONING = ('Sharding', 'SPMDFullToShardShape', 'SPMDShardToFullShape')  # calls without code

@@ -3,9 +3,11 @@
 import functools
 import os
 import pathlib
+import shutil
 import tempfile
 
 import jax
+import numpy as np
 import pytest
 
 from vit_jax import cli
@@ -77,3 +79,36 @@ def trained(tmp_path_factory):
 
   workdir = tmp_path_factory.mktemp('run')
   return workdir, trainer.train(small_config(), workdir)
+
+
+def assert_equal(a, b):
+  """Asserts that two trees have equal arrays, bit for bit."""
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def check_resumes_exactly(overrides, init, tmp_path):
+  """Asserts that an interrupted run ends like an uninterrupted one, also without its `init` folder.
+
+  The runs are `whole` and `cut` in `tmp_path`. Returns the result of `whole` and the item `state`.
+  """
+  from vit_jax.training import trainer
+  from vit_jax.training.loop import Run
+  from vit_jax.workdir import stored
+
+  whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
+
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train(small_config(**overrides), tmp_path / 'cut')
+  assert stored.latest_step(tmp_path / 'cut') == 16
+  shutil.rmtree(init)  # its weights are in the run's checkpoints
+  resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
+  assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
+  for item in ('params', 'state'):
+    a, b = (stored.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
+    assert_equal(a, b)
+  return whole, b

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import call, run_model, small_config
+from tests.conftest import assert_equal, call, check_resumes_exactly, run_model, small_config
 import vit_jax
 from vit_jax import opening
 from vit_jax.data import batching
@@ -16,15 +16,10 @@ from vit_jax.evaluation import exact, scoring
 from vit_jax.inference import cost, exporting, summary
 from vit_jax.model import merged
 from vit_jax.training import state, trainer
-from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import stored
 
 LORA = {'adapt': 'lora', 'lora.rank': '3', 'lora.scale': '2', 'checkpoint_every': '8'}
-
-
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def kept(params):
@@ -123,23 +118,9 @@ def test_loading_a_checkpoint_merges_the_adapter(monkeypatch):
 def test_adapted_run_resumes_bit_for_bit(trained, tmp_path):
   init = shutil.copytree(trained[0], tmp_path / 'init')
   overrides = LORA | {'ema': '0.9', 'init': str(init), 'micro_batches': '2'}
-  whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
-
-  def stop(*_):
-    raise KeyboardInterrupt
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
-    with pytest.raises(KeyboardInterrupt):
-      trainer.train(small_config(**overrides), tmp_path / 'cut')
-  assert stored.latest_step(tmp_path / 'cut') == 16
-  shutil.rmtree(init)  # its weights are in the run's checkpoints
-  resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
-  assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
-  for item in ('params', 'state'):
-    a, b = (stored.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
-    assert_equal(a, b)
-  loaded, ema = stored.load_checkpoint(tmp_path / 'cut')[1], b['ema']
+  _, state = check_resumes_exactly(overrides, init, tmp_path)
+  ema = state['ema']
+  loaded = stored.load_checkpoint(tmp_path / 'cut')[1]
   assert_equal(loaded, merged(ema, small_config(**overrides)))  # the averages, merged
   assert_equal(kept(ema), kept(stored.load_checkpoint(trained[0])[1]))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import probe as benchmark
-from tests.conftest import run_model, small_config
+from tests.conftest import assert_equal, check_resumes_exactly, run_model, small_config
 from vit_jax import cli, inherit, opening
 from vit_jax.data import batching
 from vit_jax.data.source import Source
@@ -21,7 +21,6 @@ from vit_jax.evaluation import exact, features
 from vit_jax.experiment import assemble
 from vit_jax.model import attention
 from vit_jax.training import closed_form, probe, resume, session, state, trainer
-from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import Task, stored, writer
 
@@ -34,10 +33,6 @@ SWEPT = FROZEN | {
   'eval_every': '0',
   'checkpoint_every': '0',
 }
-
-
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def backbone(params):
@@ -131,22 +126,7 @@ def test_head_is_averaged_and_clipped_by_its_own_gradient(trained):
 def test_probe_resumes_bit_for_bit_and_loads_like_any_run(trained, tmp_path, capsys, overrides):
   init = shutil.copytree(trained[0], tmp_path / 'init')
   overrides = overrides | {'ema': '0.9', 'init': str(init), 'checkpoint_every': '8'}
-  whole = trainer.train(small_config(**overrides), tmp_path / 'whole')
-
-  def stop(*_):
-    raise KeyboardInterrupt
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Run, 'log', lambda self, step, *_: stop() if step == 24 else None)
-    with pytest.raises(KeyboardInterrupt):
-      trainer.train(small_config(**overrides), tmp_path / 'cut')
-  assert stored.latest_step(tmp_path / 'cut') == 16
-  shutil.rmtree(init)  # its weights are in the run's checkpoints
-  resumed = trainer.train(small_config(**overrides), tmp_path / 'cut')
-  assert resumed['test_loss'] == whole['test_loss'] and resumed['steps'] == 32
-  for item in ('params', 'state'):
-    a, b = (stored.restore_item(tmp_path / name, 32, item) for name in ('whole', 'cut'))
-    assert_equal(a, b)
+  whole, _ = check_resumes_exactly(overrides, init, tmp_path)
 
   params = stored.restore_item(tmp_path / 'cut', 32, 'params')
   assert_equal(backbone(params), backbone(stored.load_checkpoint(trained[0])[1]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.conftest import call, error, init_params, run_model, small_config
+from tests.conftest import assert_equal, call, error, init_params, run_model, small_config
 import vit_jax
 from vit_jax import inherit, opening
 from vit_jax.augment import pipeline
@@ -42,10 +42,6 @@ def student(teacher, **overrides):
   settings = {'distill.teacher': str(teacher), 'distill.temperature': '2'}
   settings |= {'model.depth': '1', 'data.image_size': '12', 'data.mean': '0.4', 'data.std': '0.3'}
   return small_config(**settings | overrides)
-
-
-def assert_equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def randomized(params):

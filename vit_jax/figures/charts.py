@@ -125,10 +125,10 @@ def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
   """
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   left, right = figure.subplots(1, 2)
-  left.plot(curve['coverage'], curve['accuracy'], color=canvas.BLUE)
+  left.plot(curve['coverage'], curve['accuracy'], color=canvas.BLUE, clip_on=False)
   right.plot(curve['coverage'], curve['confidence'], color=canvas.BLUE)
   low = curve['accuracy'].min()
-  left.set(ylabel='accuracy on these images', ylim=(low - 0.05 * (1 - low) - 0.001, 1.002))
+  left.set(ylabel='accuracy on these images', ylim=(low - 0.05 * (1 - low) - 0.001, 1))
   right.set(ylabel='lowest confidence among them', ylim=(0, 1.02))
   for axis in (left, right):
     axis.set(xlabel='coverage: share of the images answered', xlim=(0, 1))

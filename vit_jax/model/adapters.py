@@ -46,7 +46,7 @@ def init_lora(key: jax.Array, params: dict, rank: int, **_) -> dict:
   """Returns A `[*inputs, rank]`, normal with variance 1 / inputs, and B `[rank, *outputs]`, zero.
 
   Raises:
-    ValueError: the rank is not below the rank of each kernel.
+    ValueError: the rank is larger than a side of a kernel.
   """
 
   def init(path, kernel):

@@ -1,7 +1,7 @@
 """Finds mistakes in a data set of files before training: few images, copies, unreadable files.
 
 Decisions:
-  * Mistakes are warnings. Nothing is changed, and training goes on.
+  * Mistakes are warnings. Nothing is changed, and training continues.
   * Only cheap checks are done. Files are read only if files of different splits have the same size
     in bytes, because copies have equal sizes. With more than `MOST_FILES` files, or if more than
     `MOST_BYTES` would be read, copies are not searched, and the log reports this.
