@@ -80,9 +80,14 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
     zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, first, *shared))
     return jax.lax.scan(add, zeros, batch)[0]
 
+  def over_devices(*args):
+    sums = added(*args)
+    # XLA would copy all sums even if there is nothing to add.
+    return jax.lax.psum(sums, devices.BATCH) if devices.shares(mesh) > 1 else sums
+
   if devices.splits(mesh):
     return over_blocks(added, mesh)
-  return on_devices(lambda *args: jax.lax.psum(added(*args), devices.BATCH), mesh, PartitionSpec())
+  return on_devices(over_devices, mesh, PartitionSpec())
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
