@@ -222,15 +222,12 @@ def test_the_parts_of_the_architecture_page_train(tmp_path, capsys, monkeypatch,
 FILES = prose.project_files(ROOT)
 
 
-def test_phrases_that_readers_stumbled_over_are_rare():
+def test_phrases_that_readers_stumbled_over_are_rare_and_sentences_short():
   groups = prose.by_group(FILES, ROOT)
   worst = {name: 1000 * hits / max(words, 1) for name, (words, hits, _, _) in groups.items()}
   assert worst.pop('all') <= 1.0
   assert all(rate <= 1.5 for rate in worst.values()), worst
-
-
-def test_sentences_are_short():
-  _, _, sentences, long = prose.by_group(FILES, ROOT)['all']
+  _, _, sentences, long = groups['all']
   assert long <= 0.05 * sentences
 
 
