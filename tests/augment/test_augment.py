@@ -137,6 +137,7 @@ def early_and_late():
   )
 
 
+@pytest.mark.slow
 def test_mixed_pairs_depend_only_on_their_positions():
   images, places = DRAWN[:16], np.arange(16)
   out, own = map(np.asarray, early_and_late()(places, images, True))
@@ -416,6 +417,7 @@ def test_enlarging_is_bicubic_like_pillows():
   np.testing.assert_allclose(255 * out[0, 4:-4, 6:-6, 0], np.asarray(want)[4:-4, 6:-6], atol=0.01)
 
 
+@pytest.mark.slow
 def test_mixup_and_cutmix_each_use_their_own_alpha():
   images = np.zeros((256, 8, 8, 3), np.uint8)
   _, own = mix(KEYS, images, 1.0, mixup_alpha=1e-3, cutmix_alpha=1e4, switch=0.5)

@@ -276,6 +276,7 @@ IMAGES = images(17, 25, 3, 'noise')  # `operate` is already compiled for this sh
 IMAGE_KEYS = KEYS[: len(IMAGES)]
 
 
+@pytest.mark.slow
 def test_each_layer_gets_the_output_of_the_one_before():
   """Each layer has its own draws."""
   draw = jax.jit(

@@ -80,6 +80,7 @@ def test_a_failing_extension_is_named(capsys, tmp_path, monkeypatch, name, text,
   assert message in error(capsys, f'--import={name}', '--mode=eval', '--workdir=x')
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_its_missing_import(capsys, tmp_path, monkeypatch):
   workdir = tmp_path / 'run'
   with monkeypatch.context() as with_extension:

@@ -439,6 +439,7 @@ def test_out_of_memory_in_evaluation_names_the_keys_to_change(
   assert code == 2 and message in err
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_training_names_the_keys_to_change(capsys, tmp_path):
   flags = ['data.image_size=512', 'model.patch_size=1', 'model.depth=1', 'model.width=8']
   flags = [f'--config.{flag}' for flag in (*flags, 'model.num_heads=1', 'model.mlp_dim=8')]
@@ -493,6 +494,7 @@ def test_a_second_ctrl_c_exits_immediately():
   assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('begun', [False, True])
 def test_a_missing_device_is_named(trained, tmp_path, begun):
   if begun:

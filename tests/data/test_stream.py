@@ -165,6 +165,7 @@ with joining.joined(f'127.0.0.1:{port}', 2, int(number)):
 """
 
 
+@pytest.mark.slow
 def test_two_real_processes_make_the_batches_of_a_single_process(photos):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -369,6 +370,7 @@ def test_evaluation_sees_the_same_pixels_in_memory_and_streamed(photos):
   assert scores[0] == scores[1] and scores[0]['examples'] == 21
 
 
+@pytest.mark.slow
 def test_the_device_does_not_crop_again(photos):
   config_ = photo_config(photos, **{'augment.flip.probability': '0'})
   exp, training = opening.from_config(config_)
@@ -564,6 +566,7 @@ def test_each_replaced_image_is_logged_once(caplog):
     assert found.count(f'train/{i}: label 24 is not one of the 23 classes, 0 to 22.') == 1
 
 
+@pytest.mark.slow
 def test_workers_log_replaced_images_too(capfd):
   read = functools.partial(bad_ones, {5})
   take(open_numbered(read, skip_bad_images=True, workers=1), IDS, batch_size=IDS)
@@ -645,6 +648,7 @@ def test_features_and_pictures_skip_bad_images(photos, tmp_path):
   np.testing.assert_array_equal(shown.image_NHWC, loaded.image_NHWC)
 
 
+@pytest.mark.slow
 def test_key_of_streamed_features_depends_on_the_decoding_code(photos, monkeypatch):
   exp, training = opening.from_config(photo_config(photos))
   params = jax.device_get(exp.model.init(jax.random.key(0), np.zeros((1, *exp.image_shape))))
@@ -689,6 +693,7 @@ def test_a_worker_that_dies_ends_the_run():
   assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_starting_worker_ignores_signals_to_the_job():
   def tell():
     while not (children := multiprocessing.active_children()):
@@ -702,6 +707,7 @@ def test_starting_worker_ignores_signals_to_the_job():
   assert not telling.is_alive()
 
 
+@pytest.mark.slow
 def test_script_without_main_guard_is_refused(tmp_path):
   script = """
 from vit_jax.data import batching, image, sources, stream
@@ -719,6 +725,7 @@ next(batching.train_batches(examples, 8, 0, 0, sharding.batch_sharding(devices.m
   assert 'ValueError: A worker process that decodes images died' in result.stderr
 
 
+@pytest.mark.slow
 def test_workers_leave_nothing_behind(tmp_path):
   """Python would warn about resources that were not released when the process exits."""
   script = """

@@ -235,6 +235,7 @@ def test_process_reports_its_wait_and_exits_if_the_others_do_not_start():
   assert 'did not connect within 2 s' in fails and '--num_processes=1' in fails
 
 
+@pytest.mark.slow
 def test_all_processes_report_a_config_difference(tmp_path):
   processes = start_both(tmp_path / 'run', [['--config.seed=3'], []])
   assert [process.wait(60) for process in processes] == [2, 2]

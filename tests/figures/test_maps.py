@@ -132,6 +132,7 @@ def test_linear_pool_reads_the_expected_share_of_each_token(case):
   np.testing.assert_allclose(read, want, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ['map', 'map with a class token'])
 def test_map_head_reads_what_its_probe_attends_to(case):
   model, params, image = build(**CASES[case])
@@ -170,6 +171,7 @@ def test_attentions_raise_missing_if_a_pool_does_not_report_what_it_reads(monkey
     maps.attentions(model, params, image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['cpu', 'cuda'])
 def test_maps_use_the_plain_path_where_the_model_uses_a_fused_kernel(monkeypatch, backend):
   """cuDNN's kernel needs a GPU, so XLA computes the same attention in this test."""
@@ -204,6 +206,7 @@ def test_maps_use_the_plain_path_where_the_model_uses_a_fused_kernel(monkeypatch
     np.testing.assert_array_equal(found, want)
 
 
+@pytest.mark.slow
 def test_remat_does_not_change_maps():
   model, params, image = build()
   for found, want in zip(
@@ -240,6 +243,7 @@ def test_head_attention_with_a_class_token_is_its_row():
   np.testing.assert_array_equal(found, layers[1][:, :, 0, 4:].reshape(2, 2, *GRID))
 
 
+@pytest.mark.slow
 def test_summary_of_eight_images_at_224_pixels_needs_less_than_100_mb_for_a_b16():
   model = variants.make('B/16', 10)
   image = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
@@ -328,6 +332,7 @@ def test_filters_of_a_hybrid_raise_missing():
     maps.filters(model, {})
 
 
+@pytest.mark.slow
 def test_patches_are_cut_as_the_model_embeds_them():
   model, params, image = build(patch_size=(2, 4))
   found = maps.patches(np.asarray(image[0]), (2, 4))

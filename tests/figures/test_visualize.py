@@ -137,6 +137,7 @@ def test_chosen_images_are_spread_over_the_classes_and_start_with_the_most_contr
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
+@pytest.mark.slow
 def test_visualize_draws_given_images_and_skips_broken_ones(capsys, workdir, photos):
   (photos / 'broken.png').write_bytes(b'no image')
   flags = ['--mode=visualize', f'--workdir={workdir}']
@@ -192,6 +193,7 @@ def test_figures_of_moved_data_are_skipped_until_its_source_is_overridden(capsys
   assert not code and {'confusion', 'rollout'} <= names(workdir)
 
 
+@pytest.mark.slow
 def test_report_of_an_unfinished_run_shows_its_latest_metrics(capsys, workdir):
   (workdir / 'result.json').unlink()
   gallery.visualize(Request(workdir))
@@ -205,6 +207,7 @@ def test_report_of_an_unfinished_run_shows_its_latest_metrics(capsys, workdir):
   assert 'no checkpoint' in error(capsys, *flags)
 
 
+@pytest.mark.slow
 def test_report_of_a_run_resumed_after_its_result_shows_not_finished(workdir):
   line = {'step': 40, 'split': 'train', 'loss': 1.0, 'accuracy': 0.5}
   with (workdir / 'metrics.jsonl').open('a') as file:
@@ -243,6 +246,7 @@ def test_a_report_shows_whether_the_run_is_finished(trained):
   assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
+@pytest.mark.slow
 def test_checkpoint_without_metrics_and_config_is_drawn(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()
@@ -344,6 +348,7 @@ def test_the_coverage_curve_ends_at_the_accuracy_of_all_examples():
   assert figure.axes[0].get_ylim()[0] <= accuracy[:, 1].min()
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_scores_of_each_class_and_how_far_to_trust_them(workdir):
   save_calibration(workdir, 32, Calibration(2.5, examples=99))
   gallery.visualize(Request(workdir))

@@ -221,6 +221,7 @@ def run_card(folder, seen, pixels_BHWC, blocked=()):
   return printed.strip()
 
 
+@pytest.mark.slow
 def test_npz_card_runs(trained, tmp_path):
   workdir, _ = trained
   exporting.export(workdir, 'npz', tmp_path / 'npz')
@@ -454,6 +455,7 @@ def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_class_names_with_line_breaks_stay_on_one_line(tmp_path, capsys):
   model, params = random_model(pool='cls')
   names = ('a\nb', 'c\r| d', 'é', 'f', 'g')
@@ -465,6 +467,7 @@ def test_class_names_with_line_breaks_stay_on_one_line(tmp_path, capsys):
   assert capsys.readouterr().out == 'x\\n.png\n   50.00%  a\\nb\n'
 
 
+@pytest.mark.slow
 def test_a_model_without_a_class_token_is_refused_with_its_config_key(tmp_path):
   model, params = random_model(pool='gap')
   with pytest.raises(ValueError, match='model.class_token=False: only True can be written'):

@@ -46,6 +46,7 @@ def test_flops_equal_the_closed_formulas_of_the_benchmarks(variant):
   assert want['train'] < again.train_flops < want['train'] + want['inference']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fields', [
     {'model.pool': 'map', 'model.num_registers': '3'},
     {'model.resnet': '1,1', 'model.patch_size': '16', 'data.image_size': '32'},

@@ -104,6 +104,7 @@ def test_unmerged_model_equals_the_merged_one(overrides):
   assert ('map' in params['lora']) == (model.pool == 'map')
 
 
+@pytest.mark.slow
 def test_gradients_follow_the_chain_rule_from_the_merged_kernels():
   """For W' = W + s A B: dL/dA = s dL/dW' B^T and dL/dB = s A^T dL/dW'."""
   model, _, params = build(remat='full')

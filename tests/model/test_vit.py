@@ -226,6 +226,7 @@ def test_rope_products_depend_only_on_the_offset():
   np.testing.assert_allclose(turn(query)[0, 0, 0], query, atol=1e-6)  # the prefix has no position
 
 
+@pytest.mark.slow
 def test_sowing_attention_maps_does_not_change_the_logits():
   model = small(pool='cls')
   variables = perturbed(model, IMAGE)
@@ -259,6 +260,7 @@ def test_remat_changes_nothing(remat):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, saved)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   model = small(dtype='bfloat16')
   variables = perturbed(model, IMAGE)
@@ -341,6 +343,7 @@ def test_dropout_masks_differ_between_places_and_keys():
   assert len({tuple(mask) for mask in masks}) == 16
 
 
+@pytest.mark.slow
 def test_attention_dropout_keeps_the_mean():
   """Eight equal tokens have weight 1/8 each: if k are kept, the output is k / (8 (1 - rate))."""
   module = Attention(Block(num_heads=1, head_dim=3, mlp_dim=1, attention_dropout=0.25))
@@ -425,6 +428,7 @@ def test_invalid_models_are_rejected(fields, message):
     small(**fields) if 'variant' not in fields else variants.make(fields['variant'], 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_block_tokens_returns_the_tokens_after_each_block(remat):
   model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
@@ -440,6 +444,7 @@ def test_block_tokens_returns_the_tokens_after_each_block(remat):
   np.testing.assert_allclose(out, want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'dots'])
 def test_encoder_draws_are_the_same_alone_and_in_a_model(remat):
   """Random draws depend on module paths, and an encoder in a model adds nothing to them."""

@@ -109,6 +109,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
   assert (operation.label, kind_of(operation)) == (label, kind)
 
 
+@pytest.mark.slow
 def test_a_profile_attributes_the_measured_time_of_a_step(tmp_path):
   found = profile(small_config(), tmp_path)
   assert sum(found.kinds.values()) == pytest.approx(found.step_ms, rel=0.05)

@@ -95,6 +95,7 @@ def test_forward_flops_are_within_3_percent_of_the_count_of_xla(name):
   np.testing.assert_allclose(ours, lowered.cost_analysis()['flops'], rtol=0.03)
 
 
+@pytest.mark.slow
 def test_recomputation_does_not_count_as_work_of_the_model():
   kept, repeated = (
     summary.summary_of_config(small_config(**{'model.remat': remat}))[0]

@@ -308,6 +308,7 @@ def tried(folder, rate, origin, **overrides):
   return bool(fitted)
 
 
+@pytest.mark.slow
 def test_a_finished_rate_of_a_sweep_belongs_to_its_data_backbone_and_config(tmp_path):
   assert tried(tmp_path, 0.1, {})
   assert not tried(tmp_path, 0.1, {})
@@ -335,6 +336,7 @@ def test_the_last_run_of_a_sweep_keeps_added_cycles(monkeypatch):
   assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
 
 
+@pytest.mark.slow
 def test_a_sweep_is_repeated_until_its_last_run_has_begun(monkeypatch, tmp_path):
   exp, training = opening.from_config(small_config(**SWEPT))
   old = [{'lr': 0.5, 'val_accuracy': 0.9}]

@@ -125,6 +125,7 @@ def test_position_figure_uses_the_grid_of_the_image():
   np.testing.assert_allclose(found.reshape(8, 16), positions.sincos(2, 4, 16, WHOLE)[0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_run_can_be_evaluated_at_another_size(trained):
   workdir, _ = trained
   found = exact.evaluate(workdir, {'data.image_size': '16'})

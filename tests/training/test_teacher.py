@@ -113,6 +113,7 @@ def test_the_loss_is_the_weighted_mean_of_labels_and_teacher(teacher, kind):
   assert (taught_B > 0.1).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weight, own', [('0', 0), ('1', 1)])
 def test_each_head_learns_from_its_own_targets_only(teacher, weight, own):
   exp, params, batch = opened(teacher, **TOKEN | {'distill.weight': weight})

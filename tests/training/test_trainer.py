@@ -513,6 +513,7 @@ def test_run_interrupted_before_its_result_is_finished_without_training(tmp_path
   assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
 
 
+@pytest.mark.slow
 def test_stop_request_saves_without_evaluating(trained, tmp_path, monkeypatch):
   steps = lambda lines: [(line['step'], line['split']) for line in lines]
   calls = itertools.count(1)  # one call after each step
@@ -578,6 +579,7 @@ def test_run_resumes_with_the_config_of_its_checkpoint(trained, tmp_path):
   assert resume.saved_config(workdir, {}).seed == 7
 
 
+@pytest.mark.slow
 def test_failed_evaluation_loses_no_step(trained, tmp_path, monkeypatch):
   def bad(*_):
     raise ValueError('test/3.jpg: not a readable image')
@@ -602,6 +604,7 @@ def test_fewer_epochs_than_already_done_are_rejected(trained, tmp_path):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
+@pytest.mark.slow
 def test_file_name_that_is_not_valid_utf_8_is_logged(tmp_path):
   script = (
     'import os, pathlib, sys; from vit_jax.workdir import writer\n'

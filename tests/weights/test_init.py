@@ -131,6 +131,7 @@ def write_image(path, size=(16, 16)):
   return pixels / 255
 
 
+@pytest.mark.slow
 def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights, tmp_path):
   pixels = write_image(tmp_path / 'a.png')
   flags = ['--mode=predict', f'--init={weights}', f'--images={tmp_path}/a.png', '--format=json']

@@ -704,6 +704,7 @@ def test_saving_refuses_preprocessing_that_hugging_face_cannot_do(tmp_path):
   assert vit_jax.load(tmp_path / 'grey').preprocessing.mean == (0.5,)
 
 
+@pytest.mark.slow
 def test_hybrids_have_the_patch_size_of_their_names():
   for variant, patch in (('R50+B/16', 16), ('R50+L/32', 32), ('R26+S/32', 32), ('R+Ti/32', 32)):
     model = variants.make(variant, 10)

@@ -157,6 +157,7 @@ def test_few_shot_and_pictures_leave_out_training_images(run, rearranged, tmp_pa
   assert evaluation.open_test(exp)[1] == 7
 
 
+@pytest.mark.slow
 def test_a_run_inherits_the_names_of_its_init(run, rearranged, tmp_path):
   config = config_of(rearranged, init=str(run[1]))
   result = trainer.train(config, tmp_path / 'next')
