@@ -128,13 +128,14 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   """Returns {step: validation accuracy} for the checkpoints that have one.
 
-  If images can have several labels, it is the mean average precision instead of the accuracy.
+  If images can have several labels, it is the mean average precision instead of the accuracy. In a
+  run without labels, it is the negative loss.
   For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
   """
   lines = writer.read_metrics(workdir)
   keys = ('mean_average_precision', 'accuracy')
   recorded = {
-    line['step']: next((line[key] for key in keys if key in line), None)
+    line['step']: next((line[key] for key in keys if key in line), -line['loss'])
     for line in lines
     if line['split'] == 'val'
   }
@@ -211,11 +212,13 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
     return [(n, 'the last checkpoint') for n in found]
   if step in ('best', ''):
     scores = ranked(accuracies(workdir))
-    several = scores and read_item(workdir, scores[0][0], 'config')['task'].get('multi_label')
-    measure = 'mean average precision' if several else 'accuracy'
+    task = read_item(workdir, scores[0][0], 'config')['task'] if scores else {}
+    measure = 'mean average precision' if task.get('multi_label') else 'accuracy'
+    labels = bool(task.get('class_names'))
+    shown = lambda score: f'{measure} {score:.2%}' if labels else f'loss {-score:.4f}'
     best = [
-      (n, f'validation {measure} {a:.2%}, the best of {len(scores)} checkpoint(s)')
-      for n, a in scores
+      (n, f'validation {shown(score)}, the best of {len(scores)} checkpoint(s)')
+      for n, score in scores
     ]
     if step == 'best' and not best:
       raise ValueError(
