@@ -373,6 +373,7 @@ def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
     (tmp_path / 'runs' / run / 'result.json').write_text('{}')
   if name == 'streamed':
     (tmp_path / 'folder/train').mkdir(parents=True)
-  if name == 'sweep':
+  if name in ('sweep', 'speedrun'):
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'benchmarks').symlink_to(ROOT / 'benchmarks')
   program(name).parse(list(words))
