@@ -190,14 +190,14 @@ def main(argv: list[str]) -> int:
     if not collect.train(args.config, args.overrides | {'seed': str(seed)}, workdir):
       print(f'{workdir}: the run failed. Fix the cause, then repeat the command to resume.')
       return 1
-  entry, log = attempt(args, workdirs), writer.read_json(LOG) or []
+  entry, log = attempt(args, workdirs), (writer.read_json(LOG) or {}).get('records', [])
   before = record_before(log, entry)
   entry['before_seconds'] = before and before['seconds']
   print(row(entry))
   if why := verdict(entry, before):
     print(f'No record: {why}.')
     return 1
-  writer.write_json(LOG, [*log, entry])
+  writer.write_json(LOG, {'records': [*log, entry]})
   table = HEADER.format(seeds=SEEDS) + '\n'.join(map(row, [*log, entry])) + '\n'
   storage.replace(LOG.with_suffix('.md'), table)
   return 0

@@ -7,8 +7,9 @@
 A grid can also be a list of such objects, e.g. to compare settings that belong together. With
 `--pflops`, all combinations get the epochs with which training costs this many PFLOPs:
 
-    python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/sizes --pflops=0.02 \\
-        --grid='[{"model.width": [48], "model.depth": [4, 6]}, {"model.width": [64]}]'
+    python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/sizes \\
+        --grid='[{"model.width": [48], "model.depth": [4, 6]}, {"model.width": [64]}]' \\
+        --pflops=0.02 --config.data.source=folder:cifar10
 
 A grid can also be a file. `knobs.json` compares each augmentation and each kind of dropout with the
 recipe (its first line) at equal compute:

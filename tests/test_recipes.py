@@ -171,7 +171,7 @@ def test_a_speed_run_is_logged_only_if_it_reaches_the_target_and_is_faster(
   assert 'not reached' in run('weak', 960, [0.79, 0.8, 0.8, 0.8, 0.8])[1]
   assert 'the record is 0.17 minutes' in run('slow', 90, [0.9] * 5)[1]
   assert run('fast', 192, [0.82] * 5)[0] == 0
-  log = json.loads((tmp_path / 'speedrun.json').read_text())
+  log = json.loads((tmp_path / 'speedrun.json').read_text())['records']
   assert [entry['note'] for entry in log] == ['first', 'fast']
   assert log[1]['seconds'] == 5 and log[1]['before_seconds'] == 10
   assert '0.17 (-50.0%)' in (tmp_path / 'speedrun.md').read_text().splitlines()[-1]

@@ -219,7 +219,7 @@ def from_workdir(
   Raises:
     ValueError: no such checkpoint exists, or the config or overrides contradict the checkpoint.
   """
-  loaded, params, saved = load_checkpoint(workdir, step)
+  loaded, params, saved = load_checkpoint(workdir, step, whole=True)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
     trained_size = own.data.image_size

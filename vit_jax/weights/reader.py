@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 from vit_jax import config as config_lib
 from vit_jax.model import ViT, attributes, make
 from vit_jax.names import local, pair
-from vit_jax.optim import without_objective
 from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_json
 from vit_jax.weights.hf import read_hf, run_hf, save_hf
 from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
@@ -178,7 +177,6 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   """Reads a checkpoint of this project: averaged (EMA) weights if there are any, no decoder."""
   step, params, saved = load_checkpoint(workdir, step)
-  params = without_objective(params)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
 from vit_jax.model import merged
+from vit_jax.optim import without_objective
 from vit_jax.workdir import items, writer
 from vit_jax.workdir.calibration import find_calibration
 
@@ -151,7 +152,9 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
   return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
 
 
-def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
+def load_checkpoint(
+  workdir: pathlib.Path, step: str = 'last', *, whole: bool = False
+) -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
   The facts are the item `config`, with the item `names` under the key `names` and the fields of the
@@ -162,12 +165,13 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
   Args:
     workdir: folder of a training run.
     step: which checkpoint to load: `best`, `last`, a number or empty, as in `preferred`.
+    whole: whether to include parameters that only training and evaluation need, e.g. a decoder.
 
   Raises:
     ValueError: the workdir has no such checkpoint, or only damaged ones.
   """
-  found = from_first(lambda: _load(workdir, step))
-  return tuple(found)
+  found, params, saved = from_first(lambda: _load(workdir, step))
+  return found, params if whole else without_objective(params), saved
 
 
 def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
