@@ -79,4 +79,6 @@ def get_config(variant='tiny,cifar10'):
     config.data.mean, config.data.std = recipe.data.mean, recipe.data.std
   if dataset == 'folder':
     finetune.follow_data(config)
+    # The same images are held out as in `finetune.py`, so that the second run can validate on them.
+    config.data.train_split = config.data.val_split = None
   return config
