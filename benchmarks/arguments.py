@@ -1,6 +1,7 @@
 """Parses a benchmark's arguments: `--help` shows its docstring, errors are one line."""
 
 import argparse
+import re
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,3 +30,14 @@ def count(text: str) -> int:
   if not text.isdecimal():
     raise argparse.ArgumentTypeError(f'expected an integer that is at least 0, got {text!r}')
   return int(text)
+
+
+def overrides(parser: Parser, rest: list[str]) -> dict[str, str]:
+  """Returns `{key: text}` of the flags `--config.<key>=<text>`; any other flag is an error."""
+  found = {}
+  for flag in rest:
+    parts = re.fullmatch(r'--config\.([^=]+)=(.*)', flag)
+    if not parts:
+      parser.error(f'unknown flag {flag}; set config keys with --config.<key>=<value>')
+    found[parts[1]] = parts[2]
+  return found

@@ -4,6 +4,19 @@
         --grid='{"optimizer.lr": [1e-3, 3e-3], "optimizer.weight_decay": [0.05, 0.2]}' \\
         --config.epochs=20 --config.data.source=folder:cifar10
 
+A grid can also be a list of such objects, e.g. to compare settings that belong together. With
+`--pflops`, all combinations get the epochs with which training costs this many PFLOPs:
+
+    python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/sizes \\
+        --grid='[{"model.width": [48], "model.depth": [4, 6]}, {"model.width": [64]}]' \\
+        --pflops=0.02 --config.data.source=folder:cifar10
+
+A grid can also be a file. `knobs.json` compares each augmentation and each kind of dropout with the
+recipe (its first line) at equal compute:
+
+    python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/knobs --seeds=3 \\
+        --grid=benchmarks/knobs.json --pflops=0.09 --config.data.source=folder:cifar10
+
 By default, a sweep trains on the first 90% of the training split and reports the accuracy on the
 rest. The test images stay unseen, because a sweep selects by accuracy. To use other splits, set
 `--config.data.train_split` and `--config.data.eval_split`.
@@ -16,7 +29,6 @@ import argparse
 import itertools
 import json
 import pathlib
-import re
 import statistics
 import sys
 
@@ -24,6 +36,8 @@ from benchmarks import arguments, collect
 from vit_jax import cli, storage
 from vit_jax import config as config_lib
 from vit_jax.check import check
+from vit_jax.inference.summary import summary_of
+from vit_jax.opening import Request
 from vit_jax.workdir import writer
 
 HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
@@ -33,16 +47,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
   """Parses the flags; `overrides` is `{key: text}` of every `--config.key=text`."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')
-  parser.add_argument('--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}')
+  parser.add_argument(
+    '--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}, or a list'
+  )
+  parser.add_argument('--pflops', type=float, help='PFLOPs of training; sets epochs')
   parser.add_argument('--seeds', type=int, default=1, help='seeds per combination: 0, 1, ...')
   parser.add_argument('--out', required=True, type=pathlib.Path, help='folder for the workdirs')
   args, rest = parser.parse_known_args(argv)
-  args.overrides = dict(HELD_OUT)
-  for flag in rest:
-    found = re.fullmatch(r'--config\.([^=]+)=(.*)', flag)
-    if not found:
-      parser.error(f'unknown flag {flag}; set config keys with --config.<key>=<value>')
-    args.overrides[found[1]] = found[2]
+  args.overrides = HELD_OUT | arguments.overrides(parser, rest)
   try:
     check_runs(args)
   except (ValueError, OSError) as error:
@@ -52,6 +64,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_runs(args: argparse.Namespace) -> None:
   """Raises ValueError or OSError for problems that would stop a run at its start."""
+  if args.pflops is not None and (args.pflops <= 0 or 'epochs' in args.overrides):
+    raise ValueError(f'--pflops={args.pflops:g}: expected more than 0, and no --config.epochs')
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: expected 1 or more')
   if any('seed' in settings for settings in (args.overrides, *args.grid)):
@@ -62,21 +76,44 @@ def check_runs(args: argparse.Namespace) -> None:
     check(config_lib.override_all(config, {**args.overrides, **settings}))
 
 
+def epochs_for(args: argparse.Namespace, settings: dict[str, str]) -> str:
+  """Returns the epochs with which a combination of a grid costs `args.pflops`.
+
+  Raises:
+    SystemExit: the number of training images is unknown.
+  """
+  config = cli.load_file(args.config)
+  config = config_lib.override_all(config, {**args.overrides, **settings})
+  config.epochs = 100.0  # so that rounding the number of steps does not matter
+  flops = summary_of(Request(config=config)).run_flops
+  if flops is None:
+    raise SystemExit(f'error: --pflops: data.source={config.data.source} was not found.')
+  return f'{100 * args.pflops * 1e15 / flops:.3g}'
+
+
 def grid(text: str) -> list[dict[str, str]]:
   """Returns the combinations of a JSON object of lists, each as `{key: text}`.
 
+  A list of objects gives the combinations of each. The text can be the path of a `.json` file.
+
   Raises:
-    argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists.
+    argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists, or a list of them.
   """
   try:
-    lists = json.loads(text)
-  except json.JSONDecodeError as error:
+    file = pathlib.Path(text) if text.endswith('.json') else None
+    lists = json.loads(file.read_text(encoding='utf-8') if file else text)
+  except (json.JSONDecodeError, OSError) as error:
     raise argparse.ArgumentTypeError(f'{text!r} is not JSON: {error}') from error
-  if not isinstance(lists, dict) or not all(isinstance(v, list) and v for v in lists.values()):
-    raise argparse.ArgumentTypeError(f'expected {{"key": [value, ...], ...}}, got {text}')
-  as_text = lambda value: str(value) if isinstance(value, str | None) else json.dumps(value)
-  columns = [[(key, as_text(value)) for value in values] for key, values in lists.items()]
-  return [dict(pairs) for pairs in itertools.product(*columns)]
+  found = []
+  for part in lists if isinstance(lists, list) else [lists]:
+    if not isinstance(part, dict) or not all(isinstance(v, list) and v for v in part.values()):
+      raise argparse.ArgumentTypeError(
+        f'expected {{"key": [value, ...], ...}}, or a list of such objects, got {text}'
+      )
+    as_text = lambda value: str(value) if isinstance(value, str | None) else json.dumps(value)
+    columns = [[(key, as_text(value)) for value in values] for key, values in part.items()]
+    found += [dict(pairs) for pairs in itertools.product(*columns)]
+  return found
 
 
 def row(settings: dict[str, str], results: list[dict | None]) -> dict:
@@ -109,6 +146,8 @@ def show(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
   """Trains all combinations and prints the table; returns the exit code."""
   args = parse(argv)
+  if args.pflops:
+    args.grid = [settings | {'epochs': epochs_for(args, settings)} for settings in args.grid]
   results = {i: [] for i in range(len(args.grid))}
   # Seeds are the outer loop, so that an interrupted sweep has tried every combination early.
   for seed in range(args.seeds):

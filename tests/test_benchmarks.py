@@ -365,7 +365,7 @@ def documented():
 
 @pytest.mark.parametrize(('name', 'words'), sorted({*documented()}))
 def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
-  if words == () and name in ('transfer', 'recipes'):  # only mentioned in a text
+  if words == () and name in ('transfer', 'recipes', 'speedrun'):  # only mentioned in a text
     return
   monkeypatch.chdir(tmp_path)
   for run in ('digits0', 'digits1', 'digits2', 'tin', 'teacher'):
@@ -373,6 +373,7 @@ def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
     (tmp_path / 'runs' / run / 'result.json').write_text('{}')
   if name == 'streamed':
     (tmp_path / 'folder/train').mkdir(parents=True)
-  if name == 'sweep':
+  if name in ('sweep', 'speedrun'):
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    (tmp_path / 'benchmarks').symlink_to(ROOT / 'benchmarks')
   program(name).parse(list(words))

@@ -1,4 +1,4 @@
-"""The commands of the tutorial and of the fine-tuning page run in this order, on small data."""
+"""The commands of three pages run in this order, on small data."""
 
 import json
 import os
@@ -23,6 +23,8 @@ SMALL = {  # words of a page: their replacement in the test
   '--seeds=3': '--seeds=1 --config.epochs=2',
   '[1e-4, 3e-4, 1e-3]': '[1e-3]',
   '--config=configs/finetune': '--config.epochs=2 --config=configs/finetune',
+  '--config=configs/mae': '--config.epochs=2 --config=configs/mae',
+  '--config=configs/linear_probe': '--config.epochs=2 --config=configs/linear_probe',
 }
 
 
@@ -37,7 +39,7 @@ def write_images(folder, classes, count):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-  """A folder with the data of both pages, in which their commands run."""
+  """A folder with the data of all pages, in which their commands run."""
   home = tmp_path_factory.mktemp('pages')
   digits = [f'class_{i}' for i in range(10)]
   write_images(home / 'cifar10' / 'train', digits, 16)
@@ -97,3 +99,13 @@ def test_the_fine_tuning_page_runs(tutorial):
   tuned = json.loads((home / 'runs' / 'photos' / 'result.json').read_text())
   probed = json.loads((home / 'runs' / 'probe' / 'result.json').read_text())
   assert 0 <= tuned['test_accuracy'] <= 1 and 0 <= probed['test_accuracy'] <= 1
+
+
+def test_the_page_on_pretraining_runs(tutorial):
+  for command in commands('pretraining.md'):
+    if ':tiny,cifar10' not in command:  # downloads CIFAR-10
+      run(tutorial, command)
+  result = json.loads((tutorial / 'runs' / 'mae' / 'result.json').read_text())
+  assert result['test_accuracy'] is None and result['test_loss'] > 0
+  assert (tutorial / 'runs' / 'mae' / 'figures' / 'reconstruction.png').exists()
+  assert (tutorial / 'exported' / 'model.safetensors').exists()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from configs import finetune, imagenet
+from configs import cifar10, finetune, imagenet
 from vit_jax import cli
 from vit_jax.check import check
 from vit_jax.experiment import assemble
@@ -163,9 +163,7 @@ def test_public_names_can_be_imported_in_several_threads_at_once():
 
 
 SPECS = ['digits.py', 'folder.py:small'] + [
-  f'{name}.py:{variant}'
-  for name in ('cifar10', 'cifar100')
-  for variant in ('tiny', 'small', 'wide', 'deep', 'b16', 'l16')
+  f'{name}.py:{variant}' for name in ('cifar10', 'cifar100') for variant in cifar10.VARIANTS
 ]
 SPECS += [
   f'{name}.py:{model},{dataset}'
@@ -177,6 +175,7 @@ SPECS += [
 ]
 SPECS += [f'finetune.py:{model},cifar10,adamw' for model in ('tiny', 'b16')]
 SPECS += ['finetune.py:b16,folder,lora']
+SPECS += [f'mae.py:{model},cifar10' for model in finetune.MODELS] + ['mae.py:b16,folder']
 SPECS += [f'imagenet.py:{model}' for model in imagenet.MODELS]
 SPECS += [f'imagenet.py:s16,{recipe}' for recipe in imagenet.RECIPES]
 

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import collect, recipes, sweep
+from benchmarks import collect, recipes, speedrun, sweep
 from vit_jax import cli
+from vit_jax import config as config_lib
+from vit_jax.inference.summary import summary_of
+from vit_jax.opening import Request
 
 TINY = [
     '--config.data.source=synthetic', '--config.data.image_size=8', '--config.epochs=0.2',
@@ -109,3 +112,78 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   with pytest.raises(SystemExit, match='2'):
     recipes.main(['gpu', 'folder:none', 'digits'])
   assert 'no recipe digits for a gpu; expected one of cifar10_small' in capsys.readouterr().err
+
+
+def test_a_grid_can_be_a_list_of_combinations():
+  found = sweep.grid('[{"ema": [0, 0.9]}, {"model.width": [48], "epochs": [2]}]')
+  assert found == [{'ema': '0'}, {'ema': '0.9'}, {'model.width': '48', 'epochs': '2'}]
+
+
+def test_combinations_of_equal_compute_get_their_epochs():
+  flags = ['--config=configs/digits.py', '--out=o', '--pflops=1e-4']
+  args = sweep.parse([*flags, '--grid=[{"model.depth": [2]}, {"model.depth": [4]}]'])
+  few, many = (float(sweep.epochs_for(args, settings)) for settings in args.grid)
+  assert 1.7 < few / many < 2.1  # a block more costs the same as the others
+  config = config_lib.override_all(
+    cli.load_file('configs/digits.py'), args.overrides | args.grid[0] | {'epochs': str(few)}
+  )
+  assert summary_of(Request(config=config)).run_flops == pytest.approx(1e11, rel=0.02)
+
+
+def finished(workdir, accuracy, speed, images=(640, 320)):
+  """Writes the files of a run of 30 steps with 32 images; `speed` is in images per second."""
+  workdir.mkdir(parents=True)
+  result = {'test_accuracy': accuracy, 'steps': 30, 'params': 9, 'config': {'batch_size': 32}}
+  (workdir / 'result.json').write_text(json.dumps(result))
+  lines = [{'step': 0, 'split': 'train', 'examples': n, 'images_per_second': speed} for n in images]
+  lines.append({'step': 30, 'split': 'test', 'accuracy': accuracy, 'examples': 99})
+  (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  (workdir / 'log.txt').write_text('x] Compiled in 2.5 s for images\ny] Compiled in 0.5 s for')
+
+
+def test_the_time_of_a_run_is_the_time_of_all_its_steps(tmp_path):
+  finished(tmp_path / 'a', 0.9, 96.0)
+  assert speedrun.training_seconds(tmp_path / 'a') == 10.0
+  assert speedrun.compile_seconds(tmp_path / 'a') == 2.5
+  finished(tmp_path / 'b', 0.9, 96.0, images=(640,))
+  with pytest.raises(ValueError, match='covers 640 of 960 images'):
+    speedrun.training_seconds(tmp_path / 'b')
+
+
+def test_a_speed_run_is_logged_only_if_it_reaches_the_target_and_is_faster(
+  monkeypatch, tmp_path, capsys
+):
+  monkeypatch.setattr(speedrun, 'LOG', tmp_path / 'speedrun.json')
+  monkeypatch.setattr(speedrun, 'training_flops', lambda _: 2e14)
+  monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
+
+  def run(name, speed, accuracies):
+    def train(config, overrides, workdir):
+      finished(workdir, accuracies[int(overrides['seed'])], speed)
+      return True
+
+    monkeypatch.setattr(collect, 'train', train)
+    flags = ['--target=0.8', '--config=configs/digits.py', f'--out={tmp_path / name}']
+    code = speedrun.main([*flags, '--by=me', f'--note={name}', '--config.checkpoint_every=0'])
+    return code, capsys.readouterr().out
+
+  assert run('first', 96, [0.79, 0.8, 0.81, 0.8, 0.8])[0] == 0
+  assert 'not reached' in run('weak', 960, [0.79, 0.8, 0.8, 0.8, 0.8])[1]
+  assert 'the record is 0.17 minutes' in run('slow', 90, [0.9] * 5)[1]
+  assert run('fast', 192, [0.82] * 5)[0] == 0
+  log = json.loads((tmp_path / 'speedrun.json').read_text())['records']
+  assert [entry['note'] for entry in log] == ['first', 'fast']
+  assert log[1]['seconds'] == 5 and log[1]['before_seconds'] == 10
+  assert '0.17 (-50.0%)' in (tmp_path / 'speedrun.md').read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize('flags, message', [
+  (['--config.seed=3'], 'seed cannot be set'),
+  (['--config.checkpoint_every=75'], 'multiple of log_every=50'),
+  (['--target=80'], 'between 0 and 1'),
+])  # fmt: skip
+def test_an_attempt_is_checked_before_its_first_run(flags, message, tmp_path, capsys):
+  good = ['--target=0.8', '--config=configs/digits.py', f'--out={tmp_path}', '--by=a', '--note=b']
+  with pytest.raises(SystemExit, match='2'):
+    speedrun.parse([*good, '--config.checkpoint_every=100', *flags])
+  assert message in capsys.readouterr().err

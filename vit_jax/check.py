@@ -29,9 +29,11 @@ from vit_jax.optim import (
   FREEZE,
   LOSSES,
   MOMENT_DTYPES,
+  OBJECTIVES,
   OPTIMIZERS,
   SCHEDULES,
   image_stages,
+  objective_of,
   parse_weights,
 )
 
@@ -44,6 +46,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'INTERPOLATIONS': INTERPOLATIONS,
   'LOSSES': LOSSES,
   'MOMENT_DTYPES': MOMENT_DTYPES,
+  'OBJECTIVES': OBJECTIVES,
   'OPTIMIZERS': OPTIMIZERS,
   'PAD_MODES': PAD_MODES,
   # A classifier needs a pool that returns one vector.
@@ -103,6 +106,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   if config.data.image_size is not None:
     pair(config.data.image_size, 'data.image_size')
     check_progressive(config)
+  check_objective(config)
   check_distill(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
@@ -168,6 +172,30 @@ def check_progressive(config: ConfigDict) -> None:
     )
   if sizes and config.freeze:
     raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of them.')
+
+
+def check_objective(config: ConfigDict) -> None:
+  """Raises ValueError for keys that contradict the objective."""
+  name, teacher = config.objective, config.distill.teacher
+  if name and (name == 'distilled') != bool(teacher):
+    remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'
+    raise ValueError(f'objective={name}: {remedy}, or set objective to None.')
+  if not objective_of(config).labels:
+    keys = [key for key in ('freeze', 'adapt', 'classifier', 'sweep') if config[key]]
+    wrong = [f'{key}={config[key]}' for key in keys]
+    if config.optimizer.layer_decay != 1:
+      wrong.append(f'optimizer.layer_decay={config.optimizer.layer_decay}')
+    if wrong:
+      raise ValueError(
+        f'objective={name} trains all parameters and no head, so it cannot be combined with '
+        f'{", ".join(wrong)}. Pretrain first. Then use the workdir as init of a second run.'
+      )
+  width, heads = config.masked.width, config.masked.num_heads
+  if name == 'masked' and (heads < 1 or width < 4 or width % heads or width % 4):
+    raise ValueError(
+      f'masked.width={width} must be divisible by masked.num_heads={heads}, and by 4 for its '
+      'positions.'
+    )
 
 
 def check_distill(config: ConfigDict) -> None:

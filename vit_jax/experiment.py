@@ -14,20 +14,21 @@ import numpy as np
 
 import vit_jax
 from vit_jax import config as config_lib
-from vit_jax.augment import (
-  AUGMENTATIONS,
-  active,
-  augment,
-  augment_and_mix,
-  mixes,
-  normalize,
-)
+from vit_jax.augment import AUGMENTATIONS, active, augment, augment_and_mix, mixes, normalize
 from vit_jax.check import check_channels, check_stages
 from vit_jax.data import Fit, Reading, Source, fit_image
 from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
 from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
 from vit_jax.names import accepted, pair
-from vit_jax.optim import CLASSIFIERS, Teacher, check_weights, choose_loss, split_frozen
+from vit_jax.optim import (
+  CLASSIFIERS,
+  Objective,
+  Teacher,
+  check_weights,
+  choose_loss,
+  objective_of,
+  split_frozen,
+)
 from vit_jax.workdir import Calibration, Task, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -38,11 +39,10 @@ DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
-  `names` identifies the files that the weights were trained on. It is None if the run did not
-  record its training files. Only training has a `teacher`, if the config names one, and `weight_L`,
-  the weight of each class, if the weights differ. `calibration` belongs to the weights that a mode
-  uses; training has none. `parts` is the number of micro-batches with which a training step fits
-  into memory. It is None if the memory is not limited.
+  `names` identifies the files that the weights were trained on; None if the run did not record
+  them. Only training has a `teacher`, if the config names one, and `weight_L`, the weight of each
+  class, if the weights differ. `calibration` belongs to the weights that a mode uses. `parts` is
+  the number of micro-batches with which a training step fits into memory; None without a limit.
   """
 
   config: ConfigDict
@@ -58,6 +58,11 @@ class Experiment:
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
   parts: int | None = None
   weight_L: np.ndarray | None = None
+
+  @property
+  def objective(self) -> Objective:
+    """What training learns, and how evaluation measures it."""
+    return objective_of(self.config)
 
   @property
   def chosen_attention(self) -> str:
@@ -215,6 +220,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     ValueError: no model with these keys exists, or the model does not fit the images, or the loss
       or the classifier does not fit the labels.
   """
+  if not objective_of(config).labels:
+    task = dataclasses.replace(task, class_names=(), multi_label=False)
   loss = 'sigmoid' if task.multi_label else 'softmax'
   config = config_lib.fill(config, DEFAULTS | {'loss.name': loss})
   fields = dict(config.model)

@@ -13,8 +13,8 @@ from vit_jax.augment import active, normalize
 from vit_jax.data import Source
 from vit_jax.model import ATTRIBUTES, ViT, pooled, variant_fields
 from vit_jax.names import abridged, accepted, difference, pair
-from vit_jax.optim import DISTILLATIONS, Teacher
-from vit_jax.weights import Pretrained, Weights, adapt, read_weights
+from vit_jax.optim import DISTILLATIONS, Teacher, objective_of
+from vit_jax.weights import Pretrained, Weights, adapt, headless, read_weights
 from vit_jax.workdir import TrainingFiles, digest
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   """Opens the weights that `init` names and adapts them to the data's classes and image size.
 
   If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
-  pre-logits layer is dropped.
+  pre-logits layer is dropped. Without labels, there is no head.
 
   Returns:
     The completed config, the parameters, and the names of the files that the weights were trained
@@ -41,10 +41,13 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
       f'data.source={config.data.source} have {source.channels}.'
     )
-  classes = source.class_names
+  classes = source.class_names if objective_of(config).labels else ()
+  log.info('Starting from the weights in %s', config.init)
+  if not classes:
+    loaded = headless(adapt(found, grid, None, None, config.init_resize))
+    return follow(config, loaded), loaded.params, names_of(loaded)
   new_head = needs_new_head(found, classes)
   loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
-  log.info('Starting from the weights in %s', config.init)
   if new_head:
     log.info('The head is new, because the weights have different or unknown classes.')
   return follow(config, loaded), loaded.params, names_of(loaded)

@@ -90,6 +90,11 @@ TRAINING = {
   'init_resize': Key(
     'bilinear', 'method that resizes the position embedding of `init`', choices='RESIZES'
   ),
+  'objective': Key(
+    None, 'what the run learns; supervised: the labels; distilled: the labels and the outputs of '
+    'distill.teacher; masked: hidden patches of the images, without labels; None: distilled with '
+    'a distill.teacher, else supervised', kind=str, choices='OBJECTIVES',
+  ),
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
@@ -116,6 +121,12 @@ TRAINING = {
   ),
   'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
   'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
+  'masked.share': Key(
+    0.75, 'objective=masked: share of the patches that are hidden', range=(0.01, 0.99)
+  ),
+  'masked.width': Key(512, 'objective=masked: number of values in a token of the decoder'),
+  'masked.depth': Key(8, 'objective=masked: number of blocks of the decoder', range=(1, 1000)),
+  'masked.num_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
   'progressive.sizes': Key(
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
@@ -136,8 +147,8 @@ TRAINING = {
 
 DATA = {
   'data.source': Key(
-    'tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `labels:<csv or jsonl file>`, `digits` or '
-    '`synthetic`',
+    'tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `images:<path>` (without labels), '
+    '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
     '', 'base folder of a relative `folder:<path>` or `labels:<file>` and of the paths in this '

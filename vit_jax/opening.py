@@ -21,9 +21,15 @@ from vit_jax.data import (
   open_source,
 )
 from vit_jax.experiment import Experiment, assemble, mesh_for
-from vit_jax.optim import Training, announce, plan_training, training_weights
+from vit_jax.optim import (
+  Training,
+  announce,
+  plan_training,
+  training_weights,
+  without_objective,
+)
 from vit_jax.sizing import choose_open, image_size, warn_of_few
-from vit_jax.splitting import decided, named_splits, open_splits
+from vit_jax.splitting import decided, named_splits, open_splits, open_training
 from vit_jax.weights import adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
@@ -87,10 +93,7 @@ def from_config(
   Raises:
     ValueError: any mistake that the user can correct; the message explains how.
   """
-  data = config.data
-  source = open_source(data.source, data.dir, image_size(config))
-  for warning in source.warnings:
-    log.warning('%s', warning)
+  source = open_training(config)
   teacher, taught_on = inherit.open_teacher(config, source)
   params = None
   if saved is not None:
@@ -216,7 +219,7 @@ def from_workdir(
   Raises:
     ValueError: no such checkpoint exists, or the config or overrides contradict the checkpoint.
   """
-  loaded, params, saved = load_checkpoint(workdir, step)
+  loaded, params, saved = load_checkpoint(workdir, step, whole=True)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
     trained_size = own.data.image_size
@@ -233,7 +236,8 @@ def from_workdir(
       experiment = dataclasses.replace(experiment, model=model)
   facts = dict(names=TrainingFiles.load(saved), calibration=Calibration.load(saved))
   experiment = dataclasses.replace(experiment, **facts)
-  check_params(experiment.model, params, experiment.image_shape[:2], workdir)
+  own = without_objective(params)
+  check_params(experiment.model, own, experiment.image_shape[:2], workdir)
   return experiment, params, loaded
 
 
@@ -244,7 +248,8 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
 
   Args:
     request: the model to open.
-    classes: classes of the model if `init` is given, as in `from_init`.
+    classes: classes of the model, as in `from_init`. A run without labels has none, so a workdir
+      of such a run is an error, unless the classes are `data` or `any`.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.
@@ -254,4 +259,31 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
     return *from_init(request.init, request.overrides, classes), None
-  return from_workdir(request.workdir, request.overrides, request.config, request.step)
+  workdir = request.workdir
+  exp, params, step = from_workdir(workdir, request.overrides, request.config, request.step)
+  if not exp.task.class_names and classes != 'any':
+    exp = with_classes(exp, workdir, classes)
+  return exp, params, step
+
+
+def with_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
+  """Returns the experiment of a run without labels, with the classes of the data.
+
+  Raises:
+    ValueError: `classes` does not ask for the classes of the data, or the data has none.
+  """
+  data = exp.config.data
+  if classes != 'data':
+    raise ValueError(
+      f'{workdir} was trained without labels, so it has no classes yet. Train them: '
+      f'--config=configs/finetune.py --config.init={workdir}, with labelled images and a new '
+      '--workdir. Without them, use --mode=predict --features=pooled, or --mode=visualize.'
+    )
+  source = open_source(data.source, data.dir, image_size(exp.config))
+  if not source.class_names:
+    raise ValueError(
+      f'data.source={data.source} has no labels. Name images with labels, e.g. '
+      '--config.data.source=folder:photos.'
+    )
+  names = dict(class_names=source.class_names, multi_label=source.multi_label)
+  return dataclasses.replace(exp, task=dataclasses.replace(exp.task, **names))

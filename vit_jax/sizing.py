@@ -125,13 +125,13 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
 
 
 def class_counts(source: Source, split: str) -> np.ndarray | None:
-  """Returns the number of images of each class in a split, `[L]`; None for sources without files.
+  """Returns the number of images of each class in a split, `[L]`; None without files or labels.
 
   Raises:
     ValueError: the split has no images.
   """
   pieces = source.pieces(split)
-  if any(name not in source.files for name, _, _ in pieces):
+  if not source.class_names or any(name not in source.files for name, _, _ in pieces):
     return None
   labels = [source.files[name].label_N[start:stop] for name, start, stop in pieces]
   return count_labels(np.concatenate(labels), len(source.class_names))

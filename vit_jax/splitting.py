@@ -1,6 +1,7 @@
 """Opens the splits of a run, and decides how their images are kept."""
 
 import dataclasses
+import logging
 
 from ml_collections import ConfigDict
 
@@ -11,11 +12,38 @@ from vit_jax.data import (
   check_memory,
   common_size,
   decide_cache,
+  open_source,
   open_split,
   report_split,
+  unlabelled,
 )
 from vit_jax.experiment import Experiment, assemble
+from vit_jax.optim import objective_of
+from vit_jax.sizing import image_size
 from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained
+
+log = logging.getLogger(__name__)
+
+
+def open_training(config: ConfigDict) -> Source:
+  """Opens the source of a run and logs its warnings; without labels if the objective ignores them.
+
+  Raises:
+    ValueError: the source cannot be read, or lacks the labels that the objective needs.
+  """
+  data = config.data
+  source = open_source(data.source, data.dir, image_size(config))
+  for warning in source.warnings:
+    log.warning('%s', warning)
+  if not objective_of(config).labels:
+    return unlabelled(source)
+  if not source.class_names:
+    raise ValueError(
+      f'data.source={data.source} has no labels, but this run learns classes. To learn from images '
+      'alone, use --config=configs/mae.py. To learn classes, use folder:<path> with one folder per '
+      'class, or labels:<file>.'
+    )
+  return source
 
 
 def open_splits(

@@ -21,7 +21,7 @@ from vit_jax import limits, progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import memory, sources, splits, tfds
-from vit_jax.data.source import Source
+from vit_jax.data.source import Source, unlabelled
 
 SIZES = {'train': 100, 'test': 20}
 
@@ -582,3 +582,46 @@ def check_mini(source):
   for image, label in zip(train.image_NHWC, train.label_N):  # the side of the label is white
     assert (image[:, :4] == 255 * (label == 0)).all() and (image[:, 4:] == 255 * (label == 1)).all()
   assert set(train.label_N.tolist()) == {0, 1}
+
+
+def put_images(top, names):
+  for name in names:
+    (top / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (4, 4)).save(top / name)
+
+
+def test_a_tree_without_labels_holds_out_the_same_images_as_class_folders(tmp_path):
+  put_images(tmp_path, [f'{name}/{i}.png' for name in ('cat', 'dog') for i in range(30)])
+  ours, theirs = (
+    sources.open_source(f'{kind}:{tmp_path}', '', (4, 4)) for kind in ('images', 'folder')
+  )
+  assert ours.class_names == () and ours.sizes == theirs.sizes
+  for split in ('train', 'test'):
+    first, second = (source.files[split] for source in (ours, theirs))
+    np.testing.assert_array_equal(first.hash_N, second.hash_N)
+    np.testing.assert_array_equal(first.path_N, second.path_N)
+  assert {label for _, _, label in ours.read('train', range(10))} == {0}
+
+
+def test_a_tree_may_be_flat_or_deep_and_have_its_own_test_folder(tmp_path):
+  put_images(tmp_path, [f'{i}.png' for i in range(10)] + ['a/b/c/x.png', '.hidden/y.png'])
+  (tmp_path / 'notes.txt').write_text('')
+  source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
+  assert sum(source.sizes.values()) == 11
+  put_images(tmp_path, ['train/x/1.png', 'train/2.png', 'val/3.png'])
+  source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 2, 'test': 1}
+
+
+def test_a_tree_without_images_is_refused(tmp_path):
+  with pytest.raises(ValueError, match="no images for the split 'train'"):
+    sources.open_source(f'images:{tmp_path}', '', (4, 4))
+  with pytest.raises(ValueError, match="'images:' has no path"):
+    sources.open_source('images:', '', (4, 4))
+
+
+def test_labels_can_be_left_out_of_any_source():
+  source = sources.open_source('digits', '', (8, 8))
+  plain = unlabelled(source)
+  assert plain.class_names == () and plain.sizes == source.sizes
+  assert {label for _, _, label in plain.read('test', range(20))} == {0}

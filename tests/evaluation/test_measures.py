@@ -6,7 +6,8 @@ from scipy import special, stats
 from sklearn import calibration, metrics
 
 from vit_jax.evaluation import measures
-from vit_jax.evaluation.answers import Answers, Scores, trust
+from vit_jax.evaluation.answers import trust
+from vit_jax.evaluation.scoring import Answers, Scores
 from vit_jax.workdir import Calibration
 
 NAN = dict(average=None, zero_division=np.nan)

@@ -19,9 +19,10 @@ from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import teaching
 from vit_jax.experiment import mesh_for
+from vit_jax.optim.objectives import heads
 from vit_jax.training import loop, state, tracing, trainer
 from vit_jax.training.loop import Run
-from vit_jax.training.step import heads, loss_fn, make_train_step
+from vit_jax.training.step import loss_fn, make_train_step
 from vit_jax.workdir import stored, trained, writer
 
 KEY = jax.random.key(3)

@@ -27,10 +27,13 @@ def run_eval(args) -> None:
 def as_text(result: dict) -> str:
   """Returns all numbers as `name value`, a summary, and a table of the worst classes.
 
-  If images can have several labels, the table has all classes.
+  If images can have several labels, the table has all classes. Of a run without labels, only the
+  loss is known.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
+  if 'per_class' not in result:  # a run without labels
+    return f'{line}\nmean squared error of the hidden patches {result["loss"]:.4f}'
   several = 'mean_average_precision' in result
   summary = several_labels(result) if several else one_label(result)
   columns = SEVERAL if several else ONE

@@ -22,8 +22,9 @@ def run_train(args) -> int | None:
       name, value = 'accuracy', result['test_accuracy']
       if 'test_mean_average_precision' in result:  # images can have several labels
         name, value = 'mean average precision', result['test_mean_average_precision']
+      shown = f'loss {result["test_loss"]:.4f}' if value is None else f'{name} {value:.2%}'
       print(
-        f'Test {name} {value:.2%} on {result["examples"]} examples after '
+        f'Test {shown} on {result["examples"]} examples after '
         f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
         'result.json, tensorboard, log.txt).'
       )

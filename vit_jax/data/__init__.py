@@ -15,7 +15,7 @@ from vit_jax.data.image import (
 )
 from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
-from vit_jax.data.source import Source, first_size, multi_hot, own_size
+from vit_jax.data.source import Source, first_size, multi_hot, own_size, unlabelled
 from vit_jax.data.sources import SOURCES, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
@@ -52,4 +52,5 @@ __all__ = [
   'save_png',
   'some',
   'train_batches',
+  'unlabelled',
 ]

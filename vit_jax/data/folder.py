@@ -182,13 +182,7 @@ def warnings(
     yield (
       f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
     )
-  if passed_over:
-    most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
-    yield (
-      f'{root}: {passed_over.total():,} files are not used: '
-      f'{abridged([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of '
-      f'the extensions {", ".join(image_lib.EXTENSIONS)}.'
-    )
+  yield from not_used(root, passed_over)
   top = files['train'].top
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
@@ -206,6 +200,17 @@ def warnings(
   if len(held_out) > 1 and held_out['test'] != 'test':
     shown = (f'{folder}/ is the split {name!r}' for name, folder in held_out.items())
     yield f'{root}: {", ".join(shown)}.'
+
+
+def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
+  """Yields a warning about files that are not images, if there are any."""
+  if passed_over:
+    most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
+    yield (
+      f'{root}: {passed_over.total():,} files are not used: '
+      f'{abridged([f"{passed_over[kind]:,} {kind}" for kind in most])}. Images must have one of '
+      f'the extensions {", ".join(image_lib.EXTENSIONS)}.'
+    )
 
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
@@ -240,23 +245,35 @@ def list_files(
   for name in there:
     choose(f'{top}: class folder', name, class_names)
 
+  found = []
+  with progress.announced(f'Listing the images in {top} ...'):
+    for label, name in enumerate(class_names):
+      if name in there:
+        found += [
+          (hash_name(below), os.fsencode(f'{name}/{below}'), label)
+          for below in walk_images(top / name, passed_over)
+        ]
+  return as_files(top, found)
+
+
+def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
+  """Yields the path below `root` of each image; counts other files in `passed_over`."""
+
   def refuse(error):
     raise ValueError(f'{error.filename}: {error.strerror}.') from error
 
-  found = []
-  with progress.announced(f'Listing the images in {top} ...'):
-    for label, class_name in enumerate(class_names):
-      if class_name not in there:
-        continue
-      for folder, _, names in os.walk(top / class_name, onerror=refuse):
-        inside = '' if folder == str(top / class_name) else folder[len(str(top / class_name)) + 1 :]
-        for name in names:
-          if image_lib.has_image_name(name):
-            below = os.path.join(inside, name)
-            found.append((hash_name(below), os.fsencode(f'{class_name}/{below}'), label))
-          elif not name.startswith('.'):
-            passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
-    found.sort()  # by hash; files with the same name in several classes share it: then by path
+  for folder, _, names in os.walk(root, onerror=refuse):
+    inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
+    for name in names:
+      if image_lib.has_image_name(name):
+        yield os.path.join(inside, name)
+      elif not name.startswith('.'):
+        passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
+
+
+def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:
+  """Returns files given as (hash of the name, path, label), sorted by hash, then by path."""
+  found = sorted(found)  # files with the same name in several classes share a hash
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)
   return Files(top, *arrays)

@@ -33,7 +33,7 @@ class Source:
 
   Attributes:
     sizes: number of examples in each whole split.
-    class_names: name of the class of each label.
+    class_names: name of the class of each label; empty without labels.
     channels: 1 or 3.
     read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
       a file or a uint8 array. `pixels` checks and decodes the image later.
@@ -94,6 +94,22 @@ def multi_hot(source: Source) -> Source:
   return dataclasses.replace(source, read=read, files=files, multi_label=True)
 
 
+def unlabelled(source: Source) -> Source:
+  """Returns the source without its classes: the label of each image is 0 and means nothing."""
+  if not source.class_names:
+    return source
+
+  def read(split, indices):
+    for name, image, _ in source.read(split, indices):
+      yield name, image, 0
+
+  files = {
+    name: dataclasses.replace(part, label_N=np.zeros(len(part), np.int32))
+    for name, part in source.files.items()
+  }
+  return dataclasses.replace(source, class_names=(), read=read, files=files, multi_label=False)
+
+
 def pixels(
   source: Source, example: Example, size: tuple[int, int], fit: image_lib.Fit
 ) -> np.ndarray:
@@ -151,7 +167,9 @@ def stop_at(error: image_lib.BadImage) -> NoReturn:
 
 def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
   """Raises BadImage if the source has no class for the label."""
-  if not source.multi_label and not 0 <= label < len(source.class_names):
+  if source.multi_label or not source.class_names:
+    return
+  if not 0 <= label < len(source.class_names):
     raise image_lib.BadImage(
       f'{name}: label {label} is not one of the {len(source.class_names)} classes, 0 to '
       f'{len(source.class_names) - 1}.'

@@ -1,20 +1,23 @@
 """Opens the datasets that `data.source` can name; `SOURCES` lists the kinds."""
 
+import collections
 import dataclasses
 import os
 import pathlib
 
 import numpy as np
 
+from vit_jax import progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
+from vit_jax.data.image import EXTENSIONS, has_image_name
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
 from vit_jax.names import choose, local
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens the source `tfds:<name>`, `folder:<path>`, `labels:<file>`, `digits` or `synthetic`.
+  """Opens the source `tfds:<name>`, `folder:`, `images:`, `labels:`, `digits` or `synthetic`.
 
   Raises:
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
@@ -32,11 +35,11 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   """Opens a source like `open_source`, but never prepares data, and accepts missing data.
 
   Returns:
-    The source. If the data of a TFDS dataset is missing, `sizes` is empty. None if the folder of a
-    `folder:<path>` source or the file of a `labels:<file>` source is missing.
+    The source. If the data of a TFDS dataset is missing, `sizes` is empty. None if the folder or
+    the file of another source is missing.
   """
   kind, _, name = spec.partition(':')
-  if kind in ('folder', 'labels') and not (name and from_base(name, data_dir).exists()):
+  if kind in ('folder', 'images', 'labels') and not (name and from_base(name, data_dir).exists()):
     return None
   if kind != 'tfds':
     return open_source(spec, data_dir, image_size)
@@ -90,12 +93,65 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
   A relative path starts at `data_dir`.
   """
   del image_size
-  root = from_base(path, data_dir)
+  return source_of(folder_lib.open_folder(existing('folder', path, data_dir)))
+
+
+def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
+  """Opens a folder of images without labels: in the folder itself, and at any depth below.
+
+  Splits and names are those of `folder:`. With a folder `train/`, test images are in the first
+  folder of `TEST_NAMES`; otherwise a hash of the name holds out images. The name is the path
+  without its first folder. So class folders are ignored, and the same images are held out as with
+  `folder:`. A relative path starts at `data_dir`.
+  """
+  del image_size
+  root = existing('images', path, data_dir)
+  top, passed_over = root / 'train', collections.Counter()
+  held_out = [root / name for name in folder_lib.TEST_NAMES if (root / name).is_dir()]
+  if top.is_dir() and held_out:
+    files = {
+      name: list_tree(part, passed_over) for name, part in (('train', top), ('test', held_out[0]))
+    }
+  else:
+    listed, share = list_tree(top if top.is_dir() else root, passed_over), folder_lib.HELD_OUT
+    files = {'train': listed.within(share, 1.0), 'test': listed.within(0.0, share)}
+  for split, part in files.items():
+    if not len(part):
+      raise ValueError(
+        f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
+        f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of all '
+        'images for testing. Add images.'
+      )
+  warnings = tuple(folder_lib.not_used(root, passed_over))
+  return source_of(folder_lib.Folder((), files, warnings))
+
+
+def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib.Files:
+  """Lists the images in a folder and below it, except in hidden folders; all labels are 0."""
+  with progress.announced(f'Listing the images in {top} ...'):
+    found = [
+      (folder_lib.hash_name(path.name), os.fsencode(path.name), 0)
+      for path in top.iterdir()
+      if path.is_file() and has_image_name(path.name)
+    ]
+    for name in folder_lib.subfolders(top):
+      for below in folder_lib.walk_images(top / name, passed_over):
+        found.append((folder_lib.hash_name(below), os.fsencode(f'{name}/{below}'), 0))
+  return folder_lib.as_files(top, found)
+
+
+def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
+  """Returns the folder of a source.
+
+  Raises:
+    ValueError: the path is empty, or is not a folder.
+  """
+  root, hint = from_base(path, data_dir), f'Write {kind}:<path of the images>.'
   if not path:
-    raise ValueError("data.source: 'folder:' has no path. Write folder:<path of the images>.")
+    raise ValueError(f"data.source: '{kind}:' has no path. {hint}")
   if not root.is_dir():
-    raise ValueError(f'data.source: no folder at {str(root)!r}. Write folder:<path of the images>.')
-  return source_of(folder_lib.open_folder(root))
+    raise ValueError(f'data.source: no folder at {str(root)!r}. {hint}')
+  return root
 
 
 def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -143,6 +199,7 @@ def from_base(path: str, data_dir: str) -> pathlib.Path:
 SOURCES = {
   'tfds': tfds.open_tfds,
   'folder': open_images,
+  'images': open_unlabelled,
   'labels': open_labelled,
   'digits': digits,
   'synthetic': synthetic,

@@ -1,7 +1,6 @@
 """Evaluates models, computes features, and measures few-shot accuracy."""
 
 from vit_jax.evaluation.answers import (
-  Scores,
   calibrate_run,
   make_eval_step,
   score_examples,
@@ -15,10 +14,11 @@ from vit_jax.evaluation.files import PathLike, find_images
 from vit_jax.evaluation.forward import make_inference_step, map_files, probabilities, read_image
 from vit_jax.evaluation.measures import coverage_curve, reliability
 from vit_jax.evaluation.multilabel import given_labels
-from vit_jax.evaluation.scoring import quality, summarize, training_score
+from vit_jax.evaluation.scoring import Losses, Scores, quality, summarize, training_score
 from vit_jax.evaluation.teaching import with_teacher
 
 __all__ = [
+  'Losses',
   'PathLike',
   'Scores',
   'cached_features',

@@ -9,13 +9,11 @@ Decisions:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-import dataclasses
 import logging
 import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import limits, progress
@@ -23,6 +21,7 @@ from vit_jax.data import Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, place_params, replicated, to_host
 from vit_jax.evaluation import measures
 from vit_jax.evaluation.multilabel import Labelled, best_thresholds
+from vit_jax.evaluation.scoring import Answers, Losses, Scores
 from vit_jax.experiment import Experiment
 from vit_jax.workdir import Calibration, restore_weights, save_calibration
 
@@ -33,113 +32,16 @@ EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 FITTED = 2**26  # maximum number of logits to which a temperature is fitted: 256 MiB
 
 
-@dataclasses.dataclass(frozen=True)
-class Answers:
-  """What a model answers to some examples of a split; padding and bad images are left out.
-
-  Attributes:
-    index_N: index of each example in the split.
-    label_N: true classes; multi-hot `[N, L]` if images can have several labels.
-    logits_NL: float32 logits.
-    loss_N: loss of the config, e.g. with label smoothing.
-    real_NL: ReaL labels; None without them.
-  """
-
-  index_N: np.ndarray
-  label_N: np.ndarray
-  logits_NL: np.ndarray
-  loss_N: np.ndarray
-  real_NL: np.ndarray | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Predictions for the examples of a split, one row per example.
-
-  Attributes:
-    index_N: index of each example in the split; unreadable images are left out.
-    label_N: true classes.
-    predicted_N: predicted classes.
-    confidence_N: calibrated probabilities of the predicted classes.
-    raw_N: the same probabilities before calibration.
-    loss_N: losses.
-    top5_N: whether the true class is among the five most likely ones; None with at most 5 classes.
-    real_N: whether the predicted class is among the ReaL labels, NaN for an image without labels;
-      None without ReaL labels.
-  """
-
-  index_N: np.ndarray
-  label_N: np.ndarray
-  predicted_N: np.ndarray
-  confidence_N: np.ndarray
-  raw_N: np.ndarray
-  loss_N: np.ndarray
-  top5_N: np.ndarray | None = None
-  real_N: np.ndarray | None = None
-
-  @classmethod
-  def of(cls, answers: Answers, temperature: float) -> 'Scores':
-    """Reduces the logits of some examples to their scores."""
-    logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
-    predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
-    gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
-    if logits_NL.shape[1] > 5:  # of equal logits, the first counts as the larger, as in argmax
-      own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
-      earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
-      above_NL = (logits_NL > own_N1) | ((logits_NL == own_N1) & earlier_NL)
-      top5_N = above_NL.sum(axis=1) < 5
-    if (real_NL := answers.real_NL) is not None:
-      hit_N = np.take_along_axis(real_NL, predicted_N[:, None], axis=1)[:, 0]
-      real_N = np.where(real_NL.any(axis=1), hit_N, np.nan)
-    return cls(
-      answers.index_N,
-      answers.label_N,
-      predicted_N,
-      1 / np.exp(gap_NL / temperature).sum(axis=1),
-      1 / np.exp(gap_NL).sum(axis=1),
-      answers.loss_N.astype(np.float64),
-      top5_N,
-      real_N,
-    )
-
-  @classmethod
-  def joined(cls, parts: list['Scores']) -> 'Scores':
-    """Returns the rows of all parts."""
-    columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
-    return cls(**{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()})
-
-  @property
-  def correct_N(self) -> np.ndarray:
-    """Whether the predicted class is the true class."""
-    return self.predicted_N == self.label_N
-
-  def means(self) -> dict[str, float]:
-    """Returns loss, accuracies and number of examples; with ReaL labels, also the number of these.
-
-    The top-5 accuracy is included only with more than five classes.
-    """
-    found = {'loss': self.loss_N.mean(), 'accuracy': self.correct_N.mean()}
-    if self.top5_N is not None:
-      found['top5_accuracy'] = self.top5_N.mean()
-    if self.real_N is not None:
-      found['real_accuracy'] = np.nanmean(self.real_N)
-    found = {name: float(value) for name, value in found.items()} | {'examples': len(self.label_N)}
-    if self.real_N is not None:
-      found['real_examples'] = int(np.isfinite(self.real_N).sum())
-    return found
-
-
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
   """Returns the compiled function `(batch, params) -> rows` for one padded batch.
 
-  The rows are `logits` `[B, L]` and `loss` `[B]`, and the batch without its images. `held` is the
-  number of bytes that other arrays occupy on each device.
+  The rows are those of the objective, such as `logits` `[B, L]` and `loss` `[B]`, and the batch
+  without its images. `held` is the number of bytes that other arrays occupy on each device.
   """
 
   def answer(part, params):
-    logits_BL = exp.logits(params, part).astype(jnp.float32)
     rest = {name: array for name, array in part.items() if name != 'image'}
-    return rest | {'logits': logits_BL, 'loss': exp.loss(logits_BL, part['label'])}
+    return rest | exp.objective.rows(exp, params, part)
 
   def build(parts):
     return jax.jit(concatenate(answer, mesh, parts), out_shardings=replicated(mesh))
@@ -165,14 +67,17 @@ def answer_split(
     mesh: the devices.
     **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
   """
-  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra)
+  index = {'example': np.arange(len(examples), dtype=np.int32)}  # selects random numbers
+  batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra, **index)
   count = math.ceil(len(examples) / batch_size)
   for i, batch in enumerate(progress.bar(batches, 'Evaluating', 'batch', count)):
     rows = to_host(eval_step(batch, params))
     row_N = np.flatnonzero(rows['mask'])
-    found = {name: rows[name][row_N] for name in ('label', 'logits', 'loss', *extra)}
-    real_NL = found.get('real')
-    yield Answers(i * batch_size + row_N, found['label'], found['logits'], found['loss'], real_NL)
+    label_N, loss_N = rows['label'][row_N], rows['loss'][row_N]
+    logits_NL, real_NL = (
+      rows[name][row_N] if name in rows else None for name in ('logits', 'real')
+    )
+    yield Answers(i * batch_size + row_N, label_N, logits_NL, loss_N, real_NL)
 
 
 @limits.memory_for('Evaluation')
@@ -184,16 +89,19 @@ def score_examples(
   mesh: jax.sharding.Mesh,
   temperature: float = 1.0,
   **extra: np.ndarray,
-) -> Scores | Labelled:
+) -> Scores | Labelled | Losses:
   """Returns the scores of all examples of a split; the arguments are those of `answer_split`.
 
-  They are `Labelled` if images can have several labels.
+  They are `Labelled` if images can have several labels, and `Losses` without logits.
   """
   parts = []
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
-    several = found.label_N.ndim == 2
-    rows = found.logits_NL, found.label_N, found.loss_N
-    parts.append(Labelled.of(*rows) if several else Scores.of(found, temperature))
+    if found.logits_NL is None:
+      parts.append(Losses(found.loss_N))
+    elif found.label_N.ndim == 2:
+      parts.append(Labelled.of(found.logits_NL, found.label_N, found.loss_N))
+    else:
+      parts.append(Scores.of(found, temperature))
   return type(parts[0]).joined(parts)
 
 
@@ -257,7 +165,9 @@ def log_calibration(step: int, found: Calibration) -> None:
   log.info('Step %d: %s, fitted on %d validation examples.', step, fitted, found.examples)
 
 
-def trust(scores: Scores | Labelled, class_names: Sequence[str], calibration: Calibration) -> dict:
+def trust(
+  scores: Scores | Labelled | Losses, class_names: Sequence[str], calibration: Calibration
+) -> dict:
   """Returns the measures that tell how far predictions can be trusted.
 
   Returns:
@@ -267,8 +177,11 @@ def trust(scores: Scores | Labelled, class_names: Sequence[str], calibration: Ca
     examples it was fitted on. `per_class`, the precision, recall, F1 and support of each class.
     `confusion`, `{true class: {predicted class: examples}}` without zeros. `reliability`, the rows
     of `measures.reliability`. `coverage`, the rows of `measures.coverage_curve`. Undefined values
-    are None. If images can have several labels, the measures are those of `Labelled.trust`.
+    are None. If images can have several labels, the measures are those of `Labelled.trust`. Empty
+    without labels.
   """
+  if isinstance(scores, Losses):
+    return {}
   if isinstance(scores, Labelled):
     return scores.trust(class_names, calibration)
   label_N, predicted_N, correct_N = scores.label_N, scores.predicted_N, scores.correct_N

@@ -14,6 +14,7 @@ from vit_jax.data import (
   open_source,
   open_split,
   report_split,
+  unlabelled,
 )
 from vit_jax.experiment import Experiment
 from vit_jax.names import abridged, difference, pair
@@ -23,13 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def open_data(experiment: Experiment) -> Source:
-  """Opens the source of the experiment's data.
+  """Opens the source of the experiment's data; without labels if the model has no classes.
 
   Raises:
     ValueError: the data and the model have different classes or numbers of channels.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
+  source = source if task.class_names else unlabelled(source)
   if source.class_names != task.class_names:
     own, given = abridged(source.class_names), abridged(task.class_names)
     raise ValueError(

@@ -34,8 +34,8 @@ def score_split(
 ) -> dict[str, float]:
   """Returns the loss, the accuracies and the number of examples of a split.
 
-  If images can have several labels, the mean average precision and the mean F1 are added. The
-  arguments are those of `answer_split`.
+  If images can have several labels, the mean average precision and the mean F1 are added. Without
+  labels, there are no accuracies. The arguments are those of `answer_split`.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
@@ -75,15 +75,16 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     The step, the source and the split of the data, the values of `score_split`, and the measures of
     `trust`. `left_out` is the number of images that were not scored because the weights were
-    trained on them. The key is missing if the number is zero.
+    trained on them. The key is missing if the number is zero. Of a run without labels, only the
+    loss is known.
   """
-  exp, params, loaded = opening.open_model(request)
+  exp, params, loaded = opening.open_model(request, 'any' if request.workdir else 'weights')
   batch_size = exp.config.eval_batch_size
   mesh = inference_mesh(batch_size)
   params, eval_step = replicate(mesh, params), make_eval_step(exp, mesh)
   calibration = exp.calibration
   val = None
-  if request.workdir and not calibration.examples:
+  if request.workdir and exp.objective.labels and not calibration.examples:
     val = load_validation(exp, request.workdir, loaded)
   if val is not None:
     calibration = calibrate(eval_step, params, val, batch_size, mesh)

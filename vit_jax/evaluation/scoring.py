@@ -1,12 +1,125 @@
-"""Computes loss and accuracy of training batches, and sums them exactly over batches."""
+"""Scores of examples and of training batches, which are summed exactly over batches."""
 
 from collections.abc import Mapping
+import dataclasses
 
 from clu import metrics
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What a model answers to some examples of a split; padding and bad images are left out.
+
+  Attributes:
+    index_N: index of each example in the split.
+    label_N: true classes; multi-hot `[N, L]` if images can have several labels.
+    logits_NL: float32 logits; None if the model has no classes.
+    loss_N: loss of the config, e.g. with label smoothing.
+    real_NL: ReaL labels; None without them.
+  """
+
+  index_N: np.ndarray
+  label_N: np.ndarray
+  logits_NL: np.ndarray | None
+  loss_N: np.ndarray
+  real_NL: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Predictions for the examples of a split, one row per example.
+
+  Attributes:
+    index_N: index of each example in the split; unreadable images are left out.
+    label_N: true classes.
+    predicted_N: predicted classes.
+    confidence_N: calibrated probabilities of the predicted classes.
+    raw_N: the same probabilities before calibration.
+    loss_N: losses.
+    top5_N: whether the true class is among the five most likely ones; None with at most 5 classes.
+    real_N: whether the predicted class is among the ReaL labels, NaN for an image without labels;
+      None without ReaL labels.
+  """
+
+  index_N: np.ndarray
+  label_N: np.ndarray
+  predicted_N: np.ndarray
+  confidence_N: np.ndarray
+  raw_N: np.ndarray
+  loss_N: np.ndarray
+  top5_N: np.ndarray | None = None
+  real_N: np.ndarray | None = None
+
+  @classmethod
+  def of(cls, answers: Answers, temperature: float) -> 'Scores':
+    """Reduces the logits of some examples to their scores."""
+    logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
+    predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
+    gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
+    if logits_NL.shape[1] > 5:  # of equal logits, the first counts as the larger, as in argmax
+      own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
+      earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
+      above_NL = (logits_NL > own_N1) | ((logits_NL == own_N1) & earlier_NL)
+      top5_N = above_NL.sum(axis=1) < 5
+    if (real_NL := answers.real_NL) is not None:
+      hit_N = np.take_along_axis(real_NL, predicted_N[:, None], axis=1)[:, 0]
+      real_N = np.where(real_NL.any(axis=1), hit_N, np.nan)
+    return cls(
+      answers.index_N,
+      answers.label_N,
+      predicted_N,
+      1 / np.exp(gap_NL / temperature).sum(axis=1),
+      1 / np.exp(gap_NL).sum(axis=1),
+      answers.loss_N.astype(np.float64),
+      top5_N,
+      real_N,
+    )
+
+  @classmethod
+  def joined(cls, parts: list['Scores']) -> 'Scores':
+    """Returns the rows of all parts."""
+    columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
+    return cls(**{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()})
+
+  @property
+  def correct_N(self) -> np.ndarray:
+    """Whether the predicted class is the true class."""
+    return self.predicted_N == self.label_N
+
+  def means(self) -> dict[str, float]:
+    """Returns loss, accuracies and number of examples; with ReaL labels, also the number of these.
+
+    The top-5 accuracy is included only with more than five classes.
+    """
+    found = {'loss': self.loss_N.mean(), 'accuracy': self.correct_N.mean()}
+    if self.top5_N is not None:
+      found['top5_accuracy'] = self.top5_N.mean()
+    if self.real_N is not None:
+      found['real_accuracy'] = np.nanmean(self.real_N)
+    found = {name: float(value) for name, value in found.items()} | {'examples': len(self.label_N)}
+    if self.real_N is not None:
+      found['real_examples'] = int(np.isfinite(self.real_N).sum())
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+  """Losses of the examples of a split, for a model without classes: `loss_N`."""
+
+  loss_N: np.ndarray
+
+  @classmethod
+  def joined(cls, parts: list['Losses']) -> 'Losses':
+    """Returns the rows of all parts."""
+    return cls(np.concatenate([part.loss_N for part in parts]))
+
+  def means(self) -> dict[str, float]:
+    """Returns the mean loss and the number of examples."""
+    return {'loss': float(self.loss_N.mean(dtype=np.float64)), 'examples': len(self.loss_N)}
 
 
 @flax.struct.dataclass
@@ -30,22 +143,35 @@ class Score(metrics.Collection):
   accuracy: Accuracy
 
 
+@flax.struct.dataclass
+class LossScore(metrics.Collection):
+  """Sum of the loss of training batches, for a run without labels."""
+
+  loss: metrics.Average.from_output('loss')
+
+
 def training_score(
-  logits_BL: jax.Array, label_B: jax.Array, loss_B: jax.Array
+  logits_BL: jax.Array | None, label_B: jax.Array, loss_B: jax.Array
 ) -> metrics.Collection:
   """Returns the loss and accuracy of a micro-batch in training, where every row counts.
 
-  Labels are numbers of classes, or multi-hot `[B, L]`.
+  Labels are numbers of classes, or multi-hot `[B, L]`. Without logits, there is no accuracy.
   """
+  if logits_BL is None:
+    return LossScore.single_from_model_output(loss=loss_B)
   return Score.single_from_model_output(loss=loss_B, logits_BL=logits_BL, label_B=label_B)
 
 
 def quality(values: Mapping[str, float]) -> float:
   """Returns the value by which checkpoints are compared; more is better.
 
-  It is the mean average precision of images with several labels, else the accuracy.
+  It is the mean average precision of images with several labels, else the accuracy. Without labels,
+  it is the negative loss.
   """
-  return values.get('mean_average_precision', values['accuracy'])
+  for name in ('mean_average_precision', 'accuracy'):
+    if name in values:
+      return values[name]
+  return -values['loss']
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:

@@ -26,10 +26,15 @@ PATCHES = 14  # maximum number of patches shown in the sequence
 
 @canvas.styled
 def draw_curves(lines: list[dict]) -> Figure:
-  """Draws the loss and accuracy of every split by step, from the lines of `metrics.jsonl`."""
+  """Draws loss and accuracy of every split by step, from the lines of `metrics.jsonl`.
+
+  Without labels, there is no accuracy, and the loss is the error of hidden patches.
+  """
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
-  axes = figure.subplots(1, 2)
-  for axis, name, label in zip(axes, ('loss', 'accuracy'), ('loss (nats)', 'accuracy')):
+  labelled = any('accuracy' in line for line in lines)
+  panels = {'loss': 'loss (nats)', 'accuracy': 'accuracy'} if labelled else {'loss': 'loss'}
+  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  for axis, (name, label) in zip(axes, panels.items()):
     for split, colour in SPLITS.items():
       mine = [line for line in lines if line.get('split') == split and name in line]
       points = [(line['step'], line[name]) for line in mine]
@@ -43,7 +48,8 @@ def draw_curves(lines: list[dict]) -> Figure:
     axis.grid()
     axis.set_ylim(bottom=0)
   axes[0].legend()
-  axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+  if labelled:
+    axes[1].yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   return figure
 
 

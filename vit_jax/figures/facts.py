@@ -43,6 +43,8 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   if result.get('steps', -1) >= last:  # otherwise training was resumed after this result
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
+    if 'test_loss' in result and 'test_accuracy' not in result:  # the error of hidden patches
+      found['test loss'] = f'{result["test_loss"]:.4f}'
   elif lines:
     found['training steps'] = f'{last:,}, not finished'
     if tested:
@@ -52,7 +54,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   if not isinstance(subject.params, Missing):
     classes = len(subject.exp.task.class_names)
     found['parameters'] = f'{sum(leaf.size for leaf in jax.tree.leaves(subject.params)):,}'
-    found['classes'] = f'{classes:,}' if classes else 'none: the weights have no head'
+    found['classes'] = f'{classes:,}' if classes else 'none: the model has no head'
   return found | trusted(subject)
 
 

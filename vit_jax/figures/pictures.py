@@ -16,6 +16,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import charts, draw, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.neighbours import ROWS, Neighbours, draw_neighbours
+from vit_jax.figures.reconstruction import draw_reconstruction, reconstruct
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
@@ -179,6 +180,18 @@ def picture_neighbours(subject: Subject) -> tuple[Figure, str]:
   )
 
 
+def picture_reconstruction(subject: Subject) -> tuple[Figure, str]:
+  """Returns the figure of hidden patches that the model fills in, and its caption."""
+  exp, params, shown = subject.need('exp', 'params', 'shown')
+  if exp.config.objective != 'masked':
+    raise Missing('the run did not learn to fill in hidden patches.')
+  return draw_reconstruction(reconstruct(exp, params, shown)), (
+    f'Images, the patches that the model sees ({exp.config.masked.share:.0%} are hidden), and what '
+    'it fills in. It predicts normalised pixels, so each filled-in patch is drawn with the '
+    'brightness and the contrast of the true patch.'
+  )
+
+
 def picture_patches(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of the patches of the first image, and its caption."""
   exp, shown = subject.need('exp', 'shown')
@@ -251,6 +264,7 @@ PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'coverage': ('Accuracy and coverage', picture_coverage),
   'mistakes': ('Most confident mistakes', picture_mistakes),
   'neighbours': ('Nearest training images of the mistakes', picture_neighbours),
+  'reconstruction': ('Hidden patches, filled in', picture_reconstruction),
   'patches': ('An image as patches', picture_patches),
   'filters': ('Filters of the patch embedding', picture_filters),
   'positions': ('Similarity of position embeddings', picture_positions),

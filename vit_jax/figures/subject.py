@@ -63,7 +63,9 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   test = test if init else load_test(exp, request.overrides)
   there = not isinstance(test, Missing)
   scores = nearest = test
-  if there and exp.task.multi_label:
+  if there and not exp.task.class_names:
+    scores = nearest = Missing('it needs classes, but the run was trained without labels.')
+  elif there and exp.task.multi_label:
     scores = nearest = Missing('it needs images with one label each, but these can have several.')
   elif there:
     scores = answers(exp, on_device, test, mesh)

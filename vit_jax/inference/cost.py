@@ -19,6 +19,7 @@ from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
   Training,
+  training_only,
   training_recipe,
   warmup_epochs,
   warmup_steps,
@@ -176,7 +177,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 def place(name: str) -> tuple[int, str]:
   """Returns a sort key: the place of the top-level module in the model, then the name."""
-  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, OTHER)
+  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *training_only(), OTHER)
   return order.index(name.partition('/')[0]), name
 
 
@@ -191,7 +192,7 @@ def as_text(summary: Summary) -> str:
   held = ', '.join(f'{name} {mib(size)}' for name, size in summary.state_bytes.items() if size)
   lines = [
     f'{name_of(exp.model)}, images of {height}x{width}x{channels}, '
-    f'{len(exp.task.class_names):,} classes',
+    + (f'{len(exp.task.class_names):,} classes' if exp.task.class_names else 'no labels'),
     table.replace('Gflops', 'GFLOPs').replace('Activations_mib', 'Activations MiB'),
     f'Trained parameters: {summary.trained:,} of {total.parameters:,}.',
     f'Compute per image: {total.gflops:.4g} GFLOPs for the forward pass, '

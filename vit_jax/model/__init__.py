@@ -11,9 +11,9 @@ from vit_jax.model.adapters import (
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.heads import knn_logits, unit
-from vit_jax.model.layers import ACTIVATIONS, Block, Dense
+from vit_jax.model.layers import ACTIVATIONS, Block, Dense, split_patches
 from vit_jax.model.pooling import POOLS, Pool, pooled
-from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
+from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions, sincos
 from vit_jax.model.registered import check_parameters
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
@@ -62,6 +62,8 @@ __all__ = [
   'pooled',
   'resize_positions',
   'select_kernel',
+  'sincos',
+  'split_patches',
   'stem_stride',
   'unit',
   'variant_fields',

@@ -82,6 +82,13 @@ class Dense(nn.Module):
     return y.reshape(*batch, *self.features)
 
 
+def split_patches(x_BHWC: jax.Array, p: int, q: int) -> jax.Array:
+  """Returns the patches of p rows and q columns, `[B, h, w, p, q, C]`."""
+  batch, height, width, channels = x_BHWC.shape
+  x = x_BHWC.reshape(batch, height // p, p, width // q, q, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5)
+
+
 class Dropout(nn.Module):
   """Dropout whose mask is drawn separately for each example.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from vit_jax.model import resnet
 from vit_jax.model.encoder import Encoder, EncoderBlock
 from vit_jax.model.heads import KnnHead
-from vit_jax.model.layers import Block, Dense, Dropout
+from vit_jax.model.layers import Block, Dense, Dropout, split_patches
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.names import choose
@@ -131,7 +131,12 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
+    self,
+    image_BHWC: jax.Array,
+    *,
+    train: bool = False,
+    example_B: jax.Array | None = None,
+    seen_BS: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the logits `[B, L]` in float32.
 
@@ -140,6 +145,8 @@ class ViT(nn.Module):
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: index of each example in the batch of all devices. Random numbers for an example
         depend on this index. The default is `0..B-1`.
+      seen_BS: numbers of the patches that the blocks compute, row by row from 0. Other patches are
+        dropped after their positions are added. None: all patches.
 
     Returns:
       The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
@@ -154,6 +161,8 @@ class ViT(nn.Module):
 
     x_BhwD = self.embed(image_BHWC)
     x_BND, rope_NE = self.tokens(x_BhwD)
+    if seen_BS is not None:
+      x_BND, rope_NE = kept(x_BND, rope_NE, seen_BS, self.num_prefix)
     if self.pre_norm:
       x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
     x_BND = Dropout(self.dropout)(x_BND, example_B)
@@ -195,8 +204,6 @@ class ViT(nn.Module):
       x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
       stride = resnet.stem_stride(self.resnet)
       p, q = p // stride, q // stride
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
     embedding = Dense(
       (self.width,),
       axes=3,
@@ -205,7 +212,7 @@ class ViT(nn.Module):
       kernel_init=nn.initializers.lecun_normal(),
       name='embedding',
     )
-    return embedding(x)
+    return embedding(split_patches(x, p, q))
 
   def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Adds positions, class token and registers, and returns tokens `[B, N, D]` and RoPE's angles.
@@ -239,6 +246,26 @@ class ViT(nn.Module):
     """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
+
+
+def kept(
+  x_BND: jax.Array,
+  rope_NE: tuple[jax.Array, jax.Array] | None,
+  seen_BS: jax.Array,
+  prefix: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+  """Drops patches: returns tokens `[B, prefix + S, D]` and their angles, `[B, prefix + S, E/2]`.
+
+  Args:
+    x_BND: tokens of all patches, after `prefix` other tokens, which are kept.
+    rope_NE: cosine and sine of the rotary angles of these tokens, or None.
+    seen_BS: numbers of the patches to keep.
+    prefix: number of tokens before the patches.
+  """
+  before_BP = jnp.broadcast_to(jnp.arange(prefix), (len(seen_BS), prefix))
+  place_BT = jnp.concatenate([before_BP, prefix + seen_BS], axis=1)
+  rope = rope_NE and tuple(jnp.asarray(angle_NE)[place_BT] for angle_NE in rope_NE)
+  return jnp.take_along_axis(x_BND, place_BT[..., None], axis=1), rope
 
 
 def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:

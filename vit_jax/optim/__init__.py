@@ -1,9 +1,17 @@
-"""Losses, optimizers, schedules, and the training plan of a run."""
+"""Objectives, losses, optimizers, schedules, and the training plan of a run."""
 
-from vit_jax.optim.class_weights import check_weights, parse_weights, training_weights, weighted
+from vit_jax.optim.class_weights import check_weights, parse_weights, training_weights
 from vit_jax.optim.classifiers import CLASSIFIERS, L2
-from vit_jax.optim.distill import DISTILLATIONS, Teacher, split_head
+from vit_jax.optim.distill import DISTILLATIONS, Teacher
 from vit_jax.optim.losses import LOSSES, choose_loss
+from vit_jax.optim.masked import as_images, as_patches, evaluation_key, fill_in, statistics
+from vit_jax.optim.objectives import (
+  OBJECTIVES,
+  Objective,
+  objective_of,
+  training_only,
+  without_objective,
+)
 from vit_jax.optim.optimizers import (
   FREEZE,
   MOMENT_DTYPES,
@@ -32,23 +40,31 @@ __all__ = [
   'LATER_PEAK',
   'LOSSES',
   'MOMENT_DTYPES',
+  'OBJECTIVES',
   'OPTIMIZERS',
   'SCHEDULES',
+  'Objective',
   'Stages',
   'Teacher',
   'Training',
   'announce',
+  'as_images',
+  'as_patches',
   'check_weights',
   'choose_loss',
+  'evaluation_key',
+  'fill_in',
   'image_stages',
   'num_steps',
+  'objective_of',
   'parse_weights',
   'plan_training',
   'split_frozen',
-  'split_head',
+  'statistics',
+  'training_only',
   'training_recipe',
   'training_weights',
   'warmup_epochs',
   'warmup_steps',
-  'weighted',
+  'without_objective',
 ]

@@ -82,7 +82,7 @@ def block_matrices(params: dict) -> dict:
   """Returns the input and output axes of each kernel in a block; None for other parameters."""
 
   def axes(path, x):
-    if not path[0].key.startswith('block_') or path[-1].key != 'kernel':
+    if not any(x.key.startswith('block_') for x in path) or path[-1].key != 'kernel':
       return None
     inputs = ADAPTED[path[-2].key]
     return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))

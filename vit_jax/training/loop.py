@@ -188,8 +188,9 @@ class Run:
     """Writes a line of training metrics."""
     self.records.write(step, 'train', **values)
     bar.set_postfix_str(
-      f'loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%}, '
-      f'{values["images_per_second"]:,.0f} images/s'
+      f'loss {values["loss"]:.3f}, '
+      + (f'accuracy {values["accuracy"]:.1%}, ' if 'accuracy' in values else '')
+      + f'{values["images_per_second"]:,.0f} images/s'
       + (f', MFU {values["mfu"]:.1%}' if 'mfu' in values else '')
     )
 
@@ -206,11 +207,11 @@ class Run:
         values |= {f'raw_{name}': raw[name] for name in ('loss', *SCORES) if name in raw}
       self.records.write(step, split, **values)
       shown = ', '.join(
-        f'{text} {values[name]:.2%}' for name, text in SCORES.items() if name in values
+        [f'{text} {values[name]:.2%}' for name, text in SCORES.items() if name in values]
+        + [f'loss {values["loss"]:.4f}']
       )
       log.info(
-        'Step %d: %s %s, loss %.4f on %d examples.',
-        step, split, shown, values['loss'], values['examples'],
+        'Step %d: %s %s on %d examples.', step, split, shown, values['examples']
       )  # fmt: skip
       scores[split] = values
     return scores

@@ -220,7 +220,7 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
-    labels = np.flatnonzero(label) if exp.task.multi_label else [label]
+    labels = np.flatnonzero(label) if exp.task.multi_label else [label][: len(exp.task.class_names)]
     name = ' '.join(exp.task.class_names[i] for i in labels)[:100] or 'no label'
     name = name.encode(known, 'replace').decode(known)
     name = re.sub(r'\W+', '-', name)

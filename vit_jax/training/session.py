@@ -48,7 +48,7 @@ def fit(
   if isinstance(result, Experiment):
     log.warning('Out of memory: trying again with %s.', plan_of(result, mesh))
     result = attempt(result, training, mesh, workdir, notes, retries=False)
-  if training.val is not None:
+  if training.val is not None and exp.objective.labels:
     steps = {result[name]['step'] for name in ('last', 'best')}
     calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
   return result

@@ -23,7 +23,7 @@ class TrainState:
 
   Attributes:
     step: number of updates so far, int32.
-    params: the parameters of the model and of its adapter, float32.
+    params: the parameters of the model, of its adapter and of the objective, float32.
     opt_state: the optimizer's state.
     ema: exponential moving average of the parameters; None without averaging.
   """
@@ -56,6 +56,7 @@ def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> 
     params = init_params(exp.model, exp.image_shape, config.seed)
     key = jax.random.split(jax.random.key(config.seed))[1]
     params = adapted(params, key, config.adapt, config)
+    params |= exp.objective.init(exp, jax.random.fold_in(key, 1))
     opt_state = training.optimizer.init(exp.split(params)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, params if config.ema else None)
 

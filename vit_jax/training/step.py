@@ -3,24 +3,22 @@
 Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. No key
     is stored, and no draw depends on the number of devices or micro-batches.
+  * What a step learns is an entry of `OBJECTIVES` in `optim/objectives.py`.
   * For a mixed image, training accuracy uses the image's own label, even if the partner has the
     larger share. With mixup and cutmix, training accuracy therefore means little.
 """
 
 from collections.abc import Callable
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.augment import partner
 from vit_jax.distributed import add_up, keep_layout, target
 from vit_jax.evaluation import training_score
 from vit_jax.experiment import Experiment
-from vit_jax.model import POOLS
-from vit_jax.optim import Training, split_head, weighted
+from vit_jax.optim import Training
 from vit_jax.training.state import TrainState
 
 TrainStep = Callable[[TrainState, dict, dict | None], tuple[TrainState, dict]]
@@ -44,34 +42,15 @@ def loss_fn(
     early: whether the step has strong augmentations; None: all steps have them.
     exp: experiment to train.
   """
-  image_key, dropout_key = jax.random.split(key)
-  example_B, label_B = batch['example'], batch['label']
+  image_key, own_key = jax.random.split(key)
   with jax.named_scope('augment'):
-    image_BHWC, own_B = exp.augment_and_mix(image_key, example_B, batch['image'], early=early)
-  batch = batch | {'image': image_BHWC}
-  logits_BL, taught_BL = heads(exp, trained | frozen, batch, dropout_key)
-  loss = weighted(exp.loss, exp.weight_L)
-  loss_B = loss(logits_BL, label_B)
-  if exp.mixes:
-    loss_B = own_B * loss_B + (1 - own_B) * loss(logits_BL, partner(label_B))
-  if exp.teacher:
-    loss_B = exp.teacher.loss(loss_B, taught_BL, exp.teacher.logits(frozen, batch))
-    logits_BL = (logits_BL + taught_BL) / 2
-  return loss_B.sum() / exp.config.batch_size, training_score(logits_BL, label_B, loss_B)
-
-
-def heads(
-  exp: Experiment, params: dict, batch: dict, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the logits that learn from the labels, and those that learn from the teacher.
-
-  They differ only if there is a teacher, and the model has a distillation token.
-  """
-  if not (exp.teacher and POOLS[exp.model.pool].distills):
-    logits_BL = exp.logits(params, batch, key)
-    return logits_BL, logits_BL
-  body = dataclasses.replace(exp, model=exp.model.clone(num_classes=None))
-  return split_head(body.logits(params, batch, key), params['head'])
+    image_BHWC, own_B = exp.augment_and_mix(
+      image_key, batch['example'], batch['image'], early=early
+    )
+  batch = batch | {'image': image_BHWC, 'own': own_B}
+  loss_B, logits_BL = exp.objective.loss(exp, trained | frozen, batch, own_key)
+  score = training_score(logits_BL, batch['label'], loss_B)
+  return loss_B.sum() / exp.config.batch_size, score
 
 
 def train_step(

@@ -116,6 +116,15 @@ def as_tokens(loaded: Pretrained) -> Pretrained:
   return dataclasses.replace(loaded, model=model, params=params, ignored=ignored)
 
 
+def headless(loaded: Pretrained) -> Pretrained:
+  """Removes the head, so that the model returns the features that its pooling gives."""
+  loaded = dataclasses.replace(loaded, model=pooled(loaded.model))
+  params, dropped = without(loaded.params, ('pre_logits', 'head'))
+  model = loaded.model.clone(num_classes=None, representation_size=None, examples=None)
+  ignored = loaded.ignored + dropped
+  return dataclasses.replace(loaded, model=model, params=params, class_names=None, ignored=ignored)
+
+
 def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
   """Returns the parameters without some top-level entries, and the paths of the removed arrays."""
   dropped = layouts.flatten_params({name: params[name] for name in names if name in params})

@@ -175,17 +175,17 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """Reads a checkpoint of this project: the averaged (EMA) weights if the run averages them."""
+  """Reads a checkpoint of this project: averaged (EMA) weights if there are any, no decoder."""
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])
   fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config['model'].items()}
   if fields.get('patch_size'):
     fields['patch_size'] = pair(fields['patch_size'])
-  if 'feature' in params['head']:  # a k-NN head
+  if 'feature' in params.get('head', {}):  # a k-NN head
     fields['examples'] = len(params['head']['feature'])
   with config_lib.naming_imports(saved):
-    model = make(fields.pop('variant'), len(class_names), **fields | dict(dtype='float32'))
+    model = make(fields.pop('variant'), len(class_names) or None, **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
   whole = tuple(task['stored_size']) != size  # smaller images were stored without cropping
   wanted = param_shapes(model, (*size, task['channels']))
@@ -206,7 +206,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
       tuple(task['stored_size']) if whole else None,
     ),
     grid=(size[0] // model.patch_size[0], size[1] // model.patch_size[1]),
-    class_names=class_names,
+    class_names=class_names or None,
     run=saved | {'step': step},
   )
 

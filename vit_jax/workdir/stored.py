@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 from vit_jax.distributed import from_first
 from vit_jax.model import merged
+from vit_jax.optim import without_objective
 from vit_jax.workdir import items, writer
 from vit_jax.workdir.calibration import find_calibration
 
@@ -128,13 +129,14 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   """Returns {step: validation accuracy} for the checkpoints that have one.
 
-  If images can have several labels, it is the mean average precision instead of the accuracy.
+  If images can have several labels, it is the mean average precision instead of the accuracy. In a
+  run without labels, it is the negative loss.
   For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
   """
   lines = writer.read_metrics(workdir)
   keys = ('mean_average_precision', 'accuracy')
   recorded = {
-    line['step']: next((line[key] for key in keys if key in line), None)
+    line['step']: next((line[key] for key in keys if key in line), -line['loss'])
     for line in lines
     if line['split'] == 'val'
   }
@@ -150,7 +152,9 @@ def ranked(accuracies: dict[int, float]) -> list[tuple[int, float]]:
   return sorted(accuracies.items(), key=lambda pair: pair[::-1], reverse=True)
 
 
-def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dict, dict]:
+def load_checkpoint(
+  workdir: pathlib.Path, step: str = 'last', *, whole: bool = False
+) -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
   The facts are the item `config`, with the item `names` under the key `names` and the fields of the
@@ -161,12 +165,13 @@ def load_checkpoint(workdir: pathlib.Path, step: str = 'last') -> tuple[int, dic
   Args:
     workdir: folder of a training run.
     step: which checkpoint to load: `best`, `last`, a number or empty, as in `preferred`.
+    whole: whether to include parameters that only training and evaluation need, e.g. a decoder.
 
   Raises:
     ValueError: the workdir has no such checkpoint, or only damaged ones.
   """
-  found = from_first(lambda: _load(workdir, step))
-  return tuple(found)
+  found, params, saved = from_first(lambda: _load(workdir, step))
+  return found, params if whole else without_objective(params), saved
 
 
 def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
@@ -211,11 +216,13 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
     return [(n, 'the last checkpoint') for n in found]
   if step in ('best', ''):
     scores = ranked(accuracies(workdir))
-    several = scores and read_item(workdir, scores[0][0], 'config')['task'].get('multi_label')
-    measure = 'mean average precision' if several else 'accuracy'
+    task = read_item(workdir, scores[0][0], 'config')['task'] if scores else {}
+    measure = 'mean average precision' if task.get('multi_label') else 'accuracy'
+    labels = bool(task.get('class_names'))
+    shown = lambda score: f'{measure} {score:.2%}' if labels else f'loss {-score:.4f}'
     best = [
-      (n, f'validation {measure} {a:.2%}, the best of {len(scores)} checkpoint(s)')
-      for n, a in scores
+      (n, f'validation {shown(score)}, the best of {len(scores)} checkpoint(s)')
+      for n, score in scores
     ]
     if step == 'best' and not best:
       raise ValueError(

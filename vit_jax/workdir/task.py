@@ -8,7 +8,7 @@ class Task:
   """Properties of the training data; every checkpoint stores them.
 
   Attributes:
-    class_names: name of each label; empty for weights without a head.
+    class_names: name of each label; empty for weights without a head, and for runs without labels.
     stored_size: (height, width) of the images that the host passes to the devices.
     channels: 1 (grey) or 3 (RGB).
     train_examples: number of training examples. The order of the examples depends on this number.

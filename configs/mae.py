@@ -1,0 +1,84 @@
+"""Learns from images without labels, as a masked autoencoder: `<model>,<dataset>`.
+
+    python main.py --config=configs/mae.py:tiny,cifar10 --workdir=runs/mae \\
+        --config.data.dir=~/tensorflow_datasets
+    python main.py --config=configs/mae.py:b16,folder --config.data.source=images:photos \\
+        --workdir=runs/mae
+
+`finetune.py` lists the models and datasets. Labels are ignored. `images:<path>` reads any folder
+of images, with or without folders of classes. These configs have not been measured yet. The workdir
+is the start of a second run that learns classes:
+
+    python main.py --config=configs/finetune.py:b16,folder --config.init=runs/mae \\
+        --config.data.source=folder:photos --workdir=runs/photos
+
+The recipe for 224 pixels is the one of MAE (He et al. 2021, 2111.06377, Section 4 and Table 8):
+  * 75% of the patches are hidden; the decoder has 8 blocks of width 512;
+  * AdamW with b2 = 0.95, weight decay 0.05, and a rate of 1.5e-4 for each 256 images of a batch;
+  * batches of 4,096 images, cosine decay after 40 of 800 epochs;
+  * random crops of at least 20% of the image (the paper's code), and flips.
+
+Choices of this project, not of the paper:
+  * mean of the patches instead of a class token; the paper finds both equal (Appendix A.1);
+  * 14-pixel patches for h14; bfloat16 for the paper's models;
+  * everything about `tiny` and `small`: a decoder of 2 blocks, batch, rate, warm-up and epochs;
+  * for `folder`, batch and epochs follow the number of images.
+"""
+
+from configs import cifar10, finetune
+from vit_jax.config import default_config
+from vit_jax.names import choose
+
+DECODERS = {'tiny': (48, 2, 4), 'small': (128, 2, 4)}  # width, blocks, heads
+LARGE = (512, 8, 16)
+
+
+def parse(variant):
+  parts = variant.split(',')
+  if len(parts) != 2:
+    raise ValueError(f'variant {variant!r} must be <model>,<dataset>, e.g. tiny,cifar10.')
+  choose('model', parts[0], finetune.MODELS)
+  choose('dataset', parts[1], finetune.DATASETS)
+  return parts
+
+
+def get_config(variant='tiny,cifar10'):
+  model, dataset = parse(variant)
+  config, small = default_config(), model in finetune.SMALL
+  config.objective = 'masked'
+  config.masked.width, config.masked.depth, config.masked.num_heads = DECODERS.get(model, LARGE)
+  config.model.variant = finetune.MODELS[model]
+  config.model.pool = 'gap'
+  config.model.position = 'sincos'
+  data = finetune.DATASETS[dataset]
+  config.data.source = 'images:' if dataset == 'folder' else data['source']
+  config.data.eval_split = data['test']
+  config.data.cache = data.get('cache', 'auto')
+  config.augment.flip.probability = 0.5
+  config.augment.pad_crop.padding = data['padding']
+  if not data['padding']:
+    config.augment.resized_crop.min_area = 0.2
+  config.log_every = 50
+  config.optimizer.b2 = 0.95
+  config.optimizer.weight_decay = 0.05
+  if small:
+    config.epochs = 100.0
+    config.batch_size = 256
+    config.optimizer.lr = 1e-3
+    config.schedule.warmup = 5.0
+  else:
+    config.epochs = 800.0
+    config.batch_size = 4096
+    config.optimizer.lr = 1.5e-4 * config.batch_size / 256
+    config.optimizer.clip = 0.0
+    config.schedule.warmup = 40.0
+    config.data.image_size = (224, 224)
+    config.model.dtype = 'bfloat16'
+  if small and dataset == 'cifar10':  # the values of `cifar10.py`, so that its recipes can follow
+    recipe = cifar10.get_config(model)
+    config.data.mean, config.data.std = recipe.data.mean, recipe.data.std
+  if dataset == 'folder':
+    finetune.follow_data(config)
+    # The same images are held out as in `finetune.py`, so that the second run can validate on them.
+    config.data.train_split = config.data.val_split = None
+  return config

@@ -1,0 +1,221 @@
+"""Masked autoencoding: a model learns from images without labels, by filling in hidden patches.
+
+Source: He et al. 2021 (MAE), 2111.06377, Section 3. The paper has no numbered equations, so details
+follow its code.
+
+Decisions:
+  * The blocks of the model compute only the seen patches (Section 3, "MAE encoder"). So a
+    training step costs a fraction of a supervised step.
+  * The decoder gets the seen patches first, then the unseen ones. The paper restores the order of
+    the image first. Both are equal: each token has its position, and attention has no order.
+  * The parameters of the decoder are the entry `decoder` of the parameters. Checkpoints contain
+    them, so that a run can resume. Everything that uses the trained model leaves them out.
+  * An example's mask depends on the key and on the index of the example, like all random draws.
+
+S counts seen patches, U unseen patches, T the tokens of the encoder's output.
+"""
+
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from vit_jax.model import Block, Dense, Encoder, sincos, split_patches
+
+ENTRY = 'decoder'  # its entry in the parameters
+EVALUATION = 2**32 - 1  # takes the place of the step in the masks of evaluation
+
+
+class Decoder(nn.Module):
+  """Predicts the pixels of unseen patches (Section 3, "MAE decoder", and Appendix A.1).
+
+  Attributes:
+    block: description of a block.
+    width: D, size of a token.
+    depth: number of blocks.
+    values: number of values in a patch.
+    whole: (down, across), the grid that positions are made for; None: the grid of the images.
+  """
+
+  block: Block
+  width: int
+  depth: int
+  values: int
+  whole: tuple[int, int] | None = None
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, seen_BS: jax.Array, unseen_BU: jax.Array, grid: tuple[int, int]
+  ) -> jax.Array:
+    """Returns the predicted patches, `[B, U, values]`, in float32.
+
+    Args:
+      x_BTD: output of the encoder: tokens before the patches, then the seen patches.
+      seen_BS: number of each seen patch.
+      unseen_BU: number of each unseen patch.
+      grid: number of patches down and across.
+    """
+    dtype, before = self.block.dtype, x_BTD.shape[1] - seen_BS.shape[1]
+    x_BTD = Dense((self.width,), dtype=dtype, name='embedding')(x_BTD)
+    hidden_11D = self.param('hidden', nn.initializers.normal(0.02), (1, 1, self.width))
+    hidden_BUD = jnp.broadcast_to(hidden_11D.astype(dtype), (*unseen_BU.shape, self.width))
+    position_ND = jnp.asarray(sincos(*grid, self.width, self.whole)[0], dtype)
+    place_BN = jnp.concatenate([seen_BS, unseen_BU], axis=1)
+    patch_BND = jnp.concatenate([x_BTD[:, before:], hidden_BUD], axis=1) + position_ND[place_BN]
+    x_BTD = jnp.concatenate([x_BTD[:, :before], patch_BND], axis=1)
+    x_BTD = Encoder(self.block, self.depth, name='encoder')(x_BTD)
+    # The loss reads only unseen patches, so only these are predicted.
+    return Dense((self.values,), name='pixels')(x_BTD[:, before + seen_BS.shape[1] :])
+
+
+class Filled(NamedTuple):
+  """A batch with hidden patches, and what the model fills in.
+
+  Attributes:
+    predicted_BUP: predicted values of the unseen patches.
+    target_BUP: their true values, normalised by `normalized`.
+    unseen_BU: numbers of the unseen patches.
+  """
+
+  predicted_BUP: jax.Array
+  target_BUP: jax.Array
+  unseen_BU: jax.Array
+
+  @property
+  def loss_B(self) -> jax.Array:
+    """Mean squared error over the unseen patches of each image (Section 3)."""
+    return ((self.predicted_BUP - self.target_BUP) ** 2).mean(axis=(1, 2))
+
+
+def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False) -> Filled:
+  """Hides patches of a batch, and predicts them.
+
+  Args:
+    exp: the `Experiment`.
+    params: parameters of the model and of the decoder.
+    batch: `image` `[B, H, W, C]` uint8, and `example` `[B]`, which selects an image's mask.
+    key: random key of the masks and of dropout.
+    train: whether to apply dropout.
+  """
+  image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
+  mask_key, dropout_key = jax.random.split(key)
+  patch_BNP = normalized(as_patches(image_BHWC, exp.model.patch_size))
+  count = patch_BNP.shape[1]
+  seen_BS, unseen_BU = draw_masks(
+    mask_key, example_B, count, num_unseen(count, exp.config.masked.share)
+  )
+  tokens = exp.model.clone(
+    num_classes=None, pool='none', class_token=exp.model.has_class, representation_size=None
+  )
+  x_BTD = tokens.apply(
+    {'params': params},
+    image_BHWC,
+    train=train,
+    example_B=example_B,
+    seen_BS=seen_BS,
+    rngs={'dropout': dropout_key},
+  )
+  with jax.named_scope(ENTRY):  # `training/tracing.py` counts this scope as a module
+    predicted_BUP = make_decoder(exp).apply(
+      {'params': params[ENTRY]}, x_BTD, seen_BS, unseen_BU, patch_grid(exp)
+    )
+  return Filled(predicted_BUP, take(patch_BNP, unseen_BU), unseen_BU)
+
+
+def init_decoder(exp, key: jax.Array) -> dict:
+  """Returns the initial parameters of the decoder, as an entry of the parameters."""
+  count = patch_grid(exp)[0] * patch_grid(exp)[1]
+  unseen = num_unseen(count, exp.config.masked.share)
+  seen_BS, unseen_BU = draw_masks(key, jnp.arange(1), count, unseen)
+  tokens = exp.model.num_prefix + count - unseen
+  x_BTD = jnp.zeros((1, tokens, exp.model.width))
+  return {ENTRY: make_decoder(exp).init(key, x_BTD, seen_BS, unseen_BU, patch_grid(exp))['params']}
+
+
+def make_decoder(exp) -> Decoder:
+  """Returns the decoder that the config describes."""
+  keys, model = exp.config.masked, exp.model
+  block = Block(
+    keys.num_heads,
+    keys.width // keys.num_heads,
+    4 * keys.width,
+    activation=model.activation,
+    norm_epsilon=model.norm_epsilon,
+    dtype=model.dtype,
+    attention=model.attention,
+  )
+  p, q = model.patch_size
+  return Decoder(block, keys.width, keys.depth, p * q * exp.task.channels, model.position_grid)
+
+
+def patch_grid(exp) -> tuple[int, int]:
+  """Returns the number of patches down and across."""
+  height, width, _ = exp.image_shape
+  p, q = exp.model.patch_size
+  return height // p, width // q
+
+
+def num_unseen(count: int, share: float) -> int:
+  """Returns the number of hidden patches, rounded like `int(N * (1 - ratio))` seen ones.
+
+  Raises:
+    ValueError: no patch would be hidden, or all of them.
+  """
+  seen = int(count * (1 - share) + 1e-9)
+  if not 0 < seen < count:
+    raise ValueError(
+      f'masked.share={share:g} would leave {seen} of the {count} patches of an image. Choose a '
+      'share that hides at least one patch and leaves at least one, e.g. 0.75.'
+    )
+  return count - seen
+
+
+def draw_masks(
+  key: jax.Array, example_B: jax.Array, count: int, unseen: int
+) -> tuple[jax.Array, jax.Array]:
+  """Draws the patches that each example sees, uniformly: returns `seen_BS` and `unseen_BU`."""
+
+  def draw(example):
+    return jax.random.permutation(jax.random.fold_in(key, example), count)
+
+  order_BN = jax.vmap(draw)(example_B)
+  return order_BN[:, unseen:], order_BN[:, :unseen]
+
+
+def as_patches(image_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """Returns the values of each patch, `[B, N, P]`; P runs over rows, columns and channels."""
+  patch_BhwpqC = split_patches(image_BHWC, *size)
+  batch, h, w, *_ = patch_BhwpqC.shape
+  return patch_BhwpqC.reshape(batch, h * w, -1)
+
+
+def as_images(
+  patch_BNP: jax.Array, size: tuple[int, int], shape: tuple[int, int, int]
+) -> jax.Array:
+  """Undoes `as_patches` for images of this shape, `(H, W, C)`."""
+  (height, width, channels), (p, q) = shape, size
+  x = patch_BNP.reshape(-1, height // p, width // q, p, q, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
+
+
+def statistics(patch_BNP: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns mean and standard deviation of each patch, `[B, N, 1]` each, as the paper's code."""
+  mean_BN1 = patch_BNP.mean(axis=-1, keepdims=True)
+  return mean_BN1, jnp.sqrt(patch_BNP.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
+
+
+def normalized(patch_BNP: jax.Array) -> jax.Array:
+  """Returns patches with mean 0 and variance 1 (Section 3, "Reconstruction target")."""
+  mean_BN1, std_BN1 = statistics(patch_BNP)
+  return (patch_BNP - mean_BN1) / std_BN1
+
+
+def take(patch_BNP: jax.Array, index_BU: jax.Array) -> jax.Array:
+  """Returns the patches with these numbers, `[B, U, P]`."""
+  return jnp.take_along_axis(patch_BNP, index_BU[..., None], axis=1)
+
+
+def evaluation_key(seed: int) -> jax.Array:
+  """Returns the key of the masks of evaluation: each example always has the same mask."""
+  return jax.random.fold_in(jax.random.key(seed), EVALUATION)

@@ -1,0 +1,139 @@
+"""`OBJECTIVES`: the objectives of training, by the value of the config key `objective`.
+
+The functions get the `Experiment` as `exp`, which is defined in a higher layer. Other packages can
+add an entry:
+
+    OBJECTIVES['mine'] = Objective(my_loss, my_rows)
+
+Decisions:
+  * An objective sees augmented images. It returns one loss for each example, so micro-batches and
+    devices can divide the batch in any way.
+  * An objective can have parameters that only training needs, such as a decoder. They are entries
+    of the model's parameters, next to `embedding` or `head`; `params` lists their names.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vit_jax.augment import partner
+from vit_jax.model import POOLS
+from vit_jax.optim import masked
+from vit_jax.optim.class_weights import weighted
+from vit_jax.optim.distill import split_head
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """An entry of `OBJECTIVES`.
+
+  Attributes:
+    loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
+      augmented uint8 `image` and the keys `label`, `example` and `own`, the weight of an image in a
+      mix. `params` also has the parameters of a teacher, as `teacher`. The logits give the training
+      accuracy; None without labels.
+    rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. Without
+      labels, the rows have no logits. `example` is the index of an image in its split.
+    init: `(exp, key) -> entries` of the parameters that only this objective has.
+    params: names of these entries.
+    labels: whether the objective needs labels. Otherwise the model has no head, the classes of the
+      data are ignored, and evaluation reports only the loss.
+  """
+
+  loss: Callable[..., tuple[jax.Array, jax.Array | None]]
+  rows: Callable[..., dict[str, jax.Array]]
+  init: Callable[..., dict] = lambda exp, key: {}
+  params: tuple[str, ...] = ()
+  labels: bool = True
+
+
+def supervised(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the loss of the labels and the logits."""
+  logits_BL = exp.logits(params, batch, key)
+  return label_loss(exp, logits_BL, batch), logits_BL
+
+
+def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
+  """Returns the loss of the labels; for a mixed image, the weighted mean of both labels."""
+  loss, label_B = weighted(exp.loss, exp.weight_L), batch['label']
+  loss_B = loss(logits_BL, label_B)
+  if not exp.mixes:
+    return loss_B
+  own_B = batch['own']
+  return own_B * loss_B + (1 - own_B) * loss(logits_BL, partner(label_B))
+
+
+def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the loss of labels and teacher, and the mean of the logits that learn from them.
+
+  Without the teacher, e.g. to count the FLOPs of a run in a workdir, only labels count.
+  """
+  if exp.teacher is None:
+    return supervised(exp, params, batch, key)
+  logits_BL, taught_BL = heads(exp, params, batch, key)
+  loss_B = label_loss(exp, logits_BL, batch)
+  loss_B = exp.teacher.loss(loss_B, taught_BL, exp.teacher.logits(params, batch))
+  return loss_B, (logits_BL + taught_BL) / 2
+
+
+def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the logits that learn from the labels, and the logits that learn from the teacher.
+
+  They differ only if there is a teacher, and the model has a distillation token.
+  """
+  if not (exp.teacher and POOLS[exp.model.pool].distills):
+    logits_BL = exp.logits(params, batch, key)
+    return logits_BL, logits_BL
+  body = dataclasses.replace(exp, model=exp.model.clone(num_classes=None))
+  return split_head(body.logits(params, batch, key), params['head'])
+
+
+def classified(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
+  """Returns the logits and the loss of the labels, without a teacher and equal for all classes."""
+  logits_BL = exp.logits(params, batch).astype(jnp.float32)
+  return {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
+
+
+def reconstructed(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, None]:
+  """Returns the error of the unseen patches (`masked.py`), and None instead of logits."""
+  return masked.fill_in(exp, params, batch, key, train=True).loss_B, None
+
+
+def reconstructed_rows(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
+  """Returns the error of the unseen patches, with masks that depend only on seed and example."""
+  key = masked.evaluation_key(exp.config.seed)
+  return {'loss': masked.fill_in(exp, params, batch, key).loss_B}
+
+
+OBJECTIVES = {
+  'supervised': Objective(supervised, classified),
+  'distilled': Objective(distilled, classified),
+  'masked': Objective(
+    reconstructed,
+    reconstructed_rows,
+    masked.init_decoder,
+    params=(masked.ENTRY,),
+    labels=False,
+  ),
+}
+
+
+def objective_of(config: Mapping) -> Objective:
+  """Returns the objective of a config.
+
+  If the key `objective` is None, a run with a teacher is distilled, and other runs are supervised.
+  """
+  chosen = 'distilled' if config['distill']['teacher'] else 'supervised'
+  return OBJECTIVES[config.get('objective') or chosen]
+
+
+def training_only() -> tuple[str, ...]:
+  """Returns the names of all entries of the parameters that only objectives have."""
+  return tuple(name for entry in OBJECTIVES.values() for name in entry.params)
+
+
+def without_objective(params: dict) -> dict:
+  """Returns the parameters without the entries that only training needs."""
+  return {name: leaves for name, leaves in params.items() if name not in training_only()}
