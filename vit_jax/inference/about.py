@@ -47,7 +47,7 @@ def classes_text(exp: Experiment) -> str:
 
 
 def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
-  """Returns the result of `--mode=eval`, or that there is none for this checkpoint."""
+  """Returns the result of `--mode=eval`; without a result, how to measure it."""
   try:
     on = f'on the {measured["examples"]:,} images of {plain(measured["split"])}'
     if multi_label:

@@ -62,9 +62,9 @@ def export(
     All files in the folder.
 
   Raises:
-    ValueError: the weights cannot be read, the format cannot hold them or has no such precision,
-      the precision needs images and there are none, or the folder is not writable or holds other
-      files that must be kept.
+    ValueError: the weights cannot be read, or the format cannot hold them. The format has no such
+      precision, or the images for the precision are missing. The folder is not writable, or holds
+      other files that must be kept.
   """
   entry, overrides = choose('format', format, FORMATS), overrides or {}
   check_precision(format, precision)

@@ -1,8 +1,8 @@
 """Measures exported programs: file size, latency, and accuracy on the evaluation split.
 
 Decisions:
-  * The accuracy is that of `--mode=eval`, but the logits come from the written files. So a mistake
-    in a conversion shows up in the number.
+  * The accuracy is computed as in `--mode=eval`, but the logits come from the written files. So it
+    includes the effect of the conversion.
   * Latency is the median time for a batch of one image. The programs take turns, so that other work
     on the machine slows all of them. A turn has several calls, and the first does not count: the
     threads of the previous program may still be busy.
@@ -45,13 +45,13 @@ TURNS, CALLS = 10, 10  # number of turns of each program, and calls in a turn
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """What was measured of a program.
+  """Measurements of a program.
 
   Attributes:
     size: size of its files in bytes, without the card.
     seconds: median time for one image.
-    quality: accuracy, or the mean average precision if images can have several labels; None if
-      there is no test data.
+    quality: accuracy, or the mean average precision if images can have several labels; None
+      without test data.
   """
 
   size: int
@@ -64,9 +64,9 @@ class Comparison:
   """Measurements of the same weights in several precisions.
 
   Attributes:
-    found: what was measured, by precision; the last one is exported.
+    found: the measurements by precision; the last precision is exported.
     machine: the machine on which the latency was measured.
-    test: the images on which the quality was measured, or why there are none.
+    test: the images on which the quality was measured, or why it was not measured.
     calibrated: number of images on which ranges of activations were measured.
   """
 
@@ -126,12 +126,12 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
     exp: experiment of the weights; None if no data is known.
 
   Raises:
-    ValueError, OSError: there is no data, it cannot be read, or it has other channels.
+    ValueError, OSError: the data is unknown, cannot be read, or has other channels.
   """
   if exp is None:
     raise ValueError(
-      f'{path}: int8 needs images like those that the model will see, but these weights name no '
-      'data. Set --config.data.source, e.g. folder:photos, or choose another --precision.'
+      f'{path}: this precision needs typical images, but the weights name no data set. '
+      'Set --config.data.source, e.g. folder:photos, or choose another --precision.'
     )
   data, size = exp.config.data, exp.task.stored_size
   source = open_source(data.source, data.dir, size)
@@ -187,7 +187,7 @@ def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
   """Returns the evaluation split without images that the weights were trained on, and its name.
 
   Raises:
-    ValueError, OSError: there is no data, it cannot be read, or its classes differ.
+    ValueError, OSError: the data is unknown, cannot be read, or has other classes.
   """
   if exp is None or not exp.task.class_names:
     raise ValueError('these weights have no test data or no classes.')

@@ -88,8 +88,8 @@ class Program:
       given = 'none' if found is None else f'{found.dtype} {list(found.shape)}'
       expected = ', '.join(map(str, self.image_shape))
       raise ValueError(
-        f'{what}: this precision needs images like those that the model will see, to measure the '
-        f'ranges of activations. Expected uint8 [N, {expected}], got {given}.'
+        f'{what}: this precision needs typical images, to measure the ranges of activations. '
+        f'Expected uint8 [N, {expected}], got {given}.'
       )
 
   @property
