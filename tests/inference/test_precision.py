@@ -127,7 +127,11 @@ def test_fp16_computes_large_activations_in_layer_norm(tmp_path):
 def test_values_beyond_the_range_of_fp16_are_refused(tmp_path):
   needs_onnx()
   model, params = random_model()
-  params = params | {'pos_embedding': np.full_like(params['pos_embedding'], 1e5)}
+  sign_D = np.random.RandomState(2).choice([-1, 1], model.width)
+  large = lambda x: np.broadcast_to(6e4 * sign_D, x.shape).astype(np.float32)
+  embedding = params['embedding'] | {'bias': large(params['embedding']['bias'])}
+  # Each value is within the range, but their sum is not.
+  params = params | {'pos_embedding': large(params['pos_embedding']), 'embedding': embedding}
   with pytest.raises(ValueError, match='fp16: the outputs are not finite'):
     vit_jax.save(model, params, tmp_path, format='onnx', preprocessing=P, precision='fp16')
   assert not list(tmp_path.iterdir())
@@ -146,7 +150,8 @@ def test_a_smaller_export_replaces_a_larger_one_and_nothing_else(tmp_path):
   assert sorted(file.name for file in tmp_path.iterdir()) == [
     'model.json', 'model.onnx', 'notes.data'
   ]  # fmt: skip
-  assert np.abs(FORMATS['onnx'].opens(tmp_path)(images()) - want).max() < 0.2 * np.abs(want).max()
+  found = FORMATS['onnx'].opens(tmp_path)(images())
+  assert np.corrcoef(found.ravel(), want.ravel())[0, 1] > 0.95
 
 
 def card(folder):
@@ -155,7 +160,7 @@ def card(folder):
   rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()
           if line.startswith('|')]  # fmt: skip
   return {row[0]: row[1] for row in rows if len(row) == 2}, {
-    row[0]: row[1:] for row in rows if len(row) == 4
+    row[0]: row[1:] for row in rows if len(row) == 4 and row[0] != '---'
   }
 
 
@@ -183,8 +188,9 @@ def test_the_card_compares_the_export_with_float32(trained, format, precision, t
   assert list(compared) == ['precision', 'float32', precision]
   assert compared['precision'][-1] == 'accuracy on the 256 images of `test`'
   assert compared['float32'][-1] == f'{result["test_accuracy"]:.2%}'
-  assert compared[precision][-1] == f'{own:.2%}'
-  assert facts['accuracy'] == f'{own:.2%} on the 256 images of `test`'
+  measured = float(compared[precision][-1].removesuffix('%')) / 100
+  assert measured == pytest.approx(own, abs=1.1 / 256)  # other batches are rounded differently
+  assert facts['accuracy'] == f'{measured:.2%} on the 256 images of `test`'
   size = measuring.size_of(out) - (out / 'README.md').stat().st_size
   assert compared[precision][0] == f'{size / 1e6:,.2f} MB'
   assert all(float(row[1].removesuffix(' ms')) > 0 for row in list(compared.values())[1:])

@@ -235,7 +235,7 @@ def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
   assert about_lib.about(exp, 16, workdir)['Accuracy'].startswith('Not measured')
   names = ('[a](b)', '<i>\n', *'cdefgh')
   exp = dataclasses.replace(exp, task=dataclasses.replace(exp.task, class_names=names))
-  assert r'\[a\]\(b\)\, \<i\>\\n' in about_lib.about(exp, 16, None)['Classes']
+  assert r'8: \[a\]\(b\), \<i\>\\n, c' in about_lib.about(exp, 16, None)['Classes']
 
 
 def test_the_limits_of_a_model_of_several_labels_state_its_thresholds(trained):

@@ -6,8 +6,10 @@ import re
 
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import source_text
-from vit_jax.names import abridged, one_line
+from vit_jax.names import one_line
 from vit_jax.workdir import read_json
+
+SHOWN = 30  # maximum number of class names
 
 
 def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
@@ -40,7 +42,8 @@ def plain(text: str) -> str:
 def classes_text(exp: Experiment) -> str:
   """Returns the classes, and what happens to an image of anything else."""
   names = exp.task.class_names
-  listed = f'{len(names):,}: {plain(abridged(names))}.'
+  more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
+  listed = f'{len(names):,}: {", ".join(map(plain, names[:SHOWN]))}{more}.'
   if exp.task.multi_label:
     return f'{listed} The model cannot name anything else, but it can give such an image labels.'
   return f'{listed} An image of anything else still gets one of these classes.'

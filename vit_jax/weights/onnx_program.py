@@ -98,7 +98,8 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
   with quiet(None), tempfile.TemporaryDirectory() as scratch:
     prepared, quantized = (pathlib.Path(scratch) / name for name in ('prepared.onnx', FILE))
     large = data_of(folder / FILE).exists()
-    quantization.quant_pre_process(folder / FILE, prepared, save_as_external_data=large)
+    model = without_zeros(onnx.load(folder / FILE))
+    quantization.quant_pre_process(model, prepared, save_as_external_data=large)
     quantization.quantize_static(
       prepared,
       quantized,
@@ -110,6 +111,25 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
       use_external_data_format=large,
     )
     finish(program, onnx.load(quantized), converted, 'int8')
+
+
+def without_zeros(model):
+  """Returns the `onnx.ModelProto` without the zeros that the converter adds to products.
+
+  The zero is a scalar, and onnxruntime cannot quantize a scalar with a scale for each output. The
+  bias of a layer is added in a separate operation.
+  """
+  import onnx
+
+  graph = model.graph
+  zeros = {x.name for x in graph.initializer if not x.dims and not onnx.numpy_helper.to_array(x)}
+  for node in graph.node:
+    if node.op_type == 'Gemm' and len(node.input) == 3 and node.input[2] in zeros:
+      node.input.pop()
+  used = {name for node in graph.node for name in node.input}
+  for unused in [x for x in graph.initializer if x.name in zeros - used]:
+    graph.initializer.remove(unused)
+  return model
 
 
 class Images:
