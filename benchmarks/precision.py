@@ -96,13 +96,13 @@ def main(argv: list[str]) -> None:
     'step': step,
     'calibration_images': len(images),
     'test_images': writer.read_json(args.workdir / 'result.json')['examples'],
-    'tiny': rows(program, exp),
-    LARGE: rows(large(), None),
     'load_before': load,
   }
   result |= collect.circumstances() | {name: metadata.version(name) for name in PACKAGES}
-  writer.write_json(collect.RESULTS / 'precision.json', result)
-  print(result)
+  for name, own, data in (('tiny', program, exp), (LARGE, large(), None)):
+    result[name] = rows(own, data)
+    writer.write_json(collect.RESULTS / 'precision.json', result)
+    print(name, result[name])
 
 
 if __name__ == '__main__':

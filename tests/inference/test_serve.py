@@ -222,7 +222,9 @@ def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
   found, _ = limits(workdir)
   assert found['Accuracy'].startswith('Not measured for this checkpoint')
   assert 'not calibrated' in found['Probabilities']
-  assert '10: pattern 0, pattern 1' in found['Classes'] and '8 x 8 pixels' in found['Images']
+  assert (
+    '10 classes: pattern 0, pattern 1' in found['Classes'] and '8 x 8 pixels' in found['Images']
+  )
   assert found['Training data'] == '`synthetic`, split `train`: 1,024 images.'
   result = evaluation.evaluate(workdir, step='last')
   low, high = result['accuracy_interval']
@@ -235,7 +237,7 @@ def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
   assert about_lib.about(exp, 16, workdir)['Accuracy'].startswith('Not measured')
   names = ('[a](b)', '<i>\n', *'cdefgh')
   exp = dataclasses.replace(exp, task=dataclasses.replace(exp.task, class_names=names))
-  assert r'8: \[a\]\(b\), \<i\>\\n, c' in about_lib.about(exp, 16, None)['Classes']
+  assert r'8 classes: \[a\]\(b\), \<i\>\\n, c' in about_lib.about(exp, 16, None)['Classes']
 
 
 def test_the_limits_of_a_model_of_several_labels_state_its_thresholds(trained):

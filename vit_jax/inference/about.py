@@ -43,16 +43,16 @@ def classes_text(exp: Experiment) -> str:
   """Returns the classes, and what happens to an image of anything else."""
   names = exp.task.class_names
   more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
-  listed = f'{len(names):,}: {", ".join(map(plain, names[:SHOWN]))}{more}.'
+  listed = f'The model knows {len(names):,} classes: {", ".join(map(plain, names[:SHOWN]))}{more}.'
   if exp.task.multi_label:
-    return f'{listed} The model cannot name anything else, but it can give such an image labels.'
+    return f'{listed} An image of anything else can still get some of these labels.'
   return f'{listed} An image of anything else still gets one of these classes.'
 
 
 def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
   """Returns the result of `--mode=eval`; without a result, how to measure it."""
   try:
-    on = f'on the {measured["examples"]:,} images of {plain(measured["split"])}'
+    on = f'on the {measured["examples"]:,} images of `{one_line(measured["split"])}`'
     if multi_label:
       return f'{measured["mean_average_precision"]:.2%} mean average precision {on}.'
     low, high = measured['accuracy_interval']
@@ -70,4 +70,4 @@ def probabilities_text(exp: Experiment) -> str:
     return f'An image gets each label whose probability reaches a threshold. {chosen}.'
   if found.examples:
     return f'They are calibrated on {on}, with the temperature {found.temperature:.4g}.'
-  return 'They are not calibrated, so they are often too high.'
+  return 'They are not calibrated: 90% does not mean that 9 of 10 such answers are right.'

@@ -40,7 +40,8 @@ READ = (
 )  # fmt: skip
 CALIBRATION = 512  # maximum number of images on which ranges of activations are measured
 NOTABLE = 0.01  # loss of accuracy above which a warning is logged
-TURNS, CALLS = 10, 10  # number of turns of each program, and calls in a turn
+TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
+LONGEST = 30.0  # seconds after which no further turn begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +212,10 @@ def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
 
 def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[str, float]:
   """Returns the median time in seconds that each program takes for one image."""
-  times = {name: [] for name in programs}
-  for _ in range(TURNS):
+  times, until = {name: [] for name in programs}, time.perf_counter() + LONGEST
+  for turn in range(TURNS):
+    if turn and time.perf_counter() > until:
+      break
     for name, run in programs.items():
       for call in range(CALLS):
         start = time.perf_counter()
