@@ -16,8 +16,17 @@ import tempfile
 import numpy as np
 
 from vit_jax.distributed import portable
-from vit_jax.weights.formats import Pretrained
-from vit_jax.weights.program import Program, python_program, write_about
+from vit_jax.weights.formats import Format, Pretrained
+from vit_jax.weights.program import (
+  Precision,
+  Program,
+  open_stablehlo,
+  python_program,
+  run_stablehlo,
+  save_bfloat16,
+  save_stablehlo,
+  write_about,
+)
 
 FILE = 'model.onnx'
 SPILLED = 2**20  # bytes from which an array is in a file of its own, as `jax2onnx` does
@@ -214,3 +223,22 @@ def quiet(*names: str | None) -> Iterator[None]:
   finally:
     for logger, level in zip(loggers, before):
       logger.setLevel(level)
+
+
+# Formats of programs, by their --format name. To add a precision, add an entry.
+PROGRAMS = {
+  'stablehlo': Format(
+    save_stablehlo,
+    run_stablehlo,
+    ('*.stablehlo',),
+    opens=open_stablehlo,
+    precisions={'bfloat16': Precision(save_bfloat16)},
+  ),
+  'onnx': Format(
+    save_onnx,
+    run_onnx,
+    ('*.onnx*',),
+    opens=open_onnx,
+    precisions={'fp16': Precision(save_fp16), 'int8': Precision(save_int8, calibrates=True)},
+  ),
+}

@@ -24,14 +24,7 @@ from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_js
 from vit_jax.weights.hf import read_hf, run_hf, save_hf
 from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
 from vit_jax.weights.npz import is_npz, read_npz, run_npz, save_npz
-from vit_jax.weights.onnx_program import open_onnx, run_onnx, save_fp16, save_int8, save_onnx
-from vit_jax.weights.program import (
-  Precision,
-  open_stablehlo,
-  run_stablehlo,
-  save_bfloat16,
-  save_stablehlo,
-)
+from vit_jax.weights.onnx_program import PROGRAMS
 from vit_jax.weights.timm import read_timm, run_timm, save_timm
 from vit_jax.workdir import load_checkpoint
 
@@ -268,18 +261,5 @@ FORMATS = {
     functools.partial(read_torch, read=read_timm),
     library='timm',
   ),
-  'stablehlo': Format(
-    save_stablehlo,
-    run_stablehlo,
-    ('*.stablehlo',),
-    opens=open_stablehlo,
-    precisions={'bfloat16': Precision(save_bfloat16)},
-  ),
-  'onnx': Format(
-    save_onnx,
-    run_onnx,
-    ('*.onnx*',),
-    opens=open_onnx,
-    precisions={'fp16': Precision(save_fp16), 'int8': Precision(save_int8, calibrates=True)},
-  ),
+  **PROGRAMS,
 }
