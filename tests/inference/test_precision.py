@@ -65,7 +65,7 @@ def test_a_bfloat16_program_has_half_the_size(tmp_path):
   sizes = {}
   for precision in ('float32', 'bfloat16'):
     vit_jax.save(model, params, tmp_path / precision, format='stablehlo', precision=precision)
-    sizes[precision] = measuring.size_of(tmp_path / precision)
+    sizes[precision] = measuring.folder_size(tmp_path / precision)
   assert sizes['bfloat16'] < 0.53 * sizes['float32']
 
 
@@ -191,7 +191,7 @@ def test_the_card_compares_the_export_with_float32(trained, format, precision, t
   measured = float(compared[precision][-1].removesuffix('%')) / 100
   assert measured == pytest.approx(own, abs=1.1 / 256)  # other batches are rounded differently
   assert facts['accuracy'] == f'{measured:.2%} on the 256 images of `test`'
-  size = measuring.size_of(out) - (out / 'README.md').stat().st_size
+  size = measuring.folder_size(out) - (out / 'README.md').stat().st_size
   assert compared[precision][0] == f'{size / 1e6:,.2f} MB'
   assert all(float(row[1].removesuffix(' ms')) > 0 for row in list(compared.values())[1:])
   calibrated = ', calibrated on 512 images' if precision == 'int8' else ''

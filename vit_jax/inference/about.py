@@ -34,7 +34,7 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
   }
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
   """Escapes the characters of a text that have a meaning in Markdown, and line breaks."""
   return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', one_line(text))
 
@@ -43,7 +43,9 @@ def classes_text(exp: Experiment) -> str:
   """Returns the classes, and what happens to an image of anything else."""
   names = exp.task.class_names
   more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
-  listed = f'The model knows {len(names):,} classes: {", ".join(map(plain, names[:SHOWN]))}{more}.'
+  listed = (
+    f'The model knows {len(names):,} classes: {", ".join(map(escaped, names[:SHOWN]))}{more}.'
+  )
   if exp.task.multi_label:
     return f'{listed} An image of anything else can still get some of these labels.'
   return f'{listed} An image of anything else still gets one of these classes.'

@@ -166,7 +166,7 @@ def compare(
   """
   runs = {name: opens(folder) for name, folder in folders.items()}
   seconds = measure_latency(runs, np.zeros(program.image_shape, np.uint8))
-  found = {name: Measured(size_of(folders[name]), seconds[name]) for name in runs}
+  found = {name: Measured(folder_size(folders[name]), seconds[name]) for name in runs}
   try:
     test, about = open_test_images(exp)
   except (ValueError, OSError) as error:
@@ -225,7 +225,7 @@ def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[
   return {name: statistics.median(values) for name, values in times.items()}
 
 
-def size_of(folder: pathlib.Path) -> int:
+def folder_size(folder: pathlib.Path) -> int:
   """Returns the size in bytes of the files in a folder."""
   return sum(file.stat().st_size for file in folder.iterdir())
 

@@ -16,7 +16,7 @@ from vit_jax.data import BadImage, decode_image
 from vit_jax.evaluation import given_labels
 from vit_jax.experiment import Experiment
 from vit_jax.figures import attention_summary, resize_map
-from vit_jax.inference.about import plain
+from vit_jax.inference.about import escaped
 
 MAX_PIXELS = 50_000_000
 MAX_WAITING = 256  # maximum number of queued requests
@@ -94,7 +94,7 @@ class Viewer:
     """Returns the labels of an image that can have several, as Markdown."""
     names, chosen = self.exp.task.class_names, self.exp.calibration.thresholds
     found = given_labels(seen.probability_L, chosen)
-    return f'**Labels**: {", ".join(plain(names[i]) for i in found) or "none"}'
+    return f'**Labels**: {", ".join(escaped(names[i]) for i in found) or "none"}'
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
     """Returns the image, darkened where a layer and head attend little: uint8 `[H, W, 3]`."""
@@ -127,7 +127,7 @@ def build(
   """
   seen = viewer.open(examples[0].read_bytes()) if examples else None
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
-    gr.Markdown(f'# {plain(title)}')
+    gr.Markdown(f'# {escaped(title)}')
     parts = lay_out(viewer, examples, seen)
     listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
     gr.Markdown(f'## What this model can and cannot do\n{listed}', elem_id='limits')
