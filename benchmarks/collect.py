@@ -8,7 +8,6 @@ machine and the date.
 
 import argparse
 import datetime
-import os
 import pathlib
 import platform
 import statistics
@@ -18,6 +17,7 @@ import sys
 import jax
 
 from benchmarks import arguments
+from vit_jax.inference.measuring import processor
 from vit_jax.workdir import writer
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
@@ -40,13 +40,7 @@ def machine() -> str:
   device = jax.devices()[0]
   if device.platform != 'cpu':
     return f'{jax.device_count()} x {device.device_kind}'
-  model = platform.processor() or platform.machine()
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    lines = cpuinfo.read_text(encoding='utf-8').splitlines()
-    names = [line for line in lines if line.startswith('model name')]
-    model = names[0].split(':')[1].strip() if names else model
-  return f'{os.cpu_count()} cores of {model}'
+  return processor()
 
 
 def circumstances() -> dict[str, str]:

@@ -12,8 +12,10 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks.pairs import write_pairs
 from tests.conftest import ROOT, small_config
 from vit_jax import evaluation, limits
+from vit_jax.data import open_source
 from vit_jax.distributed import cluster, joining
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
@@ -112,6 +114,43 @@ def test_two_processes_evaluate_each_example_once_and_fit_the_same_temperature(t
   temperature = fitted[str(alone['step'])]['temperature']
   assert temperature == pytest.approx(alone['temperature'], rel=1e-4)
   assert together['temperature'] == temperature
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_images_of_several_labels_like_one(tmp_path):
+  write_pairs(open_source('digits', '', (8, 8)), tmp_path / 'pairs', {'train': 200, 'test': 90}, 8)
+  settings = {
+    'data.source': f'labels:{tmp_path}/pairs/labels.csv', 'data.image_size': '8,16',
+    'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]',
+    'augment.flip.probability': '0',
+  }  # fmt: skip
+  workdir = tmp_path / 'run'
+  trainer.train(small_config(**SETTINGS | settings), workdir)
+  fitted = {}
+  for name in ('alone', 'together'):
+    (workdir / 'calibration.json').unlink()  # so that the thresholds are fitted again
+    if name == 'alone':
+      fitted[name] = evaluation.evaluate(workdir)
+    else:
+      flags = [f'--config.{key}={value}' for key, value in settings.items()]
+      flags += ['--mode=eval', '--config.eval_batch_size=37']  # is no multiple of the 4 devices
+      assert [process.wait(120) for process in start_both(workdir, (flags, flags))] == [0, 0]
+      fitted[name] = json.loads((workdir / 'eval.json').read_text())
+  alone, together = (numbers_in(found) for found in fitted.values())
+  assert together == pytest.approx(alone, rel=1e-4)
+  assert alone['examples'] == 90 and alone['threshold_examples'] > 0
+  assert len({value for name, value in alone.items() if name.endswith('threshold')}) > 2
+
+
+def numbers_in(found, start=''):
+  """Returns the numbers in nested dicts as one dict."""
+  numbers = {}
+  for name, value in found.items():
+    if isinstance(value, dict):
+      numbers |= numbers_in(value, f'{start}{name} ')
+    elif isinstance(value, int | float):
+      numbers[start + name] = value
+  return numbers
 
 
 @pytest.mark.slow

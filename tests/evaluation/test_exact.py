@@ -220,5 +220,5 @@ def test_a_resumed_run_keeps_the_temperatures_of_earlier_steps(tmp_path):
   for step in (16, 32):
     calibration_lib.save_calibration(tmp_path, step, Calibration(2.0, examples=9))
   calibration_lib.forget_calibrations(tmp_path, 16)
-  assert calibration_lib.find_calibration(tmp_path, 16)['temperature'] == 2
-  assert calibration_lib.find_calibration(tmp_path, 32) is None
+  assert calibration_lib.find_calibration(tmp_path, 16, 10)['temperature'] == 2
+  assert calibration_lib.find_calibration(tmp_path, 32, 10) is None

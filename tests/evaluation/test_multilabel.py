@@ -89,7 +89,7 @@ def test_labels_at_or_above_the_threshold_are_given_most_likely_first():
   probability_L = np.array([0.5, 0.2, 0.9, 0.49])
   assert multilabel.given_labels(probability_L).tolist() == [2, 0]
   assert multilabel.given_labels(probability_L, np.array([0.6, 0.1, 0.95, 0.4])).tolist() == [3, 1]
-  assert multilabel.given_labels(probability_L, 0.91).tolist() == []
+  assert multilabel.given_labels(probability_L, [0.91] * 4).tolist() == []
 
 
 def test_rows_of_batches_are_joined():

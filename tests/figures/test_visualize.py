@@ -349,9 +349,12 @@ def test_the_coverage_curve_ends_at_the_accuracy_of_all_examples():
 
 
 @pytest.mark.slow
-def test_the_report_shows_the_scores_of_each_class_and_how_far_to_trust_them(workdir):
+def test_the_report_shows_the_scores_of_each_class_and_how_far_to_trust_them(workdir, monkeypatch):
   save_calibration(workdir, 32, Calibration(2.5, examples=99))
+  trust, calls = pictures.trust, []
+  monkeypatch.setattr(pictures, 'trust', lambda *args: calls.append(args) or trust(*args))
   gallery.visualize(Request(workdir))
+  assert len(calls) == 1  # numbers, classes and reliability share the result
   result = vit_jax.evaluate(workdir)
   text = Page(workdir / 'report.html').text
   low, high = result['accuracy_interval']

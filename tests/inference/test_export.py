@@ -25,7 +25,7 @@ from vit_jax import evaluation, experiment, opening
 from vit_jax.data import image as image_lib
 from vit_jax.inference import card, exporting, prediction
 from vit_jax.model import VARIANTS
-from vit_jax.weights import program, reader
+from vit_jax.weights import onnx_program, program, reader
 from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
 from vit_jax.workdir import Calibration, Task, save_calibration
 
@@ -449,7 +449,7 @@ def test_weight_formats_keep_the_weights_and_state_the_temperature(calibrated, t
 def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   needs('onnx')
   model, params = random_model()
-  monkeypatch.setattr(program, 'TOLERANCE', -1.0)
+  monkeypatch.setattr(onnx_program, 'TOLERANCE', -1.0)
   with pytest.raises(ValueError, match='logits of the converted and the original model differ'):
     vit_jax.save(model, params, tmp_path, format='onnx')
   assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Tests the page in a real browser, and its API under load and with forbidden uploads."""
 
 import concurrent.futures
+import dataclasses
 import io
 import pathlib
 import re
@@ -18,14 +19,17 @@ from PIL import Image
 import pytest
 
 from tests.conftest import ROOT
-from vit_jax import cli
+from vit_jax import cli, evaluation, opening
 from vit_jax.inference import prediction
+from vit_jax.opening import Request
+from vit_jax.workdir import Calibration
 
 pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
 browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
 page_lib = pytest.importorskip('vit_jax.inference.page')
 server = pytest.importorskip('vit_jax.inference.server')
+about_lib = pytest.importorskip('vit_jax.inference.about')
 
 CHROMIUM = next(
   filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), ''
@@ -33,14 +37,19 @@ CHROMIUM = next(
 
 
 @pytest.fixture(scope='module')
-def page(trained, tmp_path_factory):
+def log(tmp_path_factory):
+  """The file with everything that the server writes to stderr."""
+  return tmp_path_factory.mktemp('serve') / 'stderr'
+
+
+@pytest.fixture(scope='module')
+def page(trained, log):
   """Starts a server in a new process; yields its address."""
   began = time.time()
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', f'--port={port}']
-  log = tmp_path_factory.mktemp('serve') / 'stderr'
   with log.open('w') as stderr:
     process = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
   while 'Serving on' not in log.read_text():
@@ -51,6 +60,15 @@ def page(trained, tmp_path_factory):
   assert process.wait(30) == 0
   left = pathlib.Path(tempfile.gettempdir()).glob('vit_jax_uploads_*')
   assert not [folder for folder in left if folder.stat().st_mtime > began]
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(request):
+  """Asserts that a test makes the server log no traceback."""
+  yield
+  if 'page' in request.fixturenames:
+    said = request.getfixturevalue('log').read_text()
+    assert 'Traceback' not in said and 'Exception' not in said, said
 
 
 @pytest.fixture
@@ -83,6 +101,16 @@ def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp
       assert box['x'] + box['width'] <= gallery['x'] + gallery['width']
       assert 0 <= gallery['y'] + gallery['height'] - box['y'] - box['height'] < 30  # not blank
       assert tab.evaluate('document.documentElement.scrollWidth') <= width
+      # The page opens with the first example, and states the limits of the model.
+      browser.expect(tab.locator('#attention img')).to_be_visible()
+      browser.expect(tab.locator('#given img')).to_be_visible()
+      browser.expect(tab.locator('#classes')).to_contain_text(f'{best["probability"]:.0%}')
+      browser.expect(tab.locator('#limits')).to_contain_text('still gets one of these classes')
+    before = tab.locator('#attention img').get_attribute('src')
+    tab.locator('#layer input').click()
+    tab.get_by_role('option', name='block 1').click()
+    browser.expect(tab.locator('#attention img')).not_to_have_attribute('src', before)
+    tab.goto(page)
     tab.set_viewport_size({'width': 1200, 'height': 800})
     upload = tab.locator('#file input[type=file]')
     picture, given = tab.locator('#attention img'), tab.locator('#given img')
@@ -165,6 +193,74 @@ def test_unknown_layers_and_heads_are_refused(client, trained, layer, head):
   file = next((trained[0] / 'examples').iterdir())
   with pytest.raises(Exception, match='block 2|choices'):
     ask(client, file, layer, head)
+
+
+def test_a_browser_that_leaves_during_an_upload_is_one_line_in_the_log(page, log):
+  port = int(re.search(r':(\d+)/', page)[1])
+  head = (
+    f'POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n'
+    'Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 100000\r\n\r\n'
+    '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+  )
+  with socket.create_connection(('127.0.0.1', port)) as leaving:
+    leaving.sendall(head.encode() + bytes(1000))
+  line, until = 'A client disconnected during /gradio_api/upload.', time.monotonic() + 20
+  while line not in log.read_text():
+    assert time.monotonic() < until, log.read_text()
+    time.sleep(0.05)
+
+
+def limits(workdir, **more):
+  """Returns the text of `about`, and the experiment, of the last checkpoint of a run."""
+  exp, _, step = opening.open_model(Request(workdir, step='last'))
+  return about_lib.about(dataclasses.replace(exp, **more), step, workdir), exp
+
+
+def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'eval.json').unlink(missing_ok=True)
+  found, _ = limits(workdir)
+  assert found['Accuracy'].startswith('Not measured for this checkpoint')
+  assert 'not calibrated' in found['Probabilities']
+  assert (
+    '10 classes: pattern 0, pattern 1' in found['Classes'] and '8 x 8 pixels' in found['Images']
+  )
+  assert found['Training data'] == '`synthetic`, split `train`: 1,024 images.'
+  result = evaluation.evaluate(workdir, step='last')
+  low, high = result['accuracy_interval']
+  found, exp = limits(workdir, calibration=Calibration(2.0, examples=9))
+  assert found['Accuracy'] == (
+    f'{result["accuracy"]:.2%} on the 256 images of `test`. The 95% interval is {low:.2%} to '
+    f'{high:.2%}.'
+  )
+  assert 'calibrated on 9 validation images, with the temperature 2' in found['Probabilities']
+  assert about_lib.about(exp, 16, workdir)['Accuracy'].startswith('Not measured')
+  names = ('[a](b)', '<i>\n', *'cdefgh')
+  exp = dataclasses.replace(exp, task=dataclasses.replace(exp.task, class_names=names))
+  assert r'8 classes: \[a\]\(b\), \<i\>\\n, c' in about_lib.about(exp, 16, None)['Classes']
+
+
+def test_the_limits_of_a_model_of_several_labels_state_its_thresholds(trained):
+  exp = opening.open_model(Request(trained[0]))[0]
+  exp = dataclasses.replace(exp, task=dataclasses.replace(exp.task, multi_label=True))
+  assert about_lib.about(exp, 1, None)['Probabilities'].endswith('The threshold is 0.5.')
+  fitted = Calibration(thresholds=(0.3,) * 10, examples=7)
+  exp = dataclasses.replace(exp, calibration=fitted)
+  assert 'chosen on 7 validation images' in about_lib.about(exp, 1, None)['Probabilities']
+  viewer = object.__new__(page_lib.Viewer)
+  viewer.exp = exp
+  seen = page_lib.Seen(None, np.array([0.1, 0.31, 0.9, 0.29, *[0] * 6]), None, None)
+  assert viewer.labels(seen) == '**Labels**: pattern 2, pattern 1'
+  assert viewer.labels(seen._replace(probability_L=np.zeros(10))) == '**Labels**: none'
+
+
+def test_a_run_without_saved_examples_offers_images_of_its_test_split(trained, tmp_path):
+  exp = opening.open_model(Request(trained[0]))[0]
+  found = server.find_examples(exp, tmp_path, tmp_path)
+  test = evaluation.load_split(exp, 'test')
+  assert len(found) == 8
+  assert np.array_equal(np.asarray(Image.open(found[3])), test.image_NHWC[3])
+  assert server.find_examples(exp, None, tmp_path) == []
 
 
 def test_the_server_does_not_serve_local_files(page):

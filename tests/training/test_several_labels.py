@@ -1,8 +1,10 @@
 """Trains, evaluates and uses a model of images with several labels: pairs of digits."""
 
+import contextlib
 import csv
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -18,9 +20,11 @@ from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact
 from vit_jax.experiment import assemble
 from vit_jax.figures import visualize
+from vit_jax.inference import exporting
 from vit_jax.inference.prediction import predict
 from vit_jax.opening import Request
 from vit_jax.training import state, step, trainer
+from vit_jax.weights import FORMATS
 from vit_jax.workdir import Task, stored, writer
 
 pytestmark = pytest.mark.slow  # these tests train small models
@@ -201,6 +205,51 @@ def test_an_exported_program_states_the_thresholds(run, capsys, tmp_path):
   card = (tmp_path / 'out/README.md').read_text(encoding='utf-8')
   assert f'{want[0]:.3g}, {want[1]:.3g}, ' in card and 'sigmoid' in card
   assert 'softmax' not in card
+
+
+@pytest.mark.parametrize('format', ['stablehlo', 'onnx'])
+def test_an_exported_program_agrees_with_eval_and_predict(run, pairs, format, tmp_path, capsys):
+  if format == 'onnx':
+    pytest.importorskip('jax2onnx', reason='needs requirements-onnx.txt')
+  workdir, result = run
+  exporting.export(workdir, format, tmp_path, 'last')
+  test = evaluation.load_split(opening.open_model(Request(workdir))[0], 'test')
+  logits_NL = FORMATS[format].opens(tmp_path)(test.image_NHWC).astype(np.float64)
+  probability_NL, label_NL = outputs(workdir)
+  np.testing.assert_allclose(1 / (1 + np.exp(-logits_NL)), probability_NL, atol=1e-4)
+  precision = metrics.average_precision_score(label_NL, logits_NL, average='macro')
+  assert precision == pytest.approx(result['test_mean_average_precision'], abs=1e-4)
+  card = (tmp_path / 'README.md').read_text(encoding='utf-8')
+  code = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
+  kinds = set()
+  for file in sorted((pairs / 'test').glob('*.png'))[:12]:
+    (row,) = predict(workdir, file, step='last')
+    shutil.copy(file, tmp_path / 'image.png')
+    with contextlib.chdir(tmp_path):
+      exec(code, {})
+    printed = capsys.readouterr().out.split()
+    assert sorted(printed) == sorted(guess['class'] for guess in row['predictions'])
+    kinds.add(len(printed))
+  assert len(kinds) > 1  # images with different numbers of labels
+
+
+def test_without_fitted_thresholds_a_program_states_one_half(run, tmp_path):
+  workdir = shutil.copytree(run[0], tmp_path / 'run')
+  (workdir / 'calibration.json').unlink()
+  exporting.export(workdir, 'stablehlo', tmp_path / 'out')
+  about = json.loads((tmp_path / 'out/model.json').read_text())
+  assert about['output']['thresholds'] == [0.5] * 10
+  assert '0.5 for each class, not fitted' in (tmp_path / 'out/README.md').read_text()
+
+
+def test_thresholds_for_other_classes_are_not_used(run, tmp_path, caplog):
+  workdir = shutil.copytree(run[0], tmp_path / 'run')
+  step = str(stored.latest_step(workdir))
+  entry = json.loads((workdir / 'calibration.json').read_text())[step]
+  entry['thresholds'] = entry['thresholds'][:3]
+  (workdir / 'calibration.json').write_text(json.dumps({step: entry}))
+  assert opening.open_model(Request(workdir, step=step))[0].calibration.thresholds is None
+  assert f'step {step} has 3 thresholds for 10 classes and is not used' in caplog.text
 
 
 def test_weights_of_such_a_run_keep_its_task(run, pairs):

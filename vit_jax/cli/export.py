@@ -11,13 +11,27 @@ def run_export(args) -> None:
       '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
     )
   step = 'last' if args.init else args.step
-  for path in export(args.init or args.workdir, args.format, args.out, step):
-    print(path)
+  path = args.init or args.workdir
+  for file in export(path, args.format, args.out, step, args.precision, args.overrides):
+    print(file)
 
 
 MODE = Mode(
   'exports weights (hf, timm, npz), or the model with its weights as a program (stablehlo, onnx)',
   '--workdir=runs/digits --format=timm --out=digits/',
-  (WORKDIR, INIT, STEP, Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'), OUT),
+  (
+    WORKDIR,
+    INIT,
+    STEP,
+    Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'),
+    Flag(
+      'precision',
+      'float32; for onnx also fp16 or int8, for stablehlo also bfloat16; the model card compares '
+      'these with float32',
+      default='float32',
+    ),
+    OUT,
+  ),
   run_export,
+  overrides=True,
 )

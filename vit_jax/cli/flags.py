@@ -43,6 +43,7 @@ class Mode:
       attribute for each flag, and `overrides` for the config overrides. Slow modules are imported
       inside this function.
     resumes: whether the same command resumes an interrupted run.
+    overrides: whether the mode reads config keys although it has no flag `--config`.
   """
 
   summary: str
@@ -50,6 +51,7 @@ class Mode:
   flags: tuple[Flag, ...]
   run: Callable[[argparse.Namespace], int | None]
   resumes: bool = False
+  overrides: bool = False
 
 
 def split_paths(text: str) -> list[str]:

@@ -70,7 +70,7 @@ def mode_page(name: str) -> str:
   for flag in MODES[name].flags:
     default = f' (default: {flag.default})' if flag.default not in ('', None) else ''
     rows[f'--{flag.name}=<{flag.name}>'] = flag.help + default
-  takes_config = '--config=<config>' in rows
+  takes_config = '--config=<config>' in rows or MODES[name].overrides
   return '\n\n'.join((
     f'usage: {program()} --mode={name} [flags]',
     f'--mode={name} {MODES[name].summary}.',

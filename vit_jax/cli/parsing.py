@@ -65,7 +65,8 @@ def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
     args.overrides = read_overrides(rest)
   except ValueError as error:
     parser.error(str(error))
-  args.given = given(argv) | ({'--config'} if args.overrides else set())
+  needs_config = args.overrides and not MODES[mode].overrides
+  args.given = given(argv) | ({'--config'} if needs_config else set())
   check_flags(args)
   for name in paths:  # an unset shell variable gives an empty path
     setattr(args, name, local(text) if (text := getattr(args, name)) else None)

@@ -80,8 +80,16 @@ def given_labels(
 
 
 def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
-  """Returns the thresholds as an array; `THRESHOLD` for each class if there are none."""
-  return np.full(classes, THRESHOLD) if threshold_L is None else np.asarray(threshold_L)
+  """Returns the thresholds as an array; `THRESHOLD` for each class if there are none.
+
+  Raises:
+    ValueError: the number of thresholds is not the number of classes.
+  """
+  if threshold_L is None:
+    return np.full(classes, THRESHOLD)
+  if len(threshold_L) != classes:
+    raise ValueError(f'Got {len(threshold_L)} thresholds for {classes} classes: give one each.')
+  return np.asarray(threshold_L)
 
 
 @dataclasses.dataclass(frozen=True)

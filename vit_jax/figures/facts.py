@@ -5,7 +5,6 @@ import pathlib
 import jax
 
 from vit_jax import config as config_lib
-from vit_jax.evaluation import trust
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.pictures import Subject, grid
 from vit_jax.workdir import read_json
@@ -62,8 +61,7 @@ def trusted(subject: Subject) -> dict[str, str]:
   """Returns how far the predictions of the checkpoint can be trusted; empty without test data."""
   if isinstance(subject.scores, Missing):
     return {}
-  exp, scores = subject.exp, subject.scores
-  found = trust(scores, exp.task.class_names, exp.calibration)
+  exp, scores, found = subject.exp, subject.scores, subject.trust
   low, high = found['accuracy_interval']
   fitted = 'not fitted, because there is no validation split or --mode=eval has not run'
   if exp.calibration.examples:
@@ -84,7 +82,7 @@ def class_rows(subject: Subject) -> list[tuple[str, ...]]:
   """
   if isinstance(subject.scores, Missing):
     return []
-  found = trust(subject.scores, subject.exp.task.class_names, subject.exp.calibration)
+  found = subject.trust
   order = lambda item: 2 if item[1]['f1'] is None else item[1]['f1']
   share = lambda value: 'not defined' if value is None else f'{value:.2%}'
   return [

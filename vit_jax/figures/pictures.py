@@ -6,6 +6,7 @@ Each `picture_*` function takes a `Subject` and returns a figure and its caption
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 from matplotlib.figure import Figure
 import numpy as np
@@ -67,6 +68,16 @@ class Subject:
   step: int | None = None
   nearest: Neighbours | Missing = NOT_COMPARED
 
+  @functools.cached_property
+  def trust(self) -> dict:
+    """The measures of `evaluation.trust` for the scores.
+
+    Raises:
+      Missing: there are no scores.
+    """
+    exp, scores = self.need('exp', 'scores')
+    return trust(scores, exp.task.class_names, exp.calibration)
+
   def need(self, *names: str) -> list:
     """Returns the named parts.
 
@@ -105,7 +116,7 @@ def picture_reliability(subject: Subject) -> tuple[Figure, str]:
   """Returns the reliability diagram of the test split, and its caption."""
   exp, scores = subject.need('exp', 'scores')
   fitted = exp.calibration.examples > 0
-  found = trust(scores, exp.task.class_names, exp.calibration)
+  found = subject.trust
   bins = reliability(scores.confidence_N, scores.correct_N)
   before = reliability(scores.raw_N, scores.correct_N) if fitted else None
   text = (

@@ -6,9 +6,11 @@ Decisions:
   * The card does not choose a license; the user does.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 
+from vit_jax.inference.measuring import Comparison
 from vit_jax.model import VARIANTS, ViT
 from vit_jax.names import one_line
 from vit_jax.weights import (
@@ -26,7 +28,13 @@ SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
 SHOWN = 100  # maximum number of classes in the card, if another file lists all of them
 
 
-def write_card(format: str, loaded: Pretrained, source: str, result: dict | None = None) -> str:
+def write_card(
+  format: str,
+  loaded: Pretrained,
+  source: str,
+  result: dict | None = None,
+  compared: Comparison | None = None,
+) -> str:
   """Returns the text of a model card.
 
   Args:
@@ -34,6 +42,8 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     loaded: the weights.
     source: where the weights were read from.
     result: contents of the run's `result.json`; None if it does not exist.
+    compared: measurements of the exported program and the float32 program; None if the exported
+      files are in float32.
   """
   entry = FORMATS[format]
   if not entry.is_program:  # files are then resized directly to the model's size
@@ -46,7 +56,8 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
     'images': images(loaded.preprocessing, image_channels(loaded.params)),
     'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
-    'accuracy': accuracy_text(loaded, result),
+    'precision': precision_text(compared),
+    'accuracy': measured_text(compared) or accuracy_text(loaded, result),
     **calibration(entry, loaded),
     'license': 'not chosen yet',
   }
@@ -57,7 +68,7 @@ def write_card(format: str, loaded: Pretrained, source: str, result: dict | None
 | | |
 | --- | --- |
 {rows}
-
+{comparison(compared, loaded)}
 To run the model on an `image.png` in this folder:
 
 ```python
@@ -128,13 +139,11 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   if loaded.run is None:
     return {'trained on': 'unknown', 'weights': f'read from `{public(source)}`'}
   config, task = loaded.run['config'], loaded.run['task']
-  kind, colon, name = config['data']['source'].partition(':')
   part = '; only the head was trained' if config['freeze'] else ''
   if config.get('adapt'):  # missing in runs of older versions
     part = f'; only the head and an adapter ({config["adapt"]}) were trained'
   return {
-    'trained on': f'`{kind}{colon}{public(name)}`, split `{config["data"]["train_split"]}`: '
-    f'{task["train_examples"]:,} images',
+    'trained on': source_text(config['data'], task['train_examples']),
     'trained for': 'no steps: the head was computed from the features of these images '
     f'({config["classifier"]})'
     if config.get('classifier')
@@ -144,6 +153,12 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
     if config['init']
     else 'random weights',
   }
+
+
+def source_text(data: Mapping, count: int) -> str:
+  """Describes training data: the source, the split and the number of images."""
+  kind, colon, name = data['source'].partition(':')
+  return f'`{kind}{colon}{public(name)}`, split `{data["train_split"]}`: {count:,} images'
 
 
 def public(path: str) -> str:
@@ -163,9 +178,50 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
     return 'unknown'
 
 
+def precision_text(compared: Comparison | None) -> str:
+  """Returns the precision of the exported files, and how it was calibrated."""
+  if compared is None:
+    return 'float32'
+  on = f', calibrated on {compared.calibrated:,} images' if compared.calibrated else ''
+  return f'{list(compared.found)[-1]}{on}'
+
+
+def measured_text(compared: Comparison | None) -> str:
+  """Returns the measured accuracy of the exported program; empty if it is float32."""
+  if compared is None:
+    return ''
+  value = list(compared.found.values())[-1].quality
+  return 'unknown' if value is None else f'{value:.2%} on the {compared.test}'
+
+
+def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
+  """Returns a table that compares the precisions; empty if the export is float32."""
+  if compared is None:
+    return ''
+  known = all(one.quality is not None for one in compared.found.values())
+  name = 'mean average precision' if loaded.multi_label else 'accuracy'
+  title = f'{name} on the {compared.test}' if known else f'{name}: not measured ({compared.test})'
+  lines = [
+    f'| precision | size | latency | {title} |\n| --- | --- | --- | --- |',
+    *(
+      f'| {precision} | {one.size / 1e6:,.2f} MB | {1000 * one.seconds:.3g} ms | '
+      f'{f"{one.quality:.2%}" if known else "unknown"} |'
+      for precision, one in compared.found.items()
+    ),
+  ]
+  text = '\n'.join(lines)
+  return (
+    f'\n{text}\n\nThe latency is the median time for one image. It was measured on '
+    f'{compared.machine}.\n'
+  )
+
+
 def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   """Returns the row about the temperature or the thresholds; empty if none was fitted."""
   found = Calibration.load(loaded.run)
+  use = 'an image has a class if the sigmoid of its logit reaches the threshold'
+  if loaded.multi_label and not found.thresholds:
+    return {'thresholds': f'0.5 for each class, not fitted; {use}'}
   if not found.examples:
     return {}
   if found.thresholds:
@@ -173,7 +229,7 @@ def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
     rest = ', ...' if len(found.thresholds) > SHOWN else ''
     return {
       'thresholds': f'{shown}{rest}, in the order of the classes, fitted on {found.examples:,} '
-      'validation images; an image has a class if the sigmoid of its logit reaches the threshold'
+      f'validation images; {use}'
     }
   use = 'divide the logits by it before softmax to get calibrated probabilities'
   if entry.is_program:

@@ -1,17 +1,24 @@
 """Exports trained or published weights for other code bases, or as self-contained programs."""
 
+from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import tempfile
 
+import numpy as np
+
 from vit_jax import storage
-from vit_jax.inference import card
+from vit_jax.inference import card, measuring
 from vit_jax.model import ViT
 from vit_jax.names import choose, local
 from vit_jax.weights import (
   FORMATS,
+  Format,
   Preprocessing,
+  Pretrained,
+  Program,
   adapt,
   check_params,
   flatten_params,
@@ -24,12 +31,21 @@ from vit_jax.workdir import Calibration
 log = logging.getLogger(__name__)
 
 MANY = 10_000_000  # number of parameters above which writing takes a few seconds
+EXACT = 'float32'  # the precision that every format has
 
 
 def export(
-  path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
+  path: str | pathlib.Path,
+  format: str,
+  out: pathlib.Path,
+  step: str = 'last',
+  precision: str = EXACT,
+  overrides: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
+
+  If the precision is not float32, the written program is compared with the float32 program on the
+  test images of the run. The card has the result.
 
   Args:
     path: a workdir, a file, a folder or a name on the Hub; anything that `vit_jax.load` reads.
@@ -38,15 +54,21 @@ def export(
       including the model card.
     step: checkpoint of a workdir to export: `best`, `last`, a number, or '' to choose as `predict`
       does by default.
+    precision: `float32`, or one of the format's `precisions`.
+    overrides: keys of `measuring.READ` and their values as text, for test images that are not
+      where the run has read them.
 
   Returns:
     All files in the folder.
 
   Raises:
-    ValueError: the weights cannot be read, the format cannot hold them, or the folder is not
-      writable or holds other files that must be kept.
+    ValueError: the weights cannot be read, or the format cannot hold them. The format has no such
+      precision, or the images for the precision are missing. The folder is not writable, or holds
+      other files that must be kept.
   """
-  choose('format', format, FORMATS)
+  entry, overrides = choose('format', format, FORMATS), overrides or {}
+  check_precision(format, precision)
+  measuring.check_overrides(overrides, precision != EXACT)
   storage.check_folder(out)
   check_card(out)
   found = read_weights(path, step)
@@ -54,17 +76,35 @@ def export(
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   if count > MANY:
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)
-  save(
-    loaded.model,
-    loaded.params,
-    out,
-    format=format,
-    preprocessing=loaded.preprocessing,
-    class_names=loaded.class_names,
-    calibration=Calibration.load(loaded.run),
-    card=card.write_card(format, loaded, str(path), result(found.origin)),
-  )
+  program, data = program_of(loaded), None
+  if precision != EXACT:
+    data = measuring.open_experiment(path, step, overrides)
+    if entry.precisions[precision].calibrates:
+      program = dataclasses.replace(program, image_NHWC=measuring.calibration_images(path, data))
+  with delivered(out, entry) as folder, tempfile.TemporaryDirectory() as scratch:
+    folders = write(entry, program, precision, folder, pathlib.Path(scratch))
+    compared = measuring.compare(program, entry.opens, folders, data) if len(folders) > 1 else None
+    text = card.write_card(format, loaded, str(path), result(found.origin), compared)
+    (folder / card.NAME).write_text(text, encoding='utf-8', errors='backslashreplace')
   return sorted(out.iterdir())
+
+
+def check_precision(format: str, precision: str) -> None:
+  """Raises ValueError if a format has no such precision."""
+  choose(f'precision for the format {format}', precision, (EXACT, *FORMATS[format].precisions))
+
+
+def program_of(loaded: Pretrained) -> Program:
+  """Returns the program of some weights.
+
+  Without fitted thresholds, each class of images with several labels has the threshold 0.5.
+  """
+  calibration = Calibration.load(loaded.run)
+  if loaded.multi_label and calibration.thresholds is None:
+    halves = (0.5,) * loaded.model.num_classes
+    calibration = dataclasses.replace(calibration, thresholds=halves)
+  facts = loaded.preprocessing, loaded.class_names, calibration
+  return Program(loaded.model, loaded.params, *facts)
 
 
 def check_card(out: pathlib.Path) -> None:
@@ -91,7 +131,8 @@ def save(
   preprocessing: Preprocessing | None = None,
   class_names: tuple[str, ...] | None = None,
   calibration: Calibration | None = None,
-  card: str | None = None,
+  precision: str = EXACT,
+  images: np.ndarray | None = None,
 ) -> None:
   """Writes weights into a folder in one of `FORMATS`; `load` can read the formats hf, timm and npz.
 
@@ -106,12 +147,15 @@ def save(
     class_names: names of the classes, in the order of the logits; None to store no names.
     calibration: how logits become probabilities. The programs (StableHLO, ONNX) apply it, and the
       other formats cannot hold it. None for a temperature of 1.
-    card: text of the `README.md`; None to write no such file.
+    precision: `float32`, or one of the format's `precisions`.
+    images: uint8 `[N, H, W, C]`, on which `int8` measures the ranges of activations.
 
   Raises:
     ValueError: the format cannot hold the model; the message lists the attributes that do not fit.
+      Or the format has no such precision, or images are missing or have the wrong shape.
   """
   entry = choose('format', format, FORMATS)
+  check_precision(format, precision)
   if not isinstance(model, ViT):
     kind = type(model).__name__
     raise ValueError(
@@ -120,25 +164,56 @@ def save(
   folder = local(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
-  if class_names is not None and len(class_names) != model.num_classes:
-    raise ValueError(
-      f'save: got {len(class_names)} class names for {model.num_classes} classes: give one each.'
-    )
+  facts = preprocessing, class_names, calibration or Calibration()
+  program = Program(model, params, *facts, image_NHWC=images)
+  program.check('save')
+  if precision != EXACT and entry.precisions[precision].calibrates:
+    program.check_images('save')
   storage.check_folder(folder)
+  with delivered(folder, entry) as temporary, tempfile.TemporaryDirectory() as scratch:
+    write(entry, program, precision, temporary, pathlib.Path(scratch))
+
+
+def write(
+  entry: Format, program: Program, precision: str, folder: pathlib.Path, scratch: pathlib.Path
+) -> dict[str, pathlib.Path]:
+  """Writes the files of a format into a folder.
+
+  Returns:
+    The folder of each written precision. If `precision` is not float32, `scratch` has the float32
+    files.
+  """
+  exact = folder if precision == EXACT else scratch
+  if not entry.is_program:
+    p = program
+    entry.save(p.model, p.params, exact, p.preprocessing, p.class_names)
+    return {EXACT: exact}
+  entry.save(program, exact)
+  if precision == EXACT:
+    return {EXACT: exact}
+  entry.precisions[precision].convert(program, exact, folder)
+  return {EXACT: exact, precision: folder}
+
+
+@contextlib.contextmanager
+def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
+  """Yields a temporary folder, and moves its files into `folder` once all of them are complete.
+
+  Raises:
+    ValueError: the folder holds a run, or weights other than an earlier export in this format.
+  """
+  check_free(folder, [file.name for pattern in entry.files for file in folder.glob(pattern)])
   with storage.writing(folder), contextlib.ExitStack() as stack:
     if not folder.exists():
       folder.mkdir(parents=True)
       stack.callback(remove_empty, folder)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix='.writing_', dir=folder))
-    last = (calibration or Calibration(),) if entry.is_program else ()
-    entry.save(model, params, pathlib.Path(temporary), preprocessing, class_names, *last)
-    if card is not None:
-      (pathlib.Path(temporary) / 'README.md').write_text(
-        card, encoding='utf-8', errors='backslashreplace'
-      )
+    yield pathlib.Path(temporary)
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
+      if file.suffix == '.onnx':  # an earlier export may have been larger
+        (folder / f'{file.name}.data').unlink(missing_ok=True)
       file.replace(folder / file.name)
 
 
@@ -153,7 +228,8 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
   kept = {file.name for pattern in patterns for file in folder.glob(pattern)}
-  if others := runs + sorted(kept - set(names)):
+  replaced = {f'{name}{end}' for name in names for end in ('', '.data')}
+  if others := runs + sorted(kept - replaced):
     held = ', '.join(others)
     raise ValueError(f'{folder} already holds {held}. Choose another folder, or an empty one.')
 

@@ -1,5 +1,9 @@
-"""Builds the demo page, which shows a model's classes and attention for an image."""
+"""Builds the demo page, which shows a model's classes and attention for an image.
 
+The page opens with the first example and its classes. Below, it states the limits of the model.
+"""
+
+from collections.abc import Mapping, Sequence
 import functools
 import pathlib
 from typing import NamedTuple
@@ -9,8 +13,10 @@ import jax
 import numpy as np
 
 from vit_jax.data import BadImage, decode_image
+from vit_jax.evaluation import given_labels
 from vit_jax.experiment import Experiment
 from vit_jax.figures import attention_summary, resize_map
+from vit_jax.inference.about import escaped
 
 MAX_PIXELS = 50_000_000
 MAX_WAITING = 256  # maximum number of queued requests
@@ -84,6 +90,12 @@ class Viewer:
     """Returns the probability of each class, by name."""
     return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
 
+  def labels(self, seen: Seen) -> str:
+    """Returns the labels of an image that can have several, as Markdown."""
+    names, chosen = self.exp.task.class_names, self.exp.calibration.thresholds
+    found = given_labels(seen.probability_L, chosen)
+    return f'**Labels**: {", ".join(escaped(names[i]) for i in found) or "none"}'
+
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
     """Returns the image, darkened where a layer and head attend little: uint8 `[H, W, 3]`."""
     map_hw = seen.rollout_hw
@@ -102,17 +114,24 @@ def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
   return np.broadcast_to(lit_HWC, (*lit_HWC.shape[:2], 3))
 
 
-def build(viewer: Viewer, examples: list[pathlib.Path], title: str) -> gr.Blocks:
+def build(
+  viewer: Viewer, examples: Sequence[pathlib.Path], title: str, limits: Mapping[str, str]
+) -> gr.Blocks:
   """Builds the page.
 
   Args:
     viewer: the model.
-    examples: image files to offer as examples.
+    examples: image files to offer as examples; the page opens with the first.
     title: title of the page.
+    limits: what visitors must know about the model, as Markdown by title.
   """
+  seen = viewer.open(examples[0].read_bytes()) if examples else None
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
-    gr.Markdown(f'# {title}')
-    connect(viewer, examples, gr.State(time_to_live=KEEP), lay_out(viewer, examples))
+    gr.Markdown(f'# {escaped(title)}')
+    parts = lay_out(viewer, examples, seen)
+    listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
+    gr.Markdown(f'## What this model can and cannot do\n{listed}', elem_id='limits')
+    connect(viewer, examples, gr.State(seen, time_to_live=KEEP), parts)
   return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
@@ -126,10 +145,14 @@ class Parts(NamedTuple):
   layer: gr.Dropdown
   head: gr.Dropdown
   label: gr.Label
+  labels: gr.Markdown
 
 
-def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
-  """Places upload and examples on the left, and input, attention and classes on the right."""
+def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None) -> Parts:
+  """Places upload and examples on the left, and input, attention and classes on the right.
+
+  The parts show the image of `seen`; None to show no image.
+  """
   fixed = dict(interactive=False, buttons=[], min_width=120)
   with gr.Row():
     with gr.Column(min_width=280):
@@ -146,18 +169,41 @@ def lay_out(viewer: Viewer, examples: list[pathlib.Path]) -> Parts:
       )
     with gr.Column(scale=2, min_width=280):
       with gr.Row():
-        given = gr.Image(label='Model input', elem_id='given', **fixed)
-        picture = gr.Image(label='Attention', elem_id='attention', **fixed)
+        given = gr.Image(show(seen), label='Model input', elem_id='given', **fixed)
+        lit = seen and viewer.picture(seen, ROLLOUT, MEAN)
+        picture = gr.Image(lit, label='Attention', elem_id='attention', **fixed)
       with gr.Row():
-        wide = dict(min_width=240)
-        layer = gr.Dropdown(viewer.layers, value=ROLLOUT, label='Layer', elem_id='layer', **wide)
-        label = 'Head (for a single block)'
-        head = gr.Dropdown(viewer.head_names, value=MEAN, label=label, elem_id='head', **wide)
-      label = gr.Label(label='Classes', num_top_classes=TOPK, elem_id='classes')
-  return Parts(file, gallery, given, picture, layer, head, label)
+        layer = menu(viewer.layers, 'Layer', 'layer')
+        head = menu(viewer.head_names, 'Head (for a single block)', 'head')
+      several = viewer.exp.task.multi_label
+      labels = gr.Markdown(seen and viewer.labels(seen), visible=several, elem_id='labels')
+      guesses = seen and viewer.guesses(seen)
+      label = gr.Label(guesses, label='Classes', num_top_classes=TOPK, elem_id='classes')
+  return Parts(file, gallery, given, picture, layer, head, label, labels)
 
 
-def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts: Parts) -> None:
+def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
+  """Returns a menu that refuses an unknown choice of a client without a traceback in the log."""
+  found = gr.Dropdown(choices, value=choices[0], label=label, elem_id=name, min_width=240)
+  check = found.preprocess
+
+  def refuse(choice):
+    try:
+      return check(choice)
+    except gr.Error as error:
+      error.print_exception = False
+      raise
+
+  found.preprocess = refuse
+  return found
+
+
+def show(seen: Seen | None) -> np.ndarray | None:
+  """Returns the input of the model, enlarged."""
+  return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
+
+
+def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
   """Defines what happens when a user chooses a file, an example, a layer or a head."""
 
   def classify(encoded: bytes | None, layer: str, head: str):
@@ -180,23 +226,23 @@ def connect(viewer: Viewer, examples: list[pathlib.Path], seen: gr.State, parts:
   def draw_again(seen: Seen | None, layer: str, head: str):
     return None if seen is None else viewer.picture(seen, layer, head)
 
-  def show(seen: Seen | None):
-    return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
+  def finish(seen: Seen | None):
+    return show(seen), seen and viewer.labels(seen)
 
   def nothing():
-    return None, None, None, None
+    return None, None, None, None, None
 
-  file, gallery, given, picture, layer, head, label = parts
+  file, gallery, given, picture, layer, head, label, labels = parts
   refuse_addresses(file)
   quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
-  outputs, chosen = [label, picture, seen], [layer, head]
-  uploaded = file.upload(nothing, None, [*outputs, given], **quiet).then(
+  outputs, chosen, rest = [label, picture, seen], [layer, head], [given, labels]
+  uploaded = file.upload(nothing, None, [*outputs, *rest], **quiet).then(
     classify, [file, *chosen], outputs, api_name='predict'
   )
-  file.clear(nothing, None, [*outputs, given], **quiet)
+  file.clear(nothing, None, [*outputs, *rest], **quiet)
   taken = gallery.select(take_example, chosen, outputs, api_visibility='private')
   for event in (uploaded, taken):
-    event.then(show, seen, given, **quiet)
+    event.then(finish, seen, rest, **quiet)
   gallery.select(lambda: None, None, file, **quiet)
   again = dict(api_visibility='private', show_progress='hidden')
   gr.on([layer.change, head.change], draw_again, [seen, *chosen], picture, **again)

@@ -7,18 +7,26 @@ Decisions:
   * Neither the page nor the server fetches anything from the network. The page has system fonts,
     no analytics and no share link. A URL instead of an uploaded file is refused.
   * Uploads are stored in the server's own folder, which is deleted when the server stops.
+  * A mistake of a client is a message to the client, or one line in the log, never a traceback.
 """
 
 import logging
 import os
+import pathlib
 import signal
 import socket
 import sys
 import tempfile
 
+from fastapi.responses import PlainTextResponse
 import gradio as gr
+from starlette.requests import ClientDisconnect
 
 from vit_jax import opening, progress
+from vit_jax.data import save_png
+from vit_jax.evaluation import load_split, open_test
+from vit_jax.experiment import Experiment
+from vit_jax.inference.about import about
 from vit_jax.inference.page import Viewer, build
 from vit_jax.opening import Request
 
@@ -27,6 +35,8 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 20 * 2**20  # maximum size of an upload
 
 MAX_SESSIONS = 256
+
+EXAMPLES = 8  # number of example images
 
 FONT = ('system-ui', 'sans-serif')
 CSS = """
@@ -54,10 +64,39 @@ def find_port(host: str, port: int) -> int:
     ) from error
 
 
+def find_examples(
+  exp: Experiment, workdir: pathlib.Path | None, folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Returns example images: those in the workdir, or else the first of the evaluation split.
+
+  Args:
+    exp: the experiment of the weights.
+    workdir: folder of the run; None for weights without a run, which have no examples.
+    folder: where images of the split are written.
+  """
+  if workdir is None:
+    return []
+  if found := sorted((workdir / 'examples').glob('*.png')):
+    return found
+  try:
+    test = load_split(exp, exp.config.data.eval_split, open_test(exp)[0])
+    for i, image_HWC in enumerate(test.some(range(min(EXAMPLES, len(test)))).image_NHWC):
+      save_png(image_HWC, folder / f'{i}.png')
+  except (ValueError, OSError) as error:
+    log.warning('The page has no examples: %s', error)
+  return sorted(folder.glob('*.png'))
+
+
+async def note_disconnect(request, error: Exception) -> PlainTextResponse:
+  """Logs that a client left during a request; nobody reads the response."""
+  log.info('A client disconnected during %s.', request.url.path)
+  return PlainTextResponse('', status_code=400)
+
+
 def serve(request: Request, host: str, port: int) -> None:
   """Serves a workdir's model, or published weights with a head, until the process ends.
 
-  The page offers the images in the workdir's `examples/`.
+  The page offers the images in the workdir's `examples/`, and opens with the first of them.
 
   Args:
     request: which model to serve.
@@ -69,15 +108,15 @@ def serve(request: Request, host: str, port: int) -> None:
       contradict the checkpoint.
   """
   port = find_port(host, port)
-  exp, params, _ = opening.open_model(request)
+  exp, params, step = opening.open_model(request)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
-  folder = request.workdir
-  examples = sorted((folder / 'examples').glob('*.png')) if folder else []
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
-    page = build(viewer, examples, f'vit_jax: {request.name}')
+    examples = find_examples(exp, request.workdir, pathlib.Path(uploads))
+    limits = about(exp, step, request.workdir)
+    page = build(viewer, examples, f'vit_jax: {request.name}', limits)
     page.launch(
       server_name=host,
       server_port=port,
@@ -91,6 +130,7 @@ def serve(request: Request, host: str, port: int) -> None:
       theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
       css=CSS,
       footer_links=['api'],
+      app_kwargs={'exception_handlers': {ClientDisconnect: note_disconnect}},
     )
     log.info('Serving on %s', page.local_url)
     page.block_thread()

@@ -113,6 +113,11 @@ class Pretrained:
   ignored: tuple[str, ...]
   run: Mapping | None = None
 
+  @property
+  def multi_label(self) -> bool:
+    """Whether the run was trained on images that can have several labels."""
+    return bool(self.run and self.run['task'].get('multi_label'))
+
   def __iter__(self):
     return iter((self.model, self.params))
 
@@ -122,17 +127,17 @@ class Format:
   """A weight format; an entry of `FORMATS`.
 
   Attributes:
-    save: `(model, params, folder, preprocessing, class_names)` writes the files into the folder,
-      and raises ValueError for a model that the format cannot hold.
+    save: `(model, params, folder, preprocessing, class_names)` or, for a program, `(program,
+      folder)` writes the files. Raises ValueError for a model that the format cannot hold.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
       is only written.
     read: `(path) -> Weights`; None if the format is only written.
     library: name of the library on the Hub, for the model card.
-    is_program: whether the files hold a program, not only weights. The program itself enlarges
-      images from `stored_size` to `size` and divides the logits by the temperature. `save` then has
-      the `Calibration` as its last argument.
+    opens: `(folder) -> (image_BHWC -> output_BL)` opens a program; None for weights. A
+      program enlarges images from `stored_size`, and divides logits by the temperature.
+    precisions: the `Precision` of a program by name, except float32, which every format has.
     holds_names: whether the format can store class names.
   """
 
@@ -142,8 +147,14 @@ class Format:
   reads: Callable[[pathlib.Path], bool] | None = None
   read: Callable[[pathlib.Path], Weights] | None = None
   library: str = ''
-  is_program: bool = False
+  opens: Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]] | None = None
+  precisions: Mapping[str, object] = dataclasses.field(default_factory=dict)
   holds_names: bool = True
+
+  @property
+  def is_program(self) -> bool:
+    """Whether the files hold a program, not only weights."""
+    return self.opens is not None
 
 
 # Exceptions that reading a config raises if a value has an unexpected type.

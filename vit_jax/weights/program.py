@@ -3,25 +3,23 @@
 A program runs without this package. In both formats, StableHLO and ONNX, it takes one argument:
 uint8 images `[b, H, W, C]` with any `b`. The images must already have the size H x W; `model.json`
 next to the file describes how to resize them. The program returns float32 logits `[b, L]`, or the
-pooled features if the model has no head.
+pooled features if the model has no head. This module writes StableHLO; `onnx_program.py` writes
+ONNX.
 
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
     probability that `predict` prints. If images can have several labels, it is the sigmoid of the
     logits, and `model.json` has the thresholds.
-  * The computation is in float32, even if training used bfloat16. StableHLO asks for full
+  * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
+  * In every precision, the input is uint8 and the output float32, so that the same code runs all.
   * `backend.portable` makes the program independent of the machine that writes it.
-  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other one, tf2onnx,
-    needs a mode of `jax2tf` (without XLA) that JAX removed. The outputs of the converted model are
-    compared with JAX's before the file is kept.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
+import dataclasses
 import json
-import logging
 import pathlib
 
 import jax
@@ -36,155 +34,164 @@ from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
 from vit_jax.weights.layouts import image_channels
 from vit_jax.workdir import Calibration
 
-Program = Callable[[jax.Array], jax.Array]
-
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 LIMIT = 2**31  # maximum size of a serialized program, in bytes
-TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if above 1
-
-CONVERTER = (
-  'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
-  '    pip install --no-deps -r requirements-onnx.txt'
-)
 
 
-def make_program(
-  model: ViT, params: dict, preprocessing: Preprocessing, calibration: Calibration
-) -> tuple[Program, tuple]:
-  """Returns the program, and the shape (H, W, C) of its input images."""
-  model, p = model.clone(dtype=jnp.float32, remat='none'), preprocessing
+@dataclasses.dataclass(frozen=True)
+class Precision:
+  """A precision below float32 in which a format can hold a program.
 
-  def program(image_BHWC):
-    image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
-    output = model.apply({'params': params}, image_BHWC)
-    # Features have no temperature. Without a temperature, the program has no division.
-    scaled = model.num_classes is not None and calibration.temperature != 1
-    return output / calibration.temperature if scaled else output
+  Attributes:
+    convert: `(program, folder, converted) -> None`. It reads the float32 files in `folder` and
+      writes those in this precision into `converted`.
+    calibrates: whether `convert` needs `image_NHWC` of the program.
+  """
 
-  return program, (*(p.stored_size or p.size), image_channels(params))
+  convert: Callable[['Program', pathlib.Path, pathlib.Path], None]
+  calibrates: bool = False
 
 
-def save_stablehlo(
-  model: ViT,
-  params: dict,
-  folder: pathlib.Path,
-  preprocessing: Preprocessing,
-  class_names: tuple[str, ...] | None,
-  calibration: Calibration,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A model with its weights, and how images are prepared and logits used.
+
+  Attributes:
+    model: the model.
+    params: parameters of the model.
+    preprocessing: how images must be prepared.
+    class_names: names of the classes, in the order of the logits; None if they are unknown.
+    calibration: how logits become probabilities.
+    image_NHWC: uint8 images for measuring the ranges of activations, for precisions with integers.
+  """
+
+  model: ViT
+  params: dict
+  preprocessing: Preprocessing
+  class_names: tuple[str, ...] | None
+  calibration: Calibration = dataclasses.field(default_factory=Calibration)
+  image_NHWC: np.ndarray | None = None
+
+  def check(self, what: str) -> None:
+    """Raises ValueError if names or thresholds do not fit the model; `what` begins the message."""
+    count = self.model.num_classes
+    facts = {'class names': self.class_names, 'thresholds': self.calibration.thresholds}
+    for name, values in facts.items():
+      if values is not None and len(values) != count:
+        raise ValueError(f'{what}: got {len(values)} {name} for {count} classes: give one each.')
+
+  def check_images(self, what: str) -> None:
+    """Raises ValueError if `image_NHWC` has no images for the model; `what` begins the message."""
+    found = self.image_NHWC
+    fits = found is not None and (found.dtype, found.shape[1:]) == (np.uint8, self.image_shape)
+    if not fits or not len(found):
+      given = 'none' if found is None else f'{found.dtype} {list(found.shape)}'
+      expected = ', '.join(map(str, self.image_shape))
+      raise ValueError(
+        f'{what}: this precision needs typical images, to measure the ranges of activations. '
+        f'Expected uint8 [N, {expected}], got {given}.'
+      )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Shape (H, W, C) of the input images."""
+    p = self.preprocessing
+    return (*(p.stored_size or p.size), image_channels(self.params))
+
+  @property
+  def output_name(self) -> str:
+    """Name of the output."""
+    return 'features' if self.model.num_classes is None else 'logits'
+
+  def arguments(self) -> tuple[jax.ShapeDtypeStruct]:
+    """Returns the shape and type of the program's only argument, with a symbolic batch size."""
+    (batch,) = export.symbolic_shape('b')
+    return (jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.uint8),)
+
+  def function(self, dtype: jnp.dtype = jnp.float32) -> Callable[[jax.Array], jax.Array]:
+    """Returns the function `image_BHWC -> output_BL`, which computes in the given type."""
+    model, p = self.model.clone(dtype=dtype, remat='none'), self.preprocessing
+    temperature = self.calibration.temperature
+    params = stored(self.params, dtype)
+
+    def program(image_BHWC):
+      image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
+      output = model.apply({'params': params}, image_BHWC).astype(jnp.float32)
+      # Features have no temperature. Without a temperature, the program has no division.
+      scaled = model.num_classes is not None and temperature != 1
+      return output / temperature if scaled else output
+
+    return program
+
+
+def stored(params: dict, dtype: jnp.dtype) -> dict:
+  """Returns the parameters in the types that a program stores them in.
+
+  Matrices are stored in the type of the computation, because the model converts them to it anyway.
+  Scales and biases are small, and LayerNorm uses them in float32. The head and the convolutions of
+  a ResNet stem also compute with float32 parameters.
+  """
+
+  def convert(path, leaf):
+    exact = leaf.ndim < 2 or path[0].key in ('head', 'stem')
+    return leaf if exact else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(convert, params)
+
+
+def save_stablehlo(program: Program, folder: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> None:
   """Writes `model.stablehlo`, serialized by `jax.export`, and `model.json`.
 
   Raises:
     ValueError: the parameters are too large for one file.
   """
-  size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(stored(program.params, dtype)))
   if size >= LIMIT - 2**24:
     raise ValueError(
       'stablehlo: a file must be smaller than 2 GiB, but the parameters take '
       f'{size / 2**30:.1f} GiB. Use another format.'
     )
-  program, image_shape = make_program(model, params, preprocessing, calibration)
-  (batch,) = export.symbolic_shape('b')
-  image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
   with portable(), jax.default_matmul_precision('highest'):
-    exported = export.export(jax.jit(program), platforms=PLATFORMS)(image)
+    function = jax.jit(program.function(dtype))
+    exported = export.export(function, platforms=PLATFORMS)(*program.arguments())
   (folder / 'model.stablehlo').write_bytes(exported.serialize())
-  output = output_of(model, exported.out_avals[0].shape, calibration)
-  write_about(folder, output, image_shape, preprocessing, class_names)
+  write_about(program, folder, exported.out_avals[0].shape, jnp.dtype(dtype).name)
 
 
-def save_onnx(
-  model: ViT,
-  params: dict,
-  folder: pathlib.Path,
-  preprocessing: Preprocessing,
-  class_names: tuple[str, ...] | None,
-  calibration: Calibration,
-) -> None:
-  """Writes `model.onnx` and `model.json`, and for large models also `model.onnx.data`.
-
-  Raises:
-    ValueError: the converter is missing, or the converted model gives different outputs.
-  """
-  with quiet('jax2onnx', 'onnx_ir'):
-    try:
-      from jax2onnx import to_onnx
-      import onnxruntime
-    except ImportError as error:
-      raise ValueError(CONVERTER % error) from error
-    program, image_shape = make_program(model, params, preprocessing, calibration)
-    (batch,) = export.symbolic_shape('b')
-    image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.uint8)
-    path, name = folder / 'model.onnx', output_name(model)
-    try:
-      with portable():
-        to_onnx(
-          program,
-          [image],
-          model_name='vit_jax',
-          return_mode='file',
-          output_path=str(path),
-          input_names=['image'],
-          output_names=[name],
-        )
-    except Exception as error:  # the converter raises many types of errors
-      raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
-  session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-  image_BHWC = np.random.RandomState(0).randint(0, 256, (2, *image_shape), np.uint8)
-  (theirs,) = session.run(None, {'image': image_BHWC})
-  ours = np.asarray(program(image_BHWC))
-  error = np.abs(theirs - ours).max() / max(1, np.abs(ours).max())
-  if not error <= TOLERANCE:  # also refuses NaN
-    raise ValueError(
-      f'onnx: the {name} of the converted and the original model differ by {error:.1g}. Install '
-      'the versions in requirements-onnx.txt, or use another format.'
-    )
-  output = output_of(model, ours.shape, calibration)
-  write_about(folder, output, image_shape, preprocessing, class_names)
+def save_bfloat16(program: Program, folder: pathlib.Path, converted: pathlib.Path) -> None:
+  """Writes a StableHLO program that computes in bfloat16, into the folder `converted`."""
+  save_stablehlo(program, converted, jnp.bfloat16)
 
 
-@contextlib.contextmanager
-def quiet(*names: str) -> Iterator[None]:
-  """Silences the warnings of these loggers, because the converter prints very many of them."""
-  loggers = [logging.getLogger(name) for name in names]
-  before = [logger.level for logger in loggers]
-  for logger in loggers:
-    logger.setLevel(logging.ERROR)
-  try:
-    yield
-  finally:
-    for logger, level in zip(loggers, before):
-      logger.setLevel(level)
-
-
-def output_name(model: ViT) -> str:
-  """Returns the name of the program's output."""
-  return 'features' if model.num_classes is None else 'logits'
-
-
-def output_of(model: ViT, shape: tuple, calibration: Calibration) -> dict[str, object]:
-  """Returns what `model.json` says about the output; the program has applied the temperature."""
-  about = {'name': output_name(model), 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
-  if model.num_classes is None:
-    return about
-  thresholds = {'thresholds': calibration.thresholds} if calibration.thresholds else {}
-  return about | {'temperature': calibration.temperature} | thresholds
+def open_stablehlo(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns the function `image_BHWC -> output_BL` of the program in a folder."""
+  data = bytearray((folder / 'model.stablehlo').read_bytes())
+  function = jax.jit(export.deserialize(data).call)
+  return lambda image_BHWC: np.asarray(function(image_BHWC))
 
 
 def write_about(
-  folder: pathlib.Path,
-  output: dict[str, object],
-  image_shape: tuple[int, int, int],
-  preprocessing: Preprocessing,
-  class_names: tuple[str, ...] | None,
+  program: Program, folder: pathlib.Path, shape: tuple, precision: str = 'float32'
 ) -> None:
-  """Writes `model.json`: the program's input, how to resize files for it, and its output."""
-  p = preprocessing
+  """Writes `model.json`: the program's input, how to resize files for it, and its output.
+
+  Args:
+    program: the program.
+    folder: folder of the file.
+    shape: shape of the output.
+    precision: precision of the program.
+  """
+  p, calibration = program.preprocessing, program.calibration
+  output = {'name': program.output_name, 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
+  if program.model.num_classes is not None:  # the program has applied the temperature
+    output |= {'temperature': calibration.temperature}
+    output |= {'thresholds': calibration.thresholds} if calibration.thresholds else {}
   about = {
-    'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *image_shape]},
+    'precision': precision,
+    'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *program.image_shape]},
     'resize': {'interpolation': p.interpolation, 'crop': p.crop, 'stretch': p.stretch},
     'output': output,
-    'class_names': class_names,
+    'class_names': program.class_names,
   }
   (folder / 'model.json').write_text(json.dumps(about, indent=2) + '\n', encoding='utf-8')
 
@@ -207,10 +214,19 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
     prepare_lines(p, channels, p.stored_size or p.size),
     call.replace('IMAGE', f'np.asarray(image)[{axes}]'),
   ]
-  if loaded.class_names:
-    names = "json.load(open('model.json'))['class_names']"
-    return '\n'.join([*lines, f'print({names}[output.argmax()])'])
-  return '\n'.join([*lines, 'print(output)'])
+  if not loaded.class_names:
+    return '\n'.join([*lines, 'print(output)'])
+  lines.append("about = json.load(open('model.json'))")
+  if not loaded.multi_label:
+    return '\n'.join([*lines, "print(about['class_names'][output.argmax()])"])
+  return '\n'.join([
+    *lines,
+    'probability = 1 / (1 + np.exp(-output))',
+    "thresholds = about['output']['thresholds']",
+    "for name, value, threshold in zip(about['class_names'], probability, thresholds):",
+    '  if value >= threshold:',
+    '    print(name)',
+  ])  # fmt: skip
 
 
 def run_stablehlo(loaded: Pretrained) -> str:
@@ -220,14 +236,4 @@ def run_stablehlo(loaded: Pretrained) -> str:
     'import json\n\nimport jax.export\nimport numpy as np',
     "model = jax.export.deserialize(open('model.stablehlo', 'rb').read())",
     'output = np.asarray(model.call(IMAGE))[0]',
-  )
-
-
-def run_onnx(loaded: Pretrained) -> str:
-  """Returns Python code that runs the program with onnxruntime."""
-  return python_program(
-    loaded,
-    'import json\n\nimport numpy as np\nimport onnxruntime',
-    "model = onnxruntime.InferenceSession('model.onnx')",
-    "output = model.run(None, {'image': IMAGE})[0][0]",
   )

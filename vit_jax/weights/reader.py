@@ -24,7 +24,7 @@ from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_js
 from vit_jax.weights.hf import read_hf, run_hf, save_hf
 from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
 from vit_jax.weights.npz import is_npz, read_npz, run_npz, save_npz
-from vit_jax.weights.program import run_onnx, run_stablehlo, save_onnx, save_stablehlo
+from vit_jax.weights.onnx_program import PROGRAMS
 from vit_jax.weights.timm import read_timm, run_timm, save_timm
 from vit_jax.workdir import load_checkpoint
 
@@ -47,16 +47,27 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
   Raises:
     ValueError: no readable weights were found; the message names what was expected.
   """
-  place = local(path)
-  if (place / 'checkpoints').is_dir():
-    return read_checkpoint(place, step)
-  if place.parent.name == 'checkpoints' and place.name.isdigit():
-    return read_checkpoint(place.parent.parent, place.name)
+  place, checkpoint = local(path), find_checkpoint(path, step)
+  if checkpoint:
+    return read_checkpoint(*checkpoint)
   if place.exists():
     return read_place(place, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_place(download(str(path)), str(path))
   raise ValueError(f'{path}: no such file or folder.')
+
+
+def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, str] | None:
+  """Returns the workdir and the step that a path means; None for weights without a run.
+
+  The path is a workdir, in which `step` chooses the checkpoint, or the folder of a checkpoint.
+  """
+  place = local(path)
+  if (place / 'checkpoints').is_dir():
+    return place, step
+  if place.parent.name == 'checkpoints' and place.name.isdigit():
+    return place.parent.parent, place.name
+  return None
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
@@ -250,6 +261,5 @@ FORMATS = {
     functools.partial(read_torch, read=read_timm),
     library='timm',
   ),
-  'stablehlo': Format(save_stablehlo, run_stablehlo, ('*.stablehlo',), is_program=True),
-  'onnx': Format(save_onnx, run_onnx, ('*.onnx*',), is_program=True),
+  **PROGRAMS,
 }

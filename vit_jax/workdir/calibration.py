@@ -40,20 +40,31 @@ class Calibration:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
-def find_calibration(workdir: pathlib.Path, step: int) -> dict | None:
-  """Returns the fields of a checkpoint's `Calibration`; None if the file has no valid entry."""
+def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | None:
+  """Returns the fields of a checkpoint's `Calibration`; None if the file has no valid entry.
+
+  Args:
+    workdir: folder of the run.
+    step: step of the checkpoint.
+    classes: number of classes, and so of thresholds.
+  """
   fields = (read_json(workdir / NAME) or {}).get(str(step))
   if fields is None:
     return None
   known = {field.name for field in dataclasses.fields(Calibration)}
-  if not isinstance(fields, dict) or not fields.keys() <= known or not valid(fields):
-    log.warning(
-      '%s: the entry of step %d is damaged and not used. Run --mode=eval to fit it again.',
-      workdir / NAME,
-      step,
-    )
-    return None
-  return fields
+  wrong = 'is damaged'
+  if isinstance(fields, dict) and fields.keys() <= known and valid(fields):
+    thresholds = fields.get('thresholds')
+    if thresholds is None or len(thresholds) == classes:
+      return fields
+    wrong = f'has {len(thresholds)} thresholds for {classes} classes'
+  log.warning(
+    '%s: the entry of step %d %s and is not used. Run --mode=eval to fit it again.',
+    workdir / NAME,
+    step,
+    wrong,
+  )
+  return None
 
 
 def valid(fields: dict) -> bool:

@@ -1,0 +1,75 @@
+"""States what a served model knows, and how far its answers can be trusted."""
+
+from collections.abc import Mapping
+import pathlib
+import re
+
+from vit_jax.experiment import Experiment
+from vit_jax.inference.card import source_text
+from vit_jax.names import one_line
+from vit_jax.workdir import read_json
+
+SHOWN = 30  # maximum number of class names
+
+
+def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
+  """Returns the limits of a model, by title.
+
+  Args:
+    exp: the experiment of the weights.
+    step: step of the checkpoint; None for weights without a run.
+    workdir: folder of the run, whose `eval.json` has the accuracy; None without a run.
+  """
+  measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
+  height, width = exp.task.stored_size
+  trained = source_text(exp.config.data, exp.task.train_examples)
+  return {
+    'Classes': classes_text(exp),
+    'Images': f'The model sees an image at {height} x {width} pixels. Smaller details are lost.',
+    'Accuracy': accuracy_sentence(
+      measured if measured.get('step') == step else {}, exp.task.multi_label
+    ),
+    'Probabilities': probabilities_text(exp),
+    'Training data': f'{trained}.' if exp.task.train_examples else 'Unknown.',
+  }
+
+
+def escaped(text: str) -> str:
+  """Escapes the characters of a text that have a meaning in Markdown, and line breaks."""
+  return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', one_line(text))
+
+
+def classes_text(exp: Experiment) -> str:
+  """Returns the classes, and what happens to an image of anything else."""
+  names = exp.task.class_names
+  more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
+  listed = (
+    f'The model knows {len(names):,} classes: {", ".join(map(escaped, names[:SHOWN]))}{more}.'
+  )
+  if exp.task.multi_label:
+    return f'{listed} An image of anything else can still get some of these labels.'
+  return f'{listed} An image of anything else still gets one of these classes.'
+
+
+def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
+  """Returns the result of `--mode=eval`; without a result, how to measure it."""
+  try:
+    on = f'on the {measured["examples"]:,} images of `{one_line(measured["split"])}`'
+    if multi_label:
+      return f'{measured["mean_average_precision"]:.2%} mean average precision {on}.'
+    low, high = measured['accuracy_interval']
+    return f'{measured["accuracy"]:.2%} {on}. The 95% interval is {low:.2%} to {high:.2%}.'
+  except (KeyError, TypeError, ValueError):  # the file is missing or damaged
+    return 'Not measured for this checkpoint. Run `--mode=eval` to measure it.'
+
+
+def probabilities_text(exp: Experiment) -> str:
+  """Returns whether the probabilities are calibrated, and how labels are chosen."""
+  found = exp.calibration
+  on = f'{found.examples:,} validation images'
+  if exp.task.multi_label:
+    chosen = f'The thresholds were chosen on {on}' if found.thresholds else 'The threshold is 0.5'
+    return f'An image gets each label whose probability reaches a threshold. {chosen}.'
+  if found.examples:
+    return f'They are calibrated on {on}, with the temperature {found.temperature:.4g}.'
+  return 'They are not calibrated: 90% does not mean that 9 of 10 such answers are right.'

@@ -1,0 +1,248 @@
+"""Measures exported programs: file size, latency, and accuracy on the evaluation split.
+
+Decisions:
+  * The accuracy is computed as in `--mode=eval`, but the logits come from the written files. So it
+    includes the effect of the conversion.
+  * Latency is the median time for a batch of one image. The programs take turns, so that other work
+    on the machine slows all of them. A turn has several calls, and the first does not count: the
+    threads of the previous program may still be busy.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import logging
+import os
+import pathlib
+import platform
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from vit_jax import opening
+from vit_jax.data import Split, open_source, open_split
+from vit_jax.distributed import inference_mesh
+from vit_jax.evaluation import load_split, open_test, quality, score_examples
+from vit_jax.experiment import Experiment
+from vit_jax.names import choose
+from vit_jax.opening import Request
+from vit_jax.weights import Program, find_checkpoint
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[np.ndarray], np.ndarray]  # uint8 images `[B, H, W, C]` to float32 `[B, L]`
+
+# Config keys that an export reads: where images are for calibrating and measuring.
+READ = (
+  'data.source', 'data.dir', 'data.train_split', 'data.val_split', 'data.eval_split', 'data.cache',
+  'data.skip_bad_images', 'data.threads', 'data.workers', 'eval_batch_size',
+)  # fmt: skip
+CALIBRATION = 512  # maximum number of images on which ranges of activations are measured
+NOTABLE = 0.01  # loss of accuracy above which a warning is logged
+TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
+LONGEST = 30.0  # seconds after which no further turn begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """Measurements of a program.
+
+  Attributes:
+    size: size of its files in bytes, without the card.
+    seconds: median time for one image.
+    quality: accuracy, or the mean average precision if images can have several labels; None
+      without test data.
+  """
+
+  size: int
+  seconds: float
+  quality: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """Measurements of the same weights in several precisions.
+
+  Attributes:
+    found: the measurements by precision; the last precision is exported.
+    machine: the machine on which the latency was measured.
+    test: the images on which the quality was measured, or why it was not measured.
+    calibrated: number of images on which ranges of activations were measured.
+  """
+
+  found: Mapping[str, Measured]
+  machine: str
+  test: str
+  calibrated: int
+
+
+def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
+  """Raises ValueError for config keys that an export does not read.
+
+  Args:
+    overrides: keys and their values.
+    measures: whether this export reads data.
+  """
+  for key in overrides:
+    choose('--mode=export: config key', key, READ)
+  if overrides and not measures:
+    raise ValueError(
+      f'--config.{next(iter(overrides))}: an export in float32 reads no data. Remove this flag, or '
+      'choose a lower --precision.'
+    )
+
+
+def open_experiment(
+  path: str | pathlib.Path, step: str, overrides: Mapping[str, str]
+) -> Experiment | None:
+  """Opens the experiment of some weights, which knows their data.
+
+  Returns None for weights without a run, if `overrides` does not name data either.
+
+  Args:
+    path: anything that `vit_jax.load` reads.
+    step: checkpoint of a workdir.
+    overrides: config keys and their values as text.
+
+  Raises:
+    ValueError: the weights do not exist, or overrides contradict them.
+  """
+  if found := find_checkpoint(path, step):
+    workdir, step = found
+    return opening.open_model(Request(workdir, step=step, overrides=overrides), 'any')[0]
+  if 'data.source' not in overrides:
+    return None
+  return opening.open_model(Request(init=str(path), overrides=overrides), 'any')[0]
+
+
+def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:
+  """Returns images on which ranges of activations can be measured, uint8 `[N, H, W, C]`.
+
+  They are spread evenly over the validation split or, without one, the training split. Their
+  classes do not matter.
+
+  Args:
+    path: the weights, for messages.
+    exp: experiment of the weights; None if no data is known.
+
+  Raises:
+    ValueError, OSError: the data is unknown, cannot be read, or has other channels.
+  """
+  if exp is None:
+    raise ValueError(
+      f'{path}: this precision needs typical images, but the weights name no data set. '
+      'Set --config.data.source, e.g. folder:photos, or choose another --precision.'
+    )
+  data, size = exp.config.data, exp.task.stored_size
+  source = open_source(data.source, data.dir, size)
+  if source.channels != exp.task.channels:
+    raise ValueError(
+      f'The model takes images with {exp.task.channels} channels, but the images in {data.source} '
+      f'have {source.channels}.'
+    )
+  split = data.val_split or data.train_split
+  reading = dataclasses.replace(exp.reading, cache='stream')  # decodes only the chosen images
+  images = open_split(reading, source, split, size)
+  index_N = np.unique(np.linspace(0, len(images) - 1, CALIBRATION).astype(int))
+  index_N = index_N[images.readable(index_N)]
+  log.info('Measuring ranges of activations on %d images of %s.', len(index_N), split)
+  return images.some(index_N).image_NHWC
+
+
+def compare(
+  program: Program,
+  opens: Callable[[pathlib.Path], Run],
+  folders: Mapping[str, pathlib.Path],
+  exp: Experiment | None,
+) -> Comparison:
+  """Measures a program in several precisions.
+
+  Args:
+    program: the program.
+    opens: opens the program in a folder.
+    folders: the folder of each precision; the last one is exported.
+    exp: experiment of the weights; None if no data is known.
+  """
+  runs = {name: opens(folder) for name, folder in folders.items()}
+  seconds = measure_latency(runs, np.zeros(program.image_shape, np.uint8))
+  found = {name: Measured(folder_size(folders[name]), seconds[name]) for name in runs}
+  try:
+    test, about = open_test_images(exp)
+  except (ValueError, OSError) as error:
+    log.warning('The accuracy of this export is not measured: %s', error)
+    test, about = None, str(error)
+  if test is not None:
+    for name, run in runs.items():
+      log.info('Measuring the accuracy of %s ...', name)
+      found[name] = dataclasses.replace(found[name], quality=measure_quality(exp, run, test))
+    before, *_, after = (one.quality for one in found.values())
+    if before - after > NOTABLE:
+      name = list(found)[-1]
+      log.warning('%s: the accuracy falls from %.2f%% to %.2f%%.', name, 100 * before, 100 * after)
+  count = 0 if program.image_NHWC is None else len(program.image_NHWC)
+  return Comparison(found, machine(), about, count)
+
+
+def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
+  """Returns the evaluation split without images that the weights were trained on, and its name.
+
+  Raises:
+    ValueError, OSError: the data is unknown, cannot be read, or has other classes.
+  """
+  if exp is None or not exp.task.class_names:
+    raise ValueError('these weights have no test data or no classes.')
+  split = exp.config.data.eval_split
+  source, _ = open_test(exp)
+  test = load_split(exp, split, source)
+  return test, f'{len(test):,} images of `{split}`'
+
+
+def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
+  """Returns the accuracy of a program, or its mean average precision with several labels."""
+
+  def answer(batch, params):
+    logits_BL = jax.numpy.asarray(run(np.asarray(batch['image'])))
+    rest = {name: array for name, array in batch.items() if name != 'image'}
+    return rest | {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
+
+  size = exp.config.eval_batch_size
+  return quality(score_examples(answer, {}, test, size, inference_mesh(size)).means())
+
+
+def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[str, float]:
+  """Returns the median time in seconds that each program takes for one image."""
+  times, until = {name: [] for name in programs}, time.perf_counter() + LONGEST
+  for turn in range(TURNS):
+    if turn and time.perf_counter() > until:
+      break
+    for name, run in programs.items():
+      for call in range(CALLS):
+        start = time.perf_counter()
+        run(image_HWC[None])
+        if call:
+          times[name].append(time.perf_counter() - start)
+  return {name: statistics.median(values) for name, values in times.items()}
+
+
+def folder_size(folder: pathlib.Path) -> int:
+  """Returns the size in bytes of the files in a folder."""
+  return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def machine() -> str:
+  """Describes the processor of this machine, and its accelerators if JAX finds any."""
+  device = jax.devices()[0]
+  more = '' if device.platform == 'cpu' else f', {jax.device_count()} x {device.device_kind}'
+  return processor() + more
+
+
+def processor() -> str:
+  """Returns the number of cores and the name of the processor."""
+  model = platform.processor() or platform.machine()
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    lines = cpuinfo.read_text(encoding='utf-8').splitlines()
+    names = [line for line in lines if line.startswith('model name')]
+    model = names[0].split(':')[1].strip() if names else model
+  return f'{os.cpu_count()} cores of {model}'

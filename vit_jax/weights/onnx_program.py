@@ -1,0 +1,244 @@
+"""Writes programs as ONNX, in float32, fp16 or int8; `program.py` describes the programs.
+
+Decisions:
+  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other one, tf2onnx,
+    needs a mode of `jax2tf` (without XLA) that JAX removed. The outputs of the converted model are
+    compared with JAX's before the file is kept.
+  * The lower precisions are conversions of the float32 file with onnxruntime's own tools.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import logging
+import pathlib
+import tempfile
+
+import numpy as np
+
+from vit_jax.distributed import portable
+from vit_jax.weights.formats import Format, Pretrained
+from vit_jax.weights.program import (
+  Precision,
+  Program,
+  open_stablehlo,
+  python_program,
+  run_stablehlo,
+  save_bfloat16,
+  save_stablehlo,
+  write_about,
+)
+
+FILE = 'model.onnx'
+SPILLED = 2**20  # bytes from which an array is in a file of its own, as `jax2onnx` does
+LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; products of attention are Einsum
+BATCH = 32  # number of images at a time while ranges of activations are measured
+TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if above 1
+
+CONVERTER = (
+  'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
+  '    pip install --no-deps -r requirements-onnx.txt'
+)
+
+
+def save_onnx(program: Program, folder: pathlib.Path) -> None:
+  """Writes `model.onnx` and `model.json`, and for large models also `model.onnx.data`.
+
+  Raises:
+    ValueError: the converter is missing, or the converted model gives different outputs.
+  """
+  path, function, name = folder / FILE, program.function(), program.output_name
+  with quiet('jax2onnx', 'onnx_ir'):
+    try:
+      from jax2onnx import to_onnx
+      import onnxruntime  # noqa: F401
+    except ImportError as error:
+      raise ValueError(CONVERTER % error) from error
+    try:
+      with portable():
+        to_onnx(
+          function,
+          list(program.arguments()),
+          model_name='vit_jax',
+          return_mode='file',
+          output_path=str(path),
+          input_names=['image'],
+          output_names=[name],
+          normalization_mode='prefer_native',
+        )
+    except Exception as error:  # the converter raises many types of errors
+      raise ValueError(f'onnx: the converter failed: {type(error).__name__}: {error}') from error
+  image_BHWC = noise(program)
+  theirs, ours = open_onnx(folder)(image_BHWC), np.asarray(function(image_BHWC))
+  error = np.abs(theirs - ours).max() / max(1, np.abs(ours).max())
+  if not error <= TOLERANCE:  # also refuses NaN
+    raise ValueError(
+      f'onnx: the {name} of the converted and the original model differ by {error:.1g}. Install '
+      'the versions in requirements-onnx.txt, or use another format.'
+    )
+  write_about(program, folder, ours.shape)
+
+
+def save_fp16(program: Program, folder: pathlib.Path, converted: pathlib.Path) -> None:
+  """Writes the program in fp16; `Precision.convert` describes the arguments.
+
+  Raises:
+    ValueError: the outputs are not finite, because a value exceeds the range of fp16.
+  """
+  from onnxruntime.transformers.float16 import convert_float_to_float16
+
+  finish(
+    program, convert_float_to_float16(str(folder / FILE), keep_io_types=True), converted, 'fp16'
+  )
+
+
+def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -> None:
+  """Writes the program in int8; `Precision.convert` describes the arguments.
+
+  Weights and activations of the linear layers are int8, with a scale for each output of a layer.
+  Ranges of activations are the smallest and largest values for the images of the program.
+
+  Raises:
+    ValueError: the outputs are not finite.
+  """
+  import onnx
+  from onnxruntime import quantization
+
+  images = Images(program.image_NHWC)
+  with quiet(None), tempfile.TemporaryDirectory() as scratch:
+    prepared, quantized = (pathlib.Path(scratch) / name for name in ('prepared.onnx', FILE))
+    large = data_of(folder / FILE).exists()
+    model = without_zeros(onnx.load(folder / FILE))
+    quantization.quant_pre_process(model, prepared, save_as_external_data=large)
+    quantization.quantize_static(
+      prepared,
+      quantized,
+      images,
+      op_types_to_quantize=list(LAYERS),
+      per_channel=True,
+      activation_type=quantization.QuantType.QUInt8,
+      weight_type=quantization.QuantType.QInt8,
+      use_external_data_format=large,
+    )
+    finish(program, onnx.load(quantized), converted, 'int8')
+
+
+def without_zeros(model):
+  """Returns the `onnx.ModelProto` without the zeros that the converter adds to products.
+
+  The zero is a scalar, and onnxruntime cannot quantize a scalar with a scale for each output. The
+  bias of a layer is added in a separate operation.
+  """
+  import onnx
+
+  graph = model.graph
+  zeros = {x.name for x in graph.initializer if not x.dims and not onnx.numpy_helper.to_array(x)}
+  for node in graph.node:
+    if node.op_type == 'Gemm' and len(node.input) == 3 and node.input[2] in zeros:
+      node.input.pop()
+  used = {name for node in graph.node for name in node.input}
+  for unused in [x for x in graph.initializer if x.name in zeros - used]:
+    graph.initializer.remove(unused)
+  return model
+
+
+class Images:
+  """Passes batches of images to onnxruntime, which measures ranges of activations with them."""
+
+  def __init__(self, image_NHWC: np.ndarray):
+    starts = range(0, len(image_NHWC), BATCH)
+    self.batches = iter([image_NHWC[start : start + BATCH] for start in starts])
+
+  def get_next(self) -> dict[str, np.ndarray] | None:
+    """Returns the inputs of the next call, or None after the last one."""
+    image_BHWC = next(self.batches, None)
+    return None if image_BHWC is None else {'image': image_BHWC}
+
+
+def finish(program: Program, model, folder: pathlib.Path, precision: str) -> None:
+  """Writes a converted model and its `model.json`, as `save_onnx` writes the original.
+
+  Args:
+    program: the program.
+    model: the converted `onnx.ModelProto`.
+    folder: folder of the files.
+    precision: name of the precision.
+
+  Raises:
+    ValueError: the outputs for random images are not finite.
+  """
+  import onnx
+
+  data = data_of(folder / FILE)
+  onnx.save_model(
+    model, folder / FILE, save_as_external_data=True, location=data.name, size_threshold=SPILLED
+  )
+  if data.exists() and not data.stat().st_size:
+    data.unlink()
+  output = open_onnx(folder)(noise(program))
+  if not np.isfinite(output).all():
+    raise ValueError(
+      f'{precision}: the outputs are not finite, because some values exceed the range of this '
+      'precision. Choose another precision.'
+    )
+  write_about(program, folder, output.shape, precision)
+
+
+def data_of(file: pathlib.Path) -> pathlib.Path:
+  """Returns the file with the large arrays of an ONNX file; small models have none."""
+  return file.with_name(f'{file.name}.data')
+
+
+def noise(program: Program) -> np.ndarray:
+  """Returns two random images for the program: uint8 `[2, H, W, C]`."""
+  return np.random.RandomState(0).randint(0, 256, (2, *program.image_shape), np.uint8)
+
+
+def open_onnx(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns the function `image_BHWC -> output_BL` of the program in a folder, on the CPU."""
+  import onnxruntime
+
+  session = onnxruntime.InferenceSession(folder / FILE, providers=['CPUExecutionProvider'])
+  return lambda image_BHWC: session.run(None, {'image': image_BHWC})[0]
+
+
+def run_onnx(loaded: Pretrained) -> str:
+  """Returns Python code that runs the program with onnxruntime."""
+  return python_program(
+    loaded,
+    'import json\n\nimport numpy as np\nimport onnxruntime',
+    "model = onnxruntime.InferenceSession('model.onnx')",
+    "output = model.run(None, {'image': IMAGE})[0][0]",
+  )
+
+
+@contextlib.contextmanager
+def quiet(*names: str | None) -> Iterator[None]:
+  """Silences the warnings of these loggers (None: the root), because converters print many."""
+  loggers = [logging.getLogger(name) for name in names]
+  before = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.ERROR)
+  try:
+    yield
+  finally:
+    for logger, level in zip(loggers, before):
+      logger.setLevel(level)
+
+
+# Formats of programs, by their --format name. To add a precision, add an entry.
+PROGRAMS = {
+  'stablehlo': Format(
+    save_stablehlo,
+    run_stablehlo,
+    ('*.stablehlo',),
+    opens=open_stablehlo,
+    precisions={'bfloat16': Precision(save_bfloat16)},
+  ),
+  'onnx': Format(
+    save_onnx,
+    run_onnx,
+    ('*.onnx*',),
+    opens=open_onnx,
+    precisions={'fp16': Precision(save_fp16), 'int8': Precision(save_int8, calibrates=True)},
+  ),
+}
