@@ -105,7 +105,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
   fields = dict(
     mlp_dim=int(c['hidden_size'] * c['mlp_ratio']),
     qkv_bias=c['qkv_bias'],
-    layer_scale=float(c['layerscale_value']),
+    layer_scale=c['layerscale_value'],
     num_registers=c.get('num_register_tokens', 0),
   )
   if c['use_swiglu_ffn']:

@@ -188,14 +188,15 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
   """Returns a config with the defaults of its kind.
 
   Raises:
-    ValueError: a field is not supported, or is null or not a bool where it must be.
+    ValueError: a field is not supported, is null, or has another type than its default.
   """
   unknown = sorted(set(config) - set(kind.defaults) - NEUTRAL)
   if unknown:
     raise ValueError(f'{origin}: unsupported fields: {", ".join(unknown)}.')
   c = kind.defaults | config
   for name, default in kind.defaults.items():
-    if c[name] is None or (type(default) is bool) != (type(c[name]) is bool):
+    kinds = type(default), type(c[name])
+    if c[name] is None or any((kinds[0] is kind) != (kinds[1] is kind) for kind in (bool, str)):
       raise ValueError(
         f'{origin}: unexpected value: {name} is {c[name]!r}, expected {type(default).__name__}.'
       )

@@ -204,6 +204,8 @@ def arguments(origin: str, config: dict) -> dict:
   for key, value in given.items():
     if key in only and value != only[key]:
       raise ValueError(f'{origin}: {key}={value!r} is not supported, only {only[key]!r}.')
+    if type(defaults.get(key)) is bool and type(value) is not bool:
+      raise ValueError(f'{origin}: unexpected value: {key} is {value!r}, expected bool.')
     if key not in set(defaults) | set(only) | timm_names.NEUTRAL:
       raise ValueError(f'{origin}: model_args has the unsupported argument {key!r}.')
   return defaults | given

@@ -2,9 +2,8 @@
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
 needed because the arrays of a file do not show the activation, nor, if q, k and v are fused, the
-number of heads. The tables are from timm 1.0.31. They do not include models that are more than a
-ViT (parallel blocks, RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for arguments
-that no config can hold.
+number of heads. The tables are from timm 1.0.31, without models that are more than a ViT (parallel
+blocks, RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
 """
 
 import re
@@ -102,7 +101,7 @@ EXCEPTIONS = {
 }
 
 # Names of the class `Eva`: EVA (Fang et al. 2022, 2211.07636), EVA-02 and DINOv3.
-EVA02 = dict(mlp_ratio=4 * 2 / 3, swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(16, 16))
+EVA02 = dict(mlp_ratio=4 * 2 / 3, swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=[16, 16])
 NORMED = EVA02 | dict(qkv_fused=False, scale_mlp=True)
 EVA_CLIP = NORMED | dict(scale_attn_inner=True, global_pool='token')
 EVA_GIANT = size(1408, 40, 16, mlp_ratio=6144 / 1408)
@@ -130,9 +129,12 @@ DINOV3_SIZES = {
   'huge_plus': size(1280, 32, 20) | ALIGNED,
   '7b': size(4096, 40, 32, mlp_ratio=2, swiglu_mlp=True, swiglu_align_to=64),
 }
-for name, sizes in DINOV3_SIZES.items():
-  EVAS[f'vit_{name}_patch16_dinov3'] = sizes | DINOV3
-  EVAS[f'vit_{name}_patch16_dinov3_qkvb'] = sizes | DINOV3 | dict(qkv_bias=True)
+EVAS |= {f'vit_{name}_patch16_dinov3': own | DINOV3 for name, own in DINOV3_SIZES.items()}
+EVAS |= {  # models with a bias of queries and values
+  f'vit_{name}_patch16_dinov3_qkvb': own | DINOV3 | dict(qkv_bias=True)
+  for name, own in ({'tiny': SIZES['tiny']} | DINOV3_SIZES).items()
+  if name != '7b'
+}
 
 
 def is_eva(name: str) -> bool:
@@ -149,14 +151,15 @@ def arguments_of(name: str) -> dict | None:
     return SIZES['large'] | dict(patch_size=14, global_pool='avg')
   stem = re.sub(r'_\d{3}$', '', name)
   if stem in EVAS:
-    return EVAS[stem] | dict(patch_size=int(re.search(r'patch(\d+)', stem)[1]))
+    image = re.search(r'^eva02.*_(\d{3})$', name)
+    found = EVAS[stem] | dict(patch_size=int(re.search(r'patch(\d+)', stem)[1]))
+    return found | (dict(img_size=int(image[1])) if image else {})
   match = re.fullmatch(r'vit_([a-z0-9]+)_patch(\d+)_?(\w*)', stem)
   if not match or match[1] not in SIZES:
     return None
-  exception = EXCEPTIONS.get(name, EXCEPTIONS.get(stem))
-  if exception is None and match[3] not in TAGS:
+  own = EXCEPTIONS.get(name, EXCEPTIONS.get(stem, TAGS.get(match[3])))
+  if own is None:
     return None
-  own = TAGS[match[3]] if exception is None else exception
   return SIZES[match[1]] | dict(patch_size=int(match[2])) | own
 
 
