@@ -38,6 +38,8 @@ FIXTURES = {
   'timm_avg_registers_qknorm_layerscale': ({}, {'timm'}),
   'timm_dinov2_registers': ({}, {'timm'}),
   'timm_map': ({}, {'timm'}),
+  'timm_dinov2_swiglu': ({}, {'timm'}),
+  'timm_eva02': ({}, {'timm'}),
 }
 
 

@@ -95,7 +95,7 @@ def patch_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray,
 def unit_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Returns `rope_angles` as in DINOv3 (Simeoni et al. 2025, 2508.10104, Section 3.2).
 
-  Coordinates run from -1 to 1 over the image, whatever its grid, and are multiplied by 2 pi.
+  For every grid, coordinates run from -1 to 1 over the image, and are multiplied by 2 pi.
   """
   y, x = coordinates(grid, (1, 1))  # from -0.5 to 0.5
   return rope_angles(model, 4 * math.pi * y, 4 * math.pi * x)

@@ -100,7 +100,7 @@ DINOV3_DEFAULTS = dict(
 def dinov2_fields(c: dict, origin: str) -> dict:
   """Returns the attributes of `ViT` that the config of a DINOv2 gives; see `Kind.fields`.
 
-  The activation of the gated MLP is always `silu`, whatever `hidden_act` is.
+  The activation of the gated MLP is always `silu`; `hidden_act` does not change it.
   """
   fields = dict(
     mlp_dim=int(c['hidden_size'] * c['mlp_ratio']),
@@ -146,7 +146,7 @@ def dinov2_config(model: ViT) -> dict:
 
 
 def dinov3_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that a config gives, besides those that all kinds share.
+  """Returns the attributes of `ViT` that the config of a DINOv3 gives; see `Kind.fields`.
 
   Raises:
     ValueError: the config has a combination of biases that no published model has.
@@ -170,7 +170,7 @@ def dinov3_fields(c: dict, origin: str) -> dict:
 
 
 def dinov3_config(model: ViT) -> dict:
-  """Returns the config fields that describe a model, besides those that all kinds share.
+  """Returns the config fields of a DINOv3; see `Kind.config`.
 
   Raises:
     ValueError: the model has no LayerScale, which DINOv3 always has.

@@ -107,10 +107,10 @@ class Kind:
     prefix: prefix of the body's parameter names in a classifier.
     rows: the name table of the body, by the kind of MLP (`ViT.mlp`).
     defaults: default of each config field that affects the output.
-    fields: `(config, origin) -> dict` returns attributes of `ViT`, besides those that all kinds
-      share. `origin` is the config's path, for messages.
-    config: `(model) -> dict` returns the config fields to write, besides those that all kinds
-      share.
+    fields: `(config, origin) -> dict` returns attributes of `ViT`, without the attributes that
+      `read_hf` finds for every kind. `origin` is the config's path, for messages.
+    config: `(model) -> dict` returns the config fields to write, without the fields that
+      `save_hf` writes for every kind.
     holds: values of `ViT` attributes that the kind can hold; see `formats.refuse`.
     prepared: fields of `Preprocessing` if the folder has no `preprocessor_config.json`.
   """

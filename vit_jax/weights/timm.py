@@ -4,7 +4,7 @@ Decisions:
   * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
     which override timm's defaults.
   * Written files have a known name and list every argument, so that timm overrides all defaults of
-    that name, except the kind of norm and of a gated MLP. The name is chosen for these.
+    that name. No argument can give the kind of norm or gated MLP, so the name is chosen for these.
   * A key bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
 """
 
