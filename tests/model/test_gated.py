@@ -10,7 +10,16 @@ from scipy import special
 
 from tests.conftest import run_model
 from vit_jax.distributed import devices, sharding
-from vit_jax.model import ADAPTED, MLPS, POSITIONS, adapted, applied, make, merged
+from vit_jax.model import (
+  ADAPTED,
+  MLPS,
+  POSITIONS,
+  adapted,
+  applied,
+  check_parameters,
+  make,
+  merged,
+)
 from vit_jax.model.layers import Block, Mlp
 from vit_jax.optim import optimizers
 from vit_jax.training import tracing
@@ -156,6 +165,15 @@ def test_every_table_knows_every_parameter_of_a_block(kind):
     whole = any(f'{part}/' in f'/{name}' and 'hidden' not in name for part in whole_on_each)
     whole |= name in ('attention/out/bias', 'mlp/down/bias', 'attention_scale', 'mlp_scale')
     assert ('tensor' in sharding.partition(mesh, path, x.shape)) != whole, name
+
+
+def test_an_mlp_with_a_layer_that_no_table_lists_is_refused(monkeypatch):
+  mine = lambda block, dense, x_BND: dense((block.mlp_dim,), name='mine')(x_BND)
+  monkeypatch.setitem(MLPS, 'mine', mine)
+  with pytest.raises(ValueError, match='model.mlp=mine creates layers that no table lists: mine'):
+    check_parameters(make(None, 5, **SIZES, mlp='mine'), (8, 8, 3))
+  monkeypatch.setitem(ADAPTED, 'mine', 1)
+  check_parameters(make(None, 5, **SIZES, mlp='mine'), (8, 8, 3))
 
 
 @pytest.mark.parametrize('kind', ['gated', 'gated_norm'])

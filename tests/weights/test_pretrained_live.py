@@ -220,7 +220,8 @@ EVA = [
     'swiglu_mlp': True, 'scale_mlp': True, 'scale_attn_inner': True, 'qkv_fused': False,
     'use_rot_pos_emb': True, 'ref_feat_shape': [2, 2], 'global_pool': 'token',
   },
-  {'use_rot_pos_emb': True, 'init_values': 0.3, 'qkv_bias': False, 'num_classes': 0},
+  {'use_rot_pos_emb': True, 'init_values': 0.3, 'qkv_bias': False, 'num_classes': 0,
+   'global_pool': 'token'},
   {
     'use_rot_pos_emb': True, 'num_reg_tokens': 2, 'no_embed_class': True, 'use_fc_norm': False,
     'rope_temperature': 50, 'mlp_ratio': 2.6,

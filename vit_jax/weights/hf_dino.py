@@ -103,19 +103,20 @@ def dinov2_fields(c: dict, origin: str) -> dict:
   The activation of the gated MLP is always `silu`; `hidden_act` does not change it.
   """
   fields = dict(
-    mlp_dim=int(c['hidden_size'] * c['mlp_ratio']),
+    mlp_dim=mlp_width(c['hidden_size'], c['mlp_ratio'], c['use_swiglu_ffn']),
     qkv_bias=c['qkv_bias'],
     layer_scale=c['layerscale_value'],
     num_registers=c.get('num_register_tokens', 0),
   )
   if c['use_swiglu_ffn']:
-    fields |= dict(mlp='gated', mlp_dim=gated_width(fields['mlp_dim']), activation='silu')
+    fields |= dict(mlp='gated', activation='silu')
   return fields
 
 
-def gated_width(plain_width: int) -> int:
-  """Returns the hidden width of DINOv2's gated MLP: two thirds, rounded up to a multiple of 8."""
-  return (int(plain_width * 2 / 3) + 7) // 8 * 8
+def mlp_width(width: int, ratio: float, gated: bool) -> int:
+  """Returns the hidden width of DINOv2's MLP; if gated, two thirds, rounded up to 8, 16, 24, ..."""
+  plain = int(width * ratio)
+  return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
 
 def dinov2_config(model: ViT) -> dict:
@@ -127,18 +128,19 @@ def dinov2_config(model: ViT) -> dict:
   gated = model.mlp == 'gated'
   if gated:
     refuse('hf (Dinov2)', model, {'activation': ('silu',)})
-  width = model.mlp_dim * 3 // 2 if gated else model.mlp_dim
-  if gated and gated_width(width) != model.mlp_dim:
+  exact = model.mlp_dim * (1.5 if gated else 1) / model.width
+  width_of = lambda ratio: mlp_width(model.width, ratio, gated)
+  # transformers expects an integer, and rounds the product with the model's width down.
+  ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
+  ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
+  if ratio is None:
     raise ValueError(
       'The format hf (Dinov2) cannot hold this model:\n'
       f'  model.mlp_dim={model.mlp_dim}: only multiples of 8 can be written with model.mlp=gated'
     )
-  ratio = width / model.width
-  if int(model.width * ratio) != width:  # transformers rounds down
-    ratio = np.nextafter(ratio, np.inf).item()
   registers = dict(num_register_tokens=model.num_registers) if model.num_registers else {}
   return registers | dict(
-    mlp_ratio=int(ratio) if ratio.is_integer() else ratio,
+    mlp_ratio=ratio,
     use_swiglu_ffn=gated,
     qkv_bias=model.qkv_bias,
     layerscale_value=model.layer_scale,

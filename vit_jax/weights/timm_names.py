@@ -207,7 +207,7 @@ POSITIONS = {
 
 def vit_fields(a: dict, origin: str) -> dict:
   """Returns the attributes of `ViT` that arguments of `VisionTransformer` give."""
-  gated = choose(f'{origin}: mlp_layer', a['mlp_layer'], {None: False, PACKED: True})
+  gated = choose(f'{origin}: mlp_layer', a['mlp_layer'] or '', {'': False, PACKED: True})
   return dict(
     mlp='gated' if gated else 'plain',
     mlp_dim=int(a['embed_dim'] * a['mlp_ratio']) // (1 + gated),
