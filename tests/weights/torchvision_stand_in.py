@@ -4,6 +4,7 @@ Every name in every module of the stand-in is an empty class, and every attribut
 a text. This is enough for timm's imports, and for models, but not for images.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -45,8 +46,11 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     pass
 
 
+@functools.cache
 def import_timm():
   """Returns timm, imported with the stand-in if torchvision cannot be imported.
+
+  Afterwards, torchvision is missing as before, so that other packages do not find the stand-in.
 
   Raises:
     ImportError: timm is not installed.
@@ -54,10 +58,19 @@ def import_timm():
   try:
     import torchvision  # noqa: F401
   except Exception:  # torchvision of another PyTorch raises many types of errors
-    for name in [n for n in sys.modules if n.partition('.')[0] in ('torchvision', 'timm')]:
-      del sys.modules[name]
+    forget('torchvision', 'timm')
     sys.meta_path.insert(0, Finder())
-  import timm
-  import timm.models.eva
-
+  try:
+    import timm
+    import timm.models.eva
+  finally:
+    if isinstance(sys.meta_path[0], Finder):
+      del sys.meta_path[0]
+      forget('torchvision')
   return timm
+
+
+def forget(*packages):
+  """Removes the modules of these packages from the imported modules."""
+  for name in [name for name in sys.modules if name.partition('.')[0] in packages]:
+    del sys.modules[name]

@@ -105,7 +105,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
   fields = dict(
     mlp_dim=mlp_width(c['hidden_size'], c['mlp_ratio'], c['use_swiglu_ffn']),
     qkv_bias=c['qkv_bias'],
-    layer_scale=c['layerscale_value'],
+    layer_scale=float(c['layerscale_value']),
     num_registers=c.get('num_register_tokens', 0),
   )
   if c['use_swiglu_ffn']:
@@ -165,9 +165,9 @@ def dinov3_fields(c: dict, origin: str) -> dict:
     qkv_bias=c['query_bias'],
     key_bias=None if c['key_bias'] == c['query_bias'] else c['key_bias'],
     position='rope_unit',
-    rope_theta=c['rope_theta'],
+    rope_theta=float(c['rope_theta']),
     num_registers=c['num_register_tokens'],
-    layer_scale=c['layerscale_value'],
+    layer_scale=float(c['layerscale_value']),
   )
 
 

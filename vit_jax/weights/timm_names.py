@@ -241,7 +241,7 @@ def eva_fields(a: dict, origin: str) -> dict:
     key_bias=False if a['qkv_bias'] else None,
     out_norm=a['scale_attn_inner'],
     position=POSITIONS[kind],
-    rope_theta=a['rope_temperature'],
+    rope_theta=1.0 * a['rope_temperature'],
     rope_grid=a['ref_feat_shape'] and pair(a['ref_feat_shape'], f'{origin}: ref_feat_shape'),
     activation='silu' if a['swiglu_mlp'] else 'gelu',
   )
