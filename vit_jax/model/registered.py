@@ -11,9 +11,8 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   """Checks that `POSITIONS`, `POOLS` and `ADAPTED` list the parameters that these parts create.
 
   Raises:
-    ValueError: the model does not fit the images, or a position embedding or pooling creates a
-      parameter that its registry entry does not list, or an MLP creates a layer that is not in
-      `ADAPTED`.
+    ValueError: the model does not fit the images. Or a position embedding or pooling creates a
+      parameter that its registry entry does not list. Or `ADAPTED` lacks a layer of the MLP.
   """
   model = model.clone(depth=1)  # all blocks have the same parameters
   image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -70,7 +70,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   return Weights(
     origin=origin,
     arrays=arrays,
-    rows=table(kind, fields.get('mlp', 'plain'), head, fields['depth']),
+    rows=hf_table(kind, fields.get('mlp', 'plain'), head, fields['depth']),
     fields=fields,
     channels=c['num_channels'],
     preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
@@ -87,7 +87,7 @@ def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
   return next((name for name in found if bool(ARCHITECTURES[name][2]) == headed), found[0])
 
 
-def table(kind: hf_names.Kind, mlp: str, head: list[tuple], depth: int) -> list[Row]:
+def hf_table(kind: hf_names.Kind, mlp: str, head: list[tuple], depth: int) -> list[Row]:
   """Returns the name table of a whole file, given the kind of MLP and the rows of the head."""
   prefix = f'{kind.prefix}.' if head else ''
   body = [(ours, add_prefix(prefix, theirs), layout) for ours, theirs, layout in kind.rows[mlp]]
@@ -206,7 +206,7 @@ def save_hf(
   name = architecture(model)
   model_type, _, head = ARCHITECTURES[name]
   kind = KINDS[model_type]
-  arrays = write_params(table(kind, model.mlp, head, model.depth), params)
+  arrays = write_params(hf_table(kind, model.mlp, head, model.depth), params)
   same = model.patch_size[0] == model.patch_size[1]
   config = dict(
     architectures=[name],

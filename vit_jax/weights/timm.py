@@ -114,7 +114,7 @@ SPLIT_MLP = [
 ]
 
 
-def table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
+def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
   """Returns the name table of a file, given the arguments of timm's model."""
   if 'swiglu_mlp' not in a:
     own, mlp = VIT, PACKED_MLP if a['mlp_layer'] else PLAIN_MLP
@@ -138,7 +138,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   pool = choose(f'{origin}: global_pool', a['global_pool'], timm_names.POOLS)
   after_pool = next((a[x] for x in ('fc_norm', 'use_fc_norm') if a.get(x) is not None), None)
   after_pool = pool == 'gap' if after_pool is None else bool(after_pool)
-  read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vit_fields
+  read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vision_fields
   own = read_fields(a, origin)
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
   fields = own | dict(
@@ -162,7 +162,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   return Weights(
     origin=str(folder),
     arrays=arrays,
-    rows=table(a, after_pool, fields['depth']),
+    rows=timm_table(a, after_pool, fields['depth']),
     fields=fields,
     channels=a['in_chans'],
     preprocessing=Preprocessing(
@@ -251,7 +251,7 @@ def save_timm(
     model_args=model_args,
     pretrained_cfg=about,
   )
-  names = table(arguments('timm', config), model.norm_after_pool, model.depth)
+  names = timm_table(arguments('timm', config), model.norm_after_pool, model.depth)
   save_file(write_params(names, params), folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 

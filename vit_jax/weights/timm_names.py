@@ -1,8 +1,8 @@
 """Translates timm's names into arguments of `VisionTransformer` and `Eva`, and these into ours.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
-needed because the arrays of a file do not show the activation, nor, if q, k and v are fused, the
-number of heads. The tables are from timm 1.0.31, without models that are more than a ViT (parallel
+needed because the arrays of a file do not show the activation. If q, k and v are fused, they do not
+show the number of heads. The tables are from timm 1.0.31, without models that are more than a ViT (parallel
 blocks, RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
 """
 
@@ -205,7 +205,7 @@ POSITIONS = {
 }
 
 
-def vit_fields(a: dict, origin: str) -> dict:
+def vision_fields(a: dict, origin: str) -> dict:
   """Returns the attributes of `ViT` that arguments of `VisionTransformer` give."""
   gated = choose(f'{origin}: mlp_layer', a['mlp_layer'] or '', {'': False, PACKED: True})
   return dict(
