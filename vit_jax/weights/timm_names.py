@@ -1,9 +1,9 @@
 """Translates timm's names into arguments of `VisionTransformer` and `Eva`, and these into ours.
 
-A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
-needed because the arrays of a file do not show the activation. If q, k and v are fused, they do not
-show the number of heads. The tables are from timm 1.0.31, without models that are more than a ViT (parallel
-blocks, RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
+A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The arrays of a
+file show neither the activation nor, if q, k and v are fused, the number of heads, so names are
+needed. The tables are from timm 1.0.31, without models that are more than a ViT (parallel blocks,
+RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
 """
 
 import re
