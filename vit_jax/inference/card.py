@@ -83,7 +83,7 @@ def name_of(model: ViT) -> str:
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
-    own = {'resnet': None} | fields | {'patch_size': model.patch_size}
+    own = {'resnet': None, 'mlp': 'plain'} | fields | {'patch_size': model.patch_size}
     if all(getattr(model, key) == value for key, value in own.items()):
       return f'{name}/{patch}'
   return f'{model.width}x{model.depth}/{patch}'
@@ -97,6 +97,8 @@ def architecture_text(model: ViT) -> str:
     f'patch size {model.patch_size[0]}x{model.patch_size[1]}',
     f'pool `{model.pool}`, positions `{model.position}`, activation `{model.activation}`',
   ]
+  if model.mlp != 'plain':
+    parts.append(f'MLP `{model.mlp}`')
   if model.num_registers:
     parts.append(f'{model.num_registers} registers')
   if model.resnet is not None:

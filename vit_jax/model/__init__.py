@@ -11,7 +11,7 @@ from vit_jax.model.adapters import (
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.heads import knn_logits, unit
-from vit_jax.model.layers import ACTIVATIONS, Block, Dense
+from vit_jax.model.layers import ACTIVATIONS, MLPS, Block, Dense
 from vit_jax.model.pooling import POOLS, Pool, pooled
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions
 from vit_jax.model.registered import check_parameters
@@ -33,6 +33,7 @@ __all__ = [
   'ADAPTERS',
   'ATTENTION',
   'ATTRIBUTES',
+  'MLPS',
   'POOLS',
   'POSITIONS',
   'POSITION_PREFIXES',

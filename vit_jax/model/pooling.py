@@ -65,7 +65,8 @@ class MapHead(nn.Module):
 
 def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
   """Applies a `MapHead` with the model's sizes to the patches: `[B, D]`."""
-  block = dataclasses.replace(model.block, qkv_bias=True, qk_norm=False)
+  fields = dict(qkv_bias=True, key_bias=None, qk_norm=False, out_norm=False, mlp='plain')
+  block = dataclasses.replace(model.block, **fields)
   return MapHead(block, name='map')(x_BND[:, model.num_prefix :])
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from vit_jax.model import resnet
 from vit_jax.model.attention import ATTENTION
 from vit_jax.model.encoder import REMAT
-from vit_jax.model.layers import ACTIVATIONS
+from vit_jax.model.layers import ACTIVATIONS, MLPS
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.model.vit import ViT
@@ -105,6 +105,7 @@ def check_model(model: ViT) -> None:
     ('position', POSITIONS),
     ('position_prefix', POSITION_PREFIXES),
     ('remat', REMAT),
+    ('mlp', MLPS),
     ('activation', ACTIVATIONS),
     ('attention', ATTENTION),
   ):

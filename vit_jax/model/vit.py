@@ -49,6 +49,9 @@ class ViT(nn.Module):
     learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
       is only checked: a different `position_grid` (if None, a different image grid) is an error.
       None: the grid is unknown, and only the number of patches is checked.
+    rope_theta: base of the rotary frequencies; the larger, the slower is the slowest rotation.
+    rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
+      that the positions are made for.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
@@ -61,7 +64,10 @@ class ViT(nn.Module):
       CLIP.
     norm_after_pool: whether the last LayerNorm follows the pooling instead of the last block.
     qkv_bias: whether queries, keys and values have biases.
+    key_bias: whether keys have biases; None: as `qkv_bias`.
     qk_norm: whether queries and keys are normalised by a LayerNorm.
+    out_norm: whether a LayerNorm over all heads precedes the output projection of attention.
+    mlp: kind of MLP, one of `MLPS`.
     activation: activation function of the MLP, one of `ACTIVATIONS`.
     norm_epsilon: epsilon of every LayerNorm.
     resnet: number of units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
@@ -85,6 +91,8 @@ class ViT(nn.Module):
   position_prefix: str = 'cls'
   position_grid: tuple[int, int] | None = None
   learned_grid: tuple[int, int] | None = None
+  rope_theta: float = 100.0
+  rope_grid: tuple[int, int] | None = None
   num_registers: int = 0
   representation_size: int | None = None
   dropout: float = 0.0
@@ -94,7 +102,10 @@ class ViT(nn.Module):
   pre_norm: bool = False
   norm_after_pool: bool = False
   qkv_bias: bool = True
+  key_bias: bool | None = None
   qk_norm: bool = False
+  out_norm: bool = False
+  mlp: str = 'plain'
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
   resnet: tuple[int, ...] | None = None

@@ -201,7 +201,8 @@ def read_params(
       theirs = [array.astype(np.float32) for array in theirs]
       params |= zip(row.ours, row.layout.read(theirs, own))
   left = sorted(set(weights.arrays) - used)
-  ignored = tuple(n for n in left if any(re.fullmatch(p, n) for p in weights.ignored))
+  empty = {name for name in left if not weights.arrays[name].size}  # no registers, for example
+  ignored = tuple(n for n in left if n in empty or any(re.fullmatch(p, n) for p in weights.ignored))
   problems += [f'{name}: not part of the model' for name in left if name not in ignored]
   unknown = set(wanted) - {name for row in weights.rows for name in row.ours}
   assert not unknown, f'the table has no row for {unknown}'

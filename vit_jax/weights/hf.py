@@ -1,7 +1,7 @@
 """Reads and writes Hugging Face models: `model.safetensors` and `config.json`.
 
 Decisions:
-  * The models are ViT, DeiT, and DINOv2 with and without registers.
+  * The models are ViT, DeiT, DINOv2 with and without registers, and DINOv3.
   * DeiT's distillation token becomes our first register, with its own position embedding.
   * Every field of a config is either used, or known not to affect the output, or refused by name.
 """
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
-from vit_jax.weights import hf_names
+from vit_jax.weights import hf_dino, hf_names
 from vit_jax.weights.formats import (
   ODD,
   Preprocessing,
@@ -27,7 +27,10 @@ from vit_jax.weights.formats import (
   upright,
   write_params,
 )
-from vit_jax.weights.layouts import image_channels, rows
+from vit_jax.weights.layouts import Row, add_prefix, image_channels, rows
+
+KINDS = hf_names.KINDS | hf_dino.DINO_KINDS
+ARCHITECTURES = hf_names.ARCHITECTURES | hf_dino.DINO_ARCHITECTURES
 
 
 def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -37,52 +40,37 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     ValueError: the model, or a field of the config, is not supported.
   """
   origin = str(folder)
-  choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
-  architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
-  kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
-  prefix, body_rows, defaults = hf_names.KINDS[kind]
-  unknown = sorted(set(config) - set(defaults) - hf_names.NEUTRAL)
-  if unknown or kind != config['model_type']:
+  choose(f'{origin}: model_type', config.get('model_type'), KINDS)
+  architecture = (config.get('architectures') or [guess(config['model_type'], arrays)])[0]
+  name, pool, head = choose(f'{origin}: architecture', architecture, ARCHITECTURES)
+  if name != config['model_type']:
     raise ValueError(
-      f'{origin}/config.json: unsupported fields: {", ".join(unknown)}.'
-      if unknown
-      else f'{origin}/config.json: model_type={config["model_type"]} does not fit the architecture '
+      f'{origin}/config.json: model_type={config["model_type"]} does not fit the architecture '
       f'{architecture}.'
     )
-  c = defaults | config
-  if c.get('use_swiglu_ffn'):
-    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: SwiGLU is not supported.')
+  kind = KINDS[name]
+  c = hf_names.complete(config, kind, f'{origin}/config.json')
   patch, image = (
     pair(c[name], f'{origin}/config.json: {name}') for name in ('patch_size', 'image_size')
   )
-  ratio = c.get('mlp_ratio')
   fields = dict(
     num_classes=None,
     patch_size=patch,
     width=c['hidden_size'],
     depth=c['num_hidden_layers'],
     num_heads=c['num_attention_heads'],
-    mlp_dim=int(c['hidden_size'] * ratio) if ratio else c['intermediate_size'],
     pool=pool,
     activation=choose(f'{origin}/config.json: hidden_act', c['hidden_act'], hf_names.ACTIVATIONS),
     norm_epsilon=c['layer_norm_eps'],
-    qkv_bias=c['qkv_bias'],
-  )
-  if kind == 'deit':
-    fields |= dict(num_registers=1, position_prefix='all')
-  if 'layerscale_value' in c:
-    fields['layer_scale'] = float(c['layerscale_value'])
-  if 'num_register_tokens' in c:
-    fields['num_registers'] = c['num_register_tokens']
+  ) | kind.fields(c, f'{origin}/config.json')
   labels = c.get('id2label')
   if head:
     fields['num_classes'] = len(labels) if labels else c.get('num_labels', 2)
-    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
   grid = image[0] // patch[0], image[1] // patch[1]
   return Weights(
     origin=origin,
     arrays=arrays,
-    rows=rows([*body_rows, *head], fields['depth']),
+    rows=hf_table(kind, fields.get('mlp', 'plain'), head, fields['depth']),
     fields=fields,
     channels=c['num_channels'],
     preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
@@ -90,6 +78,20 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     class_names=class_names(labels, origin) if head and labels else None,
     ignored=hf_names.IGNORED,
   )
+
+
+def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
+  """Returns the architecture of a model whose config does not name its architecture."""
+  headed = 'classifier.weight' in arrays
+  found = [name for name, entry in ARCHITECTURES.items() if entry[0] == kind]
+  return next((name for name in found if bool(ARCHITECTURES[name][2]) == headed), found[0])
+
+
+def hf_table(kind: hf_names.Kind, mlp: str, head: list[tuple], depth: int) -> list[Row]:
+  """Returns the name table of a whole file, given the kind of MLP and the rows of the head."""
+  prefix = f'{kind.prefix}.' if head else ''
+  body = [(ours, add_prefix(prefix, theirs), layout) for ours, theirs, layout in kind.rows[mlp]]
+  return rows([*body, *head], depth)
 
 
 def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
@@ -106,7 +108,7 @@ def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
 
 
 def preprocessing(
-  folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
+  folder: pathlib.Path, kind: hf_names.Kind, size: tuple[int, int], patch: tuple[int, int]
 ) -> Preprocessing:
   """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
 
@@ -116,9 +118,7 @@ def preprocessing(
   """
   path = folder / 'preprocessor_config.json'
   if not path.is_file():
-    if kind == 'vit':
-      return Preprocessing(size, interpolation='bilinear', stretch=True)
-    return Preprocessing(size, **hf_names.IMAGENET, interpolation='bicubic', crop=224 / 256)
+    return Preprocessing(size, **kind.prepared)
   p = load_json(path)
   try:
     found = processing(p, size, str(path))
@@ -173,25 +173,22 @@ def architecture(model: ViT) -> str:
   Raises:
     ValueError: no architecture can hold the model; the message lists the wrong attributes.
   """
-  activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
-  refuse('hf', model, hf_names.PLAIN | {'activation': activations})
-  headed = model.num_classes is not None
-  if model.layer_scale is not None:
-    pools, prefixes = ('cls_gap',), ('cls',)
-    kind = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
-  elif model.num_registers:
-    pools, prefixes, kind = ('cls', 'distilled'), ('all',), 'DeiT'
-    refuse(f'hf ({kind})', model, {'num_registers': (1,)})
+  refuse('hf', model, hf_names.COMMON_HOLDS)
+  if model.position == 'rope_unit':
+    family = 'DINOv3ViT'
+  elif model.layer_scale is not None:
+    family = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
   else:
-    pools, prefixes, kind = ('cls',), ('cls', 'all'), 'ViT'
-  if not headed:
-    pools, suffix = (*pools, 'none'), 'Model'
-  else:
-    suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
-  refuse(f'hf ({kind})', model, {'pool': pools, 'position_prefix': prefixes, 'has_class': (True,)})
+    family = 'DeiT' if model.num_registers else 'ViT'
+  suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
+  kind = KINDS[ARCHITECTURES[f'{family}Model'][0]]
+  holds = kind.holds | {'mlp': tuple(kind.rows)}
+  if model.num_classes is None:
+    suffix, holds['pool'] = 'Model', (*holds['pool'], 'none')
+  refuse(f'hf ({family})', model, holds)
   if model.head_size * model.num_heads != model.width:
-    refuse(f'hf ({kind})', model, {'head_dim': (None, model.width // model.num_heads)})
-  return kind + suffix
+    refuse(f'hf ({family})', model, {'head_dim': (None, model.width // model.num_heads)})
+  return family + suffix
 
 
 def save_hf(
@@ -207,15 +204,13 @@ def save_hf(
     ValueError: no Hugging Face architecture can hold the model.
   """
   name = architecture(model)
-  kind, _, head = hf_names.ARCHITECTURES[name]
-  prefix, body_rows, _ = hf_names.KINDS[kind]
-  if head:
-    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
-  arrays = write_params(rows([*body_rows, *head], model.depth), params)
+  model_type, _, head = ARCHITECTURES[name]
+  kind = KINDS[model_type]
+  arrays = write_params(hf_table(kind, model.mlp, head, model.depth), params)
   same = model.patch_size[0] == model.patch_size[1]
   config = dict(
     architectures=[name],
-    model_type=kind,
+    model_type=model_type,
     hidden_size=model.width,
     num_hidden_layers=model.depth,
     num_attention_heads=model.num_heads,
@@ -226,16 +221,7 @@ def save_hf(
     image_size=list(preprocessing.size),
     patch_size=model.patch_size[0] if same else list(model.patch_size),
     num_channels=params['embedding']['kernel'].shape[2],
-    qkv_bias=model.qkv_bias,
-  )
-  if kind.startswith('dinov2'):
-    ratio = model.mlp_dim / model.width
-    config |= dict(mlp_ratio=int(ratio) if ratio.is_integer() else ratio)
-    config |= dict(layerscale_value=model.layer_scale)
-    if model.num_registers:
-      config['num_register_tokens'] = model.num_registers
-  else:
-    config['intermediate_size'] = model.mlp_dim
+  ) | kind.config(model)
   if head:
     names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
     config['id2label'] = {str(i): name for i, name in enumerate(names)}

@@ -42,7 +42,10 @@ HOLDS = {
   'pre_norm': (False,),
   'norm_after_pool': (False,),
   'qkv_bias': (True,),
+  'key_bias': (None,),
   'qk_norm': (False,),
+  'out_norm': (False,),
+  'mlp': ('plain',),
   'activation': ('gelu_tanh',),
   'norm_epsilon': (1e-6,),
 }
