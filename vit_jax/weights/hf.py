@@ -1,13 +1,13 @@
 """Reads and writes Hugging Face models: `model.safetensors` and `config.json`.
 
 Decisions:
-  * The models are ViT, DeiT, and DINOv2 with and without registers.
+  * The models are ViT, DeiT, DINOv2 with and without registers, and the image towers of CLIP and
+    SigLIP (`hf_towers.py`).
   * DeiT's distillation token becomes our first register, with its own position embedding.
   * Every field of a config is either used, or known not to affect the output, or refused by name.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import json
 import pathlib
 
@@ -16,13 +16,11 @@ from safetensors.numpy import save_file
 
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
-from vit_jax.weights import hf_names
+from vit_jax.weights import hf_names, hf_processor, hf_towers
 from vit_jax.weights.formats import (
-  ODD,
   Preprocessing,
   Pretrained,
   Weights,
-  load_json,
   refuse,
   upright,
   write_params,
@@ -37,7 +35,10 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     ValueError: the model, or a field of the config, is not supported.
   """
   origin = str(folder)
-  choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
+  if config.get('model_type') in hf_towers.TYPES:
+    return hf_towers.read_towers(folder, config, arrays)
+  known = (*hf_names.KINDS, *hf_towers.WHOLE, *hf_towers.TOWERS)
+  choose(f'{origin}: model_type', config.get('model_type'), known)
   architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
   kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
   prefix, body_rows, defaults = hf_names.KINDS[kind]
@@ -79,13 +80,15 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     fields['num_classes'] = len(labels) if labels else c.get('num_labels', 2)
     body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
   grid = image[0] // patch[0], image[1] // patch[1]
+  size = grid[0] * patch[0], grid[1] * patch[1]
+  prepared = hf_names.STRETCHED if kind == 'vit' else hf_names.CROPPED
   return Weights(
     origin=origin,
     arrays=arrays,
     rows=rows([*body_rows, *head], fields['depth']),
     fields=fields,
     channels=c['num_channels'],
-    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
+    preprocessing=hf_processor.preprocessing(folder, size, patch, prepared),
     grid=grid,
     class_names=class_names(labels, origin) if head and labels else None,
     ignored=hf_names.IGNORED,
@@ -103,68 +106,6 @@ def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
     raise ValueError(f'{origin}/config.json: id2label: expected the ids 0 to {len(ids) - 1}.')
   names = tuple(str(labels[key]) for key in ids)
   return None if names == tuple(f'LABEL_{i}' for i in range(len(names))) else names
-
-
-def preprocessing(
-  folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
-) -> Preprocessing:
-  """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
-
-  The file's image size is used if it is a multiple of the patch size. This size can differ from
-  the one that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
-  but expects images of 224 pixels.
-  """
-  path = folder / 'preprocessor_config.json'
-  if not path.is_file():
-    if kind == 'vit':
-      return Preprocessing(size, interpolation='bilinear', stretch=True)
-    return Preprocessing(size, **hf_names.IMAGENET, interpolation='bicubic', crop=224 / 256)
-  p = load_json(path)
-  try:
-    found = processing(p, size, str(path))
-  except ODD as error:
-    raise ValueError(f'{path}: unexpected value ({error!r}).') from error
-  fits = all(n % d == 0 for n, d in zip(found.size, patch))
-  return found if fits else dataclasses.replace(found, size=size)
-
-
-def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """Converts the config of an image processor; without a height and width, `size` is used.
-
-  Raises:
-    ValueError: the processor does not scale pixels to [0, 1].
-  """
-  if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
-    raise ValueError(f'{origin}: pixels must be scaled by rescale_factor=1/255.')
-  normal = p.get('do_normalize', True)
-  resized, cropped = p.get('size', 224), p.get('crop_size')
-  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
-  crop = 1.0
-  if cropped is not None and p.get('do_center_crop', True):
-    crop = min(edge(cropped) / edge(resized), 1.0)
-    size = both(cropped)
-  elif stretch and 'size' in p:
-    size = both(resized)
-  return Preprocessing(
-    size,
-    tuple(p['image_mean']) if normal else (0.0,),
-    tuple(p['image_std']) if normal else (1.0,),
-    choose(f'{origin}: resample', p.get('resample', 2), hf_names.RESAMPLING),
-    crop,
-    stretch,
-  )
-
-
-def edge(size) -> int:
-  """Returns the shorter side, in pixels, of a `size` in the config of an image processor."""
-  if isinstance(size, dict):
-    return size.get('shortest_edge') or min(size['height'], size['width'])
-  return size if isinstance(size, int) else min(size)
-
-
-def both(size) -> tuple[int, int]:
-  """Returns a `size` in the config of an image processor as (height, width)."""
-  return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 
 def architecture(model: ViT) -> str:
@@ -206,6 +147,25 @@ def save_hf(
   Raises:
     ValueError: no Hugging Face architecture can hold the model.
   """
+  if hf_towers.holds_tower(model):
+    config, arrays = hf_towers.tower_contents(model, params, preprocessing.size)
+  else:
+    config, arrays = contents(model, params, preprocessing.size, class_names)
+  processor = hf_processor.processor_config(preprocessing, config['num_channels'])
+  save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
+  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+  text = json.dumps(processor, indent=2) + '\n'
+  (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
+
+
+def contents(
+  model: ViT, params: dict, size: tuple[int, int], class_names: tuple[str, ...] | None
+) -> tuple[dict, dict[str, np.ndarray]]:
+  """Returns the config and the arrays of a file; `size` is the image size in pixels.
+
+  Raises:
+    ValueError: no Hugging Face architecture can hold the model.
+  """
   name = architecture(model)
   kind, _, head = hf_names.ARCHITECTURES[name]
   prefix, body_rows, _ = hf_names.KINDS[kind]
@@ -219,11 +179,9 @@ def save_hf(
     hidden_size=model.width,
     num_hidden_layers=model.depth,
     num_attention_heads=model.num_heads,
-    hidden_act=next(
-      theirs for theirs, ours in hf_names.ACTIVATIONS.items() if ours == model.activation
-    ),
+    hidden_act=hf_names.activation_name(model.activation),
     layer_norm_eps=model.norm_epsilon,
-    image_size=list(preprocessing.size),
+    image_size=list(size),
     patch_size=model.patch_size[0] if same else list(model.patch_size),
     num_channels=params['embedding']['kernel'].shape[2],
     qkv_bias=model.qkv_bias,
@@ -240,54 +198,19 @@ def save_hf(
     names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
     config['id2label'] = {str(i): name for i, name in enumerate(names)}
     config['label2id'] = {name: i for i, name in enumerate(names)}
-  processor = processor_config(preprocessing, config['num_channels'])
-  save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
-  (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-  text = json.dumps(processor, indent=2) + '\n'
-  (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
-
-
-def processor_config(p: Preprocessing, channels: int) -> dict:
-  """Returns the contents of the `preprocessor_config.json` that describes a preprocessing.
-
-  Raises:
-    ValueError: no image processor of Hugging Face can do this preprocessing.
-  """
-  height, width = p.size
-  if height != width and not p.stretch:
-    raise ValueError(
-      'hf: Hugging Face image processors can only crop squares, but the images are '
-      f'{height}x{width}. Save with a preprocessing that has stretch=True, or use format timm.'
-    )
-  resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
-  config = dict(
-    image_processor_type='ViTImageProcessor',
-    do_resize=True,
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
-    image_std=list(p.std) * (channels if len(p.std) == 1 else 1),
-    resample=next(
-      number for number, name in hf_names.RESAMPLING.items() if name == p.interpolation
-    ),
-    size=resized,
-  )
-  if not p.stretch or p.crop < 1:  # crop after resizing
-    config |= dict(
-      image_processor_type='BitImageProcessor',
-      do_center_crop=True,
-      crop_size={'height': height, 'width': width},
-      size=resized if p.stretch else {'shortest_edge': min(resized.values())},
-    )
-  return config
+  return config, arrays
 
 
 def run_hf(loaded: Pretrained) -> str:
   """Returns Python code that loads the files with transformers and applies the model."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
-  show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
+  features = 'pooler_output' if loaded.model.pool == 'map' else 'last_hidden_state'
+  if loaded.model.projection is not None:
+    kind, features = 'CLIPVisionModelWithProjection', 'image_embeds'
+  show = f'print(model(**inputs).{features})'
+  if headed:
+    show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
   return f"""from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}
 
@@ -295,4 +218,4 @@ processor = AutoImageProcessor.from_pretrained('.')
 model = {kind}.from_pretrained('.')
 {upright(image_channels(loaded.params))}
 inputs = processor(image, return_tensors='pt')
-{show if headed else 'print(model(**inputs).last_hidden_state)'}"""
+{show}"""

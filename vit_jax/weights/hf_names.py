@@ -13,8 +13,10 @@ ACTIVATIONS = {  # Hugging Face name: our name; if several fit, the first one is
   'gelu_fast': 'gelu_tanh',
   'quick_gelu': 'quick_gelu',
 }
-RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+# Arguments of `Preprocessing`, if no file describes the image processor.
+STRETCHED = dict(interpolation='bilinear', stretch=True)
+CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
 
 # Two classifiers whose logits are averaged become one classifier on two concatenated tokens.
 # Halving and doubling the weights are exact in floating point.
@@ -124,7 +126,14 @@ PLAIN = {
   'norm_after_pool': (False,),
   'qk_norm': (False,),
   'resnet': (None,),
+  'projection': (None,),
+  'cosine': (False,),
 }
+
+
+def activation_name(activation: str) -> str:
+  """Returns the Hugging Face name of an activation."""
+  return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
 
 
 def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:

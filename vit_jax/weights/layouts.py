@@ -47,6 +47,11 @@ VECTOR = Layout(  # our bias `[K, E]`, flattened in the file
   lambda ours: [ours[0].reshape(-1)],
 )
 
+ROWS = Layout(  # our `[1, N, D]`, stored without the first axis
+  lambda theirs, shapes: [theirs[0][None]],
+  lambda ours: [ours[0][0]],
+)
+
 CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
   lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
   lambda ours: [ours[0].transpose(3, 2, 0, 1)],
@@ -88,6 +93,18 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
   ]
+
+
+def torch_fused(ours: str, parts: tuple[str, ...], theirs: tuple[str, str]) -> list[tuple]:
+  """Returns the rows that map our names to PyTorch's, for linear layers that are stored as one.
+
+  Args:
+    ours: name of the module that the layers belong to.
+    parts: names of the layers.
+    theirs: names of the weight and the bias.
+  """
+  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
+  return [(kernels, theirs[0], fused(linear())), (biases, theirs[1], fused(VECTOR))]
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:

@@ -45,6 +45,8 @@ HOLDS = {
   'qk_norm': (False,),
   'activation': ('gelu_tanh',),
   'norm_epsilon': (1e-6,),
+  'projection': (None,),
+  'cosine': (False,),
 }
 
 # Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image

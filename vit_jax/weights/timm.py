@@ -28,11 +28,9 @@ from vit_jax.weights.formats import (
 from vit_jax.weights.layouts import (
   CONV,
   SAME,
-  VECTOR,
-  fused,
   image_channels,
-  linear,
   rows,
+  torch_fused,
   torch_linear,
   torch_norm,
 )
@@ -44,12 +42,8 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to timm's, for linear layers that timm stores as one."""
-  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
-  return [
-    (kernels, f'{theirs}.weight', fused(linear())),
-    (biases, f'{theirs}.bias', fused(VECTOR)),
-  ]
+  """Returns the rows of `torch_fused` for a layer with this name in timm."""
+  return torch_fused(ours, parts, (f'{theirs}.weight', f'{theirs}.bias'))
 
 
 TABLE = [
@@ -206,6 +200,8 @@ HOLDS = {
   'resnet': (None,),
   'norm_epsilon': (1e-6,),
   'pool': tuple(POOLS.values()),
+  'projection': (None,),
+  'cosine': (False,),
 }
 
 
