@@ -1,4 +1,4 @@
-"""Opens weights and checks that they fit: `init`, `distill.teacher`, and zero-shot classes."""
+"""Opens and checks the weights of `init` and `distill.teacher`, and the classes of `--classes`."""
 
 import dataclasses
 import functools

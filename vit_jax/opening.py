@@ -164,12 +164,11 @@ def from_init(
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
       weights have different classes, the head is zero. `any` also accepts weights without a head:
       the model then has no classes and returns features.
-    zero_shot: as in `Request`. The classes are those of this file; with `data`, those of the data,
-      all of which must be in the file.
+    zero_shot: as in `Request`. With `data`, the file must contain every class of the data.
 
   Raises:
-    ValueError: the weights cannot be read or have no head, overrides contradict the weights, or the
-      file `zero_shot` does not fit the weights or the data.
+    ValueError: the weights cannot be read or have no head, or overrides contradict the weights. Or
+      the file `zero_shot` does not fit the weights or the data.
   """
   config = config_lib.default_config()
   config.init = init

@@ -5,13 +5,15 @@ These tests are skipped without `pip install -r requirements-peers.txt` (and `ti
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from vit_jax import opening
+from tests.conftest import DATA, ROOT
+from vit_jax import inherit, opening
 from vit_jax.data import image as image_lib
 from vit_jax.inference import exporting
 from vit_jax.model import ACTIVATIONS, RESIZES
@@ -217,7 +219,7 @@ def test_zero_shot_logits_and_probabilities_equal_those_of_transformers(name, tm
     embeddings = theirs.get_text_features(tokens).pooler_output
     arrays = dict(names=names, embeddings=embeddings, logit_scale=theirs.logit_scale.exp())
     if name == 'SiglipModel':
-      arrays['logit_bias'] = theirs.logit_bias
+      arrays['logit_bias'] = theirs.logit_bias.detach()
     np.savez(tmp_path / 'classes.npz', **arrays)
   theirs.save_pretrained(tmp_path / 'theirs')
   pixels = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3), np.uint8)
@@ -230,6 +232,38 @@ def test_zero_shot_logits_and_probabilities_equal_those_of_transformers(name, tm
   np.testing.assert_allclose(ours, want, atol=2e-5 * np.abs(want.numpy()).max())
   probability = torch.sigmoid(want) if name == 'SiglipModel' else want.softmax(dim=1)
   np.testing.assert_allclose(exp.probabilities(params, pixels), probability, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['hf_clip', 'hf_siglip'])
+def test_the_program_of_the_docs_writes_the_classes(name, tmp_path, monkeypatch):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  page = (ROOT / 'docs' / 'weights.md').read_text(encoding='utf-8')
+  program = re.search(r'Save this program as\s`make_classes.py`.*?```python\n(.*?)```', page, re.S)[
+    1
+  ]
+  program = program.replace('google/siglip2-base-patch16-224', str(DATA / name))
+  program = program.replace("['cat', 'dog', 'bird']", "['cat', 'dog', 'a bird']")
+
+  class Tokenizer:
+    @staticmethod
+    def from_pretrained(path):
+      return Tokenizer()
+
+    def __call__(self, texts, return_tensors, padding, max_length=None):
+      assert texts == ['a photo of a cat', 'a photo of a dog', 'a photo of a a bird']
+      assert (padding, max_length) == (('max_length', 64) if 'siglip' in name else (True, None))
+      return {'input_ids': torch.tensor([[1, 2, 8], [3, 4, 8], [5, 6, 8]])}
+
+  monkeypatch.setattr(transformers, 'AutoTokenizer', Tokenizer)
+  monkeypatch.chdir(tmp_path)
+  exec(compile(program, 'make_classes.py', 'exec'), {})
+  found, want = np.load('classes.npz'), np.load(DATA / name / 'classes.npz')
+  assert {*found} == {*want}
+  assert found['names'].tolist() == want['names'].tolist()
+  for key in {*want} - {'names'}:
+    np.testing.assert_allclose(found[key], want[key], rtol=1e-5, atol=1e-6)
+  inherit.open_classes(tmp_path / 'classes.npz')
 
 
 TIMM = [

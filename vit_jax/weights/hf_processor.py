@@ -33,7 +33,7 @@ def preprocessing(
     folder: folder of the weights.
     size: (height, width) in pixels that the positions are for.
     patch: (height, width) of a patch.
-    prepared: arguments of `Preprocessing` if there is no file.
+    prepared: arguments of `Preprocessing` for a folder without the file.
     missing: values of keys that the file lacks.
 
   Raises:

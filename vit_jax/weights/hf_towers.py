@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vit_jax.model import ViT
-from vit_jax.names import choose, pair
+from vit_jax.names import check_positive, choose, pair
 from vit_jax.weights import hf_names, hf_processor
 from vit_jax.weights.formats import Weights, refuse, write_params
 from vit_jax.weights.layouts import (
@@ -151,7 +151,7 @@ def read_towers(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndar
       'supported. Use SigLIP 2 weights for a fixed image size, such as '
       'google/siglip2-base-patch16-224. Their model_type is siglip.'
     )
-  architecture = (config.get('architectures') or [guess(kind, arrays)])[0]
+  architecture = (config.get('architectures') or [likely(kind, arrays)])[0]
   own, projected = choose(f'{origin}: architecture', architecture, ARCHITECTURES)
   if own != kind:
     raise ValueError(f'{origin}: model_type={kind} does not fit the architecture {architecture}.')
@@ -173,14 +173,15 @@ def read_towers(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndar
     activation=choose(f'{origin}: hidden_act', c['hidden_act'], hf_names.ACTIVATIONS),
     norm_epsilon=c['layer_norm_eps'],
   )
-  if not c.get('vision_use_head', True):
-    fields['pool'] = 'none'
+  if 'vision_use_head' in c:
+    fields['pool'] = {True: 'map', False: 'none'}[c['vision_use_head']]
+  check_positive(f'{origin}: num_channels', c['num_channels'])
   grid = image[0] // patch[0], image[1] // patch[1]
   size = grid[0] * patch[0], grid[1] * patch[1]
   return Weights(
     origin=str(folder),
     arrays=arrays,
-    rows=rows(table(arrays), fields['depth']),
+    rows=rows(names_in(arrays), fields['depth']),
     fields=fields,
     channels=c['num_channels'],
     preprocessing=hf_processor.preprocessing(
@@ -191,7 +192,7 @@ def read_towers(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndar
   )
 
 
-def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
+def likely(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
   """Returns the architecture of a model whose config does not name its architecture."""
   fits = {name: projected for name, (own, projected) in ARCHITECTURES.items() if own == kind}
   has = 'visual_projection.weight' in arrays
@@ -211,7 +212,7 @@ def of_tower(origin: str, config: dict, family: Family) -> dict:
     ValueError: the image tower is of a different kind.
   """
   found, later = config.get('vision_config') or {}, config.get('vision_config_dict')
-  if later:  # of older versions; it overrides all fields, with defaults for those that it lacks
+  if later:  # in older files; it overrides all fields, and its missing fields have the defaults
     found = found | family.defaults | later
   if found.get('model_type', family.kind) != family.kind:
     raise ValueError(
@@ -222,16 +223,14 @@ def of_tower(origin: str, config: dict, family: Family) -> dict:
   return found
 
 
-def table(arrays: Mapping[str, np.ndarray] | None) -> list[tuple]:
-  """Returns the name table of a file with these arrays; None to write a file.
+def names_in(arrays: Mapping[str, np.ndarray]) -> list[tuple]:
+  """Returns the name table of a file with these arrays.
 
   A tower that transformers 5 saved alone has no prefix `vision_model` before its names.
   """
-  if arrays is None or any(name.startswith('vision_model.') for name in arrays):
+  if any(name.startswith('vision_model.') for name in arrays):
     return TABLE
-  bare = lambda name: name.removeprefix('vision_model.')
-  names = lambda theirs: bare(theirs) if isinstance(theirs, str) else tuple(map(bare, theirs))
-  return [(ours, names(theirs), layout) for ours, theirs, layout in TABLE]
+  return [(ours, theirs.removeprefix('vision_model.'), layout) for ours, theirs, layout in TABLE]
 
 
 def holds_tower(model: ViT) -> bool:

@@ -47,8 +47,8 @@ def load(
     num_classes: number of classes of the head. If the number differs from the file's, the head is
       new: it starts at zero and has no pre-logits. None keeps the file's head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
-    features: what a model without a head returns. `tokens`: the normalised tokens, `[B, N, D]`.
-      `pooled`: one vector for each image, `[B, D]`, after the projection if there is one.
+    features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
+      `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
 
   Raises:
     ValueError: the path does not exist, the file is damaged or holds pickled objects, the weights
