@@ -124,7 +124,7 @@ def test_predict_prints_zero_shot_probabilities(name, photos, capsys):
   code, out, _ = call(
     capsys, '--mode=predict', init, classes, f'--images={photos / "test"}', '--format=csv'
   )
-  assert code == 0
+  assert not code
   want_BL = probabilities(name, wanted(name, files))
   found = {
     (row['file'], row['class']): row['probability'] for row in csv.DictReader(io.StringIO(out))
@@ -151,15 +151,16 @@ def test_eval_matches_class_folders_with_names(name, photos, capsys):
   assert result['accuracy'] == np.mean(logits_BL.argmax(axis=1) == label_B)
   assert [*result['per_class']] == ['a bird', 'cat']
   want = probabilities(name, logits_BL).max(axis=1)
-  bins = [row for row in result['reliability'] if row['count']]
-  mean = sum(row['count'] * row['confidence'] for row in bins) / 6
+  bins = [row for row in result['reliability'] if row['examples']]
+  mean = sum(row['examples'] * row['confidence'] for row in bins) / 6
   assert mean == pytest.approx(want.mean(), abs=1e-5)
   missing = classes_of(name, names=np.array(['bird', 'cat', 'dog']))
   path = write_classes(photos / 'missing.npz', **missing)
-  text = error(
+  code, _, text = call(
     capsys, '--mode=eval', f'--init={DATA / name}', f'--classes={path}',
     f'--config.data.source={source}',
   )  # fmt: skip
+  assert code == 2
   assert 'no embeddings for 1 of the 2 classes' in text and 'a bird' in text
 
 
@@ -178,13 +179,17 @@ def test_classes_that_no_model_can_use_are_refused_on_the_command_line(trained, 
   Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
   for argv, message in (
     ((f'--workdir={trained[0]}', classes), 'a trained model already has a head'),
-    ((f'--init={trained[0]}', classes), 'already have a head for 10 classes'),
-    ((f'--init={DATA / "hf_siglip"}', classes), 'width 12, but the features .* width 24'),
     ((f'--init={DATA / "hf_clip"}',), 'give the text embeddings of classes with --classes'),
     ((f'--init={DATA / "hf_clip"}', classes, '--features=pooled'), '--features cannot be combined'),
   ):
     text = error(capsys, '--mode=predict', *argv, images)
     assert re.search(message, text), text
+  for init, message in (
+    (trained[0], 'error: .*classes.npz: the weights already have a head for 10 classes'),
+    (DATA / 'hf_siglip', 'error: .* width 12, but the features .* width 24'),
+  ):
+    code, _, text = call(capsys, '--mode=predict', f'--init={init}', classes, images)
+    assert code == 2 and re.search(message, text), text
   text = error(capsys, '--mode=visualize', f'--init={DATA / "hf_clip"}', classes)
   assert '--classes is for eval, predict, export, serve' in text
 
@@ -198,7 +203,7 @@ def test_zero_shot_programs_give_the_logits_of_transformers(name, format, tmp_pa
     capsys, '--mode=export', f'--init={DATA / name}', f'--format={format}', f'--out={tmp_path}',
     f'--classes={DATA / name / "classes.npz"}',
   )  # fmt: skip
-  assert code == 0
+  assert not code
   about = json.loads((tmp_path / 'model.json').read_text())
   assert about['class_names'] == [*NAMES]
   assert about['output'].get('probabilities') == ('sigmoid' if name == 'hf_siglip' else None)

@@ -34,11 +34,16 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   Raises:
     ValueError: the model, or a field of the config, is not supported.
   """
-  origin = str(folder)
-  if config.get('model_type') in hf_towers.TYPES:
+  kind = config.get('model_type')
+  if kind in hf_towers.TYPES:
     return hf_towers.read_towers(folder, config, arrays)
-  known = (*hf_names.KINDS, *hf_towers.WHOLE, *hf_towers.TOWERS)
-  choose(f'{origin}: model_type', config.get('model_type'), known)
+  choose(f'{folder}: model_type', kind, (*hf_names.KINDS, *hf_towers.WHOLE, *hf_towers.TOWERS))
+  return read_vit(folder, config, arrays)
+
+
+def read_vit(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
+  """Returns the weights of a ViT, DeiT or DINOv2; the arguments are those of `read_hf`."""
+  origin = str(folder)
   architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
   kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
   prefix, body_rows, defaults = hf_names.KINDS[kind]

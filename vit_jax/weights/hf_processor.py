@@ -39,7 +39,7 @@ def preprocessing(
   Raises:
     ValueError: the file is damaged, or describes a different kind of preprocessing.
   """
-  path, p = find(folder)
+  path, p = find_processor(folder)
   if p is None:
     return Preprocessing(size, **prepared)
   try:
@@ -50,7 +50,7 @@ def preprocessing(
   return found if fits else dataclasses.replace(found, size=size)
 
 
-def find(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
+def find_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
   """Returns the file that describes the image processor, and the description; None without one.
 
   Raises:
