@@ -84,6 +84,11 @@ HUGGING_FACE = {  # class: (example on the Hub, test)
   ),
   'Dinov2WithRegistersModel': ('facebook/dinov2-with-registers-base', 'test_hugging_face'),
   'DINOv3ViTModel': ('facebook/dinov3-vitb16-pretrain-lvd1689m', 'test_dinov3'),
+  'CLIPModel': ('openai/clip-vit-base-patch32', 'hf_clip'),
+  'CLIPVisionModelWithProjection': ('openai/clip-vit-base-patch32', 'test_image_towers'),
+  'CLIPVisionModel': ('openai/clip-vit-base-patch32', 'test_image_towers'),
+  'SiglipModel': ('google/siglip2-base-patch16-224', 'hf_siglip'),
+  'SiglipVisionModel': ('google/siglip-base-patch16-224', 'test_image_towers'),
 }
 
 

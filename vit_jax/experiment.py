@@ -150,10 +150,11 @@ class Experiment:
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
     """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images.
 
-    The probabilities of an image add up to 1, unless an image can have several labels.
+    The probabilities of an image add up to 1, unless an image can have several labels, or the
+    calibration asks for the sigmoid.
     """
     logits_BL = self.logits(params, {'image': image_BHWC})
-    if self.task.multi_label:
+    if self.task.multi_label or self.calibration.sigmoid:
       return jax.nn.sigmoid(logits_BL)
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 

@@ -1,8 +1,9 @@
-"""Opens the weights that a config names, `init` and `distill.teacher`, and checks that they fit."""
+"""Opens and checks the weights of `init` and `distill.teacher`, and the classes of `--classes`."""
 
 import dataclasses
 import functools
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,18 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
 from vit_jax.data import Source
-from vit_jax.model import ATTRIBUTES, ViT, pooled, variant_fields
-from vit_jax.names import abridged, accepted, difference, pair
-from vit_jax.optim import DISTILLATIONS, Teacher
-from vit_jax.weights import Pretrained, Weights, adapt, read_weights
+from vit_jax.model import ATTRIBUTES, ViT, variant_fields
+from vit_jax.names import abridged, accepted, difference, local, pair
+from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses
+from vit_jax.weights import (
+  Pretrained,
+  Weights,
+  adapt,
+  image_channels,
+  read_arrays,
+  read_weights,
+  with_pooling,
+)
 from vit_jax.workdir import TrainingFiles, digest
 
 log = logging.getLogger(__name__)
@@ -55,9 +64,31 @@ def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   return found.class_names != classes or found.fields.get('examples') is not None
 
 
-def with_pooling(loaded: Pretrained) -> Pretrained:
-  """Returns the weights with a pooling; some published weights have none."""
-  return dataclasses.replace(loaded, model=pooled(loaded.model))
+def open_classes(path: str | pathlib.Path) -> TextClasses:
+  """Opens an npz file with the text embeddings of classes.
+
+  Raises:
+    ValueError: the file cannot be read, or its contents are wrong.
+  """
+  return TextClasses.read(read_arrays(local(path)), str(path))
+
+
+def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:
+  """Returns weights of CLIP or SigLIP with a head for these classes.
+
+  Raises:
+    ValueError: the weights already have a head, or do not fit the embeddings.
+  """
+  loaded = with_pooling(loaded)
+  image_shape = (*loaded.preprocessing.size, image_channels(loaded.params))
+  model, params = classes.attach(loaded.model, loaded.params, image_shape)
+  return dataclasses.replace(
+    loaded,
+    model=model,
+    params=params,
+    class_names=classes.names,
+    sigmoid=classes.bias is not None,
+  )
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:

@@ -283,6 +283,13 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.representation_size': Key(
     None, 'width of the pre-logits layer; None: taken from `init`, else no such layer', kind=int
   ),
+  'model.projection': Key(
+    None, 'width of a linear layer without a bias after the pooling, as in CLIP; None: taken from '
+    '`init`, else no such layer', kind=int,
+  ),
+  'model.cosine': Key(
+    None, 'scale the input of the head to length 1, as for zero-shot classification', kind=bool
+  ),
   'model.dropout': Key(0.0, 'dropout rate, below 1'),
   'model.attention_dropout': Key(0.0, 'dropout rate of attention weights, below 1'),
   'model.stochastic_depth': Key(

@@ -24,7 +24,7 @@ from vit_jax.experiment import Experiment, assemble, mesh_for
 from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.sizing import choose_open, image_size, warn_of_few
 from vit_jax.splitting import decided, named_splits, open_splits
-from vit_jax.weights import adapt, check_params, read_weights
+from vit_jax.weights import adapt, check_params, read_weights, with_pooling
 from vit_jax.workdir import (
   Calibration,
   Task,
@@ -56,6 +56,8 @@ class Request:
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
       the workdir has a different one. None: any config is accepted.
+    zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP;
+      None: the weights have a head, or only features are needed.
   """
 
   workdir: pathlib.Path | None = None
@@ -63,6 +65,7 @@ class Request:
   step: str = ''
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: ConfigDict | None = None
+  zero_shot: pathlib.Path | None = None
 
   @property
   def name(self) -> str:
@@ -148,7 +151,10 @@ def begin_from(
 
 
 def from_init(
-  init: str, overrides: Mapping[str, str], classes: str = 'weights'
+  init: str,
+  overrides: Mapping[str, str],
+  classes: str = 'weights',
+  zero_shot: pathlib.Path | None = None,
 ) -> tuple[Experiment, dict]:
   """Builds the experiment of unchanged published weights, with their preprocessing.
 
@@ -158,32 +164,39 @@ def from_init(
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
       weights have different classes, the head is zero. `any` also accepts weights without a head:
       the model then has no classes and returns features.
+    zero_shot: as in `Request`. With `data`, the file must contain every class of the data.
 
   Raises:
-    ValueError: the weights cannot be read or have no head, or overrides contradict the weights.
+    ValueError: the weights cannot be read or have no head, or overrides contradict the weights. Or
+      the file `zero_shot` does not fit the weights or the data.
   """
   config = config_lib.default_config()
   config.init = init
   config_lib.override_all(config, overrides)
   check(config, trains=False)
   found, names = read_weights(init), None
+  text = inherit.open_classes(zero_shot) if zero_shot else None
   several = bool(found.run and found.run['task'].get('multi_label'))
   if classes == 'data':
     data = config.data
     source = open_source(data.source, data.dir, image_size(config))
     names, several = source.class_names, source.multi_label
-  elif found.fields['num_classes'] is None and classes != 'any':
+    text = text and text.matching(names, data.source, several)
+  elif found.fields['num_classes'] is None and classes != 'any' and text is None:
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
-      f'--config=configs/linear_probe.py --config.init={init}'
+      f'--config=configs/linear_probe.py --config.init={init}. For weights of CLIP or SigLIP, you '
+      'can instead give the text embeddings of classes with --classes.'
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
   grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
-  count = names and len(names)
-  new_head = names is not None and inherit.needs_new_head(found, names)
+  count = len(names) if names and text is None else None
+  new_head = count is not None and inherit.needs_new_head(found, names)
   loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
-  loaded = inherit.with_pooling(loaded)
+  loaded = inherit.with_classes(loaded, text) if text else with_pooling(loaded)
+  if loaded.sigmoid and config.loss.name is None:
+    config.loss.name = 'sigmoid'
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
@@ -193,7 +206,7 @@ def from_init(
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
-  calibration = Calibration() if new_head else Calibration.load(loaded.run)
+  calibration = Calibration() if new_head else loaded.calibration
   names = inherit.names_of(loaded)
   return dataclasses.replace(experiment, names=names, calibration=calibration), loaded.params
 
@@ -253,5 +266,11 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   if unread and not request.config:
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
-    return *from_init(request.init, request.overrides, classes), None
+    parts = request.init, request.overrides, classes, request.zero_shot
+    return *from_init(*parts), None
+  if request.zero_shot:
+    raise ValueError(
+      f'--classes={request.zero_shot}: a trained model already has a head for its classes. Use '
+      '--init with weights of CLIP or SigLIP instead of --workdir.'
+    )
   return from_workdir(request.workdir, request.overrides, request.config, request.step)

@@ -18,7 +18,7 @@ import vit_jax
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
-from vit_jax.weights import hf, layouts, npz, reader, timm_names
+from vit_jax.weights import hf, hf_config, layouts, npz, reader, timm_names
 from vit_jax.weights.formats import Preprocessing
 
 # By folder: the arguments that its file needs, and the formats that can hold the model.
@@ -34,6 +34,8 @@ FIXTURES = {
   'hf_dinov2': ({}, {'hf'}),
   'hf_dinov2_swiglu': ({}, {'hf'}),
   'hf_dinov3': ({}, {'hf', 'timm'}),
+  'hf_clip': ({'features': 'pooled'}, {'hf'}),
+  'hf_siglip': ({'features': 'pooled'}, {'hf', 'npz', 'timm'}),
   'timm_token': ({}, {'timm', 'hf'}),
   'timm_avg_registers_qknorm_layerscale': ({}, {'timm'}),
   'timm_dinov2_registers': ({}, {'timm'}),
@@ -96,7 +98,7 @@ REWRITTEN.remove('hf_deit')  # the biases of its two classifiers become one
 @pytest.mark.parametrize('name', REWRITTEN)
 def test_saving_loaded_weights_reproduces_the_file(name, tmp_path):
   form = name.split('_')[0]
-  loaded = vit_jax.load(source(name))
+  loaded = vit_jax.load(source(name), **FIXTURES[name][0])
   vit_jax.save(*loaded, tmp_path, format=form, preprocessing=loaded.preprocessing)
   before, after = (load_file(f / 'model.safetensors') for f in (DATA / name, tmp_path))
   for absent in loaded.ignored:
@@ -721,7 +723,7 @@ def test_hybrids_have_the_patch_size_of_their_names():
 
 def test_an_image_processor_without_a_filter_uses_bilinear_as_in_transformers():
   about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 32}
-  assert hf.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
+  assert hf_config.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
 
 
 def test_npz_refuses_an_epsilon_that_it_cannot_store(tmp_path):

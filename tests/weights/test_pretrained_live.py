@@ -6,17 +6,20 @@ need torchvision here: `torchvision_stand_in.py` stands in for it.
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
+from tests.conftest import DATA, ROOT
 from tests.weights.torchvision_stand_in import import_timm
+from vit_jax import inherit, opening
 from vit_jax.data import image as image_lib
 from vit_jax.inference import exporting
-from vit_jax.model import ACTIVATIONS, ViT, pooled
-from vit_jax.weights import hf, hf_names, layouts, pretrained
+from vit_jax.model import ACTIVATIONS, RESIZES, ViT, pooled
+from vit_jax.weights import hf, hf_config, layouts, pretrained
 
 torch = pytest.importorskip('torch', reason='needs requirements-peers.txt: torch')
 
@@ -201,6 +204,160 @@ def test_published_sizes_of_dinov3_have_the_arrays_of_transformers(name, tmp_pat
   assert found == want
 
 
+TEXT = dict(
+  hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9,
+  max_position_embeddings=4, eos_token_id=8,
+)  # fmt: skip
+TOWERS = [
+  ('CLIPVisionModel', dict(hidden_act='gelu')),
+  ('CLIPVisionModelWithProjection', dict(projection_dim=12)),
+  ('CLIPModel', {}),
+  ('SiglipVisionModel', {}),
+  ('SiglipVisionModel', dict(vision_use_head=False, hidden_act='gelu', layer_norm_eps=1e-5)),
+  ('SiglipModel', {}),
+]
+
+
+def towers_of(transformers, name, fields):
+  """Returns a random model with an image tower of 2 blocks, for images of 32x32 pixels."""
+  sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+  sizes |= dict(image_size=32, patch_size=8)
+  kind = getattr(transformers, name)
+  if 'Vision' in name:
+    return perturb(kind(kind.config_class(**sizes, **fields)))
+  own = dict(projection_dim=12) if name == 'CLIPModel' else {}
+  text = TEXT | ({} if own else dict(projection_size=32))
+  return perturb(kind(kind.config_class(text_config=text, vision_config=sizes | fields, **own)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', [(32, 32), (48, 48), (24, 40)])
+@pytest.mark.parametrize('name, fields', TOWERS)
+def test_image_towers(name, fields, size, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  theirs = towers_of(transformers, name, fields)
+  theirs.save_pretrained(tmp_path / 'theirs')
+  tower = getattr(theirs, 'vision_model', theirs)
+  image = np.random.RandomState(0).normal(size=(2, *size, 3)).astype(np.float32)
+
+  def tokens(x):
+    found = tower(x, interpolate_pos_encoding=True).last_hidden_state
+    return tower.post_layernorm(found) if name.startswith('CLIP') else found
+
+  def pooled(x):
+    if name in ('CLIPModel', 'SiglipModel'):
+      return theirs.get_image_features(x, interpolate_pos_encoding=True).pooler_output
+    found = theirs(x, interpolate_pos_encoding=True)
+    return getattr(found, 'image_embeds', None) if 'With' in name else found.pooler_output
+
+  grid = tuple(n // 8 for n in size)
+  for function, features in ((tokens, 'tokens'), (pooled, 'pooled')):
+    if features == 'pooled' and not fields.get('vision_use_head', True):
+      continue  # transformers has no pooled features
+    loaded = pretrained.load(tmp_path / 'theirs', grid=grid, resize='hf', features=features)
+    (output, gradient), (want, slope) = (
+      our_output(*loaded, image),
+      torch_output(function, lambda output: output, image),
+    )
+    np.testing.assert_allclose(output, want, atol=2e-5 * max(1, np.abs(want).max()))
+    np.testing.assert_allclose(gradient, slope, atol=1e-4 * max(1, np.abs(slope).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, fields', TOWERS)
+def test_image_towers_are_written_for_transformers(name, fields, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  theirs = towers_of(transformers, name, fields)
+  theirs.save_pretrained(tmp_path / 'theirs')
+  exporting.export(tmp_path / 'theirs', 'hf', tmp_path / 'ours')
+  config = json.loads((tmp_path / 'ours' / 'config.json').read_text())
+  kind = {'CLIPModel': 'CLIPVisionModelWithProjection', 'SiglipModel': 'SiglipVisionModel'}
+  assert config['architectures'] == [kind.get(name, name)]
+  again, about = getattr(transformers, kind.get(name, name)).from_pretrained(
+    tmp_path / 'ours', output_loading_info=True
+  )
+  assert not any(about.values())
+  bare = lambda model: {
+    key.removeprefix('vision_model.'): value for key, value in model.state_dict().items()
+  }
+  want = {key: x for key, x in bare(theirs).items() if 'text' not in key and 'logit' not in key}
+  own = bare(again)
+  assert own.keys() == want.keys()
+  assert all(torch.equal(own[key], want[key]) for key in own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('before, after', [((4, 4), (6, 6)), ((7, 7), (3, 5)), ((5, 5), (5, 9))])
+def test_positions_are_resized_as_in_transformers(before, after):
+  table = np.random.RandomState(0).normal(size=(*before, 7)).astype(np.float32)
+  want = torch.nn.functional.interpolate(
+    torch.tensor(table).permute(2, 0, 1)[None], after, mode='bicubic', align_corners=False
+  )
+  want = want[0].permute(1, 2, 0).numpy()
+  np.testing.assert_allclose(RESIZES['hf'](table, after), want, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['CLIPModel', 'SiglipModel'])
+def test_zero_shot_logits_and_probabilities_equal_those_of_transformers(name, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  theirs = towers_of(transformers, name, {})
+  tokens = torch.tensor([[1, 2, 8], [3, 4, 8], [5, 6, 8], [7, 1, 8]])
+  names = [f'class {i}' for i in range(4)]
+  with torch.no_grad():
+    theirs.logit_scale.fill_(4.6)
+    if name == 'SiglipModel':
+      theirs.logit_bias.fill_(-12.3)
+    embeddings = theirs.get_text_features(tokens).pooler_output
+    arrays = dict(names=names, embeddings=embeddings, logit_scale=theirs.logit_scale.exp())
+    if name == 'SiglipModel':
+      arrays['logit_bias'] = theirs.logit_bias.detach()
+    np.savez(tmp_path / 'classes.npz', **arrays)
+  theirs.save_pretrained(tmp_path / 'theirs')
+  pixels = np.random.RandomState(0).randint(0, 256, (2, 32, 32, 3), np.uint8)
+  exp, params = opening.from_init(str(tmp_path / 'theirs'), {}, zero_shot=tmp_path / 'classes.npz')
+  assert exp.task.class_names == tuple(names)
+  image = torch.tensor(np.asarray(exp.normalize(pixels)).transpose(0, 3, 1, 2))
+  with torch.no_grad():
+    want = theirs(input_ids=tokens, pixel_values=image).logits_per_image
+  ours = exp.logits(params, {'image': pixels})
+  np.testing.assert_allclose(ours, want, atol=2e-5 * np.abs(want.numpy()).max())
+  probability = torch.sigmoid(want) if name == 'SiglipModel' else want.softmax(dim=1)
+  np.testing.assert_allclose(exp.probabilities(params, pixels), probability, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['hf_clip', 'hf_siglip'])
+def test_the_program_of_the_docs_writes_the_classes(name, tmp_path, monkeypatch):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  page = (ROOT / 'docs' / 'weights.md').read_text(encoding='utf-8')
+  program = re.search(r'Save this program as\s`make_classes.py`.*?```python\n(.*?)```', page, re.S)[
+    1
+  ]
+  program = program.replace('google/siglip2-base-patch16-224', str(DATA / name))
+  program = program.replace("['cat', 'dog', 'bird']", "['cat', 'dog', 'a bird']")
+
+  class Tokenizer:
+    @staticmethod
+    def from_pretrained(path):
+      return Tokenizer()
+
+    def __call__(self, texts, return_tensors, padding, max_length=None):
+      assert texts == ['a photo of a cat', 'a photo of a dog', 'a photo of a a bird']
+      assert (padding, max_length) == (('max_length', 64) if 'siglip' in name else (True, None))
+      return {'input_ids': torch.tensor([[1, 2, 8], [3, 4, 8], [5, 6, 8]])}
+
+  monkeypatch.setattr(transformers, 'AutoTokenizer', Tokenizer)
+  monkeypatch.chdir(tmp_path)
+  exec(compile(program, 'make_classes.py', 'exec'), {})
+  found, want = np.load('classes.npz'), np.load(DATA / name / 'classes.npz')
+  assert {*found} == {*want}
+  assert found['names'].tolist() == want['names'].tolist()
+  for key in {*want} - {'names'}:
+    np.testing.assert_allclose(found[key], want[key], rtol=1e-5, atol=1e-6)
+  inherit.open_classes(tmp_path / 'classes.npz')
+
+
 TIMM = [
   {},
   {'qkv_bias': False, 'num_classes': 0},
@@ -315,16 +472,16 @@ def test_image_preparation_matches_the_hugging_face_processor(fields, tmp_path):
   processor = kind(**fields, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7])
   pixels = np.random.RandomState(0).randint(0, 256, (50, 70, 3), np.uint8)
   want = processor(Image.fromarray(pixels), return_tensors='np')['pixel_values'][0]
-  p = hf.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
+  p = hf_config.processing(json.loads(processor.to_json_string()), (24, 32), 'processor')
   ours = image_lib.fit_image(Image.fromarray(pixels), p.size, p.interpolation, p.crop, p.stretch)
   ours = (ours / 255 - np.array(p.mean)) / np.array(p.std)
   np.testing.assert_allclose(ours, want.transpose(1, 2, 0), atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', hf_names.ACTIVATIONS)
+@pytest.mark.parametrize('name', hf_config.ACTIVATIONS)
 def test_activations_equal_those_of_hugging_face_with_the_same_name(name):
   activations = pytest.importorskip('transformers.activations', reason='needs transformers')
   x = np.linspace(-5, 5, 101, dtype=np.float32)
   want = activations.ACT2FN[name](torch.tensor(x)).numpy()
-  np.testing.assert_allclose(ACTIVATIONS[hf_names.ACTIVATIONS[name]](x), want, atol=1e-6)
+  np.testing.assert_allclose(ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), want, atol=1e-6)

@@ -1,6 +1,6 @@
 """Defines `--mode=export`."""
 
-from vit_jax.cli.flags import INIT, OUT, STEP, WORKDIR, Flag, Mode
+from vit_jax.cli.flags import CLASSES, INIT, OUT, STEP, WORKDIR, Flag, Mode
 
 
 def run_export(args) -> None:
@@ -11,13 +11,20 @@ def run_export(args) -> None:
       '--mode=export needs --format (hf, timm, npz, stablehlo or onnx) and --out, a folder.'
     )
   step = 'last' if args.init else args.step
-  for path in export(args.init or args.workdir, args.format, args.out, step):
+  for path in export(args.init or args.workdir, args.format, args.out, step, args.classes):
     print(path)
 
 
 MODE = Mode(
   'exports weights (hf, timm, npz), or the model with its weights as a program (stablehlo, onnx)',
   '--workdir=runs/digits --format=timm --out=digits/',
-  (WORKDIR, INIT, STEP, Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'), OUT),
+  (
+    WORKDIR,
+    INIT,
+    STEP,
+    CLASSES,
+    Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'),
+    OUT,
+  ),
   run_export,
 )

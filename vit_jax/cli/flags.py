@@ -69,6 +69,12 @@ STEP = Flag(
 )
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
 OUT = Flag('out', 'output folder', pathlib.Path)
+CLASSES = Flag(
+  'classes',
+  'npz file with the classes of CLIP or SigLIP weights in --init: names, embeddings, logit_scale '
+  'and, for SigLIP, logit_bias',
+  pathlib.Path,
+)
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
 CLUSTER = (
   Flag('coordinator', 'on several hosts: <host>:<port> of process 0', default=None),
@@ -88,7 +94,8 @@ def given_config(args: argparse.Namespace) -> ConfigDict | None:
 
 
 def request_of(args: argparse.Namespace):
-  """Creates an `opening.Request` from the flags of `WEIGHTS`."""
+  """Creates an `opening.Request` from the flags of `WEIGHTS` and `CLASSES`."""
   from vit_jax.opening import Request
 
-  return Request(args.workdir, args.init, args.step, args.overrides, given_config(args))
+  config, classes = given_config(args), getattr(args, CLASSES.name)
+  return Request(args.workdir, args.init, args.step, args.overrides, config, zero_shot=classes)

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
+NOT_CALIBRATED = Calibration()
 FITTED = 2**26  # maximum number of logits to which a temperature is fitted: 256 MiB
 
 
@@ -78,11 +79,17 @@ class Scores:
   real_N: np.ndarray | None = None
 
   @classmethod
-  def of(cls, answers: Answers, temperature: float) -> 'Scores':
+  def of(cls, answers: Answers, calibration: Calibration = NOT_CALIBRATED) -> 'Scores':
     """Reduces the logits of some examples to their scores."""
     logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
     predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
     gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
+
+    def confidence(temperature):
+      if calibration.sigmoid:
+        return np.exp(-np.logaddexp(0, -logits_NL.max(axis=1)))
+      return 1 / np.exp(gap_NL / temperature).sum(axis=1)
+
     if logits_NL.shape[1] > 5:  # of equal logits, the first counts as the larger, as in argmax
       own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
       earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
@@ -95,8 +102,8 @@ class Scores:
       answers.index_N,
       answers.label_N,
       predicted_N,
-      1 / np.exp(gap_NL / temperature).sum(axis=1),
-      1 / np.exp(gap_NL).sum(axis=1),
+      confidence(calibration.temperature),
+      confidence(1),
       answers.loss_N.astype(np.float64),
       top5_N,
       real_N,
@@ -182,7 +189,7 @@ def score_examples(
   examples: Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-  temperature: float = 1.0,
+  calibration: Calibration = NOT_CALIBRATED,
   **extra: np.ndarray,
 ) -> Scores | Labelled:
   """Returns the scores of all examples of a split; the arguments are those of `answer_split`.
@@ -193,7 +200,7 @@ def score_examples(
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
     several = found.label_N.ndim == 2
     rows = found.logits_NL, found.label_N, found.loss_N
-    parts.append(Labelled.of(*rows) if several else Scores.of(found, temperature))
+    parts.append(Labelled.of(*rows) if several else Scores.of(found, calibration))
   return type(parts[0]).joined(parts)
 
 

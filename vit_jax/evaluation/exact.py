@@ -77,7 +77,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
     `trust`. `left_out` is the number of images that were not scored because the weights were
     trained on them. The key is missing if the number is zero.
   """
-  exp, params, loaded = opening.open_model(request)
+  # The classes of zero-shot weights are those of the data.
+  exp, params, loaded = opening.open_model(request, 'data' if request.zero_shot else 'weights')
   batch_size = exp.config.eval_batch_size
   mesh = inference_mesh(batch_size)
   params, eval_step = replicate(mesh, params), make_eval_step(exp, mesh)
@@ -94,8 +95,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   split = exp.config.data.eval_split
   examples = load_split(exp, split, source)
   extra = real_labels(exp, split, source, len(examples))
-  temperature = calibration.temperature
-  scores = score_examples(eval_step, params, examples, batch_size, mesh, temperature, **extra)
+  scores = score_examples(eval_step, params, examples, batch_size, mesh, calibration, **extra)
   result = {'step': loaded, 'source': exp.config.data.source, 'split': split} | scores.means()
   result |= {'left_out': left_out} if left_out else {}
   result |= trust(scores, exp.task.class_names, calibration)

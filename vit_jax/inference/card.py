@@ -19,7 +19,6 @@ from vit_jax.weights import (
   flatten_params,
   image_channels,
 )
-from vit_jax.workdir import Calibration
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
@@ -167,7 +166,9 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 
 def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   """Returns the row about the temperature or the thresholds; empty if none was fitted."""
-  found = Calibration.load(loaded.run)
+  found = loaded.calibration
+  if found.sigmoid:
+    return {'probabilities': 'the sigmoid of each logit; they do not add up to 1'}
   if not found.examples:
     return {}
   if found.thresholds:

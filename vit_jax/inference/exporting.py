@@ -5,7 +5,7 @@ import logging
 import pathlib
 import tempfile
 
-from vit_jax import storage
+from vit_jax import inherit, storage
 from vit_jax.inference import card
 from vit_jax.model import ViT
 from vit_jax.names import choose, local
@@ -27,7 +27,11 @@ MANY = 10_000_000  # number of parameters above which writing takes a few second
 
 
 def export(
-  path: str | pathlib.Path, format: str, out: pathlib.Path, step: str = 'last'
+  path: str | pathlib.Path,
+  format: str,
+  out: pathlib.Path,
+  step: str = 'last',
+  zero_shot: pathlib.Path | None = None,
 ) -> list[pathlib.Path]:
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
@@ -38,6 +42,7 @@ def export(
       including the model card.
     step: checkpoint of a workdir to export: `best`, `last`, a number, or '' to choose as `predict`
       does by default.
+    zero_shot: npz file with text embeddings of the classes, for weights of CLIP or SigLIP.
 
   Returns:
     All files in the folder.
@@ -51,6 +56,8 @@ def export(
   check_card(out)
   found = read_weights(path, step)
   loaded = adapt(found)
+  if zero_shot:
+    loaded = inherit.with_classes(loaded, inherit.open_classes(zero_shot))
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   if count > MANY:
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)
@@ -61,7 +68,7 @@ def export(
     format=format,
     preprocessing=loaded.preprocessing,
     class_names=loaded.class_names,
-    calibration=Calibration.load(loaded.run),
+    calibration=loaded.calibration,
     card=card.write_card(format, loaded, str(path), result(found.origin)),
   )
   return sorted(out.iterdir())

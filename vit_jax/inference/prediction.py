@@ -27,6 +27,7 @@ def predict(
   init: str = '',
   step: str = '',
   overrides: Mapping[str, str] | None = None,
+  classes: str | pathlib.Path | None = None,
 ) -> Iterator[dict]:
   """Predicts the classes of each image file, in the given order.
 
@@ -41,6 +42,8 @@ def predict(
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the
       checkpoint with the best validation accuracy, or the last if no accuracy was measured.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
+    classes: npz file with text embeddings of classes, for `init` weights of CLIP or SigLIP
+      (`optim/zero_shot.py`).
 
   Returns:
     An iterator with a dict for each file; `predict_files` describes the dicts.
@@ -50,7 +53,8 @@ def predict(
   """
   start_up()
   folder = None if workdir is None else local(workdir)
-  request = Request(folder, init, step, overrides or {})
+  zero_shot = None if classes is None else local(classes)
+  request = Request(folder, init, step, overrides or {}, zero_shot=zero_shot)
   return predict_files(request, images, topk)
 
 
@@ -113,7 +117,9 @@ def features(
   backbone = exp.model.clone(num_classes=None)
   if kind == 'tokens':
     has_class = exp.model.has_class  # pool='none' would drop the class token by default
-    backbone = backbone.clone(pool='none', class_token=has_class, representation_size=None)
+    backbone = backbone.clone(
+      pool='none', class_token=has_class, representation_size=None, projection=None
+    )
 
   def extract(image_BHWC, params):
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)

@@ -169,9 +169,33 @@ def antialiased(method: str):
   return function
 
 
+def cubic(table_hwD, grid):
+  """Interpolates like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
+
+  This is PyTorch's bicubic method without antialiasing: a cubic convolution with a = -0.75 (Keys
+  1981, equation 15, where a = -0.5).
+  """
+  for axis, wanted in enumerate(grid):
+    size = table_hwD.shape[axis]
+    where = (np.arange(wanted) + 0.5) * (size / wanted) - 0.5
+    weight = np.zeros((wanted, size), np.float32)
+    for offset in (-1, 0, 1, 2):
+      index = np.floor(where) + offset
+      t = np.abs(where - index)
+      near = (1.25 * t - 2.25) * t * t + 1
+      far = -0.75 * (((t - 5) * t + 8) * t - 4)
+      inside = np.clip(index, 0, size - 1).astype(int)
+      np.add.at(weight, (np.arange(wanted), inside), np.where(t <= 1, near, far))
+    table_hwD = jnp.moveaxis(
+      jnp.tensordot(weight, table_hwD, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis
+    )
+  return table_hwD
+
+
 RESIZES = {
   'bilinear': antialiased('linear'),
   'bicubic': antialiased('cubic'),
+  'hf': cubic,
   'paper': between_corners,  # the method of the paper's code
 }
 

@@ -121,7 +121,8 @@ def check_model(model: ViT) -> None:
 
 def check_sizes(model: ViT) -> None:
   """Raises ValueError if a size is not positive, or num_heads does not divide the width."""
-  for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
+  sizes = ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim')
+  for name in (*sizes, 'representation_size', 'projection'):
     if getattr(model, name) is not None:
       check_positive(f'model.{name}', getattr(model, name))
   if model.num_classes is not None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vit_jax.model import resnet
 from vit_jax.model.encoder import Encoder, EncoderBlock
-from vit_jax.model.heads import KnnHead
+from vit_jax.model.heads import KnnHead, unit
 from vit_jax.model.layers import Block, Dense, Dropout
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
@@ -55,6 +55,10 @@ class ViT(nn.Module):
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
+    projection: width of a linear layer without a bias after the pooling, as in CLIP (Radford et al.
+      2021, 2103.00020, Figure 3); None for no such layer.
+    cosine: whether the head's input is scaled to length 1. For zero-shot classification, the rows
+      of the head are text embeddings, so the logits are scaled cosine similarities.
     dropout: dropout rate after the positions, in the MLP, and at the end of each residual branch.
     attention_dropout: dropout rate of the attention weights.
     stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from
@@ -95,6 +99,8 @@ class ViT(nn.Module):
   rope_grid: tuple[int, int] | None = None
   num_registers: int = 0
   representation_size: int | None = None
+  projection: int | None = None
+  cosine: bool = False
   dropout: float = 0.0
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
@@ -177,8 +183,12 @@ class ViT(nn.Module):
     if self.representation_size is not None:
       x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
       x = jnp.tanh(x)
+    if self.projection is not None:
+      x = Dense((self.projection,), use_bias=False, dtype=self.dtype, name='projection')(x)
     if self.num_classes is None:
       return x
+    if self.cosine:
+      x = unit(x.astype(jnp.float32))
     if self.examples is not None:
       return KnnHead(self.num_classes, self.examples, name='head')(x)
     # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
@@ -277,4 +287,4 @@ def first_layer() -> tuple[str, ...]:
 def last_layer() -> tuple[str, ...]:
   """Returns the names of all top-level parameters that a model may have after its last block."""
   pools = dict.fromkeys(name for entry in POOLS.values() for name in entry.params)
-  return ('norm', *pools, 'pre_logits', 'head')
+  return ('norm', *pools, 'pre_logits', 'projection', 'head')

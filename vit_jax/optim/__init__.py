@@ -23,6 +23,7 @@ from vit_jax.optim.plan import (
   warmup_steps,
 )
 from vit_jax.optim.schedules import SCHEDULES
+from vit_jax.optim.zero_shot import TextClasses
 
 __all__ = [
   'CLASSIFIERS',
@@ -36,6 +37,7 @@ __all__ = [
   'SCHEDULES',
   'Stages',
   'Teacher',
+  'TextClasses',
   'Training',
   'announce',
   'check_weights',

@@ -20,6 +20,7 @@ from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.weights import layouts
 from vit_jax.weights.layouts import Row
+from vit_jax.workdir import Calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Pretrained:
     ignored: names of the file's arrays that the model does not use.
     run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
       weights.
+    sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
+      classification with SigLIP.
   """
 
   model: ViT
@@ -112,6 +115,12 @@ class Pretrained:
   class_names: tuple[str, ...] | None
   ignored: tuple[str, ...]
   run: Mapping | None = None
+  sigmoid: bool = False
+
+  @property
+  def calibration(self) -> Calibration:
+    """How logits become probabilities."""
+    return Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
 
   def __iter__(self):
     return iter((self.model, self.params))

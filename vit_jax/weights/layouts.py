@@ -48,6 +48,11 @@ VECTOR = Layout(  # our bias `[K, E]`, flattened in the file
   lambda ours: [ours[0].reshape(-1)],
 )
 
+ROWS = Layout(  # our `[1, N, D]`, stored without the first axis
+  lambda theirs, shapes: [theirs[0][None]],
+  lambda ours: [ours[0][0]],
+)
+
 CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
   lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
   lambda ours: [ours[0].transpose(3, 2, 0, 1)],
@@ -109,6 +114,22 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
+  ]
+
+
+def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.') -> list[tuple]:
+  """Returns the rows that map our names to PyTorch's, for linear layers that are stored as one.
+
+  Args:
+    ours: name of the module that the layers belong to.
+    parts: names of the layers.
+    theirs: PyTorch's name of the joined layer.
+    joint: text between this name and `weight` or `bias`.
+  """
+  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
+  return [
+    (kernels, f'{theirs}{joint}weight', fused(linear())),
+    (biases, f'{theirs}{joint}bias', fused(VECTOR)),
   ]
 
 

@@ -48,6 +48,8 @@ HOLDS = {
   'mlp': ('plain',),
   'activation': ('gelu_tanh',),
   'norm_epsilon': (1e-6,),
+  'projection': (None,),
+  'cosine': (False,),
 }
 
 # Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image

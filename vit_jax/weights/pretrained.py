@@ -14,11 +14,12 @@ import dataclasses
 import logging
 import math
 import pathlib
+import re
 
 import numpy as np
 
 from vit_jax.model import POOLS, POSITIONS, ViT, check_model, pooled
-from vit_jax.names import check_positive
+from vit_jax.names import SHOWN, check_positive, choose
 from vit_jax.weights import formats, layouts, reader
 from vit_jax.weights.formats import Pretrained, Weights
 
@@ -32,6 +33,7 @@ def load(
   source_grid: tuple[int, int] | None = None,
   num_classes: int | None = None,
   resize: str = 'bilinear',
+  features: str = 'tokens',
 ) -> Pretrained:
   """Loads the model and the weights from a file, a folder, a workdir or the Hugging Face Hub.
 
@@ -43,16 +45,18 @@ def load(
       the file does not store this grid, the grid is not square, and `grid` has a different number
       of patches.
     num_classes: number of classes of the head. If the number differs from the file's, the head is
-      new: it starts at zero and has no pre-logits. None keeps the file's head; if the file
-      has no head, the model returns the normalised tokens `[B, N, D]`.
+      new: it starts at zero and has no pre-logits. None keeps the file's head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
+    features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
+      `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
 
   Raises:
     ValueError: the path does not exist, the file is damaged or holds pickled objects, the weights
       contradict their config, or the grid does not fit. The message names the reason.
   """
   loaded = adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
-  return as_tokens(loaded) if loaded.model.num_classes is None else loaded
+  function = choose('features', features, FEATURES)
+  return function(loaded) if loaded.model.num_classes is None else loaded
 
 
 def adapt(
@@ -91,8 +95,9 @@ def adapt(
   class_names = source.class_names
   if new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.
-    model = pooled(model.clone(num_classes=num_classes, representation_size=None, examples=None))
-    params, dropped = without(params, ('pre_logits', 'head'))
+    old = dict(representation_size=None, projection=None, examples=None, cosine=False)
+    model = pooled(model.clone(num_classes=num_classes, **old))
+    params, dropped = without(params, ('pre_logits', 'projection', 'head'))
     ignored, class_names = ignored + dropped, None
   if num_classes is not None and 'head' not in params:
     shapes = layouts.param_shapes(model, (*size, source.channels))
@@ -100,7 +105,7 @@ def adapt(
       leaf: np.zeros(shapes[f'head/{leaf}'], np.float32) for leaf in ('kernel', 'bias')
     }
   if ignored:
-    log.info('%s: arrays not used: %s', source.origin, ', '.join(ignored))
+    log.info('%s: arrays not used: %s', source.origin, listed(ignored))
   preprocessing = dataclasses.replace(source.preprocessing, size=tuple(size))
   return Pretrained(model, params, preprocessing, class_names, ignored, source.run)
 
@@ -108,12 +113,31 @@ def adapt(
 def as_tokens(loaded: Pretrained) -> Pretrained:
   """Removes the pooling, so that the model returns the normalised tokens `[B, N, D]`."""
   model = loaded.model
-  params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits'))
+  params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
     log.info('Arrays not used: %s', ', '.join(dropped))
-  model = model.clone(pool='none', class_token=model.has_class, representation_size=None)
-  ignored = loaded.ignored + dropped
+  fields = dict(class_token=model.has_class, representation_size=None, projection=None)
+  model, ignored = model.clone(pool='none', **fields), loaded.ignored + dropped
   return dataclasses.replace(loaded, model=model, params=params, ignored=ignored)
+
+
+def with_pooling(loaded: Pretrained) -> Pretrained:
+  """Returns the weights with a pooling; some published weights have none."""
+  return dataclasses.replace(loaded, model=pooled(loaded.model))
+
+
+FEATURES = {'tokens': as_tokens, 'pooled': with_pooling}
+
+
+def listed(names: Sequence[str]) -> str:
+  """Returns names of arrays as text; if a module has many arrays, only their number."""
+  modules = {}
+  for name in names:
+    modules.setdefault(re.split('[./]', name)[0], []).append(name)
+  return ', '.join(
+    f'{module} ({len(inside)} arrays)' if len(inside) > SHOWN else ', '.join(inside)
+    for module, inside in modules.items()
+  )
 
 
 def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
@@ -141,9 +165,9 @@ def find_grid(
   ]
   if not found:  # nothing to resize; `read_params` reports positions that are missing
     return source.grid or check_grid('grid', grid or (1, 1))
-  if found[0].ndim != 3:
+  if found[0].ndim not in (2, 3):
     raise ValueError(f'{source.origin}: positions have shape {found[0].shape}, expected 3 axes.')
-  patches = found[0].shape[1] - model.num_positions
+  patches = found[0].shape[-2] - model.num_positions
   for name, given in (('source_grid', source_grid), ("the config's grid", source.grid)):
     if given is None:
       continue

@@ -9,7 +9,8 @@ Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
     probability that `predict` prints. If images can have several labels, it is the sigmoid of the
-    logits, and `model.json` has the thresholds.
+    logits, and `model.json` has the thresholds. It is also the sigmoid if `model.json` says so, for
+    zero-shot classification with SigLIP.
   * The computation is in float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * `backend.portable` makes the program independent of the machine that writes it.
@@ -168,6 +169,8 @@ def output_of(model: ViT, shape: tuple, calibration: Calibration) -> dict[str, o
   if model.num_classes is None:
     return about
   thresholds = {'thresholds': calibration.thresholds} if calibration.thresholds else {}
+  if calibration.sigmoid:
+    about |= {'probabilities': 'sigmoid'}
   return about | {'temperature': calibration.temperature} | thresholds
 
 

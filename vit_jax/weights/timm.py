@@ -36,22 +36,13 @@ from vit_jax.weights.layouts import (
   interleaved,
   linear,
   rows,
+  torch_fused,
   torch_linear,
   torch_norm,
 )
 
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
-def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to timm's, for linear layers that timm stores as one."""
-  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
-  return [
-    (kernels, f'{theirs}.weight', fused(linear())),
-    (biases, f'{theirs}.bias', fused(VECTOR)),
-  ]
-
 
 # The rows that both classes share. Rows of parts that a model lacks are skipped.
 COMMON = [
@@ -68,14 +59,14 @@ COMMON = [
   *torch_linear('head', 'head'),
 ]
 VIT = [  # the rows that only `VisionTransformer` has
-  *fuse('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
+  *torch_fused('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
   *torch_norm('block_{i}/attention/query_norm', 'blocks.{i}.attn.q_norm'),
   *torch_norm('block_{i}/attention/key_norm', 'blocks.{i}.attn.k_norm'),
   ('block_{i}/attention_scale', 'blocks.{i}.ls1.gamma', SAME),
   ('block_{i}/mlp_scale', 'blocks.{i}.ls2.gamma', SAME),
   ('map/query', 'attn_pool.latent', SAME),
   *torch_linear('map/attention/query', 'attn_pool.q'),
-  *fuse('map/attention', ('key', 'value'), 'attn_pool.kv'),
+  *torch_fused('map/attention', ('key', 'value'), 'attn_pool.kv'),
   *torch_linear('map/attention/out', 'attn_pool.proj', axes=2),
   *torch_norm('map/mlp_norm', 'attn_pool.norm'),
   *torch_linear('map/mlp/up', 'attn_pool.mlp.fc1'),
@@ -106,7 +97,7 @@ def eva_rows(a: dict) -> list[tuple]:
 
 NORM_NAMES = (('scale', 'weight'), ('bias', 'bias'))
 PLAIN_MLP = torch_linear('block_{i}/mlp/up', 'blocks.{i}.mlp.fc1')
-PACKED_MLP = fuse('block_{i}/mlp', ('gate', 'up'), 'blocks.{i}.mlp.fc1')
+PACKED_MLP = torch_fused('block_{i}/mlp', ('gate', 'up'), 'blocks.{i}.mlp.fc1')
 SPLIT_MLP = [
   *torch_linear('block_{i}/mlp/gate', 'blocks.{i}.mlp.fc1_g'),
   *torch_linear('block_{i}/mlp/up', 'blocks.{i}.mlp.fc1_x'),

@@ -247,7 +247,7 @@ def eva_fields(a: dict, origin: str) -> dict:
   )
 
 
-HOLDS = {'representation_size': (None,), 'resnet': (None,), 'pool': tuple(POOLS.values())}
+HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), cosine=(False,))
 
 
 def mlp_ratio(model: ViT, factor: int = 1) -> float:
@@ -271,7 +271,7 @@ def vit_arguments(model: ViT) -> tuple[str, dict]:
   """Returns an architecture name of `VisionTransformer`, and the arguments that only it has."""
   refuse('timm', model, HOLDS | {
     'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'mlp': ('plain', 'gated'),
-    'activation': ACTIVATIONS, 'norm_epsilon': (1e-6,),
+    'activation': ACTIVATIONS, 'norm_epsilon': (1e-6,), 'pool': tuple(POOLS.values()),
   })  # fmt: skip
   gated = model.mlp == 'gated'
   return 'vit_giant_patch14_dinov2' if gated else 'vit_base_patch16_224', dict(
