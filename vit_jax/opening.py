@@ -15,16 +15,13 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import inherit
 from vit_jax.check import check, check_held_out
-from vit_jax.data import (
-  Source,
-  first_size,
-  open_source,
-)
+from vit_jax.data import Source, first_size, fit_image, open_source
 from vit_jax.experiment import Experiment, assemble, mesh_for
+from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.sizing import choose_open, image_size, warn_of_few
 from vit_jax.splitting import decided, named_splits, open_splits
-from vit_jax.weights import adapt, check_params, read_weights
+from vit_jax.weights import Adaptation, adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
   Task,
@@ -40,7 +37,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
-  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
+  'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
 
@@ -56,6 +53,8 @@ class Request:
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
       the workdir has a different one. None: any config is accepted.
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
   """
 
   workdir: pathlib.Path | None = None
@@ -63,6 +62,7 @@ class Request:
   step: str = ''
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: ConfigDict | None = None
+  max_patches: int | None = None
 
   @property
   def name(self) -> str:
@@ -179,10 +179,12 @@ def from_init(
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
-  grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = names and len(names)
   new_head = names is not None and inherit.needs_new_head(found, names)
-  loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
+  to = Adaptation(patch_size=config.model.patch_size, num_classes=count, new_head=new_head)
+  if any(config.data.image_size):  # else it follows from the positions
+    to = inherit.adaptation(config, found, count, new_head)
+  loaded = adapt(found, to)
   loaded = inherit.with_pooling(loaded)
   expected = loaded.preprocessing
   config.data.image_size = expected.size
@@ -219,15 +221,16 @@ def from_workdir(
   loaded, params, saved = load_checkpoint(workdir, step)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
-    trained_size = own.data.image_size
+    trained = own.data.image_size, own.model.patch_size
     if config is None:
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
       config = config_lib.fill(config, config_lib.flatten(own))
-    size, config.data.image_size = image_size(config), trained_size
+    asked = image_size(config), config.model.patch_size
+    config.data.image_size, config.model.patch_size = trained
     check(config, trains=False)
-    experiment = assemble(config, Task.load(saved['task'])).at(size)
+    experiment = assemble(config, Task.load(saved['task'])).at(*asked)
     if config.model.attention == 'auto':  # what training has chosen
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
@@ -253,5 +256,32 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   if unread and not request.config:
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
-    return *from_init(request.init, request.overrides, classes), None
-  return from_workdir(request.workdir, request.overrides, request.config, request.step)
+    exp, params, step = *from_init(request.init, request.overrides, classes), None
+  else:
+    parts = request.workdir, request.overrides, request.config, request.step
+    exp, params, step = from_workdir(*parts)
+  if request.max_patches is not None:
+    exp = native(exp, params, request.max_patches)
+  return exp, params, step
+
+
+def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
+  """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
+
+  Images are neither cropped nor brought to one size. Each is scaled to at most `max_patches`
+  patches, and positions are stretched over its own patch grid.
+
+  Raises:
+    ValueError: the model cannot read images of different shapes in one batch.
+  """
+  patch = exp.model.patch_size
+  model = stretched(exp.model, exp.image_shape[:2], patch)
+  pack = Packer(model, params, max_patches)
+
+  def fit(image, size):
+    grid = native_grid((image.height, image.width), patch, max_patches)
+    size = tuple(n * p for n, p in zip(grid, patch))
+    return fit_image(image, size, exp.config.data.interpolation, stretch=True)
+
+  task = dataclasses.replace(exp.task, stored_size=None)
+  return dataclasses.replace(exp, model=model, fit=fit, pack=pack, task=task)

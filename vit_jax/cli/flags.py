@@ -68,6 +68,13 @@ STEP = Flag(
   'checkpoint with a validation accuracy, else last',
 )
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
+MAX_PATCHES = Flag(
+  'max_patches',
+  'keep the aspect ratio of images, scaled to at most this number of patches; default: all images '
+  'get the size data.image_size',
+  int,
+  None,
+)
 OUT = Flag('out', 'output folder', pathlib.Path)
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
 CLUSTER = (
@@ -88,7 +95,8 @@ def given_config(args: argparse.Namespace) -> ConfigDict | None:
 
 
 def request_of(args: argparse.Namespace):
-  """Creates an `opening.Request` from the flags of `WEIGHTS`."""
+  """Creates an `opening.Request` from the flags of `WEIGHTS` and `MAX_PATCHES`."""
   from vit_jax.opening import Request
 
-  return Request(args.workdir, args.init, args.step, args.overrides, given_config(args))
+  config, most = given_config(args), getattr(args, MAX_PATCHES.name)
+  return Request(args.workdir, args.init, args.step, args.overrides, config, most)

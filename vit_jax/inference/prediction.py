@@ -27,6 +27,7 @@ def predict(
   init: str = '',
   step: str = '',
   overrides: Mapping[str, str] | None = None,
+  max_patches: int | None = None,
 ) -> Iterator[dict]:
   """Predicts the classes of each image file, in the given order.
 
@@ -41,6 +42,8 @@ def predict(
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the
       checkpoint with the best validation accuracy, or the last if no accuracy was measured.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
 
   Returns:
     An iterator with a dict for each file; `predict_files` describes the dicts.
@@ -50,7 +53,7 @@ def predict(
   """
   start_up()
   folder = None if workdir is None else local(workdir)
-  request = Request(folder, init, step, overrides or {})
+  request = Request(folder, init, step, overrides or {}, max_patches=max_patches)
   return predict_files(request, images, topk)
 
 
