@@ -15,12 +15,11 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import inherit
 from vit_jax.check import check, check_held_out
-from vit_jax.data import Source, first_size, fit_image, open_source
+from vit_jax.data import Source, first_size, open_source
 from vit_jax.experiment import Experiment, assemble, mesh_for
-from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.sizing import choose_open, image_size, warn_of_few
-from vit_jax.splitting import decided, named_splits, open_splits
+from vit_jax.splitting import decided, named_splits, native, open_splits
 from vit_jax.weights import Adaptation, adapt, check_params, read_weights
 from vit_jax.workdir import (
   Calibration,
@@ -263,25 +262,3 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   if request.max_patches is not None:
     exp = native(exp, params, request.max_patches)
   return exp, params, step
-
-
-def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
-  """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
-
-  Images are neither cropped nor brought to one size. Each is scaled to at most `max_patches`
-  patches, and positions are stretched over its own patch grid.
-
-  Raises:
-    ValueError: the model cannot read images of different shapes in one batch.
-  """
-  patch = exp.model.patch_size
-  model = stretched(exp.model, exp.image_shape[:2], patch)
-  pack = Packer(model, params, max_patches)
-
-  def fit(image, size):
-    grid = native_grid((image.height, image.width), patch, max_patches)
-    size = tuple(n * p for n, p in zip(grid, patch))
-    return fit_image(image, size, exp.config.data.interpolation, stretch=True)
-
-  task = dataclasses.replace(exp.task, stored_size=None)
-  return dataclasses.replace(exp, model=model, fit=fit, pack=pack, task=task)

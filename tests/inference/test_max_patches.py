@@ -78,9 +78,9 @@ def test_the_flag_works_on_the_command_line(trained, photos, capsys):
   images = f'--images={photos[0] / "test"}'
   where = f'--workdir={trained[0]}'
   code, out, _ = call(capsys, '--mode=predict', where, images, '--max_patches=10', '--topk=1')
-  assert code == 0 and out.count('%') == len(photos[1])
+  assert not code and out.count('%') == len(photos[1])
   code, out, _ = call(capsys, '--mode=eval', where, '--max_patches=4')
-  assert code == 0 and 'max_patches 4' in out
+  assert not code and 'max_patches 4' in out
   assert 'max_patches must be a positive integer, got 0' in error(
     capsys, '--mode=predict', where, images, '--max_patches=0'
   )

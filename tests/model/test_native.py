@@ -83,7 +83,7 @@ def test_the_grid_is_the_largest_that_keeps_the_aspect_ratio(size, most):
 
 @pytest.mark.slow
 def test_the_grid_is_that_of_siglip_2_in_transformers():
-  from transformers.models.siglip2 import image_processing_siglip2 as theirs
+  from transformers.models.siglip2 import image_processing_pil_siglip2 as theirs
 
   for height, width, most in DRAW.randint((20, 20, 16), (2000, 2000, 1025), size=(200, 3)).tolist():
     want = theirs.get_image_size_for_max_num_patches(height, width, 16, most)

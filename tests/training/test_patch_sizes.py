@@ -101,10 +101,16 @@ def test_a_step_at_the_own_patch_size_is_the_step_of_an_ordinary_run():
   assert_equal(states[0].params, states[1].params)
 
 
+def fixed(patch_size):
+  """Returns the experiment with one patch size."""
+  exp, *_ = summary.summary_of_config(small_config(**FLEXIBLE | {'patch_sizes': '()'}))
+  return exp.at(patch_size=patch_size)
+
+
 def test_inspect_reports_the_mean_compute_and_the_largest_activations():
   exp, *_ = summary.summary_of_config(small_config(**FLEXIBLE))
   found = cost.measure(exp, 512)
-  each = [cost.measure(exp.at(patch_size=n), 512) for n in (2, 4, 8)]
+  each = [cost.measure(fixed(n), 512) for n in (2, 4, 8)]
   assert found.train_flops == sum(one.train_flops for one in each) // 3
   assert found.run_flops == 16 * 32 * found.train_flops
   assert found.parts[-1].activations_mib == each[0].parts[-1].activations_mib
@@ -118,7 +124,7 @@ def test_logged_flops_are_those_of_the_drawn_sizes(flexible):
   workdir, _ = flexible
   lines = [line for line in writer.read_metrics(workdir) if line['split'] == 'train']
   exp, *_ = summary.summary_of_config(small_config(**FLEXIBLE))
-  flops = {p: cost.measure(exp.at(patch_size=p), 512).train_flops for p in exp.patch_sizes}
+  flops = {p: cost.measure(fixed(p), 512).train_flops for p in exp.patch_sizes}
   for line in lines:
     steps = range(line['step'] - 7, line['step'] + 1)
     mean = np.mean([flops[loop.draw_patch(exp.patch_sizes, 0, step)] for step in steps])
