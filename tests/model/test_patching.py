@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import DATA, run_model
 import vit_jax
+from vit_jax import opening
 from vit_jax.inference import prediction
 from vit_jax.model import patching, variants
 from vit_jax.opening import Request
@@ -123,6 +124,16 @@ def test_smaller_patches_keep_the_image_size_and_resize_the_positions():
     vit_jax.load(path, patch_size=5)
   with pytest.raises(ValueError, match='patch_size: expected one or two positive integers, got 0'):
     vit_jax.load(path, patch_size=0)
+
+
+def test_loading_a_run_at_another_patch_size_equals_resizing_inside_its_model(trained):
+  exp, params, _ = opening.from_workdir(trained[0], {'model.patch_size': '2'})
+  assert exp.model.embedding_size == (4, 4) and params['embedding']['kernel'].shape[:2] == (4, 4)
+  loaded = vit_jax.load(trained[0], patch_size=2)
+  assert loaded.params['embedding']['kernel'].shape[:2] == (2, 2)
+  image = DRAW.normal(size=(2, 8, 8, 3)).astype(np.float32)
+  want = run_model(exp.model, params, image)
+  np.testing.assert_allclose(run_model(loaded.model, loaded.params, image), want, atol=2e-5)
 
 
 def test_a_hybrid_refuses_another_patch_size():
