@@ -134,17 +134,17 @@ def plain(
       `1 - rate`.
     rate: dropout rate.
   """
-  return averaged(drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate), value_BNKE)
+  return mixed_values(drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate), value_BNKE)
 
 
 def padded(
   query_BQKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array, length_B: jax.Array
 ) -> jax.Array:
   """Works like `plain`, but ignores the keys after the first `length` keys of each example."""
-  return averaged(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
+  return mixed_values(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
 
 
-def averaged(weights_BKQN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
+def mixed_values(weights_BKQN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
   """Returns the values averaged with these weights, `[B, Q, K, E]`."""
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
