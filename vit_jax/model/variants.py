@@ -164,9 +164,9 @@ def check_patches(model: ViT) -> None:
     return
   if model.embedding_size not in (None, model.patch_size):
     raise ValueError(
-      f'The weights are for patches of {as_size(model.embedding_size)} pixels and cannot be '
-      f'resized to {as_size(model.patch_size)}, because the patches of a hybrid come from the '
-      f'feature map of its stem, model.resnet={model.resnet}. Use the patch size of the weights.'
+      f'model.patch_size={model.patch_size}: the weights are for patches of '
+      f'{as_size(model.embedding_size)} pixels, and the patches of a hybrid come from the feature '
+      f'map of its stem, model.resnet={model.resnet}. Use the patch size of the weights.'
     )
   if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(
