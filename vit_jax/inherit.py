@@ -16,6 +16,7 @@ from vit_jax.model import ATTRIBUTES, ViT, variant_fields
 from vit_jax.names import abridged, accepted, difference, local, pair
 from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses
 from vit_jax.weights import (
+  Adaptation,
   Pretrained,
   Weights,
   adapt,
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
   """Opens the weights that `init` names and adapts them to the data's classes and image size.
 
+  If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
+
   If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
   pre-logits layer is dropped.
 
@@ -44,7 +47,6 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   """
   found = read_weights(config.init)
   config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
-  grid = grid_for(config, found)
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
@@ -52,7 +54,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
     )
   classes = source.class_names
   new_head = needs_new_head(found, classes)
-  loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
+  loaded = adapt(found, adaptation(config, found, len(classes), new_head))
   log.info('Starting from the weights in %s', config.init)
   if new_head:
     log.info('The head is new, because the weights have different or unknown classes.')
@@ -169,19 +171,25 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
     )
 
 
-def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
-  """Returns the patch grid (down, across) of the config's images, for the weights' patch size.
+def adaptation(
+  config: ConfigDict, found: Weights, num_classes: int | None, new_head: bool
+) -> Adaptation:
+  """Returns what weights are adapted to, for the config's image size, patch size and resizing.
 
   Raises:
     ValueError: the images do not divide into patches.
   """
-  size, patch = pair(config.data.image_size), ViT(**found.fields).patch_size
+  size, own = pair(config.data.image_size), ViT(**found.fields).patch_size
+  patch = pair(config.model.patch_size or own, 'model.patch_size')
   if any(n % p for n, p in zip(size, patch)):
     raise ValueError(
       f'data.image_size={size} does not divide into the patches of init={config.init}. Use '
       f'multiples of the patch size, {patch[0]}x{patch[1]} pixels.'
     )
-  return size[0] // patch[0], size[1] // patch[1]
+  if patch != own:
+    log.info('Resizing the patch embedding from %dx%d to %dx%d pixels.', *own, *patch)
+  grid = size[0] // patch[0], size[1] // patch[1]
+  return Adaptation(grid, None, patch, num_classes, config.init_resize, new_head)
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:

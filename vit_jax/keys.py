@@ -120,6 +120,10 @@ TRAINING = {
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
   'progressive.until': Key((), 'share of the run after which each size is replaced by the next'),
+  'patch_sizes': Key(
+    (), 'patch sizes of which each training step draws one (FlexiViT); the weights have the size '
+    'model.patch_size, which evaluation uses; empty: model.patch_size only', 'pixels'
+  ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
     'mesh.fsdp or mesh.tensor is -1', may_change=True,

@@ -15,16 +15,12 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import inherit
 from vit_jax.check import check, check_held_out
-from vit_jax.data import (
-  Source,
-  first_size,
-  open_source,
-)
+from vit_jax.data import Source, first_size, open_source
 from vit_jax.experiment import Experiment, assemble, mesh_for
 from vit_jax.optim import Training, announce, plan_training, training_weights
 from vit_jax.sizing import choose_open, image_size, warn_of_few
-from vit_jax.splitting import decided, named_splits, open_splits
-from vit_jax.weights import adapt, check_params, read_weights, with_pooling
+from vit_jax.splitting import decided, named_splits, native, open_splits
+from vit_jax.weights import Adaptation, adapt, check_params, read_weights, with_pooling
 from vit_jax.workdir import (
   Calibration,
   Task,
@@ -40,7 +36,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
-  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
+  'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
 
@@ -58,6 +54,8 @@ class Request:
       the workdir has a different one. None: any config is accepted.
     zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP;
       None: the weights have a head, or only features are needed.
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
   """
 
   workdir: pathlib.Path | None = None
@@ -66,6 +64,7 @@ class Request:
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: ConfigDict | None = None
   zero_shot: pathlib.Path | None = None
+  max_patches: int | None = None
 
   @property
   def name(self) -> str:
@@ -190,10 +189,12 @@ def from_init(
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
-  grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
   count = len(names) if names and text is None else None
   new_head = count is not None and inherit.needs_new_head(found, names)
-  loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
+  to = Adaptation(patch_size=config.model.patch_size, num_classes=count, new_head=new_head)
+  if any(config.data.image_size):  # else it follows from the positions
+    to = inherit.adaptation(config, found, count, new_head)
+  loaded = adapt(found, to)
   loaded = inherit.with_classes(loaded, text) if text else with_pooling(loaded)
   if loaded.sigmoid and config.loss.name is None:
     config.loss.name = 'sigmoid'
@@ -232,15 +233,16 @@ def from_workdir(
   loaded, params, saved = load_checkpoint(workdir, step)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
-    trained_size = own.data.image_size
+    trained = own.data.image_size, own.model.patch_size
     if config is None:
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
       config = config_lib.fill(config, config_lib.flatten(own))
-    size, config.data.image_size = image_size(config), trained_size
+    asked = image_size(config), config.model.patch_size
+    config.data.image_size, config.model.patch_size = trained
     check(config, trains=False)
-    experiment = assemble(config, Task.load(saved['task'])).at(size)
+    experiment = assemble(config, Task.load(saved['task'])).at(*asked)
     if config.model.attention == 'auto':  # what training has chosen
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
@@ -267,10 +269,15 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
     parts = request.init, request.overrides, classes, request.zero_shot
-    return *from_init(*parts), None
-  if request.zero_shot:
+    exp, params, step = *from_init(*parts), None
+  elif request.zero_shot:
     raise ValueError(
       f'--classes={request.zero_shot}: a trained model already has a head for its classes. Use '
       '--init with weights of CLIP or SigLIP instead of --workdir.'
     )
-  return from_workdir(request.workdir, request.overrides, request.config, request.step)
+  else:
+    parts = request.workdir, request.overrides, request.config, request.step
+    exp, params, step = from_workdir(*parts)
+  if request.max_patches is not None:
+    exp = native(exp, params, request.max_patches)
+  return exp, params, step

@@ -1,4 +1,4 @@
-"""Opens the splits of a run, and decides how their images are kept."""
+"""Opens the splits of a run, and decides how images are kept and scaled."""
 
 import dataclasses
 
@@ -11,10 +11,12 @@ from vit_jax.data import (
   check_memory,
   common_size,
   decide_cache,
+  fit_image,
   open_split,
   report_split,
 )
 from vit_jax.experiment import Experiment, assemble
+from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained
 
 
@@ -65,3 +67,25 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
     check_memory(source, names, size)
   task = dataclasses.replace(task, stored_size=size)
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)
+
+
+def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
+  """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
+
+  Images are neither cropped nor brought to one size. Each is scaled to at most `max_patches`
+  patches, and positions are stretched over its own patch grid.
+
+  Raises:
+    ValueError: the model cannot read images of different shapes in one batch.
+  """
+  patch = exp.model.patch_size
+  model = stretched(exp.model, exp.image_shape[:2], patch)
+  pack = Packer(model, params, max_patches)
+
+  def fit(image, size):
+    grid = native_grid((image.height, image.width), patch, max_patches)
+    size = tuple(n * p for n, p in zip(grid, patch))
+    return fit_image(image, size, exp.config.data.interpolation, stretch=True)
+
+  task = dataclasses.replace(exp.task, stored_size=None)
+  return dataclasses.replace(exp, model=model, fit=fit, pack=pack, task=task)

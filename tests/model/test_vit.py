@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA, init_params, run_model
-from vit_jax.model import positions, resnet, variants, vit
-from vit_jax.model.encoder import Encoder
+from vit_jax.model import positions, resnet, variants
+from vit_jax.model.encoder import Encoder, block_tokens
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
 # Parameter names in the paper's files, as patterns for both of their spellings, and our names.
@@ -439,7 +439,7 @@ def test_invalid_models_are_rejected(fields, message):
 def test_block_tokens_returns_the_tokens_after_each_block(remat):
   model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
   params = init_params(model, image_BHWC)
-  blocks = vit.block_tokens(model, params, image_BHWC)
+  blocks = block_tokens(model, params, image_BHWC)
   assert len(blocks) == 3
   shorter = model.clone(depth=2, num_classes=None, pool='none')
   kept = {name: leaves for name, leaves in params.items() if name not in ('block_2', 'head')}

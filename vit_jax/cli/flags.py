@@ -68,6 +68,13 @@ STEP = Flag(
   'checkpoint with a validation accuracy, else last',
 )
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
+MAX_PATCHES = Flag(
+  'max_patches',
+  'keep the aspect ratio of images, scaled to at most this number of patches; default: all images '
+  'get the size data.image_size',
+  int,
+  None,
+)
 OUT = Flag('out', 'output folder', pathlib.Path)
 CLASSES = Flag(
   'classes',
@@ -94,8 +101,15 @@ def given_config(args: argparse.Namespace) -> ConfigDict | None:
 
 
 def request_of(args: argparse.Namespace):
-  """Creates an `opening.Request` from the flags of `WEIGHTS` and `CLASSES`."""
+  """Creates an `opening.Request` from the flags of `WEIGHTS`, `CLASSES` and `MAX_PATCHES`."""
   from vit_jax.opening import Request
 
-  config, classes = given_config(args), getattr(args, CLASSES.name)
-  return Request(args.workdir, args.init, args.step, args.overrides, config, zero_shot=classes)
+  return Request(
+    args.workdir,
+    args.init,
+    args.step,
+    args.overrides,
+    given_config(args),
+    args.classes,
+    args.max_patches,
+  )

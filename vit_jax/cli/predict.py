@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from vit_jax import storage
-from vit_jax.cli.flags import CLASSES, IMAGES, OUT, WEIGHTS, Flag, Mode, request_of
+from vit_jax.cli.flags import CLASSES, IMAGES, MAX_PATCHES, OUT, WEIGHTS, Flag, Mode, request_of
 from vit_jax.names import one_line
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ MODE = Mode(
     *WEIGHTS,
     CLASSES,
     IMAGES,
+    MAX_PATCHES,
     Flag(
       'topk',
       'number of classes to print for each image; default: 5, or every label above its '

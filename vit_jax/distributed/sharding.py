@@ -126,9 +126,12 @@ def place_rows(
   row_N: np.ndarray,
   count: int,
   over_batch: jax.sharding.Sharding,
-  local: Mapping[str, np.ndarray],
-) -> dict[str, jax.Array]:
-  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`."""
+  local: Mapping[str, object],
+) -> dict[str, object]:
+  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`.
+
+  The values are NumPy arrays, or trees of them.
+  """
 
   def put(array):
     def part(where):
@@ -138,7 +141,7 @@ def place_rows(
 
     return jax.make_array_from_callback((count, *array.shape[1:]), over_batch, part)
 
-  return {name: put(array) for name, array in local.items()}
+  return {name: jax.tree.map(put, arrays) for name, arrays in local.items()}
 
 
 def keep_layout(mesh: Mesh, tree):

@@ -6,14 +6,16 @@ Each `picture_*` function takes a `Subject` and returns a figure and its caption
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
+import jax
 from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax.data import Split
 from vit_jax.evaluation import Scores, coverage_curve, reliability, trust
 from vit_jax.experiment import Experiment
-from vit_jax.figures import charts, draw, maps
+from vit_jax.figures import charts, components, draw, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.neighbours import ROWS, Neighbours, draw_neighbours
 from vit_jax.model import POOLS, POSITIONS
@@ -243,6 +245,20 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
   )
 
 
+def picture_components(subject: Subject) -> tuple[Figure, str]:
+  """Returns the figure of the principal components of patch features, and its caption."""
+  exp, params, shown = subject.need('exp', 'params', 'shown')
+  features = jax.jit(functools.partial(components.dense_features, exp.model))
+  map_BhwF, share_F = components.component_maps(features(params, exp.normalize(shown)))
+  figure = draw.draw_components(shown, components.component_colours(map_BhwF))
+  shares = ', '.join(f'{share:.1%}' for share in share_F)
+  return figure, (
+    'The first three principal components of the patch features, as red, green and blue. They '
+    f'hold {shares} of the variance of the features, over all patches shown. Patches with similar '
+    'features have similar colours, also in different images.'
+  )
+
+
 # Maps the file name of each figure, without `.png`, to its title and function.
 PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'curves': ('Loss and accuracy', picture_curves),
@@ -257,6 +273,7 @@ PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'distance': ('Mean attention distance', picture_distance),
   'rollout': ('Attention rollout', picture_rollout),
   'heads': ('Attention by head', picture_heads),
+  'components': ('Principal components of the patch features', picture_components),
 }
 
 

@@ -74,17 +74,21 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     batch, inputs = x.shape[: -self.axes], x.shape[-self.axes :]
     matrix = math.prod(inputs), math.prod(self.features)
-
-    def init_kernel(key, shape):
-      return self.kernel_init(key, matrix).reshape(shape)
-
-    kernel = self.param('kernel', init_kernel, (*inputs, *self.features))
-    kernel = kernel.astype(self.dtype).reshape(matrix)
+    kernel = self.weights(inputs).astype(self.dtype).reshape(matrix)
     y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
     if self.use_bias:
       bias = self.param('bias', self.bias_init, self.features)
       y = y + bias.astype(self.dtype).reshape(-1)
     return y.reshape(*batch, *self.features)
+
+  def weights(self, inputs: tuple[int, ...]) -> jax.Array:
+    """Returns the kernel for inputs of this shape, `[*inputs, *features]`."""
+    matrix = math.prod(inputs), math.prod(self.features)
+
+    def init_kernel(key, shape):
+      return self.kernel_init(key, matrix).reshape(shape)
+
+    return self.param('kernel', init_kernel, (*inputs, *self.features))
 
 
 class Dropout(nn.Module):
@@ -126,6 +130,7 @@ class Attention(nn.Module):
   """Multi-head attention (paper, Appendix A).
 
   Keys and values come from `x_BND`. Queries come from `query_BND`; if it is None, from `x_BND`.
+  `Encoder` describes the other arguments.
   """
 
   block: Block
@@ -136,6 +141,7 @@ class Attention(nn.Module):
     x_BND: jax.Array,
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    length_B: jax.Array | None = None,
     query_BND: jax.Array | None = None,
   ) -> jax.Array:
     block = self.block
@@ -159,11 +165,14 @@ class Attention(nn.Module):
       keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
     choice = block.attention
     if self.is_mutable_collection('intermediates'):
-      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE)
+      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE, length_B)
       self.sow('intermediates', 'attention_BKNN', weights_BKNN)
       choice = 'plain'  # which computes the same weights, so XLA computes them once
-    kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
-    y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
+    if length_B is not None:
+      y_BNKE = attention.padded(query_BNKE, key_BNKE, value_BNKE, length_B)
+    else:
+      kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
+      y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
     if block.out_norm:  # Wang et al. 2022 (2210.06423), Section 2.1: over all heads together
       y_BNKE = norm(name='out_norm', reduction_axes=(-2, -1), feature_axes=(-2, -1))(y_BNKE)
     return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)

@@ -112,8 +112,11 @@ def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token."""
-  cos, sin = cos_NE[:, None], sin_NE[:, None]
+  """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token.
+
+  The angles can differ between examples: `[B, N, E/2]`.
+  """
+  cos, sin = cos_NE[..., None, :], sin_NE[..., None, :]
   a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x_BNKE.dtype)
 

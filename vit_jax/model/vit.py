@@ -12,6 +12,7 @@ logits are computed in float32.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
-from vit_jax.model.encoder import Encoder, EncoderBlock
+from vit_jax.model.encoder import Encoder
 from vit_jax.model.heads import KnnHead, unit
 from vit_jax.model.layers import Block, Dense, Dropout
+from vit_jax.model.patching import Padded, PatchEmbedding, check_divides, check_padded, cut
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.names import choose
@@ -34,6 +36,8 @@ class ViT(nn.Module):
     num_classes: width of the head; None for a model without a head, which returns the features that
       `pool` gives.
     patch_size: (height, width) of a patch in pixels.
+    embedding_size: (height, width) of the patches that the parameters of the embedding are for. For
+      another `patch_size`, the embedding is resized (`patching.py`). None: the patch size.
     width: D, size of a token.
     depth: number of encoder blocks.
     num_heads: K, number of attention heads.
@@ -89,6 +93,7 @@ class ViT(nn.Module):
   num_heads: int
   mlp_dim: int
   head_dim: int | None = None
+  embedding_size: tuple[int, int] | None = None
   pool: str = 'cls'
   class_token: bool | None = None
   position: str = 'learned'
@@ -148,12 +153,17 @@ class ViT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, image_BHWC: jax.Array, *, train: bool = False, example_B: jax.Array | None = None
+    self,
+    image_BHWC: jax.Array | Padded,
+    *,
+    train: bool = False,
+    example_B: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the logits `[B, L]` in float32.
 
     Args:
-      image_BHWC: normalised images; H and W are multiples of the patch size.
+      image_BHWC: normalised images; H and W are multiples of the patch size. Images of different
+        shapes are given as `Padded`.
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: index of each example in the batch of all devices. Random numbers for an example
         depend on this index. The default is `0..B-1`.
@@ -162,22 +172,27 @@ class ViT(nn.Module):
       The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
 
     Raises:
-      ValueError: the patch size does not divide the image size.
+      ValueError: the patch size does not divide the image size, or the images have different shapes
+        and the model cannot read such images.
     """
     if not train:
       example_B = None
     elif example_B is None:
       example_B = jnp.arange(len(image_BHWC))
 
-    x_BhwD = self.embed(image_BHWC)
-    x_BND, rope_NE = self.tokens(x_BhwD)
+    if isinstance(image_BHWC, Padded):
+      check_padded(self)
+      of_pool = (length_B := image_BHWC.count_B + self.num_prefix,)
+    else:
+      of_pool, length_B = (), None
+    x_BND, rope_NE = self.tokens(image_BHWC)
     if self.pre_norm:
       x_BND = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
     encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
     nn.share_scope(self, encoder)  # puts the encoder's parameters at the top level
-    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
+    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE, length_B), *of_pool)
     if self.norm_after_pool:
       x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
     if self.representation_size is not None:
@@ -194,48 +209,49 @@ class ViT(nn.Module):
     # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
-  def embed(self, image_BHWC: jax.Array) -> jax.Array:
-    """Splits images into patches and embeds each with the same linear map (equation 1).
+  def cut(self, image_BHWC: jax.Array) -> jax.Array:
+    """Splits images into patches, `[B, h, w, p, q, C]`.
 
-    In a hybrid, the patches are taken from the stem's feature map. The result is `[B, h, w, D]`.
+    In a hybrid, the patches are taken from the stem's feature map.
     """
     if len(image_BHWC.shape) != 4:
       raise ValueError(
         f'images: expected the shape [B, H, W, C], got {image_BHWC.shape}. One image needs a batch '
         'axis: image[None].'
       )
-    _, height, width, _ = image_BHWC.shape
-    p, q = self.patch_size
-    if height % p or width % q:
-      raise ValueError(
-        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}. Set '
-        'data.image_size to multiples of model.patch_size.'
-      )
-    x = image_BHWC
-    if self.resnet is not None:
-      x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
-      stride = resnet.stem_stride(self.resnet)
-      p, q = p // stride, q // stride
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // p, p, width // q, q, channels).transpose(0, 1, 3, 2, 4, 5)
-    embedding = Dense(
-      (self.width,),
-      axes=3,
-      use_bias=not self.pre_norm,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.lecun_normal(),
-      name='embedding',
-    )
-    return embedding(x)
+    if self.resnet is None:
+      return cut(image_BHWC, self.patch_size)
+    check_divides(self.patch_size, image_BHWC)
+    x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(image_BHWC)
+    stride = resnet.stem_stride(self.resnet)
+    return cut(x, tuple(n // stride for n in self.patch_size))
 
-  def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Adds positions, class token and registers, and returns tokens `[B, N, D]` and RoPE's angles.
+  def tokens(
+    self, image_BHWC: jax.Array | Padded
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Embeds patches, and adds positions, class token and registers (equation 1).
+
+    Returns the tokens `[B, N, D]` and RoPE's angles.
 
     The class token comes first, then the registers, then the patches. Whether the tokens before the
     patches have positions depends on the entry of `POSITIONS`. The angles are None without RoPE.
     """
-    batch, h, w, width = x_BhwD.shape
-    x_BND = x_BhwD.reshape(batch, h * w, width)
+    if isinstance(image_BHWC, Padded):
+      patch_BNpqC, positions = image_BHWC.patch_BNpqC, lambda: image_BHWC.positions
+    else:
+      patch_BhwpqC = self.cut(image_BHWC)
+      batch, h, w, *patch = patch_BhwpqC.shape
+      patch_BNpqC = patch_BhwpqC.reshape(batch, h * w, *patch)
+      positions = functools.partial(self.positions, (h, w))
+    embedding = PatchEmbedding(
+      (self.width,),
+      size=self.embedding_size if self.resnet is None else None,
+      use_bias=not self.pre_norm,
+      dtype=self.dtype,
+      name='embedding',
+    )
+    x_BND = embedding(patch_BNpqC)
+    batch, patches, width = x_BND.shape
 
     prefix = []
     if self.has_class:
@@ -245,37 +261,28 @@ class ViT(nn.Module):
       prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
     prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
 
-    position, whole = POSITIONS[self.position], self.position_grid or (h, w)
-    if position.table is not None:
-      table = position.table(self, (h, w), whole).astype(x_BND.dtype)
-      count = table.shape[1] - h * w
+    table, rope_NE = positions()  # comes last: initial values depend on the order of parameters
+    if table is not None:
+      table = table.astype(x_BND.dtype)
+      count = table.shape[1] - patches
       x_BND = x_BND + table[:, count:]
       if count:
         prefix_BND = jnp.concatenate(prefix, axis=1)
         prefix = [prefix_BND[:, :count] + table[:, :count], prefix_BND[:, count:]]
-    rope_NE = None if position.angles is None else position.angles(self, (h, w), whole)
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
+
+  def positions(self, grid: tuple[int, int]) -> tuple:
+    """Returns the table and the angles of the position embedding for a grid; None if it has none.
+
+    `Position` describes both.
+    """
+    position, whole = POSITIONS[self.position], self.position_grid or grid
+    return tuple(make and make(self, grid, whole) for make in (position.table, position.angles))
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
     """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
-
-
-def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
-  """Returns the tokens `[B, N, D]` after each block, in order, without the last LayerNorm.
-
-  Args:
-    model: the model that the blocks belong to.
-    params: the model's parameters.
-    image_BHWC: normalised images.
-  """
-  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
-  _, state = model.clone(remat='none').apply(
-    {'params': params}, image_BHWC, capture_intermediates=is_block
-  )
-  blocks = state['intermediates']
-  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]
 
 
 def first_layer() -> tuple[str, ...]:
