@@ -268,16 +268,17 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   if unread and not request.config:
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
-    parts = request.init, request.overrides, classes, request.zero_shot
-    exp, params, step = *from_init(*parts), None
+    exp, params = from_init(request.init, request.overrides, classes, request.zero_shot)
+    step = None
   elif request.zero_shot:
     raise ValueError(
       f'--classes={request.zero_shot}: a trained model already has a head for its classes. Use '
       '--init with weights of CLIP or SigLIP instead of --workdir.'
     )
   else:
-    parts = request.workdir, request.overrides, request.config, request.step
-    exp, params, step = from_workdir(*parts)
+    exp, params, step = from_workdir(
+      request.workdir, request.overrides, request.config, request.step
+    )
   if request.max_patches is not None:
     exp = native(exp, params, request.max_patches)
   return exp, params, step

@@ -22,9 +22,7 @@ def test_components_signs_and_shares_equal_those_of_scikit_learn():
   want = PCA(4, svd_solver='full').fit(x_ND)
   np.testing.assert_allclose(found, want.components_, atol=1e-10)
   np.testing.assert_allclose(share, want.explained_variance_ratio_, atol=1e-12)
-  again, _ = components.principal_components(
-    x_ND[::-1], 4
-  )  # the order of the patches is irrelevant
+  again, _ = components.principal_components(x_ND[::-1], 4)  # the order of patches is irrelevant
   np.testing.assert_allclose(found, again, atol=1e-10)
   assert components.principal_components(x_ND[:3], 4)[0].shape == (2, 9)
 
@@ -52,7 +50,7 @@ def test_colours_cover_the_range_between_the_percentiles():
 
 @pytest.mark.parametrize('fields', [
     dict(pool='cls', num_registers=2), dict(pool='map'), dict(pool='gap', norm_after_pool=True),
-    dict(pool='cls_gap', representation_size=4),
+    dict(pool='cls_gap', representation_size=4), dict(pool='cls', projection=4, cosine=True),
 ])  # fmt: skip
 def test_dense_features_are_the_normalised_patches_of_the_last_block(fields):
   model = variants.make('tiny', 5, width=16, depth=2, mlp_dim=8, **fields)

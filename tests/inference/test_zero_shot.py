@@ -137,6 +137,31 @@ def test_predict_prints_zero_shot_probabilities(name, photos, capsys):
   assert next(rows)['predictions'][0]['class'] == NAMES[want_BL[0].argmax()]
 
 
+@pytest.mark.parametrize('name, patch', [('hf_clip', 7), ('hf_siglip', 14)])
+def test_images_of_any_shape_have_the_probabilities_of_each_image_alone(name, patch, tmp_path):
+  """With the patch size of the weights, and with a larger one."""
+  draw, classes = np.random.RandomState(0), DATA / name / 'classes.npz'
+  for h, w in (
+    (2, 4),
+    (4, 2),
+    (1, 8),
+  ):  # grids of exactly `max_patches`, so that nothing is resized
+    pixels = draw.randint(0, 256, (h * patch, w * patch, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f'{h}x{w}.png')
+  loaded = vit_jax.load(DATA / name, patch_size=patch, features='pooled')
+  loaded = inherit.with_classes(loaded, inherit.open_classes(classes))
+  model, p = loaded.model.clone(position_grid=(28 // patch, 28 // patch)), loaded.preprocessing
+  rows = vit_jax.predict(
+    None, [tmp_path], 3, init=str(DATA / name), overrides={'model.patch_size': str(patch)},
+    classes=classes, max_patches=8,
+  )  # fmt: skip
+  for row in rows:
+    image = ((np.asarray(Image.open(row['file'])) / 255 - p.mean) / p.std).astype(np.float32)
+    want = probabilities(name, run_model(model, loaded.params, image[None]))[0]
+    found = {guess['class']: guess['probability'] for guess in row['predictions']}
+    assert found == pytest.approx(dict(zip(NAMES, want)), abs=2e-5)
+
+
 @pytest.mark.parametrize('name', FAMILIES)
 def test_eval_matches_class_folders_with_names(name, photos, capsys):
   source = f'folder:{photos}'

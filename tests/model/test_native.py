@@ -29,6 +29,11 @@ def build(**fields):
     dict(pool='distilled', num_registers=1, position_prefix='all', pre_norm=True),
     dict(pool='gap', position='none', remat='full', embedding_size=(3, 5)),
     dict(pool='map', num_registers=1, class_token=True, position_prefix='none', layer_scale=0.1),
+    dict(pool='cls', num_registers=1, position='rope_unit', mlp='gated', key_bias=False),  # DINOv3
+    dict(pool='gap', class_token=True, position='learned_rope', rope_grid=(16, 16),
+         mlp='gated_norm', out_norm=True),  # EVA-02
+    dict(pool='map', position='learned_rope', mlp='gated'),
+    dict(pool='cls', pre_norm=True, projection=6, cosine=True),  # zero-shot with CLIP
 ])  # fmt: skip
 def test_padded_images_have_the_logits_of_each_image_alone(fields):
   model, params = build(**fields)

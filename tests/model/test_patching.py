@@ -70,7 +70,11 @@ def flexible(**fields):
 
 
 @pytest.mark.parametrize('new', [(8, 8), (12, 8), (5, 7)])
-@pytest.mark.parametrize('fields', [dict(pool='cls'), dict(pool='map', position='rope')])
+@pytest.mark.parametrize('fields', [
+    dict(pool='cls'), dict(pool='map', position='rope'),
+    dict(pool='cls', position='rope_unit', mlp='gated'),
+    dict(pool='gap', position='learned_rope', rope_grid=(3, 3)),
+])  # fmt: skip
 def test_larger_patches_of_a_larger_image_give_the_same_logits(new, fields):
   """The property of the paper, in the model, with one grid of patches and with another."""
   model = flexible(**fields)
@@ -96,14 +100,17 @@ def test_the_stored_weights_get_the_gradient_through_the_resizing():
   np.testing.assert_allclose(found, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['paper_token/weights.npz', 'hf_dinov2', 'timm_map'])
+@pytest.mark.parametrize('name', [
+    'paper_token/weights.npz', 'hf_dinov2', 'timm_map', 'hf_dinov3', 'timm_eva02', 'hf_clip',
+])  # fmt: skip
 def test_published_weights_load_with_larger_patches(name):
   own = vit_jax.load(DATA / name)
   image = np.load(DATA / name.split('/')[0] / 'io.npz')['image']
-  (p, q), grid = own.model.patch_size, tuple(np.array(image.shape[1:3]) // own.model.patch_size)
-  own = vit_jax.load(DATA / name, grid=tuple(map(int, grid)))
+  p, q = own.model.patch_size
+  grid = image.shape[1] // p, image.shape[2] // q
+  own = vit_jax.load(DATA / name, grid=grid)
   new = (2 * p, 3 * q)
-  loaded = vit_jax.load(DATA / name, grid=own.model.learned_grid, patch_size=new)
+  loaded = vit_jax.load(DATA / name, grid=grid, patch_size=new)
   assert loaded.model.patch_size == new and loaded.model.embedding_size is None
   assert loaded.params['embedding']['kernel'].shape[:2] == new
   assert loaded.preprocessing.size == tuple(n * k for n, k in zip(image.shape[1:3], (2, 3)))
@@ -134,6 +141,12 @@ def test_loading_a_run_at_another_patch_size_equals_resizing_inside_its_model(tr
   image = DRAW.normal(size=(2, 8, 8, 3)).astype(np.float32)
   want = run_model(exp.model, params, image)
   np.testing.assert_allclose(run_model(loaded.model, loaded.params, image), want, atol=2e-5)
+
+
+def test_weights_that_are_resized_in_the_model_are_not_written(trained, tmp_path):
+  exp, params, _ = opening.from_workdir(trained[0], {'model.patch_size': '2'})
+  with pytest.raises(ValueError, match=r'model.embedding_size=\(4, 4\): only None, \(2, 2\)'):
+    vit_jax.save(exp.model, params, tmp_path, format='timm')
 
 
 def test_a_hybrid_refuses_another_patch_size():

@@ -261,6 +261,7 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
       f'The format {format_name} cannot hold a k-NN head, only a linear one. Use the format onnx '
       'or stablehlo, or compute a linear head: --mode=fewshot --classifier=ridge.'
     )
+  holds = {'embedding_size': (None, model.patch_size)} | dict(holds)
   key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
     f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '
