@@ -28,9 +28,9 @@ def write_features(args) -> int:
   from vit_jax.inference import features
   from vit_jax.weights import write_arrays
 
-  if wrong := args.given & {'--format', '--topk', '--classes'}:
+  if args.given & {'--format', '--topk', '--classes'}:
     raise ValueError(
-      f'--features cannot be combined with {" or ".join(sorted(wrong))}. Remove these flags.'
+      '--features cannot be combined with --format or --topk, nor with --classes. Remove them.'
     )
   if not args.out or args.out.suffix != '.npz':
     raise ValueError(f'--features={args.features} needs --out, an npz file to write, e.g. out.npz.')
