@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from benchmarks import arguments
 from vit_jax.model import variants
 from vit_jax.model.vit import ViT
-from vit_jax.weights import timm
+from vit_jax.weights import hf, timm
 from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Every ViT of timm 1.0.31; None for models that this project cannot load.
+# Every ViT of timm 1.0.31, and every EVA and DINOv3; None for models that cannot be loaded.
 TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 
@@ -83,6 +83,35 @@ HUGGING_FACE = {  # class: (example on the Hub, test)
     'test_hugging_face',
   ),
   'Dinov2WithRegistersModel': ('facebook/dinov2-with-registers-base', 'test_hugging_face'),
+  'DINOv3ViTModel': ('facebook/dinov3-vitb16-pretrain-lvd1689m', 'test_dinov3'),
+  'CLIPModel': ('openai/clip-vit-base-patch32', 'hf_clip'),
+  'CLIPVisionModelWithProjection': ('openai/clip-vit-base-patch32', 'test_image_towers'),
+  'CLIPVisionModel': ('openai/clip-vit-base-patch32', 'test_image_towers'),
+  'SiglipModel': ('google/siglip2-base-patch16-224', 'hf_siglip'),
+  'SiglipVisionModel': ('google/siglip-base-patch16-224', 'test_image_towers'),
+}
+
+
+def size(width: int, mlp_dim: int, depth: int, heads: int, **others: object) -> dict:
+  """Returns the config fields of a DINOv3 that differ from transformers' defaults."""
+  return others | dict(
+    hidden_size=width,
+    intermediate_size=mlp_dim,
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    num_register_tokens=4,
+    model_type='dinov3_vit',
+  )
+
+
+GATED = dict(use_gated_mlp=True, hidden_act='silu')
+DINOV3 = {  # config fields by the name on the Hub, without the name of the training data
+  'dinov3-vits16': size(384, 1536, 12, 6),
+  'dinov3-vits16plus': size(384, 1536, 12, 6, **GATED),
+  'dinov3-vitb16': size(768, 3072, 12, 12),
+  'dinov3-vitl16': size(1024, 4096, 24, 16),
+  'dinov3-vith16plus': size(1280, 5120, 32, 20, **GATED),
+  'dinov3-vit7b16': size(4096, 8192, 40, 32, **GATED, query_bias=False, value_bias=False),
 }
 
 
@@ -99,6 +128,11 @@ def parameters(model: ViT, pixels: int = PIXELS) -> int:
 
 def millions(count: int) -> str:
   return f'{count / 1e6:.2f}'
+
+
+def dinov3_model(name: str) -> ViT:
+  """Returns the model of a name in `DINOV3`, without a head."""
+  return ViT(**hf.read_hf(pathlib.Path(name), DINOV3[name], {}).fields)
 
 
 def timm_model(name: str) -> ViT:
@@ -126,14 +160,23 @@ def tables() -> str:
   lines += ['| class | example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
+  lines += [
+    '\nDINOv3 is published as `facebook/<name>-pretrain-<data>`. You must accept its license on '
+    'the Hub first. These models have no head.\n',
+    '| name | parameters | tests |',
+    '| --- | --- | --- |',
+  ]
+  lines += [
+    f'| `{name}` | {millions(parameters(dinov3_model(name)))} | `hf_dinov3` |' for name in DINOV3
+  ]
   names = json.loads(TIMM_NAMES.read_text(encoding='utf-8'))
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
     f'{len(known)} architecture names are known. They are published as `timm/<name>.<tag>` on the '
     'Hub. A folder that timm saved with `model_args` does not need a known name. '
-    '`test_timms_names_stand_for_its_arguments` tests every name, and `timm_*` and `test_timm` '
-    'test the arrays.\n',
+    '`test_timms_names_stand_for_its_arguments` tests every name, and `timm_*`, `test_timm` and '
+    '`test_timm_eva` test the arrays.\n',
     '| name | parameters |',
     '| --- | --- |',
   ]
@@ -141,8 +184,8 @@ def tables() -> str:
   absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
   lines += [
     '',
-    'These models cannot be loaded, because they have parts that this ViT lacks (SwiGLU, RMSNorm, '
-    f'parallel blocks, ...): {absent}.',
+    'These models cannot be loaded, because they have parts that this ViT lacks (RMSNorm, parallel '
+    f'blocks, a norm after each residual branch, ...): {absent}.',
   ]
   return '\n'.join(lines) + '\n'
 

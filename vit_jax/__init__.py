@@ -13,7 +13,7 @@ _PUBLIC = {  # imported on first use: a model needs no data or checkpoint librar
   'ViT': 'model.vit',
   'Encoder': 'model.encoder',
   'make': 'model.variants',
-  'block_tokens': 'model.vit',
+  'block_tokens': 'model.encoder',
   'load': 'weights.pretrained',
   'save': 'inference.exporting',
   'default_config': 'config',

@@ -16,6 +16,7 @@ from vit_jax.model import (
   ACTIVATIONS,
   ADAPTERS,
   ATTENTION,
+  MLPS,
   POOLS,
   POSITION_PREFIXES,
   POSITIONS,
@@ -32,7 +33,6 @@ from vit_jax.optim import (
   OBJECTIVES,
   OPTIMIZERS,
   SCHEDULES,
-  image_stages,
   objective_of,
   parse_weights,
 )
@@ -45,6 +45,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
   'FREEZE': FREEZE,
   'INTERPOLATIONS': INTERPOLATIONS,
   'LOSSES': LOSSES,
+  'MLPS': MLPS,
   'MOMENT_DTYPES': MOMENT_DTYPES,
   'OBJECTIVES': OBJECTIVES,
   'OPTIMIZERS': OPTIMIZERS,
@@ -251,25 +252,3 @@ def check_partners(config: ConfigDict) -> None:
       f'batch_size={config.batch_size} with micro_batches={parts} leaves an image without a '
       f'partner. Set batch_size to a multiple of {2 * parts}.'
     )
-
-
-def check_channels(config: ConfigDict, channels: int) -> None:
-  """Raises ValueError if `data.mean` or `data.std` does not fit images with these channels."""
-  for name in ('mean', 'std'):
-    values = config.data[name]
-    if len(values) not in (1, channels) or (name == 'std' and min(values) <= 0):
-      counts = '1 value' if channels == 1 else f'1 or {channels} values'
-      raise ValueError(
-        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
-        f'the images have {channels} channel(s).'
-      )
-
-
-def check_stages(config: ConfigDict, patch_size: tuple[int, int]) -> None:
-  """Raises ValueError if images of a size in `progressive.sizes` do not divide into patches."""
-  for _, size in image_stages(config, 0):
-    if any(n % patch for n, patch in zip(size, patch_size)):
-      raise ValueError(
-        f'progressive.sizes: images of {size[0]}x{size[1]} pixels do not divide into patches of '
-        f'{patch_size[0]}x{patch_size[1]}.'
-      )

@@ -3,7 +3,7 @@
 `opening.py` opens the data and the weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import copy
 import dataclasses
 import functools
@@ -15,20 +15,30 @@ import numpy as np
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax.augment import AUGMENTATIONS, active, augment, augment_and_mix, mixes, normalize
-from vit_jax.check import check_channels, check_stages
+from vit_jax.check_images import check_channels, check_stages
 from vit_jax.data import Fit, Reading, Source, fit_image
 from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
-from vit_jax.model import ViT, applied, check_adapter, check_parameters, make, merged
+from vit_jax.model import (
+  Packer,
+  ViT,
+  applied,
+  check_adapter,
+  check_parameters,
+  make,
+  merged,
+  stretched,
+)  # fmt: skip
 from vit_jax.names import accepted, pair
 from vit_jax.optim import (
   CLASSIFIERS,
   Objective,
   Teacher,
+  check_classifier,
   check_weights,
   choose_loss,
   objective_of,
   split_frozen,
-)
+)  # fmt: skip
 from vit_jax.workdir import Calibration, Task, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.
@@ -43,6 +53,7 @@ class Experiment:
   them. Only training has a `teacher`, if the config names one, and `weight_L`, the weight of each
   class, if the weights differ. `calibration` belongs to the weights that a mode uses. `parts` is
   the number of micro-batches with which a training step fits into memory; None without a limit.
+  `pack` pads images of different shapes; None if all images have one size.
   """
 
   config: ConfigDict
@@ -58,6 +69,7 @@ class Experiment:
   calibration: Calibration = dataclasses.field(default_factory=Calibration)
   parts: int | None = None
   weight_L: np.ndarray | None = None
+  pack: Packer | None = None
 
   @property
   def objective(self) -> Objective:
@@ -94,34 +106,37 @@ class Experiment:
     """Settings for reading the splits."""
     data, crop = self.config.data, self.config.augment.resized_crop
     cropped = AUGMENTATIONS['resized_crop'].on(crop)
-    return Reading(
-      data.cache,
-      self.fit,
-      crop.to_dict() if cropped else None,
-      data.skip_bad_images,
-      data.workers,
-      data.threads,
-    )
+    crop, skip = crop.to_dict() if cropped else None, data.skip_bad_images
+    if self.pack:  # worker processes could not receive it
+      return Reading('stream', self.fit, crop, skip, 0, data.threads, self.pack)
+    return Reading(data.cache, self.fit, crop, skip, data.workers, data.threads)
 
-  def at(self, size: tuple[int, int]) -> 'Experiment':
-    """Returns this experiment for another image size (height, width), with the same parameters.
+  @property
+  def patch_sizes(self) -> tuple[tuple[int, int], ...]:
+    """Patch sizes of the training steps, from the longest sequence of tokens to the shortest."""
+    return tuple(sorted(map(pair, self.config.patch_sizes))) or (self.model.patch_size,)
 
-    The position embedding of the old size is stretched over the new patch grid. If the host stored
-    images at the old size, the new experiment stores them at the new size.
+  def at(
+    self, size: tuple[int, int] | None = None, patch_size: int | Sequence[int] | None = None
+  ) -> 'Experiment':
+    """Returns this experiment for another image size and patch size, with the same parameters.
+
+    None leaves a size unchanged. Positions are stretched over the new patch grid, and the patch
+    embedding is resized. If the host stored images at the old size, it stores them at the new size.
     """
-    own = pair(self.config.data.image_size)
-    if size == own:
+    own, own_patch = pair(self.config.data.image_size), self.model.patch_size
+    size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')
+    if (size, patch) == (own, own_patch):
       return self
     config = copy.deepcopy(self.config)
-    config.data.image_size = size
-    config.progressive.sizes = config.progressive.until = ()
-    grid = tuple(n // patch for n, patch in zip(own, self.model.patch_size))
+    config.data.image_size, config.model.patch_size = size, patch
+    config.progressive.sizes = config.progressive.until = config.patch_sizes = ()
     stored_size = size if self.task.stored_size == own else self.task.stored_size
     return dataclasses.replace(
       self,
       config=config,
       task=dataclasses.replace(self.task, stored_size=stored_size),
-      model=self.model.clone(position_grid=self.model.position_grid or grid),
+      model=stretched(self.model, own, patch),
       normalize=functools.partial(self.normalize, size=size),
     )
 
@@ -155,10 +170,11 @@ class Experiment:
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
     """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images.
 
-    The probabilities of an image add up to 1, unless an image can have several labels.
+    The probabilities of an image add up to 1, unless an image can have several labels, or the
+    calibration asks for the sigmoid.
     """
     logits_BL = self.logits(params, {'image': image_BHWC})
-    if self.task.multi_label:
+    if self.task.multi_label or self.calibration.sigmoid:
       return jax.nn.sigmoid(logits_BL)
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
@@ -168,8 +184,8 @@ class Experiment:
     If a device gets an even number of images, the two images of a mixed pair stay in the same
     micro-batch.
     """
-    height, width, _ = self.image_shape
-    patches = (height // self.model.patch_size[0]) * (width // self.model.patch_size[1])
+    size, patch = self.image_shape, self.model.patch_size
+    patches = self.pack.most if self.pack else (size[0] // patch[0]) * (size[1] // patch[1])
     together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
     return micro_batches(mesh, batch_size, patches, self.model.width, together)
 
@@ -180,8 +196,7 @@ class Experiment:
 
   def budget(self, mesh: jax.sharding.Mesh) -> float | None:
     """Returns the bytes that a program may use on each device; None without a limit."""
-    gib = self.config.device_memory
-    limit = gib * 2**30 if gib else memory_limit(mesh)
+    limit = (self.config.device_memory or 0) * 2**30 or memory_limit(mesh)
     return SHARE * limit if limit else None
 
   def fitted(
@@ -233,11 +248,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   check_channels(config, task.channels)
   keys, geometry = dict(config.loss), {}
   loss = choose_loss(keys.pop('name'), task.multi_label)
-  if task.multi_label and config.classifier:
-    raise ValueError(
-      f'classifier={config.classifier} expects one label per image, but these images can have '
-      'several. Train a linear probe instead: --config=configs/linear_probe.py.'
-    )
+  check_classifier(config.classifier, task.multi_label)
   check_weights(keys.pop('class_weights'), task.class_names)
   if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
@@ -252,16 +263,13 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
     functools.partial(augment, arguments=arguments),
     functools.partial(augment_and_mix, arguments=arguments),
     functools.partial(
-      normalize,
-      size=pair(config.data.image_size),
-      mean=config.data.mean,
-      std=config.data.std,
+      normalize, size=pair(config.data.image_size), mean=config.data.mean, std=config.data.std
     ),
     functools.partial(fit_image, interpolation=config.data.interpolation, **geometry),
   )
   check_parameters(model, experiment.image_shape)
   check_adapter(model, experiment.image_shape, config.adapt, config)
-  check_stages(config, model.patch_size)
+  check_stages(config, model)
   return experiment
 
 
@@ -288,8 +296,5 @@ def mesh_for(config: ConfigDict) -> jax.sharding.Mesh:
 
 def division(config: ConfigDict) -> dict[str, int]:
   """Returns the arguments `batch_size`, `micro_batches` and `group` of `devices.make_mesh`."""
-  return {
-    'batch_size': config.batch_size,
-    'micro_batches': config.micro_batches or 1,
-    'group': group(config),
-  }
+  parts = config.micro_batches or 1
+  return dict(batch_size=config.batch_size, micro_batches=parts, group=group(config))

@@ -1,8 +1,9 @@
-"""Opens the weights that a config names, `init` and `distill.teacher`, and checks that they fit."""
+"""Opens and checks the weights of `init` and `distill.teacher`, and the classes of `--classes`."""
 
 import dataclasses
 import functools
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,20 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
 from vit_jax.data import Source
-from vit_jax.model import ATTRIBUTES, ViT, pooled, variant_fields
-from vit_jax.names import abridged, accepted, difference, pair
-from vit_jax.optim import DISTILLATIONS, Teacher, objective_of
-from vit_jax.weights import Pretrained, Weights, adapt, headless, read_weights
+from vit_jax.model import ATTRIBUTES, ViT, variant_fields
+from vit_jax.names import abridged, accepted, difference, local, pair
+from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses, objective_of
+from vit_jax.weights import (
+  Adaptation,
+  Pretrained,
+  Weights,
+  adapt,
+  headless,
+  image_channels,
+  read_arrays,
+  read_weights,
+  with_pooling,
+)
 from vit_jax.workdir import TrainingFiles, digest
 
 log = logging.getLogger(__name__)
@@ -22,6 +33,8 @@ log = logging.getLogger(__name__)
 
 def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
   """Opens the weights that `init` names and adapts them to the data's classes and image size.
+
+  If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
 
   If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
   pre-logits layer is dropped. Without labels, there is no head.
@@ -35,7 +48,6 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   """
   found = read_weights(config.init)
   config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
-  grid = grid_for(config, found)
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
@@ -44,10 +56,10 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   classes = source.class_names if objective_of(config).labels else ()
   log.info('Starting from the weights in %s', config.init)
   if not classes:
-    loaded = headless(adapt(found, grid, None, None, config.init_resize))
+    loaded = headless(adapt(found, adaptation(config, found, None, False)))
     return follow(config, loaded), loaded.params, names_of(loaded)
   new_head = needs_new_head(found, classes)
-  loaded = adapt(found, grid, None, len(classes), config.init_resize, new_head=new_head)
+  loaded = adapt(found, adaptation(config, found, len(classes), new_head))
   if new_head:
     log.info('The head is new, because the weights have different or unknown classes.')
   return follow(config, loaded), loaded.params, names_of(loaded)
@@ -58,9 +70,31 @@ def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   return found.class_names != classes or found.fields.get('examples') is not None
 
 
-def with_pooling(loaded: Pretrained) -> Pretrained:
-  """Returns the weights with a pooling; some published weights have none."""
-  return dataclasses.replace(loaded, model=pooled(loaded.model))
+def open_classes(path: str | pathlib.Path) -> TextClasses:
+  """Opens an npz file with the text embeddings of classes.
+
+  Raises:
+    ValueError: the file cannot be read, or its contents are wrong.
+  """
+  return TextClasses.read(read_arrays(local(path)), str(path))
+
+
+def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:
+  """Returns weights of CLIP or SigLIP with a head for these classes.
+
+  Raises:
+    ValueError: the weights already have a head, or do not fit the embeddings.
+  """
+  loaded = with_pooling(loaded)
+  image_shape = (*loaded.preprocessing.size, image_channels(loaded.params))
+  model, params = classes.attach(loaded.model, loaded.params, image_shape)
+  return dataclasses.replace(
+    loaded,
+    model=model,
+    params=params,
+    class_names=classes.names,
+    sigmoid=classes.bias is not None,
+  )
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:
@@ -141,19 +175,25 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
     )
 
 
-def grid_for(config: ConfigDict, found: Weights) -> tuple[int, int]:
-  """Returns the patch grid (down, across) of the config's images, for the weights' patch size.
+def adaptation(
+  config: ConfigDict, found: Weights, num_classes: int | None, new_head: bool
+) -> Adaptation:
+  """Returns what weights are adapted to, for the config's image size, patch size and resizing.
 
   Raises:
     ValueError: the images do not divide into patches.
   """
-  size, patch = pair(config.data.image_size), ViT(**found.fields).patch_size
+  size, own = pair(config.data.image_size), ViT(**found.fields).patch_size
+  patch = pair(config.model.patch_size or own, 'model.patch_size')
   if any(n % p for n, p in zip(size, patch)):
     raise ValueError(
       f'data.image_size={size} does not divide into the patches of init={config.init}. Use '
       f'multiples of the patch size, {patch[0]}x{patch[1]} pixels.'
     )
-  return size[0] // patch[0], size[1] // patch[1]
+  if patch != own:
+    log.info('Resizing the patch embedding from %dx%d to %dx%d pixels.', *own, *patch)
+  grid = size[0] // patch[0], size[1] // patch[1]
+  return Adaptation(grid, None, patch, num_classes, config.init_resize, new_head)
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:

@@ -131,6 +131,10 @@ TRAINING = {
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
   'progressive.until': Key((), 'share of the run after which each size is replaced by the next'),
+  'patch_sizes': Key(
+    (), 'patch sizes of which each training step draws one (FlexiViT); the weights have the size '
+    'model.patch_size, which evaluation uses; empty: model.patch_size only', 'pixels'
+  ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
     'mesh.fsdp or mesh.tensor is -1', may_change=True,
@@ -269,6 +273,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.depth': Key(None, 'number of encoder blocks', kind=int),
   'model.num_heads': Key(None, 'number of attention heads', kind=int),
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
+  'model.mlp': Key(
+    None, 'kind of MLP; gated: the product of an activated and a linear layer, which is SwiGLU '
+    'with model.activation=silu; gated_norm: the same with a LayerNorm', kind=str, choices='MLPS',
+  ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
   'model.pool': Key(None, 'how the tokens become one vector', kind=str, choices='POOLS'),
   'model.class_token': Key(
@@ -279,9 +287,23 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     None, 'which tokens before the patches have a learned position', kind=str,
     choices='POSITION_PREFIXES',
   ),
+  'model.rope_theta': Key(
+    None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
+  ),
+  'model.rope_grid': Key(
+    None, 'learned_rope: grid in which coordinates are measured; None: the grid of the images',
+    'patches', kind=tuple,
+  ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
     None, 'width of the pre-logits layer; None: taken from `init`, else no such layer', kind=int
+  ),
+  'model.projection': Key(
+    None, 'width of a linear layer without a bias after the pooling, as in CLIP; None: taken from '
+    '`init`, else no such layer', kind=int,
+  ),
+  'model.cosine': Key(
+    None, 'scale the input of the head to length 1, as for zero-shot classification', kind=bool
   ),
   'model.dropout': Key(0.0, 'dropout rate, below 1'),
   'model.attention_dropout': Key(0.0, 'dropout rate of attention weights, below 1'),
@@ -292,10 +314,16 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.pre_norm': Key(None, 'apply a LayerNorm before the first block, as in CLIP', kind=bool),
   'model.norm_after_pool': Key(None, 'apply the last LayerNorm after the pooling', kind=bool),
   'model.qkv_bias': Key(None, 'add a bias to queries, keys and values', kind=bool),
+  'model.key_bias': Key(
+    None, 'add a bias to keys; None: taken from `init`, else as model.qkv_bias', kind=bool
+  ),
+  'model.out_norm': Key(
+    None, 'apply a LayerNorm before the output projection of attention', kind=bool
+  ),
   'model.qk_norm': Key(None, 'apply LayerNorm to queries and keys', kind=bool),
   'model.activation': Key(
     None, "activation of the MLP: gelu_tanh in the paper's code, gelu in PyTorch models, "
-    'quick_gelu in CLIP', kind=str, choices='ACTIVATIONS',
+    'quick_gelu in CLIP, silu in SwiGLU', kind=str, choices='ACTIVATIONS',
   ),
   'model.norm_epsilon': Key(None, 'epsilon of LayerNorm', kind=float, range=SHARE),
   'model.resnet': Key(None, 'number of units in each stage of the ResNet stem', kind=tuple),

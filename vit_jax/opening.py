@@ -15,11 +15,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax import inherit
 from vit_jax.check import check, check_held_out
-from vit_jax.data import (
-  Source,
-  first_size,
-  open_source,
-)
+from vit_jax.data import Source, first_size, open_source
 from vit_jax.experiment import Experiment, assemble, mesh_for
 from vit_jax.optim import (
   Training,
@@ -29,8 +25,15 @@ from vit_jax.optim import (
   without_objective,
 )
 from vit_jax.sizing import choose_open, image_size, warn_of_few
-from vit_jax.splitting import decided, named_splits, open_splits, open_training
-from vit_jax.weights import adapt, check_params, read_weights
+from vit_jax.splitting import (
+  decided,
+  named_splits,
+  native,
+  open_splits,
+  open_training,
+  with_data_classes,
+)  # fmt: skip
+from vit_jax.weights import Adaptation, adapt, check_params, read_weights, with_pooling
 from vit_jax.workdir import (
   Calibration,
   Task,
@@ -46,7 +49,7 @@ log = logging.getLogger(__name__)
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
-  'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
+  'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
 
@@ -62,6 +65,10 @@ class Request:
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
       the workdir has a different one. None: any config is accepted.
+    zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP;
+      None: the weights have a head, or only features are needed.
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
   """
 
   workdir: pathlib.Path | None = None
@@ -69,6 +76,8 @@ class Request:
   step: str = ''
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
   config: ConfigDict | None = None
+  zero_shot: pathlib.Path | None = None
+  max_patches: int | None = None
 
   @property
   def name(self) -> str:
@@ -151,7 +160,10 @@ def begin_from(
 
 
 def from_init(
-  init: str, overrides: Mapping[str, str], classes: str = 'weights'
+  init: str,
+  overrides: Mapping[str, str],
+  classes: str = 'weights',
+  zero_shot: pathlib.Path | None = None,
 ) -> tuple[Experiment, dict]:
   """Builds the experiment of unchanged published weights, with their preprocessing.
 
@@ -161,32 +173,41 @@ def from_init(
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
       weights have different classes, the head is zero. `any` also accepts weights without a head:
       the model then has no classes and returns features.
+    zero_shot: as in `Request`. With `data`, the file must contain every class of the data.
 
   Raises:
-    ValueError: the weights cannot be read or have no head, or overrides contradict the weights.
+    ValueError: the weights cannot be read or have no head, or overrides contradict the weights. Or
+      the file `zero_shot` does not fit the weights or the data.
   """
   config = config_lib.default_config()
   config.init = init
   config_lib.override_all(config, overrides)
   check(config, trains=False)
   found, names = read_weights(init), None
+  text = inherit.open_classes(zero_shot) if zero_shot else None
   several = bool(found.run and found.run['task'].get('multi_label'))
   if classes == 'data':
     data = config.data
     source = open_source(data.source, data.dir, image_size(config))
     names, several = source.class_names, source.multi_label
-  elif found.fields['num_classes'] is None and classes != 'any':
+    text = text and text.matching(names, data.source, several)
+  elif found.fields['num_classes'] is None and classes != 'any' and text is None:
     raise ValueError(
       f'{init} has no head and therefore no classes. Train a head: '
-      f'--config=configs/linear_probe.py --config.init={init}'
+      f'--config=configs/linear_probe.py --config.init={init}. For weights of CLIP or SigLIP, you '
+      'can instead give the text embeddings of classes with --classes.'
     )
   if 'data.image_size' not in overrides:
     config.data.image_size = found.preprocessing.size
-  grid = inherit.grid_for(config, found) if any(config.data.image_size) else None
-  count = names and len(names)
-  new_head = names is not None and inherit.needs_new_head(found, names)
-  loaded = adapt(found, grid, None, count, config.init_resize, new_head=new_head)
-  loaded = inherit.with_pooling(loaded)
+  count = len(names) if names and text is None else None
+  new_head = count is not None and inherit.needs_new_head(found, names)
+  to = Adaptation(patch_size=config.model.patch_size, num_classes=count, new_head=new_head)
+  if any(config.data.image_size):  # else it follows from the positions
+    to = inherit.adaptation(config, found, count, new_head)
+  loaded = adapt(found, to)
+  loaded = inherit.with_classes(loaded, text) if text else with_pooling(loaded)
+  if loaded.sigmoid and config.loss.name is None:
+    config.loss.name = 'sigmoid'
   expected = loaded.preprocessing
   config.data.image_size = expected.size
   for name in ('interpolation', 'crop', 'stretch'):
@@ -196,9 +217,8 @@ def from_init(
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
   task = Task(tuple(names), expected.size, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
-  calibration = Calibration() if new_head else Calibration.load(loaded.run)
-  names = inherit.names_of(loaded)
-  return dataclasses.replace(experiment, names=names, calibration=calibration), loaded.params
+  facts = {} if new_head else {'calibration': loaded.calibration}
+  return dataclasses.replace(experiment, names=inherit.names_of(loaded), **facts), loaded.params
 
 
 def from_workdir(
@@ -222,15 +242,16 @@ def from_workdir(
   loaded, params, saved = load_checkpoint(workdir, step, whole=True)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
-    trained_size = own.data.image_size
+    trained = own.data.image_size, own.model.patch_size
     if config is None:
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
       config = config_lib.fill(config, config_lib.flatten(own))
-    size, config.data.image_size = image_size(config), trained_size
+    asked = image_size(config), config.model.patch_size
+    config.data.image_size, config.model.patch_size = trained
     check(config, trains=False)
-    experiment = assemble(config, Task.load(saved['task'])).at(size)
+    experiment = assemble(config, Task.load(saved['task'])).at(*asked)
     if config.model.attention == 'auto':  # what training has chosen
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
@@ -258,32 +279,18 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   if unread and not request.config:
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
   if request.init:
-    return *from_init(request.init, request.overrides, classes), None
-  workdir = request.workdir
-  exp, params, step = from_workdir(workdir, request.overrides, request.config, request.step)
-  if not exp.task.class_names and classes != 'any':
-    exp = with_classes(exp, workdir, classes)
+    exp, params = from_init(request.init, request.overrides, classes, request.zero_shot)
+    step = None
+  elif request.zero_shot:
+    raise ValueError(
+      f'--classes={request.zero_shot}: a trained model already has a head for its classes. Use '
+      '--init with weights of CLIP or SigLIP instead of --workdir.'
+    )
+  else:
+    workdir = request.workdir
+    exp, params, step = from_workdir(workdir, request.overrides, request.config, request.step)
+    if not exp.task.class_names and classes != 'any':
+      exp = with_data_classes(exp, workdir, classes)
+  if request.max_patches is not None:
+    exp = native(exp, params, request.max_patches)
   return exp, params, step
-
-
-def with_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
-  """Returns the experiment of a run without labels, with the classes of the data.
-
-  Raises:
-    ValueError: `classes` does not ask for the classes of the data, or the data has none.
-  """
-  data = exp.config.data
-  if classes != 'data':
-    raise ValueError(
-      f'{workdir} was trained without labels, so it has no classes yet. Train them: '
-      f'--config=configs/finetune.py --config.init={workdir}, with labelled images and a new '
-      '--workdir. Without them, use --mode=predict --features=pooled, or --mode=visualize.'
-    )
-  source = open_source(data.source, data.dir, image_size(exp.config))
-  if not source.class_names:
-    raise ValueError(
-      f'data.source={data.source} has no labels. Name images with labels, e.g. '
-      '--config.data.source=folder:photos.'
-    )
-  names = dict(class_names=source.class_names, multi_label=source.multi_label)
-  return dataclasses.replace(exp, task=dataclasses.replace(exp.task, **names))

@@ -1,7 +1,8 @@
-"""Opens the splits of a run, and decides how their images are kept."""
+"""Opens the splits of a run, and decides how images are kept and scaled."""
 
 import dataclasses
 import logging
+import pathlib
 
 from ml_collections import ConfigDict
 
@@ -12,12 +13,14 @@ from vit_jax.data import (
   check_memory,
   common_size,
   decide_cache,
+  fit_image,
   open_source,
   open_split,
   report_split,
   unlabelled,
 )
 from vit_jax.experiment import Experiment, assemble
+from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import objective_of
 from vit_jax.sizing import image_size
 from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained
@@ -93,3 +96,48 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
     check_memory(source, names, size)
   task = dataclasses.replace(task, stored_size=size)
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)
+
+
+def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
+  """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
+
+  Images are neither cropped nor brought to one size. Each is scaled to at most `max_patches`
+  patches, and positions are stretched over its own patch grid.
+
+  Raises:
+    ValueError: the model cannot read images of different shapes in one batch.
+  """
+  patch = exp.model.patch_size
+  model = stretched(exp.model, exp.image_shape[:2], patch)
+  pack = Packer(model, params, max_patches)
+
+  def fit(image, size):
+    grid = native_grid((image.height, image.width), patch, max_patches)
+    size = tuple(n * p for n, p in zip(grid, patch))
+    return fit_image(image, size, exp.config.data.interpolation, stretch=True)
+
+  task = dataclasses.replace(exp.task, stored_size=None)
+  return dataclasses.replace(exp, model=model, fit=fit, pack=pack, task=task)
+
+
+def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
+  """Returns the experiment of a run without labels, with the classes of the data.
+
+  Raises:
+    ValueError: `classes` does not ask for the classes of the data, or the data has none.
+  """
+  data = exp.config.data
+  if classes != 'data':
+    raise ValueError(
+      f'{workdir} was trained without labels, so it has no classes yet. Train them: '
+      f'--config=configs/finetune.py --config.init={workdir}, with labelled images and a new '
+      '--workdir. Without them, use --mode=predict --features=pooled, or --mode=visualize.'
+    )
+  source = open_source(data.source, data.dir, image_size(exp.config))
+  if not source.class_names:
+    raise ValueError(
+      f'data.source={data.source} has no labels. Name images with labels, e.g. '
+      '--config.data.source=folder:photos.'
+    )
+  names = dict(class_names=source.class_names, multi_label=source.multi_label)
+  return dataclasses.replace(exp, task=dataclasses.replace(exp.task, **names))

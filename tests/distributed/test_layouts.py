@@ -53,9 +53,9 @@ def test_every_layout_restores_the_checkpoints_of_every_other(found):
   assert found['wrong'] == []
 
 
-@pytest.mark.parametrize('name', ['B/16', 'g/14'])
-def test_all_large_arrays_of_published_models_are_split(name):
-  model = variants.make(name, num_classes=1000)
+@pytest.mark.parametrize('name, mlp', [('B/16', 'plain'), ('g/14', 'plain'), ('B/16', 'gated')])
+def test_all_large_arrays_of_published_models_are_split(name, mlp):
+  model = variants.make(name, num_classes=1000, mlp=mlp)
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), 'float32')
   params = jax.eval_shape(model.init, jax.random.key(0), image)['params']
   mesh = jax.sharding.AbstractMesh((2, 16, 4), devices.AXES)
@@ -65,6 +65,6 @@ def test_all_large_arrays_of_published_models_are_split(name):
     assert x.ndim == 1 or ('fsdp' in spec) == (x.size >= sharding.SPLIT_FROM), name
     shares = [{None: 1, 'fsdp': 16, 'tensor': 4}[axis] for axis in spec]
     assert all(size % share == 0 for size, share in zip(x.shape, shares)), name
-    last = ('query', 'key', 'value', 'out', 'up', 'down')
+    last = ('query', 'key', 'value', 'out', 'gate', 'up', 'down')
     inside = name.startswith('block_') and name.split('/')[-2] in last
     assert ('tensor' in spec) == (inside and not name.endswith(('out/bias', 'down/bias'))), name

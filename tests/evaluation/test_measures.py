@@ -123,7 +123,7 @@ def test_the_temperature_lowers_the_calibration_error_and_keeps_the_accuracy(tem
   logits_NL, label_N = miscalibrated(temperature, seed=1)
   answers = Answers(np.arange(4000), label_N, logits_NL, np.zeros(4000))
   before, after = (
-    trust(Scores.of(answers, value), [*'abcdefghij'], Calibration(value, examples=9))
+    trust(Scores.of(answers, Calibration(value)), [*'abcdefghij'], Calibration(value, examples=9))
     for value in (1.0, fitted)
   )
   assert before['ece'] == before['ece_uncalibrated'] == after['ece_uncalibrated'] > 0.1
@@ -131,7 +131,9 @@ def test_the_temperature_lowers_the_calibration_error_and_keeps_the_accuracy(tem
   for name in ('accuracy_interval', 'balanced_accuracy', 'per_class', 'confusion'):
     assert before[name] == after[name]
   confidence_N = special.softmax(logits_NL / fitted, axis=1).max(axis=1)
-  np.testing.assert_allclose(Scores.of(answers, fitted).confidence_N, confidence_N, rtol=1e-5)
+  np.testing.assert_allclose(
+    Scores.of(answers, Calibration(fitted)).confidence_N, confidence_N, rtol=1e-5
+  )
 
 
 def test_at_the_fitted_temperature_the_likelihood_has_no_slope(monkeypatch):
@@ -161,7 +163,7 @@ def test_top_5_counts_five_classes(classes, top5):
   answers = Answers(np.arange(classes), label_N, -1.0 * rank_NL, np.arange(classes) * 1.0)
   want = {'loss': (classes - 1) / 2, 'accuracy': 1 / classes, 'examples': classes}
   want |= {} if top5 is None else {'top5_accuracy': top5}
-  assert Scores.of(answers, 1.0).means() == pytest.approx(want)
+  assert Scores.of(answers).means() == pytest.approx(want)
 
 
 def test_top_5_matches_scikit_learn_with_random_logits():
@@ -169,11 +171,11 @@ def test_top_5_matches_scikit_learn_with_random_logits():
   label_N = np.random.RandomState(1).randint(0, 9, 200)
   answers = Answers(np.arange(200), label_N, logits_NL, np.zeros(200))
   want = metrics.top_k_accuracy_score(label_N, logits_NL, k=5, labels=range(9))
-  assert Scores.of(answers, 1.0).means()['top5_accuracy'] == pytest.approx(want)
+  assert Scores.of(answers).means()['top5_accuracy'] == pytest.approx(want)
 
 
 def test_of_equal_logits_the_first_is_predicted_and_ranks_first():
   answers = Answers(np.arange(7), np.arange(7), np.zeros((7, 7)), np.zeros(7))
-  scores = Scores.of(answers, 1.0)
+  scores = Scores.of(answers)
   assert (scores.predicted_N == 0).all()
   assert scores.top5_N.tolist() == [True] * 5 + [False] * 2

@@ -341,7 +341,7 @@ def test_patches_are_cut_as_the_model_embeds_them():
   layer = params['embedding']
   want = output_of(model, params, image, 'embedding')[0]
   embedded = np.einsum('hwpqc,pqcd->hwd', found, layer['kernel']) + layer['bias']
-  np.testing.assert_allclose(embedded, want, atol=1e-4)
+  np.testing.assert_allclose(embedded.reshape(want.shape), want, atol=1e-4)
 
 
 def test_confusion_and_class_accuracy_match_scikit_learn():

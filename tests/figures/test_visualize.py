@@ -25,7 +25,7 @@ from vit_jax.workdir import Calibration, Task, save_calibration
 
 PICTURES = set(pictures.PICTURES)
 OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes', 'neighbours'}
-OF_DATA = {*OF_TEST, 'patches', 'distance', 'rollout', 'heads'}
+OF_DATA = {*OF_TEST, 'patches', 'distance', 'rollout', 'heads', 'components'}
 
 
 class Page(HTMLParser):

@@ -26,7 +26,8 @@ from vit_jax.data import image as image_lib
 from vit_jax.inference import card, exporting, prediction
 from vit_jax.model import VARIANTS
 from vit_jax.weights import onnx_program, program, reader
-from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
+from vit_jax.weights.formats import Preprocessing, Pretrained
+from vit_jax.weights.usage import prepare_lines
 from vit_jax.workdir import Calibration, Task, save_calibration
 
 ONNX = 'needs requirements-onnx.txt'

@@ -51,7 +51,7 @@ def test_training_starts_exactly_at_the_base_model():
 
 
 def test_a_is_gaussian_with_variance_one_over_the_inputs_and_b_is_zero():
-  model = make('S/16', 10)
+  model = make('S/16', 10, mlp='gated')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
   params = {'block_0': jax.tree.map(lambda x: np.zeros(x.shape), shapes['block_0'])}
   settings = {'lora': {'rank': 16, 'scale': 1.0}}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA, init_params, run_model
-from vit_jax.model import positions, resnet, variants, vit
-from vit_jax.model.encoder import Encoder
+from vit_jax.model import positions, resnet, variants
+from vit_jax.model.encoder import Encoder, block_tokens
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
 # Parameter names in the paper's files, as patterns for both of their spellings, and our names.
@@ -115,6 +115,12 @@ def test_every_pool_and_position(pool, position, shape):
     assert np.allclose(logits, swapped, atol=1e-5) == (position == 'none')
 
 
+def rope_angles(grid, position='rope', **fields):
+  """Returns the angles of a model with heads of size 8 and, by default, a class token."""
+  model = small(position=position, **{'pool': 'cls'} | fields)
+  return positions.POSITIONS[position].angles(model, grid, grid)
+
+
 def test_sincos_positions_equal_the_closed_form():
   table = positions.sincos(3, 5, 16)[0]
   for token, (y, x) in enumerate((y, x) for y in range(3) for x in range(5)):
@@ -126,7 +132,7 @@ def test_sincos_positions_equal_the_closed_form():
 def test_rope_attention_between_equal_tokens_depends_only_on_their_offset():
   module, x_BND = Attention(Block(num_heads=2, head_dim=8, mlp_dim=1)), jnp.ones((1, 13, 16))
   params = jax.jit(module.init)(jax.random.key(0), x_BND)['params']
-  rope_NE = positions.rope_angles(3, 4, 8, prefix=1)
+  rope_NE = rope_angles((3, 4))
   _, sown = module.apply({'params': params}, x_BND, None, rope_NE, mutable=['intermediates'])
   logit_KNN = np.log(sown['intermediates']['attention_BKNN'][0][0, :, 1:, 1:])
   logit_KNN -= np.einsum('knn->kn', logit_KNN)[..., None]
@@ -149,7 +155,7 @@ def normalising_attention(x_ND, rope_NE=None, **fields):
 
 def test_queries_and_keys_are_normalised_before_rotation():
   """If the norm came second, its scales would make the logits depend on more than the offset."""
-  rope_NE = positions.rope_angles(3, 4, 8, prefix=0)
+  rope_NE = rope_angles((3, 4), pool='gap')
   at = np.log(normalising_attention(np.ones((12, 8), np.float32), rope_NE)[1]).reshape(3, 4, 3, 4)
   at -= np.einsum('hwhw->hw', at)[..., None, None]
   np.testing.assert_allclose(at[0, 0, 1, 2], at[1, 1, 2, 3], atol=1e-4)
@@ -214,7 +220,7 @@ def test_a_unit_of_the_stem_starts_as_the_identity():
 
 
 def test_rope_products_depend_only_on_the_offset():
-  cos, sin = positions.rope_angles(4, 6, 8, prefix=1)
+  cos, sin = rope_angles((4, 6))
   query, key = np.random.RandomState(1).normal(size=(2, 8))
   turn = lambda x: np.asarray(
     positions.rotate(jnp.tile(x, (1, 25, 1, 1)).astype(jnp.float32), cos, sin)
@@ -433,7 +439,7 @@ def test_invalid_models_are_rejected(fields, message):
 def test_block_tokens_returns_the_tokens_after_each_block(remat):
   model, image_BHWC = small(depth=3, remat=remat, pool='gap'), jnp.ones((2, 8, 8, 3))
   params = init_params(model, image_BHWC)
-  blocks = vit.block_tokens(model, params, image_BHWC)
+  blocks = block_tokens(model, params, image_BHWC)
   assert len(blocks) == 3
   shorter = model.clone(depth=2, num_classes=None, pool='none')
   kept = {name: leaves for name, leaves in params.items() if name not in ('block_2', 'head')}

@@ -36,7 +36,8 @@ def test_patches_of_another_grid_are_placed_at_their_centres():
 
 def test_stretched_sincos_and_rope_equal_the_closed_form():
   table = positions.sincos(2, 4, 16, WHOLE)[0]
-  cos, sin = positions.rope_angles(2, 4, 8, 1, WHOLE)
+  model = variants.make('tiny', 5, width=16, num_heads=2, pool='cls')
+  cos, sin = positions.patch_angles(model, (2, 4), WHOLE)
   places = itertools.product((0.5, 2.5), [6 / 4 * (i + 0.5) - 0.5 for i in range(4)])
   for token, (y, x) in enumerate(places):
     omega = [10_000 ** -(i / 3) for i in range(4)]

@@ -263,7 +263,7 @@ def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['--mode=eval', '--init=w'], '--init is for fewshot, predict, visualize, export'),
+    (['--mode=profile', '--init=w'], '--init is for eval, fewshot, predict, visualize, export'),
     (['--mode=train', '--init=w'], 'use --config.init'),
     (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], '--init excludes'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),

@@ -18,7 +18,7 @@ import vit_jax
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
-from vit_jax.weights import hf, layouts, npz, reader, timm_names
+from vit_jax.weights import hf, hf_config, layouts, npz, reader, timm_names
 from vit_jax.weights.formats import Preprocessing
 
 # By folder: the arguments that its file needs, and the formats that can hold the model.
@@ -32,10 +32,16 @@ FIXTURES = {
   'hf_backbone': ({}, {'hf'}),
   'hf_deit': ({}, {'hf'}),
   'hf_dinov2': ({}, {'hf'}),
+  'hf_dinov2_swiglu': ({}, {'hf'}),
+  'hf_dinov3': ({}, {'hf', 'timm'}),
+  'hf_clip': ({'features': 'pooled'}, {'hf'}),
+  'hf_siglip': ({'features': 'pooled'}, {'hf', 'npz', 'timm'}),
   'timm_token': ({}, {'timm', 'hf'}),
   'timm_avg_registers_qknorm_layerscale': ({}, {'timm'}),
   'timm_dinov2_registers': ({}, {'timm'}),
   'timm_map': ({}, {'timm'}),
+  'timm_dinov2_swiglu': ({}, {'timm'}),
+  'timm_eva02': ({}, {'timm'}),
 }
 
 
@@ -92,7 +98,7 @@ REWRITTEN.remove('hf_deit')  # the biases of its two classifiers become one
 @pytest.mark.parametrize('name', REWRITTEN)
 def test_saving_loaded_weights_reproduces_the_file(name, tmp_path):
   form = name.split('_')[0]
-  loaded = vit_jax.load(source(name))
+  loaded = vit_jax.load(source(name), **FIXTURES[name][0])
   vit_jax.save(*loaded, tmp_path, format=form, preprocessing=loaded.preprocessing)
   before, after = (load_file(f / 'model.safetensors') for f in (DATA / name, tmp_path))
   for absent in loaded.ignored:
@@ -371,7 +377,7 @@ ARGS = json.loads((DATA / 'timm_token' / 'config.json').read_text())['model_args
     (dict(qk_norm=True), 'q_norm.*missing'),
     (dict(final_norm=False), 'final_norm=False'),
     (dict(norm_layer='rmsnorm'), "norm_layer='rmsnorm'"),
-    (dict(act_layer='silu'), "act_layer: unknown 'silu'"),
+    (dict(act_layer='relu'), "act_layer: unknown 'relu'"),
     (dict(global_pool='avgmax'), "global_pool: unknown 'avgmax'"),
     (dict(block_fn='parallel'), "unsupported argument 'block_fn'"),
     (dict(num_classes=9), r'has shape \(4, 32\), expected \(9, 32\)'),
@@ -393,7 +399,7 @@ def test_an_unknown_timm_architecture_is_refused(tmp_path):
     (dict(hidden_size=48), r'expected'),
     (dict(num_hidden_layers=3), 'layer.2.*missing'),
     (dict(qkv_bias=False), 'query.bias: not part of the model'),
-    (dict(hidden_act='silu'), "hidden_act: unknown 'silu'"),
+    (dict(hidden_act='relu'), "hidden_act: unknown 'relu'"),
     (dict(model_type='swin'), "model_type: unknown 'swin'"),
     (dict(architectures=['ViTForMaskedImageModeling']), "architecture: unknown 'ViTForMasked"),
     (dict(architectures=['DeiTModel']), 'model_type=vit does not fit the architecture DeiTModel'),
@@ -401,7 +407,7 @@ def test_an_unknown_timm_architecture_is_refused(tmp_path):
     (dict(image_size=24), 'has 36 patches'),
     (dict(id2label={'0': 'a', '1': 'b'}), r'has shape \(4, 32\), expected \(2, 32\)'),
     (dict(num_attention_heads='2'), 'unexpected value'),
-    (dict(layer_norm_eps='1e-12'), "norm_epsilon is '1e-12', expected float"),
+    (dict(layer_norm_eps='1e-12'), "layer_norm_eps is '1e-12', expected float"),
     (dict(patch_size=0), 'config.json: patch_size: expected one or two positive integers'),
     (dict(id2label={'0': 'a', '1': 'b', '2': 'c', 'x': 'd'}), 'expected the ids 0 to 3'),
 ])  # fmt: skip
@@ -717,7 +723,7 @@ def test_hybrids_have_the_patch_size_of_their_names():
 
 def test_an_image_processor_without_a_filter_uses_bilinear_as_in_transformers():
   about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 32}
-  assert hf.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
+  assert hf_config.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
 
 
 def test_npz_refuses_an_epsilon_that_it_cannot_store(tmp_path):

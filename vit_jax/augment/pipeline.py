@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from vit_jax.augment import crops
 from vit_jax.augment.mixing import mix
 from vit_jax.augment.randaugment import rand_augment, trivial_augment
+from vit_jax.model import Padded
 
 
 class Augmentation(NamedTuple):
@@ -130,9 +131,18 @@ def augment_and_mix(
 
 
 def normalize(
-  image_BHWC: jax.Array, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]
-) -> jax.Array:
-  """Converts uint8 images to model inputs: float32, resized to `size` (bicubic), normalised."""
+  image_BHWC: jax.Array | Padded,
+  size: tuple[int, int],
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> jax.Array | Padded:
+  """Converts uint8 images to model inputs: float32, resized to `size` (bicubic), normalised.
+
+  Images of different shapes, `Padded`, keep their sizes.
+  """
+  if isinstance(image_BHWC, Padded):
+    patch_BNpqC = image_BHWC.patch_BNpqC.astype(jnp.float32) / 255
+    return image_BHWC.replace(patch_BNpqC=(patch_BNpqC - jnp.asarray(mean)) / jnp.asarray(std))
   batch, height, width, channels = image_BHWC.shape
   image_BHWC = image_BHWC.astype(jnp.float32) / 255
   if (height, width) != tuple(size):

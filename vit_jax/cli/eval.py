@@ -2,7 +2,17 @@
 
 import signal
 
-from vit_jax.cli.flags import CLUSTER, CONFIG, STEP, WORKDIR, Mode, request_of
+from vit_jax.cli.flags import (
+  CLASSES,
+  CLUSTER,
+  CONFIG,
+  INIT,
+  MAX_PATCHES,
+  STEP,
+  WORKDIR,
+  Mode,
+  request_of,
+)
 from vit_jax.names import one_line
 
 WORST = 5  # number of classes in the printed table, unless images can have several labels
@@ -80,6 +90,6 @@ def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str
 MODE = Mode(
   'measures how good a checkpoint is on the test split, and how far to trust it',
   '--workdir=runs/digits --step=last',
-  (WORKDIR, STEP, CONFIG, *CLUSTER),
+  (WORKDIR, INIT, STEP, CONFIG, CLASSES, MAX_PATCHES, *CLUSTER),
   run_eval,
 )

@@ -1,6 +1,6 @@
 """Defines `--mode=export`."""
 
-from vit_jax.cli.flags import INIT, OUT, STEP, WORKDIR, Flag, Mode
+from vit_jax.cli.flags import CLASSES, INIT, OUT, STEP, WORKDIR, Flag, Mode
 
 
 def run_export(args) -> None:
@@ -12,7 +12,8 @@ def run_export(args) -> None:
     )
   step = 'last' if args.init else args.step
   path = args.init or args.workdir
-  for file in export(path, args.format, args.out, step, args.precision, args.overrides):
+  more = args.precision, args.overrides, args.classes
+  for file in export(path, args.format, args.out, step, *more):
     print(file)
 
 
@@ -23,6 +24,7 @@ MODE = Mode(
     WORKDIR,
     INIT,
     STEP,
+    CLASSES,
     Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'),
     Flag(
       'precision',

@@ -70,7 +70,20 @@ STEP = Flag(
   'checkpoint with a validation accuracy, else last',
 )
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
+MAX_PATCHES = Flag(
+  'max_patches',
+  'keep the aspect ratio of images, scaled to at most this number of patches; default: all images '
+  'get the size data.image_size',
+  int,
+  None,
+)
 OUT = Flag('out', 'output folder', pathlib.Path)
+CLASSES = Flag(
+  'classes',
+  'npz file with the classes of CLIP or SigLIP weights in --init: names, embeddings, logit_scale '
+  'and, for SigLIP, logit_bias',
+  pathlib.Path,
+)
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
 CLUSTER = (
   Flag('coordinator', 'on several hosts: <host>:<port> of process 0', default=None),
@@ -90,7 +103,15 @@ def given_config(args: argparse.Namespace) -> ConfigDict | None:
 
 
 def request_of(args: argparse.Namespace):
-  """Creates an `opening.Request` from the flags of `WEIGHTS`."""
+  """Creates an `opening.Request` from the flags of `WEIGHTS`, `CLASSES` and `MAX_PATCHES`."""
   from vit_jax.opening import Request
 
-  return Request(args.workdir, args.init, args.step, args.overrides, given_config(args))
+  return Request(
+    args.workdir,
+    args.init,
+    args.step,
+    args.overrides,
+    given_config(args),
+    args.classes,
+    args.max_patches,
+  )

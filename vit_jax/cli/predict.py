@@ -4,7 +4,7 @@ import dataclasses
 import logging
 
 from vit_jax import storage
-from vit_jax.cli.flags import IMAGES, OUT, WEIGHTS, Flag, Mode, request_of
+from vit_jax.cli.flags import CLASSES, IMAGES, MAX_PATCHES, OUT, WEIGHTS, Flag, Mode, request_of
 from vit_jax.names import one_line
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,10 @@ def write_features(args) -> int:
   from vit_jax.inference import features
   from vit_jax.weights import write_arrays
 
-  if args.given & {'--format', '--topk'}:
-    raise ValueError('--features cannot be combined with --format or --topk. Remove these flags.')
+  if args.given & {'--format', '--topk', '--classes'}:
+    raise ValueError(
+      '--features cannot be combined with --format or --topk, nor with --classes. Remove them.'
+    )
   if not args.out or args.out.suffix != '.npz':
     raise ValueError(f'--features={args.features} needs --out, an npz file to write, e.g. out.npz.')
   if args.out.exists():
@@ -54,7 +56,9 @@ MODE = Mode(
   '--workdir=runs/digits --images=a.png,folder/ --topk=3',
   (
     *WEIGHTS,
+    CLASSES,
     IMAGES,
+    MAX_PATCHES,
     Flag(
       'topk',
       'number of classes to print for each image; default: 5, or every label above its '

@@ -1,6 +1,6 @@
 """Defines `--mode=serve`."""
 
-from vit_jax.cli.flags import WEIGHTS, Flag, Mode, request_of
+from vit_jax.cli.flags import CLASSES, WEIGHTS, Flag, Mode, request_of
 
 
 def run_serve(args) -> None:
@@ -14,6 +14,7 @@ MODE = Mode(
   '--workdir=runs/digits --port=7860',
   (
     *WEIGHTS,
+    CLASSES,
     Flag('host', 'address to listen on; 0.0.0.0: accept other machines', default='127.0.0.1'),
     Flag('port', 'port to listen on; 0: any free port', int, 7860),
   ),

@@ -142,7 +142,7 @@ def fit_image(
   return array[..., None] if array.ndim == 2 else array
 
 
-def refit(image_HWC: np.ndarray, size: tuple[int, int], fit: Fit) -> np.ndarray:
+def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.ndarray:
   """Scales an array to `size` with `fit`, a function that takes a Pillow image."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)

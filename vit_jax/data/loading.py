@@ -1,10 +1,11 @@
 """Opens the splits of a source, in memory or as a stream."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import logging
 
 import jax
+import numpy as np
 
 from vit_jax.data import image as image_lib
 from vit_jax.data import memory, stream
@@ -27,6 +28,7 @@ class Reading:
     skip_bad_images: skip images that cannot be decoded, instead of stopping.
     workers: number of processes that decode a stream; 0: decode in this process.
     threads: number of decoding threads in each process; None: `stream.best_threads`.
+    stack: function that joins streamed images to a batch.
   """
 
   cache: str
@@ -35,6 +37,7 @@ class Reading:
   skip_bad_images: bool = False
   workers: int = 0
   threads: int | None = None
+  stack: Callable[[Sequence[np.ndarray]], object] = np.stack
 
 
 def decide_cache(
@@ -93,7 +96,7 @@ def differs(reading: Reading, source: Source, split: str, size: tuple[int, int])
 
 
 def open_split(
-  reading: Reading, source: Source, split: str, size: tuple[int, int], to_train: bool = False
+  reading: Reading, source: Source, split: str, size: tuple[int, int] | None, to_train: bool = False
 ) -> Split:
   """Opens a split in memory or as a stream.
 
@@ -101,7 +104,7 @@ def open_split(
     reading: settings for reading the split; `cache` must not be `auto`.
     source: dataset that contains the split.
     split: the split in TFDS notation.
-    size: (height, width) of the images.
+    size: (height, width) of the images; None: `reading.fit` chooses the size of each image.
     to_train: whether the split is used for training; only then does `reading.crop` apply.
   """
   if reading.cache == 'memory':
@@ -115,6 +118,7 @@ def open_split(
     skip_bad_images=reading.skip_bad_images,
     workers=reading.workers,
     threads=reading.threads or stream.best_threads(reading.workers),
+    stack=reading.stack,
   )
 
 

@@ -111,11 +111,12 @@ def unlabelled(source: Source) -> Source:
 
 
 def pixels(
-  source: Source, example: Example, size: tuple[int, int], fit: image_lib.Fit
+  source: Source, example: Example, size: tuple[int, int] | None, fit: image_lib.Fit
 ) -> np.ndarray:
   """Returns the pixels of an example, scaled to `size` by `fit`: `image_HWC`.
 
-  If the example holds an array of this size, the array is returned unchanged.
+  If the example holds an array of this size, the array is returned unchanged. If the size is None,
+  `fit` chooses it.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.

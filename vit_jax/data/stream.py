@@ -14,7 +14,7 @@ Decisions:
     counted.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import functools
@@ -54,22 +54,24 @@ class Stream:
   Attributes:
     source: dataset that contains the examples.
     pieces: `(split, start, stop)` ranges, in order.
-    size: (height, width) of the images.
+    size: (height, width) of the images; None: `fit` chooses the size of each image.
     fit: function that scales an image, as in `memory.load_examples`.
     crop: `min_area` and `max_aspect` of the random crops in training; None: no random crops.
     skip_bad_images: replace images that cannot be decoded, instead of raising.
     workers: number of worker processes that decode; 0: decode in this process.
     threads: number of decoding threads in each process.
+    stack: function that joins images to a batch.
   """
 
   source: Source
   pieces: tuple[tuple[str, int, int], ...]
-  size: tuple[int, int]
+  size: tuple[int, int] | None
   fit: image_lib.Fit
   crop: Mapping[str, float] | None = None
   skip_bad_images: bool = False
   workers: int = 0
   threads: int = 1
+  stack: Callable[[Sequence[np.ndarray]], object] = np.stack
 
   def __len__(self) -> int:
     return splits.num_examples(self.pieces)
@@ -191,7 +193,7 @@ class Stream:
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
     rows = [self.good(*row) for row in zip(self.read(index_N), index_N, draws)]
     image, label, bad = zip(*rows)
-    found = {'image': np.stack(image), 'label': np.array(label, self.source.label_type)}
+    found = {'image': self.stack(image), 'label': np.array(label, self.source.label_type)}
     return found | ({'bad': np.array(bad, np.int32)} if self.skip_bad_images else {})
 
   def good(
@@ -291,5 +293,5 @@ def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   """Joins the arrays of the parts into new arrays in this process's memory; empties the parts."""
   # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
   # shared with the workers, so the parts are emptied here.
-  names = list(parts[0])
-  return {name: np.concatenate([np.asarray(part.pop(name)) for part in parts]) for name in names}
+  join = lambda *arrays: np.concatenate(list(map(np.asarray, arrays)))
+  return {name: jax.tree.map(join, *[part.pop(name) for part in parts]) for name in list(parts[0])}

@@ -20,14 +20,21 @@ TENSOR_AXIS = {
   ('value', 'kernel'): 1,
   ('value', 'bias'): 0,
   ('out', 'kernel'): 0,
+  ('out_norm', 'scale'): 0,
+  ('out_norm', 'bias'): 0,
+  ('gate', 'kernel'): 1,
+  ('gate', 'bias'): 0,
   ('up', 'kernel'): 1,
   ('up', 'bias'): 0,
+  ('hidden_norm', 'scale'): 0,
+  ('hidden_norm', 'bias'): 0,
   ('down', 'kernel'): 0,
   # The factors of LoRA are split in the same way: of a kernel `W + A B`, the side with the axis.
   ('query', 'b'): 1,
   ('key', 'b'): 1,
   ('value', 'b'): 1,
   ('out', 'a'): 0,
+  ('gate', 'b'): 1,
   ('up', 'b'): 1,
   ('down', 'a'): 0,
 }
@@ -119,9 +126,12 @@ def place_rows(
   row_N: np.ndarray,
   count: int,
   over_batch: jax.sharding.Sharding,
-  local: Mapping[str, np.ndarray],
-) -> dict[str, jax.Array]:
-  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`."""
+  local: Mapping[str, object],
+) -> dict[str, object]:
+  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`.
+
+  The values are NumPy arrays, or trees of them.
+  """
 
   def put(array):
     def part(where):
@@ -131,7 +141,7 @@ def place_rows(
 
     return jax.make_array_from_callback((count, *array.shape[1:]), over_batch, part)
 
-  return {name: put(array) for name, array in local.items()}
+  return {name: jax.tree.map(put, arrays) for name, arrays in local.items()}
 
 
 def keep_layout(mesh: Mesh, tree):

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
+NOT_CALIBRATED = Calibration()
 FITTED = 2**26  # maximum number of logits to which a temperature is fitted: 256 MiB
 
 
@@ -87,7 +88,7 @@ def score_examples(
   examples: Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-  temperature: float = 1.0,
+  calibration: Calibration = NOT_CALIBRATED,
   **extra: np.ndarray,
 ) -> Scores | Labelled | Losses:
   """Returns the scores of all examples of a split; the arguments are those of `answer_split`.
@@ -101,7 +102,7 @@ def score_examples(
     elif found.label_N.ndim == 2:
       parts.append(Labelled.of(found.logits_NL, found.label_N, found.loss_N))
     else:
-      parts.append(Scores.of(found, temperature))
+      parts.append(Scores.of(found, calibration))
   return type(parts[0]).joined(parts)
 
 

@@ -41,7 +41,11 @@ def score_split(
 
 
 def evaluate(
-  workdir: str | pathlib.Path, overrides: Mapping[str, str] | None = None, *, step: str = ''
+  workdir: str | pathlib.Path,
+  overrides: Mapping[str, str] | None = None,
+  *,
+  step: str = '',
+  max_patches: int | None = None,
 ) -> dict[str, object]:
   """Evaluates a checkpoint of a workdir on the split that `data.eval_split` names.
 
@@ -54,6 +58,8 @@ def evaluate(
     overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
     step: checkpoint to evaluate: `best`, `last` or a number. The default is the checkpoint with the
       best validation accuracy, or the last one if no checkpoint has a validation accuracy.
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
 
   Returns:
     The result of `evaluate_checkpoint`.
@@ -62,7 +68,8 @@ def evaluate(
     ValueError: the workdir has no such checkpoint, or data or overrides contradict the checkpoint.
   """
   start_up()
-  return evaluate_checkpoint(Request(local(workdir), step=step, overrides=overrides or {}))
+  request = Request(local(workdir), '', step, overrides or {}, max_patches=max_patches)
+  return evaluate_checkpoint(request)
 
 
 @limits.memory_for('Evaluation')
@@ -75,16 +82,18 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     The step, the source and the split of the data, the values of `score_split`, and the measures of
     `trust`. `left_out` is the number of images that were not scored because the weights were
-    trained on them. The key is missing if the number is zero. Of a run without labels, only the
-    loss is known.
+    trained on them. The key is missing if the number is zero. `max_patches` is the one of the
+    request, if it has one. Of a run without labels, only the loss is known.
   """
-  exp, params, loaded = opening.open_model(request, 'any' if request.workdir else 'weights')
+  # The classes of zero-shot weights are those of the data.
+  classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
+  exp, params, loaded = opening.open_model(request, classes)
   batch_size = exp.config.eval_batch_size
   mesh = inference_mesh(batch_size)
   params, eval_step = replicate(mesh, params), make_eval_step(exp, mesh)
   calibration = exp.calibration
   val = None
-  if request.workdir and exp.objective.labels and not calibration.examples:
+  if request.workdir and exp.objective.labels and not calibration.examples and not exp.pack:
     val = load_validation(exp, request.workdir, loaded)
   if val is not None:
     calibration = calibrate(eval_step, params, val, batch_size, mesh)
@@ -95,10 +104,10 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   split = exp.config.data.eval_split
   examples = load_split(exp, split, source)
   extra = real_labels(exp, split, source, len(examples))
-  temperature = calibration.temperature
-  scores = score_examples(eval_step, params, examples, batch_size, mesh, temperature, **extra)
+  scores = score_examples(eval_step, params, examples, batch_size, mesh, calibration, **extra)
   result = {'step': loaded, 'source': exp.config.data.source, 'split': split} | scores.means()
   result |= {'left_out': left_out} if left_out else {}
+  result |= {'max_patches': exp.pack.most} if exp.pack else {}
   result |= trust(scores, exp.task.class_names, calibration)
   if request.workdir and is_first():
     with storage.tolerated():

@@ -29,13 +29,15 @@ def map_files(
     params: parameters of the experiment's model.
     files: at least one file.
     function: maps `(image_BHWC, params)`, with uint8 images, to an array with one row per image.
+      If images keep their aspect ratio, they are given as `Padded`.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)
   batch_size = -(-batch_size // mesh.size) * mesh.size
   params = replicate(mesh, params)
   step = make_inference_step(exp, mesh, function)
-  blank = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
+  size, stack = exp.task.stored_size or exp.model.patch_size, exp.pack or np.stack
+  blank = np.zeros((*size, exp.task.channels), np.uint8)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chunks = [files[start : start + BATCH] for start in range(0, len(files), BATCH)]
     submit = lambda chunk: [pool.submit(read_image, file, exp) for file in chunk]
@@ -46,7 +48,7 @@ def map_files(
       good = [row for row in images if isinstance(row, np.ndarray)]
       values = iter(())
       if good:
-        image_BHWC = np.stack(good + [blank] * (batch_size - len(good)))
+        image_BHWC = stack(good + [blank] * (batch_size - len(good)))
         image_BHWC = jax.device_put(image_BHWC, batch_sharding(mesh))
         values = iter(np.asarray(step(image_BHWC, params)))
       for file, row in zip(chunk, images):

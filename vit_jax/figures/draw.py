@@ -206,6 +206,26 @@ def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 
 @canvas.styled
+def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
+  """Draws two rows: images, and the colours of their patches, 0 to 1."""
+  _, height, width, _ = image_BHWC.shape
+  columns = max(len(image_BHWC), 4)
+  tile = canvas.WIDTH / columns
+  figure = Figure((canvas.WIDTH, 2 * tile * height / width + 0.1), layout='constrained')
+  axes = figure.subplots(2, columns, squeeze=False)
+  for axis in axes.ravel():
+    canvas.bare(axis)
+  for column, image, colour_hw3 in zip(axes.T, image_BHWC, colour_Bhw3):
+    canvas.show_image(column[0], image)
+    column[1].imshow(colour_hw3, extent=(0, width, height, 0), aspect='equal')
+  for axis in axes[:, len(image_BHWC) :].ravel():
+    axis.set_visible(False)
+  for axis, label in zip(axes[:, 0], ('image', 'components')):
+    axis.set_ylabel(label)
+  return figure
+
+
+@canvas.styled
 def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
   """Draws what each head of each block attends to in one image.
 

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.model import POOLS, POSITIONS, ViT
+from vit_jax.figures.components import principal_components
+from vit_jax.model import POOLS, POSITIONS, ViT, cut
 
 
 class Missing(ValueError):
@@ -236,23 +237,13 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     raise Missing("a hybrid embeds patches of its stem's feature map, which has no colours.")
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
-  filter_DP = kernel_pqCD.reshape(-1, width).T
-  filter_DP = filter_DP - filter_DP.mean(axis=0)
-  _, deviation_F, component_FP = np.linalg.svd(filter_DP, full_matrices=False)
-  kept = min(count, width - 1, component_FP.shape[0])
-  component_FP = component_FP[:kept]
-  largest_F = np.abs(component_FP).argmax(axis=1)
-  component_FP *= np.sign(component_FP[np.arange(kept), largest_F])[:, None]
-  variance_F = deviation_F**2
-  share_F = variance_F / max(variance_F.sum(), np.finfo(np.float64).tiny)
-  return component_FP.reshape(kept, *patch).astype(np.float32), share_F[:kept]
+  component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)
+  return component_FP.reshape(-1, *patch).astype(np.float32), share_F
 
 
 def patches(image_HWC: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
   """Cuts an image into patches as the model does (paper, Figure 1): `[h, w, p, q, C]`."""
-  height, width, channels = image_HWC.shape
-  p, q = patch_size
-  return image_HWC.reshape(height // p, p, width // q, q, channels).transpose(0, 2, 1, 3, 4)
+  return cut(image_HWC[None], patch_size)[0]
 
 
 def confusion(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:

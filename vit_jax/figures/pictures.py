@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax.data import Split
 from vit_jax.evaluation import Scores, coverage_curve, reliability, trust
 from vit_jax.experiment import Experiment
-from vit_jax.figures import charts, draw, maps
+from vit_jax.figures import charts, components, draw, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.neighbours import ROWS, Neighbours, draw_neighbours
 from vit_jax.figures.reconstruction import draw_reconstruction, reconstruct
@@ -267,6 +267,17 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
   )
 
 
+def picture_components(subject: Subject) -> tuple[Figure, str]:
+  """Returns the figure of the principal components of patch features, and its caption."""
+  shown = subject.need('exp', 'params', 'shown')
+  map_BhwF, share_F = components.of_images(*shown)
+  shares = ', '.join(f'{share:.1%}' for share in share_F)
+  return draw.draw_components(shown[-1], components.component_colours(map_BhwF)), (
+    'The first three principal components of the patch features, as red, green and blue, with '
+    f'{shares} of their variance. Similar colours mean similar features, also in other images.'
+  )
+
+
 # Maps the file name of each figure, without `.png`, to its title and function.
 PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'curves': ('Loss and accuracy', picture_curves),
@@ -282,6 +293,7 @@ PICTURES: dict[str, tuple[str, Callable[[Subject], tuple[Figure, str]]]] = {
   'distance': ('Mean attention distance', picture_distance),
   'rollout': ('Attention rollout', picture_rollout),
   'heads': ('Attention by head', picture_heads),
+  'components': ('Principal components of the patch features', picture_components),
 }
 
 

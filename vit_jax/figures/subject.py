@@ -107,8 +107,8 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
   """Returns the model's prediction for every readable test example."""
-  size, temperature = exp.config.eval_batch_size, exp.calibration.temperature
-  return score_examples(make_eval_step(exp, mesh), params, test, size, mesh, temperature)
+  size = exp.config.eval_batch_size
+  return score_examples(make_eval_step(exp, mesh), params, test, size, mesh, exp.calibration)
 
 
 def near_mistakes(

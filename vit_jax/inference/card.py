@@ -21,7 +21,6 @@ from vit_jax.weights import (
   flatten_params,
   image_channels,
 )
-from vit_jax.workdir import Calibration
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
@@ -94,7 +93,7 @@ def name_of(model: ViT) -> str:
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
-    own = {'resnet': None} | fields | {'patch_size': model.patch_size}
+    own = {'resnet': None, 'mlp': 'plain'} | fields | {'patch_size': model.patch_size}
     if all(getattr(model, key) == value for key, value in own.items()):
       return f'{name}/{patch}'
   return f'{model.width}x{model.depth}/{patch}'
@@ -108,6 +107,8 @@ def architecture_text(model: ViT) -> str:
     f'patch size {model.patch_size[0]}x{model.patch_size[1]}',
     f'pool `{model.pool}`, positions `{model.position}`, activation `{model.activation}`',
   ]
+  if model.mlp != 'plain':
+    parts.append(f'MLP `{model.mlp}`')
   if model.num_registers:
     parts.append(f'{model.num_registers} registers')
   if model.resnet is not None:
@@ -218,7 +219,9 @@ def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
 
 def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   """Returns the row about the temperature or the thresholds; empty if none was fitted."""
-  found = Calibration.load(loaded.run)
+  found = loaded.calibration
+  if found.sigmoid:
+    return {'probabilities': 'the sigmoid of each logit; they do not add up to 1'}
   use = 'an image has a class if the sigmoid of its logit reaches the threshold'
   if loaded.multi_label and not found.thresholds:
     return {'thresholds': f'0.5 for each class, not fitted; {use}'}

@@ -121,14 +121,15 @@ def measure(
   flops, train_flops = work(exp, shapes.params)
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
   run_flops = config.batch_size * one if examples else None
-  kept, parameters = activations(exp, shapes.params), Counter()
+  longest = exp.at(patch_size=exp.patch_sizes[0])
+  kept, parameters = activations(longest, shapes.params), Counter()
   for name, leaf in flatten_params(shapes.params).items():
     parameters[module_of(name, shapes.params)] += leaf.size
   names = sorted({*parameters, *flops, *kept}, key=place)
   trained, _ = exp.split(shapes.params)
   parts = [Part(n, parameters[n], flops[n] / 1e9, kept[n] / 2**20) for n in names]
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
-  at_once = config.batch_size // shares(mesh) // exp.training_parts(mesh)
+  at_once = config.batch_size // shares(mesh) // longest.training_parts(mesh)
   return Summary(
     exp,
     sum(leaf.size for leaf in jax.tree.leaves(trained)),
@@ -144,12 +145,25 @@ def measure(
     warmup,
     (
       *notes,
+      *patch_notes(exp),
       *(
         f'After step {n:,}, the learning rate warms up again, to {LATER_PEAK:g} times optimizer.lr.'
         for n in cycles
       ),
     ),
   )
+
+
+def patch_notes(exp: Experiment) -> list[str]:
+  """Returns the sentence about random patch sizes; none if all steps have the same patch size."""
+  sizes = ['x'.join(map(str, size)) for size in exp.patch_sizes]
+  if len(sizes) == 1:
+    return []
+  return [
+    f'Each training step draws one of the patch sizes {", ".join(sizes)}. Its compute is the mean '
+    f'over these sizes, activations are for {sizes[0]}, and the forward pass is for '
+    f'{"x".join(map(str, exp.model.patch_size))}.'
+  ]
 
 
 def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:

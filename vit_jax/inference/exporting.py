@@ -9,7 +9,7 @@ import tempfile
 
 import numpy as np
 
-from vit_jax import storage
+from vit_jax import inherit, storage
 from vit_jax.inference import card, measuring
 from vit_jax.model import ViT
 from vit_jax.names import choose, local
@@ -41,6 +41,7 @@ def export(
   step: str = 'last',
   precision: str = EXACT,
   overrides: Mapping[str, str] | None = None,
+  zero_shot: pathlib.Path | None = None,
 ) -> list[pathlib.Path]:
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
@@ -57,6 +58,7 @@ def export(
     precision: `float32`, or one of the format's `precisions`.
     overrides: keys of `measuring.READ` and their values as text, for test images that are not
       where the run has read them.
+    zero_shot: npz file with text embeddings of the classes, for weights of CLIP or SigLIP.
 
   Returns:
     All files in the folder.
@@ -73,6 +75,8 @@ def export(
   check_card(out)
   found = read_weights(path, step)
   loaded = adapt(found)
+  if zero_shot:
+    loaded = inherit.with_classes(loaded, inherit.open_classes(zero_shot))
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
   if count > MANY:
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)
@@ -99,7 +103,7 @@ def program_of(loaded: Pretrained) -> Program:
 
   Without fitted thresholds, each class of images with several labels has the threshold 0.5.
   """
-  calibration = Calibration.load(loaded.run)
+  calibration = loaded.calibration
   if loaded.multi_label and calibration.thresholds is None:
     halves = (0.5,) * loaded.model.num_classes
     calibration = dataclasses.replace(calibration, thresholds=halves)

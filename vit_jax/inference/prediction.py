@@ -12,6 +12,7 @@ import numpy as np
 from vit_jax import opening, progress
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import PathLike, find_images, given_labels, map_files, probabilities
+from vit_jax.model import without_pool
 from vit_jax.names import check_positive, choose, local, one_line
 from vit_jax.opening import Request
 
@@ -27,6 +28,8 @@ def predict(
   init: str = '',
   step: str = '',
   overrides: Mapping[str, str] | None = None,
+  classes: str | pathlib.Path | None = None,
+  max_patches: int | None = None,
 ) -> Iterator[dict]:
   """Predicts the classes of each image file, in the given order.
 
@@ -41,6 +44,10 @@ def predict(
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the
       checkpoint with the best validation accuracy, or the last if no accuracy was measured.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
+    classes: npz file with text embeddings of classes, for `init` weights of CLIP or SigLIP
+      (`optim/zero_shot.py`).
+    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
+      get the size `data.image_size`.
 
   Returns:
     An iterator with a dict for each file; `predict_files` describes the dicts.
@@ -49,8 +56,14 @@ def predict(
     ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
   """
   start_up()
-  folder = None if workdir is None else local(workdir)
-  request = Request(folder, init, step, overrides or {})
+  request = Request(
+    None if workdir is None else local(workdir),
+    init,
+    step,
+    overrides or {},
+    zero_shot=None if classes is None else local(classes),
+    max_patches=max_patches,
+  )
   return predict_files(request, images, topk)
 
 
@@ -110,10 +123,7 @@ def features(
   choose('--features', kind, KINDS)
   files = find_images(paths)
   exp, params, _ = opening.open_model(request, 'any')
-  backbone = exp.model.clone(num_classes=None)
-  if kind == 'tokens':
-    has_class = exp.model.has_class  # pool='none' would drop the class token by default
-    backbone = backbone.clone(pool='none', class_token=has_class, representation_size=None)
+  backbone = without_pool(exp.model) if kind == 'tokens' else exp.model.clone(num_classes=None)
 
   def extract(image_BHWC, params):
     return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)

@@ -11,10 +11,10 @@ from vit_jax.model.adapters import (
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
 from vit_jax.model.heads import knn_logits, unit
-from vit_jax.model.layers import ACTIVATIONS, Block, Dense, split_patches
-from vit_jax.model.pooling import POOLS, Pool, pooled
+from vit_jax.model.layers import ACTIVATIONS, MLPS, Block, Dense
+from vit_jax.model.patching import Packer, Padded, cut, native_grid, resize_embedding
+from vit_jax.model.pooling import POOLS, Pool, pooled, without_pool
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions, sincos
-from vit_jax.model.registered import check_parameters
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
@@ -22,7 +22,9 @@ from vit_jax.model.variants import (
   VARIANTS,
   attributes,
   check_model,
+  check_parameters,
   make,
+  stretched,
   variant_fields,
 )
 from vit_jax.model.vit import ViT, first_layer, last_layer
@@ -33,6 +35,7 @@ __all__ = [
   'ADAPTERS',
   'ATTENTION',
   'ATTRIBUTES',
+  'MLPS',
   'POOLS',
   'POSITIONS',
   'POSITION_PREFIXES',
@@ -42,6 +45,8 @@ __all__ = [
   'Block',
   'Dense',
   'Encoder',
+  'Packer',
+  'Padded',
   'Pool',
   'Position',
   'ViT',
@@ -51,6 +56,7 @@ __all__ = [
   'check_adapter',
   'check_model',
   'check_parameters',
+  'cut',
   'first_layer',
   'flash',
   'flash_obstacle',
@@ -58,13 +64,16 @@ __all__ = [
   'last_layer',
   'make',
   'merged',
+  'native_grid',
   'plain',
   'pooled',
+  'resize_embedding',
   'resize_positions',
   'select_kernel',
   'sincos',
-  'split_patches',
   'stem_stride',
+  'stretched',
   'unit',
   'variant_fields',
+  'without_pool',
 ]

@@ -24,7 +24,7 @@ import numpy as np
 from vit_jax.model.layers import Dense, matmul
 
 # Layers that LoRA adapts, with the number of axes of the kernel that belong to the inputs.
-ADAPTED = {'query': 1, 'key': 1, 'value': 1, 'out': 2, 'up': 1, 'down': 1}
+ADAPTED = {'query': 1, 'key': 1, 'value': 1, 'out': 2, 'gate': 1, 'up': 1, 'down': 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
     It runs on NVIDIA GPUs in half precision.
 
+`padded` computes the attention of sequences that are padded to one length, on all devices.
 Exported programs use `plain` for every backend (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
@@ -98,13 +99,21 @@ def flash(
   return y_BNKE[:, :tokens]
 
 
-def attention_weights(query_BQKE: jax.Array, key_BNKE: jax.Array) -> jax.Array:
-  """Returns the softmax of `q k^T / sqrt(E)` over the keys, `[B, K, Q, N]`; each row sums to 1."""
+def attention_weights(
+  query_BQKE: jax.Array, key_BNKE: jax.Array, length_B: jax.Array | None = None
+) -> jax.Array:
+  """Returns the softmax of `q k^T / sqrt(E)` over the keys, `[B, K, Q, N]`; each row sums to 1.
+
+  With `length_B`, only the first `length` keys of each example have a weight.
+  """
   query_BKQE = jnp.swapaxes(query_BQKE * query_BQKE.shape[-1] ** -0.5, 1, 2)
   key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
   logits_BKQN = jnp.einsum(
     'BKQE,BKNE->BKQN', query_BKQE, key_BKNE, preferred_element_type=jnp.float32
   )
+  if length_B is not None:
+    inside_BN = jnp.arange(key_BNKE.shape[1]) < length_B[:, None]
+    logits_BKQN = jnp.where(inside_BN[:, None, None], logits_BKQN, -jnp.inf)
   return jax.nn.softmax(logits_BKQN).astype(query_BQKE.dtype)
 
 
@@ -125,7 +134,18 @@ def plain(
       `1 - rate`.
     rate: dropout rate.
   """
-  weights_BKQN = drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate)
+  return mixed_values(drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate), value_BNKE)
+
+
+def padded(
+  query_BQKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array, length_B: jax.Array
+) -> jax.Array:
+  """Works like `plain`, but ignores the keys after the first `length` keys of each example."""
+  return mixed_values(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
+
+
+def mixed_values(weights_BKQN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
+  """Returns the values averaged with these weights, `[B, Q, K, E]`."""
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 

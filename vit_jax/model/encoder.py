@@ -4,6 +4,7 @@ import dataclasses
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
@@ -38,6 +39,7 @@ class Encoder(nn.Module):
     x_BND: jax.Array,
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    length_B: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the encoded tokens, `[B, N, D]`.
 
@@ -45,7 +47,9 @@ class Encoder(nn.Module):
       x_BND: tokens.
       example_B: index of each example in the batch of all devices. The dropout masks of an example
         depend on this index. None at inference.
-      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; None for no rotation.
+      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; `[B, N, E/2]` if the examples
+        have different angles. None for no rotation.
+      length_B: number of tokens of each example, which come before its padding. None: no padding.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock
     if policy is not None:
@@ -53,7 +57,7 @@ class Encoder(nn.Module):
     for i in range(self.depth):
       rate = self.block.stochastic_depth * i / max(self.depth - 1, 1)
       block = dataclasses.replace(self.block, stochastic_depth=rate)
-      x_BND = block_class(block, name=f'block_{i}')(x_BND, example_B, rope_NE)
+      x_BND = block_class(block, name=f'block_{i}')(x_BND, example_B, rope_NE, length_B)
     if self.final_norm:
       x_BND = nn.LayerNorm(self.block.norm_epsilon, dtype=self.block.dtype, name='norm')(x_BND)
     return x_BND
@@ -70,11 +74,12 @@ class EncoderBlock(nn.Module):
     x_BND: jax.Array,
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    length_B: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the tokens after this block, `[B, N, D]`; `Encoder` has the same arguments."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
-    y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE)
+    y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE, length_B)
     x_BND = x_BND + self.residual(y_BND, example_B, 'attention_scale')
 
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='mlp_norm')(x_BND)
@@ -88,3 +93,39 @@ class EncoderBlock(nn.Module):
       init = nn.initializers.constant(self.block.layer_scale)
       y_BND = y_BND * self.param(name, init, y_BND.shape[-1:]).astype(y_BND.dtype)
     return Dropout(self.block.stochastic_depth, whole=True)(y_BND, example_B)
+
+
+def kept(
+  x_BND: jax.Array,
+  rope_NE: tuple[jax.Array, jax.Array] | None,
+  seen_BS: jax.Array,
+  prefix: int,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+  """Drops patches: returns tokens `[B, prefix + S, D]` and their angles, `[B, prefix + S, E/2]`.
+
+  Args:
+    x_BND: tokens of all patches, after `prefix` other tokens, which are kept.
+    rope_NE: cosine and sine of the rotary angles of these tokens, or None.
+    seen_BS: numbers of the patches to keep.
+    prefix: number of tokens before the patches.
+  """
+  before_BP = jnp.broadcast_to(jnp.arange(prefix), (len(seen_BS), prefix))
+  place_BT = jnp.concatenate([before_BP, prefix + seen_BS], axis=1)
+  rope = rope_NE and tuple(jnp.asarray(angle_NE)[place_BT] for angle_NE in rope_NE)
+  return jnp.take_along_axis(x_BND, place_BT[..., None], axis=1), rope
+
+
+def block_tokens(model: nn.Module, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
+  """Returns the tokens `[B, N, D]` after each block, in order, without the last LayerNorm.
+
+  Args:
+    model: the model that the blocks belong to.
+    params: the model's parameters.
+    image_BHWC: normalised images.
+  """
+  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
+  _, state = model.clone(remat='none').apply(
+    {'params': params}, image_BHWC, capture_intermediates=is_block
+  )
+  blocks = state['intermediates']
+  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]

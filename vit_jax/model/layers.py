@@ -7,6 +7,7 @@ Decisions:
     model with `mutable=['intermediates']` to receive the weights.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 from vit_jax.model import attention, positions
 from vit_jax.model.products import matmul
 
-# The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, and the first CLIP models use
-# `quick_gelu`.
+# The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, the first CLIP models use
+# `quick_gelu`, and gated MLPs mostly use `silu`.
 ACTIVATIONS = {
   'gelu_tanh': functools.partial(nn.gelu, approximate=True),
   'gelu': functools.partial(nn.gelu, approximate=False),
   'quick_gelu': lambda x: x * nn.sigmoid(1.702 * x),
+  'silu': nn.silu,
 }
 
 
@@ -43,7 +45,10 @@ class Block:
   stochastic_depth: float = 0.0
   layer_scale: float | None = None
   qkv_bias: bool = True
+  key_bias: bool | None = None
   qk_norm: bool = False
+  out_norm: bool = False
+  mlp: str = 'plain'
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
   dtype: Any = jnp.float32
@@ -69,24 +74,21 @@ class Dense(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     batch, inputs = x.shape[: -self.axes], x.shape[-self.axes :]
     matrix = math.prod(inputs), math.prod(self.features)
-
-    def init_kernel(key, shape):
-      return self.kernel_init(key, matrix).reshape(shape)
-
-    kernel = self.param('kernel', init_kernel, (*inputs, *self.features))
-    kernel = kernel.astype(self.dtype).reshape(matrix)
+    kernel = self.weights(inputs).astype(self.dtype).reshape(matrix)
     y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
     if self.use_bias:
       bias = self.param('bias', self.bias_init, self.features)
       y = y + bias.astype(self.dtype).reshape(-1)
     return y.reshape(*batch, *self.features)
 
+  def weights(self, inputs: tuple[int, ...]) -> jax.Array:
+    """Returns the kernel for inputs of this shape, `[*inputs, *features]`."""
+    matrix = math.prod(inputs), math.prod(self.features)
 
-def split_patches(x_BHWC: jax.Array, p: int, q: int) -> jax.Array:
-  """Returns the patches of p rows and q columns, `[B, h, w, p, q, C]`."""
-  batch, height, width, channels = x_BHWC.shape
-  x = x_BHWC.reshape(batch, height // p, p, width // q, q, channels)
-  return x.transpose(0, 1, 3, 2, 4, 5)
+    def init_kernel(key, shape):
+      return self.kernel_init(key, matrix).reshape(shape)
+
+    return self.param('kernel', init_kernel, (*inputs, *self.features))
 
 
 class Dropout(nn.Module):
@@ -128,6 +130,7 @@ class Attention(nn.Module):
   """Multi-head attention (paper, Appendix A).
 
   Keys and values come from `x_BND`. Queries come from `query_BND`; if it is None, from `x_BND`.
+  `Encoder` describes the other arguments.
   """
 
   block: Block
@@ -138,16 +141,19 @@ class Attention(nn.Module):
     x_BND: jax.Array,
     example_B: jax.Array | None = None,
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
+    length_B: jax.Array | None = None,
     query_BND: jax.Array | None = None,
   ) -> jax.Array:
     block = self.block
     heads = block.num_heads, block.head_dim
-    project = functools.partial(Dense, heads, use_bias=block.qkv_bias, dtype=block.dtype)
-    query_BNKE = project(name='query')(x_BND if query_BND is None else query_BND)
-    key_BNKE = project(name='key')(x_BND)
-    value_BNKE = project(name='value')(x_BND)
+    project = functools.partial(Dense, heads, dtype=block.dtype)
+    norm = functools.partial(nn.LayerNorm, block.norm_epsilon, dtype=block.dtype)
+    bias = block.qkv_bias
+    key_bias = bias if block.key_bias is None else block.key_bias
+    query_BNKE = project(name='query', use_bias=bias)(x_BND if query_BND is None else query_BND)
+    key_BNKE = project(name='key', use_bias=key_bias)(x_BND)
+    value_BNKE = project(name='value', use_bias=bias)(x_BND)
     if block.qk_norm:  # Dehghani et al. 2023 (2302.05442), Section 2.1
-      norm = functools.partial(nn.LayerNorm, block.norm_epsilon, dtype=block.dtype)
       query_BNKE, key_BNKE = norm(name='query_norm')(query_BNKE), norm(name='key_norm')(key_BNKE)
     if rope_NE is not None:
       query_BNKE, key_BNKE = (positions.rotate(x, *rope_NE) for x in (query_BNKE, key_BNKE))
@@ -159,16 +165,46 @@ class Attention(nn.Module):
       keep_BKNN = Dropout(rate)(ones_BKNN, example_B) > 0
     choice = block.attention
     if self.is_mutable_collection('intermediates'):
-      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE)
+      weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE, length_B)
       self.sow('intermediates', 'attention_BKNN', weights_BKNN)
       choice = 'plain'  # which computes the same weights, so XLA computes them once
-    kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
-    y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
+    if length_B is not None:
+      y_BNKE = attention.padded(query_BNKE, key_BNKE, value_BNKE, length_B)
+    else:
+      kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
+      y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
+    if block.out_norm:  # Wang et al. 2022 (2210.06423), Section 2.1: over all heads together
+      y_BNKE = norm(name='out_norm', reduction_axes=(-2, -1), feature_axes=(-2, -1))(y_BNKE)
     return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
 
 
+def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
+  """Returns `f(x W)` (paper, Section 3.1), where f is the activation: `[B, N, M]`."""
+  return ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
+
+
+def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
+  """Returns `f(x V) * (x W)` (Shazeer 2020, 2002.05202, equation 6): `[B, N, M]`.
+
+  With the activation `silu` this is SwiGLU, and with `gelu` it is GEGLU.
+  """
+  gate_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='gate')(x_BND))
+  return gate_BNM * dense((block.mlp_dim,), name='up')(x_BND)
+
+
+def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
+  """Returns the normalised `gated_units` (Fang et al. 2023, 2303.11331, Section 2.1)."""
+  norm = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='hidden_norm')
+  return norm(gated_units(block, dense, x_BND))
+
+
+# How an MLP computes its hidden units: `(block, dense, x_BND) -> x_BNM`, called inside the module.
+# `dense(features, name=...)` creates a layer. `ADAPTED` and `TENSOR_AXIS` list the names of layers.
+MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
+
+
 class Mlp(nn.Module):
-  """An MLP of two layers with a GELU between them (paper, Section 3.1)."""
+  """An MLP: the hidden units that `block.mlp` names, and a linear layer (paper, Section 3.1)."""
 
   block: Block
 
@@ -176,6 +212,5 @@ class Mlp(nn.Module):
   def __call__(self, x_BND: jax.Array, example_B: jax.Array | None = None) -> jax.Array:
     block, bias_init = self.block, nn.initializers.normal(stddev=1e-6)
     dense = functools.partial(Dense, dtype=block.dtype, bias_init=bias_init)
-    x_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
-    x_BNM = Dropout(block.dropout)(x_BNM, example_B)
+    x_BNM = Dropout(block.dropout)(MLPS[block.mlp](block, dense, x_BND), example_B)
     return dense((x_BND.shape[-1],), name='down')(x_BNM)

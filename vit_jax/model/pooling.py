@@ -22,6 +22,9 @@ class Pool:
   Attributes:
     function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
       class token (if present), registers, patches. The vector can have any width.
+    padded: whether the function has a third argument, `length_B`: the number of tokens of each
+      image, which come before its padding; None without padding. Only such a pool can be used for
+      images of different shapes in one batch.
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
@@ -37,7 +40,8 @@ class Pool:
       It names the tokens that the pool reads.
   """
 
-  function: Callable[[nn.Module, jax.Array], jax.Array]
+  function: Callable[..., jax.Array]
+  padded: bool = False
   class_token: bool = False
   registers: int = 0
   tokens: bool = False
@@ -54,19 +58,26 @@ class MapHead(nn.Module):
   block: Block
 
   @nn.compact
-  def __call__(self, x_BND: jax.Array) -> jax.Array:
+  def __call__(self, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
     block, (batch, _, width) = self.block, x_BND.shape
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
-    x_B1D = Attention(block, name='attention')(x_BND, query_BND=query_B1D)
+    x_B1D = Attention(block, name='attention')(x_BND, query_BND=query_B1D, length_B=length_B)
     y_B1D = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='mlp_norm')(x_B1D)
     return (x_B1D + Mlp(block, name='mlp')(y_B1D))[:, 0]
 
 
-def map_pool(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+def first(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
+  """Returns the first token: `[B, D]`."""
+  return x_BND[:, 0]
+
+
+def map_pool(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
   """Applies a `MapHead` with the model's sizes to the patches: `[B, D]`."""
-  block = dataclasses.replace(model.block, qkv_bias=True, qk_norm=False)
-  return MapHead(block, name='map')(x_BND[:, model.num_prefix :])
+  fields = dict(qkv_bias=True, key_bias=None, qk_norm=False, out_norm=False, mlp='plain')
+  block = dataclasses.replace(model.block, **fields)
+  patches_B = None if length_B is None else length_B - model.num_prefix
+  return MapHead(block, name='map')(x_BND[:, model.num_prefix :], patches_B)
 
 
 def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
@@ -75,25 +86,46 @@ def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
   return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
 
 
-def patch_mean(model: nn.Module, x_BND: jax.Array) -> jax.Array:
+def patch_mean(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
   """Returns the mean of the patches: `[B, D]`."""
-  return x_BND[:, model.num_prefix :].mean(axis=1)
+  x_BPD = x_BND[:, model.num_prefix :]
+  if length_B is None:
+    return x_BPD.mean(axis=1)
+  patches_B1 = length_B[:, None] - model.num_prefix
+  inside_BP = jnp.arange(x_BPD.shape[1]) < patches_B1
+  total_BD = jnp.where(inside_BP[..., None], x_BPD, 0).sum(axis=1, dtype=jnp.float32)
+  return (total_BD / patches_B1).astype(x_BPD.dtype)
+
+
+def first_and_mean(
+  model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None
+) -> jax.Array:
+  """Returns the first token, followed by the mean of the patches: `[B, 2 D]`."""
+  return jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND, length_B)], axis=-1)
+
+
+def first_two(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
+  """Returns the first two tokens: `[B, 2 D]`."""
+  return jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1)
 
 
 POOLS = {
   'cls': Pool(
-    lambda model, x_BND: x_BND[:, 0],
+    first,
+    padded=True,
     class_token=True,
     linear=True,
     caption='the class token attends to',
   ),
   'gap': Pool(
     patch_mean,
+    padded=True,
     linear=True,
     caption='the patches attend to on average, since the pool averages them',
   ),
   'map': Pool(
     map_pool,
+    padded=True,
     params=('map',),
     probe=map_probe,
     caption=(
@@ -102,13 +134,15 @@ POOLS = {
     ),
   ),
   'cls_gap': Pool(  # DINOv2's classifier
-    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND)], axis=-1),
+    first_and_mean,
+    padded=True,
     class_token=True,
     linear=True,
     caption='the class token and the averaged patches attend to, each weighted by one half',
   ),
   'distilled': Pool(  # DeiT's pooling; its distillation token is the first register
-    lambda model, x_BND: jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1),
+    first_two,
+    padded=True,
     class_token=True,
     registers=1,
     linear=True,
@@ -127,3 +161,10 @@ def pooled(model: nn.Module) -> nn.Module:
   if not POOLS[model.pool].tokens:
     return model
   return model.clone(pool='cls' if model.has_class else 'gap')
+
+
+def without_pool(model: nn.Module) -> nn.Module:
+  """Returns the model without its pool and all later layers: it returns the normalised tokens."""
+  later = dict(representation_size=None, projection=None, num_classes=None)
+  # By default, the pool `none` has no class token.
+  return model.clone(pool='none', class_token=model.has_class, **later)

@@ -74,26 +74,47 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
   return table[None].astype(np.float32)
 
 
-def rope_angles(
-  h: int, w: int, head_size: int, prefix: int, whole: tuple[int, int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def rope_angles(model: nn.Module, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
-  The first half of the angles depends on the row, the second half on the column. If `whole` is
-  given, rows and columns are measured in that grid. The `prefix` tokens before the patches have
-  angle 0, so they have no position.
+  The first half of the angles depends on the row y of a patch, the second half on its column x.
+  The tokens before the patches have angle 0, so they have no position.
   """
-  theta = 100.0 ** (-np.arange(head_size // 4) / (head_size // 4))
-  y, x = coordinates((h, w), whole or (h, w))
-  angle = np.concatenate([np.outer(y, theta), np.outer(x, theta)], axis=1)
-  angle = np.concatenate([np.zeros((prefix, angle.shape[1])), angle])
+  quarter = model.head_size // 4
+  frequency = model.rope_theta ** (-np.arange(quarter) / quarter)
+  angle = np.concatenate([np.outer(y, frequency), np.outer(x, frequency)], axis=1)
+  angle = np.concatenate([np.zeros((model.num_prefix, angle.shape[1])), angle])
   return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def patch_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `rope_angles` with coordinates in patches of `whole`."""
+  return rope_angles(model, *coordinates(grid, whole))
+
+
+def unit_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `rope_angles` as in DINOv3 (Simeoni et al. 2025, 2508.10104, Section 3.2).
+
+  For every grid, coordinates run from -1 to 1 over the image, and are multiplied by 2 pi.
+  """
+  y, x = coordinates(grid, (1, 1))  # from -0.5 to 0.5
+  return rope_angles(model, 4 * math.pi * y, 4 * math.pi * x)
+
+
+def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `rope_angles` as in EVA-02 (Fang et al. 2023, 2303.11331, Section 2.1).
+
+  Coordinates give the corner of a patch, in patches of `model.rope_grid`, or else of `whole`.
+  """
+  sizes = model.rope_grid or whole
+  rows, columns = (np.arange(n) * (size / n) for n, size in zip(grid, sizes))
+  return rope_angles(model, *np.meshgrid(rows, columns, indexing='ij'))
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
   """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token.
 
-  If the images of a batch have different tokens, the angles are `[B, N, E/2]`.
+  The angles can differ between examples: `[B, N, E/2]`.
   """
   cos, sin = cos_NE[..., None, :], sin_NE[..., None, :]
   a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
@@ -151,9 +172,33 @@ def antialiased(method: str):
   return function
 
 
+def cubic(table_hwD, grid):
+  """Interpolates like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
+
+  This is PyTorch's bicubic method without antialiasing: a cubic convolution with a = -0.75 (Keys
+  1981, equation 15, where a = -0.5).
+  """
+  for axis, wanted in enumerate(grid):
+    size = table_hwD.shape[axis]
+    where = (np.arange(wanted) + 0.5) * (size / wanted) - 0.5
+    weight = np.zeros((wanted, size), np.float32)
+    for offset in (-1, 0, 1, 2):
+      index = np.floor(where) + offset
+      t = np.abs(where - index)
+      near = (1.25 * t - 2.25) * t * t + 1
+      far = -0.75 * (((t - 5) * t + 8) * t - 4)
+      inside = np.clip(index, 0, size - 1).astype(int)
+      np.add.at(weight, (np.arange(wanted), inside), np.where(t <= 1, near, far))
+    table_hwD = jnp.moveaxis(
+      jnp.tensordot(weight, table_hwD, (1, axis), precision=jax.lax.Precision.HIGHEST), 0, axis
+    )
+  return table_hwD
+
+
 RESIZES = {
   'bilinear': antialiased('linear'),
   'bicubic': antialiased('cubic'),
+  'hf': cubic,
   'paper': between_corners,  # the method of the paper's code
 }
 
@@ -194,13 +239,17 @@ def check_width(model: nn.Module) -> None:
     raise ValueError(f'model.position=sincos needs a width divisible by 4, got {model.width}.')
 
 
-def check_head_size(model: nn.Module) -> None:
-  """Raises ValueError if the head size is not divisible by 4, which `rope` needs."""
+def check_rotation(model: nn.Module) -> None:
+  """Raises ValueError if the head size, base or grid does not fit rotary positions."""
   if model.head_size % 4:
     raise ValueError(
-      f'model.position=rope needs a head size divisible by 4, got {model.head_size}. Set '
-      'model.head_dim.'
+      f'model.position={model.position} needs a head size divisible by 4, got {model.head_size}. '
+      'Set model.head_dim.'
     )
+  if model.rope_theta is None or not 0 < model.rope_theta < math.inf:
+    raise ValueError(f'model.rope_theta must be positive, got {model.rope_theta}.')
+  if model.rope_grid is not None and (len(model.rope_grid) != 2 or min(model.rope_grid) < 1):
+    raise ValueError(f'model.rope_grid must be two positive numbers, got {model.rope_grid}.')
 
 
 POSITIONS = {
@@ -214,9 +263,14 @@ POSITIONS = {
     check=check_width,
     caption='fixed sine-cosine position embedding',
   ),
-  'rope': Position(
-    angles=lambda model, grid, whole: rope_angles(*grid, model.head_size, model.num_prefix, whole),
-    check=check_head_size,
+  'rope': Position(angles=patch_angles, check=check_rotation),
+  'rope_unit': Position(angles=unit_angles, check=check_rotation),  # DINOv3
+  'learned_rope': Position(  # EVA-02
+    table=learned,
+    angles=corner_angles,
+    params={'pos_embedding': resize_learned},
+    check=check_rotation,
+    caption='learned position embedding',
   ),
   'none': Position(),
 }

@@ -1,16 +1,19 @@
-"""Creates models by their published names: `make('B/16', num_classes=10)`."""
+"""Creates models by their published names, `make('B/16', num_classes=10)`, and checks models."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
+from vit_jax.model.adapters import ADAPTED
 from vit_jax.model.attention import ATTENTION
 from vit_jax.model.encoder import REMAT
-from vit_jax.model.layers import ACTIVATIONS
+from vit_jax.model.layers import ACTIVATIONS, MLPS
+from vit_jax.model.patching import as_size
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
-from vit_jax.model.vit import ViT
+from vit_jax.model.vit import ViT, first_layer, last_layer
 from vit_jax.names import check_positive, choose
 
 # Sources: paper, Table 1; for g and G, Zhai et al. 2021 (2106.04560), Table 2; for Ti and S,
@@ -98,6 +101,28 @@ def variant_fields(variant: str) -> dict:
   return fields | ({'patch_size': (int(size),) * 2} if size else {})
 
 
+def stretched(model: ViT, size: tuple[int, int], patch_size: tuple[int, int]) -> ViT:
+  """Returns the model for another grid of patches, or another patch size, with its parameters.
+
+  Args:
+    model: the model.
+    size: (height, width) of the images that its parameters are for.
+    patch_size: (height, width) of the new patches.
+
+  Raises:
+    ValueError: the model is a hybrid, and the patch size differs from the model's.
+  """
+  grid = tuple(n // patch for n, patch in zip(size, model.patch_size))
+  stored = model.embedding_size or model.patch_size
+  found = model.clone(
+    position_grid=model.position_grid or grid,
+    patch_size=patch_size,
+    embedding_size=None if patch_size == stored else stored,
+  )
+  check_model(found)
+  return found
+
+
 def check_model(model: ViT) -> None:
   """Raises ValueError if the model's sizes or choices are invalid."""
   for name, table in (
@@ -105,6 +130,7 @@ def check_model(model: ViT) -> None:
     ('position', POSITIONS),
     ('position_prefix', POSITION_PREFIXES),
     ('remat', REMAT),
+    ('mlp', MLPS),
     ('activation', ACTIVATIONS),
     ('attention', ATTENTION),
   ):
@@ -120,7 +146,8 @@ def check_model(model: ViT) -> None:
 
 def check_sizes(model: ViT) -> None:
   """Raises ValueError if a size is not positive, or num_heads does not divide the width."""
-  for name in ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim', 'representation_size'):
+  sizes = ('width', 'depth', 'num_heads', 'mlp_dim', 'head_dim')
+  for name in (*sizes, 'representation_size', 'projection'):
     if getattr(model, name) is not None:
       check_positive(f'model.{name}', getattr(model, name))
   if model.num_classes is not None:
@@ -138,6 +165,12 @@ def check_patches(model: ViT) -> None:
     raise ValueError(f'model.patch_size must be two positive numbers, got {model.patch_size}.')
   if model.resnet is None:
     return
+  if model.embedding_size not in (None, model.patch_size):
+    raise ValueError(
+      f'model.patch_size={model.patch_size}: the weights are for patches of '
+      f'{as_size(model.embedding_size)} pixels, and the patches of a hybrid come from the feature '
+      f'map of its stem, model.resnet={model.resnet}. Use the patch size of the weights.'
+    )
   if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(
       f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected a positive '
@@ -165,3 +198,36 @@ def check_pool(model: ViT) -> None:
       f'model.pool={model.pool} needs {pool.registers} register(s), got {model.num_registers}. Set '
       'model.num_registers.'
     )
+
+
+def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
+  """Checks that `POSITIONS`, `POOLS` and `ADAPTED` list the parameters that these parts create.
+
+  Raises:
+    ValueError: the model does not fit the images. Or a position embedding or pooling creates a
+      parameter that its registry entry does not list. Or `ADAPTED` lacks a layer of the MLP.
+  """
+  model = model.clone(depth=1)  # all blocks have the same parameters
+  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  shapes = lambda model: jax.eval_shape(model.init, jax.random.key(0), image_BHWC)['params']
+  params, listed = shapes(model), {*first_layer(), *last_layer()}
+  mlp = params['block_0']['mlp']
+  layers = [name for name in mlp if 'kernel' in mlp[name] and name not in ADAPTED]
+  if layers:
+    raise ValueError(
+      f'model.mlp={model.mlp} creates layers that no table lists: {", ".join(layers)}. Add them to '
+      'ADAPTED of vit_jax.model, with the number of axes of their inputs: 1.'
+    )
+  unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
+  if not unlisted:
+    return
+  before = shapes(model.clone(pool='none', class_token=model.has_class))
+  if of_position := [name for name in unlisted if name in before]:
+    kind, given, entry = 'position', of_position, 'params={...} of the Position in POSITIONS'
+  else:
+    kind, given, entry = 'pool', unlisted, 'params=(...) of the Pool in POOLS'
+  name = getattr(model, kind)
+  raise ValueError(
+    f'model.{kind}={name} creates parameters that its registry entry lacks: {", ".join(given)}. '
+    f'Add them to {entry}[{name!r}].'
+  )

@@ -12,6 +12,7 @@ logits are computed in float32.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.model import resnet
-from vit_jax.model.encoder import Encoder, EncoderBlock
-from vit_jax.model.heads import KnnHead
-from vit_jax.model.layers import Block, Dense, Dropout, split_patches
+from vit_jax.model.encoder import Encoder, kept
+from vit_jax.model.heads import KnnHead, unit
+from vit_jax.model.layers import Block, Dense, Dropout
+from vit_jax.model.patching import Padded, PatchEmbedding, check_divides, check_padded, cut
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.names import choose
@@ -34,6 +36,8 @@ class ViT(nn.Module):
     num_classes: width of the head; None for a model without a head, which returns the features that
       `pool` gives.
     patch_size: (height, width) of a patch in pixels.
+    embedding_size: (height, width) of the patches that the parameters of the embedding are for. For
+      another `patch_size`, the embedding is resized (`patching.py`). None: the patch size.
     width: D, size of a token.
     depth: number of encoder blocks.
     num_heads: K, number of attention heads.
@@ -49,9 +53,16 @@ class ViT(nn.Module):
     learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
       is only checked: a different `position_grid` (if None, a different image grid) is an error.
       None: the grid is unknown, and only the number of patches is checked.
+    rope_theta: base of the rotary frequencies; the larger, the slower is the slowest rotation.
+    rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
+      that the positions are made for.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
       2309.16588).
     representation_size: width of the tanh pre-logits layer; None for no such layer.
+    projection: width of a linear layer without a bias after the pooling, as in CLIP (Radford et al.
+      2021, 2103.00020, Figure 3); None for no such layer.
+    cosine: whether the head's input is scaled to length 1. For zero-shot classification, the rows
+      of the head are text embeddings, so the logits are scaled cosine similarities.
     dropout: dropout rate after the positions, in the MLP, and at the end of each residual branch.
     attention_dropout: dropout rate of the attention weights.
     stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from
@@ -61,7 +72,10 @@ class ViT(nn.Module):
       CLIP.
     norm_after_pool: whether the last LayerNorm follows the pooling instead of the last block.
     qkv_bias: whether queries, keys and values have biases.
+    key_bias: whether keys have biases; None: as `qkv_bias`.
     qk_norm: whether queries and keys are normalised by a LayerNorm.
+    out_norm: whether a LayerNorm over all heads precedes the output projection of attention.
+    mlp: kind of MLP, one of `MLPS`.
     activation: activation function of the MLP, one of `ACTIVATIONS`.
     norm_epsilon: epsilon of every LayerNorm.
     resnet: number of units in each stage of a hybrid's stem (`resnet.py`); None for no stem.
@@ -79,14 +93,19 @@ class ViT(nn.Module):
   num_heads: int
   mlp_dim: int
   head_dim: int | None = None
+  embedding_size: tuple[int, int] | None = None
   pool: str = 'cls'
   class_token: bool | None = None
   position: str = 'learned'
   position_prefix: str = 'cls'
   position_grid: tuple[int, int] | None = None
   learned_grid: tuple[int, int] | None = None
+  rope_theta: float = 100.0
+  rope_grid: tuple[int, int] | None = None
   num_registers: int = 0
   representation_size: int | None = None
+  projection: int | None = None
+  cosine: bool = False
   dropout: float = 0.0
   attention_dropout: float = 0.0
   stochastic_depth: float = 0.0
@@ -94,7 +113,10 @@ class ViT(nn.Module):
   pre_norm: bool = False
   norm_after_pool: bool = False
   qkv_bias: bool = True
+  key_bias: bool | None = None
   qk_norm: bool = False
+  out_norm: bool = False
+  mlp: str = 'plain'
   activation: str = 'gelu_tanh'
   norm_epsilon: float = 1e-6
   resnet: tuple[int, ...] | None = None
@@ -132,7 +154,7 @@ class ViT(nn.Module):
   @nn.compact
   def __call__(
     self,
-    image_BHWC: jax.Array,
+    image_BHWC: jax.Array | Padded,
     *,
     train: bool = False,
     example_B: jax.Array | None = None,
@@ -141,7 +163,8 @@ class ViT(nn.Module):
     """Returns the logits `[B, L]` in float32.
 
     Args:
-      image_BHWC: normalised images; H and W are multiples of the patch size.
+      image_BHWC: normalised images; H and W are multiples of the patch size. Images of different
+        shapes are given as `Padded`.
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: index of each example in the batch of all devices. Random numbers for an example
         depend on this index. The default is `0..B-1`.
@@ -152,15 +175,20 @@ class ViT(nn.Module):
       The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
 
     Raises:
-      ValueError: the patch size does not divide the image size.
+      ValueError: the patch size does not divide the image size, or the images have different shapes
+        and the model cannot read such images.
     """
     if not train:
       example_B = None
     elif example_B is None:
       example_B = jnp.arange(len(image_BHWC))
 
-    x_BhwD = self.embed(image_BHWC)
-    x_BND, rope_NE = self.tokens(x_BhwD)
+    if isinstance(image_BHWC, Padded):
+      check_padded(self)
+      of_pool = (length_B := image_BHWC.count_B + self.num_prefix,)
+    else:
+      of_pool, length_B = (), None
+    x_BND, rope_NE = self.tokens(image_BHWC)
     if seen_BS is not None:
       x_BND, rope_NE = kept(x_BND, rope_NE, seen_BS, self.num_prefix)
     if self.pre_norm:
@@ -169,59 +197,64 @@ class ViT(nn.Module):
 
     encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
     nn.share_scope(self, encoder)  # puts the encoder's parameters at the top level
-    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE))
+    x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE, length_B), *of_pool)
     if self.norm_after_pool:
       x = nn.LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
     if self.representation_size is not None:
-      x = Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x)
-      x = jnp.tanh(x)
+      x = jnp.tanh(Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x))
+    if self.projection is not None:
+      x = Dense((self.projection,), use_bias=False, dtype=self.dtype, name='projection')(x)
     if self.num_classes is None:
       return x
+    if self.cosine:
+      x = unit(x.astype(jnp.float32))
     if self.examples is not None:
       return KnnHead(self.num_classes, self.examples, name='head')(x)
     # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
-  def embed(self, image_BHWC: jax.Array) -> jax.Array:
-    """Splits images into patches and embeds each with the same linear map (equation 1).
+  def cut(self, image_BHWC: jax.Array) -> jax.Array:
+    """Splits images into patches, `[B, h, w, p, q, C]`.
 
-    In a hybrid, the patches are taken from the stem's feature map. The result is `[B, h, w, D]`.
+    In a hybrid, the patches are taken from the stem's feature map.
     """
     if len(image_BHWC.shape) != 4:
       raise ValueError(
         f'images: expected the shape [B, H, W, C], got {image_BHWC.shape}. One image needs a batch '
         'axis: image[None].'
       )
-    _, height, width, _ = image_BHWC.shape
-    p, q = self.patch_size
-    if height % p or width % q:
-      raise ValueError(
-        f'An image of {height}x{width} pixels does not divide into patches of {p}x{q}. Set '
-        'data.image_size to multiples of model.patch_size.'
-      )
-    x = image_BHWC
-    if self.resnet is not None:
-      x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(x)
-      stride = resnet.stem_stride(self.resnet)
-      p, q = p // stride, q // stride
-    embedding = Dense(
-      (self.width,),
-      axes=3,
-      use_bias=not self.pre_norm,
-      dtype=self.dtype,
-      kernel_init=nn.initializers.lecun_normal(),
-      name='embedding',
-    )
-    return embedding(split_patches(x, p, q))
+    if self.resnet is None:
+      return cut(image_BHWC, self.patch_size)
+    check_divides(self.patch_size, image_BHWC)
+    x = resnet.Stem(self.resnet, self.resnet_width, self.dtype, name='stem')(image_BHWC)
+    stride = resnet.stem_stride(self.resnet)
+    return cut(x, tuple(n // stride for n in self.patch_size))
 
-  def tokens(self, x_BhwD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Adds positions, class token and registers, and returns tokens `[B, N, D]` and RoPE's angles.
+  def tokens(
+    self, image_BHWC: jax.Array | Padded
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """Embeds patches, and adds positions, class token and registers (equation 1).
+
+    Returns the tokens `[B, N, D]` and RoPE's angles.
 
     The class token comes first, then the registers, then the patches. Whether the tokens before the
     patches have positions depends on the entry of `POSITIONS`. The angles are None without RoPE.
     """
-    batch, h, w, width = x_BhwD.shape
-    x_BND = x_BhwD.reshape(batch, h * w, width)
+    if isinstance(image_BHWC, Padded):
+      patch_BNpqC, positions = image_BHWC.patch_BNpqC, lambda: image_BHWC.positions
+    else:
+      patch_BhwpqC = self.cut(image_BHWC)
+      batch, h, w, *patch = patch_BhwpqC.shape
+      patch_BNpqC = patch_BhwpqC.reshape(batch, h * w, *patch)
+      positions = functools.partial(self.positions, (h, w))
+    x_BND = PatchEmbedding(
+      (self.width,),
+      size=self.embedding_size if self.resnet is None else None,
+      use_bias=not self.pre_norm,
+      dtype=self.dtype,
+      name='embedding',
+    )(patch_BNpqC)
+    batch, patches, width = x_BND.shape
 
     prefix = []
     if self.has_class:
@@ -231,57 +264,28 @@ class ViT(nn.Module):
       prefix.append(self.param('registers', normal, (1, self.num_registers, width)))
     prefix = [jnp.broadcast_to(x.astype(x_BND.dtype), (batch, *x.shape[1:])) for x in prefix]
 
-    position, whole = POSITIONS[self.position], self.position_grid or (h, w)
-    if position.table is not None:
-      table = position.table(self, (h, w), whole).astype(x_BND.dtype)
-      count = table.shape[1] - h * w
+    table, rope_NE = positions()  # comes last: initial values depend on the order of parameters
+    if table is not None:
+      table = table.astype(x_BND.dtype)
+      count = table.shape[1] - patches
       x_BND = x_BND + table[:, count:]
       if count:
         prefix_BND = jnp.concatenate(prefix, axis=1)
         prefix = [prefix_BND[:, :count] + table[:, :count], prefix_BND[:, count:]]
-    rope_NE = None if position.angles is None else position.angles(self, (h, w), whole)
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
+
+  def positions(self, grid: tuple[int, int]) -> tuple:
+    """Returns the table and the angles of the position embedding for a grid; None if it has none.
+
+    `Position` describes both.
+    """
+    position, whole = POSITIONS[self.position], self.position_grid or grid
+    return tuple(make and make(self, grid, whole) for make in (position.table, position.angles))
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
     """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
-
-
-def kept(
-  x_BND: jax.Array,
-  rope_NE: tuple[jax.Array, jax.Array] | None,
-  seen_BS: jax.Array,
-  prefix: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-  """Drops patches: returns tokens `[B, prefix + S, D]` and their angles, `[B, prefix + S, E/2]`.
-
-  Args:
-    x_BND: tokens of all patches, after `prefix` other tokens, which are kept.
-    rope_NE: cosine and sine of the rotary angles of these tokens, or None.
-    seen_BS: numbers of the patches to keep.
-    prefix: number of tokens before the patches.
-  """
-  before_BP = jnp.broadcast_to(jnp.arange(prefix), (len(seen_BS), prefix))
-  place_BT = jnp.concatenate([before_BP, prefix + seen_BS], axis=1)
-  rope = rope_NE and tuple(jnp.asarray(angle_NE)[place_BT] for angle_NE in rope_NE)
-  return jnp.take_along_axis(x_BND, place_BT[..., None], axis=1), rope
-
-
-def block_tokens(model: ViT, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
-  """Returns the tokens `[B, N, D]` after each block, in order, without the last LayerNorm.
-
-  Args:
-    model: the model that the blocks belong to.
-    params: the model's parameters.
-    image_BHWC: normalised images.
-  """
-  is_block = lambda module, method: isinstance(module, EncoderBlock) and method == '__call__'
-  _, state = model.clone(remat='none').apply(
-    {'params': params}, image_BHWC, capture_intermediates=is_block
-  )
-  blocks = state['intermediates']
-  return [blocks[f'block_{i}']['__call__'][0] for i in range(model.depth)]
 
 
 def first_layer() -> tuple[str, ...]:
@@ -293,4 +297,4 @@ def first_layer() -> tuple[str, ...]:
 def last_layer() -> tuple[str, ...]:
   """Returns the names of all top-level parameters that a model may have after its last block."""
   pools = dict.fromkeys(name for entry in POOLS.values() for name in entry.params)
-  return ('norm', *pools, 'pre_logits', 'head')
+  return ('norm', *pools, 'pre_logits', 'projection', 'head')

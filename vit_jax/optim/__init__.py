@@ -1,7 +1,7 @@
 """Objectives, losses, optimizers, schedules, and the training plan of a run."""
 
 from vit_jax.optim.class_weights import check_weights, parse_weights, training_weights
-from vit_jax.optim.classifiers import CLASSIFIERS, L2
+from vit_jax.optim.classifiers import CLASSIFIERS, L2, check_classifier
 from vit_jax.optim.distill import DISTILLATIONS, Teacher
 from vit_jax.optim.losses import LOSSES, choose_loss
 from vit_jax.optim.masked import as_images, as_patches, evaluation_key, fill_in, statistics
@@ -31,6 +31,7 @@ from vit_jax.optim.plan import (
   warmup_steps,
 )
 from vit_jax.optim.schedules import SCHEDULES
+from vit_jax.optim.zero_shot import TextClasses
 
 __all__ = [
   'CLASSIFIERS',
@@ -46,10 +47,12 @@ __all__ = [
   'Objective',
   'Stages',
   'Teacher',
+  'TextClasses',
   'Training',
   'announce',
   'as_images',
   'as_patches',
+  'check_classifier',
   'check_weights',
   'choose_loss',
   'evaluation_key',

@@ -86,3 +86,12 @@ CLASSIFIERS = {
   'ridge': Classifier(fit_ridge, linear_scores),
   'knn': Classifier(fit_knn, knn_scores, stores=True),
 }
+
+
+def check_classifier(name: str, multi_label: bool) -> None:
+  """Raises ValueError if a classifier is named, although images can have several labels."""
+  if name and multi_label:
+    raise ValueError(
+      f'classifier={name} expects one label per image, but these images can have several. Train a '
+      'linear probe instead: --config=configs/linear_probe.py.'
+    )

@@ -21,7 +21,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model import Block, Dense, Encoder, sincos, split_patches
+from vit_jax.model import Block, Dense, Encoder, cut, sincos
 
 ENTRY = 'decoder'  # its entry in the parameters
 EVALUATION = 2**32 - 1  # takes the place of the step in the masks of evaluation
@@ -185,7 +185,7 @@ def draw_masks(
 
 def as_patches(image_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
   """Returns the values of each patch, `[B, N, P]`; P runs over rows, columns and channels."""
-  patch_BhwpqC = split_patches(image_BHWC, *size)
+  patch_BhwpqC = cut(image_BHWC, size)
   batch, h, w, *_ = patch_BhwpqC.shape
   return patch_BhwpqC.reshape(batch, h * w, -1)
 

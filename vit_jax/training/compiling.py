@@ -120,8 +120,9 @@ def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> E
   budget = exp.budget(mesh)
   if budget is None or exp.parts:
     return exp
-  need = estimator(exp, mesh, jax.eval_shape(lambda: init_state(exp, training, mesh)))
-  plans = possible_plans(exp, mesh)
+  longest = exp.at(patch_size=exp.patch_sizes[0])
+  need = estimator(longest, mesh, jax.eval_shape(lambda: init_state(exp, training, mesh)))
+  plans = possible_plans(longest, mesh)
   return planned(exp, next((plan for plan in plans if sum(need(plan)) <= budget), plans[-1]))
 
 
@@ -233,8 +234,8 @@ def compile_step(
   devices = f'{mesh.size} {target(mesh).platform} device(s)'
   height, width, _ = exp.image_shape
   log.info(
-      'Compiled in %.1f s for images of %dx%d; training %d steps on %s.',
-      time.perf_counter() - began, height, width, training.steps, devices,
+      'Compiled in %.1f s for images of %dx%d and patches of %dx%d; training %d steps on %s.',
+      time.perf_counter() - began, height, width, *exp.model.patch_size, training.steps, devices,
   )  # fmt: skip
   platform.work_unit().set_notes(f'{exp.config.model.variant} on {devices}')
   return Compiled(step, flops, exp.sees_images and uses_flash(exp, mesh), exp)

@@ -5,7 +5,7 @@ Decisions:
   * A checkpoint is saved only after the loss of its step was read and is finite.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ import logging
 import time
 
 import jax
+import numpy as np
 import tqdm
 
 from vit_jax import progress
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 
 # Scores of an evaluation, with their names in messages; the second is only for several labels.
 SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
+
+PATCH_DRAWS = 1  # separates the draws of patch sizes from other draws with the same seed
+
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclasses.dataclass
@@ -94,19 +99,20 @@ class Run:
     late = None
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
-      batch, size = next(batches), self.size_of(start + 1)
-      compiled = self.compile(size, train_state, batch)
+      batch, (size, patch) = next(batches), self.sizes_of(start + 1)
+      programs = self.compile(size, train_state, batch)
       meter = Meter(self.mesh, config.model.dtype)
       bar = stack.enter_context(progress.counter(initial=start, total=steps, unit='step'))
       for step in range(start + 1, steps + 1):
         if step > start + 1:
           with meter.waiting():
             batch = next(batches)
-        if self.size_of(step) != size:
+        earlier, (size, patch) = size, self.sizes_of(step)
+        if size != earlier:
           meter.pause()
-          size = self.size_of(step)
-          compiled = self.compile(size, train_state, batch)
+          programs = self.compile(size, train_state, batch)
           meter.resume()
+        compiled = programs[patch]
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
           jax.block_until_ready(metrics)  # only now, so that the log line is true
@@ -138,12 +144,19 @@ class Run:
         meter.resume()
     return train_state, scores
 
-  def compile(self, size: tuple[int, int], train_state: TrainState, batch: dict) -> Compiled:
-    """Compiles the step for an image size. Its plan becomes the plan of the run."""
-    found = compile_step(self.exp.at(size), self.training, self.mesh, train_state, batch)
-    model = self.exp.model.clone(remat=found.exp.model.remat)
-    self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
-    return found
+  def compile(self, size: Size, train_state: TrainState, batch: dict) -> dict[Size, Compiled]:
+    """Compiles the step for an image size and each patch size. Its plan becomes the run's plan.
+
+    The longest sequence comes first, so its plan also fits the others.
+    """
+    programs = {}
+    for patch in self.exp.patch_sizes:
+      exp = self.exp.at(size, patch)
+      found = compile_step(exp, self.training, self.mesh, train_state, batch)
+      model = self.exp.model.clone(remat=found.exp.model.remat)
+      self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
+      programs[patch] = found
+    return programs
 
   def log_cycle(self) -> None:
     """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
@@ -169,9 +182,10 @@ class Run:
     self.checkpoints.rate(start, quality(scores['val']) if 'val' in scores else None)
     return scores
 
-  def size_of(self, step: int) -> tuple[int, int]:
-    """Returns (height, width) of the images at a step; the first step is 1."""
-    return next(size for end, size in self.training.stages if step <= end)
+  def sizes_of(self, step: int) -> tuple[Size, Size]:
+    """Returns (height, width) of images and patches at a step; the first step is 1."""
+    size = next(size for end, size in self.training.stages if step <= end)
+    return size, draw_patch(self.exp.patch_sizes, self.config.seed, step)
 
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
@@ -254,6 +268,15 @@ class Run:
       return {'step': step} | named('val', found['val']) | named('test', found['test'])
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
+
+
+def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:
+  """Returns the patch size of a step. The draw depends only on the seed and the step.
+
+  Every process therefore draws the same size, and a resumed run draws the sizes of the whole run.
+  """
+  # NumPy guarantees that RandomState's numbers never change.
+  return sizes[np.random.RandomState([seed, step, PATCH_DRAWS]).randint(len(sizes))]
 
 
 def named(split: str, values: Mapping[str, float]) -> dict[str, float | None]:

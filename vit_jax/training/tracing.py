@@ -34,7 +34,13 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """Returns, for one image, the FLOPs of the forward pass by module, and of a training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
-  return forward_flops(exp.model, params, image), step_flops(exp, params)
+  return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
+
+
+def drawn_flops(exp: Experiment, size: tuple[int, int], params: dict) -> int:
+  """Counts the FLOPs of a training step for one image of this size: the mean over patch sizes."""
+  flops = [step_flops(exp.at(size, patch), params) for patch in exp.patch_sizes]
+  return sum(flops) // len(flops)
 
 
 def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Counter:
@@ -82,7 +88,7 @@ def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -
   """
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
-  flops = {size: step_flops(exp.at(size), params) for _, size in stages[:-1]}
+  flops = {size: drawn_flops(exp, size, params) for _, size in stages[:-1]}
   flops[exp.image_shape[:2]] = train_flops
   return sum(n * flops[size] for n, (_, size) in zip(steps, stages))
 

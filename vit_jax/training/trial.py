@@ -11,6 +11,7 @@ Decisions:
 from collections.abc import Mapping
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 
@@ -50,7 +51,7 @@ def choose_attention(
 
   Args:
     exp: experiment to train.
-    training: plan of the run. The kernel is tried at each image size of the plan.
+    training: plan of the run. The kernel is tried at each image and patch size.
     mesh: mesh of the devices.
     earlier: choice in the run's newest checkpoint; None without one.
 
@@ -72,7 +73,8 @@ def choose_attention(
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
-    shapes = [attention_shape(smaller.at(size), mesh) for _, size in training.stages]
+    sizes = itertools.product((size for _, size in training.stages), reversed(exp.patch_sizes))
+    shapes = [attention_shape(smaller.at(*both), mesh) for both in sizes]
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 
@@ -81,7 +83,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
   """Returns `cudnn` if cuDNN is correct for all shapes, and not slower for the last; else `plain`.
 
   Args:
-    shapes: shape of the queries at each image size of the run; the last is for full size.
+    shapes: shape of the queries at each image and patch size of the run; the last is for full size
+      and the longest sequence.
     dtype: type of the computation.
     deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
       be correct.

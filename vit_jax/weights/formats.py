@@ -20,6 +20,7 @@ from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.weights import layouts
 from vit_jax.weights.layouts import Row
+from vit_jax.workdir import Calibration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Pretrained:
     ignored: names of the file's arrays that the model does not use.
     run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
       weights.
+    sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
+      classification with SigLIP.
   """
 
   model: ViT
@@ -112,6 +115,12 @@ class Pretrained:
   class_names: tuple[str, ...] | None
   ignored: tuple[str, ...]
   run: Mapping | None = None
+  sigmoid: bool = False
+
+  @property
+  def calibration(self) -> Calibration:
+    """How logits become probabilities."""
+    return Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
 
   @property
   def multi_label(self) -> bool:
@@ -212,7 +221,8 @@ def read_params(
       theirs = [array.astype(np.float32) for array in theirs]
       params |= zip(row.ours, row.layout.read(theirs, own))
   left = sorted(set(weights.arrays) - used)
-  ignored = tuple(n for n in left if any(re.fullmatch(p, n) for p in weights.ignored))
+  empty = {name for name in left if not weights.arrays[name].size}  # no registers, for example
+  ignored = tuple(n for n in left if n in empty or any(re.fullmatch(p, n) for p in weights.ignored))
   problems += [f'{name}: not part of the model' for name in left if name not in ignored]
   unknown = set(wanted) - {name for row in weights.rows for name in row.ours}
   assert not unknown, f'the table has no row for {unknown}'
@@ -262,6 +272,7 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
       f'The format {format_name} cannot hold a k-NN head, only a linear one. Use the format onnx '
       'or stablehlo, or compute a linear head: --mode=fewshot --classifier=ridge.'
     )
+  holds = {'embedding_size': (None, model.patch_size)} | dict(holds)
   key = lambda name: name.replace('has_class', 'class_token')  # the config key
   wrong = [
     f'  model.{key(name)}={getattr(model, name)!r}: only {", ".join(map(repr, values))} can be '
@@ -271,30 +282,3 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
   ]
   if wrong:
     raise ValueError(f'The format {format_name} cannot hold this model:\n' + '\n'.join(wrong))
-
-
-def upright(channels: int) -> str:
-  """Returns code that reads `image.png` as `vit_jax.data.decode_image` does, into `image`."""
-  mode = 'L' if channels == 1 else 'RGB'
-  return f"""image = ImageOps.exif_transpose(Image.open('image.png'))
-if image.mode.startswith('I'):  # 16-bit grey
-  image = image.convert('I').point(lambda value: value / 257 + 0.5).convert('L')
-elif image.has_transparency_data:  # shown on white
-  image = image.convert('RGBA')
-  image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-image = image.convert('{mode}')"""
-
-
-def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """Returns Python code that reads `image.png` into an upright `image`, resized to `size`."""
-  opened = upright(channels)
-  method = f'Image.Resampling.{p.interpolation.upper()}'
-  shape = f'({size[1]}, {size[0]}), {method}'
-  if not p.stretch:
-    bleed = f', bleed={(1 - p.crop) / 2:.6g}' if p.crop < 1 else ''
-    return f'{opened}\nimage = ImageOps.fit(image, {shape}{bleed})'
-  if p.crop == 1:
-    return f'{opened}\nimage = image.resize({shape})'
-  cut = f'w * {(1 - p.crop) / 2:.6g}, h * {(1 - p.crop) / 2:.6g}'
-  end = f'w * {(1 + p.crop) / 2:.6g}, h * {(1 + p.crop) / 2:.6g}'
-  return f'{opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'

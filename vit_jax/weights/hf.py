@@ -1,13 +1,13 @@
 """Reads and writes Hugging Face models: `model.safetensors` and `config.json`.
 
 Decisions:
-  * The models are ViT, DeiT, and DINOv2 with and without registers.
+  * The models are ViT, DeiT, DINOv2 with and without registers, DINOv3, and the image towers of
+    CLIP and SigLIP. `KINDS` has an entry for each `model_type`.
   * DeiT's distillation token becomes our first register, with its own position embedding.
   * Every field of a config is either used, or known not to affect the output, or refused by name.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import json
 import pathlib
 
@@ -15,19 +15,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vit_jax.model import ViT
-from vit_jax.names import choose, pair
-from vit_jax.weights import hf_names
+from vit_jax.names import check_positive, choose, pair
+from vit_jax.weights import hf_config, hf_names, hf_towers
 from vit_jax.weights.formats import (
-  ODD,
   Preprocessing,
   Pretrained,
   Weights,
-  load_json,
   refuse,
-  upright,
   write_params,
 )
-from vit_jax.weights.layouts import image_channels, rows
+from vit_jax.weights.layouts import Row, add_prefix, image_channels, rows
+from vit_jax.weights.usage import upright
+
+KINDS = hf_names.VIT_KINDS | hf_towers.TOWER_KINDS
+ARCHITECTURES = hf_names.VIT_ARCHITECTURES | hf_towers.TOWER_ARCHITECTURES
 
 
 def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -36,60 +37,70 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   Raises:
     ValueError: the model, or a field of the config, is not supported.
   """
-  origin = str(folder)
-  choose(f'{origin}: model_type', config.get('model_type'), hf_names.KINDS)
-  architecture = (config.get('architectures') or [hf_names.guess(config['model_type'], arrays)])[0]
-  kind, pool, head = choose(f'{origin}: architecture', architecture, hf_names.ARCHITECTURES)
-  prefix, body_rows, defaults = hf_names.KINDS[kind]
-  unknown = sorted(set(config) - set(defaults) - hf_names.NEUTRAL)
-  if unknown or kind != config['model_type']:
+  origin, model_type = f'{folder}/config.json', config.get('model_type')
+  hf_towers.refuse_naflex(model_type, origin)
+  kind = choose(f'{origin}: model_type', model_type, KINDS)
+  architecture = (config.get('architectures') or [guess(model_type, arrays)])[0]
+  own_type, pool, top = choose(f'{origin}: architecture', architecture, ARCHITECTURES)
+  if own_type != model_type:
     raise ValueError(
-      f'{origin}/config.json: unsupported fields: {", ".join(unknown)}.'
-      if unknown
-      else f'{origin}/config.json: model_type={config["model_type"]} does not fit the architecture '
-      f'{architecture}.'
+      f'{origin}: model_type={model_type} does not fit the architecture {architecture}.'
     )
-  c = defaults | config
-  if c.get('use_swiglu_ffn'):
-    raise ValueError(f'{origin}/config.json: use_swiglu_ffn=True: SwiGLU is not supported.')
-  patch, image = (
-    pair(c[name], f'{origin}/config.json: {name}') for name in ('patch_size', 'image_size')
-  )
-  ratio = c.get('mlp_ratio')
+  c = hf_config.complete(config, kind, origin)
+  patch, image = (pair(c[name], f'{origin}: {name}') for name in ('patch_size', 'image_size'))
   fields = dict(
     num_classes=None,
     patch_size=patch,
     width=c['hidden_size'],
     depth=c['num_hidden_layers'],
     num_heads=c['num_attention_heads'],
-    mlp_dim=int(c['hidden_size'] * ratio) if ratio else c['intermediate_size'],
     pool=pool,
-    activation=choose(f'{origin}/config.json: hidden_act', c['hidden_act'], hf_names.ACTIVATIONS),
+    activation=choose(f'{origin}: hidden_act', c['hidden_act'], hf_config.ACTIVATIONS),
     norm_epsilon=c['layer_norm_eps'],
-    qkv_bias=c['qkv_bias'],
   )
-  if kind == 'deit':
-    fields |= dict(num_registers=1, position_prefix='all')
-  if 'layerscale_value' in c:
-    fields['layer_scale'] = float(c['layerscale_value'])
-  if 'num_register_tokens' in c:
-    fields['num_registers'] = c['num_register_tokens']
-  labels = c.get('id2label')
-  if head:
-    fields['num_classes'] = len(labels) if labels else c.get('num_labels', 2)
-    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
+  fields |= kind.fields(c, origin) | top.fields(c)
+  check_positive(f'{origin}: num_channels', c['num_channels'])
   grid = image[0] // patch[0], image[1] // patch[1]
+  size = grid[0] * patch[0], grid[1] * patch[1]
+  prefixed = any(name.startswith(kind.prefix) for name in arrays)
+  headed, labels = fields['num_classes'] is not None, c.get('id2label')
   return Weights(
-    origin=origin,
+    origin=str(folder),
     arrays=arrays,
-    rows=rows([*body_rows, *head], fields['depth']),
+    rows=hf_table(kind, fields.get('mlp', 'plain'), top, fields['depth'], prefixed),
     fields=fields,
     channels=c['num_channels'],
-    preprocessing=preprocessing(folder, kind, (grid[0] * patch[0], grid[1] * patch[1]), patch),
+    preprocessing=hf_config.preprocessing(folder, size, patch, kind),
     grid=grid,
-    class_names=class_names(labels, origin) if head and labels else None,
-    ignored=hf_names.IGNORED,
+    class_names=class_names(labels, origin) if headed and labels else None,
+    ignored=kind.ignored,
   )
+
+
+def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
+  """Returns the architecture of a model whose config does not name its architecture."""
+  found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
+  for name, top in found.items():
+    if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):
+      return name
+  return [*found][-1]
+
+
+def hf_table(
+  kind: hf_config.Kind, mlp: str, top: hf_config.Top, depth: int, prefixed: bool
+) -> list[Row]:
+  """Returns the name table of a whole file.
+
+  Args:
+    kind: the kind of the model.
+    mlp: kind of MLP.
+    top: what follows the body.
+    depth: number of blocks.
+    prefixed: whether the names of the body have the prefix of the kind.
+  """
+  prefix = kind.prefix * prefixed
+  body = [(ours, add_prefix(prefix, theirs), layout) for ours, theirs, layout in kind.rows[mlp]]
+  return rows([*body, *top.rows], depth)
 
 
 def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
@@ -100,71 +111,9 @@ def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
   """
   ids = [str(i) for i in range(len(labels))]
   if set(labels) != set(ids):
-    raise ValueError(f'{origin}/config.json: id2label: expected the ids 0 to {len(ids) - 1}.')
+    raise ValueError(f'{origin}: id2label: expected the ids 0 to {len(ids) - 1}.')
   names = tuple(str(labels[key]) for key in ids)
   return None if names == tuple(f'LABEL_{i}' for i in range(len(names))) else names
-
-
-def preprocessing(
-  folder: pathlib.Path, kind: str, size: tuple[int, int], patch: tuple[int, int]
-) -> Preprocessing:
-  """Reads `preprocessor_config.json`; without the file, returns the default of the model kind.
-
-  The file's image size is used if it is a multiple of the patch size. This size can differ from
-  the one that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
-  but expects images of 224 pixels.
-  """
-  path = folder / 'preprocessor_config.json'
-  if not path.is_file():
-    if kind == 'vit':
-      return Preprocessing(size, interpolation='bilinear', stretch=True)
-    return Preprocessing(size, **hf_names.IMAGENET, interpolation='bicubic', crop=224 / 256)
-  p = load_json(path)
-  try:
-    found = processing(p, size, str(path))
-  except ODD as error:
-    raise ValueError(f'{path}: unexpected value ({error!r}).') from error
-  fits = all(n % d == 0 for n, d in zip(found.size, patch))
-  return found if fits else dataclasses.replace(found, size=size)
-
-
-def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """Converts the config of an image processor; without a height and width, `size` is used.
-
-  Raises:
-    ValueError: the processor does not scale pixels to [0, 1].
-  """
-  if not p.get('do_rescale', True) or not np.isclose(p.get('rescale_factor', 1 / 255), 1 / 255):
-    raise ValueError(f'{origin}: pixels must be scaled by rescale_factor=1/255.')
-  normal = p.get('do_normalize', True)
-  resized, cropped = p.get('size', 224), p.get('crop_size')
-  stretch = not isinstance(resized, dict) or 'shortest_edge' not in resized
-  crop = 1.0
-  if cropped is not None and p.get('do_center_crop', True):
-    crop = min(edge(cropped) / edge(resized), 1.0)
-    size = both(cropped)
-  elif stretch and 'size' in p:
-    size = both(resized)
-  return Preprocessing(
-    size,
-    tuple(p['image_mean']) if normal else (0.0,),
-    tuple(p['image_std']) if normal else (1.0,),
-    choose(f'{origin}: resample', p.get('resample', 2), hf_names.RESAMPLING),
-    crop,
-    stretch,
-  )
-
-
-def edge(size) -> int:
-  """Returns the shorter side, in pixels, of a `size` in the config of an image processor."""
-  if isinstance(size, dict):
-    return size.get('shortest_edge') or min(size['height'], size['width'])
-  return size if isinstance(size, int) else min(size)
-
-
-def both(size) -> tuple[int, int]:
-  """Returns a `size` in the config of an image processor as (height, width)."""
-  return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 
 def architecture(model: ViT) -> str:
@@ -173,25 +122,24 @@ def architecture(model: ViT) -> str:
   Raises:
     ValueError: no architecture can hold the model; the message lists the wrong attributes.
   """
-  activations = tuple(dict.fromkeys(hf_names.ACTIVATIONS.values()))
-  refuse('hf', model, hf_names.PLAIN | {'activation': activations})
-  headed = model.num_classes is not None
-  if model.layer_scale is not None:
-    pools, prefixes = ('cls_gap',), ('cls',)
-    kind = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
-  elif model.num_registers:
-    pools, prefixes, kind = ('cls', 'distilled'), ('all',), 'DeiT'
-    refuse(f'hf ({kind})', model, {'num_registers': (1,)})
-  else:
-    pools, prefixes, kind = ('cls',), ('cls', 'all'), 'ViT'
-  if not headed:
-    pools, suffix = (*pools, 'none'), 'Model'
-  else:
-    suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
-  refuse(f'hf ({kind})', model, {'pool': pools, 'position_prefix': prefixes, 'has_class': (True,)})
+  family = hf_towers.tower_family(model)
+  if family is None:
+    if model.position == 'rope_unit':
+      family = 'DINOv3ViT'
+    elif model.layer_scale is not None:
+      family = 'Dinov2WithRegisters' if model.num_registers else 'Dinov2'
+    else:
+      family = 'DeiT' if model.num_registers else 'ViT'
+  kind = KINDS[ARCHITECTURES[f'{family}Model'][0]]
+  holds = hf_config.HOLDS | kind.holds | {'mlp': tuple(kind.rows)}
+  suffix = 'ForImageClassification' + 'WithTeacher' * (model.pool == 'distilled')
+  if model.num_classes is None:
+    suffix = 'Model' + 'WithProjection' * (model.projection is not None)
+    holds['pool'] += ('none',) * (suffix == 'Model')
   if model.head_size * model.num_heads != model.width:
-    refuse(f'hf ({kind})', model, {'head_dim': (None, model.width // model.num_heads)})
-  return kind + suffix
+    holds['head_dim'] = (None, model.width // model.num_heads)
+  refuse(f'hf ({family})', model, {name: x for name, x in holds.items() if x is not None})
+  return family + suffix
 
 
 def save_hf(
@@ -206,88 +154,49 @@ def save_hf(
   Raises:
     ValueError: no Hugging Face architecture can hold the model.
   """
-  name = architecture(model)
-  kind, _, head = hf_names.ARCHITECTURES[name]
-  prefix, body_rows, _ = hf_names.KINDS[kind]
-  if head:
-    body_rows = [(ours, f'{prefix}.{theirs}', layout) for ours, theirs, layout in body_rows]
-  arrays = write_params(rows([*body_rows, *head], model.depth), params)
-  same = model.patch_size[0] == model.patch_size[1]
+  name, size, patch = architecture(model), preprocessing.size, model.patch_size
+  model_type, _, top = ARCHITECTURES[name]
+  kind = KINDS[model_type]
+  if kind.square and (size[0] != size[1] or patch[0] != patch[1]):
+    raise ValueError(
+      f'The format hf ({name}) cannot hold this model:\n  images of {size[0]}x{size[1]} pixels, '
+      f'patches of {patch[0]}x{patch[1]}: only squares can be written'
+    )
+  prefixed = bool(top.rows) or not kind.bare
+  arrays = write_params(hf_table(kind, model.mlp, top, model.depth, prefixed), params)
   config = dict(
     architectures=[name],
-    model_type=kind,
+    model_type=model_type,
     hidden_size=model.width,
     num_hidden_layers=model.depth,
     num_attention_heads=model.num_heads,
-    hidden_act=next(
-      theirs for theirs, ours in hf_names.ACTIVATIONS.items() if ours == model.activation
-    ),
+    hidden_act=hf_config.activation_name(model.activation),
     layer_norm_eps=model.norm_epsilon,
-    image_size=list(preprocessing.size),
-    patch_size=model.patch_size[0] if same else list(model.patch_size),
+    image_size=size[0] if kind.square else list(size),
+    patch_size=patch[0] if patch[0] == patch[1] else list(patch),
     num_channels=params['embedding']['kernel'].shape[2],
-    qkv_bias=model.qkv_bias,
-  )
-  if kind.startswith('dinov2'):
-    ratio = model.mlp_dim / model.width
-    config |= dict(mlp_ratio=int(ratio) if ratio.is_integer() else ratio)
-    config |= dict(layerscale_value=model.layer_scale)
-    if model.num_registers:
-      config['num_register_tokens'] = model.num_registers
-  else:
-    config['intermediate_size'] = model.mlp_dim
-  if head:
+  ) | kind.config(model)
+  if model.num_classes is not None:
     names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
     config['id2label'] = {str(i): name for i, name in enumerate(names)}
     config['label2id'] = {name: i for i, name in enumerate(names)}
-  processor = processor_config(preprocessing, config['num_channels'])
+  processor = hf_config.processor_config(preprocessing, config['num_channels'])
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
   text = json.dumps(processor, indent=2) + '\n'
   (folder / 'preprocessor_config.json').write_text(text, encoding='utf-8')
 
 
-def processor_config(p: Preprocessing, channels: int) -> dict:
-  """Returns the contents of the `preprocessor_config.json` that describes a preprocessing.
-
-  Raises:
-    ValueError: no image processor of Hugging Face can do this preprocessing.
-  """
-  height, width = p.size
-  if height != width and not p.stretch:
-    raise ValueError(
-      'hf: Hugging Face image processors can only crop squares, but the images are '
-      f'{height}x{width}. Save with a preprocessing that has stretch=True, or use format timm.'
-    )
-  resized = {'height': round(height / p.crop), 'width': round(width / p.crop)}
-  config = dict(
-    image_processor_type='ViTImageProcessor',
-    do_resize=True,
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=list(p.mean) * (channels if len(p.mean) == 1 else 1),
-    image_std=list(p.std) * (channels if len(p.std) == 1 else 1),
-    resample=next(
-      number for number, name in hf_names.RESAMPLING.items() if name == p.interpolation
-    ),
-    size=resized,
-  )
-  if not p.stretch or p.crop < 1:  # crop after resizing
-    config |= dict(
-      image_processor_type='BitImageProcessor',
-      do_center_crop=True,
-      crop_size={'height': height, 'width': width},
-      size=resized if p.stretch else {'shortest_edge': min(resized.values())},
-    )
-  return config
-
-
 def run_hf(loaded: Pretrained) -> str:
   """Returns Python code that loads the files with transformers and applies the model."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
-  show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
+  features = 'pooler_output' if loaded.model.pool == 'map' else 'last_hidden_state'
+  if loaded.model.projection is not None:
+    kind, features = 'CLIPVisionModelWithProjection', 'image_embeds'
+  show = f'print(model(**inputs).{features})'
+  if headed:
+    show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
   return f"""from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {kind}
 
@@ -295,4 +204,4 @@ processor = AutoImageProcessor.from_pretrained('.')
 model = {kind}.from_pretrained('.')
 {upright(image_channels(loaded.params))}
 inputs = processor(image, return_tensors='pt')
-{show if headed else 'print(model(**inputs).last_hidden_state)'}"""
+{show}"""

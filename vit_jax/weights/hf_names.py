@@ -1,20 +1,23 @@
-"""The names in Hugging Face models: parameters, architectures and config fields."""
+"""The names in ViT, DeiT, DINOv2 and DINOv3 of Hugging Face: parameters and config fields.
 
-from collections.abc import Mapping
+Decisions:
+  * DINOv3's positions are rotary, so a file has no array that shows them. The model type alone
+    implies them, and `refuse` stops models with other positions from being written as DINOv3.
+  * A bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
+  * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` change DINOv3's positions at
+    random, only in pre-training. They are ignored.
+"""
 
 import numpy as np
 
-from vit_jax.weights.layouts import CONV, SAME, Layout, torch_linear, torch_norm
+from vit_jax.model import ViT
+from vit_jax.weights.formats import refuse
+from vit_jax.weights.hf_config import NOTHING, Kind, Top
+from vit_jax.weights.layouts import CONV, SAME, Layout, torch_fused, torch_linear, torch_norm
 
-ACTIVATIONS = {  # Hugging Face name: our name; if several fit, the first one is written
-  'gelu': 'gelu',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-  'gelu_new': 'gelu_tanh',
-  'gelu_fast': 'gelu_tanh',
-  'quick_gelu': 'quick_gelu',
-}
-RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
+# Fields of `Preprocessing`.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
 
 # Two classifiers whose logits are averaged become one classifier on two concatenated tokens.
 # Halving and doubling the weights are exact in floating point.
@@ -28,8 +31,8 @@ TEACHER_BIAS = Layout(
 )
 
 
-def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
-  """Returns rows of the name table for all models, given the names of norms and MLP layers."""
+def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
+  """Returns rows of the name table, given the names of the norms and the rows of the MLP."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -45,89 +48,253 @@ def body(norms: tuple[str, str], up: str, down: str) -> list[tuple]:
     *torch_linear('block_{i}/attention/out', f'{layer}.attention.output.dense', axes=2),
     *torch_norm('block_{i}/attention_norm', f'{layer}.{norms[0]}'),
     *torch_norm('block_{i}/mlp_norm', f'{layer}.{norms[1]}'),
-    *torch_linear('block_{i}/mlp/up', f'{layer}.{up}'),
-    *torch_linear('block_{i}/mlp/down', f'{layer}.{down}'),
+    *mlp,
     *torch_norm('norm', 'layernorm'),
   ]
 
 
-VIT = body(('layernorm_before', 'layernorm_after'), 'intermediate.dense', 'output.dense')
+def plain_mlp(up: str, down: str) -> list[tuple]:
+  """Returns the rows of a plain MLP, given the names of its two layers."""
+  up, down = (f'encoder.layer.{{i}}.{name}' for name in (up, down))
+  return [*torch_linear('block_{i}/mlp/up', up), *torch_linear('block_{i}/mlp/down', down)]
+
+
+def packed_mlp() -> list[tuple]:
+  """Returns the rows of a gated MLP, whose gate and inner layer are one array in the file."""
+  ours, theirs = 'block_{i}/mlp', 'encoder.layer.{i}.mlp'
+  inner = torch_fused(ours, ('gate', 'up'), f'{theirs}.weights_in')
+  return [*inner, *torch_linear(f'{ours}/down', f'{theirs}.weights_out')]
+
+
+def dinov2(mlp: list[tuple]) -> list[tuple]:
+  """Returns the name table of DINOv2, given the rows of the MLP."""
+  return [
+    *body(('norm1', 'norm2'), mlp),
+    ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
+    ('block_{i}/mlp_scale', 'encoder.layer.{i}.layer_scale2.lambda1', SAME),
+    ('registers', 'embeddings.register_tokens', SAME),
+  ]
+
+
+VIT = body(('layernorm_before', 'layernorm_after'), plain_mlp('intermediate.dense', 'output.dense'))
 DEIT = [*VIT, ('registers', 'embeddings.distillation_token', SAME)]
-DINOV2 = [
-  *body(('norm1', 'norm2'), 'mlp.fc1', 'mlp.fc2'),
-  ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
-  ('block_{i}/mlp_scale', 'encoder.layer.{i}.layer_scale2.lambda1', SAME),
+DINOV2 = {'plain': dinov2(plain_mlp('mlp.fc1', 'mlp.fc2')), 'gated': dinov2(packed_mlp())}
+DINOV3 = [
+  ('cls', 'embeddings.cls_token', SAME),
+  ('registers', 'embeddings.register_tokens', SAME),
+  ('embedding/kernel', 'embeddings.patch_embeddings.weight', CONV),
+  ('embedding/bias', 'embeddings.patch_embeddings.bias', SAME),
+  *torch_norm('block_{i}/attention_norm', 'layer.{i}.norm1'),
+  *torch_linear('block_{i}/attention/query', 'layer.{i}.attention.q_proj'),
+  *torch_linear('block_{i}/attention/key', 'layer.{i}.attention.k_proj'),
+  *torch_linear('block_{i}/attention/value', 'layer.{i}.attention.v_proj'),
+  *torch_linear('block_{i}/attention/out', 'layer.{i}.attention.o_proj', axes=2),
+  ('block_{i}/attention_scale', 'layer.{i}.layer_scale1.lambda1', SAME),
+  *torch_norm('block_{i}/mlp_norm', 'layer.{i}.norm2'),
+  *torch_linear('block_{i}/mlp/gate', 'layer.{i}.mlp.gate_proj'),
+  *torch_linear('block_{i}/mlp/up', 'layer.{i}.mlp.up_proj'),
+  *torch_linear('block_{i}/mlp/down', 'layer.{i}.mlp.down_proj'),
+  ('block_{i}/mlp_scale', 'layer.{i}.layer_scale2.lambda1', SAME),
+  *torch_norm('norm', 'norm'),
 ]
-DINOV2_REGISTERS = [*DINOV2, ('registers', 'embeddings.register_tokens', SAME)]
 
-HEAD = torch_linear('head', 'classifier')
-TEACHER_HEAD = [
-  ('head/kernel', ('cls_classifier.weight', 'distillation_classifier.weight'), TEACHER_KERNEL),
-  ('head/bias', ('cls_classifier.bias', 'distillation_classifier.bias'), TEACHER_BIAS),
-]
-
-# KINDS maps each `model_type` to the prefix of parameter names in a classifier, the name table, and
-# the config's defaults.
+# Default of each config field that affects the output.
 COMMON = dict(
-  hidden_size=768,
-  num_hidden_layers=12,
-  num_attention_heads=12,
-  hidden_act='gelu',
-  image_size=224,
-  patch_size=16,
-  num_channels=3,
-  qkv_bias=True,
-)
+  hidden_size=768, num_hidden_layers=12, num_attention_heads=12, hidden_act='gelu', image_size=224,
+  patch_size=16, num_channels=3, qkv_bias=True,
+)  # fmt: skip
 SINGLE = COMMON | dict(intermediate_size=3072, layer_norm_eps=1e-12)
-DINO = COMMON | dict(mlp_ratio=4, layer_norm_eps=1e-6, layerscale_value=1.0, use_swiglu_ffn=False)
-KINDS = {
-  'vit': ('vit', VIT, SINGLE),
-  'deit': ('deit', DEIT, SINGLE),
-  'dinov2': ('dinov2', DINOV2, DINO | dict(patch_size=14)),
-  'dinov2_with_registers': (
-    'dinov2_with_registers',
-    DINOV2_REGISTERS,
-    DINO | dict(num_register_tokens=4),
+DINOV2_DEFAULTS = COMMON | dict(
+  mlp_ratio=4, layer_norm_eps=1e-6, layerscale_value=1.0, use_swiglu_ffn=False
+)
+DINOV3_DEFAULTS = dict(
+  hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
+  hidden_act='gelu', image_size=224, patch_size=16, num_channels=3, layer_norm_eps=1e-5,
+  rope_theta=100.0, query_bias=True, key_bias=False, value_bias=True, proj_bias=True,
+  mlp_bias=True, layerscale_value=1.0, use_gated_mlp=False, num_register_tokens=0,
+)  # fmt: skip
+
+
+def vit_fields(c: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that the config of a ViT gives; see `Kind.fields`."""
+  return dict(mlp_dim=c['intermediate_size'], qkv_bias=c['qkv_bias'])
+
+
+def vit_config(model: ViT) -> dict:
+  """Returns the config fields of a ViT; see `Kind.config`."""
+  return dict(intermediate_size=model.mlp_dim, qkv_bias=model.qkv_bias)
+
+
+def deit_fields(c: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that the config of a DeiT gives; see `Kind.fields`."""
+  return vit_fields(c, origin) | dict(num_registers=1, position_prefix='all')
+
+
+def of_head(c: dict) -> dict:
+  """Returns the number of classes that a config gives; see `Top.fields`."""
+  return dict(num_classes=len(c.get('id2label') or ()) or c.get('num_labels', 2))
+
+
+def dinov2_fields(c: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that the config of a DINOv2 gives; see `Kind.fields`.
+
+  The activation of the gated MLP is always `silu`; `hidden_act` does not change it.
+  """
+  gated = dict(mlp='gated', activation='silu') if c['use_swiglu_ffn'] else {}
+  return gated | dict(
+    mlp_dim=mlp_width(c['hidden_size'], c['mlp_ratio'], bool(gated)),
+    qkv_bias=c['qkv_bias'],
+    layer_scale=float(c['layerscale_value']),
+    num_registers=c.get('num_register_tokens', 0),
+  )
+
+
+def mlp_width(width: int, ratio: float, gated: bool) -> int:
+  """Returns the hidden width of DINOv2's MLP; if gated, two thirds, rounded up to 8, 16, 24, ..."""
+  plain = int(width * ratio)
+  return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
+
+
+def dinov2_config(model: ViT) -> dict:
+  """Returns the config fields of a DINOv2; see `Kind.config`.
+
+  Raises:
+    ValueError: a gated MLP has another activation than `silu`, or an odd width.
+  """
+  gated = model.mlp == 'gated'
+  if gated:
+    refuse('hf (Dinov2)', model, {'activation': ('silu',)})
+  exact = model.mlp_dim * (1.5 if gated else 1) / model.width
+  width_of = lambda ratio: mlp_width(model.width, ratio, gated)
+  # transformers expects an integer, and rounds the product with the model's width down.
+  ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
+  ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
+  if ratio is None:
+    raise ValueError(
+      'The format hf (Dinov2) cannot hold this model:\n'
+      f'  model.mlp_dim={model.mlp_dim}: only multiples of 8 can be written with model.mlp=gated'
+    )
+  registers = dict(num_register_tokens=model.num_registers) if model.num_registers else {}
+  return registers | dict(
+    mlp_ratio=ratio,
+    use_swiglu_ffn=gated,
+    qkv_bias=model.qkv_bias,
+    layerscale_value=model.layer_scale,
+  )
+
+
+def dinov2_kind(prefix: str, **defaults: int) -> Kind:
+  """Returns the kind of a DINOv2, given the prefix of its names and its own defaults."""
+  return Kind(
+    rows=DINOV2,
+    defaults=DINOV2_DEFAULTS | defaults,
+    fields=dinov2_fields,
+    config=dinov2_config,
+    holds={'pool': ('cls_gap',), 'position_prefix': ('cls',)},
+    prepared=CROPPED,
+    prefix=prefix,
+  )
+
+
+def dinov3_fields(c: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that the config of a DINOv3 gives; see `Kind.fields`.
+
+  Raises:
+    ValueError: the config has a combination of biases that no published model has.
+  """
+  for name, only in (('proj_bias', True), ('mlp_bias', True), ('value_bias', c['query_bias'])):
+    if c[name] != only:
+      raise ValueError(
+        f'{origin}: {name}={c[name]} with query_bias={c["query_bias"]} is not supported, only '
+        f'{name}={only}.'
+      )
+  return dict(
+    mlp='gated' if c['use_gated_mlp'] else 'plain',
+    mlp_dim=c['intermediate_size'],
+    qkv_bias=c['query_bias'],
+    key_bias=None if c['key_bias'] == c['query_bias'] else c['key_bias'],
+    position='rope_unit',
+    rope_theta=float(c['rope_theta']),
+    num_registers=c['num_register_tokens'],
+    layer_scale=float(c['layerscale_value']),
+  )
+
+
+def dinov3_config(model: ViT) -> dict:
+  """Returns the config fields of a DINOv3; see `Kind.config`.
+
+  Raises:
+    ValueError: the model has no LayerScale, which DINOv3 always has.
+  """
+  if model.layer_scale is None:
+    raise ValueError(
+      'The format hf (DINOv3ViT) cannot hold this model:\n'
+      '  model.layer_scale=None: only models with LayerScale can be written'
+    )
+  return dict(
+    use_gated_mlp=model.mlp == 'gated',
+    intermediate_size=model.mlp_dim,
+    query_bias=model.qkv_bias,
+    key_bias=model.qkv_bias if model.key_bias is None else model.key_bias,
+    value_bias=model.qkv_bias,
+    rope_theta=model.rope_theta,
+    num_register_tokens=model.num_registers,
+    layerscale_value=model.layer_scale,
+  )
+
+
+HEAD = Top(torch_linear('head', 'classifier'), of_head)
+TEACHER_HEAD = Top(
+  [
+    ('head/kernel', ('cls_classifier.weight', 'distillation_classifier.weight'), TEACHER_KERNEL),
+    ('head/bias', ('cls_classifier.bias', 'distillation_classifier.bias'), TEACHER_BIAS),
+  ],
+  of_head,
+)
+
+VIT_KINDS = {
+  'vit': Kind(
+    rows={'plain': VIT},
+    defaults=SINGLE,
+    fields=vit_fields,
+    config=vit_config,
+    holds={'pool': ('cls',), 'position_prefix': ('cls', 'all')},
+    prepared=dict(interpolation='bilinear', stretch=True),
+    prefix='vit.',
+  ),
+  'deit': Kind(
+    rows={'plain': DEIT},
+    defaults=SINGLE,
+    fields=deit_fields,
+    config=vit_config,
+    holds={'pool': ('cls', 'distilled'), 'position_prefix': ('all',), 'num_registers': (1,)},
+    prepared=CROPPED,
+    prefix='deit.',
+  ),
+  'dinov2': dinov2_kind('dinov2.', patch_size=14),
+  'dinov2_with_registers': dinov2_kind('dinov2_with_registers.', num_register_tokens=4),
+  'dinov3_vit': Kind(
+    rows={'plain': DINOV3, 'gated': DINOV3},
+    defaults=DINOV3_DEFAULTS,
+    fields=dinov3_fields,
+    config=dinov3_config,
+    # transformers has no classifier of this kind.
+    holds={'position': ('rope_unit',), 'key_bias': None, 'pool': ('cls',), 'num_classes': (None,)},
+    prepared=IMAGENET | dict(interpolation='bilinear', stretch=True),
   ),
 }
-# Maps each name in `architectures` to (kind, pool, rows of the head).
-ARCHITECTURES = {
+# Maps each name in `architectures` to (model type, pool, top). Of a model type, the architecture
+# without a top is the last.
+VIT_ARCHITECTURES = {
   'ViTForImageClassification': ('vit', 'cls', HEAD),
-  'ViTModel': ('vit', 'cls', []),
+  'ViTModel': ('vit', 'cls', NOTHING),
   'DeiTForImageClassification': ('deit', 'cls', HEAD),
   'DeiTForImageClassificationWithTeacher': ('deit', 'distilled', TEACHER_HEAD),
-  'DeiTModel': ('deit', 'cls', []),
+  'DeiTModel': ('deit', 'cls', NOTHING),
   'Dinov2ForImageClassification': ('dinov2', 'cls_gap', HEAD),
-  'Dinov2Model': ('dinov2', 'cls_gap', []),
+  'Dinov2Model': ('dinov2', 'cls_gap', NOTHING),
   'Dinov2WithRegistersForImageClassification': ('dinov2_with_registers', 'cls_gap', HEAD),
-  'Dinov2WithRegistersModel': ('dinov2_with_registers', 'cls_gap', []),
+  'Dinov2WithRegistersModel': ('dinov2_with_registers', 'cls_gap', NOTHING),
+  'DINOv3ViTBackbone': ('dinov3_vit', 'cls', NOTHING),
+  'DINOv3ViTModel': ('dinov3_vit', 'cls', NOTHING),
 }
-IGNORED = (r'(\w+\.)?pooler\..*', r'(\w+\.)?embeddings\.mask_token')
-
-# Fields that do not affect the output: for training, for other heads, for the library itself.
-NEUTRAL = {
-    '_attn_implementation_autoset', '_name_or_path', 'apply_layernorm', 'architectures',
-    'attention_probs_dropout_prob', 'chunk_size_feed_forward', 'drop_path_rate', 'dtype',
-    'encoder_stride', 'finetuning_task', 'hidden_dropout_prob', 'id2label', 'initializer_range',
-    'interpolate_antialias', 'interpolate_offset', 'is_encoder_decoder', 'label2id', 'model_type',
-    'num_labels', 'out_features', 'out_indices', 'output_attentions', 'output_hidden_states',
-    'pooler_act', 'pooler_output_size', 'problem_type', 'pruned_heads', 'reshape_hidden_states',
-    'return_dict', 'stage_names', 'tie_word_embeddings', 'torch_dtype', 'torchscript',
-    'transformers_version', 'use_bfloat16', 'use_cache', 'use_mask_token',
-}  # fmt: skip
-
-# Attribute values that all of these architectures require.
-PLAIN = {
-  'representation_size': (None,),
-  'position': ('learned',),
-  'pre_norm': (False,),
-  'norm_after_pool': (False,),
-  'qk_norm': (False,),
-  'resnet': (None,),
-}
-
-
-def guess(kind: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Returns the architecture of a model whose config does not name its architecture."""
-  headed = 'classifier.weight' in arrays
-  return next(a for a, (k, _, head) in ARCHITECTURES.items() if k == kind and bool(head) == headed)

@@ -8,6 +8,7 @@ converts between them:
 
 from collections.abc import Callable, Iterable, Mapping
 import functools
+import itertools
 import types
 from typing import NamedTuple
 
@@ -47,6 +48,11 @@ VECTOR = Layout(  # our bias `[K, E]`, flattened in the file
   lambda ours: [ours[0].reshape(-1)],
 )
 
+ROWS = Layout(  # our `[1, N, D]`, stored without the first axis
+  lambda theirs, shapes: [theirs[0][None]],
+  lambda ours: [ours[0][0]],
+)
+
 CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
   lambda theirs, shapes: [theirs[0].transpose(2, 3, 1, 0)],
   lambda ours: [ours[0].transpose(3, 2, 0, 1)],
@@ -66,14 +72,35 @@ def linear(axes: int = 1) -> Layout:
   return Layout(lambda theirs, shapes: [theirs[0].T.reshape(shapes[0])], write)
 
 
-def fused(inner: Layout) -> Layout:
-  """Returns the layout for several arrays joined on the first axis, as PyTorch fuses q, k and v."""
+def fused(*inner: Layout) -> Layout:
+  """Returns the layout for several arrays joined on the first axis, as PyTorch fuses q, k and v.
+
+  Each array has a layout of its own, or all have the same one.
+  """
 
   def read(theirs, shapes):
     parts = np.split(theirs[0], len(shapes))
-    return [inner.read([part], [shape])[0] for part, shape in zip(parts, shapes)]
+    return [one.read([x], [s])[0] for one, x, s in zip(itertools.cycle(inner), parts, shapes)]
 
-  return Layout(read, lambda ours: [np.concatenate([inner.write([x])[0] for x in ours])])
+  def write(ours):
+    return [np.concatenate([one.write([x])[0] for one, x in zip(itertools.cycle(inner), ours)])]
+
+  return Layout(read, write)
+
+
+def interleaved(inner: Layout) -> Layout:
+  """Returns the layout of queries or keys whose rotary positions rotate features 2i and 2i + 1.
+
+  This project rotates features i and i + E/2 of a head instead, so their order changes.
+  """
+
+  def read(theirs, shapes):
+    return [np.concatenate([x[..., ::2], x[..., 1::2]], -1) for x in inner.read(theirs, shapes)]
+
+  def write(ours):
+    return inner.write([np.stack(np.split(x, 2, -1), -1).reshape(x.shape) for x in ours])
+
+  return Layout(read, write)
 
 
 STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned layers store them
@@ -90,9 +117,30 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
   ]
 
 
+def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.') -> list[tuple]:
+  """Returns the rows that map our names to PyTorch's, for linear layers that are stored as one.
+
+  Args:
+    ours: name of the module that the layers belong to.
+    parts: names of the layers.
+    theirs: PyTorch's name of the joined layer.
+    joint: text between this name and `weight` or `bias`.
+  """
+  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
+  return [
+    (kernels, f'{theirs}{joint}weight', fused(linear())),
+    (biases, f'{theirs}{joint}bias', fused(VECTOR)),
+  ]
+
+
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
   """Returns the rows that map our names to PyTorch's for a `LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
+
+
+def add_prefix(prefix: str, names: str | Iterable[str]) -> str | list[str]:
+  """Returns one or several names of arrays with a prefix."""
+  return prefix + names if isinstance(names, str) else [prefix + name for name in names]
 
 
 def rows(table: Iterable[tuple], depth: int) -> list[Row]:

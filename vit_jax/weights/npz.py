@@ -23,11 +23,11 @@ from vit_jax.weights.formats import (
   Preprocessing,
   Pretrained,
   Weights,
-  prepare_lines,
   refuse,
   write_params,
 )
 from vit_jax.weights.layouts import SAME, STACKED, Row, image_channels, rows
+from vit_jax.weights.usage import prepare_lines
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,14 @@ HOLDS = {
   'pre_norm': (False,),
   'norm_after_pool': (False,),
   'qkv_bias': (True,),
+  'key_bias': (None,),
   'qk_norm': (False,),
+  'out_norm': (False,),
+  'mlp': ('plain',),
   'activation': ('gelu_tanh',),
   'norm_epsilon': (1e-6,),
+  'projection': (None,),
+  'cosine': (False,),
 }
 
 # Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image

@@ -1,4 +1,4 @@
-"""Loads published weights and adapts them to another grid and another number of classes.
+"""Loads published weights and adapts them to other patches, another grid and other classes.
 
     model, params = vit_jax.load('ViT-B_16.npz')
 
@@ -14,15 +14,39 @@ import dataclasses
 import logging
 import math
 import pathlib
+import re
 
 import numpy as np
 
-from vit_jax.model import POOLS, POSITIONS, ViT, check_model, pooled
-from vit_jax.names import check_positive
+from vit_jax.model import (
+  POOLS,
+  POSITIONS,
+  ViT,
+  check_model,
+  pooled,
+  resize_embedding,
+  without_pool,
+)
+from vit_jax.names import SHOWN, check_positive, choose, pair
 from vit_jax.weights import formats, layouts, reader
 from vit_jax.weights.formats import Pretrained, Weights
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+  """What weights are adapted to; `load` documents the attributes with the same names.
+
+  `new_head` makes a new head even if the file's head has the same number of classes.
+  """
+
+  grid: tuple[int, int] | None = None
+  source_grid: tuple[int, int] | None = None
+  patch_size: int | tuple[int, int] | None = None
+  num_classes: int | None = None
+  resize: str = 'bilinear'
+  new_head: bool = False
 
 
 def load(
@@ -30,69 +54,64 @@ def load(
   *,
   grid: tuple[int, int] | None = None,
   source_grid: tuple[int, int] | None = None,
+  patch_size: int | tuple[int, int] | None = None,
   num_classes: int | None = None,
   resize: str = 'bilinear',
+  features: str = 'tokens',
 ) -> Pretrained:
   """Loads the model and the weights from a file, a folder, a workdir or the Hugging Face Hub.
 
   Args:
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
-    grid: number of patches (down, across) of your images; None for the grid of the file.
+    grid: number of patches (down, across) of your images; None for the image size of the file.
     source_grid: number of patches (down, across) of the file's position embeddings. Needed only if
       the file does not store this grid, the grid is not square, and `grid` has a different number
       of patches.
+    patch_size: height and width of a patch in pixels. If it differs from the file's, the patch
+      embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head. If the number differs from the file's, the head is
-      new: it starts at zero and has no pre-logits. None keeps the file's head; if the file
-      has no head, the model returns the normalised tokens `[B, N, D]`.
+      new: it starts at zero and has no pre-logits. None keeps the file's head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
+    features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
+      `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
 
   Raises:
     ValueError: the path does not exist, the file is damaged or holds pickled objects, the weights
       contradict their config, or the grid does not fit. The message names the reason.
   """
-  loaded = adapt(reader.read_weights(path), grid, source_grid, num_classes, resize)
-  return as_tokens(loaded) if loaded.model.num_classes is None else loaded
+  wanted = Adaptation(grid, source_grid, patch_size, num_classes, resize)
+  loaded = adapt(reader.read_weights(path), wanted)
+  function = choose('features', features, FEATURES)
+  return function(loaded) if loaded.model.num_classes is None else loaded
 
 
-def adapt(
-  source: Weights,
-  grid: tuple[int, int] | None = None,
-  source_grid: tuple[int, int] | None = None,
-  num_classes: int | None = None,
-  resize: str = 'bilinear',
-  new_head: bool = False,
-) -> Pretrained:
-  """Builds the model of a file for the given grid and number of classes.
-
-  Args:
-    source: the contents of the file.
-    grid: number of patches (down, across) of the images; None for the grid of the file.
-    source_grid: number of patches (down, across) of the file's position embeddings; None if the
-      grid is stored in the file, equal to `grid`, or square.
-    num_classes: number of classes of the head; None keeps the file's head.
-    resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
-    new_head: whether to make a new head even if the file's head has the same number of classes.
-  """
+def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
+  """Builds the model of a file for the given patches, grid and number of classes."""
+  num_classes = to.num_classes
   if num_classes is not None:
     check_positive('num_classes', num_classes)
   model = ViT(**source.fields)
   check_model(model)
-  own_grid = find_grid(source, model, grid, source_grid)
-  grid = own_grid if grid is None else check_grid('grid', grid)
-  own_size, size = ([n * p for n, p in zip(g, model.patch_size)] for g in (own_grid, grid))
+  own_grid = find_grid(source, model, to)
+  own_size = tuple(n * p for n, p in zip(own_grid, model.patch_size))
   wanted = layouts.param_shapes(model, (*own_size, source.channels))
   params, ignored = formats.read_params(source, wanted)
 
+  if to.patch_size is not None:
+    model, params = with_patches(model, params, pair(to.patch_size, 'patch_size'))
+  grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
+  size = tuple(n * p for n, p in zip(check_grid('grid', grid), model.patch_size))
   for name, function in POSITIONS[model.position].params.items():
     if function is not None and name in params:
-      params[name] = function(params[name], model, own_grid, grid, resize)
+      params[name] = function(params[name], model, own_grid, tuple(grid), to.resize)
       model = model.clone(learned_grid=tuple(grid))
   class_names = source.class_names
-  if new_head or num_classes not in (None, model.num_classes):
+  if to.new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.
-    model = pooled(model.clone(num_classes=num_classes, representation_size=None, examples=None))
-    params, dropped = without(params, ('pre_logits', 'head'))
+    old = dict(representation_size=None, projection=None, examples=None, cosine=False)
+    model = pooled(model.clone(num_classes=num_classes, **old))
+    params, dropped = without(params, ('pre_logits', 'projection', 'head'))
     ignored, class_names = ignored + dropped, None
   if num_classes is not None and 'head' not in params:
     shapes = layouts.param_shapes(model, (*size, source.channels))
@@ -100,20 +119,38 @@ def adapt(
       leaf: np.zeros(shapes[f'head/{leaf}'], np.float32) for leaf in ('kernel', 'bias')
     }
   if ignored:
-    log.info('%s: arrays not used: %s', source.origin, ', '.join(ignored))
-  preprocessing = dataclasses.replace(source.preprocessing, size=tuple(size))
+    log.info('%s: arrays not used: %s', source.origin, listed(ignored))
+  preprocessing = dataclasses.replace(source.preprocessing, size=size)
   return Pretrained(model, params, preprocessing, class_names, ignored, source.run)
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:
   """Removes the pooling, so that the model returns the normalised tokens `[B, N, D]`."""
   model = loaded.model
-  params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits'))
+  params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
     log.info('Arrays not used: %s', ', '.join(dropped))
-  model = model.clone(pool='none', class_token=model.has_class, representation_size=None)
   ignored = loaded.ignored + dropped
-  return dataclasses.replace(loaded, model=model, params=params, ignored=ignored)
+  return dataclasses.replace(loaded, model=without_pool(model), params=params, ignored=ignored)
+
+
+def with_pooling(loaded: Pretrained) -> Pretrained:
+  """Returns the weights with a pooling; some published weights have none."""
+  return dataclasses.replace(loaded, model=pooled(loaded.model))
+
+
+FEATURES = {'tokens': as_tokens, 'pooled': with_pooling}
+
+
+def listed(names: Sequence[str]) -> str:
+  """Returns names of arrays as text; if a module has many arrays, only their number."""
+  modules = {}
+  for name in names:
+    modules.setdefault(re.split('[./]', name)[0], []).append(name)
+  return ', '.join(
+    f'{module} ({len(inside)} arrays)' if len(inside) > SHOWN else ', '.join(inside)
+    for module, inside in modules.items()
+  )
 
 
 def headless(loaded: Pretrained) -> Pretrained:
@@ -131,12 +168,35 @@ def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
   return {name: leaf for name, leaf in params.items() if name not in names}, tuple(dropped)
 
 
-def find_grid(
-  source: Weights,
-  model: ViT,
-  grid: tuple[int, int] | None,
-  source_grid: tuple[int, int] | None,
-) -> tuple[int, int]:
+def with_patches(model: ViT, params: dict, patch_size: tuple[int, int]) -> tuple[ViT, dict]:
+  """Returns the model for another patch size, and the parameters with a resized embedding.
+
+  Raises:
+    ValueError: the model is a hybrid, whose patches come from a feature map.
+  """
+  resized = model.clone(patch_size=patch_size, embedding_size=model.patch_size)
+  check_model(resized)
+  kernel = resize_embedding(params['embedding']['kernel'], patch_size)
+  params = params | {'embedding': params['embedding'] | {'kernel': kernel}}
+  return resized.clone(embedding_size=None), params
+
+
+def grid_in(size: tuple[int, int], model: ViT, origin: str) -> tuple[int, int]:
+  """Returns the number of patches (down, across) in images of this size.
+
+  Raises:
+    ValueError: the images do not divide into patches.
+  """
+  p, q = model.patch_size
+  if size[0] % p or size[1] % q:
+    raise ValueError(
+      f'{origin}: images of {size[0]}x{size[1]} pixels do not divide into patches of {p}x{q}. Pass '
+      'grid=(patches down, patches across), or a different patch_size.'
+    )
+  return size[0] // p, size[1] // q
+
+
+def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid of a file's position embeddings.
 
   Raises:
@@ -148,12 +208,13 @@ def find_grid(
     for row in source.rows
     if row.ours == ('pos_embedding',) and (array := source.arrays.get(row.theirs[0])) is not None
   ]
+  grid = to.grid
   if not found:  # nothing to resize; `read_params` reports positions that are missing
     return source.grid or check_grid('grid', grid or (1, 1))
-  if found[0].ndim != 3:
+  if found[0].ndim not in (2, 3):
     raise ValueError(f'{source.origin}: positions have shape {found[0].shape}, expected 3 axes.')
-  patches = found[0].shape[1] - model.num_positions
-  for name, given in (('source_grid', source_grid), ("the config's grid", source.grid)):
+  patches = found[0].shape[-2] - model.num_positions
+  for name, given in (('source_grid', to.source_grid), ("the config's grid", source.grid)):
     if given is None:
       continue
     given = check_grid(name, given)

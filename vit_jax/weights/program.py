@@ -10,7 +10,8 @@ Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
     probability that `predict` prints. If images can have several labels, it is the sigmoid of the
-    logits, and `model.json` has the thresholds.
+    logits, and `model.json` has the thresholds. It is also the sigmoid if `model.json` says so, for
+    zero-shot classification with SigLIP.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * In every precision, the input is uint8 and the output float32, so that the same code runs all.
@@ -30,8 +31,9 @@ import numpy as np
 from vit_jax.augment import normalize
 from vit_jax.distributed import portable
 from vit_jax.model import ViT
-from vit_jax.weights.formats import Preprocessing, Pretrained, prepare_lines
+from vit_jax.weights.formats import Preprocessing, Pretrained
 from vit_jax.weights.layouts import image_channels
+from vit_jax.weights.usage import prepare_lines
 from vit_jax.workdir import Calibration
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -186,6 +188,7 @@ def write_about(
   if program.model.num_classes is not None:  # the program has applied the temperature
     output |= {'temperature': calibration.temperature}
     output |= {'thresholds': calibration.thresholds} if calibration.thresholds else {}
+    output |= {'probabilities': 'sigmoid'} if calibration.sigmoid else {}
   about = {
     'precision': precision,
     'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *program.image_shape]},

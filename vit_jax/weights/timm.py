@@ -1,10 +1,11 @@
-"""Reads and writes timm's `VisionTransformer`: `model.safetensors` and `config.json`.
+"""Reads and writes timm's `VisionTransformer` and `Eva`: `model.safetensors` and `config.json`.
 
 Decisions:
   * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
     which override timm's defaults.
-  * Written files use the name `vit_base_patch16_224` and list every argument, so that timm
-    overrides all defaults of that name.
+  * Written files have a known name and list every argument, so that timm overrides all defaults of
+    that name. No argument can give the kind of norm or gated MLP, so the name is chosen for these.
+  * A key bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
 """
 
 from collections.abc import Mapping
@@ -22,37 +23,29 @@ from vit_jax.weights.formats import (
   Pretrained,
   Weights,
   refuse,
-  upright,
   write_params,
 )
 from vit_jax.weights.layouts import (
   CONV,
   SAME,
   VECTOR,
+  Row,
   fused,
   image_channels,
+  interleaved,
   linear,
   rows,
+  torch_fused,
   torch_linear,
   torch_norm,
 )
+from vit_jax.weights.usage import upright
 
-POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}  # timm's name: our name
-ACTIVATIONS = {'gelu': 'gelu', 'gelu_tanh': 'gelu_tanh', 'quick_gelu': 'quick_gelu'}
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-
-def fuse(ours: str, parts: tuple[str, ...], theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to timm's, for linear layers that timm stores as one."""
-  kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
-  return [
-    (kernels, f'{theirs}.weight', fused(linear())),
-    (biases, f'{theirs}.bias', fused(VECTOR)),
-  ]
-
-
-TABLE = [
+# The rows that both classes share. Rows of parts that a model lacks are skipped.
+COMMON = [
   ('cls', 'cls_token', SAME),
   ('registers', 'reg_token', SAME),
   ('pos_embedding', 'pos_embed', SAME),
@@ -60,61 +53,67 @@ TABLE = [
   ('embedding/bias', 'patch_embed.proj.bias', SAME),
   *torch_norm('pre_norm', 'norm_pre'),
   *torch_norm('block_{i}/attention_norm', 'blocks.{i}.norm1'),
-  *fuse('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
+  *torch_linear('block_{i}/attention/out', 'blocks.{i}.attn.proj', axes=2),
+  *torch_norm('block_{i}/mlp_norm', 'blocks.{i}.norm2'),
+  *torch_linear('block_{i}/mlp/down', 'blocks.{i}.mlp.fc2'),
+  *torch_linear('head', 'head'),
+]
+VIT = [  # the rows that only `VisionTransformer` has
+  *torch_fused('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
   *torch_norm('block_{i}/attention/query_norm', 'blocks.{i}.attn.q_norm'),
   *torch_norm('block_{i}/attention/key_norm', 'blocks.{i}.attn.k_norm'),
-  *torch_linear('block_{i}/attention/out', 'blocks.{i}.attn.proj', axes=2),
   ('block_{i}/attention_scale', 'blocks.{i}.ls1.gamma', SAME),
-  *torch_norm('block_{i}/mlp_norm', 'blocks.{i}.norm2'),
-  *torch_linear('block_{i}/mlp/up', 'blocks.{i}.mlp.fc1'),
-  *torch_linear('block_{i}/mlp/down', 'blocks.{i}.mlp.fc2'),
   ('block_{i}/mlp_scale', 'blocks.{i}.ls2.gamma', SAME),
   ('map/query', 'attn_pool.latent', SAME),
   *torch_linear('map/attention/query', 'attn_pool.q'),
-  *fuse('map/attention', ('key', 'value'), 'attn_pool.kv'),
+  *torch_fused('map/attention', ('key', 'value'), 'attn_pool.kv'),
   *torch_linear('map/attention/out', 'attn_pool.proj', axes=2),
   *torch_norm('map/mlp_norm', 'attn_pool.norm'),
   *torch_linear('map/mlp/up', 'attn_pool.mlp.fc1'),
   *torch_linear('map/mlp/down', 'attn_pool.mlp.fc2'),
-  *torch_linear('head', 'head'),
 ]
 
-DEFAULTS = dict(
-  img_size=224,
-  patch_size=16,
-  in_chans=3,
-  num_classes=1000,
-  global_pool='token',
-  embed_dim=768,
-  depth=12,
-  num_heads=12,
-  mlp_ratio=4.0,
-  qkv_bias=True,
-  qk_norm=False,
-  init_values=None,
-  class_token=True,
-  no_embed_class=False,
-  reg_tokens=0,
-  pre_norm=False,
-  fc_norm=None,
-  act_layer='gelu',
-  norm_epsilon=1e-6,  # not an argument of timm, where norm_layer sets it
-)
-# Arguments for which only one value is supported.
-ONLY = dict(
-  final_norm=True,
-  norm_layer=None,
-  pool_include_prefix=False,
-  pos_embed='learn',
-  proj_bias=True,
-  scale_attn_norm=False,
-  scale_mlp_norm=False,
-)
-NEUTRAL = {  # arguments that do not affect the output: for training, or for other image sizes
-  'attn_drop_rate', 'drop_path_rate', 'drop_rate', 'dynamic_img_pad', 'dynamic_img_size',
-  'fix_init', 'patch_drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'strict_img_size',
-  'weight_init',
-}  # fmt: skip
+
+def eva_rows(a: dict) -> list[tuple]:
+  """Returns the rows that only `Eva` has, given its arguments."""
+  ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
+  turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
+  kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())
+  biases = dict(query=turned(VECTOR), value=VECTOR)
+  if a['qkv_fused']:
+    names = [f'{ours}/{part}/kernel' for part in kernels]
+    inner = [(names, f'{theirs}.qkv.weight', fused(*kernels.values()))]
+    inner += [(f'{ours}/{x}/bias', f'{theirs}.{x[0]}_bias', biases[x]) for x in biases]
+  else:
+    inner = [(f'{ours}/{x}/kernel', f'{theirs}.{x[0]}_proj.weight', kernels[x]) for x in kernels]
+    inner += [(f'{ours}/{x}/bias', f'{theirs}.{x[0]}_proj.bias', biases[x]) for x in biases]
+  return [
+    *inner,
+    *((f'{ours}/out_norm/{a}', f'{theirs}.norm.{b}', VECTOR) for a, b in NORM_NAMES),
+    ('block_{i}/attention_scale', 'blocks.{i}.gamma_1', SAME),
+    ('block_{i}/mlp_scale', 'blocks.{i}.gamma_2', SAME),
+  ]
+
+
+NORM_NAMES = (('scale', 'weight'), ('bias', 'bias'))
+PLAIN_MLP = torch_linear('block_{i}/mlp/up', 'blocks.{i}.mlp.fc1')
+PACKED_MLP = torch_fused('block_{i}/mlp', ('gate', 'up'), 'blocks.{i}.mlp.fc1')
+SPLIT_MLP = [
+  *torch_linear('block_{i}/mlp/gate', 'blocks.{i}.mlp.fc1_g'),
+  *torch_linear('block_{i}/mlp/up', 'blocks.{i}.mlp.fc1_x'),
+  *torch_norm('block_{i}/mlp/hidden_norm', 'blocks.{i}.mlp.norm'),
+]
+
+
+def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
+  """Returns the name table of a file, given the arguments of timm's model."""
+  if 'swiglu_mlp' not in a:
+    own, mlp = VIT, PACKED_MLP if a['mlp_layer'] else PLAIN_MLP
+  else:
+    packed = SPLIT_MLP if a['scale_mlp'] or a['swiglu_align_to'] else PACKED_MLP
+    own, mlp = eva_rows(a), packed if a['swiglu_mlp'] else PLAIN_MLP
+  norm = torch_norm('norm', 'fc_norm' if norm_after_pool else 'norm')
+  return rows([*COMMON, *own, *mlp, *norm], depth)
 
 
 def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -127,26 +126,24 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   about = config.get('pretrained_cfg') or config  # older files are not nested
   a = arguments(origin, config)
   patch, image = (pair(a[name], f'{origin}: {name}') for name in ('patch_size', 'img_size'))
-  pool = choose(f'{origin}: global_pool', a['global_pool'], POOLS)
-  has_class, registers = a['class_token'], a['reg_tokens']
-  after_pool = a['fc_norm'] if a['fc_norm'] is not None else pool == 'gap'
-  fields = dict(
+  pool = choose(f'{origin}: global_pool', a['global_pool'], timm_names.POOLS)
+  after_pool = next((a[x] for x in ('fc_norm', 'use_fc_norm') if a.get(x) is not None), None)
+  after_pool = pool == 'gap' if after_pool is None else bool(after_pool)
+  read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vision_fields
+  own = read_fields(a, origin)
+  prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
+  fields = own | dict(
     num_classes=a['num_classes'] or None,
     patch_size=patch,
     width=a['embed_dim'],
     depth=a['depth'],
     num_heads=a['num_heads'],
-    mlp_dim=int(a['embed_dim'] * a['mlp_ratio']),
     pool=pool,
-    class_token=has_class,
-    position_prefix=('none' if a['no_embed_class'] else 'all' if registers else 'cls'),
-    num_registers=registers,
+    class_token=a['class_token'],
+    position_prefix=prefix,
     layer_scale=a['init_values'],
-    pre_norm=a['pre_norm'],
-    norm_after_pool=bool(after_pool),
+    norm_after_pool=after_pool,
     qkv_bias=a['qkv_bias'],
-    qk_norm=a['qk_norm'],
-    activation=choose(f'{origin}: act_layer', a['act_layer'], ACTIVATIONS),
     norm_epsilon=a['norm_epsilon'],
   )
   grid = image[0] // patch[0], image[1] // patch[1]
@@ -156,7 +153,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   return Weights(
     origin=str(folder),
     arrays=arrays,
-    rows=rows([*TABLE, *torch_norm('norm', 'fc_norm' if after_pool else 'norm')], fields['depth']),
+    rows=timm_table(a, after_pool, fields['depth']),
     fields=fields,
     channels=a['in_chans'],
     preprocessing=Preprocessing(
@@ -192,21 +189,17 @@ def arguments(origin: str, config: dict) -> dict:
   if 'input_size' in about:
     given['img_size'] = tuple(about['input_size'][1:])
   given |= own
+  defaults, only = timm_names.VIT, timm_names.VIT_ONLY
+  if timm_names.is_eva(name):
+    defaults, only = timm_names.EVA, timm_names.EVA_ONLY
   for key, value in given.items():
-    if key in ONLY and value != ONLY[key]:
-      raise ValueError(f'{origin}: {key}={value!r} is not supported, only {ONLY[key]!r}.')
-    if key not in set(DEFAULTS) | set(ONLY) | NEUTRAL:
+    if key in only and value != only[key]:
+      raise ValueError(f'{origin}: {key}={value!r} is not supported, only {only[key]!r}.')
+    if type(defaults.get(key)) is bool and type(value) is not bool:
+      raise ValueError(f'{origin}: unexpected value: {key} is {value!r}, expected bool.')
+    if key not in set(defaults) | set(only) | timm_names.NEUTRAL:
       raise ValueError(f'{origin}: model_args has the unsupported argument {key!r}.')
-  return DEFAULTS | given
-
-
-HOLDS = {
-  'representation_size': (None,),
-  'position': ('learned',),
-  'resnet': (None,),
-  'norm_epsilon': (1e-6,),
-  'pool': tuple(POOLS.values()),
-}
+  return defaults | given
 
 
 def save_timm(
@@ -219,48 +212,38 @@ def save_timm(
   """Writes `model.safetensors` and `config.json`.
 
   Raises:
-    ValueError: timm's `VisionTransformer` cannot hold the model.
+    ValueError: neither class of timm can hold the model.
   """
-  refuse('timm', model, HOLDS)
-  if model.num_registers:
+  architecture, own = timm_names.arguments_for(model)
+  if model.num_registers and model.position != 'rope_unit':
     refuse('timm', model, {'position_prefix': ('none', 'all')})
   if model.head_size * model.num_heads != model.width:
     refuse('timm', model, {'head_dim': (None, model.width // model.num_heads)})
-  ratio = model.mlp_dim / model.width
-  if int(model.width * ratio) != model.mlp_dim:  # timm rounds down
-    ratio = np.nextafter(ratio, np.inf).item()
-  model_args = dict(
+  model_args = own | dict(
     img_size=list(preprocessing.size),
     patch_size=list(model.patch_size),
     in_chans=params['embedding']['kernel'].shape[2],
     embed_dim=model.width,
     depth=model.depth,
     num_heads=model.num_heads,
-    mlp_ratio=ratio,
-    global_pool=next(theirs for theirs, ours in POOLS.items() if ours == model.pool),
+    global_pool=next(theirs for theirs, ours in timm_names.POOLS.items() if ours == model.pool),
     class_token=model.has_class,
     no_embed_class=model.position_prefix == 'none',
-    reg_tokens=model.num_registers,
     init_values=model.layer_scale,
-    pre_norm=model.pre_norm,
-    fc_norm=model.norm_after_pool,
     qkv_bias=model.qkv_bias,
-    qk_norm=model.qk_norm,
-    act_layer=model.activation,
   )
   about = pretrained_cfg(preprocessing, model_args['in_chans'], model.num_classes or 0)
   if class_names:
     about['label_names'] = list(class_names)
   config = dict(
-    architecture='vit_base_patch16_224',
+    architecture=architecture,
     num_classes=model.num_classes or 0,
     global_pool=model_args['global_pool'],
     model_args=model_args,
     pretrained_cfg=about,
   )
-  table = [*TABLE, *torch_norm('norm', 'fc_norm' if model.norm_after_pool else 'norm')]
-  arrays = write_params(rows(table, model.depth), params)
-  save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
+  names = timm_table(arguments('timm', config), model.norm_after_pool, model.depth)
+  save_file(write_params(names, params), folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 

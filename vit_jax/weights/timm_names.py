@@ -1,12 +1,18 @@
-"""Translates timm's architecture names into the arguments of its `VisionTransformer`.
+"""Translates timm's names into arguments of `VisionTransformer` and `Eva`, and these into ours.
 
-A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The names are
-needed because the arrays of a file do not show the activation, nor, if q, k and v are fused, the
-number of heads. The tables are from timm 1.0.31. They do not include models that are more than a
-ViT (parallel blocks, SwiGLU, RMSNorm, ...).
+A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The arrays of a
+file show neither the activation nor, if q, k and v are fused, the number of heads, so names are
+needed. The tables are from timm 1.0.31, without models that are more than a ViT (parallel blocks,
+RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
 """
 
 import re
+
+import numpy as np
+
+from vit_jax.model import ViT
+from vit_jax.names import choose, pair
+from vit_jax.weights.formats import refuse
 
 
 def size(embed_dim: int, depth: int, num_heads: int, **others) -> dict:
@@ -63,6 +69,8 @@ TAGS = {  # the part of the name after the patch size, without the resolution
 
 BARE_GAP = GAP | dict(qkv_bias=False, init_values=1e-6)
 PLUS = size(896, 12, 14)
+PACKED = 'SwiGLUPacked'  # the gated MLP of `VisionTransformer`
+GATED = size(1536, 40, 24, mlp_ratio=2.66667 * 2, mlp_layer=PACKED, act_layer='silu')
 # Names that do not follow the rule "size, patch size, tags". A key includes the resolution if only
 # that resolution is an exception.
 EXCEPTIONS = {
@@ -83,17 +91,55 @@ EXCEPTIONS = {
   'vit_so400m_patch14_reg1_tipsv2': TAGS['reg1_tipsv2'] | dict(mlp_ratio=3.736111111111111),
   'vit_giantopt_patch16_siglip': SIGLIP | TANH,
   'vit_giantopt_patch16_siglip_gap': GAP | TANH,
+  'vit_giant_patch14_dinov2': GATED | SCALE,
+  'vit_giant_patch14_reg4_dinov2': GATED | TAGS['reg4_dinov2'],
+  'vit_giant_patch14_reg1_tipsv2': GATED | TAGS['reg1_tipsv2'],
   'vit_small_patch16_36x1': SCALE | dict(depth=36),
   'vit_so150m_patch16_reg4_gap': GAP | dict(reg_tokens=4),
   'vit_so150m_patch16_reg4_map': SIGLIP | dict(reg_tokens=4),
   'vit_so150m2_patch16_reg1_gap': SCALE | dict(class_token=False, reg_tokens=1, global_pool='avg'),
 }
 
-NOT_A_VIT = {
-  'vit_giant_patch14_dinov2',
-  'vit_giant_patch14_reg4_dinov2',
-  'vit_giant_patch14_reg1_tipsv2',
+# Names of the class `Eva`: EVA (Fang et al. 2022, 2211.07636), EVA-02 and DINOv3.
+EVA02 = dict(mlp_ratio=4 * 2 / 3, swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=[16, 16])
+NORMED = EVA02 | dict(qkv_fused=False, scale_mlp=True)
+EVA_CLIP = NORMED | dict(scale_attn_inner=True, global_pool='token')
+EVA_GIANT = size(1408, 40, 16, mlp_ratio=6144 / 1408)
+EVAS = {
+  'eva_giant_patch14': EVA_GIANT,
+  'eva_giant_patch14_clip': EVA_GIANT | dict(global_pool='token'),
+  'eva02_tiny_patch14': SIZES['tiny'] | EVA02,
+  'eva02_small_patch14': SIZES['small'] | EVA02,
+  'eva02_base_patch14': SIZES['base'] | NORMED,
+  'eva02_large_patch14': SIZES['large'] | NORMED,
+  'eva02_base_patch16_clip': SIZES['base'] | EVA_CLIP,
+  'eva02_large_patch14_clip': SIZES['large'] | EVA_CLIP,
 }
+DINOV3 = dict(
+  qkv_bias=False, dynamic_img_size=True, use_abs_pos_emb=False, use_rot_pos_emb=True,
+  rope_type='dinov3', rope_temperature=100, rope_rotate_half=True, num_reg_tokens=4,
+  use_fc_norm=False, init_values=1e-5, norm_epsilon=1e-5,
+)  # fmt: skip
+ALIGNED = dict(swiglu_mlp=True, swiglu_align_to=8)
+DINOV3_SIZES = {
+  'small': SIZES['small'],
+  'small_plus': SIZES['small'] | ALIGNED,
+  'base': SIZES['base'],
+  'large': SIZES['large'],
+  'huge_plus': size(1280, 32, 20) | ALIGNED,
+  '7b': size(4096, 40, 32, mlp_ratio=2, swiglu_mlp=True, swiglu_align_to=64),
+}
+EVAS |= {f'vit_{name}_patch16_dinov3': own | DINOV3 for name, own in DINOV3_SIZES.items()}
+EVAS |= {  # models with a bias of queries and values
+  f'vit_{name}_patch16_dinov3_qkvb': own | DINOV3 | dict(qkv_bias=True)
+  for name, own in ({'tiny': SIZES['tiny']} | DINOV3_SIZES).items()
+  if name != '7b'
+}
+
+
+def is_eva(name: str) -> bool:
+  """Returns whether an architecture name belongs to timm's class `Eva`."""
+  return re.sub(r'_\d{3}$', '', name) in EVAS
 
 
 def arguments_of(name: str) -> dict | None:
@@ -104,11 +150,151 @@ def arguments_of(name: str) -> dict | None:
   if name.startswith('eva_large_patch14_'):
     return SIZES['large'] | dict(patch_size=14, global_pool='avg')
   stem = re.sub(r'_\d{3}$', '', name)
+  if stem in EVAS:
+    image = re.search(r'^eva02.*_(\d{3})$', name)
+    found = EVAS[stem] | dict(patch_size=int(re.search(r'patch(\d+)', stem)[1]))
+    return found | (dict(img_size=int(image[1])) if image else {})
   match = re.fullmatch(r'vit_([a-z0-9]+)_patch(\d+)_?(\w*)', stem)
-  if not match or match[1] not in SIZES or stem in NOT_A_VIT:
+  if not match or match[1] not in SIZES:
     return None
-  exception = EXCEPTIONS.get(name, EXCEPTIONS.get(stem))
-  if exception is None and match[3] not in TAGS:
+  own = EXCEPTIONS.get(name, EXCEPTIONS.get(stem, TAGS.get(match[3])))
+  if own is None:
     return None
-  own = TAGS[match[3]] if exception is None else exception
   return SIZES[match[1]] | dict(patch_size=int(match[2])) | own
+
+
+# The arguments of each class with their defaults, and those for which only one value is supported.
+SHARED = dict(
+  img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=768, depth=12, num_heads=12,
+  mlp_ratio=4.0, qkv_bias=True, init_values=None, class_token=True, no_embed_class=False,
+  norm_epsilon=1e-6,
+)  # fmt: skip
+VIT = SHARED | dict(
+  global_pool='token', qk_norm=False, reg_tokens=0, pre_norm=False, fc_norm=None, act_layer='gelu',
+  mlp_layer=None,
+)  # fmt: skip
+VIT_ONLY = dict(
+  final_norm=True, norm_layer=None, pool_include_prefix=False, pos_embed='learn', proj_bias=True,
+  scale_attn_norm=False, scale_mlp_norm=False,
+)  # fmt: skip
+EVA = SHARED | dict(
+  global_pool='avg', num_reg_tokens=0, use_pre_transformer_norm=False, use_fc_norm=None,
+  qkv_fused=True, scale_attn_inner=False, swiglu_mlp=False, swiglu_align_to=0, scale_mlp=False,
+  use_abs_pos_emb=True, use_rot_pos_emb=False, ref_feat_shape=None, rope_type='cat',
+  rope_temperature=10000.0, rope_rotate_half=False,
+)  # fmt: skip
+EVA_ONLY = dict(
+  attn_only_layer_scale=False, attn_pool_mlp_ratio=None, attn_pool_num_heads=None, attn_type='eva',
+  norm_layer=None, num_kv_heads=None, qk_norm=False, rope_grid_indexing='ij', rope_grid_offset=0.0,
+  rope_mrope_section=None, use_post_norm=False, use_post_transformer_norm=None,
+)  # fmt: skip
+NEUTRAL = {  # arguments that do not affect the output: for training, or for other image sizes
+  'attn_drop_rate', 'drop_path_rate', 'drop_rate', 'dynamic_img_pad', 'dynamic_img_size',
+  'fix_init', 'head_init_scale', 'patch_drop_rate', 'pos_drop_rate', 'proj_drop_rate',
+  'rope_jitter_coords', 'rope_rescale_coords', 'rope_shift_coords', 'strict_img_size',
+  'weight_init',
+}  # fmt: skip
+
+POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}  # timm's name: our name
+ACTIVATIONS = ('gelu', 'gelu_tanh', 'quick_gelu', 'silu')
+# (learned positions, type of rotary positions, rotation of halves): our name.
+POSITIONS = {
+  (True, None, False): 'learned',
+  (True, 'cat', False): 'learned_rope',
+  (False, 'dinov3', True): 'rope_unit',
+}
+
+
+def vision_fields(a: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that arguments of `VisionTransformer` give."""
+  gated = choose(f'{origin}: mlp_layer', a['mlp_layer'] or '', {'': False, PACKED: True})
+  return dict(
+    mlp='gated' if gated else 'plain',
+    mlp_dim=int(a['embed_dim'] * a['mlp_ratio']) // (1 + gated),
+    num_registers=a['reg_tokens'],
+    pre_norm=a['pre_norm'],
+    qk_norm=a['qk_norm'],
+    activation=choose(f'{origin}: act_layer', a['act_layer'], ACTIVATIONS),
+  )
+
+
+def eva_fields(a: dict, origin: str) -> dict:
+  """Returns the attributes of `ViT` that arguments of `Eva` give.
+
+  Raises:
+    ValueError: the positions, the MLP or the pooling are not supported.
+  """
+  rotary = a['rope_type'] if a['use_rot_pos_emb'] else None
+  kind = bool(a['use_abs_pos_emb']), rotary, bool(rotary and a['rope_rotate_half'])
+  if kind not in POSITIONS or (a['scale_mlp'] and not a['swiglu_mlp']) or a['global_pool'] == 'map':
+    names = ('use_abs_pos_emb', 'use_rot_pos_emb', 'rope_type', 'rope_rotate_half', 'scale_mlp')
+    given = ', '.join(f'{name}={a[name]}' for name in (*names, 'swiglu_mlp', 'global_pool'))
+    raise ValueError(f'{origin}: this combination of arguments is not supported: {given}.')
+  width = int(a['embed_dim'] * a['mlp_ratio'])
+  aligned = width + -width % (a['swiglu_align_to'] or 1)
+  gated = 'gated_norm' if a['scale_mlp'] else 'gated'
+  return dict(
+    mlp=gated if a['swiglu_mlp'] else 'plain',
+    mlp_dim=aligned if a['swiglu_mlp'] else width,
+    num_registers=a['num_reg_tokens'],
+    pre_norm=a['use_pre_transformer_norm'],
+    key_bias=False if a['qkv_bias'] else None,
+    out_norm=a['scale_attn_inner'],
+    position=POSITIONS[kind],
+    rope_theta=1.0 * a['rope_temperature'],
+    rope_grid=a['ref_feat_shape'] and pair(a['ref_feat_shape'], f'{origin}: ref_feat_shape'),
+    activation='silu' if a['swiglu_mlp'] else 'gelu',
+  )
+
+
+HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), cosine=(False,))
+
+
+def mlp_ratio(model: ViT, factor: int = 1) -> float:
+  """Returns the ratio from which timm computes `factor` times the MLP's width, rounding down."""
+  ratio = factor * model.mlp_dim / model.width
+  exact = int(model.width * ratio) == factor * model.mlp_dim
+  return ratio if exact else np.nextafter(ratio, np.inf).item()
+
+
+def arguments_for(model: ViT) -> tuple[str, dict]:
+  """Returns an architecture name whose class can hold a model, and arguments of only this class.
+
+  Raises:
+    ValueError: neither class of timm can hold the model.
+  """
+  needs_eva = model.position in ('learned_rope', 'rope_unit') or model.key_bias is False
+  return (eva_arguments if needs_eva else vit_arguments)(model)
+
+
+def vit_arguments(model: ViT) -> tuple[str, dict]:
+  """Returns an architecture name of `VisionTransformer`, and the arguments that only it has."""
+  refuse('timm', model, HOLDS | {
+    'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'mlp': ('plain', 'gated'),
+    'activation': ACTIVATIONS, 'norm_epsilon': (1e-6,), 'pool': tuple(POOLS.values()),
+  })  # fmt: skip
+  gated = model.mlp == 'gated'
+  return 'vit_giant_patch14_dinov2' if gated else 'vit_base_patch16_224', dict(
+    mlp_ratio=mlp_ratio(model, 1 + gated), reg_tokens=model.num_registers, pre_norm=model.pre_norm,
+    fc_norm=model.norm_after_pool, qk_norm=model.qk_norm, act_layer=model.activation,
+  )  # fmt: skip
+
+
+def eva_arguments(model: ViT) -> tuple[str, dict]:
+  """Returns an architecture name of `Eva`, and the arguments that only it has."""
+  unit = model.position == 'rope_unit'
+  refuse('timm (Eva)', model, HOLDS | {
+    'position': tuple(POSITIONS.values()), 'pool': ('cls', 'gap', 'none'), 'qk_norm': (False,),
+    'key_bias': (False,) if model.qkv_bias else (False, None),
+    'activation': ('gelu',) if model.mlp == 'plain' else ('silu',),
+    'norm_epsilon': (1e-5 if unit else 1e-6,),
+  })  # fmt: skip
+  return 'vit_small_patch16_dinov3' if unit else 'eva02_tiny_patch14_224', dict(
+    qkv_fused=False, mlp_ratio=mlp_ratio(model), swiglu_mlp=model.mlp != 'plain', swiglu_align_to=0,
+    scale_mlp=model.mlp == 'gated_norm', scale_attn_inner=model.out_norm,
+    num_reg_tokens=model.num_registers, use_pre_transformer_norm=model.pre_norm,
+    use_fc_norm=model.norm_after_pool, use_abs_pos_emb=not unit,
+    use_rot_pos_emb=model.position != 'learned', rope_type='dinov3' if unit else 'cat',
+    rope_temperature=model.rope_theta, rope_rotate_half=unit,
+    ref_feat_shape=model.rope_grid and list(model.rope_grid),
+  )  # fmt: skip

@@ -27,11 +27,14 @@ class Calibration:
     thresholds: for each class, the probability from which the class is predicted; None for models
       that predict exactly one class.
     examples: number of validation examples; 0 if nothing was fitted.
+    sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
+      one label. This is so in zero-shot classification with SigLIP.
   """
 
   temperature: float = 1.0
   thresholds: tuple[float, ...] | None = None
   examples: int = 0
+  sigmoid: bool = False
 
   @classmethod
   def load(cls, saved: Mapping | None) -> 'Calibration':

@@ -9,7 +9,8 @@ class Task:
 
   Attributes:
     class_names: name of each label; empty for weights without a head, and for runs without labels.
-    stored_size: (height, width) of the images that the host passes to the devices.
+    stored_size: (height, width) of the images that the host passes to the devices; None in a mode
+      in which images keep their aspect ratio.
     channels: 1 (grey) or 3 (RGB).
     train_examples: number of training examples. The order of the examples depends on this number.
     fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
@@ -17,7 +18,7 @@ class Task:
   """
 
   class_names: tuple[str, ...]
-  stored_size: tuple[int, int]
+  stored_size: tuple[int, int] | None
   channels: int
   train_examples: int = 0
   fingerprint: str = ''

@@ -1,0 +1,95 @@
+"""Computes dense features and their principal components, which a picture shows as colours.
+
+    feature_BhwD = dense_features(model, params, image_BHWC)
+    map_BhwF, share_F = component_maps(feature_BhwD)
+
+Decisions:
+  * The components belong to the patches of all images together, so that equal colours mean similar
+    features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
+  * A component has no sign of its own. Its entry with the largest magnitude is made positive.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.experiment import Experiment
+from vit_jax.model import ViT, without_pool
+
+# Percentiles that become black and full colour. The full range would depend on a few outliers.
+EDGES = (2, 98)
+
+
+def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array:
+  """Returns the features of the patches, `[B, h, w, D]` in float32.
+
+  They are the tokens of the last block after the last LayerNorm, without the class token and the
+  registers.
+
+  Args:
+    model: the model, with any pool, with or without a head.
+    params: the model's parameters.
+    image_BHWC: normalised images of a size that the model can read. For other sizes than the one
+      of its learned positions, set `position_grid` or load the weights with this `grid`.
+  """
+  token_BND = without_pool(model).apply({'params': params}, image_BHWC).astype(jnp.float32)
+  h, w = (n // patch for n, patch in zip(image_BHWC.shape[1:3], model.patch_size))
+  return token_BND[:, model.num_prefix :].reshape(len(token_BND), h, w, -1)
+
+
+def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """Returns principal components: unit vectors `[F, D]` and their share of the variance `[F]`.
+
+  The mean is subtracted first. F is `count` or, if these are smaller, N - 1 or D. The result is
+  float64. In each component, the entry with the largest magnitude is positive.
+  """
+  x_ND = np.asarray(x_ND, np.float64)
+  _, deviation_F, component_FD = np.linalg.svd(x_ND - x_ND.mean(axis=0), full_matrices=False)
+  kept = min(count, len(x_ND) - 1, x_ND.shape[1])
+  component_FD = component_FD[:kept]
+  largest_F = np.abs(component_FD).argmax(axis=1)
+  component_FD *= np.sign(component_FD[np.arange(kept), largest_F])[:, None]
+  variance_F = deviation_F**2
+  share_F = variance_F / max(variance_F.sum(), np.finfo(np.float64).tiny)
+  return component_FD, share_F[:kept]
+
+
+def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the first principal components of patch features as maps.
+
+  Args:
+    feature_BhwD: features of the patches of one or several images.
+    count: maximum number of components.
+
+  Returns:
+    `map_BhwF`, float32, the projection of each patch, minus the mean over all patches.
+    `share_F`, the share of each component in the variance of the features.
+  """
+  x_ND = np.asarray(feature_BhwD, np.float64).reshape(-1, feature_BhwD.shape[-1])
+  component_FD, share_F = principal_components(x_ND, count)
+  map_NF = (x_ND - x_ND.mean(axis=0)) @ component_FD.T
+  return map_NF.reshape(*feature_BhwD.shape[:3], -1).astype(np.float32), share_F
+
+
+def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
+  """Returns the first three maps as red, green and blue: `[B, h, w, 3]`, 0 to 1.
+
+  Each colour covers the range of its map between two percentiles, `EDGES`, over all images. A
+  missing map, or one without any range, gives the medium value of its colour.
+  """
+  low_F, high_F = np.percentile(map_BhwF, EDGES, axis=(0, 1, 2))
+  range_F = high_F - low_F
+  shade = (map_BhwF - low_F) / np.where(range_F > 0, range_F, 1)
+  shade = np.where(range_F > 0, np.clip(shade, 0, 1), 0.5)[..., :3]
+  missing = 3 - shade.shape[-1]
+  return np.pad(shade, [(0, 0)] * 3 + [(0, missing)], constant_values=0.5)
+
+
+def of_images(
+  exp: Experiment, params: dict, image_BHWC: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `component_maps` of uint8 images."""
+  features = jax.jit(functools.partial(dense_features, exp.model))
+  return component_maps(features(params, exp.normalize(image_BHWC)))

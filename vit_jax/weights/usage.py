@@ -1,0 +1,32 @@
+"""Lines of Python that read an image, for the programs in model cards."""
+
+from collections.abc import Sequence
+
+from vit_jax.weights.formats import Preprocessing
+
+
+def upright(channels: int) -> str:
+  """Returns code that reads `image.png` as `vit_jax.data.decode_image` does, into `image`."""
+  mode = 'L' if channels == 1 else 'RGB'
+  return f"""image = ImageOps.exif_transpose(Image.open('image.png'))
+if image.mode.startswith('I'):  # 16-bit grey
+  image = image.convert('I').point(lambda value: value / 257 + 0.5).convert('L')
+elif image.has_transparency_data:  # shown on white
+  image = image.convert('RGBA')
+  image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+image = image.convert('{mode}')"""
+
+
+def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
+  """Returns Python code that reads `image.png` into an upright `image`, resized to `size`."""
+  opened = upright(channels)
+  method = f'Image.Resampling.{p.interpolation.upper()}'
+  shape = f'({size[1]}, {size[0]}), {method}'
+  if not p.stretch:
+    bleed = f', bleed={(1 - p.crop) / 2:.6g}' if p.crop < 1 else ''
+    return f'{opened}\nimage = ImageOps.fit(image, {shape}{bleed})'
+  if p.crop == 1:
+    return f'{opened}\nimage = image.resize({shape})'
+  cut = f'w * {(1 - p.crop) / 2:.6g}, h * {(1 - p.crop) / 2:.6g}'
+  end = f'w * {(1 + p.crop) / 2:.6g}, h * {(1 + p.crop) / 2:.6g}'
+  return f'{opened}\nw, h = image.size\nimage = image.resize({shape}, ({cut}, {end}))'
