@@ -103,6 +103,7 @@ def test_loading_a_checkpoint_merges_the_adapter(monkeypatch):
   average = jax.tree.map(lambda x: x / 2, params)
   for ema in (0.0, 0.9):
     config = {'config': {'ema': ema, 'adapt': 'lora', 'lora': {'rank': 2, 'scale': 3.0}}}
+    config['task'] = {'class_names': ['a', 'b']}
     items = {'config': config, 'names': {}, 'params': params, 'state': {'ema': average}}
     monkeypatch.setattr(stored, 'saved_steps', lambda _: [8])
     monkeypatch.setattr(stored, 'find_calibration', lambda *_: None)

@@ -220,6 +220,8 @@ def test_an_exported_program_agrees_with_eval_and_predict(run, pairs, format, tm
   precision = metrics.average_precision_score(label_NL, logits_NL, average='macro')
   assert precision == pytest.approx(result['test_mean_average_precision'], abs=1e-4)
   card = (tmp_path / 'README.md').read_text(encoding='utf-8')
+  mean = f'{result["test_mean_average_precision"]:.2%} on the 96 images of `test`'
+  assert f'| mean average precision | {mean} |' in card and '| accuracy |' not in card
   code = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
   kinds = set()
   for file in sorted((pairs / 'test').glob('*.png'))[:12]:

@@ -56,7 +56,7 @@ def write_card(
     'pixels': pixels_text(loaded.preprocessing),
     **training(loaded, source),
     'precision': precision_text(compared),
-    'accuracy': measured_text(compared) or accuracy_text(loaded, result),
+    quality_name(loaded): measured_text(compared) or accuracy_text(loaded, result),
     **calibration(entry, loaded),
     'license': 'not chosen yet',
   }
@@ -168,11 +168,17 @@ def public(path: str) -> str:
   return one_line(place.name if place.is_absolute() or path.startswith('~') else path)
 
 
+def quality_name(loaded: Pretrained) -> str:
+  """Returns the name of the measure that counts for the labels of the run."""
+  return 'mean average precision' if loaded.multi_label else 'accuracy'
+
+
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
-  """Returns the test accuracy in a run's result; `unknown` if other weights were measured."""
+  """Returns the quality in a run's result; `unknown` if other weights were measured."""
+  name = f'test_{quality_name(loaded).replace(" ", "_")}'
   try:
     split, best = result['config']['data']['eval_split'], result.get('best', {})
-    found = {best.get('step'): best.get('test_accuracy'), result['steps']: result['test_accuracy']}
+    found = {best.get('step'): best.get(name), result['steps']: result[name]}
     value = found[loaded.run['step']]
     return f'{value:.2%} on the {result["examples"]:,} images of `{split}`'
   except (AttributeError, TypeError, KeyError, ValueError):  # result or run is missing or damaged
@@ -200,7 +206,7 @@ def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
   if compared is None:
     return ''
   known = all(one.quality is not None for one in compared.found.values())
-  name = 'mean average precision' if loaded.multi_label else 'accuracy'
+  name = quality_name(loaded)
   title = f'{name} on the {compared.test}' if known else f'{name}: not measured ({compared.test})'
   lines = [
     f'| precision | size | latency | {title} |\n| --- | --- | --- | --- |',

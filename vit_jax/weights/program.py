@@ -111,10 +111,13 @@ class Program:
     return (jax.ShapeDtypeStruct((batch, *self.image_shape), jnp.uint8),)
 
   def function(self, dtype: jnp.dtype = jnp.float32) -> Callable[[jax.Array], jax.Array]:
-    """Returns the function `image_BHWC -> output_BL`, which computes in the given type."""
+    """Returns the function `image_BHWC -> output_BL`, which computes in the given type.
+
+    The parameters are NumPy arrays, so the layers convert them while the function is traced. The
+    program stores the converted matrices.
+    """
     model, p = self.model.clone(dtype=dtype, remat='none'), self.preprocessing
-    temperature = self.calibration.temperature
-    params = stored(self.params, dtype)
+    temperature, params = self.calibration.temperature, jax.tree.map(np.asarray, self.params)
 
     def program(image_BHWC):
       image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
@@ -126,28 +129,14 @@ class Program:
     return program
 
 
-def stored(params: dict, dtype: jnp.dtype) -> dict:
-  """Returns the parameters in the types that a program stores them in.
-
-  Matrices are stored in the type of the computation, because the model converts them to it anyway.
-  Scales and biases are small, and LayerNorm uses them in float32. The head and the convolutions of
-  a ResNet stem also compute with float32 parameters.
-  """
-
-  def convert(path, leaf):
-    exact = leaf.ndim < 2 or path[0].key in ('head', 'stem')
-    return leaf if exact else leaf.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(convert, params)
-
-
 def save_stablehlo(program: Program, folder: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> None:
   """Writes `model.stablehlo`, serialized by `jax.export`, and `model.json`.
 
   Raises:
     ValueError: the parameters are too large for one file.
   """
-  size = sum(leaf.nbytes for leaf in jax.tree.leaves(stored(program.params, dtype)))
+  count = sum(leaf.size for leaf in jax.tree.leaves(program.params))
+  size = count * jnp.dtype(dtype).itemsize
   if size >= LIMIT - 2**24:
     raise ValueError(
       'stablehlo: a file must be smaller than 2 GiB, but the parameters take '
