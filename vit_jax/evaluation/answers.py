@@ -21,7 +21,7 @@ from vit_jax.data import Split, eval_batches
 from vit_jax.distributed import batch_sharding, concatenate, place_params, replicated, to_host
 from vit_jax.evaluation import measures
 from vit_jax.evaluation.multilabel import Labelled, best_thresholds
-from vit_jax.evaluation.scoring import Answers, Losses, Scores
+from vit_jax.evaluation.scoring import NOT_CALIBRATED, Answers, Losses, Scores
 from vit_jax.experiment import Experiment
 from vit_jax.workdir import Calibration, restore_weights, save_calibration
 
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
-NOT_CALIBRATED = Calibration()
 FITTED = 2**26  # maximum number of logits to which a temperature is fitted: 256 MiB
 
 

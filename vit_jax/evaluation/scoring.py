@@ -9,6 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vit_jax.workdir import Calibration
+
+NOT_CALIBRATED = Calibration()
+
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
@@ -55,11 +59,17 @@ class Scores:
   real_N: np.ndarray | None = None
 
   @classmethod
-  def of(cls, answers: Answers, temperature: float) -> 'Scores':
+  def of(cls, answers: Answers, calibration: Calibration = NOT_CALIBRATED) -> 'Scores':
     """Reduces the logits of some examples to their scores."""
     logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
     predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
     gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
+
+    def confidence(temperature):
+      if calibration.sigmoid:
+        return np.exp(-np.logaddexp(0, -logits_NL.max(axis=1)))
+      return 1 / np.exp(gap_NL / temperature).sum(axis=1)
+
     if logits_NL.shape[1] > 5:  # of equal logits, the first counts as the larger, as in argmax
       own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
       earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
@@ -72,8 +82,8 @@ class Scores:
       answers.index_N,
       answers.label_N,
       predicted_N,
-      1 / np.exp(gap_NL / temperature).sum(axis=1),
-      1 / np.exp(gap_NL).sum(axis=1),
+      confidence(calibration.temperature),
+      confidence(1),
       answers.loss_N.astype(np.float64),
       top5_N,
       real_N,

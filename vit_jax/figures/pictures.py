@@ -70,11 +70,7 @@ class Subject:
 
   @functools.cached_property
   def trust(self) -> dict:
-    """The measures of `evaluation.trust` for the scores.
-
-    Raises:
-      Missing: there are no scores.
-    """
+    """The measures of `evaluation.trust` for the scores; raises `Missing` without scores."""
     exp, scores = self.need('exp', 'scores')
     return trust(scores, exp.task.class_names, exp.calibration)
 
