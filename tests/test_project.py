@@ -102,6 +102,7 @@ MANY_PARAMETERS = {  # function: reason
   'rand_augment': 'its parameters are config keys',
   'save': 'keywords of the public API',
   'predict': 'keywords of the public API',
+  'load': 'keywords of the public API',
 }
 
 

@@ -8,6 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
@@ -183,16 +184,18 @@ def adaptation(
   Raises:
     ValueError: the images do not divide into patches.
   """
-  size, own = pair(config.data.image_size), ViT(**found.fields).patch_size
+  own, size, grid = ViT(**found.fields).patch_size, config.data.image_size, None
   patch = pair(config.model.patch_size or own, 'model.patch_size')
-  if any(n % p for n, p in zip(size, patch)):
-    raise ValueError(
-      f'data.image_size={size} does not divide into the patches of init={config.init}. Use '
-      f'multiples of the patch size, {patch[0]}x{patch[1]} pixels.'
-    )
+  if np.any(size):  # else the size follows from the positions of the weights
+    size = pair(size)
+    if any(n % p for n, p in zip(size, patch)):
+      raise ValueError(
+        f'data.image_size={size} does not divide into the patches of init={config.init}. Use '
+        f'multiples of the patch size, {patch[0]}x{patch[1]} pixels.'
+      )
+    grid = size[0] // patch[0], size[1] // patch[1]
   if patch != own:
     log.info('Resizing the patch embedding from %dx%d to %dx%d pixels.', *own, *patch)
-  grid = size[0] // patch[0], size[1] // patch[1]
   return Adaptation(grid, None, patch, num_classes, config.init_resize, new_head)
 
 

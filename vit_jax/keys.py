@@ -119,6 +119,10 @@ TRAINING = {
     False, 'bit-identical runs on the same GPUs, but slower; runs on CPUs are always bit-identical',
     may_change=True,
   ),
+  'patch_sizes': Key(
+    (), 'patch sizes of which each training step draws one (FlexiViT); the weights have the size '
+    'model.patch_size, which evaluation uses; empty: model.patch_size only', 'pixels'
+  ),
   'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
   'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
   'masked.share': Key(
@@ -131,10 +135,6 @@ TRAINING = {
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
   ),
   'progressive.until': Key((), 'share of the run after which each size is replaced by the next'),
-  'patch_sizes': Key(
-    (), 'patch sizes of which each training step draws one (FlexiViT); the weights have the size '
-    'model.patch_size, which evaluation uses; empty: model.patch_size only', 'pixels'
-  ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
     'mesh.fsdp or mesh.tensor is -1', may_change=True,

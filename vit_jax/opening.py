@@ -33,7 +33,7 @@ from vit_jax.splitting import (
   open_training,
   with_data_classes,
 )  # fmt: skip
-from vit_jax.weights import Adaptation, adapt, check_params, read_weights, with_pooling
+from vit_jax.weights import adapt, check_params, read_weights, with_pooling
 from vit_jax.workdir import (
   Calibration,
   Task,
@@ -201,10 +201,7 @@ def from_init(
     config.data.image_size = found.preprocessing.size
   count = len(names) if names and text is None else None
   new_head = count is not None and inherit.needs_new_head(found, names)
-  to = Adaptation(patch_size=config.model.patch_size, num_classes=count, new_head=new_head)
-  if any(config.data.image_size):  # else it follows from the positions
-    to = inherit.adaptation(config, found, count, new_head)
-  loaded = adapt(found, to)
+  loaded = adapt(found, inherit.adaptation(config, found, count, new_head))
   loaded = inherit.with_classes(loaded, text) if text else with_pooling(loaded)
   if loaded.sigmoid and config.loss.name is None:
     config.loss.name = 'sigmoid'

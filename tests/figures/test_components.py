@@ -72,6 +72,7 @@ def test_gap_of_dense_features_is_the_pooled_feature_of_published_weights():
   np.testing.assert_allclose(feature.mean(axis=(1, 2)), pooled, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_picture_shows_the_patches_of_a_run_at_any_size(trained, tmp_path):
   request = Request(trained[0], overrides={'data.image_size': '24'})
   drawn = gallery.visualize(request, out=tmp_path)

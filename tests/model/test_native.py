@@ -49,6 +49,7 @@ def test_padded_images_have_the_logits_of_each_image_alone(fields):
   np.testing.assert_allclose(longer, found, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_padded_images_agree_in_bfloat16():
   model, params = build(pool='map')
   want = run_model(model, params, Packer(model, params, 6)(IMAGES))

@@ -74,7 +74,7 @@ HF_CHANGES = [
   (dict(num_register_tokens=-1), 'num_registers must not be negative'),
   (dict(num_register_tokens=0), 'register_tokens: not part of the model'),
   (dict(num_channels=1), 'mean: expected 1 or 1 numbers'),
-  (dict(patch_size=14), r'expected \(24, 3, 14, 14\)|grid \(2, 2\) has 4 patches'),
+  (dict(patch_size=14), r'expected \(24, 3, 14, 14\)|has 4 patches, but the file has positions'),
   (dict(layer_norm_eps='1e-5'), "layer_norm_eps is '1e-5', expected float"),
   (dict(layerscale_value='big'), "layerscale_value is 'big', expected float"),
   (dict(model_type='vit'), 'model_type=vit does not fit the architecture'),

@@ -186,7 +186,7 @@ VISION = [  # changed fields of `vision_config`, with a part of the message
 CONFIG = {
   'hf_clip': [
     (dict(projection_dim=24), 'visual_projection.weight: has shape'),
-    (dict(projection_dim='12'), "projection is '12', expected int"),
+    (dict(projection_dim='12'), "projection_dim is '12', expected int"),
     (dict(architectures=['CLIPForImageClassification']), 'architecture: unknown'),
     (dict(architectures=['CLIPVisionModel']), 'does not fit the architecture'),
     (dict(model_type='siglip'), 'does not fit the architecture'),

@@ -131,10 +131,10 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
   check_fields(config, kind.defaults, origin)
   c = kind.defaults | config
   for name, default in kind.defaults.items():
-    kinds = type(default), type(c[name])
-    if c[name] is None or any((kinds[0] is kind) != (kinds[1] is kind) for kind in (bool, str)):
+    given, expected = type(c[name]), type(default)
+    if c[name] is None or any((given is one) != (expected is one) for one in (bool, str)):
       raise ValueError(
-        f'{origin}: unexpected value: {name} is {c[name]!r}, expected {type(default).__name__}.'
+        f'{origin}: unexpected value: {name} is {c[name]!r}, expected {expected.__name__}.'
       )
   return c
 

@@ -149,7 +149,7 @@ def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict
   return found
 
 
-def tower_kind(tower: str, known: set[str]) -> Kind:
+def whole_model(tower: str, known: set[str]) -> Kind:
   """Returns the kind of a whole model with this image tower; see `tower_config`."""
   text = (r'text_model\..*', r'text_projection\.weight', 'logit_scale', 'logit_bias')
   kind = TOWERS[tower]
@@ -158,12 +158,12 @@ def tower_kind(tower: str, known: set[str]) -> Kind:
 
 
 TOWER_KINDS = TOWERS | {
-  'clip': tower_kind(
+  'clip': whole_model(
     'clip_vision_model',
     {'logit_scale_init_value', 'projection_dim', 'text_config', 'text_config_dict',
      'vision_config', 'vision_config_dict'},
   ),
-  'siglip': tower_kind('siglip_vision_model', {'text_config', 'vision_config'}),
+  'siglip': whole_model('siglip_vision_model', {'text_config', 'vision_config'}),
 }  # fmt: skip
 TOWER_ARCHITECTURES = {
   'CLIPModel': ('clip', 'cls', PROJECTION),
