@@ -46,7 +46,8 @@ def get_config(variant='tiny,cifar10'):
   model, dataset = parse(variant)
   config, small = default_config(), model in finetune.SMALL
   config.objective = 'masked'
-  config.masked.width, config.masked.depth, config.masked.num_heads = DECODERS.get(model, LARGE)
+  for key, value in zip(('width', 'depth', 'heads'), DECODERS.get(model, LARGE)):
+    config.masked[f'decoder_{key}'] = value
   config.model.variant = finetune.MODELS[model]
   config.model.pool = 'gap'
   config.model.position = 'sincos'

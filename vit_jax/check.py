@@ -191,11 +191,11 @@ def check_objective(config: ConfigDict) -> None:
         f'objective={name} trains all parameters and no head, so it cannot be combined with '
         f'{", ".join(wrong)}. Pretrain first. Then use the workdir as init of a second run.'
       )
-  width, heads = config.masked.width, config.masked.num_heads
+  width, heads = config.masked.decoder_width, config.masked.decoder_heads
   if name == 'masked' and (heads < 1 or width < 4 or width % heads or width % 4):
     raise ValueError(
-      f'masked.width={width} must be divisible by masked.num_heads={heads}, and by 4 for its '
-      'positions.'
+      f'masked.decoder_width={width} must be divisible by masked.decoder_heads={heads}, and by 4 '
+      'for its positions.'
     )
 
 

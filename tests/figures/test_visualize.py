@@ -23,7 +23,7 @@ from vit_jax.opening import Request
 from vit_jax.training import trainer
 from vit_jax.workdir import Calibration, Task, save_calibration
 
-PICTURES = set(pictures.PICTURES)
+PICTURES = set(pictures.PICTURES) - {'reconstruction'}  # only of runs without labels
 OF_TEST = {'confusion', 'reliability', 'coverage', 'mistakes', 'neighbours'}
 OF_DATA = {*OF_TEST, 'patches', 'distance', 'rollout', 'heads', 'components'}
 

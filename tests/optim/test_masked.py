@@ -18,7 +18,7 @@ from vit_jax.training.step import loss_fn
 from vit_jax.workdir import Task
 
 MASKED = {
-  'objective': 'masked', 'masked.width': '16', 'masked.depth': '1', 'masked.num_heads': '2',
+  'objective': 'masked', 'masked.decoder_width': '16', 'masked.decoder_depth': '1', 'masked.decoder_heads': '2',
   'data.image_size': '16',
 }  # fmt: skip
 KEY = jax.random.key(5)
@@ -151,7 +151,7 @@ def test_patches_and_their_inverse():
 
 
 def test_a_step_costs_a_fraction_of_a_supervised_step():
-  exp, params, _ = opened(**{'masked.width': '4', 'data.image_size': '64'})
+  exp, params, _ = opened(**{'masked.decoder_width': '4', 'data.image_size': '64'})
   whole = assemble(small_config(**{'data.image_size': '64'}), Task(tuple('ab'), (64, 64), 3))
   alone = {name: leaves for name, leaves in params.items() if name != 'decoder'}
   alone['head'] = {'kernel': jnp.zeros((16, 2)), 'bias': jnp.zeros(2)}
@@ -204,7 +204,7 @@ def test_training_and_evaluation_hide_different_patches_and_evaluation_always_th
   ({'masked.share': '0.95'}, 'hides at least one patch and leaves at least one'),
   ({'freeze': 'backbone'}, 'freeze=backbone.*Pretrain first'),
   ({'optimizer.layer_decay': '0.7'}, 'optimizer.layer_decay=0.7'),
-  ({'masked.width': '10', 'masked.num_heads': '4'}, 'masked.width=10 must be divisible'),
+  ({'masked.decoder_width': '10', 'masked.decoder_heads': '4'}, 'masked.decoder_width=10 must be divisible'),
   ({'distill.teacher': 'runs/a'}, 'remove distill.teacher=runs/a'),
   ({'objective': 'distilled'}, 'set distill.teacher'),
   ({'objective': 'mask'}, 'Did you mean masked'),

@@ -136,17 +136,18 @@ def init_decoder(exp, key: jax.Array) -> dict:
 def make_decoder(exp) -> Decoder:
   """Returns the decoder that the config describes."""
   keys, model = exp.config.masked, exp.model
+  width, heads, (p, q) = keys.decoder_width, keys.decoder_heads, model.patch_size
   block = Block(
-    keys.num_heads,
-    keys.width // keys.num_heads,
-    4 * keys.width,
+    heads,
+    width // heads,
+    4 * width,
     activation=model.activation,
     norm_epsilon=model.norm_epsilon,
     dtype=model.dtype,
     attention=model.attention,
   )
-  p, q = model.patch_size
-  return Decoder(block, keys.width, keys.depth, p * q * exp.task.channels, model.position_grid)
+  values = p * q * exp.task.channels
+  return Decoder(block, width, keys.decoder_depth, values, model.position_grid)
 
 
 def patch_grid(exp) -> tuple[int, int]:
