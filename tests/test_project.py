@@ -102,7 +102,6 @@ MANY_PARAMETERS = {  # function: reason
   'rand_augment': 'its parameters are config keys',
   'save': 'keywords of the public API',
   'predict': 'keywords of the public API',
-  'load': 'keywords of the public API',
 }
 
 
