@@ -125,7 +125,9 @@ TRAINING = {
     0.75, 'objective=masked: share of the patches that are hidden', range=(0.01, 0.99)
   ),
   'masked.decoder_width': Key(512, 'objective=masked: number of values in a token of the decoder'),
-  'masked.decoder_depth': Key(8, 'objective=masked: number of blocks of the decoder', range=(1, 1000)),
+  'masked.decoder_depth': Key(
+    8, 'objective=masked: number of blocks of the decoder', range=(1, 1000)
+  ),
   'masked.decoder_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
   'progressive.sizes': Key(
     (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'

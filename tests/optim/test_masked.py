@@ -18,7 +18,8 @@ from vit_jax.training.step import loss_fn
 from vit_jax.workdir import Task
 
 MASKED = {
-  'objective': 'masked', 'masked.decoder_width': '16', 'masked.decoder_depth': '1', 'masked.decoder_heads': '2',
+  'objective': 'masked', 'masked.decoder_width': '16', 'masked.decoder_depth': '1',
+  'masked.decoder_heads': '2',
   'data.image_size': '16',
 }  # fmt: skip
 KEY = jax.random.key(5)
@@ -204,7 +205,8 @@ def test_training_and_evaluation_hide_different_patches_and_evaluation_always_th
   ({'masked.share': '0.95'}, 'hides at least one patch and leaves at least one'),
   ({'freeze': 'backbone'}, 'freeze=backbone.*Pretrain first'),
   ({'optimizer.layer_decay': '0.7'}, 'optimizer.layer_decay=0.7'),
-  ({'masked.decoder_width': '10', 'masked.decoder_heads': '4'}, 'masked.decoder_width=10 must be divisible'),
+  ({'masked.decoder_width': '10', 'masked.decoder_heads': '4'},
+   'masked.decoder_width=10 must be divisible'),
   ({'distill.teacher': 'runs/a'}, 'remove distill.teacher=runs/a'),
   ({'objective': 'distilled'}, 'set distill.teacher'),
   ({'objective': 'mask'}, 'Did you mean masked'),

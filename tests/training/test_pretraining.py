@@ -20,7 +20,8 @@ from vit_jax.training.step import make_train_step
 from vit_jax.workdir import stored, writer
 
 MASKED = {
-  'objective': 'masked', 'masked.decoder_width': '16', 'masked.decoder_depth': '1', 'masked.decoder_heads': '2',
+  'objective': 'masked', 'masked.decoder_width': '16', 'masked.decoder_depth': '1',
+  'masked.decoder_heads': '2',
   'data.image_size': '16', 'optimizer.lr': '3e-3',
 }  # fmt: skip
 
