@@ -6,7 +6,6 @@
 | variant | pixels | for | accuracy |
 | --- | --- | --- | --- |
 | `coffee` | 32 | 2 CPU cores, 15 minutes | not measured yet |
-| `laptop` | 32 | 2 CPU cores, 45 minutes | not measured yet |
 | `tiny` | 32 | 2 CPU cores, 93 minutes | 83.2% |
 | `small`, `wide`, `deep` | 32 | a GPU | not measured yet |
 | `b16`, `l16` | 224 | a GPU | not measured yet |
@@ -22,7 +21,7 @@ from vit_jax.config import default_config
 from vit_jax.names import choose
 
 VARIANTS = {
-    'coffee': 'tiny', 'laptop': 'tiny', 'tiny': 'tiny', 'small': 'small', 'wide': 'wide',
+    'coffee': 'tiny', 'tiny': 'tiny', 'small': 'small', 'wide': 'wide',
     'deep': 'small', 'b16': 'B/16', 'l16': 'L/16',
 }  # fmt: skip
 
@@ -48,7 +47,7 @@ def get_config(variant='tiny'):
       config.augment.rand_augment.num_layers = 1
       config.augment.rand_augment.magnitude = 5.0
       config.augment.off_for_last = 0.2
-    config.epochs = {'coffee': 33.0, 'laptop': 100.0, 'tiny': 100.0}[variant]
+    config.epochs = {'coffee': 33.0, 'tiny': 100.0}[variant]
   elif variant in ('small', 'wide', 'deep'):
     config.epochs = 1000.0 if variant == 'deep' else 600.0
     config.batch_size = 512
