@@ -22,9 +22,8 @@ PACKAGE = ROOT / 'vit_jax'
 # package only names that its `__init__` lists.
 LAYERS = (
   'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
-  'data', 'optim', 'check', 'check_images', 'workdir', 'weights', 'inherit', 'experiment',
-  'sizing', 'splitting', 'opening', 'evaluation', 'training', 'profiling', 'figures', 'inference',
-  'cli',
+  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'splitting',
+  'opening', 'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 

@@ -252,3 +252,15 @@ def check_partners(config: ConfigDict) -> None:
       f'batch_size={config.batch_size} with micro_batches={parts} leaves an image without a '
       f'partner. Set batch_size to a multiple of {2 * parts}.'
     )
+
+
+def check_channels(config: ConfigDict, channels: int) -> None:
+  """Raises ValueError if `data.mean` or `data.std` does not fit images with these channels."""
+  for name in ('mean', 'std'):
+    values = config.data[name]
+    if len(values) not in (1, channels) or (name == 'std' and min(values) <= 0):
+      counts = '1 value' if channels == 1 else f'1 or {channels} values'
+      raise ValueError(
+        f'data.{name}={values}: expected {counts}{" above 0" if name == "std" else ""}, because '
+        f'the images have {channels} channel(s).'
+      )

@@ -15,7 +15,7 @@ import numpy as np
 import vit_jax
 from vit_jax import config as config_lib
 from vit_jax.augment import AUGMENTATIONS, active, augment, augment_and_mix, mixes, normalize
-from vit_jax.check_images import check_channels, check_stages
+from vit_jax.check import check_channels
 from vit_jax.data import Fit, Reading, Source, fit_image
 from vit_jax.distributed import SHARE, Fitted, make_mesh, memory_limit, micro_batches, shares
 from vit_jax.model import (
@@ -34,6 +34,7 @@ from vit_jax.optim import (
   Objective,
   Teacher,
   check_classifier,
+  check_stages,
   check_weights,
   choose_loss,
   objective_of,
@@ -240,8 +241,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   loss = 'sigmoid' if task.multi_label else 'softmax'
   config = config_lib.fill(config, DEFAULTS | {'loss.name': loss})
   fields = dict(config.model)
-  if fields['patch_size'] is not None:
-    fields['patch_size'] = pair(fields['patch_size'])
+  fields['patch_size'] = fields['patch_size'] and pair(fields['patch_size'])
   if config.classifier and CLASSIFIERS[config.classifier].stores:
     fields['examples'] = task.train_examples or None  # None until the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)

@@ -277,7 +277,7 @@ def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
     (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
     (['--mode=export', '--init=w', '--workdir=run', *WRITE], '--init excludes --workdir'),
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),
-    (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], '--config is for train'),
+    (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], "config key: unknown 'seed'"),
 ])  # fmt: skip
 def test_wrong_flags_are_refused_and_write_nothing(
   capsys, argv, message, weights, tmp_path, monkeypatch

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 import optax
 
 from vit_jax.data import Split
+from vit_jax.model import ViT
 from vit_jax.names import pair
 from vit_jax.optim import optimizers, schedules
 from vit_jax.optim.schedules import make_schedule
@@ -169,3 +170,42 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
     ways = [f'a smaller batch_size (e.g. {smaller})'] * (smaller > 0)
     ways.append(f'more epochs (e.g. {math.ceil(FEW_STEPS * batch_size / examples)})')
     log.warning('%d steps are too few to learn much: set %s.', steps, ' or '.join(ways))
+
+
+def check_stages(config: ConfigDict, model: ViT) -> None:
+  """Raises ValueError if images of a size that training uses do not divide into its patches."""
+  (p, q), stages = model.patch_size, image_stages(config, 0)
+  for _, (height, width) in stages:
+    if height % p or width % q:
+      raise ValueError(
+        f'progressive.sizes: images of {height}x{width} pixels do not divide into patches of '
+        f'{p}x{q}.'
+      )
+  check_patch_sizes(config, model)
+
+
+def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
+  """Raises ValueError if a step cannot use each of `patch_sizes`, or nothing would draw them."""
+  sizes = config.patch_sizes
+  if not sizes:
+    return
+  name = f'patch_sizes={tuple(sizes)}'
+  if len(set(sizes)) < len(sizes) or not all(type(size) is int and size > 0 for size in sizes):
+    raise ValueError(f'{name}: expected distinct positive numbers of pixels.')
+  for size, (_, image) in itertools.product(sizes, image_stages(config, 0)):
+    if any(n % size for n in image):
+      raise ValueError(
+        f'{name}: images of {image[0]}x{image[1]} pixels do not divide into patches of '
+        f'{size}x{size}. Remove this patch size, or change data.image_size or progressive.sizes.'
+      )
+  for key in ('freeze', 'classifier'):
+    if config[key]:
+      raise ValueError(
+        f'{name} cannot be combined with {key}={config[key]}, because the features are computed '
+        'once, with one patch size. Remove one of them.'
+      )
+  if model.resnet is not None:
+    raise ValueError(
+      f'{name}: the patches of a hybrid come from the feature map of its stem, '
+      f'model.resnet={model.resnet}, so they have only one size. Choose a model without a stem.'
+    )

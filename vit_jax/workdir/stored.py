@@ -182,7 +182,7 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
       params = read_weights_of(workdir, step)
       if why:
         log.info('%s: step %d, %s.', workdir, step, why)
-      classes = len(config['task']['class_names'])
+      classes = len(config['task'].get('class_names', ()))
       config |= {'calibration': find_calibration(workdir, step, classes)}
       return step, merged(params, config['config']), config
     except items.Damaged as error:
