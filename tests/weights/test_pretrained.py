@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import DATA, init_params, run_model
 import vit_jax
+from vit_jax import opening
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
@@ -738,3 +739,13 @@ def test_npz_refuses_a_class_token_that_the_pool_does_not_read(pool, tmp_path):
   model = vit_jax.make('tiny', 3, pool=pool, class_token=True)
   with pytest.raises(ValueError, match='model.class_token=True: only None, False can be written'):
     npz.save_npz(model, {}, tmp_path, Preprocessing((8, 8)), None)
+
+
+def test_a_hybrid_keeps_its_embedding_at_its_own_patch_size():
+  """Its embedding is for the feature map of the stem, which is smaller than a patch."""
+  path = DATA / 'paper_hybrid' / 'weights.npz'
+  model, params = vit_jax.load(path)
+  _, same = vit_jax.load(path, patch_size=model.patch_size)
+  _, opened = opening.from_init(str(path), {}, 'any')
+  for found in (same, opened):
+    np.testing.assert_array_equal(found['embedding']['kernel'], params['embedding']['kernel'])
