@@ -10,6 +10,7 @@ for rereading: a text without hits can still be hard to read. `tests/test_docs.p
 import ast
 import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -158,12 +159,10 @@ def measure(path):
 def project_files(root='.'):
   """Returns the project's Markdown, notebooks and Python files."""
   found = []
-  for path in sorted(pathlib.Path(root).rglob('*')):
-    parts = path.relative_to(root).parts
-    hidden = any(part.startswith('.') or part in ('runs', 'site') for part in parts)
-    if path.suffix in ('.py', '.md', '.ipynb') and path.is_file() and not hidden:
-      found.append(path)
-  return found
+  for folder, folders, names in os.walk(root):
+    folders[:] = [name for name in folders if name[0] != '.' and name not in ('runs', 'site')]
+    found += [pathlib.Path(folder, name) for name in names if name[0] != '.']
+  return sorted(path for path in found if path.suffix in ('.py', '.md', '.ipynb'))
 
 
 def by_group(paths, root='.'):

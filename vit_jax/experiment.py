@@ -27,7 +27,7 @@ from vit_jax.model import (
   make,
   merged,
   stretched,
-)  # fmt: skip
+)
 from vit_jax.names import accepted, pair
 from vit_jax.optim import (
   CLASSIFIERS,
@@ -39,7 +39,7 @@ from vit_jax.optim import (
   choose_loss,
   objective_of,
   split_frozen,
-)  # fmt: skip
+)
 from vit_jax.workdir import Calibration, Task, TrainingFiles
 
 # Values of these keys if neither the config nor `init` sets them.

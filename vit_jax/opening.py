@@ -32,7 +32,7 @@ from vit_jax.splitting import (
   open_splits,
   open_training,
   with_data_classes,
-)  # fmt: skip
+)
 from vit_jax.weights import adapt, check_params, read_weights, with_pooling
 from vit_jax.workdir import (
   Calibration,

@@ -150,6 +150,7 @@ def test_mixed_pairs_depend_only_on_their_positions():
   assert (np.asarray(again) != out).any((1, 2, 3)).all()
 
 
+@pytest.mark.slow
 def test_images_are_only_cropped_and_flipped_at_the_end_of_a_run():
   images, places = DRAWN[:16], np.arange(16)
   out, own = early_and_late()(places, images, False)

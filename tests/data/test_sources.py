@@ -608,6 +608,7 @@ def test_a_tree_may_be_flat_or_deep_and_have_its_own_test_folder(tmp_path):
   (tmp_path / 'notes.txt').write_text('')
   source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
   assert sum(source.sizes.values()) == 11
+  assert '1 files are not used: 1 .txt' in source.warnings[0]
   put_images(tmp_path, ['train/x/1.png', 'train/2.png', 'val/3.png'])
   source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 2, 'test': 1}

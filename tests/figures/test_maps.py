@@ -216,6 +216,7 @@ def test_remat_does_not_change_maps():
     np.testing.assert_allclose(found, want, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', ['registers', 'gap', 'map with a class token'])
 def test_summary_matches_maps_of_the_whole_batch(case):
   model, params, image = build(**CASES[case])

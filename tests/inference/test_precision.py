@@ -46,6 +46,7 @@ def needs_onnx():
   return pytest.importorskip('onnx')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_a_bfloat16_program_computes_as_the_model_in_bfloat16(name, tmp_path):
   model, params = random_model(**MODELS[name])

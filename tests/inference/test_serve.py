@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import io
+import json
 import pathlib
 import re
 import shutil
@@ -235,6 +236,9 @@ def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
   )
   assert 'calibrated on 9 validation images, with the temperature 2' in found['Probabilities']
   assert about_lib.about(exp, 16, workdir)['Accuracy'].startswith('Not measured')
+  file = workdir / 'eval.json'  # the page does not keep the aspect ratio of images
+  file.write_text(json.dumps(json.loads(file.read_text()) | {'max_patches': 4}))
+  assert limits(workdir)[0]['Accuracy'].startswith('Not measured')
   names = ('[a](b)', '<i>\n', *'cdefgh')
   exp = dataclasses.replace(exp, task=dataclasses.replace(exp.task, class_names=names))
   assert r'8 classes: \[a\]\(b\), \<i\>\\n, c' in about_lib.about(exp, 16, None)['Classes']

@@ -189,6 +189,22 @@ def test_eval_matches_class_folders_with_names(name, photos, capsys):
   assert 'no embeddings for 1 of the 2 classes' in text and 'a bird' in text
 
 
+@pytest.mark.slow
+def test_the_card_of_a_lower_precision_has_the_zero_shot_accuracy(photos, capsys, tmp_path):
+  path, name = tmp_path / 'classes.npz', 'hf_clip'
+  own = classes_of(name)  # a program has the classes of the file, so the folders must have the same
+  rows = [2, 0]
+  write_classes(path, **own | {key: own[key][rows] for key in ('names', 'embeddings')})
+  code, _, text = call(
+    capsys, '--mode=export', f'--init={DATA / name}', '--format=stablehlo', f'--classes={path}',
+    '--precision=bfloat16', f'--out={tmp_path / "out"}', f'--config.data.source=folder:{photos}',
+  )  # fmt: skip
+  assert not code, text
+  files = [file for label in ('a bird', 'cat') for file in sorted(photos.glob(f'test/{label}/*'))]
+  right = wanted(name, files)[:, rows].argmax(axis=1) == np.repeat([0, 1], 3)
+  assert f'{np.mean(right):.2%}' in (tmp_path / 'out' / 'README.md').read_text()
+
+
 def test_images_with_several_labels_need_a_bias():
   classes = TextClasses.read(classes_of('hf_clip'), 'classes.npz')
   with pytest.raises(ValueError, match='several labels, but the file has no logit_bias'):
@@ -219,6 +235,7 @@ def test_classes_that_no_model_can_use_are_refused_on_the_command_line(trained, 
   assert '--classes is for eval, predict, export, serve' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('format', ['stablehlo', 'onnx'])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_zero_shot_programs_give_the_logits_of_transformers(name, format, tmp_path, capsys):

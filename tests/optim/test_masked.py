@@ -160,6 +160,7 @@ def test_a_step_costs_a_fraction_of_a_supervised_step():
   assert ratio < 0.4
 
 
+@pytest.mark.slow
 def test_a_small_batch_can_be_filled_in():
   exp, params, batch = opened(**{'model.stochastic_depth': '0', 'augment.flip.probability': '0'})
   batch['image'] = (

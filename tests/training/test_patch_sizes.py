@@ -75,6 +75,7 @@ def prepared(**overrides):
   return exp, training, mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('patch', [(2, 2), (8, 8)])
 def test_micro_batches_do_not_change_a_step_at_another_patch_size(patch):
   exp, training, mesh = prepared(**{'model.stochastic_depth': '0'})

@@ -11,7 +11,7 @@ Decisions:
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import os
@@ -264,11 +264,17 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
 
   for folder, _, names in os.walk(root, onerror=refuse):
     inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
-    for name in names:
-      if image_lib.has_image_name(name):
-        yield os.path.join(inside, name)
-      elif not name.startswith('.'):
-        passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
+    for name in only_images(names, passed_over):
+      yield os.path.join(inside, name)
+
+
+def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
+  """Yields the file names that are names of images; counts the others in `passed_over`."""
+  for name in names:
+    if image_lib.has_image_name(name):
+      yield name
+    elif not name.startswith('.'):
+      passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
 
 
 def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:

@@ -10,7 +10,7 @@ import numpy as np
 from vit_jax import progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
-from vit_jax.data.image import EXTENSIONS, has_image_name
+from vit_jax.data.image import EXTENSIONS
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
 from vit_jax.names import choose, local
@@ -129,10 +129,10 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
 def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib.Files:
   """Lists the images in a folder and below it, except in hidden folders; all labels are 0."""
   with progress.announced(f'Listing the images in {top} ...'):
+    names = [path.name for path in top.iterdir() if path.is_file()]
     found = [
-      (folder_lib.hash_name(path.name), os.fsencode(path.name), 0)
-      for path in top.iterdir()
-      if path.is_file() and has_image_name(path.name)
+      (folder_lib.hash_name(name), os.fsencode(name), 0)
+      for name in folder_lib.only_images(names, passed_over)
     ]
     for name in folder_lib.subfolders(top):
       for below in folder_lib.walk_images(top / name, passed_over):

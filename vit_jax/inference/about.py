@@ -21,14 +21,14 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
     workdir: folder of the run, whose `eval.json` has the accuracy; None without a run.
   """
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
+  # The page brings all images to one size, so accuracies of other shapes do not count.
+  own = measured.get('step') == step and 'max_patches' not in measured
   height, width = exp.task.stored_size
   trained = source_text(exp.config.data, exp.task.train_examples)
   return {
     'Classes': classes_text(exp),
     'Images': f'The model sees an image at {height} x {width} pixels. Smaller details are lost.',
-    'Accuracy': accuracy_sentence(
-      measured if measured.get('step') == step else {}, exp.task.multi_label
-    ),
+    'Accuracy': accuracy_sentence(measured if own else {}, exp.task.multi_label),
     'Probabilities': probabilities_text(exp),
     'Training data': f'{trained}.' if exp.task.train_examples else 'Unknown.',
   }

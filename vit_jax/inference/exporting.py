@@ -82,7 +82,7 @@ def export(
     log.info('Writing %s parameters as %s ...', f'{count:,}', format)
   program, data = program_of(loaded), None
   if precision != EXACT:
-    data = measuring.open_experiment(path, step, overrides)
+    data = measuring.open_experiment(path, step, overrides, zero_shot)
     if entry.precisions[precision].calibrates:
       program = dataclasses.replace(program, image_NHWC=measuring.calibration_images(path, data))
   with delivered(out, entry) as folder, tempfile.TemporaryDirectory() as scratch:

@@ -94,7 +94,10 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
 
 
 def open_experiment(
-  path: str | pathlib.Path, step: str, overrides: Mapping[str, str]
+  path: str | pathlib.Path,
+  step: str,
+  overrides: Mapping[str, str],
+  zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
   """Opens the experiment of some weights, which knows their data.
 
@@ -104,6 +107,7 @@ def open_experiment(
     path: anything that `vit_jax.load` reads.
     step: checkpoint of a workdir.
     overrides: config keys and their values as text.
+    zero_shot: npz file with the classes of the weights, as in `Request`.
 
   Raises:
     ValueError: the weights do not exist, or overrides contradict them.
@@ -113,7 +117,8 @@ def open_experiment(
     return opening.open_model(Request(workdir, step=step, overrides=overrides), 'any')[0]
   if 'data.source' not in overrides:
     return None
-  return opening.open_model(Request(init=str(path), overrides=overrides), 'any')[0]
+  request = Request(init=str(path), overrides=overrides, zero_shot=zero_shot)
+  return opening.open_model(request, 'any')[0]
 
 
 def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:

@@ -21,7 +21,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model import Block, Dense, Encoder, cut, sincos
+from vit_jax.model import Block, Dense, Encoder, cut, sincos, without_pool
 
 ENTRY = 'decoder'  # its entry in the parameters
 EVALUATION = 2**32 - 1  # takes the place of the step in the masks of evaluation
@@ -105,10 +105,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
   seen_BS, unseen_BU = draw_masks(
     mask_key, example_B, count, num_unseen(count, exp.config.masked.share)
   )
-  tokens = exp.model.clone(
-    num_classes=None, pool='none', class_token=exp.model.has_class, representation_size=None
-  )
-  x_BTD = tokens.apply(
+  x_BTD = without_pool(exp.model).apply(
     {'params': params},
     image_BHWC,
     train=train,

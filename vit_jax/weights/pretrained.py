@@ -98,7 +98,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
   wanted = layouts.param_shapes(model, (*own_size, source.channels))
   params, ignored = formats.read_params(source, wanted)
 
-  patch = pair(to.patch_size or model.patch_size, 'patch_size')
+  patch = model.patch_size if to.patch_size is None else pair(to.patch_size, 'patch_size')
   if patch != model.patch_size:  # a hybrid's embedding has fewer pixels than its patch
     model, params = with_patches(model, params, patch)
   grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
