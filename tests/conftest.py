@@ -26,6 +26,18 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 DATA = ROOT / 'tests' / 'fixtures'
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests
+def pytest_collection_modifyitems(items):
+  """Leaves the first case of a test that is marked `slow_after_first` in the ordinary suite."""
+  seen = set()
+  for item in items:
+    if item.get_closest_marker('slow_after_first'):
+      test = item.location[0], item.originalname
+      if test in seen:
+        item.add_marker(pytest.mark.slow)
+      seen.add(test)
+
+
 def small_config(**overrides):
   """Returns the config of a run of 32 steps on synthetic 8x8 images, which takes a second.
 

@@ -121,6 +121,7 @@ def product_flops(jaxpr):
   return total
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('work', [INFERENCE, CLS], ids=['tiny', 'B/16'])
 def test_flops_match_the_matrix_products(work):
   model, params, image_BHWC = ours(work)
@@ -161,6 +162,7 @@ class Fake:
     return 5
 
 
+@pytest.mark.slow
 def test_ratios_are_our_speed_divided_by_theirs(monkeypatch):
   monkeypatch.setattr(speed, 'Contestant', Fake)
   result = speed.measure(TRAIN)
@@ -243,6 +245,7 @@ MILLIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_models_have_the_published_parameter_counts():
   text = (zoo.ROOT / 'docs' / 'models.md').read_text()
   listed = dict(re.findall(r'^\| `(\S+)`.*? \| ([\d.]+) \|', text, re.MULTILINE))

@@ -35,6 +35,7 @@ def check(config, tokens, depth):
   assert found['kernels'] == ({FORWARD: depth, BACKWARD: depth} if depth else {})
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('spec, tokens, depth', CONFIGS)
 def test_two_blocks_lower_for_a_gpu(spec, tokens, depth):
   config = config_lib.override_all(

@@ -181,6 +181,7 @@ def focal(logits_BL, label_B, *, gamma):
   return -((1 - jnp.exp(log_p_B)) ** gamma) * log_p_B
 
 
+@pytest.mark.slow
 def test_a_loss_gets_only_the_keys_that_it_accepts(monkeypatch):
   monkeypatch.setitem(KEYS, 'loss.gamma', Key(2.0, 'exponent of the focal loss'))
   monkeypatch.setitem(LOSSES, 'focal', focal)

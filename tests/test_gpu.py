@@ -190,6 +190,7 @@ def test_training_that_was_told_to_stop_exits_with_its_code(monkeypatch, tmp_pat
 SHAPE = (2, 5, 2, 16)  # `plain` is exact enough, because the square root of 16 is a power of two
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('inputs', trial.INPUTS)
 def test_the_error_of_attention_is_relative_to_float64(inputs):
   """The reference is computed here with NumPy; the kernel is wrong by a known amount."""

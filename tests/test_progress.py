@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 
+import pytest
 import tqdm
 
 from vit_jax import progress
@@ -38,6 +39,7 @@ def test_a_bar_shows_progress_and_disappears(caplog, capsys, monkeypatch):
   assert len(caplog.messages) == 1  # the bar is visible by then
 
 
+@pytest.mark.slow
 def test_a_log_file_gets_few_bar_updates(capsys, monkeypatch):
   monkeypatch.setattr(progress, 'SOON', 0)
   for screen in (True, False):

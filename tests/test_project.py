@@ -158,6 +158,7 @@ def test_a_model_needs_only_light_dependencies():
   subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_public_names_can_be_imported_in_several_threads_at_once():
   script = (
     'import concurrent.futures, vit_jax\n'

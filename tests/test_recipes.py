@@ -119,6 +119,7 @@ def test_a_grid_can_be_a_list_of_combinations():
   assert found == [{'ema': '0'}, {'ema': '0.9'}, {'model.width': '48', 'epochs': '2'}]
 
 
+@pytest.mark.slow
 def test_combinations_of_equal_compute_get_their_epochs():
   flags = ['--config=configs/digits.py', '--out=o', '--pflops=1e-4']
   args = sweep.parse([*flags, '--grid=[{"model.depth": [2]}, {"model.depth": [4]}]'])

@@ -66,6 +66,7 @@ def test_flip_mirrors_images_with_its_probability(probability):
   assert mirrored.mean() == pytest.approx(probability, abs=0.07)  # 4.5 standard deviations at 0.5
 
 
+@pytest.mark.slow
 def test_draws_depend_only_on_the_example():
   whole = run(IMAGES, np.arange(16), padding=2, probability=0.5)
   rows = np.array([9, 3, 14])
@@ -79,6 +80,7 @@ def test_each_step_augmentation_and_example_has_its_own_key():
   assert len(np.unique(data, axis=0)) == 2 * len(places) * 5
 
 
+@pytest.mark.slow
 def test_augmentation_and_dropout_draw_from_different_keys():
   seen = []
 
@@ -191,6 +193,7 @@ def test_rectangles_of_any_area_fit_into_the_image(size):
   np.testing.assert_allclose(np.quantile(area, [0.25, 0.75]), [0.625, 0.875], atol=0.02)
 
 
+@pytest.mark.slow
 def test_resized_crop_equals_pillows(monkeypatch):
   boxes = [  # top, left, height, width
     (0.0, 0.0, 12.0, 16.0), (0.0, 0.0, 6.0, 8.0), (3.25, 5.5, 4.7, 9.3), (6.1, 1.0, 5.9, 15.0),
@@ -343,6 +346,7 @@ def test_each_image_switches_between_mixup_cutmix_and_neither(probability, switc
     np.testing.assert_array_equal(own, 1)
 
 
+@pytest.mark.slow
 def test_the_loss_is_weighted_between_the_two_labels():
   settings = {'augment.mix.probability': '1', 'loss.label_smoothing': '0.1'}
   exp, _ = opening.from_config(small_config(**settings))

@@ -115,6 +115,7 @@ def results(height, width, channels, kind):
   return [squeeze(array) for array in np.asarray(ours)], theirs
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', PILLOW)
 @pytest.mark.parametrize('kind', ['noise', 'dull', 'flat'])
 @pytest.mark.parametrize('shape', [(32, 32, 3), (17, 25, 3), (17, 25, 1)], ids=str)
@@ -294,6 +295,7 @@ def test_each_layer_gets_the_output_of_the_one_before():
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0, 9.0, 0.0, 1.0, 'standard'), IMAGES)
 
 
+@pytest.mark.slow
 def test_trivial_augment_applies_one_operation_or_none():
   run = jax.jit(trivial_augment)
   np.testing.assert_array_equal(run(IMAGE_KEYS, IMAGES, 0.0), IMAGES)

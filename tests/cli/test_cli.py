@@ -163,6 +163,7 @@ def test_the_modules_of_extra_train_are_known():
     assert not modules or known & set(modules), requirement
 
 
+@pytest.mark.slow
 def test_evaluate_and_predict_from_python(trained):
   workdir, result = trained
   found = vit_jax.evaluate(str(workdir), {'data.eval_split': 'test[:70]'}, step='16')
@@ -198,6 +199,7 @@ def test_wrong_arguments_from_python_give_one_plain_message(call_of, message, tr
     call_of(trained[0])
 
 
+@pytest.mark.slow
 def test_the_package_gives_figures_without_an_import():
   code = 'import vit_jax; print(vit_jax.figures.rollout.__name__)'
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)

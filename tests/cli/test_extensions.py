@@ -56,6 +56,7 @@ MODES['mine'] = Mode('mine', '', (), lambda args: print('mine runs', args.overri
 """
 
 
+@pytest.mark.slow
 def test_import_adds_modes_and_keys_of_a_module_in_the_current_folder(tmp_path):
   (tmp_path / 'my_extension.py').write_text(EXTENSION)
   flags = ['--import=my_extension', '--mode=mine']

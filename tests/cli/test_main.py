@@ -68,6 +68,7 @@ def test_eval_prints_the_accuracy_of_the_run(capsys, trained):
   assert not code and 'examples 256' in out and f'accuracy {result["test_accuracy"]:.9g}' in out
 
 
+@pytest.mark.slow
 def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
   workdir, result = trained
   flags = ['--mode=eval', f'--workdir={workdir}', '--config.data.eval_split=test']
@@ -196,6 +197,7 @@ def test_a_folder_with_an_image_suffix_is_not_an_image(tmp_path):
   assert files.find_images([str(tmp_path)]) == [tmp_path / 'a.png' / 'b.png']
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('kind', ['pooled', 'tokens'])
 def test_features_are_written_for_all_readable_images(capsys, trained, tmp_path, kind, monkeypatch):
   monkeypatch.setattr(forward, 'BATCH', 3)  # several batches, the last one incomplete
@@ -547,6 +549,7 @@ def test_closed_streams_become_the_null_device(tmp_path):
   assert (tmp_path / 'kept').read_text() == ''
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('where, code, said', [
   ('>&-', 0, ''),
   ('>/dev/full', 2, 'error: Cannot write to standard output (No space left on device). Free'),
@@ -564,6 +567,7 @@ def test_unwritable_output_gives_at_most_one_clear_error(where, code, said):
   assert len(ended.stderr.splitlines()) == bool(said)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('flush', [True, False])
 def test_a_closed_output_pipe_ends_quietly(flush):
   script = (

@@ -235,6 +235,7 @@ def test_no_epoch_repeats_the_crops_of_another():
   assert len(crops) > 12  # some round to the whole image
 
 
+@pytest.mark.slow
 def test_random_parts_have_the_distribution_of_the_device_crops():
   height, width, count = 30, 50, 3000
   draw = np.random.RandomState(0).rand(count, 4)

@@ -261,6 +261,7 @@ def test_occupied_port_is_reported_before_jax_starts():
       joining.join(f'127.0.0.1:{port}', 2, 0)
 
 
+@pytest.mark.slow
 def test_process_reports_its_wait_and_exits_if_the_others_do_not_start():
   script = (
     'from vit_jax.distributed import joining\n'

@@ -110,6 +110,7 @@ def test_the_last_and_the_best_checkpoint_have_their_own_temperature(tmp_path, m
     assert found == pytest.approx(saved[step]['temperature'], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   caplog.set_level(logging.INFO, 'vit_jax')
   before = (workdir / 'calibration.json').read_text()
@@ -145,6 +146,7 @@ def test_without_validation_split_the_temperature_is_1(trained, tmp_path, capsys
   assert not (workdir / 'calibration.json').exists()
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_the_batch_size_or_the_number_of_devices(workdir, monkeypatch):
   found = []
   for size, devices in ((7, 2), (100, 1), (256, 2)):

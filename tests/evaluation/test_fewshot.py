@@ -116,6 +116,7 @@ def test_a_result_that_cannot_be_written_is_still_printed(capsys, trained, monke
   assert ' 1 shots: 50.00%' in out and '/fewshot.json (No space left' in err
 
 
+@pytest.mark.slow
 def test_fewshot_measures_a_trained_workdir(capsys, trained, opened, monkeypatch):
   workdir, _ = trained
   tested = []

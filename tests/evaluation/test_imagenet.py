@@ -87,6 +87,7 @@ def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   assert (split.crop or {}).get('min_area') == min_area
 
 
+@pytest.mark.slow
 def test_weight_decay_matches_big_vision():
   """big_vision's decay per step is `wd` (1e-4), times the schedule, but not times the rate."""
   recipe = plan_lib.training_recipe(imagenet.get_config('s16'), TRAIN['imagenet2012'])
@@ -210,6 +211,7 @@ def test_real_labels_are_refused_if_bad_images_were_skipped(photos, tmp_path):
   assert exact.evaluate(photos / 'run', flags | {'data.cache': 'stream'})['examples'] == 11
 
 
+@pytest.mark.slow
 def test_config_can_select_another_test_set_with_the_same_classes(photos, tmp_path):
   make_images(tmp_path / 'train', range(6), seed=3)
   make_images(tmp_path / 'test', [f'other{i}' for i in range(24)], seed=4)

@@ -65,6 +65,7 @@ def test_dense_features_are_the_normalised_patches_of_the_last_block(fields):
   np.testing.assert_allclose(found.reshape(2, 6, 16), want, atol=1e-4)  # new norms change nothing
 
 
+@pytest.mark.slow
 def test_gap_of_dense_features_is_the_pooled_feature_of_published_weights():
   model, params = vit_jax.load(DATA / 'paper_gap' / 'weights.npz', grid=(2, 4))
   image = np.load(DATA / 'paper_gap' / 'io.npz')['image']

@@ -145,6 +145,7 @@ def test_map_head_reads_what_its_probe_attends_to(case):
   np.testing.assert_allclose(read[..., model.num_prefix :], want, atol=1e-5)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('case', ['registers', 'gap'])
 def test_attention_of_the_first_block_matches_the_papers_formula(case):
   model, params, image = build(**CASES[case])

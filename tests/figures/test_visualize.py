@@ -74,6 +74,7 @@ def names(folder):
   return {path.stem for path in (folder / 'figures').glob('*.png')}
 
 
+@pytest.mark.slow
 def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir):
   code, out, _ = call(capsys, '--mode=visualize', f'--workdir={workdir}')
   drawn = PICTURES - {'mistakes', 'neighbours'} if 'mistakes' not in names(workdir) else PICTURES
@@ -99,6 +100,7 @@ def test_visualize_draws_every_figure_of_a_finished_run(capsys, trained, workdir
   assert [path.read_bytes() for path in again[:-1]] == files  # same run, so same bytes
 
 
+@pytest.mark.slow
 def test_scores_match_the_run_result(trained):
   workdir, result = trained
   subject = subject_lib.collect(Request(workdir), None)
@@ -304,6 +306,7 @@ def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
     assert image.width == 1200
 
 
+@pytest.mark.slow
 def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
   names = ['two\nlines\tand more', '狗', 'कुत्ता', '🐕']
   figures = [
@@ -416,6 +419,7 @@ def test_lit_images_are_dark_where_rollout_is_zero():
   np.testing.assert_allclose(even, [[2, 0], [1, 1]])
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('channels', [1, 3])
 def test_figures_can_be_drawn_for_images_of_any_shape(channels, tmp_path):
   random = np.random.RandomState(0)

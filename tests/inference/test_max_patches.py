@@ -70,12 +70,14 @@ def test_evaluation_scores_each_image_as_alone(trained, photos, batch_size):
   assert found['accuracy'] == np.mean(hits) and found['max_patches'] == MOST
 
 
+@pytest.mark.slow
 def test_images_that_fill_the_patches_exactly_are_evaluated_as_usual(trained):
   usual, found = exact.evaluate(trained[0]), exact.evaluate(trained[0], max_patches=4)
   assert found['accuracy'] == usual['accuracy'] and 'max_patches' not in usual
   assert found['loss'] == pytest.approx(usual['loss'], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_flag_works_on_the_command_line(trained, photos, capsys):
   images = f'--images={photos[0] / "test"}'
   where = f'--workdir={trained[0]}'

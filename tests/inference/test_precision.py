@@ -61,6 +61,7 @@ def test_a_bfloat16_program_computes_as_the_model_in_bfloat16(name, tmp_path):
   assert json.loads((tmp_path / 'model.json').read_text())['precision'] == 'bfloat16'
 
 
+@pytest.mark.slow
 def test_a_bfloat16_program_has_half_the_size(tmp_path):
   model, params = random_model(width=256, mlp_dim=1024)
   params, sizes = jax.tree.map(jnp.asarray, params), {}
@@ -216,6 +217,7 @@ def test_an_export_without_its_data_says_so(tmp_path, caplog):
   assert 'The accuracy of this export is not measured' in caplog.text
 
 
+@pytest.mark.slow
 def test_weights_without_a_run_are_compared_without_an_accuracy(tmp_path):
   model, params = random_model()
   vit_jax.save(model, params, tmp_path / 'npz', format='npz', preprocessing=P)

@@ -217,6 +217,7 @@ def limits(workdir, **more):
   return about_lib.about(dataclasses.replace(exp, **more), step, workdir), exp
 
 
+@pytest.mark.slow
 def test_the_limits_state_what_is_known_about_the_model(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'eval.json').unlink(missing_ok=True)

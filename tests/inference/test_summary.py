@@ -181,6 +181,7 @@ def test_devices_that_split_the_heads_hold_every_image_of_the_batch():
   assert (found.devices, found.at_once) == (2, 32)
 
 
+@pytest.mark.slow
 def test_mixing_images_does_not_change_the_cost():
   sizes = {'augment.flip.probability': '0', 'model.stochastic_depth': '0'}
   plain, mixed = summarize(**sizes), summarize(**sizes | {'augment.mix.probability': '1'})
@@ -199,6 +200,7 @@ def test_the_summary_allocates_no_parameters():
   )  # ru_maxrss is in KiB
 
 
+@pytest.mark.slow
 def test_missing_data_is_replaced_by_assumptions_and_not_created(tmp_path):
   found = summarize(**{'data.source': 'folder:photos', 'data.dir': str(tmp_path)})
   assert 'assuming 1,000 classes of RGB images' in cost.as_text(found)
@@ -219,6 +221,7 @@ def test_without_data_epochs_replace_the_steps(tmp_path):
   assert 'warm-up to 0.01 in 4 epochs' in text  # a fifth of the run
 
 
+@pytest.mark.slow
 def test_inspect_summarises_workdirs_configs_and_weights(capsys, trained, tmp_path):
   workdir, result = trained
   code, out, _ = call(capsys, '--mode=inspect', f'--workdir={workdir}')

@@ -41,6 +41,7 @@ def probabilities(name, logits_BL):
   return special.expit(logits_BL) if name == 'hf_siglip' else special.softmax(logits_BL, axis=1)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_zero_shot_gives_the_logits_and_probabilities_of_transformers(name):
   loaded = vit_jax.load(DATA / name, features='pooled')
@@ -117,6 +118,7 @@ def wanted(name, files):
   return logits_BL + arrays.get('logit_bias', 0)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_predict_prints_zero_shot_probabilities(name, photos, capsys):
   init, classes = f'--init={DATA / name}', f'--classes={DATA / name / "classes.npz"}'
@@ -137,6 +139,7 @@ def test_predict_prints_zero_shot_probabilities(name, photos, capsys):
   assert next(rows)['predictions'][0]['class'] == NAMES[want_BL[0].argmax()]
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name, patch', [('hf_clip', 7), ('hf_siglip', 14)])
 def test_images_of_any_shape_have_the_probabilities_of_each_image_alone(name, patch, tmp_path):
   """With the patch size of the weights, and with a larger one."""
@@ -162,6 +165,7 @@ def test_images_of_any_shape_have_the_probabilities_of_each_image_alone(name, pa
     assert found == pytest.approx(dict(zip(NAMES, want)), abs=2e-5)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_eval_matches_class_folders_with_names(name, photos, capsys):
   source = f'folder:{photos}'
@@ -259,6 +263,7 @@ def test_zero_shot_programs_give_the_logits_of_transformers(name, format, tmp_pa
   np.testing.assert_allclose(outputs(format, tmp_path, pixels), want, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_page_shows_zero_shot_probabilities(photos):
   pytest.importorskip('gradio', reason='needs requirements-demo.txt')
   from vit_jax.inference.page import Viewer

@@ -50,6 +50,7 @@ def test_training_starts_exactly_at_the_base_model():
   np.testing.assert_array_equal(unmerged(model, start), run_model(model, base, IMAGES))
 
 
+@pytest.mark.slow
 def test_a_is_gaussian_with_variance_one_over_the_inputs_and_b_is_zero():
   model = make('S/16', 10, mlp='gated')
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
@@ -84,6 +85,7 @@ def test_merged_kernels_equal_the_papers_formula_in_float64():
   assert len(changed) == 6  # query, key, value, out, up and down
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize(
   'overrides',
   [

@@ -21,6 +21,7 @@ def build(**fields):
   return model.clone(position_grid=(3, 3)), params
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('fields', [
     dict(pool='cls'),
     dict(pool='gap', position='rope'),
@@ -61,6 +62,7 @@ def test_padded_images_agree_in_bfloat16():
   np.testing.assert_allclose(found, want, atol=bound)
 
 
+@pytest.mark.slow
 def test_attention_weights_of_padding_are_zero():
   model, params = build(pool='cls')
   padded = Packer(model, params, 6)(IMAGES)

@@ -69,6 +69,7 @@ def flexible(**fields):
   return variants.make('tiny', 5, width=16, depth=1, mlp_dim=8, patch_size=4, **fields)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('new', [(8, 8), (12, 8), (5, 7)])
 @pytest.mark.parametrize('fields', [
     dict(pool='cls'), dict(pool='map', position='rope'),
@@ -100,6 +101,7 @@ def test_the_stored_weights_get_the_gradient_through_the_resizing():
   np.testing.assert_allclose(found, want, atol=1e-5)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', [
     'paper_token/weights.npz', 'hf_dinov2', 'timm_map', 'hf_dinov3', 'timm_eva02', 'hf_clip',
 ])  # fmt: skip
@@ -133,6 +135,7 @@ def test_smaller_patches_keep_the_image_size_and_resize_the_positions():
     vit_jax.load(path, patch_size=0)
 
 
+@pytest.mark.slow
 def test_loading_a_run_at_another_patch_size_equals_resizing_inside_its_model(trained):
   exp, params, _ = opening.from_workdir(trained[0], {'model.patch_size': '2'})
   assert exp.model.embedding_size == (4, 4) and params['embedding']['kernel'].shape[:2] == (4, 4)
@@ -157,6 +160,7 @@ def test_a_hybrid_refuses_another_patch_size():
     vit_jax.load(path, patch_size=2 * own.model.patch_size[0])
 
 
+@pytest.mark.slow
 def test_a_mode_uses_the_patch_size_of_its_config(trained):
   """Once for published weights, resized when they are loaded, and once for a run."""
   path = str(DATA / 'hf_classifier')

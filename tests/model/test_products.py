@@ -10,6 +10,7 @@ from vit_jax.model import products
 from vit_jax.model.layers import keep_mask
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('shape', [(1, 7, 5), (12, 33, 64), (200, 64, 130)])
 def test_products_with_stored_transposes_have_the_gradient_of_float64(shape):
   rows, inputs, outputs = shape
@@ -46,6 +47,7 @@ def test_transposes_are_stored_only_where_it_is_faster(
   assert bool(called) == stored
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('shape', [(100, 300), (300, 101), (30001, 1)])
 def test_a_mask_keeps_each_value_with_the_same_probability(shape):
   keep = np.asarray(keep_mask(jax.random.key(1), 0.3, shape))

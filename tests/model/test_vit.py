@@ -277,6 +277,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('rate', ['dropout', 'attention_dropout', 'stochastic_depth'])
 def test_dropout_depends_only_on_the_example(rate):
   model = small(**{rate: 0.3})
@@ -341,6 +342,7 @@ class Twice(nn.Module):
     return jnp.stack([Dropout(0.5)(x, example_B), Dropout(0.5)(x, example_B)])
 
 
+@pytest.mark.slow
 def test_dropout_masks_differ_between_places_and_keys():
   apply = lambda seed: Twice().apply(
     {}, jnp.ones((4, 50)), jnp.arange(4), rngs={'dropout': jax.random.key(seed)}
@@ -366,6 +368,7 @@ def test_stochastic_depth_rises_linearly_from_zero():
   assert drops(stochastic_depth=0.4) == [want[0]] * 2 + [want[1]] * 2
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('whole', [False, True])
 def test_dropout_keeps_the_mean(whole):
   x = jnp.ones((4000, 3, 5))
@@ -376,6 +379,7 @@ def test_dropout_keeps_the_mean(whole):
   assert one_draw_an_example == whole
 
 
+@pytest.mark.slow
 def test_parameters_start_as_in_the_papers_code():
   """LayerScale starts at its constant, and registers are drawn like positions.
 

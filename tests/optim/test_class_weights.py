@@ -49,6 +49,7 @@ def test_bad_weights_are_refused(text, message):
     class_weights.class_weights(text, np.array([1, 1, 1]), NAMES)
 
 
+@pytest.mark.slow
 def test_a_weighted_loss_multiplies_each_image_by_the_weight_of_its_class():
   for name in ('softmax', 'sigmoid'):
     loss = losses.LOSSES[name]

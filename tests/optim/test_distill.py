@@ -83,6 +83,7 @@ def test_the_weight_is_the_share_of_the_teachers_loss():
   np.testing.assert_allclose(teacher.loss(np.full(6, 2.0), LOGITS, TEACHER), 0.7 * 2 + 0.3 * 5)
 
 
+@pytest.mark.slow
 def test_the_two_heads_average_to_the_head_of_the_model():
   model = variants.make('tiny', num_classes=10, pool='distilled', num_registers=1, depth=1)
   image_BHWC = jnp.asarray(RANDOM.normal(size=(3, 8, 8, 3)).astype(np.float32))

@@ -74,6 +74,7 @@ def test_the_loss_is_the_error_of_normalised_hidden_patches_in_float64():
   assert found.unseen_BU.shape == (6, 12) and np.std(want) > 0
 
 
+@pytest.mark.slow
 def test_predictions_see_only_seen_patches_and_targets_are_only_unseen_patches():
   exp, params, batch = opened()
   pixels = lambda image: dataclasses.replace(exp, normalize=lambda _: image)
@@ -94,6 +95,7 @@ def test_predictions_see_only_seen_patches_and_targets_are_only_unseen_patches()
   np.testing.assert_array_equal(target_BN > 0, hidden_BN)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('position', ['learned', 'rope', 'sincos'])
 def test_the_encoder_computes_seen_patches_at_their_own_places(position):
   """All patches in any order give the tokens of the whole image, in this order."""
@@ -114,6 +116,7 @@ def test_the_encoder_computes_seen_patches_at_their_own_places(position):
   assert abs(want_BND - np.asarray(whole_BND)[:, 2:]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_dropped_patches_are_as_if_the_image_did_not_have_them():
   model = vit_jax.make('tiny', None, width=16, depth=2, mlp_dim=32, pool='gap', position='none')
   image_BHWC = np.random.RandomState(1).normal(size=(1, 8, 16, 3)).astype(np.float32)
@@ -151,6 +154,7 @@ def test_patches_and_their_inverse():
   np.testing.assert_array_equal(masked.as_images(patch_BNP, (4, 3), (8, 12, 3)), image_BHWC)
 
 
+@pytest.mark.slow
 def test_a_step_costs_a_fraction_of_a_supervised_step():
   exp, params, _ = opened(**{'masked.decoder_width': '4', 'data.image_size': '64'})
   whole = assemble(small_config(**{'data.image_size': '64'}), Task(tuple('ab'), (64, 64), 3))
@@ -189,6 +193,7 @@ def test_a_small_batch_can_be_filled_in():
   assert loss_N[-10:].mean() < 0.4 * loss_N[:10].mean()
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_hide_different_patches_and_evaluation_always_the_same():
   exp, params, batch = opened()
   rows = jax.jit(lambda params, batch: exp.objective.rows(exp, params, batch)['loss'])

@@ -91,6 +91,7 @@ def every_kind_of_parameter():
   return jax.tree.map(lambda x: np.full((2,) * x.ndim, 2, np.float32), params)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'sgd'])
 def test_weight_decay_applies_only_to_kernels(name):
   params = every_kind_of_parameter()
@@ -110,6 +111,7 @@ def test_weight_decay_applies_only_to_kernels(name):
     np.testing.assert_allclose(update, want, rtol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalizes_the_matrices_of_blocks():
   """Checks the first step by the singular values: Newton-Schulz is a polynomial in each of them."""
   draw = np.random.RandomState(0).normal
@@ -237,6 +239,7 @@ def test_parameter_of_unknown_layer_is_rejected():
     optimizer.update({'tail': jnp.ones(1)}, optimizer.init({}), None)
 
 
+@pytest.mark.slow
 def test_every_parameter_of_a_model_has_a_layer():
   for pool in ('cls', 'map'):
     model = variants.make('tiny', 2, pool=pool, num_registers=1, representation_size=8, depth=11)
@@ -285,6 +288,7 @@ def test_freeze_backbone_trains_only_the_head():
   assert optimizers.split_frozen(lora, '', 'lora')[0] == {'head': 3, 'lora': 4}
 
 
+@pytest.mark.slow
 def test_muon_passes_both_decays_to_the_adam_of_biases():
   params = {'block_0': {'up': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}}
   gradients = [

@@ -74,6 +74,7 @@ def test_opening_a_run_merges_the_adapter(capsys, adapted, tmp_path):
   assert f'Trained parameters: {own + 170:,} of {count + own:,}.' in out  # the head has 170
 
 
+@pytest.mark.slow
 def test_memory_and_compute_count_only_what_is_trained():
   sizes = {
     'model.width': '64',

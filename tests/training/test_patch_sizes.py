@@ -90,6 +90,7 @@ def test_micro_batches_do_not_change_a_step_at_another_patch_size(patch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), one.params, other.params)
 
 
+@pytest.mark.slow
 def test_a_step_at_the_own_patch_size_is_the_step_of_an_ordinary_run():
   exp, training, mesh = prepared()
   ordinary, *_ = prepared(patch_sizes='()')
@@ -108,6 +109,7 @@ def fixed(patch_size):
   return exp.at(patch_size=patch_size)
 
 
+@pytest.mark.slow
 def test_inspect_reports_the_mean_compute_and_the_largest_activations():
   exp, *_ = summary.summary_of_config(small_config(**FLEXIBLE))
   found = cost.measure(exp, 512)

@@ -48,6 +48,7 @@ def test_a_run_without_labels_reports_the_error_of_hidden_patches(pretrained, ca
   assert sorted(path.name for path in (workdir / 'examples').iterdir())[0] == '0_no-label.png'
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_batch_size(pretrained):
   exp, params, _ = opening.from_workdir(pretrained[0])
   test = load_split(exp, 'test')
@@ -70,6 +71,7 @@ def test_the_weights_start_a_classifier_that_lacks_only_its_head(pretrained):
   assert exp.objective.labels and exp.model.num_classes == 10
 
 
+@pytest.mark.slow
 def test_pretraining_can_start_from_a_classifier(trained):
   settings = MASKED | {'init': str(trained[0]), 'data.image_size': '8', 'masked.share': '0.5'}
   exp, training = opening.from_config(small_config(**settings))
@@ -97,6 +99,7 @@ def test_pictures_show_what_is_seen_and_filled_in(pretrained, capsys, tmp_path):
   assert not {'confusion', 'mistakes', 'neighbours'} & drawn
 
 
+@pytest.mark.slow
 def test_reconstructions_keep_the_seen_pixels(pretrained):
   from vit_jax.figures.reconstruction import GREY, reconstruct
 

@@ -227,6 +227,7 @@ def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
     assert_equal(out, first)
 
 
+@pytest.mark.slow
 def test_feature_cache_key_depends_on_the_backbone_code(tmp_path, monkeypatch):
   exp, training = opening.from_config(small_config(**FROZEN))
   params = probe.initial_params(exp, training, tmp_path / 'none')

@@ -77,6 +77,7 @@ def test_positions_are_resized_like_images_in_pillow(method, after):
     np.testing.assert_allclose(found, want, atol=1e-5)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('fields', [
     dict(pool='cls'), dict(pool='gap'),
     dict(pool='cls', num_registers=2, position_prefix='all'),
@@ -104,6 +105,7 @@ def test_every_position_of_the_table_has_a_gradient():
   assert (np.abs(gradient) > 1e-4).any(axis=2).all()
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('position', ['sincos', 'rope', 'none'])
 def test_positions_without_parameters_are_stretched(position):
   model = small(pool='gap', position=position, position_grid=WHOLE)
@@ -222,6 +224,7 @@ def test_early_steps_see_images_reduced_like_pillows(whole):
     np.testing.assert_allclose(out[2:-2, 2:-2, channel], want[2:-2, 2:-2], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_inspect_counts_the_flops_of_each_size():
   exp, *_ = summary.summary_of_config(small_config(**STAGES))
   found = cost.measure(exp, 512)

@@ -89,6 +89,7 @@ def test_the_teacher_sees_the_augmented_images_at_its_own_size(teacher):
   assert abs(found).max() > 0.5
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('kind', ['soft', 'hard'])
 def test_the_loss_is_the_weighted_mean_of_labels_and_teacher(teacher, kind):
   overrides = STILL | {'distill.kind': kind, 'distill.weight': '0.3', 'model.stochastic_depth': '0'}
@@ -126,6 +127,7 @@ def test_each_head_learns_from_its_own_targets_only(teacher, weight, own):
   assert abs(taught).max() > 1e-3 and not untaught.any()
 
 
+@pytest.mark.slow
 def test_without_a_teacher_a_distillation_token_is_trained_as_before(teacher):
   exp, params, batch = opened(teacher, **TOKEN)
   alone = dataclasses.replace(exp, teacher=None)
@@ -227,6 +229,7 @@ def test_cached_logits_give_the_same_student_as_a_teacher_in_each_step(teacher, 
   assert cached['test_accuracy'] == pytest.approx(plain['test_accuracy'], abs=0.01)
 
 
+@pytest.mark.slow
 def test_logits_belong_to_their_examples(teacher, tmp_path):
   exp, training = opening.from_config(student(teacher, **STILL))
   mesh = devices.make_mesh(32)
@@ -375,6 +378,7 @@ def test_flops_of_a_step_include_one_pass_of_the_teacher(teacher, overrides, run
   assert forward > 0 and found - without == runs * forward
 
 
+@pytest.mark.slow
 def test_inspect_reports_the_teacher(teacher, capsys):
   flags = ['--mode=inspect', '--config=tests/small.py', f'--config.distill.teacher={teacher}']
   _, out, _ = call(capsys, *flags)

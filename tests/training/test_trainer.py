@@ -283,6 +283,7 @@ def simple(exp, slope):
 SIMPLE_BATCH = {'image': np.zeros(32, np.float32), 'label': np.zeros(32, np.int32)}
 
 
+@pytest.mark.slow
 def test_draws_differ_between_steps_and_seeds():
   def draws(seed):
     exp, training = opening.from_config(small_config(seed=str(seed), micro_batches='2'))
@@ -483,6 +484,7 @@ def assert_best_is_used(workdir, result):
   assert steps == {'': 16, 'best': 16, 'last': 32, '32': 32}
 
 
+@pytest.mark.slow
 def test_best_checkpoint_on_val_is_kept_besides_the_newest(tmp_path, scored, caplog):
   result = trainer.train(small_config(**VALIDATED), tmp_path)
   with caplog.at_level('INFO'):
@@ -702,6 +704,7 @@ def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
     assert trainer.train(small_config(), tmp_path)['steps'] == 32
 
 
+@pytest.mark.slow
 def test_init_starts_from_the_weights_of_another_run(trained, tmp_path):
   workdir, result = trained
   out = trainer.train(small_config(epochs='0', init=str(workdir)), tmp_path)

@@ -58,12 +58,14 @@ def scaled(error):
 exact = scaled(lambda query: 0.0)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('seconds, choice', [((1.0, 2.0), 'cudnn'), ((2.0, 1.0), 'plain')])
 def test_the_faster_of_two_correct_kernels_is_used(cudnn, seconds, choice):
   cudnn(exact, seconds)
   assert choose().model.attention == choice
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('error', [
     lambda query: 0.2,
     lambda query: jnp.where(jnp.abs(query).max() > 8, jnp.nan, 0),  # only for large logits
@@ -90,6 +92,7 @@ def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):
   assert 'gradient of the key, usual logits, shape' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_correct_kernel_is_used_although_plain_is_not_accurate(cudnn):
   """The head size of H/14: its square root is not a power of two, and bfloat16 rounds queries."""
   shape = (2, 17, 2, 80)
@@ -99,6 +102,7 @@ def test_a_correct_kernel_is_used_although_plain_is_not_accurate(cudnn):
   assert trial.first_difference(shape, jnp.bfloat16) == ''
 
 
+@pytest.mark.slow
 def test_the_rows_with_very_negative_logits_are_below_minus_88():
   factor, offset = trial.INPUTS['very negative logits']
   query, key, *_ = trial.draw((2, 9, 2, 64), jnp.float32, factor, offset)

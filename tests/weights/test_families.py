@@ -157,6 +157,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_every_changed_field_of_a_config_is_refused(name, tmp_path):
   arrays, config = read(name)
@@ -234,6 +235,7 @@ def test_a_new_head_reads_the_normalised_class_token():
     vit_jax.save(*loaded, '/nowhere', format='hf', preprocessing=loaded.preprocessing)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', ['hf_dinov3', 'timm_eva02'])
 def test_a_model_without_its_rotation_gives_other_outputs(name):
   """The tolerance of the comparison with the original outputs is 2e-5."""
@@ -244,6 +246,7 @@ def test_a_model_without_its_rotation_gives_other_outputs(name):
     assert np.abs(output - io['output']).max() > 1e-3
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_attention_maps_and_rollout_show_every_patch(name):
   loaded, image = vit_jax.load(DATA / name), np.load(DATA / name / 'io.npz')['image']

@@ -77,6 +77,7 @@ def test_resume_does_not_need_the_initial_weights(weights, tmp_path):
   assert equal(*(vit_jax.load(tmp_path / name).params for name in ('whole', 'cut')))
 
 
+@pytest.mark.slow
 def test_fine_tuning_learns_and_a_run_can_start_from_another_run(weights, tmp_path):
   first = vit_jax.train(fine_tuning(weights, {'epochs': '4'}), tmp_path / 'first')
   assert first['test_accuracy'] > 0.5
@@ -165,6 +166,7 @@ def test_predict_uses_published_weights_with_their_preprocessing(capsys, weights
     assert json.loads(other)['predictions'][0]['probability'] != best['probability']
 
 
+@pytest.mark.slow
 def test_the_way_files_are_resized_is_saved_with_the_weights(weights, tmp_path):
   geometry = {'data.interpolation': 'nearest', 'data.crop': '0.8', 'data.stretch': 'true'}
   vit_jax.train(fine_tuning(weights, {'epochs': '0'} | geometry), tmp_path / 'run')
@@ -200,6 +202,7 @@ def test_a_new_head_drops_the_pre_logits_for_any_number_of_classes(tmp_path, mon
       assert found['head']['kernel'].shape == (size or 16, len(classes))
 
 
+@pytest.mark.slow
 def test_init_resize_applies_with_and_without_training(weights):
   source, seen = Source({}, ('a', 'b'), 3, None), set()
   for method in RESIZES:
@@ -213,6 +216,7 @@ def test_init_resize_applies_with_and_without_training(weights):
   assert len(seen) == len(RESIZES)
 
 
+@pytest.mark.slow
 def test_fewshot_measures_published_weights(capsys, weights):
   flags = ['--mode=fewshot', f'--init={weights}', '--config.data.source=synthetic']
   code, out, _ = call(capsys, *flags)
@@ -225,6 +229,7 @@ def test_fewshot_measures_published_weights(capsys, weights):
   assert [line.split()[0] for line in out.splitlines()] == ['1', '5', '10']
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('form', ['hf', 'timm', 'npz'])
 def test_export_writes_weights_that_load_again(capsys, form, trained, tmp_path):
   init = DATA / 'timm_token' if form == 'hf' else DATA / 'paper_token' / 'weights.npz'
@@ -245,6 +250,7 @@ def test_export_writes_weights_that_load_again(capsys, form, trained, tmp_path):
 WRITE = ['--format=hf', '--out=out']
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', ['paper_token', 'paper_prelogits', 'hf_backbone'])
 def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
   file = tmp_path / 'a.png'
@@ -306,6 +312,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_hub_names_load_from_the_cache_without_a_network(tmp_path):
   commit = 'f' * 40
   repository = tmp_path / 'hub' / 'models--someone--some-vit'

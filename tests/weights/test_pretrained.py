@@ -225,6 +225,7 @@ def test_other_float_types_are_converted_to_float32(tmp_path):
 # Adapting to another grid or other classes.
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('before, after', [
     ((4, 4), (6, 6)), ((8, 6), (3, 5)), ((5, 5), (5, 9)), ((2, 3), (1, 1)),
 ])  # fmt: skip
@@ -250,6 +251,7 @@ def test_resized_positions_match_pytorch_and_the_papers_code(before, after, pref
     np.testing.assert_allclose(ours[method][0, prefix:], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_load_adapts_to_another_grid_and_other_classes():
   own = vit_jax.load(source('timm_dinov2_registers'))
   loaded = vit_jax.load(source('timm_dinov2_registers'), grid=(3, 4), num_classes=7)
@@ -274,6 +276,7 @@ def test_a_new_head_also_replaces_the_pre_logits():
   assert same.model.representation_size == 20 and np.any(same.params['head']['kernel'])
 
 
+@pytest.mark.slow
 def test_a_file_without_a_head_gives_tokens_unless_num_classes_is_set():
   tokens = vit_jax.load(source('hf_backbone'))
   image = np.load(DATA / 'hf_backbone' / 'io.npz')['image']
@@ -302,6 +305,7 @@ def test_a_grid_that_is_not_square_must_be_given():
     logits(own, np.zeros((1, 16, 16, 3)))
 
 
+@pytest.mark.slow
 def test_a_loaded_model_refuses_another_grid_with_the_same_number_of_patches(trained, tmp_path):
   for own, size in (
     (vit_jax.load(source('paper_gap'), grid=(2, 4)), (32, 16)),
@@ -316,6 +320,7 @@ def test_a_loaded_model_refuses_another_grid_with_the_same_number_of_patches(tra
   assert vit_jax.load(tmp_path).preprocessing.size == (8, 32)
 
 
+@pytest.mark.slow
 def test_a_workdir_and_its_checkpoints_load(trained):
   workdir, result = trained
   loaded = vit_jax.load(workdir)
@@ -684,6 +689,7 @@ def test_saving_does_not_touch_a_folder_with_other_files(tmp_path):
     vit_jax.save(*loaded, tmp_path / 'out', format='timm')
 
 
+@pytest.mark.slow
 def test_exporting_weights_without_a_head_keeps_their_pooling(tmp_path):
   config = json.loads((DATA / 'timm_map' / 'config.json').read_text())
   config['num_classes'] = config['model_args']['num_classes'] = 0
@@ -699,6 +705,7 @@ def test_exporting_weights_without_a_head_keeps_their_pooling(tmp_path):
   assert logits(vit_jax.load(tmp_path / 'out', num_classes=5), image).shape == (len(image), 5)
 
 
+@pytest.mark.slow
 def test_saving_refuses_preprocessing_that_hugging_face_cannot_do(tmp_path):
   loaded = vit_jax.load(source('hf_classifier'), grid=(2, 4))
   cut = Preprocessing((8, 16))
@@ -727,6 +734,7 @@ def test_an_image_processor_without_a_filter_uses_bilinear_as_in_transformers():
   assert hf_config.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
 
 
+@pytest.mark.slow
 def test_npz_refuses_an_epsilon_that_it_cannot_store(tmp_path):
   model = vit_jax.make('tiny', 3, norm_epsilon=1e-5)
   params = init_params(model, jnp.zeros((1, 8, 8, 3)))

@@ -261,6 +261,7 @@ def features_of(name, files, kind):
   return run_model(loaded.model, loaded.params, image_BHWC)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_features_of_files_are_the_embeddings(name, photos):
   files = sorted(photos.glob('test/*/*.png'))

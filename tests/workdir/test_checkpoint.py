@@ -92,6 +92,7 @@ def test_damaged_item_is_detected(trained, tmp_path, item, how):
     stored.restore_item(workdir, 32, item)
 
 
+@pytest.mark.slow
 def test_previous_checkpoint_is_used_if_the_newest_is_damaged(trained, tmp_path, caplog):
   workdir = copied(trained, tmp_path)
   damage(workdir, 32, 'params', 'flip')
@@ -163,6 +164,7 @@ def test_process_errors_do_not_mark_checkpoints_as_damaged(trained, tmp_path, mo
   assert stored.saved_steps(workdir) == [32, 16] and not (workdir / 'damaged').exists()
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('text', ['[]', '{}', '{"config": {}}'])
 def test_config_item_without_its_keys_counts_as_damaged(trained, tmp_path, text):
   workdir = copied(trained, tmp_path)
@@ -277,6 +279,7 @@ def test_unwritable_record_is_named(tmp_path, capfd, name):
   assert not (tmp_path / 'result.json.partial').exists()
 
 
+@pytest.mark.slow
 def test_read_only_workdir_refuses_training_but_allows_evaluation(trained, tmp_path):
   with small_disk(tmp_path / 'disk', 4 * space(trained[0])) as disk:
     workdir = shutil.copytree(trained[0], disk / 'run')

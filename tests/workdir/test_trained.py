@@ -70,6 +70,7 @@ def test_a_checkpoint_keeps_the_names_of_training_files(run):
   assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('cache', ['memory', 'stream'])
 def test_training_images_are_left_out_of_the_test(run, rearranged, cache, caplog):
   flags = {'data.source': f'folder:{rearranged}', 'data.cache': cache}
@@ -147,6 +148,7 @@ def test_names_with_known_content_are_inherited_over_any_number_of_runs(tmp_path
   assert set(found.shared_N.tolist()) == own | {5}
 
 
+@pytest.mark.slow
 def test_few_shot_and_pictures_leave_out_training_images(run, rearranged, tmp_path):
   flags = {'data.source': f'folder:{rearranged}'}
   exp, params, _ = opening.from_workdir(run[1], flags)
@@ -180,6 +182,7 @@ def test_resumed_run_leaves_out_its_training_images(rearranged, tmp_path):
   assert file.stem not in [path.stem for path in (tmp_path / 'run' / 'examples').iterdir()]
 
 
+@pytest.mark.slow
 def test_files_with_names_in_both_splits_are_identified_by_content(tmp_path, caplog):
   for name in CLASSES:
     make_images(tmp_path / 'train' / name, range(30))

@@ -37,6 +37,7 @@ def test_weights_give_the_logits_of_0_1_0(workdir, reference):
   assert run_model(model, params, np.zeros((1, 8, 8, 1))).shape == (1, 10)
 
 
+@pytest.mark.slow
 def test_old_workdir_can_be_evaluated(workdir, capsys):
   assert not cli.main(['--mode=eval', f'--workdir={workdir}'])
   assert capsys.readouterr().out.startswith('step 700, loss 1.5287')

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Trains on a spot TPU slice. After a preemption, it asks for a new slice, until the run is done:
+#
+#   NAME=b16 ZONE=europe-west4-b TYPE=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite launch/tpu.sh \
+#     --config=configs/imagenet.py:b16 --workdir=gs://bucket/b16 --config.data.dir=gs://bucket/tfds
+#
+# Run it on your own machine, inside the checkout; it needs gcloud. NAME becomes the name of the
+# queued resource and of its TPU VM. The slice gets the last commit (`git archive`). The disks of the
+# slice are lost with it, so the workdir must be in a bucket. The slice is deleted when the
+# run is done or cannot go on; after Ctrl-C, delete it yourself.
+set -u
+: "${NAME:?a name for the slice}" "${ZONE:?a zone, e.g. europe-west4-b}"
+: "${TYPE:?an accelerator type, e.g. v5litepod-16}"
+: "${RUNTIME:?the TPU software version for this type, e.g. v2-alpha-tpuv5-lite}"
+PAUSE=${PAUSE:-30}
+case " $* " in
+  *' --workdir=gs://'*) ;;
+  *)
+    echo 'tpu: expected --workdir=gs://<bucket>/<folder>, because the disks of a slice are lost.' >&2
+    exit 2
+    ;;
+esac
+
+queue() { gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
+on() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"; }
+delete() { queue delete "$NAME" --force --quiet; }
+
+install_project() {
+  archive=$(mktemp -d)/vit_jax.tar.gz
+  git archive --format=tar.gz --output="$archive" HEAD &&
+    gcloud compute tpus tpu-vm scp "$archive" "$NAME:vit_jax.tar.gz" --zone="$ZONE" --worker=all &&
+    on all 'mkdir -p vit_jax && tar -xzf vit_jax.tar.gz -C vit_jax && cd vit_jax &&
+      python3 -m venv .venv &&
+      .venv/bin/pip install -q -r requirements.txt -r requirements-gcs.txt "jax[tpu]"'
+}
+
+# Prints the exit code of the run in worker 0; nothing if the slice or the connection was lost. The
+# file is needed, because gcloud does not return the exit codes of all workers. After a lost
+# connection the old run may still be there, and is stopped first.
+train() {
+  on all "pkill -f '[u]ntil_done'; while pgrep -f '[u]ntil_done' > /dev/null; do sleep 1; done
+    cd vit_jax && rm -f exit_code
+    launch/until_done.sh .venv/bin/python main.py$(printf ' %q' "$@"); echo \$? > exit_code" >&2
+  on 0 'cat vit_jax/exit_code'
+}
+
+while :; do
+  state=$(queue describe "$NAME" --format='value(state.state)' 2>/dev/null)
+  echo "tpu: $NAME is ${state:-not there}." >&2
+  case $state in
+    ACTIVE)
+      code=''
+      install_project && code=$(train "$@")
+      if [ -n "$code" ]; then
+        delete
+        exit "$code"
+      fi
+      ;;
+    FAILED | SUSPENDED) delete ;;
+    '')
+      queue create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
+        --runtime-version="$RUNTIME" --spot || exit
+      ;;
+  esac
+  sleep "$PAUSE"
+done
