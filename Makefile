@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
+.PHONY: quickstart test test-slow test-long test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
 .PHONY: test-hardware gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
@@ -23,9 +23,13 @@ test: $(VENV)/installed
 
 # Long proofs, and comparisons with PyTorch, transformers and ONNX.
 test-slow: peers onnx
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m 'slow and not long'
 
-test-all: test test-slow test-demo
+# As test-slow, but too long for CI. Run it before a release.
+test-long: peers onnx
+	$(RUN) -m pytest -m long
+
+test-all: test test-slow test-long test-demo
 
 peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-peers.txt

@@ -28,13 +28,13 @@ DATA = ROOT / 'tests' / 'fixtures'
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests
 def pytest_collection_modifyitems(items):
-  """Leaves the first case of a test that is marked `slow_after_first` in the ordinary suite."""
+  """Moves all cases but the first of a test with the mark `slow_after_first` one suite further."""
   seen = set()
   for item in items:
     if item.get_closest_marker('slow_after_first'):
       test = item.location[0], item.originalname
       if test in seen:
-        item.add_marker(pytest.mark.slow)
+        item.add_marker('long' if item.get_closest_marker('slow') else 'slow')
       seen.add(test)
 
 

@@ -120,7 +120,7 @@ def refuse_odd_width(model):
     raise ValueError('model.position=axial needs an even width.')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   entry = Position(
     axial,
@@ -207,7 +207,7 @@ def negative(key_B, image_BHWC, probability):
   return jnp.where(happens_B[:, None, None, None], 255 - image_BHWC, image_BHWC)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_augmentation_works_in_every_mode(tmp_path, monkeypatch):
   entry = Augmentation(negative, 'probability', 0, strong=True)
   monkeypatch.setitem(AUGMENTATIONS, 'negative', entry)
@@ -233,7 +233,7 @@ def stripes(argument, data_dir, image_size):
   return Source({'train': 1024, 'test': 64}, tuple('ab'), 3, read)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_data_source_works_in_every_mode(tmp_path, monkeypatch):
   monkeypatch.setitem(SOURCES, 'stripes', stripes)
   loaded, _ = check_every_mode(tmp_path, classes=2, **{'data.source': 'stripes:2'})

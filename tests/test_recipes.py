@@ -71,7 +71,7 @@ def test_an_invalid_grid_is_rejected(text, capsys):
   assert text in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_ranks_resumes_and_survives_a_failed_run(one_process, tmp_path, capsys):
   flags = ['--config=configs/cifar10.py:tiny', f'--out={tmp_path}', *TINY]
   grid = '{"optimizer.lr": [0.003, 1e30]}'  # the second rate diverges

@@ -96,7 +96,7 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   assert result['test_accuracy'] == reference['test_accuracy']
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_evaluate_each_example_once_and_fit_the_same_temperature(tmp_path):
   split = {'data.train_split': 'train[:256]', 'data.val_split': 'train[256:448]'}
   flags = [f'--config.{key}={value}' for key, value in split.items()]

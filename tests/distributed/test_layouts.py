@@ -28,6 +28,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', SPLIT)
 def test_split_model_trains_like_a_replicated_one(found, name):
   whole = found['replicated']

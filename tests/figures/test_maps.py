@@ -133,6 +133,7 @@ def test_linear_pool_reads_the_expected_share_of_each_token(case):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('case', ['map', 'map with a class token'])
 def test_map_head_reads_what_its_probe_attends_to(case):
   model, params, image = build(**CASES[case])

@@ -139,7 +139,7 @@ def test_chosen_images_are_spread_over_the_classes_and_start_with_the_most_contr
   assert found == [7, 6, 5, 4, 3, 2, 1, 0, *range(8, 128)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_visualize_draws_given_images_and_skips_broken_ones(capsys, workdir, photos):
   (photos / 'broken.png').write_bytes(b'no image')
   flags = ['--mode=visualize', f'--workdir={workdir}']
@@ -152,6 +152,7 @@ def test_visualize_draws_given_images_and_skips_broken_ones(capsys, workdir, pho
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', ['paper_token', 'timm_map', 'hf_backbone', 'paper_hybrid'])
 def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_path, name):
   left_out = {'filters'} if name == 'paper_hybrid' else set()
@@ -218,7 +219,7 @@ def test_report_of_a_run_resumed_after_its_result_shows_not_finished(workdir):
   assert '40, not finished' in Page(workdir / 'report.html').text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_visualize_ignores_damaged_metrics_and_results(capsys, workdir):
   (workdir / 'result.json').write_text('{"steps": 32, "test_accuracy": 0.25, "test_loss": null}')
   with (workdir / 'metrics.jsonl').open('a') as file:
@@ -248,7 +249,7 @@ def test_a_report_shows_whether_the_run_is_finished(trained):
   assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoint_without_metrics_and_config_is_drawn(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):
     (workdir / name).unlink()

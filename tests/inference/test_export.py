@@ -109,6 +109,7 @@ MODELS = {
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', MODELS)
 def test_programs_give_the_outputs_of_the_model(format, name, tmp_path):
@@ -134,6 +135,7 @@ FIXTURES = ('paper_token', 'timm_map')
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('format', PROGRAMS)
 @pytest.mark.parametrize('name', FIXTURES)
 def test_programs_of_published_weights_give_the_original_outputs(format, name, tmp_path):

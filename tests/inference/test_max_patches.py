@@ -50,7 +50,7 @@ def test_predictions_equal_those_of_each_image_alone(trained, photos):
     np.testing.assert_allclose([found[n] for n in names], alone(workdir, row['file']), atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pooled_features_equal_those_of_each_image_alone(trained, photos):
   workdir, (_, files) = trained[0], photos
   arrays, _ = prediction.features(Request(workdir, max_patches=MOST), files, 'pooled')
@@ -58,7 +58,10 @@ def test_pooled_features_equal_those_of_each_image_alone(trained, photos):
   np.testing.assert_allclose(arrays['feature'], want, atol=2e-5)
 
 
-@pytest.mark.parametrize('batch_size', ['3', pytest.param('64', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  'batch_size',
+  [pytest.param('3', marks=pytest.mark.slow), pytest.param('64', marks=pytest.mark.long)],
+)
 def test_evaluation_scores_each_image_as_alone(trained, photos, batch_size):
   workdir, (folder, files) = trained[0], photos
   overrides = {'data.source': f'folder:{folder}', 'eval_batch_size': batch_size}

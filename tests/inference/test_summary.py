@@ -32,6 +32,7 @@ def part(found, name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('variant', ['tiny', 'b16'])
 def test_flops_equal_the_closed_formulas_of_the_benchmarks(variant):
   work = works.Work(f'configs/cifar10.py:{variant}', 'train', 8, 'bfloat16', ())

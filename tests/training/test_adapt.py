@@ -127,7 +127,7 @@ def test_adapted_run_resumes_bit_for_bit(trained, tmp_path):
   assert_equal(kept(ema), kept(stored.load_checkpoint(trained[0])[1]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layouts_and_micro_batches_change_only_rounding(trained):
   overrides = LORA | {
       'init': str(trained[0]), 'optimizer.layer_decay': '0.8',

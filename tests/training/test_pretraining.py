@@ -90,7 +90,7 @@ def test_prediction_explains_that_there_are_no_classes_yet(pretrained, capsys, t
   assert np.load(out)['feature'].shape == (1, 16)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_show_what_is_seen_and_filled_in(pretrained, capsys, tmp_path):
   out = tmp_path / 'look'
   code, _, _ = call(capsys, '--mode=visualize', f'--workdir={pretrained[0]}', f'--out={out}')
@@ -173,6 +173,7 @@ def two_steps(parts=1, shape=None, **overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize(
   'parts, shape', [(4, {'data': 1}), (2, {'data': 2}), (1, {'data': 1, 'fsdp': 2})]
 )

@@ -172,6 +172,7 @@ def two_steps(teacher, parts=1, shape=None, **overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize(
   'parts, shape', [(4, {'data': 1}), (2, {'data': 2}), (1, {'data': 1, 'fsdp': 2})]
 )
@@ -389,7 +390,7 @@ def test_inspect_reports_the_teacher(teacher, capsys):
   assert 'Teacher: its logits are computed once' in out and 'teacher 0' not in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_student_comes_closer_to_its_teacher_than_without_one(teacher, tmp_path):
   overrides = {'distill.weight': '1', 'epochs': '3', 'eval_every': '0'}
   trainer.train(student(teacher, **overrides), tmp_path / 'taught')

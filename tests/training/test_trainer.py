@@ -146,7 +146,7 @@ def test_other_epochs_are_rejected_before_the_run_is_finished(trained, tmp_path)
   assert contents(workdir) == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_without_config_uses_all_cores(tmp_path):
   """Uses separate processes, because conftest sets the number of devices in this one."""
   new = [
@@ -659,7 +659,7 @@ def test_data_that_changed_since_the_run_began_is_rejected(trained, tmp_path):
   resume.check_same_data(dataclasses.replace(exp, task=known), workdir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_without_checkpoint_can_be_replaced_by_another(tmp_path):
   bad = {'optimizer.lr': '1e30', 'optimizer.name': 'sgd', 'optimizer.clip': '0'}
   with pytest.raises(FloatingPointError, match='training diverged'):

@@ -258,6 +258,7 @@ def test_attention_maps_and_rollout_show_every_patch(name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('form', ['stablehlo', 'onnx'])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_programs_give_the_original_outputs(name, form, tmp_path):
@@ -280,6 +281,7 @@ def test_programs_give_the_original_outputs(name, form, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_every_mode_works(name, capsys, tmp_path):
   init, size = str(DATA / name), {'data.image_size': '28'}
