@@ -7,29 +7,41 @@
 # mistake in the command, which repeating does not mend. After any other end, such as that of a lost
 # host, the command is repeated TRIES times (default 20). PAUSE is the wait between two tries.
 set -u
-left=${TRIES:-20}
-stopped=''
 if [ $# -eq 0 ]; then
   echo 'usage: launch/until_done.sh <command> [argument ...]' >&2
   exit 2
 fi
 
-while :; do
+stopped='' # whether a signal asked this script to stop
+passed=''  # the process that the signal was passed on to
+
+stop() {
+  stopped=1
+  passed=${!:-}
+  if [ -n "$passed" ]; then kill -TERM "$passed" 2>/dev/null; fi
+}
+
+# Runs a command and sets `code`. A signal to this script ends `wait`, but not the command.
+run() {
   "$@" &
-  child=$!
-  trap 'stopped=1; kill -TERM "$child"' TERM INT
-  wait "$child"
+  if [ -n "$stopped" ] && [ "$passed" != "$!" ]; then stop; fi # the signal came before the command
+  while kill -0 "$!" 2>/dev/null; do wait "$!"; done
+  wait "$!"
   code=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal to this script ended `wait`, not the child
-    wait "$child"
-    code=$?
-  done
+}
+
+left=${TRIES:-20}
+trap stop TERM INT
+while :; do
+  run "$@"
   if [ "$code" -eq 0 ] || [ "$code" -eq 2 ] || [ -n "$stopped" ]; then exit "$code"; fi
   if [ "$code" -ne 75 ]; then left=$((left - 1)); fi
+  last=$code
   if [ "$left" -lt 0 ]; then
-    echo "until_done: exit code $code; no try is left." >&2
-    exit "$code"
+    echo "until_done: exit code $last; no try is left." >&2
+    exit "$last"
   fi
-  echo "until_done: exit code $code; repeating the command in ${PAUSE:-30} s." >&2
-  sleep "${PAUSE:-30}"
+  echo "until_done: exit code $last; repeating the command in ${PAUSE:-30} s." >&2
+  run sleep "${PAUSE:-30}"
+  if [ -n "$stopped" ]; then exit "$last"; fi
 done
