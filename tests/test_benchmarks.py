@@ -375,8 +375,9 @@ def test_documented_commands_are_valid(name, words, tmp_path, monkeypatch):
   for run in ('digits0', 'digits1', 'digits2', 'tin', 'teacher'):
     (tmp_path / 'runs' / run).mkdir(parents=True)
     (tmp_path / 'runs' / run / 'result.json').write_text('{}')
-  if name == 'streamed':
-    (tmp_path / 'folder/train').mkdir(parents=True)
+  given = {'streamed': ['folder/train'], 'adaptation': ['cifar10/train', 'cifar10/test']}
+  for folder in given.get(name, ()):
+    (tmp_path / folder).mkdir(parents=True)
   if name in ('sweep', 'speedrun'):
     (tmp_path / 'configs').symlink_to(ROOT / 'configs')
     (tmp_path / 'benchmarks').symlink_to(ROOT / 'benchmarks')
