@@ -1,14 +1,14 @@
-"""Tests training with several processes: equal results, measured speed, modelled TPU pods.
+"""Tests training with several processes: equal results, measured speed.
 
     python -m benchmarks.scaling      # 10 minutes; results/scaling.json
 
-The file has three parts; docs/benchmarks.md explains them:
+The file has two parts; docs/benchmarks.md explains them:
   * `alike`: three layouts of `main.py` over loopback: 1 process with 4 devices, 2 processes with 2
     devices each, and 4 processes with 1 device each. The 50 losses of each layout are compared with
     the losses of the first layout, and the number of tested images is recorded.
   * `measured`: the speed of 1, 2 and 4 processes, each with one device and the same work.
-  * `modelled`: the bytes that each of 8 to 512 chips sends in a step, and the time of its matrix
-    products. The collectives come from `results/pods.json`.
+
+`python -m benchmarks.on_paper` calculates what TPU pods need.
 """
 
 import argparse
@@ -33,11 +33,6 @@ MESHES = ('data', 'fsdp')  # mesh axes that are tested; all devices lie along on
 EACH = 64  # images per step and process
 MEASURED = [*FLAGS, '--config.epochs=16', '--config.log_every=8']
 PROCESSES = (1, 2, 4)
-CHIPS = (8, 16, 32, 64, 128, 256, 512)
-# Figures for one chip, from the vendor's pages: bfloat16 operations per second, and bytes per
-# second sent over all links in one direction.
-CHIP = {'v5e': (197e12, 200e9), 'v6e': (918e12, 400e9), 'v5p': (459e12, 600e9)}
-USED = 0.5  # assumed share of the peak that a step's matrix products reach
 
 
 def launch(processes: int, devices: int, workdir: pathlib.Path, flags: list[str]) -> None:
@@ -109,38 +104,6 @@ def measure(processes: int, folder: pathlib.Path) -> dict:
   return row
 
 
-def sent(kind: str, whole: int, group: int) -> float:
-  """Returns the bytes that a chip sends for a collective among `group` chips in a ring.
-
-  Args:
-    kind: HLO name of the collective.
-    whole: bytes of the whole array that is reduced or gathered.
-    group: number of participating chips.
-  """
-  part = (group - 1) / group
-  return whole * {'all-reduce': 2 * part, 'collective-permute': 1}.get(kind, part)
-
-
-def model(row: dict) -> list[dict]:
-  """Models a row of `results/pods.json` for other numbers of chips, with equal images per chip."""
-  compute, link = CHIP[row['pod'].split(':')[0]]
-  tensor, copies = row['mesh']['tensor'], row['mesh']['data'] * row['mesh']['fsdp']
-  found = []
-  for chips in CHIPS:
-    amount = 0
-    for c in row['collectives']:
-      # Groups along `tensor` keep their size, and so do groups along only a part of the other axes.
-      grows = c['group'] == copies and c['group'] != tensor
-      amount += sent(c['kind'], c['bytes'], chips // tensor if grows else min(c['group'], chips))
-    found.append({
-      'chips': chips,
-      'bytes_sent': round(amount),
-      'seconds_sending': amount / link,
-      'seconds_of_products': row['flops'] / (USED * compute),
-    })  # fmt: skip
-  return found
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
   """Parses `--help` and refuses other arguments."""
   return arguments.Parser(__spec__, __doc__).parse_args(argv)
@@ -152,10 +115,7 @@ def main(argv: list[str]) -> None:
     folder = pathlib.Path(name)
     same = alike(folder)
     measured = [measure(n, folder) for n in PROCESSES]
-  pods = writer.read_json(collect.RESULTS / 'pods.json') or {'rows': []}
-  names = ('model', 'pod', 'mesh')
-  modelled = [{name: row[name] for name in names} | {'at': model(row)} for row in pods['rows']]
-  found = collect.circumstances() | {'alike': same, 'measured': measured, 'modelled': modelled}
+  found = collect.circumstances() | {'alike': same, 'measured': measured}
   writer.write_json(collect.RESULTS / 'scaling.json', found)
 
 
