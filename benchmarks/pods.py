@@ -66,9 +66,9 @@ CHIPS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """What the calculation needs to know about a model.
+  """What the calculation needs to know about a model. It is hashed by its identity.
 
   Attributes:
     exp: the experiment.
@@ -107,19 +107,25 @@ def study(variant: str) -> Model:
   return Model(exp, state, flops, kept)
 
 
+@functools.cache
+def held(model: Model, mesh: AbstractMesh) -> tuple[int, int]:
+  """Returns the bytes of the state on each chip, and those of the gradients and the images."""
+  image = math.prod((*model.exp.task.stored_size, model.exp.task.channels))
+  gradients = size_on_device(mesh, model.state.params)
+  return size_on_device(mesh, model.state), gradients + BATCH // mesh.size * image
+
+
 def memory(model: Model, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
   """Returns the bytes of a step on each chip, as `compiling.estimator` estimates them.
 
   The state does not include the gradients. With micro-batches, a chip holds two sets of gradients:
   their sum, and those of the newest micro-batch.
   """
-  rows = BATCH // mesh.size
-  image = math.prod((*model.exp.task.stored_size, model.exp.task.channels))
-  gradients = size_on_device(mesh, model.state.params) + rows * image
+  state, others = held(model, mesh)
   return {
-    'state': size_on_device(mesh, model.state),
-    'gradients_and_images': gradients * (1 if plan.micro_batches == 1 else 2),
-    'activations': rows // plan.micro_batches * model.kept[plan.remat],
+    'state': state,
+    'gradients_and_images': others * (1 if plan.micro_batches == 1 else 2),
+    'activations': BATCH // mesh.size // plan.micro_batches * model.kept[plan.remat],
   }
 
 

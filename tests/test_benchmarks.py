@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from benchmarks import hlo, memory, photos, scaling, speed, works, zoo
+from benchmarks import hlo, memory, photos, speed, works, zoo
 from benchmarks import input as input_lib
 from benchmarks.plain_linen import PlainViT
 from vit_jax.augment import pipeline
@@ -286,25 +286,6 @@ def test_collectives_are_counted_once_with_their_bytes():
     ('all-reduce', 4): (2, 10 * 4 + 7 * 4),
     ('reduce-scatter', 8): (1, 16 * 4 * 8),
   }
-
-
-def test_a_chip_sends_as_many_bytes_as_in_a_ring():
-  # A ring sums 8 arrays in 7 rounds of one eighth each, and distributes the sums in 7 more.
-  assert scaling.sent('all-reduce', 800, 8) == 14 * 100
-  assert scaling.sent('all-gather', 800, 8) == scaling.sent('reduce-scatter', 800, 8) == 7 * 100
-  assert scaling.sent('all-reduce', 800, 1) == 0
-
-
-def test_the_scaling_model_keeps_the_size_of_tensor_groups():
-  row = {
-    'pod': 'v5e:4x4', 'mesh': {'data': 4, 'fsdp': 1, 'tensor': 4}, 'flops': 197e12,
-    'collectives': [{'kind': 'all-reduce', 'group': 4, 'count': 1, 'bytes': 400}],
-  }  # fmt: skip
-  assert [at['bytes_sent'] for at in scaling.model(row)] == [600] * len(scaling.CHIPS)
-  row['mesh'] = {'data': 4, 'fsdp': 1, 'tensor': 1}
-  sent = {at['chips']: at['bytes_sent'] for at in scaling.model(row)}
-  assert sent[8] == 700 and sent[512] == round(800 * 511 / 512)
-  assert scaling.model(row)[0]['seconds_of_products'] == 1 / scaling.USED
 
 
 @pytest.mark.parametrize('name', input_lib.DECODERS)
