@@ -6,7 +6,8 @@
 Nothing is trained or compiled, and no TPU is needed. `benchmarks/pods.py` has the calculation and
 its assumptions. docs/benchmarks.md explains the numbers. The file has two parts:
   * `rows`: each model on each number of chips. `fsdp` is the smallest power of two with which some
-    plan of `possible_plans` fits into memory. Of the plans that fit, the row has the fastest one.
+    plan of `possible_plans` fits into memory. The row has the fastest plan that fits. `own_plan` is
+    the plan that a run takes by itself.
   * `compared`: the same calculation for the steps that the TPU's compiler has compiled
     (`results/pods.json`), with the ratios of calculated and compiled numbers.
 """
@@ -52,7 +53,7 @@ HEADER = (
 def row(variant: str, name: str, count: int, bucket: float) -> dict:
   """Returns the row of a model on a number of chips."""
   model, chip = study(variant), CHIPS[name]
-  mesh, plan = choose(model, chip, count)
+  mesh, plan, own = choose(model, chip, count)
   needed, seconds = memory(model, mesh, plan), step(model, chip, mesh, plan)
   images = PER_HOST * BATCH / count / seconds['overlapped']
   return {
@@ -67,6 +68,7 @@ def row(variant: str, name: str, count: int, bucket: float) -> dict:
     'bytes_on_chip': {part: round(size) for part, size in needed.items()},
     'gib_on_chip': sum(needed.values()) / 2**30,
     'seconds_of_step': seconds,
+    'own_plan': dataclasses.asdict(own) | {'seconds_of_step': step(model, chip, mesh, own)},
     'save': save(model, chip, mesh, bucket),
     'images_per_second_of_host': images,
     'input_bytes_per_second_of_host': images * JPEG,

@@ -32,7 +32,7 @@ USED = 0.5  # assumed share of the peak that a step's matrix products reach
 # chip (https://jax-ml.github.io/scaling-book/tpus).
 HOST_LINK = 10e9
 PER_HOST = 4  # chips of a virtual machine in a slice of several hosts
-COPIES = 2  # of the gathered state: the arrays of `to_host`, and the copy that orbax writes
+COPIES = 2  # process 0 gathers the state (`to_host`), and orbax copies it before it writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-  """What the calculation needs to know about a model. It is hashed by its identity.
+  """Shapes, FLOPs and activations of a model. The object is hashed by its identity.
 
   Attributes:
     exp: the experiment.
@@ -109,7 +109,7 @@ def study(variant: str) -> Model:
 
 @functools.cache
 def held(model: Model, mesh: AbstractMesh) -> tuple[int, int]:
-  """Returns the bytes of the state on each chip, and those of the gradients and the images."""
+  """Returns two numbers of bytes on each chip: the state, and gradients with images."""
   image = math.prod((*model.exp.task.stored_size, model.exp.task.channels))
   gradients = size_on_device(mesh, model.state.params)
   return size_on_device(mesh, model.state), gradients + BATCH // mesh.size * image
@@ -119,7 +119,7 @@ def memory(model: Model, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
   """Returns the bytes of a step on each chip, as `compiling.estimator` estimates them.
 
   The state does not include the gradients. With micro-batches, a chip holds two sets of gradients:
-  their sum, and those of the newest micro-batch.
+  the sum so far, and the gradients of the newest micro-batch.
   """
   state, others = held(model, mesh)
   return {
@@ -133,8 +133,8 @@ def collectives(model: Model, mesh: AbstractMesh, plan: Plan) -> list[dict]:
   """Returns the assumed collectives of a step, in the form of `results/pods.json`.
 
   Without `fsdp`, gradients are summed once, in float32. With `fsdp`, each micro-batch gathers the
-  split weights in bfloat16 for the forward pass and again for the backward pass. It then sums their
-  gradients in bfloat16, and those of unsplit weights in float32.
+  split weights in bfloat16 for the forward pass and again for the backward pass. It then sums the
+  gradients of split weights in bfloat16, and the gradients of unsplit weights in float32.
   """
   params, data, fsdp = model.state.params, mesh.shape['data'], mesh.shape['fsdp']
   placed = zip(jax.tree.leaves(params), jax.tree.leaves(layout(mesh, params)), strict=True)
@@ -168,8 +168,8 @@ def sent(kind: str, whole: float, group: int) -> float:
 def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
   """Returns the seconds in which a chip sends its data of a step.
 
-  Several slices lie along `data`. They sum in three parts: in each slice, then between slices,
-  where each chip sends only its share of the array, then in each slice again.
+  Several slices lie along `data`. A sum has three parts: in each slice, between slices, and in
+  each slice again. Between slices, each chip sends only its share of the array.
   """
   slices, links, network = math.ceil(mesh.size / chip.slice), 0.0, 0.0
   for c in found:
@@ -192,8 +192,10 @@ def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, 
   }
 
 
-def choose(model: Model, chip: Chip, count: int) -> tuple[AbstractMesh, Plan]:
-  """Returns the mesh with the smallest `fsdp` that fits, and its fastest plan that fits.
+def choose(model: Model, chip: Chip, count: int) -> tuple[AbstractMesh, Plan, Plan]:
+  """Returns the mesh with the smallest `fsdp` that fits, its fastest plan, and a run's own plan.
+
+  Both plans fit. A run's own plan is the first one of `possible_plans` that fits.
 
   Raises:
     ValueError: the model does not fit.
@@ -204,7 +206,8 @@ def choose(model: Model, chip: Chip, count: int) -> tuple[AbstractMesh, Plan]:
       plans = compiling.possible_plans(model.exp, mesh)
     fitting = [p for p in plans if sum(memory(model, mesh, p).values()) <= SHARE * chip.memory]
     if fitting:
-      return mesh, min(fitting, key=lambda p: step(model, chip, mesh, p)['one_after_the_other'])
+      seconds = lambda plan, mesh=mesh: step(model, chip, mesh, plan)['one_after_the_other']
+      return mesh, min(fitting, key=seconds), fitting[0]
   raise ValueError(f'{model.exp.config.model.variant} does not fit on {count} chips.')
 
 

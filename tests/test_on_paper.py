@@ -18,8 +18,9 @@ from vit_jax.workdir import writer
 
 V5E, V5P = pods.CHIPS['v5e'], pods.CHIPS['v5p']
 ONCE = Plan(1, 'none')
-# B/16 with 1,000 classes. Arrays with fewer than 4,096 numbers are not split: in each block, six
-# biases (four of attention) and two norms; outside of the blocks, a norm, biases and the class token.
+# B/16 with 1,000 classes. Arrays with fewer than 4,096 numbers are not split. In a block, these are
+# six biases (four of attention) and two norms. Outside of the blocks, these are a norm, the biases
+# and the class token.
 PARAMS = 86_567_656
 UNSPLIT = 12 * (4 * 768 + 3072 + 768 + 2 * 2 * 768) + 2 * 768 + 768 + 1000 + 768
 
@@ -107,16 +108,23 @@ def test_fsdp_is_the_smallest_power_of_two_that_fits(b16, memory, want):
     with pytest.raises(ValueError, match='B/16 does not fit on 4 chips'):
       pods.choose(b16, chip, 4)
     return
-  mesh, plan = pods.choose(b16, chip, 8)
+  mesh, plan, _ = pods.choose(b16, chip, 8)
   assert dict(mesh.shape) == {'data': 8 // want, 'fsdp': want, 'tensor': 1}
   assert sum(pods.memory(b16, mesh, plan).values()) <= memory
 
 
 def test_of_the_plans_that_fit_the_fastest_is_chosen(b16):
   # On 8 chips, 512 images need 61 GB of activations, or 20 GB with `dots`.
-  fits = lambda memory: pods.choose(b16, dataclasses.replace(V5E, memory=memory / SHARE), 8)[1]
-  assert fits(70e9) == Plan(1, 'none')
-  assert fits(30e9).remat == 'none'  # without fsdp, micro-batches send nothing
+  fits = lambda memory: pods.choose(b16, dataclasses.replace(V5E, memory=memory / SHARE), 8)[1:]
+  assert fits(70e9) == (Plan(1, 'none'), Plan(1, 'none'))
+  assert fits(33.5e9) == (Plan(2, 'none'), Plan(2, 'none'))  # more micro-batches send no more
+
+
+def test_with_fsdp_more_remat_can_be_faster_than_more_micro_batches(b16):
+  # With fsdp=4, state and twice gradients and images need 0.59 GB, and an image 120, 40 or 20 MB.
+  slow = dataclasses.replace(V5E, memory=0.8e9 / SHARE, link=1e9)
+  mesh, best, own = pods.choose(b16, slow, 8)
+  assert mesh.shape['fsdp'] == 4 and own == Plan(512, 'none') and best == Plan(64, 'full')
 
 
 def test_chips_with_the_same_part_share_a_save():
