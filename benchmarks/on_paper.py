@@ -42,8 +42,8 @@ from vit_jax.workdir import writer
 PATH = collect.RESULTS / 'on_paper.json'
 MODELS = ('B/16', 'L/16', 'g/14', 'G/14')
 COUNTS = (8, 64, 256, 1024)  # chips
-# Bytes of a training image: image-net.org gives 138 GB for the archive of 1,281,167 images.
-JPEG = 138e9 / 1_281_167
+# Bytes of a training image: the archive of the 1,281,167 images, ILSVRC2012_img_train.tar.
+JPEG = 147_897_477_120 / 1_281_167
 HEADER = (
   'model', 'chip', 'chips', 'fsdp', 'images per chip', 'plan', 'GiB per chip', 'step, ms',
   'save blocks, s', 'save takes, s', 'host, GB', 'input, MB/s',

@@ -108,4 +108,4 @@ def test_the_page_on_pretraining_runs(tutorial):
   result = json.loads((tutorial / 'runs' / 'mae' / 'result.json').read_text())
   assert result['test_accuracy'] is None and result['test_loss'] > 0
   assert (tutorial / 'runs' / 'mae' / 'figures' / 'reconstruction.png').exists()
-  assert (tutorial / 'exported' / 'model.safetensors').exists()
+  assert (tutorial / 'exported' / 'model.stablehlo').exists()
