@@ -15,8 +15,10 @@ from vit_jax.distributed.cluster import (
   check_same,
   from_first,
   is_first,
+  is_shared,
   num_cores,
   to_host,
+  together,
 )
 from vit_jax.distributed.devices import (
   few_devices,
@@ -65,6 +67,7 @@ __all__ = [
   'gather',
   'inference_mesh',
   'is_first',
+  'is_shared',
   'joined',
   'keep_layout',
   'layout',
@@ -88,5 +91,6 @@ __all__ = [
   'start_up',
   'target',
   'to_host',
+  'together',
   'unsignalled',
 ]
