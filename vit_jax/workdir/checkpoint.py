@@ -24,6 +24,8 @@ Decisions:
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
+import logging
 import pathlib
 
 import jax
@@ -36,6 +38,7 @@ from orbax.checkpoint import type_handlers
 from vit_jax import storage
 from vit_jax.distributed import from_first, is_first, is_shared, place, to_host, together
 from vit_jax.workdir import digests, items, stored
+from vit_jax.workdir.agreement import Agreement
 
 
 class Checkpoints:
@@ -50,9 +53,12 @@ class Checkpoints:
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
     from_first(lambda: stored.directory(workdir).mkdir(parents=True, exist_ok=True))
-    if self._shared or is_first():
-      options = {} if self._shared else {'multiprocessing_options': items.ALONE}
-      self._manager = manager(workdir, keep, self._accuracies, self._add_digests, **options)
+    if self._shared:
+      agreement = Agreement()
+      complete = agreement.reporting(self._add_digests)
+      self._manager = manager(workdir, keep, self._accuracies, complete, agreement)
+    elif is_first():
+      self._manager = manager(workdir, keep, self._accuracies, self._add_digests)
 
   def __enter__(self):
     items.be_silent()
@@ -224,7 +230,7 @@ def manager(
   keep: int,
   scored: dict[int, float],
   before_commit: Callable[[], None],
-  **more: object,
+  agreement: Agreement | None = None,
 ) -> ocp.CheckpointManager:
   """Opens an orbax manager.
 
@@ -234,25 +240,47 @@ def manager(
     scored: {step: accuracy}; steps may be added.
     before_commit: called in process 0 when all files of a checkpoint are written, before its
       commit.
-    **more: further options of the manager.
+    agreement: the processes that save together; None: this process saves alone.
   """
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
+  record_no_devices()  # before the handlers are created
+  everyone = ocp.options.MultiprocessingOptions()
+  who = {'multiprocessing_options': everyone if agreement else items.ALONE}
+  handlers = {
+    **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
+    'config': ocp.JsonCheckpointHandler(**who),
+  }
+  if agreement:
+    handlers = {name: agreement.watch(handler) for name, handler in handlers.items()}
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
     cleanup_tmp_directories=True,
     create=False,  # orbax requires this if not all processes use the manager
-    async_options=ocp.options.AsyncOptions(post_finalization_callback=before_commit),
-    **more,
+    async_options=ocp.options.AsyncOptions(
+      post_finalization_callback=before_commit,
+      barrier_sync_fn=agreement and agreement.barrier,
+    ),
+    **who,
   )
-  without_devices = type_handlers.ArrayHandler(enable_write_sharding_file=False)
-  type_handlers.register_type_handler(jax.Array, without_devices, override=True)
   try:
-    return ocp.CheckpointManager(stored.directory(workdir), options=options)
+    return ocp.CheckpointManager(stored.directory(workdir), options=options, item_handlers=handlers)
   except items.CONTENT as error:
     raise ValueError(
       f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
       'damaged, move it away. The same command then resumes from the newest remaining checkpoint.'
     ) from error
+
+
+@functools.cache
+def record_no_devices() -> None:
+  """Makes orbax save arrays without the devices that held them, in the whole process."""
+  handler = type_handlers.ArrayHandler(enable_write_sharding_file=False)
+  logger = logging.getLogger('absl')
+  logger.addFilter(items.is_error)  # orbax warns that this replaces its own handler
+  try:
+    type_handlers.register_type_handler(jax.Array, handler, override=True)
+  finally:
+    logger.removeFilter(items.is_error)
 
 
 def rest(state) -> dict:
