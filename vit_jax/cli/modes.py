@@ -1,6 +1,17 @@
 """Lists all modes."""
 
-from vit_jax.cli import eval, export, fewshot, inspect, predict, profile, serve, train, visualize
+from vit_jax.cli import (
+  eval,
+  export,
+  fewshot,
+  inspect,
+  predict,
+  profile,
+  serve,
+  train,
+  verify,
+  visualize,
+)
 from vit_jax.cli.flags import Mode
 
 MODES: dict[str, Mode] = {
@@ -13,4 +24,5 @@ MODES: dict[str, Mode] = {
   'serve': serve.MODE,
   'inspect': inspect.MODE,
   'profile': profile.MODE,
+  'verify': verify.MODE,
 }

@@ -15,10 +15,12 @@ from vit_jax.training.tracing import (
 )
 from vit_jax.training.trainer import train
 from vit_jax.training.trial import prepared
+from vit_jax.training.verify import Verdict, verify
 
 __all__ = [
   'OTHER',
   'TrainState',
+  'Verdict',
   'activations',
   'check_in_all_processes',
   'classifier_config',
@@ -32,5 +34,6 @@ __all__ = [
   'runs_teacher',
   'saved_config',
   'train',
+  'verify',
   'work',
 ]

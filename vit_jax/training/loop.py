@@ -238,6 +238,7 @@ class Run:
     """Saves a checkpoint, with its quality on validation if it was measured; never on test."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
+      'devices': devices_of(self.mesh),
       'seconds': time.perf_counter() - self.began,
     }
     self.checkpoints.save(train_state, saved, quality(scores['val']) if 'val' in scores else None)
@@ -268,6 +269,11 @@ class Run:
       return {'step': step} | named('val', found['val']) | named('test', found['test'])
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
+
+
+def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
+  """Describes the devices of a run, as its checkpoints record them: the kind and the mesh."""
+  return {'kind': mesh.devices.flat[0].device_kind, **mesh.shape}
 
 
 def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:

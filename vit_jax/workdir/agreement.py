@@ -35,6 +35,8 @@ class Agreement:
     Raises:
       OSError: a process has failed, or the time is over.
     """
+    if self._client is None:
+      return
     self._calls[key] += 1  # orbax uses some keys more than once
     place = f'{self._name}/{key}/{self._calls[key]}'
     until = time.monotonic() + timeout_ms / 1000

@@ -30,15 +30,15 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import type_handlers
 
 from vit_jax import storage
-from vit_jax.distributed import from_first, is_first, is_shared, place, to_host, together
+from vit_jax.distributed import from_first, is_first, is_shared, to_host, together
 from vit_jax.workdir import digests, items, stored
 from vit_jax.workdir.agreement import Agreement
+from vit_jax.workdir.restoring import rest, restore_state
 
 
 class Checkpoints:
@@ -161,37 +161,7 @@ class Checkpoints:
     Returns:
       The state, placed like `like`, and the `config` item.
     """
-    step = self.latest()
-    if self._shared:
-      together(lambda: self._check(step, (jax.process_index(), jax.process_count())))
-      return together(lambda: self._restore(step, like))
-
-    def read():
-      self._check(step, (0, 1))
-      state, config = self._restore(step, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
-      return jax.tree.leaves(state), config
-
-    leaves, config = from_first(read)
-    return place(jax.tree.unflatten(jax.tree.structure(like), leaves), like), config
-
-  def _check(self, step, share):
-    digests.check(stored.directory(self._workdir) / str(step), share=share)
-
-  def _restore(self, step, like):
-    args = ocp.args.Composite(
-      params=ocp.args.StandardRestore(described(like.params)),
-      state=ocp.args.StandardRestore(described(rest(like))),
-      config=ocp.args.JsonRestore(),
-    )
-    with items.condemning(stored.directory(self._workdir) / str(step)):
-      found = self._manager.restore(step, args=args)
-    return like.replace(params=found.params, **found.state), found.config
-
-
-def described(tree):
-  """Returns shapes, types and shardings of the arrays on devices; other arrays stay the same."""
-  about = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-  return jax.tree.map(lambda x: about(x) if isinstance(x, jax.Array) else x, tree)
+    return restore_state(self._workdir, self.latest(), like, self._shared)
 
 
 def check_finite(params: dict, step: int) -> None:
@@ -281,11 +251,6 @@ def record_no_devices() -> None:
     type_handlers.register_type_handler(jax.Array, handler, override=True)
   finally:
     logger.removeFilter(items.is_error)
-
-
-def rest(state) -> dict:
-  """Returns the item `state`: everything but the parameters."""
-  return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
 def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:

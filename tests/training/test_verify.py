@@ -1,0 +1,81 @@
+"""Checks that `--mode=verify` repeats steps exactly, and notices other numbers."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.conftest import call, error
+from vit_jax.training import verify as verify_lib
+from vit_jax.workdir import stored
+
+
+def files(workdir):
+  return {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+
+
+def changed(monkeypatch, step, factor):
+  """Makes the saved state of a step have one changed number, in the query of the first block."""
+  restore = verify_lib.restore_state
+
+  def other(workdir, wanted, like):
+    state, config = restore(workdir, wanted, like)
+    if wanted == step:
+      change = lambda path, x: x.at[0, 0, 0].mul(factor) if 'query' in str(path) else x
+      block = jax.tree_util.tree_map_with_path(change, state.params['block_0'])
+      state = state.replace(params=state.params | {'block_0': block})
+    return state, config
+
+  monkeypatch.setattr(verify_lib, 'restore_state', other)
+
+
+def test_repeated_steps_give_the_same_bits_and_nothing_is_written(trained, capsys):
+  workdir, _ = trained
+  before = files(workdir)
+  code, out, _ = call(capsys, '--mode=verify', f'--workdir={workdir}')
+  assert code in (0, None) and 'Repeating steps 17 to 32 gave the same' in out
+  assert files(workdir) == before
+
+
+@pytest.mark.slow
+def test_other_numbers_are_named_and_give_exit_code_1(trained, capsys, monkeypatch):
+  changed(monkeypatch, 32, 1 + 2e-7)
+  code, out, _ = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
+  assert code == 1 and 'other numbers in 1 of' in out
+  assert 'params/block_0/attention/query/kernel: largest difference' in out
+
+
+def test_a_run_without_two_checkpoints_is_refused(trained, tmp_path, capsys):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.rmtree(workdir / 'checkpoints' / '16')
+  assert 'two checkpoints, but' in error(capsys, '--mode=verify', f'--workdir={workdir}')
+  assert stored.saved_steps(workdir) == [32]
+
+
+class State(dict):
+  """A state with the attribute that `judged` reads."""
+
+  params = {'w': None}
+
+
+@jax.jit
+def states(change):
+  w = jnp.arange(1.0, 101.0)
+  return {'params': {'w': w * (1 + change)}}, {'params': {'w': w}}
+
+
+@pytest.mark.parametrize('then', [None, {'kind': 'cpu', 'data': 2}])
+@pytest.mark.parametrize('change, same', [(1e-4, True), (0.1, False)])
+def test_other_devices_may_differ_by_rounding_only(then, change, same):
+  ended, wanted = map(State, states(change))
+  found = verify_lib.judged((1, 5), ended, wanted, then, {'kind': 'cpu', 'data': 4})
+  assert found.same == same
+  assert ('data=2; now kind=cpu, data=4' if then else 'not record') in found.text
+  assert ('within 0.0001' if same else 'params/w: largest difference 10') in found.text
+
+
+def test_the_same_devices_may_not_differ_at_all():
+  ended, wanted = map(State, states(1e-6))
+  devices = {'kind': 'cpu', 'data': 4}
+  assert not verify_lib.judged((1, 5), ended, wanted, devices, devices).same

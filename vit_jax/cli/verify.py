@@ -1,0 +1,23 @@
+"""Defines `--mode=verify`."""
+
+from vit_jax.cli.flags import CLUSTER, WORKDIR, Mode
+
+
+def run_verify(args) -> int | None:
+  from vit_jax.distributed import is_first, joined
+  from vit_jax.training import verify
+
+  with joined(args.coordinator, args.num_processes, args.process_id):
+    found = verify(args.workdir, args.overrides)
+    if is_first():
+      print(found.text)
+  return None if found.same else 1
+
+
+MODE = Mode(
+  'repeats training between the two newest checkpoints, and compares the states bit for bit',
+  '--workdir=runs/digits',
+  (WORKDIR, *CLUSTER),
+  run_verify,
+  overrides=True,
+)
