@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.conftest import call, error
-from vit_jax.training import verify as verify_lib
+from vit_jax.training import replay
+from vit_jax.training.state import TrainState
 from vit_jax.workdir import stored
 
 
@@ -17,7 +18,7 @@ def files(workdir):
 
 def changed(monkeypatch, step, factor):
   """Makes the saved state of a step have one changed number, in the query of the first block."""
-  restore = verify_lib.restore_state
+  restore = replay.restore_state
 
   def other(workdir, wanted, like):
     state, config = restore(workdir, wanted, like)
@@ -27,7 +28,7 @@ def changed(monkeypatch, step, factor):
       state = state.replace(params=state.params | {'block_0': block})
     return state, config
 
-  monkeypatch.setattr(verify_lib, 'restore_state', other)
+  monkeypatch.setattr(replay, 'restore_state', other)
 
 
 def test_repeated_steps_give_the_same_bits_and_nothing_is_written(trained, capsys):
@@ -53,29 +54,23 @@ def test_a_run_without_two_checkpoints_is_refused(trained, tmp_path, capsys):
   assert stored.saved_steps(workdir) == [32]
 
 
-class State(dict):
-  """A state with the attribute that `judged` reads."""
-
-  params = {'w': None}
-
-
-@jax.jit
 def states(change):
+  """Returns two states whose parameters differ by this factor."""
   w = jnp.arange(1.0, 101.0)
-  return {'params': {'w': w * (1 + change)}}, {'params': {'w': w}}
+  return [TrainState(jnp.int32(5), {'w': each}, {}, None) for each in (w * (1 + change), w)]
 
 
 @pytest.mark.parametrize('then', [None, {'kind': 'cpu', 'data': 2}])
 @pytest.mark.parametrize('change, same', [(1e-4, True), (0.1, False)])
 def test_other_devices_may_differ_by_rounding_only(then, change, same):
-  ended, wanted = map(State, states(change))
-  found = verify_lib.judged((1, 5), ended, wanted, then, {'kind': 'cpu', 'data': 4})
+  ended, wanted = states(change)
+  found = replay.judged((1, 5), ended, wanted, then, {'kind': 'cpu', 'data': 4})
   assert found.same == same
   assert ('data=2; now kind=cpu, data=4' if then else 'not record') in found.text
   assert ('within 0.0001' if same else 'params/w: largest difference 10') in found.text
 
 
 def test_the_same_devices_may_not_differ_at_all():
-  ended, wanted = map(State, states(1e-6))
+  ended, wanted = states(1e-6)
   devices = {'kind': 'cpu', 'data': 4}
-  assert not verify_lib.judged((1, 5), ended, wanted, devices, devices).same
+  assert not replay.judged((1, 5), ended, wanted, devices, devices).same

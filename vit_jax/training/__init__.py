@@ -2,6 +2,7 @@
 
 from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step, estimated
+from vit_jax.training.replay import Verdict, verify
 from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
@@ -15,7 +16,6 @@ from vit_jax.training.tracing import (
 )
 from vit_jax.training.trainer import train
 from vit_jax.training.trial import prepared
-from vit_jax.training.verify import Verdict, verify
 
 __all__ = [
   'OTHER',
