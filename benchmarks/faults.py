@@ -12,7 +12,7 @@ resume the run and end with exactly the parameters, optimizer state and averages
 run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
-emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
+emptied or removed. Or the checkpoint is torn: it has no checksums, because its save was not finished. The damage must either have no effect, or be detected. If it is detected, the
 previous checkpoint must be used.
 """
 
@@ -163,7 +163,9 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
   newest = stored.latest_step(workdir)
   files = [p for p in (stored.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
   path = draw.choice(sorted(files))
-  how = draw.choice(['flip', 'cut', 'empty', 'remove'])
+  how = draw.choice(['flip', 'cut', 'empty', 'remove', 'torn'])
+  if how == 'torn':
+    path = stored.directory(workdir) / str(newest) / 'digests.json'
   data = bytearray(path.read_bytes())
   if how == 'flip' and data:
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)

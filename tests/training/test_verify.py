@@ -17,7 +17,7 @@ def files(workdir):
 
 
 def changed(monkeypatch, step, factor):
-  """Makes the saved state of a step have one changed number, in the query and key of the first block."""
+  """Makes the saved state of a step differ in one number of two kernels (query and key)."""
   restore = replay.restore_state
 
   def other(workdir, wanted, like):
