@@ -12,8 +12,9 @@ resume the run and end with exactly the parameters, optimizer state and averages
 run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
-emptied or removed. Or the checkpoint is torn: it has no checksums, because its save was not finished. The damage must either have no effect, or be detected. If it is detected, the
-previous checkpoint must be used.
+emptied or removed. Or the checkpoint is torn: it has no checksums, because its save was not
+finished. The damage must either have no effect, or be detected. If it is detected, the previous
+checkpoint must be used.
 """
 
 import argparse
