@@ -36,17 +36,18 @@ def restore_state(
     ValueError: the same, if there are several processes.
   """
   checkpoint = stored.directory(workdir) / str(step)
+  config = stored.restore_item(workdir, step, 'config')
   if is_visible(checkpoint) if shared is None else shared:
     share = jax.process_index(), jax.process_count()
     together(lambda: digests.check(checkpoint, share=share))
-    return together(lambda: read_state(checkpoint, like))
+    return together(lambda: read_state(checkpoint, like)), config
 
   def read():
     digests.check(checkpoint)
-    state, config = read_state(checkpoint, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like))
-    return jax.tree.leaves(state), config
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return jax.tree.leaves(read_state(checkpoint, blank))
 
-  leaves, config = from_first(read)
+  leaves = from_first(read)
   return place(jax.tree.unflatten(jax.tree.structure(like), leaves), like), config
 
 
@@ -57,8 +58,11 @@ def is_visible(checkpoint: pathlib.Path) -> bool:
   return found == found[:1] * len(found) and (len(found) == 1 or found[0] is not None)
 
 
-def read_state(checkpoint: pathlib.Path, like) -> tuple[object, dict]:
-  """Works like `restore_state`, but this process alone decides what it reads: all of `like`."""
+def read_state(checkpoint: pathlib.Path, like):
+  """Returns the state of a checkpoint without comparing checksums; `like` as in `restore_state`.
+
+  All processes must call this if `like` is on devices. Otherwise, process 0 calls it alone.
+  """
   found = {}
   with items.condemning(checkpoint):
     for item, part in {'params': like.params, 'state': rest(like)}.items():
@@ -66,8 +70,7 @@ def read_state(checkpoint: pathlib.Path, like) -> tuple[object, dict]:
       with ocp.Checkpointer(ocp.StandardCheckpointHandler(**alone), **alone) as checkpointer:
         args = ocp.args.StandardRestore(described(part))
         found[item] = checkpointer.restore(checkpoint / item, args=args)
-  config = items.restored(checkpoint, 'config')
-  return like.replace(params=found['params'], **found['state']), config
+  return like.replace(params=found['params'], **found['state'])
 
 
 def holds_shards(tree) -> bool:
