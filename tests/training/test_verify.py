@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from tests.conftest import call, error
-from vit_jax.training import replay
+from vit_jax.distributed import cluster
+from vit_jax.training import loop, replay
 from vit_jax.training.state import TrainState
 from vit_jax.workdir import stored
 
@@ -77,3 +78,19 @@ def test_the_same_devices_may_not_differ_at_all():
   ended, wanted = states(1e-6)
   devices = {'kind': 'cpu', 'data': 4}
   assert not replay.judged((1, 5), ended, wanted, devices, devices).same
+
+
+def test_a_stop_signal_ends_the_repetition_without_a_traceback(trained, capsys, monkeypatch):
+  monkeypatch.setattr(cluster.Preemption, 'is_due', lambda _: True)
+  code, _, err = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
+  assert code == cluster.TRY_AGAIN and 'asked to stop' in err and 'Traceback' not in err
+
+
+def test_the_devices_of_a_run_include_the_number_of_processes(monkeypatch):
+  """Within one process, sums over the same mesh are rounded differently."""
+  mesh = jax.make_mesh((2, 1, 1), ('data', 'fsdp', 'tensor'))
+  now = loop.devices_of(mesh)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  then = loop.devices_of(mesh)
+  found = replay.judged((1, 5), *states(1e-4), then, now)
+  assert found.same and 'processes=2' in found.text and 'processes=1' in found.text

@@ -272,8 +272,12 @@ class Run:
 
 
 def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
-  """Describes the devices of a run, as its checkpoints record them: the kind and the mesh."""
-  return {'kind': mesh.devices.flat[0].device_kind, **mesh.shape}
+  """Describes what rounding depends on, as checkpoints record it: kind, processes and mesh.
+
+  Sums over the devices of several processes have another order than within one process.
+  """
+  kind = mesh.devices.flat[0].device_kind
+  return {'kind': kind, 'processes': jax.process_count(), **mesh.shape}
 
 
 def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:

@@ -24,7 +24,7 @@ import numpy as np
 from vit_jax import config as config_lib
 from vit_jax import experiment, opening
 from vit_jax.check import check
-from vit_jax.distributed import Preemption, from_first, to_host
+from vit_jax.distributed import Preempted, Preemption, from_first, to_host
 from vit_jax.evaluation import with_teacher
 from vit_jax.training.loop import Run, devices_of
 from vit_jax.training.state import init_state
@@ -61,6 +61,10 @@ class Replay(Run):
   def due(self, step):
     return set()
 
+  def save(self, train_state, scores):
+    """Called only after a stop signal."""
+    raise Preempted('--mode=verify was asked to stop. The same command begins again.')
+
 
 def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   """Repeats the steps between the two newest checkpoints of a run, and compares the end.
@@ -71,6 +75,7 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
 
   Raises:
     ValueError: the workdir does not have two checkpoints, or the steps cannot be repeated.
+    Preempted: the process was asked to stop.
   """
   first, last = two_checkpoints(workdir)
   item = restore_item(workdir, last, 'config')
