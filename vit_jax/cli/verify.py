@@ -5,7 +5,7 @@ from vit_jax.cli.flags import CLUSTER, WORKDIR, Mode
 
 def run_verify(args) -> int | None:
   from vit_jax.distributed import is_first, joined
-  from vit_jax.training import verify
+  from vit_jax.profiling import verify
 
   with joined(args.coordinator, args.num_processes, args.process_id):
     found = verify(args.workdir, args.overrides)

@@ -35,9 +35,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import type_handlers
 
 from vit_jax import storage
-from vit_jax.distributed import from_first, is_first, is_shared, to_host, together
+from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_host, together
 from vit_jax.workdir import digests, items, stored
-from vit_jax.workdir.agreement import Agreement
 from vit_jax.workdir.restoring import rest, restore_state
 
 

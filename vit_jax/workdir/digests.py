@@ -26,7 +26,7 @@ CHUNK = 2**24  # bytes that are read at once
 def write(checkpoint: pathlib.Path) -> None:
   """Writes the checksums of all files of the items of a checkpoint, as its last file."""
   found = {name: digest_of(checkpoint / name) for name in sorted(files_below(checkpoint))}
-  (checkpoint / FILE).write_text(json.dumps({'crc32': found}, indent=1))
+  (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
 
 
 def digest_of(file: pathlib.Path) -> list[int]:
@@ -52,7 +52,7 @@ def counts(checkpoint: pathlib.Path) -> bool:
   if (checkpoint / FILE).exists():
     return True
   try:
-    config = json.loads((checkpoint / 'config' / 'metadata').read_text())
+    config = json.loads((checkpoint / 'config' / 'metadata').read_bytes())
   except (OSError, ValueError):
     return True  # readers say what is wrong
   return not isinstance(config, dict) or 'format' not in config

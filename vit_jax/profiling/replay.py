@@ -26,9 +26,7 @@ from vit_jax import experiment, opening
 from vit_jax.check import check
 from vit_jax.distributed import Preemption, from_first, to_host
 from vit_jax.evaluation import with_teacher
-from vit_jax.training.loop import Run, devices_of
-from vit_jax.training.state import init_state
-from vit_jax.training.trial import prepared
+from vit_jax.training import Run, devices_of, init_state, prepared
 from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, training_files_of
 
 log = logging.getLogger(__name__)

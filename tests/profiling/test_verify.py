@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.conftest import call, error
-from vit_jax.training import replay
+from vit_jax.profiling import replay
 from vit_jax.training.state import TrainState
 from vit_jax.workdir import stored
 
