@@ -179,7 +179,7 @@ class Difference(NamedTuple):
 def differences(ended, wanted) -> dict[str, Difference]:
   """Compares all arrays of two states; returns {name of an array: difference}."""
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
-  compared = to_host(jax.jit(lambda a, b: list(map(compare, a, b)))(*both))
+  compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
   paths = jax.tree_util.tree_flatten_with_path(ended)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): each
@@ -187,7 +187,7 @@ def differences(ended, wanted) -> dict[str, Difference]:
   }
 
 
-def compare(a: jax.Array, b: jax.Array) -> Difference:
+def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
   """Compares two arrays of the same type."""
   bits = lambda x: x.view(f'uint{8 * x.dtype.itemsize}')
   wide = lambda x: x.astype(jnp.float32).ravel()

@@ -129,7 +129,9 @@ class Checkpoints:
     """Adds the checksums to a checkpoint whose other files are written; orbax calls this."""
     folder = stored.directory(self._workdir)
     partial = (p for p in folder.iterdir() if p.name.startswith(f'{self._saving}.orbax-checkpoint'))
-    digests.write(next(partial, folder / str(self._saving)))  # a bucket needs no partial name
+    digests.write_digests(
+      next(partial, folder / str(self._saving))
+    )  # a bucket needs no partial name
 
   def wait(self) -> None:
     """Waits, in all processes, until the last checkpoint is on disk.
