@@ -128,7 +128,8 @@ class Checkpoints:
   def _add_digests(self):
     """Adds the checksums to a checkpoint whose other files are written; orbax calls this."""
     folder = stored.directory(self._workdir)
-    partial = (p for p in folder.iterdir() if p.name.startswith(f'{self._saving}.orbax-checkpoint'))
+    start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
+    partial = (path for path in folder.iterdir() if path.name.startswith(start))
     digests.write_digests(
       next(partial, folder / str(self._saving))
     )  # a bucket needs no partial name
