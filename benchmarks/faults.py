@@ -111,8 +111,8 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Returns a checksum of all arrays of a checkpoint, by default the newest."""
   step = stored.latest_step(workdir) if step is None else step
-  digests = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
-  return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
+  found = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
+  return hashlib.sha256(json.dumps([step, found]).encode()).hexdigest()
 
 
 def kill(

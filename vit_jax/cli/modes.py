@@ -12,9 +12,8 @@ from vit_jax.cli import (
   verify,
   visualize,
 )
-from vit_jax.cli.flags import Mode
 
-MODES: dict[str, Mode] = {
+MODES = {  # {name: Mode}
   'train': train.MODE,
   'eval': eval.MODE,
   'fewshot': fewshot.MODE,

@@ -1,5 +1,6 @@
 """Processes, devices, and the placement of arrays on devices."""
 
+from vit_jax.distributed.agreement import Agreement
 from vit_jax.distributed.backend import (
   Target,
   compiled_for,
@@ -51,6 +52,7 @@ from vit_jax.distributed.sharding import (
 __all__ = [
   'SHARE',
   'TRY_AGAIN',
+  'Agreement',
   'Fitted',
   'Preempted',
   'Preemption',

@@ -144,13 +144,13 @@ def is_shared(folder: pathlib.Path) -> bool:
   def write():
     nonce = uuid.uuid4().hex
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'.{nonce}').write_text(nonce)
+    (folder / f'.{nonce}').write_bytes(nonce.encode())
     return nonce
 
   nonce = from_first(write)
   probe = folder / f'.{nonce}'
   try:
-    seen = probe.read_text() == nonce
+    seen = probe.read_bytes() == nonce.encode()
   except OSError:
     seen = False
   everywhere = all(from_all(seen))

@@ -2,7 +2,7 @@
 
 from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step, estimated
-from vit_jax.training.replay import Verdict, verify
+from vit_jax.training.loop import Run, devices_of
 from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
@@ -19,12 +19,13 @@ from vit_jax.training.trial import prepared
 
 __all__ = [
   'OTHER',
+  'Run',
   'TrainState',
-  'Verdict',
   'activations',
   'check_in_all_processes',
   'classifier_config',
   'compile_step',
+  'devices_of',
   'estimated',
   'forward_flops',
   'init_state',
@@ -34,6 +35,5 @@ __all__ = [
   'runs_teacher',
   'saved_config',
   'train',
-  'verify',
   'work',
 ]

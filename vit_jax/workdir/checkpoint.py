@@ -35,9 +35,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint import type_handlers
 
 from vit_jax import storage
-from vit_jax.distributed import from_first, is_first, is_shared, to_host, together
+from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_host, together
 from vit_jax.workdir import digests, items, stored
-from vit_jax.workdir.agreement import Agreement
 from vit_jax.workdir.restoring import rest, restore_state
 
 
@@ -129,8 +128,11 @@ class Checkpoints:
   def _add_digests(self):
     """Adds the checksums to a checkpoint whose other files are written; orbax calls this."""
     folder = stored.directory(self._workdir)
-    partial = (p for p in folder.iterdir() if p.name.startswith(f'{self._saving}.orbax-checkpoint'))
-    digests.write(next(partial, folder / str(self._saving)))  # a bucket needs no partial name
+    start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
+    partial = (path for path in folder.iterdir() if path.name.startswith(start))
+    digests.write_digests(
+      next(partial, folder / str(self._saving))
+    )  # a bucket needs no partial name
 
   def wait(self) -> None:
     """Waits, in all processes, until the last checkpoint is on disk.

@@ -23,13 +23,13 @@ FORMAT = 2  # key `format` of the item `config` of checkpoints with this file
 CHUNK = 2**24  # bytes that are read at once
 
 
-def write(checkpoint: pathlib.Path) -> None:
+def write_digests(checkpoint: pathlib.Path) -> None:
   """Writes the checksums of all files of the items of a checkpoint, as its last file."""
-  found = {name: digest_of(checkpoint / name) for name in sorted(files_below(checkpoint))}
-  (checkpoint / FILE).write_text(json.dumps({'crc32': found}, indent=1))
+  found = {name: checksum(checkpoint / name) for name in sorted(files_below(checkpoint))}
+  (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
 
 
-def digest_of(file: pathlib.Path) -> list[int]:
+def checksum(file: pathlib.Path) -> list[int]:
   """Returns the size and the CRC-32 of a file."""
   size, crc = 0, 0
   with file.open('rb') as opened:
@@ -52,13 +52,15 @@ def counts(checkpoint: pathlib.Path) -> bool:
   if (checkpoint / FILE).exists():
     return True
   try:
-    config = json.loads((checkpoint / 'config' / 'metadata').read_text())
+    config = json.loads((checkpoint / 'config' / 'metadata').read_bytes())
   except (OSError, ValueError):
     return True  # readers say what is wrong
   return not isinstance(config, dict) or 'format' not in config
 
 
-def check(checkpoint: pathlib.Path, item: str = '', share: tuple[int, int] = (0, 1)) -> bool:
+def compare_files(
+  checkpoint: pathlib.Path, item: str = '', share: tuple[int, int] = (0, 1)
+) -> bool:
   """Compares files of a checkpoint with their checksums.
 
   Args:
@@ -77,13 +79,13 @@ def check(checkpoint: pathlib.Path, item: str = '', share: tuple[int, int] = (0,
     if not counts(checkpoint):
       raise items.damaged(checkpoint, f'its file {FILE} is missing')
     return False
-  listed = read(checkpoint)
+  listed = read_digests(checkpoint)
   names = sorted(name for name in listed if name.startswith(f'{item}/' if item else ''))
   if not names:
     raise broken(checkpoint, f'{FILE} has no checksums of {item}/')
   for name in names[share[0] :: share[1]]:
     try:
-      now = digest_of(checkpoint / name)
+      now = checksum(checkpoint / name)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
       raise broken(checkpoint, f'its file {name} is missing') from None
     except OSError:
@@ -94,7 +96,7 @@ def check(checkpoint: pathlib.Path, item: str = '', share: tuple[int, int] = (0,
   return True
 
 
-def read(checkpoint: pathlib.Path) -> dict[str, list[int]]:
+def read_digests(checkpoint: pathlib.Path) -> dict[str, list[int]]:
   """Returns the content of `digests.json`: {name of a file: [size, CRC-32]}.
 
   Raises:

@@ -39,11 +39,11 @@ def restore_state(
   config = stored.restore_item(workdir, step, 'config')
   if is_visible(checkpoint) if shared is None else shared:
     share = jax.process_index(), jax.process_count()
-    together(lambda: digests.check(checkpoint, share=share))
+    together(lambda: digests.compare_files(checkpoint, share=share))
     return together(lambda: read_state(checkpoint, like)), config
 
   def read():
-    digests.check(checkpoint)
+    digests.compare_files(checkpoint)
     blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     return jax.tree.leaves(read_state(checkpoint, blank))
 

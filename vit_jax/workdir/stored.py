@@ -87,7 +87,7 @@ def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
 def read_item(workdir: pathlib.Path, step: int, item: str):
   """Works like `restore_item`, but reads and returns the item only in this process."""
   checkpoint = directory(workdir) / str(step)
-  has_digests = digests.check(checkpoint, 'config')
+  has_digests = digests.compare_files(checkpoint, 'config')
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
     raise items.damaged(
@@ -96,7 +96,7 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
   if has_digests:
     if item == 'config':
       return about
-    digests.check(checkpoint, item)
+    digests.compare_files(checkpoint, item)
     return items.restored(checkpoint, item)
   # A checkpoint of an older version has checksums of its arrays, or none.
   wanted = about.pop('digests', {})
@@ -142,7 +142,7 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 
 def check_files(workdir: pathlib.Path, step: int) -> None:
   """Raises `Damaged` if a checkpoint has changed since it was saved."""
-  if digests.check(directory(workdir) / str(step)):
+  if digests.compare_files(directory(workdir) / str(step)):
     read_item(workdir, step, 'config')
     return
   for item in ITEMS:  # a checkpoint of an older version

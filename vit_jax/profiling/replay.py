@@ -26,9 +26,7 @@ from vit_jax import experiment, opening
 from vit_jax.check import check
 from vit_jax.distributed import Preempted, Preemption, from_first, to_host
 from vit_jax.evaluation import with_teacher
-from vit_jax.training.loop import Run, devices_of
-from vit_jax.training.state import init_state
-from vit_jax.training.trial import prepared
+from vit_jax.training import Run, devices_of, init_state, prepared
 from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, training_files_of
 
 log = logging.getLogger(__name__)
@@ -186,7 +184,7 @@ class Difference(NamedTuple):
 def differences(ended, wanted) -> dict[str, Difference]:
   """Compares all arrays of two states; returns {name of an array: difference}."""
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
-  compared = to_host(jax.jit(lambda a, b: list(map(compare, a, b)))(*both))
+  compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
   paths = jax.tree_util.tree_flatten_with_path(ended)[0]
   return {
     jax.tree_util.keystr(path, simple=True, separator='/'): each
@@ -194,7 +192,7 @@ def differences(ended, wanted) -> dict[str, Difference]:
   }
 
 
-def compare(a: jax.Array, b: jax.Array) -> Difference:
+def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
   """Compares two arrays of the same type."""
   bits = lambda x: x.view(f'uint{8 * x.dtype.itemsize}')
   wide = lambda x: x.astype(jnp.float32).ravel()
