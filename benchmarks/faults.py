@@ -1,10 +1,10 @@
 """Kills training at random moments and damages checkpoints, and checks that runs recover exactly.
 
-    python -m benchmarks.faults                    # about 20 minutes; writes results/faults.json
-    python -m benchmarks.faults 2 1 4 short.json   # fewer faults, another file
+    python -m benchmarks.faults                    # about 25 minutes; writes results/faults.json
+    python -m benchmarks.faults 2 1 8 short.json   # fewer faults, another file
 
-The first command kills 40 runs of one process and 12 of two processes, and damages 40 checkpoints.
-The second sets these three numbers to 2, 1 and 4.
+The first command kills 40 runs of one process and 12 of two processes, and tries 210 checkpoints.
+The second sets these three numbers to 2, 1 and 8.
 
 A kill sends SIGKILL at a random time after a random step. These runs spend most of their time
 saving checkpoints. With two processes, the signal goes to one or both. Repeating the command must
@@ -13,7 +13,10 @@ run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
 emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
-previous checkpoint must be used.
+previous checkpoint must be used. Two more cases are tried in the same way (`DAMAGES`):
+  * `torn`: only the files that were written first are there, and the last of them is incomplete, as
+    after a power failure. Such a checkpoint must not be used.
+  * `none`: nothing is damaged. The newest checkpoint must be used.
 """
 
 import argparse
@@ -33,7 +36,7 @@ import time
 
 from benchmarks import arguments, collect
 from vit_jax import cli as program
-from vit_jax.workdir import items, stored, writer
+from vit_jax.workdir import digests, items, stored, writer
 
 FLAGS = [
   '--config=configs/digits.py', '--config.epochs=2', '--config.batch_size=64',
@@ -46,6 +49,8 @@ MOMENT = 0.5  # maximum seconds from a step's line in the metrics to the kill
 LIMIT = 90  # seconds within which surviving processes must stop
 # Every third kill of a two-process run kills only one of them. The other takes long to stop.
 ONE_OF_TWO = 3
+# How a checkpoint is damaged, and how often in 210 tries.
+DAMAGES = {'flip': 60, 'cut': 20, 'empty': 10, 'remove': 20, 'torn': 20, 'none': 80}
 
 
 def train(flags: list[str], log: pathlib.Path) -> None:
@@ -106,8 +111,8 @@ def wait_for(step: int, workdir: pathlib.Path, started: list) -> None:
 def fingerprint(workdir: pathlib.Path, step: int | None = None) -> str:
   """Returns a checksum of all arrays of a checkpoint, by default the newest."""
   step = stored.latest_step(workdir) if step is None else step
-  digests = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
-  return hashlib.sha256(json.dumps([step, digests]).encode()).hexdigest()
+  found = [items.digest(stored.read_item(workdir, step, name)) for name in ('params', 'state')]
+  return hashlib.sha256(json.dumps([step, found]).encode()).hexdigest()
 
 
 def kill(
@@ -155,15 +160,15 @@ def averages(workdir: pathlib.Path, step: int) -> str:
   return items.digest(stored.read_item(workdir, step, 'state')['ema'])
 
 
-def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
-  """Damages the newest checkpoint in a copy of a finished run, and checks what is loaded."""
-  draw = random.Random(number)
-  workdir = folder / f'damaged{number}'
-  shutil.copytree(finished, workdir)
-  newest = stored.latest_step(workdir)
-  files = [p for p in (stored.directory(workdir) / str(newest)).rglob('*') if p.is_file()]
-  path = draw.choice(sorted(files))
-  how = draw.choice(['flip', 'cut', 'empty', 'remove'])
+def sequence() -> list[str]:
+  """Returns the kinds of damage in the order in which they are tried; each kind is tried early."""
+  others = [how for how, count in DAMAGES.items() for _ in range(count - 1)]
+  return [*DAMAGES, *random.Random(0).sample(others, len(others))]
+
+
+def damage_file(checkpoint: pathlib.Path, draw: random.Random, how: str) -> pathlib.Path:
+  """Damages a random file of a checkpoint, and returns its path."""
+  path = draw.choice(sorted(p for p in checkpoint.rglob('*') if p.is_file()))
   data = bytearray(path.read_bytes())
   if how == 'flip' and data:
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -174,15 +179,43 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
     path.write_bytes(b'')
   else:
     path.unlink()
+  return path
+
+
+def tear(checkpoint: pathlib.Path, draw: random.Random, how: str) -> pathlib.Path:
+  """Leaves only the files that were written first, the last one cut; returns its path."""
+  del how
+  files = [p for p in checkpoint.rglob('*') if p.is_file()]
+  # Orbax writes the other files of this folder after the checksums.
+  files = [p for p in files if p.parent != checkpoint or p.name == digests.FILE]
+  files.sort(key=lambda p: (p.name == digests.FILE, p.stat().st_mtime_ns))
+  last = draw.randrange(len(files))
+  for path in files[last + 1 :]:
+    path.unlink()
+  data = files[last].read_bytes()
+  files[last].write_bytes(data[: draw.randrange(len(data) or 1)])
+  return files[last]
+
+
+def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
+  """Damages the newest checkpoint in a copy of a finished run, and checks what is loaded."""
+  draw = random.Random(number)
+  workdir = folder / f'damaged{number}'
+  shutil.copytree(finished, workdir)
+  newest = stored.latest_step(workdir)
+  checkpoint = stored.directory(workdir) / str(newest)
+  how = sequence()[number % sum(DAMAGES.values())]
+  path = {'torn': tear, 'none': lambda *_: checkpoint}.get(how, damage_file)(checkpoint, draw, how)
   loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
   stored.set_aside_damaged(workdir)  # as training does
   step = stored.latest_step(workdir)
   found = {
-    'file': str(path.relative_to(stored.directory(workdir) / str(newest))),
+    'file': str(path.relative_to(checkpoint)),
     'how': how,
     'used': 'newest' if step == newest else 'the one before',
     'good': items.digest(params) == averages(finished, loaded)
-    and fingerprint(workdir) == fingerprint(finished, step),
+    and fingerprint(workdir) == fingerprint(finished, step)
+    and {'torn': step != newest, 'none': step == newest == loaded}.get(how, True),
   }
   shutil.rmtree(workdir)
   return found
@@ -194,8 +227,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('alone', nargs='?', type=arguments.count, default=40, help=alone)
   together = 'runs of two processes to kill (default: %(default)s)'
   parser.add_argument('together', nargs='?', type=arguments.count, default=12, help=together)
-  damages = 'checkpoints to damage (default: %(default)s)'
-  parser.add_argument('damages', nargs='?', type=arguments.count, default=40, help=damages)
+  damages = 'checkpoints to damage or leave whole (default: %(default)s)'
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=210, help=damages)
   out = collect.RESULTS / 'faults.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
   args = parser.parse_args(argv)
@@ -230,6 +263,7 @@ def main(argv: list[str]) -> None:
     'while_saving': sum(k['while_saving'] for k in kills),
     'damages': len(damaged),
     'good': sum(d['good'] for d in damaged),
+    'kinds': {how: sum(d['how'] == how for d in damaged) for how in DAMAGES},
     'all_kills': kills,
     'all_damages': damaged,
   }

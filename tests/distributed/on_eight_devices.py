@@ -78,8 +78,7 @@ def restore_everywhere(folder: pathlib.Path) -> list[str]:
     for j, (exp, training, mesh) in enumerate(built):
       like = begin(exp, training, mesh)
       with checkpoint.Checkpoints(folder / str(i)) as checkpoints:
-        leaves, _ = checkpoints.restore(like)
-      now = sharding.place(jax.tree.unflatten(jax.tree.structure(like), leaves), like)
+        now, _ = checkpoints.restore(like)
       same = jax.tree.map(np.array_equal, jax.device_get(now), host)
       lies = jax.tree.map(lambda a, b: a.sharding == b.sharding, now, like)
       if not jax.tree.all((same, lies)):

@@ -306,3 +306,18 @@ def test_a_checkpoint_that_training_replaces_during_reading_is_not_damaged(
   monkeypatch.setattr(stored, 'read_item', replaced)
   assert stored.load_checkpoint(workdir, 'last')[0] == 32
   assert 'damaged' not in caplog.text
+
+
+def test_steps_that_reuse_the_memory_of_the_state_do_not_change_what_is_written(tmp_path):
+  step = jax.jit(lambda now: jax.tree.map(lambda x: x + 1, now), donate_argnums=0)
+  first = np.arange(2**24, dtype=np.float32)  # 64 MiB, which are still written during the steps
+  now = state.TrainState(jnp.int32(0), {'w': jnp.asarray(first)}, {'mu': jnp.zeros(3)}, None)
+  now = step(now)
+  saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(now, saved)
+    for _ in range(50):
+      now = step(now)
+    jax.block_until_ready(now)
+  np.testing.assert_array_equal(stored.restore_item(tmp_path, 1, 'params')['w'], first + 1)
+  assert stored.restore_item(tmp_path, 1, 'state')['step'] == 1

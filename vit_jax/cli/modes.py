@@ -1,9 +1,19 @@
 """Lists all modes."""
 
-from vit_jax.cli import eval, export, fewshot, inspect, predict, profile, serve, train, visualize
-from vit_jax.cli.flags import Mode
+from vit_jax.cli import (
+  eval,
+  export,
+  fewshot,
+  inspect,
+  predict,
+  profile,
+  serve,
+  train,
+  verify,
+  visualize,
+)
 
-MODES: dict[str, Mode] = {
+MODES = {  # {name: Mode}
   'train': train.MODE,
   'eval': eval.MODE,
   'fewshot': fewshot.MODE,
@@ -13,4 +23,5 @@ MODES: dict[str, Mode] = {
   'serve': serve.MODE,
   'inspect': inspect.MODE,
   'profile': profile.MODE,
+  'verify': verify.MODE,
 }

@@ -31,9 +31,9 @@ Without `--mode`, the mode is `train`.
 | exit code | meaning |
 | --- | --- |
 | 0 | success |
-| 1 | `predict` could not read some images; their names are listed |
+| 1 | `predict` could not read some images, or `verify` found different numbers; they are listed |
 | 2 | an error occurred; the last line explains it |
-| 75 | training received a stop signal and saved a checkpoint; the same command resumes |
+| 75 | a stop signal: training has saved, and the same command resumes; `verify` begins again |
 | 130 | Ctrl-C |"""
   ''
 )

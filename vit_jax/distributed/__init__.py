@@ -1,5 +1,6 @@
 """Processes, devices, and the placement of arrays on devices."""
 
+from vit_jax.distributed.agreement import Agreement
 from vit_jax.distributed.backend import (
   Target,
   compiled_for,
@@ -13,10 +14,13 @@ from vit_jax.distributed.cluster import (
   Preempted,
   Preemption,
   check_same,
+  from_all,
   from_first,
   is_first,
+  is_shared,
   num_cores,
   to_host,
+  together,
 )
 from vit_jax.distributed.devices import (
   few_devices,
@@ -48,6 +52,7 @@ from vit_jax.distributed.sharding import (
 __all__ = [
   'SHARE',
   'TRY_AGAIN',
+  'Agreement',
   'Fitted',
   'Preempted',
   'Preemption',
@@ -61,10 +66,12 @@ __all__ = [
   'end_with_parent',
   'few_devices',
   'first_fit',
+  'from_all',
   'from_first',
   'gather',
   'inference_mesh',
   'is_first',
+  'is_shared',
   'joined',
   'keep_layout',
   'layout',
@@ -88,5 +95,6 @@ __all__ = [
   'start_up',
   'target',
   'to_host',
+  'together',
   'unsignalled',
 ]

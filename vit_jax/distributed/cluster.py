@@ -1,16 +1,19 @@
 """Makes several processes act as one: they share values and stop at the same step.
 
 Decisions:
-  * Only process 0 reads and writes the workdir, and it sends what it reads to the other processes.
-    So no shared file system is needed, and a pod writes the same files as a laptop.
+  * Only process 0 reads and writes the small files of the workdir, and it sends what it reads to
+    the other processes. So no shared file system is needed. On a shared file system, every process
+    reads and writes its own part of the arrays in checkpoints.
 """
 
 from collections.abc import Callable
 import itertools
 import json
 import os
+import pathlib
 import signal
 import threading
+import uuid
 
 import jax
 from jax.experimental import multihost_utils
@@ -111,6 +114,49 @@ def check_same(what: str, value: dict) -> None:
         f'The {what} of process {i} differs from process 0: {differences}. Start all '
         f'processes with the same {what}.'
       )
+
+
+def together(function: Callable[[], object]) -> object:
+  """Calls `function` in all processes, and returns its result; raises in all if one failed.
+
+  Raises:
+    ValueError: the function raised a ValueError or OSError in another process.
+  """
+  found, failure = None, None
+  try:
+    found = function()
+  except (ValueError, OSError) as error:
+    failure = error
+  failures = from_all(None if failure is None else str(failure))
+  if failure is not None:
+    raise failure
+  for i, text in enumerate(failures):
+    if text is not None:
+      raise ValueError(f'Process {i} failed: {text}')
+  return found
+
+
+def is_shared(folder: pathlib.Path) -> bool:
+  """Returns whether all processes see the same files in a folder, which process 0 can write to."""
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return True
+
+  def write():
+    nonce = uuid.uuid4().hex
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'.{nonce}').write_bytes(nonce.encode())
+    return nonce
+
+  nonce = from_first(write)
+  probe = folder / f'.{nonce}'
+  try:
+    seen = probe.read_bytes() == nonce.encode()
+  except OSError:
+    seen = False
+  everywhere = all(from_all(seen))
+  if is_first():
+    probe.unlink()
+  return everywhere
 
 
 def from_all(value: object) -> list:

@@ -1,6 +1,7 @@
-"""Shows where the time of a training step goes."""
+"""Repeats training steps of a run: shows where their time goes, and verifies their results."""
 
 from vit_jax.profiling.recording import profile
+from vit_jax.profiling.replay import Verdict, verify
 from vit_jax.profiling.table import as_table
 
-__all__ = ['as_table', 'profile']
+__all__ = ['Verdict', 'as_table', 'profile', 'verify']

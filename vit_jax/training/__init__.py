@@ -2,6 +2,7 @@
 
 from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step, estimated
+from vit_jax.training.loop import Run, devices_of
 from vit_jax.training.resume import check_in_all_processes, saved_config
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
@@ -18,11 +19,13 @@ from vit_jax.training.trial import prepared
 
 __all__ = [
   'OTHER',
+  'Run',
   'TrainState',
   'activations',
   'check_in_all_processes',
   'classifier_config',
   'compile_step',
+  'devices_of',
   'estimated',
   'forward_flops',
   'init_state',

@@ -238,6 +238,7 @@ class Run:
     """Saves a checkpoint, with its quality on validation if it was measured; never on test."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
+      'devices': devices_of(self.mesh),
       'seconds': time.perf_counter() - self.began,
     }
     self.checkpoints.save(train_state, saved, quality(scores['val']) if 'val' in scores else None)
@@ -268,6 +269,15 @@ class Run:
       return {'step': step} | named('val', found['val']) | named('test', found['test'])
 
     return {'last': accuracies(last), 'best': accuracies(self.checkpoints.best())}
+
+
+def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
+  """Describes what rounding depends on, as checkpoints record it: kind, processes and mesh.
+
+  Sums over the devices of several processes have another order than within one process.
+  """
+  kind = mesh.devices.flat[0].device_kind
+  return {'kind': kind, 'processes': jax.process_count(), **mesh.shape}
 
 
 def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:

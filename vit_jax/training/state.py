@@ -73,8 +73,7 @@ def start_state(
   """
   fresh = init_state(exp, training, mesh)
   if checkpoints.latest() is not None:
-    leaves, saved = checkpoints.restore(fresh)
-    restored = place(jax.tree.unflatten(jax.tree.structure(fresh), leaves), fresh)
+    restored, saved = checkpoints.restore(fresh)
     log.info('Resuming from step %d.', restored.step)
     return restored, saved['seconds']
   overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)

@@ -5,6 +5,7 @@ from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_c
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
 from vit_jax.workdir.lock import held
+from vit_jax.workdir.restoring import restore_state
 from vit_jax.workdir.stored import (
   latest_step,
   load_checkpoint,
@@ -46,6 +47,7 @@ __all__ = [
   'read_metrics',
   'report_mistakes',
   'restore_item',
+  'restore_state',
   'restore_weights',
   'save_calibration',
   'saved_steps',

@@ -6,31 +6,38 @@ calls items:
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config and facts about the data (class names, channels,
-    stored size). The JSON also has the checksums of all items (`digests`), and the steps at which
-    the run was finished earlier and got more epochs (`cycles`).
+    stored size), and the steps at which the run was finished earlier and got more epochs
+    (`cycles`).
+Its file `digests.json` has the checksums of all files (`digests.py`).
 
 Decisions:
-  * Process 0 saves each array as one whole NumPy array. So a laptop and a pod write the same files,
-    and every machine can read them. With JAX arrays, orbax would also save the list of devices. A
-    machine with fewer devices could then read them only if the caller describes every array.
-  * orbax gives a checkpoint its final name only when all files are written. Checksums are compared
-    before a checkpoint is used, so later damage is detected.
+  * Each process writes the parts of arrays that its devices hold, while training continues. This
+    needs a workdir that all processes see. If they do not, all arrays are gathered, and process 0
+    writes them.
+  * The devices that held an array are not recorded. Otherwise, orbax could restore the array on
+    other devices only if the caller describes its layout.
+  * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
+    it writes `commit_success.txt`). Orbax deletes an older checkpoint only afterwards. So a
+    checkpoint that can be seen is complete, and a run always has one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-import json
+import functools
+import logging
 import pathlib
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import type_handlers
 
 from vit_jax import storage
-from vit_jax.distributed import from_first, is_first, to_host
-from vit_jax.workdir import items, stored
+from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_host, together
+from vit_jax.workdir import digests, items, stored
+from vit_jax.workdir.restoring import rest, restore_state
 
 
 class Checkpoints:
@@ -41,11 +48,16 @@ class Checkpoints:
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
     """Keeps the newest `keep` checkpoints, and the one with the best validation accuracy."""
-    self._workdir = workdir
-    self._accuracies, self._manager = {}, None
-    if is_first():
-      self._accuracies = stored.accuracies(workdir)
-      self._manager = manager(workdir, keep, self._accuracies)
+    self._workdir, self._manager, self._saving = workdir, None, None
+    self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
+    self._shared = is_shared(workdir)
+    from_first(lambda: stored.directory(workdir).mkdir(parents=True, exist_ok=True))
+    if self._shared:
+      agreement = Agreement()
+      complete = agreement.reporting(self._add_digests)
+      self._manager = manager(workdir, keep, self._accuracies, complete, agreement)
+    elif is_first():
+      self._manager = manager(workdir, keep, self._accuracies, self._add_digests)
 
   def __enter__(self):
     items.be_silent()
@@ -74,7 +86,7 @@ class Checkpoints:
     return stored.ranked(self._accuracies)[0][0]
 
   def save(self, state, config: dict, accuracy: float | None = None) -> None:
-    """Copies the state to the host, then writes it while training continues.
+    """Copies this process's part of the state to the host, then writes it while training continues.
 
     Args:
       state: training state of the run.
@@ -84,75 +96,89 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      storage.Unwritten: this checkpoint, or the previous one, cannot be written.
+      storage.Unwritten: this checkpoint, or the previous one, cannot be written (one process).
+      ValueError: the same failure, if there are several processes.
     """
-    host = to_host(state)
-    step = int(host.step)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(host.params):
-      if not np.isfinite(leaf).all():
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
-        raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
-    if self._manager is None:
-      return
-    names = config['names']
-    config = {key: value for key, value in config.items() if key != 'names'}
-    parts = {'params': host.params, 'state': rest(host), 'names': names}
-    if accuracy is not None:
-      config = config | {'accuracy': accuracy}
-      self._accuracies[step] = accuracy
-    config = json.loads(json.dumps(config))  # tuples become lists, as when the file is read
-    digests = {name: items.digest(item) for name, item in (parts | {'config': config}).items()}
+    step = int(to_host(state.step))
+    check_finite(state.params, step)
+    self.wait()  # for the previous checkpoint
+    if not self._shared:
+      state = to_host(state)
+    self._accuracies |= {} if accuracy is None else {step: accuracy}
+    if self._manager is not None:
+      self._saving = step
+      facts = {key: value for key, value in config.items() if key != 'names'}
+      facts |= {'format': digests.FORMAT} | ({} if accuracy is None else {'accuracy': accuracy})
+      self._save(step, state, config['names'], facts)
+
+  def _save(self, step, state, names, facts):
     try:
       self._manager.save(
         step,
         args=ocp.args.Composite(
-          params=ocp.args.StandardSave(parts['params']),
-          state=ocp.args.StandardSave(parts['state']),
+          params=ocp.args.StandardSave(state.params),
+          state=ocp.args.StandardSave(rest(state)),
           names=ocp.args.StandardSave(names),
-          config=ocp.args.JsonSave(config | {'digests': digests}),
+          config=ocp.args.JsonSave(facts),
         ),
       )
     except Exception as error:  # orbax and tensorstore raise many kinds of errors
       raise not_saved(self._workdir, error) from error
 
+  def _add_digests(self):
+    """Adds the checksums to a checkpoint whose other files are written; orbax calls this."""
+    folder = stored.directory(self._workdir)
+    start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
+    partial = (path for path in folder.iterdir() if path.name.startswith(start))
+    digests.write_digests(
+      next(partial, folder / str(self._saving))
+    )  # a bucket needs no partial name
+
   def wait(self) -> None:
     """Waits, in all processes, until the last checkpoint is on disk.
 
     Raises:
-      storage.Unwritten: the checkpoint cannot be written (one process).
-      ValueError: the same failure, if there are several processes.
+      storage.Unwritten: this process cannot write the checkpoint.
+      ValueError: another process cannot write it.
     """
-    from_first(self._wait)
+    together(self._wait)
 
   def _wait(self):
+    if self._manager is None:
+      return
     try:
       self._manager.wait_until_finished()
     except Exception as error:  # orbax and tensorstore raise many kinds of errors
       raise not_saved(self._workdir, error) from error
 
-  def restore(self, like) -> tuple[list[np.ndarray], dict]:
+  def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.
 
+    If all processes see the workdir, each reads only what its devices hold.
+
     Args:
-      like: a state with arrays of the same shapes and types. Their values are not used.
+      like: a state with arrays of the same shapes, types and places on devices. Their values are
+        not used.
 
     Returns:
-      The arrays of the state on the host, in the order of the leaves of `like`, and the `config`
-      item.
+      The state, placed like `like`, and the `config` item.
     """
-    return from_first(lambda: self._restore(like))
+    return restore_state(self._workdir, self.latest(), like, self._shared)
 
-  def _restore(self, like):
-    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (like.params, rest(like)))
-    args = ocp.args.Composite(
-      params=ocp.args.StandardRestore(blank[0]),
-      state=ocp.args.StandardRestore(blank[1]),
-      config=ocp.args.JsonRestore(),
-    )
-    step = self._manager.latest_step()
-    with items.condemning(stored.directory(self._workdir) / str(step)):
-      found = self._manager.restore(step, args=args)
-    return jax.tree.leaves(like.replace(params=found.params, **found.state)), found.config
+
+def check_finite(params: dict, step: int) -> None:
+  """Raises FloatingPointError if a parameter is not finite, and names the parameter."""
+  finite = to_host(all_finite(params))
+  for path, good in jax.tree_util.tree_leaves_with_path(finite):
+    if not good:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
+
+
+@jax.jit
+def all_finite(params: dict) -> dict:
+  """Returns for each array whether all of its numbers are finite."""
+  return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
 @dataclasses.dataclass
@@ -171,18 +197,45 @@ class Best(policies.PreservationPolicy):
     return [c.step == best for c in checkpoints]
 
 
-def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.CheckpointManager:
-  """Opens the orbax manager of process 0. `scored` is {step: accuracy}; steps may be added."""
+def manager(
+  workdir: pathlib.Path,
+  keep: int,
+  scored: dict[int, float],
+  before_commit: Callable[[], None],
+  agreement: Agreement | None = None,
+) -> ocp.CheckpointManager:
+  """Opens an orbax manager.
+
+  Args:
+    workdir: folder of the run.
+    keep: number of newest checkpoints to keep.
+    scored: {step: accuracy}; steps may be added.
+    before_commit: called in process 0 when all files of a checkpoint are written, before its
+      commit.
+    agreement: the processes that save together; None: this process saves alone.
+  """
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
+  record_no_devices()  # before the handlers are created
+  everyone = ocp.options.MultiprocessingOptions()
+  who = {'multiprocessing_options': everyone if agreement else items.ALONE}
+  handlers = {
+    **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
+    'config': ocp.JsonCheckpointHandler(**who),
+  }
+  if agreement:
+    handlers = {name: agreement.watch(handler) for name, handler in handlers.items()}
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
     cleanup_tmp_directories=True,
     create=False,  # orbax requires this if not all processes use the manager
-    multiprocessing_options=items.ALONE,
+    async_options=ocp.options.AsyncOptions(
+      post_finalization_callback=before_commit,
+      barrier_sync_fn=agreement and agreement.barrier,
+    ),
+    **who,
   )
-  stored.directory(workdir).mkdir(parents=True, exist_ok=True)
   try:
-    return ocp.CheckpointManager(stored.directory(workdir), options=options)
+    return ocp.CheckpointManager(stored.directory(workdir), options=options, item_handlers=handlers)
   except items.CONTENT as error:
     raise ValueError(
       f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
@@ -190,9 +243,16 @@ def manager(workdir: pathlib.Path, keep: int, scored: dict[int, float]) -> ocp.C
     ) from error
 
 
-def rest(state) -> dict:
-  """Returns the item `state`: everything but the parameters."""
-  return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
+@functools.cache
+def record_no_devices() -> None:
+  """Makes orbax save arrays without the devices that held them, in the whole process."""
+  handler = type_handlers.ArrayHandler(enable_write_sharding_file=False)
+  logger = logging.getLogger('absl')
+  logger.addFilter(items.is_error)  # orbax warns that this replaces its own handler
+  try:
+    type_handlers.register_type_handler(jax.Array, handler, override=True)
+  finally:
+    logger.removeFilter(items.is_error)
 
 
 def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:

@@ -113,6 +113,11 @@ def is_news(record: logging.LogRecord) -> bool:
   return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
 
 
+def is_error(record: logging.LogRecord) -> bool:
+  """Returns whether a log record is an error, not a warning."""
+  return record.levelno >= logging.ERROR
+
+
 def unraisable(found) -> None:
   """Prints an error that Python cannot raise, unless it is `Event loop is closed`.
 

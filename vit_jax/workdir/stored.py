@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from vit_jax.distributed import from_first
 from vit_jax.model import merged
 from vit_jax.optim import without_objective
-from vit_jax.workdir import items, writer
+from vit_jax.workdir import digests, items, writer
 from vit_jax.workdir.calibration import find_calibration
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,13 @@ def directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of a workdir's checkpoints, newest first. Writes nothing."""
+  """Returns the steps of the checkpoints that count, newest first. Writes nothing."""
+  folder = directory(workdir)
+  return [step for step in all_steps(workdir) if digests.counts(folder / str(step))]
+
+
+def all_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps of all checkpoints that orbax has completed, newest first."""
   if not directory(workdir).is_dir():
     return []
   return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
@@ -81,17 +87,24 @@ def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
 def read_item(workdir: pathlib.Path, step: int, item: str):
   """Works like `restore_item`, but reads and returns the item only in this process."""
   checkpoint = directory(workdir) / str(step)
+  has_digests = digests.compare_files(checkpoint, 'config')
   about = items.restored(checkpoint, 'config')
   if not isinstance(about, dict) or not about.keys() >= SAVED:
     raise items.damaged(
       checkpoint, f'its JSON in config/ must have the keys {", ".join(sorted(SAVED))}'
     )
-  digests = about.pop('digests', {})  # missing in checkpoints of older versions
-  if item == 'names' and item not in digests:
+  if has_digests:
+    if item == 'config':
+      return about
+    digests.compare_files(checkpoint, item)
+    return items.restored(checkpoint, item)
+  # A checkpoint of an older version has checksums of its arrays, or none.
+  wanted = about.pop('digests', {})
+  if item == 'names' and item not in wanted:
     return None
   found = about if item == 'config' else items.restored(checkpoint, item)
   now = items.digest(found)
-  if digests.get(item, now) != now:
+  if wanted.get(item, now) != now:
     raise items.damaged(
       checkpoint, f'the content of its folder {item}/ does not match the checksum'
     )
@@ -101,6 +114,8 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
 def set_aside_damaged(workdir: pathlib.Path) -> None:
   """Moves damaged checkpoints into `<workdir>/damaged/`, until the newest one is undamaged.
 
+  Checkpoints that were not written to their end are moved too.
+
   Raises:
     ValueError: all checkpoints are damaged.
   """
@@ -109,10 +124,9 @@ def set_aside_damaged(workdir: pathlib.Path) -> None:
 
 def _set_aside_damaged(workdir: pathlib.Path) -> None:
   found = saved_steps(workdir)
-  for step in found:
+  for step in all_steps(workdir):
     try:
-      for item in ITEMS:
-        read_item(workdir, step, item)
+      check_files(workdir, step)
       return
     except items.Damaged as error:
       aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
@@ -124,6 +138,15 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       f'{workdir}: all checkpoints are damaged, and were moved to {workdir}/damaged. Repeat the '
       'command to start from the beginning.'
     )
+
+
+def check_files(workdir: pathlib.Path, step: int) -> None:
+  """Raises `Damaged` if a checkpoint has changed since it was saved."""
+  if digests.compare_files(directory(workdir) / str(step)):
+    read_item(workdir, step, 'config')
+    return
+  for item in ITEMS:  # a checkpoint of an older version
+    read_item(workdir, step, item)
 
 
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:

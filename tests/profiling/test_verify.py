@@ -1,0 +1,97 @@
+"""Checks that `--mode=verify` repeats steps exactly, and notices other numbers."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.conftest import call, error
+from vit_jax.distributed import cluster
+from vit_jax.profiling import replay
+from vit_jax.training import loop
+from vit_jax.training.state import TrainState
+from vit_jax.workdir import stored
+
+
+def files(workdir):
+  return {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+
+
+def changed(monkeypatch, step, factor):
+  """Makes the saved state of a step differ in one number of two kernels (query and key)."""
+  restore = replay.restore_state
+
+  def other(workdir, wanted, like):
+    state, config = restore(workdir, wanted, like)
+    if wanted == step:
+      keyed = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').endswith(
+        'y/kernel'
+      )
+      change = lambda path, x: (x + 0).at[(0,) * x.ndim].multiply(factor) if keyed(path) else x
+      block = jax.tree_util.tree_map_with_path(change, state.params['block_0'])
+      state = state.replace(params=state.params | {'block_0': block})
+    return state, config
+
+  monkeypatch.setattr(replay, 'restore_state', other)
+
+
+def test_repeated_steps_give_the_same_bits_and_nothing_is_written(trained, capsys):
+  workdir, _ = trained
+  before = files(workdir)
+  code, out, _ = call(capsys, '--mode=verify', f'--workdir={workdir}')
+  assert code in (0, None) and 'Repeating steps 17 to 32 gave the same' in out
+  assert files(workdir) == before
+
+
+@pytest.mark.slow
+def test_other_numbers_are_named_and_give_exit_code_1(trained, capsys, monkeypatch):
+  changed(monkeypatch, 32, 1.5)
+  code, out, _ = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
+  assert code == 1 and 'other numbers in 2 of' in out
+  assert 'params/block_0/attention/query/kernel: largest difference' in out
+
+
+def test_a_run_without_two_checkpoints_is_refused(trained, tmp_path, capsys):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  shutil.rmtree(workdir / 'checkpoints' / '16')
+  assert 'two checkpoints, but' in error(capsys, '--mode=verify', f'--workdir={workdir}')
+  assert stored.saved_steps(workdir) == [32]
+
+
+def states(change):
+  """Returns two states whose parameters differ by this factor."""
+  w = jnp.arange(1.0, 101.0)
+  return [TrainState(jnp.int32(5), {'w': each}, {}, None) for each in (w * (1 + change), w)]
+
+
+@pytest.mark.parametrize('then', [None, {'kind': 'cpu', 'data': 2}])
+@pytest.mark.parametrize('change, same', [(1e-4, True), (0.1, False)])
+def test_other_devices_may_differ_by_rounding_only(then, change, same):
+  ended, wanted = states(change)
+  found = replay.judged((1, 5), ended, wanted, then, {'kind': 'cpu', 'data': 4})
+  assert found.same == same
+  assert ('data=2; now kind=cpu, data=4' if then else 'not record') in found.text
+  assert ('within 0.0001' if same else 'params/w: largest difference 10') in found.text
+
+
+def test_the_same_devices_may_not_differ_at_all():
+  ended, wanted = states(1e-6)
+  devices = {'kind': 'cpu', 'data': 4}
+  assert not replay.judged((1, 5), ended, wanted, devices, devices).same
+
+
+def test_a_stop_signal_ends_the_repetition_without_a_traceback(trained, capsys, monkeypatch):
+  monkeypatch.setattr(cluster.Preemption, 'is_due', lambda _: True)
+  code, _, err = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
+  assert code == cluster.TRY_AGAIN and 'asked to stop' in err and 'Traceback' not in err
+
+
+def test_the_devices_of_a_run_include_the_number_of_processes(monkeypatch):
+  """Within one process, sums over the same mesh are rounded differently."""
+  mesh = jax.make_mesh((2, 1, 1), ('data', 'fsdp', 'tensor'))
+  now = loop.devices_of(mesh)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  then = loop.devices_of(mesh)
+  found = replay.judged((1, 5), *states(1e-4), then, now)
+  assert found.same and 'processes=2' in found.text and 'processes=1' in found.text

@@ -1,0 +1,88 @@
+"""Checks checkpoints that several processes write together, and that any devices can read them."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.distributed.test_cluster import free_port
+from vit_jax.workdir import stored
+
+PLAIN = """
+import sys, jax, numpy as np
+jax.config.update('jax_num_cpu_devices', int(sys.argv[2]))
+import orbax.checkpoint as ocp
+
+checkpointer = ocp.StandardCheckpointer()
+found = {item: checkpointer.restore(f'{sys.argv[1]}/{item}') for item in ('params', 'state')}
+leaves = jax.tree_util.tree_leaves_with_path(found)
+assert 'vit_jax' not in sys.modules and jax.device_count() == int(sys.argv[2])
+np.savez(sys.argv[3], **{
+  jax.tree_util.keystr(path, simple=True, separator='/'): np.frombuffer(
+    np.asarray(leaf).tobytes(), np.uint8) for path, leaf in leaves
+})
+"""
+
+
+def run(action, folder, fsdp, devices, processes=1):
+  """Runs sharded.py in some processes; returns what each of them printed."""
+  port, environment = free_port(), os.environ | {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, '-m', 'tests.workdir.sharded', action, folder, fsdp, devices, port]
+  commands = [[str(word) for word in (*command, processes, i)] for i in range(processes)]
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+  started = [subprocess.Popen(words, cwd=ROOT, **pipes) for words in commands]
+  ended = [process.communicate(timeout=240) for process in started]
+  assert [process.returncode for process in started] == [0] * processes, ended[0][1][-3000:]
+  return [out.splitlines()[-1] for out, _ in ended]
+
+
+def bits():
+  """Returns the bytes of all arrays that sharded.py saves, by their names."""
+  import jax
+
+  from tests.workdir.sharded import arrays
+
+  state = arrays()
+  whole = {'params': state.params, 'state': {
+    'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema,
+  }}  # fmt: skip
+  leaves = jax.tree_util.tree_leaves_with_path(whole)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return {name(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+@pytest.mark.slow
+@pytest.mark.slow_after_first
+@pytest.mark.parametrize('processes, devices', [(2, 2), (4, 1)])
+def test_shards_of_several_processes_are_restored_anywhere(tmp_path, processes, devices):
+  assert run('save', tmp_path / 'run', 4, devices, processes) == ['saved'] * processes
+  checkpoint = tmp_path / 'run' / 'checkpoints' / '7'
+  folders = [path.name for path in (checkpoint / 'params').glob('ocdbt.process_*')]
+  assert len(folders) == processes  # each process wrote its part
+  for fsdp, count in ((1, 1), (1, 2), (2, 4), (8, 8)):
+    assert run('restore', tmp_path / 'run', fsdp, count) == ['same']
+  assert run('restore', tmp_path / 'run', 2, 2, 2) == ['same'] * 2
+  for count in (1, 8):
+    out = tmp_path / 'plain.npz'
+    subprocess.run([sys.executable, '-c', PLAIN, checkpoint, str(count), out], check=True)
+    with np.load(out) as found:
+      assert {name: found[name].tobytes() for name in found} == bits()
+
+
+@pytest.mark.slow
+def test_processes_without_a_shared_folder_gather_to_the_first(tmp_path):
+  assert run('save', tmp_path / '%', 4, 2, 2) == ['saved'] * 2
+  assert not (tmp_path / '1').exists() and stored.saved_steps(tmp_path / '0') == [7]
+  assert run('restore', tmp_path / '%', 2, 2, 2) == ['same'] * 2
+  assert run('restore', tmp_path / '0', 1, 1) == ['same']
+
+
+@pytest.mark.slow
+def test_all_processes_report_that_one_cannot_write(tmp_path):
+  said = run('full', tmp_path / 'run', 4, 2, 2)
+  for text in said:
+    assert text.startswith('Unwritten: Cannot write') and 'File too large' in text, said
+  assert stored.saved_steps(tmp_path / 'run') == []

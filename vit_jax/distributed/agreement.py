@@ -1,0 +1,95 @@
+"""Lets processes that save a checkpoint together wait for each other, and stops all if one fails.
+
+Decisions:
+  * Orbax's own barrier has only a time limit: if one process cannot write, the others would wait
+    for 20 minutes. Here they ask twice a second whether a process has failed.
+  * Orbax waits in a thread. So values are exchanged through JAX's coordination service, because
+    computations on devices would mix with those of training.
+"""
+
+import collections
+from collections.abc import Callable
+import functools
+import itertools
+import time
+
+import jax
+from orbax.checkpoint import multihost
+
+POLL = 500  # milliseconds between two looks for failures
+
+NUMBERS = itertools.count()  # the processes open their checkpoints in the same order
+
+
+class Agreement:
+  """The processes that save checkpoints together; with one process, it does nothing."""
+
+  def __init__(self):
+    self._calls = collections.Counter()
+    self._name = f'vit_jax/saving/{next(NUMBERS)}'
+    self._client = multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
+
+  def barrier(self, *, key: str, timeout_ms: int) -> None:
+    """Waits until all processes have called this with the same key.
+
+    Raises:
+      OSError: a process has failed, or the time is over.
+    """
+    if self._client is None:
+      return
+    self._calls[key] += 1  # orbax uses some keys more than once
+    place = f'{self._name}/{key}/{self._calls[key]}'
+    until = time.monotonic() + timeout_ms / 1000
+    self._client.key_value_set(f'{place}/{jax.process_index()}', '')
+    if jax.process_index():
+      self._wait_for(f'{place}/all', until)
+      return
+    for i in range(jax.process_count()):
+      self._wait_for(f'{place}/{i}', until)
+    self._client.key_value_set(f'{place}/all', '')
+
+  def _wait_for(self, key, until):
+    while True:
+      try:
+        self._client.blocking_key_value_get(key, POLL)
+        return
+      except jax.errors.JaxRuntimeError as error:
+        if 'DEADLINE_EXCEEDED' not in str(error):
+          raise
+      for _, text in self._client.key_value_dir_get(f'{self._name}/failed'):
+        raise OSError(text)
+      if time.monotonic() > until:
+        raise TimeoutError('another process does not finish writing')
+
+  def reporting(self, function: Callable) -> Callable:
+    """Returns a function that also tells the other processes its error."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+      try:
+        return function(*args, **kwargs)
+      except Exception as error:
+        if self._client is not None:
+          text = f'process {jax.process_index()}: {type(error).__name__}: {error}'
+          self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', text[:1000])
+        raise
+
+    return wrapped
+
+  def watch(self, handler):
+    """Makes an orbax handler tell the other processes if it cannot write; returns it."""
+    save = handler.async_save
+
+    async def watched(*args, **kwargs):
+      return [Reported(future, self) for future in await save(*args, **kwargs) or []]
+
+    handler.async_save = watched
+    handler.finalize = self.reporting(handler.finalize)
+    return handler
+
+
+class Reported:
+  """A future of orbax whose error is told to all processes."""
+
+  def __init__(self, future, agreement: Agreement):
+    self.result, self.cancel = agreement.reporting(future.result), future.cancel

@@ -1,0 +1,218 @@
+"""Repeats training from one checkpoint to the next, and compares the states bit for bit.
+
+Hardware can compute wrong numbers without an error. Then the repeated steps end with other numbers
+than the run has saved. The same happens if the steps are not deterministic. Nothing is written.
+
+Decisions:
+  * Arrays are compared on the devices that hold them, so no process needs a whole array.
+  * The order of sums depends on the number of devices. On other devices than those of the run,
+    arrays may therefore differ by rounding (`ROUNDING`).
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+import dataclasses
+import logging
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+import numpy as np
+
+from vit_jax import config as config_lib
+from vit_jax import experiment, opening
+from vit_jax.check import check
+from vit_jax.distributed import Preempted, Preemption, from_first, to_host
+from vit_jax.evaluation import with_teacher
+from vit_jax.training import Run, devices_of, init_state, prepared
+from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, training_files_of
+
+log = logging.getLogger(__name__)
+
+# Largest difference that rounding explains: the norm of the difference of all arrays of a part of
+# the state (`part_of`), divided by the norm of these arrays. Single arrays do not count, because
+# the gradient of the bias of keys is zero, and only rounding remains of it.
+ROUNDING = 0.02
+MOST = 5  # arrays that a message names
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What `verify` found.
+
+  Attributes:
+    steps: (first, last) step of the comparison: the two checkpoints.
+    same: whether the repeated state equals the saved one, within rounding on other devices.
+    text: one line for each finding.
+  """
+
+  steps: tuple[int, int]
+  same: bool
+  text: str
+
+
+class Replay(Run):
+  """A run that only takes steps: it neither evaluates, nor saves, nor writes."""
+
+  def due(self, step):
+    return set()
+
+  def save(self, train_state, scores):
+    """Called only after a stop signal."""
+    raise Preempted('--mode=verify was asked to stop. The same command begins again.')
+
+
+def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
+  """Repeats the steps between the two newest checkpoints of a run, and compares the end.
+
+  Args:
+    workdir: folder of the run. It is only read.
+    overrides: keys of the config to change, e.g. `data.dir`, as in `config.override`.
+
+  Raises:
+    ValueError: the workdir does not have two checkpoints, or the steps cannot be repeated.
+    Preempted: the process was asked to stop.
+  """
+  first, last = two_checkpoints(workdir)
+  item = restore_item(workdir, last, 'config')
+  config, cycles = config_of(item, overrides), tuple(item.get('cycles', ()))
+  check_repeatable(workdir, config, cycles, first, last)
+  with config_lib.naming_imports(item):
+    saved = config_lib.from_dict(item['config'])
+  exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
+  mesh = experiment.mesh_for(exp.config)
+  exp = prepared(exp, training, mesh, item)
+  exp, training = with_teacher(exp, training, mesh, workdir / 'features')
+  like = init_state(exp, training, mesh)
+  begin, _ = restore_state(workdir, first, like)
+  with Preemption() as preemption:
+    run = Replay(exp, training, mesh, Silent(workdir, first), None, preemption, {})
+    log.info('Repeating steps %d to %d.', first + 1, last)
+    ended, _ = run.loop(begin, first, last)
+  wanted, _ = restore_state(workdir, last, like)
+  return judged((first, last), ended, wanted, item.get('devices'), devices_of(mesh))
+
+
+def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
+  """Returns the steps of the two newest checkpoints, the older one first."""
+  found = from_first(lambda: saved_steps(workdir))
+  if len(found) < 2:
+    raise ValueError(
+      f'--mode=verify repeats the steps between two checkpoints, but {workdir} has {len(found)}. '
+      'Train further, or save more often (checkpoint_every), and keep at least two '
+      '(keep_checkpoints).'
+    )
+  return found[1], found[0]
+
+
+def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
+  """Returns the config in a checkpoint's item `config`, with overrides."""
+  with config_lib.naming_imports(item):
+    config = config_lib.override_all(config_lib.from_dict(item['config']), dict(overrides))
+    check(config)
+  return config
+
+
+def check_repeatable(
+  workdir: pathlib.Path, config: ConfigDict, cycles: tuple[int, ...], first: int, last: int
+) -> None:
+  """Raises ValueError if the steps between two checkpoints cannot be repeated."""
+  if config.freeze or config.classifier:
+    raise ValueError(
+      f'--mode=verify repeats training steps, but {workdir} holds a run that trains only a head '
+      '(freeze, classifier). Start it again in another --workdir and compare the results.'
+    )
+  if cycles and first < cycles[-1]:
+    raise ValueError(
+      f'--mode=verify cannot repeat steps {first + 1} to {last} of {workdir}: a new cycle with '
+      f'another learning rate began after step {cycles[-1]}. Try again after the next checkpoint.'
+    )
+
+
+def judged(
+  steps: tuple[int, int], ended, wanted, then: Mapping | None, now: Mapping[str, object]
+) -> Verdict:
+  """Compares the repeated state with the saved one.
+
+  Args:
+    steps: steps of the two checkpoints.
+    ended: the repeated state.
+    wanted: the saved state, with the same places on devices.
+    then: `devices_of` the run; None if it was not recorded.
+    now: `devices_of` this process.
+  """
+  found = differences(ended, wanted)
+  shown = lambda devices: ', '.join(f'{key}={value}' for key, value in devices.items())
+  span = f'steps {steps[0] + 1} to {steps[1]}'
+  changed = {name: each for name, each in found.items() if each.bits}
+  if not changed:
+    return Verdict(steps, True, f'Repeating {span} gave the same {len(found)} arrays, bit for bit.')
+  worst = max(share for _, share in relative(found, ended.params))
+  lines = [
+    f'{name}: largest difference {each.largest:.3g}, norm {each.norm:.3g}'
+    for name, each in sorted(changed.items(), key=lambda pair: -pair[1].largest)
+  ]
+  more = [f'... and {len(lines) - MOST} more'] * (len(lines) > MOST)
+  if then != now:
+    why = f'The run used other devices ({shown(then)}; now {shown(now)})' if then else (
+      'The run did not record its devices'
+    )  # fmt: skip
+    if worst <= ROUNDING:
+      text = f'{why}, so rounding differs: {span} gave the same arrays within {worst:.2g}.'
+      return Verdict(steps, True, text)
+    head = f'{why}, but {span} gave arrays that differ by more than rounding ({ROUNDING:g}):'
+  else:
+    head = (
+      f'Repeating {span} gave other numbers in {len(changed)} of {len(found)} arrays. Either a '
+      'device computes wrong numbers, or the steps are not deterministic (GPUs need '
+      '--config.deterministic=True from the start):'
+    )
+  return Verdict(steps, False, '\n'.join([head, *lines[:MOST], *more]))
+
+
+class Difference(NamedTuple):
+  """How two arrays differ: in their bits, at most, as a norm; and the norm of the second array."""
+
+  bits: jax.Array | bool
+  largest: jax.Array | float
+  apart: jax.Array | float
+  norm: jax.Array | float
+
+
+def differences(ended, wanted) -> dict[str, Difference]:
+  """Compares all arrays of two states; returns {name of an array: difference}."""
+  both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
+  compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
+  paths = jax.tree_util.tree_flatten_with_path(ended)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): each
+    for (path, _), each in zip(paths, compared, strict=True)
+  }
+
+
+def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
+  """Compares two arrays of the same type."""
+  bits = lambda x: x.view(f'uint{8 * x.dtype.itemsize}')
+  wide = lambda x: x.astype(jnp.float32).ravel()
+  apart = wide(a) - wide(b)
+  norms = jnp.linalg.norm(apart), jnp.linalg.norm(wide(b))
+  return Difference((bits(a) != bits(b)).any(), jnp.abs(apart).max(initial=0), *norms)
+
+
+def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple[str, float]]:
+  """Yields for each part of the state its name, and the relative norm of its difference."""
+  parts = collections.defaultdict(list)
+  for name, each in found.items():
+    parts[part_of(name, params)].append(each)
+  for name, arrays in parts.items():
+    apart, norm = (np.linalg.norm([x[i] for x in arrays]) for i in (2, 3))
+    yield name, float(apart / norm) if norm else float(apart)
+
+
+def part_of(name: str, params: Mapping) -> str:
+  """Returns the part of the state that an array belongs to, such as `params` or `opt_state/0`."""
+  words = name.split('/')
+  inner = (i for i, word in enumerate(words) if word in params)
+  return '/'.join(words[: next(inner, len(words))])

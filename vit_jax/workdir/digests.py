@@ -1,0 +1,122 @@
+"""Writes and compares the checksums of a checkpoint's files, in its file `digests.json`.
+
+Decisions:
+  * Neither orbax nor tensorstore notices a flipped bit in array data. So every file of the four
+    items has its size and CRC-32 in `digests.json`. A CRC finds damage, not tampering.
+  * Files are compared, not arrays: they can be read without the devices that wrote them, and no
+    process needs a whole array.
+  * `digests.json` is the last file of a checkpoint. Without it, a checkpoint does not count. The
+    exception are checkpoints of older versions, whose item `config` has no `format`. They have
+    checksums of arrays in the item `config`, or none.
+  * `_CHECKPOINT_METADATA` has no checksum: orbax changes it when it gives a checkpoint its name.
+"""
+
+from collections.abc import Iterator
+import json
+import pathlib
+import zlib
+
+from vit_jax.workdir import items
+
+FILE = 'digests.json'
+FORMAT = 2  # key `format` of the item `config` of checkpoints with this file
+CHUNK = 2**24  # bytes that are read at once
+
+
+def write_digests(checkpoint: pathlib.Path) -> None:
+  """Writes the checksums of all files of the items of a checkpoint, as its last file."""
+  found = {name: checksum(checkpoint / name) for name in sorted(files_below(checkpoint))}
+  (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
+
+
+def checksum(file: pathlib.Path) -> list[int]:
+  """Returns the size and the CRC-32 of a file."""
+  size, crc = 0, 0
+  with file.open('rb') as opened:
+    while data := opened.read(CHUNK):
+      size, crc = size + len(data), zlib.crc32(data, crc)
+  return [size, crc]
+
+
+def files_below(folder: pathlib.Path, start: str = '') -> Iterator[str]:
+  """Yields the names of all files in the subfolders of a folder, e.g. `params/manifest.ocdbt`."""
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from files_below(path, f'{start}{path.name}/')
+    elif start:
+      yield start + path.name
+
+
+def counts(checkpoint: pathlib.Path) -> bool:
+  """Returns whether a checkpoint was written to its end; it may have been damaged later."""
+  if (checkpoint / FILE).exists():
+    return True
+  try:
+    config = json.loads((checkpoint / 'config' / 'metadata').read_bytes())
+  except (OSError, ValueError):
+    return True  # readers say what is wrong
+  return not isinstance(config, dict) or 'format' not in config
+
+
+def compare_files(
+  checkpoint: pathlib.Path, item: str = '', share: tuple[int, int] = (0, 1)
+) -> bool:
+  """Compares files of a checkpoint with their checksums.
+
+  Args:
+    checkpoint: folder of the checkpoint.
+    item: compares only the files of this item.
+    share: (i, n) compares only each n-th file from the i-th on, e.g. to divide them over processes.
+
+  Returns:
+    Whether the checkpoint has checksums of files; False for checkpoints of older versions.
+
+  Raises:
+    Damaged: a file has changed, or is missing.
+    OSError: a file cannot be read at the moment.
+  """
+  if not (checkpoint / FILE).exists():
+    if not counts(checkpoint):
+      raise items.damaged(checkpoint, f'its file {FILE} is missing')
+    return False
+  listed = read_digests(checkpoint)
+  names = sorted(name for name in listed if name.startswith(f'{item}/' if item else ''))
+  if not names:
+    raise broken(checkpoint, f'{FILE} has no checksums of {item}/')
+  for name in names[share[0] :: share[1]]:
+    try:
+      now = checksum(checkpoint / name)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+      raise broken(checkpoint, f'its file {name} is missing') from None
+    except OSError:
+      items.check_readable(checkpoint)
+      raise
+    if now != listed[name]:
+      raise broken(checkpoint, f'its file {name} does not match the checksum')
+  return True
+
+
+def read_digests(checkpoint: pathlib.Path) -> dict[str, list[int]]:
+  """Returns the content of `digests.json`: {name of a file: [size, CRC-32]}.
+
+  Raises:
+    Damaged: the content is not valid.
+  """
+  try:
+    found = json.loads((checkpoint / FILE).read_bytes())['crc32']
+    if isinstance(found, dict) and found:
+      return found
+  except FileNotFoundError:
+    pass  # was deleted a moment ago
+  except OSError:
+    items.check_readable(checkpoint)
+    raise
+  except (ValueError, LookupError, TypeError):
+    pass
+  raise broken(checkpoint, f'its file {FILE} is not valid')
+
+
+def broken(checkpoint: pathlib.Path, reason: str) -> items.Damaged:
+  """Returns the error for a damaged checkpoint, if all of its files can be read."""
+  items.check_readable(checkpoint)
+  return items.damaged(checkpoint, reason)

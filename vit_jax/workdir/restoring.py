@@ -1,0 +1,89 @@
+"""Restores the training state of a checkpoint onto devices. Writes nothing.
+
+Decisions:
+  * If all processes see the checkpoint, each compares a share of its files with the checksums, and
+    reads only what its devices hold. Otherwise, process 0 reads everything and sends it.
+"""
+
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vit_jax.distributed import from_all, from_first, place, together
+from vit_jax.workdir import digests, items, stored
+
+
+def restore_state(
+  workdir: pathlib.Path, step: int, like, shared: bool | None = None
+) -> tuple[object, dict]:
+  """Restores the training state and the item `config` of a checkpoint.
+
+  Args:
+    workdir: folder of the run.
+    step: which checkpoint.
+    like: a state with arrays of the same shapes, types and places on devices. Their values are not
+      used.
+    shared: whether all processes see the workdir; None: find out.
+
+  Returns:
+    The state, placed like `like`, and the `config` item.
+
+  Raises:
+    Damaged: the checkpoint is damaged (one process).
+    ValueError: the same, if there are several processes.
+  """
+  checkpoint = stored.directory(workdir) / str(step)
+  config = stored.restore_item(workdir, step, 'config')
+  if is_visible(checkpoint) if shared is None else shared:
+    share = jax.process_index(), jax.process_count()
+    together(lambda: digests.compare_files(checkpoint, share=share))
+    return together(lambda: read_state(checkpoint, like)), config
+
+  def read():
+    digests.compare_files(checkpoint)
+    blank = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return jax.tree.leaves(read_state(checkpoint, blank))
+
+  leaves = from_first(read)
+  return place(jax.tree.unflatten(jax.tree.structure(like), leaves), like), config
+
+
+def is_visible(checkpoint: pathlib.Path) -> bool:
+  """Returns whether all processes see the same checkpoint, without writing a file."""
+  file = checkpoint / digests.FILE
+  found = from_all(zlib.crc32(file.read_bytes()) if file.exists() else None)
+  return found == found[:1] * len(found) and (len(found) == 1 or found[0] is not None)
+
+
+def read_state(checkpoint: pathlib.Path, like):
+  """Returns the state of a checkpoint without comparing checksums; `like` as in `restore_state`.
+
+  All processes must call this if `like` is on devices. Otherwise, process 0 calls it alone.
+  """
+  found = {}
+  with items.condemning(checkpoint):
+    for item, part in {'params': like.params, 'state': rest(like)}.items():
+      alone = {} if holds_shards(part) else {'multiprocessing_options': items.ALONE}
+      with ocp.Checkpointer(ocp.StandardCheckpointHandler(**alone), **alone) as checkpointer:
+        args = ocp.args.StandardRestore(described(part))
+        found[item] = checkpointer.restore(checkpoint / item, args=args)
+  return like.replace(params=found['params'], **found['state'])
+
+
+def holds_shards(tree) -> bool:
+  """Returns whether the arrays of a tree are on devices, perhaps of several processes."""
+  return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+
+
+def rest(state) -> dict:
+  """Returns the item `state`: everything but the parameters."""
+  return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
+
+
+def described(tree):
+  """Returns shapes, types and shardings of the arrays on devices; other arrays stay the same."""
+  about = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+  return jax.tree.map(lambda x: about(x) if isinstance(x, jax.Array) else x, tree)
