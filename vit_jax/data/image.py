@@ -267,5 +267,5 @@ INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:
   """Writes a uint8 array to a PNG file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-  with storage.writing(path):
-    Image.fromarray(pixels).save(path)
+  with storage.replacing(path) as partial:
+    Image.fromarray(pixels).save(partial, format='PNG')

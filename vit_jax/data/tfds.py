@@ -19,10 +19,11 @@ import sys
 
 import jax
 
+from vit_jax.bucket import to_path
 from vit_jax.data import source as source_lib
 from vit_jax.data.source import Source
 from vit_jax.distributed import from_first
-from vit_jax.names import choose, local
+from vit_jax.names import choose
 
 CONVERTED = 'array_record'  # folder for converted copies; the user's own TFDS files are kept
 
@@ -45,7 +46,7 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
   root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return local(root)
+  return to_path(root)
 
 
 def tfds_source(name: str, builder) -> Source:

@@ -13,11 +13,11 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-import shutil
 
 import jax
 import numpy as np
 
+from vit_jax import bucket
 from vit_jax import config as config_lib
 from vit_jax.distributed import from_first, is_first, replicate
 from vit_jax.evaluation import cached_features, make_feature_step
@@ -188,7 +188,7 @@ def score_rate(
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
     log.info('%s: trained again, because the backbone is a different one.', folder)
-    from_first(lambda: shutil.rmtree(folder))
+    from_first(lambda: bucket.remove(folder))
     result = None
   if not result:
     splits = training.train, training.val, training.test
@@ -198,7 +198,7 @@ def score_rate(
       record(exp, folder)
       result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed. Keeping the backbone of each rate would fill the disk.
-  from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
+  from_first(lambda: bucket.remove(folder / 'checkpoints'))
   return result.get('val_mean_average_precision', result['val_accuracy'])
 
 

@@ -4,7 +4,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from vit_jax import experiment, limits, names, opening
+from vit_jax import experiment, limits, opening
+from vit_jax.bucket import to_path
 from vit_jax.distributed import start_up
 from vit_jax.training.closed_form import make_head
 from vit_jax.training.resume import begin, check_in_all_processes, record
@@ -32,7 +33,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     OutOfMemory: the device ran out of memory; the message names the keys to change.
     Preempted: the run was asked to stop and has saved a checkpoint.
   """
-  workdir = names.local(workdir)
+  workdir = to_path(workdir)
   start_up()
   check_in_all_processes(config)
   with held(workdir):
