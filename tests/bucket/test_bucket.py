@@ -164,9 +164,9 @@ def test_a_lock_that_is_renewed_is_not_taken_over(server, short):
 
   other(server)
   threading.Thread(target=renew, daemon=True).start()
-  with pytest.raises(ValueError, match=r'process 1 on elsewhere'):
-    with bucket.Lease(bucket.to_path('gs://bucket/run')):
-      pass
+  lock = bucket.Lease(bucket.to_path('gs://bucket/run'))
+  with pytest.raises(ValueError, match=r'process 1 on elsewhere'), lock:
+    pass
   end.set()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -71,20 +70,3 @@ def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
     fs = client.filesystem()
     client.patient(fs.get, os.fspath(path), str(copy), recursive=True)
     yield copy
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteFile:
-  """A file in a bucket, as data sources name it: it can be sent to other processes."""
-
-  path: str
-
-  def __str__(self) -> str:
-    return self.path
-
-  def read_bytes(self) -> bytes:
-    """Returns the content; raises FileNotFoundError if the object does not exist."""
-    (found,) = contents([self.path])
-    if isinstance(found, Exception):
-      raise found
-    return found
