@@ -64,7 +64,13 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
 
 @contextlib.contextmanager
 def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a temporary local copy of an object, or of all objects below a path."""
+  """Yields a temporary local copy of an object, or of all objects below a path.
+
+  A local path is yielded unchanged.
+  """
+  if not is_remote(path):
+    yield path
+    return
   with tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
     copy = pathlib.Path(scratch) / pathlib.PurePosixPath(os.fspath(path)).name
     fs = client.filesystem()

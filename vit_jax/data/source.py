@@ -147,7 +147,7 @@ def read_pieces(
   """Yields the examples of the pieces in order, as iterators of at most `READ_AHEAD` examples."""
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
-      yield iter(fetched(source.read(split, range(first, min(first + READ_AHEAD, stop)))))
+      yield fetched(source.read(split, range(first, min(first + READ_AHEAD, stop))))
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
@@ -183,18 +183,17 @@ def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
   return encoded if isinstance(encoded, bytes) else image_lib.read_file(encoded)
 
 
-def fetched(examples: Iterable[Example]) -> list[Example]:
-  """Returns examples with the bytes of files that are in a bucket, instead of their paths.
+def fetched(examples: Iterable[Example]) -> Iterator[Example]:
+  """Yields examples with the bytes of files that are in a bucket, instead of their paths.
 
-  The files are read at the same time. The path of a missing file stays, and is reported later.
+  Many files are read at the same time. The path of a missing file stays, and is reported later.
   """
-  found = list(examples)
-  remote = [i for i, (_, encoded, _) in enumerate(found) if isinstance(encoded, Listed)]
-  for i, content in zip(remote, contents([found[i][1] for i in remote])):
-    if isinstance(content, bytes):
-      name, _, label = found[i]
-      found[i] = name, content, label
-  return found
+  for chunk in chunks(examples, READ_AHEAD):
+    remote = [encoded for _, encoded, _ in chunk if isinstance(encoded, Listed)]
+    found = iter(contents(remote))
+    for name, encoded, label in chunk:
+      content = next(found) if isinstance(encoded, Listed) else encoded
+      yield name, encoded if isinstance(content, Exception) else content, label
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

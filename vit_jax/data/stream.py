@@ -31,16 +31,7 @@ from vit_jax.data import splits
 from vit_jax.data.batching import Plan
 from vit_jax.data.folder import label_text
 from vit_jax.data.memory import Examples
-from vit_jax.data.source import (
-  Example,
-  Source,
-  as_bytes,
-  check_label,
-  chunks,
-  fetched,
-  pixels,
-  stop_at,
-)
+from vit_jax.data.source import Example, Source, as_bytes, check_label, fetched, pixels, stop_at
 from vit_jax.distributed import (
   check_can_start,
   end_with_parent,
@@ -159,8 +150,7 @@ class Stream:
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
-    chunked = map(fetched, chunks(self.read_all(), 256))
-    for name, encoded, label in itertools.chain.from_iterable(chunked):
+    for name, encoded, label in fetched(self.read_all()):
       try:
         whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
       except image_lib.BadImage as error:

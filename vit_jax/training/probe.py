@@ -17,7 +17,6 @@ import pathlib
 import jax
 import numpy as np
 
-from vit_jax import bucket
 from vit_jax import config as config_lib
 from vit_jax.distributed import from_first, is_first, replicate
 from vit_jax.evaluation import cached_features, make_feature_step
@@ -28,6 +27,7 @@ from vit_jax.training.resume import begin, finished_result, record
 from vit_jax.training.session import fit
 from vit_jax.training.state import init_params
 from vit_jax.workdir import (
+  discard,
   held,
   latest_step,
   newest_config,
@@ -188,7 +188,7 @@ def score_rate(
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
     log.info('%s: trained again, because the backbone is a different one.', folder)
-    from_first(lambda: bucket.remove(folder))
+    from_first(lambda: discard(folder))
     result = None
   if not result:
     splits = training.train, training.val, training.test
@@ -198,7 +198,7 @@ def score_rate(
       record(exp, folder)
       result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed. Keeping the backbone of each rate would fill the disk.
-  from_first(lambda: bucket.remove(folder / 'checkpoints'))
+  from_first(lambda: discard(folder / 'checkpoints'))
   return result.get('val_mean_average_precision', result['val_accuracy'])
 
 

@@ -61,6 +61,11 @@ def held_locally(workdir: pathlib.Path) -> Iterator[None]:
       file.close()
 
 
+def discard(folder: pathlib.Path) -> None:
+  """Deletes a workdir or a part of it, if it exists."""
+  bucket.remove(folder)
+
+
 def lock(workdir: pathlib.Path) -> IO | None:
   """Opens and locks `log.txt`; closing it releases the lock. None: the file is not writable.
 
