@@ -44,9 +44,9 @@ def check_remote(folder: pathlib.Path) -> None:
   probe = folder / f'.{uuid.uuid4().hex}'
   try:
     probe.write_bytes(b'')
-    bucket.remove(probe)
+    bucket.delete_all(probe)
   except Exception as error:  # each library raises its own error types
-    raise ValueError(f'Cannot write to {folder}: {bucket.reason(error)}') from error
+    raise ValueError(f'Cannot write to {folder}: {bucket.why_refused(error)}') from error
 
 
 @contextlib.contextmanager
@@ -99,17 +99,17 @@ def upload(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
   """Writes local files into a folder of a bucket."""
   for file in files:
     check_allowed(folder)
-    with refused(folder / file.name):
+    with uploading(folder / file.name):
       bucket.put(file, folder / file.name)
 
 
 @contextlib.contextmanager
-def refused(path: pathlib.Path) -> Iterator[None]:
+def uploading(path: pathlib.Path) -> Iterator[None]:
   """Turns every error of writing to a bucket into `Unwritten`."""
   try:
     yield
   except Exception as error:  # each library raises its own error types
-    raise unwritten(path, bucket.reason(error)) from error
+    raise unwritten(path, bucket.why_refused(error)) from error
 
 
 def reason(error: Exception) -> str | None:

@@ -55,7 +55,7 @@ def test_a_server_that_does_not_answer_is_an_error_within_seconds(server, capsys
 
 
 def test_missing_credentials_are_an_error_with_the_command():
-  assert 'gcloud auth' in client.reason(client_error(401, 'Invalid Credentials'))
+  assert 'gcloud auth' in client.why_refused(client_error(401, 'Invalid Credentials'))
 
 
 def client_error(code, message):
@@ -77,8 +77,8 @@ def test_files_are_written_whole_and_read_back(server, tmp_path):
   assert bucket.list_below(path) == {'a.json': 11, 'aside/b': 1}
   with bucket.downloaded(path) as copy:
     assert (copy / 'aside' / 'b').read_bytes() == b'b'
-  bucket.remove(path)
-  bucket.remove(path)
+  bucket.delete_all(path)
+  bucket.delete_all(path)
   assert server.names() == []
 
 

@@ -4,11 +4,11 @@ A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.P
 project uses. No other package knows gcsfs.
 """
 
-from vit_jax.bucket.client import NoBucket, reason
+from vit_jax.bucket.client import NoBucket, why_refused
 from vit_jax.bucket.lease import Lease, Lost
-from vit_jax.bucket.listing import Listed, keeping_lists, list_files, listed
-from vit_jax.bucket.objects import contents, downloaded, list_below, move, put, remove
-from vit_jax.bucket.paths import absolute, is_remote, joined, local_only, to_path
+from vit_jax.bucket.listing import Listed, keeping_lists, kept_lists, listed_folder
+from vit_jax.bucket.objects import contents, delete_all, downloaded, list_below, move, put
+from vit_jax.bucket.paths import absolute, is_remote, join_paths, local_only, to_path
 from vit_jax.bucket.records import Mirror
 
 __all__ = [
@@ -19,17 +19,17 @@ __all__ = [
   'NoBucket',
   'absolute',
   'contents',
+  'delete_all',
   'downloaded',
   'is_remote',
-  'joined',
+  'join_paths',
   'keeping_lists',
+  'kept_lists',
   'list_below',
-  'list_files',
-  'listed',
+  'listed_folder',
   'local_only',
   'move',
   'put',
-  'reason',
-  'remove',
   'to_path',
+  'why_refused',
 ]

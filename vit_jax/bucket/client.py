@@ -27,13 +27,12 @@ class NoBucket(ValueError):
 
 
 @functools.cache
-def set_up() -> None:
+def prepare_clients() -> None:
   """Prepares etils, fsspec and gcsfs; must be called before they are used for a bucket.
 
   Raises:
     NoBucket: the packages of requirements-gcs.txt are not installed.
   """
-  os.environ.setdefault('EPATH_USE_TF', '0')  # otherwise etils imports TensorFlow
   os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # would ask for each bucket
   os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
   try:
@@ -54,13 +53,13 @@ def set_up() -> None:
 @functools.cache
 def filesystem():
   """Returns the file system of gcsfs that etils also uses; one per process."""
-  set_up()
+  prepare_clients()
   import fsspec
 
   return fsspec.filesystem('gcs', finalize_on_close=True)
 
 
-def split(path: str | os.PathLike) -> tuple[str, str]:
+def bucket_and_key(path: str | os.PathLike) -> tuple[str, str]:
   """Returns the bucket and the name of the object of a path such as `gs://bucket/a/b`."""
   bucket, _, key = os.fspath(path).removeprefix('gs://').partition('/')
   return bucket, key
@@ -87,10 +86,10 @@ def check_access(bucket: str) -> None:
       'Google Cloud Storage.'
     )
   if outcome[0] is not None:
-    raise NoBucket(f'gs://{bucket}: {reason(outcome[0])}') from outcome[0]
+    raise NoBucket(f'gs://{bucket}: {why_refused(outcome[0])}') from outcome[0]
 
 
-def reason(error: Exception) -> str:
+def why_refused(error: Exception) -> str:
   """Returns why a request to a bucket failed, and the remedy if it is known."""
   code, text = getattr(error, 'code', None), ' '.join(str(error).split())[:200]
   if code == 401 or 'Anonymous caller' in text or 'DefaultCredentialsError' in repr(error):
@@ -132,8 +131,8 @@ def patient(request: Callable, *args, **kwargs):
       if not is_passing(error):
         raise
       if time.monotonic() + pause > end:
-        raise OSError(0, reason(error)) from error
-      log.warning('The bucket does not answer (%s); trying again.', reason(error))
+        raise OSError(0, why_refused(error)) from error
+      log.warning('The bucket does not answer (%s); trying again.', why_refused(error))
     time.sleep(pause)
     pause = min(2 * pause, 15.0)
 
@@ -147,7 +146,7 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
   Raises:
     FileExistsError: the object has a different generation.
   """
-  bucket, key = split(path)
+  bucket, key = bucket_and_key(path)
   fs = filesystem()
   where = f'{fs._location}/upload/storage/v1/b/{bucket}/o'
   headers = {'Content-Type': 'application/json'}
@@ -158,12 +157,12 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
 
 def get_with_generation(path: os.PathLike) -> tuple[bytes, int]:
   """Returns the content and the generation of an object; raises FileNotFoundError without one."""
-  bucket, key = split(path)
+  bucket, key = bucket_and_key(path)
   headers, content = filesystem().call('GET', 'b/{}/o/{}', bucket, key, alt='media')
   return content, int(headers['x-goog-generation'])
 
 
 def delete_if(path: os.PathLike, generation: int) -> None:
   """Deletes an object if its generation is still this one; otherwise raises FileExistsError."""
-  bucket, key = split(path)
+  bucket, key = bucket_and_key(path)
   filesystem().call('DELETE', 'b/{}/o/{}', bucket, key, ifGenerationMatch=generation)

@@ -90,15 +90,15 @@ class Listed:
     return found
 
 
-def listed(path: os.PathLike) -> Listed:
+def listed_folder(path: os.PathLike) -> Listed:
   """Returns a folder with the list of its files; each folder is listed once per process."""
   name = os.fspath(path)
   if name not in _trees:
-    _trees[name] = find(name)
+    _trees[name] = load_tree(name)
   return Listed(name, tree=_trees[name])
 
 
-def find(name: str) -> Tree:
+def load_tree(name: str) -> Tree:
   """Returns the kept list of a folder, or asks the bucket for it."""
   for folder in _kept:
     with contextlib.suppress(OSError, ValueError, EOFError):  # not kept yet, or damaged
@@ -124,7 +124,7 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
     _kept.remove(folder)
 
 
-def list_files() -> dict[str, bytes]:
+def kept_lists() -> dict[str, bytes]:
   """Returns {name: content} of the files that keep the lists of this process."""
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)

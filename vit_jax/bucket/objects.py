@@ -18,7 +18,7 @@ def put(file: pathlib.Path, path: os.PathLike) -> None:
   client.patient(client.filesystem().put_file, str(file), os.fspath(path))
 
 
-def remove(path: pathlib.Path) -> None:
+def delete_all(path: pathlib.Path) -> None:
   """Deletes a folder, or an object and all objects below a path, if there are any."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
@@ -34,7 +34,7 @@ def move(path: pathlib.Path, target: pathlib.Path) -> None:
     path.rename(target)
     return
   client.patient(client.filesystem().copy, f'{path}/', f'{target}/', recursive=True)
-  remove(path)
+  delete_all(path)
 
 
 def list_below(path: os.PathLike) -> dict[str, int]:

@@ -30,9 +30,9 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
   bucket, _, key = text[found.end() :].partition('/')
   if not bucket:
     raise ValueError(f'{text}: the name of the bucket is missing. Write gs://<bucket>/<folder>.')
-  client.set_up()
+  client.prepare_clients()
   client.check_access(bucket)
-  from etils import epath  # after `set_up`, and only for buckets
+  from etils import epath  # after `prepare_clients`, and only for buckets
 
   return epath.Path(f'{SCHEME}{bucket}/{key}'.rstrip('/'))
 
@@ -42,7 +42,7 @@ def is_remote(path: str | os.PathLike) -> bool:
   return os.fspath(path).startswith(SCHEME)
 
 
-def joined(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+def join_paths(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
   """Returns `base / path`; an absolute path, or one in a bucket, stays as it is."""
   return path if is_remote(path) or path.is_absolute() else base / path
 

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from vit_jax import progress
-from vit_jax.bucket import is_remote, joined, listed, to_path
+from vit_jax.bucket import is_remote, join_paths, listed_folder, to_path
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS
@@ -150,7 +150,7 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
   root, hint = from_base(path, data_dir), f'Write {kind}:<path of the images>.'
   if not path:
     raise ValueError(f"data.source: '{kind}:' has no path. {hint}")
-  root = listed(root) if is_remote(root) else root
+  root = listed_folder(root) if is_remote(root) else root
   if not root.is_dir():
     raise ValueError(f'data.source: no folder at {str(root)!r}. {hint}')
   return root
@@ -169,7 +169,7 @@ def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Sour
   if not file.is_file():
     raise ValueError(f'data.source: no file at {str(file)!r}. Write labels:<path of the file>.')
   top = to_path(data_dir) if data_dir else file.parent
-  return source_of(open_labels(file, listed(top) if is_remote(top) else top))
+  return source_of(open_labels(file, listed_folder(top) if is_remote(top) else top))
 
 
 def source_of(found: folder_lib.Folder) -> Source:
@@ -196,7 +196,7 @@ def source_of(found: folder_lib.Folder) -> Source:
 
 def from_base(path: str, data_dir: str) -> pathlib.Path:
   """Returns the path of a folder or a file; a relative path starts at `data_dir`."""
-  return joined(to_path(data_dir), to_path(path))
+  return join_paths(to_path(data_dir), to_path(path))
 
 
 SOURCES = {

@@ -63,7 +63,7 @@ def held_locally(workdir: pathlib.Path) -> Iterator[None]:
 
 def discard(folder: pathlib.Path) -> None:
   """Deletes a workdir or a part of it, if it exists."""
-  bucket.remove(folder)
+  bucket.delete_all(folder)
 
 
 def lock(workdir: pathlib.Path) -> IO | None:

@@ -100,7 +100,7 @@ class Writer:
 
   def _upload(self):
     storage.check_allowed(self.workdir)
-    with storage.refused(self.workdir):
+    with storage.uploading(self.workdir):
       self._mirror.upload()
     self._uploaded = time.monotonic()
 
