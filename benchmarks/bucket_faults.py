@@ -6,8 +6,9 @@
 The bucket is `tests/fake_gcs.py`, a Google Cloud Storage on loopback. The data are scikit-learn's
 digits as an image folder. Each run is killed with SIGKILL at a random time after a random step, and
 the command is repeated, which also takes over the lock of the dead process. Parameters, optimizer
-state and averages must equal those of an undisturbed run on a local disk with local data. Then eval,
-predict and export read the run. Nothing may be written on this machine outside a scratch folder.
+state and averages must equal those of an undisturbed run on a local disk with local data. Then
+eval, predict and export read the run. Nothing may be written on this machine outside a scratch
+folder.
 """
 
 import argparse
@@ -31,7 +32,11 @@ from tests.fake_gcs import FakeGcs
 from vit_jax import bucket
 from vit_jax.workdir import write_json
 
-FLAGS = [*faults.FLAGS, '--config.data.source=folder:digits', '--config.checkpoint_every=4']
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLAGS = [
+  *faults.FLAGS, f'--config={ROOT}/configs/digits.py', '--config.data.source=folder:digits',
+  '--config.checkpoint_every=4',
+]  # fmt: skip
 DATA, RUN = 'gs://bucket/data', 'gs://bucket/run'
 STEPS = 46  # of a run
 OTHERS = {  # what reads the finished run
@@ -52,10 +57,10 @@ def write_digits(folder: pathlib.Path) -> pathlib.Path:
 
 
 def start(workdir: str, flags: list[str], folder: pathlib.Path) -> subprocess.Popen:
-  """Starts `main.py` in an empty folder, with `scratch/` for temporary files and `log` as output."""
+  """Starts `main.py` in the folder `cwd/`, with `scratch/` for temporary files."""
   own = {'TMPDIR': str(folder / 'scratch'), 'HOME': str(folder / 'home')}
-  own |= {'PYTHONPATH': str(collect.ROOT)}
-  command = [sys.executable, str(collect.ROOT / 'main.py'), f'--workdir={workdir}', *flags]
+  own |= {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}', *flags]
   log = (folder / 'log').open('ab')
   env = os.environ | own
   return subprocess.Popen(command, cwd=folder / 'cwd', env=env, stdout=log, stderr=log)
@@ -111,6 +116,18 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
   return found
 
 
+def summary(found: list[dict]) -> dict:
+  """Returns the content of the file, for the runs so far."""
+  return {
+    **collect.circumstances(),
+    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in found),  # others had ended
+    'identical': sum(one['identical'] for one in found),
+    'written_locally': sum(bool(one['written_locally']) for one in found),
+    'locks_taken_over': sum(one['lock_left'] for one in found),
+    'runs': found,
+  }
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   kills = 'runs to kill (default: %(default)s)'
@@ -136,15 +153,7 @@ def main(argv: list[str]) -> None:
       found.append(kill(number, folder / 'one', server, image))
       found[-1]['identical'] = found[-1].pop('fingerprint') == want
       print(found[-1], flush=True)
-  result = {
-    **collect.circumstances(),
-    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in found),  # others had ended
-    'identical': sum(one['identical'] for one in found),
-    'written_locally': sum(bool(one['written_locally']) for one in found),
-    'locks_taken_over': sum(one['lock_left'] for one in found),
-    'runs': found,
-  }
-  write_json(args.out, result)
+      write_json(args.out, result := summary(found))
   if result['identical'] < len(found) or result['written_locally']:
     raise SystemExit(
       f'{args.out}: {result["identical"]} of {len(found)} runs ended exactly like the local run, '

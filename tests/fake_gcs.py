@@ -17,6 +17,15 @@ import time
 from tests.gcs_requests import Handler, Stored
 
 
+class Server(http.server.ThreadingHTTPServer):
+  """A server that does not report connections of killed processes."""
+
+  daemon_threads, request_queue_size = True, 256
+
+  def handle_error(self, *_):
+    pass
+
+
 class FakeGcs:
   """Context manager of a server with the buckets `bucket` and `forbidden`; others don't exist.
 
@@ -37,9 +46,7 @@ class FakeGcs:
 
   def _listen(self, number: int) -> http.server.ThreadingHTTPServer:
     handler = type('Bound', (Handler,), {'store': self, 'number': number})
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-    server.daemon_threads = True
-    return server
+    return Server(('127.0.0.1', 0), handler)
 
   def __enter__(self):
     for server in self._servers:
