@@ -12,8 +12,6 @@ from vit_jax import bucket, storage
 from vit_jax.bucket import client, lease, records
 from vit_jax.workdir import held
 
-pytest.importorskip('gcsfs', reason='needs requirements-gcs.txt')
-
 
 @pytest.fixture
 def server(monkeypatch):

@@ -14,10 +14,9 @@ from PIL import Image
 import pytest
 from sklearn import datasets
 
-from tests.conftest import ROOT
+from tests.conftest import DATA, ROOT
 from tests.fake_gcs import FakeGcs
 
-pytest.importorskip('gcsfs', reason='needs requirements-gcs.txt')
 pytestmark = pytest.mark.slow
 
 FLAGS = [
@@ -173,3 +172,26 @@ def test_each_process_reads_only_the_images_of_its_devices():
     one, other = map(of, server.read)
     assert 64 <= len(one) <= 194 and 64 <= len(other) <= 194, (len(one), len(other))
     assert len(one & other) <= 2  # the first image tells the size
+
+
+READ = """
+import sys
+from vit_jax.data import sources
+source = sources.open_source('tfds:mini', sys.argv[1], (8, 8))
+for split, size in source.sizes.items():
+  for name, encoded, label in source.read(split, range(size)):
+    print(name, label, hash(bytes(encoded)))
+assert 'tensorflow' not in sys.modules
+"""
+
+
+def test_tfds_data_in_a_bucket_are_those_on_disk(server):
+  for file in (DATA / 'tfds').glob('*/*/*'):
+    server.put('bucket', f'tfds/{file.relative_to(DATA / "tfds")}', file.read_bytes())
+  env = os.environ | server.env | {'PYTHONHASHSEED': '0'}
+  read = lambda place: subprocess.run(
+    [sys.executable, '-c', READ, place], cwd=ROOT, env=env, capture_output=True, text=True
+  )
+  local, remote, absent = map(read, (str(DATA / 'tfds'), 'gs://bucket/tfds', 'gs://bucket/no'))
+  assert remote.stdout == local.stdout and len(local.stdout.splitlines()) > 4, remote.stderr
+  assert absent.returncode, absent.stdout
