@@ -1,16 +1,22 @@
 """Paths, locks and records in a bucket: one process, and a server on loopback."""
 
+import io
 import json
+import pickle
 import threading
 import time
 
+from PIL import Image
 import pytest
 
 from tests.conftest import error
 from tests.fake_gcs import FakeGcs
 from vit_jax import bucket, storage
 from vit_jax.bucket import client, lease, records
-from vit_jax.workdir import held
+from vit_jax.data import sources
+from vit_jax.data.image import BadImage
+from vit_jax.data.source import as_bytes, fetched
+from vit_jax.workdir import held, stored
 
 
 @pytest.fixture
@@ -196,3 +202,81 @@ def test_unavailability_of_some_seconds_is_waited_for(server):
   server.unavailable(4)
   storage.replace(path / 'a', 'a')
   assert (path / 'a').read_bytes() == b'a'
+
+
+def test_a_failed_request_ends_the_program_without_a_traceback(server, capsys, monkeypatch):
+  def fail(*_):
+    raise client_error(503, 'busy')
+
+  monkeypatch.setattr(stored, 'saved_steps', fail)
+  said = error(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+  assert 'A request to a bucket failed: HttpError: busy, 503.' in said
+
+
+def put_images(server):
+  """Writes images of two classes into `data/` of the bucket, and returns the content of one."""
+  for i in range(40):
+    file = io.BytesIO()
+    Image.new('RGB', (4, 4), (i, i, i)).save(file, format='PNG')
+    folder = f'{"train" if i % 4 else "test"}/{"ab"[i % 2]}'
+    server.put('bucket', f'data/pets/{folder}/deep/{i}.png', file.getvalue())
+  server.put('bucket', 'data/pets/train/a/notes.txt', b'x')
+  return file.getvalue()
+
+
+def examples_of(source, split):
+  found = source.read(split, range(source.sizes[split]))
+  return {(name.partition('pets/')[2], as_bytes(encoded), label)
+          for name, encoded, label in fetched(found)}  # fmt: skip
+
+
+@pytest.mark.parametrize('spec', ['folder:pets', 'images:pets', 'labels:pets/all.csv'])
+def test_images_in_a_bucket_are_those_on_disk(server, tmp_path, spec):
+  put_images(server)
+  names = server.names('data/pets/t')
+  rows = [f'{n.removeprefix("data/")},{n.split("/")[3]},{n.split("/")[2]}' for n in names]
+  table = '\n'.join(['path,label,split', *(row for row in rows if '.png' in row)])
+  server.put('bucket', 'data/pets/all.csv', table.encode())
+  bucket.client.filesystem().get('bucket/data/', f'{tmp_path}/', recursive=True)
+  remote, local = (
+    sources.open_source(spec, d, (4, 4)) for d in ('gs://bucket/data', str(tmp_path))
+  )
+  assert remote.fingerprint == local.fingerprint and remote.class_names == local.class_names
+  for split in local.sizes:
+    assert examples_of(remote, split) == examples_of(local, split) != set()
+  if spec == 'folder:pets':
+    assert (
+      [w.partition('pets')[2] for w in remote.warnings]
+      == [w.partition('pets')[2] for w in local.warnings]
+      != []
+    )
+
+
+def test_a_list_is_kept_and_read_again(server, tmp_path):
+  put_images(server)
+  with bucket.keeping_lists(tmp_path):
+    first = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+    for name, content in bucket.kept_lists().items():
+      (tmp_path / name).write_bytes(content)
+  server.put('bucket', 'data/pets/train/a/more.png', b'')
+  with bucket.keeping_lists(tmp_path):
+    again = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  with bucket.keeping_lists(tmp_path / 'none'):
+    other = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_an_image_that_was_removed_from_the_bucket_is_reported(server):
+  put_images(server)
+  source = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  for name in server.names('data/pets/train/a/deep'):
+    del server.objects['bucket', name]
+  with pytest.raises(BadImage, match='png: there is no such object'):
+    examples_of(source, 'train')
+
+
+def test_a_path_in_a_bucket_can_be_sent_to_another_process(server):
+  content = put_images(server)
+  path = bucket.listed_folder(bucket.to_path('gs://bucket/data/pets')) / 'train/b/deep/39.png'
+  copy = pickle.loads(pickle.dumps(path))
+  assert str(copy) == str(path) and copy.read_bytes() == content
