@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-slow test-long test-all test-demo peers lint onnx docs pages compilers results-cpu results-gpu
+.PHONY: quickstart test test-slow test-long test-all test-demo peers lint onnx gcs docs pages compilers results-cpu results-gpu
 .PHONY: test-hardware gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
@@ -22,11 +22,11 @@ test: $(VENV)/installed
 	$(RUN) -m pytest
 
 # Long proofs, and comparisons with PyTorch, transformers and ONNX.
-test-slow: peers onnx
+test-slow: peers onnx gcs
 	$(RUN) -m pytest -m 'slow and not long'
 
 # As test-slow, but too long for CI. Run it before a release.
-test-long: peers onnx
+test-long: peers onnx gcs
 	$(RUN) -m pytest -m long
 
 test-all: test test-slow test-long test-demo
@@ -42,6 +42,10 @@ test-demo: $(VENV)/installed
 # Packages for --format=onnx; its tests are skipped without them.
 onnx: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-deps --requirement requirements-onnx.txt
+
+# Packages for buckets (gs://); their tests are skipped without them.
+gcs: $(VENV)/installed
+	$(RUN) -m pip install --quiet --requirement requirements-gcs.txt
 
 # The documentation site, in site/. A broken link or an unresolved name fails.
 docs: $(VENV)/installed

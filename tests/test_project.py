@@ -21,9 +21,9 @@ PACKAGE = ROOT / 'vit_jax'
 # Packages and root modules, lowest first. Each imports only from lower layers, and from another
 # package only names that its `__init__` lists.
 LAYERS = (
-  'names', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model', 'augment',
-  'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing', 'splitting',
-  'opening', 'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
+  'names', 'bucket', 'storage', 'keys', 'config', 'limits', 'distributed', 'progress', 'model',
+  'augment', 'data', 'optim', 'check', 'workdir', 'weights', 'inherit', 'experiment', 'sizing',
+  'splitting', 'opening', 'evaluation', 'training', 'profiling', 'figures', 'inference', 'cli',
 )  # fmt: skip
 
 

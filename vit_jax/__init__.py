@@ -7,7 +7,11 @@ for row in vit_jax.predict(workdir, ['cat.png', 'photos/']): print(row)
 """
 
 import importlib
+import os
 import threading
+
+# etils, which reads and writes files in buckets, would otherwise import TensorFlow.
+os.environ.setdefault('EPATH_USE_TF', '0')
 
 _PUBLIC = {  # imported on first use: a model needs no data or checkpoint libraries
   'ViT': 'model.vit',

@@ -12,9 +12,10 @@ import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
+from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.model import ATTRIBUTES, ViT, variant_fields
-from vit_jax.names import abridged, accepted, difference, local, pair
+from vit_jax.names import abridged, accepted, difference, pair
 from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses, objective_of
 from vit_jax.weights import (
   Adaptation,
@@ -77,7 +78,7 @@ def open_classes(path: str | pathlib.Path) -> TextClasses:
   Raises:
     ValueError: the file cannot be read, or its contents are wrong.
   """
-  return TextClasses.read(read_arrays(local(path)), str(path))
+  return TextClasses.read(read_arrays(to_path(path)), str(path))
 
 
 def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:

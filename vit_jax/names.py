@@ -1,10 +1,9 @@
-"""Checks what users write: names in a table, sizes, paths, and parameters of functions."""
+"""Checks what users write: names in a table, sizes, and parameters of functions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import difflib
 import inspect
 import numbers
-import pathlib
 import re
 
 SHOWN = 5  # maximum number of names or errors that a message lists
@@ -70,16 +69,3 @@ def one_line(text: str) -> str:
   """Escapes line breaks and other control characters, so that the text stays on one line."""
   escaped = lambda found: found.group().encode('unicode_escape').decode()
   return re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029]', escaped, text)
-
-
-def local(path: str | pathlib.Path) -> pathlib.Path:
-  """Returns a local path with `~` expanded.
-
-  Raises:
-    ValueError: the path is a URL, e.g. gs://bucket/run.
-  """
-  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', str(path)):  # `Path` merges the two slashes
-    raise ValueError(
-      f'{path}: URLs are not supported. Give a path on this machine, e.g. in a mounted bucket.'
-    )
-  return pathlib.Path(path).expanduser()

@@ -8,6 +8,7 @@ experiment, params = opening.from_init(weights)            # published weights, 
 from collections.abc import Mapping
 import dataclasses
 import logging
+import os
 import pathlib
 
 from ml_collections import ConfigDict
@@ -82,7 +83,7 @@ class Request:
   @property
   def name(self) -> str:
     """Name of the model in reports."""
-    return self.init or self.workdir.resolve().name
+    return self.init or os.path.basename(os.path.realpath(self.workdir))
 
 
 def from_config(

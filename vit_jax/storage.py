@@ -1,15 +1,25 @@
-"""Writes files atomically, and checks before long work whether they can be written."""
+"""Writes files atomically, and checks before long work whether they can be written.
 
-from collections.abc import Iterator
+Paths can be in a bucket. Objects are written whole, so they are atomic by themselves.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import errno
 import logging
 import os
 import pathlib
+import tempfile
+import uuid
+
+from vit_jax import bucket
 
 log = logging.getLogger(__name__)
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG, errno.EIO)
+
+
+_guards: dict[str, Callable[[], None]] = {}  # see `guarded`
 
 
 class Unwritten(OSError):
@@ -18,6 +28,9 @@ class Unwritten(OSError):
 
 def check_folder(folder: pathlib.Path) -> None:
   """Raises ValueError if a folder cannot be created or written to."""
+  if bucket.is_remote(folder):
+    check_remote(folder)
+    return
   whole = folder.absolute()
   there = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
   if not there.is_dir():
@@ -26,9 +39,36 @@ def check_folder(folder: pathlib.Path) -> None:
     raise ValueError(f'Cannot write to {folder}: {there} is read-only for this user.')
 
 
+def check_remote(folder: pathlib.Path) -> None:
+  """Raises ValueError if no object can be written into a folder of a bucket."""
+  probe = folder / f'.{uuid.uuid4().hex}'
+  try:
+    probe.write_bytes(b'')
+    bucket.delete_all(probe)
+  except Exception as error:  # each library raises its own error types
+    raise ValueError(f'Cannot write to {folder}: {bucket.why_refused(error)}') from error
+
+
+@contextlib.contextmanager
+def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
+  """Calls `check` before each file in a folder is written; it raises if that is not allowed."""
+  _guards[str(folder)] = check
+  try:
+    yield
+  finally:
+    del _guards[str(folder)]
+
+
+def check_allowed(path: pathlib.Path) -> None:
+  """Raises the error of the check that guards the folder of a path, if there is one."""
+  for place in (path, *path.parents) if _guards else ():
+    if check := _guards.get(str(place)):
+      check()
+
+
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns disk errors into `Unwritten`, because few of them name the file."""
+  """Turns errors of disks and buckets into `Unwritten`, because few of them name the file."""
   try:
     yield
   except Unwritten:
@@ -50,7 +90,25 @@ def tolerated() -> Iterator[None]:
 
 def unwritten(path: pathlib.Path, why: str) -> Unwritten:
   """Returns the error for a file that cannot be written."""
-  return Unwritten(f'Cannot write {path} ({why}). Free disk space, or fix the cause, and retry.')
+  remedy = 'Fix the cause' if bucket.is_remote(path) else 'Free disk space, or fix the cause,'
+  return Unwritten(f'Cannot write {path} ({why.rstrip(".")}). {remedy} and retry.')
+
+
+def upload(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
+  """Writes local files into a folder of a bucket."""
+  for file in files:
+    check_allowed(folder)
+    with uploading(folder / file.name):
+      bucket.put(file, folder / file.name)
+
+
+@contextlib.contextmanager
+def uploading(path: pathlib.Path) -> Iterator[None]:
+  """Turns every error of writing to a bucket into `Unwritten`."""
+  try:
+    yield
+  except Exception as error:  # each library raises its own error types
+    raise unwritten(path, bucket.why_refused(error)) from error
 
 
 def reason(error: Exception) -> str | None:
@@ -71,6 +129,12 @@ def replace(path: pathlib.Path, text: str) -> None:
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a temporary file that replaces `path` once it has been written completely."""
   partial = path.with_name(path.name + '.partial')
+  if bucket.is_remote(path):
+    with writing(path), tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
+      partial = pathlib.Path(scratch) / path.name
+      yield partial
+      upload([partial], path.parent)
+    return
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

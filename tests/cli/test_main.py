@@ -262,17 +262,17 @@ def test_features_are_stored_only_once_in_memory():
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
     (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'set --images'),
-    (['--config=gs://bucket/digits.py', '--workdir=x'], 'URLs are not supported'),
-    ([CONFIG, '--workdir=x', '--config.data.source=folder:gs://bucket/x'], 'URLs are not'),
-    ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=gs://bucket'],
-     'gs://bucket: URLs'),
+    (['--config=gs://bucket/digits.py', '--workdir=x'], 'must be a path on this machine'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:s3://bucket/x'], 'URLs of this'),
+    ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=s3://bucket'],
+     's3://bucket: URLs'),
     ([CONFIG, '--workdir=x', '--config.data.source=tfds:mnist', '--config.data.dir=hdfs://bucket'],
      'hdfs://bucket: URLs'),
-    (['--mode=predict', '--workdir=w', '--images=s3://bucket/a.png,b.png'], 's3://bucket/a.png: '),
+    (['--mode=predict', '--workdir=w', '--images=s3://a/b.png,b.png'], 's3://a/b.png is a URL'),
     (['--mode=inspect', '--init=/dev/null'], '/dev/null: expected an .npz file, a .safetensors'),
     (['--mode=export', '--init=https://host/x.npz', '--format=hf', '--out=x'], 'https://host'),
-    (['--mode=inspect', '--workdir=gs://bucket/run'], 'gs://bucket/run: URLs'),
-    (['--mode=export', '--init=x.npz', '--format=hf', '--out=gs://bucket/run'], 'URLs'),
+    (['--mode=inspect', '--workdir=s3://bucket/run'], 's3://bucket/run: URLs'),
+    (['--mode=export', '--init=x.npz', '--format=hf', '--out=s3://bucket/run'], 'URLs'),
 ])  # fmt: skip
 def test_mistakes_are_rejected_before_anything_is_written(capsys, argv, message, tmp_path):
   argv = [re.sub(r'--workdir=(?!.*:)', f'--workdir={tmp_path}/', a) for a in argv]
@@ -284,8 +284,8 @@ def test_mistakes_are_rejected_before_anything_is_written(capsys, argv, message,
 def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   monkeypatch.chdir(tmp_path)
   for train in (vit_jax.train, trainer.train):
-    with pytest.raises(ValueError, match='URLs are not supported'):
-      train(small_config(), kind('gs://bucket/run'))
+    with pytest.raises(ValueError, match='URLs of this kind are not supported'):
+      train(small_config(), kind('s3://bucket/run'))
   assert not list(tmp_path.iterdir())
 
 

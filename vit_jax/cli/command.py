@@ -11,7 +11,7 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli.errors import describe, what_was_saved
+from vit_jax.cli.errors import describe, is_from_bucket, what_was_saved
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
@@ -73,6 +73,11 @@ def main(argv: Sequence[str]) -> int | None:
     )
     return 2
   except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    print(f'error: {describe(error)}', file=sys.stderr)
+    return 2
+  except Exception as error:
+    if not is_from_bucket(error):
+      raise
     print(f'error: {describe(error)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:

@@ -13,9 +13,9 @@ import types
 
 from ml_collections import ConfigDict
 
+from vit_jax.bucket import local_only
 from vit_jax.config import flatten, hint, unknown
 from vit_jax.keys import KEYS
-from vit_jax.names import local
 
 
 def load_file(spec: str) -> ConfigDict:
@@ -25,7 +25,7 @@ def load_file(spec: str) -> ConfigDict:
     ValueError: the file does not exist, has no `get_config` or no such variant, or raises an
       error. The message names the file and the line.
   """
-  path, _, variant = str(local(spec)).partition(':')
+  path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
     near = difflib.get_close_matches(path, map(str, pathlib.Path('configs').glob('*.py')), n=3)
     raise ValueError(f'--config: file {path!r} not found.{hint(near)}')

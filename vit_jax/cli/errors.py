@@ -6,6 +6,8 @@ import pathlib
 import re
 import sys
 
+from vit_jax.bucket import why_refused
+
 
 def describe(error: Exception) -> str:
   """Returns the message of an error, and adds a remedy where Python or JAX gives none."""
@@ -14,10 +16,17 @@ def describe(error: Exception) -> str:
       f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
       'or give another path.'
     )
+  if is_from_bucket(error):
+    return f'A request to a bucket failed: {why_refused(error)} Repeat the command later.'
   flag = re.search(r'JAX flag (jax_\w+)', str(error))
   if flag and (value := os.environ.get(flag[1].upper())) is not None:
     return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Change it.'
   return str(error)
+
+
+def is_from_bucket(error: Exception) -> bool:
+  """Returns whether a library for buckets raised this error; its types have no common base."""
+  return type(error).__module__.partition('.')[0] in ('gcsfs', 'aiohttp', 'google')
 
 
 def what_was_saved(workdir: pathlib.Path | None) -> str:

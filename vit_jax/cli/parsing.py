@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 import pathlib
 import re
 
+from vit_jax.bucket import to_path
 from vit_jax.cli.flags import Flag
 from vit_jax.cli.modes import MODES
 from vit_jax.config import is_switch
-from vit_jax.names import local
 
 GENERAL = (  # flags of every mode
   Flag('mode', 'name of the mode; default: train', default='train'),
@@ -69,7 +69,7 @@ def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
   args.given = given(argv) | ({'--config'} if needs_config else set())
   check_flags(args)
   for name in paths:  # an unset shell variable gives an empty path
-    setattr(args, name, local(text) if (text := getattr(args, name)) else None)
+    setattr(args, name, to_path(text) if (text := getattr(args, name)) else None)
   return args
 
 

@@ -20,7 +20,7 @@ import unicodedata
 
 import numpy as np
 
-from vit_jax import progress
+from vit_jax import bucket, progress
 from vit_jax.data import image as image_lib
 from vit_jax.names import abridged, choose
 
@@ -262,7 +262,8 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
   def refuse(error):
     raise ValueError(f'{error.filename}: {error.strerror}.') from error
 
-  for folder, _, names in os.walk(root, onerror=refuse):
+  walk = root.walk() if bucket.is_remote(root) else os.walk(root, onerror=refuse)
+  for folder, _, names in walk:
     inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
     for name in only_images(names, passed_over):
       yield os.path.join(inside, name)

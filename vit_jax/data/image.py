@@ -20,6 +20,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vit_jax import storage
+from vit_jax.bucket import is_remote
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
 # Accepted formats, for any file name. Opening some other formats, e.g. EPS, runs programs.
@@ -44,6 +45,11 @@ def read_file(path: pathlib.Path) -> bytes:
   Raises:
     BadImage: the file cannot be read.
   """
+  if is_remote(path):
+    try:
+      return path.read_bytes()
+    except FileNotFoundError as error:
+      raise BadImage(f'{path}: there is no such object.') from error
   try:
     if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe might never end
       raise BadImage(f'{path}: not a regular file.')
@@ -267,5 +273,5 @@ INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:
   """Writes a uint8 array to a PNG file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-  with storage.writing(path):
-    Image.fromarray(pixels).save(path)
+  with storage.replacing(path) as partial:
+    Image.fromarray(pixels).save(partial, format='PNG')

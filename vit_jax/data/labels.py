@@ -19,6 +19,7 @@ import unicodedata
 import numpy as np
 
 from vit_jax import progress
+from vit_jax.bucket import is_remote
 from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, hash_name, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
 from vit_jax.names import abridged
@@ -178,6 +179,9 @@ def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[s
 
   @functools.cache  # listing a folder is faster than looking for each of its files
   def names_in(folder: str) -> set[str]:
+    if is_remote(top):
+      inside = folder.removeprefix(str(top)).strip('/')
+      return {path.name for path in (top / inside if inside else top).iterdir()}
     try:
       return set(os.listdir(folder))
     except OSError:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from vit_jax.bucket import Listed, contents
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
@@ -146,7 +147,7 @@ def read_pieces(
   """Yields the examples of the pieces in order, as iterators of at most `READ_AHEAD` examples."""
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
-      yield source.read(split, range(first, min(first + READ_AHEAD, stop)))
+      yield fetched(source.read(split, range(first, min(first + READ_AHEAD, stop))))
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
@@ -179,7 +180,20 @@ def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
   """Returns the bytes of a file, given its path or the bytes themselves."""
-  return image_lib.read_file(encoded) if isinstance(encoded, pathlib.Path) else encoded
+  return encoded if isinstance(encoded, bytes) else image_lib.read_file(encoded)
+
+
+def fetched(examples: Iterable[Example]) -> Iterator[Example]:
+  """Yields examples with the bytes of files that are in a bucket, instead of their paths.
+
+  Many files are read at the same time. The path of a missing file stays, and is reported later.
+  """
+  for chunk in chunks(examples, READ_AHEAD):
+    remote = [encoded for _, encoded, _ in chunk if isinstance(encoded, Listed)]
+    found = iter(contents(remote))
+    for name, encoded, label in chunk:
+      content = next(found) if isinstance(encoded, Listed) else encoded
+      yield name, encoded if isinstance(content, Exception) else content, label
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:

@@ -8,12 +8,13 @@ import pathlib
 import numpy as np
 
 from vit_jax import progress
+from vit_jax.bucket import is_remote, join_paths, listed_folder, to_path
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
-from vit_jax.names import choose, local
+from vit_jax.names import choose
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
@@ -149,6 +150,7 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
   root, hint = from_base(path, data_dir), f'Write {kind}:<path of the images>.'
   if not path:
     raise ValueError(f"data.source: '{kind}:' has no path. {hint}")
+  root = listed_folder(root) if is_remote(root) else root
   if not root.is_dir():
     raise ValueError(f'data.source: no folder at {str(root)!r}. {hint}')
   return root
@@ -166,7 +168,8 @@ def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Sour
     raise ValueError("data.source: 'labels:' has no path. Write labels:<a .csv or .jsonl file>.")
   if not file.is_file():
     raise ValueError(f'data.source: no file at {str(file)!r}. Write labels:<path of the file>.')
-  return source_of(open_labels(file, local(data_dir) if data_dir else file.parent))
+  top = to_path(data_dir) if data_dir else file.parent
+  return source_of(open_labels(file, listed_folder(top) if is_remote(top) else top))
 
 
 def source_of(found: folder_lib.Folder) -> Source:
@@ -193,7 +196,7 @@ def source_of(found: folder_lib.Folder) -> Source:
 
 def from_base(path: str, data_dir: str) -> pathlib.Path:
   """Returns the path of a folder or a file; a relative path starts at `data_dir`."""
-  return local(data_dir) / local(path)
+  return join_paths(to_path(data_dir), to_path(path))
 
 
 SOURCES = {

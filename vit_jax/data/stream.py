@@ -31,7 +31,7 @@ from vit_jax.data import splits
 from vit_jax.data.batching import Plan
 from vit_jax.data.folder import label_text
 from vit_jax.data.memory import Examples
-from vit_jax.data.source import Example, Source, as_bytes, check_label, pixels, stop_at
+from vit_jax.data.source import Example, Source, as_bytes, check_label, fetched, pixels, stop_at
 from vit_jax.distributed import (
   check_can_start,
   end_with_parent,
@@ -150,7 +150,7 @@ class Stream:
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
-    for name, encoded, label in self.read_all():
+    for name, encoded, label in fetched(self.read_all()):
       try:
         whole = encoded if isinstance(encoded, np.ndarray) else as_bytes(encoded)
       except image_lib.BadImage as error:
@@ -191,7 +191,7 @@ class Stream:
       uniform_N4: random numbers for `image.random_part`; None: no random crop.
     """
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
-    rows = [self.good(*row) for row in zip(self.read(index_N), index_N, draws)]
+    rows = [self.good(*row) for row in zip(fetched(self.read(index_N)), index_N, draws)]
     image, label, bad = zip(*rows)
     found = {'image': self.stack(image), 'label': np.array(label, self.source.label_type)}
     return found | ({'bad': np.array(bad, np.int32)} if self.skip_bad_images else {})

@@ -19,10 +19,11 @@ import sys
 
 import jax
 
+from vit_jax.bucket import is_remote, to_path
 from vit_jax.data import source as source_lib
 from vit_jax.data.source import Source
 from vit_jax.distributed import from_first
-from vit_jax.names import choose, local
+from vit_jax.names import choose
 
 CONVERTED = 'array_record'  # folder for converted copies; the user's own TFDS files are kept
 
@@ -45,7 +46,7 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
   root = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  return local(root)
+  return to_path(root)
 
 
 def tfds_source(name: str, builder) -> Source:
@@ -105,6 +106,11 @@ def prepared_builder(name: str, root: pathlib.Path):
       builder = find_builder(name, directory)
       if builder and builder.info.splits and builder.info.file_format.value == 'array_record':
         return builder
+    if attempt == 'find' and is_remote(root):
+      raise ValueError(
+        f'tfds:{name} is not prepared in {root}. Run this on a machine with tensorflow, and copy '
+        f'the folder into the bucket:\n    tfds build {name} --file_format=array_record'
+      )
     if attempt == 'find':
       prepare(name, root, converted)
   raise AssertionError(f'{name} was prepared in {root} but cannot be found')

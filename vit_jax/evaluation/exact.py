@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from vit_jax import limits, opening, storage
+from vit_jax.bucket import to_path
 from vit_jax.data import Split
 from vit_jax.distributed import inference_mesh, is_first, replicate, start_up
 from vit_jax.evaluation.answers import (
@@ -19,7 +20,6 @@ from vit_jax.evaluation.answers import (
 )
 from vit_jax.evaluation.data import load_split, load_validation, open_test
 from vit_jax.evaluation.real import real_labels
-from vit_jax.names import local
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
 
@@ -68,7 +68,7 @@ def evaluate(
     ValueError: the workdir has no such checkpoint, or data or overrides contradict the checkpoint.
   """
   start_up()
-  request = Request(local(workdir), '', step, overrides or {}, max_patches=max_patches)
+  request = Request(to_path(workdir), '', step, overrides or {}, max_patches=max_patches)
   return evaluate_checkpoint(request)
 
 

@@ -7,8 +7,8 @@ import os
 import pathlib
 
 from vit_jax import progress
+from vit_jax.bucket import local_only
 from vit_jax.data import EXTENSIONS, has_image_name
-from vit_jax.names import local
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
   if not items:
     raise ValueError('--images is empty: give a comma-separated list such as file.png,folder/.')
   found, kinds = [], ', '.join(EXTENSIONS)
-  for path in map(local, items):
+  for path in (local_only('--images', item) for item in items):
     if os.path.isdir(path):
       inside = images_below(path)
       if not inside:

@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
+from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.experiment import Experiment
-from vit_jax.names import local
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # number of an image file, counted from 1
 CLASS = re.compile(r'n\d{8}')  # the labels number the classes in the order of these names
@@ -38,7 +38,7 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
       'data.real_labels expects a model of one label per image, but this model can give several. '
       'Remove data.real_labels.'
     )
-  real_NL = load_real_labels(local(path), source, split)
+  real_NL = load_real_labels(to_path(path), source, split)
   if len(real_NL) != count:
     raise ValueError(
       f'data.real_labels: {len(real_NL) - count} of the {len(real_NL)} images are bad and '

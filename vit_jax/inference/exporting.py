@@ -10,9 +10,10 @@ import tempfile
 import numpy as np
 
 from vit_jax import inherit, storage
+from vit_jax.bucket import is_remote, to_path
 from vit_jax.inference import card, measuring
 from vit_jax.model import ViT
-from vit_jax.names import choose, local
+from vit_jax.names import choose
 from vit_jax.weights import (
   FORMATS,
   Format,
@@ -114,7 +115,7 @@ def program_of(loaded: Pretrained) -> Program:
 def check_card(out: pathlib.Path) -> None:
   """Raises ValueError if a folder has a README.md that was not written by an export."""
   file = out / card.NAME
-  if file.is_file() and card.SIGNATURE not in file.read_text(encoding='utf-8', errors='replace'):
+  if file.is_file() and card.SIGNATURE not in file.read_bytes().decode('utf-8', 'replace'):
     raise ValueError(
       f'{file} already exists and was not written by an export. Choose a different folder.'
     )
@@ -122,7 +123,7 @@ def check_card(out: pathlib.Path) -> None:
 
 def result(origin: str) -> dict | None:
   """Reads `result.json` of a workdir; returns None if it does not exist."""
-  file = pathlib.Path(origin) / 'result.json'
+  file = to_path(origin) / 'result.json'
   return load_json(file) if file.is_file() else None
 
 
@@ -165,7 +166,7 @@ def save(
     raise ValueError(
       f'save: expected (model, params, folder), got a value of type {kind} as the model.'
     )
-  folder = local(folder)
+  folder = to_path(folder)
   preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
   check_params(model, params, preprocessing.size, 'save')
   facts = preprocessing, class_names, calibration or Calibration()
@@ -207,6 +208,13 @@ def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
     ValueError: the folder holds a run, or weights other than an earlier export in this format.
   """
   check_free(folder, [file.name for pattern in entry.files for file in folder.glob(pattern)])
+  if is_remote(folder):
+    with tempfile.TemporaryDirectory() as temporary:
+      yield pathlib.Path(temporary)
+      files = sorted(pathlib.Path(temporary).iterdir())
+      check_free(folder, [file.name for file in files])
+      storage.upload(files, folder)
+    return
   with storage.writing(folder), contextlib.ExitStack() as stack:
     if not folder.exists():
       folder.mkdir(parents=True)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import opening, progress
+from vit_jax.bucket import to_path
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import PathLike, find_images, given_labels, map_files, probabilities
 from vit_jax.model import without_pool
-from vit_jax.names import check_positive, choose, local, one_line
+from vit_jax.names import check_positive, choose, one_line
 from vit_jax.opening import Request
 
 TOPK = 5  # number of classes per image, unless an image can have several labels
@@ -57,11 +58,11 @@ def predict(
   """
   start_up()
   request = Request(
-    None if workdir is None else local(workdir),
+    None if workdir is None else to_path(workdir),
     init,
     step,
     overrides or {},
-    zero_shot=None if classes is None else local(classes),
+    zero_shot=None if classes is None else to_path(classes),
     max_patches=max_patches,
   )
   return predict_files(request, images, topk)

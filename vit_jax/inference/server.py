@@ -23,6 +23,7 @@ import gradio as gr
 from starlette.requests import ClientDisconnect
 
 from vit_jax import opening, progress
+from vit_jax.bucket import is_remote
 from vit_jax.data import save_png
 from vit_jax.evaluation import load_split, open_test
 from vit_jax.experiment import Experiment
@@ -77,7 +78,7 @@ def find_examples(
   if workdir is None:
     return []
   if found := sorted((workdir / 'examples').glob('*.png')):
-    return found
+    return [copied(file, folder) for file in found] if is_remote(workdir) else found
   try:
     test = load_split(exp, exp.config.data.eval_split, open_test(exp)[0])
     for i, image_HWC in enumerate(test.some(range(min(EXAMPLES, len(test)))).image_NHWC):
@@ -85,6 +86,13 @@ def find_examples(
   except (ValueError, OSError) as error:
     log.warning('The page has no examples: %s', error)
   return sorted(folder.glob('*.png'))
+
+
+def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """Returns a copy of a file in a local folder."""
+  copy = folder / file.name
+  copy.write_bytes(file.read_bytes())
+  return copy
 
 
 async def note_disconnect(request, error: Exception) -> PlainTextResponse:

@@ -8,7 +8,8 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from vit_jax import limits, names, storage
+from vit_jax import limits, storage
+from vit_jax.bucket import local_only
 from vit_jax.distributed import is_first, start_up, target
 from vit_jax.profiling.operations import operations
 from vit_jax.profiling.steps import Steps
@@ -37,7 +38,7 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   Raises:
     ValueError: the config or the data cannot be used.
   """
-  workdir = names.local(workdir)
+  workdir = local_only('--mode=profile: --workdir', workdir)
   start_up()
   check_in_all_processes(config)
   if config.freeze:

@@ -241,6 +241,7 @@ class Run:
       'devices': devices_of(self.mesh),
       'seconds': time.perf_counter() - self.began,
     }
+    self.records.flush()
     self.checkpoints.save(train_state, saved, quality(scores['val']) if 'val' in scores else None)
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:

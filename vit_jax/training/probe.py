@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import logging
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -28,6 +27,7 @@ from vit_jax.training.resume import begin, finished_result, record
 from vit_jax.training.session import fit
 from vit_jax.training.state import init_params
 from vit_jax.workdir import (
+  discard,
   held,
   latest_step,
   newest_config,
@@ -188,7 +188,7 @@ def score_rate(
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
     log.info('%s: trained again, because the backbone is a different one.', folder)
-    from_first(lambda: shutil.rmtree(folder))
+    from_first(lambda: discard(folder))
     result = None
   if not result:
     splits = training.train, training.val, training.test
@@ -198,7 +198,7 @@ def score_rate(
       record(exp, folder)
       result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed. Keeping the backbone of each rate would fill the disk.
-  from_first(lambda: shutil.rmtree(folder / 'checkpoints', ignore_errors=True))
+  from_first(lambda: discard(folder / 'checkpoints'))
   return result.get('val_mean_average_precision', result['val_accuracy'])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from vit_jax import config as config_lib
 from vit_jax import storage
+from vit_jax.bucket import kept_lists
 from vit_jax.check import check
 from vit_jax.data import Split, save_png
 from vit_jax.distributed import check_same, from_first, is_first
@@ -25,6 +26,7 @@ from vit_jax.workdir import (
   write_json,
 )
 
+LISTS = 'lists'  # folder that keeps the lists of the images in buckets
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
@@ -209,6 +211,9 @@ def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) ->
   check_same_teacher(exp, workdir)
   if is_first():
     write_json(workdir / 'config.json', config_lib.to_dict(exp.config))
+    for name, content in kept_lists().items():
+      with storage.replacing(workdir / LISTS / name) as partial:
+        partial.write_bytes(content)
     if test is not None:
       save_examples(exp, test, workdir)
 

@@ -4,10 +4,11 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from vit_jax import experiment, limits, names, opening
+from vit_jax import experiment, limits, opening
+from vit_jax.bucket import keeping_lists, to_path
 from vit_jax.distributed import start_up
 from vit_jax.training.closed_form import make_head
-from vit_jax.training.resume import begin, check_in_all_processes, record
+from vit_jax.training.resume import LISTS, begin, check_in_all_processes, record
 from vit_jax.training.session import fit
 from vit_jax.training.trial import prepared
 from vit_jax.workdir import held, newest_config, training_files_of
@@ -32,14 +33,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     OutOfMemory: the device ran out of memory; the message names the keys to change.
     Preempted: the run was asked to stop and has saved a checkpoint.
   """
-  workdir = names.local(workdir)
+  workdir = to_path(workdir)
   start_up()
   check_in_all_processes(config)
   with held(workdir):
     finished, saved, cycles = begin(config, workdir)
     if finished:
       return finished
-    exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
+    with keeping_lists(workdir / LISTS):
+      exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     mesh = experiment.mesh_for(exp.config)
     exp = prepared(exp, training, mesh, newest_config(workdir) or {})
     if exp.config.freeze or exp.config.classifier:

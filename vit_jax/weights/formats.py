@@ -7,14 +7,17 @@ Decisions:
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 import dataclasses
 import json
+import os
 import pathlib
 import re
 
 import ml_dtypes
 import numpy as np
 
+from vit_jax import bucket
 from vit_jax.data import INTERPOLATIONS
 from vit_jax.model import ViT
 from vit_jax.names import choose
@@ -168,6 +171,16 @@ class Format:
 
 # Exceptions that reading a config raises if a value has an unexpected type.
 ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
+
+
+def place_of(path: str | os.PathLike) -> pathlib.Path:
+  """Returns the path of weights, which can be in a bucket."""
+  return bucket.to_path(path)
+
+
+def local_copy(place: pathlib.Path) -> AbstractContextManager[pathlib.Path]:
+  """Returns a context manager that gives the weights at a path as a local file or folder."""
+  return bucket.downloaded(place)
 
 
 def load_json(path: pathlib.Path) -> dict:

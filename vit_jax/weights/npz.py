@@ -225,7 +225,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   """
   arrays = {}
   try:
-    with zipfile.ZipFile(path) as archive:
+    with path.open('rb') as file, zipfile.ZipFile(file) as archive:
       for name in archive.namelist():
         member = io.BytesIO(archive.read(name))  # the checksum is verified at the end
         array = np.lib.format.read_array(member, allow_pickle=False)

@@ -19,8 +19,16 @@ from safetensors.numpy import load_file
 
 from vit_jax import config as config_lib
 from vit_jax.model import ViT, attributes, make
-from vit_jax.names import local, pair
-from vit_jax.weights.formats import ODD, Format, Preprocessing, Weights, load_json
+from vit_jax.names import pair
+from vit_jax.weights.formats import (
+  ODD,
+  Format,
+  Preprocessing,
+  Weights,
+  load_json,
+  local_copy,
+  place_of,
+)
 from vit_jax.weights.hf import read_hf, run_hf, save_hf
 from vit_jax.weights.layouts import SAME, Row, flatten_params, param_shapes
 from vit_jax.weights.npz import is_npz, read_npz, run_npz, save_npz
@@ -47,11 +55,12 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
   Raises:
     ValueError: no readable weights were found; the message names what was expected.
   """
-  place, checkpoint = local(path), find_checkpoint(path, step)
+  place, checkpoint = place_of(path), find_checkpoint(path, step)
   if checkpoint:
     return read_checkpoint(*checkpoint)
   if place.exists():
-    return read_place(place, str(path))
+    with local_copy(place) as copy:
+      return read_place(copy, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_place(download(str(path)), str(path))
   raise ValueError(f'{path}: no such file or folder.')
@@ -62,7 +71,7 @@ def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, 
 
   The path is a workdir, in which `step` chooses the checkpoint, or the folder of a checkpoint.
   """
-  place = local(path)
+  place = place_of(path)
   if (place / 'checkpoints').is_dir():
     return place, step
   if place.parent.name == 'checkpoints' and place.name.isdigit():

@@ -4,7 +4,7 @@ from vit_jax.workdir.audit import report_mistakes
 from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
-from vit_jax.workdir.lock import held
+from vit_jax.workdir.lock import discard, held
 from vit_jax.workdir.restoring import restore_state
 from vit_jax.workdir.stored import (
   latest_step,
@@ -35,6 +35,7 @@ __all__ = [
   'Writer',
   'check_untrained',
   'digest',
+  'discard',
   'find_training_files',
   'forget_calibrations',
   'held',

@@ -5,6 +5,7 @@ Decisions:
   * Only cheap checks are done. Files are read only if files of different splits have the same size
     in bytes, because copies have equal sizes. With more than `MOST_FILES` files, or if more than
     `MOST_BYTES` would be read, copies are not searched, and the log reports this.
+    Files in a bucket are not read.
   * Whether files are readable is judged by their headers, and only if images are streamed. Images
     in memory are all decoded before training anyway.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax import progress
+from vit_jax.bucket import is_remote
 from vit_jax.data import Source, count_labels
 from vit_jax.distributed import is_first
 from vit_jax.names import abridged
@@ -43,7 +45,11 @@ def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> No
     splits: the splits that a run uses, in TFDS notation; the first is the training split.
     streamed: whether images are decoded during training.
   """
-  if source.files and is_first():
+  remote = any(is_remote(files.top) for files in source.files.values())
+  if remote and is_first():  # every file would be downloaded
+    for warning in few_images(source, splits[0]):
+      log.warning('%s', warning)
+  elif source.files and is_first():
     for warning in audit(source, splits, streamed):
       log.warning('%s', warning)
 

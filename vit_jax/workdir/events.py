@@ -38,9 +38,13 @@ class Events:
     for name, value in values.items():
       self._add(Event(step=step, summary=scalar(name, value)))
     if time.monotonic() > self._flushed + FLUSH:
-      with storage.writing(self._folder):
-        self._writer.flush()
-      self._flushed = time.monotonic()
+      self.flush()
+
+  def flush(self) -> None:
+    """Writes the events that wait in memory."""
+    with storage.writing(self._folder):
+      self._writer.flush()
+    self._flushed = time.monotonic()
 
   def close(self) -> None:
     """Writes the remaining events and closes the file."""

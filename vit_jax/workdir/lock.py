@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import IO
 
+from vit_jax import bucket, storage
 from vit_jax.distributed import from_first
 from vit_jax.workdir import writer
 
@@ -23,17 +24,28 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
 
   Process 0 holds the lock for all processes. If nothing is written, the new `log.txt` and new
   folders are removed again. A read-only workdir is not locked, because nothing can be written.
+  In a bucket, the lock is a `bucket.Lease`. If it is lost, the next write raises `bucket.Lost`.
 
   Raises:
     ValueError: another run holds the lock, in this process or in a different one.
   """
   with contextlib.ExitStack() as stack:
-    from_first(lambda: stack.enter_context(_held(workdir)))
+    hold = held_remotely if bucket.is_remote(workdir) else held_locally
+    from_first(lambda: stack.enter_context(hold(workdir)))
     yield
 
 
 @contextlib.contextmanager
-def _held(workdir: pathlib.Path) -> Iterator[None]:
+def held_remotely(workdir: pathlib.Path) -> Iterator[None]:
+  """Works like `held`, for a workdir in a bucket and in process 0."""
+  storage.check_folder(workdir)
+  with bucket.Lease(workdir) as lease, storage.guarded(workdir, lease.check):
+    yield
+
+
+@contextlib.contextmanager
+def held_locally(workdir: pathlib.Path) -> Iterator[None]:
+  """Works like `held`, for a local workdir and in process 0."""
   made = [path for path in (workdir / 'log.txt', workdir, *workdir.parents) if not path.exists()]
   file = lock(workdir)
   try:
@@ -47,6 +59,11 @@ def _held(workdir: pathlib.Path) -> Iterator[None]:
           elif not path.stat().st_size:
             path.unlink()
       file.close()
+
+
+def discard(folder: pathlib.Path) -> None:
+  """Deletes a workdir or a part of it, if it exists."""
+  bucket.delete_all(folder)
 
 
 def lock(workdir: pathlib.Path) -> IO | None:

@@ -7,6 +7,7 @@ import time
 
 import orbax.checkpoint as ocp
 
+from vit_jax import bucket
 from vit_jax.distributed import from_first
 from vit_jax.model import merged
 from vit_jax.optim import without_objective
@@ -23,7 +24,7 @@ ITEMS = ('config', 'params', 'state', 'names')
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
   """Returns the folder of a workdir's checkpoints, as an absolute path, which orbax requires."""
-  return pathlib.Path(workdir).expanduser().resolve() / 'checkpoints'
+  return bucket.absolute(workdir) / 'checkpoints'
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
@@ -129,9 +130,8 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       check_files(workdir, step)
       return
     except items.Damaged as error:
-      aside = pathlib.Path(workdir) / 'damaged' / f'{step}-{time.time_ns()}'
-      aside.parent.mkdir(exist_ok=True)
-      (directory(workdir) / str(step)).rename(aside)
+      aside = workdir / 'damaged' / f'{step}-{time.time_ns()}'
+      bucket.move(directory(workdir) / str(step), aside)
       log.warning('%s The checkpoint was moved to %s.', error, aside)
   if found:
     raise ValueError(

@@ -3,6 +3,8 @@
 Decisions:
   * A run locks its workdir's `log.txt` before it checks and writes. So a command that is refused
     does not change the files of another run.
+  * In a bucket, these files are written into a local scratch folder and uploaded whole: every
+    `UPLOAD` seconds, before each checkpoint and at the end (`bucket.Mirror`).
   * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
@@ -12,14 +14,16 @@ import json
 import logging
 import pathlib
 import sys
+import time
 
-from vit_jax import storage
+from vit_jax import bucket, storage
 
 log = logging.getLogger(__name__)
 
 LOG = logging.getLogger('vit_jax')
 DETAILS = logging.getLogger('vit_jax.details')  # messages for log.txt only
 DETAILS.propagate = False
+UPLOAD = 30  # seconds between uploads to a bucket
 
 
 class Writer:
@@ -31,14 +35,22 @@ class Writer:
     The run resumes from step `start`. The caller must hold the workdir's lock (`lock.held`).
     """
     self.workdir = workdir
-    self._file = workdir / 'metrics.jsonl'
+    self._uploaded = time.monotonic()
     from vit_jax.workdir.events import Events  # here, because readers need no tensorboardX
 
     with contextlib.ExitStack() as opened:
-      self._log = opened.enter_context(contextlib.closing(LogFile(workdir / 'log.txt')))
+      self._mirror, self._folder = None, workdir
+      if bucket.is_remote(workdir):
+        mirror = bucket.Mirror(workdir, ('metrics.jsonl', 'log.txt'))
+        self._mirror = opened.enter_context(mirror)
+        self._folder = mirror.folder
+        opened.callback(self._upload)  # after the files are closed
+      self._file = self._folder / 'metrics.jsonl'
+      self._log = opened.enter_context(contextlib.closing(LogFile(self._folder / 'log.txt')))
       self.keep(lambda line: line['step'] <= start)
-      events = Events(workdir / 'tensorboard', start + 1)
+      events = Events(self._folder / 'tensorboard', start + 1)
       self._events = opened.enter_context(contextlib.closing(events))
+      self.flush()
       self._opened = opened.pop_all()
     self._log.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(message)s'))
     for logger in (LOG, DETAILS):
@@ -55,27 +67,42 @@ class Writer:
       logger.removeHandler(self._log)
     try:
       self._opened.close()
-    except storage.Unwritten:
+    except (storage.Unwritten, bucket.Lost):
       if error is None:  # otherwise `error` is the cause
         raise
 
   def keep(self, wanted: Callable[[dict], bool]) -> None:
     """Keeps only the wanted lines of `metrics.jsonl`."""
     if self._file.exists():
-      kept = [line for line in read_metrics(self.workdir) if wanted(line)]
+      kept = [line for line in read_metrics(self._folder) if wanted(line)]
       storage.replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
   def find(self, step: int, split: str) -> dict:
     """Returns the metrics of a split after `step` updates; empty if none were written."""
-    lines = [line for line in read_metrics(self.workdir) if line['split'] == split]
+    lines = [line for line in read_metrics(self._folder) if line['split'] == split]
     return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
     """Writes one line of metrics of a split after `step` updates."""
+    storage.check_allowed(self.workdir)
     self._log.check()
     with storage.writing(self._file), self._file.open('a', encoding='utf-8') as file:
       file.write(json.dumps({'step': step, 'split': split, **values}) + '\n')
     self._events.write(step, {f'{split}/{name}': value for name, value in values.items()})
+    if time.monotonic() > self._uploaded + UPLOAD:
+      self.flush()
+
+  def flush(self) -> None:
+    """Uploads the records, if the workdir is in a bucket."""
+    if self._mirror is not None:
+      self._events.flush()
+      self._upload()
+
+  def _upload(self):
+    storage.check_allowed(self.workdir)
+    with storage.uploading(self.workdir):
+      self._mirror.upload()
+    self._uploaded = time.monotonic()
 
   def result(self, values: dict) -> None:
     """Writes `result.json`, the last record of a run."""
@@ -125,6 +152,9 @@ class Silent:
   def write(self, step: int, split: str, **values: float) -> None:
     pass
 
+  def flush(self) -> None:
+    pass
+
   def result(self, values: dict) -> None:
     pass
 
@@ -135,7 +165,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
   Incomplete lines, lines without a step or split, and values that are not numbers are skipped.
   """
   file, lines = workdir / 'metrics.jsonl', []
-  text = file.read_text(encoding='utf-8', errors='replace') if file.exists() else ''
+  text = file.read_bytes().decode('utf-8', 'replace') if file.exists() else ''
   for line in text.splitlines():
     with contextlib.suppress(json.JSONDecodeError):
       lines.append(json.loads(line))

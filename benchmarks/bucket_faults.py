@@ -1,0 +1,165 @@
+"""Kills runs whose workdir and data are in a bucket, and checks that they recover exactly.
+
+    python -m benchmarks.bucket_faults                # about 20 minutes; writes bucket_faults.json
+    python -m benchmarks.bucket_faults 2 short.json   # two kills, another file
+
+The bucket is `tests/fake_gcs.py`, a Google Cloud Storage on loopback. The data are scikit-learn's
+digits as an image folder. Each run is killed with SIGKILL at a random time after a random step, and
+the command is repeated, which also takes over the lock of the dead process. Parameters, optimizer
+state and averages must equal those of an undisturbed run on a local disk with local data. Then
+eval, predict and export read the run. Nothing may be written on this machine outside a scratch
+folder.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image
+from sklearn import datasets
+
+from benchmarks import arguments, collect, faults
+from tests.fake_gcs import FakeGcs
+from vit_jax import bucket
+from vit_jax.workdir import write_json
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FLAGS = [
+  *faults.FLAGS, f'--config={ROOT}/configs/digits.py', '--config.data.source=folder:digits',
+  '--config.checkpoint_every=4',
+]  # fmt: skip
+DATA, RUN = 'gs://bucket/data', 'gs://bucket/run'
+STEPS = 46  # of a run
+OTHERS = {  # what reads the finished run
+  'eval': [],
+  'predict': ['--images={image}'],
+  'export': ['--format=stablehlo', '--out=gs://bucket/program'],
+}
+
+
+def write_digits(folder: pathlib.Path) -> pathlib.Path:
+  """Writes the digits as PNG files into `digits/<split>/<class>/`, and returns one of them."""
+  found = datasets.load_digits()
+  for i, (image, label) in enumerate(zip(found.images, found.target)):
+    file = folder / 'digits' / ('train' if i % 5 else 'test') / str(label) / f'{i}.png'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(file)
+  return file
+
+
+def start(workdir: str, flags: list[str], folder: pathlib.Path) -> subprocess.Popen:
+  """Starts `main.py` in the folder `cwd/`, with `scratch/` for temporary files."""
+  own = {'TMPDIR': str(folder / 'scratch'), 'HOME': str(folder / 'home')}
+  own |= {'PYTHONPATH': str(ROOT)}
+  command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}', *flags]
+  log = (folder / 'log').open('ab')
+  env = os.environ | own
+  return subprocess.Popen(command, cwd=folder / 'cwd', env=env, stdout=log, stderr=log)
+
+
+def finish(workdir: str, flags: list[str], folder: pathlib.Path) -> None:
+  """Runs `main.py`, and raises SystemExit if it fails."""
+  if code := start(workdir, flags, folder).wait(600):
+    log = (folder / 'log').read_text(encoding='utf-8', errors='replace')
+    raise SystemExit(f'{workdir}: exit code {code}\n{log[-3000:]}')
+
+
+def steps_in(server: FakeGcs) -> list[int]:
+  """Returns the steps of all committed checkpoints in the bucket."""
+  found = (re.fullmatch(r'run/checkpoints/(\d+)/commit_success.txt', n) for n in server.names())
+  return sorted(int(match[1]) for match in found if match)
+
+
+def local_files(folder: pathlib.Path) -> set[str]:
+  """Returns the files that a process has left in its folders."""
+  found = (file.relative_to(folder) for file in folder.rglob('*') if file.is_file())
+  return {str(file) for file in found if file.name != 'log'}
+
+
+def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path) -> dict:
+  """Kills a run in the bucket, resumes it, uses it, and returns what was found."""
+  draw = random.Random(number)
+  for name in server.names('run/') + server.names('program/'):
+    del server.objects['bucket', name]
+  for name in ('cwd', 'home', 'scratch'):
+    (folder / name).mkdir(parents=True)
+  flags = [*FLAGS, f'--config.data.dir={DATA}']
+  began, process = time.monotonic(), start(RUN, flags, folder)
+  step, pause = draw.randrange(0, STEPS, 4), draw.uniform(0, 1.5)  # step 0: while it starts
+  while process.poll() is None and step and step not in steps_in(server)[-1:]:
+    time.sleep(0.02)
+  time.sleep(pause if step else draw.uniform(0, 12))
+  process.kill()
+  code, reached = process.wait(), steps_in(server)
+  found = {
+    'after_step': step, 'exit_code': code, 'checkpoint': max(reached, default=None),
+    'lock_left': 'run/lock.json' in server.names(), 'seconds': round(time.monotonic() - began, 1),
+  }  # fmt: skip
+  shutil.rmtree(folder / 'scratch')  # what the killed process has left
+  (folder / 'scratch').mkdir()
+  finish(RUN, flags, folder)
+  found['fingerprint'] = faults.fingerprint(bucket.to_path(RUN))
+  for mode, more in OTHERS.items():
+    finish(RUN, [f'--mode={mode}', *(word.format(image=image) for word in more)], folder)
+  found['written_locally'] = sorted(local_files(folder))
+  found['objects'] = len(server.names('run/'))
+  shutil.rmtree(folder)
+  return found
+
+
+def summary(found: list[dict]) -> dict:
+  """Returns the content of the file, for the runs so far."""
+  return {
+    **collect.circumstances(),
+    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in found),  # others had ended
+    'identical': sum(one['identical'] for one in found),
+    'written_locally': sum(bool(one['written_locally']) for one in found),
+    'locks_taken_over': sum(one['lock_left'] for one in found),
+    'runs': found,
+  }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  parser = arguments.Parser(__spec__, __doc__)
+  kills = 'runs to kill (default: %(default)s)'
+  parser.add_argument('kills', nargs='?', type=arguments.count, default=20, help=kills)
+  out = collect.RESULTS / 'bucket_faults.json'
+  parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  args, found = parse(argv), []
+  with tempfile.TemporaryDirectory() as name, FakeGcs() as server:
+    folder, compiled = pathlib.Path(name), pathlib.Path(name) / 'compiled'
+    os.environ.update(server.env | {'JAX_COMPILATION_CACHE_DIR': str(compiled)})
+    image = write_digits(folder)
+    for file in folder.rglob('*.png'):
+      server.put('bucket', f'data/{file.relative_to(folder)}', file.read_bytes())
+    for part in ('cwd', 'home', 'scratch'):
+      (folder / 'alone' / part).mkdir(parents=True)
+    finish(str(folder / 'local'), [*FLAGS, f'--config.data.dir={folder}'], folder / 'alone')
+    want = faults.fingerprint(folder / 'local')
+    for number in range(args.kills):
+      found.append(kill(number, folder / 'one', server, image))
+      found[-1]['identical'] = found[-1].pop('fingerprint') == want
+      print(found[-1], flush=True)
+      write_json(args.out, result := summary(found))
+  if result['identical'] < len(found) or result['written_locally']:
+    raise SystemExit(
+      f'{args.out}: {result["identical"]} of {len(found)} runs ended exactly like the local run, '
+      f'and {result["written_locally"]} wrote files on this machine; expected all and none.'
+    )
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,0 +1,282 @@
+"""Paths, locks and records in a bucket: one process, and a server on loopback."""
+
+import io
+import json
+import pickle
+import threading
+import time
+
+from PIL import Image
+import pytest
+
+from tests.conftest import error
+from tests.fake_gcs import FakeGcs
+from vit_jax import bucket, storage
+from vit_jax.bucket import client, lease, records
+from vit_jax.data import sources
+from vit_jax.data.image import BadImage
+from vit_jax.data.source import as_bytes, fetched
+from vit_jax.workdir import held, stored
+
+
+@pytest.fixture
+def server(monkeypatch):
+  """A server that this process uses; its buckets are `bucket` and `forbidden`."""
+  with FakeGcs() as found:
+    for name, value in found.env.items():
+      monkeypatch.setenv(name, value)
+    forget()
+    yield found
+  forget()
+
+
+def forget():
+  """Makes the next access connect again."""
+  import gcsfs
+
+  gcsfs.GCSFileSystem.clear_instance_cache()
+  for cached in (client.filesystem, client.check_access):
+    cached.cache_clear()
+  from etils.epath import backend
+
+  backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
+@pytest.mark.parametrize('name, message', [
+  ('gs://absent/run', 'gs://absent: there is no such bucket'),
+  ('gs://forbidden/run', 'gs://forbidden: access is forbidden. Give this account'),
+  ('gs://', 'the name of the bucket is missing'),
+  ('s3://bucket/run', 'URLs of this kind are not supported'),
+])  # fmt: skip
+def test_a_bucket_that_cannot_be_used_is_an_error_that_says_why(server, capsys, name, message):
+  assert message in error(capsys, '--mode=eval', f'--workdir={name}')
+
+
+def test_a_server_that_does_not_answer_is_an_error_within_seconds(server, capsys, monkeypatch):
+  monkeypatch.setattr(client, 'FIRST', 0.5)
+  server.delay = 2.0
+  assert 'no answer within' in error(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+
+
+def test_missing_credentials_are_an_error_with_the_command():
+  assert 'gcloud auth' in client.why_refused(client_error(401, 'Invalid Credentials'))
+
+
+def client_error(code, message):
+  from gcsfs.retry import HttpError
+
+  return HttpError({'code': code, 'message': message})
+
+
+def test_files_are_written_whole_and_read_back(server, tmp_path):
+  path = bucket.to_path('gs://bucket/run/')
+  assert str(path) == 'gs://bucket/run'
+  storage.replace(path / 'a.json', '{"a": "ä"}')
+  assert (path / 'a.json').read_text(encoding='utf-8') == '{"a": "ä"}'
+  (tmp_path / 'b').write_bytes(b'b')
+  storage.upload([tmp_path / 'b'], path / 'deep')
+  assert bucket.list_below(path) == {'a.json': 11, 'deep/b': 1}
+  assert bucket.contents([path / 'deep/b', path / 'a.json'])[0] == b'b'
+  bucket.move(path / 'deep', path / 'aside')
+  assert bucket.list_below(path) == {'a.json': 11, 'aside/b': 1}
+  with bucket.downloaded(path) as copy:
+    assert (copy / 'aside' / 'b').read_bytes() == b'b'
+  bucket.delete_all(path)
+  bucket.delete_all(path)
+  assert server.names() == []
+
+
+def test_a_refused_write_is_reported_as_unwritten(server):
+  path = bucket.to_path('gs://bucket/run')
+  with pytest.raises(storage.Unwritten, match='Cannot write gs://forbidden/x.*forbidden'):
+    storage.replace(type(path)('gs://forbidden/x'), 'x')
+  with pytest.raises(ValueError, match='Cannot write to gs://forbidden/out: access is forbidden'):
+    storage.check_folder(type(path)('gs://forbidden/out'))
+
+
+def test_records_are_uploaded_whole_and_downloaded_again(server):
+  path = bucket.to_path('gs://bucket/run')
+  for text in ('one\n', 'two\n'):
+    with records.Mirror(path, ('log.txt', 'absent.txt')) as mirror:
+      with (mirror.folder / 'log.txt').open('a', encoding='utf-8') as file:
+        file.write(text)
+      mirror.upload()
+      server.written.clear()
+      mirror.upload()
+      assert not server.written  # nothing has changed
+  assert (path / 'log.txt').read_text(encoding='utf-8') == 'one\ntwo\n'
+  assert server.names() == ['run/log.txt']
+
+
+def test_a_workdir_has_one_owner_and_its_lock_is_removed(server):
+  path = bucket.to_path('gs://bucket/run')
+  with held(path):
+    assert server.names() == ['run/lock.json']
+    with pytest.raises(ValueError, match='another run is writing here'), held(path):
+      pass
+  assert server.names() == []
+  with held(path):
+    pass
+
+
+def other(server, host='elsewhere', **changes):
+  """Writes the lock of another process."""
+  about = {'host': host, 'pid': 1, 'started': 'x', 'nonce': 'n'} | changes
+  return server.put('bucket', 'run/lock.json', json.dumps(about).encode())
+
+
+@pytest.fixture
+def short(monkeypatch):
+  """Makes locks expire within a second."""
+  for name, value in (('HEARTBEAT', 0.1), ('EXPIRES', 0.5), ('POLL', 0.02)):
+    monkeypatch.setattr(lease, name, value)
+
+
+def test_the_lock_of_a_dead_process_of_this_host_is_taken_over_at_once(server):
+  other(server, lease.this_host(), started='another time')
+  began = time.monotonic()
+  with bucket.Lease(bucket.to_path('gs://bucket/run')):
+    assert time.monotonic() < began + 5
+
+
+def test_an_expired_lock_is_taken_over_by_one_of_several_processes(server, short):
+  other(server)
+  path, outcomes = bucket.to_path('gs://bucket/run'), []
+
+  def take():
+    try:
+      with bucket.Lease(path):
+        outcomes.append('held')
+        time.sleep(1)
+    except ValueError:
+      outcomes.append('refused')
+
+  threads = [threading.Thread(target=take) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(outcomes) == ['held', 'refused', 'refused', 'refused']
+
+
+def test_a_lock_that_is_renewed_is_not_taken_over(server, short):
+  end = threading.Event()
+
+  def renew():
+    while not end.wait(0.05):
+      other(server)
+
+  other(server)
+  threading.Thread(target=renew, daemon=True).start()
+  lock = bucket.Lease(bucket.to_path('gs://bucket/run'))
+  with pytest.raises(ValueError, match=r'process 1 on elsewhere'), lock:
+    pass
+  end.set()
+
+
+def test_a_process_that_lost_its_lock_stops_before_its_next_write(server, short):
+  path = bucket.to_path('gs://bucket/run')
+  with held(path):
+    storage.replace(path / 'result.json', '{}')
+    theirs = other(server)
+    time.sleep(0.3)
+    with pytest.raises(bucket.Lost, match='another run has taken over the lock'):
+      storage.replace(path / 'result.json', '{"late": 1}')
+  assert server.objects['bucket', 'run/result.json'].data == b'{}'
+  assert server.objects['bucket', 'run/lock.json'].generation == theirs.generation  # not removed
+
+
+def test_a_suspended_process_checks_its_lock_before_it_writes(server, short, monkeypatch):
+  path = bucket.to_path('gs://bucket/run')
+  monkeypatch.setattr(bucket.Lease, '_beat', lambda self: None)
+  with held(path):
+    other(server)
+    time.sleep(0.3)
+    with pytest.raises(bucket.Lost):
+      storage.replace(path / 'result.json', '{}')
+
+
+@pytest.mark.slow
+def test_unavailability_of_some_seconds_is_waited_for(server):
+  path = bucket.to_path('gs://bucket/run')
+  server.unavailable(4)
+  storage.replace(path / 'a', 'a')
+  assert (path / 'a').read_bytes() == b'a'
+
+
+def test_a_failed_request_ends_the_program_without_a_traceback(server, capsys, monkeypatch):
+  def fail(*_):
+    raise client_error(503, 'busy')
+
+  monkeypatch.setattr(stored, 'saved_steps', fail)
+  said = error(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+  assert 'A request to a bucket failed: HttpError: busy, 503.' in said
+
+
+def put_images(server):
+  """Writes images of two classes into `data/` of the bucket, and returns the content of one."""
+  for i in range(40):
+    file = io.BytesIO()
+    Image.new('RGB', (4, 4), (i, i, i)).save(file, format='PNG')
+    folder = f'{"train" if i % 4 else "test"}/{"ab"[i % 2]}'
+    server.put('bucket', f'data/pets/{folder}/deep/{i}.png', file.getvalue())
+  server.put('bucket', 'data/pets/train/a/notes.txt', b'x')
+  return file.getvalue()
+
+
+def examples_of(source, split):
+  found = source.read(split, range(source.sizes[split]))
+  return {(name.partition('pets/')[2], as_bytes(encoded), label)
+          for name, encoded, label in fetched(found)}  # fmt: skip
+
+
+@pytest.mark.parametrize('spec', ['folder:pets', 'images:pets', 'labels:pets/all.csv'])
+def test_images_in_a_bucket_are_those_on_disk(server, tmp_path, spec):
+  put_images(server)
+  names = server.names('data/pets/t')
+  rows = [f'{n.removeprefix("data/")},{n.split("/")[3]},{n.split("/")[2]}' for n in names]
+  table = '\n'.join(['path,label,split', *(row for row in rows if '.png' in row)])
+  server.put('bucket', 'data/pets/all.csv', table.encode())
+  bucket.client.filesystem().get('bucket/data/', f'{tmp_path}/', recursive=True)
+  remote, local = (
+    sources.open_source(spec, d, (4, 4)) for d in ('gs://bucket/data', str(tmp_path))
+  )
+  assert remote.fingerprint == local.fingerprint and remote.class_names == local.class_names
+  for split in local.sizes:
+    assert examples_of(remote, split) == examples_of(local, split) != set()
+  if spec == 'folder:pets':
+    assert (
+      [w.partition('pets')[2] for w in remote.warnings]
+      == [w.partition('pets')[2] for w in local.warnings]
+      != []
+    )
+
+
+def test_a_list_is_kept_and_read_again(server, tmp_path):
+  put_images(server)
+  with bucket.keeping_lists(tmp_path):
+    first = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+    for name, content in bucket.kept_lists().items():
+      (tmp_path / name).write_bytes(content)
+  server.put('bucket', 'data/pets/train/a/more.png', b'')
+  with bucket.keeping_lists(tmp_path):
+    again = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  with bucket.keeping_lists(tmp_path / 'none'):
+    other = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_an_image_that_was_removed_from_the_bucket_is_reported(server):
+  put_images(server)
+  source = sources.open_source('folder:pets', 'gs://bucket/data', (4, 4))
+  for name in server.names('data/pets/train/a/deep'):
+    del server.objects['bucket', name]
+  with pytest.raises(BadImage, match='png: there is no such object'):
+    examples_of(source, 'train')
+
+
+def test_a_path_in_a_bucket_can_be_sent_to_another_process(server):
+  content = put_images(server)
+  path = bucket.listed_folder(bucket.to_path('gs://bucket/data/pets')) / 'train/b/deep/39.png'
+  copy = pickle.loads(pickle.dumps(path))
+  assert str(copy) == str(path) and copy.read_bytes() == content

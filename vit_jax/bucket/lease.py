@@ -1,0 +1,195 @@
+"""A lock in a bucket: an object that only one process can create, and that expires.
+
+Decisions:
+  * Object stores have no locks that end with a process. The owner therefore writes the object again
+    every `HEARTBEAT` seconds. If the object has not changed for `EXPIRES` seconds, its owner has
+    died, and the lock can be taken over.
+  * Only generations of the object are compared, on the watch of the process that waits. So clocks
+    of different hosts do not matter.
+  * Every write names the generation that it replaces. If several processes take over an expired
+    lock, the bucket accepts one. A process that was suspended notices that it has lost its lock.
+  * A process of the same host can be looked up. If it is dead, its lock is taken over at once.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+import uuid
+
+from vit_jax.bucket import client
+
+HEARTBEAT = 20.0  # seconds between two writes of the owner
+EXPIRES = 60.0  # seconds without a write after which the lock can be taken over
+POLL = 2.0  # seconds between two looks of a process that waits
+NAME = 'lock.json'
+
+log = logging.getLogger(__name__)
+
+
+class Lost(ValueError):
+  """Raised if another process has taken over the lock of a workdir."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+  """A process: its host, its number, when it started, and a text that no other owner has."""
+
+  host: str
+  pid: int
+  started: str
+  nonce: str
+
+  @classmethod
+  def this(cls) -> 'Owner':
+    """Returns the owner for a new lock of this process."""
+    return cls(this_host(), os.getpid(), started(os.getpid()), uuid.uuid4().hex)
+
+  @classmethod
+  def read(cls, content: bytes) -> 'Owner':
+    """Reads an owner from an object; a damaged object gives an unknown owner."""
+    try:
+      return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
+    except (ValueError, TypeError, KeyError):
+      return cls('unknown', 0, '', '')
+
+  def is_dead(self) -> bool:
+    """Returns whether this process is known to have ended: only for processes of this host."""
+    return self.host == this_host() and started(self.pid) != self.started
+
+  def is_alive(self) -> bool:
+    """Returns whether this process is known to run: only for processes of this host."""
+    return self.host == this_host() and started(self.pid) == self.started
+
+
+def this_host() -> str:
+  """Returns a text that processes share only if they see each other's process numbers."""
+  parts = [socket.gethostname()]
+  with contextlib.suppress(OSError):
+    parts.append(
+      pathlib.Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()
+    )
+  with contextlib.suppress(OSError):
+    parts.append(os.readlink('/proc/self/ns/pid'))
+  return ' '.join(parts)
+
+
+def started(pid: int) -> str:
+  """Returns when a process started, as the system counts; empty if there is no such process."""
+  try:
+    text = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
+    state, *rest = text.rpartition(')')[2].split()  # the name of the program can contain spaces
+    return '' if state == 'Z' else rest[18]
+  except OSError:
+    pass
+  try:  # systems without /proc
+    os.kill(pid, 0)
+    return 'running'
+  except (ProcessLookupError, OverflowError):
+    return ''
+  except PermissionError:
+    return 'running'
+
+
+class Lease:
+  """Context manager that holds the lock of a folder in a bucket."""
+
+  def __init__(self, folder: pathlib.Path):
+    """Prepares the lock; `with` takes it, and waits if its last owner did not remove it."""
+    self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
+    self._generation, self._renewed, self._lost = 0, 0.0, False
+    self._busy, self._end = threading.Lock(), threading.Event()
+
+  def __enter__(self):
+    """Takes the lock.
+
+    Raises:
+      ValueError: another process holds it.
+    """
+    self._take()
+    threading.Thread(target=self._beat, daemon=True, name='heartbeat').start()
+    return self
+
+  def __exit__(self, *_):
+    self._end.set()
+    with self._busy, contextlib.suppress(Exception):  # an unremoved lock expires
+      if not self._lost:
+        client.delete_if(self._path, self._generation)
+
+  def check(self) -> None:
+    """Raises Lost if another process took over the lock. Call this before each write."""
+    if not self._lost and time.monotonic() > self._renewed + 2 * HEARTBEAT:
+      client.patient(self._renew)  # this process was suspended, or the bucket did not answer
+    if self._lost:
+      raise Lost(
+        f'{self._folder}: another run has taken over the lock of this workdir, because this run '
+        f'did not renew it for {EXPIRES:.0f} seconds. This run stops and writes nothing more.'
+      )
+
+  def _take(self):
+    seen, end = None, 0.0
+    while True:
+      found = self._look()
+      if found is None:
+        generation = 0
+      else:
+        owner, generation = found
+        if owner.is_alive() or (seen is not None and generation != seen):
+          raise ValueError(
+            f'{self._folder}: another run is writing here (process {owner.pid} on '
+            f'{owner.host.split(" ")[0]}). Wait for its end, or use a different --workdir.'
+          )
+        if seen is None and not owner.is_dead():
+          seen, end = generation, time.monotonic() + EXPIRES
+          log.info(
+            '%s is locked by process %d on %s. If the lock does not change for %.0f seconds, this '
+            'process has ended, and the lock is taken over ...',
+            self._folder,
+            owner.pid,
+            owner.host.split(' ')[0],
+            EXPIRES,
+          )
+        if not owner.is_dead() and time.monotonic() < end:
+          time.sleep(POLL)
+          continue
+      if self._write(generation):
+        return
+      seen = seen if seen is not None else -1  # another process was faster
+
+  def _look(self) -> tuple[Owner, int] | None:
+    """Returns the owner and the generation of the lock; None if it is free."""
+    try:
+      content, generation = client.patient(client.get_with_generation, self._path)
+    except FileNotFoundError:
+      return None
+    return Owner.read(content), generation
+
+  def _write(self, generation: int) -> bool:
+    """Writes the lock if it has this generation, and returns whether this process owns it now."""
+    content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
+    asked = time.monotonic()
+    try:
+      self._generation = client.patient(client.put_if, self._path, content, generation)
+    except FileExistsError:
+      # A repeated request fails if the first one has arrived, but its answer was lost.
+      found = self._look()
+      if found is None or found[0].nonce != self._owner.nonce:
+        return False
+      self._generation = found[1]
+    self._renewed = asked
+    return True
+
+  def _renew(self):
+    with self._busy:
+      if not self._end.is_set() and not self._lost:
+        self._lost = not self._write(self._generation)
+
+  def _beat(self):
+    while not self._end.wait(HEARTBEAT):
+      with contextlib.suppress(Exception):  # `check` raises what lasts
+        self._renew()

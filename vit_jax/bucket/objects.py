@@ -1,0 +1,78 @@
+"""Reads, writes, lists, moves and deletes objects."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+from vit_jax.bucket import client
+from vit_jax.bucket.paths import is_remote
+
+AT_ONCE = 64  # objects that are read at the same time
+
+
+def put(file: pathlib.Path, path: os.PathLike) -> None:
+  """Uploads a local file as one object, which readers see either whole or not at all."""
+  client.patient(client.filesystem().put_file, str(file), os.fspath(path))
+
+
+def delete_all(path: pathlib.Path) -> None:
+  """Deletes a folder, or an object and all objects below a path, if there are any."""
+  if not is_remote(path):
+    shutil.rmtree(path, ignore_errors=True)
+    return
+  with contextlib.suppress(FileNotFoundError):
+    client.patient(client.filesystem().rm, os.fspath(path), recursive=True)
+
+
+def move(path: pathlib.Path, target: pathlib.Path) -> None:
+  """Moves a folder. In a bucket, all objects are copied before the originals are deleted."""
+  if not is_remote(path):
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    return
+  client.patient(client.filesystem().copy, f'{path}/', f'{target}/', recursive=True)
+  delete_all(path)
+
+
+def list_below(path: os.PathLike) -> dict[str, int]:
+  """Returns {name: size in bytes} of all objects below a path, sorted; names begin below it."""
+  found = client.patient(client.filesystem().find, os.fspath(path), detail=True)
+  top = os.fspath(path).removeprefix('gs://').rstrip('/') + '/'
+  named = ((name.removeprefix(top), about['size']) for name, about in found.items())
+  return {name: size for name, size in sorted(named) if not name.endswith('/') and name}
+
+
+def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
+  """Returns the bytes of several objects, which are read at the same time; or their errors."""
+  if not paths:
+    return []
+  names = [os.fspath(path).removeprefix('gs://') for path in paths]
+
+  def read():
+    found = client.filesystem().cat(names, on_error='return', batch_size=AT_ONCE)
+    for error in found.values():
+      if isinstance(error, Exception) and client.is_passing(error):
+        raise error
+    return found
+
+  found = client.patient(read)
+  return [found[name] for name in names]
+
+
+@contextlib.contextmanager
+def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a temporary local copy of an object, or of all objects below a path.
+
+  A local path is yielded unchanged.
+  """
+  if not is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
+    copy = pathlib.Path(scratch) / pathlib.PurePosixPath(os.fspath(path)).name
+    fs = client.filesystem()
+    client.patient(fs.get, os.fspath(path), str(copy), recursive=True)
+    yield copy

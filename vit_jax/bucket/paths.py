@@ -1,0 +1,63 @@
+"""Turns the paths that users write into paths on this machine or in a bucket."""
+
+import os
+import pathlib
+import re
+
+from vit_jax.bucket import client
+
+SCHEME = 'gs://'
+
+
+def to_path(path: str | os.PathLike) -> pathlib.Path:
+  """Returns a local path with `~` expanded, or for `gs://` an `etils.epath.Path`.
+
+  The first path of each bucket asks the bucket for an object, so that later errors are rare.
+
+  Raises:
+    ValueError: a URL of another kind, or a bucket that cannot be read; the message says why.
+  """
+  text = os.fspath(path)
+  # `Path` merges the two slashes.
+  found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/+', text)
+  if not found:
+    return pathlib.Path(text).expanduser()
+  if found[1] != 'gs':
+    raise ValueError(
+      f'{text}: URLs of this kind are not supported. Give a path on this machine, or a bucket of '
+      'Google Cloud Storage: gs://<bucket>/<folder>.'
+    )
+  bucket, _, key = text[found.end() :].partition('/')
+  if not bucket:
+    raise ValueError(f'{text}: the name of the bucket is missing. Write gs://<bucket>/<folder>.')
+  client.prepare_clients()
+  client.check_access(bucket)
+  from etils import epath  # after `prepare_clients`, and only for buckets
+
+  return epath.Path(f'{SCHEME}{bucket}/{key}'.rstrip('/'))
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+  """Returns whether a path is in a bucket."""
+  return os.fspath(path).startswith(SCHEME)
+
+
+def join_paths(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+  """Returns `base / path`; an absolute path, or one in a bucket, stays as it is."""
+  return path if is_remote(path) or path.is_absolute() else base / path
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """Returns the absolute path, without links; a path in a bucket is absolute already."""
+  return path if is_remote(path) else pathlib.Path(path).expanduser().resolve()
+
+
+def local_only(what: str, path: str | os.PathLike) -> pathlib.Path:
+  """Returns a local path with `~` expanded.
+
+  Raises:
+    ValueError: the path is a URL; the message begins with `what`, which needs a local path.
+  """
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', os.fspath(path)):
+    raise ValueError(f'{what}: {path} is a URL, but must be a path on this machine.')
+  return pathlib.Path(path).expanduser()

@@ -1,0 +1,41 @@
+"""Keeps files that grow in a local scratch folder, and uploads them whole.
+
+Objects cannot be appended to. So `metrics.jsonl`, `log.txt` and TensorBoard events of a workdir in
+a bucket are written locally; a resumed run downloads them first.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import pathlib
+import tempfile
+
+from vit_jax.bucket import client, objects
+
+
+class Mirror:
+  """Context manager for a local folder, whose files are uploaded to a bucket."""
+
+  def __init__(self, remote: pathlib.Path, names: Sequence[str]):
+    """Downloads the named files of `remote` into a new scratch folder, if they exist."""
+    self._remote, self._sent = remote, {}
+    self._scratch = tempfile.TemporaryDirectory(prefix='vit_jax_records_')
+    self.folder = pathlib.Path(self._scratch.name)
+    for name in names:
+      with contextlib.suppress(FileNotFoundError):
+        content = client.patient((remote / name).read_bytes)
+        (self.folder / name).write_bytes(content)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._scratch.cleanup()
+
+  def upload(self) -> None:
+    """Uploads all files that changed since the last upload."""
+    for file in sorted(self.folder.rglob('*')):
+      about = file.stat()
+      state = about.st_size, about.st_mtime_ns
+      if file.is_file() and self._sent.get(file) != state:
+        objects.put(file, self._remote / file.relative_to(self.folder))
+        self._sent[file] = state
