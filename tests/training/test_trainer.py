@@ -325,7 +325,7 @@ def test_time_before_a_resume_is_counted(monkeypatch):
   blank = state.TrainState(jnp.int32(0), {}, (), None)
   monkeypatch.setattr(state, 'init_state', lambda *_: blank)
   found = types.SimpleNamespace(
-    latest=lambda: 5, restore=lambda like: ([np.int32(5)], {'seconds': 1000.0})
+    latest=lambda: 5, restore=lambda like: (like.replace(step=jnp.int32(5)), {'seconds': 1000.0})
   )
   exp, training = opening.from_config(small_config())
   begun, seconds = state.start_state(exp, training, devices_lib.make_mesh(), found)
