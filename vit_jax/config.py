@@ -54,7 +54,7 @@ def unset(config: Mapping) -> set[str]:
 
 
 def is_switch(key: str) -> bool:
-  """Returns whether the text is the name of a key that is true or false."""
+  """Returns whether the text names a Boolean key."""
   return key in KEYS and KEYS[key].kind is bool
 
 

@@ -180,7 +180,7 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
 def adaptation(
   config: ConfigDict, found: Weights, num_classes: int | None, new_head: bool
 ) -> Adaptation:
-  """Returns what weights are adapted to, for the config's image size, patch size and resizing.
+  """Returns the `Adaptation` of weights: for the config's image size, patch size and resizing.
 
   Raises:
     ValueError: the images do not divide into patches.

@@ -223,7 +223,7 @@ def test_weights_without_a_run_are_compared_without_an_accuracy(tmp_path):
   vit_jax.save(model, params, tmp_path / 'npz', format='npz', preprocessing=P)
   exporting.export(tmp_path / 'npz', 'stablehlo', tmp_path / 'out', precision='bfloat16')
   assert card(tmp_path / 'out')[1]['bfloat16'][-1] == 'unknown'
-  with pytest.raises(ValueError, match='needs typical images.* Set --config.data.source'):
+  with pytest.raises(ValueError, match='needs sample images.* Set --config.data.source'):
     exporting.export(tmp_path / 'npz', 'onnx', tmp_path / 'new', precision='int8')
   assert not (tmp_path / 'new').exists()
 

@@ -178,7 +178,7 @@ def fixed(number: jax.Array) -> jax.Array:
 
 
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """Extends a line through `zero` at factor 0 and `one` at factor `ONE`; rounds down."""
+  """Interpolates or extrapolates: factor 0 gives `zero`, factor `ONE` gives `one`. Rounds down."""
   return zero + (factor * (one - zero) >> BITS)
 
 

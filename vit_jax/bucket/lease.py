@@ -142,7 +142,7 @@ class Lease:
         if owner.is_alive() or (seen is not None and generation != seen):
           raise ValueError(
             f'{self._folder}: another run is writing here (process {owner.pid} on '
-            f'{owner.host.split(" ")[0]}). Wait for its end, or use a different --workdir.'
+            f'{owner.host.split(" ")[0]}). Wait until it ends, or use a different --workdir.'
           )
         if seen is None and not owner.is_dead():
           seen, end = generation, time.monotonic() + EXPIRES

@@ -30,7 +30,7 @@ def is_from_bucket(error: Exception) -> bool:
 
 
 def what_was_saved(workdir: pathlib.Path | None) -> str:
-  """Returns from which step an interrupted run resumes."""
+  """Returns a sentence with the step from which an interrupted run resumes."""
   if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun
     return ''
   from vit_jax.workdir import saved_steps

@@ -37,8 +37,8 @@ def run_eval(args) -> None:
 def as_text(result: dict) -> str:
   """Returns all numbers as `name value`, a summary, and a table of the worst classes.
 
-  If images can have several labels, the table has all classes. Of a run without labels, only the
-  loss is known.
+  If images can have several labels, the table has all classes. A run without labels has only a
+  loss.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())

@@ -131,7 +131,7 @@ def load_examples(
 
 
 def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
-  """Raises BadImage for the bad ones of the `count` images of a split; the first few are named."""
+  """Raises one BadImage for all bad images of a split. The message names the first few."""
   text = ' '.join(errors[:SHOWN])
   if len(errors) > 1:
     text = f'{split}: {len(errors):,} of {count:,} images are bad. {text}'

@@ -26,7 +26,7 @@ def unsignalled() -> Iterator[None]:
   """Blocks SIGINT and SIGTERM in the threads that this block starts, and in the workers.
 
   All processes of a job get these signals at the same time. Workers must keep running until
-  training has saved. A worker that is still starting could not ignore the signals by itself.
+  training has saved. A worker that is still starting cannot ignore the signals yet.
   """
   multiprocessing.resource_tracker.ensure_running()  # starting it later would undo the mask
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -160,7 +160,7 @@ def is_shared(folder: pathlib.Path) -> bool:
 
 
 def from_all(value: object) -> list:
-  """Returns a list with the `value` of each process. JSON must be able to hold the values."""
+  """Returns a list with the `value` of each process. The values must be serializable as JSON."""
   data = json.dumps(value).encode()
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [json.loads(data)]

@@ -116,7 +116,7 @@ def calibrate(
   """Fits the temperature on a validation split; the arguments are those of `answer_split`.
 
   If images can have several labels, the threshold of each class is fitted instead.
-  Of a very large split, evenly spaced examples are used, at most `FITTED` logits.
+  For a very large split, evenly spaced examples are used, with at most `FITTED` logits.
   """
   logits, labels = [], []
   for answers in answer_split(eval_step, params, examples, batch_size, mesh):
@@ -157,7 +157,7 @@ def calibrate_run(
 
 
 def log_calibration(step: int, found: Calibration) -> None:
-  """Logs what was fitted for a checkpoint."""
+  """Logs the calibration of a checkpoint."""
   fitted = f'temperature {found.temperature:.4g}'
   if found.thresholds:
     low, high = min(found.thresholds), max(found.thresholds)

@@ -82,8 +82,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     The step, the source and the split of the data, the values of `score_split`, and the measures of
     `trust`. `left_out` is the number of images that were not scored because the weights were
-    trained on them. The key is missing if the number is zero. `max_patches` is the one of the
-    request, if it has one. Of a run without labels, only the loss is known.
+    trained on them. The key is missing if the number is zero. `max_patches` comes from the request,
+    if it has one. A run without labels has only a loss.
   """
   # The classes of zero-shot weights are those of the data.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'

@@ -57,8 +57,8 @@ def ratios(
   """Returns the columns of `class_scores` from three counts of each class.
 
   Args:
-    right_L: examples of the class to which it was given.
-    given_L: all examples to which it was given.
+    right_L: number of correct predictions of each class.
+    given_L: number of all predictions of each class.
     support_L: all examples of the class.
   """
   share = lambda part_L, all_L: np.where(all_L > 0, part_L / np.maximum(all_L, 1), np.nan)
@@ -122,8 +122,8 @@ def coverage_curve(
 
   Returns:
     `coverage`, the share of the examples that the model answers. `accuracy`, the accuracy on these
-    examples; of examples with equal confidence, each counts with their mean. `confidence`, the
-    lowest confidence among them.
+    examples; examples with equal confidence count with the mean accuracy of their group.
+    `confidence`, the lowest confidence among them.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')
   falling_N, count = np.asarray(confidence_N)[order_N], len(order_N)

@@ -116,7 +116,7 @@ class Labelled:
 
   @classmethod
   def joined(cls, parts: Sequence['Labelled']) -> 'Labelled':
-    """Returns the rows of all parts, which have losses."""
+    """Joins the rows of all parts. Every part must have `loss_N`."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 

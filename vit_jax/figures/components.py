@@ -31,8 +31,8 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
   Args:
     model: the model, with any pool, with or without a head.
     params: the model's parameters.
-    image_BHWC: normalised images of a size that the model can read. For other sizes than the one
-      of its learned positions, set `position_grid` or load the weights with this `grid`.
+    image_BHWC: normalised images of a size that the model can read. If the size differs from the
+      learned positions, set `position_grid`, or load the weights with the matching `grid`.
   """
   token_BND = without_pool(model).apply({'params': params}, image_BHWC).astype(jnp.float32)
   h, w = (n // patch for n, patch in zip(image_BHWC.shape[1:3], model.patch_size))
@@ -76,8 +76,8 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
 def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
   """Returns the first three maps as red, green and blue: `[B, h, w, 3]`, 0 to 1.
 
-  Each colour covers the range of its map between two percentiles, `EDGES`, over all images. A
-  missing map, or one without any range, gives the medium value of its colour.
+  Each colour covers the range of its map between two percentiles, `EDGES`, over all images. If a
+  map is missing or constant, its colour has the value 0.5.
   """
   low_F, high_F = np.percentile(map_BhwF, EDGES, axis=(0, 1, 2))
   range_F = high_F - low_F

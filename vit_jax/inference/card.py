@@ -163,7 +163,7 @@ def source_text(data: Mapping, count: int) -> str:
 
 
 def public(path: str) -> str:
-  """Returns only the last part of an absolute or `~` path, so that cards show no local folders."""
+  """Shortens absolute and `~` paths to their last part, so that cards show no local folders."""
   place = pathlib.PurePath(path)
   return one_line(place.name if place.is_absolute() or path.startswith('~') else path)
 

@@ -243,7 +243,7 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
   replaced = {f'{name}{end}' for name in names for end in ('', '.data')}
   if others := runs + sorted(kept - replaced):
     held = ', '.join(others)
-    raise ValueError(f'{folder} already holds {held}. Choose another folder, or an empty one.')
+    raise ValueError(f'{folder} already holds {held}. Choose an empty folder.')
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:

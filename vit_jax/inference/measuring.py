@@ -99,7 +99,7 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Opens the experiment of some weights, which knows their data.
+  """Opens the experiment of weights, with the settings of their data.
 
   Returns None for weights without a run, if `overrides` does not name data either.
 
@@ -136,7 +136,7 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
   """
   if exp is None:
     raise ValueError(
-      f'{path}: this precision needs typical images, but the weights name no data set. '
+      f'{path}: this precision needs sample images, but the weights do not name their dataset. '
       'Set --config.data.source, e.g. folder:photos, or choose another --precision.'
     )
   data, size = exp.config.data, exp.task.stored_size

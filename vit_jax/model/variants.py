@@ -102,7 +102,7 @@ def variant_fields(variant: str) -> dict:
 
 
 def stretched(model: ViT, size: tuple[int, int], patch_size: tuple[int, int]) -> ViT:
-  """Returns the model for another grid of patches, or another patch size, with its parameters.
+  """Returns a model for the same parameters, with another grid of patches or another patch size.
 
   Args:
     model: the model.

@@ -185,7 +185,7 @@ def check_stages(config: ConfigDict, model: ViT) -> None:
 
 
 def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
-  """Raises ValueError if a step cannot use each of `patch_sizes`, or nothing would draw them."""
+  """Raises ValueError if `patch_sizes` do not fit the images, or the run cannot vary them."""
   sizes = config.patch_sizes
   if not sizes:
     return

@@ -84,7 +84,7 @@ class TextClasses:
     return cls(origin, names, embedding_LD / length_L1, check_scale(arrays, origin), bias)
 
   def matching(self, class_names: Sequence[str], source: str, multi_label: bool) -> 'TextClasses':
-    """Returns the classes of a dataset, in its order.
+    """Selects the embeddings of the classes of a dataset, in the order of the dataset.
 
     Args:
       class_names: classes of the dataset, such as names of folders.
@@ -104,8 +104,8 @@ class TextClasses:
     if missing := [name for name in class_names if name not in rows]:
       raise ValueError(
         f'{self.origin}: no embeddings for {len(missing)} of the {len(class_names)} classes of '
-        f'{source}: {abridged(missing)}. The file has: {abridged(self.names)}. Names must be equal '
-        'to the names of the classes; the texts of the embeddings can differ.'
+        f'{source}: {abridged(missing)}. The file has: {abridged(self.names)}. Each class of '
+        'the data needs an entry in `names` with exactly its name. The embedded text can differ.'
       )
     if others := [name for name in self.names if name not in {*class_names}]:
       log.info('%s: not used, because %s lacks them: %s.', self.origin, source, abridged(others))

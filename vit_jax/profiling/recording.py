@@ -69,7 +69,7 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
 
 @contextlib.contextmanager
 def names_in_cache_key() -> Iterator[None]:
-  """Prevents JAX from taking a compiled step from its cache that has other names of operations."""
+  """Makes JAX compile again if the cached step has different names of operations."""
   key = 'jax_compilation_cache_include_metadata_in_key'
   before = getattr(jax.config, key)
   jax.config.update(key, True)

@@ -97,7 +97,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of what is active: the time belongs to the lowest rank."""
+  """Returns the priority of an active operation: time belongs to the lowest rank."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''

@@ -155,7 +155,7 @@ def sweep(
 
 
 def short(rate: float) -> str:
-  """Returns a learning rate as text that no other rate has, in the short format if possible."""
+  """Formats a learning rate so that different rates give different texts, shortly if possible."""
   return f'{rate:g}' if float(f'{rate:g}') == rate else repr(rate)
 
 

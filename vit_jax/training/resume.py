@@ -69,7 +69,7 @@ def begin(
 
 
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
-  """Raises ValueError for runs of version 0.1.0 that today's version would continue differently.
+  """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
   `opening.from_config` rejects runs on image folders, because they now hold out different files.
 

@@ -90,7 +90,7 @@ class Program:
       given = 'none' if found is None else f'{found.dtype} {list(found.shape)}'
       expected = ', '.join(map(str, self.image_shape))
       raise ValueError(
-        f'{what}: this precision needs typical images, to measure the ranges of activations. '
+        f'{what}: this precision needs sample images, to measure the ranges of activations. '
         f'Expected uint8 [N, {expected}], got {given}.'
       )
 

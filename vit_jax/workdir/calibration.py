@@ -38,7 +38,7 @@ class Calibration:
 
   @classmethod
   def load(cls, saved: Mapping | None) -> 'Calibration':
-    """Creates the object from the facts of `load_checkpoint`; the default one without facts."""
+    """Creates the object from the facts of `load_checkpoint`; without facts, a default one."""
     fields = (saved or {}).get('calibration') or {}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 

@@ -85,7 +85,7 @@ def lock(workdir: pathlib.Path) -> IO | None:
     except BlockingIOError as error:
       file.close()
       raise ValueError(
-        f'{workdir}: another run is writing here. Wait for its end, or use a different --workdir.'
+        f'{workdir}: another run is writing here. Wait until it ends, or use a different --workdir.'
       ) from error
     except OSError as error:  # some network file systems have no locks
       writer.LOG.info(
