@@ -16,7 +16,7 @@ from vit_jax.bucket import client, lease, records
 from vit_jax.data import sources
 from vit_jax.data.image import BadImage
 from vit_jax.data.source import as_bytes, fetched
-from vit_jax.workdir import held, stored
+from vit_jax.workdir import digests, held, stored
 
 
 @pytest.fixture
@@ -84,6 +84,18 @@ def test_files_are_written_whole_and_read_back(server, tmp_path):
   bucket.delete_all(path)
   bucket.delete_all(path)
   assert server.names() == []
+
+
+def test_checksums_cover_all_files_although_requests_fail(server, monkeypatch):
+  checkpoint = bucket.to_path('gs://bucket/run/checkpoints/5')
+  for name in ('params/d/0', 'params/manifest.ocdbt', 'config/metadata', '_CHECKPOINT_METADATA'):
+    (checkpoint / name).write_bytes(name.encode())
+  monkeypatch.setattr(type(checkpoint), 'is_dir', lambda _: False)  # as after a failed request
+  digests.write_digests(checkpoint)
+  assert [*digests.read_digests(checkpoint)] == [
+    'config/metadata', 'params/d/0', 'params/manifest.ocdbt'
+  ]  # fmt: skip
+  assert digests.compare_files(checkpoint)
 
 
 def test_a_refused_write_is_reported_as_unwritten(server):

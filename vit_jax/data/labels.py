@@ -48,8 +48,8 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   if len(class_names) < 2:
     raise ValueError(
       f'{file}: found {len(class_names)} class(es) ({", ".join(class_names) or "none"}) in column '
-      "'label', expected at least two. Also list images that do not show this class, under a second "
-      'class name.'
+      "'label', expected at least two. Also list images that do not show this class, under a "
+      'second class name.'
     )
   label_N = as_array(file, rows, class_names)
   kept = {name.casefold() for name in (*SPLITS, *class_names)}

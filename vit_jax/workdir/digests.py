@@ -11,11 +11,11 @@ Decisions:
   * `_CHECKPOINT_METADATA` has no checksum: orbax changes it when it gives a checkpoint its name.
 """
 
-from collections.abc import Iterator
 import json
 import pathlib
 import zlib
 
+from vit_jax.bucket import is_remote, list_below
 from vit_jax.workdir import items
 
 FILE = 'digests.json'
@@ -25,7 +25,7 @@ CHUNK = 2**24  # bytes that are read at once
 
 def write_digests(checkpoint: pathlib.Path) -> None:
   """Writes the checksums of all files of the items of a checkpoint, as its last file."""
-  found = {name: checksum(checkpoint / name) for name in sorted(files_below(checkpoint))}
+  found = {name: checksum(checkpoint / name) for name in files_below(checkpoint)}
   (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
 
 
@@ -38,13 +38,13 @@ def checksum(file: pathlib.Path) -> list[int]:
   return [size, crc]
 
 
-def files_below(folder: pathlib.Path, start: str = '') -> Iterator[str]:
-  """Yields the names of all files in the subfolders of a folder, e.g. `params/manifest.ocdbt`."""
-  for path in folder.iterdir():
-    if path.is_dir():
-      yield from files_below(path, f'{start}{path.name}/')
-    elif start:
-      yield start + path.name
+def files_below(folder: pathlib.Path) -> list[str]:
+  """Returns the names of all files in the subfolders of a folder, e.g. `params/manifest.ocdbt`."""
+  if is_remote(folder):  # `is_dir` is False there after a failed request
+    names = list_below(folder)
+  else:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
+  return sorted(name for name in names if '/' in name)
 
 
 def counts(checkpoint: pathlib.Path) -> bool:

@@ -35,7 +35,7 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 def all_steps(workdir: pathlib.Path) -> list[int]:
   """Returns the steps of all checkpoints that orbax has completed, newest first."""
-  if not directory(workdir).is_dir():
+  if not directory(workdir).exists():
     return []
   return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
 
