@@ -147,7 +147,7 @@ def test_two_supervised_processes_finish_although_one_is_preempted(tmp_path):
   command = [
     UNTIL_DONE, sys.executable, 'main.py', '--config=tests/small.py',
     f'--workdir={tmp_path / "run"}',
-    f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--config.epochs=3',
+    f'--coordinator=127.0.0.1:{port}', '--num_processes=2', '--config.epochs=6',
     '--config.log_every=1', '--config.checkpoint_every=10', '--config.eval_every=0',
   ]  # fmt: skip
   env = os.environ | {'PAUSE': '1', 'JAX_NUM_CPU_DEVICES': '2'}

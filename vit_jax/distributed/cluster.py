@@ -21,7 +21,7 @@ import numpy as np
 
 TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
 ARRAY = '__array__'  # key of the JSON object that replaces an array
-ASKED = itertools.count(2**30)  # numbers of this process's calls to the preemption service
+ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service
 
 
 class Preempted(Exception):
@@ -33,8 +33,7 @@ def asked_to_stop() -> bool:
 
   Every process must call this function equally often, because JAX numbers the calls and compares
   the numbers of the processes. After a stop signal, all processes stop at the first call that no
-  process has made yet. The numbers begin at 2^30, above any training step, because orbax makes
-  calls of the same kind and numbers them by step.
+  process has made yet. Nothing else may call the service: `checkpoint.Manager` stops orbax.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 

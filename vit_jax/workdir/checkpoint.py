@@ -197,6 +197,17 @@ class Best(policies.PreservationPolicy):
     return [c.step == best for c in checkpoints]
 
 
+class Manager(ocp.CheckpointManager):
+  """Orbax's manager, without its own calls of JAX's preemption service.
+
+  The service compares the numbers of all calls, so the loop would never see a stop signal.
+  """
+
+  def reached_preemption(self, step):
+    del step
+    return False
+
+
 def manager(
   workdir: pathlib.Path,
   keep: int,
@@ -235,7 +246,7 @@ def manager(
     **who,
   )
   try:
-    return ocp.CheckpointManager(stored.directory(workdir), options=options, item_handlers=handlers)
+    return Manager(stored.directory(workdir), options=options, item_handlers=handlers)
   except items.CONTENT as error:
     raise ValueError(
       f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
