@@ -188,7 +188,7 @@ def check_objective(config: ConfigDict) -> None:
       wrong.append(f'optimizer.layer_decay={config.optimizer.layer_decay}')
     if wrong:
       raise ValueError(
-        f'objective={name} trains all parameters and no head, so it cannot be combined with '
+        f'objective={name} has no head of classes, so it cannot be combined with '
         f'{", ".join(wrong)}. Pretrain first. Then use the workdir as init of a second run.'
       )
   width, heads = config.masked.decoder_width, config.masked.decoder_heads

@@ -171,7 +171,10 @@ def from_dict(saved: Mapping) -> ConfigDict:
   values = {RENAMED.get(key, key): value for key, value in flatten(saved).items()}
   unknown = sorted(values.keys() - KEYS.keys())
   if unknown:
-    raise ValueError(f'The saved config has keys that this version lacks: {", ".join(unknown)}.')
+    raise ValueError(
+      f'The saved config has keys that this version lacks: {", ".join(unknown)}. Use the version '
+      'of vit_jax that saved it, or --import the module that adds these keys.'
+    )
   try:
     for key, value in values.items():
       section, _, name = key.rpartition('.')

@@ -53,7 +53,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
-      f'data.source={config.data.source} have {source.channels}.'
+      f'data.source={config.data.source} have {source.channels}. Use images with as many channels.'
     )
   classes = source.class_names if objective_of(config).labels else ()
   log.info('Starting from the weights in %s', config.init)
@@ -223,10 +223,10 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
   ]
   if differences:
     raise ValueError(
-      f'init={config.init} holds a different model than the config asks for:\n'
+      f'init={config.init} does not match the config:\n'
       + '\n'.join(differences)
-      + '\nSet these keys to None to take their values from the weights, or set model.variant '
-      'to the variant of the weights.'
+      + '\nSet these keys to None to take their values from the weights. For keys of the model, '
+      'you can also set model.variant to the variant of the weights.'
     )
   given = {
     f'model.{name}': value for name, value in own.items() if value is not None and name not in FREE

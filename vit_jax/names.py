@@ -36,9 +36,9 @@ def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, o
 
 
 def difference(ones: Sequence[str], others: Sequence[str]) -> str:
-  """Returns a sentence that says how two different lists of names differ, without a full stop."""
+  """Describes how two different lists of names differ. The text has no full stop at its end."""
   only = sorted({*ones} ^ {*others})
-  return f'Only one of the two has: {abridged(only)}' if only else 'The order differs'
+  return f'Classes in only one of the two lists: {abridged(only)}' if only else 'The order differs'
 
 
 def abridged(names: Sequence[str]) -> str:

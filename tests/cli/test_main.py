@@ -293,7 +293,7 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   ('def get_config(:', 'line 1: SyntaxError'),
   ('\nimport nothing_of_the_kind', 'line 2: ModuleNotFoundError'),
   ('x = 1', 'defines no function get_config'),
-  ('def get_config(): pass', 'must return the config'),
+  ('def get_config(): pass', 'must return a ConfigDict'),
   (MAKE + '  config.model.widht = 3\n  return config',
    'broken.py, line 4: widht: unknown key. Did you mean model.width'),
   (MAKE + '  config.update(epoch=3)\n  return config', 'line 4: epoch: unknown key'),

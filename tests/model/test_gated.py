@@ -170,7 +170,10 @@ def test_every_table_knows_every_parameter_of_a_block(kind):
 def test_an_mlp_with_a_layer_that_no_table_lists_is_refused(monkeypatch):
   mine = lambda block, dense, x_BND: dense((block.mlp_dim,), name='mine')(x_BND)
   monkeypatch.setitem(MLPS, 'mine', mine)
-  with pytest.raises(ValueError, match='model.mlp=mine creates layers that no table lists: mine'):
+  with pytest.raises(
+    ValueError,
+    match='model.mlp=mine creates layers that are missing in vit_jax.model.ADAPTED: mine',
+  ):
     check_parameters(make(None, 5, **SIZES, mlp='mine'), (8, 8, 3))
   monkeypatch.setitem(ADAPTED, 'mine', 1)
   check_parameters(make(None, 5, **SIZES, mlp='mine'), (8, 8, 3))

@@ -305,7 +305,8 @@ def test_a_changed_teacher_is_refused(teacher, taught, tmp_path):
 
 @pytest.mark.parametrize('source, message', [
   ({'class_names': tuple('abc')}, r'has 10 classes \(pattern 0, pattern 1, .*\), but '
-   r'data.source=synthetic has 3 \(a, b, c\). Only one of the two has: a, b, c, pattern 0'),
+   r'data.source=synthetic has 3 \(a, b, c\). '
+   'Classes in only one of the two lists: a, b, c, pattern 0'),
   ({'class_names': SOURCE.class_names[::-1]}, 'The order differs. Use a teacher'),
   ({'channels': 1}, r'expects images with 3 channel\(s\), but the images of .* have 1'),
 ])  # fmt: skip

@@ -39,7 +39,8 @@ def load_file(spec: str) -> ConfigDict:
     config = get_config(variant) if variant else get_config()
   if not isinstance(config, ConfigDict):
     raise ValueError(
-      f'--config: get_config() of {path} must return the config, but it returned something else.'
+      f'--config: get_config() of {path} must return a ConfigDict, but returned the type '
+      f'{type(config).__name__}. Start from vit_jax.default_config().'
     )
   for key in flatten(config):
     if keys := [name for name in KEYS if name.startswith(f'{key}.')]:

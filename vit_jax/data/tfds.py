@@ -62,9 +62,9 @@ def tfds_source(name: str, builder) -> Source:
   feature, label = features.get(image_key), features.get(label_key)
   if not isinstance(feature, kinds.Image) or not isinstance(label, kinds.ClassLabel):
     raise ValueError(
-      f'tfds:{name} is not an image classification dataset: its supervised keys are '
-      f'{builder.info.supervised_keys} of types {type(feature).__name__} and '
-      f'{type(label).__name__}.'
+      f'tfds:{name}: expected an image and a class label, but its supervised keys '
+      f'{builder.info.supervised_keys} have the types {type(feature).__name__} and '
+      f'{type(label).__name__}. Choose an image classification dataset.'
     )
   directory = str(builder.data_path)  # a builder cannot be sent to another process
 

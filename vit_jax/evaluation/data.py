@@ -42,7 +42,7 @@ def open_data(experiment: Experiment) -> Source:
   if source.channels != task.channels:
     raise ValueError(
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '
-      f'{source.channels}.'
+      f'{source.channels}. Use images with as many channels as the model has.'
     )
   if source.multi_label and not task.multi_label:
     raise ValueError(

@@ -144,7 +144,7 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
   if source.channels != exp.task.channels:
     raise ValueError(
       f'The model takes images with {exp.task.channels} channels, but the images in {data.source} '
-      f'have {source.channels}.'
+      f'have {source.channels}. Use images with as many channels as the model has.'
     )
   split = data.val_split or data.train_split
   reading = dataclasses.replace(exp.reading, cache='stream')  # decodes only the chosen images

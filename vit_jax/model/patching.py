@@ -138,13 +138,13 @@ def check_padded(model: nn.Module) -> None:
   if model.resnet is not None:
     raise ValueError(
       f'Images of different shapes need a model without a stem, got model.resnet={model.resnet}: '
-      "the stem's convolutions would mix an image with its padding."
+      "the stem's convolutions would mix an image with its padding. Use weights without a stem."
     )
   if not POOLS[model.pool].padded:
     able = ', '.join(name for name, pool in POOLS.items() if pool.padded)
     raise ValueError(
-      f'model.pool={model.pool} is not defined for images of different shapes. Pools that are: '
-      f'{able}.'
+      f'model.pool={model.pool} is not defined for images of different shapes. Set model.pool '
+      f'to one of: {able}.'
     )
 
 

@@ -215,8 +215,8 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   layers = [name for name in mlp if 'kernel' in mlp[name] and name not in ADAPTED]
   if layers:
     raise ValueError(
-      f'model.mlp={model.mlp} creates layers that no table lists: {", ".join(layers)}. Add them to '
-      'ADAPTED of vit_jax.model, with the number of axes of their inputs: 1.'
+      f'model.mlp={model.mlp} creates layers that are missing in vit_jax.model.ADAPTED: '
+      f'{", ".join(layers)}. Add each with the value 1, its number of input axes.'
     )
   unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
   if not unlisted:

@@ -124,8 +124,8 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
     across, rest = divmod(size * width, height)
     if rest:
       raise ValueError(
-        f'progressive.sizes: at a height of {size}, images of {height}x{width} pixels would have a '
-        f'width of {size * width / height:g}, expected a whole number. Choose a different height.'
+        f'progressive.sizes: at a height of {size} pixels, images of {height}x{width} become '
+        f'{size * width / height:g} wide, expected a whole number. Choose a different height.'
       )
     found.append((round(share * steps), (size, across)))
   return (*found, (steps, (height, width)))
