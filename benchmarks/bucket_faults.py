@@ -1,7 +1,7 @@
-"""Kills runs whose workdir and data are in a bucket, and checks that they recover exactly.
+"""Kills runs in a bucket and damages their checkpoints, and checks that they recover exactly.
 
-    python -m benchmarks.bucket_faults                # about 20 minutes; writes bucket_faults.json
-    python -m benchmarks.bucket_faults 2 short.json   # two kills, another file
+    python -m benchmarks.bucket_faults                  # 30 minutes; writes bucket_faults.json
+    python -m benchmarks.bucket_faults 2 8 short.json   # 2 kills and 8 damages, another file
 
 The bucket is `tests/fake_gcs.py`, a Google Cloud Storage on loopback. The data are scikit-learn's
 digits as an image folder. Each run is killed with SIGKILL at a random time after a random step, and
@@ -9,6 +9,8 @@ the command is repeated, which also takes over the lock of the dead process. Par
 state and averages must equal those of an undisturbed run on a local disk with local data. Then
 eval, predict and export read the run. Nothing may be written on this machine outside a scratch
 folder.
+
+The checkpoints of the last run are then damaged in the same ways as by `benchmarks.faults`.
 """
 
 import argparse
@@ -116,29 +118,57 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
   return found
 
 
-def summary(found: list[dict]) -> dict:
+def damage(number: int, server: FakeGcs) -> dict:
+  """Damages the newest checkpoint in a copy of the finished run, and checks what is loaded."""
+  run, copy = bucket.to_path(RUN), 'gs://bucket/damaged'
+  checkpoint = f'checkpoints/{max(steps_in(server))}/'
+  found = {name: server.objects['bucket', name] for name in server.names('run/')}
+  found = {name.removeprefix('run/'): found[name] for name in found}
+  order = sorted(found, key=lambda name: found[name].generation)
+  files = {
+    name.removeprefix(checkpoint): found[name].data for name in order if name.startswith(checkpoint)
+  }
+  how, file, left = faults.damaged(files, number)
+  whole = {name: found[name].data for name in order if not name.startswith(checkpoint)}
+  for name, data in (whole | {checkpoint + name: data for name, data in left.items()}).items():
+    server.put('bucket', f'damaged/{name}', data)
+  result = {'file': file, 'how': how, **faults.judge(bucket.to_path(copy), run, how)}
+  for name in server.names('damaged/'):
+    del server.objects['bucket', name]
+  return result
+
+
+def summary(kills: list[dict], damages: list[dict]) -> dict:
   """Returns the content of the file, for the runs so far."""
   return {
     **collect.circumstances(),
-    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in found),  # others had ended
-    'identical': sum(one['identical'] for one in found),
-    'written_locally': sum(bool(one['written_locally']) for one in found),
-    'locks_taken_over': sum(one['lock_left'] for one in found),
-    'runs': found,
+    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in kills),  # others had ended
+    'identical': sum(one['identical'] for one in kills),
+    'written_locally': sum(bool(one['written_locally']) for one in kills),
+    'locks_taken_over': sum(one['lock_left'] for one in kills),
+    **faults.counted(damages),
+    'all_kills': kills,
+    'all_damages': damages,
   }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  kills = 'runs to kill (default: %(default)s)'
+  kills = 'runs to kill, at least 1 (default: %(default)s)'
   parser.add_argument('kills', nargs='?', type=arguments.count, default=20, help=kills)
+  damages = 'checkpoints to damage or leave whole (default: %(default)s)'
+  tries = sum(faults.DAMAGES.values())
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=tries, help=damages)
   out = collect.RESULTS / 'bucket_faults.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if not args.kills:
+    parser.error('damages need a finished run, so `kills` must be at least 1')
+  return args
 
 
 def main(argv: list[str]) -> None:
-  args, found = parse(argv), []
+  args, kills, damages = parse(argv), [], []
   with tempfile.TemporaryDirectory() as name, FakeGcs() as server:
     folder, compiled = pathlib.Path(name), pathlib.Path(name) / 'compiled'
     os.environ.update(server.env | {'JAX_COMPILATION_CACHE_DIR': str(compiled)})
@@ -150,14 +180,22 @@ def main(argv: list[str]) -> None:
     finish(str(folder / 'local'), [*FLAGS, f'--config.data.dir={folder}'], folder / 'alone')
     want = faults.fingerprint(folder / 'local')
     for number in range(args.kills):
-      found.append(kill(number, folder / 'one', server, image))
-      found[-1]['identical'] = found[-1].pop('fingerprint') == want
-      print(found[-1], flush=True)
-      write_json(args.out, result := summary(found))
-  if result['identical'] < len(found) or result['written_locally']:
+      kills.append(kill(number, folder / 'one', server, image))
+      kills[-1]['identical'] = kills[-1].pop('fingerprint') == want
+      print(kills[-1], flush=True)
+    for number in range(args.damages):
+      damages.append(damage(number, server))
+      print(damages[-1], flush=True)
+  write_json(args.out, result := summary(kills, damages))
+  if result['identical'] < len(kills) or result['written_locally']:
     raise SystemExit(
-      f'{args.out}: {result["identical"]} of {len(found)} runs ended exactly like the local run, '
+      f'{args.out}: {result["identical"]} of {len(kills)} runs ended exactly like the local run, '
       f'and {result["written_locally"]} wrote files on this machine; expected all and none.'
+    )
+  if result['good'] < len(damages):
+    raise SystemExit(
+      f'{args.out}: {result["good"]} of {len(damages)} damaged checkpoints were recovered exactly; '
+      'expected all of them.'
     )
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.faults                    # about 25 minutes; writes results/faults.json
     python -m benchmarks.faults 2 1 8 short.json   # fewer faults, another file
 
-The first command kills 40 runs of one process and 12 of two processes, and tries 210 checkpoints.
+The first command kills 40 runs of one process and 12 of two processes, and tries 230 checkpoints.
 The second sets these three numbers to 2, 1 and 8.
 
 A kill sends SIGKILL at a random time after a random step. These runs spend most of their time
@@ -49,8 +49,8 @@ MOMENT = 0.5  # maximum seconds from a step's line in the metrics to the kill
 LIMIT = 90  # seconds within which surviving processes must stop
 # Every third kill of a two-process run kills only one of them. The other takes long to stop.
 ONE_OF_TWO = 3
-# How a checkpoint is damaged, and how often in 210 tries.
-DAMAGES = {'flip': 60, 'cut': 20, 'empty': 10, 'remove': 20, 'torn': 20, 'none': 80}
+# How a checkpoint is damaged, and how often in 230 tries.
+DAMAGES = {'flip': 60, 'cut': 20, 'empty': 10, 'remove': 20, 'torn': 20, 'none': 100}
 
 
 def train(flags: list[str], log: pathlib.Path) -> None:
@@ -166,59 +166,83 @@ def sequence() -> list[str]:
   return [*DAMAGES, *random.Random(0).sample(others, len(others))]
 
 
-def damage_file(checkpoint: pathlib.Path, draw: random.Random, how: str) -> pathlib.Path:
-  """Damages a random file of a checkpoint, and returns its path."""
-  path = draw.choice(sorted(p for p in checkpoint.rglob('*') if p.is_file()))
-  data = bytearray(path.read_bytes())
+def damaged(files: dict[str, bytes], number: int) -> tuple[str, str, dict[str, bytes]]:
+  """Damages a checkpoint.
+
+  Args:
+    files: {name: content} of the checkpoint, in the order in which they were written.
+    number: number of the try, which selects the kind of damage and the file.
+
+  Returns:
+    The kind of damage, the name of the damaged file (empty for `none`), and the remaining files.
+  """
+  draw, how = random.Random(number), sequence()[number % sum(DAMAGES.values())]
+  if how == 'none':
+    return how, '', files
+  if how == 'torn':
+    return how, *torn(files, draw)
+  name = draw.choice(sorted(files))
+  data = bytearray(files[name])
+  if how == 'remove':
+    return how, name, {other: files[other] for other in files if other != name}
   if how == 'flip' and data:
     data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    path.write_bytes(data)
   elif how == 'cut':
-    path.write_bytes(data[: draw.randrange(len(data) or 1)])
+    data = data[: draw.randrange(len(data) or 1)]
   elif how == 'empty':
-    path.write_bytes(b'')
-  else:
-    path.unlink()
-  return path
+    data = b''
+  return how, name, files | {name: bytes(data)}
 
 
-def tear(checkpoint: pathlib.Path, draw: random.Random, how: str) -> pathlib.Path:
-  """Leaves only the files that were written first, the last one cut; returns its path."""
-  del how
-  files = [p for p in checkpoint.rglob('*') if p.is_file()]
-  # Orbax writes the other files of this folder after the checksums.
-  files = [p for p in files if p.parent != checkpoint or p.name == digests.FILE]
-  files.sort(key=lambda p: (p.name == digests.FILE, p.stat().st_mtime_ns))
-  last = draw.randrange(len(files))
-  for path in files[last + 1 :]:
-    path.unlink()
-  data = files[last].read_bytes()
-  files[last].write_bytes(data[: draw.randrange(len(data) or 1)])
-  return files[last]
+def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, bytes]]:
+  """Keeps the files that were written first, and cuts the last of them.
+
+  Orbax writes the files that are in no folder after the checksums. They stay whole, so that the
+  checkpoint looks complete.
+  """
+  order = [*(name for name in files if '/' in name), digests.FILE]
+  last = draw.randrange(len(order))
+  content = files[order[last]]
+  left = {name: files[name] for name in files if name not in order[last:]}
+  return order[last], left | {order[last]: content[: draw.randrange(len(content) or 1)]}
+
+
+def judge(workdir: pathlib.Path, finished: pathlib.Path, how: str) -> dict:
+  """Checks what is loaded from a damaged copy of a finished run, in a folder or a bucket."""
+  newest = stored.latest_step(finished)
+  loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
+  stored.set_aside_damaged(workdir)  # as training does
+  step = stored.latest_step(workdir)
+  same = items.digest(params) == averages(finished, loaded)
+  same = same and fingerprint(workdir) == fingerprint(finished, step)
+  expected = {'torn': step != newest, 'none': step == newest == loaded}.get(how, True)
+  return {'used': 'newest' if step == newest else 'the one before', 'good': same and expected}
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
   """Damages the newest checkpoint in a copy of a finished run, and checks what is loaded."""
-  draw = random.Random(number)
-  workdir = folder / f'damaged{number}'
+  workdir, newest = folder / f'damaged{number}', stored.latest_step(finished)
   shutil.copytree(finished, workdir)
-  newest = stored.latest_step(workdir)
   checkpoint = stored.directory(workdir) / str(newest)
-  how = sequence()[number % sum(DAMAGES.values())]
-  path = {'torn': tear, 'none': lambda *_: checkpoint}.get(how, damage_file)(checkpoint, draw, how)
-  loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
-  stored.set_aside_damaged(workdir)  # as training does
-  step = stored.latest_step(workdir)
-  found = {
-    'file': str(path.relative_to(checkpoint)),
-    'how': how,
-    'used': 'newest' if step == newest else 'the one before',
-    'good': items.digest(params) == averages(finished, loaded)
-    and fingerprint(workdir) == fingerprint(finished, step)
-    and {'torn': step != newest, 'none': step == newest == loaded}.get(how, True),
-  }
+  paths = sorted(checkpoint.rglob('*'), key=lambda path: path.stat().st_mtime_ns)
+  files = {str(p.relative_to(checkpoint)): p.read_bytes() for p in paths if p.is_file()}
+  how, name, left = damaged(files, number)
+  for path in files:
+    (checkpoint / path).unlink()
+  for path, content in left.items():
+    (checkpoint / path).write_bytes(content)
+  found = {'file': name, 'how': how, **judge(workdir, finished, how)}
   shutil.rmtree(workdir)
   return found
+
+
+def counted(found: list[dict]) -> dict:
+  """Returns the numbers of damaged checkpoints for the results file."""
+  return {
+    'damages': len(found),
+    'good': sum(one['good'] for one in found),
+    'kinds': {how: sum(one['how'] == how for one in found) for how in DAMAGES},
+  }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -228,7 +252,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   together = 'runs of two processes to kill (default: %(default)s)'
   parser.add_argument('together', nargs='?', type=arguments.count, default=12, help=together)
   damages = 'checkpoints to damage or leave whole (default: %(default)s)'
-  parser.add_argument('damages', nargs='?', type=arguments.count, default=210, help=damages)
+  tries = sum(DAMAGES.values())
+  parser.add_argument('damages', nargs='?', type=arguments.count, default=tries, help=damages)
   out = collect.RESULTS / 'faults.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
   args = parser.parse_args(argv)
@@ -241,7 +266,7 @@ def main(argv: list[str]) -> None:
   args = parse(argv)
   program.keep_compiled()
   multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.training.probe'])
-  kills, damaged = [], []
+  kills, damages = [], []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     for processes, count in ((1, args.alone), (2, args.together)):
@@ -254,24 +279,22 @@ def main(argv: list[str]) -> None:
         kills.append(kill(folder, number, processes, want))
         print(kills[-1], flush=True)
     for number in range(args.damages):
-      damaged.append(damage(folder, folder / 'whole1', number))
-      print(damaged[-1], flush=True)
+      damages.append(damage(folder, folder / 'whole1', number))
+      print(damages[-1], flush=True)
   found = {
     **collect.circumstances(),
     'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # others had already ended
     'identical': sum(k['identical'] for k in kills),
     'while_saving': sum(k['while_saving'] for k in kills),
-    'damages': len(damaged),
-    'good': sum(d['good'] for d in damaged),
-    'kinds': {how: sum(d['how'] == how for d in damaged) for how in DAMAGES},
+    **counted(damages),
     'all_kills': kills,
-    'all_damages': damaged,
+    'all_damages': damages,
   }
   writer.write_json(args.out, found)
-  if found['identical'] < len(kills) or found['good'] < len(damaged):
+  if found['identical'] < len(kills) or found['good'] < len(damages):
     raise SystemExit(
       f'{args.out}: {found["identical"]} of {len(kills)} killed runs and {found["good"]} of '
-      f'{len(damaged)} damaged checkpoints were recovered exactly; expected all of them.'
+      f'{len(damages)} damaged checkpoints were recovered exactly; expected all of them.'
     )
 
 

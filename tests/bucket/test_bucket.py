@@ -59,7 +59,7 @@ def test_a_server_that_does_not_answer_is_an_error_within_seconds(server, capsys
 
 
 def test_missing_credentials_are_an_error_with_the_command():
-  assert 'gcloud auth' in client.why_refused(client_error(401, 'Invalid Credentials'))
+  assert 'gcloud auth' in bucket.why_refused(client_error(401, 'Invalid Credentials'))
 
 
 def client_error(code, message):
@@ -214,6 +214,21 @@ def test_unavailability_of_some_seconds_is_waited_for(server):
   server.unavailable(4)
   storage.replace(path / 'a', 'a')
   assert (path / 'a').read_bytes() == b'a'
+
+
+def test_a_bucket_that_does_not_answer_for_long_is_an_error(server, capsys, monkeypatch):
+  from vit_jax.bucket import patient
+
+  bucket.to_path('gs://bucket/run')  # the first access is over
+  monkeypatch.setattr(patient, 'PATIENCE', 0.0)
+  monkeypatch.setattr('asyncio.sleep', lambda *_: no_pause())
+  server.unavailable(60)
+  said = error(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+  assert 'A request to a bucket failed: no answer for 0 seconds: HttpError: refused' in said
+
+
+async def no_pause():
+  pass
 
 
 def test_a_failed_request_ends_the_program_without_a_traceback(server, capsys, monkeypatch):

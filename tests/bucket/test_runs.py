@@ -64,6 +64,22 @@ def start(server, workdir, *flags, data='gs://bucket/data', **env):
   return subprocess.Popen(command, cwd=ROOT, env=os.environ | server.env | env, **pipes)
 
 
+def start_pair(envs, *flags):
+  """Starts `main.py` as two processes that train together; each has its own server variables."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, 'main.py', '--workdir=gs://bucket/run', *FLAGS, *flags]
+  command += ['--config.data.dir=gs://bucket/data', f'--coordinator=127.0.0.1:{port}']
+  pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return [
+    subprocess.Popen(
+      [*command, '--num_processes=2', f'--process_id={i}'], cwd=ROOT, env=os.environ | env, **pipes
+    )
+    for i, env in enumerate(envs)
+  ]
+
+
 def finish(process, code=0):
   """Waits for a process that must end with this exit code, and returns what it printed."""
   out, _ = process.communicate(timeout=300)
@@ -121,10 +137,11 @@ def test_a_killed_run_in_a_bucket_ends_like_a_local_run(server, data, tmp_path):
   assert 'program/model.stablehlo' in server.names()
 
 
-def test_a_bucket_that_is_unavailable_for_seconds_only_delays_a_run(server):
+@pytest.mark.parametrize('seconds', [8, pytest.param(60, marks=pytest.mark.long)])
+def test_a_bucket_that_is_unavailable_for_a_while_only_delays_a_run(server, seconds):
   process = start(server, 'gs://bucket/run', *FLAGS)
   wait_for(process, lambda: steps_of(server))
-  server.unavailable(8)
+  server.unavailable(seconds)
   finish(process)
   assert max(steps_of(server)) == STEPS
 
@@ -151,27 +168,56 @@ def test_missing_images_and_folders_are_errors(server):
 
 
 def test_each_process_reads_only_the_images_of_its_devices():
-  with FakeGcs(addresses=2) as server, socket.socket() as free:
+  with FakeGcs(addresses=2) as server:
     for name, content in images():
       server.put('bucket', f'data/{name}', content)
-    free.bind(('127.0.0.1', 0))
-    port = free.getsockname()[1]
-    free.close()
     stream = ['--config.data.cache=stream', '--config.epochs=0.34']  # batches are read ahead
-    started = []
-    for i in range(2):
-      rank = f'--coordinator=127.0.0.1:{port}', '--num_processes=2', f'--process_id={i}'
-      words = ['--workdir=gs://bucket/run', *FLAGS, *stream, '--config.data.dir=gs://bucket/data']
-      started.append(subprocess.Popen(
-        [sys.executable, 'main.py', *words, *rank], cwd=ROOT, env=os.environ | server.env_of(i),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-      ))  # fmt: skip
-    for process in started:
+    for process in start_pair([server.env_of(0), server.env_of(1)], *stream):
       finish(process)
     of = lambda read: {name for name in read if name.startswith('data/digits/train/')}
     one, other = map(of, server.read)
     assert 64 <= len(one) <= 194 and 64 <= len(other) <= 194, (len(one), len(other))
     assert len(one & other) <= 2  # the first image tells the size
+
+
+def is_saving(server):
+  """Returns whether a checkpoint after the first has files, but is not complete."""
+  names = server.names('run/checkpoints/')
+  started = {int(name.split('/')[2]) for name in names if name.split('/')[2].isdecimal()}
+  return steps_of(server) and started - steps_of(server)
+
+
+def stop_one_while_saving(server, how):
+  """Starts both processes, stops one of them in the middle of a save; returns both exit codes."""
+  before = max(steps_of(server), default=0)
+  pair = start_pair([server.env] * 2, '--config.log_every=1')
+  wait_for(pair[0], lambda: max(steps_of(server), default=0) > before)
+  server.delay = 0.05  # saving takes long, so that the signal comes while both processes save
+  wait_for(pair[0], lambda: is_saving(server))
+  pair[1].send_signal(how)
+  outs = [process.communicate(timeout=300)[0] for process in pair]  # neither of them hangs
+  server.delay = 0.0
+  return [process.returncode for process in pair], outs
+
+
+def test_two_processes_recover_if_one_is_stopped_while_both_save(server):
+  for process in start_pair([server.env] * 2, '--config.log_every=1'):
+    finish(process)
+  want = losses(server.objects['bucket', 'run/metrics.jsonl'].data.decode())
+  for name in server.names('run/'):
+    del server.objects['bucket', name]
+
+  codes, outs = stop_one_while_saving(server, signal.SIGKILL)
+  assert codes[1] == -signal.SIGKILL and codes[0] not in (0, 75), outs
+  killed_at = max(steps_of(server))
+  codes, outs = stop_one_while_saving(server, signal.SIGTERM)
+  assert codes == [75, 75] and f'Resuming from step {killed_at}.' in outs[0], outs
+  stopped_at = max(steps_of(server))
+  assert killed_at < stopped_at < STEPS
+
+  outs = [finish(process) for process in start_pair([server.env] * 2, '--config.log_every=1')]
+  assert f'Resuming from step {stopped_at}.' in outs[0]
+  assert losses(server.objects['bucket', 'run/metrics.jsonl'].data.decode()) == want
 
 
 READ = """

@@ -6,7 +6,6 @@
 `damaged` restores a checkpoint that must be found damaged. It prints one line for each process.
 """
 
-import pathlib
 import resource
 import signal
 import sys
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 
 from tests.conftest import small_config
-from vit_jax import experiment
+from vit_jax import bucket, experiment
 from vit_jax.distributed import layout, place_params
 from vit_jax.training.state import TrainState
 from vit_jax.workdir import Checkpoints, TrainingFiles
@@ -45,7 +44,7 @@ def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
   if int(processes) > 1:
     jax.distributed.initialize(f'127.0.0.1:{port}', int(processes), int(number))
   mesh = experiment.mesh_for(small_config(**{'mesh.fsdp': fsdp}))
-  state, folder = place_params(mesh, arrays()), pathlib.Path(folder.replace('%', number))
+  state, folder = place_params(mesh, arrays()), bucket.to_path(folder.replace('%', number))
   if action == 'full' and number == '1':
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))

@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.distributed.test_cluster import free_port
+from tests.fake_gcs import FakeGcs
+from vit_jax import bucket
 from vit_jax.workdir import stored
 
 PLAIN = """
@@ -54,20 +56,34 @@ def bits():
   return {name(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
 
+@pytest.fixture
+def in_bucket(monkeypatch):
+  """A folder in a bucket on loopback."""
+  pytest.importorskip('gcsfs')
+  with FakeGcs() as server:
+    for name, value in server.env.items():
+      monkeypatch.setenv(name, value)
+    yield 'gs://bucket'
+
+
 @pytest.mark.slow
 @pytest.mark.slow_after_first
+@pytest.mark.parametrize('place', ['tmp_path', 'in_bucket'])
 @pytest.mark.parametrize('processes, devices', [(2, 2), (4, 1)])
-def test_shards_of_several_processes_are_restored_anywhere(tmp_path, processes, devices):
-  assert run('save', tmp_path / 'run', 4, devices, processes) == ['saved'] * processes
-  checkpoint = tmp_path / 'run' / 'checkpoints' / '7'
-  folders = [path.name for path in (checkpoint / 'params').glob('ocdbt.process_*')]
-  assert len(folders) == processes  # each process wrote its part
+def test_shards_of_several_processes_are_restored_anywhere(
+  request, tmp_path, processes, devices, place
+):
+  workdir = f'{request.getfixturevalue(place)}/run'
+  assert run('save', workdir, 4, devices, processes) == ['saved'] * processes
+  checkpoint = stored.directory(bucket.to_path(workdir)) / '7'
+  folders = [path.name for path in (checkpoint / 'params').iterdir()]
+  assert sum(name.startswith('ocdbt.process_') for name in folders) == processes  # each its part
   for fsdp, count in ((1, 1), (1, 2), (2, 4), (8, 8)):
-    assert run('restore', tmp_path / 'run', fsdp, count) == ['same']
-  assert run('restore', tmp_path / 'run', 2, 2, 2) == ['same'] * 2
+    assert run('restore', workdir, fsdp, count) == ['same']
+  assert run('restore', workdir, 2, 2, 2) == ['same'] * 2
   for count in (1, 8):
     out = tmp_path / 'plain.npz'
-    subprocess.run([sys.executable, '-c', PLAIN, checkpoint, str(count), out], check=True)
+    subprocess.run([sys.executable, '-c', PLAIN, str(checkpoint), str(count), out], check=True)
     with np.load(out) as found:
       assert {name: found[name].tobytes() for name in found} == bits()
 

@@ -4,7 +4,7 @@ A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.P
 project uses. No other package knows gcsfs.
 """
 
-from vit_jax.bucket.client import NoBucket, why_refused
+from vit_jax.bucket.errors import NoAnswer, NoBucket, why_refused
 from vit_jax.bucket.lease import Lease, Lost
 from vit_jax.bucket.listing import Listed, keeping_lists, kept_lists, listed_folder
 from vit_jax.bucket.objects import contents, delete_all, downloaded, list_below, move, put
@@ -16,6 +16,7 @@ __all__ = [
   'Listed',
   'Lost',
   'Mirror',
+  'NoAnswer',
   'NoBucket',
   'absolute',
   'contents',

@@ -1,29 +1,20 @@
-"""Connects to Google Cloud Storage with gcsfs, and explains its errors.
+"""Connects to Google Cloud Storage with gcsfs.
 
 Decisions:
-  * gcsfs repeats a failed request for about half a minute. `patient` repeats for up to `PATIENCE`
-    seconds, because a bucket can answer with 503 for a minute.
   * The first access has its own short limit: a wrong name, missing credentials or no network must
     not look like a hanging program.
   * gcsfs caches no listings: tensorstore and other hosts write objects that it does not know of.
 """
 
-from collections.abc import Callable
 import functools
 import logging
 import os
 import threading
-import time
+
+from vit_jax.bucket.errors import NoBucket, why_refused
 
 FIRST = 20.0  # seconds that the first access to a bucket may take
-PATIENCE = 180.0  # seconds for which a failed request is repeated
 TIMEOUT = 60.0  # seconds that one request may take
-
-log = logging.getLogger(__name__)
-
-
-class NoBucket(ValueError):
-  """Raised if a bucket cannot be used; the message gives the reason and the remedy."""
 
 
 @functools.cache
@@ -37,13 +28,16 @@ def prepare_clients() -> None:
   os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
   try:
     import fsspec
-    import gcsfs  # noqa: F401
+
+    from vit_jax.bucket import patient
   except ImportError as error:
     raise NoBucket(
       'Paths of buckets (gs://) need more packages. Run: pip install -r requirements-gcs.txt.'
     ) from error
   options = {'use_listings_cache': False, 'requests_timeout': TIMEOUT}
   fsspec.config.conf['gcs'] = options | fsspec.config.conf.get('gcs', {})
+  for protocol in ('gcs', 'gs'):
+    fsspec.register_implementation(protocol, patient.PatientFileSystem, clobber=True)
   for name in ('gcsfs', 'google', 'asyncio'):  # they print the errors that they also raise
     logger = logging.getLogger(name)
     logger.addHandler(logging.NullHandler())
@@ -87,54 +81,6 @@ def check_access(bucket: str) -> None:
     )
   if outcome[0] is not None:
     raise NoBucket(f'gs://{bucket}: {why_refused(outcome[0])}') from outcome[0]
-
-
-def why_refused(error: Exception) -> str:
-  """Returns why a request to a bucket failed, and the remedy if it is known."""
-  code, text = getattr(error, 'code', None), ' '.join(str(error).split())[:200]
-  if code == 401 or 'Anonymous caller' in text or 'DefaultCredentialsError' in repr(error):
-    return (
-      'no valid credentials. Run `gcloud auth application-default login`, or set '
-      'GOOGLE_APPLICATION_CREDENTIALS to the file of a service account.'
-    )
-  if text.startswith('Forbidden') or code == 403:
-    return (
-      'access is forbidden. Give this account the role Storage Object User (objects are read, '
-      'written, listed and deleted).'
-    )
-  if isinstance(error, FileNotFoundError) or code == 404:
-    return 'there is no such bucket. Check its name.'
-  return f'{type(error).__name__}: {text.rstrip(".")}.'
-
-
-def is_passing(error: Exception) -> bool:
-  """Returns whether the same request may succeed later."""
-  if isinstance(error, FileNotFoundError | FileExistsError | ValueError | NoBucket):
-    return False
-  code = getattr(error, 'code', None)
-  if isinstance(code, int) and code < 500:
-    return code in (408, 429)
-  return not str(error).startswith('Forbidden')
-
-
-def patient(request: Callable, *args, **kwargs):
-  """Returns the result of a request, which is repeated after errors that may pass.
-
-  Raises:
-    OSError: the request failed for `PATIENCE` seconds, or cannot succeed.
-  """
-  end, pause = time.monotonic() + PATIENCE, 1.0
-  while True:
-    try:
-      return request(*args, **kwargs)
-    except Exception as error:  # gcsfs, aiohttp and requests raise many kinds of errors
-      if not is_passing(error):
-        raise
-      if time.monotonic() + pause > end:
-        raise OSError(0, why_refused(error)) from error
-      log.warning('The bucket does not answer (%s); trying again.', why_refused(error))
-    time.sleep(pause)
-    pause = min(2 * pause, 15.0)
 
 
 def put_if(path: os.PathLike, data: bytes, generation: int) -> int:

@@ -124,7 +124,7 @@ class Lease:
   def check(self) -> None:
     """Raises Lost if another process took over the lock. Call this before each write."""
     if not self._lost and time.monotonic() > self._renewed + 2 * HEARTBEAT:
-      client.patient(self._renew)  # this process was suspended, or the bucket did not answer
+      self._renew()  # this process was suspended, or the bucket did not answer
     if self._lost:
       raise Lost(
         f'{self._folder}: another run has taken over the lock of this workdir, because this run '
@@ -164,7 +164,7 @@ class Lease:
   def _look(self) -> tuple[Owner, int] | None:
     """Returns the owner and the generation of the lock; None if it is free."""
     try:
-      content, generation = client.patient(client.get_with_generation, self._path)
+      content, generation = client.get_with_generation(self._path)
     except FileNotFoundError:
       return None
     return Owner.read(content), generation
@@ -174,7 +174,7 @@ class Lease:
     content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
     asked = time.monotonic()
     try:
-      self._generation = client.patient(client.put_if, self._path, content, generation)
+      self._generation = client.put_if(self._path, content, generation)
     except FileExistsError:
       # A repeated request fails if the first one has arrived, but its answer was lost.
       found = self._look()

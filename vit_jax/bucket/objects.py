@@ -8,6 +8,7 @@ import shutil
 import tempfile
 
 from vit_jax.bucket import client
+from vit_jax.bucket.errors import is_passing
 from vit_jax.bucket.paths import is_remote
 
 AT_ONCE = 64  # objects that are read at the same time
@@ -15,7 +16,7 @@ AT_ONCE = 64  # objects that are read at the same time
 
 def put(file: pathlib.Path, path: os.PathLike) -> None:
   """Uploads a local file as one object, which readers see either whole or not at all."""
-  client.patient(client.filesystem().put_file, str(file), os.fspath(path))
+  client.filesystem().put_file(str(file), os.fspath(path))
 
 
 def delete_all(path: pathlib.Path) -> None:
@@ -24,7 +25,7 @@ def delete_all(path: pathlib.Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     return
   with contextlib.suppress(FileNotFoundError):
-    client.patient(client.filesystem().rm, os.fspath(path), recursive=True)
+    client.filesystem().rm(os.fspath(path), recursive=True)
 
 
 def move(path: pathlib.Path, target: pathlib.Path) -> None:
@@ -33,13 +34,13 @@ def move(path: pathlib.Path, target: pathlib.Path) -> None:
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
     return
-  client.patient(client.filesystem().copy, f'{path}/', f'{target}/', recursive=True)
+  client.filesystem().copy(f'{path}/', f'{target}/', recursive=True)
   delete_all(path)
 
 
 def list_below(path: os.PathLike) -> dict[str, int]:
   """Returns {name: size in bytes} of all objects below a path, sorted; names begin below it."""
-  found = client.patient(client.filesystem().find, os.fspath(path), detail=True)
+  found = client.filesystem().find(os.fspath(path), detail=True)
   top = os.fspath(path).removeprefix('gs://').rstrip('/') + '/'
   named = ((name.removeprefix(top), about['size']) for name, about in found.items())
   return {name: size for name, size in sorted(named) if not name.endswith('/') and name}
@@ -50,15 +51,10 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
   if not paths:
     return []
   names = [os.fspath(path).removeprefix('gs://') for path in paths]
-
-  def read():
-    found = client.filesystem().cat(names, on_error='return', batch_size=AT_ONCE)
-    for error in found.values():
-      if isinstance(error, Exception) and client.is_passing(error):
-        raise error
-    return found
-
-  found = client.patient(read)
+  found = client.filesystem().cat(names, on_error='return', batch_size=AT_ONCE)
+  for error in found.values():
+    if isinstance(error, Exception) and is_passing(error):
+      raise error
   return [found[name] for name in names]
 
 
@@ -73,6 +69,5 @@ def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
     return
   with tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
     copy = pathlib.Path(scratch) / pathlib.PurePosixPath(os.fspath(path)).name
-    fs = client.filesystem()
-    client.patient(fs.get, os.fspath(path), str(copy), recursive=True)
+    client.filesystem().get(os.fspath(path), str(copy), recursive=True)
     yield copy

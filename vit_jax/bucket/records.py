@@ -9,7 +9,7 @@ import contextlib
 import pathlib
 import tempfile
 
-from vit_jax.bucket import client, objects
+from vit_jax.bucket import objects
 
 
 class Mirror:
@@ -22,8 +22,7 @@ class Mirror:
     self.folder = pathlib.Path(self._scratch.name)
     for name in names:
       with contextlib.suppress(FileNotFoundError):
-        content = client.patient((remote / name).read_bytes)
-        (self.folder / name).write_bytes(content)
+        (self.folder / name).write_bytes((remote / name).read_bytes())
 
   def __enter__(self):
     return self

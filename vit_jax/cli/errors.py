@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 
-from vit_jax.bucket import why_refused
+from vit_jax.bucket import NoAnswer, why_refused
 
 
 def describe(error: Exception) -> str:
@@ -26,7 +26,8 @@ def describe(error: Exception) -> str:
 
 def is_from_bucket(error: Exception) -> bool:
   """Returns whether a library for buckets raised this error; its types have no common base."""
-  return type(error).__module__.partition('.')[0] in ('gcsfs', 'aiohttp', 'google')
+  libraries = 'gcsfs', 'aiohttp', 'google'
+  return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries
 
 
 def what_was_saved(workdir: pathlib.Path | None) -> str:

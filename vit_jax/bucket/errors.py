@@ -1,0 +1,39 @@
+"""Explains the errors of gcsfs, and tells which of them may pass."""
+
+
+class NoBucket(ValueError):
+  """Raised if a bucket cannot be used; the message gives the reason and the remedy."""
+
+
+class NoAnswer(OSError):
+  """Raised if a bucket has not answered a repeated request; the message gives the last error."""
+
+
+def why_refused(error: Exception) -> str:
+  """Returns why a request to a bucket failed, and the remedy if it is known."""
+  code, text = getattr(error, 'code', None), ' '.join(str(error).split())[:200]
+  if code == 401 or 'Anonymous caller' in text or 'DefaultCredentialsError' in repr(error):
+    return (
+      'no valid credentials. Run `gcloud auth application-default login`, or set '
+      'GOOGLE_APPLICATION_CREDENTIALS to the file of a service account.'
+    )
+  if text.startswith('Forbidden') or code == 403:
+    return (
+      'access is forbidden. Give this account the role Storage Object User (objects are read, '
+      'written, listed and deleted).'
+    )
+  if isinstance(error, FileNotFoundError) or code == 404:
+    return 'there is no such bucket. Check its name.'
+  if isinstance(error, NoAnswer):
+    return text
+  return f'{type(error).__name__}: {text.rstrip(".")}.'
+
+
+def is_passing(error: Exception) -> bool:
+  """Returns whether the same request may succeed later."""
+  if isinstance(error, FileNotFoundError | FileExistsError | ValueError | NoBucket):
+    return False
+  code = getattr(error, 'code', None)
+  if isinstance(code, int) and code < 500:
+    return code in (408, 429)
+  return not str(error).startswith('Forbidden')
