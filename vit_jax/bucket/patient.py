@@ -4,9 +4,9 @@ gcsfs repeats a failed request for about half a minute, but a bucket can answer 
 All requests of this process use this file system, those of etils and orbax too. Only tensorstore
 has a client of its own.
 
-A request is repeated for `PATIENCE` seconds. It is not repeated if the bucket has been silent to all
-requests for so long. So a program whose bucket is gone ends soon, although it still tries to write
-its log and to remove its lock.
+A request is repeated for `PATIENCE` seconds, but not if the bucket has been silent to all requests
+for so long. So a program whose bucket is gone ends soon, although it still tries to write its log
+and to remove its lock.
 """
 
 import asyncio
