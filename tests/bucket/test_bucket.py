@@ -9,7 +9,7 @@ import time
 from PIL import Image
 import pytest
 
-from tests.conftest import error
+from tests.conftest import call, error
 from tests.fake_gcs import FakeGcs
 from vit_jax import bucket, storage
 from vit_jax.bucket import client, lease, records
@@ -223,7 +223,8 @@ def test_a_bucket_that_does_not_answer_for_long_is_an_error(server, capsys, monk
   monkeypatch.setattr(patient, 'PATIENCE', 0.0)
   monkeypatch.setattr('asyncio.sleep', lambda *_: no_pause())
   server.unavailable(60)
-  said = error(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+  code, _, said = call(capsys, '--mode=eval', '--workdir=gs://bucket/run')
+  assert code == 75  # try again
   assert 'A request to a bucket failed: no answer for 0 seconds: HttpError: refused' in said
 
 

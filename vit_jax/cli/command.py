@@ -3,6 +3,7 @@
 Decisions:
   * Help is printed before JAX is imported, wherever that is possible.
   * After a mistake of the user, the program prints one line, `error: ...`, and returns code 2.
+    Code 75 means that the same command can succeed later.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli.errors import describe, is_from_bucket, what_was_saved
+from vit_jax.cli.errors import describe, exit_code, is_from_bucket, what_was_saved
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
@@ -74,12 +75,12 @@ def main(argv: Sequence[str]) -> int | None:
     return 2
   except (ValueError, OSError, FloatingPointError, MemoryError) as error:
     print(f'error: {describe(error)}', file=sys.stderr)
-    return 2
+    return exit_code(error)
   except Exception as error:
     if not is_from_bucket(error):
       raise
     print(f'error: {describe(error)}', file=sys.stderr)
-    return 2
+    return exit_code(error)
   except KeyboardInterrupt:
     workdir = getattr(args, 'workdir', None)  # None before the mode's flags are parsed
     saved = what_was_saved(workdir) if mode and mode.resumes else ''

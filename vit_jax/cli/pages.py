@@ -33,7 +33,7 @@ Without `--mode`, the mode is `train`.
 | 0 | success |
 | 1 | `predict` could not read some images, or `verify` found different numbers; they are listed |
 | 2 | an error occurred; the last line explains it |
-| 75 | a stop signal: training has saved, and the same command resumes; `verify` begins again |
+| 75 | try again: a stop signal came, or a bucket was silent; the same command resumes |
 | 130 | Ctrl-C |"""
   ''
 )
