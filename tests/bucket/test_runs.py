@@ -146,6 +146,20 @@ def test_a_bucket_that_is_unavailable_for_a_while_only_delays_a_run(server, seco
   assert max(steps_of(server)) == STEPS
 
 
+@pytest.mark.long
+def test_two_processes_ask_to_try_again_if_the_bucket_stays_silent(server, tmp_path):
+  impatient = 'from vit_jax.bucket import patient\npatient.PATIENCE = 0\n'
+  (tmp_path / 'impatient.py').write_text(impatient)
+  envs = [server.env | {'PYTHONPATH': str(tmp_path)}] * 2
+  pair = start_pair(envs, '--import=impatient', '--config.epochs=200', '--config.log_every=1')
+  wait_for(pair[0], lambda: steps_of(server))
+  server.unavailable(200)
+  outs = [process.communicate(timeout=300)[0] for process in pair]
+  codes = [process.returncode for process in pair]
+  assert codes[0] == 75 and codes[1] in (75, -signal.SIGABRT), outs  # JAX aborts the other one
+  assert 'no answer for 0 seconds' in outs[0] + outs[1]
+
+
 def test_a_second_run_is_refused_and_a_run_without_its_lock_stops(server):
   first = start(server, 'gs://bucket/run', *FLAGS, '--config.epochs=200', '--config.log_every=1')
   wait_for(first, lambda: steps_of(server))

@@ -17,6 +17,7 @@ from tests.conftest import ROOT, small_config
 from vit_jax import evaluation, limits
 from vit_jax.data import open_source
 from vit_jax.distributed import cluster, joining
+from vit_jax.exits import TRY_AGAIN
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
 
@@ -72,7 +73,7 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   processes = start_both(workdir)
   wait_for(lambda: len(lines(workdir)) > 12 and stored.latest_step(workdir), processes)
   processes[1].send_signal(signal.SIGKILL)
-  assert processes[0].wait(60) not in (0, cluster.TRY_AGAIN)
+  assert processes[0].wait(60) not in (0, TRY_AGAIN)
   said = (tmp_path / '0.log').read_text()
   assert re.search(r'heartbeats\):\s*\S*\b1\b', said), said  # the process that died
   assert 'another process died, start all processes again with the same commands' in said
@@ -83,7 +84,7 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   processes = start_both(workdir)
   wait_for(lambda: 'Resuming from' in (tmp_path / '0.log').read_text(), processes)
   processes[1].send_signal(signal.SIGTERM)  # both stop after the same step
-  assert [process.wait(60) for process in processes] == [cluster.TRY_AGAIN] * 2
+  assert [process.wait(60) for process in processes] == [TRY_AGAIN] * 2
   assert stored.latest_step(workdir) == lines(workdir)[-1]['step'] < STEPS
 
   processes = start_both(workdir)
@@ -163,7 +164,7 @@ def test_single_process_saves_before_it_stops_on_sigterm(tmp_path):
   process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
   wait_for(lambda: len(lines(workdir)) > 2, [process])
   process.send_signal(signal.SIGTERM)
-  assert process.wait(60) == cluster.TRY_AGAIN
+  assert process.wait(60) == TRY_AGAIN
   assert stored.latest_step(workdir) == lines(workdir)[-1]['step']
 
 

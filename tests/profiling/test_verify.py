@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import call, error
 from vit_jax.distributed import cluster
+from vit_jax.exits import TRY_AGAIN
 from vit_jax.profiling import replay
 from vit_jax.training import loop
 from vit_jax.training.state import TrainState
@@ -84,7 +85,7 @@ def test_the_same_devices_may_not_differ_at_all():
 def test_a_stop_signal_ends_the_repetition_without_a_traceback(trained, capsys, monkeypatch):
   monkeypatch.setattr(cluster.Preemption, 'is_due', lambda _: True)
   code, _, err = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
-  assert code == cluster.TRY_AGAIN and 'asked to stop' in err and 'Traceback' not in err
+  assert code == TRY_AGAIN and 'asked to stop' in err and 'Traceback' not in err
 
 
 def test_the_devices_of_a_run_include_the_number_of_processes(monkeypatch):

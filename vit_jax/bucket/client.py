@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 
-from vit_jax.bucket.errors import NoBucket, why_refused
+from vit_jax.bucket.errors import NoAnswer, NoBucket, why_refused
 
 FIRST = 20.0  # seconds that the first access to a bucket may take
 TIMEOUT = 60.0  # seconds that one request may take
@@ -61,7 +61,12 @@ def bucket_and_key(path: str | os.PathLike) -> tuple[str, str]:
 
 @functools.cache
 def check_access(bucket: str) -> None:
-  """Raises NoBucket if the objects of a bucket cannot be listed within `FIRST` seconds."""
+  """Asks for one object of a bucket.
+
+  Raises:
+    NoAnswer: there was no answer within `FIRST` seconds.
+    NoBucket: the bucket refuses.
+  """
   outcome = []
 
   def ask():
@@ -75,7 +80,7 @@ def check_access(bucket: str) -> None:
   asking.start()
   asking.join(FIRST)
   if not outcome:
-    raise NoBucket(
+    raise NoAnswer(
       f'gs://{bucket}: no answer within {FIRST:.0f} seconds. Check the network, and the state of '
       'Google Cloud Storage.'
     )

@@ -15,7 +15,8 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
   The first path of each bucket asks the bucket for an object, so that later errors are rare.
 
   Raises:
-    ValueError: a URL of another kind, or a bucket that cannot be read; the message says why.
+    ValueError: a URL of another kind, or a bucket that refuses; the message says why.
+    OSError: the bucket does not answer.
   """
   text = os.fspath(path)
   # `Path` merges the two slashes.

@@ -12,13 +12,14 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli.errors import describe, exit_code, is_from_bucket, what_was_saved
+from vit_jax.cli.errors import describe, is_from_bucket, what_was_saved
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
 from vit_jax.cli.terminal import close_pipe, set_up, show_log
 from vit_jax.config import import_extensions
+from vit_jax.exits import exit_code
 from vit_jax.names import choose
 
 EXTRAS = {  # install command: modules that `pip install .` does not install

@@ -30,17 +30,6 @@ def is_from_bucket(error: Exception) -> bool:
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries
 
 
-def exit_code(error: BaseException | None) -> int:
-  """Returns the exit code after an error: 75 ("try again") if a bucket was silent, else 2."""
-  while error is not None:
-    if isinstance(error, NoAnswer):
-      from vit_jax.distributed import TRY_AGAIN
-
-      return TRY_AGAIN
-    error = error.__cause__
-  return 2
-
-
 def what_was_saved(workdir: pathlib.Path | None) -> str:
   """Returns a sentence with the step from which an interrupted run resumes."""
   if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun

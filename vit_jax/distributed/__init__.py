@@ -10,7 +10,6 @@ from vit_jax.distributed.backend import (
 )
 from vit_jax.distributed.children import check_can_start, end_with_parent, unsignalled
 from vit_jax.distributed.cluster import (
-  TRY_AGAIN,
   Preempted,
   Preemption,
   check_same,
@@ -51,7 +50,6 @@ from vit_jax.distributed.sharding import (
 
 __all__ = [
   'SHARE',
-  'TRY_AGAIN',
   'Agreement',
   'Fitted',
   'Preempted',

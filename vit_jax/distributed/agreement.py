@@ -11,10 +11,13 @@ import collections
 from collections.abc import Callable
 import functools
 import itertools
+import json
 import time
 
 import jax
 from orbax.checkpoint import multihost
+
+from vit_jax.exits import exit_code, told
 
 POLL = 500  # milliseconds between two looks for failures
 
@@ -33,7 +36,8 @@ class Agreement:
     """Waits until all processes have called this with the same key.
 
     Raises:
-      OSError: a process has failed, or the time is over.
+      ValueError: another process has failed.
+      TimeoutError: another process does not finish in time.
     """
     if self._client is None:
       return
@@ -56,8 +60,8 @@ class Agreement:
       except jax.errors.JaxRuntimeError as error:
         if 'DEADLINE_EXCEEDED' not in str(error):
           raise
-      for _, text in self._client.key_value_dir_get(f'{self._name}/failed'):
-        raise OSError(text)
+      for _, failed in self._client.key_value_dir_get(f'{self._name}/failed'):
+        raise told(*json.loads(failed))
       if time.monotonic() > until:
         raise TimeoutError('another process does not finish writing')
 
@@ -70,8 +74,9 @@ class Agreement:
         return function(*args, **kwargs)
       except Exception as error:
         if self._client is not None:
-          text = f'process {jax.process_index()}: {type(error).__name__}: {error}'
-          self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', text[:1000])
+          text = f'process {jax.process_index()}: {type(error).__name__}: {error}'[:1000]
+          failed = json.dumps([text, exit_code(error)])
+          self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', failed)
         raise
 
     return wrapped

@@ -19,7 +19,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-TRY_AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h
+from vit_jax.exits import exit_code, told
+
 ARRAY = '__array__'  # key of the JSON object that replaces an array
 ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service
 
@@ -73,9 +74,10 @@ def from_first(function: Callable[[], object]) -> object:
     try:
       text = json.dumps({'value': function()}, default=marked)
     except (ValueError, OSError) as error:
-      text = json.dumps({'error': str(error)})
+      text = json.dumps({'error': str(error), 'code': exit_code(error)})
     except Exception as error:  # the other processes wait for an answer
-      text = json.dumps({'error': f'Process 0 failed: {type(error).__name__}: {error}'})
+      said = f'Process 0 failed: {type(error).__name__}: {error}'
+      text = json.dumps({'error': said, 'code': exit_code(error)})
       failure = error
   text = broadcast(text and text.encode())
   waiting = iter(arrays)
@@ -90,10 +92,10 @@ def from_first(function: Callable[[], object]) -> object:
 
   if failure:
     raise failure
-  told = json.loads(text, object_hook=filled)
-  if 'error' in told:
-    raise ValueError(told['error'])
-  return told['value']
+  answer = json.loads(text, object_hook=filled)
+  if 'error' in answer:
+    raise told(answer['error'], answer['code'])
+  return answer['value']
 
 
 def check_same(what: str, value: dict) -> None:
@@ -126,12 +128,13 @@ def together(function: Callable[[], object]) -> object:
     found = function()
   except (ValueError, OSError) as error:
     failure = error
-  failures = from_all(None if failure is None else str(failure))
+  failures = from_all(None if failure is None else [str(failure), exit_code(failure)])
   if failure is not None:
     raise failure
-  for i, text in enumerate(failures):
-    if text is not None:
-      raise ValueError(f'Process {i} failed: {text}')
+  for i, failed in enumerate(failures):
+    if failed is not None:
+      text, code = failed
+      raise told(f'Process {i} failed: {text}', code)
   return found
 
 

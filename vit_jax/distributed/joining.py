@@ -23,6 +23,7 @@ import warnings
 import jax
 
 from vit_jax.distributed import cluster
+from vit_jax.exits import exit_code
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
@@ -190,4 +191,4 @@ def leave(error: BaseException) -> None:
   sys.stderr.flush()
   if cluster.is_first():
     time.sleep(PARTING)
-  os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+  os._exit(130 if isinstance(error, KeyboardInterrupt) else exit_code(error))
