@@ -32,7 +32,7 @@ from benchmarks import (
   gpu_tables,
   speed,
 )
-from vit_jax.exits import TRY_AGAIN
+from vit_jax.storage import TRY_AGAIN
 from vit_jax.workdir import writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -1,6 +1,7 @@
 """Writes files atomically, and checks before long work whether they can be written.
 
-Paths can be in a bucket. Objects are written whole, so they are atomic by themselves.
+Paths can be in a bucket. Objects are written whole, so they are atomic by themselves. If a
+bucket does not answer, the program ends with an exit code that asks to try again.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from vit_jax import bucket
 
 log = logging.getLogger(__name__)
 
+TRY_AGAIN = 75  # exit code: the same command can succeed later; EX_TEMPFAIL of sysexits.h
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG, errno.EIO)
 
 
@@ -24,6 +26,24 @@ _guards: dict[str, Callable[[], None]] = {}  # see `guarded`
 
 class Unwritten(OSError):
   """Error for a file that cannot be written; the message gives the file, reason and remedy."""
+
+
+class Passing(ValueError):
+  """Raised in all processes if a bucket did not answer one of them."""
+
+
+def exit_code(error: BaseException | None) -> int:
+  """Returns the exit code after an error: `TRY_AGAIN` if a bucket did not answer, else 2."""
+  while error is not None:
+    if isinstance(error, bucket.NoAnswer | Passing):
+      return TRY_AGAIN
+    error = error.__cause__
+  return 2
+
+
+def told(text: str, code: int) -> ValueError:
+  """Returns the error to raise in this process after another one failed with this exit code."""
+  return Passing(text) if code == TRY_AGAIN else ValueError(text)
 
 
 def check_folder(folder: pathlib.Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 
 from benchmarks.pairs import write_pairs
 from tests.conftest import ROOT, small_config
-from vit_jax import evaluation, limits
+from vit_jax import bucket, evaluation, limits, storage
 from vit_jax.data import open_source
 from vit_jax.distributed import cluster, joining
-from vit_jax.exits import TRY_AGAIN
+from vit_jax.storage import TRY_AGAIN
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
 
@@ -212,7 +212,8 @@ def test_process_0_exits_last(monkeypatch, first):
 
 @pytest.mark.parametrize('first', [True, False])
 def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
-  sent = [json.dumps({'error': "Process 0 failed: KeyError: 'x'"}).encode()]
+  said = {'error': "Process 0 failed: KeyError: 'x'", 'code': 2}
+  sent = [json.dumps(said).encode()]
   monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
   monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
   monkeypatch.setattr(cluster, 'is_first', lambda: first)
@@ -220,6 +221,22 @@ def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
   with pytest.raises(KeyError if first else ValueError, match='x'):
     cluster.from_first(lambda: {}['x'])
   assert sent[1] == (sent[0] if first else None)
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_all_processes_try_again_if_a_bucket_did_not_answer_one(monkeypatch, first):
+  def ask():
+    raise storage.unwritten('gs://bucket/a', 'silent') from bucket.NoAnswer('silent')
+
+  sent = [json.dumps({'error': 'silent', 'code': TRY_AGAIN}).encode()]
+  monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(cluster, 'is_first', lambda: first)
+  monkeypatch.setattr(cluster, 'broadcast', lambda data: data or sent[0])
+  with pytest.raises(ValueError, match='silent') as caught:
+    cluster.from_first(ask)
+  assert storage.exit_code(caught.value) == TRY_AGAIN
+  assert storage.exit_code(ValueError('bad config')) == 2
 
 
 def test_single_kubernetes_pod_runs_alone(monkeypatch):

@@ -102,9 +102,9 @@ def test_the_log_reports_when_a_batch_could_use_more_devices(monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, shape, message', [
-    ((30, 4), {}, 'batch_size=30 must be a positive multiple of 4: micro_batches=4.'),
-    ((36, 4, 2), {}, 'batch_size=36 must be a positive multiple of 8: '
-     'micro_batches=4 times 2 (mixed pairs stay together).'),
+    ((30, 4), {}, 'batch_size=30 must be a positive multiple of 4 = 4 micro-batches.'),
+    ((36, 4, 2), {}, 'batch_size=36 must be a positive multiple of 8 = '
+     '4 micro-batches x 2 (mixed pairs stay together).'),
     ((6, 2), {'data': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 4.'),
     ((12, 2, 2), {'data': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 8 = '
      '2 devices x 2 micro-batches x 2 (mixed pairs stay together).'),

@@ -8,8 +8,8 @@ import pytest
 
 from tests.conftest import call, error
 from vit_jax.distributed import cluster
-from vit_jax.exits import TRY_AGAIN
 from vit_jax.profiling import replay
+from vit_jax.storage import TRY_AGAIN
 from vit_jax.training import loop
 from vit_jax.training.state import TrainState
 from vit_jax.workdir import stored

@@ -115,7 +115,7 @@ def file_of(name: str) -> str:
 
 @contextlib.contextmanager
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
-  """Takes the lists of folders from the files in `folder`, as far as they exist."""
+  """In this context, lists of image folders that are saved in `folder` are not asked for again."""
   _trees.clear()
   _kept.append(folder)
   try:

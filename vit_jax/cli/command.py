@@ -12,14 +12,13 @@ import os
 import pathlib
 import sys
 
-from vit_jax.cli.errors import describe, is_from_bucket, what_was_saved
+from vit_jax.cli.errors import is_from_bucket, report, what_was_saved
 from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
 from vit_jax.cli.terminal import close_pipe, set_up, show_log
 from vit_jax.config import import_extensions
-from vit_jax.exits import exit_code
 from vit_jax.names import choose
 
 EXTRAS = {  # install command: modules that `pip install .` does not install
@@ -75,13 +74,11 @@ def main(argv: Sequence[str]) -> int | None:
     )
     return 2
   except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-    print(f'error: {describe(error)}', file=sys.stderr)
-    return exit_code(error)
+    return report(error)
   except Exception as error:
     if not is_from_bucket(error):
       raise
-    print(f'error: {describe(error)}', file=sys.stderr)
-    return exit_code(error)
+    return report(error)
   except KeyboardInterrupt:
     workdir = getattr(args, 'workdir', None)  # None before the mode's flags are parsed
     saved = what_was_saved(workdir) if mode and mode.resumes else ''

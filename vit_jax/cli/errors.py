@@ -1,4 +1,4 @@
-"""Describes errors that end the program."""
+"""Reports errors that end the program."""
 
 import errno
 import os
@@ -7,6 +7,13 @@ import re
 import sys
 
 from vit_jax.bucket import NoAnswer, why_refused
+from vit_jax.storage import exit_code
+
+
+def report(error: Exception) -> int:
+  """Prints an error that ends the program, and returns the exit code."""
+  print(f'error: {describe(error)}', file=sys.stderr)
+  return exit_code(error)
 
 
 def describe(error: Exception) -> str:

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 def run_train(args) -> int | None:
   from vit_jax.distributed import Preempted, is_first, joined
-  from vit_jax.exits import TRY_AGAIN
+  from vit_jax.storage import TRY_AGAIN
   from vit_jax.training import saved_config, train
 
   with joined(args.coordinator, args.num_processes, args.process_id):

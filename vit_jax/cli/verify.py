@@ -9,8 +9,8 @@ log = logging.getLogger(__name__)
 
 def run_verify(args) -> int | None:
   from vit_jax.distributed import Preempted, is_first, joined
-  from vit_jax.exits import TRY_AGAIN
   from vit_jax.profiling import verify
+  from vit_jax.storage import TRY_AGAIN
 
   with joined(args.coordinator, args.num_processes, args.process_id):
     try:

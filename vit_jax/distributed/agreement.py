@@ -17,7 +17,7 @@ import time
 import jax
 from orbax.checkpoint import multihost
 
-from vit_jax.exits import exit_code, told
+from vit_jax.storage import exit_code, told
 
 POLL = 500  # milliseconds between two looks for failures
 
@@ -66,7 +66,7 @@ class Agreement:
         raise TimeoutError('another process does not finish writing')
 
   def reporting(self, function: Callable) -> Callable:
-    """Returns a function that also tells the other processes its error."""
+    """Wraps a function: if it raises an error, the other processes are told."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from vit_jax.exits import exit_code, told
+from vit_jax.storage import exit_code, told
 
 ARRAY = '__array__'  # key of the JSON object that replaces an array
 ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service

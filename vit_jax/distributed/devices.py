@@ -93,8 +93,8 @@ def make_mesh(
   batch_size = batch_size if given else len(devices)
   if batch_size < 1 or micro_batches < 1 or batch_size % (micro_batches * group):
     raise ValueError(
-      f'batch_size={batch_size} must be a positive multiple of {micro_batches * group}: '
-      f'micro_batches={micro_batches}' + (f' times {PAIRS}.' if group > 1 else '.')
+      f'batch_size={batch_size} must be a positive multiple of {micro_batches * group} = '
+      f'{micro_batches} micro-batches' + (f' x {PAIRS}.' if group > 1 else '.')
     )
   rows = batch_size // micro_batches // group
   most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)

@@ -23,7 +23,7 @@ import warnings
 import jax
 
 from vit_jax.distributed import cluster
-from vit_jax.exits import exit_code
+from vit_jax.storage import exit_code
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start

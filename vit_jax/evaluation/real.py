@@ -80,7 +80,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
         )
       found.append(labels[int(number[1]) - 1])
   if not any(found):
-    raise ValueError(f'{name}: no image of {split} has a label.')
+    raise ValueError(f'{name}: no image of {split} has a label. Check data.real_labels.')
   real_NL = np.zeros((len(found), len(classes)), bool)
   for row_L, label in zip(real_NL, found):
     row_L[label] = True

@@ -42,8 +42,8 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
 def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns principal components: unit vectors `[F, D]` and their share of the variance `[F]`.
 
-  The mean is subtracted first. F is `count` or, if these are smaller, N - 1 or D. The result is
-  float64. In each component, the entry with the largest magnitude is positive.
+  The mean is subtracted first. F is the smallest of `count`, N - 1 and D. The result is float64. In
+  each component, the entry with the largest magnitude is positive.
   """
   x_ND = np.asarray(x_ND, np.float64)
   _, deviation_F, component_FD = np.linalg.svd(x_ND - x_ND.mean(axis=0), full_matrices=False)

@@ -60,7 +60,10 @@ def attentions(
       f'model.pool={model.pool} returns every token. Choose a pool first: model.clone(pool="cls").'
     )
   if not (pool.linear or pool.probe):
-    raise Missing(f'model.pool={model.pool} does not report the share of each token in its output.')
+    raise Missing(
+      f'model.pool={model.pool} does not tell how much each token contributes to the pooled '
+      'output, so this figure cannot be drawn.'
+    )
   _, state = model.apply({'params': params}, image_BHWC, mutable=['intermediates'])
   sown = state['intermediates']
   layers = [

@@ -142,7 +142,7 @@ def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
 
 
 def warmup_epochs(config: ConfigDict) -> float:
-  """Returns the length of the warm-up in epochs, for a run that is trained only once."""
+  """Returns the length of the warm-up in epochs, for a run with only one cycle."""
   return min(config.schedule.warmup, config.epochs / 5)
 
 

@@ -1,7 +1,8 @@
 """Repeats training from one checkpoint to the next, and compares the states bit for bit.
 
 Hardware can compute wrong numbers without an error. Then the repeated steps end with other numbers
-than the run has saved. The same happens if the steps are not deterministic. Nothing is written.
+than the run has saved. The same happens if the steps are not deterministic. Nothing is written,
+except missing features of a teacher.
 
 Decisions:
   * Arrays are compared on the devices that hold them, so no process needs a whole array.

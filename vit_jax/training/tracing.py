@@ -65,7 +65,10 @@ def step_flops(exp: Experiment, params: dict) -> int:
 
 
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
-  """Returns the trained and frozen parameters that a training step passes to `loss_fn`."""
+  """Returns the trained and the frozen parameters, as a training step passes them to `loss_fn`.
+
+  If each step runs a teacher, its parameters are among the frozen ones, as `teacher`.
+  """
   trained, frozen = exp.split(params)
   return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
 

@@ -177,8 +177,8 @@ def finish(program: Program, model, folder: pathlib.Path, precision: str) -> Non
   output = open_onnx(folder)(noise(program))
   if not np.isfinite(output).all():
     raise ValueError(
-      f'{precision}: the outputs are not finite, because some values exceed the range of this '
-      'precision. Choose another precision.'
+      f'--precision={precision}: the outputs are not finite, because some values exceed the range '
+      'of this precision. Choose another precision.'
     )
   write_about(program, folder, output.shape, precision)
 
