@@ -116,6 +116,16 @@ def test_a_validation_part_is_held_out(more, parts):
   assert (data.train_split, data.val_split) == parts
 
 
+def test_a_given_training_split_keeps_the_validation_split_of_the_data(caplog):
+  given = {'data.train_split': 'train'}
+  data = chosen(FINETUNE, photos(60, val=5), **given).data
+  assert (data.train_split, data.val_split) == ('train', 'val')
+  assert 'leaves no images' not in caplog.text
+  data = chosen(FINETUNE, photos(60), **given).data
+  assert (data.train_split, data.val_split) == ('train', '')
+  assert 'data.train_split=train leaves no images for validation' in caplog.text
+
+
 def test_nothing_is_held_out_if_a_class_would_have_no_training_image(caplog):
   source = photos(60)
   label_N = np.where(np.arange(60) < 54, 0, 1 + np.arange(60) % 2).astype(np.int32)

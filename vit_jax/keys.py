@@ -167,7 +167,8 @@ DATA = {
   ),
   'data.val_split': Key(
     '', 'held-out split for choosing a checkpoint or a learning rate of a sweep; empty: none; '
-    "None: the data's own validation split, else the last 10% of train", open=True,
+    "None: the data's own validation split, else (if data.train_split=None) the last 10% of train",
+    open=True,
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(

@@ -109,11 +109,15 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   An empty validation split means that too few images could be held out.
   """
   train, val = config.data.train_split, config.data.val_split
-  if train is not None or val is not None:
-    return train or 'train', val or ''
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
-  if own:
-    return 'train', own[0]
+  if val is None and own:
+    return train or 'train', own[0]
+  if train is not None or val is not None:
+    if val is None:
+      log.warning(
+        'data.train_split=%s leaves no images for validation. With None, a part is held out.', train
+      )
+    return train or 'train', val or ''
   try:
     counts = [class_counts(source, part) for part in PARTS]
   except ValueError:  # a part has no images

@@ -180,6 +180,12 @@ def test_repeated_rows_count_once(tmp_path):
   )
 
 
+def test_the_header_may_have_capitals(tmp_path):
+  touch(tmp_path)
+  found = opened(tmp_path, edit('path,label', 'Path,Label'))
+  assert found.sizes == opened(tmp_path, table(SINGLE)).sizes
+
+
 def edit(old, new):
   return table(SINGLE).replace(old, new)
 

@@ -432,6 +432,26 @@ def test_image_with_too_many_pixels_is_not_decoded(monkeypatch):
     image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=59_999)
 
 
+@pytest.mark.parametrize('encoded, kind', [
+    (b'GIF89a', 'GIF'), (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'), (b'\0\0\0\x18ftypheic', 'HEIC'),
+])  # fmt: skip
+def test_a_file_in_another_format_is_named(encoded, kind):
+  with pytest.raises(image_lib.BadImage, match=rf'\(a {kind} file: convert it to JPEG or PNG\)'):
+    image_lib.decode_image(encoded + bytes(40), 'photo.jpg')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'images'])
+def test_a_workdir_in_a_folder_of_classes_is_refused(tmp_path, kind):
+  (tmp_path / 'photos' / 'cat').mkdir(parents=True)
+  for workdir in (tmp_path / 'photos', tmp_path / 'photos' / 'runs' / 'a'):
+    with pytest.raises(ValueError, match='must not be in the image folder'):
+      sources.check_apart(f'{kind}:photos', str(tmp_path), workdir)
+  sources.check_apart(f'{kind}:photos', str(tmp_path), tmp_path / 'run')
+  (tmp_path / 'photos' / 'train').mkdir()  # classes are in train/ and test/
+  sources.check_apart(f'{kind}:photos', str(tmp_path), tmp_path / 'photos' / 'run')
+  sources.check_apart('digits', '', tmp_path)
+
+
 def test_corrupt_files_raise_only_bad_image(tmp_path):
   """Randomly changed bytes give an image, or a BadImage that names the file, and nothing else."""
   draw, refused = np.random.RandomState(0), 0

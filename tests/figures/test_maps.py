@@ -169,7 +169,7 @@ def test_attentions_raise_missing_if_a_pool_does_not_report_what_it_reads(monkey
   largest = lambda model, token_BND: token_BND.max(axis=1)
   monkeypatch.setitem(pooling.POOLS, 'max', pooling.Pool(largest))
   model, params, image = build(pool='max')
-  with pytest.raises(Missing, match='model.pool=max does not report'):
+  with pytest.raises(Missing, match='model.pool=max does not tell how much'):
     maps.attentions(model, params, image)
 
 

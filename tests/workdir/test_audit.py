@@ -1,6 +1,7 @@
 """Checks the warnings about a data set before training."""
 
 import logging
+import os
 
 import numpy as np
 from PIL import Image
@@ -61,6 +62,13 @@ def test_unreadable_files_are_counted_and_named_if_images_are_streamed(tmp_path)
   (warning,) = found(tmp_path, streamed=True)
   assert warning.startswith('2 of 32 files are not readable images: ')
   assert 'dog/empty.png' in warning and 'cat/text.jpg' in warning and 'skip_bad_images' in warning
+
+
+def test_a_pipe_among_the_images_is_reported_and_not_opened(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  os.mkfifo(tmp_path / 'train/dog/pipe.jpg')  # opening it would wait for a writer
+  (warning,) = found(tmp_path, streamed=True)
+  assert warning.startswith('1 of 31 files are not readable images: ') and 'pipe.jpg' in warning
 
 
 def test_expensive_searches_are_skipped_and_reported(tmp_path, monkeypatch):

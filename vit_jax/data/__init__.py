@@ -16,7 +16,7 @@ from vit_jax.data.image import (
 from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
 from vit_jax.data.source import Source, first_size, multi_hot, own_size, unlabelled
-from vit_jax.data.sources import SOURCES, look_up_source, open_source
+from vit_jax.data.sources import SOURCES, check_apart, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
   'Reading',
   'Source',
   'Split',
+  'check_apart',
   'check_memory',
   'common_size',
   'count_labels',

@@ -25,6 +25,10 @@ from vit_jax.bucket import is_remote
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
 # Accepted formats, for any file name. Opening some other formats, e.g. EPS, runs programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
+MARKS = {  # (first byte, content) of files in other formats, which often have a wrong extension
+  (0, b'GIF8'): 'GIF', (0, b'II*\0'): 'TIFF', (0, b'MM\0*'): 'TIFF', (4, b'ftyphei'): 'HEIC',
+  (4, b'ftypmif1'): 'HEIC', (4, b'ftypavif'): 'AVIF',
+}  # fmt: skip
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (image, (height, width)) -> image_HWC
@@ -101,8 +105,16 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
   except Exception as error:  # Pillow's decoders raise many kinds of errors
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:
-      reason = 'unknown image format'  # Pillow's own message contains a memory address
+      reason = format_of(encoded)  # Pillow's own message contains a memory address
     raise BadImage(f'{name}: not a readable image ({reason}).') from error
+
+
+def format_of(encoded: bytes) -> str:
+  """Returns what is known about the format of a file that cannot be read."""
+  for (start, mark), name in MARKS.items():
+    if encoded[start:].startswith(mark):
+      return f'a {name} file: convert it to JPEG or PNG'
+  return 'unknown image format'
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:

@@ -57,7 +57,7 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
   """
   lines = csv.reader(io.StringIO(text_of(file), newline=''), strict=True)
   try:
-    header = [name.strip() for name in next(lines, [])]
+    header = [name.strip().lower() for name in next(lines, [])]
     check_header(file, header)
     for values in lines:
       if not values:

@@ -141,6 +141,21 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
   return folder_lib.as_files(top, found)
 
 
+def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
+  """Raises ValueError if the folders of a workdir would be classes of an image folder."""
+  kind, _, path = source.partition(':')
+  root = from_base(path, data_dir)
+  if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
+    return
+  split = (root / 'train').is_dir()
+  inside = workdir.resolve().is_relative_to(root.resolve())
+  if path and inside and not split:
+    raise ValueError(
+      f'{workdir}: the workdir must not be in the image folder {root}, because its folders would '
+      'look like classes. Choose a --workdir outside of this folder.'
+    )
+
+
 def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
   """Returns the folder of a source.
 
@@ -152,7 +167,10 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
     raise ValueError(f"data.source: '{kind}:' has no path. {hint}")
   root = listed_folder(root) if is_remote(root) else root
   if not root.is_dir():
-    raise ValueError(f'data.source: no folder at {str(root)!r}. {hint}')
+    raise ValueError(
+      f'data.source: no folder at {str(root)!r}. {hint} If a run needs images that were moved, '
+      'link the old path to the new one: ln -s <new path> <old path>.'
+    )
   return root
 
 

@@ -40,7 +40,7 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   """
   workdir = local_only('--mode=profile: --workdir', workdir)
   start_up()
-  check_in_all_processes(config)
+  check_in_all_processes(config, workdir)
   if config.freeze:
     raise ValueError(
       '--mode=profile: with freeze=backbone, the training steps read stored features and are very '

@@ -166,9 +166,9 @@ def judged(
     head = f'{why}, but {span} gave arrays that differ by more than rounding ({ROUNDING:g}):'
   else:
     head = (
-      f'Repeating {span} gave other numbers in {len(changed)} of {len(found)} arrays. Either a '
-      'device computes wrong numbers, or the steps are not deterministic (GPUs need '
-      '--config.deterministic=True from the start):'
+      f'Repeating {span} gave other numbers in {len(changed)} of {len(found)} arrays. Either '
+      'training images have changed, or a device computes wrong numbers, or the steps are not '
+      'deterministic (GPUs need --config.deterministic=True from the start):'
     )
   return Verdict(steps, False, '\n'.join([head, *lines[:MOST], *more]))
 

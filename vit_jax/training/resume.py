@@ -12,7 +12,7 @@ from vit_jax import config as config_lib
 from vit_jax import storage
 from vit_jax.bucket import kept_lists
 from vit_jax.check import check
-from vit_jax.data import Split, save_png
+from vit_jax.data import Split, check_apart, save_png
 from vit_jax.distributed import check_same, from_first, is_first
 from vit_jax.experiment import Experiment
 from vit_jax.optim import num_steps
@@ -30,9 +30,10 @@ LISTS = 'lists'  # folder that keeps the lists of the images in buckets
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
-def check_in_all_processes(config: ConfigDict) -> None:
-  """Raises ValueError if the config is not valid, or differs from the config of process 0."""
+def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Raises ValueError if the config is not valid here, or differs from the config of process 0."""
   check(config)
+  check_apart(config.data.source, config.data.dir, workdir)
   mine = config_lib.flatten(config)
   check_same('config', {key: mine[key] for key in mine if key not in OWN})
 

@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """
   workdir = to_path(workdir)
   start_up()
-  check_in_all_processes(config)
+  check_in_all_processes(config, workdir)
   with held(workdir):
     finished, saved, cycles = begin(config, workdir)
     if finished:

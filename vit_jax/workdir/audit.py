@@ -103,6 +103,8 @@ def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path])
   """Yields a warning that names the files without a valid image header."""
 
   def is_bad(path):
+    if not path.is_file():  # opening a pipe might never end
+      return True
     try:
       with Image.open(path):
         return False
