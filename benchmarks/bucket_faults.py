@@ -183,6 +183,7 @@ def main(argv: list[str]) -> None:
       kills.append(kill(number, folder / 'one', server, image))
       kills[-1]['identical'] = kills[-1].pop('fingerprint') == want
       print(kills[-1], flush=True)
+      write_json(args.out, summary(kills, damages))
     for number in range(args.damages):
       damages.append(damage(number, server))
       print(damages[-1], flush=True)

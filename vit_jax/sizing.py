@@ -115,7 +115,9 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   if train is not None or val is not None:
     if val is None:
       log.warning(
-        'data.train_split=%s leaves no images for validation. With None, a part is held out.', train
+        'data.train_split=%s leaves no images for validation. '
+        'With data.train_split=None, a part is held out.',
+        train,
       )
     return train or 'train', val or ''
   try:

@@ -115,7 +115,7 @@ def file_of(name: str) -> str:
 
 @contextlib.contextmanager
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
-  """In this context, lists of image folders that are saved in `folder` are not asked for again."""
+  """Keeps the lists of image folders in `folder`; a list that is there is not requested again."""
   _trees.clear()
   _kept.append(folder)
   try:

@@ -108,7 +108,8 @@ class TextClasses:
         'the data needs an entry in `names` with exactly its name. The embedded text can differ.'
       )
     if others := [name for name in self.names if name not in {*class_names}]:
-      log.info('%s: %s has no classes with these names: %s.', self.origin, source, abridged(others))
+      text = '%s: these classes are ignored, because %s does not have them: %s.'
+      log.info(text, self.origin, source, abridged(others))
     index_L = [rows[name] for name in class_names]
     return dataclasses.replace(
       self, names=tuple(class_names), embedding_LD=self.embedding_LD[index_L]

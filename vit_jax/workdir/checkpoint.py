@@ -39,7 +39,7 @@ from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_h
 from vit_jax.workdir import digests, items, stored
 from vit_jax.workdir.restoring import rest, restore_state
 
-SLICE_BYTES = 2**20
+SLICE_BYTES = 2**20  # smallest part of an array that a device writes for the others
 
 
 class Checkpoints:
@@ -132,9 +132,7 @@ class Checkpoints:
     folder = stored.directory(self._workdir)
     start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
-    digests.write_digests(
-      next(partial, folder / str(self._saving))
-    )  # a bucket needs no partial name
+    digests.write_digests(next(partial, folder / str(self._saving)))
 
   def wait(self) -> None:
     """Waits, in all processes, until the last checkpoint is on disk.
