@@ -10,8 +10,6 @@ import struct
 import time
 import urllib.parse
 
-import google_crc32c
-
 OBJECT = re.compile(
   r'/(?:download/)?storage/v1/b/(?P<bucket>[^/]+)'
   r'(?:/o(?:/(?P<name>[^/]+)(?:/(?P<verb>rewriteTo|copyTo|moveTo)'
@@ -32,6 +30,8 @@ class Stored:
 
   @property
   def crc32c(self) -> str:
+    import google_crc32c  # of requirements-gcs.txt; without it, this module is imported for its help
+
     return base64.b64encode(struct.pack('>I', google_crc32c.value(self.data))).decode()
 
   def about(self) -> dict:
