@@ -30,7 +30,7 @@ class Stored:
 
   @property
   def crc32c(self) -> str:
-    import google_crc32c  # of requirements-gcs.txt; without it, this module is imported for its help
+    import google_crc32c  # here, because `make test` works without requirements-gcs.txt
 
     return base64.b64encode(struct.pack('>I', google_crc32c.value(self.data))).decode()
 
