@@ -73,12 +73,8 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   processes = start_both(workdir)
   wait_for(lambda: len(lines(workdir)) > 12 and stored.latest_step(workdir), processes)
   processes[1].send_signal(signal.SIGKILL)
-  code = processes[0].wait(60)
-  assert code not in (0, TRY_AGAIN)
-  said = (tmp_path / '0.log').read_text()
-  # JAX aborts this process and names the dead one; sometimes Gloo crashes before.
-  crashed = code < 0 and code != -signal.SIGABRT
-  assert crashed or re.search(r'heartbeats\):\s*\S*\b1\b', said), (code, said)
+  assert processes[0].wait(60) not in (0, TRY_AGAIN)  # JAX or Gloo aborts it
+  said = (tmp_path / '0.log').read_text()  # JAX does not always name the dead process
   assert 'another process died, start all processes again with the same commands' in said
   saved = stored.latest_step(workdir)
   assert saved in (10, 20, 30, 40, 50)
