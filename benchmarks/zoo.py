@@ -25,14 +25,15 @@ PIXELS = 224
 ABOUT = f"""# Models
 
 Parameters are in millions, for a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels.
-Rows marked "32" have positions for 32x32 pixels. The command `python -m benchmarks.zoo` builds the
-models, counts their parameters and writes this page.
+`tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3 has no head. The command
+`python -m benchmarks.zoo` builds the models, counts their parameters and writes this page.
 
 The original code of each format wrote the weights and outputs of small models (`tests/fixtures/`).
 Tests check that these weights give the same outputs in this project (`test_pretrained.py`). Other
 tests check that random models of Hugging Face and timm give the same outputs and gradients
 (`test_pretrained_live.py`). We have not tested the full-size published files, because we had no
-access to them. File names are the names in the buckets and on the Hub.
+access to them. File names are the names in the buckets and on the Hub. The column `tests` names a
+folder in `tests/fixtures/`, a test, or a file of tests.
 
 """
 
@@ -53,7 +54,10 @@ VARIANTS = {
   'H/14': (PAPER, TOKEN),
   'g/14': ('none', 'test_every_pool_and_position'),
   'G/14': ('none', 'test_every_pool_and_position'),
-  'R+Ti/32': ('AugReg: `augreg/R_Ti_16-*.npz` (/32 despite its name)', 'paper_hybrid_root'),
+  'R+Ti/32': (
+    'AugReg: `augreg/R_Ti_16-*.npz` (the file name says 16; the patch size is 32)',
+    'paper_hybrid_root',
+  ),
   'R26+S/32': ('AugReg: `augreg/R26_S_32-*.npz`', HYBRID),
   'R26+B/32': ('paper: `imagenet21k/R26+ViT-B_32.npz`', HYBRID),
   'R50+B/16': ('paper: `imagenet21k/R50+ViT-B_16.npz`', HYBRID),
@@ -62,7 +66,7 @@ VARIANTS = {
     HYBRID,
   ),
 }
-SMALL = {'tiny': 'results/', 'small': 'not yet', 'wide': 'not yet'}
+SMALL = {'tiny': 'results/', 'small': 'only 6 epochs: results/', 'wide': 'not yet'}
 
 HUGGING_FACE = {  # class: (example on the Hub, test)
   'ViTForImageClassification': ('google/vit-base-patch16-224', 'hf_classifier'),

@@ -64,17 +64,21 @@ def test_the_script_without_a_command_says_how_it_is_used():
   assert found.returncode == 2 and 'usage: launch/until_done.sh <command>' in found.stderr
 
 
-@pytest.mark.parametrize('code', [0, 2, 75])
-def test_slurm_starts_a_preempted_job_again(code, tmp_path):
+@pytest.mark.parametrize(
+  'code, restarts, again',
+  [(0, 0, False), (2, 0, False), (75, 99, True), (134, 19, True), (134, 20, False)],
+)
+def test_slurm_starts_a_preempted_job_again(code, restarts, again, tmp_path):
   log = tmp_path / 'log'
   put(tmp_path / 'bin', 'srun', f'echo srun "$@" >> {log}; exit {code}')
   put(tmp_path / 'bin', 'scontrol', f'echo scontrol "$@" >> {log}')
   path = f'{tmp_path / "bin"}:{os.environ["PATH"]}'
-  found = run(LAUNCH / 'slurm.sh', '--workdir=/shared/my run', PATH=path, SLURM_JOB_ID=7)
+  settings = dict(PATH=path, SLURM_JOB_ID=7, SLURM_RESTART_COUNT=restarts)
+  found = run(LAUNCH / 'slurm.sh', '--workdir=/shared/my run', **settings)
   assert found.returncode == code
   first, *rest = log.read_text().splitlines()
   assert first == 'srun --kill-on-bad-exit=1 .venv/bin/python main.py --workdir=/shared/my run'
-  assert rest == (['scontrol requeue 7'] if code == 75 else [])
+  assert rest == (['scontrol requeue 7'] if again else [])
 
 
 # Plays a slice: it waits once, is lost in its first training, and does its second to the end.

@@ -53,7 +53,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
-      f'data.source={config.data.source} have {source.channels}. Use images with as many channels.'
+      f'data.source={config.data.source} have {source.channels}. Use images with '
+      f'{found.channels} channel(s).'
     )
   classes = source.class_names if objective_of(config).labels else ()
   log.info('Starting from the weights in %s', config.init)

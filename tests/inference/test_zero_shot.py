@@ -211,7 +211,7 @@ def test_the_card_of_a_lower_precision_has_the_zero_shot_accuracy(photos, capsys
 
 def test_images_with_several_labels_need_a_bias():
   classes = TextClasses.read(classes_of('hf_clip'), 'classes.npz')
-  with pytest.raises(ValueError, match='several labels, but the file has no logit_bias'):
+  with pytest.raises(ValueError, match='several labels. Without logit_bias'):
     classes.matching(NAMES, 'labels:a.csv', multi_label=True)
   siglip = TextClasses.read(classes_of('hf_siglip'), 'classes.npz')
   found = siglip.matching(('dog', 'cat'), 'labels:a.csv', multi_label=True)

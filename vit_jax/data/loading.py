@@ -73,7 +73,7 @@ def decide_cache(
   log.info(
     'data.cache=auto selects %s: %s.',
     cache,
-    why or f'{", ".join(names)} fit into half of the memory',
+    why or f'the splits {", ".join(names)} fit into half of the RAM',
   )
   return cache
 

@@ -26,9 +26,9 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for some splits, the position of each example, from 0 to below 1, in increasing
-      order. In these splits, a percentage is a range of positions. In all other splits, it is a
-      share of the number of examples.
+    positions: for splits of files, a number from 0 to below 1 for each example, from the hash of
+      its file name, in increasing order. In these splits, a percentage is a range of these
+      numbers. In all other splits, it is a share of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.

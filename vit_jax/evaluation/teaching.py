@@ -79,7 +79,7 @@ def compute_logits(
   exp: Experiment, examples: Split, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> np.ndarray:
   """Returns the teacher's logits of all examples, `[N, L]`; its features are cached in `folder`."""
-  log.info('Each example always has the same image, so the teacher computes its logits only once.')
+  log.info('Without augmentation, the teacher computes the logits of each image only once.')
   teacher, config = exp.teacher, copy.deepcopy(exp.config)
   config.data.image_size = teacher.normalize.keywords['size']
   of_teacher = dataclasses.replace(

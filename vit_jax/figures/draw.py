@@ -207,7 +207,7 @@ def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
-  """Draws two rows: images, and the colours of their patches, 0 to 1."""
+  """Draws a row of images, and a row with the colours of their patches, from 0 to 1."""
   _, height, width, _ = image_BHWC.shape
   columns = max(len(image_BHWC), 4)
   tile = canvas.WIDTH / columns

@@ -159,7 +159,7 @@ def merged(params: dict, settings: Settings) -> dict:
 
 @contextlib.contextmanager
 def applied(params: dict, settings: Settings) -> Iterator[None]:
-  """Context in which the model computes the outputs of the merged parameters, without merging."""
+  """Context in which the model applies the adapters; its outputs are those of merged parameters."""
   with contextlib.ExitStack() as stack:
     for name in own_entries(params):
       stack.enter_context(ADAPTERS[name].applied(params[name], **settings.get(name, {})))

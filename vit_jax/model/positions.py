@@ -104,7 +104,8 @@ def unit_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, 
 def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Returns `rope_angles` as in EVA-02 (Fang et al. 2023, 2303.11331, Section 2.1).
 
-  Coordinates give the corner of a patch, in patches of `model.rope_grid`, or else of `whole`.
+  Coordinates are those of a patch's corner. Their unit is a patch of `model.rope_grid`, or of
+  `whole` if this is None.
   """
   sizes = model.rope_grid or whole
   rows, columns = (np.arange(n) * (size / n) for n, size in zip(grid, sizes))

@@ -168,8 +168,8 @@ def check_patches(model: ViT) -> None:
   if model.embedding_size not in (None, model.patch_size):
     raise ValueError(
       f'model.patch_size={model.patch_size}: the weights are for patches of '
-      f'{as_size(model.embedding_size)} pixels, and the patches of a hybrid come from the feature '
-      f'map of its stem, model.resnet={model.resnet}. Use the patch size of the weights.'
+      f'{as_size(model.embedding_size)} pixels. The patches of a hybrid (model.resnet) cannot be '
+      'resized. Use the patch size of the weights.'
     )
   if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(

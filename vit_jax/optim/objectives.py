@@ -91,7 +91,7 @@ def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, ja
 
 
 def classified(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
-  """Returns the logits and the loss of the labels, without a teacher and equal for all classes."""
+  """Returns the logits and the loss of the labels, without a teacher and class weights."""
   logits_BL = exp.logits(params, batch).astype(jnp.float32)
   return {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
 

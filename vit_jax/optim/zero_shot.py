@@ -97,8 +97,8 @@ class TextClasses:
     """
     if multi_label and self.bias is None:
       raise ValueError(
-        f'{self.origin}: the images of {source} can have several labels, but the file has no '
-        'logit_bias, so the probabilities add up to 1. Use a SigLIP model and store its logit_bias.'
+        f'{self.origin}: the images of {source} can have several labels. Without logit_bias, the '
+        'model uses a softmax, which allows one label. Use a SigLIP model and store its logit_bias.'
       )
     rows = {name: i for i, name in enumerate(self.names)}
     if missing := [name for name in class_names if name not in rows]:

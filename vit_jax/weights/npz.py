@@ -58,28 +58,28 @@ PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
 def norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to the file's for a LayerNorm or GroupNorm."""
+  """Returns the rows (our name, name in the file, change) of a LayerNorm or GroupNorm."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('scale', 'bias')]
 
 
 def dense(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to the file's for a dense layer."""
+  """Returns the rows (our name, name in the file, change) of a dense layer."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
 def attention_rows(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to the file's for the four projections of attention."""
+  """Returns the rows (our name, name in the file, change) of attention's four projections."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
 
 
 def mlp(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to the file's for the two layers of an MLP."""
+  """Returns the rows (our name, name in the file, change) of the two layers of an MLP."""
   return dense(f'{ours}/up', f'{theirs}/Dense_0') + dense(f'{ours}/down', f'{theirs}/Dense_1')
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows that map our names to the file's for an encoder block."""
+  """Returns the rows (our name, name in the file, change) of an encoder block."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -90,7 +90,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the rows for a hybrid's ResNet; each of our names is `stem/` and the file's name."""
+  """Returns the rows of a hybrid's ResNet; our name is `stem/` and the name in the file."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the name table, which maps our names to the file's, for a whole file."""
+  """Returns the rows (our name, name in the file, change) of a whole file."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),

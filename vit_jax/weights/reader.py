@@ -195,7 +195,7 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """Reads a checkpoint of this project: averaged (EMA) weights if there are any, no decoder."""
+  """Reads a checkpoint of this project, without a decoder; the EMA weights if it has them."""
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])

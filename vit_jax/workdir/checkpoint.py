@@ -264,8 +264,8 @@ def set_array_handler() -> None:
   """Sets how orbax saves arrays, in the whole process.
 
   Orbax does not record the devices that held an array. The devices that hold copies of an array
-  divide the writing only if the array is large. Dividing takes a call to JAX for each array and
-  device, which blocks training for longer than writing a small array.
+  divide the writing only if the array is large. Dividing needs a call to JAX for each array and
+  device. For a small array, these calls take longer than one device needs to write it.
   """
   handler = type_handlers.ArrayHandler(
     enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES
@@ -286,7 +286,7 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds to the message of a `storage.Unwritten` from which step the same command resumes."""
+  """Extends the message of a `storage.Unwritten` by the step from which the run resumes."""
   try:
     yield
   except storage.Unwritten as error:

@@ -28,7 +28,7 @@ def directory(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of the checkpoints that count, newest first. Writes nothing."""
+  """Returns the steps of all complete checkpoints, newest first. Writes nothing."""
   folder = directory(workdir)
   return [step for step in all_steps(workdir) if digests.counts(folder / str(step))]
 
