@@ -171,12 +171,16 @@ def test_excel_files_and_umlauts_are_read(tmp_path):
 
 def test_repeated_rows_count_once(tmp_path):
   touch(tmp_path)
-  again = [('./' + SEVERAL[1][0], 'c;b'), SEVERAL[2]]
+  again = [
+    ('./' + SEVERAL[1][0], 'c;b'),
+    SEVERAL[2],
+    (f'{tmp_path}/{SEVERAL[3][0]}', SEVERAL[3][1]),
+  ]
   found = opened(tmp_path, table([*SEVERAL, *again]))
   assert sum(found.sizes.values()) == len(NAMES)
   assert found.warnings[0] == (
-    f'{tmp_path}/labels.csv: 2 repeated rows count once: photos/01.jpg (line 42), photos/02.jpg '
-    '(line 43).'
+    f'{tmp_path}/labels.csv: 3 repeated rows count once: photos/01.jpg (line 42), photos/02.jpg '
+    f'(line 43), {tmp_path}/photos/03.jpg (line 44).'
   )
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -35,6 +36,12 @@ def test_find_images_skips_unreadable_and_vanished_entries(photos, monkeypatch, 
   monkeypatch.setattr(os, 'stat', stat_of)
   assert files.find_images([str(photos)]) == [photos / 'a' / '1.png', photos / 'b' / '0.png']
   assert 'b/deep: No such file or directory' in caplog.text
+
+
+def test_hidden_folders_are_skipped(photos):
+  (photos / 'a' / '.thumbnails').mkdir()
+  shutil.copy(photos / 'a' / '0.png', photos / 'a' / '.thumbnails' / '0.png')
+  assert files.find_images(photos / 'a') == [photos / 'a' / '0.png', photos / 'a' / '1.png']
 
 
 def test_find_images_searches_all_folders_below_for_two_stars(photos):

@@ -42,7 +42,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
   """
-  rows, warnings = merged(file, read_rows(file))
+  rows, warnings = merged(file, top, read_rows(file))
   paths = locate(file, top, rows)
   class_names = tuple(sorted({label for row in rows for label in row.labels}))
   if len(class_names) < 2:
@@ -136,15 +136,19 @@ def check_splits(
     raise ValueError(f'{file}: no test images. Add images.{reason}')
 
 
-def merged(file: pathlib.Path, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def merged(
+  file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]
+) -> tuple[list[Row], list[str]]:
   """Returns each image once, and a warning if rows are repeated.
+
+  A relative path and an absolute path of the same image are the same row.
 
   Raises:
     ValueError: two rows have the same path, but different labels or splits.
   """
   known, repeated = {}, []
   for row in rows:
-    first = known.setdefault(row.path, row)
+    first = known.setdefault(os.path.normpath(os.path.join(top, row.path)), row)
     if first is row:
       continue
     for column, ours, theirs in (

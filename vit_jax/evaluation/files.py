@@ -47,12 +47,16 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
 
 
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns all images in a folder, sorted. A warning reports folders that cannot be read."""
-  errors = []
+  """Returns all images in a folder and below it, sorted, except in hidden folders.
+
+  A warning reports folders that cannot be read.
+  """
+  errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
-    walk = os.walk(folder, onerror=errors.append)
-    below = (os.path.join(top, name) for top, _, names in walk for name in names)
-    found = sorted(map(pathlib.Path, filter(is_image, below)))
+    for top, folders, names in os.walk(folder, onerror=errors.append):
+      folders[:] = [name for name in folders if not name.startswith('.')]  # `walk` skips the others
+      found += filter(is_image, (os.path.join(top, name) for name in names))
+  found = sorted(map(pathlib.Path, found))
   if errors:
     log.warning(
       '%s: skipped %d folders that cannot be read. The first one is %s: %s.',
