@@ -151,8 +151,8 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       )
   if config.adapt and config.freeze:
     raise ValueError(
-      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}: it already keeps the '
-      'weights of init, and trains the head. Remove one of them.'
+      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}. adapt already keeps '
+      'the weights of init and trains the head. Remove one of them.'
     )
 
 

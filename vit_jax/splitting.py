@@ -129,9 +129,10 @@ def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> E
   data = exp.config.data
   if classes != 'data':
     raise ValueError(
-      f'{workdir} was trained without labels, so it has no classes yet. Train them: '
+      f'{workdir} was trained without labels, so it has no classes yet. Train a classifier: '
       f'--config=configs/finetune.py --config.init={workdir}, with labelled images and a new '
-      '--workdir. Without them, use --mode=predict --features=pooled, or --mode=visualize.'
+      '--workdir. Without labelled images, use --mode=predict --features=pooled, or '
+      '--mode=visualize.'
     )
   source = open_source(data.source, data.dir, image_size(exp.config))
   if not source.class_names:

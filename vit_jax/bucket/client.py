@@ -107,7 +107,7 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
 
 
 def get_with_generation(path: os.PathLike) -> tuple[bytes, int]:
-  """Returns the content and the generation of an object; raises FileNotFoundError without one."""
+  """Returns the content and generation of an object. FileNotFoundError: there is no object."""
   bucket, key = bucket_and_key(path)
   headers, content = filesystem().call('GET', 'b/{}/o/{}', bucket, key, alt='media')
   return content, int(headers['x-goog-generation'])

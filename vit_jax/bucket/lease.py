@@ -59,11 +59,11 @@ class Owner:
       return cls('unknown', 0, '', '')
 
   def is_dead(self) -> bool:
-    """Returns whether this process is known to have ended: only for processes of this host."""
+    """Returns whether the owner is known to have ended; False for an owner on another host."""
     return self.host == this_host() and started(self.pid) != self.started
 
   def is_alive(self) -> bool:
-    """Returns whether this process is known to run: only for processes of this host."""
+    """Returns whether the owner is known to run; False for an owner on another host."""
     return self.host == this_host() and started(self.pid) == self.started
 
 
@@ -147,8 +147,8 @@ class Lease:
         if seen is None and not owner.is_dead():
           seen, end = generation, time.monotonic() + EXPIRES
           log.info(
-            '%s is locked by process %d on %s. If the lock does not change for %.0f seconds, this '
-            'process has ended, and the lock is taken over ...',
+            '%s is locked by process %d on %s. If that process does not renew its lock within %.0f '
+            'seconds, this run takes the lock over ...',
             self._folder,
             owner.pid,
             owner.host.split(' ')[0],

@@ -55,7 +55,7 @@ class Mode:
 
 
 def split_paths(text: str) -> list[str]:
-  """Splits a comma-separated list of paths; an existing path may itself contain commas."""
+  """Splits a comma-separated list of paths. If the whole text is an existing path, it is kept."""
   if text and os.path.exists(os.path.expanduser(text)):
     return [text]
   return [path.strip() for path in text.split(',') if path.strip()]

@@ -82,7 +82,7 @@ class Folder:
 
 
 def label_text(label: int | Sequence[int]) -> str:
-  """Returns the number of a class; for a multi-hot label `[L]`, all its classes, e.g. `1,4`."""
+  """Returns a label as text: the index of its class. For a multi-hot label `[L]`, e.g. `1,4`."""
   return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
 
 

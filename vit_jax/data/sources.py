@@ -142,7 +142,7 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 
 
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the folders of a workdir would be classes of an image folder."""
+  """Raises ValueError if the folders or pictures of a workdir would be data of a source."""
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)
   if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
@@ -151,8 +151,8 @@ def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   inside = workdir.resolve().is_relative_to(root.resolve())
   if path and inside and not split:
     raise ValueError(
-      f'{workdir}: the workdir must not be in the image folder {root}, because its folders would '
-      'look like classes. Choose a --workdir outside of this folder.'
+      f'{workdir}: the workdir must not be in the image folder {root}, because its folders and '
+      'pictures would become data. Choose a --workdir outside of this folder.'
     )
 
 

@@ -77,8 +77,8 @@ def tfds_source(name: str, builder) -> Source:
           yield f'tfds:{name}/{split}/{i}{file}', record[image_key], int(record[label_key])
     except Exception as error:  # TFDS and array_record raise many kinds of errors
       raise ValueError(
-        f'tfds:{name}/{split}: {directory} cannot be read: {error}. A shard is missing or damaged. '
-        'Copy the shard again, or remove the folder so that the data is prepared again.'
+        f'tfds:{name}/{split}: {directory} cannot be read: {error}. Perhaps a shard is missing or '
+        'damaged. Copy the shard again, or remove the folder so that the data is prepared again.'
       ) from error
 
   sizes = {name: info.num_examples for name, info in builder.info.splits.items()}

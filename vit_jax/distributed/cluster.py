@@ -45,7 +45,7 @@ def num_cores() -> int:
 
 
 def is_first() -> bool:
-  """Returns whether this is process 0, which reads, writes and reports."""
+  """Returns whether this is process 0, which writes all shared files but checkpoints."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 

@@ -102,8 +102,8 @@ def make_mesh(
   if not sizes:
     raise ValueError(
       f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s): the product of its '
-      'axes must be the number of devices. Set one axis to -1 for all remaining devices. On a '
-      'CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
+      'axes must be the number of devices (on a CPU: not larger). Set one axis to -1 for all '
+      'remaining devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
     )
   fitting = [found for found in sizes if rows % (found[0] * found[1]) == 0]
   if not fitting:

@@ -95,7 +95,7 @@ def place(tree, like):
 
 
 def place_params(mesh: Mesh, tree):
-  """Makes global arrays in their `layout` from arrays that every process holds whole."""
+  """Divides parameters over the mesh as `layout` says. Every process has each array complete."""
   return jax.tree.map(spread, tree, layout(mesh, tree))
 
 

@@ -184,7 +184,7 @@ def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 
 def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns `f(x V) * (x W)` (Shazeer 2020, 2002.05202, equation 6): `[B, N, M]`.
+  """Returns `f(x W) * (x V)` (Shazeer 2020, 2002.05202, equation 6): `[B, N, M]`.
 
   With the activation `silu` this is SwiGLU, and with `gelu` it is GEGLU.
   """

@@ -195,7 +195,7 @@ class Packer:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
   def row(self, image_HWC: np.ndarray) -> Padded:
-    """Returns one image without a batch axis."""
+    """Returns one image `[H, W, C]` as `Padded`, without a batch axis."""
     patch_hwpqC = cut(image_HWC[None], self.patch_size)[0]
     h, w, *patch = patch_hwpqC.shape
     missing = self.most - h * w

@@ -74,7 +74,9 @@ class Meter:
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
-    """Returns the means since the last call; the clock must be running.
+    """Returns means and counts since the last call; the clock must be running.
+
+    `learning_rate` and `memory_gib` are the latest values.
 
     `data_wait` is the share of training time in which the loop waited for the next batch.
     `mfu` is the share of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).

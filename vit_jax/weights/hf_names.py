@@ -184,7 +184,7 @@ def dinov2_config(model: ViT) -> dict:
 
 
 def dinov2_kind(prefix: str, **defaults: int) -> Kind:
-  """Returns the kind of a DINOv2, given the prefix of its names and its own defaults."""
+  """Returns the `Kind` of a DINOv2 model; the names of its arrays begin with `prefix`."""
   return Kind(
     rows=DINOV2,
     defaults=DINOV2_DEFAULTS | defaults,

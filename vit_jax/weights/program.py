@@ -113,8 +113,8 @@ class Program:
   def function(self, dtype: jnp.dtype = jnp.float32) -> Callable[[jax.Array], jax.Array]:
     """Returns the function `image_BHWC -> output_BL`, which computes in the given type.
 
-    The parameters are NumPy arrays, so the layers convert them while the function is traced. The
-    program stores the converted matrices.
+    The parameters are NumPy arrays, which are constants for JAX. JAX converts them to `dtype` once,
+    and the program stores the converted matrices.
     """
     model, p = self.model.clone(dtype=dtype, remat='none'), self.preprocessing
     temperature, params = self.calibration.temperature, jax.tree.map(np.asarray, self.params)

@@ -104,11 +104,11 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors of timm, or without `of_timm` of Hugging Face.
+  """Returns whether a path holds safetensors of one project: timm, or Hugging Face.
 
   Args:
     place: a file, or a folder.
-    of_timm: True for timm's `config.json`, which has the key `architecture`; False for any other.
+    of_timm: True for timm, whose `config.json` has the key `architecture`; False for Hugging Face.
   """
   if place.is_file():
     return place.suffix == '.safetensors' and of_timm == is_of_timm(place.parent)

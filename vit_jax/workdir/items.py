@@ -57,8 +57,8 @@ def restored(checkpoint: pathlib.Path, item: str):
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
   """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Errors with other causes are raised unchanged, e.g. if a device is missing, or if memory, threads
-  or open files run out. An orbax version that does not fit JAX is also such a cause.
+  Errors with other causes are not turned into `Damaged`, e.g. if a device is missing, if memory,
+  threads or open files run out, or if the version of orbax does not fit JAX.
 
   Raises:
     Damaged: the files are not a valid checkpoint.
