@@ -8,14 +8,19 @@ Each run is a workdir, `runs/results/<recipe>/seed<n>/`. Repeating the command r
 interrupted run and skips finished runs. For each recipe, these files are written:
   * `results/<recipe>.json`: results of all seeds;
   * `results/<recipe>/`: `metrics.jsonl` of each run and a figure of the curves;
-  * `results/README.md`: a row of the table.
+  * `results/README.md`: a row of the table;
+  * `results/minutes.png`: the test accuracy of the CPU recipes on CIFAR-10 by minutes.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 import sys
 from typing import NamedTuple
+
+from matplotlib import ticker
+from matplotlib.figure import Figure
 
 from benchmarks import arguments, collect
 from vit_jax import storage
@@ -135,6 +140,51 @@ def row(name: str) -> str:
   return f'| {" | ".join(cells)} |'
 
 
+def by_minutes(lines: list[dict]) -> tuple[list[float], list[float]]:
+  """Returns the minutes of training before each test, and the test accuracies.
+
+  Minutes include neither compilation nor evaluation. `lines` are those of `metrics.jsonl`.
+  """
+  seconds, minutes, accuracies = 0.0, [], []
+  for line in lines:
+    if line['split'] == 'train':
+      seconds += line['examples'] / line['images_per_second']
+    elif line['split'] == 'test':
+      minutes.append(seconds / 60)
+      accuracies.append(line['accuracy'])
+  return minutes, accuracies
+
+
+def is_drawn(name: str) -> bool:
+  """Returns whether a recipe is in the picture: CIFAR-10 on a CPU, with results."""
+  of_cifar = RECIPES[name].where == 'cpu' and name.startswith('cifar10')
+  return of_cifar and (collect.RESULTS / f'{name}.json').exists()
+
+
+@canvas.styled
+def draw_minutes(names: list[str]) -> Figure:
+  """Draws test accuracy by minutes for the first run of each recipe, and names its machine."""
+  figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
+  axis = figure.subplots()
+  for name in names:
+    result = writer.read_json(collect.RESULTS / f'{name}.json')
+    file = collect.RESULTS / name / f'seed{result["seeds"][0]}.jsonl'
+    minutes, accuracies = by_minutes([json.loads(line) for line in file.open(encoding='utf-8')])
+    epochs = result['runs'][0]['config']['epochs']
+    label = f'{name.split("_")[1]}, {epochs:g} epochs, {result["machine"].split(" of ")[1]}'
+    (line,) = axis.plot(minutes, accuracies, marker='.', label=label)
+    axis.annotate(f'{accuracies[-1]:.1%}', (minutes[-1], accuracies[-1]), color=line.get_color(),
+                  xytext=(4, 4), textcoords='offset points')  # fmt: skip
+  axis.set(xscale='log', xlabel='minutes of training on 2 CPU cores', ylabel='test accuracy')
+  axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axis.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))
+  axis.yaxis.set_major_locator(ticker.MultipleLocator(0.05))
+  axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, 0))
+  axis.grid()
+  axis.legend(loc='lower right')
+  return figure
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('where', choices=('cpu', 'gpu'), help='machine that the recipes are for')
@@ -157,6 +207,9 @@ def main(argv: list[str]) -> None:
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
       storage.replace(collect.RESULTS / 'README.md', table)
+    measured = [name for name in RECIPES if is_drawn(name)]
+    if measured:
+      canvas.save_figure(draw_minutes(measured), collect.RESULTS / 'minutes.png')
     print(row(name), flush=True)
 
 
