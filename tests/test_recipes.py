@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import collect, recipes, speedrun, sweep
@@ -112,6 +113,27 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   with pytest.raises(SystemExit, match='2'):
     recipes.main(['gpu', 'folder:none', 'digits'])
   assert 'no recipe digits for a gpu; expected one of cifar10_small' in capsys.readouterr().err
+
+
+def test_the_picture_shows_accuracy_by_minutes_of_training(monkeypatch, tmp_path):
+  train = {'split': 'train', 'examples': 1200, 'images_per_second': 10.0}
+  lines = [train, train, {'split': 'test', 'accuracy': 0.5}, train | {'images_per_second': 20.0}]
+  lines += [{'split': 'val', 'accuracy': 0.1}, {'split': 'test', 'accuracy': 0.6}]
+  assert recipes.by_minutes(lines) == ([4.0, 5.0], [0.5, 0.6])
+
+  monkeypatch.setattr(collect, 'RESULTS', tmp_path)
+  assert not any(map(recipes.is_drawn, recipes.RECIPES))
+  run = {'config': {'epochs': 20.0}}
+  result = {'machine': '2 cores of AMD EPYC', 'seeds': [0], 'runs': [run]}
+  (tmp_path / 'cifar10_tiny').mkdir()
+  (tmp_path / 'cifar10_tiny.json').write_text(json.dumps(result))
+  (tmp_path / 'cifar10_tiny' / 'seed0.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  assert [name for name in recipes.RECIPES if recipes.is_drawn(name)] == ['cifar10_tiny']
+  (axis,) = recipes.draw_minutes(['cifar10_tiny']).axes
+  (line,) = axis.lines
+  np.testing.assert_array_equal(line.get_xydata(), [(4.0, 0.5), (5.0, 0.6)])
+  assert [text.get_text() for text in axis.texts] == ['60.0%']
+  assert axis.get_legend().get_texts()[0].get_text() == 'tiny, 20 epochs, AMD EPYC'
 
 
 def test_a_grid_can_be_a_list_of_combinations():
