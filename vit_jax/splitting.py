@@ -54,10 +54,12 @@ def open_splits(
 ) -> tuple[Split, Split | None, Split]:
   """Opens the splits for training, validation (None without one) and test.
 
-  Validation and test are without the files in `seen`, which the weights were trained on.
+  Validation and test are without the files in `seen`, which the weights were trained on. A sweep of
+  learning rates ends with training on the validation split, so that split keeps these files.
 
   Raises:
-    ValueError: the weights were trained on the whole test split.
+    ValueError: the weights were trained on the whole validation or test split or, for data without
+      files, on a part of the test split.
   """
   data, size = experiment.config.data, experiment.task.stored_size
 

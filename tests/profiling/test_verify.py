@@ -85,7 +85,7 @@ def test_the_same_devices_may_not_differ_at_all():
 def test_a_stop_signal_ends_the_repetition_without_a_traceback(trained, capsys, monkeypatch):
   monkeypatch.setattr(cluster.Preemption, 'is_due', lambda _: True)
   code, _, err = call(capsys, '--mode=verify', f'--workdir={trained[0]}')
-  assert code == TRY_AGAIN and 'asked to stop' in err and 'Traceback' not in err
+  assert code == TRY_AGAIN and 'verify was stopped' in err and 'Traceback' not in err
 
 
 def test_the_devices_of_a_run_include_the_number_of_processes(monkeypatch):

@@ -99,9 +99,9 @@ def listed_folder(path: os.PathLike) -> Listed:
 
 
 def load_tree(name: str) -> Tree:
-  """Returns the kept list of a folder, or asks the bucket for it."""
+  """Returns the list of a folder: from a cache file, or else from the bucket."""
   for folder in _kept:
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not kept yet, or damaged
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not cached yet, or damaged
       found = json.loads(gzip.decompress((folder / file_of(name)).read_bytes()))
       if found['path'] == name:
         return Tree(found['sizes'])
@@ -109,13 +109,13 @@ def load_tree(name: str) -> Tree:
 
 
 def file_of(name: str) -> str:
-  """Returns the name of the file that keeps the list of a folder."""
+  """Returns the name of the cache file for the list of a folder."""
   return f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.json.gz'
 
 
 @contextlib.contextmanager
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
-  """Keeps the lists of image folders in `folder`; a list that is there is not requested again."""
+  """Uses `folder` as the cache of folder lists; a list that is there is not requested again."""
   _trees.clear()
   _kept.append(folder)
   try:
@@ -125,7 +125,7 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 
 
 def kept_lists() -> dict[str, bytes]:
-  """Returns {name: content} of the files that keep the lists of this process."""
+  """Returns the folder lists of this process as cache files, {file name: content}."""
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)
     for name, tree in _trees.items()

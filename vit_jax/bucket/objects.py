@@ -47,7 +47,11 @@ def list_below(path: os.PathLike) -> dict[str, int]:
 
 
 def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
-  """Returns the bytes of several objects, which are read at the same time; or their errors."""
+  """Reads several objects in parallel. Returns for each object its bytes or its error.
+
+  Raises:
+    OSError: the bucket does not answer at the moment.
+  """
   if not paths:
     return []
   names = [os.fspath(path).removeprefix('gs://') for path in paths]

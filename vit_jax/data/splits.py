@@ -84,7 +84,7 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def place(text: str, percent: bool, size: int) -> int:
-  """Returns the index, or the percentage of the size rounded to an index; may be negative.
+  """Returns a boundary of a slice as an index, which may be negative. Percentages are rounded.
 
   Raises:
     ValueError: not a number, or a percentage beyond 100.

@@ -140,7 +140,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws for each patch how similar its position embedding is to all position embeddings."""
+  """Draws how similar the position embeddings of evenly spaced patches are to all embeddings."""
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
   tile_RChw = similarity_hwhw[row_R][:, column_C]

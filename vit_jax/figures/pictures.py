@@ -191,7 +191,7 @@ def picture_reconstruction(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of hidden patches that the model fills in, and its caption."""
   exp, params, shown = subject.need('exp', 'params', 'shown')
   if exp.config.objective != 'masked':
-    raise Missing('the run did not learn to fill in hidden patches.')
+    raise Missing('this picture needs a run with objective=masked.')
   return draw_reconstruction(reconstruct(exp, params, shown)), (
     f'Images, the patches that the model sees ({exp.config.masked.share:.0%} are hidden), and what '
     'it fills in. It predicts normalised pixels, so each filled-in patch is drawn with the '

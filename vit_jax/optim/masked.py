@@ -155,7 +155,7 @@ def patch_grid(exp) -> tuple[int, int]:
 
 
 def num_unseen(count: int, share: float) -> int:
-  """Returns the number of hidden patches: all except `int(N * (1 - ratio))` visible ones.
+  """Returns the number of hidden patches: all except `int(count * (1 - share))` visible ones.
 
   Raises:
     ValueError: no patch would be hidden, or all of them.

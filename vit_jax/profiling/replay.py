@@ -62,7 +62,7 @@ class Replay(Run):
 
   def save(self, train_state, scores):
     """Called only after a stop signal."""
-    raise Preempted('--mode=verify was asked to stop. The same command begins again.')
+    raise Preempted('--mode=verify was stopped. Repeat the command to start from the beginning.')
 
 
 def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:

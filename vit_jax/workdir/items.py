@@ -132,7 +132,7 @@ def unraisable(found) -> None:
 def check_readable(folder: pathlib.Path) -> None:
   """Raises OSError if a file cannot be read at the moment; its content may still be valid.
 
-  In a bucket, this has an error type of its own, which is not in `CONTENT`.
+  Files in a bucket are not checked: their read errors have a type that is not in `CONTENT`.
   """
   if bucket.is_remote(folder):
     return
