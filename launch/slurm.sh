@@ -10,14 +10,17 @@
 #
 # Slurm sends SIGTERM 120 s before the time limit. The run then saves a checkpoint and ends with exit
 # code 75. After any other code but 0 and 2 (an error), the job is requeued TRIES times (default
-# 20). The workdir must be on a disk that all nodes share, or in a bucket.
+# 20); a file in the folder of the job counts them. If a process is lost, JAX ends the others. The workdir must be on a disk that all nodes share, or in a bucket.
 set -u
-srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py "$@"
+srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" main.py "$@"
 code=$?
-left=$((${TRIES:-20} - ${SLURM_RESTART_COUNT:-0}))
+failures="slurm-$SLURM_JOB_ID.failures"
 case $code in
   0 | 2) ;;
   75) scontrol requeue "$SLURM_JOB_ID" ;;
-  *) if [ "$left" -gt 0 ]; then scontrol requeue "$SLURM_JOB_ID"; fi ;;
+  *)
+    echo "exit code $code" >> "$failures"
+    if [ "$(wc -l < "$failures")" -le "${TRIES:-20}" ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+    ;;
 esac
 exit "$code"

@@ -36,17 +36,32 @@ install_project() {
 
 # Prints the exit code of the run in worker 0; nothing if the slice or the connection was lost. The
 # file is needed, because gcloud does not return the exit codes of all workers. After a lost
-# connection the old run may still be there, and is stopped first.
+# connection the old run may still be there, and is stopped first. Its shell then finds another
+# process ID in the file `pid`, or none, and does not write an exit code.
 train() {
-  on all "pkill -f '[u]ntil_done'; while pgrep -f '[u]ntil_done' > /dev/null; do sleep 1; done
-    cd vit_jax && rm -f exit_code
-    launch/until_done.sh .venv/bin/python main.py$(printf ' %q' "$@"); echo \$? > exit_code" >&2
+  on all "cd vit_jax || exit; old=\$(cat pid 2> /dev/null); rm -f pid exit_code
+    if [ -n \"\$old\" ] && kill \"\$old\" 2> /dev/null; then
+      while kill -0 \"\$old\" 2> /dev/null; do sleep 1; done
+    fi
+    launch/until_done.sh .venv/bin/python main.py$(printf ' %q' "$@") & mine=\$!
+    echo \"\$mine\" > pid; wait \"\$mine\"; code=\$?
+    if [ \"\$(cat pid)\" = \"\$mine\" ]; then echo \"\$code\" > exit_code; fi" >&2
   on 0 'cat vit_jax/exit_code'
 }
 
+# Prints the state of the slice, or MISSING; nothing if gcloud cannot tell.
+errors=$(mktemp)
+state_of_slice() {
+  if queue describe "$NAME" --format='value(state.state)' 2> "$errors"; then return; fi
+  if grep -q NOT_FOUND "$errors"; then echo MISSING; else cat "$errors" >&2; fi
+}
+
+known=''
 while :; do
-  state=$(queue describe "$NAME" --format='value(state.state)' 2>/dev/null)
-  echo "tpu: $NAME is ${state:-not there}." >&2
+  state=$(state_of_slice)
+  echo "tpu: $NAME is ${state:-unknown}." >&2
+  if [ -z "$state" ] && [ -z "$known" ]; then exit 1; fi # e.g. no login, no project
+  known=${state:-$known}
   case $state in
     ACTIVE)
       code=''
@@ -57,7 +72,7 @@ while :; do
       fi
       ;;
     FAILED | SUSPENDED) delete ;;
-    '')
+    MISSING)
       queue create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
         --runtime-version="$RUNTIME" --spot || exit
       ;;

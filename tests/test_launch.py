@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -27,10 +28,10 @@ def put(folder, name, script):
   return path
 
 
-def run(*command, **variables):
+def run(*command, cwd=ROOT, **variables):
   """Runs a command with `variables` in its environment, without pauses between two tries."""
   env = os.environ | {'PAUSE': '0'} | {key: str(value) for key, value in variables.items()}
-  return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def codes(tmp_path, *wanted):
@@ -65,51 +66,95 @@ def test_the_script_without_a_command_says_how_it_is_used():
 
 
 @pytest.mark.parametrize(
-  'code, restarts, again',
+  'code, failed, again',
   [(0, 0, False), (2, 0, False), (75, 99, True), (134, 19, True), (134, 20, False)],
 )
-def test_slurm_starts_a_preempted_job_again(code, restarts, again, tmp_path):
+def test_slurm_starts_a_preempted_job_again(code, failed, again, tmp_path):
+  (tmp_path / 'slurm-7.failures').write_text('exit code 134\n' * failed)
   log = tmp_path / 'log'
   put(tmp_path / 'bin', 'srun', f'echo srun "$@" >> {log}; exit {code}')
   put(tmp_path / 'bin', 'scontrol', f'echo scontrol "$@" >> {log}')
   path = f'{tmp_path / "bin"}:{os.environ["PATH"]}'
-  settings = dict(PATH=path, SLURM_JOB_ID=7, SLURM_RESTART_COUNT=restarts)
+  settings = dict(cwd=tmp_path, PATH=path, SLURM_JOB_ID=7)
   found = run(LAUNCH / 'slurm.sh', '--workdir=/shared/my run', **settings)
   assert found.returncode == code
   first, *rest = log.read_text().splitlines()
-  assert first == 'srun --kill-on-bad-exit=1 .venv/bin/python main.py --workdir=/shared/my run'
+  assert first == 'srun --kill-on-bad-exit=0 .venv/bin/python main.py --workdir=/shared/my run'
   assert rest == (['scontrol requeue 7'] if again else [])
 
 
-# Plays a slice: it waits once, is lost in its first training, and does its second to the end.
+# Plays a slice with one worker. It waits once, loses its first training, and executes the commands
+# of the second. If the connection was lost, gcloud does not know the state of the slice once.
 GCLOUD = """
-echo "$@" >> {log}
+echo "$@" >> log
+for last; do :; done
 case "$*" in
-  *describe*) cat {folder}/state 2> /dev/null || exit 1
-    [ "$(cat {folder}/state)" = WAITING_FOR_RESOURCES ] && echo ACTIVE > {folder}/state; exit 0 ;;
-  *'queued-resources create'*) echo WAITING_FOR_RESOURCES > {folder}/state ;;
-  *'queued-resources delete'*) rm {folder}/state ;;
-  *main.py*) echo run >> {folder}/runs
-    if [ $(wc -l < {folder}/runs) = 1 ]; then echo SUSPENDED > {folder}/state; exit 255; fi ;;
-  *'cat vit_jax/exit_code'*) [ "$(cat {folder}/state)" = ACTIVE ] && echo {code} || exit 255 ;;
+  *describe*)
+    if [ -e no_route ]; then rm no_route; echo 'ERROR: no route' >&2; exit 1; fi
+    cat state 2> /dev/null || {{ echo 'ERROR: NOT_FOUND: b16' >&2; exit 1; }}
+    [ "$(cat state)" = WAITING_FOR_RESOURCES ] && echo ACTIVE > state; exit 0 ;;
+  *'queued-resources create'*) echo WAITING_FOR_RESOURCES > state ;;
+  *'queued-resources delete'*) rm state ;;
+  *main.py*) echo run >> runs
+    if [ $(wc -l < runs) = 1 ]; then {lose}; exit 255; fi
+    cd worker && bash -c "${{last#--command=}}" ;;
+  *'cat vit_jax/exit_code'*)
+    [ "$(cat state)" = ACTIVE ] || exit 255
+    cd worker && bash -c "${{last#--command=}}" ;;
 esac
 """
+SLICE, CONNECTION = 'echo SUSPENDED > state', 'touch no_route'
+
+
+def run_slice(folder, lose, code):
+  """Runs tpu.sh, whose slices are stand-ins in `folder`; returns the result, and all gcloud calls.
+
+  Args:
+    folder: an empty folder.
+    lose: bash command of the first training.
+    code: exit code of the second training.
+  """
+  put(folder / 'bin', 'gcloud', f'cd {folder}\n{GCLOUD.format(lose=lose)}')
+  worker = folder / 'worker' / 'vit_jax'
+  worker.mkdir(parents=True)
+  put(worker / 'launch', 'until_done.sh', f'echo "$@" > {folder}/flags; exit {code}')
+  old = subprocess.Popen(['sleep', '60'])  # a run that a lost connection has left
+  threading.Thread(target=old.wait, daemon=True).start()  # otherwise it would stay as a zombie
+  (worker / 'pid').write_text(f'{old.pid}\n')
+  settings = dict(NAME='b16', ZONE='zone-b', TYPE='v5litepod-16', RUNTIME='v2-alpha-tpuv5-lite')
+  settings |= dict(PATH=f'{folder / "bin"}:{os.environ["PATH"]}', TMPDIR=folder)
+  flags = ['--config=configs/imagenet.py:b16', '--workdir=gs://bucket/my run']
+  found = run(LAUNCH / 'tpu.sh', *flags, **settings)
+  assert found.returncode == code, found.stderr
+  assert old.wait() == -signal.SIGTERM
+  started = '.venv/bin/python main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/my run'
+  assert (folder / 'flags').read_text() == f'{started}\n'
+  assert not (folder / 'state').exists()
+  return found, (folder / 'log').read_text()
 
 
 @pytest.mark.parametrize('code', [0, 2])
 def test_a_lost_slice_is_replaced_until_the_run_is_done(code, tmp_path):
-  log = tmp_path / 'log'
-  put(tmp_path / 'bin', 'gcloud', GCLOUD.format(log=log, folder=tmp_path, code=code))
-  wanted = dict(NAME='b16', ZONE='zone-b', TYPE='v5litepod-16', RUNTIME='v2-alpha-tpuv5-lite')
-  path = f'{tmp_path / "bin"}:{os.environ["PATH"]}'
-  flags = ['--config=configs/imagenet.py:b16', '--workdir=gs://bucket/my run']
-  found = run(LAUNCH / 'tpu.sh', *flags, PATH=path, TMPDIR=tmp_path, **wanted)
-  assert found.returncode == code, found.stderr
-  calls = log.read_text()
+  found, calls = run_slice(tmp_path, SLICE, code)
   assert calls.count('queued-resources create b16 --node-id=b16') == 2
   assert calls.count('queued-resources delete b16 --force') == 2
   assert calls.count('main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/my\\ run') == 2
-  assert 'b16 is SUSPENDED' in found.stderr and not (tmp_path / 'state').exists()
+  assert 'b16 is SUSPENDED' in found.stderr
+
+
+def test_a_slice_is_kept_while_gcloud_has_no_connection(tmp_path):
+  found, calls = run_slice(tmp_path, CONNECTION, 0)
+  assert calls.count('queued-resources create') == calls.count('queued-resources delete') == 1
+  assert 'ERROR: no route' in found.stderr and 'b16 is unknown' in found.stderr
+
+
+def test_a_slice_is_not_requested_if_gcloud_fails_at_the_start(tmp_path):
+  put(tmp_path / 'bin', 'gcloud', f'echo "$@" >> {tmp_path}/log; echo ERROR: no login >&2; exit 1')
+  settings = dict(NAME='a', ZONE='b', TYPE='c', RUNTIME='d')
+  settings |= dict(PATH=f'{tmp_path / "bin"}:{os.environ["PATH"]}', TMPDIR=tmp_path)
+  found = run(LAUNCH / 'tpu.sh', '--workdir=gs://bucket/run', **settings)
+  assert found.returncode == 1 and 'ERROR: no login' in found.stderr
+  assert (tmp_path / 'log').read_text().count('\n') == 1
 
 
 def test_a_slice_needs_a_bucket_and_its_settings():

@@ -257,7 +257,10 @@ def list_files(
 
 
 def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the path below `root` of each image; counts other files in `passed_over`."""
+  """Yields the path below `root` of each image; counts other files in `passed_over`.
+
+  Hidden folders, such as `.thumbnails`, are skipped.
+  """
 
   def refuse(error):
     raise ValueError(f'{error.filename}: {error.strerror}.') from error
@@ -265,6 +268,8 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
   walk = root.walk() if bucket.is_remote(root) else os.walk(root, onerror=refuse)
   for folder, _, names in walk:
     inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
+    if any(part.startswith('.') for part in inside.split(os.sep)):
+      continue
     for name in only_images(names, passed_over):
       yield os.path.join(inside, name)
 

@@ -100,19 +100,18 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
 def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens a folder of images without labels: in the folder itself, and at any depth below.
 
-  Splits and names are those of `folder:`. With a folder `train/`, test images are in the first
-  folder of `TEST_NAMES`; otherwise a hash of the name holds out images. The name is the path
-  without its first folder. So class folders are ignored, and the same images are held out as with
-  `folder:`. A relative path starts at `data_dir`.
+  Splits and names are as for `folder:`. With a folder `train/`, test images are in the first folder
+  of `TEST_NAMES`, and the others are splits; otherwise a hash of the name holds out images. The
+  name is the path without its first folder. So class folders are ignored, and the same images are
+  held out as with `folder:`. A relative path starts at `data_dir`.
   """
   del image_size
   root = existing('images', path, data_dir)
   top, passed_over = root / 'train', collections.Counter()
-  held_out = [root / name for name in folder_lib.TEST_NAMES if (root / name).is_dir()]
+  held_out = [name for name in folder_lib.TEST_NAMES if (root / name).is_dir()]
   if top.is_dir() and held_out:
-    files = {
-      name: list_tree(part, passed_over) for name, part in (('train', top), ('test', held_out[0]))
-    }
+    names, parts = ('train', 'test', *held_out[1:]), ('train', *held_out)
+    files = {name: list_tree(root / part, passed_over) for name, part in zip(names, parts)}
   else:
     listed, share = list_tree(top if top.is_dir() else root, passed_over), folder_lib.HELD_OUT
     files = {'train': listed.within(share, 1.0), 'test': listed.within(0.0, share)}

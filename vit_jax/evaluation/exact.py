@@ -23,6 +23,13 @@ from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
 
+# Keys that change what the model sees. A calibration that is fitted with such an override is not
+# kept.
+INPUT = (
+  'model.', 'data.image_size', 'data.crop', 'data.stretch', 'data.interpolation', 'data.mean',
+  'data.std',
+)  # fmt: skip
+
 
 def score_split(
   eval_step: EvalStep,
@@ -76,8 +83,8 @@ def evaluate(
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
   """Evaluates the checkpoint that a request names, and writes the result to `eval.json`.
 
-  If the checkpoint has no calibration yet, it is fitted on the validation split and kept. If the
-  workdir cannot be written, a warning says so.
+  If the checkpoint has no calibration yet, it is fitted on the validation split. It is kept if no
+  override changes what the model sees. If the workdir cannot be written, a warning says so.
 
   Returns:
     The step, the source and the split of the data, the values of `score_split`, and the measures of
@@ -98,8 +105,9 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   if val is not None:
     calibration = calibrate(eval_step, params, val, batch_size, mesh)
     log_calibration(loaded, calibration)
-    with storage.tolerated():
-      save_calibration(request.workdir, loaded, calibration)
+    if not any(key.startswith(INPUT) for key in request.overrides):
+      with storage.tolerated():
+        save_calibration(request.workdir, loaded, calibration)
   source, left_out = open_test(exp)
   split = exp.config.data.eval_split
   examples = load_split(exp, split, source)

@@ -2,6 +2,7 @@
 
 Decisions:
   * Features are the input of the head: pooled, and after the pre-logits layer if there is one.
+  * If the model scales the input of its head to length 1 (`cosine`), so are the features.
   * Features are float32, which also represents the output of a bfloat16 backbone exactly.
   * The name of a cache file is a hash of everything that features depend on. So any change leads
     to a new file. The hash covers the weights, the preprocessing, the program that JAX traces, the
@@ -33,6 +34,7 @@ from vit_jax.distributed import (
   to_host,
 )
 from vit_jax.experiment import Experiment
+from vit_jax.model import unit
 from vit_jax.weights import read_arrays, write_arrays
 
 log = logging.getLogger(__name__)
@@ -54,7 +56,8 @@ def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.A
   """Computes the features `[B, D]` of a batch of uint8 images."""
   backbone = exp.model.clone(num_classes=None)
   feature_BD = backbone.apply({'params': params}, exp.normalize(batch['image']))
-  return feature_BD.astype(jnp.float32)
+  feature_BD = feature_BD.astype(jnp.float32)
+  return unit(feature_BD) if exp.model.cosine else feature_BD
 
 
 @limits.memory_for('Feature extraction')

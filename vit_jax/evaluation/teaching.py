@@ -10,6 +10,7 @@ Decisions:
 from collections.abc import Iterator
 import copy
 import dataclasses
+import functools
 import logging
 import pathlib
 
@@ -20,9 +21,12 @@ from vit_jax.data import Plan, Split
 from vit_jax.distributed import gather, place_params, replicate
 from vit_jax.evaluation.features import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
+from vit_jax.model import head_logits
 from vit_jax.optim import Training
 
 log = logging.getLogger(__name__)
+
+ROWS = 4096  # features whose logits are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,4 +91,6 @@ def compute_logits(
   )
   step, params = make_feature_step(of_teacher, mesh), replicate(mesh, teacher.params)
   features = cached_features(of_teacher, step, params, examples, mesh, folder)
-  return features.image_NHWC @ teacher.params['head']['kernel'] + teacher.params['head']['bias']
+  head = jax.jit(functools.partial(head_logits, teacher.model, teacher.params['head']))
+  parts = (features.image_NHWC[i : i + ROWS] for i in range(0, len(features), ROWS))
+  return np.concatenate([np.asarray(head(part_BD)) for part_BD in parts])

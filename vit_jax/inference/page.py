@@ -88,7 +88,10 @@ class Viewer:
 
   def guesses(self, seen: Seen) -> dict[str, float]:
     """Returns the probability of each class, by name."""
-    return dict(zip(self.exp.task.class_names, map(float, seen.probability_L)))
+    found = {}
+    for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
+      found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])
+    return found
 
   def labels(self, seen: Seen) -> str:
     """Returns the labels of an image that can have several, as Markdown."""

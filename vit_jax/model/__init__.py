@@ -10,7 +10,7 @@ from vit_jax.model.adapters import (
 )
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
 from vit_jax.model.encoder import REMAT, Encoder
-from vit_jax.model.heads import knn_logits, unit
+from vit_jax.model.heads import head_logits, knn_logits, unit
 from vit_jax.model.layers import ACTIVATIONS, MLPS, Block, Dense
 from vit_jax.model.patching import Packer, Padded, cut, native_grid, resize_embedding
 from vit_jax.model.pooling import POOLS, Pool, pooled, without_pool
@@ -60,6 +60,7 @@ __all__ = [
   'first_layer',
   'flash',
   'flash_obstacle',
+  'head_logits',
   'knn_logits',
   'last_layer',
   'make',

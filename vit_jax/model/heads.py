@@ -1,6 +1,6 @@
-"""A head that classifies by the nearest training images, without any training.
+"""Heads: one that classifies by the nearest training images, and heads without their model.
 
-The method is the weighted k-NN classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
+The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
 values of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
 with the highest cosine similarity vote for their class with the weight exp(similarity / 0.07).
 
@@ -13,6 +13,8 @@ Decisions:
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+
+from vit_jax.model.layers import Dense
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
@@ -58,6 +60,19 @@ def knn_logits(
   voted_BKL = jax.nn.one_hot(jnp.take(label_M, index_BK).astype(jnp.int32), num_classes)
   vote_BL = (weight_BK[..., None] * voted_BKL).sum(axis=1)
   return jnp.log(jnp.maximum(vote_BL, LOWEST))
+
+
+def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Array:
+  """Returns the logits `[B, L]` of a model's head for its input, the features `[B, D]`.
+
+  Args:
+    model: a `ViT` with a head.
+    head: parameters of the head.
+    feature_BD: features, of length 1 if `model.cosine`.
+  """
+  if model.examples is not None:
+    return knn_logits(feature_BD, head['feature'], head['label'], model.num_classes)
+  return Dense((model.num_classes,)).apply({'params': head}, feature_BD)
 
 
 def unit(x_ND: jax.Array) -> jax.Array:

@@ -191,6 +191,11 @@ def check_pool(model: ViT) -> None:
     raise ValueError(
       f'model.pool={model.pool} reads the class token, but model.class_token is False.'
     )
+  if pool.distills and model.cosine:
+    raise ValueError(
+      f'model.pool={model.pool} has two heads with an input each, so model.cosine cannot scale '
+      'their input. Set model.cosine=False or choose another pool.'
+    )
   if model.num_registers < 0:
     raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
   if model.num_registers < pool.registers:

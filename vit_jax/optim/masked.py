@@ -98,6 +98,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
     key: random key of the masks and of dropout.
     train: whether to apply dropout.
   """
+  check_patches(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
   mask_key, dropout_key = jax.random.split(key)
   patch_BNP = normalized(as_patches(image_BHWC, exp.model.patch_size))
@@ -152,6 +153,19 @@ def patch_grid(exp) -> tuple[int, int]:
   height, width, _ = exp.image_shape
   p, q = exp.model.patch_size
   return height // p, width // q
+
+
+def check_patches(exp, params: dict) -> None:
+  """Raises ValueError if the patches are not those that the decoder predicts."""
+  if exp.pack is not None:
+    raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
+  p, q = exp.model.patch_size
+  predicted = params['decoder']['pixels']['bias'].shape[0]
+  if p * q * exp.task.channels != predicted:
+    raise ValueError(
+      f'model.patch_size={p}x{q}: the decoder predicts {predicted} values of each patch, so the '
+      'patch size of a masked autoencoder cannot be changed. Remove this key.'
+    )
 
 
 def num_unseen(count: int, share: float) -> int:

@@ -204,6 +204,11 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
         f'{name} cannot be combined with {key}={config[key]}, because the features are computed '
         'once, with one patch size. Remove one of them.'
       )
+  if config.objective == 'masked':
+    raise ValueError(
+      f'{name} cannot be combined with objective=masked, because the decoder predicts patches of '
+      'one size. Remove patch_sizes.'
+    )
   if model.resnet is not None:
     raise ValueError(
       f'{name}: the patches of a hybrid come from the feature map of its stem, '

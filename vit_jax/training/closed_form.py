@@ -27,6 +27,9 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
+# Whether these layers stay depends on the classes (`inherit.open_init`), so the weights decide.
+AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
+
 
 def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
@@ -40,7 +43,7 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """
   exp, _, step = opening.open_model(request, 'data')
   config, own = config_lib.default_config(), config_lib.flatten(exp.config)
-  kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.'))}
+  kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.')) and k not in AFTER_POOL}
   for key, value in kept.items():
     section, _, name = key.partition('.')
     config[section][name] = tuple(value) if isinstance(value, list) else value

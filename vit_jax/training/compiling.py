@@ -149,6 +149,8 @@ def fit_step(
     limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
   """
   budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
+  if exp.parts and plan_of(exp, mesh) not in plans:  # a plan for a different number of devices
+    exp = dataclasses.replace(exp, parts=None)
   if budget is None or len(plans) == 1 or not exp.sees_images:
     return exp, lower(exp).compile()
   need, own, factor = estimator(exp, mesh, state), plan_of(exp, mesh), 1.0

@@ -156,13 +156,12 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   run without labels, it is the negative loss.
   For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
   """
-  lines = writer.read_metrics(workdir)
-  keys = ('mean_average_precision', 'accuracy')
-  recorded = {
-    line['step']: next((line[key] for key in keys if key in line), -line['loss'])
-    for line in lines
-    if line['split'] == 'val'
-  }
+  recorded = {}
+  for line in writer.read_metrics(workdir):
+    if line['split'] == 'val':
+      found = [line[key] for key in ('mean_average_precision', 'accuracy') if key in line]
+      found += [-line['loss']] if 'loss' in line else []
+      recorded[line['step']] = next(iter(found), None)
   found = {}
   for step in saved_steps(workdir):
     with contextlib.suppress(items.Damaged):
