@@ -477,6 +477,8 @@ def test_corrupt_files_raise_only_bad_image(tmp_path):
 def test_hidden_files_are_ignored(tmp_path):
   make_folder(tmp_path, ['a', 'b'])
   (tmp_path / 'a' / '._0.png').write_bytes(b'a resource file of macOS')
+  (tmp_path / 'b' / 'x' / '.thumbnails').mkdir(parents=True)
+  shutil.copy(tmp_path / 'b' / '0.png', tmp_path / 'b' / 'x' / '.thumbnails' / '9.png')
   _, examples = load(tmp_path, 'train+test')
   assert len(examples) == 24
 
@@ -632,6 +634,9 @@ def test_a_tree_may_be_flat_or_deep_and_have_its_own_test_folder(tmp_path):
   put_images(tmp_path, ['train/x/1.png', 'train/2.png', 'val/3.png'])
   source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 2, 'test': 1}
+  put_images(tmp_path, ['test/4.png', 'test/.hidden/5.png', 'test/6.png'])
+  source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
+  assert source.sizes == {'train': 2, 'test': 2, 'val': 1}
 
 
 def test_a_tree_without_images_is_refused(tmp_path):

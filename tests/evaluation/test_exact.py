@@ -124,6 +124,15 @@ def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   assert vit_jax.evaluate(workdir) == first
 
 
+@pytest.mark.slow
+def test_a_temperature_for_other_images_is_not_kept(workdir):
+  (workdir / 'calibration.json').unlink()
+  assert vit_jax.evaluate(workdir, {'data.image_size': '4'})['temperature_examples'] == 192
+  assert not (workdir / 'calibration.json').exists()
+  assert vit_jax.evaluate(workdir, {'eval_batch_size': '64'})['temperature_examples'] == 192
+  assert (workdir / 'calibration.json').exists()
+
+
 @pytest.mark.parametrize('overrides', [
   {'data.val_split': 'train[:100]'},  # these images were trained on
   {'data.source': 'digits', 'data.image_size': '8'},

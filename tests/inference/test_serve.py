@@ -259,6 +259,15 @@ def test_the_limits_of_a_model_of_several_labels_state_its_thresholds(trained):
   assert viewer.labels(seen._replace(probability_L=np.zeros(10))) == '**Labels**: none'
 
 
+def test_classes_of_the_same_name_keep_their_own_probability(trained):
+  exp = opening.open_model(Request(trained[0]))[0]
+  task = dataclasses.replace(exp.task, class_names=('crane', 'cat', 'crane'))
+  viewer = object.__new__(page_lib.Viewer)
+  viewer.exp = dataclasses.replace(exp, task=task)
+  seen = page_lib.Seen(None, np.array([0.5, 0.25, 0.25]), None, None)
+  assert viewer.guesses(seen) == {'crane': 0.5, 'cat': 0.25, 'crane (2)': 0.25}
+
+
 def test_a_run_without_saved_examples_offers_images_of_its_test_split(trained, tmp_path):
   exp = opening.open_model(Request(trained[0]))[0]
   found = server.find_examples(exp, tmp_path, tmp_path)

@@ -53,6 +53,14 @@ def test_other_numbers_are_named_and_give_exit_code_1(trained, capsys, monkeypat
   assert 'params/block_0/attention/query/kernel: largest difference' in out
 
 
+def test_the_plan_is_that_of_the_checkpoint_from_which_steps_are_repeated(trained, monkeypatch):
+  real, given = replay.prepared, []
+  monkeypatch.setattr(replay, 'prepared', lambda *args: given.append(args[-1]) or real(*args))
+  replay.verify(trained[0])
+  assert given == [stored.restore_item(trained[0], 16, 'config')]
+  assert given != [stored.restore_item(trained[0], 32, 'config')]
+
+
 def test_a_run_without_two_checkpoints_is_refused(trained, tmp_path, capsys):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   shutil.rmtree(workdir / 'checkpoints' / '16')

@@ -5,8 +5,9 @@ import types
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
-from sklearn import linear_model, neighbors
+from sklearn import linear_model, neighbors, preprocessing
 
 from tests.conftest import call, error, run_model, small_config
 import vit_jax
@@ -117,6 +118,32 @@ def test_training_from_a_knn_head_starts_with_a_new_linear_head(nearest, trained
   assert exp.model.examples is None and params['head'].keys() == {'kernel', 'bias'}
   model, params = vit_jax.load(nearest, num_classes=3)
   assert model.examples is None and params['head']['kernel'].shape == (16, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('extra', [{'model.cosine': 'true'}, {'model.representation_size': '8'}])
+def test_a_head_for_other_classes_and_layers_after_the_pool(extra, tmp_path):
+  train(small_config(**extra), tmp_path / 'run')
+  for i, colour in enumerate([(200, 20, 20), (20, 200, 20), (20, 20, 200)] * 10):
+    file = tmp_path / 'colours' / 'rgb'[i % 3] / f'{i}.png'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (8, 8), colour).save(file)
+  other = {'data.source': f'folder:{tmp_path}/colours', 'data.train_split': 'train'}
+  for name, overrides in (('other', other), ('same', {})):
+    request = opening.Request(tmp_path / 'run', overrides=overrides)
+    result = train(closed_form.classifier_config(request, 'ridge'), tmp_path / name)
+    exp, params, _ = opening.from_workdir(tmp_path / name)
+    backbone, test = exp.model.clone(num_classes=None), evaluation.load_split(exp, 'test')
+    train_ND, label_N = features_of(exp, params, 'train')
+    test_ND = run_model(backbone, params, exp.normalize(test.image_NHWC))
+    if exp.model.cosine:
+      train_ND, test_ND = map(preprocessing.normalize, (train_ND, test_ND))
+    found = run_model(exp.model, params, exp.normalize(test.image_NHWC))
+    classes = found.shape[1]
+    wanted = ridge(train_ND, label_N, np.asarray(test_ND, np.float64))[:, :classes]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    accuracy = (wanted.argmax(axis=1) == test.label_N).mean()
+    assert result['test_accuracy'] == pytest.approx(accuracy, abs=1 / 256) and accuracy > 0.3
 
 
 def test_skipped_images_leave_padding_in_a_knn_head(monkeypatch):

@@ -139,6 +139,17 @@ def test_a_resumed_run_keeps_its_plan(tmp_path, caplog):
   assert len(lines) == 2 and all('compiled 1 time' in line for line in lines)
 
 
+def test_a_plan_of_fewer_devices_is_dropped_on_more_devices():
+  step = Step()
+  rows = 64 // step.mesh.size
+  step.exp = dataclasses.replace(step.exp, parts=2 * rows)  # each device had more rows
+  exp, _ = step.fit()
+  assert exp.parts is None and step.plans[-1].micro_batches <= rows
+  kept = dataclasses.replace(step.exp, parts=rows)
+  step.exp = kept
+  assert step.fit()[0].parts == rows
+
+
 @pytest.fixture
 def full(monkeypatch):
   """Makes the first `count` executed training steps run out of memory; returns their plans."""

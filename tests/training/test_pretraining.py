@@ -48,6 +48,15 @@ def test_a_run_without_labels_reports_the_error_of_hidden_patches(pretrained, ca
   assert sorted(path.name for path in (workdir / 'examples').iterdir())[0] == '0_no-label.png'
 
 
+@pytest.mark.parametrize('flag, message', [
+  ('--config.model.patch_size=8', 'model.patch_size=8x8: the decoder predicts 48 values'),
+  ('--max_patches=4', 'A masked autoencoder needs images of one size'),
+])  # fmt: skip
+def test_patches_that_the_decoder_cannot_predict_are_refused(pretrained, capsys, flag, message):
+  code, _, err = call(capsys, '--mode=eval', f'--workdir={pretrained[0]}', flag)
+  assert code == 2 and f'error: {message}' in err
+
+
 @pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_batch_size(pretrained):
   exp, params, _ = opening.from_workdir(pretrained[0])

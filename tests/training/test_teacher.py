@@ -20,7 +20,7 @@ from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import teaching
 from vit_jax.experiment import mesh_for
 from vit_jax.optim.objectives import heads
-from vit_jax.training import loop, state, tracing, trainer
+from vit_jax.training import closed_form, loop, state, tracing, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import loss_fn, make_train_step
 from vit_jax.workdir import stored, trained, writer
@@ -244,6 +244,21 @@ def test_logits_belong_to_their_examples(teacher, tmp_path):
     want = run({'teacher': exp.teacher.params}, without)
     np.testing.assert_allclose(batch['teacher'], want, atol=1e-4)
   batches.close()
+
+
+@pytest.mark.slow
+def test_cached_logits_of_a_knn_head_and_of_a_scaled_head_are_those_of_the_model(trained, tmp_path):
+  knn = closed_form.classifier_config(opening.Request(trained[0]), 'knn')
+  trainer.train(knn, tmp_path / 'knn')
+  trainer.train(small_config(**{'model.cosine': 'true'}), tmp_path / 'scaled')
+  for name in ('knn', 'scaled'):
+    exp, training = opening.from_config(student(tmp_path / name, **STILL))
+    first = training.train.some(range(50))
+    logits_NL = teaching.compute_logits(exp, first, devices.make_mesh(8), tmp_path / 'features')
+    batch = {'image': first.image_NHWC}
+    want = jax.jit(exp.teacher.logits)({'teacher': exp.teacher.params}, batch)
+    np.testing.assert_allclose(logits_NL, want, atol=1e-3)
+    assert abs(logits_NL).max() > 0.1
 
 
 @pytest.mark.slow

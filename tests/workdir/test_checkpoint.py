@@ -1,6 +1,7 @@
 """Checks that checkpoints open anywhere, damage is detected, and a full disk destroys nothing."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -192,6 +193,13 @@ def test_best_checkpoint_is_kept_after_resuming(tmp_path):
         checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
         checkpoints.wait()
     assert stored.saved_steps(tmp_path) == kept
+
+
+def test_a_line_without_a_score_does_not_hide_the_accuracies(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  lines = [{'step': 16, 'split': 'val', 'accuracy': 0.5}, {'step': 32, 'split': 'val'}]
+  (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  assert stored.accuracies(workdir) == {16: 0.5}
 
 
 def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
