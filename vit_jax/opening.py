@@ -127,7 +127,8 @@ def from_config(
   if saved is None:
     report_mistakes(source, named_splits(config), config.data.cache == 'stream')
   train, val, test = open_splits(experiment, source, seen)
-  announce(config, len(train), first_size(source, data.train_split))
+  if not cycles:  # the loop announces a new cycle
+    announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
   weight_L = training_weights(config.loss.class_weights, train, task.class_names)
   facts = dict(names=seen, teacher=teacher, weight_L=weight_L)

@@ -151,7 +151,7 @@ class Run:
     """
     programs = {}
     for patch in self.exp.patch_sizes:
-      exp = self.exp.at(size, patch)
+      exp = dataclasses.replace(self.exp.at(size, patch), task=self.exp.task)  # stored as before
       found = compile_step(exp, self.training, self.mesh, train_state, batch)
       model = self.exp.model.clone(remat=found.exp.model.remat)
       self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
