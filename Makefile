@@ -67,7 +67,7 @@ compilers: .compilers/installed
 	touch $@
 
 # Two training steps, compiled again for an H200, and every slice of `make gpu` at toy size.
-test-hardware: compilers
+test-hardware: compilers peers
 	JAX_PLATFORMS=cpu .compilers/bin/python -m benchmarks.compile --check
 	$(RUN) -m benchmarks.gpu --toy --results="$$(mktemp -d)"
 
@@ -93,4 +93,4 @@ gpu-pack: $(VENV)/installed
 	$(RUN) -m benchmarks.gpu_pack $(DATA) --python=$(PACK_FOR)
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) site

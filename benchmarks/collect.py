@@ -66,7 +66,8 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
       raise ValueError(f'{workdir}: no result.json, so the run is not finished.')
     data = result['config']['data']  # the result keeps no folders of this machine
     kind, _, path = data['source'].partition(':')
-    data['source'] = f'folder:{pathlib.Path(path).name}' if kind == 'folder' else data['source']
+    if kind in ('folder', 'images', 'labels'):
+      data['source'] = f'{kind}:{pathlib.Path(path).name}'
     data['dir'] = ''
     if init := result['config']['init']:
       result['config']['init'] = pathlib.Path(init).name

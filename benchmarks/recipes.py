@@ -171,7 +171,7 @@ def draw_minutes(names: list[str]) -> Figure:
     file = collect.RESULTS / name / f'seed{result["seeds"][0]}.jsonl'
     minutes, accuracies = by_minutes([json.loads(line) for line in file.open(encoding='utf-8')])
     epochs = result['runs'][0]['config']['epochs']
-    label = f'{name.split("_")[1]}, {epochs:g} epochs, {result["machine"].split(" of ")[1]}'
+    label = f'{name.split("_")[1]}, {epochs:g} epochs, {result["machine"].split(" of ")[-1]}'
     (line,) = axis.plot(minutes, accuracies, marker='.', label=label)
     axis.annotate(f'{accuracies[-1]:.1%}', (minutes[-1], accuracies[-1]), color=line.get_color(),
                   xytext=(4, 4), textcoords='offset points')  # fmt: skip

@@ -83,10 +83,10 @@ def check_attempt(args: argparse.Namespace) -> None:
   storage.check_folder(args.out)
   config = config_lib.override_all(cli.load_file(args.config), args.overrides)
   check(config)
-  every, logged = config.checkpoint_every or 0, config.log_every
+  every, logged = config.checkpoint_every, config.log_every
   if config.epochs is None:
     raise ValueError('epochs is open, but a speed run has a fixed length: set --config.epochs')
-  if not logged or every % logged:
+  if every is None or not logged or every % logged:
     raise ValueError(
       f'checkpoint_every={every} must be a multiple of log_every={logged}, because a resumed run '
       'has lost the time since the last log line'

@@ -38,6 +38,7 @@ from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.inference.summary import summary_of
 from vit_jax.opening import Request
+from vit_jax.optim import objective_of
 from vit_jax.workdir import writer
 
 HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
@@ -73,7 +74,10 @@ def check_runs(args: argparse.Namespace) -> None:
   storage.check_folder(args.out)
   for settings in args.grid:
     config = cli.load_file(args.config)
-    check(config_lib.override_all(config, {**args.overrides, **settings}))
+    config = config_lib.override_all(config, {**args.overrides, **settings})
+    check(config)
+    if not objective_of(config).labels:
+      raise ValueError(f'objective={config.objective} has no accuracy, by which a sweep ranks')
 
 
 def epochs_for(args: argparse.Namespace, settings: dict[str, str]) -> str:

@@ -17,7 +17,9 @@ from configs import finetune
 
 
 def get_config(variant='b16,cifar10'):
-  model, dataset, _ = finetune.parse(variant)
+  model, dataset, *recipe = variant.split(',')
+  if recipe:
+    raise ValueError(f'variant {variant!r} must be <model>,<dataset>, e.g. b16,cifar10.')
   config = finetune.get_config(f'{model},{dataset}')
   config.freeze = 'backbone'
   config.sweep = (0.01, 0.03, 0.1, 0.3, 1.0)

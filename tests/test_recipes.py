@@ -88,6 +88,12 @@ def test_a_sweep_ranks_resumes_and_survives_a_failed_run(one_process, tmp_path, 
   assert '± ' in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_sweep_without_labels_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    sweep.parse(['--config=configs/mae.py:tiny,cifar10', '--grid={"ema": [0]}', '--out=o'])
+  assert 'objective=masked has no accuracy' in capsys.readouterr().err
+
+
 def test_a_sweep_does_not_use_the_test_images_by_default():
   args = sweep.parse(['--config=configs/digits.py', '--grid={"ema": [0]}', '--out=o'])
   assert args.overrides == {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}

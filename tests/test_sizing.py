@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
+from configs import cifar10
 from tests.conftest import call
 from vit_jax import cli, sizing
 from vit_jax import config as config_lib
 from vit_jax.data import Source, num_examples
 from vit_jax.data.folder import Files
-from vit_jax.optim import num_steps, warmup_steps
+from vit_jax.experiment import Task, assemble
+from vit_jax.optim import num_steps, plan, warmup_steps
 
 FINETUNE = 'configs/finetune.py:b16,folder'
 
@@ -98,6 +100,19 @@ def test_a_config_without_open_values_stays_as_it_is():
 def test_the_image_size_follows_the_images(size, wanted, patch):
   config = chosen('configs/folder.py:small', photos(30, size))
   assert config.data.image_size == (wanted, wanted) and config.model.patch_size == (patch, patch)
+
+
+def test_every_variant_trains_on_photos_of_any_size():
+  for variant in cifar10.VARIANTS:
+    config = chosen(f'configs/folder.py:{variant}', photos(30, (130, 130)))
+    model = assemble(config, Task(('a', 'b', 'c'), config.data.image_size, 3)).model
+    plan.check_stages(config, model)
+    assert config.data.cache == 'auto'
+
+
+def test_a_linear_probe_has_no_recipe():
+  with pytest.raises(ValueError, match="'b16,folder,lora' must be <model>,<dataset>"):
+    cli.load_file('configs/linear_probe.py:b16,folder,lora')
 
 
 def test_the_image_size_is_a_multiple_of_a_given_patch():

@@ -49,7 +49,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
     ValueError: the weights do not exist, or the config contradicts them.
   """
   found = read_weights(config.init)
-  config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
+  if np.any(found.preprocessing.size):  # an npz file of the paper does not name a size
+    config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
   if found.channels != source.channels:
     raise ValueError(
       f'init={config.init} expects images with {found.channels} channel(s), but the images of '
@@ -229,7 +230,7 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
       + '\nSet these keys to None to take their values from the weights. For keys of the model, '
       'you can also set model.variant to the variant of the weights.'
     )
-  given = {
+  given = {'data.image_size': loaded.preprocessing.size} | {
     f'model.{name}': value for name, value in own.items() if value is not None and name not in FREE
   }
   return config_lib.fill(config, given | about)

@@ -214,7 +214,8 @@ def from_init(
       config.data[name] = getattr(expected, name)
   count = loaded.model.num_classes or 0
   names = names or loaded.class_names or [f'class {i}' for i in range(count)]
-  task = Task(tuple(names), expected.size, found.channels, multi_label=several)
+  stored = expected.stored_size or expected.size
+  task = Task(tuple(names), stored, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
   facts = {} if new_head else {'calibration': loaded.calibration}
   return dataclasses.replace(experiment, names=inherit.names_of(loaded), **facts), loaded.params

@@ -9,13 +9,14 @@ import time
 from PIL import Image
 import pytest
 
-from tests.conftest import call, error
+from tests.conftest import ROOT, call, error
 from tests.fake_gcs import FakeGcs
 from vit_jax import bucket, storage
-from vit_jax.bucket import client, lease, records
+from vit_jax.bucket import client, lease, objects, records
 from vit_jax.data import sources
 from vit_jax.data.image import BadImage
 from vit_jax.data.source import as_bytes, fetched
+from vit_jax.weights import reader
 from vit_jax.workdir import digests, held, stored
 
 
@@ -279,6 +280,30 @@ def test_images_in_a_bucket_are_those_on_disk(server, tmp_path, spec):
       == [w.partition('pets')[2] for w in local.warnings]
       != []
     )
+
+
+def test_names_are_never_patterns(server, tmp_path):
+  contents = {}
+  for name in ('a[1].jpg', 'a1.jpg', 'b?.jpg', 'bc.jpg', 'x*/y.jpg', 'xz/y.jpg'):
+    contents[name] = name.encode()
+    server.put('bucket', f'data/{name}', contents[name])
+  top = bucket.to_path('gs://bucket/data')
+  assert objects.contents([top / name for name in contents]) == list(contents.values())
+  for name in ('a[1].jpg', 'b?.jpg', 'x*'):
+    objects.delete_all(top / name)
+  assert server.names('data/') == ['data/a1.jpg', 'data/bc.jpg', 'data/xz/y.jpg']
+
+
+def test_a_file_of_weights_is_read_with_its_config(server):
+  for file in (ROOT / 'tests/fixtures/hf_classifier').iterdir():
+    server.put('bucket', f'vit/{file.name}', file.read_bytes())
+  found = reader.read_weights('gs://bucket/vit/model.safetensors')
+  wanted = reader.read_weights(ROOT / 'tests/fixtures/hf_classifier')
+  assert found.fields == wanted.fields and found.preprocessing == wanted.preprocessing
+
+
+def test_the_lock_uses_a_clock_that_runs_while_the_machine_is_suspended():
+  assert lease.now() == pytest.approx(time.clock_gettime(time.CLOCK_BOOTTIME), abs=1)
 
 
 def test_a_list_is_kept_and_read_again(server, tmp_path):

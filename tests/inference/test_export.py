@@ -336,6 +336,8 @@ def test_exported_programs_compute_in_float32_from_the_stored_size(tmp_path):
   model, params = vit_jax.load(tmp_path / 'run')
   kernel = params['head']['kernel']  # initialised to zero
   kernel += np.random.RandomState(0).normal(size=kernel.shape)
+  exp, _ = opening.from_init(str(tmp_path / 'run' / 'checkpoints' / '0'), {})
+  assert exp.task.stored_size == (8, 8) and exp.image_shape == (16, 16, 1)  # as in the run
   p = reader.read_weights(tmp_path / 'run').preprocessing
   assert p.stored_size == (8, 8) and p.size == (16, 16) and (p.crop, p.stretch) == (1, False)
   vit_jax.save(

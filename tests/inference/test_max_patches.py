@@ -92,7 +92,7 @@ def test_the_flag_works_on_the_command_line(trained, photos, capsys):
     capsys, '--mode=predict', where, images, '--max_patches=0'
   )
   tokens = '--features=tokens', f'--out={photos[0]}/out.npz'
-  assert 'model.pool=none is not defined for images of different shapes' in error(
+  assert '--features=tokens needs images of one size' in error(
     capsys, '--mode=predict', where, images, '--max_patches=10', *tokens
   )
   assert '--max_patches' in error(capsys, '--mode=visualize', where, '--max_patches=10')

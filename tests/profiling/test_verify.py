@@ -84,6 +84,14 @@ def test_other_devices_may_differ_by_rounding_only(then, change, same):
   assert ('within 0.0001' if same else 'params/w: largest difference 10') in found.text
 
 
+def test_a_number_that_is_not_finite_is_never_the_same():
+  ended, wanted = (
+    TrainState(jnp.int32(2), {'w': jnp.ones(3)}, {'mu': mu}, None)
+    for mu in (jnp.array([1, 1, jnp.nan]), jnp.ones(3))
+  )
+  assert not replay.judged((1, 2), ended, wanted, None, {'kind': 'cpu'}).same
+
+
 def test_the_same_devices_may_not_differ_at_all():
   ended, wanted = states(1e-6)
   devices = {'kind': 'cpu', 'data': 4}

@@ -22,6 +22,7 @@ from vit_jax.inference import exporting, prediction
 from vit_jax.model import RESIZES
 from vit_jax.opening import Request
 from vit_jax.training import trainer
+from vit_jax.weights import reader
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -117,6 +118,18 @@ def test_one_mean_for_all_channels_agrees_with_three_equal_ones(weights):
   config = fine_tuning(weights, {'data.mean': '0.4', 'data.std': '0.2'})
   data = inherit.open_init(config, Source({}, ('cat', 'dog'), 3, None))[0].data
   assert (data.mean, data.std) == ((0.4,), (0.2,))
+
+
+def test_an_open_image_size_follows_the_positions_of_an_npz_file():
+  path = DATA / 'paper_token' / 'weights.npz'
+  wanted = reader.read_weights(path)
+  assert wanted.preprocessing.size == (0, 0)  # the file does not name a size
+  config = fine_tuning(path, {'data.image_size': 'None'})
+  config = inherit.open_init(config, Source({}, ('cat', 'dog'), 3, None))[0]
+  model, params = vit_jax.load(path)
+  patches = params['pos_embedding'].shape[1] - 1
+  side = round(patches**0.5) * model.patch_size[0]
+  assert config.data.image_size == (side, side)
 
 
 def test_positions_are_resized_to_the_image_size(weights):
@@ -310,6 +323,23 @@ try:
 except ValueError as error:
   print('error:', error)
 """
+
+
+def test_the_processor_of_a_repository_is_downloaded(monkeypatch, tmp_path):
+  whole = shutil.copytree(DATA / 'hf_clip', tmp_path / 'whole')
+  processor = {'image_mean': [0.1] * 3, 'image_std': [0.2] * 3}
+  (whole / 'processor_config.json').write_text(json.dumps({'image_processor': processor}))
+
+  def download(name, allow_patterns):
+    part = tmp_path / name.replace('/', '_')
+    part.mkdir()
+    for file in whole.iterdir():
+      if any(file.match(pattern) for pattern in allow_patterns):
+        shutil.copy(file, part)
+    return str(part)
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+  assert reader.read_weights('someone/clip').preprocessing.mean == (0.1,) * 3
 
 
 @pytest.mark.slow

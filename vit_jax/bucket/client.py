@@ -13,7 +13,7 @@ import threading
 
 from vit_jax.bucket.errors import NoAnswer, NoBucket, why_refused
 
-FIRST = 20.0  # seconds that the first access to a bucket may take
+FIRST = 45.0  # seconds that the first access may take; gcsfs retries expired credentials for 33 s
 TIMEOUT = 60.0  # seconds that one request may take
 
 

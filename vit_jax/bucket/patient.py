@@ -1,4 +1,4 @@
-"""A file system of gcsfs that waits for a bucket that does not answer.
+"""A file system of gcsfs that waits for a silent bucket, and takes all names literally.
 
 gcsfs repeats a failed request for about half a minute, but a bucket can answer with 503 for longer.
 All requests of this process use this file system, those of etils and orbax too. Only tensorstore
@@ -27,6 +27,11 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
   """Repeats requests after errors that may pass."""
 
   _silent_since = None  # time of the first failure after the last answer
+
+  async def _expand_path(self, path, recursive=False, maxdepth=None, assume_literal=True):
+    """Takes names literally: `photo[1].jpg` is the name of an object, not a pattern."""
+    del assume_literal
+    return await super()._expand_path(path, recursive, maxdepth, assume_literal=True)
 
   async def _request(self, *args, **kwargs):
     return await self._repeated(super()._request, *args, **kwargs)

@@ -65,12 +65,12 @@ def run_file(path: str) -> dict[str, object]:
 @contextlib.contextmanager
 def neighbours(path: str) -> Iterator[None]:
   """Lets a config file import other files of its folder, e.g. `from configs import finetune`."""
-  base = str(pathlib.Path(path).resolve().parents[1])
+  base = str(pathlib.Path(path).resolve().parent.parent)
   sys.path.append(base)  # at the end, so that no other module is hidden
   try:
     yield
   finally:
-    sys.path.pop()
+    sys.path.remove(base)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pathlib
 import re
 import sys
 
-from vit_jax.bucket import NoAnswer, why_refused
+from vit_jax.bucket import NoAnswer, is_remote, why_refused
 from vit_jax.storage import exit_code
 
 
@@ -40,6 +40,8 @@ def is_from_bucket(error: Exception) -> bool:
 def what_was_saved(workdir: pathlib.Path | None) -> str:
   """Returns a sentence with the step from which an interrupted run resumes."""
   if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun
+    return ''
+  if is_remote(workdir):  # the bucket may not answer
     return ''
   from vit_jax.workdir import saved_steps
 

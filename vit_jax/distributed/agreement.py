@@ -76,7 +76,8 @@ class Agreement:
         if self._client is not None:
           text = f'process {jax.process_index()}: {type(error).__name__}: {error}'[:1000]
           failed = json.dumps([text, exit_code(error)])
-          self._client.key_value_set(f'{self._name}/failed/{jax.process_index()}', failed)
+          place = f'{self._name}/failed/{jax.process_index()}'
+          self._client.key_value_set(place, failed, allow_overwrite=True)
         raise
 
     return wrapped

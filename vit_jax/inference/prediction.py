@@ -122,6 +122,11 @@ def features(
       file could be read.
   """
   choose('--features', kind, KINDS)
+  if kind == 'tokens' and request.max_patches is not None:
+    raise ValueError(
+      '--features=tokens needs images of one size, but --max_patches keeps their aspect ratio. '
+      'Remove --max_patches, or use --features=pooled.'
+    )
   files = find_images(paths)
   exp, params, _ = opening.open_model(request, 'any')
   backbone = without_pool(exp.model) if kind == 'tokens' else exp.model.clone(num_classes=None)

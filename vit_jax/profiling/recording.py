@@ -46,6 +46,11 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
       '--mode=profile: with freeze=backbone, the training steps read stored features and are very '
       'short. Add --config.freeze= to profile the whole model.'
     )
+  if config.classifier:
+    raise ValueError(
+      f'--mode=profile records training steps, but classifier={config.classifier} has none. '
+      'Profile the run from which the head was computed.'
+    )
   storage.check_folder(workdir)
   with contextlib.ExitStack() as stack:
     stack.enter_context(names_in_cache_key())

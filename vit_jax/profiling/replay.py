@@ -150,7 +150,7 @@ def judged(
   changed = {name: each for name, each in found.items() if each.bits}
   if not changed:
     return Verdict(steps, True, f'Repeating {span} gave the same {len(found)} arrays, bit for bit.')
-  worst = max(share for _, share in relative(found, ended.params))
+  worst = np.max([share for _, share in relative(found, ended.params)])  # NaN if one is NaN
   lines = [
     f'{name}: largest difference {each.largest:.3g}, norm {each.norm:.3g}'
     for name, each in sorted(changed.items(), key=lambda pair: -pair[1].largest)

@@ -39,7 +39,9 @@ from vit_jax.workdir import load_checkpoint
 log = logging.getLogger(__name__)
 
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
-FILES = ('config.json', 'preprocessor_config.json', 'model.safetensors')  # in a Hub repository
+FILES = (  # in a Hub repository
+  'config.json', 'preprocessor_config.json', 'processor_config.json', 'model.safetensors',
+)  # fmt: skip
 INDEX = 'model.safetensors.index.json'  # exists if the weights are split into several files
 TORCH = ('*.safetensors', '*.index.json')
 
@@ -59,8 +61,9 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
   if checkpoint:
     return read_checkpoint(*checkpoint)
   if place.exists():
-    with local_copy(place) as copy:
-      return read_place(copy, str(path))
+    whole = place.parent if place.suffix == '.safetensors' else place  # with its config.json
+    with local_copy(whole) as copy:
+      return read_place(copy if whole == place else copy / place.name, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
     return read_place(download(str(path)), str(path))
   raise ValueError(f'{path}: no such file or folder.')
@@ -132,7 +135,7 @@ def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
     return [place]
   if (place / INDEX).is_file():
     index = load_json(place / INDEX).get('weight_map')
-    if not isinstance(index, dict):
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
       raise ValueError(f'{place / INDEX}: expected a weight_map from array names to files.')
     return [place / name for name in sorted(set(index.values()))]
   files = sorted(place.glob('*.safetensors'))
