@@ -43,15 +43,14 @@ def get_config(variant='tiny'):
     config.optimizer.lr = 1e-2
     config.optimizer.momentum = 0.95
     config.schedule.warmup = 2.0
-    if variant == 'coffee':  # the same images do not return often, and the first ones are small
-      config.epochs = 44.0
+    config.augment.rand_augment.num_layers = 1
+    config.augment.rand_augment.magnitude = 5.0
+    config.augment.off_for_last = 0.2
+    config.epochs = 100.0
+    if variant == 'coffee':  # small images first, which take less time
+      config.epochs = 41.0
       config.model.num_heads = 2
       config.progressive.sizes, config.progressive.until = (16, 24), (0.25, 0.5)
-    else:
-      config.epochs = 100.0
-      config.augment.rand_augment.num_layers = 1
-      config.augment.rand_augment.magnitude = 5.0
-      config.augment.off_for_last = 0.2
   elif variant in ('small', 'wide', 'deep'):
     config.epochs = 1000.0 if variant == 'deep' else 600.0
     config.batch_size = 512
