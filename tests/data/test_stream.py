@@ -442,7 +442,7 @@ def test_splits_larger_than_memory_are_streamed(photos, monkeypatch, caplog):
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = opening.from_config(config_)
   assert isinstance(training.train, Examples) and exp.config.data.cache == 'memory'
-  assert 'auto selects memory: train, test fit' in caplog.text
+  assert 'auto selects memory: the splits train, test fit' in caplog.text
   few(monkeypatch)
   with caplog.at_level('INFO', logger='vit_jax'):
     exp, training = opening.from_config(config_)

@@ -96,7 +96,7 @@ def started(pid: int) -> str:
     return 'running'
 
 
-def now() -> float:
+def uptime() -> float:
   """Returns seconds of a clock that also runs while the machine is suspended, if it has one."""
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
@@ -129,7 +129,7 @@ class Lease:
 
   def check(self) -> None:
     """Raises Lost if another process took over the lock. Call this before each write."""
-    if not self._lost and now() > self._renewed + 2 * HEARTBEAT:
+    if not self._lost and uptime() > self._renewed + 2 * HEARTBEAT:
       self._renew()  # this process was suspended, or the bucket did not answer
     if self._lost:
       raise Lost(
@@ -151,7 +151,7 @@ class Lease:
             f'{owner.host.split(" ")[0]}). Wait until it ends, or use a different --workdir.'
           )
         if seen is None and not owner.is_dead():
-          seen, end = generation, now() + EXPIRES
+          seen, end = generation, uptime() + EXPIRES
           log.info(
             '%s is locked by process %d on %s. If that process does not renew its lock within %.0f '
             'seconds, this run takes the lock over ...',
@@ -160,7 +160,7 @@ class Lease:
             owner.host.split(' ')[0],
             EXPIRES,
           )
-        if not owner.is_dead() and now() < end:
+        if not owner.is_dead() and uptime() < end:
           time.sleep(POLL)
           continue
       if self._write(generation):
@@ -178,7 +178,7 @@ class Lease:
   def _write(self, generation: int) -> bool:
     """Writes the lock if it has this generation, and returns whether this process owns it now."""
     content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
-    asked = now()
+    asked = uptime()
     try:
       self._generation = client.put_if(self._path, content, generation)
     except FileExistsError:
