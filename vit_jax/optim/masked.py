@@ -98,7 +98,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
     key: random key of the masks and of dropout.
     train: whether to apply dropout.
   """
-  check_patches(exp, params)
+  check_decoder(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
   mask_key, dropout_key = jax.random.split(key)
   patch_BNP = normalized(as_patches(image_BHWC, exp.model.patch_size))
@@ -155,7 +155,7 @@ def patch_grid(exp) -> tuple[int, int]:
   return height // p, width // q
 
 
-def check_patches(exp, params: dict) -> None:
+def check_decoder(exp, params: dict) -> None:
   """Raises ValueError if the patches are not those that the decoder predicts."""
   if exp.pack is not None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
