@@ -157,9 +157,9 @@ DATA = {
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
-    '', 'base folder of a relative `folder:<path>` or `labels:<file>` and of the paths in this '
-    'file, or folder of the TFDS data; empty: paths in a file start at its folder, TFDS data is in '
-    '$TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
+    '', 'folder at which relative paths of folder:, images: and labels: start, and the paths in a '
+    'labels file; for tfds:, folder of the data; empty: paths in a file start at its folder, TFDS '
+    'data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: all of train, without the images that '
@@ -348,8 +348,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
 OPTIMIZER = {
   'optimizer.name': Key('adamw', 'optimizer', choices='OPTIMIZERS'),
   'optimizer.lr': Key(
-    1e-3, 'peak learning rate; None: recipe.lr times batch_size / recipe.batch_size; times the '
-    'square root of this, unless the optimizer is sgd', range=(0, 1e38), open=True,
+    1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for others, with '
+    'r = batch_size / recipe.batch_size', range=(0, 1e38), open=True,
   ),
   'optimizer.weight_decay': Key(
     0.05, 'weight decay of weight matrices, multiplied by the learning rate', range=(0, 1e6)
@@ -368,8 +368,8 @@ OPTIMIZER = {
   ),
   'schedule.name': Key('cosine', 'learning-rate decay after the warm-up', choices='SCHEDULES'),
   'schedule.warmup': Key(
-    5.0, 'length of the linear warm-up, at most a fifth of the run; None: as '
-    'long a share of the run as in the recipe', 'epochs', range=(0, 1e6), open=True,
+    5.0, 'length of the linear warm-up, at most a fifth of the run; None: the '
+    'same share of the run as recipe.warmup / recipe.epochs', 'epochs', range=(0, 1e6), open=True,
   ),
   'loss.name': Key(
     None, 'softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each class; '

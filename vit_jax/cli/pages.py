@@ -17,8 +17,8 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-A default of None in `model.*` means that the value comes from the `init` weights, else from
-`model.variant`, else from the default of `ViT`."""
+A default of None in `model.*`, except `model.remat`, means that the value comes from the `init`
+weights, else from `model.variant`, else from the default of `ViT`."""
 
 COMMAND_HEAD = (
   """# Command line
@@ -33,8 +33,9 @@ Without `--mode`, the mode is `train`.
 | 0 | success |
 | 1 | `predict` could not read some images, or `verify` found different numbers; they are listed |
 | 2 | an error occurred; the last line explains it |
-| 75 | try again: a stop signal came, or a bucket was silent; the same command resumes |
-| 130 | Ctrl-C |"""
+| 75 | try again: a stop signal came, or a bucket did not answer; the same command resumes |
+| 130 | Ctrl-C |
+| 141 | the program that reads the output has ended, e.g. `head` |"""
   ''
 )
 
