@@ -98,6 +98,20 @@ def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
     exporting.export(tmp_path / 'run', 'npz', tmp_path / 'npz')
 
 
+def test_a_pool_without_attention_maps_is_drawn_and_served(tmp_path, monkeypatch):
+  entry = Pool(lambda model, token_BND: jax.nn.logsumexp(token_BND, axis=1), caption='mine')
+  monkeypatch.setitem(POOLS, 'mine', entry)
+  _, report = check_every_mode(tmp_path, **{'model.pool': 'mine'})
+  assert 'attention' in report and 'cannot be drawn' in report
+  page = pytest.importorskip('vit_jax.inference.page')
+  exp, params, _ = opening.open_model(Request(tmp_path / 'run'))
+  viewer = page.Viewer(exp, params)
+  seen = viewer.see(np.full((*exp.task.stored_size, 3), 9, np.uint8))
+  assert sum(viewer.guesses(seen).values()) == pytest.approx(1, abs=1e-5)
+  picture = viewer.picture(seen, page.ROLLOUT, page.MEAN)
+  assert (picture == 9).all() and viewer.layers == [page.ROLLOUT]
+
+
 def axial(model, grid, whole):
   """Adds a learned vector for each row and each column: `[1, h w, D]`."""
   init, (h, w) = nn.initializers.normal(), whole

@@ -214,11 +214,12 @@ def check_distill(config: ConfigDict) -> None:
       'compared after a softmax. Set loss.name=softmax.'
     )
   pool = POOLS.get(config.model.pool)
-  if pool and pool.distills and config.model.representation_size:
+  joins = ('representation_size', 'projection', 'norm_after_pool')
+  joins = [f'model.{key}' for key in joins if config.model[key]]
+  if pool and pool.distills and joins:
     raise ValueError(
       f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
-      'distillation token need their own heads, but model.representation_size joins the tokens. '
-      'Set it to None.'
+      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set it to None.'
     )
 
 

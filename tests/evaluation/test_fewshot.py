@@ -12,7 +12,6 @@ from vit_jax import cli, evaluation, opening
 from vit_jax.data import Examples, sources, stream
 from vit_jax.distributed import devices
 from vit_jax.evaluation import features, few_shot
-from vit_jax.optim import classifiers
 
 NAMES = ('a', 'b', 'c')
 NAMES10 = tuple('0123456789')
@@ -40,19 +39,6 @@ def test_the_smallest_class_limits_the_shots(fewest, shots):
 def test_too_few_images_of_a_class_are_refused():
   with pytest.raises(ValueError, match="31 shots need 31 images of each class, but 'a' has 30"):
     few_shot.draw_shots(LABELS, NAMES, 31, 0)
-
-
-@pytest.mark.parametrize('shape', [(7, 20), (60, 20), (20, 20)])
-def test_the_closed_form_solution_matches_least_squares_and_ridge(shape):
-  draw = np.random.RandomState(1).normal
-  x, y = draw(size=shape), draw(size=(shape[0], 3))
-  w = classifiers.solve(x, y, 3.0)
-  assert w.dtype == np.float64
-  rows = np.concatenate([x, np.sqrt(3.0) * np.eye(shape[1])])  # the penalty, as additional examples
-  want = np.linalg.lstsq(rows, np.concatenate([y, np.zeros((shape[1], 3))]), rcond=None)[0]
-  np.testing.assert_allclose(w, want, atol=1e-10)
-  ridge = linear_model.Ridge(alpha=3.0, fit_intercept=False, solver='svd').fit(x, y)
-  np.testing.assert_allclose(w, ridge.coef_.T, atol=1e-10)
 
 
 def reference(train, label, test, test_label):

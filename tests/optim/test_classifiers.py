@@ -6,7 +6,7 @@ import pytest
 from sklearn import linear_model, neighbors, preprocessing
 
 from vit_jax.model import heads
-from vit_jax.optim import CLASSIFIERS
+from vit_jax.optim import CLASSIFIERS, classifiers
 
 LABELS = np.random.RandomState(0).randint(0, 5, 90).astype(np.int32)
 
@@ -19,7 +19,9 @@ def draw(count, seed):
 
 
 @pytest.mark.parametrize('count', [8, 90])  # fewer and more images than features
-def test_folded_ridge_head_equals_the_regression_on_normalised_features(count):
+@pytest.mark.parametrize('block', [16, 1000])
+def test_folded_ridge_head_equals_the_regression_on_normalised_features(count, block, monkeypatch):
+  monkeypatch.setattr(classifiers, 'BLOCK', block)
   train, test = draw(count, 1), draw(90, 2)
   scaler = preprocessing.StandardScaler().fit(train.astype(float))
   scaler.scale_ = train.astype(float).std(axis=0) + 1e-5

@@ -89,8 +89,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     The step, the source and the split of the data, the values of `score_split`, and the measures of
     `trust`. `left_out` is the number of images that were not scored because the weights were
-    trained on them. The key is missing if the number is zero. `max_patches` comes from the request,
-    if it has one. A run without labels has only a loss.
+    trained on them. The key is missing if the number is zero. `max_patches` and the `overrides` of
+    `INPUT` come from the request, if it has any. A run without labels has only a loss.
   """
   # The classes of zero-shot weights are those of the data.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
@@ -99,13 +99,14 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   mesh = inference_mesh(batch_size)
   params, eval_step = replicate(mesh, params), make_eval_step(exp, mesh)
   calibration = exp.calibration
+  changed = {key: text for key, text in request.overrides.items() if key.startswith(INPUT)}
   val = None
   if request.workdir and exp.objective.labels and not calibration.examples and not exp.pack:
     val = load_validation(exp, request.workdir, loaded)
   if val is not None:
     calibration = calibrate(eval_step, params, val, batch_size, mesh)
     log_calibration(loaded, calibration)
-    if not any(key.startswith(INPUT) for key in request.overrides):
+    if not changed:
       with storage.tolerated():
         save_calibration(request.workdir, loaded, calibration)
   source, left_out = open_test(exp)
@@ -116,6 +117,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   result = {'step': loaded, 'source': exp.config.data.source, 'split': split} | scores.means()
   result |= {'left_out': left_out} if left_out else {}
   result |= {'max_patches': exp.pack.most} if exp.pack else {}
+  result |= {'overrides': changed} if changed else {}
   result |= trust(scores, exp.task.class_names, calibration)
   if request.workdir and is_first():
     with storage.tolerated():

@@ -7,6 +7,7 @@ Decisions:
   * Only the drawn images and the whole test split go through the backbone.
 """
 
+import functools
 import logging
 
 import numpy as np
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)  # images per class
 SEEDS = (0, 1, 2)  # seeds of the draws
+PART = 2000  # training images that are decoded at a time
 
 
 def draw_shots(
@@ -74,7 +76,8 @@ def draw_readable(
     drawn = [draw_shots(label_N, class_names, most, seed) for seed in SEEDS]
     needed = np.unique(drawn)
     unknown = np.setdiff1d(needed, checked)
-    bad = unknown[~train.readable(unknown)]
+    readable = [train.readable(part) for part in in_parts(unknown)]
+    bad = unknown[~np.concatenate([np.ones(0, bool), *readable])]
     if not len(bad):
       break
     label_N[bad] = -1
@@ -82,6 +85,11 @@ def draw_readable(
   if most < max(SHOTS):
     log.warning('At most %d shots are measured, because a class has only %d images.', most, fewest)
   return drawn, needed
+
+
+def in_parts(index_N: np.ndarray) -> list[np.ndarray]:
+  """Divides indices into parts whose decoded images fit into memory."""
+  return [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
 
 
 def classifier_accuracy(classifier: str, known: Examples, tested: Examples, classes: int) -> float:
@@ -131,7 +139,9 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
   compute = lambda examples: features.compute_features(
     step, params, examples, config.eval_batch_size, mesh
   )
-  known, tested = compute(train.some(needed)), compute(test)
+  parts = [compute(train.some(part)) for part in in_parts(needed)]
+  known = functools.reduce(lambda a, b: a.joined(b), parts)
+  tested = compute(test)
   scores = {}
   for shots in (n for n in SHOTS if n <= drawn[0].shape[1]):
     values = []

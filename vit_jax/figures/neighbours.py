@@ -61,7 +61,10 @@ def find_neighbours(
   images, labels, similarities, among = [], [], [], 0
   for start in range(0, len(index_N), PART):
     index = index_N[start : start + PART]
-    part = train.some(index[train.readable(index)])
+    index = index[train.readable(index)]
+    if not len(index):
+      continue
+    part = train.some(index)
     similarity_RN = test_RD @ np.asarray(unit(found(part))).T
     best_RK = np.argsort(-similarity_RN, axis=1, kind='stable')[:, :NEAREST]
     images.append(part.image_NHWC[best_RK])

@@ -73,7 +73,10 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   if not there and chosen is None:
     return Subject(lines, exp, params, test, scores, test, test, loaded)
   chosen = choose_images(test, exp) if chosen is None else chosen
-  attention = attention_over(exp, on_device, chosen, mesh)
+  try:
+    attention = attention_over(exp, on_device, chosen, mesh)
+  except Missing as reason:  # the pool has no attention maps
+    attention = reason
   seen = as_seen(exp, chosen[:SHOWN])
   return Subject(lines, exp, params, test, scores, seen, attention, loaded, nearest)
 

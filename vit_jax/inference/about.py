@@ -21,8 +21,9 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
     workdir: folder of the run, whose `eval.json` has the accuracy; None without a run.
   """
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
-  # The page brings all images to one size, so accuracies of other shapes do not count.
-  own = measured.get('step') == step and 'max_patches' not in measured
+  # An accuracy on other data, or for images of other sizes, does not describe the page.
+  own = measured.get('step') == step and not measured.keys() & {'max_patches', 'overrides'}
+  own = own and measured.get('source') == exp.config.data.source
   height, width = exp.task.stored_size
   trained = source_text(exp.config.data, exp.task.train_examples)
   return {

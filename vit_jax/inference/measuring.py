@@ -151,6 +151,8 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
   images = open_split(reading, source, split, size)
   index_N = np.unique(np.linspace(0, len(images) - 1, CALIBRATION).astype(int))
   index_N = index_N[images.readable(index_N)]
+  if not len(index_N):
+    raise ValueError(f'{data.source}: none of the sampled images of {split} can be read.')
   log.info('Measuring ranges of activations on %d images of %s.', len(index_N), split)
   return images.some(index_N).image_NHWC
 

@@ -15,7 +15,7 @@ import numpy as np
 from vit_jax.data import BadImage, decode_image
 from vit_jax.evaluation import given_labels
 from vit_jax.experiment import Experiment
-from vit_jax.figures import attention_summary, resize_map
+from vit_jax.figures import Missing, attention_summary, resize_map
 from vit_jax.inference.about import escaped
 
 MAX_PIXELS = 50_000_000
@@ -35,15 +35,16 @@ class Seen(NamedTuple):
   Attributes:
     image_HWC: the model's input, uint8.
     probability_L: probability of each class.
-    rollout_hw: attention of all blocks combined (`maps.rollout`).
+    rollout_hw: attention of all blocks combined (`maps.rollout`); None if the pool has no attention
+      maps.
     heads_RKhw: attention of each head in each block (`maps.head_attention`). If the pool
       has a probe (`map`), the last row is the attention of the probe.
   """
 
   image_HWC: np.ndarray
   probability_L: np.ndarray
-  rollout_hw: np.ndarray
-  heads_RKhw: np.ndarray
+  rollout_hw: np.ndarray | None
+  heads_RKhw: np.ndarray | None
 
 
 class Viewer:
@@ -53,13 +54,17 @@ class Viewer:
     self.exp = exp
     self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
     blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
-    self.rows, self.heads, *_ = self.see(blank_HWC).heads_RKhw.shape  # this also compiles
+    seen = self.see(blank_HWC)  # this also compiles
+    self.rows, self.heads = (0, 0) if seen.heads_RKhw is None else seen.heads_RKhw.shape[:2]
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the probabilities and the attention summary of one uint8 image."""
     image_BHWC = self.exp.normalize(image_HWC[None])
     (probability_L,) = self.exp.probabilities(params, image_HWC[None])
-    return probability_L, attention_summary(self.exp.model, params, image_BHWC)
+    try:
+      return probability_L, attention_summary(self.exp.model, params, image_BHWC)
+    except Missing:
+      return probability_L, {'rollout': (None,), 'heads': (None,)}
 
   def see(self, image_HWC: np.ndarray) -> Seen:
     """Runs the model on an image that already has the model's input size."""
@@ -83,7 +88,7 @@ class Viewer:
   @property
   def layers(self) -> list[str]:
     """Choices of the menu for layers."""
-    blocks = [f'block {i + 1}' for i in range(self.exp.model.depth)]
+    blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
@@ -101,7 +106,7 @@ class Viewer:
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
     """Returns the image, darkened where a layer and head attend little: uint8 `[H, W, 3]`."""
-    map_hw = seen.rollout_hw
+    map_hw = np.ones((1, 1)) if seen.rollout_hw is None else seen.rollout_hw
     if layer != ROLLOUT:
       map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
       map_hw = map_Khw.mean(axis=0) if head == MEAN else map_Khw[self.head_names.index(head) - 1]
@@ -174,8 +179,9 @@ def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None)
       with gr.Row():
         given = gr.Image(show(seen), label='Model input', elem_id='given', **fixed)
         lit = seen and viewer.picture(seen, ROLLOUT, MEAN)
-        picture = gr.Image(lit, label='Attention', elem_id='attention', **fixed)
-      with gr.Row():
+        explains = bool(viewer.rows)
+        picture = gr.Image(lit, label='Attention', elem_id='attention', visible=explains, **fixed)
+      with gr.Row(visible=explains):
         layer = menu(viewer.layers, 'Layer', 'layer')
         head = menu(viewer.head_names, 'Head (for a single block)', 'head')
       several = viewer.exp.task.multi_label

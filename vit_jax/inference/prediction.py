@@ -13,7 +13,7 @@ from vit_jax import opening, progress
 from vit_jax.bucket import to_path
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import PathLike, find_images, given_labels, map_files, probabilities
-from vit_jax.model import without_pool
+from vit_jax.model import unit, without_pool
 from vit_jax.names import check_positive, choose, one_line
 from vit_jax.opening import Request
 
@@ -132,7 +132,8 @@ def features(
   backbone = without_pool(exp.model) if kind == 'tokens' else exp.model.clone(num_classes=None)
 
   def extract(image_BHWC, params):
-    return backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
+    found = backbone.apply({'params': params}, exp.normalize(image_BHWC)).astype(jnp.float32)
+    return unit(found) if kind == 'pooled' and exp.model.cosine else found
 
   found = map_files(exp, params, files, extract)
   found = progress.bar(found, 'Computing features', 'image', len(files))

@@ -24,6 +24,7 @@ from vit_jax.model import knn_logits, unit
 
 L2 = 2.0**10
 BIAS = 100.0  # large, so that the penalty hardly affects the bias
+BLOCK = 8192  # training images that `ridge` processes at a time
 ROWS = 1024  # test images that `knn` compares with all training images at a time
 
 
@@ -42,21 +43,31 @@ class Classifier:
   stores: bool = False
 
 
-def solve(x_ND: np.ndarray, y_NL: np.ndarray, l2: float) -> np.ndarray:
-  """Returns the matrix w, `[D, L]`, that minimises `|x w - y|^2 + l2 |w|^2`, in float64."""
-  x_ND, y_NL = np.asarray(x_ND, np.float64), np.asarray(y_NL, np.float64)
-  examples, width = x_ND.shape
-  if examples < width:
-    return x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + l2 * np.eye(examples), y_NL)
-  return np.linalg.solve(x_ND.T @ x_ND + l2 * np.eye(width), x_ND.T @ y_NL)
-
-
 def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
-  """Returns the `kernel` `[D, L]` and `bias` `[L]` of the regression, in float64."""
-  x_ND = feature_ND.astype(np.float64)
-  mean_D, std_D = x_ND.mean(axis=0), x_ND.std(axis=0) + 1e-5
-  scaled = np.pad((x_ND - mean_D) / std_D, ((0, 0), (0, 1)), constant_values=BIAS)
-  w_DL = solve(scaled, 2.0 * np.eye(classes)[label_N] - 1, L2)
+  """Returns the `kernel` `[D, L]` and `bias` `[L]` of the regression, in float64.
+
+  Large training sets are processed in blocks of rows, so they need no copy in float64.
+  """
+  count, width = feature_ND.shape
+  starts, mean_D = range(0, count, BLOCK), feature_ND.mean(axis=0, dtype=np.float64)
+  squares = sum(((feature_ND[i : i + BLOCK] - mean_D) ** 2).sum(axis=0) for i in starts)
+  std_D = np.sqrt(squares / count) + 1e-5
+
+  def prepared(rows):
+    scaled = (feature_ND[rows] - mean_D) / std_D
+    scaled = np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
+    return scaled, 2.0 * np.eye(classes)[label_N[rows]] - 1
+
+  if count <= width:  # the dual form
+    x_ND, y_NL = prepared(slice(None))
+    w_DL = x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + L2 * np.eye(count), y_NL)
+  else:
+    gram_DD, target_DL = L2 * np.eye(width + 1), np.zeros((width + 1, classes))
+    for i in starts:
+      x_ND, y_NL = prepared(slice(i, i + BLOCK))
+      gram_DD += x_ND.T @ x_ND
+      target_DL += x_ND.T @ y_NL
+    w_DL = np.linalg.solve(gram_DD, target_DL)
   kernel = w_DL[:-1] / std_D[:, None]
   return {'kernel': kernel, 'bias': BIAS * w_DL[-1] - mean_D @ kernel}
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model import Block, Dense, Encoder, cut, sincos, without_pool
+from vit_jax.model import POOLS, Block, Dense, Encoder, cut, sincos, without_pool
 
 ENTRY = 'decoder'  # its entry in the parameters
 EVALUATION = 2**32 - 1  # takes the place of the step in the masks of evaluation
@@ -123,6 +123,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
 
 def init_decoder(exp, key: jax.Array) -> dict:
   """Returns the initial parameters of the decoder, as an entry of the parameters."""
+  check_trains_all(exp)
   count = patch_grid(exp)[0] * patch_grid(exp)[1]
   unseen = num_unseen(count, exp.config.masked.share)
   seen_BS, unseen_BU = draw_masks(key, jnp.arange(1), count, unseen)
@@ -166,6 +167,26 @@ def check_decoder(exp, params: dict) -> None:
       f'model.patch_size={p}x{q}: the decoder predicts {predicted} values of each patch, so the '
       'patch size of a masked autoencoder cannot be changed. Remove this key.'
     )
+
+
+def check_trains_all(exp) -> None:
+  """Raises ValueError for a model that the loss cannot train, or whose patches it cannot hide."""
+  model, (p, q) = exp.model, exp.model.patch_size
+  if model.resnet is not None:
+    raise ValueError(
+      'objective=masked needs a model without a stem: the stem (model.resnet) would let the model '
+      'see pixels of hidden patches.'
+    )
+  untrained = [f'model.pool={model.pool}'] if POOLS[model.pool].params else []
+  for name in ('representation_size', 'projection'):
+    untrained += [f'model.{name}={value}'] if (value := getattr(model, name)) is not None else []
+  if untrained:
+    raise ValueError(
+      f'objective=masked does not train the layers after the blocks: {", ".join(untrained)}. '
+      'Weight decay would shrink them. Set model.pool=gap and the other keys to None.'
+    )
+  if p * q * exp.task.channels < 2:
+    raise ValueError('objective=masked normalises each patch, so a patch needs two values or more.')
 
 
 def num_unseen(count: int, share: float) -> int:
