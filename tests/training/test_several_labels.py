@@ -235,6 +235,30 @@ def test_an_exported_program_agrees_with_eval_and_predict(run, pairs, format, tm
   assert len(kinds) > 1  # images with different numbers of labels
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('format', ['npz', 'hf'])
+def test_the_code_of_a_card_prints_the_labels_of_predict(run, pairs, format, tmp_path, capsys):
+  if format == 'hf':
+    pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+    square = {'model.pool': 'cls', 'data.image_size': '16', 'data.stretch': 'true'}
+    trainer.train(config_for(pairs, **square), tmp_path / 'run')
+  workdir, out = tmp_path / 'run' if format == 'hf' else run[0], tmp_path / 'out'
+  exporting.export(workdir, format, out, 'last')
+  card = (out / 'README.md').read_text(encoding='utf-8')
+  code = re.search(r'```python\n(.*?)```', card, re.DOTALL)[1]
+  names, kinds = opening.open_model(Request(workdir))[0].task.class_names, set()
+  for file in sorted((pairs / 'test').glob('*.png'))[:12]:
+    (row,) = predict(workdir, file, step='last')
+    shutil.copy(file, out / 'image.png')
+    with contextlib.chdir(out):
+      exec(code, {})
+    printed = re.findall(r'\d+', capsys.readouterr().out)
+    printed = [names[int(i)] for i in printed] if format == 'npz' else printed
+    assert sorted(printed) == sorted(guess['class'] for guess in row['predictions'])
+    kinds.add(len(printed))
+  assert len(kinds) > 1
+
+
 def test_without_fitted_thresholds_a_program_states_one_half(run, tmp_path):
   workdir = shutil.copytree(run[0], tmp_path / 'run')
   (workdir / 'calibration.json').unlink()

@@ -285,6 +285,10 @@ def run_npz(loaded: Pretrained) -> str:
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
   axes = '[..., None]' if channels == 1 else ''
   mean, std = (repr(list(values)) for values in (p.mean, p.std))
+  show = f'print({"output.argmax()" if loaded.model.num_classes else "output"})'
+  if loaded.multi_label:
+    thresholds = list(loaded.calibration.thresholds or [0.5])
+    show = f'print(np.flatnonzero(1 / (1 + np.exp(-output)) >= np.array({thresholds})))'
   return f"""import numpy as np
 from PIL import Image, ImageOps
 import vit_jax
@@ -293,4 +297,4 @@ model, params = vit_jax.load('model.npz'{f', grid={grid}' if grid[0] != grid[1] 
 {prepare_lines(p, channels, p.size)}
 pixels = (np.asarray(image, np.float32){axes} / 255 - {mean}) / {std}
 output = model.apply({{'params': params}}, pixels[None].astype(np.float32))[0]
-print({'output.argmax()' if loaded.model.num_classes else 'output'})"""
+{show}"""

@@ -39,7 +39,7 @@ from vit_jax.weights.layouts import (
   torch_linear,
   torch_norm,
 )
-from vit_jax.weights.usage import upright
+from vit_jax.weights.usage import given_labels, upright
 
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -266,8 +266,14 @@ def run_timm(loaded: Pretrained) -> str:
   show = 'print(output)'
   if loaded.class_names:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"
+  if loaded.multi_label:
+    show = f"""logits = output
+{given_labels(loaded)}
+for i in labels:
+  print(model.pretrained_cfg['label_names'][i])"""
+  torch = '\nimport torch' if loaded.multi_label else ''
   return f"""from PIL import Image, ImageOps
-import timm
+import timm{torch}
 
 model = timm.create_model('local-dir:.', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

@@ -1,8 +1,17 @@
-"""Lines of Python that read an image, for the programs in model cards."""
+"""Lines of Python that read an image or print labels, for the programs in model cards."""
 
 from collections.abc import Sequence
 
-from vit_jax.weights.formats import Preprocessing
+from vit_jax.weights.formats import Preprocessing, Pretrained
+
+
+def given_labels(loaded: Pretrained) -> str:
+  """Returns code that computes which labels an image has, from a PyTorch tensor `logits`."""
+  thresholds = loaded.calibration.thresholds
+  return (
+    f'thresholds = torch.tensor({list(thresholds) if thresholds else 0.5})\n'
+    'labels = (logits.sigmoid() >= thresholds).nonzero().flatten().tolist()'
+  )
 
 
 def upright(channels: int) -> str:
