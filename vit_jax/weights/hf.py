@@ -25,7 +25,7 @@ from vit_jax.weights.formats import (
   write_params,
 )
 from vit_jax.weights.layouts import Row, add_prefix, image_channels, rows
-from vit_jax.weights.usage import given_labels, upright
+from vit_jax.weights.usage import label_lines, upright
 
 KINDS = hf_names.VIT_KINDS | hf_towers.TOWER_KINDS
 ARCHITECTURES = hf_names.VIT_ARCHITECTURES | hf_towers.TOWER_ARCHITECTURES
@@ -199,7 +199,7 @@ def run_hf(loaded: Pretrained) -> str:
     show = 'print(model.config.id2label[model(**inputs).logits.argmax().item()])'
   if loaded.multi_label:
     show = f"""logits = model(**inputs).logits[0]
-{given_labels(loaded)}
+{label_lines(loaded)}
 for i in labels:
   print(model.config.id2label[i])"""
   torch = 'import torch\n' if loaded.multi_label else ''

@@ -39,7 +39,7 @@ from vit_jax.weights.layouts import (
   torch_linear,
   torch_norm,
 )
-from vit_jax.weights.usage import given_labels, upright
+from vit_jax.weights.usage import label_lines, upright
 
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -268,7 +268,7 @@ def run_timm(loaded: Pretrained) -> str:
     show = "print(model.pretrained_cfg['label_names'][output.argmax()])"
   if loaded.multi_label:
     show = f"""logits = output
-{given_labels(loaded)}
+{label_lines(loaded)}
 for i in labels:
   print(model.pretrained_cfg['label_names'][i])"""
   torch = '\nimport torch' if loaded.multi_label else ''

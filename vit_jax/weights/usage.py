@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from vit_jax.weights.formats import Preprocessing, Pretrained
 
 
-def given_labels(loaded: Pretrained) -> str:
+def label_lines(loaded: Pretrained) -> str:
   """Returns code that computes which labels an image has, from a PyTorch tensor `logits`."""
   thresholds = loaded.calibration.thresholds
   return (
