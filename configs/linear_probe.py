@@ -17,8 +17,8 @@ from configs import finetune
 
 
 def get_config(variant='b16,cifar10'):
-  model, dataset, *recipe = variant.split(',')
-  if recipe:
+  model, dataset, _ = finetune.parse(variant)
+  if variant.count(',') > 1:
     raise ValueError(f'variant {variant!r} must be <model>,<dataset>, e.g. b16,cifar10.')
   config = finetune.get_config(f'{model},{dataset}')
   config.freeze = 'backbone'

@@ -10,7 +10,8 @@
 #
 # Slurm sends SIGTERM 120 s before the time limit. The run then saves a checkpoint and ends with exit
 # code 75. After any other code but 0 and 2 (an error), the job is requeued TRIES times (default
-# 20); a file in the folder of the job counts them. If a process is lost, JAX ends the others. The workdir must be on a disk that all nodes share, or in a bucket.
+# 20); a file in the folder of the job counts them. If a process is lost, JAX ends the others. The
+# workdir must be on a disk that all nodes share, or in a bucket.
 set -u
 srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" main.py "$@"
 code=$?

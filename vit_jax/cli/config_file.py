@@ -70,7 +70,7 @@ def neighbours(path: str) -> Iterator[None]:
   try:
     yield
   finally:
-    sys.path.remove(base)
+    sys.path.pop()
 
 
 @contextlib.contextmanager
