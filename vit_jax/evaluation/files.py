@@ -54,7 +54,7 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
     for top, folders, names in os.walk(folder, onerror=errors.append):
-      folders[:] = [name for name in folders if not name.startswith('.')]  # `walk` enters only these
+      folders[:] = [name for name in folders if not name.startswith('.')]  # `walk` enters these
       found += filter(is_image, (os.path.join(top, name) for name in names))
   found = sorted(map(pathlib.Path, found))
   if errors:

@@ -161,7 +161,7 @@ def check_decoder(exp, params: dict) -> None:
   if exp.pack is not None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
   p, q = exp.model.patch_size
-  predicted = params['decoder']['pixels']['bias'].shape[0]
+  predicted = params[ENTRY]['pixels']['bias'].shape[0]
   if p * q * exp.task.channels != predicted:
     raise ValueError(
       f'model.patch_size={p}x{q}: the decoder predicts {predicted} values of each patch, so the '
