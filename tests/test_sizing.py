@@ -135,10 +135,10 @@ def test_a_given_training_split_keeps_the_validation_split_of_the_data(caplog):
   given = {'data.train_split': 'train'}
   data = chosen(FINETUNE, photos(60, val=5), **given).data
   assert (data.train_split, data.val_split) == ('train', 'val')
-  assert 'leaves no images' not in caplog.text
+  assert 'no images are held out' not in caplog.text
   data = chosen(FINETUNE, photos(60), **given).data
   assert (data.train_split, data.val_split) == ('train', '')
-  assert 'data.train_split=train leaves no images for validation' in caplog.text
+  assert 'data.train_split=train is set and data.val_split is not' in caplog.text
 
 
 def test_nothing_is_held_out_if_a_class_would_have_no_training_image(caplog):

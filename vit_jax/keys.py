@@ -88,7 +88,8 @@ TRAINING = {
   ),
   'init': Key('', 'weights to start from: anything that `vit_jax.load` reads; empty: random'),
   'init_resize': Key(
-    'bilinear', 'method that resizes the position embedding of `init`', choices='RESIZES'
+    'bilinear', 'method that resizes the position embedding of `init`; hf: as in the CLIP and '
+    'SigLIP models of transformers; paper: as in the paper\'s code', choices='RESIZES',
   ),
   'objective': Key(
     None, 'what the run learns; supervised: the labels; distilled: the labels and the outputs of '
@@ -120,8 +121,9 @@ TRAINING = {
     may_change=True,
   ),
   'patch_sizes': Key(
-    (), 'patch sizes of which each training step draws one (FlexiViT); the weights have the size '
-    'model.patch_size, which evaluation uses; empty: model.patch_size only', 'pixels'
+    (), 'patch sizes of which each training step draws one (FlexiViT); the patch embedding is '
+    'stored for model.patch_size, which evaluation also uses; empty: model.patch_size only',
+    'pixels',
   ),
   'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
   'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
@@ -157,9 +159,9 @@ DATA = {
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
-    '', 'folder at which relative paths of folder:, images: and labels: start, and the paths in a '
-    'labels file; for tfds:, folder of the data; empty: paths in a file start at its folder, TFDS '
-    'data is in $TFDS_DATA_DIR or ~/tensorflow_datasets', may_change=True,
+    '', 'for tfds: the folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); for '
+    'other sources, the folder that relative paths start from (empty: the current folder; for the '
+    'paths in a labels file, the folder of the file)', may_change=True,
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: all of train, without the images that '
@@ -190,7 +192,8 @@ DATA = {
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
   ),
   'data.crop': Key(
-    1.0, 'share of the shorter side that the central crop keeps; 1: all of it', range=(0.01, 1)
+    1.0, 'share of the shorter side that the central crop keeps (with data.stretch: of each side); '
+    '1: all of it', range=(0.01, 1),
   ),
   'data.stretch': Key(
     False, 'resize without keeping the aspect ratio, instead of cropping the longer side'
@@ -206,8 +209,8 @@ DATA = {
     range=(0, 1e3), may_change=True,
   ),
   'data.threads': Key(
-    None, 'when streaming: decoding threads per process; None: cores divided by processes, at most '
-    '16', kind=int, range=(1, 1e3), may_change=True,
+    None, 'when streaming: decoding threads per process; None: cores divided by data.workers (if '
+    'not 0), at most 16', kind=int, range=(1, 1e3), may_change=True,
   ),
 }  # fmt: skip
 
@@ -278,7 +281,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
   'model.mlp': Key(
     None, 'kind of MLP; gated: the product of an activated and a linear layer, which is SwiGLU '
-    'with model.activation=silu; gated_norm: the same with a LayerNorm', kind=str, choices='MLPS',
+    'with model.activation=silu; gated_norm: with a LayerNorm of this product', kind=str,
+    choices='MLPS',
   ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
   'model.pool': Key(None, 'how the tokens become one vector', kind=str, choices='POOLS'),
@@ -294,8 +298,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
   ),
   'model.rope_grid': Key(
-    None, 'learned_rope: grid in which coordinates are measured; None: the grid of the images',
-    'patches', kind=tuple,
+    None, 'learned_rope: grid whose patches are the unit of coordinates; None: the grid of the '
+    'images', 'patches', kind=tuple,
   ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
@@ -336,8 +340,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   ),
   'model.remat': Key(
     None, 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
-    'everything except products with weights; full: whole blocks; None: none, or more if '
-    'micro_batches alone cannot save enough memory', kind=str, choices='REMAT', may_change=True,
+    'everything except products with weights; full: whole blocks; None: the run chooses '
+    'none, or more if micro_batches alone cannot save enough memory', kind=str, choices='REMAT',
+    may_change=True,
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
@@ -361,15 +366,16 @@ OPTIMIZER = {
     'float32', 'number format of the first moment; bfloat16 saves memory', choices='MOMENT_DTYPES'
   ),
   'optimizer.layer_decay': Key(
-    1.0, 'learning rate of a layer, relative to the layer above it; 1: equal rates', range=(1e-6, 1)
+    1.0, 'learning rate of a layer, relative to the next layer towards the head; 1: equal rates',
+    range=(1e-6, 1),
   ),
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
   ),
   'schedule.name': Key('cosine', 'learning-rate decay after the warm-up', choices='SCHEDULES'),
   'schedule.warmup': Key(
-    5.0, 'length of the linear warm-up, at most a fifth of the run; None: the '
-    'same share of the run as recipe.warmup / recipe.epochs', 'epochs', range=(0, 1e6), open=True,
+    5.0, 'length of the linear warm-up, at most a fifth of the run; None: '
+    'epochs x recipe.warmup / recipe.epochs', 'epochs', range=(0, 1e6), open=True,
   ),
   'loss.name': Key(
     None, 'softmax: cross-entropy over all classes; sigmoid: binary cross-entropy of each class; '
@@ -401,17 +407,20 @@ OPTIMIZER = {
 
 RECIPE = {  # only a new run reads these keys, for values that the config leaves open
   'recipe.batch_size': Key(
-    256, 'largest batch size to choose', 'examples', range=COUNT, may_change=True
-  ),
-  'recipe.epochs': Key(
-    100.0, 'smallest number of epochs to choose', range=(0, 1e6), may_change=True
-  ),
-  'recipe.warmup': Key(
-    5.0, 'length of the warm-up in a run of recipe.epochs', 'epochs', range=(0, 1e6),
+    256, 'with batch_size=None: largest batch size that a new run chooses', 'examples', range=COUNT,
     may_change=True,
   ),
+  'recipe.epochs': Key(
+    100.0, 'with epochs=None: smallest number of epochs that a new run chooses', range=(0, 1e6),
+    may_change=True,
+  ),
+  'recipe.warmup': Key(
+    5.0, 'with schedule.warmup=None: length of the warm-up in a run of recipe.epochs', 'epochs',
+    range=(0, 1e6), may_change=True,
+  ),
   'recipe.lr': Key(
-    1e-3, 'learning rate for recipe.batch_size', range=(0, 1e38), may_change=True
+    1e-3, 'with optimizer.lr=None: learning rate for batches of recipe.batch_size', range=(0, 1e38),
+    may_change=True,
   ),
 }  # fmt: skip
 

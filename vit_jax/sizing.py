@@ -115,8 +115,8 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   if train is not None or val is not None:
     if val is None:
       log.warning(
-        'data.train_split=%s leaves no images for validation. '
-        'With data.train_split=None, a part is held out.',
+        'data.train_split=%s is set and data.val_split is not, so no images are held out for '
+        'validation. With data.train_split=None, a part is held out.',
         train,
       )
     return train or 'train', val or ''
@@ -156,7 +156,7 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
   """Returns the image size, and the patch size for it if the config leaves this open too.
 
-  The size is the largest of `PATCHES` that at most half of the images fall short of.
+  The size is the largest of `PATCHES` that is not above the median of the shorter sides.
   """
   shorter = [min(size) for size in sample_sizes(source, split)] if source else []
   median = np.median(shorter) if shorter else max(PATCHES)

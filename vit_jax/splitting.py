@@ -55,7 +55,8 @@ def open_splits(
   """Opens the splits for training, validation (None without one) and test.
 
   Validation and test are without the files in `seen`, which the weights were trained on. A sweep of
-  learning rates ends with training on the validation split, so that split keeps these files.
+  learning rates ends with training on the validation split. So this split is only without the files
+  that the weights had been trained on before the run.
 
   Raises:
     ValueError: the weights were trained on the whole validation or test split or, for data without
@@ -139,8 +140,8 @@ def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> E
   source = open_source(data.source, data.dir, image_size(exp.config))
   if not source.class_names:
     raise ValueError(
-      f'data.source={data.source} has no labels. Name images with labels, e.g. '
-      '--config.data.source=folder:photos.'
+      f'data.source={data.source} has no labels. Set the source to images with labels, '
+      'e.g. --config.data.source=folder:photos.'
     )
   names = dict(class_names=source.class_names, multi_label=source.multi_label)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, **names))

@@ -42,7 +42,7 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def told(text: str, code: int) -> ValueError:
-  """Returns the error to raise in this process after another one failed with this exit code."""
+  """Returns the error to raise in this process after another process failed with this code."""
   return Passing(text) if code == TRY_AGAIN else ValueError(text)
 
 
@@ -71,7 +71,7 @@ def check_remote(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
-  """Calls `check` before each file in a folder is written; it raises if that is not allowed."""
+  """Calls `check` before each file in a folder is written. `check` raises to forbid it."""
   _guards[str(folder)] = check
   try:
     yield

@@ -202,6 +202,7 @@ def test_an_exported_program_states_the_thresholds(run, capsys, tmp_path):
   assert not call(capsys, *flags, f'--workdir={workdir}')[0]
   about, want = json.loads((tmp_path / 'out/model.json').read_text()), thresholds_of(workdir)
   assert about['output']['thresholds'] == pytest.approx(want)
+  assert about['output']['probabilities'] == 'sigmoid'
   card = (tmp_path / 'out/README.md').read_text(encoding='utf-8')
   assert f'{want[0]:.3g}, {want[1]:.3g}, ' in card and 'sigmoid' in card
   assert 'softmax' not in card
@@ -265,6 +266,7 @@ def test_without_fitted_thresholds_a_program_states_one_half(run, tmp_path):
   exporting.export(workdir, 'stablehlo', tmp_path / 'out')
   about = json.loads((tmp_path / 'out/model.json').read_text())
   assert about['output']['thresholds'] == [0.5] * 10
+  assert about['output']['probabilities'] == 'sigmoid'
   assert '0.5 for each class, not fitted' in (tmp_path / 'out/README.md').read_text()
 
 

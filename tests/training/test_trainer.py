@@ -489,7 +489,7 @@ def test_best_checkpoint_on_val_is_kept_besides_the_newest(tmp_path, scored, cap
   result = trainer.train(small_config(**VALIDATED), tmp_path)
   with caplog.at_level('INFO'):
     assert_best_is_used(tmp_path, result)
-  assert 'step 16, validation accuracy 90.00%, the best of 2 checkpoint(s)' in caplog.text
+  assert 'step 16, validation accuracy 90.00%, the best of the 2 checkpoint(s) kept' in caplog.text
   assert 'step 32, the last checkpoint' in caplog.text
   assert exact.evaluate(tmp_path, {})['step'] == 16
   assert reader.read_weights(tmp_path).run['step'] == 32  # `init` starts from the last step

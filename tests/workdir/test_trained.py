@@ -111,7 +111,7 @@ def test_training_split_of_a_source_without_files_is_refused(request, score, spl
 
 def test_few_shot_refuses_to_test_on_its_shots(request):
   workdir = request.getfixturevalue('trained')[0]
-  with pytest.raises(ValueError, match='the shots would be tested on themselves'):
+  with pytest.raises(ValueError, match='training images would be used for testing'):
     few_shot.fewshot(opening.Request(workdir, overrides={'data.train_split': 'test[:90%]'}))
 
 

@@ -68,7 +68,7 @@ class Owner:
 
 
 def this_host() -> str:
-  """Returns a text that processes share only if they see each other's process numbers."""
+  """Returns a name of the machine, its start and its space of process numbers."""
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):
     parts.append(
@@ -97,7 +97,7 @@ def started(pid: int) -> str:
 
 
 def uptime() -> float:
-  """Returns seconds of a clock that also runs while the machine is suspended, if it has one."""
+  """Returns the seconds of a clock, if possible one that runs while the machine is suspended."""
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
 

@@ -22,7 +22,8 @@ def leave_workdir(args) -> None:
   result = train(classifier_config(request_of(args), args.classifier), args.out)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples; the classifier '
-    f'({args.classifier}) of all training images is in {args.out}/. All modes can use this workdir.'
+    f'({args.classifier}) of all training images is in {args.out}/. '
+    'Modes such as predict and serve can use it.'
   )
 
 

@@ -54,7 +54,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Positions of the files within the split, increasing: `span` is scaled to [0, 1)."""
+    """Sorted positions of the files in the split, with `span` rescaled to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 

@@ -112,7 +112,7 @@ def by_column(
   if not len(found['train']):
     raise ValueError(f"{file}: column 'split' has no 'train'. Write train for training images.")
   if held_out[0] != 'test':
-    warnings.append(f"{file}: the images of split {held_out[0]!r} are the split 'test'.")
+    warnings.append(f"{file}: no image has the split 'test', so the split {held_out[0]!r} is used.")
   names = {'test': held_out[0]} | {name: name for name in held_out[1:]}
   return {'train': found['train']} | {name: found[own] for name, own in names.items()}
 

@@ -63,7 +63,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 
 
 def worth(count: int, batch_size: int) -> int:
-  """Returns how many of `count` CPU devices to use, with `MIN_EXAMPLES` or more examples each."""
+  """Returns how many of `count` CPU devices to use: one, or more with `MIN_EXAMPLES` each."""
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 
@@ -102,8 +102,8 @@ def make_mesh(
   if not sizes:
     raise ValueError(
       f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s): the product of its '
-      'axes must be the number of devices (on a CPU: not larger). Set one axis to -1 for all '
-      'remaining devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
+      'axis sizes must be the number of devices (on a CPU: at most this number). Set one axis to '
+      '-1 for all remaining devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
     )
   fitting = [found for found in sizes if rows % (found[0] * found[1]) == 0]
   if not fitting:

@@ -118,10 +118,10 @@ def split(batch, parts: int):
 
 
 def micro(batch, mesh: Mesh, parts: int):
-  """Splits a batch into parts, as `split` does, so that each part uses every device.
+  """Splits a batch into parts of which each uses every device.
 
   If parameters are split, `batch` is the whole batch. Each part then takes examples from the shares
-  of all devices. Otherwise `batch` is the share of one device, and the result is that of `split`.
+  of all devices. Otherwise `batch` is the share of one device, and the result equals `split`.
   """
   if not devices.splits(mesh):
     return split(batch, parts)

@@ -128,7 +128,7 @@ def place_rows(
   over_batch: jax.sharding.Sharding,
   local: Mapping[str, object],
 ) -> dict[str, object]:
-  """Makes global arrays of `count` rows; this process passes rows number `row_N` in `local`.
+  """Makes global arrays of `count` rows. `local` holds the rows with the numbers `row_N`.
 
   The values are NumPy arrays, or trees of them.
   """

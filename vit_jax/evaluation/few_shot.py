@@ -127,8 +127,8 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
   if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
     raise ValueError(
       f'data.train_split={splits.train_split!r} shares examples with '
-      f'data.eval_split={splits.eval_split!r}, so the shots would be tested on themselves. Choose '
-      'splits that do not overlap.'
+      f'data.eval_split={splits.eval_split!r}, so training images would be used for testing. '
+      'Choose splits that do not overlap.'
     )
   unseen, left_out = data.open_test(exp, source)
   train, test = data.load_splits(exp, (source, splits.train_split), (unseen, splits.eval_split))

@@ -123,8 +123,8 @@ class Labelled:
   def means(self) -> dict[str, float]:
     """Returns loss, accuracy, the values of `summary`, and the number of examples.
 
-    The accuracy is the share of the images with labels whose most likely class is one of them. It
-    is 0 if no image has a label.
+    A prediction is correct if the most likely class is a label of the image. The accuracy does not
+    count images without a label. It is 0 if no image has a label.
     """
     first_N1 = self.probability_NL.argmax(axis=1)[:, None]
     hits = int(np.take_along_axis(self.label_NL.astype(bool), first_N1, axis=1).sum())

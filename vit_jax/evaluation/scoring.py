@@ -101,7 +101,7 @@ class Scores:
     return self.predicted_N == self.label_N
 
   def means(self) -> dict[str, float]:
-    """Returns loss, accuracies and number of examples; with ReaL labels, also the number of these.
+    """Returns loss, accuracies and number of examples, also of examples with ReaL labels.
 
     The top-5 accuracy is included only with more than five classes.
     """
@@ -134,7 +134,10 @@ class Losses:
 
 @flax.struct.dataclass
 class Accuracy(metrics.Average):
-  """Share of the images with labels whose most likely class is a label of the image."""
+  """Share of correct predictions: the class with the largest logit is a label of the image.
+
+  Images without a label do not count.
+  """
 
   @classmethod
   def from_model_output(cls, *, logits_BL, label_B, **_):

@@ -13,7 +13,9 @@ GREY = 128  # level of the patches that the model does not see
 
 
 def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns images, the same without unseen patches, and filled in: `[3, B, H, W, C]` uint8.
+  """Returns images three times: original, with grey unseen patches, and reconstructed.
+
+  The shape is `[3, B, H, W, C]`, uint8.
 
   The model predicts patches with mean 0 and variance 1. They are drawn with the mean and the
   standard deviation of the true patches, which the model does not know.

@@ -66,7 +66,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   if there and not exp.task.class_names:
     scores = nearest = Missing('it needs classes, but the run was trained without labels.')
   elif there and exp.task.multi_label:
-    scores = nearest = Missing('it needs images with one label each, but these can have several.')
+    scores = nearest = Missing('it needs one label per image, but these images can have several.')
   elif there:
     scores = answers(exp, on_device, test, mesh)
     nearest = near_mistakes(exp, on_device, test, scores, mesh)

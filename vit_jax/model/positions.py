@@ -50,7 +50,7 @@ class Position:
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the place of each patch of `grid` in the grid `whole`: row and column, `[h, w]` each.
+  """Returns the row and the column of each patch of `grid`, `[h, w]` each, on the scale of `whole`.
 
   Both grids cover the same image. Row and column give the centre of a patch. They are measured in
   patches of `whole`, from the centre of the first patch of `whole`. If the grids are equal, rows

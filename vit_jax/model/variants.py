@@ -193,8 +193,8 @@ def check_pool(model: ViT) -> None:
     )
   if pool.distills and model.cosine:
     raise ValueError(
-      f'model.pool={model.pool} has two heads with an input each, so model.cosine cannot scale '
-      'their input. Set model.cosine=False or choose another pool.'
+      f'model.pool={model.pool} has two heads, each with its own input, so model.cosine is not '
+      'supported. Set model.cosine=False or choose another pool.'
     )
   if model.num_registers < 0:
     raise ValueError(f'model.num_registers must not be negative, got {model.num_registers}.')
@@ -221,7 +221,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   if layers:
     raise ValueError(
       f'model.mlp={model.mlp} creates layers that are missing in vit_jax.model.ADAPTED: '
-      f'{", ".join(layers)}. Add each with the value 1, its number of input axes.'
+      f'{", ".join(layers)}. Add each with the value 1: its kernel has one input axis.'
     )
   unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
   if not unlisted:

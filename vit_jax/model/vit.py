@@ -51,9 +51,9 @@ class ViT(nn.Module):
     position_grid: (down, across), the grid of patches to make positions for. For an image with a
       different grid, these positions are stretched. None: the grid of each image, no stretching.
     learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
-      is only checked: a different `position_grid` (if None, a different image grid) is an error.
+      is only a check: `position_grid` (if None, the grid of the image) must be equal to it.
       None: the grid is unknown, and only the number of patches is checked.
-    rope_theta: base of the rotary frequencies; the larger, the slower is the slowest rotation.
+    rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
     rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
       that the positions are made for.
     num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,

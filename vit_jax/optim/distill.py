@@ -74,7 +74,7 @@ class Teacher:
       return self.model.apply({'params': params['teacher']}, image_BHWC)
 
   def loss(self, loss_B: jax.Array, logits_BL: jax.Array, teacher_BL: jax.Array) -> jax.Array:
-    """Returns the weighted mean of `loss_B`, the loss of the labels, and of the teacher's loss."""
+    """Returns the weighted mean of the label loss `loss_B` and the teacher's loss."""
     return (1 - self.weight) * loss_B + self.weight * self.distillation(logits_BL, teacher_BL)
 
 

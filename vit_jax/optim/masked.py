@@ -183,7 +183,7 @@ def check_trains_all(exp) -> None:
   if untrained:
     raise ValueError(
       f'objective=masked does not train the layers after the blocks: {", ".join(untrained)}. '
-      'Weight decay would shrink them. Set model.pool=gap and the other keys to None.'
+      'Weight decay would shrink them. Set model.pool=gap, and the other keys of this list to None.'
     )
   if p * q * exp.task.channels < 2:
     raise ValueError('objective=masked normalises each patch, so a patch needs two values or more.')
@@ -250,5 +250,5 @@ def take(patch_BNP: jax.Array, index_BU: jax.Array) -> jax.Array:
 
 
 def evaluation_key(seed: int) -> jax.Array:
-  """Returns the key of the masks of evaluation: each example always has the same mask."""
+  """Returns the random key that draws the masks of evaluation, which never change."""
   return jax.random.fold_in(jax.random.key(seed), EVALUATION)

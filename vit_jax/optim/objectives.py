@@ -66,7 +66,7 @@ def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
 
 
 def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss of labels and teacher, and the mean of the logits that learn from them.
+  """Returns the combined loss of labels and teacher, and the mean of the logits of both heads.
 
   Without the teacher, e.g. to count the FLOPs of a run in a workdir, only labels count.
   """

@@ -174,7 +174,14 @@ def judged(
 
 
 class Difference(NamedTuple):
-  """How two arrays differ: in their bits, at most, as a norm; and the norm of the second array."""
+  """Difference of two arrays.
+
+  Attributes:
+    bits: whether any bit differs.
+    largest: largest absolute difference.
+    apart: norm of the difference.
+    norm: norm of the second array.
+  """
 
   bits: jax.Array | bool
   largest: jax.Array | float

@@ -273,7 +273,7 @@ class Run:
 
 
 def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
-  """Describes what rounding depends on, as checkpoints record it: kind, processes and mesh.
+  """Describes the devices, on which rounding depends: kind, processes, and shape of the mesh.
 
   Sums over the devices of several processes have another order than within one process.
   """

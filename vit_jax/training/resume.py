@@ -81,7 +81,7 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """
   optimizer, data = item['config']['optimizer'], item['config']['data']
   changed = {
-    'Muon did not decay the embedding and the head': optimizer['name'] == 'muon',
+    'Muon applied no weight decay to the embedding and the head': optimizer['name'] == 'muon',
     'data.crop did not crop all images': data['cache'] == 'memory' and data['crop'] < 1,
   }
   reasons = [reason for reason, depends in changed.items() if depends]
@@ -94,7 +94,7 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
 
 
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
-  """Returns the steps at which the run was finished earlier and got more epochs.
+  """Returns the last step of each earlier cycle of the run.
 
   A run has one cycle. If a finished run gets more epochs, a new cycle begins. Example: a run was
   finished at step 100 and is now extended to step 150. The result is then `(100,)`.

@@ -107,7 +107,7 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `train_step` of a run. Do not use a given state again."""
+  """Returns the jitted `train_step` of a run. A step consumes the arrays of the given state."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

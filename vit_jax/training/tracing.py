@@ -32,7 +32,7 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Returns, for one image, the FLOPs of the forward pass by module, and of a training step."""
+  """Returns FLOPs for one image: of the forward pass by module, and of a whole training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
 
@@ -123,7 +123,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Returns the shapes of the other arguments of a `loss` function: batch, `early` and seed."""
+  """Returns the shapes of the arguments of `loss` after the parameters: batch, `early` and seed."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),

@@ -177,7 +177,7 @@ def write_about(
   if program.model.num_classes is not None:  # the program has applied the temperature
     output |= {'temperature': calibration.temperature}
     output |= {'thresholds': calibration.thresholds} if calibration.thresholds else {}
-    output |= {'probabilities': 'sigmoid'} if calibration.sigmoid else {}
+    output |= {'probabilities': 'sigmoid'} if calibration.sigmoid or calibration.thresholds else {}
   about = {
     'precision': precision,
     'input': {'name': 'image', 'dtype': 'uint8', 'shape': ['b', *program.image_shape]},

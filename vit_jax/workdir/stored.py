@@ -218,8 +218,8 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """Returns the checkpoints to try: pairs `(step, reason)`, the preferred one first.
 
-  The reason is a text for the log, e.g. `the last checkpoint`. It is `''` for a checkpoint without
-  a validation accuracy if `step` is empty.
+  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty, it is `''` for
+  checkpoints without a validation accuracy.
 
   Args:
     workdir: folder of a training run.
@@ -244,7 +244,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
     labels = bool(task.get('class_names'))
     shown = lambda score: f'{measure} {score:.2%}' if labels else f'loss {-score:.4f}'
     best = [
-      (n, f'validation {shown(score)}, the best of {len(scores)} checkpoint(s)')
+      (n, f'validation {shown(score)}, the best of the {len(scores)} checkpoint(s) kept')
       for n, score in scores
     ]
     if step == 'best' and not best:
