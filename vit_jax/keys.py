@@ -301,6 +301,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     None, 'learned_rope: grid whose patches are the unit of coordinates; None: the grid of the '
     'images', 'patches', kind=tuple,
   ),
+  'model.position_grid': Key(
+    None, 'grid that positions are made for; they are stretched to the grid of the images; None: '
+    'the grid of the images. Runs with `init` take it from the weights', 'patches', kind=tuple,
+  ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
     None, 'width of the pre-logits layer; None: taken from `init`, else no such layer', kind=int

@@ -53,6 +53,9 @@ TRAINING_KEYS = (
   'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
+# Splits that a new run chooses from the data, for weights without a run.
+OPEN_SPLITS = {'data.train_split': 'train', 'data.val_split': ''}
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -183,11 +186,11 @@ def from_init(
   """
   config = config_lib.default_config()
   config.init = init
-  config_lib.override_all(config, overrides)
+  config = config_lib.fill(config_lib.override_all(config, overrides), OPEN_SPLITS)
   check(config, trains=False)
   found, names = read_weights(init), None
   text = inherit.open_classes(zero_shot) if zero_shot else None
-  several = bool(found.run and found.run['task'].get('multi_label'))
+  several = found.multi_label
   if classes == 'data':
     data = config.data
     source = open_source(data.source, data.dir, image_size(config))
@@ -199,7 +202,7 @@ def from_init(
       f'--config=configs/linear_probe.py --config.init={init}. For weights of CLIP or SigLIP, you '
       'can instead give the text embeddings of classes with --classes.'
     )
-  if 'data.image_size' not in overrides:
+  if 'data.image_size' not in overrides or config.data.image_size is None:
     config.data.image_size = found.preprocessing.size
   count = len(names) if names and text is None else None
   new_head = count is not None and inherit.needs_new_head(found, names)
@@ -217,7 +220,8 @@ def from_init(
   stored = expected.stored_size or expected.size
   task = Task(tuple(names), stored, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
-  facts = {} if new_head else {'calibration': loaded.calibration}
+  facts = {'model': experiment.model.clone(examples=loaded.model.examples)}  # of a k-NN head
+  facts |= {} if new_head else {'calibration': loaded.calibration}
   return dataclasses.replace(experiment, names=inherit.names_of(loaded), **facts), loaded.params
 
 
@@ -242,12 +246,12 @@ def from_workdir(
   loaded, params, saved = load_checkpoint(workdir, step, whole=True)
   with config_lib.naming_imports(saved):
     own = config_lib.from_dict(saved['config'])
-    trained = own.data.image_size, own.model.patch_size
+    trained, values = (own.data.image_size, own.model.patch_size), config_lib.flatten(own)
     if config is None:
       config = config_lib.override_all(own, overrides or {})
     else:
       config_lib.check_same_run(own, config, workdir)
-      config = config_lib.fill(config, config_lib.flatten(own))
+    config = config_lib.fill(config, values)
     asked = image_size(config), config.model.patch_size
     config.data.image_size, config.model.patch_size = trained
     check(config, trains=False)

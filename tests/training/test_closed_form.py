@@ -103,6 +103,15 @@ def test_knn_head_is_exported_as_a_program_but_not_as_weights(nearest, tmp_path)
 
 
 @pytest.mark.slow
+def test_the_weights_of_a_knn_head_predict_as_its_workdir(nearest):
+  exp, params, _ = opening.from_workdir(nearest)
+  found, same = opening.from_init(str(nearest), {})
+  image_BHWC = exp.normalize(evaluation.load_split(exp, 'test[:9]').image_NHWC)
+  wanted = run_model(exp.model, params, image_BHWC)
+  np.testing.assert_array_equal(run_model(found.model, same, image_BHWC), wanted)
+
+
+@pytest.mark.slow
 def test_onnx_holds_a_knn_head(nearest, tmp_path):
   pytest.importorskip('jax2onnx')
   exporting.export(nearest, 'onnx', tmp_path)  # compares the outputs with JAX's
@@ -175,3 +184,8 @@ def test_wrong_settings_are_rejected(overrides, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     train(small_config(**overrides), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_the_config_keeps_how_positions_are_resized(trained):
+  request = opening.Request(init=str(trained[0]), overrides={'init_resize': 'bicubic'})
+  assert closed_form.classifier_config(request, 'ridge').init_resize == 'bicubic'

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, call, error, run_model, small_config
+from tests.conftest import DATA, call, error, init_params, run_model, small_config
 from tests.weights.test_pretrained import equal
 import vit_jax
 from vit_jax import config as config_lib
@@ -19,10 +19,11 @@ from vit_jax import inherit, opening
 from vit_jax.data.source import Source
 from vit_jax.figures import maps
 from vit_jax.inference import exporting, prediction
-from vit_jax.model import RESIZES
+from vit_jax.model import RESIZES, make
 from vit_jax.opening import Request
 from vit_jax.training import trainer
 from vit_jax.weights import reader
+from vit_jax.workdir import Calibration
 
 PROCESSOR = {'image_mean': [0.2, 0.4, 0.6], 'image_std': [0.3, 0.2, 0.1], 'resample': 2}
 
@@ -361,3 +362,67 @@ def test_hub_names_load_from_the_cache_without_a_network(tmp_path):
   message = load('someone/another-vit')
   want = 'error: someone/another-vit: no such file or folder, and the Hugging Face Hub repository'
   assert message.startswith(want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('position', ['sincos', 'rope'])
+def test_positions_without_parameters_are_stretched_as_in_the_workdir(position, tmp_path):
+  """`--init` and `--workdir` see the same model at another size, and a new run keeps it."""
+  trainer.train(small_config(**{'model.position': position}), tmp_path / 'run')
+  exp, params, _ = opening.from_workdir(tmp_path / 'run', {'data.image_size': '16'})
+  image_BHWC = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+  wanted = run_model(exp.model, params, image_BHWC)
+  init = str(tmp_path / 'run')
+  found, params = opening.from_init(init, {'data.image_size': '16'})
+  np.testing.assert_array_equal(run_model(found.model, params, image_BHWC), wanted)
+  model, params = vit_jax.load(init, grid=(4, 4))
+  np.testing.assert_array_equal(run_model(model, params, image_BHWC), wanted)
+
+  settings = {'data.image_size': '16', 'optimizer.lr': '0', 'model.activation': 'None'}
+  vit_jax.train(fine_tuning(init, settings), tmp_path / 'tuned')
+  exp, params, _ = opening.from_workdir(tmp_path / 'tuned')
+  np.testing.assert_array_equal(run_model(exp.model, params, image_BHWC), wanted)
+  again = vit_jax.load(tmp_path / 'tuned')
+  np.testing.assert_array_equal(run_model(*again, image_BHWC), wanted)
+
+
+def test_none_leaves_the_data_keys_of_weights_and_runs_as_they_are(trained):
+  open_keys = {'data.image_size': 'None', 'data.train_split': 'None'}
+  exp, *_ = opening.from_workdir(trained[0], open_keys)
+  assert exp.config.data.image_size == (8, 8) and exp.config.data.train_split == 'train'
+  exp, _ = opening.from_init(str(trained[0]), open_keys)
+  assert exp.config.data.image_size == (8, 8) and exp.config.data.train_split == 'train'
+
+
+def test_several_labels_survive_in_hugging_face_files(tmp_path):
+  fields = dict(variant=None, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
+  model = make(num_classes=3, **fields)
+  params = init_params(model, np.zeros((1, 8, 8, 3), np.float32))
+  for several in (False, True):
+    calibration = Calibration(thresholds=(0.2, 0.5, 0.7)) if several else None
+    out = tmp_path / str(several)
+    vit_jax.save(model, params, out, format='hf', calibration=calibration)
+    problem = json.loads((out / 'config.json').read_text()).get('problem_type')
+    assert problem == ('multi_label_classification' if several else None)
+    assert vit_jax.load(out).multi_label == several
+    assert opening.from_init(str(out), {})[0].task.multi_label == several
+
+
+def test_a_program_takes_images_of_the_size_that_predict_uses(weights, tmp_path):
+  """The positions are for 16 pixels, and the processor asks for 8, as in DINOv2's files."""
+  processor = PROCESSOR | {'size': {'height': 8, 'width': 8}}
+  (weights / 'preprocessor_config.json').write_text(json.dumps(processor))
+  assert opening.from_init(str(weights), {})[0].image_shape[:2] == (8, 8)
+  exporting.export(weights, 'stablehlo', tmp_path / 'out')
+  about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+  assert about['input']['shape'][1:3] == [8, 8]
+
+
+def test_an_export_does_not_replace_weights_that_it_did_not_write(weights, tmp_path):
+  before = (weights / 'model.safetensors').read_bytes()
+  for format in ('hf', 'timm'):
+    with pytest.raises(ValueError, match='model.safetensors already exists and was not written by'):
+      exporting.export(weights, format, weights)
+  assert (weights / 'model.safetensors').read_bytes() == before
+  exporting.export(weights, 'hf', tmp_path / 'out')
+  exporting.export(weights, 'hf', tmp_path / 'out')  # replaces an export

@@ -1,5 +1,6 @@
 """Tests reading and writing of all weight formats against outputs of the original code bases."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -757,3 +758,19 @@ def test_a_hybrid_keeps_its_embedding_at_its_own_patch_size():
   _, opened = opening.from_init(str(path), {}, 'any')
   for found in (same, opened):
     np.testing.assert_array_equal(found['embedding']['kernel'], params['embedding']['kernel'])
+
+
+def test_timm_refuses_a_gated_mlp_with_a_map_head(tmp_path):
+  """One `mlp_ratio` of timm is for both MLPs, and the MLP of its pooling is never gated."""
+  fields = dict(variant=None, patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=32)
+  for pool, refused in (('cls', False), ('map', True)):
+    model = variants.make(num_classes=3, mlp='gated', activation='silu', pool=pool, **fields)
+    params = init_params(model, np.zeros((1, 8, 8, 3), np.float32))
+    with pytest.raises(ValueError, match='model.mlp') if refused else contextlib.nullcontext():
+      vit_jax.save(model, params, tmp_path / pool, format='timm')
+
+
+def test_processors_of_grey_images_do_not_convert_to_colour():
+  for channels in (1, 3):
+    found = hf_config.processor_config(Preprocessing((8, 8), crop=0.9), channels)
+    assert found['do_convert_rgb'] == (channels == 3)

@@ -16,10 +16,12 @@ from vit_jax.model import ViT
 from vit_jax.names import choose
 from vit_jax.weights import (
   FORMATS,
+  Adaptation,
   Format,
   Preprocessing,
   Pretrained,
   Program,
+  Weights,
   adapt,
   check_params,
   flatten_params,
@@ -73,9 +75,9 @@ def export(
   check_precision(format, precision)
   measuring.check_overrides(overrides, precision != EXACT)
   storage.check_folder(out)
-  check_card(out)
+  check_card(out, entry)
   found = read_weights(path, step)
-  loaded = adapt(found)
+  loaded = adapt(found, expected_grid(found) if entry.is_program else Adaptation())
   if zero_shot:
     loaded = inherit.with_classes(loaded, inherit.open_classes(zero_shot))
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -92,6 +94,16 @@ def export(
     text = card.write_card(format, loaded, str(path), result(found.origin), compared)
     (folder / card.NAME).write_text(text, encoding='utf-8', errors='backslashreplace')
   return sorted(out.iterdir())
+
+
+def expected_grid(found: Weights) -> Adaptation:
+  """Returns the adaptation to the image size that weights expect, as `predict` uses it.
+
+  This size can differ from the size that the positions are for, as in DINOv2.
+  """
+  size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
+  grid = tuple(n // p for n, p in zip(size, patch))
+  return Adaptation(grid if np.any(size) else None)
 
 
 def check_precision(format: str, precision: str) -> None:
@@ -112,12 +124,15 @@ def program_of(loaded: Pretrained) -> Program:
   return Program(loaded.model, loaded.params, *facts)
 
 
-def check_card(out: pathlib.Path) -> None:
-  """Raises ValueError if a folder has a README.md that was not written by an export."""
+def check_card(out: pathlib.Path, entry: Format) -> None:
+  """Raises ValueError if a folder has a README.md or weights that no export has written."""
   file = out / card.NAME
-  if file.is_file() and card.SIGNATURE not in file.read_bytes().decode('utf-8', 'replace'):
+  if file.is_file() and card.SIGNATURE in file.read_bytes().decode('utf-8', 'replace'):
+    return
+  others = [name for pattern in entry.files for name in sorted(out.glob(pattern))]
+  for found in [file] * file.is_file() + others:
     raise ValueError(
-      f'{file} already exists and was not written by an export. Choose a different folder.'
+      f'{found} already exists and was not written by an export. Choose a different folder.'
     )
 
 
@@ -191,7 +206,8 @@ def write(
   exact = folder if precision == EXACT else scratch
   if not entry.is_program:
     p = program
-    entry.save(p.model, p.params, exact, p.preprocessing, p.class_names)
+    labels = {'multi_label': p.calibration.thresholds is not None} if entry.holds_labels else {}
+    entry.save(p.model, p.params, exact, p.preprocessing, p.class_names, **labels)
     return {EXACT: exact}
   entry.save(program, exact)
   if precision == EXACT:

@@ -249,8 +249,6 @@ def check_rotation(model: nn.Module) -> None:
     )
   if model.rope_theta is None or not 0 < model.rope_theta < math.inf:
     raise ValueError(f'model.rope_theta must be positive, got {model.rope_theta}.')
-  if model.rope_grid is not None and (len(model.rope_grid) != 2 or min(model.rope_grid) < 1):
-    raise ValueError(f'model.rope_grid must be two positive numbers, got {model.rope_grid}.')
 
 
 POSITIONS = {

@@ -160,9 +160,11 @@ def check_sizes(model: ViT) -> None:
 
 
 def check_patches(model: ViT) -> None:
-  """Raises ValueError if the patch size or the stem is invalid."""
-  if len(model.patch_size) != 2 or min(model.patch_size) < 1:
-    raise ValueError(f'model.patch_size must be two positive numbers, got {model.patch_size}.')
+  """Raises ValueError if the patch size, a grid of patches or the stem is invalid."""
+  for name in ('patch_size', 'position_grid', 'rope_grid'):
+    value = getattr(model, name)
+    if value is not None and (len(value) != 2 or min(value) < 1):
+      raise ValueError(f'model.{name} must be two positive numbers, got {value}.')
   if model.resnet is None:
     return
   if model.embedding_size not in (None, model.patch_size):

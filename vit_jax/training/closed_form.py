@@ -48,7 +48,8 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
     section, _, name = key.partition('.')
     config[section][name] = tuple(value) if isinstance(value, list) else value
   config.init = request.init or f'{request.workdir}/checkpoints/{step}'
-  config.eval_batch_size = exp.config.eval_batch_size
+  for name in ('init_resize', 'eval_batch_size', 'device_memory'):
+    config[name] = exp.config[name]
   config.classifier, config.epochs = classifier, 0.0
   return config
 

@@ -81,6 +81,7 @@ class Weights:
     class_names: names of the classes; None if the file does not store names.
     ignored: regular expressions for the names of arrays that do not affect the output.
     run: `config`, `task` and `step` of the vit_jax run that wrote the file; None for other files.
+    multi_label: whether the weights were trained on images that can have several labels.
   """
 
   origin: str
@@ -93,6 +94,7 @@ class Weights:
   class_names: tuple[str, ...] | None = None
   ignored: tuple[str, ...] = ()
   run: Mapping | None = None
+  multi_label: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Pretrained:
       weights.
     sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
       classification with SigLIP.
+    multi_label: as in `Weights`.
   """
 
   model: ViT
@@ -119,16 +122,12 @@ class Pretrained:
   ignored: tuple[str, ...]
   run: Mapping | None = None
   sigmoid: bool = False
+  multi_label: bool = False
 
   @property
   def calibration(self) -> Calibration:
     """How logits become probabilities."""
     return Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
-
-  @property
-  def multi_label(self) -> bool:
-    """Whether the run was trained on images that can have several labels."""
-    return bool(self.run and self.run['task'].get('multi_label'))
 
   def __iter__(self):
     return iter((self.model, self.params))
@@ -141,6 +140,7 @@ class Format:
   Attributes:
     save: `(model, params, folder, preprocessing, class_names)` or, for a program, `(program,
       folder)` writes the files. Raises ValueError for a model that the format cannot hold.
+    holds_labels: whether `save` has an argument `multi_label`, as in `Weights`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
@@ -162,6 +162,7 @@ class Format:
   opens: Callable[[pathlib.Path], Callable[[np.ndarray], np.ndarray]] | None = None
   precisions: Mapping[str, object] = dataclasses.field(default_factory=dict)
   holds_names: bool = True
+  holds_labels: bool = False
 
   @property
   def is_program(self) -> bool:

@@ -29,6 +29,7 @@ from vit_jax.weights.usage import label_lines, upright
 
 KINDS = hf_names.VIT_KINDS | hf_towers.TOWER_KINDS
 ARCHITECTURES = hf_names.VIT_ARCHITECTURES | hf_towers.TOWER_ARCHITECTURES
+SEVERAL = 'multi_label_classification'  # the `problem_type` for several labels per image
 
 
 def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -74,6 +75,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
     grid=grid,
     class_names=class_names(labels, origin) if headed and labels else None,
     ignored=kind.ignored,
+    multi_label=headed and c.get('problem_type') == SEVERAL,
   )
 
 
@@ -148,6 +150,7 @@ def save_hf(
   folder: pathlib.Path,
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
+  multi_label: bool,
 ) -> None:
   """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
 
@@ -180,6 +183,8 @@ def save_hf(
     names = class_names or [f'LABEL_{i}' for i in range(model.num_classes)]
     config['id2label'] = {str(i): name for i, name in enumerate(names)}
     config['label2id'] = {name: i for i, name in enumerate(names)}
+  if multi_label:
+    config['problem_type'] = SEVERAL
   processor = hf_config.processor_config(preprocessing, config['num_channels'])
   save_file(arrays, folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

@@ -268,6 +268,7 @@ def processor_config(p: Preprocessing, channels: int) -> dict:
     config |= dict(
       image_processor_type='BitImageProcessor',
       do_center_crop=True,
+      do_convert_rgb=channels == 3,
       crop_size={'height': height, 'width': width},
       size=resized if p.stretch else {'shortest_edge': min(resized.values())},
     )

@@ -103,10 +103,13 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
     model, params = with_patches(model, params, patch)
   grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
   size = tuple(n * p for n, p in zip(check_grid('grid', grid), model.patch_size))
-  for name, function in POSITIONS[model.position].params.items():
-    if function is not None and name in params:
+  resized = {name: f for name, f in POSITIONS[model.position].params.items() if f is not None}
+  for name, function in resized.items():
+    if name in params:
       params[name] = function(params[name], model, own_grid, tuple(grid), to.resize)
       model = model.clone(learned_grid=tuple(grid))
+  if not resized and tuple(grid) != own_grid:
+    model = model.clone(position_grid=model.position_grid or own_grid)
   class_names = source.class_names
   if to.new_head or num_classes not in (None, model.num_classes):
     # The file's pool may return all tokens, but a head needs a single vector.
@@ -122,7 +125,8 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
   if ignored:
     log.info('%s: arrays not used: %s', source.origin, listed(ignored))
   preprocessing = dataclasses.replace(source.preprocessing, size=size)
-  return Pretrained(model, params, preprocessing, class_names, ignored, source.run)
+  facts = dict(run=source.run, multi_label=source.multi_label)
+  return Pretrained(model, params, preprocessing, class_names, ignored, **facts)
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:

@@ -231,6 +231,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
     grid=(size[0] // model.patch_size[0], size[1] // model.patch_size[1]),
     class_names=class_names or None,
     run=saved | {'step': step},
+    multi_label=bool(task.get('multi_label')),
   )
 
 
@@ -264,6 +265,7 @@ FORMATS = {
     functools.partial(is_torch, of_timm=False),
     functools.partial(read_torch, read=read_hf),
     library='transformers',
+    holds_labels=True,
   ),
   'timm': Format(
     save_timm,

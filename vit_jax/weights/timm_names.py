@@ -197,8 +197,7 @@ NEUTRAL = {  # arguments that do not affect the output: for training, or for oth
 
 POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'none'}  # timm's name: our name
 ACTIVATIONS = ('gelu', 'gelu_tanh', 'quick_gelu', 'silu')
-# (learned positions, type of rotary positions, rotation of halves): our name.
-POSITIONS = {
+POSITIONS = {  # (learned positions, type of rotary positions, rotation of halves): our name
   (True, None, False): 'learned',
   (True, 'cat', False): 'learned_rope',
   (False, 'dinov3', True): 'rope_unit',
@@ -270,8 +269,9 @@ def arguments_for(model: ViT) -> tuple[str, dict]:
 def vit_arguments(model: ViT) -> tuple[str, dict]:
   """Returns an architecture name of `VisionTransformer`, and the arguments that only it has."""
   refuse('timm', model, HOLDS | {
-    'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'mlp': ('plain', 'gated'),
-    'activation': ACTIVATIONS, 'norm_epsilon': (1e-6,), 'pool': tuple(POOLS.values()),
+    'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm's pooling is plain
+    'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'activation': ACTIVATIONS,
+    'norm_epsilon': (1e-6,), 'pool': tuple(POOLS.values()),
   })  # fmt: skip
   gated = model.mlp == 'gated'
   return 'vit_giant_patch14_dinov2' if gated else 'vit_base_patch16_224', dict(
