@@ -51,10 +51,10 @@ class Experiment:
   """The model of a config, and functions that already contain the settings of the config.
 
   `names` identifies the files that the weights were trained on; None if the run did not record
-  them. Only training has a `teacher`, if the config names one, and `weight_L`, the weight of each
-  class, if the weights differ. `calibration` belongs to the weights that a mode uses. `parts` is
-  the number of micro-batches with which a training step fits into memory; None without a limit.
-  `pack` pads images of different shapes; None if all images have one size.
+  them. Two attributes are set only in training: `teacher`, if the config names one, and `weight_L`,
+  the loss weight of each class, unless all are equal. `calibration` belongs to the weights that a
+  mode uses. `parts` is the number of micro-batches with which a training step fits into memory;
+  None without a limit. `pack` pads images of different shapes; None if all images have one size.
   """
 
   config: ConfigDict

@@ -55,8 +55,8 @@ def open_splits(
   """Opens the splits for training, validation (None without one) and test.
 
   Validation and test are without the files in `seen`, which the weights were trained on. A sweep of
-  learning rates ends with training on the validation split. So this split is only without the files
-  that the weights had been trained on before the run.
+  learning rates ends with training on the validation split. So only the files that the weights were
+  trained on before this run are removed from this split.
 
   Raises:
     ValueError: the weights were trained on the whole validation or test split or, for data without

@@ -20,7 +20,7 @@ def put(file: pathlib.Path, path: os.PathLike) -> None:
 
 
 def delete_all(path: pathlib.Path) -> None:
-  """Deletes a folder, or an object and all objects below a path, if there are any."""
+  """Deletes a local folder, or in a bucket the object of this name and all objects below it."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
     return

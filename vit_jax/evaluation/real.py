@@ -65,8 +65,8 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
   name, classes = f'data.real_labels={path}', source.class_names
   if not all(map(CLASS.fullmatch, classes)) or list(classes) != sorted(classes):
     raise ValueError(
-      f"{name}: the file numbers ImageNet's classes in the order of their names, from n01440764 "
-      f'to n15075141, but the data has the classes {", ".join(classes[:3])}, ...'
+      f"{name}: the labels in this file are positions of ImageNet's classes, sorted by name from "
+      f'n01440764 to n15075141, but the data has the classes {", ".join(classes[:3])}, ...'
     )
   labels = read(path, name, len(classes))
   found = []

@@ -138,7 +138,10 @@ def batches(
 
 
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
-  """Returns test images spread evenly over the classes, starting with the images to draw."""
+  """Returns test images spread evenly over the classes.
+
+  The first `SHOWN` are drawn. The others are used only for the attention distance.
+  """
   classes = len(exp.task.class_names)
   label_N = test.label_N
   if label_N.ndim == 2:  # several labels: the first one

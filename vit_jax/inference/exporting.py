@@ -112,9 +112,9 @@ def check_precision(format: str, precision: str) -> None:
 
 
 def program_of(loaded: Pretrained) -> Program:
-  """Returns the program of some weights.
+  """Returns what a file with loaded weights contains: model, preprocessing, classes, calibration.
 
-  Without fitted thresholds, each class of images with several labels has the threshold 0.5.
+  If images can have several labels and no thresholds were fitted, each threshold is 0.5.
   """
   calibration = loaded.calibration
   if loaded.multi_label and calibration.thresholds is None:

@@ -164,7 +164,7 @@ def pooled(model: nn.Module) -> nn.Module:
 
 
 def without_pool(model: nn.Module) -> nn.Module:
-  """Returns the model without its pool and what follows it; its output are normalised tokens."""
+  """Returns the model without its pool and what follows it; its output is normalised tokens."""
   later = dict(representation_size=None, projection=None, num_classes=None)
   # By default, the pool `none` has no class token.
   return model.clone(pool='none', class_token=model.has_class, **later)

@@ -182,8 +182,9 @@ def check_trains_all(exp) -> None:
     untrained += [f'model.{name}={value}'] if (value := getattr(model, name)) is not None else []
   if untrained:
     raise ValueError(
-      f'objective=masked does not train the layers after the blocks: {", ".join(untrained)}. '
-      'Weight decay would shrink them. Set model.pool=gap, and the other keys of this list to None.'
+      f'objective=masked does not train what these keys add after the blocks: '
+      f'{", ".join(untrained)}. Weight decay would shrink these weights. Set model.pool=gap, and '
+      'model.representation_size and model.projection to None.'
     )
   if p * q * exp.task.channels < 2:
     raise ValueError('objective=masked normalises each patch, so a patch needs two values or more.')

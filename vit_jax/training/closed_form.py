@@ -35,7 +35,7 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: the model. Its data, or the data of the overrides, is used.
+    request: names the model. Its overrides can name the data, instead of the data of its run.
     classifier: one of `CLASSIFIERS`.
 
   Raises:

@@ -145,9 +145,9 @@ class Run:
     return train_state, scores
 
   def compile(self, size: Size, train_state: TrainState, batch: dict) -> dict[Size, Compiled]:
-    """Compiles the step for an image size and each patch size. Its plan becomes the run's plan.
+    """Compiles the step for an image size and each patch size, the longest sequence first.
 
-    The longest sequence comes first, so its plan also fits the others.
+    The plan of the longest sequence becomes the run's plan, because it also fits the others.
     """
     programs = {}
     for patch in self.exp.patch_sizes:
