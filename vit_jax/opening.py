@@ -220,7 +220,7 @@ def from_init(
   stored = expected.stored_size or expected.size
   task = Task(tuple(names), stored, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
-  facts = {'model': experiment.model.clone(examples=loaded.model.examples)}  # of a k-NN head
+  facts = {'model': experiment.model.clone(examples=loaded.model.examples)}  # in a k-NN head
   facts |= {} if new_head else {'calibration': loaded.calibration}
   return dataclasses.replace(experiment, names=inherit.names_of(loaded), **facts), loaded.params
 

@@ -49,8 +49,8 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
   Args:
     config: checked config of a new run.
-    source: dataset of the run. None, or a source without examples: the data is not available. The
-      recipe then gives the values.
+    source: dataset of the run. If it is None or has no examples, the data is not available, and the
+      values come from the recipe.
   """
   source = source if source and source.sizes else None
   found = from_first(lambda: chosen_values(config, source))

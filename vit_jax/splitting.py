@@ -124,10 +124,10 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
 
 
 def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
-  """Returns the experiment of a run without labels, with the classes of the data.
+  """Returns the experiment of a run that was trained without labels, with the dataset's classes.
 
   Raises:
-    ValueError: `classes` does not ask for the classes of the data, or the data has none.
+    ValueError: `classes` is not `data`, which asks for these classes, or the dataset has none.
   """
   data = exp.config.data
   if classes != 'data':

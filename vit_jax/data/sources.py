@@ -119,8 +119,8 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
     if not len(part):
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
-        f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of all '
-        'images for testing. Add images.'
+        f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
+        'images for testing, so few images can leave a split empty. Add images.'
       )
   warnings = tuple(folder_lib.not_used(root, passed_over))
   return source_of(folder_lib.Folder((), files, warnings))

@@ -99,9 +99,10 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Opens the experiment of weights, with the settings of their data.
+  """Opens weights as an experiment, with the data settings of the run that trained them.
 
-  Returns None for weights without a run, if `overrides` does not name data either.
+  Weights that do not come from a run record no dataset. For these, returns None unless `overrides`
+  names one.
 
   Args:
     path: anything that `vit_jax.load` reads.

@@ -68,7 +68,7 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
   Args:
     model: a `ViT` with a head.
     head: parameters of the head.
-    feature_BD: features, of length 1 if `model.cosine`.
+    feature_BD: features; with `model.cosine`, each row has the norm 1.
   """
   if model.examples is not None:
     return knn_logits(feature_BD, head['feature'], head['label'], model.num_classes)

@@ -81,8 +81,9 @@ class Teacher:
 def split_head(feature_BD: jax.Array, head: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Returns the logits `[B, L]` of the class head and of the distillation head.
 
-  The model has one head, which computes the mean of these logits. Its kernel therefore holds half
-  of each head's weights, first for the class token. Both heads have the same bias.
+  The model has one head, which computes the mean of these logits. Its kernel therefore stacks
+  the kernels of both heads, each multiplied by 0.5: first the rows for the class token, then those
+  for the distillation token. Both heads have the same bias.
 
   Args:
     feature_BD: class token and distillation token, concatenated.

@@ -166,7 +166,8 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   """Returns the config of the run in a workdir, with overrides.
 
   The config comes from the newest checkpoint, or from `config.json` before the first checkpoint.
-  The epochs also come from `config.json` if an added cycle has not saved a checkpoint yet.
+  If the run was extended to more epochs and has not saved a checkpoint since, the epochs come from
+  `config.json`.
 
   Raises:
     ValueError: the workdir holds no run.

@@ -63,10 +63,10 @@ def attempt(
   *,
   retries: bool = True,
 ) -> dict | Experiment:
-  """Trains like `fit`, and returns the result.
+  """Trains like `fit`, and returns the result; if memory runs out, an experiment to try instead.
 
-  Returns the experiment with a smaller micro-batch if memory runs out, but only if `retries`. The
-  arrays of the failed run are then no longer referenced, so their memory is free.
+  That experiment has a smaller micro-batch. With `retries=False`, the error is raised. The arrays
+  of the failed run are no longer referenced, so their memory is free.
   """
   config, start = exp.config, latest_step(workdir)
   with (

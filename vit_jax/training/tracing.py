@@ -32,7 +32,7 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Returns FLOPs for one image: of the forward pass by module, and of a whole training step."""
+  """Returns the FLOPs for one image: forward pass by module, and whole training step."""
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
 

@@ -257,7 +257,7 @@ def mlp_ratio(model: ViT, factor: int = 1) -> float:
 
 
 def arguments_for(model: ViT) -> tuple[str, dict]:
-  """Returns an architecture name whose class can hold a model, and arguments of only this class.
+  """Returns a name whose class in timm can hold a model, and arguments that only this class has.
 
   Raises:
     ValueError: neither class of timm can hold the model.

@@ -74,7 +74,7 @@ def read_state(checkpoint: pathlib.Path, like):
 
 
 def holds_shards(tree) -> bool:
-  """Returns whether the arrays of a tree are on devices, perhaps of several processes."""
+  """Returns whether a tree has JAX arrays on devices, instead of NumPy arrays."""
   return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 
