@@ -192,7 +192,7 @@ DATA = {
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
   ),
   'data.crop': Key(
-    1.0, 'share of the shorter side (with data.stretch, of both sides) that the central crop keeps; '
+    1.0, 'share of the shorter side (with data.stretch, of both) that the central crop keeps; '
     '1: all of it', range=(0.01, 1),
   ),
   'data.stretch': Key(
