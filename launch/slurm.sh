@@ -9,7 +9,7 @@
 #     --config=configs/imagenet.py:b16 --workdir=/shared/b16
 #
 # Slurm sends SIGTERM 120 s before the time limit. The run then saves a checkpoint and ends with exit
-# code 75. After any other code but 0 and 2 (an error), the job is requeued TRIES times (default
+# code 75. After any other code but 0 and 2 (a mistake), the job is requeued TRIES times (default
 # 20); a file in the folder of the job counts them. If a process is lost, JAX ends the others. The
 # workdir must be on a disk that all nodes share, or in a bucket.
 set -u

@@ -4,8 +4,8 @@
 #   launch/until_done.sh python main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/b16
 #
 # A run that was preempted ends with exit code 75, and is repeated without a limit. After exit code 2,
-# an error, it is not repeated. After any other end, such as that of a lost host, the command is
-# repeated TRIES times (default 20). PAUSE is the wait between two tries, in seconds.
+# a mistake of the user, it is not repeated. After any other end, such as that of a lost host, the
+# command is repeated TRIES times (default 20). PAUSE is the wait between two tries, in seconds.
 set -u
 if [ $# -eq 0 ]; then
   echo 'usage: launch/until_done.sh <command> [argument ...]' >&2

@@ -32,18 +32,24 @@ class Passing(ValueError):
   """Raised in all processes if a bucket did not answer one of them."""
 
 
+class NoMistake(ValueError):
+  """Raised after a failure that the user cannot avoid, such as the loss of another process."""
+
+
 def exit_code(error: BaseException | None) -> int:
-  """Returns the exit code after an error: `TRY_AGAIN` if a bucket did not answer, else 2."""
+  """Returns the exit code: `TRY_AGAIN` if a bucket did not answer, 1 after `NoMistake`, else 2."""
   while error is not None:
     if isinstance(error, bucket.NoAnswer | Passing):
       return TRY_AGAIN
+    if isinstance(error, NoMistake):
+      return 1
     error = error.__cause__
   return 2
 
 
 def told(text: str, code: int) -> ValueError:
   """Returns the error to raise in this process after another process failed with this code."""
-  return Passing(text) if code == TRY_AGAIN else ValueError(text)
+  return {TRY_AGAIN: Passing, 1: NoMistake}.get(code, ValueError)(text)
 
 
 def check_folder(folder: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   processes = start_both(workdir)
   wait_for(lambda: len(lines(workdir)) > 12 and stored.latest_step(workdir), processes)
   processes[1].send_signal(signal.SIGKILL)
-  assert processes[0].wait(60) not in (0, TRY_AGAIN)  # JAX or Gloo aborts it
+  assert processes[0].wait(60) not in (0, 2, TRY_AGAIN)  # JAX or Gloo aborts it
   said = (tmp_path / '0.log').read_text()  # JAX does not always name the dead process
   assert 'another process died, start all processes again with the same commands' in said
   saved = stored.latest_step(workdir)
@@ -198,6 +199,25 @@ def test_an_interrupted_process_exits_with_130(capsys, monkeypatch):
   assert codes == [130] and capsys.readouterr().err == 'process 0 of 1: interrupted.\n'
 
 
+PEER_LOST = jax.errors.JaxRuntimeError('UNAVAILABLE: the coordination service has no task 1')
+FULL = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no 1 GiB left')
+
+
+@pytest.mark.parametrize('error, cause, code', [
+  (PEER_LOST, None, 1), (storage.Unwritten('Cannot write the checkpoint'), PEER_LOST, 1),
+  (KeyError(), None, 1), (ValueError('Gloo all-reduce failed: Connection closed by peer'), None, 1),
+  (storage.Unwritten('Cannot write the checkpoint'), TimeoutError('no answer of a process'), 1),
+  (ValueError('bad config'), None, 2), (limits.OutOfMemory('Training ran out of memory'), FULL, 2),
+])  # fmt: skip
+def test_only_a_mistake_of_the_user_ends_a_process_with_code_2(monkeypatch, error, cause, code):
+  codes, error.__cause__ = [], cause
+  monkeypatch.setattr(joining.os, '_exit', codes.append)
+  monkeypatch.setattr(joining.time, 'sleep', lambda _: None)
+  joining.leave(error)
+  assert codes == [code]
+  assert storage.exit_code(storage.told('the same in another process', code)) == code
+
+
 @pytest.mark.parametrize('first', [True, False])
 def test_process_0_exits_last(monkeypatch, first):
   """When its service ends, JAX aborts the others, which may still have an error to print."""
@@ -211,7 +231,7 @@ def test_process_0_exits_last(monkeypatch, first):
 
 @pytest.mark.parametrize('first', [True, False])
 def test_any_error_of_process_0_reaches_the_others(monkeypatch, first):
-  said = {'error': "Process 0 failed: KeyError: 'x'", 'code': 2}
+  said = {'error': "Process 0 failed: KeyError: 'x'", 'code': 1}
   sent = [json.dumps(said).encode()]
   monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
   monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)

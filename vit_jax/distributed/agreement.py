@@ -17,7 +17,8 @@ import time
 import jax
 from orbax.checkpoint import multihost
 
-from vit_jax.storage import exit_code, told
+from vit_jax.distributed.cluster import code_after
+from vit_jax.storage import told
 
 POLL = 500  # milliseconds between two looks for failures
 
@@ -75,7 +76,7 @@ class Agreement:
       except Exception as error:
         if self._client is not None:
           text = f'process {jax.process_index()}: {type(error).__name__}: {error}'[:1000]
-          failed = json.dumps([text, exit_code(error)])
+          failed = json.dumps([text, code_after(error)])
           place = f'{self._name}/failed/{jax.process_index()}'
           self._client.key_value_set(place, failed, allow_overwrite=True)
         raise

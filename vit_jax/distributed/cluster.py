@@ -19,10 +19,11 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from vit_jax.storage import exit_code, told
+from vit_jax.storage import TRY_AGAIN, exit_code, told
 
 ARRAY = '__array__'  # key of the JSON object that replaces an array
 ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service
+MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # the user must change something
 
 
 class Preempted(Exception):
@@ -47,6 +48,27 @@ def num_cores() -> int:
 def is_first() -> bool:
   """Returns whether this is process 0, which writes all shared files but checkpoints."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def code_after(error: BaseException) -> int:
+  """Returns the exit code after an error in one of several processes.
+
+  It is 1 if another process was lost or the program has a defect. The launch scripts then start all
+  processes again. They do not after code 2, a mistake of the user.
+  """
+  code = exit_code(error)
+  mistake = isinstance(error, MISTAKES) and not is_from_runtime(error)
+  return code if mistake or code == TRY_AGAIN else 1
+
+
+def is_from_runtime(error: BaseException | None) -> bool:
+  """Returns whether an error may come from the loss of another process; no if memory ran out."""
+  while error is not None and not isinstance(error, MemoryError):
+    # Gloo sends data between CPUs. A process that waits for another one raises TimeoutError.
+    if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or 'Gloo' in str(error):
+      return True
+    error = error.__cause__
+  return False
 
 
 def from_first(function: Callable[[], object]) -> object:
@@ -74,10 +96,10 @@ def from_first(function: Callable[[], object]) -> object:
     try:
       text = json.dumps({'value': function()}, default=marked)
     except (ValueError, OSError) as error:
-      text = json.dumps({'error': str(error), 'code': exit_code(error)})
+      text = json.dumps({'error': str(error), 'code': code_after(error)})
     except Exception as error:  # the other processes wait for an answer
       said = f'Process 0 failed: {type(error).__name__}: {error}'
-      text = json.dumps({'error': said, 'code': exit_code(error)})
+      text = json.dumps({'error': said, 'code': code_after(error)})
       failure = error
   text = broadcast(text and text.encode())
   waiting = iter(arrays)
@@ -128,7 +150,7 @@ def together(function: Callable[[], object]) -> object:
     found = function()
   except (ValueError, OSError) as error:
     failure = error
-  failures = from_all(None if failure is None else [str(failure), exit_code(failure)])
+  failures = from_all(None if failure is None else [str(failure), code_after(failure)])
   if failure is not None:
     raise failure
   for i, failed in enumerate(failures):

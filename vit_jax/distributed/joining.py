@@ -23,7 +23,6 @@ import warnings
 import jax
 
 from vit_jax.distributed import cluster
-from vit_jax.storage import exit_code
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
@@ -176,13 +175,13 @@ def leave(error: BaseException) -> None:
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)
-  elif isinstance(error, ValueError | OSError | FloatingPointError | MemoryError):
+  elif isinstance(error, cluster.MISTAKES):
     print(f'error: {name}: {error}', file=sys.stderr)
   else:
     traceback.print_exception(error)
     print(f'error: {name} failed.', file=sys.stderr)
   runtime = isinstance(error, jax.errors.JaxRuntimeError)
-  if runtime or 'Gloo' in str(error):  # Gloo sends data between CPUs
+  if cluster.is_from_runtime(error):
     names = ' (JAX names it within a minute)' if runtime else ''
     say(f'Perhaps another process has died{names}. In this case, {AGAIN}')
   if runtime:
@@ -191,4 +190,4 @@ def leave(error: BaseException) -> None:
   sys.stderr.flush()
   if cluster.is_first():
     time.sleep(PARTING)
-  os._exit(130 if isinstance(error, KeyboardInterrupt) else exit_code(error))
+  os._exit(130 if isinstance(error, KeyboardInterrupt) else cluster.code_after(error))
