@@ -10,6 +10,7 @@ import sys
 import time
 
 import jax
+from jax._src.clusters import k8s_cluster
 import numpy as np
 import pytest
 
@@ -291,6 +292,29 @@ def test_a_single_process_runs_alone(coordinator, process_id):
   assert not cluster.jax.distributed.is_initialized()
 
 
+def test_kubernetes_is_asked_again_for_the_address_of_process_0(monkeypatch):
+  errors = iter([socket.gaierror('unknown name'), socket.gaierror('unknown name')])
+
+  @k8s_cluster.retry(wait=(), exceptions=socket.gaierror)  # gives up after one call
+  def initialize(*_, **__):
+    for error in errors:
+      raise error
+
+  monkeypatch.setattr(joining.jax.distributed, 'initialize', initialize)
+  joining.initialize(None, None, None)
+  assert not list(errors)
+
+
+def test_processes_that_cannot_connect_end_with_code_1(monkeypatch):
+  def initialize(*_, **__):
+    raise RuntimeError('DEADLINE_EXCEEDED')
+
+  monkeypatch.setattr(joining.jax.distributed, 'initialize', initialize)
+  with pytest.raises(ValueError, match='could not connect: DEADLINE_EXCEEDED') as caught:
+    joining.join('localhost:1234', 2, 1)
+  assert storage.exit_code(caught.value) == 1
+
+
 def test_occupied_port_is_reported_before_jax_starts():
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
@@ -307,7 +331,7 @@ def test_process_reports_its_wait_and_exits_if_the_others_do_not_start():
   )
   ended = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
   waits, fails = ended.stderr.splitlines()[-2:]
-  assert ended.returncode == 2
+  assert ended.returncode == 1  # so that the launch scripts try again
   assert re.fullmatch(r'Waiting for 2 processes at 127\.0\.0\.1:\d+ \(2 s at most\) \.\.\.', waits)
   assert 'did not connect within 2 s' in fails and '--num_processes=1' in fails
 

@@ -31,7 +31,7 @@ Without `--mode`, the mode is `train`.
 | exit code | meaning |
 | --- | --- |
 | 0 | success |
-| 1 | `predict` could not read some images, or `verify` found different numbers; they are listed |
+| 1 | `predict` skipped images, `verify` found other numbers, or `train` lost or missed a process |
 | 2 | an error occurred; the last line explains it |
 | 75 | try again: a stop signal came, or a bucket did not answer; the same command resumes |
 | 130 | Ctrl-C |

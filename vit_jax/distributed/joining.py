@@ -23,12 +23,14 @@ import warnings
 import jax
 
 from vit_jax.distributed import cluster
+from vit_jax.storage import NoMistake
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
 PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
+NO_ADDRESS = 'Retry failed'  # in JAX's error if Kubernetes does not know the address of process 0
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
 # Variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each process. On a
@@ -68,7 +70,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     process_id: number of this process: 0, 1, ...
 
   Raises:
-    ValueError: the arguments are inconsistent, or the processes could not connect.
+    ValueError: the arguments are inconsistent.
+    NoMistake: the processes could not connect.
   """
   given = coordinator, num_processes, process_id
   some = given != (None, None, None)
@@ -81,18 +84,33 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       warnings.catch_warnings(action='ignore'),  # about clusters JAX cannot inspect
       waiting(f'{num_processes} processes at {coordinator}' if some else 'the other processes'),
     ):
-      jax.distributed.initialize(
-        *given, initialization_timeout=JOIN + LOST, heartbeat_timeout_seconds=LOST
-      )
+      initialize(*given)
   except ValueError as error:
     if some:
       raise ValueError(f'--coordinator={coordinator}: {error}') from error
     return  # JAX detected no cluster
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
-    raise ValueError(f'The processes could not connect: {error}. {ALONE}') from error
+    raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
   # Printed now, because after another process dies this one can only hang until JAX aborts it.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
   cluster.asked_to_stop()  # a stop signal before the first step takes effect at a later call
+
+
+def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+  """Starts JAX's runtime. In Kubernetes, waits until the pod of process 0 has an address.
+
+  JAX asks for this address for less than a minute. It has not set any state then, so it can be
+  called again. `waiting` ends a process that asks for too long.
+  """
+  given = coordinator, num_processes, process_id
+  while True:
+    try:
+      return jax.distributed.initialize(
+        *given, initialization_timeout=JOIN + LOST, heartbeat_timeout_seconds=LOST
+      )
+    except RuntimeError as error:
+      if NO_ADDRESS not in str(error):
+        raise
 
 
 def check_arguments(
@@ -149,7 +167,7 @@ def waiting(what: str) -> Iterator[None]:
 
   def give_up():
     say(f'error: {what} did not connect within {JOIN} s. Start them all within this time. {ALONE}')
-    os._exit(2)
+    os._exit(1)  # the launch scripts start all processes again
 
   timers = [
     threading.Timer(SOON, say, (f'Waiting for {what} ({JOIN} s at most) ...',)),
