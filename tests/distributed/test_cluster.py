@@ -315,6 +315,37 @@ def test_processes_that_cannot_connect_end_with_code_1(monkeypatch):
   assert storage.exit_code(caught.value) == 1
 
 
+@pytest.fixture
+def undetected(monkeypatch):
+  """Sets no variable of a launcher, and lets JAX detect no cluster."""
+
+  def initialize(*_, **__):
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(joining.jax.distributed, 'initialize', initialize)
+  for name in joining.LAUNCHERS:
+    monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize('name, value', [
+  ('OMPI_COMM_WORLD_SIZE', '4'), ('JAX_COORDINATOR_ADDRESS', '10.0.0.1:8476')
+])  # fmt: skip
+def test_processes_of_a_launcher_do_not_each_train_alone(undetected, monkeypatch, name, value):
+  monkeypatch.setenv(name, value)
+  with pytest.raises(ValueError, match=f'{name}={value} in the .*--num_processes=1'):
+    joining.join(None, None, None)
+  joining.join(None, 1, None)
+
+
+def test_a_pod_without_the_package_kubernetes_warns(undetected, monkeypatch, caplog):
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '1')
+  joining.join(None, None, None)
+  assert not caplog.text
+  monkeypatch.setenv('JOB_COMPLETION_INDEX', '0')
+  joining.join(None, None, None)
+  assert 'the package `kubernetes` to find other pods' in caplog.text
+
+
 def test_occupied_port_is_reported_before_jax_starts():
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]

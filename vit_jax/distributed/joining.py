@@ -11,6 +11,7 @@ Decisions:
 from collections.abc import Iterator
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import socket
@@ -24,6 +25,8 @@ import jax
 
 from vit_jax.distributed import cluster
 from vit_jax.storage import NoMistake
+
+log = logging.getLogger(__name__)
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
@@ -70,7 +73,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     process_id: number of this process: 0, 1, ...
 
   Raises:
-    ValueError: the arguments are inconsistent.
+    ValueError: the arguments are inconsistent, or JAX does not detect the other processes.
     NoMistake: the processes could not connect.
   """
   given = coordinator, num_processes, process_id
@@ -88,7 +91,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
   except ValueError as error:
     if some:
       raise ValueError(f'--coordinator={coordinator}: {error}') from error
-    return  # JAX detected no cluster
+    check_alone()  # JAX detected no cluster
+    return
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
   # Printed now, because after another process dies this one can only hang until JAX aborts it.
@@ -111,6 +115,25 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     except RuntimeError as error:
       if NO_ADDRESS not in str(error):
         raise
+
+
+def check_alone() -> None:
+  """Raises ValueError if a launcher started several processes, which would each train alone.
+
+  In an indexed Kubernetes job, the number of pods is unknown, so this only logs a warning.
+  """
+  for name in ('OMPI_COMM_WORLD_SIZE', 'JAX_COORDINATOR_ADDRESS'):
+    value = os.environ.get(name) or '1'
+    if value != '1':
+      raise ValueError(
+        f'{name}={value} in the environment, but JAX does not detect the other processes. Set '
+        f'--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1>. {ALONE}'
+      )
+  if 'JOB_COMPLETION_INDEX' in os.environ:
+    log.warning(
+      'This pod trains alone, because JAX needs the package `kubernetes` to find other pods. If '
+      "this job has several pods, install it: pip install 'jax[k8s]'."
+    )
 
 
 def check_arguments(
