@@ -6,8 +6,9 @@
 #
 # Run it on your own machine, inside the checkout; it needs gcloud. NAME becomes the name of the
 # queued resource and of its TPU VM. The slice gets the last commit (`git archive`). The disks of the
-# slice are lost with it, so the workdir must be in a bucket. The slice is deleted when the
-# run is done or cannot go on; after Ctrl-C, delete it yourself.
+# slice are lost with it, so the workdir must be in a bucket. The slice is deleted when the run is
+# done or cannot go on, or when the packages could not be installed TRIES times (default 20). After
+# Ctrl-C, delete it yourself.
 set -u
 : "${NAME:?a name for the slice}" "${ZONE:?a zone, e.g. europe-west4-b}"
 : "${TYPE:?an accelerator type, e.g. v5litepod-16}"
@@ -25,12 +26,22 @@ queue() { gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
 on() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"; }
 delete() { queue delete "$NAME" --force --quiet; }
 
+# Copies the commit and installs the packages. The project needs Python 3.11, which some TPU software
+# versions lack; uv then downloads a newer one. An old run may still use the environment, so an
+# environment with pip stays.
 install_project() {
   archive=$(mktemp -d)/vit_jax.tar.gz
   git archive --format=tar.gz --output="$archive" HEAD &&
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:vit_jax.tar.gz" --zone="$ZONE" --worker=all &&
     on all 'mkdir -p vit_jax && tar -xzf vit_jax.tar.gz -C vit_jax && cd vit_jax &&
-      python3 -m venv .venv &&
+      if [ ! -x .venv/bin/pip ]; then
+        if python3 -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+          python3 -m venv .venv
+        else
+          python3 -m pip install -q --user uv &&
+            python3 -m uv venv -q --clear --seed --python 3.12 .venv
+        fi
+      fi &&
       .venv/bin/pip install -q -r requirements.txt -r requirements-gcs.txt "jax[tpu]"'
 }
 
@@ -57,6 +68,7 @@ state_of_slice() {
 }
 
 known=''
+failed=0 # installations in this slice that failed, one after another
 while :; do
   state=$(state_of_slice)
   echo "tpu: $NAME is ${state:-unknown}." >&2
@@ -65,7 +77,14 @@ while :; do
   case $state in
     ACTIVE)
       code=''
-      install_project && code=$(train "$@")
+      if install_project; then
+        failed=0
+        code=$(train "$@")
+      else
+        failed=$((failed + 1))
+        echo "tpu: the installation failed; ${TRIES:-20} failures end this script ($failed)." >&2
+        if [ "$failed" -ge "${TRIES:-20}" ]; then code=1; fi
+      fi
       if [ -n "$code" ]; then
         delete
         exit "$code"
@@ -73,6 +92,7 @@ while :; do
       ;;
     FAILED | SUSPENDED) delete ;;
     MISSING)
+      failed=0
       queue create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" \
         --runtime-version="$RUNTIME" --spot || exit
       ;;

@@ -95,6 +95,7 @@ case "$*" in
     [ "$(cat state)" = WAITING_FOR_RESOURCES ] && echo ACTIVE > state; exit 0 ;;
   *'queued-resources create'*) echo WAITING_FOR_RESOURCES > state ;;
   *'queued-resources delete'*) rm state ;;
+  *'tar -xzf'*) {install} ;;
   *main.py*) echo run >> runs
     if [ $(wc -l < runs) = 1 ]; then {lose}; exit 255; fi
     cd worker && bash -c "${{last#--command=}}" ;;
@@ -104,27 +105,40 @@ case "$*" in
 esac
 """
 SLICE, CONNECTION = 'echo SUSPENDED > state', 'touch no_route'
+EXECUTE = 'cd worker && bash -c "${last#--command=}"'
+
+
+def start_slice(folder, lose=':', install=':', **more):
+  """Runs tpu.sh, whose slices are stand-ins in `folder`, and returns the result.
+
+  Args:
+    folder: folder of the stand-ins.
+    lose: bash command of the first training.
+    install: bash command of an installation.
+    **more: environment variables.
+  """
+  put(folder / 'bin', 'gcloud', f'cd {folder}\n{GCLOUD.format(lose=lose, install=install)}')
+  settings = dict(NAME='b16', ZONE='zone-b', TYPE='v5litepod-16', RUNTIME='v2-alpha-tpuv5-lite')
+  settings |= dict(PATH=f'{folder / "bin"}:{os.environ["PATH"]}', TMPDIR=folder) | more
+  flags = ['--config=configs/imagenet.py:b16', '--workdir=gs://bucket/my run']
+  return run(LAUNCH / 'tpu.sh', *flags, **settings)
 
 
 def run_slice(folder, lose, code):
-  """Runs tpu.sh, whose slices are stand-ins in `folder`; returns the result, and all gcloud calls.
+  """Runs tpu.sh until its training is done; returns the result, and all gcloud calls.
 
   Args:
     folder: an empty folder.
     lose: bash command of the first training.
     code: exit code of the second training.
   """
-  put(folder / 'bin', 'gcloud', f'cd {folder}\n{GCLOUD.format(lose=lose)}')
   worker = folder / 'worker' / 'vit_jax'
   worker.mkdir(parents=True)
   put(worker / 'launch', 'until_done.sh', f'echo "$@" > {folder}/flags; exit {code}')
   old = subprocess.Popen(['sleep', '60'])  # a run that a lost connection has left
   threading.Thread(target=old.wait, daemon=True).start()  # otherwise it would stay as a zombie
   (worker / 'pid').write_text(f'{old.pid}\n')
-  settings = dict(NAME='b16', ZONE='zone-b', TYPE='v5litepod-16', RUNTIME='v2-alpha-tpuv5-lite')
-  settings |= dict(PATH=f'{folder / "bin"}:{os.environ["PATH"]}', TMPDIR=folder)
-  flags = ['--config=configs/imagenet.py:b16', '--workdir=gs://bucket/my run']
-  found = run(LAUNCH / 'tpu.sh', *flags, **settings)
+  found = start_slice(folder, lose)
   assert found.returncode == code, found.stderr
   assert old.wait() == -signal.SIGTERM
   started = '.venv/bin/python main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/my run'
@@ -146,6 +160,27 @@ def test_a_slice_is_kept_while_gcloud_has_no_connection(tmp_path):
   found, calls = run_slice(tmp_path, CONNECTION, 0)
   assert calls.count('queued-resources create') == calls.count('queued-resources delete') == 1
   assert 'ERROR: no route' in found.stderr and 'b16 is unknown' in found.stderr
+
+
+def test_a_slice_whose_installation_fails_is_deleted(tmp_path):
+  found = start_slice(tmp_path, install='exit 1', TRIES=3)
+  assert found.returncode == 1 and '3 failures end this script (3)' in found.stderr
+  calls = (tmp_path / 'log').read_text()
+  assert calls.count('tar -xzf') == 3 and not (tmp_path / 'state').exists()
+
+
+@pytest.mark.parametrize('old', [True, False])
+def test_a_slice_with_an_old_python_gets_a_newer_one(tmp_path, old):
+  pip = 'mkdir -p .venv/bin; touch .venv/bin/pip; chmod +x .venv/bin/pip'
+  python = f"""echo "$*" >> {tmp_path}/python
+    case "$*" in -c*) exit {int(old)} ;; *'venv .venv' | *'--python 3.12 .venv') {pip} ;; esac"""
+  put(tmp_path / 'bin', 'python3', python)
+  put(tmp_path / 'bin', 'tar', ':')
+  (tmp_path / 'worker').mkdir()
+  start_slice(tmp_path, install=f'({EXECUTE}) && exit 1', TRIES=2)
+  made = (tmp_path / 'python').read_text().splitlines()[1:]  # the second try keeps the environment
+  uv = ['-m pip install -q --user uv', '-m uv venv -q --clear --seed --python 3.12 .venv']
+  assert made == (uv if old else ['-m venv .venv'])
 
 
 def test_a_slice_is_not_requested_if_gcloud_fails_at_the_start(tmp_path):
