@@ -259,6 +259,30 @@ def test_all_processes_try_again_if_a_bucket_did_not_answer_one(monkeypatch, fir
   assert storage.exit_code(ValueError('bad config')) == 2
 
 
+def test_large_data_is_broadcast_in_pieces(monkeypatch):
+  data, sent = bytes(range(10)), []
+  monkeypatch.setattr(cluster, 'PIECE', 4)
+
+  def send(flat):
+    sent.append(flat)
+    return flat
+
+  monkeypatch.setattr(cluster.multihost_utils, 'broadcast_one_to_all', send)
+  assert cluster.broadcast(data) == data
+  assert [flat.nbytes for flat in sent] == [8, 4, 4, 2]  # the size comes first
+
+  received = iter(sent)
+
+  def receive(flat):
+    piece = next(received)
+    assert (flat.shape, flat.dtype) == (piece.shape, piece.dtype)  # in all processes
+    return piece
+
+  monkeypatch.setattr(cluster, 'is_first', lambda: False)
+  monkeypatch.setattr(cluster.multihost_utils, 'broadcast_one_to_all', receive)
+  assert cluster.broadcast(None) == data
+
+
 def test_single_kubernetes_pod_runs_alone(monkeypatch):
   for name in joining.LAUNCHERS:
     monkeypatch.delenv(name, raising=False)

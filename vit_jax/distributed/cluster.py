@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import struct
 import threading
 import uuid
 
@@ -23,6 +24,7 @@ from vit_jax.storage import TRY_AGAIN, exit_code, told
 
 ARRAY = '__array__'  # key of the JSON object that replaces an array
 ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service
+PIECE = 2**30  # maximum bytes of one message, so that sizes and offsets fit into 32 bits
 MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # the user must change something
 
 
@@ -195,7 +197,14 @@ def from_all(value: object) -> list:
 
 def broadcast(data: bytes | None) -> bytes:
   """Returns, in every process, the `data` of process 0; the other processes pass None."""
-  size = multihost_utils.broadcast_one_to_all(np.uint32(len(data or b'')))
+  (size,) = struct.unpack('<Q', broadcast_piece(struct.pack('<Q', len(data or b'')), 8))
+  starts = range(0, size, PIECE)
+  pieces = [broadcast_piece(data and data[i : i + PIECE], min(PIECE, size - i)) for i in starts]
+  return b''.join(pieces)
+
+
+def broadcast_piece(data: bytes | None, size: int) -> bytes:
+  """Works like `broadcast`, for `size` bytes that fit into one message."""
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(flat)).tobytes()
