@@ -599,6 +599,19 @@ def test_failed_evaluation_loses_no_step(trained, tmp_path, monkeypatch):
   assert ends[0] == ends[1] and len(ends[0]) == 2
 
 
+@pytest.mark.slow
+def test_failed_evaluation_of_a_validated_run_loses_no_step(tmp_path, scored, monkeypatch):
+  def bad(*_):
+    raise ValueError('test/3.jpg: not a readable image')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Run, 'score', bad)
+    with pytest.raises(ValueError, match='not a readable'):
+      trainer.train(small_config(**VALIDATED), tmp_path)
+  assert stored.latest_step(tmp_path) == 8
+  assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
+
+
 def test_fewer_epochs_than_already_done_are_rejected(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()

@@ -51,7 +51,7 @@ def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
   with Checkpoints(folder) as checkpoints:
     try:
       if action in ('save', 'full'):
-        checkpoints.save(state, FACTS | {'names': TrainingFiles().item()}, 0.5)
+        checkpoints.save(state, FACTS | {'names': TrainingFiles().item()})
         checkpoints.wait()
         print('saved')
       else:

@@ -182,17 +182,25 @@ def test_finished_run_with_a_damaged_last_checkpoint_resumes(trained, tmp_path):
   assert_same_end(workdir, trained)
 
 
-def test_best_checkpoint_is_kept_after_resuming(tmp_path):
+def save_rated(workdir, keep, accuracies, start=0):
+  """Saves a checkpoint for each accuracy, and rates it if the accuracy is not None."""
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
-  step, names = 0, trained.TrainingFiles().item()
-  for accuracies, kept in (([0.9, 0.5, 0.9, 0.4], [4, 3]), ([0.6, None, 0.3], [7, 3])):
-    with checkpoint.Checkpoints(tmp_path, 1) as checkpoints:
-      for accuracy in accuracies:
-        step += 1
-        saved = {'config': {}, 'task': {}, 'seconds': 0, 'names': names}
-        checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
-        checkpoints.wait()
-    assert stored.saved_steps(tmp_path) == kept
+  saved = {'config': {'ema': 0}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
+  with checkpoint.Checkpoints(workdir, keep) as checkpoints:
+    for step, accuracy in enumerate(accuracies, start + 1):
+      checkpoints.save(blank.replace(step=jnp.int32(step)), saved)
+      if accuracy is not None:
+        with (workdir / 'metrics.jsonl').open('a') as file:
+          file.write(json.dumps({'step': step, 'split': 'val', 'accuracy': accuracy}) + '\n')
+        checkpoints.rate(step, accuracy)
+      checkpoints.wait()
+
+
+def test_best_checkpoint_is_kept_after_resuming(tmp_path):
+  save_rated(tmp_path, 1, [0.9, 0.5, 0.9, 0.4])
+  assert stored.saved_steps(tmp_path) == [4, 3]
+  save_rated(tmp_path, 1, [0.6, None, 0.3], start=4)
+  assert stored.saved_steps(tmp_path) == [7, 3]
 
 
 def test_a_line_without_a_score_does_not_hide_the_accuracies(trained, tmp_path):
@@ -203,12 +211,7 @@ def test_a_line_without_a_score_does_not_hide_the_accuracies(trained, tmp_path):
 
 
 def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
-  blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
-  saved = {'config': {'ema': 0}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
-  with checkpoint.Checkpoints(tmp_path, 3) as checkpoints:
-    for step, accuracy in ((1, 0.9), (2, None), (3, None)):
-      checkpoints.save(blank.replace(step=jnp.int32(step)), saved, accuracy)
-      checkpoints.wait()
+  save_rated(tmp_path, 3, [0.9, None, None])
   assert stored.load_checkpoint(tmp_path, '')[0] == 1
   damage(tmp_path, 1, 'params', 'flip')
   assert stored.load_checkpoint(tmp_path, '')[0] == 3

@@ -85,9 +85,9 @@ class Run:
       self.log_cycle()
       train_state, scores = self.loop(train_state, start, steps)
     else:
-      scores = self.evaluate_start(start, train_state)
       if self.checkpoints.latest() is None:
-        self.save(train_state, scores)
+        self.save(train_state)
+      scores = self.evaluate_start(start, train_state)
     return self.finish(train_state, scores)
 
   def loop(self, train_state: TrainState, start: int, steps: int):
@@ -130,17 +130,16 @@ class Run:
         if 'log' in events:
           self.log(step, meter.read(), bar)
         if stop:  # no evaluation now, because time can be short; the next start evaluates
-          self.save(train_state, {})
+          self.save(train_state)
           self.checkpoints.wait()
           raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
         meter.pause()
-        # Saved before the evaluation, because bad data can stop it.
-        if 'save' in events and not self.training.val:
-          self.save(train_state, {})
+        if 'save' in events:  # before the evaluation, because bad data or a kill can end it
+          self.save(train_state)
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
-        if 'save' in events and self.training.val:
-          self.save(train_state, scores)
+        if 'save' in events:
+          self.rate(step, scores)
         meter.resume()
     return train_state, scores
 
@@ -179,7 +178,7 @@ class Run:
     """Evaluates the checkpoint from which the run resumes, and writes and returns the scores."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
-    self.checkpoints.rate(start, quality(scores['val']) if 'val' in scores else None)
+    self.rate(start, scores)
     return scores
 
   def sizes_of(self, step: int) -> tuple[Size, Size]:
@@ -224,9 +223,7 @@ class Run:
         [f'{text} {values[name]:.2%}' for name, text in SCORES.items() if name in values]
         + [f'loss {values["loss"]:.4f}']
       )
-      log.info(
-        'Step %d: %s %s on %d examples.', step, split, shown, values['examples']
-      )  # fmt: skip
+      log.info('Step %d: %s %s on %d examples.', step, split, shown, values['examples'])
       scores[split] = values
     return scores
 
@@ -234,15 +231,20 @@ class Run:
     """Returns loss and accuracies of these weights."""
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
-  def save(self, train_state: TrainState, scores: dict[str, dict]) -> None:
-    """Saves a checkpoint, with its quality on validation if it was measured; never on test."""
+  def rate(self, step: int, scores: dict[str, dict]) -> None:
+    """Adds the quality of a saved checkpoint on validation, if there is such a split."""
+    if 'val' in scores:
+      self.checkpoints.rate(step, quality(scores['val']))
+
+  def save(self, train_state: TrainState) -> None:
+    """Saves a checkpoint."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'devices': devices_of(self.mesh),
       'seconds': time.perf_counter() - self.began,
     }
     self.records.flush()
-    self.checkpoints.save(train_state, saved, quality(scores['val']) if 'val' in scores else None)
+    self.checkpoints.save(train_state, saved)
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
     """Writes `result.json` after the last checkpoint is on disk, and returns its content."""

@@ -78,23 +78,24 @@ class Checkpoints:
     """Returns the step of the newest checkpoint; None without a checkpoint."""
     return stored.latest_step(self._workdir)
 
-  def rate(self, step: int, accuracy: float | None) -> None:
-    """Adds the accuracy of a checkpoint that was saved before its evaluation."""
-    if accuracy is not None:
-      self._accuracies[step] = accuracy
+  def rate(self, step: int, accuracy: float) -> None:
+    """Adds the validation accuracy of a saved checkpoint, by which the best one is chosen.
+
+    A checkpoint is saved before its evaluation, so only `metrics.jsonl` stores its accuracy.
+    """
+    self._accuracies[step] = accuracy
 
   def best(self) -> int:
     """Returns the step of the checkpoint with the best accuracy."""
     return stored.ranked(self._accuracies)[0][0]
 
-  def save(self, state, config: dict, accuracy: float | None = None) -> None:
+  def save(self, state, config: dict) -> None:
     """Copies this process's part of the state to the host, then writes it while training continues.
 
     Args:
       state: training state of the run.
       config: facts about the run. The value of the key `names` becomes the item `names`; all other
         keys become the item `config`.
-      accuracy: validation accuracy, by which the best checkpoint is chosen; None if unknown.
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
@@ -106,12 +107,10 @@ class Checkpoints:
     self.wait()  # for the previous checkpoint
     if not self._shared:
       state = to_host(state)
-    self._accuracies |= {} if accuracy is None else {step: accuracy}
     if self._manager is not None:
       self._saving = step
       facts = {key: value for key, value in config.items() if key != 'names'}
-      facts |= {'format': digests.FORMAT} | ({} if accuracy is None else {'accuracy': accuracy})
-      self._save(step, state, config['names'], facts)
+      self._save(step, state, config['names'], facts | {'format': digests.FORMAT})
 
   def _save(self, step, state, names, facts):
     try:

@@ -154,7 +154,7 @@ def accuracies(workdir: pathlib.Path) -> dict[int, float]:
 
   If images can have several labels, it is the mean average precision instead of the accuracy. In a
   run without labels, it is the negative loss.
-  For a checkpoint that was saved before its evaluation, only `metrics.jsonl` has the accuracy.
+  The accuracy is in `metrics.jsonl`. Checkpoints of older versions also have it.
   """
   recorded = {}
   for line in writer.read_metrics(workdir):
