@@ -532,6 +532,19 @@ def test_stop_request_saves_without_evaluating(trained, tmp_path, monkeypatch):
   assert test[0] == test[1]
 
 
+@pytest.mark.slow
+def test_a_stop_between_two_log_lines_loses_no_metrics(tmp_path, monkeypatch):
+  calls = itertools.count(1)
+  with monkeypatch.context() as patch:
+    patch.setattr(cluster.Preemption, 'is_due', lambda self: next(calls) == 13)
+    with pytest.raises(cluster.Preempted, match='step 13 of 32 is saved'):
+      trainer.train(small_config(), tmp_path)
+  trainer.train(small_config(), tmp_path)
+  lines = [line for line in writer.read_metrics(tmp_path) if line['split'] == 'train']
+  examples = {line['step']: line['examples'] for line in lines}
+  assert examples == {8: 256, 13: 160, 16: 96, 24: 256, 32: 256}
+
+
 def contents(folder):
   """Returns the modification time and the bytes of each file in a folder."""
   files = [path for path in folder.rglob('*') if path.is_file()]

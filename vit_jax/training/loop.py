@@ -127,7 +127,7 @@ class Run:
           continue
         meter.add(*late)
         late = None
-        if 'log' in events:
+        if 'log' in events or stop:  # a stop must not lose the metrics of the last steps
           self.log(step, meter.read(), bar)
         if stop:  # no evaluation now, because time can be short; the next start evaluates
           self.save(train_state)
