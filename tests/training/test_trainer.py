@@ -28,7 +28,7 @@ from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import compiling, meter, resume, state, step, trainer
+from vit_jax.training import compiling, meter, resume, session, state, step, trainer
 from vit_jax.training.compiling import Compiled
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
@@ -513,6 +513,21 @@ def test_run_interrupted_before_its_result_is_finished_without_training(tmp_path
   (tmp_path / 'result.json').write_text('{"half')
   again = trainer.train(small_config(), tmp_path)
   assert again['test_loss'] == result['test_loss'] and writer.read_metrics(tmp_path) == lines
+
+
+@pytest.mark.slow
+def test_run_killed_before_its_calibration_is_calibrated_by_the_next_start(tmp_path, monkeypatch):
+  def kill(*_):
+    raise KeyboardInterrupt
+
+  config = small_config(**VALIDATED | {'epochs': '0.5'})
+  with monkeypatch.context() as patch:
+    patch.setattr(session, 'calibrate_run', kill)
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train(config, tmp_path)
+  result = trainer.train(config, tmp_path)
+  fitted = writer.read_json(tmp_path / 'calibration.json')
+  assert {int(step) for step in fitted} == {result['last']['step'], result['best']['step']}
 
 
 @pytest.mark.slow

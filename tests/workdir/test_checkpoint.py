@@ -284,7 +284,7 @@ def test_unwritable_record_is_named(tmp_path, capfd, name):
       full.symlink_to('/dev/full')
     writer.LOG.info('A line.')
     records.write(1, 'train', loss=1.0)
-    records.result({})
+    writer.write_json(tmp_path / 'result.json', {})
   err = capfd.readouterr().err
   assert 'Traceback' not in err and 'Logging error' not in err
   assert not (tmp_path / 'result.json.partial').exists()

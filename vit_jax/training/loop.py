@@ -52,7 +52,7 @@ class Run:
     exp: experiment to train.
     training: data, plan and initial weights.
     mesh: mesh of the devices.
-    records: writer of metrics and of the result.
+    records: writer of metrics.
     checkpoints: checkpoints in the workdir.
     preemption: tells whether the run was asked to stop.
     notes: additional fields for `result.json`.
@@ -71,7 +71,7 @@ class Run:
     self.began = time.perf_counter()  # start time; `run` subtracts the seconds of earlier sessions
 
   def run(self) -> dict:
-    """Trains to the end, writes `result.json` and returns its content."""
+    """Trains to the end, and returns the content of `result.json`."""
     few = few_devices(**division(self.config))
     if few:
       log.warning(few)
@@ -247,7 +247,7 @@ class Run:
     self.checkpoints.save(train_state, saved)
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
-    """Writes `result.json` after the last checkpoint is on disk, and returns its content."""
+    """Returns the content of `result.json` after the last checkpoint is on disk."""
     self.checkpoints.wait()
     result = {
       **named('test', scores['test']),
@@ -261,7 +261,6 @@ class Run:
     if 'val' in scores:
       result |= named('val', scores['val'])
       result |= from_first(lambda: self.last_and_best(result['steps']))
-    self.records.result(result)
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:

@@ -19,6 +19,7 @@ from vit_jax.workdir import (
   forget_calibrations,
   intact,
   latest_step,
+  write_json,
 )
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def fit(
   workdir: pathlib.Path,
   **notes: object,
 ) -> dict:
-  """Trains in a workdir, from its newest checkpoint if it has one, and returns the result.
+  """Trains in a workdir, from its newest checkpoint if it has one. Writes and returns the result.
 
   If memory runs out, the run continues once from its newest checkpoint, with half the micro-batch.
   With a validation split, the last and the best checkpoint are calibrated at the end.
@@ -51,6 +52,9 @@ def fit(
   if training.val is not None and exp.objective.labels:
     steps = {result[name]['step'] for name in ('last', 'best')}
     calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
+  if is_first():
+    with intact(workdir):
+      write_json(workdir / 'result.json', result)  # last: a run with this file is finished
   return result
 
 

@@ -104,10 +104,6 @@ class Writer:
       self._mirror.upload()
     self._uploaded = time.monotonic()
 
-  def result(self, values: dict) -> None:
-    """Writes `result.json`, the last record of a run."""
-    write_json(self.workdir / 'result.json', values)
-
 
 class LogFile(logging.FileHandler):
   """Handler for `log.txt`. A failed write prints no traceback; `check` raises its error instead."""
@@ -153,9 +149,6 @@ class Silent:
     pass
 
   def flush(self) -> None:
-    pass
-
-  def result(self, values: dict) -> None:
     pass
 
 
