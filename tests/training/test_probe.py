@@ -22,7 +22,7 @@ from vit_jax.experiment import assemble
 from vit_jax.model import attention
 from vit_jax.training import closed_form, probe, resume, session, state, trainer
 from vit_jax.training.step import make_train_step
-from vit_jax.workdir import Task, stored, writer
+from vit_jax.workdir import Checkpoints, Task, stored, writer
 
 FROZEN = {'freeze': 'backbone', 'augment.flip.probability': '0'}
 AUGMENTED = {'freeze': 'backbone'}  # with the flips of `small_config`
@@ -293,7 +293,8 @@ def test_run_with_another_backbone_is_detected(trained, tmp_path):
 def tried(folder, rate, origin, **overrides):
   """Tries a learning rate of a sweep with a stand-in for training; returns whether it trained."""
   exp, training = opening.from_config(small_config(**FROZEN | overrides))
-  training = dataclasses.replace(training, params=probe.initial_params(exp, training, folder))
+  params = probe.initial_params(exp, training, pathlib.Path('none'))
+  training = dataclasses.replace(training, params=params)
   fitted = []
 
   def fit(exp, plan, mesh, folder, **notes):
@@ -318,6 +319,21 @@ def test_a_finished_rate_of_a_sweep_belongs_to_its_data_backbone_and_config(tmp_
     tried(tmp_path, 0.1, {'data': 'other', 'backbone': 'another'})
   with pytest.raises(ValueError, match='seed'):
     tried(tmp_path, 0.1, {}, seed='7')
+
+
+def test_a_rate_of_a_sweep_resumes_before_a_damaged_checkpoint(tmp_path):
+  exp, training = opening.from_config(small_config(**FROZEN | {'optimizer.lr': '0.1'}))
+  params = probe.initial_params(exp, training, pathlib.Path('none'))
+  params = jax.tree.map(jnp.asarray, params)
+  with Checkpoints(tmp_path) as checkpoints:
+    for step in (8, 16):
+      now = state.TrainState(jnp.int32(step), params, {'mu': jnp.zeros(3)}, None)
+      checkpoints.save(now, exp.saved() | {'seconds': 0.0})
+  for file in (tmp_path / 'checkpoints' / '16' / 'params').rglob('d/*'):
+    file.write_bytes(b'')
+  assert tried(tmp_path, 0.1, {})
+  (damaged,) = (tmp_path / 'damaged').iterdir()
+  assert damaged.name.startswith('16-')
 
 
 def test_the_backbone_of_a_sweep_is_identified_without_its_head():

@@ -33,6 +33,7 @@ from vit_jax.workdir import (
   newest_config,
   read_json,
   restore_item,
+  set_aside_damaged,
   write_json,
 )
 
@@ -185,6 +186,9 @@ def score_rate(
       f'{folder}: the data of {config.data.source} changed after '
       f'learning rate {rate:g} was tried. Restore the data, or use another --workdir.'
     )
+  if latest_step(folder) is not None:
+    with held(folder):
+      set_aside_damaged(folder)  # before the backbone is read
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
     log.info('%s: trained again, because the backbone is a different one.', folder)
