@@ -5,7 +5,8 @@
     python -m benchmarks.recipes cpu folder:cifar10 digits cifar10_tiny_20    # these only
 
 Each run is a workdir, `runs/results/<recipe>/seed<n>/`. Repeating the command resumes an
-interrupted run and skips finished runs. For each recipe, these files are written:
+interrupted run and skips finished runs. If a run is already in `results/`, its files there keep
+their date and machine. For each recipe, these files are written:
   * `results/<recipe>.json`: results of all seeds;
   * `results/<recipe>/`: `metrics.jsonl` of each run and a figure of the curves;
   * `results/README.md`: a row of the table;
@@ -106,6 +107,14 @@ def train(name: str, seed: int, source: str) -> None:
     )
 
 
+def is_listed(name: str, seed: int) -> bool:
+  """Returns whether `results/<recipe>.json` already has the result of a finished run."""
+  result = writer.read_json(workdirs(name)[seed] / 'result.json')
+  listed = writer.read_json(collect.RESULTS / f'{name}.json') or {'runs': []}
+  identity = lambda run: (run['config']['seed'], run['seconds'], run['test_loss'])
+  return identity(result) in [identity(run) for run in listed['runs']]
+
+
 def gather(name: str) -> None:
   """Writes the results of the recipe's finished runs."""
   finished = [path for path in workdirs(name) if (path / 'result.json').exists()]
@@ -204,6 +213,8 @@ def main(argv: list[str]) -> None:
   for name in args.names:
     for seed in range(RECIPES[name].seeds):
       train(name, seed, args.source)
+      if is_listed(name, seed):  # a summary would have today's date and this machine
+        continue
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
       storage.replace(collect.RESULTS / 'README.md', table)

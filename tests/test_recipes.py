@@ -121,6 +121,27 @@ def test_the_table_has_a_row_for_each_recipe(one_process, monkeypatch, tmp_path,
   assert 'no recipe digits for a gpu; expected one of cifar10_small' in capsys.readouterr().err
 
 
+def test_results_that_are_listed_keep_their_date_and_machine(monkeypatch, tmp_path):
+  monkeypatch.setitem(recipes.RECIPES, 'digits', recipes.RECIPES['digits']._replace(seeds=1))
+  monkeypatch.setattr(recipes, 'RUNS', tmp_path / 'runs')
+  monkeypatch.setattr(collect, 'RESULTS', tmp_path)
+  workdir = tmp_path / 'runs' / 'digits' / 'seed0'
+  workdir.mkdir(parents=True)
+  lines = [{'step': 1, 'split': split, 'loss': 1.0, 'accuracy': 0.5} for split in ('train', 'test')]
+  (workdir / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  monkeypatch.setattr(collect, 'train', lambda *_: True)
+  found = []
+  for seconds, date in ((9.0, '2026-01-01'), (9.0, '2026-01-02'), (8.0, '2026-01-03')):
+    config = {'seed': 0, 'init': '', 'data': {'source': 'synthetic', 'dir': ''}}
+    result = {'test_accuracy': 0.5, 'test_loss': 1.0, 'seconds': seconds, 'config': config}
+    (workdir / 'result.json').write_text(json.dumps(result))
+    facts = {'machine': 'a', 'date': date}
+    monkeypatch.setattr(collect, 'circumstances', lambda facts=facts: facts)
+    recipes.main(['cpu', 'folder:none', 'digits'])
+    found.append(json.loads((tmp_path / 'digits.json').read_text())['date'])
+  assert found == ['2026-01-01', '2026-01-01', '2026-01-03']
+
+
 def test_the_picture_shows_accuracy_by_minutes_of_training(monkeypatch, tmp_path):
   train = {'split': 'train', 'examples': 1200, 'images_per_second': 10.0}
   lines = [train, train, {'split': 'test', 'accuracy': 0.5}, train | {'images_per_second': 20.0}]
