@@ -95,6 +95,18 @@ def test_an_absolute_path_is_the_same_image(tmp_path):
   assert members(relative, 'test') == members(absolute, 'test')
 
 
+def test_an_absolute_path_is_the_same_image_if_the_path_of_the_file_is_relative(
+  tmp_path, monkeypatch
+):
+  touch(tmp_path)
+  rows = [(str(tmp_path / path), label) for path, label in SINGLE]
+  absolute = opened(tmp_path, table([*rows, SINGLE[3]]))
+  monkeypatch.chdir(tmp_path.parent)
+  relative = sources.open_source(f'labels:{tmp_path.name}/labels.csv', '', (4, 4))
+  assert members(relative, 'test') == members(absolute, 'test')
+  assert sum(relative.sizes.values()) == len(NAMES)  # the repeated row counts once
+
+
 def test_the_column_split_divides_the_images(tmp_path):
   touch(tmp_path)
   names = ('train', 'train', 'test', 'val', 'validation')

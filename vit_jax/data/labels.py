@@ -42,7 +42,9 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
   """
-  rows, warnings = merged(file, top, read_rows(file))
+  # Absolute, so that absolute paths in the file are below it, too.
+  start = top if is_remote(top) else pathlib.Path(os.path.abspath(top))
+  rows, warnings = merged(file, start, read_rows(file))
   paths = locate(file, top, rows)
   class_names = tuple(sorted({label for row in rows for label in row.labels}))
   if len(class_names) < 2:
@@ -53,7 +55,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
     )
   label_N = as_array(file, rows, class_names)
   kept = {name.casefold() for name in (*SPLITS, *class_names)}
-  hash_N = np.array([hash_name(identity(row.path, top, kept)) for row in rows], np.uint64)
+  hash_N = np.array([hash_name(identity(row.path, start, kept)) for row in rows], np.uint64)
   path_N = np.array([os.fsencode(path) for path in paths], np.bytes_)
   order = np.lexsort((path_N, hash_N))
   listed = Files(top, path_N[order], label_N[order], hash_N[order])
