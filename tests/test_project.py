@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib
 import pathlib
 import subprocess
 import sys
@@ -130,6 +131,14 @@ def test_modules_import_few_others_and_names_are_unique():
         homes[node.name].add(name)
   twice = {name: found for name, found in homes.items() if len(found) > 1}
   assert len(twice) <= 15, twice
+
+
+@pytest.mark.parametrize(
+  'name', [name for name, path in MODULES.items() if path.name == '__init__.py']
+)
+def test_every_name_that_a_package_lists_exists(name):
+  package = importlib.import_module(name)
+  assert [one for one in getattr(package, '__all__', ()) if not hasattr(package, one)] == []
 
 
 @pytest.mark.parametrize('folder', ['.', 'vit_jax', 'configs', 'benchmarks'])

@@ -51,7 +51,6 @@ __all__ = [
   'read_file',
   'report_split',
   'save_png',
-  'some',
   'train_batches',
   'unlabelled',
 ]
