@@ -257,6 +257,15 @@ def test_mistakes_in_a_jsonl_file_name_the_line(tmp_path, line, message):
     opened(tmp_path, '\n'.join([*rows, line]), 'labels.jsonl')
 
 
+def test_a_jsonl_file_in_which_only_some_lines_have_a_split_is_refused(tmp_path):
+  touch(tmp_path)
+  rows = [{'path': name, 'label': label, 'split': 'train'} for name, label in SINGLE]
+  del rows[2]['split']
+  message = "line 3: 'photos/02.jpg' has no 'split', but line 1 has one. Write .* or in none"
+  with pytest.raises(ValueError, match=rf'labels\.jsonl, {message}'):
+    opened(tmp_path, '\n'.join(map(json.dumps, rows)), 'labels.jsonl')
+
+
 def test_a_missing_or_unnamed_file_is_explained(tmp_path):
   touch(tmp_path)
   (tmp_path / 'labels.txt').write_text(table(SINGLE))

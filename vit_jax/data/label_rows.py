@@ -46,6 +46,15 @@ def read_rows(file: pathlib.Path) -> list[Row]:
   rows = list(choose(f'{file}: type of the file', file.suffix.lower(), READERS)(file))
   if not rows:
     raise ValueError(f'{file}: no images are listed. List one image on each line.')
+  bare = next((row for row in rows if not row.split), None)
+  named = next((row for row in rows if row.split), None)
+  if bare and named:  # only in a JSONL file: the header of a CSV file counts for every row
+    refuse(
+      file,
+      bare.line,
+      f"{bare.path!r} has no 'split', but line {named.line} has one. Write 'split' in every line, "
+      'or in none.',
+    )
   return rows
 
 
