@@ -20,7 +20,7 @@ from tests.conftest import DATA, ROOT
 from vit_jax import limits, progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
-from vit_jax.data import memory, sources, splits, tfds
+from vit_jax.data import loading, memory, sources, splits, tfds
 from vit_jax.data.source import Source, unlabelled
 
 SIZES = {'train': 100, 'test': 20}
@@ -490,6 +490,18 @@ def test_splits_that_together_fill_more_than_half_of_the_memory_are_refused(monk
     memory.check_memory(source, names, (10, 10))
   with pytest.raises(ValueError, match=r'^train, test: 50 images of 10x10 need .*train\[:10%\]'):
     memory.check_memory(source, ['train', 'test'], (10, 10))
+
+
+def test_the_processes_on_one_host_share_its_memory(monkeypatch):
+  source = Source({'train': 30, 'test': 20}, ('a', 'b'), 3, None)
+  monkeypatch.setattr(limits, 'limit', lambda: 2 * 40 * 10 * 10 * 3)
+  reading = loading.Reading('auto', image_lib.fit_image)
+  assert loading.decide_cache(reading, source, ['train'], (10, 10)) == 'memory'
+  monkeypatch.setattr(memory, 'from_all', lambda host: [host, 'another host', host])
+  memory.check_memory(source, ['test'], (10, 10))
+  with pytest.raises(ValueError, match='train: 30 images .* memory that this process can use'):
+    memory.check_memory(source, ['train'], (10, 10))
+  assert loading.decide_cache(reading, source, ['train'], (10, 10)) == 'stream'
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,10 @@ def decide_cache(
   """
   if reading.cache != 'auto':
     return reading.cache
+  most = memory.memory_share()
 
   def reason():
-    too_much = memory.excess(source, names, size)
+    too_much = memory.excess(source, names, size, most)
     return too_much or (differs(reading, source, names[0], size) if trains else '')
 
   # Hosts may have different amounts of memory, so process 0 decides.

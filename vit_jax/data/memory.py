@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import math
 import os
+import socket
 from typing import NoReturn
 
 import jax
@@ -24,7 +25,7 @@ from vit_jax.data import source as source_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
 from vit_jax.data.source import Source
-from vit_jax.distributed import gather
+from vit_jax.distributed import from_all, gather
 from vit_jax.names import SHOWN
 
 
@@ -159,21 +160,33 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
   return found
 
 
-def excess(source: Source, names: Sequence[str], size: tuple[int, int]) -> str:
-  """Returns a message if the splits need more than half of `limits.limit()`, else an empty text."""
+def memory_share() -> float:
+  """Returns the bytes of memory for this process. All processes must call this function.
+
+  The processes on one host, for example one for each GPU, share `limits.limit()`.
+  """
+  host = socket.gethostname()
+  return limits.limit() / from_all(host).count(host)
+
+
+def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: float) -> str:
+  """Returns a message if the splits need more than half of `most` bytes, else an empty text."""
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
-  bytes_, most = count * math.prod(size) * source.channels, limits.limit()
+  bytes_ = count * math.prod(size) * source.channels
   if bytes_ <= most / 2:
     return ''
   return (
     f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, more than half of the '
-    f'{most / 1e9:.1f} GB of memory'
+    f'{most / 1e9:.1f} GB of memory that this process can use'
   )
 
 
 def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
-  """Raises ValueError if the splits together would fill more than half of the memory."""
-  if too_much := excess(source, names, size):
+  """Raises ValueError if the splits together would fill more than half of the memory.
+
+  All processes must call this function, because those on one host share its memory.
+  """
+  if too_much := excess(source, names, size, memory_share()):
     raise ValueError(
       f'{", ".join(names)}: {too_much}. Stream the images (data.cache=stream), use a part such '
       f'as {names[0]}[:10%], or set a smaller data.image_size.'
