@@ -651,6 +651,17 @@ def test_a_tree_may_be_flat_or_deep_and_have_its_own_test_folder(tmp_path):
   assert source.sizes == {'train': 2, 'test': 2, 'val': 1}
 
 
+def test_what_a_tree_with_a_training_folder_does_not_use_is_named_in_warnings(tmp_path):
+  put_images(tmp_path, ['train/1.png', 'val/2.png', 'unused/3.png', '4.png', '.hidden/5.png'])
+  os.symlink('.', tmp_path / 'train' / 'loop')
+  warnings = sources.open_source(f'images:{tmp_path}', '', (4, 4)).warnings
+  assert [text.partition('.')[0] for text in warnings] == [
+    f'{tmp_path}/train: folders not used: loop',
+    f'{tmp_path}: folders not used: unused',
+    f'{tmp_path}: images not used: 4',
+  ]
+
+
 def test_a_tree_without_images_is_refused(tmp_path):
   with pytest.raises(ValueError, match="no images for the split 'train'"):
     sources.open_source(f'images:{tmp_path}', '', (4, 4))

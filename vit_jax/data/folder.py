@@ -150,14 +150,12 @@ def check_classes(
   root: pathlib.Path, class_names: tuple[str, ...], listed: Files, files: dict[str, Files]
 ) -> None:
   """Raises ValueError if a class has no training image, or if the test split is empty."""
-  absent = without(class_names, listed)
-  if absent:
+  if absent := without(class_names, listed):
     raise ValueError(
       f'{root}: no images for class {abridged(absent)} (looked for '
       f'{", ".join(image_lib.EXTENSIONS)}). Add images, or remove the folder.'
     )
-  absent = without(class_names, files['train'])
-  if absent:
+  if absent := without(class_names, files['train']):
     raise ValueError(
       f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
       f'file name selects about {HELD_OUT:.0%} of all files. Add images, or divide them into '
@@ -183,23 +181,31 @@ def warnings(
       f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
     )
   yield from not_used(root, passed_over)
-  top = files['train'].top
+  yield from passed_folders(root, files['train'].top)
+  held_out = {name: part.top.name for name, part in files.items() if name != 'train'}
+  if len(held_out) > 1 and held_out['test'] != 'test':
+    shown = (f'{folder}/ is the split {name!r}' for name, folder in held_out.items())
+    yield f'{root}: {", ".join(shown)}.'
+
+
+def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
+  """Yields warnings about folders that are not used, and about images next to the folder `top`."""
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (
         f'{folder}: folders not used: {abridged(skipped)}. They are links to the folder that '
         'contains them, or added by macOS.'
       )
-  others = sorted(set(subfolders(root)) - {'train', *TEST_NAMES})
-  if others and top != root:
-    yield (
-      f'{root}: folders not used: {abridged(others)}. Test images are read from the folders '
-      f'{", ".join(TEST_NAMES)}.'
-    )
-  held_out = {name: part.top.name for name, part in files.items() if name != 'train'}
-  if len(held_out) > 1 and held_out['test'] != 'test':
-    shown = (f'{folder}/ is the split {name!r}' for name, folder in held_out.items())
-    yield f'{root}: {", ".join(shown)}.'
+  if top == root:
+    return
+  others = set(subfolders(root)) - {'train', *TEST_NAMES}
+  loose = [p.name for p in root.iterdir() if image_lib.has_image_name(p.name) and p.is_file()]
+  for what, names in (('folders', others), ('images', loose)):
+    if names:
+      yield (
+        f'{root}: {what} not used: {abridged(sorted(names))}. Test images are read from the '
+        f'folders {", ".join(TEST_NAMES)}, and training images from the folder train.'
+      )
 
 
 def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:

@@ -122,7 +122,8 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
         'images for testing, so few images can leave a split empty. Add images.'
       )
-  warnings = tuple(folder_lib.not_used(root, passed_over))
+  used = top if top.is_dir() else root
+  warnings = *folder_lib.not_used(root, passed_over), *folder_lib.passed_folders(root, used)
   return source_of(folder_lib.Folder((), files, warnings))
 
 
