@@ -378,6 +378,19 @@ def test_folders_that_are_no_classes_are_named_in_a_warning(tmp_path, top):
   assert any(warning.startswith(wanted) for warning in source.warnings), source.warnings
 
 
+@pytest.mark.parametrize('kind', ['folder', 'images'])
+def test_links_to_folders_are_followed_once(tmp_path, kind):
+  root = tmp_path / 'photos'
+  touch(root, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(20)])
+  touch(tmp_path, ['other/linked.jpg', 'other/.hidden/0.jpg', 'other/__MACOSX/0.jpg'])
+  os.symlink(tmp_path / 'other', root / 'a' / 'link')
+  os.symlink('..', root / 'a' / 'up')
+  os.symlink(root / 'a', tmp_path / 'other' / 'back')  # a circle through two links
+  source = sources.open_source(f'{kind}:{root}', '', (4, 4))
+  paths = [path for split, n in source.sizes.items() for _, path, _ in source.read(split, range(n))]
+  assert len(paths) == 41 and root / 'a' / 'link' / 'linked.jpg' in paths
+
+
 @pytest.mark.parametrize('folders, named', [
     (['valid', 'validation'], True), (['test', 'val'], False), (['validation'], False),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ Decisions:
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import os
@@ -226,14 +226,21 @@ def without(class_names: tuple[str, ...], files: Files) -> list[str]:
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """Returns the names of the folders in `root`, sorted, without hidden or `useless` folders."""
-  names = (p.name for p in root.iterdir() if p.is_dir() and p.name[0] != '.' and not useless(p))
-  return tuple(sorted(names))
+  """Returns the names of the folders in `root` that are searched, sorted."""
+  return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and is_searched(p)))
+
+
+def is_searched(folder: pathlib.Path) -> bool:
+  """Returns whether images in a folder are used: it is neither hidden nor `useless`."""
+  return not folder.name.startswith('.') and not useless(folder)
 
 
 def useless(folder: pathlib.Path) -> bool:
   """Returns whether a folder is a link to a folder that contains it, or `__MACOSX`."""
-  loops = folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+  # All parents, because other links can lie on the path. So no search runs in a circle.
+  loops = folder.is_symlink() and any(
+    above.resolve().is_relative_to(folder.resolve()) for above in folder.parents
+  )
   return folder.name == '__MACOSX' or loops
 
 
@@ -265,28 +272,21 @@ def list_files(
 def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
   """Yields the path below `root` of each image; counts other files in `passed_over`.
 
-  Hidden folders, such as `.thumbnails`, are skipped.
+  Links to folders are followed. Only folders for which `is_searched` is true are searched.
   """
 
   def refuse(error):
     raise ValueError(f'{error.filename}: {error.strerror}.') from error
 
-  walk = root.walk() if bucket.is_remote(root) else os.walk(root, onerror=refuse)
-  for folder, _, names in walk:
+  walk = root.walk() if bucket.is_remote(root) else os.walk(root, onerror=refuse, followlinks=True)
+  for folder, below, names in walk:
+    below[:] = [name for name in below if is_searched(pathlib.Path(folder, name))]
     inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
-    if any(part.startswith('.') for part in inside.split(os.sep)):
+    # A bucket lists the folders that are not searched, too.
+    if any(part[:1] == '.' or part == '__MACOSX' for part in inside.split(os.sep)):
       continue
-    for name in only_images(names, passed_over):
+    for name in image_lib.only_images(names, passed_over):
       yield os.path.join(inside, name)
-
-
-def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the file names that are names of images; counts the others in `passed_over`."""
-  for name in names:
-    if image_lib.has_image_name(name):
-      yield name
-    elif not name.startswith('.'):
-      passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
 
 
 def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:

@@ -8,7 +8,8 @@ Decisions:
     same files as whole images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import functools
 import io
@@ -41,6 +42,15 @@ class BadImage(ValueError):
 def has_image_name(name: str) -> bool:
   """Returns whether the name has the extension of an image and is not hidden."""
   return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
+
+
+def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
+  """Yields the file names that are names of images; counts the others in `passed_over`."""
+  for name in names:
+    if has_image_name(name):
+      yield name
+    elif not name.startswith('.'):
+      passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
 
 
 def read_file(path: pathlib.Path) -> bytes:

@@ -11,7 +11,7 @@ from vit_jax import progress
 from vit_jax.bucket import is_remote, join_paths, listed_folder, to_path
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import tfds
-from vit_jax.data.image import EXTENSIONS
+from vit_jax.data.image import EXTENSIONS, only_images
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
 from vit_jax.names import choose
@@ -132,8 +132,7 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
   with progress.announced(f'Listing the images in {top} ...'):
     names = [path.name for path in top.iterdir() if path.is_file()]
     found = [
-      (folder_lib.hash_name(name), os.fsencode(name), 0)
-      for name in folder_lib.only_images(names, passed_over)
+      (folder_lib.hash_name(name), os.fsencode(name), 0) for name in only_images(names, passed_over)
     ]
     for name in folder_lib.subfolders(top):
       for below in folder_lib.walk_images(top / name, passed_over):
