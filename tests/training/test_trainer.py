@@ -128,6 +128,15 @@ def test_a_result_belongs_to_its_epochs_and_test_split(trained):
   assert found(epochs='2') is found(**{'data.eval_split': 'test[:50%]'}) is None
 
 
+def test_no_scores_of_another_test_split_are_kept(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  lines = lambda: [line for line in writer.read_metrics(workdir) if line['split'] == 'test']
+  tested = lambda: {line['step']: line['examples'] for line in lines()}
+  assert tested() == {16: 256, 32: 256}
+  result = trainer.train(small_config(**{'data.eval_split': 'test[:50%]'}), workdir)
+  assert tested() == {32: 128} and result['examples'] == 128
+
+
 @pytest.mark.slow
 def test_bfloat16_moments_survive_a_resume(tmp_path):
   rounded = {'optimizer.moment_dtype': 'bfloat16'}  # checkpoints must store this type too

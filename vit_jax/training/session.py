@@ -19,6 +19,7 @@ from vit_jax.workdir import (
   forget_calibrations,
   intact,
   latest_step,
+  newest_config,
   write_json,
 )
 
@@ -72,7 +73,7 @@ def attempt(
   That experiment has a smaller micro-batch. With `retries=False`, the error is raised. The arrays
   of the failed run are no longer referenced, so their memory is free.
   """
-  config, start = exp.config, latest_step(workdir)
+  config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (
     intact(workdir),
     Preemption() as preemption,  # also active while records and checkpoints are closed
@@ -80,6 +81,8 @@ def attempt(
     Checkpoints(workdir, config.keep_checkpoints) as checkpoints,
   ):
     forget_calibrations(workdir, start or 0)
+    if saved and saved['config']['data']['eval_split'] != config.data.eval_split:
+      records.keep(lambda line: line['split'] != 'test')  # scores of another test split
     run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
     try:
       return run.run()
