@@ -1,6 +1,7 @@
 """Opens the splits of a run, and decides how images are kept and scaled."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
 
@@ -85,6 +86,19 @@ def named_splits(config: ConfigDict) -> list[str]:
   return [split for split in (data.train_split, data.val_split, data.eval_split) if split]
 
 
+def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
+  """Returns the size of the training images if memory keeps them smaller than the model's input.
+
+  Otherwise returns None. The device enlarges whole images with bicubic interpolation. So the host
+  scales images that are cropped, or need another filter or another aspect ratio.
+  """
+  data, size = config.data, image_size(config)
+  if data.crop != 1 or data.interpolation != 'bicubic':
+    return None
+  own = common_size(source, data.train_split, size)
+  return own if own and own[0] * size[1] == own[1] * size[0] else None
+
+
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
 
@@ -93,9 +107,10 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   """
   size, names = task.stored_size, named_splits(config)
   reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
-  cache = decide_cache(reading, source, names, size, trains=True)
+  kept = functools.partial(small_size, config, source)
+  cache = decide_cache(reading, source, names, size, kept)
   if cache == 'memory':
-    size = common_size(source, names[0], size) or size
+    size = kept() or size
     check_memory(source, names, size)
   task = dataclasses.replace(task, stored_size=size)
   return assemble(config_lib.fill(config, {'data.cache': cache}), task)

@@ -510,6 +510,19 @@ def test_memory_keeps_small_images_and_the_device_enlarges_them(tmp_path):
   assert exp.normalize(training.train.image_NHWC[:2]).shape == (2, 16, 16, 1)
 
 
+@pytest.mark.parametrize('overrides', [
+    {'data.crop': '0.8'}, {'data.interpolation': 'bilinear'},
+    {'data.image_size': '16,24'}, {'data.image_size': '16,24', 'data.stretch': 'true'},
+])  # fmt: skip
+def test_small_images_in_memory_are_scaled_as_the_config_says(overrides):
+  settings = DIGITS | {'data.image_size': '16', 'model.patch_size': '4'} | overrides
+  exp, training = opening.from_config(small_config(**settings, **{'data.cache': 'memory'}))
+  _, streaming = opening.from_config(small_config(**settings, **{'data.cache': 'stream'}))
+  assert exp.task.stored_size == training.train.size == exp.image_shape[:2]
+  some = streaming.test.some(range(9)).image_NHWC
+  np.testing.assert_array_equal(training.test.image_NHWC, some)
+
+
 def break_(file, how):
   whole = file.read_bytes()
   file.write_bytes({'empty': b'', 'cut': whole[: len(whole) // 2], 'text': b'not an image'}[how])

@@ -80,7 +80,7 @@ def test_imagenet_is_streamed_and_cropped_from_its_files(spec, min_area):
   config = cli.load_file(f'configs/{spec}')
   source = Source({'train': 1_281_167}, ('a', 'b'), 3, None)
   reading = assemble(config, Task(source.class_names, (224, 224), 3)).reading
-  cache = loading.decide_cache(reading, source, ['train'], (224, 224), trains=True)
+  cache = loading.decide_cache(reading, source, ['train'], (224, 224), lambda: None)
   reading = dataclasses.replace(reading, cache=cache)
   split = loading.open_split(reading, source, 'train', (224, 224), to_train=True)
   assert len(split) == 1_281_167 and split.size == (224, 224)

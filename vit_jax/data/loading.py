@@ -45,7 +45,7 @@ def decide_cache(
   source: Source,
   names: Sequence[str],
   size: tuple[int, int],
-  trains: bool = False,
+  kept: Callable[[], tuple[int, int] | None] | None = None,
 ) -> str:
   """Returns `reading.cache`; if this is `auto`, chooses `memory` or `stream`.
 
@@ -58,7 +58,7 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    trains: whether the first split is used for training.
+    kept: only for training: returns the size at which memory would keep smaller images, or None.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -66,7 +66,7 @@ def decide_cache(
 
   def reason():
     too_much = memory.excess(source, names, size, most)
-    return too_much or (differs(reading, source, names[0], size) if trains else '')
+    return too_much or (differs(reading, size, kept) if kept else '')
 
   # Hosts may have different amounts of memory, so process 0 decides.
   why = from_first(reason) if jax.distributed.is_initialized() else reason()
@@ -79,7 +79,9 @@ def decide_cache(
   return cache
 
 
-def differs(reading: Reading, source: Source, split: str, size: tuple[int, int]) -> str:
+def differs(
+  reading: Reading, size: tuple[int, int], kept: Callable[[], tuple[int, int] | None]
+) -> str:
   """Returns why training batches from memory differ from streamed batches; empty if they do not.
 
   Order, decoding, scaling and the processing on the device are the same in any case.
@@ -88,7 +90,7 @@ def differs(reading: Reading, source: Source, split: str, size: tuple[int, int])
     return 'augment.resized_crop crops the original files, not the scaled images'
   if reading.skip_bad_images:
     return 'data.skip_bad_images replaces bad images with other images'
-  if own := memory.common_size(source, split, size):
+  if own := kept():
     return (
       f'memory would keep all images at {own[0]}x{own[1]} pixels and augment them at this size, '
       f'before the device enlarges them to {size[0]}x{size[1]}'

@@ -2,7 +2,7 @@
 
 Decisions:
   * Images are kept as uint8. If all images have one size that is smaller than the model's input
-    (`common_size`), they are kept at this size and the device enlarges them. Enlarged to 224
+    (`common_size`), a run can keep them at this size, and the device enlarges them. Enlarged to 224
     pixels, CIFAR-10 would fill 7.5 GB.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
