@@ -183,6 +183,18 @@ def test_sigterm_is_handled_only_during_a_run():
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_notice_of_the_service_stays_with_the_context_around_a_run(monkeypatch):
+  answers = iter([False, True, False, False])  # the service tells it once
+  monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(cluster, 'asked_to_stop', lambda: next(answers))
+  with cluster.Preemption() as around:
+    with cluster.Preemption() as run:
+      assert not run.is_due() and run.is_due()
+    assert around.is_due()
+  with cluster.Preemption() as later:
+    assert not later.is_due()
+
+
 def test_process_out_of_memory_exits_without_a_traceback(capsys, monkeypatch):
   codes = []
   monkeypatch.setattr(joining.os, '_exit', codes.append)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import signal
 import types
 
 import jax
@@ -16,7 +17,7 @@ from tests.conftest import assert_equal, check_resumes_exactly, run_model, small
 from vit_jax import cli, inherit, opening
 from vit_jax.data import batching
 from vit_jax.data.source import Source
-from vit_jax.distributed import devices, sharding
+from vit_jax.distributed import cluster, devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.experiment import assemble
 from vit_jax.model import attention
@@ -351,6 +352,24 @@ def test_the_last_run_of_a_sweep_keeps_added_cycles(monkeypatch):
   exp, last = probe.on_all(exp, training, 0.1)
   assert last.cycles == (32,) and last.steps == 64 and exp.task.train_examples == 1024
   assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
+
+
+def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
+  tried = []
+
+  def score_rate(exp, training, mesh, folder, rate, origin):
+    with cluster.Preemption():
+      signal.raise_signal(signal.SIGTERM)  # after the last step
+    tried.append(rate)
+    return 0.5
+
+  monkeypatch.setattr(probe, 'score_rate', score_rate)
+  monkeypatch.setattr(probe, 'measured_on', lambda *_: {})
+  exp = types.SimpleNamespace(config=small_config(**SWEPT))
+  training = types.SimpleNamespace(val=range(probe.FEW))
+  with pytest.raises(cluster.Preempted, match='learning rate 0.001 is finished'):
+    probe.sweep(exp, training, None, tmp_path)
+  assert tried == [0.001] and not (tmp_path / 'sweep.json').exists()
 
 
 @pytest.mark.slow

@@ -226,24 +226,33 @@ class Preemption:
 
   With several processes, JAX's preemption service listens. This service makes all processes stop at
   the same step, even if only one process got the signal.
+
+  Contexts inside of another one share its notice. So a sweep also stops if the notice came in the
+  last step of one of its runs, which then ended as usual.
   """
 
+  _depth, _noticed = 0, False  # shared by all contexts
+
   def __enter__(self):
-    self._noticed, self._before = False, None
+    if not Preemption._depth:
+      Preemption._noticed = False
+    Preemption._depth += 1
+    self._before = None
     alone = not jax.distributed.is_initialized()
     if alone and threading.current_thread() is threading.main_thread():
       self._before = signal.signal(signal.SIGTERM, self._notice)
     return self
 
   def __exit__(self, *_):
+    Preemption._depth -= 1
     if self._before is not None:
       signal.signal(signal.SIGTERM, self._before)
 
   def _notice(self, *_) -> None:
-    self._noticed = True
+    Preemption._noticed = True
 
   def is_due(self) -> bool:
     """Returns whether to save and stop after this step; must be called after every step."""
-    if jax.distributed.is_initialized():
-      return asked_to_stop()
-    return self._noticed
+    if jax.distributed.is_initialized() and asked_to_stop():  # the service tells it once
+      Preemption._noticed = True
+    return Preemption._noticed

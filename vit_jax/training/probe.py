@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.distributed import from_first, is_first, replicate
+from vit_jax.distributed import Preempted, Preemption, from_first, is_first, replicate
 from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.model import Dense
@@ -128,6 +128,7 @@ def sweep(
 
   Raises:
     FloatingPointError: training diverged at all rates.
+    Preempted: the sweep was asked to stop.
   """
   file = workdir / 'sweep.json'
   chosen = from_first(lambda: (read_json(file) or {}).get('sweep'))
@@ -139,13 +140,16 @@ def sweep(
       len(training.val),
     )
   points, origin = [], measured_on(exp, training)
-  for rate in exp.config.sweep:
-    try:
-      accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
-    except FloatingPointError as error:
-      log.warning('Learning rate %g: %s', rate, error)
-      accuracy = None
-    points.append({'lr': rate, 'val_accuracy': accuracy})
+  with Preemption() as preemption:
+    for rate in exp.config.sweep:
+      try:
+        accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
+      except FloatingPointError as error:
+        log.warning('Learning rate %g: %s', rate, error)
+        accuracy = None
+      points.append({'lr': rate, 'val_accuracy': accuracy})
+      if preemption.is_due():  # noticed when it was too late for the run itself
+        raise Preempted(f'The sweep was asked to stop: learning rate {rate:g} is finished.')
   if all(point['val_accuracy'] is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
