@@ -23,6 +23,7 @@ from tests.conftest import ROOT, run_model, small_config
 from vit_jax import config as config_lib
 from vit_jax import evaluation, opening
 from vit_jax.data import batching
+from vit_jax.data.memory import Examples
 from vit_jax.distributed import cluster, sharding
 from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
@@ -111,6 +112,14 @@ def test_run_writes_result_config_metrics_and_examples(trained):
   assert list((workdir / 'tensorboard').glob('events.*'))
   assert 'block_0/attention/query/kernel' in (workdir / 'log.txt').read_text()
   assert len(list((workdir / 'examples').glob('*.png'))) == 8
+
+
+def test_long_class_names_are_cut_to_a_valid_file_name(tmp_path):
+  exp = types.SimpleNamespace(task=Task(('猫' * 99, 'dog'), (4, 4), 3))
+  test = Examples(np.zeros((2, 4, 4, 3), np.uint8), np.arange(2, dtype=np.int32))
+  resume.save_examples(exp, test, tmp_path)
+  names = sorted(path.name for path in (tmp_path / 'examples').iterdir())
+  assert names == [f'0_{"猫" * 33}.png', '1_dog.png']
 
 
 def test_training_a_finished_run_changes_no_file(trained):

@@ -1,6 +1,7 @@
 """Decides whether and how the run in a workdir resumes, and writes the first files of a run."""
 
 import dataclasses
+import os
 import pathlib
 import re
 import sys
@@ -228,7 +229,7 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
     labels = np.flatnonzero(label) if exp.task.multi_label else [label][: len(exp.task.class_names)]
-    name = ' '.join(exp.task.class_names[i] for i in labels)[:100] or 'no label'
-    name = name.encode(known, 'replace').decode(known)
-    name = re.sub(r'\W+', '-', name)
+    name = ' '.join(exp.task.class_names[i] for i in labels) or 'no label'
+    name = re.sub(r'\W+', '-', name.encode(known, 'replace').decode(known))
+    name = os.fsencode(name)[:100].decode(known, 'ignore')  # file names have at most 255 bytes
     save_png(image_HWC, folder / f'{i}_{name}.png')
