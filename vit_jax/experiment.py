@@ -53,9 +53,8 @@ class Experiment:
   `names` identifies the files that the weights were trained on; None if the run did not record
   them. Two attributes are set only in training: `teacher`, if the config names one, and `weight_L`,
   the loss weight of each class, unless all are equal. `calibration` holds the temperature and the
-  thresholds of the loaded weights. `parts` is the number of micro-batches with which a training
-  step fits into memory; None if memory is not limited. `pack` pads images of different shapes;
-  None if all images have one size.
+  thresholds of the loaded weights. `parts` is the number of micro-batches with which a step fits
+  into memory; None if memory is not limited. `pack` pads images of different shapes, or is None.
   """
 
   config: ConfigDict
