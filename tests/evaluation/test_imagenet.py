@@ -195,7 +195,7 @@ def test_real_labels_are_refused_for_other_classes_than_imagenets(photos):
 
 def test_real_labels_are_refused_for_another_class_order(photos):
   source = Source({'test': 1}, (*CLASSES[1:], CLASSES[0]), 3, None)
-  with pytest.raises(ValueError, match=f'in the order of their names.* classes {CLASSES[1]}'):
+  with pytest.raises(ValueError, match=f'sorted by name.* classes {CLASSES[1]}'):
     real.load_real_labels(photos / 'real.json', source, 'test')
 
 

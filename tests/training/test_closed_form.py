@@ -187,5 +187,7 @@ def test_wrong_settings_are_rejected(overrides, message, tmp_path):
 
 
 def test_the_config_keeps_how_positions_are_resized(trained):
-  request = opening.Request(init=str(trained[0]), overrides={'init_resize': 'bicubic'})
+  request = opening.Request(
+    init=str(trained[0]), overrides={'init_resize': 'bicubic', 'data.source': 'synthetic'}
+  )
   assert closed_form.classifier_config(request, 'ridge').init_resize == 'bicubic'

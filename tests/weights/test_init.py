@@ -389,9 +389,9 @@ def test_positions_without_parameters_are_stretched_as_in_the_workdir(position, 
 def test_none_leaves_the_data_keys_of_weights_and_runs_as_they_are(trained):
   open_keys = {'data.image_size': 'None', 'data.train_split': 'None'}
   exp, *_ = opening.from_workdir(trained[0], open_keys)
-  assert exp.config.data.image_size == (8, 8) and exp.config.data.train_split == 'train'
+  assert exp.image_shape == (8, 8, 3) and exp.config.data.train_split == 'train'
   exp, _ = opening.from_init(str(trained[0]), open_keys)
-  assert exp.config.data.image_size == (8, 8) and exp.config.data.train_split == 'train'
+  assert exp.image_shape == (8, 8, 3) and exp.config.data.train_split == 'train'
 
 
 def test_several_labels_survive_in_hugging_face_files(tmp_path):

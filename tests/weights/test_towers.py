@@ -232,7 +232,7 @@ def test_towers_that_hugging_face_cannot_hold_are_refused(tmp_path):
     loaded = vit_jax.load(DATA / name, grid=grid, features='pooled')
     model, preprocessing = loaded.model.clone(**fields), loaded.preprocessing
     with pytest.raises(ValueError, match='cannot hold this model:\n .*' + message):
-      hf.save_hf(model, loaded.params, tmp_path, preprocessing, None)
+      hf.save_hf(model, loaded.params, tmp_path, preprocessing, None, False)
 
 
 # Other uses.

@@ -60,7 +60,7 @@ class Replay(Run):
   def due(self, step):
     return set()
 
-  def save(self, train_state, scores):
+  def save(self, train_state):
     """Called only after a stop signal."""
     raise Preempted('--mode=verify was stopped. Repeat the command to start from the beginning.')
 
