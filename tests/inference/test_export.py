@@ -329,8 +329,7 @@ def test_exported_programs_compute_in_float32_from_the_stored_size(tmp_path):
   config = small_config(**{
       'epochs': '0', 'data.source': 'digits', 'data.image_size': '16', 'model.dtype': 'bfloat16',
       'model.patch_size': '4', 'data.mean': '0.3', 'data.std': '0.4',
-      'data.cache': 'memory',  # stores small images without cropping or stretching
-      'data.crop': '0.5', 'data.stretch': 'true',
+      'data.cache': 'memory', 'data.stretch': 'true',  # small squares are stored unstretched
   })  # fmt: skip
   vit_jax.train(config, tmp_path / 'run')
   model, params = vit_jax.load(tmp_path / 'run')
