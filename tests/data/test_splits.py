@@ -2,6 +2,7 @@
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+import numpy as np
 import pytest
 
 from vit_jax.data import splits
@@ -43,3 +44,10 @@ def test_every_part_means_what_it_means_in_tfds(part, size):
       splits.boundaries(part, 'train', size)
   else:
     assert splits.boundaries(part, 'train', size) == want
+
+
+def test_unwanted_examples_leave_the_positions_of_the_others():
+  """The pieces can start behind the first example of a split, as those of `train[90%:]` do."""
+  unwanted = np.isin(np.arange(12), (1, 5, 6, 11))
+  found = splits.remove([('train', 4, 12), ('val', 2, 5)], {'train': unwanted})
+  assert found == [('train', 4, 5), ('train', 7, 11), ('val', 2, 5)]

@@ -1,13 +1,14 @@
 """Compares weights of classes with scikit-learn, and weighted losses with PyTorch and float64."""
 
 import functools
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_class_weight
 
-from vit_jax.optim import class_weights, losses
+from vit_jax.optim import class_weights, losses, objectives
 
 NAMES = ('ant', 'cat, big', 'dog')
 DRAW = np.random.RandomState(0)
@@ -57,6 +58,18 @@ def test_a_weighted_loss_multiplies_each_image_by_the_weight_of_its_class():
     plain = loss(jnp.asarray(LOGITS), jnp.asarray(LABEL))
     np.testing.assert_allclose(found, WEIGHT[LABEL] * plain, rtol=1e-6)
   assert class_weights.weighted(losses.softmax, None) is losses.softmax
+
+
+def test_both_labels_of_a_mixed_image_have_the_weight_of_their_class():
+  own_B = np.linspace(0, 1, 8).astype(np.float32)
+  exp = types.SimpleNamespace(loss=losses.softmax, weight_L=WEIGHT, mixes=True)
+  found = objectives.label_loss(exp, jnp.asarray(LOGITS), {'label': LABEL, 'own': own_B})
+  z = LOGITS.astype(np.float64)
+  loss_BL = WEIGHT * (np.log(np.exp(z).sum(1, keepdims=True)) - z)
+  other = LABEL.reshape(-1, 2)[:, ::-1].ravel()  # neighbours are mixed in pairs
+  rows = np.arange(8)
+  want = own_B * loss_BL[rows, LABEL] + (1 - own_B) * loss_BL[rows, other]
+  np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize('smoothing', [0.0, 0.2])
