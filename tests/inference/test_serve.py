@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import urllib.error
 import urllib.request
 
@@ -296,6 +297,23 @@ def test_a_picture_is_lit_where_attention_is():
   assert lit_HWC.shape == (448, 896, 3) and lit_HWC.dtype == np.uint8
   assert np.all(lit_HWC[:, :200] == round(200 * page_lib.DARK)) and np.all(lit_HWC[:, -200:] == 200)
   assert page_lib.light(image_HWC[..., :1], np.ones((1, 2))).shape == (448, 896, 3)
+
+
+@pytest.mark.parametrize('layer, head, index', [
+    ('block 1', 'head 2', (0, 1)), ('block 2', 'head 1', (1, 0)), ('block 2', page_lib.MEAN, 1),
+])  # fmt: skip
+def test_a_picture_shows_the_block_and_the_head_of_the_menus(layer, head, index):
+  heads_RKhw = np.random.default_rng(0).random((2, 2, 1, 2))
+  image_HWC = np.full((4, 8, 3), 200, np.uint8)
+  menus = types.SimpleNamespace(
+    layers=[page_lib.ROLLOUT, 'block 1', 'block 2'], head_names=[page_lib.MEAN, 'head 1', 'head 2']
+  )
+  seen = types.SimpleNamespace(
+    rollout_hw=np.ones((1, 2)), heads_RKhw=heads_RKhw, image_HWC=image_HWC
+  )
+  wanted = heads_RKhw[index] if head != page_lib.MEAN else heads_RKhw[index].mean(axis=0)
+  found = page_lib.Viewer.picture(menus, seen, layer, head)
+  np.testing.assert_array_equal(found, page_lib.light(image_HWC, wanted))
 
 
 def test_port_0_is_any_free_port():
