@@ -23,18 +23,22 @@ import numpy as np
 
 from vit_jax.model.layers import Dense, matmul
 
-# Layers that LoRA adapts, with the number of axes of the kernel that belong to the inputs.
+# Names of the layers that LoRA adapts, each with the number of input axes of the layer's kernel.
 ADAPTED = {'query': 1, 'key': 1, 'value': 1, 'out': 2, 'gate': 1, 'up': 1, 'down': 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-  """A way to adapt a model by few parameters. Each function also gets the keys of its section.
+  """The functions of one kind of adapter, an entry of `ADAPTERS`.
+
+  `params` are the model's parameters, and `added` are the adapter's. `**keys` are the config keys
+  of the adapter's section, such as `rank` for `lora.rank`.
 
   Attributes:
-    init: `(key, params, **keys)` returns the adapter's initial parameters.
-    merge: `(params, added, **keys)` returns the model's parameters with the adapter in them.
-    applied: `(added, **keys)` returns a context in which the unmerged model has the same outputs.
+    init: `(key, params, **keys)` returns the adapter's initial parameters. `key` is a random key.
+    merge: `(params, added, **keys)` returns the model's parameters, with the adapter merged in.
+    applied: `(added, **keys)` returns a context manager. Inside it, a model with the unmerged
+      `params` computes the same outputs as a model with the merged parameters.
   """
 
   init: Callable[..., dict]
@@ -43,10 +47,13 @@ class Adapter:
 
 
 def init_lora(key: jax.Array, params: dict, rank: int, **_) -> dict:
-  """Returns A `[*inputs, rank]`, normal with variance 1 / inputs, and B `[rank, *outputs]`, zero.
+  """Returns the initial factors `a` and `b` of every adapted kernel, `[*inputs, *outputs]`.
+
+  `a`, `[*inputs, rank]`, is normal with variance 1 / (number of inputs). `b`, `[rank, *outputs]`,
+  is zero. The result is a nested dict with the paths of the adapted layers.
 
   Raises:
-    ValueError: the rank is larger than a side of a kernel.
+    ValueError: the rank is larger than the number of inputs or of outputs of a kernel.
   """
 
   def init(path, kernel):
@@ -67,7 +74,10 @@ def init_lora(key: jax.Array, params: dict, rank: int, **_) -> dict:
 
 
 def merge_lora(params: dict, added: dict, scale: float, **_) -> dict:
-  """Returns the parameters with each adapted kernel W replaced by `W + scale A B`, in float32."""
+  """Returns `params` with each adapted kernel W replaced by `W + scale A B`, in float32.
+
+  `added` holds the factors A and B, as `init_lora` returns them.
+  """
 
   def merge(tree, factors):
     if 'a' not in factors:
@@ -82,13 +92,16 @@ def merge_lora(params: dict, added: dict, scale: float, **_) -> dict:
 
 
 def exact_product(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns a matrix product in full float32; accelerators otherwise round the inputs."""
+  """Returns the matrix product of x and y in full float32; accelerators round inputs by default."""
   return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 @contextlib.contextmanager
 def applied_lora(added: dict, scale: float, **_) -> Iterator[None]:
-  """Adds `scale (x A) B` to the output of each adapted layer that runs in the context."""
+  """Context manager that adds `scale (x A) B` to the output of each adapted layer called inside.
+
+  `added` holds the factors A and B, as `init_lora` returns them.
+  """
 
   def add(call, args, kwargs, context):
     y, module = call(*args, **kwargs), context.module
@@ -109,14 +122,20 @@ def applied_lora(added: dict, scale: float, **_) -> Iterator[None]:
 
 
 def sides(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns the input axes and the output axes of an adapted layer's kernel."""
+  """Splits the kernel shape of the adapted layer named `layer` into input and output axes."""
   return shape[: ADAPTED[layer]], shape[ADAPTED[layer] :]
 
 
 def over_kernels(function: Callable, tree: dict, path: tuple[str, ...] = ()) -> dict:
-  """Returns a tree with `function(path, kernel)` for each adapted layer, and nothing else."""
+  """Returns a nested dict with the value of `function(path, kernel)` for each adapted layer.
+
+  Args:
+    function: receives the path of the layer, e.g. `('block_0', 'mlp', 'up')`, and its kernel.
+    tree: the model's parameters, or the part of them at `path`.
+    path: names that lead to `tree`.
+  """
   found = {}
-  for name, inner in sorted(tree.items()):  # the draws must not depend on the order
+  for name, inner in sorted(tree.items()):  # random draws must not depend on the order of the dict
     if not isinstance(inner, dict):
       continue
     if name in ADAPTED and 'kernel' in inner:
@@ -127,7 +146,7 @@ def over_kernels(function: Callable, tree: dict, path: tuple[str, ...] = ()) -> 
 
 
 def find(tree: dict, path: tuple[str, ...]) -> dict | None:
-  """Returns the entry of a tree at a path; None if the tree lacks it."""
+  """Returns the entry of a nested dict at a path of names; None if there is no such entry."""
   for name in path:
     if name not in tree:
       return None
@@ -135,22 +154,29 @@ def find(tree: dict, path: tuple[str, ...]) -> dict | None:
   return tree
 
 
-# By the value of the config key `adapt`, which is also the section of the adapter's own keys.
+# Maps the value of the config key `adapt`, which also names the adapter's config section.
 ADAPTERS = {'lora': Adapter(init_lora, merge_lora, applied_lora)}
 
 
-Settings = Mapping[str, Mapping[str, object]]  # the keys of each adapter, by its name: a config
+Settings = Mapping[str, Mapping[str, object]]  # a config: keys by adapter name
 
 
 def adapted(params: dict, key: jax.Array, adapt: str, settings: Settings) -> dict:
-  """Adds the initial parameters of the adapter `adapt`; an empty name adds nothing."""
+  """Returns the model's parameters, with the initial parameters of an adapter added.
+
+  Args:
+    params: the model's parameters.
+    key: random key of the initial values.
+    adapt: name of the adapter, a key of `ADAPTERS`; an empty name adds nothing.
+    settings: a config, or a dict with the adapter's keys by adapter name.
+  """
   if not adapt:
     return params
   return params | {adapt: ADAPTERS[adapt].init(key, params, **settings.get(adapt, {}))}
 
 
 def merged(params: dict, settings: Settings) -> dict:
-  """Returns the parameters of the model alone, after merging an adapter if there is one."""
+  """Returns the parameters of the model alone, with every adapter in `params` merged in."""
   for name in own_entries(params):
     own = {other: leaves for other, leaves in params.items() if other != name}
     params = ADAPTERS[name].merge(own, params[name], **settings.get(name, {}))
@@ -159,7 +185,10 @@ def merged(params: dict, settings: Settings) -> dict:
 
 @contextlib.contextmanager
 def applied(params: dict, settings: Settings) -> Iterator[None]:
-  """Context in which the model applies the adapters; its outputs are those of merged parameters."""
+  """Context manager in which the model applies the adapters in `params` without merging them.
+
+  The model's outputs are then the same as with the parameters that `merged` returns.
+  """
   with contextlib.ExitStack() as stack:
     for name in own_entries(params):
       stack.enter_context(ADAPTERS[name].applied(params[name], **settings.get(name, {})))

@@ -34,7 +34,7 @@ AMPERE = 8.0  # compute capability of the first GPUs that cuDNN's flash attentio
 def select_kernel(
   choice: str, query_BQKE: jax.Array, key_BNKE: jax.Array, drops: bool = False
 ) -> Callable:
-  """Returns the kernel `(query, key, value, keep, rate) -> y_BQKE` for these arrays.
+  """Returns the attention kernel `(query, key, value, keep, rate) -> y_BQKE` for given arrays.
 
   `plain` documents the arguments. On a CPU, every choice except `plain` gives `with_gradient`. On
   other devices, `plain` is used where `flash` cannot run, even if the choice is `cudnn`. Examples
@@ -58,7 +58,13 @@ def select_kernel(
 
 
 def flash_obstacle(devices: Target, dtype: jnp.dtype, head_size: int) -> str:
-  """Returns why cuDNN's flash attention cannot run on these devices; empty if it can."""
+  """Returns the reason why cuDNN's flash attention cannot run; an empty text if it can.
+
+  Args:
+    devices: the devices that the program runs on.
+    dtype: type of queries, keys and values.
+    head_size: E, size of a head.
+  """
   if devices.platform != 'cuda' or devices.capability < AMPERE:
     return 'the devices are not NVIDIA GPUs of the Ampere generation or later'
   if dtype not in (jnp.bfloat16, jnp.float16):
@@ -77,16 +83,16 @@ def flash(
 ) -> jax.Array:
   """Returns the values averaged by the attention weights, computed by cuDNN: `[B, N, K, E]`.
 
+  cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
+  case, a masked token is added, and the output for this token is cut off. The remaining output and
+  the gradient are the same as without the token.
+
   Args:
     query_BNKE: queries.
     key_BNKE: keys.
     value_BNKE: values.
     keep_BKNN: must be None; cuDNN draws its own dropout masks and cannot use given ones.
     rate: not used.
-
-  cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
-  case, a masked token is added, and the output for this token is cut off. The remaining output and
-  the gradient are the same as without the token.
   """
   attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
   batch, tokens = query_BNKE.shape[:2]
@@ -104,7 +110,8 @@ def attention_weights(
 ) -> jax.Array:
   """Returns the softmax of `q k^T / sqrt(E)` over the keys, `[B, K, Q, N]`; each row sums to 1.
 
-  With `length_B`, only the first `length` keys of each example have a weight.
+  `length_B` is the number of keys of each example. The keys after them are padding, whose weight is
+  0. None: no padding.
   """
   query_BKQE = jnp.swapaxes(query_BQKE * query_BQKE.shape[-1] ** -0.5, 1, 2)
   key_BKNE = jnp.swapaxes(key_BNKE, 1, 2)
@@ -130,8 +137,8 @@ def plain(
     query_BQKE: queries; the number of keys can be different (the MAP head has one query).
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKQN: mask of the weights that dropout keeps; None keeps all. Kept weights are divided by
-      `1 - rate`.
+    keep_BKQN: bool mask, True for the weights that dropout keeps; None keeps all. Kept weights are
+      divided by `1 - rate`.
     rate: dropout rate.
   """
   return mixed_values(drop(attention_weights(query_BQKE, key_BNKE), keep_BKQN, rate), value_BNKE)
@@ -140,12 +147,15 @@ def plain(
 def padded(
   query_BQKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-  """Works like `plain`, but ignores the keys after the first `length` keys of each example."""
+  """Returns the values averaged by the attention weights, `[B, Q, K, E]`, without padding keys.
+
+  `length_B` is the number of keys of each example. The keys after them are padding.
+  """
   return mixed_values(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
 
 
 def mixed_values(weights_BKQN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
-  """Returns the values averaged with these weights, `[B, Q, K, E]`."""
+  """Returns the values averaged by the given attention weights, `[B, Q, K, E]`."""
   value_BKNE = jnp.swapaxes(value_BNKE, 1, 2)
   return jnp.swapaxes(jnp.einsum('BKQN,BKNE->BKQE', weights_BKQN, value_BKNE), 1, 2)
 
@@ -156,7 +166,10 @@ with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 
 def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
-  """Returns the output and the arrays that `backward` needs, such as the unnormalised weights."""
+  """Forward pass of `with_gradient`: returns the output of `plain`, and arrays for `backward`.
+
+  Among these arrays are the attention weights before normalisation.
+  """
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
   logits_BKNQ = over_heads(key_BKEN, query_BKEQ)
@@ -171,7 +184,10 @@ def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
 
 
 def backward(rate, saved, dy_BQKE):
-  """Returns the gradients of queries, keys and values.
+  """Backward pass of `with_gradient`: returns the gradients of queries, keys, values and mask.
+
+  `saved` are the arrays from `forward`, and `dy_BQKE` is the gradient of the output. The gradient
+  of the mask is None.
 
   The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which has E
   terms instead of N.
@@ -195,7 +211,7 @@ with_gradient.defvjp(forward, backward)
 
 
 def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
-  """Returns the sums over E of the products of two arrays, float32 `[B, K, N, Q]`."""
+  """Returns the inner products over E of every two tokens, by head: float32 `[B, K, N, Q]`."""
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   if wants_stored(left_BKEN.dtype):
     return sums('BKNE,BKEQ->BKNQ', stored_transpose(left_BKEN), right_BKEQ)
@@ -203,15 +219,18 @@ def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
 
 
 def heads_first(x_BNKE: jax.Array) -> jax.Array:
-  """Returns the array in the layout `[B, K, E, N]`."""
+  """Transposes an array from `[B, N, K, E]` to `[B, K, E, N]`."""
   return x_BNKE.transpose(0, 2, 3, 1)
 
 
 def tokens_first(x_BKEN: jax.Array) -> jax.Array:
-  """Returns the array in the layout `[B, N, K, E]`."""
+  """Transposes an array from `[B, K, E, N]` to `[B, N, K, E]`."""
   return x_BKEN.transpose(0, 3, 1, 2)
 
 
 def drop(weights: jax.Array, keep: jax.Array | None, rate: float) -> jax.Array:
-  """Applies dropout with a given mask; None keeps all weights."""
+  """Returns attention weights after dropout with the mask `keep`; None keeps all weights.
+
+  Kept weights are divided by `1 - rate`, and the others are set to 0.
+  """
   return weights if keep is None else jnp.where(keep, weights / (1 - rate), 0).astype(weights.dtype)

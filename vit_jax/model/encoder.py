@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
-# Which values the forward pass saves. The backward pass computes all other values again. None saves
-# all values.
+# Which values the forward pass saves, by the value of `model.remat`. The backward pass computes all
+# other values again. None saves all values.
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -25,7 +25,7 @@ class Encoder(nn.Module):
       first block to this block's rate.
     depth: number of blocks.
     final_norm: whether a LayerNorm follows the last block.
-    remat: one of `REMAT`.
+    remat: which values are saved for the backward pass, one of `REMAT`.
   """
 
   block: Block
@@ -49,7 +49,8 @@ class Encoder(nn.Module):
         depend on this index. None at inference.
       rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; `[B, N, E/2]` if the examples
         have different angles. None for no rotation.
-      length_B: number of tokens of each example, which come before its padding. None: no padding.
+      length_B: number of tokens of each example; the tokens after them are padding. None: no
+        padding.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock
     if policy is not None:
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm block: `z' = MSA(LN(z)) + z`, `z'' = MLP(LN(z')) + z'` (equations 2 and 3)."""
+  """Pre-norm block: `z' = MSA(LN(z)) + z`, `z'' = MLP(LN(z')) + z'` (paper, equations 2 and 3)."""
 
   block: Block
 
@@ -76,7 +77,7 @@ class EncoderBlock(nn.Module):
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
     length_B: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the tokens after this block, `[B, N, D]`; `Encoder` has the same arguments."""
+    """Returns the tokens after this block, `[B, N, D]`; the arguments are those of `Encoder`."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE, length_B)
@@ -87,7 +88,10 @@ class EncoderBlock(nn.Module):
     return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
 
   def residual(self, y_BND: jax.Array, example_B: jax.Array | None, name: str) -> jax.Array:
-    """Applies dropout, LayerScale (Touvron et al. 2021, 2103.17239, eq. 4), stochastic depth."""
+    """Returns the output of a residual branch after dropout, LayerScale and stochastic depth.
+
+    LayerScale (Touvron et al. 2021, 2103.17239, equation 4) has the parameter `name`.
+    """
     y_BND = Dropout(self.block.dropout)(y_BND, example_B)
     if self.block.layer_scale is not None:
       init = nn.initializers.constant(self.block.layer_scale)
@@ -101,13 +105,17 @@ def kept(
   seen_BS: jax.Array,
   prefix: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-  """Drops patches: returns tokens `[B, prefix + S, D]` and their angles, `[B, prefix + S, E/2]`.
+  """Drops the tokens of all patches except the patches `seen_BS`.
 
   Args:
-    x_BND: tokens of all patches, after `prefix` other tokens, which are kept.
-    rope_NE: cosine and sine of the rotary angles of these tokens, or None.
-    seen_BS: numbers of the patches to keep.
+    x_BND: all tokens: `prefix` other tokens, which are kept, then the patches.
+    rope_NE: cosine and sine of the rotary angles of these tokens, `[N, E/2]` each, or None.
+    seen_BS: indices of the S patches to keep in each image, counted from 0 at the first patch.
     prefix: number of tokens before the patches.
+
+  Returns:
+    The tokens `[B, prefix + S, D]`, and cosine and sine for them, `[B, prefix + S, E/2]` each, or
+    None.
   """
   before_BP = jnp.broadcast_to(jnp.arange(prefix), (len(seen_BS), prefix))
   place_BT = jnp.concatenate([before_BP, prefix + seen_BS], axis=1)
@@ -116,10 +124,10 @@ def kept(
 
 
 def block_tokens(model: nn.Module, params: dict, image_BHWC: jax.Array) -> list[jax.Array]:
-  """Returns the tokens `[B, N, D]` after each block, in order, without the last LayerNorm.
+  """Returns a list with the tokens `[B, N, D]` after each block, before the last LayerNorm.
 
   Args:
-    model: the model that the blocks belong to.
+    model: a `ViT`.
     params: the model's parameters.
     image_BHWC: normalised images.
   """

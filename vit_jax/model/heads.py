@@ -1,13 +1,13 @@
-"""Heads: one that classifies by the nearest training images, and heads without their model.
+"""The k-NN head, which classifies by the nearest training images, and `head_logits` for all heads.
 
 The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
 values of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
 with the highest cosine similarity vote for their class with the weight exp(similarity / 0.07).
 
 Decisions:
-  * The stored features and labels are parameters, so checkpoints, inference and programs need no
-    further code. They are stored as float32, like all parameters.
-  * Logits are logarithms of the votes. So the softmax gives each class its share of the votes.
+  * The stored features and labels are parameters, so checkpoints, inference and exported
+    programs need no extra code. They are stored as float32, like all parameters.
+  * Logits are logarithms of the votes. So softmax returns the share of the votes for each class.
 """
 
 from flax import linen as nn
@@ -18,7 +18,7 @@ from vit_jax.model.layers import Dense
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-LOWEST = 1e-12  # vote of a class without neighbours, relative to the nearest neighbour
+LOWEST = 1e-12  # smallest sum of votes of a class; the vote of the nearest neighbour is 1
 
 
 class KnnHead(nn.Module):
@@ -26,7 +26,7 @@ class KnnHead(nn.Module):
 
   Attributes:
     num_classes: L, number of classes.
-    examples: M, number of stored training images.
+    examples: M, number of stored training images, including padding rows.
   """
 
   num_classes: int
@@ -43,13 +43,15 @@ class KnnHead(nn.Module):
 def knn_logits(
   x_BD: jax.Array, feature_MD: jax.Array, label_M: jax.Array, num_classes: int
 ) -> jax.Array:
-  """Returns the logarithm of each class's votes, `[B, L]`.
+  """Returns the logits `[B, L]` of the k-NN classifier: the logarithm of the votes for each class.
+
+  Votes are divided by the vote of the nearest training image, which does not change the softmax.
 
   Args:
     x_BD: features of the images to classify.
     feature_MD: features of the training images, scaled to length 1.
-    label_M: their labels; a row with the label -1 is padding and has no vote.
-    num_classes: L.
+    label_M: class of each training image. The class -1 marks a row of padding, which has no vote.
+    num_classes: L, number of classes.
   """
   similarity_BM = jnp.matmul(
     unit(x_BD.astype(jnp.float32)), feature_MD.T, precision=jax.lax.Precision.HIGHEST
@@ -63,12 +65,12 @@ def knn_logits(
 
 
 def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Array:
-  """Returns the logits `[B, L]` of a model's head for its input, the features `[B, D]`.
+  """Returns the logits `[B, L]` that the head of a model computes from features `[B, D]`.
 
   Args:
     model: a `ViT` with a head.
     head: parameters of the head.
-    feature_BD: features; with `model.cosine`, each row has the norm 1.
+    feature_BD: inputs of the head; with `model.cosine`, each row must have length 1.
   """
   if model.examples is not None:
     return knn_logits(feature_BD, head['feature'], head['label'], model.num_classes)
@@ -76,5 +78,5 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
 
 
 def unit(x_ND: jax.Array) -> jax.Array:
-  """Returns vectors scaled to length 1, so that products are cosine similarities."""
+  """Scales vectors to length 1, so that their inner products are cosine similarities."""
   return x_ND / jnp.maximum(jnp.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)

@@ -61,6 +61,10 @@ class Dense(nn.Module):
   Attributes:
     features: shape of the output's last axes; the kernel's shape is `[*inputs, *features]`.
     axes: number of axes of x, counted from the last, that the product sums over.
+    use_bias: whether b is added.
+    dtype: type of the computation; parameters are float32.
+    kernel_init: initializer of the kernel; it receives the two-dimensional shape of the kernel.
+    bias_init: initializer of the bias.
   """
 
   features: tuple[int, ...]
@@ -82,7 +86,7 @@ class Dense(nn.Module):
     return y.reshape(*batch, *self.features)
 
   def weights(self, inputs: tuple[int, ...]) -> jax.Array:
-    """Returns the kernel for inputs of this shape, `[*inputs, *features]`."""
+    """Returns the kernel `[*inputs, *features]`, where `inputs` are the last axes of x."""
     matrix = math.prod(inputs), math.prod(self.features)
 
     def init_kernel(key, shape):
@@ -103,7 +107,10 @@ class Dropout(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
-    """Applies dropout to `x`, `[B, ...]`; `Encoder` describes `example_B`."""
+    """Returns `x`, `[B, ...]`, after dropout; if `example_B` is None, `x` is returned unchanged.
+
+    `example_B` is the index of each example in the batch of all devices, which selects its mask.
+    """
     if example_B is None or self.rate == 0:
       return x
     key = self.make_rng('dropout')
@@ -116,9 +123,10 @@ class Dropout(nn.Module):
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-  """Draws which values dropout keeps. The rate is rounded to a multiple of 2^-16.
+  """Returns a random mask, bool of the given shape: True for values that dropout keeps.
 
-  Random numbers are a large part of the cost of dropout, so each one serves two values.
+  The rate is rounded to a multiple of 2^-16. Random numbers are a large part of the cost of
+  dropout, so each 32-bit number decides about two values.
   """
   *outer, inner = shape
   word = jax.random.bits(key, (*outer, -(-inner // 2)), jnp.uint32)
@@ -127,10 +135,10 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Multi-head attention (paper, Appendix A).
+  """Multi-head attention (paper, Appendix A), with one output `[D]` for each query token.
 
-  Keys and values come from `x_BND`. Queries come from `query_BND`; if it is None, from `x_BND`.
-  `Encoder` describes the other arguments.
+  Keys and values come from `x_BND`. Queries come from `query_BND`, or from `x_BND` if `query_BND`
+  is None. `Encoder` describes the other arguments.
   """
 
   block: Block
@@ -167,7 +175,7 @@ class Attention(nn.Module):
     if self.is_mutable_collection('intermediates'):
       weights_BKNN = attention.attention_weights(query_BNKE, key_BNKE, length_B)
       self.sow('intermediates', 'attention_BKNN', weights_BKNN)
-      choice = 'plain'  # which computes the same weights, so XLA computes them once
+      choice = 'plain'  # `plain` uses the same weights, so XLA computes them only once
     if length_B is not None:
       y_BNKE = attention.padded(query_BNKE, key_BNKE, value_BNKE, length_B)
     else:
@@ -179,32 +187,33 @@ class Attention(nn.Module):
 
 
 def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns `f(x W)` (paper, Section 3.1), where f is the activation: `[B, N, M]`."""
+  """Returns the hidden units `f(x W + b)` (paper, Section 3.1; f: activation): `[B, N, M]`."""
   return ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
 
 
 def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns `f(x W) * (x V)` (Shazeer 2020, 2002.05202, equation 6): `[B, N, M]`.
+  """Returns the hidden units `f(x W + b) * (x V + c)` of a gated MLP: `[B, N, M]`.
 
-  With the activation `silu` this is SwiGLU, and with `gelu` it is GEGLU.
+  f is the activation: `silu` gives SwiGLU, and `gelu` gives GEGLU (Shazeer 2020, 2002.05202,
+  equation 6, where the MLPs have no biases).
   """
   gate_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='gate')(x_BND))
   return gate_BNM * dense((block.mlp_dim,), name='up')(x_BND)
 
 
 def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns the normalised `gated_units` (Fang et al. 2023, 2303.11331, Section 2.1)."""
+  """Returns `gated_units` after a LayerNorm (Fang et al. 2023, 2303.11331, 2.1): `[B, N, M]`."""
   norm = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='hidden_norm')
   return norm(gated_units(block, dense, x_BND))
 
 
 # How an MLP computes its hidden units: `(block, dense, x_BND) -> x_BNM`, called inside the module.
-# `dense(features, name=...)` creates a layer. `ADAPTED` and `TENSOR_AXIS` list the names of layers.
+# `dense(features, name=...)` creates a layer. `ADAPTED` and `TENSOR_AXIS` must list its name.
 MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 
 
 class Mlp(nn.Module):
-  """An MLP: the hidden units that `block.mlp` names, and a linear layer (paper, Section 3.1)."""
+  """The MLP of a block: hidden units of the kind `block.mlp`, then a linear layer back to `[D]`."""
 
   block: Block
 

@@ -4,9 +4,9 @@ Decisions:
   * The embedding is resized by the pseudo-inverse of FlexiViT (Beyer et al. 2022, 2212.08013,
     Section 3.4), never by interpolating its weights. Interpolated weights would change the scale of
     the tokens.
-  * The images are thought to be resized as `RESIZES['bilinear']` does it, with antialiasing.
-  * The positions of images of different shapes are computed on the host, by the same functions of
-    `POSITIONS` as for an image alone. So every entry of the table can be used.
+  * The embedding is resized as if images were resized by `RESIZES['bilinear']`, with antialiasing.
+  * If a batch has images of different shapes, their positions are computed on the host, with the
+    functions in `POSITIONS`. So every position embedding can be used.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Array = np.ndarray | jax.Array
 
 
 def cut(image_BHWC: Array, patch_size: Size) -> Array:
-  """Cuts images into patches, row by row: `[B, h, w, p, q, C]`.
+  """Cuts images into patches of p x q pixels: returns `[B, h, w, p, q, C]`.
 
   Raises:
     ValueError: the patch size does not divide the image size.
@@ -57,10 +57,11 @@ def as_size(size: Size) -> str:
 
 @functools.cache
 def resize_matrix(size: int, new: int) -> np.ndarray:
-  """Returns the matrix B that resizes a line of pixels linearly with antialiasing: `[new, size]`.
+  """Returns the matrix `[new, size]` that resizes a line of `size` pixels to `new` pixels.
 
-  Pixels have half-pixel centres. If the line becomes shorter, the triangle of linear interpolation
-  is widened to cover all pixels. At the border, the weights are scaled to sum to 1.
+  The interpolation is linear with antialiasing and half-pixel centres. If the line becomes shorter,
+  the triangle of linear interpolation is widened to cover all pixels. At the border, the weights
+  are scaled to sum to 1.
   """
   ratio = size / new
   centre_N1 = (np.arange(new)[:, None] + 0.5) * ratio - 0.5
@@ -72,10 +73,11 @@ def resize_matrix(size: int, new: int) -> np.ndarray:
 def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
   """Resizes the kernel of a patch embedding to another patch size (FlexiViT's PI-resize).
 
-  Let `B x` be the resized patch x. The new weights `w' = (B^T)^+ w` minimise the mean square of
-  `<x, w> - <B x, w'>` over standard normal patches x (Section 3.4 and Appendix A of the paper). If
-  the patches become larger, the difference is zero for every x, so resized images have the same
-  tokens. B acts on rows and columns separately, and so does its pseudo-inverse.
+  Let `B x` be the patch x, resized by `resize_matrix` along both axes. The new weights
+  `w' = (B^T)^+ w` minimise the mean square of `<x, w> - <B x, w'>` over standard normal patches x
+  (Section 3.4 and Appendix A of the paper). If the patches become larger, this difference is zero
+  for every x, so resized images have the same tokens. B acts on rows and columns separately, and so
+  does the pseudo-inverse of B.
 
   Args:
     kernel_pqCD: weights for patches of p x q pixels.
@@ -121,11 +123,11 @@ class Padded:
   """Images of different shapes: the patches of each image, padded to the same number N.
 
   Attributes:
-    patch_BNpqC: patches of each image, row by row, and its padding after them.
+    patch_BNpqC: patches of each image, row by row, then padding.
     count_B: number of patches of each image, int32.
-    positions: table and angles of the position embedding, as `Position` describes them, for the
-      grid of each image. Both are padded, and have the batch as their first axis. None if the
-      embedding has no table or no angles.
+    positions: `(table, angles)` of the position embedding, as `Position` describes them, for the
+      grid of each image. Each array has the batch as its first axis, and padding for N patches.
+      None stands for a missing table or missing angles.
   """
 
   patch_BNpqC: Array
@@ -152,7 +154,7 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
   """Returns the grid of patches (down, across) for an image that keeps its aspect ratio.
 
   The image is scaled by the largest factor at which at most `most` patches cover it, as in SigLIP 2
-  (Tschannen et al. 2025, 2502.14786, Section 2.5). Its sides are then stretched to multiples of the
+  (Tschannen et al. 2025, 2502.14786, Section 2.5). Then each side is stretched to a multiple of the
   patch size, by less than a patch.
 
   Args:
@@ -171,13 +173,13 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
 
 
 class Packer:
-  """Pads images of different shapes for a model; it can be called in several threads."""
+  """Pads images of different shapes to one number of patches; threads can share a packer."""
 
   def __init__(self, model: nn.Module, params: dict, most: int):
     """Creates a packer.
 
     Args:
-      model: the model, with `position_grid`, the grid that its positions are for.
+      model: the model. Its `position_grid` must be the grid that the positions are for.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 
@@ -190,7 +192,7 @@ class Packer:
     self._model, self._lock, self._positions = model.bind({'params': params}), threading.Lock(), {}
 
   def __call__(self, images: Sequence[np.ndarray]) -> Padded:
-    """Returns the images `[H, W, C]`, whose sides are multiples of the patch size, as `Padded`."""
+    """Returns a batch of images `[H, W, C]` as `Padded`; the patch size must divide their sides."""
     rows = [self.row(image_HWC) for image_HWC in images]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
@@ -205,7 +207,7 @@ class Packer:
     return Padded(patch_NpqC, np.int32(h * w), self.positions((h, w)))
 
   def positions(self, grid: Size) -> tuple:
-    """Returns the padded positions of a grid, as in `Padded`, without a batch axis."""
+    """Returns `Padded.positions` for one image with this grid of patches, without a batch axis."""
     with self._lock:
       if grid not in self._positions:
         missing = self.most - grid[0] * grid[1]

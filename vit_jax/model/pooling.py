@@ -17,14 +17,14 @@ from vit_jax.model.layers import Attention, Block, Mlp
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """A pooling method with everything that the project must know about it.
+  """A pooling method, an entry of `POOLS`, and its properties.
 
   Attributes:
     function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
       class token (if present), registers, patches. The vector can have any width.
     padded: whether the function has a third argument, `length_B`: the number of tokens of each
-      image, which come before its padding; None without padding. Only such a pool can be used for
-      images of different shapes in one batch.
+      image. The tokens after them are padding; None means no padding. Only such a pool can be used
+      for images of different shapes in one batch.
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
@@ -53,7 +53,10 @@ class Pool:
 
 
 class MapHead(nn.Module):
-  """Multi-head attention pooling with one learned query (Zhai et al. 2021, 2106.04560, 3.1)."""
+  """Multi-head attention pooling with one learned query, `[B, N, D]` to `[B, D]`.
+
+  The layer is described in Section 3.1 of Zhai et al. 2021 (2106.04560).
+  """
 
   block: Block
 
@@ -68,12 +71,12 @@ class MapHead(nn.Module):
 
 
 def first(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Returns the first token: `[B, D]`."""
+  """Returns the first token, which is the class token: `[B, D]`."""
   return x_BND[:, 0]
 
 
 def map_pool(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Applies a `MapHead` with the model's sizes to the patches: `[B, D]`."""
+  """Returns the patches, pooled by a `MapHead` with the model's sizes: `[B, D]`."""
   fields = dict(qkv_bias=True, key_bias=None, qk_norm=False, out_norm=False, mlp='plain')
   block = dataclasses.replace(model.block, **fields)
   patches_B = None if length_B is None else length_B - model.num_prefix
@@ -81,13 +84,17 @@ def map_pool(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = No
 
 
 def map_probe(model: nn.Module, sown: Mapping) -> jax.Array:
-  """Returns the attention of the `MapHead` query, `[B, K, N]`: 0 for tokens before the patches."""
+  """Returns the attention weights of the query of the `MapHead`: `[B, K, N]`.
+
+  The weights of tokens before the patches are 0. `sown` is the collection `intermediates` that the
+  model returns.
+  """
   (share_BK1P,) = sown['map']['attention']['attention_BKNN']
   return jnp.pad(share_BK1P[:, :, 0], [(0, 0), (0, 0), (model.num_prefix, 0)])
 
 
 def patch_mean(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Returns the mean of the patches: `[B, D]`."""
+  """Returns the mean of the patch tokens, without padding: `[B, D]`."""
   x_BPD = x_BND[:, model.num_prefix :]
   if length_B is None:
     return x_BPD.mean(axis=1)
@@ -100,12 +107,12 @@ def patch_mean(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = 
 def first_and_mean(
   model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None
 ) -> jax.Array:
-  """Returns the first token, followed by the mean of the patches: `[B, 2 D]`."""
+  """Returns the class token, followed by the mean of the patch tokens: `[B, 2 D]`."""
   return jnp.concatenate([x_BND[:, 0], patch_mean(model, x_BND, length_B)], axis=-1)
 
 
 def first_two(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Returns the first two tokens: `[B, 2 D]`."""
+  """Returns the class token, followed by the first register: `[B, 2 D]`."""
   return jnp.concatenate([x_BND[:, 0], x_BND[:, 1]], axis=-1)
 
 
@@ -164,7 +171,11 @@ def pooled(model: nn.Module) -> nn.Module:
 
 
 def without_pool(model: nn.Module) -> nn.Module:
-  """Returns the model without its pool and what follows it; its output is normalised tokens."""
+  """Returns a model that outputs all tokens `[B, N, D]`: it has the pool `none` and no head.
+
+  The new model has no pre-logits layer and no projection either. The last LayerNorm normalises the
+  tokens, even if it follows the pooling in `model`.
+  """
   later = dict(representation_size=None, projection=None, num_classes=None)
   # By default, the pool `none` has no class token.
   return model.clone(pool='none', class_token=model.has_class, **later)

@@ -22,11 +22,11 @@ Array = np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-  """A position embedding with everything that the project must know about it.
+  """A position embedding, an entry of `POSITIONS`, and its properties.
 
   `table` and `angles` receive the bound model and two grids, each as patches (down, across). `grid`
-  is the image's grid. `whole` is the grid that the positions were made for. The two grids differ
-  only for images of a different size, and the positions are then stretched to the image. Use
+  is the grid of the image. `whole` is the grid that the positions were made for. The two grids
+  differ only for images of a different size. The positions are then stretched to the image. Use
   `model.learned(name, init, shape)` to get a learned parameter.
 
   Attributes:
@@ -38,7 +38,7 @@ class Position:
       that resizes the parameter to another grid when weights are loaded:
       `(leaves, model, own grid, grid, method) -> leaves`. The method is one of `RESIZES`. None
       instead of a function means that the parameter does not depend on the grid.
-    check: raises ValueError if the embedding does not fit the model's sizes.
+    check: `(model)` raises ValueError if the embedding does not fit the model's sizes.
     caption: name of this embedding in the caption of the figure `positions.png`.
   """
 
@@ -65,7 +65,13 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
   """Returns fixed 2-D sine-cosine positions `[1, h w, D]` (Beyer et al. 2022, 2205.01580).
 
   The four quarters of the width are: sine of the column, cosine of the column, sine of the row,
-  cosine of the row. If `whole` is given, rows and columns are measured in that grid.
+  cosine of the row.
+
+  Args:
+    h: number of rows of patches.
+    w: number of columns of patches.
+    width: D, a multiple of 4.
+    whole: grid whose patches are the unit of rows and columns, as in `coordinates`; None: (h, w).
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))
@@ -77,8 +83,13 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
 def rope_angles(model: nn.Module, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
-  The first half of the angles depends on the row y of a patch, the second half on its column x.
-  The tokens before the patches have angle 0, so they have no position.
+  The first half of the angles depends on the row y of a patch, the second half on the column x. The
+  tokens before the patches have angle 0, so they have no position.
+
+  Args:
+    model: the model, which defines the base of the frequencies and E.
+    y: row coordinate of each patch, `[h, w]`.
+    x: column coordinate of each patch, `[h, w]`.
   """
   quarter = model.head_size // 4
   frequency = model.rope_theta ** (-np.arange(quarter) / quarter)
@@ -88,7 +99,7 @@ def rope_angles(model: nn.Module, y: np.ndarray, x: np.ndarray) -> tuple[np.ndar
 
 
 def patch_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `rope_angles` with coordinates in patches of `whole`."""
+  """Returns `rope_angles` with coordinates in patches of the grid `whole`."""
   return rope_angles(model, *coordinates(grid, whole))
 
 
@@ -104,8 +115,8 @@ def unit_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, 
 def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Returns `rope_angles` as in EVA-02 (Fang et al. 2023, 2303.11331, Section 2.1).
 
-  Coordinates are those of a patch's corner. Their unit is a patch of `model.rope_grid`, or of
-  `whole` if this is None.
+  Each patch has the coordinates of its top left corner. The unit is a patch of `model.rope_grid`,
+  or of `whole` if `model.rope_grid` is None.
   """
   sizes = model.rope_grid or whole
   rows, columns = (np.arange(n) * (size / n) for n, size in zip(grid, sizes))
@@ -115,7 +126,7 @@ def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
   """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token.
 
-  The angles can differ between examples: `[B, N, E/2]`.
+  `cos_NE` and `sin_NE` are `[N, E/2]`, or `[B, N, E/2]` if examples have different angles.
   """
   cos, sin = cos_NE[..., None, :], sin_NE[..., None, :]
   a, b = jnp.split(x_BNKE.astype(jnp.float32), 2, axis=-1)
@@ -153,7 +164,7 @@ def resize_positions(
 
 
 def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Interpolates linearly so that corners map to corners, like `scipy.ndimage.zoom(order=1)`."""
+  """Resizes a table to `grid` linearly, corners to corners, like `scipy.ndimage.zoom(order=1)`."""
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]
     where = np.linspace(0, size - 1, wanted)
@@ -165,7 +176,10 @@ def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def antialiased(method: str):
-  """Returns a resize function with half-pixel centres and antialiasing, as in PyTorch."""
+  """Returns a function `(table_hwD, grid) -> table` that resizes with antialiasing, as PyTorch.
+
+  `method` is a method of `jax.image.resize`, which uses half-pixel centres.
+  """
 
   def function(table_hwD, grid):
     return jax.image.resize(table_hwD, (*grid, table_hwD.shape[-1]), method, antialias=True)
@@ -174,7 +188,7 @@ def antialiased(method: str):
 
 
 def cubic(table_hwD, grid):
-  """Interpolates like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
+  """Resizes a table to `grid` like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
 
   This is PyTorch's bicubic method without antialiasing: a cubic convolution with a = -0.75 (Keys
   1981, equation 15, where a = -0.5).
@@ -205,7 +219,9 @@ RESIZES = {
 
 
 def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
-  """Returns the parameter `pos_embedding` (paper, equation 1) for this grid: `[1, P + h w, D]`.
+  """Returns the learned positions (paper, equation 1), resized to `grid`: `[1, P + h w, D]`.
+
+  The parameter `pos_embedding` holds the positions for the grid `whole`.
 
   Raises:
     ValueError: the given parameters belong to another grid.
@@ -230,7 +246,7 @@ def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
 def resize_learned(
   position_1ND: Array, model: nn.Module, own_grid: Grid, grid: Grid, method: str
 ) -> Array:
-  """Resizes the `pos_embedding` of loaded weights to another grid."""
+  """Resizes the `pos_embedding` of loaded weights from `own_grid` to `grid`."""
   return resize_positions(position_1ND, own_grid, grid, model.num_positions, method)
 
 
@@ -241,7 +257,7 @@ def check_width(model: nn.Module) -> None:
 
 
 def check_rotation(model: nn.Module) -> None:
-  """Raises ValueError if the head size, base or grid does not fit rotary positions."""
+  """Raises ValueError if the head size or `rope_theta` does not fit rotary positions."""
   if model.head_size % 4:
     raise ValueError(
       f'model.position={model.position} needs a head size divisible by 4, got {model.head_size}. '
@@ -274,7 +290,7 @@ POSITIONS = {
   'none': Position(),
 }
 
-# Number of learned positions for tokens before the patches.
+# Functions `(model) -> number of learned positions for tokens before the patches`.
 POSITION_PREFIXES = {
   'cls': lambda model: int(model.has_class),
   'none': lambda model: 0,

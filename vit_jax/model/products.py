@@ -15,7 +15,7 @@ NARROW = 256  # with more outputs, transposing the kernel costs more time than i
 
 
 def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns `x W`, `[N, O]`, written so that its gradient is fast too.
+  """Returns `x W`, `[N, O]`, computed so that the gradient is also fast on CPUs.
 
   The gradient of the kernel is `x^T dy`. If the kernel has few outputs, and more inputs than
   outputs, XLA's CPU backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA
@@ -33,7 +33,7 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def with_stored_transposes(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns `x W`. Its gradient stores `x^T` and `W^T` before it multiplies them."""
+  """Returns `x W`, `[N, O]`; the backward pass stores `x^T` and `W^T` before it multiplies them."""
   return x_NI @ kernel_IO
 
 
@@ -50,7 +50,7 @@ with_stored_transposes.defvjp(product_forward, product_backward)
 
 
 def wants_stored(dtype: jnp.dtype) -> bool:
-  """Returns whether transposed operands of this type should be stored with `stored_transpose`.
+  """Returns whether transposed operands of this type should be copied by `stored_transpose`.
 
   With bfloat16, XLA's CPU backend uses fast instructions such as AMX from JAX 0.12 on, but only if
   no operand is a transposed view.
@@ -59,5 +59,5 @@ def wants_stored(dtype: jnp.dtype) -> bool:
 
 
 def stored_transpose(x: jax.Array) -> jax.Array:
-  """Returns the array with its last two axes exchanged, stored in this order."""
+  """Swaps the last two axes of an array, and stores the result in row-major order."""
   return with_layout_constraint(jnp.swapaxes(x, -1, -2), Layout(tuple(range(x.ndim))))

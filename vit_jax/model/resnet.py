@@ -21,7 +21,14 @@ def stem_stride(stages: tuple[int, ...]) -> int:
 
 
 class StdConv(nn.Module):
-  """A convolution without bias whose kernel is standardised (Qiao et al. 2019, 1903.10520)."""
+  """A convolution without bias whose kernel is standardised (Qiao et al. 2019, 1903.10520).
+
+  Attributes:
+    features: number of output channels.
+    size: height and width of the kernel.
+    stride: factor by which height and width are reduced.
+    dtype: type of the computation.
+  """
 
   features: int
   size: int
@@ -44,7 +51,11 @@ class StdConv(nn.Module):
 
 
 class Unit(nn.Module):
-  """A bottleneck: adds the output of 1x1, 3x3 and 1x1 convolutions to the (projected) input."""
+  """A bottleneck: adds the output of 1x1, 3x3 and 1x1 convolutions to the (projected) input.
+
+  The 3x3 convolution has `features` channels, and the output has `4 * features`. `stride` is the
+  factor by which height and width are reduced.
+  """
 
   features: int
   stride: int = 1
@@ -69,7 +80,10 @@ class Unit(nn.Module):
 
 
 class Stage(nn.Module):
-  """A sequence of units with the same width; the first unit can reduce the feature map."""
+  """A sequence of units with the same width.
+
+  The first unit reduces height and width by the factor `stride`.
+  """
 
   units: int
   features: int
@@ -85,11 +99,11 @@ class Stage(nn.Module):
 
 
 class Stem(nn.Module):
-  """The root block and the stages: `[B, H, W, C]` to `[B, H/stride, W/stride, C']`.
+  """The root block and the stages: `[B, H, W, C]` to `[B, H/s, W/s, C']`; s is `stem_stride`.
 
   Attributes:
     stages: number of units in each stage; an empty tuple means the root alone.
-    width: channels of the root; stage i has `4 * width * 2^i` channels.
+    width: number of channels of the root; stage i = 0, 1, ... has `4 * width * 2^i` channels.
   """
 
   stages: tuple[int, ...]

@@ -102,11 +102,13 @@ def variant_fields(variant: str) -> dict:
 
 
 def stretched(model: ViT, size: tuple[int, int], patch_size: tuple[int, int]) -> ViT:
-  """Returns a model for the same parameters, with another grid of patches or another patch size.
+  """Returns a model that uses the same parameters for images and patches of other sizes.
+
+  The new model stretches positions to the grid of each image, and resizes the patch embedding.
 
   Args:
     model: the model.
-    size: (height, width) of the images that its parameters are for.
+    size: (height, width) of the images that the parameters of `model` are for.
     patch_size: (height, width) of the new patches.
 
   Raises:
@@ -187,7 +189,7 @@ def check_patches(model: ViT) -> None:
 
 
 def check_pool(model: ViT) -> None:
-  """Raises ValueError if the model lacks a token that its pool reads."""
+  """Raises ValueError if the pool does not fit the tokens or the head of the model."""
   pool = POOLS[model.pool]
   if pool.class_token and not model.has_class:
     raise ValueError(
@@ -208,11 +210,16 @@ def check_pool(model: ViT) -> None:
 
 
 def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that `POSITIONS`, `POOLS` and `ADAPTED` list the parameters that these parts create.
+  """Checks that the registries list every parameter of position embedding, pool and MLP.
+
+  Args:
+    model: the model.
+    image_shape: (H, W, C) of an input image.
 
   Raises:
-    ValueError: the model does not fit the images. Or a position embedding or pooling creates a
-      parameter that its registry entry does not list. Or `ADAPTED` lacks a layer of the MLP.
+    ValueError: the model does not fit the images. Or a position embedding or a pool creates a
+      parameter that its entry in `POSITIONS` or `POOLS` does not list. Or `ADAPTED` lacks a layer
+      of the MLP.
   """
   model = model.clone(depth=1)  # all blocks have the same parameters
   image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

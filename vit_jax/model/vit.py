@@ -128,10 +128,12 @@ class ViT(nn.Module):
 
   @property
   def head_size(self) -> int:
+    """Size E of a head."""
     return self.head_dim or self.width // self.num_heads
 
   @property
   def has_class(self) -> bool:
+    """Whether the model has a class token."""
     pool = choose('model.pool', self.pool, POOLS)
     return pool.class_token if self.class_token is None else self.class_token
 
@@ -147,7 +149,7 @@ class ViT(nn.Module):
 
   @property
   def block(self) -> Block:
-    """Description of the last block."""
+    """The settings of the last block."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)}
     return Block(**fields | {'head_dim': self.head_size})
 
@@ -168,7 +170,7 @@ class ViT(nn.Module):
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: index of each example in the batch of all devices. Random numbers for an example
         depend on this index. The default is `0..B-1`.
-      seen_BS: numbers of the patches that the blocks compute, row by row from 0. Other patches are
+      seen_BS: indices of the S patches that the blocks see, row by row from 0. Other patches are
         dropped after their positions are added. None: all patches.
 
     Returns:
@@ -214,10 +216,7 @@ class ViT(nn.Module):
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def cut(self, image_BHWC: jax.Array) -> jax.Array:
-    """Splits images into patches, `[B, h, w, p, q, C]`.
-
-    In a hybrid, the patches are taken from the stem's feature map.
-    """
+    """Cuts images, or in a hybrid the stem's feature map, into patches `[B, h, w, p, q, C]`."""
     if len(image_BHWC.shape) != 4:
       raise ValueError(
         f'images: expected the shape [B, H, W, C], got {image_BHWC.shape}. One image needs a batch '
@@ -233,12 +232,11 @@ class ViT(nn.Module):
   def tokens(
     self, image_BHWC: jax.Array | Padded
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Embeds patches, and adds positions, class token and registers (equation 1).
+    """Returns the tokens `[B, N, D]` before the first block (equation 1), and RoPE's angles.
 
-    Returns the tokens `[B, N, D]` and RoPE's angles.
-
-    The class token comes first, then the registers, then the patches. Whether the tokens before the
-    patches have positions depends on the entry of `POSITIONS`. The angles are None without RoPE.
+    The class token comes first, then the registers, then the patches. The table of the
+    position embedding decides which tokens before the patches have positions. The angles are cosine
+    and sine, `[N, E/2]` each; None without RoPE.
     """
     if isinstance(image_BHWC, Padded):
       patch_BNpqC, positions = image_BHWC.patch_BNpqC, lambda: image_BHWC.positions
@@ -275,15 +273,15 @@ class ViT(nn.Module):
     return jnp.concatenate([*prefix, x_BND], axis=1), rope_NE
 
   def positions(self, grid: tuple[int, int]) -> tuple:
-    """Returns the table and the angles of the position embedding for a grid; None if it has none.
+    """Returns `(table, angles)` of the position embedding for a grid (down, across) of patches.
 
-    `Position` describes both.
+    `Position` describes both. A missing table, or missing angles, are None.
     """
     position, whole = POSITIONS[self.position], self.position_grid or grid
     return tuple(make and make(self, grid, whole) for make in (position.table, position.angles))
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter. Unlike `param`, this also works in a model made by `bind`."""
+    """Returns a top-level parameter. Unlike `param`, it also works in a model from `bind`."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 
