@@ -1,4 +1,4 @@
-"""States what a served model knows, and how far its answers can be trusted."""
+"""Describes a served model for visitors: what it was trained on, and how good its answers are."""
 
 from collections.abc import Mapping
 import pathlib
@@ -13,15 +13,16 @@ SHOWN = 30  # maximum number of class names
 
 
 def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns the limits of a model, by title.
+  """Returns what visitors of the page must know about a model, as `{title: Markdown text}`.
 
   Args:
     exp: the experiment of the weights.
     step: step of the checkpoint; None for weights without a run.
-    workdir: folder of the run, whose `eval.json` has the accuracy; None without a run.
+    workdir: folder of the run. Its `eval.json`, if there is one, contains the accuracy. None for
+      weights without a run.
   """
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
-  # An accuracy on other data, or for images of other sizes, does not describe the page.
+  # Use only an accuracy that was measured on the same step, data and image size as the page.
   own = measured.get('step') == step and not measured.keys() & {'max_patches', 'overrides'}
   own = own and measured.get('source') == exp.config.data.source
   height, width = exp.task.stored_size
@@ -36,12 +37,12 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
 
 
 def escaped(text: str) -> str:
-  """Escapes the characters of a text that have a meaning in Markdown, and line breaks."""
+  """Returns a text in which Markdown's special characters and line breaks are escaped."""
   return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', one_line(text))
 
 
 def classes_text(exp: Experiment) -> str:
-  """Returns the classes, and what happens to an image of anything else."""
+  """Returns sentences that list the classes and describe the answer for any other image."""
   names = exp.task.class_names
   more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
   listed = (
@@ -53,7 +54,13 @@ def classes_text(exp: Experiment) -> str:
 
 
 def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
-  """Returns the result of `--mode=eval`; without a result, how to measure it."""
+  """Returns a sentence with the measured accuracy, or one that explains how to measure it.
+
+  Args:
+    measured: contents of `eval.json`; empty if the accuracy was not measured.
+    multi_label: whether images can have several labels. The measure is then the mean average
+      precision.
+  """
   try:
     on = f'on the {measured["examples"]:,} images of `{one_line(measured["split"])}`'
     if multi_label:
@@ -65,7 +72,7 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
 
 
 def probabilities_text(exp: Experiment) -> str:
-  """Returns whether the probabilities are calibrated, and how labels are chosen."""
+  """Returns a sentence on how probabilities are calibrated, or on how thresholds give labels."""
   found = exp.calibration
   on = f'{found.examples:,} validation images'
   if exp.task.multi_label:

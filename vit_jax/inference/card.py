@@ -24,7 +24,7 @@ from vit_jax.weights import (
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-SHOWN = 100  # maximum number of classes in the card, if another file lists all of them
+SHOWN = 100  # maximum number of classes in the card, if another exported file lists all classes
 
 
 def write_card(
@@ -39,13 +39,13 @@ def write_card(
   Args:
     format: format of the export, one of `FORMATS`.
     loaded: the weights.
-    source: where the weights were read from.
+    source: path or name that the weights were read from.
     result: contents of the run's `result.json`; None if it does not exist.
     compared: measurements of the exported program and the float32 program; None if the exported
       files are in float32.
   """
   entry = FORMATS[format]
-  if not entry.is_program:  # files are then resized directly to the model's size
+  if not entry.is_program:  # files are then resized directly to the model's input
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -81,7 +81,7 @@ To run the model on an `image.png` in this folder:
 
 
 def front_matter(library: str, model: ViT) -> str:
-  """Returns the YAML header of a card; the Hugging Face Hub reads this header."""
+  """Returns the YAML header of a card, which the Hugging Face Hub reads."""
   task = 'image-feature-extraction' if model.num_classes is None else 'image-classification'
   lines = [f'library_name: {library}', f'pipeline_tag: {task}', 'tags:']
   lines += ['- vision', '- vision-transformer']
@@ -89,7 +89,7 @@ def front_matter(library: str, model: ViT) -> str:
 
 
 def name_of(model: ViT) -> str:
-  """Returns the variant and patch size, e.g. `B/16`; without a variant, width x depth: `64x6/8`."""
+  """Returns variant and patch size, e.g. `B/16`; without a variant, width x depth: `64x6/8`."""
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
@@ -117,7 +117,7 @@ def architecture_text(model: ViT) -> str:
 
 
 def images(p: Preprocessing, channels: int) -> str:
-  """Describes the images that a model takes, and how image files are resized to this form."""
+  """Describes the input images of a model, and how image files are resized to the input size."""
   height, width = p.size
   small = f'{p.stored_size[0]}x{p.stored_size[1]}, enlarged to ' if p.stored_size else ''
   fitted, side = ('stretched', 'each side') if p.stretch else ('cropped', 'the shorter side')
@@ -136,7 +136,7 @@ def pixels_text(p: Preprocessing) -> str:
 
 
 def training(loaded: Pretrained, source: str) -> dict[str, str]:
-  """Returns the rows about the training data, the training length and the initial weights."""
+  """Returns `{name: text}` on the training data, the training length and the initial weights."""
   if loaded.run is None:
     return {'trained on': 'unknown', 'weights': f'read from `{public(source)}`'}
   config, task = loaded.run['config'], loaded.run['task']
@@ -157,7 +157,7 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
 
 
 def source_text(data: Mapping, count: int) -> str:
-  """Describes training data: the source, the split and the number of images."""
+  """Describes training data: the source, the split and the number of images (`count`)."""
   kind, colon, name = data['source'].partition(':')
   return f'`{kind}{colon}{public(name)}`, split `{data["train_split"]}`: {count:,} images'
 
@@ -169,12 +169,16 @@ def public(path: str) -> str:
 
 
 def quality_name(loaded: Pretrained) -> str:
-  """Returns the name of the measure that counts for the labels of the run."""
+  """Returns `mean average precision` if images can have several labels, else `accuracy`."""
   return 'mean average precision' if loaded.multi_label else 'accuracy'
 
 
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
-  """Returns the quality in a run's result; `unknown` if other weights were measured."""
+  """Returns the accuracy or mean average precision of the weights, as text.
+
+  `result` is the content of `result.json`. The text is `unknown` if there is no result, or if the
+  result belongs to a different checkpoint.
+  """
   name = f'test_{quality_name(loaded).replace(" ", "_")}'
   try:
     split, best = result['config']['data']['eval_split'], result.get('best', {})
@@ -186,7 +190,7 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 
 
 def precision_text(compared: Comparison | None) -> str:
-  """Returns the precision of the exported files, and how it was calibrated."""
+  """Returns the precision of the exported files, and the number of images that calibrated it."""
   if compared is None:
     return 'float32'
   on = f', calibrated on {compared.calibrated:,} images' if compared.calibrated else ''
@@ -194,7 +198,7 @@ def precision_text(compared: Comparison | None) -> str:
 
 
 def measured_text(compared: Comparison | None) -> str:
-  """Returns the measured accuracy of the exported program; empty if it is float32."""
+  """Returns the measured quality of the exported program, as text; empty if it is float32."""
   if compared is None:
     return ''
   value = list(compared.found.values())[-1].quality
@@ -202,7 +206,7 @@ def measured_text(compared: Comparison | None) -> str:
 
 
 def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
-  """Returns a table that compares the precisions; empty if the export is float32."""
+  """Returns a Markdown table that compares the precisions; empty if the export is float32."""
   if compared is None:
     return ''
   known = all(one.quality is not None for one in compared.found.values())
@@ -224,7 +228,10 @@ def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
 
 
 def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
-  """Returns the row about the temperature or the thresholds; empty if none was fitted."""
+  """Returns `{name: text}` on how logits become probabilities or labels.
+
+  The dict is empty if softmax applies and no temperature was fitted.
+  """
   found = loaded.calibration
   if found.sigmoid:
     return {'probabilities': 'the sigmoid of each logit; they do not add up to 1'}

@@ -49,7 +49,7 @@ class Part:
     module: name of the module; `block_*/mlp` stands for the MLPs of all blocks.
     parameters: number of parameters.
     gflops: FLOPs of the forward pass for one image, in units of 10^9.
-    activations_mib: activations kept for the backward pass of one image, in MiB.
+    activations_mib: activations that are stored for the backward pass of one image, in MiB.
   """
 
   module: str
@@ -65,12 +65,12 @@ class Summary:
   Attributes:
     exp: the experiment.
     trained: number of parameters that are trained.
-    parts: the modules in the order of the model, then their total.
+    parts: the cost of each module, in the order of the model, then the total.
     train_flops: FLOPs of a training step for one image.
-    teacher: cost of a pass of the teacher, for one image; None if no step runs a teacher.
+    teacher: cost of a forward pass of the teacher for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of `params`, `gradients`, `optimizer`, `averages` and `teacher` on each
-      device.
+    state_bytes: bytes on each device, with the keys `params`, `gradients`, `optimizer`, `averages`
+      and `teacher`.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of these images.
@@ -105,8 +105,9 @@ def measure(
   Args:
     exp: the experiment.
     examples: number of examples in the training split; None if it is unknown.
-    notes: sentences about the assumptions that were made.
-    cycles: last step of each earlier cycle. Setting more epochs for a finished run adds a cycle.
+    notes: sentences about assumptions, for `Summary.notes`.
+    cycles: last step of each earlier cycle of the learning rate. Setting more epochs for a finished
+      run adds a cycle.
 
   Raises:
     ValueError: the batch cannot be divided among this machine's devices.
@@ -155,7 +156,7 @@ def measure(
 
 
 def patch_notes(exp: Experiment) -> list[str]:
-  """Returns the sentence about random patch sizes; none if all steps have the same patch size."""
+  """Returns a list with one sentence on random patch sizes; empty if there is one patch size."""
   sizes = ['x'.join(map(str, size)) for size in exp.patch_sizes]
   if len(sizes) == 1:
     return []
@@ -167,7 +168,13 @@ def patch_notes(exp: Experiment) -> list[str]:
 
 
 def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
-  """Returns the bytes of each part of the state on each device, as in `Summary`."""
+  """Returns `Summary.state_bytes`: the bytes of each part of the training state on each device.
+
+  Args:
+    exp: the experiment.
+    shapes: the training state, with shapes instead of arrays.
+    mesh: the devices.
+  """
   trees = {
     'params': shapes.params,
     'gradients': exp.split(shapes.params)[0],
@@ -179,7 +186,7 @@ def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, in
 
 
 def teacher_part(exp: Experiment) -> Part | None:
-  """Returns the cost of a pass of the teacher for one image; None if no step runs a teacher."""
+  """Returns the cost of the teacher's forward pass for one image; None if no step runs it."""
   if not runs_teacher(exp):
     return None
   teacher = exp.teacher
@@ -190,13 +197,13 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Returns a sort key: the place of the top-level module in the model, then the name."""
+  """Returns a sort key for a module: place of the top-level module in the model, then `name`."""
   order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *training_only(), OTHER)
   return order.index(name.partition('/')[0]), name
 
 
 def as_text(summary: Summary) -> str:
-  """Formats a summary as text."""
+  """Formats a summary as several lines of text, as `--mode=inspect` prints it."""
   exp, config, total = summary.exp, summary.exp.config, summary.parts[-1]
   height, width, channels = exp.image_shape
   formats = {int: '{:,}', float: '{:.4g}', str: '{}'}
@@ -228,7 +235,7 @@ def as_text(summary: Summary) -> str:
 
 
 def teacher_text(summary: Summary) -> list[str]:
-  """Returns the line about the teacher; none if the config names no teacher."""
+  """Returns a list with the line about the teacher; empty if the config names no teacher."""
   teacher, part = summary.exp.teacher, summary.teacher
   if not summary.exp.config.distill.teacher:
     return []
@@ -248,7 +255,10 @@ def mib(size: int) -> str:
 
 
 def memory_text(summary: Summary) -> list[str]:
-  """Returns the line about what a run does to fit into memory, if a limit is known."""
+  """Returns a list with the line on how a step fits into memory; empty if memory is not limited.
+
+  The line names a number of micro-batches and a value of `model.remat`.
+  """
   exp = summary.exp
   if not exp.parts:
     return []
@@ -259,7 +269,7 @@ def memory_text(summary: Summary) -> list[str]:
 
 
 def plan_text(summary: Summary) -> list[str]:
-  """Returns the lines about the length of the run and its learning rate."""
+  """Returns the line about the number of steps, and the line about the learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:
     length = f'Steps: unknown without the data; the run has {config.epochs:g} epochs.'

@@ -49,7 +49,7 @@ def export(
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
   If the precision is not float32, the written program is compared with the float32 program on the
-  test images of the run. The card has the result.
+  test images of the run. The card contains the result.
 
   Args:
     path: a workdir, a file, a folder or a name on the Hub; anything that `vit_jax.load` reads.
@@ -59,8 +59,8 @@ def export(
     step: checkpoint of a workdir to export: `best`, `last`, a number, or '' to choose as `predict`
       does by default.
     precision: `float32`, or one of the format's `precisions`.
-    overrides: keys of `measuring.READ` and their values as text, for test images that are not
-      where the run has read them.
+    overrides: config keys of `measuring.READ` and their values as text, e.g. `data.dir` if the
+      images have been moved since training.
     zero_shot: npz file with text embeddings of the classes, for weights of CLIP or SigLIP.
 
   Returns:
@@ -69,7 +69,7 @@ def export(
   Raises:
     ValueError: the weights cannot be read, or the format cannot hold them. The format has no such
       precision, or the images for the precision are missing. The folder is not writable, or holds
-      other files that must be kept.
+      files that an export must not replace.
   """
   entry, overrides = choose('format', format, FORMATS), overrides or {}
   check_precision(format, precision)
@@ -97,9 +97,10 @@ def export(
 
 
 def expected_grid(found: Weights) -> Adaptation:
-  """Returns the adaptation to the image size that weights expect, as `predict` uses it.
+  """Returns the adaptation of weights to the grid of patches in the images that they expect.
 
-  This size can differ from the size that the positions are for, as in DINOv2.
+  `predict` uses the same image size. It can differ from the size that the position embeddings are
+  for, as in DINOv2. If the image size is unknown, the grid stays as it is.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))
@@ -112,7 +113,7 @@ def check_precision(format: str, precision: str) -> None:
 
 
 def program_of(loaded: Pretrained) -> Program:
-  """Returns what a file with loaded weights contains: model, preprocessing, classes, calibration.
+  """Returns loaded weights as a `Program`, which a format can write.
 
   If images can have several labels and no thresholds were fitted, each threshold is 0.5.
   """
@@ -125,7 +126,10 @@ def program_of(loaded: Pretrained) -> Program:
 
 
 def check_card(out: pathlib.Path, entry: Format) -> None:
-  """Raises ValueError if a folder has a README.md or weights that no export has written."""
+  """Raises ValueError if a folder has a README.md or weights that an export did not write.
+
+  An export is recognised by the text `card.SIGNATURE` in the README.md.
+  """
   file = out / card.NAME
   if file.is_file() and card.SIGNATURE in file.read_bytes().decode('utf-8', 'replace'):
     return
@@ -137,7 +141,7 @@ def check_card(out: pathlib.Path, entry: Format) -> None:
 
 
 def result(origin: str) -> dict | None:
-  """Reads `result.json` of a workdir; returns None if it does not exist."""
+  """Returns the contents of `result.json` in a workdir; None if the file does not exist."""
   file = to_path(origin) / 'result.json'
   return load_json(file) if file.is_file() else None
 
@@ -168,7 +172,8 @@ def save(
     calibration: how logits become probabilities. The programs (StableHLO, ONNX) apply it, and the
       other formats cannot hold it. None for a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
-    images: uint8 `[N, H, W, C]`, on which `int8` measures the ranges of activations.
+    images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
+      of activations. Other precisions do not use them.
 
   Raises:
     ValueError: the format cannot hold the model; the message lists the attributes that do not fit.
@@ -197,11 +202,17 @@ def save(
 def write(
   entry: Format, program: Program, precision: str, folder: pathlib.Path, scratch: pathlib.Path
 ) -> dict[str, pathlib.Path]:
-  """Writes the files of a format into a folder.
+  """Writes weights or a program in one format and precision.
+
+  Args:
+    entry: the format.
+    program: model, weights and preprocessing.
+    precision: `float32`, or one of the format's `precisions`.
+    folder: folder for the files in this precision.
+    scratch: empty folder for the float32 files, if `precision` is not float32.
 
   Returns:
-    The folder of each written precision. If `precision` is not float32, `scratch` has the float32
-    files.
+    The folder of each written precision, float32 first.
   """
   exact = folder if precision == EXACT else scratch
   if not entry.is_program:
@@ -240,7 +251,7 @@ def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
-      if file.suffix == '.onnx':  # an earlier export may have been larger
+      if file.suffix == '.onnx':  # a larger earlier export may have left a file of weights
         (folder / f'{file.name}.data').unlink(missing_ok=True)
       file.replace(folder / file.name)
 
@@ -252,7 +263,10 @@ def remove_empty(folder: pathlib.Path) -> None:
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
-  """Raises ValueError if a folder holds a run, or weights other than the files to be written."""
+  """Raises ValueError if a folder holds a run, or weights in files other than `names`.
+
+  `names` are the names of the files to be written, which may replace existing files.
+  """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
   kept = {file.name for pattern in patterns for file in folder.glob(pattern)}
@@ -263,7 +277,7 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
-  """Returns the size (height, width) in pixels of the images that learned positions are for.
+  """Returns (height, width) in pixels of the images that the learned positions are for.
 
   The size follows from the model's `learned_grid`. If this is None, a square image is assumed.
 

@@ -1,8 +1,8 @@
-"""Measures exported programs: file size, latency, and accuracy on the evaluation split.
+"""Measures exported programs: size of the files, latency, and accuracy on the evaluation split.
 
 Decisions:
-  * The accuracy is computed as in `--mode=eval`, but the logits come from the written files. So it
-    includes the effect of the conversion.
+  * The accuracy is computed as in `--mode=eval`, but the logits come from the written files. So the
+    accuracy includes the effect of the conversion.
   * Latency is the median time for a batch of one image. The programs take turns, so that other work
     on the machine slows all of them. A turn has several calls, and the first does not count: the
     threads of the previous program may still be busy.
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images `[B, H, W, C]` to float32 `[B, L]`
 
-# Config keys that an export reads: where images are for calibrating and measuring.
+# Config keys that an export reads: the images for calibration and measurement.
 READ = (
   'data.source', 'data.dir', 'data.train_split', 'data.val_split', 'data.eval_split', 'data.cache',
   'data.skip_bad_images', 'data.threads', 'data.workers', 'eval_batch_size',
@@ -41,7 +41,7 @@ READ = (
 CALIBRATION = 512  # maximum number of images on which ranges of activations are measured
 NOTABLE = 0.01  # loss of accuracy above which a warning is logged
 TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
-LONGEST = 30.0  # seconds after which no further turn begins
+LONGEST = 30.0  # seconds after which no new turn begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Measured:
   """Measurements of a program.
 
   Attributes:
-    size: size of its files in bytes, without the card.
-    seconds: median time for one image.
-    quality: accuracy, or the mean average precision if images can have several labels; None
-      without test data.
+    size: size in bytes of the program's files, without the model card.
+    seconds: median time for a batch of one image.
+    quality: accuracy, or the mean average precision if images can have several labels, 0 to 1;
+      None without test data.
   """
 
   size: int
@@ -65,9 +65,10 @@ class Comparison:
   """Measurements of the same weights in several precisions.
 
   Attributes:
-    found: the measurements by precision; the last precision is exported.
-    machine: the machine on which the latency was measured.
-    test: the images on which the quality was measured, or why it was not measured.
+    found: measurements by name of the precision; the last precision is the exported one.
+    machine: description of the machine on which the latency was measured.
+    test: description of the images on which the quality was measured, or the reason why the quality
+      was not measured.
     calibrated: number of images on which ranges of activations were measured.
   """
 
@@ -81,8 +82,8 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
   """Raises ValueError for config keys that an export does not read.
 
   Args:
-    overrides: keys and their values.
-    measures: whether this export reads data.
+    overrides: config keys and their values as text.
+    measures: whether this export reads images. An export in float32 does not.
   """
   for key in overrides:
     choose('--mode=export: config key', key, READ)
@@ -99,14 +100,14 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Opens weights as an experiment, with the data settings of the run that trained them.
+  """Returns the experiment of weights, with the data settings of the run that trained them.
 
-  Weights that do not come from a run record no dataset. For these, returns None unless `overrides`
-  names one.
+  Weights that do not come from a run record no dataset. For such weights, the function returns None
+  unless `overrides` sets `data.source`.
 
   Args:
     path: anything that `vit_jax.load` reads.
-    step: checkpoint of a workdir.
+    step: checkpoint of a workdir: `best`, `last`, a number, or '' for the default of `Request`.
     overrides: config keys and their values as text.
     zero_shot: npz file with the classes of the weights, as in `Request`.
 
@@ -125,15 +126,16 @@ def open_experiment(
 def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:
   """Returns images on which ranges of activations can be measured, uint8 `[N, H, W, C]`.
 
-  They are spread evenly over the validation split or, without one, the training split. Their
-  classes do not matter.
+  The images are spread evenly over the validation split or, without one, the training split. The
+  classes of the data can differ from the classes of the model.
 
   Args:
-    path: the weights, for messages.
-    exp: experiment of the weights; None if no data is known.
+    path: path of the weights, for messages.
+    exp: experiment of the weights; None if the weights name no data.
 
   Raises:
-    ValueError, OSError: the data is unknown, cannot be read, or has other channels.
+    ValueError, OSError: the data is unknown or cannot be read, or the images have another number of
+      channels than the model.
   """
   if exp is None:
     raise ValueError(
@@ -164,13 +166,15 @@ def compare(
   folders: Mapping[str, pathlib.Path],
   exp: Experiment | None,
 ) -> Comparison:
-  """Measures a program in several precisions.
+  """Measures size, latency and quality of a program in several precisions.
+
+  A warning is logged if the quality falls by more than `NOTABLE`.
 
   Args:
     program: the program.
-    opens: opens the program in a folder.
-    folders: the folder of each precision; the last one is exported.
-    exp: experiment of the weights; None if no data is known.
+    opens: `(folder) -> run` opens the program in a folder.
+    folders: the folder of each precision, float32 first and the exported precision last.
+    exp: experiment of the weights; None if the weights name no data.
   """
   runs = {name: opens(folder) for name, folder in folders.items()}
   seconds = measure_latency(runs, np.zeros(program.image_shape, np.uint8))
@@ -193,7 +197,7 @@ def compare(
 
 
 def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
-  """Returns the evaluation split without images that the weights were trained on, and its name.
+  """Returns the evaluation split without training images, and a text that describes the split.
 
   Raises:
     ValueError, OSError: the data is unknown, cannot be read, or has other classes.
@@ -207,7 +211,10 @@ def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
 
 
 def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
-  """Returns the accuracy of a program, or its mean average precision with several labels."""
+  """Returns the accuracy of a program on the split `test`, 0 to 1.
+
+  If images can have several labels, the result is the mean average precision.
+  """
 
   def answer(batch, params):
     logits_BL = jax.numpy.asarray(run(np.asarray(batch['image'])))
@@ -219,7 +226,7 @@ def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
 
 
 def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[str, float]:
-  """Returns the median time in seconds that each program takes for one image."""
+  """Returns the median time in seconds of each program for a batch with only `image_HWC`."""
   times, until = {name: [] for name in programs}, time.perf_counter() + LONGEST
   for turn in range(TURNS):
     if turn and time.perf_counter() > until:
@@ -246,7 +253,7 @@ def machine() -> str:
 
 
 def processor() -> str:
-  """Returns the number of cores and the name of the processor."""
+  """Returns the number of cores and the name of the processor, as text."""
   model = platform.processor() or platform.machine()
   cpuinfo = pathlib.Path('/proc/cpuinfo')
   if cpuinfo.exists():

@@ -18,27 +18,28 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import Missing, attention_summary, resize_map
 from vit_jax.inference.about import escaped
 
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
-KEEP = 3600  # seconds to keep an upload on disk, and its result in memory
+KEEP = 3600  # seconds for which an upload stays on disk and the model's result in memory
 CLEAN = 300  # seconds between two deletions of old uploads
 
-TOPK = 5
+TOPK = 5  # number of classes that the page shows
 SHOWN = 448  # minimum size in pixels of the picture's shorter side
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
 DARK = 0.15  # brightness of image parts without attention, relative to the image
 
 
 class Seen(NamedTuple):
-  """The result of a model for an image.
+  """The outputs of a model for an image.
 
   Attributes:
-    image_HWC: the model's input, uint8.
+    image_HWC: uint8 image at the size to which image files are resized.
     probability_L: probability of each class.
     rollout_hw: attention of all blocks combined (`maps.rollout`); None if the pool has no attention
       maps.
-    heads_RKhw: attention of each head in each block (`maps.head_attention`). If the pool
-      has a probe (`map`), the last row is the attention of the probe.
+    heads_RKhw: attention of each head (K) in each block (R), as in `maps.head_attention`. If the
+      pool has a probe (`map`), the last of the R rows is the attention of the probe. None if the
+      pool has no attention maps.
   """
 
   image_HWC: np.ndarray
@@ -58,7 +59,10 @@ class Viewer:
     self.rows, self.heads = (0, 0) if seen.heads_RKhw is None else seen.heads_RKhw.shape[:2]
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the probabilities and the attention summary of one uint8 image."""
+    """Returns the probabilities `[L]` and the `attention_summary` of one uint8 image.
+
+    If the pool has no attention maps, the maps in the summary are None.
+    """
     image_BHWC = self.exp.normalize(image_HWC[None])
     (probability_L,) = self.exp.probabilities(params, image_HWC[None])
     try:
@@ -67,45 +71,54 @@ class Viewer:
       return probability_L, {'rollout': (None,), 'heads': (None,)}
 
   def see(self, image_HWC: np.ndarray) -> Seen:
-    """Runs the model on an image that already has the model's input size."""
+    """Runs the model on a uint8 image that already has the size `task.stored_size`."""
     probability_L, found = jax.device_get(self._look(image_HWC))
     return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
 
   def open(self, encoded: bytes) -> Seen:
-    """Decodes a file, resizes it, and runs the model on it.
+    """Decodes and resizes an image, and runs the model on it.
+
+    Args:
+      encoded: bytes of an image file.
 
     Raises:
-      image.BadImage: the file is not an image, or is too large.
+      BadImage: the file is not an image, or has too many pixels.
     """
     decoded = decode_image(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
     return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
 
   @property
   def head_names(self) -> list[str]:
-    """Choices of the menu for heads."""
+    """Choices of the menu for heads, starting with the mean of all heads."""
     return [MEAN, *(f'head {i + 1}' for i in range(self.heads))]
 
   @property
   def layers(self) -> list[str]:
-    """Choices of the menu for layers."""
+    """Choices of the menu for layers: rollout, then each block, then the pooling if it has maps."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
-    """Returns the probability of each class, by name."""
+    """Returns `{class name: probability}`; a repeated name gets the index of its class."""
     found = {}
     for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
       found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])
     return found
 
   def labels(self, seen: Seen) -> str:
-    """Returns the labels of an image that can have several, as Markdown."""
+    """Returns the predicted labels as Markdown, for a model that can give several labels."""
     names, chosen = self.exp.task.class_names, self.exp.calibration.thresholds
     found = given_labels(seen.probability_L, chosen)
     return f'**Labels**: {", ".join(escaped(names[i]) for i in found) or "none"}'
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
-    """Returns the image, darkened where a layer and head attend little: uint8 `[H, W, 3]`."""
+    """Returns the image, darkened where the attention is low: uint8 `[H, W, 3]`.
+
+    Args:
+      seen: the outputs of the model for the image.
+      layer: one of `layers`.
+      head: one of `head_names`; not used for the rollout, which combines all heads.
+    """
     map_hw = np.ones((1, 1)) if seen.rollout_hw is None else seen.rollout_hw
     if layer != ROLLOUT:
       map_Khw = seen.heads_RKhw[self.layers.index(layer) - 1]
@@ -114,7 +127,10 @@ class Viewer:
 
 
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
-  """Darkens an image where a map is low, and enlarges it to at least `SHOWN` pixels."""
+  """Darkens an image where a map is low, and enlarges it: returns uint8 `[H', W', 3]`.
+
+  The sides are multiplied by the smallest integer that makes each at least `SHOWN` pixels long.
+  """
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
   light_HW = resize_map(map_hw / max(map_hw.max(), 1e-30), image_HWC.shape[:2])
@@ -125,13 +141,13 @@ def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
 def build(
   viewer: Viewer, examples: Sequence[pathlib.Path], title: str, limits: Mapping[str, str]
 ) -> gr.Blocks:
-  """Builds the page.
+  """Returns the demo page as Gradio blocks, ready to be launched.
 
   Args:
     viewer: the model.
     examples: image files to offer as examples; the page opens with the first.
     title: title of the page.
-    limits: what visitors must know about the model, as Markdown by title.
+    limits: what visitors must know about the model, as `{title: Markdown text}`.
   """
   seen = viewer.open(examples[0].read_bytes()) if examples else None
   with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
@@ -144,7 +160,7 @@ def build(
 
 
 class Parts(NamedTuple):
-  """The visible parts of the page."""
+  """The Gradio components of the page that show or change with an image."""
 
   file: gr.File
   gallery: gr.Gallery
@@ -157,9 +173,10 @@ class Parts(NamedTuple):
 
 
 def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None) -> Parts:
-  """Places upload and examples on the left, and input, attention and classes on the right.
+  """Creates the components of the page, with the image and the results in `seen`.
 
-  The parts show the image of `seen`; None to show no image.
+  Upload and examples are on the left; input, attention and classes are on the right. If `seen` is
+  None, no image is shown.
   """
   fixed = dict(interactive=False, buttons=[], min_width=120)
   with gr.Row():
@@ -192,7 +209,13 @@ def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None)
 
 
 def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
-  """Returns a menu that refuses an unknown choice of a client without a traceback in the log."""
+  """Returns a dropdown menu; an unknown choice from a client leaves no traceback in the log.
+
+  Args:
+    choices: the entries, of which the first is selected.
+    label: text above the menu.
+    name: HTML id of the menu.
+  """
   found = gr.Dropdown(choices, value=choices[0], label=label, elem_id=name, min_width=240)
   check = found.preprocess
 
@@ -208,12 +231,15 @@ def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
 
 
 def show(seen: Seen | None) -> np.ndarray | None:
-  """Returns the input of the model, enlarged."""
+  """Returns the model's input image, enlarged: uint8 `[H', W', 3]`; None if `seen` is None."""
   return None if seen is None else light(seen.image_HWC, np.ones((1, 1)))
 
 
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
-  """Defines what happens when a user chooses a file, an example, a layer or a head."""
+  """Registers the handlers for a chosen file, example, layer or head.
+
+  `seen` is the state of a session: the `Seen` of the current image.
+  """
 
   def classify(encoded: bytes | None, layer: str, head: str):
     if encoded is None:

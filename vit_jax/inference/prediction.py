@@ -41,14 +41,14 @@ def predict(
     images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
     topk: number of classes per image, the most likely first. None: five or, if an image can have
       several labels, every label at or above its threshold.
-    init: published weights instead of a workdir, anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a number. The default is the
-      checkpoint with the best validation accuracy, or the last if no accuracy was measured.
+    init: published weights instead of a workdir: anything that `vit_jax.load` reads.
+    step: checkpoint of the workdir: `best`, `last` or a number. The default is the checkpoint with
+      the best validation accuracy, or the last one if no checkpoint has a validation accuracy.
     overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
     classes: npz file with text embeddings of classes, for `init` weights of CLIP or SigLIP
       (`optim/zero_shot.py`).
-    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
-      get the size `data.image_size`.
+    max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
+      None: all images are resized to `data.image_size`.
 
   Returns:
     An iterator with a dict for each file; `predict_files` describes the dicts.
@@ -71,7 +71,12 @@ def predict(
 def predict_files(
   request: Request, paths: PathLike | Iterable[PathLike], topk: int | None
 ) -> Iterator[dict]:
-  """Yields the classes of each file, or an error message, in the given order.
+  """Yields a dict with the classes of each file, or with an error message, in the given order.
+
+  Args:
+    request: which model to use.
+    paths: files, folders and patterns, as `images` in `predict`.
+    topk: number of classes per image, as in `predict`.
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}` with the most likely
@@ -108,10 +113,10 @@ def features(
 
   Args:
     request: which model to use; published weights need no head.
-    paths: image files, folders and patterns, as in `predict`.
-    kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]` for N files. `tokens` is
-      the input of the pooling, `[N, T, D]` for T tokens, with the class token and the registers
-      first. Tokens are normalised if the last LayerNorm comes before the pooling.
+    paths: image files, folders and patterns, as `images` in `predict`.
+    kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]` for N files. `tokens`
+      are all T tokens after the last LayerNorm, without pooling: `[N, T, D]`. The class token and
+      the registers come first.
 
   Returns:
     `{'path': [N], 'feature': [N, ...]}` with float32 features, and an error message for each file
@@ -143,9 +148,13 @@ def features(
 def stack(
   found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Collects the rows of `map_files` in the arrays that `features` returns.
+  """Returns the arrays and the error messages that `features` returns.
 
-  The array for all `count` files is allocated once, so the features are in memory only once.
+  The array for all files is allocated once, so the features are in memory only once.
+
+  Args:
+    found: pairs of a file and its feature array or error message, from `map_files`.
+    count: number of files.
 
   Raises:
     ValueError: no file could be read.
@@ -165,7 +174,7 @@ def stack(
 
 
 def as_table(found: Iterable[dict]) -> None:
-  """Prints each file's name, and its classes below it, or that it has none."""
+  """Prints each file name, and on the lines below it the classes, or `no label`."""
   for row in found:
     if 'predictions' in row:
       print(one_line(row['file']))
@@ -200,7 +209,12 @@ FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
 
 
 def print_predictions(found: Iterable[dict], format: str) -> list[str]:
-  """Prints predictions; returns the error messages of files that cannot be read."""
+  """Prints predictions, and returns the error messages of the files that cannot be read.
+
+  Args:
+    found: the dicts of `predict_files`.
+    format: one of `FORMATS`.
+  """
   errors = []
 
   def noted():

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 20 * 2**20  # maximum size of an upload
 
-MAX_SESSIONS = 256
+MAX_SESSIONS = 256  # maximum number of sessions whose results are kept in memory
 
 EXAMPLES = 8  # number of example images
 
@@ -49,9 +49,9 @@ CSS = """
 
 
 def find_port(host: str, port: int) -> int:
-  """Returns the port, or a free port if it is 0.
+  """Returns `port`, or a free port if `port` is 0.
 
-  The check is fast, so it comes before the model is loaded.
+  `serve` calls this function before it loads the model, so a wrong address fails early.
 
   Raises:
     ValueError: the server cannot listen on this address.
@@ -68,12 +68,13 @@ def find_port(host: str, port: int) -> int:
 def find_examples(
   exp: Experiment, workdir: pathlib.Path | None, folder: pathlib.Path
 ) -> list[pathlib.Path]:
-  """Returns example images: those in the workdir, or else the first of the evaluation split.
+  """Returns example image files: from the workdir, else the first images of the evaluation split.
 
   Args:
     exp: the experiment of the weights.
-    workdir: folder of the run; None for weights without a run, which have no examples.
-    folder: where images of the split are written.
+    workdir: folder of the run, whose examples are in `examples/`. None for weights without a run,
+      which have no examples.
+    folder: local folder for images of the split, and for copies of images in a remote workdir.
   """
   if workdir is None:
     return []
@@ -89,14 +90,14 @@ def find_examples(
 
 
 def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-  """Returns a copy of a file in a local folder."""
+  """Copies a file into a local folder, and returns the path of the copy."""
   copy = folder / file.name
   copy.write_bytes(file.read_bytes())
   return copy
 
 
 async def note_disconnect(request, error: Exception) -> PlainTextResponse:
-  """Logs that a client left during a request; nobody reads the response."""
+  """Logs that a client disconnected during a request; nobody reads the returned response."""
   log.info('A client disconnected during %s.', request.url.path)
   return PlainTextResponse('', status_code=400)
 
@@ -104,7 +105,7 @@ async def note_disconnect(request, error: Exception) -> PlainTextResponse:
 def serve(request: Request, host: str, port: int) -> None:
   """Serves a workdir's model, or published weights with a head, until the process ends.
 
-  The page offers the images in the workdir's `examples/`, and opens with the first of them.
+  The page offers the images of `find_examples`, and opens with the first of them.
 
   Args:
     request: which model to serve.

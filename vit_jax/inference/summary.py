@@ -1,4 +1,4 @@
-"""Makes the summary of `--mode=inspect`: for a config, a workdir, or published weights."""
+"""Computes the summary of `--mode=inspect` for a config, a workdir, or published weights."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ ASSUMED = tuple(f'class {i}' for i in range(1000))  # used if the data is not av
 
 
 def summary_of(request: Request) -> Summary:
-  """Summarises the cost of a config, of the run in a workdir, or of published weights.
+  """Returns the cost of a config, of the run in a workdir, or of published weights.
 
   Raises:
     ValueError: the config is not valid, or the request has no config, workdir or weights.
@@ -46,9 +46,10 @@ def summary_of(request: Request) -> Summary:
 
 
 def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
-  """Returns the experiment, the number of training examples if it is known, and the assumptions.
+  """Returns the experiment of a config, the number of training examples, and the assumptions.
 
-  The function neither downloads nor prepares data, and reads no images.
+  The number is None if it is unknown. The assumptions are sentences. The function neither downloads
+  nor prepares data, and reads no images.
 
   Raises:
     ValueError: the model is not valid, or the source is unknown.
