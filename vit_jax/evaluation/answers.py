@@ -3,8 +3,8 @@
 Decisions:
   * Every process gets the logits of the whole batch. Scores are then computed with NumPy in
     float64, so they do not depend on devices, processes or micro-batches.
-  * Only one batch of logits is in memory at a time, because a split of ImageNet-21k has billions.
-    If images can have several labels, all probabilities are kept, because the average precision
+  * Only one batch of logits is in memory at a time, because ImageNet-21k has billions of logits. If
+    images can have several labels, all probabilities are kept, because the average precision
     compares all images.
 """
 
@@ -29,14 +29,19 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
-FITTED = 2**26  # maximum number of logits to which a temperature is fitted: 256 MiB
+FITTED = 2**26  # maximum number of logits to which a calibration is fitted: 256 MiB
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
   """Returns the compiled function `(batch, params) -> rows` for one padded batch.
 
-  The rows are those of the objective, such as `logits` `[B, L]` and `loss` `[B]`, and the batch
-  without its images. `held` is the number of bytes that other arrays occupy on each device.
+  `rows` is a dict with the outputs of the objective, such as `logits` `[B, L]` and `loss` `[B]`. It
+  also contains all arrays of the batch except the images.
+
+  Args:
+    exp: the experiment.
+    mesh: the devices.
+    held: bytes that arrays other than batch and parameters occupy on each device.
   """
 
   def answer(part, params):
@@ -57,13 +62,13 @@ def answer_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> Iterator[Answers]:
-  """Yields the answers to all examples of a split, in order, one batch at a time.
+  """Yields the `Answers` of the model for all examples of a split, in order, batch by batch.
 
   Args:
     eval_step: the function from `make_eval_step`.
     params: the model's parameters, on the devices of the mesh.
     examples: the split.
-    batch_size: examples per batch, on all devices together.
+    batch_size: number of examples per batch, on all devices together.
     mesh: the devices.
     **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
   """
@@ -90,9 +95,11 @@ def score_examples(
   calibration: Calibration = NOT_CALIBRATED,
   **extra: np.ndarray,
 ) -> Scores | Labelled | Losses:
-  """Returns the scores of all examples of a split; the arguments are those of `answer_split`.
+  """Returns the scores of all examples of a split.
 
-  They are `Labelled` if images can have several labels, and `Losses` without logits.
+  The result is `Labelled` if images can have several labels, `Losses` if the model has no classes,
+  else `Scores`. `calibration` gives the temperature for the confidences of `Scores`. The other
+  arguments are those of `answer_split`.
   """
   parts = []
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
@@ -113,10 +120,11 @@ def calibrate(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Calibration:
-  """Fits the temperature on a validation split; the arguments are those of `answer_split`.
+  """Fits the temperature on a validation split, and returns it as a `Calibration`.
 
-  If images can have several labels, the threshold of each class is fitted instead.
-  For a very large split, evenly spaced examples are used, with at most `FITTED` logits.
+  If images can have several labels, the threshold of each class is fitted instead. For a very large
+  split, evenly spaced examples are used, with at most about `FITTED` logits. The arguments are
+  those of `answer_split`.
   """
   logits, labels = [], []
   for answers in answer_split(eval_step, params, examples, batch_size, mesh):
@@ -139,11 +147,11 @@ def calibrate_run(
   workdir: pathlib.Path,
   steps: Sequence[int],
 ) -> None:
-  """Fits the calibrations of a run's checkpoints on its validation split, and keeps them.
+  """Fits a calibration for each given checkpoint of a run, and saves it in the workdir.
 
   Args:
     exp: experiment of the run.
-    val: validation split.
+    val: validation split of the run.
     mesh: the devices.
     workdir: folder of the run.
     steps: steps of the checkpoints.
@@ -157,7 +165,7 @@ def calibrate_run(
 
 
 def log_calibration(step: int, found: Calibration) -> None:
-  """Logs the calibration of a checkpoint."""
+  """Logs the calibration of the checkpoint of a step."""
   fitted = f'temperature {found.temperature:.4g}'
   if found.thresholds:
     low, high = min(found.thresholds), max(found.thresholds)
@@ -168,17 +176,26 @@ def log_calibration(step: int, found: Calibration) -> None:
 def trust(
   scores: Scores | Labelled | Losses, class_names: Sequence[str], calibration: Calibration
 ) -> dict:
-  """Returns the measures that tell how far predictions can be trusted.
+  """Returns the measures of how far predictions can be trusted, as a dict for JSON.
+
+  Args:
+    scores: scores of the examples of a split.
+    class_names: names of the classes.
+    calibration: the calibration that the scores were computed with.
 
   Returns:
-    `accuracy_interval`, the 95% Wilson interval `[low, high]`. `balanced_accuracy`, the mean recall
-    of the classes. `ece`, the expected calibration error in 15 bins, and `ece_uncalibrated`, the
-    same at temperature 1. `temperature`, and `temperature_examples`, the number of validation
-    examples it was fitted on. `per_class`, the precision, recall, F1 and support of each class.
-    `confusion`, `{true class: {predicted class: examples}}` without zeros. `reliability`, the rows
-    of `measures.reliability`. `coverage`, the rows of `measures.coverage_curve`. Undefined values
-    are None. If images can have several labels, the measures are those of `Labelled.trust`. Empty
-    without labels.
+    For `Losses`, an empty dict. For `Labelled`, the result of `Labelled.trust`. For `Scores`, a
+    dict with these keys (undefined values are None):
+    `accuracy_interval`: `[low, high]`, the 95% Wilson interval of the accuracy.
+    `balanced_accuracy`: the mean recall of the classes.
+    `ece`: the expected calibration error in 15 bins.
+    `ece_uncalibrated`: the expected calibration error at temperature 1.
+    `temperature`: the temperature of the calibration.
+    `temperature_examples`: the number of validation examples that the temperature was fitted on.
+    `per_class`: the precision, recall, F1 and support of each class, by name.
+    `confusion`: `{true class: {predicted class: number of examples}}`, without zeros.
+    `reliability`: the rows of `measures.reliability`.
+    `coverage`: the rows of `measures.coverage_curve`.
   """
   if isinstance(scores, Losses):
     return {}

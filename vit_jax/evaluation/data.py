@@ -24,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def open_data(experiment: Experiment) -> Source:
-  """Opens the source of the experiment's data; without labels if the model has no classes.
+  """Opens the source of the experiment's data, without labels if the model has no classes.
 
   Raises:
-    ValueError: the data and the model have different classes or numbers of channels.
+    ValueError: the data and the model have different classes or numbers of channels, or only the
+      data has several labels per image.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
@@ -60,7 +61,7 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
     source: the source if it is already open; None to open it.
 
   Returns:
-    The source, and how many files of the test split were left out.
+    The source, and the number of files of the test split that were left out.
 
   Raises:
     ValueError: the data and the model have different classes, or the weights were trained on the
@@ -86,7 +87,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
   Args:
     experiment: the model's experiment.
-    parts: one pair for each split: the open source, and the split in TFDS notation.
+    *parts: a pair for each split: the open source, and the split in TFDS notation.
 
   Raises:
     ValueError: the splits do not fit into memory.
@@ -103,15 +104,16 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
 
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
-  """Loads one split with `load_splits`; the source is opened if it is None."""
+  """Loads the split `name`, as `load_splits` does; opens the data source if `source` is None."""
   return load_splits(experiment, (source or open_data(experiment), name))[0]
 
 
 def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) -> Split | None:
   """Loads the validation split of a run, without the files that the weights were trained on.
 
-  Returns None if the run has no such split, if the experiment has other data than the run, if the
-  training files are not known, or if the last run of a sweep was also trained on this split.
+  The result is None if the run has no validation split, if the experiment has other data than the
+  run, or if the training files are unknown. It is also None if the run is the last of a sweep,
+  because such a run is also trained on the validation split.
 
   Args:
     experiment: the experiment of the weights.

@@ -23,8 +23,8 @@ from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
 
-# Keys that change what the model sees. A calibration that is fitted with such an override is not
-# kept.
+# Prefixes of the config keys that change what the model computes from an image. A calibration that
+# is fitted with such an override is not saved.
 INPUT = (
   'model.', 'data.image_size', 'data.crop', 'data.stretch', 'data.interpolation', 'data.mean',
   'data.std',
@@ -41,8 +41,8 @@ def score_split(
 ) -> dict[str, float]:
   """Returns the loss, the accuracies and the number of examples of a split.
 
-  If images can have several labels, the mean average precision and the mean F1 are added. Without
-  labels, there are no accuracies. The arguments are those of `answer_split`.
+  If images can have several labels, the mean average precision and the mean F1 are added. If the
+  model has no classes, the dict has no accuracies. The arguments are those of `answer_split`.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
@@ -65,8 +65,8 @@ def evaluate(
     overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
     step: checkpoint to evaluate: `best`, `last` or a number. The default is the checkpoint with the
       best validation accuracy, or the last one if no checkpoint has a validation accuracy.
-    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
-      get the size `data.image_size`.
+    max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
+      None: all images are resized to `data.image_size`.
 
   Returns:
     The result of `evaluate_checkpoint`.
@@ -81,18 +81,21 @@ def evaluate(
 
 @limits.memory_for('Evaluation')
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
-  """Evaluates the checkpoint that a request names, and writes the result to `eval.json`.
+  """Evaluates the model that a request names, and writes the result to `eval.json` of a workdir.
 
-  If the checkpoint has no calibration yet, it is fitted on the validation split. It is kept if no
-  override changes what the model sees. If the workdir cannot be written, a warning says so.
+  If a checkpoint has no calibration yet, a calibration is fitted on the validation split of the
+  run, except with `max_patches`. The calibration is saved unless an override changes what the model
+  computes (`INPUT`). Published weights have no workdir, so nothing is fitted or written. If a
+  workdir cannot be written, a warning is logged.
 
   Returns:
-    The step, the source and the split of the data, the values of `score_split`, and the measures of
-    `trust`. `left_out` is the number of images that were not scored because the weights were
-    trained on them. The key is missing if the number is zero. `max_patches` and the `overrides` of
-    `INPUT` come from the request, if it has any. A run without labels has only a loss.
+    `step`, `source` and `split` of the data, the values of `score_split`, and the measures of
+    `trust`. A model without classes has only a loss. These keys exist only if they apply:
+    `left_out`: number of test images that are not scored, because the weights were trained on them.
+    `max_patches`: the value in the request.
+    `overrides`: the overrides in the request whose keys begin with an entry of `INPUT`.
   """
-  # The classes of zero-shot weights are those of the data.
+  # Zero-shot weights have the classes of the data.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
   exp, params, loaded = opening.open_model(request, classes)
   batch_size = exp.config.eval_batch_size

@@ -2,7 +2,7 @@
 
 Decisions:
   * Features are the input of the head: pooled, and after the pre-logits layer if there is one.
-  * If the model scales the input of its head to length 1 (`cosine`), so are the features.
+  * If the model scales the input of the head to length 1 (`cosine`), the features have length 1.
   * Features are float32, which also represents the output of a bfloat16 backbone exactly.
   * The name of a cache file is a hash of everything that features depend on. So any change leads
     to a new file. The hash covers the weights, the preprocessing, the program that JAX traces, the
@@ -68,9 +68,9 @@ def compute_features(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Examples:
-  """Returns the examples in order, with features `[N, D]` instead of images.
+  """Returns the examples in order, with features `[N, D]` instead of images as `image_NHWC`.
 
-  Skipped bad images are not included.
+  Bad images that were skipped are not included. `feature_step` comes from `make_feature_step`.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -91,15 +91,15 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """Returns the examples with features instead of images, from the cache if possible.
+  """Returns the examples with features `[N, D]` as `image_NHWC`, from the cache if possible.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
     feature_step: the function from `make_feature_step`.
     params: all parameters of the model, on the devices of the mesh.
-    examples: uint8 images.
+    examples: examples with uint8 images.
     mesh: the devices.
-    folder: folder of the cache files `<key>.npz`; new features are written there.
+    folder: folder of the cache files `<key>.npz`, to which new features are also written.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
   if (arrays := from_first(lambda: read_cache(path))) is not None:
@@ -127,7 +127,7 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the program of `extract` for one image on one device, as text.
 
-  Any change of the backbone's computation changes this text, in whatever file the code is.
+  Every change of the backbone's computation changes this text, whichever file was edited.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -141,8 +141,8 @@ def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
 
 
 def key(exp: Experiment, params: dict, examples: Split) -> str:
-  """Returns a hash of everything that the features depend on."""
-  # Not hashed: the head, an attribute that only serves to refuse images, and attributes of flax.
+  """Returns a hash of everything that the features depend on, as 32 hexadecimal digits."""
+  # Not hashed: attributes of the head, `learned_grid` (only a check), and Flax's own attributes.
   skip = ('num_classes', 'examples', 'learned_grid', 'parent', 'name')
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}

@@ -24,17 +24,23 @@ from vit_jax.workdir import write_json
 
 log = logging.getLogger(__name__)
 
-SHOTS = (1, 5, 10, 25)  # images per class
-SEEDS = (0, 1, 2)  # seeds of the draws
-PART = 2000  # training images that are decoded at a time
+SHOTS = (1, 5, 10, 25)  # numbers of training images per class
+SEEDS = (0, 1, 2)  # random seeds; the training images are drawn once with each seed
+PART = 2000  # number of training images that are decoded at a time
 
 
 def draw_shots(
   label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int
 ) -> np.ndarray:
-  """Draws images of each class without replacement; returns indices `[L, shots]`.
+  """Draws images of each class without replacement; returns their indices, int `[L, shots]`.
 
   With the same seed, a draw of fewer shots equals the first columns of a draw of more shots.
+
+  Args:
+    label_N: class of each image; -1 for an image that must not be drawn.
+    class_names: names of the L classes, for messages.
+    shots: number of images per class.
+    seed: random seed.
 
   Raises:
     ValueError: a class has fewer images than shots.
@@ -88,12 +94,21 @@ def draw_readable(
 
 
 def in_parts(index_N: np.ndarray) -> list[np.ndarray]:
-  """Divides indices into parts whose decoded images fit into memory."""
+  """Divides indices into parts of at most `PART`, so that the decoded images fit into memory."""
   return [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
 
 
 def classifier_accuracy(classifier: str, known: Examples, tested: Examples, classes: int) -> float:
-  """Returns the test accuracy, 0 to 1, of a classifier that is fitted to the features `known`."""
+  """Fits a classifier to the examples `known`, and returns its accuracy on `tested`, 0 to 1.
+
+  Both have features instead of images, as `compute_features` returns them.
+
+  Args:
+    classifier: one of `CLASSIFIERS`.
+    known: training examples.
+    tested: test examples.
+    classes: number of classes.
+  """
   entry = CLASSIFIERS[classifier]
   head = entry.fit(known.image_NHWC, known.label_N, classes)
   score_ML = entry.scores(tested.image_NHWC, head, classes)
@@ -111,8 +126,9 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
-    'classifier': ...}`. `std` is the population standard deviation. `l2` is the penalty of `ridge`.
-    If images were left out, the result also has the key `left_out`, as in `evaluate_checkpoint`.
+    'classifier': ...}`. `std` is the population standard deviation over the seeds. `examples` is
+    the number of test images. With `ridge`, `l2` is the weight of the penalty. If test images were
+    left out, the result also has the key `left_out`, as in `evaluate_checkpoint`.
 
   Raises:
     ValueError: a class has no image, or the splits share examples.
@@ -156,10 +172,17 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
 
 
 def fewshot(request: Request, classifier: str = 'ridge') -> dict:
-  """Measures few-shot accuracies and writes them to `fewshot.json` in the workdir.
+  """Measures few-shot accuracies, and writes them to `fewshot.json` in the workdir.
 
-  If the workdir cannot be written, a warning says so. Published weights have no workdir: they are
+  If the workdir cannot be written, a warning is logged. Published weights have no workdir. They are
   tested on the data that the overrides name, and nothing is written.
+
+  Args:
+    request: which model to use.
+    classifier: one of `CLASSIFIERS`.
+
+  Returns:
+    The result of `score_backbone`, and for a checkpoint also its `step`.
   """
   choose('--classifier', classifier, CLASSIFIERS)
   exp, params, loaded = opening.open_model(request, 'data')

@@ -1,4 +1,4 @@
-"""Finds the image files that a user asks for."""
+"""Finds image files from the paths, folders and patterns of a user."""
 
 from collections.abc import Iterable
 import glob
@@ -16,7 +16,10 @@ PathLike = str | os.PathLike
 
 
 def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
-  """Returns the files at these paths. A folder or pattern stands for all its images, sorted.
+  """Returns the image files that are given by paths of files, folders and glob patterns.
+
+  A folder stands for all images in and below it, sorted, and a pattern for all matching images,
+  sorted. Any other path is returned without a check.
 
   Raises:
     ValueError: no path is given, or a folder or a pattern matches no image.
@@ -47,9 +50,9 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
 
 
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns all images in a folder and below it, sorted, except in hidden folders.
+  """Returns all image files in and below a folder, sorted, except in hidden folders.
 
-  A warning reports folders that cannot be read.
+  A warning is logged if folders cannot be read.
   """
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
@@ -69,5 +72,5 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_image(path: str) -> bool:
-  """Returns whether the path is a file with the extension of an image."""
+  """Returns whether a path is an existing file with the extension of an image."""
   return has_image_name(os.path.basename(path)) and os.path.isfile(path)

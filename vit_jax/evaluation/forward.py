@@ -1,6 +1,6 @@
 """Applies a model to image files.
 
-Threads decode the next files while the device computes.
+Threads decode the next image files while the devices compute.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from vit_jax.experiment import Experiment
 
 Function = Callable[[jax.Array, dict], jax.Array]
 
-BATCH = 64  # maximum number of images per step
+BATCH = 64  # maximum number of image files per batch
 
 
 def map_files(
@@ -27,9 +27,9 @@ def map_files(
   Args:
     exp: the experiment that defines the preprocessing.
     params: parameters of the experiment's model.
-    files: at least one file.
-    function: maps `(image_BHWC, params)`, with uint8 images, to an array with one row per image.
-      If images keep their aspect ratio, they are given as `Padded`.
+    files: image files, at least one.
+    function: maps `(image_BHWC, params)`, with uint8 images, to an array with one row per image. If
+      images keep their aspect ratio (`exp.pack`), `image_BHWC` is a `Padded`.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)
@@ -44,7 +44,7 @@ def map_files(
     reading = submit(chunks[0])
     for chunk, following in zip(chunks, [*chunks[1:], []]):
       images = [future.result() for future in reading]
-      reading = submit(following)  # decoded while the device works
+      reading = submit(following)  # decoded while the devices compute
       good = [row for row in images if isinstance(row, np.ndarray)]
       values = iter(())
       if good:
@@ -61,13 +61,19 @@ def probabilities(exp: Experiment) -> Function:
 
 
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
-  """Compiles a function of images and parameters to run on every device of the mesh."""
+  """Returns `function`, compiled to split the images of a batch over the devices of the mesh.
+
+  `function` is as in `map_files`.
+  """
 
   return exp.fitted(lambda parts: jax.jit(concatenate(function, mesh, parts)), mesh)
 
 
 def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
-  """Reads an image and prepares it as in training; returns an error message for a bad image."""
+  """Reads an image and resizes it for the model: returns uint8 `[H, W, C]`, or an error message.
+
+  The message is returned if the file cannot be read as an image.
+  """
   try:
     decoded = decode_image(read_file(file), file, exp.task.channels)
   except BadImage as error:

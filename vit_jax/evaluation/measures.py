@@ -3,8 +3,8 @@
 `N` is the number of examples. `confidence_N` is the probability of the predicted class.
 
 Decisions:
-  * A value that is not defined is NaN, e.g. the recall of a class without examples. `as_json`
-    writes it as null.
+  * An undefined value is NaN, e.g. the recall of a class without examples. `rows_of` turns it into
+    None, which JSON writes as null.
   * Equal confidences are treated as one group, so no result depends on the order of the examples.
 """
 
@@ -14,18 +14,19 @@ import statistics
 
 import numpy as np
 
-LEVEL = 0.95  # probability with which the interval covers the true accuracy
-BINS = 15  # bins of the calibration error, as in Guo et al. 2017 (1706.04599), Section 5
-POINTS = 20  # points of the curve of accuracy against coverage
+LEVEL = 0.95  # probability with which a confidence interval covers the true accuracy
+BINS = 15  # number of bins of the calibration error, as in Guo et al. 2017 (1706.04599), Section 5
+POINTS = 20  # number of points of the curve of accuracy against coverage
 
 COLDEST, HOTTEST = 0.01, 100.0  # limits of the temperature
-CHUNK = 2**22  # logits that are converted to float64 at once
+CHUNK = 2**22  # maximum number of logits that are converted to float64 at once
 
 
 def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
   """Returns the 95% confidence interval of an accuracy (Wilson 1927).
 
-  Unlike the interval of the normal approximation, it is never empty and never leaves [0, 1].
+  Unlike the interval of the normal approximation, this interval always has a positive length and
+  never leaves [0, 1].
 
   Args:
     correct: number of correct predictions.
@@ -43,8 +44,8 @@ def class_scores(
 ) -> dict[str, np.ndarray]:
   """Returns `precision`, `recall`, `f1` and `support` of each class, `[L]`.
 
-  The support is the number of examples of the class. Without predictions of a class, its precision
-  is NaN. Without examples, its recall is NaN. Without both, its F1 is NaN.
+  The support is the number of examples of a class. The precision is NaN for a class that is never
+  predicted. The recall is NaN for a class without examples. F1 is NaN if both are NaN.
   """
   label_N, predicted_N = np.asarray(label_N), np.asarray(predicted_N)
   count = lambda classes: np.bincount(classes, minlength=num_classes)
@@ -59,7 +60,7 @@ def ratios(
   Args:
     right_L: number of correct predictions of each class.
     given_L: number of all predictions of each class.
-    support_L: all examples of the class.
+    support_L: number of examples of each class.
   """
   share = lambda part_L, all_L: np.where(all_L > 0, part_L / np.maximum(all_L, 1), np.nan)
   return {
@@ -87,11 +88,18 @@ def confused(
 
 
 def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np.ndarray]:
-  """Compares the confidence with the accuracy in bins of equal width (Guo et al. 2017, Section 2).
+  """Returns mean confidence and accuracy in bins of equal width (Guo et al. 2017, Section 2).
+
+  Args:
+    confidence_N: probability of the predicted class of each example.
+    correct_N: whether each prediction is correct.
 
   Returns:
-    `low` and `high`, the limits of each bin: it holds confidences above `low` up to `high`.
-    `examples`, their number. `confidence` and `accuracy`, their means; NaN in an empty bin.
+    A dict with an array `[BINS]` for each key:
+    `low` and `high`: limits of the bin, which holds the confidences above `low` and up to `high`.
+    `examples`: number of examples in the bin.
+    `confidence`: mean confidence of these examples; NaN in an empty bin.
+    `accuracy`: accuracy on these examples; NaN in an empty bin.
   """
   edge_B = np.linspace(0, 1, BINS + 1)
   bin_N = np.searchsorted(edge_B[1:-1], confidence_N)
@@ -110,7 +118,7 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 
 
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
-  """Returns the expected calibration error of the bins of `reliability` (Guo et al., eq. 3)."""
+  """Returns the expected calibration error, from the bins of `reliability` (Guo et al., eq. 3)."""
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())
 
@@ -120,10 +128,17 @@ def coverage_curve(
 ) -> dict[str, np.ndarray]:
   """Returns the accuracy on the most confident examples (Geifman and El-Yaniv 2017, 1705.08500).
 
+  Args:
+    confidence_N: probability of the predicted class of each example.
+    correct_N: whether each prediction is correct.
+    points: number of points P of the curve.
+
   Returns:
-    `coverage`, the share of the examples that the model answers. `accuracy`, the accuracy on these
-    examples; examples with equal confidence count with the mean accuracy of their group.
-    `confidence`, the lowest confidence among them.
+    A dict with an array `[P]` for each key:
+    `coverage`: share of the examples that the model answers, 1/P to 1.
+    `accuracy`: accuracy on these examples. An example counts with the mean accuracy of all examples
+      that have an equal confidence.
+    `confidence`: lowest confidence among these examples.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')
   falling_N, count = np.asarray(confidence_N)[order_N], len(order_N)
@@ -142,8 +157,9 @@ def coverage_curve(
 def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
   """Returns the temperature with the least negative log-likelihood (Guo et al. 2017, Section 4.2).
 
-  The sum is computed in float64. The temperature stays between `COLDEST` and `HOTTEST`. It is 1 if
-  every prediction is correct: the likelihood then grows without limit as the temperature falls.
+  The likelihood is computed in float64. The temperature stays between `COLDEST` and `HOTTEST`. If
+  every prediction is correct, the likelihood grows as the temperature falls towards 0, and the
+  function returns 1.
   """
   from scipy import optimize  # takes 0.4 s to import, and `predict` does not need it
 
@@ -169,7 +185,7 @@ def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
 
 
 def rows_of(columns: dict[str, np.ndarray]) -> list[dict[str, float | int | None]]:
-  """Returns one dict for each row of a table, for JSON: NaN becomes None."""
+  """Converts a dict of columns to a list with one dict per row, for JSON: NaN becomes None."""
   plain = [
     [None if value != value else value for value in np.asarray(column).tolist()]
     for column in columns.values()

@@ -2,7 +2,7 @@
 
 Decisions:
   * Average precision is the sum over all thresholds of the precision times the increase in recall,
-    without interpolation, as `average_precision_score` in scikit-learn. Images with equal scores
+    without interpolation, as in `average_precision_score` of scikit-learn. Images with equal scores
     share a threshold.
   * Means over the classes skip classes without a positive image, because their average precision
     and recall are not defined.
@@ -23,10 +23,14 @@ THRESHOLD = 0.5  # used if no threshold was chosen
 def cumulative(
   score_N: np.ndarray, label_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns each distinct score in decreasing order, and what a threshold at this score gives.
+  """Counts the images of a class at or above each possible threshold.
+
+  Args:
+    score_N: score of each image.
+    label_N: 1 for a positive image, else 0.
 
   Returns:
-    score_T: the distinct scores.
+    score_T: the T distinct scores, in decreasing order; each is used as a threshold.
     found_T: number of positive images at or above the threshold.
     given_T: number of all images at or above the threshold.
   """
@@ -52,11 +56,12 @@ def average_precision(score_NL: np.ndarray, label_NL: np.ndarray) -> np.ndarray:
 
 
 def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndarray:
-  """Returns for each class the threshold with the highest F1 on these images, `[L]`.
+  """Returns for each class the threshold with the highest F1 on the given images, `[L]`.
 
-  A threshold lies halfway between two probabilities that occur, so that rounding errors do not
-  change a decision. Of equal F1 scores, the highest threshold is chosen. A class without positive
-  images gets `THRESHOLD`. Choose thresholds on validation images, never on test images.
+  A threshold lies halfway between two neighbouring probabilities of the images, or between the
+  lowest probability and 0. So rounding errors do not change a decision. If several thresholds have
+  the highest F1, the highest of them is chosen. A class without positive images gets `THRESHOLD`.
+  Choose thresholds on validation images, never on test images.
   """
   threshold_L = []
   for probability_N, label_N in zip(probability_NL.T.astype(np.float64), label_NL.T):
@@ -71,16 +76,16 @@ def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndar
 def given_labels(
   probability_L: np.ndarray, threshold_L: Sequence[float] | None = None
 ) -> np.ndarray:
-  """Returns the classes at or above their thresholds, the most likely class first: indices.
+  """Returns the indices of the classes at or above their thresholds, the most likely class first.
 
-  Without thresholds, each class has `THRESHOLD`.
+  If `threshold_L` is None, the threshold of each class is `THRESHOLD`.
   """
   order = np.argsort(-probability_L, kind='stable')
   return order[(probability_L >= chosen(threshold_L, len(order)))[order]]
 
 
 def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
-  """Returns the thresholds as an array; `THRESHOLD` for each class if there are none.
+  """Returns the thresholds as an array `[L]`; if `threshold_L` is None, each is `THRESHOLD`.
 
   Raises:
     ValueError: the number of thresholds is not the number of classes.
@@ -110,21 +115,21 @@ class Labelled:
   def of(
     cls, logits_NL: np.ndarray, label_NL: np.ndarray, loss_N: np.ndarray | None = None
   ) -> 'Labelled':
-    """Returns the scores for logits."""
+    """Creates the scores from logits; the probabilities are the sigmoids of the logits."""
     probability_NL = np.exp(-np.logaddexp(0, -logits_NL.astype(np.float64)))  # the sigmoid
     return cls(probability_NL, label_NL, loss_N)
 
   @classmethod
   def joined(cls, parts: Sequence['Labelled']) -> 'Labelled':
-    """Joins the rows of all parts. Every part must have `loss_N`."""
+    """Returns the rows of all parts, in order; every part must have `loss_N`."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
   def means(self) -> dict[str, float]:
-    """Returns loss, accuracy, the values of `summary`, and the number of examples.
+    """Returns mean loss, accuracy, the values of `summary`, and the number of examples.
 
-    A prediction is correct if the most likely class is a label of the image. The accuracy does not
-    count images without a label. It is 0 if no image has a label.
+    A prediction is correct if the most likely class is a label of the image. Images without a label
+    do not count for the accuracy. If no image has a label, the accuracy is 0.
     """
     first_N1 = self.probability_NL.argmax(axis=1)[:, None]
     hits = int(np.take_along_axis(self.label_NL.astype(bool), first_N1, axis=1).sum())
@@ -135,7 +140,11 @@ class Labelled:
   def by_class(
     self, class_names: Sequence[str], threshold_L: Sequence[float] | None = None
   ) -> dict[str, dict[str, float | None]]:
-    """Returns the scores of each class by name.
+    """Returns the measures of each class, by name of the class.
+
+    Args:
+      class_names: names of the classes, the keys of the result.
+      threshold_L: thresholds of the labels; None: `THRESHOLD` for each class.
 
     Returns:
       For each class, `average_precision`, `precision`, `recall`, `f1`, `support` (number of
@@ -161,8 +170,10 @@ class Labelled:
     """Returns the measures at the thresholds of a calibration.
 
     Returns:
-      `macro_f1_at_thresholds`, the mean F1 over the classes. `threshold_examples`, the number of
-      validation examples that the thresholds were fitted on. `per_class`, the result of `by_class`.
+      `macro_f1_at_thresholds`: the mean F1 over the classes.
+      `threshold_examples`: the number of validation examples that the thresholds were fitted on; 0
+        if they were not fitted.
+      `per_class`: the result of `by_class`.
     """
     rows = self.by_class(class_names, calibration.thresholds)
     return {
@@ -173,6 +184,11 @@ class Labelled:
 
 
 def mean_of(column: str, rows: Mapping[object, dict]) -> float:
-  """Returns the mean of a column of `by_class` over the classes with positive images, else 0."""
+  """Returns the mean of a measure over the classes with positive images; 0 if there are none.
+
+  Args:
+    column: name of the measure, e.g. `f1`.
+    rows: the result of `by_class`.
+  """
   values = [row[column] for row in rows.values() if row['support']]
   return float(np.mean(values)) if values else 0.0

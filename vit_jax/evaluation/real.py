@@ -13,18 +13,18 @@ from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.experiment import Experiment
 
-NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # number of an image file, counted from 1
-CLASS = re.compile(r'n\d{8}')  # the labels number the classes in the order of these names
+NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name with the image's number, from 1
+CLASS = re.compile(r'n\d{8}')  # class name; a label is the position of a name in sorted order
 
 
 def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:
-  """Returns `{'real': ReaL labels of a split, bool [N, L]}`; empty without `data.real_labels`.
+  """Returns the ReaL labels of a split as `{'real': bool [N, L]}`; `{}` without `data.real_labels`.
 
   Args:
-    exp: the experiment.
+    exp: the experiment, whose config has the key `data.real_labels`.
     split: the split in TFDS notation.
-    source: the images.
-    count: number of examples of the loaded split.
+    source: source of the images.
+    count: N, number of examples of the loaded split.
 
   Raises:
     ValueError: the labels cannot be read, belong to other data, bad images were skipped, or the
@@ -50,8 +50,8 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
 def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
   """Returns which classes each image of a split shows, bool `[N, L]`.
 
-  The row of an image without a label is all False. Images are identified by their file names, so
-  any subset in any order works. With TFDS, this function reads all records, and evaluation then
+  The row of an image without a label is all False. Images are identified by file name, so the split
+  can be any subset in any order. With TFDS, this function reads all records, and evaluation then
   reads them again.
 
   Args:
@@ -88,7 +88,12 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
 
 
 def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
-  """Reads the labels in a file; each label is a list of class numbers below `count`.
+  """Reads the labels in a file: for each image, a list of class numbers below `count`.
+
+  Args:
+    path: path of the file.
+    name: text at the start of error messages.
+    count: number of classes.
 
   Raises:
     ValueError: the file cannot be read, is not a list of labels, or has an unknown class.

@@ -1,4 +1,4 @@
-"""Scores of examples and of training batches, which are summed exactly over batches."""
+"""Scores of evaluated examples, and of training batches, whose sums are exact over all batches."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -16,14 +16,14 @@ NOT_CALIBRATED = Calibration()
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What a model answers to some examples of a split; padding and bad images are left out.
+  """Outputs of a model for some examples of a split, without padding and bad images.
 
   Attributes:
     index_N: index of each example in the split.
     label_N: true classes; multi-hot `[N, L]` if images can have several labels.
     logits_NL: float32 logits; None if the model has no classes.
-    loss_N: loss of the config, e.g. with label smoothing.
-    real_NL: ReaL labels; None without them.
+    loss_N: loss of each example, computed as the config defines it, e.g. with label smoothing.
+    real_NL: ReaL labels, bool; None if ReaL labels are not used.
   """
 
   index_N: np.ndarray
@@ -42,11 +42,11 @@ class Scores:
     label_N: true classes.
     predicted_N: predicted classes.
     confidence_N: calibrated probabilities of the predicted classes.
-    raw_N: the same probabilities before calibration.
+    raw_N: probabilities of the predicted classes before calibration.
     loss_N: losses.
     top5_N: whether the true class is among the five most likely ones; None with at most 5 classes.
-    real_N: whether the predicted class is among the ReaL labels, NaN for an image without labels;
-      None without ReaL labels.
+    real_N: 1 if the predicted class is among the ReaL labels, else 0; NaN for an image without ReaL
+      labels. None if ReaL labels are not used.
   """
 
   index_N: np.ndarray
@@ -60,7 +60,7 @@ class Scores:
 
   @classmethod
   def of(cls, answers: Answers, calibration: Calibration = NOT_CALIBRATED) -> 'Scores':
-    """Reduces the logits of some examples to their scores."""
+    """Reduces the logits of some examples to scores, one row per example."""
     logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
     predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
     gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
@@ -91,19 +91,20 @@ class Scores:
 
   @classmethod
   def joined(cls, parts: list['Scores']) -> 'Scores':
-    """Returns the rows of all parts."""
+    """Returns the rows of all parts, in order."""
     columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
     return cls(**{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()})
 
   @property
   def correct_N(self) -> np.ndarray:
-    """Whether the predicted class is the true class."""
+    """Whether the predicted class of each example is the true class, bool `[N]`."""
     return self.predicted_N == self.label_N
 
   def means(self) -> dict[str, float]:
-    """Returns loss, accuracies and number of examples, also of examples with ReaL labels.
+    """Returns the mean loss, the accuracies and the number of examples.
 
-    The top-5 accuracy is included only with more than five classes.
+    The keys are `loss`, `accuracy` and `examples`; with more than five classes, also
+    `top5_accuracy`; with ReaL labels, also `real_accuracy` and `real_examples`.
     """
     found = {'loss': self.loss_N.mean(), 'accuracy': self.correct_N.mean()}
     if self.top5_N is not None:
@@ -118,13 +119,13 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Losses of the examples of a split, for a model without classes: `loss_N`."""
+  """Losses `loss_N` of the examples of a split, for a model without classes."""
 
   loss_N: np.ndarray
 
   @classmethod
   def joined(cls, parts: list['Losses']) -> 'Losses':
-    """Returns the rows of all parts."""
+    """Returns the losses of all parts, in order."""
     return cls(np.concatenate([part.loss_N for part in parts]))
 
   def means(self) -> dict[str, float]:
@@ -134,7 +135,7 @@ class Losses:
 
 @flax.struct.dataclass
 class Accuracy(metrics.Average):
-  """Share of correct predictions: the class with the largest logit is a label of the image.
+  """Share of correct predictions, for which the class with the largest logit is a label.
 
   Images without a label do not count.
   """
@@ -150,7 +151,7 @@ class Accuracy(metrics.Average):
 
 @flax.struct.dataclass
 class Score(metrics.Collection):
-  """Sums of the loss and the accuracy of training batches."""
+  """Loss and accuracy of training batches, as sums over the examples."""
 
   loss: metrics.Average.from_output('loss')
   accuracy: Accuracy
@@ -158,7 +159,7 @@ class Score(metrics.Collection):
 
 @flax.struct.dataclass
 class LossScore(metrics.Collection):
-  """Sum of the loss of training batches, for a run without labels."""
+  """Loss of training batches, as a sum over the examples, for a run without labels."""
 
   loss: metrics.Average.from_output('loss')
 
@@ -166,9 +167,12 @@ class LossScore(metrics.Collection):
 def training_score(
   logits_BL: jax.Array | None, label_B: jax.Array, loss_B: jax.Array
 ) -> metrics.Collection:
-  """Returns the loss and accuracy of a micro-batch in training, where every row counts.
+  """Returns the loss and the accuracy of a micro-batch in training, where every row counts.
 
-  Labels are numbers of classes, or multi-hot `[B, L]`. Without logits, there is no accuracy.
+  Args:
+    logits_BL: logits; None without labels, which leaves out the accuracy.
+    label_B: class of each image, or multi-hot labels `[B, L]`.
+    loss_B: loss of each image.
   """
   if logits_BL is None:
     return LossScore.single_from_model_output(loss=loss_B)
@@ -176,10 +180,13 @@ def training_score(
 
 
 def quality(values: Mapping[str, float]) -> float:
-  """Returns the value by which checkpoints are compared; more is better.
+  """Returns the value by which checkpoints are compared; a higher value is better.
 
-  It is the mean average precision of images with several labels, else the accuracy. Without labels,
-  it is the negative loss.
+  The value is the mean average precision if images can have several labels, else the accuracy. For
+  a model without classes, it is the negative loss.
+
+  Args:
+    values: the result of `means` of `Scores`, `Labelled` or `Losses`.
   """
   for name in ('mean_average_precision', 'accuracy'):
     if name in values:
@@ -188,11 +195,15 @@ def quality(values: Mapping[str, float]) -> float:
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """Returns the means over all batches, summed in float64, and the number of examples."""
+  """Returns mean loss and accuracy over training batches, summed in float64, and `examples`.
+
+  Args:
+    batches: a result of `training_score` for each batch.
+  """
   sums = jax.tree.map(lambda *parts: np.sum(np.array(parts, np.float64)), *batches)
   fields = {name: getattr(sums, name) for name in type(sums).__annotations__}
   means = {
-    name: float(average.total / max(average.count, 1))  # perhaps no image has a label
+    name: float(average.total / max(average.count, 1))  # the count is 0 if no image has a label
     for name, average in fields.items()
     if isinstance(average, metrics.Average)
   }

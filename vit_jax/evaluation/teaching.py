@@ -1,8 +1,8 @@
-"""Prepares the teacher of a run: puts it on the devices, or computes its logits once.
+"""Prepares the teacher of a run: places its parameters on the devices, or computes its logits once.
 
 Decisions:
-  * If nothing random changes an image, the teacher gives the same logits in every epoch. They are
-    then computed once for each example, from its features (`features.py`), which are cached.
+  * Without random changes of the images, the teacher gives the same logits in every epoch. The
+    logits are then computed once for each example, from cached features (`features.py`).
   * Otherwise each step runs the teacher. Its parameters are placed like the parameters of the
     student, so `mesh.fsdp` and `mesh.tensor` split them too. No checkpoint contains them.
 """
@@ -26,12 +26,12 @@ from vit_jax.optim import Training
 
 log = logging.getLogger(__name__)
 
-ROWS = 4096  # features whose logits are computed at once
+ROWS = 4096  # number of examples whose logits are computed at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
-  """A split whose batches also contain the logits of a teacher, as `teacher`, `[B, L]`.
+  """A split whose batches also contain the logits of a teacher: `teacher`, `[B, L]`.
 
   Attributes:
     examples: the split.
@@ -60,10 +60,12 @@ class Taught:
 def with_teacher(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> tuple[Experiment, Training]:
-  """Returns experiment and plan of a run whose teacher is ready; unchanged without a teacher.
+  """Returns the experiment and the plan of a run, with the teacher ready for training.
+
+  Without a teacher, both are returned unchanged.
 
   Args:
-    exp: experiment to train. The teacher uses its kernel of attention.
+    exp: experiment to train. The teacher uses the attention kernel of the experiment's model.
     training: plan of the run.
     mesh: devices of the run.
     folder: folder of cached features.
@@ -82,7 +84,10 @@ def with_teacher(
 def compute_logits(
   exp: Experiment, examples: Split, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> np.ndarray:
-  """Returns the teacher's logits of all examples, `[N, L]`; its features are cached in `folder`."""
+  """Returns the teacher's logits for all examples, `[N, L]`.
+
+  The logits are computed from the teacher's features, which are cached in `folder`.
+  """
   log.info('Without augmentation, the teacher computes the logits of each image only once.')
   teacher, config = exp.teacher, copy.deepcopy(exp.config)
   config.data.image_size = teacher.normalize.keywords['size']
