@@ -1,4 +1,4 @@
-"""Figures of what a model attends to and has learned, and the report that shows them.
+"""Figures of what a model attends to and has learned, and a report with these figures.
 
 `maps.py` computes arrays, `draw.py` and `charts.py` draw them, and `gallery.py` writes the report.
 """

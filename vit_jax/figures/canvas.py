@@ -46,9 +46,9 @@ styled = matplotlib.rc_context(STYLE)
 
 @styled
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a PNG 1200 pixels wide.
+  """Writes a figure as a PNG file, 1200 pixels wide.
 
-  The file holds no date or version, so the same figure always gives the same bytes.
+  The file contains no date and no version, so the same figure always gives the same bytes.
   """
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing from font')
@@ -57,7 +57,10 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 
 
 def show_image(axis, image_HWC: np.ndarray, **arguments):
-  """Draws a uint8 image `[H, W, C]` with 1 or 3 channels."""
+  """Draws a uint8 image `[H, W, C]` with 1 or 3 channels; returns what `axis.imshow` returns.
+
+  `**arguments` are passed to `axis.imshow`.
+  """
   if image_HWC.shape[-1] == 1:
     arguments |= dict(cmap='gray', vmin=0, vmax=255)
     image_HWC = image_HWC[..., 0]
@@ -65,15 +68,15 @@ def show_image(axis, image_HWC: np.ndarray, **arguments):
 
 
 def bare(axis) -> None:
-  """Removes ticks and frame around a plot, but keeps the axis labels."""
+  """Removes the ticks and the frame of a plot, but keeps the axis labels."""
   axis.set(xticks=[], yticks=[])
   axis.spines[:].set_visible(False)
 
 
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
-  """Enlarges tiles to at least 16 pixels per side, by repeating every pixel.
+  """Enlarges tiles `[R, C, p, q, ...]` to at least 16 pixels per side, by repeating every pixel.
 
-  A gap between tiles can then be thinner than a pixel of the original.
+  A gap between the enlarged tiles can then be thinner than a pixel of the original tiles.
   """
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
@@ -90,7 +93,15 @@ def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
 
 
 def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
-  """Draws a grid of maps `[R, C, h, w]` with the names of the rows and columns."""
+  """Draws a grid of maps with names of the rows and columns; returns the image for `add_colours`.
+
+  Args:
+    axis: matplotlib axis to draw on.
+    tile_RChw: a map for each row and column.
+    rows: names of the R rows.
+    columns: names of the C columns.
+    **limits: arguments of `axis.imshow`, e.g. `vmin` and `vmax`.
+  """
   tile_RChw = enlarge(tile_RChw)
   h, w = tile_RChw.shape[2:]
   gap = min(h, w) // 8
@@ -103,7 +114,10 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
 
 
 def add_colours(figure: Figure, shades, axes, label: str, **arguments):
-  """Adds a colour bar, which shows the value of each shade."""
+  """Adds a colour bar for the drawn image `shades` next to `axes`; returns the colour bar.
+
+  `**arguments` are passed to `figure.colorbar`.
+  """
   bar = figure.colorbar(shades, ax=axes, label=label, aspect=18, pad=0.02, **arguments)
   bar.outline.set_visible(False)
   return bar
@@ -115,7 +129,7 @@ def evenly(size: int, most: int) -> np.ndarray:
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a map of the patches to `[H, W]`, by linear interpolation between patch centres."""
+  """Resizes a map `[h, w]` of patches to `size` (H, W), linearly between the patch centres."""
   for axis, wanted in enumerate(size):
     given = map_hw.shape[axis]
     where = (np.arange(wanted) + 0.5) * given / wanted - 0.5

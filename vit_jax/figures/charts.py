@@ -1,4 +1,4 @@
-"""Draws how good and how trustworthy predictions are, in the style of `draw.py`."""
+"""Draws charts of the accuracy and the calibration of predictions, in the style of `draw.py`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,14 +10,20 @@ import numpy as np
 from vit_jax.figures import canvas
 
 NUMBERED, LABELLED = 20, 40  # maximum number of classes with numbers in cells, with names on axes
-LOWEST = 20  # number of classes named when there are too many to name all of them
+LOWEST = 20  # number of classes with an accuracy bar, if there are more than `LABELLED` classes
 
 
 @canvas.styled
 def draw_confusion(
   count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-  """Draws the confusion matrix (rows are true classes) and the accuracy of each class."""
+  """Draws the confusion matrix and the accuracy of each class.
+
+  Args:
+    count_LL: number of examples by true class (row) and predicted class (column).
+    accuracy_L: accuracy of each class, 0 to 1; NaN for a class without examples.
+    class_names: names of the L classes.
+  """
   classes = len(class_names)
   total_L1 = count_LL.sum(axis=1, keepdims=True)
   share_LL = np.where(total_L1 > 0, count_LL / np.maximum(total_L1, 1), np.nan)
@@ -50,12 +56,12 @@ def draw_confusion(
 
 
 def small(labels: int) -> int:
-  """Returns a font size, in points, at which this number of labels fits on an axis."""
+  """Returns a font size in points at which a number of labels fits on an axis."""
   return 8 if labels <= NUMBERED else 6
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Draws the accuracy of each class as a bar; with many classes, only the lowest accuracies."""
+  """Draws the accuracy of each class as a bar; with many classes, only the `LOWEST` accuracies."""
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
   if len(order) > LABELLED:
@@ -84,11 +90,12 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
 def draw_reliability(
   bins: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None
 ) -> Figure:
-  """Draws the accuracy against the confidence, and the number of examples by confidence.
+  """Draws the accuracy and the share of the examples in each bin of the confidence.
 
   Args:
     bins: the result of `reliability`.
-    before: the same for probabilities before calibration; None to leave it out.
+    before: the result of `reliability` for probabilities before calibration, to compare with; None
+      if the probabilities are not calibrated.
   """
   figure = Figure((canvas.WIDTH, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2)
@@ -118,7 +125,7 @@ def draw_reliability(
 
 @canvas.styled
 def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
-  """Draws the accuracy on the most confident examples, and the confidence that selects them.
+  """Draws accuracy and lowest confidence of the most confident examples, against their share.
 
   Args:
     curve: the result of `coverage_curve`.

@@ -1,12 +1,12 @@
-"""Computes dense features and their principal components, which a picture shows as colours.
+"""Computes the features of patches and their principal components, which are drawn as colours.
 
     feature_BhwD = dense_features(model, params, image_BHWC)
     map_BhwF, share_F = component_maps(feature_BhwD)
 
 Decisions:
-  * The components belong to the patches of all images together, so that equal colours mean similar
-    features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
-  * A component has no sign of its own. Its entry with the largest magnitude is made positive.
+  * The components are computed from the patches of all images together. So equal colours mean
+    similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
+  * The sign of a component is arbitrary. The entry with the largest magnitude is made positive.
 """
 
 import functools
@@ -18,15 +18,15 @@ import numpy as np
 from vit_jax.experiment import Experiment
 from vit_jax.model import ViT, without_pool
 
-# Percentiles that become black and full colour. The full range would depend on a few outliers.
+# Percentiles that become black and full colour. Minimum and maximum would depend on few outliers.
 EDGES = (2, 98)
 
 
 def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array:
   """Returns the features of the patches, `[B, h, w, D]` in float32.
 
-  They are the tokens of the last block after the last LayerNorm, without the class token and the
-  registers.
+  The features are the tokens of the last block after the last LayerNorm, without the class token
+  and the registers.
 
   Args:
     model: the model, with any pool, with or without a head.
@@ -40,7 +40,7 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
 
 
 def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns principal components: unit vectors `[F, D]` and their share of the variance `[F]`.
+  """Returns principal components: unit vectors `[F, D]`, and shares of the variance `[F]`.
 
   The mean is subtracted first. F is the smallest of `count`, N - 1 and D. The result is float64. In
   each component, the entry with the largest magnitude is positive.
@@ -64,7 +64,8 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
     count: maximum number of components.
 
   Returns:
-    `map_BhwF`, float32, the projection of each patch, minus the mean over all patches.
+    `map_BhwF`, float32, the projection of each patch on each component. The mean over all patches
+      is subtracted first.
     `share_F`, the share of each component in the variance of the features.
   """
   x_ND = np.asarray(feature_BhwD, np.float64).reshape(-1, feature_BhwD.shape[-1])
@@ -76,8 +77,8 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
 def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
   """Returns the first three maps as red, green and blue: `[B, h, w, 3]`, 0 to 1.
 
-  Each colour covers the range of its map between two percentiles, `EDGES`, over all images. If a
-  map is missing or constant, its colour has the value 0.5.
+  Each map is scaled linearly, so that the percentiles `EDGES` over all images become 0 and 1. If a
+  map is missing or constant, the colour has the value 0.5.
   """
   low_F, high_F = np.percentile(map_BhwF, EDGES, axis=(0, 1, 2))
   range_F = high_F - low_F
@@ -90,6 +91,6 @@ def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
 def of_images(
   exp: Experiment, params: dict, image_BHWC: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns `component_maps` of uint8 images."""
+  """Returns the `component_maps` of uint8 images `[B, H, W, C]`."""
   features = jax.jit(functools.partial(dense_features, exp.model))
   return component_maps(features(params, exp.normalize(image_BHWC)))

@@ -26,9 +26,11 @@ PATCHES = 14  # maximum number of patches shown in the sequence
 
 @canvas.styled
 def draw_curves(lines: list[dict]) -> Figure:
-  """Draws loss and accuracy of every split by step, from the lines of `metrics.jsonl`.
+  """Draws loss and accuracy of every split by step.
 
-  Without labels, there is no accuracy, and the loss is the error of hidden patches.
+  Args:
+    lines: lines of `metrics.jsonl` as dicts. Lines of a run without labels have no accuracy, and
+      the loss is the error of hidden patches.
   """
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   labelled = any('accuracy' in line for line in lines)
@@ -60,7 +62,14 @@ def draw_mistakes(
   predictions: Sequence[str],
   confidences: Sequence[float],
 ) -> Figure:
-  """Draws each image with the true class, the predicted class and the probability of the latter."""
+  """Draws wrongly classified images with true class, predicted class and confidence.
+
+  Args:
+    image_NHWC: uint8 images.
+    truths: name of the true class of each image.
+    predictions: name of the predicted class of each image.
+    confidences: probability of the predicted class of each image, 0 to 1.
+  """
   columns = 5
   rows = -(-len(image_NHWC) // columns)
   height, width = image_NHWC.shape[1:3]
@@ -79,7 +88,12 @@ def draw_mistakes(
 
 @canvas.styled
 def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
-  """Draws an image three times: with patch borders, as separate patches, and as a sequence."""
+  """Draws an image three times: with patch borders, as separate patches, and as a sequence.
+
+  Args:
+    image_HWC: uint8 image.
+    patch_hwpqC: patches of the image, as `maps.patches` returns them.
+  """
   h, w, p, q, _ = patch_hwpqC.shape
   height, width, _ = image_HWC.shape
   figure = Figure(
@@ -118,9 +132,10 @@ def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
-  """Draws principal components of the patch embedding, each with its share of the variance.
+  """Draws the principal components of the patch embedding and their shares of the variance.
 
-  Each component is divided by its largest magnitude. Mid-grey is zero.
+  The arguments are the results of `maps.filters`. Each component is divided by the largest
+  magnitude of its entries. Mid-grey is zero.
   """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -140,7 +155,11 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws how similar the position embeddings of evenly spaced patches are to all embeddings."""
+  """Draws the cosine similarity between position embeddings, as a map for each patch.
+
+  The argument is the result of `maps.position_similarity`. In a large grid, only maps of evenly
+  spaced patches are drawn.
+  """
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
   tile_RChw = similarity_hwhw[row_R][:, column_C]
@@ -158,8 +177,8 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
   """Draws the mean attention distance of each head by block, in pixels.
 
   Args:
-    distance_DK: distance of each head, one row for each block.
-    even: distance of a head that attends to all patches equally.
+    distance_DK: distance of each head in pixels, one row for each block.
+    even: distance in pixels of a head that attends to all patches equally.
   """
   figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
   axis = figure.subplots()
@@ -180,7 +199,12 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
 @canvas.styled
 def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
-  """Draws three rows: images, the images darkened where rollout is low, and the rollout maps."""
+  """Draws three rows: images, images that are darkened where rollout is low, and rollout maps.
+
+  Args:
+    image_BHWC: uint8 images.
+    map_Bhw: attention rollout of each image, as `maps.rollout` returns it.
+  """
   count = len(image_BHWC)
   _, height, width, _ = image_BHWC.shape
   even_Bhw = map_Bhw / np.maximum(map_Bhw.mean(axis=(1, 2), keepdims=True), 1e-30)
@@ -207,7 +231,12 @@ def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
-  """Draws a row of images, and a row with the colours of their patches, from 0 to 1."""
+  """Draws a row of images, and a row with the colours of their patches.
+
+  Args:
+    image_BHWC: uint8 images.
+    colour_Bhw3: colour of each patch, as `component_colours` returns it.
+  """
   _, height, width, _ = image_BHWC.shape
   columns = max(len(image_BHWC), 4)
   tile = canvas.WIDTH / columns
@@ -227,12 +256,13 @@ def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
-  """Draws what each head of each block attends to in one image.
+  """Draws an attention map for each head of each block, for one image.
 
-  Each map is scaled by its own largest value.
+  Each map is divided by its largest value. If there are many blocks or heads, only evenly spaced
+  ones are drawn.
 
   Args:
-    image_HWC: image drawn next to the maps.
+    image_HWC: uint8 image to draw next to the maps.
     map_RKhw: one map for each row (a block, or the pool) and each head.
     rows: names of the R rows.
   """

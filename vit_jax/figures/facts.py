@@ -1,4 +1,4 @@
-"""Collects the text and the numbers of a report."""
+"""Collects the numbers and texts for the report of a run."""
 
 import pathlib
 
@@ -32,7 +32,12 @@ RESULT = {  # key in `result.json`: (name in the report, format)
 
 
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns the run's results as text; for an unfinished run, the latest metrics."""
+  """Returns the results of a run as `{name: text}`; for an unfinished run, the latest metrics.
+
+  Args:
+    subject: the data of the run.
+    workdir: folder of the run, which may contain `result.json`; None for published weights.
+  """
   found = {}
   lines = [] if isinstance(subject.lines, Missing) else subject.lines
   last = lines[-1]['step'] if lines else 0
@@ -58,7 +63,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
 
 
 def trusted(subject: Subject) -> dict[str, str]:
-  """Returns how far the predictions of the checkpoint can be trusted; empty without test data."""
+  """Returns accuracy and calibration of the checkpoint as `{name: text}`; empty without scores."""
   if isinstance(subject.scores, Missing):
     return {}
   exp, scores, found = subject.exp, subject.scores, subject.trust
@@ -76,9 +81,10 @@ def trusted(subject: Subject) -> dict[str, str]:
 
 
 def class_rows(subject: Subject) -> list[tuple[str, ...]]:
-  """Returns class, precision, recall, F1 and images of each class, the lowest F1 first.
+  """Returns `(class, precision, recall, F1, images)` of each class as text, the lowest F1 first.
 
-  Empty without test data. Classes without examples and predictions come last.
+  `images` is the number of test images of the class. Classes whose F1 is undefined come last. The
+  list is empty without scores.
   """
   if isinstance(subject.scores, Missing):
     return []
@@ -96,8 +102,12 @@ def config_differences(
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
   """Returns the config keys whose values differ from the default, and the unchanged keys.
 
+  Args:
+    subject: the data of the run.
+    workdir: folder of the run. Its `config.json` is read if the run has no checkpoint.
+
   Returns:
-    A list of `(key, value, default)` for the changed keys, and `{key: value}` of the others.
+    A list of `(key, value, default)` for the changed keys, and `{key: value}` for all other keys.
   """
   default = config_lib.flatten(config_lib.default_config())
   if not isinstance(subject.exp, Missing):

@@ -25,12 +25,13 @@ def visualize(
   images: str | Iterable[str | pathlib.Path] | None = None,
   out: pathlib.Path | None = None,
 ) -> list[pathlib.Path]:
-  """Draws every figure whose data is available and returns the files, with the report last.
+  """Draws every figure whose data is available, and returns the files, with the report last.
 
   Args:
     request: a training run, finished or not, or published weights.
-    images: paths of image files and folders to draw; None for a few test images of the run.
-    out: output folder; the workdir by default.
+    images: image files, folders and patterns to draw, as in `find_images`; None for a few test
+      images of the run.
+    out: output folder; None for the workdir of the request.
 
   Raises:
     ValueError: there is nothing to draw, the output folder cannot be used, no image can be read,

@@ -9,10 +9,10 @@ Decisions:
   * The model returns its attention weights through Flax's `sow`, without a second model. It then
     uses the kernel `plain` (`attention.py`), which computes the weights explicitly.
   * The array `read` holds the share of each token of the last block in the pooled output. With
-    `cls`, the class token has the whole share. With `gap`, all patches have equal shares. With
-    `map`, the shares are the probe's attention. Functions that use `read` work for every such pool.
-  * `Missing` is raised if a model does not have the requested array. It is a separate subclass
-    of `ValueError`, so a report can skip one figure and give the reason.
+    `cls`, the class token has the share 1. With `gap`, all patches have equal shares. With `map`,
+    the shares are the attention of the probe. Functions that use `read` work for all these pools.
+  * `Missing` is raised if a model does not have the requested array. `Missing` is a separate
+    subclass of `ValueError`, so a report can skip one figure and give the reason.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Missing(ValueError):
 
 
 def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
-  """Returns the number of patches (down, across) in images of this size."""
+  """Returns the number of patches (down, across) in each image."""
   _, height, width, _ = image_BHWC.shape
   return height // model.patch_size[0], width // model.patch_size[1]
 
@@ -80,7 +80,8 @@ def attentions(
 def pool_shares(model: ViT, tokens: int) -> jax.Array:
   """Returns the share of each token in the output of a linear pool: `[N]`, with sum 1.
 
-  The pool is applied to unit vectors. The shares of concatenated vectors are averaged.
+  The shares are computed by applying the pool to unit vectors. If the pool concatenates several
+  vectors, the shares are the means over these vectors.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
@@ -91,12 +92,12 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6).
   Each block counts as the matrix `(A + I) / 2`: A is the mean attention of the heads, and I stands
-  for the residual connection. From the last block to the first, the shares that the pool reads are
-  multiplied by these matrices.
+  for the residual connection. The shares `read_BN` are multiplied by these matrices, from the last
+  block to the first.
 
   Args:
     layers: `attention_BKNN` of each block, in order.
-    read_BN: share of each token in the pooled output: the mean of `read_BKN` over its heads.
+    read_BN: share of each token in the pooled output: the mean of `read_BKN` over the heads.
     grid: number of patches (down, across). Patches are the last tokens.
 
   Returns:
@@ -116,18 +117,19 @@ def head_attention(
 ) -> jax.Array:
   """Returns how much the tokens that the pool reads attend to each patch, by head: `map_BKhw`.
 
-  With `cls`, it is the class token's attention. With `gap`, it is the mean attention of the
-  patches. With `map`, this mean is weighted by the probe's attention. With `cls_gap` and
-  `distilled`, both vectors have equal weight. Attention to tokens before the patches is left out.
+  With `cls`, the map is the attention of the class token. With `gap`, it is the mean attention of
+  the patches. With `map`, this mean is weighted by the attention of the probe. With `cls_gap` and
+  `distilled`, both concatenated vectors have equal weight. Attention to tokens before the patches
+  is left out. `attention_BKNN` is for one block, and `read_BN` and `grid` are as in `rollout`.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
 
 def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-  """Reduces the large attention arrays to the small arrays that `draw.py` needs.
+  """Returns small summaries of the attention in images, which `draw.py` can draw.
 
-  Images are processed one at a time, and each block's attention is summarised immediately. A B/16
-  at 224 pixels therefore needs little memory besides its weights.
+  Images are processed one at a time, so only the attention arrays of one image are in memory. The
+  arguments are those of `attentions`.
 
   Returns:
     `rollout`: `[B, h, w]`.
@@ -157,7 +159,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
 
 def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Drops the tokens before the patches from `[..., N]`, and reshapes the rest to `[..., h, w]`."""
+  """Drops the tokens before the patches from `[..., N]`, and returns the patches `[..., h, w]`."""
   h, w = grid
   return x[..., x.shape[-1] - h * w :].reshape(*x.shape[:-1], h, w)
 
@@ -165,7 +167,7 @@ def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
 def mean_attention_distance(
   attention_BKNN: jax.Array, grid: tuple[int, int], patch_size: tuple[int, int]
 ) -> jax.Array:
-  """Returns how far each head looks, in pixels of the model's input: `distance_BK`.
+  """Returns the mean attention distance of each head, in pixels of the input: `distance_BK`.
 
   This is the distance between the centres of the query patch and the key patch. It is weighted
   by attention and averaged over the query patches (paper, Section 4.5 and Appendix D.7). The
@@ -217,19 +219,19 @@ def position_similarity(position_hwD: np.ndarray) -> np.ndarray:
 
 
 def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-  """Returns principal components of the patch embedding's filters (paper, Figure 7, left).
+  """Returns principal components of the filters of the patch embedding (paper, Figure 7, left).
 
-  Each of the D columns of the embedding is a filter over a patch. The mean filter is subtracted
-  first, and every component has the shape of a patch.
+  Each of the D columns of the embedding's kernel is a filter over a patch. The mean filter is
+  subtracted first, and every component has the shape of a patch.
 
   Args:
     model: a model without a convolutional stem.
     params: the model's parameters.
-    count: maximum number of components. If the patch has fewer values, or D - 1 is smaller, the
-      smallest of these numbers is used.
+    count: maximum number of components F. F is the smallest of `count`, D - 1 and the number of
+      values in a patch.
 
   Returns:
-    `filter_FpqC`, the components in order of importance. Each is a unit vector, and the
+    `filter_FpqC`, the components in decreasing order of variance. Each is a unit vector, and the
       entry with the largest magnitude is positive.
     `share_F`, the share of each component in the variance of the filters.
 
@@ -280,7 +282,8 @@ def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np
   """Returns the indices of `count` examples, spread evenly over the classes.
 
   The first example of each class comes first, then the second of each class. If there are fewer
-  examples than `count`, all are used. If there are more classes, evenly spaced classes come first.
+  examples than `count`, all are used. If there are more classes than `count`, the examples of
+  `count` evenly spaced classes come first.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

@@ -1,11 +1,12 @@
 """Finds and draws the training images that a model finds most similar to its mistakes.
 
 Decisions:
-  * Images are compared by the cosine similarity of their features, the input of the head.
-  * A mistake next to similar images of the wrong class often has a doubtful label, or shows classes
-    that the features cannot tell apart. Without similar images, training data is missing.
+  * Images are compared by the cosine similarity of their features, the inputs of the head.
+  * If the nearest training images have the predicted class, the label is often doubtful, or the
+    features cannot tell the classes apart. If no training image is similar, the training data lacks
+    such images.
   * At most `AMONG` training images are compared, spread evenly over the split. So drawing takes no
-    longer for a large split.
+    longer for a larger split.
 """
 
 from collections.abc import Sequence
@@ -23,17 +24,17 @@ from vit_jax.model import unit
 
 ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each
 AMONG = 10_000  # maximum number of training images compared
-PART = 2000  # number of training images in memory at a time
+PART = 2000  # maximum number of training images in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-  """The training images that are most similar to R test images, the most similar first.
+  """The K training images that are most similar to each of R test images, the most similar first.
 
   Attributes:
-    image_RKHWC: uint8 images.
-    label_RK: their classes.
-    similarity_RK: cosine similarities of the features, -1 to 1.
+    image_RKHWC: uint8 training images.
+    label_RK: classes of the training images.
+    similarity_RK: cosine similarity between the features of test and training image, -1 to 1.
     among: number of training images that were compared.
   """
 
@@ -46,12 +47,12 @@ class Neighbours:
 def find_neighbours(
   exp: Experiment, params: dict, test: Examples, train: Split, mesh: jax.sharding.Mesh
 ) -> Neighbours:
-  """Finds the `NEAREST` training images of each test image.
+  """Returns the `NEAREST` most similar training images of each test image.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
     params: parameters of the model, on the devices of the mesh.
-    test: R test images.
+    test: R test examples.
     train: training split.
     mesh: the devices.
   """
@@ -84,11 +85,12 @@ def draw_neighbours(
   found: Neighbours,
   class_names: Sequence[str],
 ) -> Figure:
-  """Draws each mistake in a row with its nearest training images.
+  """Draws one row for each mistake: the test image, then the nearest training images.
 
   Args:
-    image_RHWC: the mistakes.
-    titles: for each mistake, the true class, the predicted class and its probability as text.
+    image_RHWC: uint8 test images that were classified wrongly.
+    titles: for each mistake, the true class, the predicted class and the probability of the
+      predicted class, as text.
     found: the nearest training images.
     class_names: name of each class.
   """

@@ -31,7 +31,7 @@ class AttentionMaps:
 
   Attributes:
     rollout: `[B, h, w]`, rollout of the images that are drawn.
-    heads: `[B, R, K, h, w]`, attention by block and head in the images that are drawn.
+    heads: `[B, R, K, h, w]`, attention by row (a block, or the pool) and head in these images.
     distance_DK: mean attention distance by block and head, averaged over `measured` images.
     measured: number of images in that average.
   """
@@ -44,7 +44,7 @@ class AttentionMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """The data for all figures. For a part that is not available, a `Missing` gives the reason.
+  """The data for all figures. An attribute that is not available is a `Missing` with the reason.
 
   Attributes:
     lines: lines of `metrics.jsonl`.
@@ -53,7 +53,7 @@ class Subject:
     test: test split.
     scores: predictions for the test split.
     shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
-    attention: attention in the images of `shown`; the distances are averaged over more images.
+    attention: attention in the images `shown`; the distances are averaged over more images.
     step: step of the checkpoint; None for published weights.
     nearest: the nearest training images of the most confident mistakes.
   """
@@ -75,10 +75,10 @@ class Subject:
     return trust(scores, exp.task.class_names, exp.calibration)
 
   def need(self, *names: str) -> list:
-    """Returns the named parts.
+    """Returns the attributes with the given names.
 
     Raises:
-      Missing: a named part is not available.
+      Missing: one of these attributes is not available.
     """
     parts = [getattr(self, name) for name in names]
     for part in parts:
@@ -141,7 +141,7 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
 
 
 def worst(scores: Scores, count: int) -> np.ndarray:
-  """Returns the rows of the `count` most confident mistakes.
+  """Returns the indices of the rows of `scores` with the `count` most confident mistakes.
 
   Raises:
     Missing: there is no mistake.

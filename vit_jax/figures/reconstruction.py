@@ -1,4 +1,4 @@
-"""Draws what a masked autoencoder sees of images, and how it fills in the rest."""
+"""Draws the patches that a masked autoencoder sees of images, and the patches that it predicts."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ GREY = 128  # level of the patches that the model does not see
 
 
 def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns images three times: original, with grey unseen patches, and reconstructed.
+  """Returns images in three versions: original, with grey unseen patches, and reconstructed.
 
-  The shape is `[3, B, H, W, C]`, uint8.
-
-  The model predicts patches with mean 0 and variance 1. They are drawn with the mean and the
-  standard deviation of the true patches, which the model does not know.
+  The result is uint8 `[3, B, H, W, C]`. The model predicts patches that are normalised to mean 0
+  and variance 1. The predictions are drawn with the mean and the standard deviation of the true
+  patches, which the model does not know.
 
   Args:
     exp: experiment of a run with `objective=masked`.
@@ -47,7 +46,10 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
 
 @canvas.styled
 def draw_reconstruction(image_RBHWC: np.ndarray) -> Figure:
-  """Draws the rows of `reconstruct`: images, seen patches, filled-in images."""
+  """Draws three rows of images: original, seen patches, and filled in.
+
+  The argument is the result of `reconstruct`, `[3, B, H, W, C]`.
+  """
   _, count, height, width, _ = image_RBHWC.shape
   columns = max(count, 4)
   tile = (canvas.WIDTH - 0.6) / columns

@@ -15,7 +15,7 @@ import pathlib
 
 from vit_jax import storage
 
-SHOWN = 20  # number of classes in the table that is not folded
+SHOWN = 20  # number of classes that are shown without unfolding the table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5a5a5a; --ground: #fff; --line: #ddd; }
@@ -42,7 +42,7 @@ summary { cursor: pointer; margin: .75rem 0; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG file with its title and a caption of one to three sentences."""
+  """A PNG file with a title and a caption of one to three sentences."""
 
   path: pathlib.Path
   title: str
@@ -51,7 +51,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Contents of the page.
+  """Contents of the HTML page.
 
   Attributes:
     title: title of the page.
@@ -60,8 +60,8 @@ class Report:
     changed: `(key, value, default)` of the config keys that differ from the default.
     unchanged: `{key: value}` of the config keys that have their default value.
     pictures: figures, in the order of the page. The page contains the bytes of the PNG files.
-    left_out: titles of the skipped figures, with the reason.
-    classes: `(class, precision, recall, F1, images)` of each class, as text.
+    left_out: `{title: reason}` of the skipped figures.
+    classes: `(class, precision, recall, F1, images)` of each class, as text; empty for no table.
   """
 
   title: str
@@ -75,7 +75,7 @@ class Report:
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
-  """Writes the page as an HTML file, atomically."""
+  """Writes a report as an HTML file, atomically."""
   parts = [
     f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
     section('Numbers', html_table(report.numbers.items())),
@@ -109,7 +109,12 @@ def figure(picture: Picture) -> str:
 
 
 def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
-  """Returns a table of the changed keys, and a folded table of the unchanged keys."""
+  """Returns the HTML of a table of the changed keys, and a folded table of the unchanged keys.
+
+  Args:
+    changed: `(key, value, default)` of each changed key.
+    unchanged: `{key: value}` of the unchanged keys.
+  """
   code = lambda x: f'<code>{escape(x)}</code>'
   rows = [(code(key), code(value), code(default)) for key, value, default in changed]
   rest = [(code(key), code(value)) for key, value in unchanged.items()]
@@ -122,7 +127,7 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
 
 
 def class_table(classes: Sequence[tuple[str, ...]]) -> str:
-  """Returns a table of the first `SHOWN` classes, and a folded table of the others."""
+  """Returns the HTML of a table of the first `SHOWN` classes, and a folded table of the others."""
   head = ('class', 'precision', 'recall', 'F1', 'images')
   rows = [tuple(map(escape, row)) for row in classes]
   shown = f'<table>{cells([head], "th")}{cells(rows[:SHOWN])}</table>'
@@ -133,12 +138,12 @@ def class_table(classes: Sequence[tuple[str, ...]]) -> str:
 
 
 def html_table(rows: Iterable[tuple[str, str]]) -> str:
-  """Returns an HTML table of names and values."""
+  """Returns the HTML of a table of `(name, value)` rows, which are escaped."""
   return f'<table>{cells((escape(name), escape(value)) for name, value in rows)}</table>'
 
 
 def cells(rows: Iterable[tuple[str, ...]], tag: str = 'td') -> str:
-  """Returns the HTML rows of a table; the cells must already be HTML."""
+  """Returns the HTML of table rows with the tag `td` or `th`; the cells must already be HTML."""
   line = lambda row: ''.join(f'<{tag}>{cell}</{tag}>' for cell in row)
   return '\n'.join(f'<tr>{line(row)}</tr>' for row in rows)
 

@@ -40,7 +40,7 @@ MEASURED = 128  # number of images that attention distance is averaged over, as 
 
 
 def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
-  """Reads and computes the data for the figures; `visualize` describes the arguments."""
+  """Returns the data for the figures; `visualize` describes the arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
@@ -82,7 +82,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
-  """Returns the lines of the run's `metrics.jsonl`, or the reason why there are none."""
+  """Returns the lines of `metrics.jsonl` as dicts, or a `Missing` with the reason."""
   if workdir is None:
     return Missing('weights without a run have no metrics.')
   if not (workdir / 'metrics.jsonl').exists():
@@ -91,9 +91,9 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
 
 
 def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
-  """Returns the test split, or the reason why the split cannot be read.
+  """Returns the test split without the files that the weights were trained on.
 
-  Files that the weights were trained on are left out.
+  If the split cannot be read, a `Missing` with the reason is returned.
 
   Raises:
     ValueError, OSError: the data cannot be opened with the given `data.*` overrides.
@@ -117,7 +117,10 @@ def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh)
 def near_mistakes(
   exp: Experiment, params: dict, test: Split, scores: Scores, mesh: jax.sharding.Mesh
 ) -> Neighbours | Missing:
-  """Returns the nearest training images of the most confident mistakes, or why there are none."""
+  """Returns the nearest training images of the most confident mistakes.
+
+  If there are none, a `Missing` with the reason is returned.
+  """
   try:
     index = worst(scores, ROWS)
     train = load_split(exp, exp.config.data.train_split)
@@ -132,15 +135,22 @@ def near_mistakes(
 def batches(
   examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields batches that hold every example once, and shows a progress bar."""
+  """Yields batches that contain every example once, and shows a progress bar.
+
+  Args:
+    examples: the examples.
+    size: number of examples per batch.
+    mesh: the devices.
+    what: name of the activity, for the progress bar.
+  """
   found = eval_batches(examples, size, batch_sharding(mesh))
   return progress.bar(found, what, 'batch', math.ceil(len(examples) / size))
 
 
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
-  """Returns test images spread evenly over the classes.
+  """Returns test images that are spread evenly over the classes, uint8 `[B, H, W, C]`.
 
-  The first `SHOWN` are drawn. The others are used only for the attention distance.
+  The first `SHOWN` images are drawn. The others are used only for the attention distance.
   """
   classes = len(exp.task.class_names)
   label_N = test.label_N
@@ -155,7 +165,7 @@ def choose_images(test: Split, exp: Experiment) -> np.ndarray:
 
 
 def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
-  """Reads the first `MEASURED` image files and skips unreadable ones.
+  """Returns the readable images among the first `MEASURED` files, uint8 `[B, H, W, C]`.
 
   Raises:
     ValueError: none of the files can be read.
@@ -175,7 +185,7 @@ def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
 
 
 def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns uint8 images at the size of the model's input."""
+  """Returns uint8 images as the model sees them: resized to the model's input size."""
   mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
   pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
   return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
