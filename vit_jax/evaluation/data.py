@@ -112,8 +112,8 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   """Loads the validation split of a run, without the files that the weights were trained on.
 
   The result is None if the run has no validation split, if the experiment has other data than the
-  run, or if the training files are unknown. It is also None if the run is the last of a sweep,
-  because such a run is also trained on the validation split.
+  run, or if the training files are unknown. The result is also None for the last run
+  of a sweep, which is trained on the validation split too.
 
   Args:
     experiment: the experiment of the weights.

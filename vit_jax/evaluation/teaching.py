@@ -3,8 +3,8 @@
 Decisions:
   * Without random changes of the images, the teacher gives the same logits in every epoch. The
     logits are then computed once for each example, from cached features (`features.py`).
-  * Otherwise each step runs the teacher. Its parameters are placed like the parameters of the
-    student, so `mesh.fsdp` and `mesh.tensor` split them too. No checkpoint contains them.
+  * Otherwise each training step runs the teacher. The teacher's parameters are placed like those of
+    the student, so `mesh.fsdp` and `mesh.tensor` split them too. No checkpoint contains them.
 """
 
 from collections.abc import Iterator

@@ -6,8 +6,8 @@
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * The model returns its attention weights through Flax's `sow`, without a second model. It then
-    uses the kernel `plain` (`attention.py`), which computes the weights explicitly.
+  * The model returns its attention weights through Flax's `sow`, without a second model. The
+    model then uses the kernel `plain` (`attention.py`), which computes the weights explicitly.
   * The array `read` holds the share of each token of the last block in the pooled output. With
     `cls`, the class token has the share 1. With `gap`, all patches have equal shares. With `map`,
     the shares are the attention of the probe. Functions that use `read` work for all these pools.
@@ -169,10 +169,10 @@ def mean_attention_distance(
 ) -> jax.Array:
   """Returns the mean attention distance of each head, in pixels of the input: `distance_BK`.
 
-  This is the distance between the centres of the query patch and the key patch. It is weighted
-  by attention and averaged over the query patches (paper, Section 4.5 and Appendix D.7). The
-  class token and the registers have no position and are left out, both as queries and as keys.
-  The attention between patches is then rescaled to sum to 1.
+  The distance between the centres of query patch and key patch is weighted by attention, and then
+  averaged over the query patches (paper, Section 4.5 and Appendix D.7). The class token and the
+  registers have no position, so they are left out, both as queries and as keys. The remaining
+  attention of each query patch is rescaled to sum to 1.
   """
   count = grid[0] * grid[1]
   attention_BKNN = attention_BKNN[..., -count:, -count:]

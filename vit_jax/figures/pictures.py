@@ -1,6 +1,6 @@
 """Defines the figures of a run, with their captions.
 
-Each `picture_*` function takes a `Subject` and returns a figure and its caption. It raises
+Each `picture_*` function takes a `Subject`, and returns a figure and a caption. The function raises
 `Missing` if the subject lacks the data for the figure.
 """
 

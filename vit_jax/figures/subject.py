@@ -119,7 +119,8 @@ def near_mistakes(
 ) -> Neighbours | Missing:
   """Returns the nearest training images of the most confident mistakes.
 
-  If there are none, a `Missing` with the reason is returned.
+  If there are no mistakes, or the training data cannot be read, a `Missing` with the reason is
+  returned.
   """
   try:
     index = worst(scores, ROWS)

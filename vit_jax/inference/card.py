@@ -198,7 +198,7 @@ def precision_text(compared: Comparison | None) -> str:
 
 
 def measured_text(compared: Comparison | None) -> str:
-  """Returns the measured quality of the exported program, as text; empty if it is float32."""
+  """Returns the measured quality of the exported program, as text; empty for a float32 export."""
   if compared is None:
     return ''
   value = list(compared.found.values())[-1].quality

@@ -99,8 +99,8 @@ def export(
 def expected_grid(found: Weights) -> Adaptation:
   """Returns the adaptation of weights to the grid of patches in the images that they expect.
 
-  `predict` uses the same image size. It can differ from the size that the position embeddings are
-  for, as in DINOv2. If the image size is unknown, the grid stays as it is.
+  `predict` uses the same image size. This size can differ from the size that the position
+  embeddings are for, as in DINOv2. If the image size is unknown, the grid stays as it is.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))

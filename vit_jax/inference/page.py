@@ -1,6 +1,6 @@
 """Builds the demo page, which shows a model's classes and attention for an image.
 
-The page opens with the first example and its classes. Below, it states the limits of the model.
+The page opens with the first example and its classes. The limits of the model are stated below.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,6 +52,7 @@ class Viewer:
   """A compiled model that computes classes and attention for image files."""
 
   def __init__(self, exp: Experiment, params: dict):
+    """Compiles the model of an experiment, with the parameters `params`."""
     self.exp = exp
     self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
     blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)

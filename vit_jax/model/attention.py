@@ -2,7 +2,7 @@
 
 `select_kernel` chooses one of these kernels, depending on the arrays and the devices:
 
-  * `plain` computes the attention weights and leaves the rest to XLA.
+  * `plain` computes the attention weights explicitly, with operations that XLA compiles.
   * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
     that makes two fewer passes over the attention weights. Tokens are the last axis of its arrays,
     so these passes and XLA's matrix products access contiguous memory.
@@ -42,8 +42,8 @@ def select_kernel(
 
   Args:
     choice: one of `ATTENTION`.
-    query_BQKE: queries, or their shape and dtype.
-    key_BNKE: keys, or their shape and dtype.
+    query_BQKE: queries, or a `jax.ShapeDtypeStruct` of the queries.
+    key_BNKE: keys, or a `jax.ShapeDtypeStruct` of the keys.
     drops: whether dropout applies to the attention weights.
   """
   if choice == 'plain':

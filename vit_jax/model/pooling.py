@@ -37,7 +37,7 @@ class Pool:
     distills: whether the vector is the class token followed by a distillation token, for which a
       run with a teacher trains two heads (Touvron et al. 2020, 2012.12877, Section 4).
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
-      It names the tokens that the pool reads.
+      The caption names the tokens that the pool reads.
   """
 
   function: Callable[..., jax.Array]

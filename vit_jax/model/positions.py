@@ -52,7 +52,7 @@ class Position:
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """Returns the row and the column of each patch of `grid`, `[h, w]` each, on the scale of `whole`.
 
-  Both grids cover the same image. Row and column give the centre of a patch. They are measured in
+  Both grids cover the same image. Row and column give the centre of a patch. Both are measured in
   patches of `whole`, from the centre of the first patch of `whole`. If the grids are equal, rows
   and columns are 0, 1, 2, ...
   """

@@ -38,10 +38,12 @@ def with_stored_transposes(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 
 def product_forward(x_NI, kernel_IO):
+  """Forward pass of `with_stored_transposes`: returns `x W`, and x and W for the backward pass."""
   return x_NI @ kernel_IO, (x_NI, kernel_IO)
 
 
 def product_backward(saved, dy_NO):
+  """Backward pass of `with_stored_transposes`: returns the gradients of x and W."""
   x_NI, kernel_IO = saved
   return dy_NO @ stored_transpose(kernel_IO), stored_transpose(x_NI) @ dy_NO
 

@@ -193,7 +193,8 @@ def check_pool(model: ViT) -> None:
   pool = POOLS[model.pool]
   if pool.class_token and not model.has_class:
     raise ValueError(
-      f'model.pool={model.pool} reads the class token, but model.class_token is False.'
+      f'model.pool={model.pool} reads the class token, but model.class_token is False. Set '
+      'model.class_token=True or choose another pool.'
     )
   if pool.distills and model.cosine:
     raise ValueError(

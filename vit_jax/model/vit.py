@@ -50,8 +50,8 @@ class ViT(nn.Module):
       `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
     position_grid: (down, across), the grid of patches to make positions for. For an image with a
       different grid, these positions are stretched. None: the grid of each image, no stretching.
-    learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. It
-      is only a check: `position_grid` (if None, the grid of the image) must be equal to it.
+    learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. The
+      model checks that it equals `position_grid` or, if that is None, the grid of the image.
       None: the grid is unknown, and only the number of patches is checked.
     rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
     rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
