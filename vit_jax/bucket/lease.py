@@ -68,7 +68,11 @@ class Owner:
 
 
 def this_host() -> str:
-  """Returns a name of the machine, its start and its space of process numbers."""
+  """Returns a text that identifies the system in which process ids are unique.
+
+  It joins the host name, the boot id of the kernel and the PID namespace. Two processes with the
+  same text see the same process ids. The last two parts are left out on systems without `/proc`.
+  """
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):
     parts.append(

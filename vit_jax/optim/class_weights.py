@@ -2,8 +2,8 @@
 
 Decisions:
   * Weights are scaled so that the mean weight of all training labels is 1. The size of the loss,
-    and therefore a good learning rate, stays about the same. PyTorch instead divides by the sum of
-    the weights in each batch, which is the same scale on average.
+    and therefore a good learning rate, stays about the same as without weights. PyTorch instead
+    divides by the sum of the weights in each batch, which gives the same scale on average.
   * With one label per image, the loss of an image is multiplied by the weight of its class. With
     several labels, the weight of a class multiplies the loss of its positive labels, as
     `pos_weight` in PyTorch. The loss of its negative labels is unchanged.
@@ -29,7 +29,7 @@ ENTRY = re.compile(r'(.+?)=([^=,]+)(?:,|$)')  # class names may contain commas
 
 
 def parse_weights(text: str) -> dict[str, float] | None:
-  """Returns `{class: weight}` of a text such as `cat=2,dog=0.5`; None for `none` and `balanced`.
+  """Returns the `{class: weight}` in a text like `cat=2,dog=0.5`; None for `none` and `balanced`.
 
   Raises:
     ValueError: the text has another form, or a weight is not a positive number.
@@ -50,14 +50,15 @@ def parse_weights(text: str) -> dict[str, float] | None:
 
 
 def class_weights(text: str, count_L: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
-  """Returns the weight of each class, float32 `[L]`.
+  """Returns the weight of each class in the training loss, float32 `[L]`.
 
-  `balanced` gives the weight `sum(n) / (L * n_l)` to a class with `n_l` of the training labels, as
+  The weights are scaled so that their mean over all training labels is 1. `balanced` makes the
+  weight of a class inversely proportional to its number of training labels, as
   `compute_class_weight` in scikit-learn.
 
   Args:
     text: value of `loss.class_weights`, except `none`.
-    count_L: number of training labels of each class.
+    count_L: number of training labels of each class, `[L]`.
     class_names: names of the classes.
 
   Raises:
@@ -74,7 +75,16 @@ def check_weights(text: str, class_names: Sequence[str]) -> None:
 
 
 def training_weights(text: str, train: Split, class_names: Sequence[str]) -> np.ndarray | None:
-  """Returns the `class_weights` for a training split, and logs them."""
+  """Returns the weight of each class in the training loss, float32 `[L]`, and logs the weights.
+
+  Args:
+    text: value of `loss.class_weights`. For `none`, the result is None.
+    train: the training split.
+    class_names: names of the L classes.
+
+  Raises:
+    ValueError: the text is not valid, or names an unknown class.
+  """
   if text == 'none':  # counting the labels of TFDS data reads all records
     return None
   count_L = count_labels(train.label_N, len(class_names))
@@ -86,14 +96,26 @@ def training_weights(text: str, train: Split, class_names: Sequence[str]) -> np.
 
 
 def named_weights(given: Mapping[str, float], class_names: Sequence[str]) -> np.ndarray:
-  """Returns the weight of each class, 1 for a class without one; raises for an unknown class."""
+  """Returns the weight of each class, float64 `[L]`; 1 for a class that is not in `given`.
+
+  Raises:
+    ValueError: `given` has a class that is not in `class_names`.
+  """
   for name in given:
     choose('loss.class_weights: class', name, class_names)
   return np.array([given.get(name, 1.0) for name in class_names])
 
 
 def weighted(loss: Loss, weight_L: np.ndarray | None) -> Loss:
-  """Returns the loss in which each label counts with the weight of its class."""
+  """Returns a loss function that applies class weights to `loss`.
+
+  For labels `[B]`, the loss of an image is multiplied by the weight of its class. For multi-hot
+  labels `[B, L]`, the weights become the argument `positive_L`.
+
+  Args:
+    loss: an entry of `LOSSES`.
+    weight_L: weight of each class, `[L]`; None returns `loss` unchanged.
+  """
   if weight_L is None:
     return loss
   weight_L = jnp.asarray(weight_L)

@@ -22,7 +22,7 @@ import numpy as np
 
 from vit_jax.model import knn_logits, unit
 
-L2 = 2.0**10
+L2 = 2.0**10  # strength of the penalty
 BIAS = 100.0  # large, so that the penalty hardly affects the bias
 BLOCK = 8192  # training images that `ridge` processes at a time
 ROWS = 1024  # test images that `knn` compares with all training images at a time
@@ -33,9 +33,11 @@ class Classifier:
   """A way to compute a head from features.
 
   Attributes:
-    fit: `(feature_ND, label_N, classes) -> head` returns the parameters of the head.
-    scores: `(feature_ND, head, classes) -> score_NL`; the highest score is the prediction.
-    stores: whether the head holds the features of the training images.
+    fit: `(feature_ND, label_N, classes) -> head` returns the parameters of the head. The features
+      and integer labels belong to N training images; `classes` is the number of classes.
+    scores: `(feature_ND, head, classes) -> score_NL` returns the scores of N test images. The class
+      with the highest score is the prediction.
+    stores: whether the head contains the features of the training images.
   """
 
   fit: Callable[[np.ndarray, np.ndarray, int], dict[str, np.ndarray]]
@@ -44,9 +46,15 @@ class Classifier:
 
 
 def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
-  """Returns the `kernel` `[D, L]` and `bias` `[L]` of the regression, in float64.
+  """Returns the `kernel` `[D, L]` and `bias` `[L]` of the ridge regression, in float64.
 
-  Large training sets are processed in blocks of rows, so they need no copy in float64.
+  If there are more images than features, the images are processed in blocks. So there is never a
+  float64 copy of all features.
+
+  Args:
+    feature_ND: features of the training images.
+    label_N: integer label of each image.
+    classes: L, number of classes.
   """
   count, width = feature_ND.shape
   starts, mean_D = range(0, count, BLOCK), feature_ND.mean(axis=0, dtype=np.float64)
@@ -73,19 +81,19 @@ def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict
 
 
 def linear_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int) -> np.ndarray:
-  """Returns the scores of a linear head in float64: `[N, L]`."""
+  """Returns the scores `[N, L]` of a linear head for N images, in float64."""
   del classes
   return feature_ND.astype(np.float64) @ head['kernel'] + head['bias']
 
 
 def fit_knn(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
-  """Returns the `feature` `[N, D]`, scaled to length 1, and the `label` `[N]` of each image."""
+  """Returns a k-NN head: the `feature` `[N, D]`, scaled to length 1, and the `label` `[N]`."""
   del classes
   return {'feature': np.asarray(unit(feature_ND)), 'label': label_N.astype(np.float32)}
 
 
 def knn_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int) -> np.ndarray:
-  """Returns the logits of a k-NN head: `[N, L]`."""
+  """Returns the logits `[N, L]` of a k-NN head for N images."""
   parts = [feature_ND[i : i + ROWS] for i in range(0, len(feature_ND), ROWS)]
   logits = jax.jit(knn_logits, static_argnums=3)
   stored = head['feature'], head['label']

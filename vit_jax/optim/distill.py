@@ -3,8 +3,8 @@
 Decisions:
   * The teacher sees the augmented and mixed images of the student (Beyer et al. 2021, 2106.05237).
     On the device, they are resized to the teacher's input size and normalised for the teacher.
-  * A kind of distillation is a loss `(logits_BL, teacher_BL, ...) -> loss_B`. A config key
-    `distill.<name>` is passed to it as the argument `<name>` if it has an argument of this name.
+  * A kind of distillation is a loss `(logits_BL, teacher_BL, ...) -> loss_B`. The config key
+    `distill.<name>` is passed as the argument `<name>` if the loss has an argument of this name.
   * With a distillation token (`pool=distilled`), the class head learns only from the labels, and
     the distillation head only from the teacher. Other models have one head, which learns from both.
 """
@@ -20,10 +20,16 @@ from vit_jax.model import Dense, ViT
 
 
 def soft(logits_BL: jax.Array, teacher_BL: jax.Array, temperature: float) -> jax.Array:
-  """Returns `T^2 KL(teacher || student)`, with both logits divided by the temperature T.
+  """Returns `T^2 KL(teacher || student)` of each image, `[B]`.
 
-  The factor T^2 keeps the size of the gradient when T changes (Hinton et al. 2015, 1503.02531,
-  Section 2). The gradient of the logits is T times the difference of the two softmaxes.
+  The logits of student and teacher are divided by the temperature T before the softmax. The factor
+  T^2 keeps the size of the gradient about the same when T changes (Hinton et al. 2015, 1503.02531,
+  Section 2).
+
+  Args:
+    logits_BL: logits of the student.
+    teacher_BL: logits of the teacher.
+    temperature: T.
   """
   student_BL, target_BL = (
     jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits_BL, teacher_BL)
@@ -32,9 +38,13 @@ def soft(logits_BL: jax.Array, teacher_BL: jax.Array, temperature: float) -> jax
 
 
 def hard(logits_BL: jax.Array, teacher_BL: jax.Array) -> jax.Array:
-  """Returns the cross-entropy with the teacher's decision (Touvron et al. 2020, 2012.12877, eq. 3).
+  """Returns the cross-entropy `[B]` with the teacher's most likely class as the label.
 
-  The decision has no label smoothing, as in the paper.
+  This is equation 3 of Touvron et al. 2020, 2012.12877, without label smoothing, as in the paper.
+
+  Args:
+    logits_BL: logits of the student.
+    teacher_BL: logits of the teacher.
   """
   return optax.softmax_cross_entropy_with_integer_labels(logits_BL, teacher_BL.argmax(axis=-1))
 
@@ -48,13 +58,13 @@ class Teacher:
 
   Attributes:
     model: the teacher's model.
-    params: its parameters, as NumPy arrays.
-    normalize: maps uint8 images of any size to inputs of the model.
-    distillation: an entry of `DISTILLATIONS` with its keys bound.
-    weight: share of the teacher's loss in the loss of the student.
-    cached: whether the logits are computed once for each example, because nothing random changes
-      an image. Batches then contain these logits as `teacher`, `[B, L]`.
-    digest: hash of the parameters.
+    params: parameters of the teacher's model, as NumPy arrays.
+    normalize: maps uint8 images of any size to inputs of the teacher's model.
+    distillation: an entry of `DISTILLATIONS`, in which the values of its config keys are set.
+    weight: share of the distillation loss in the student's loss, from 0 to 1.
+    cached: whether the teacher's logits are computed only once for each training image, which is
+      possible without augmentation. Batches then contain these logits as `teacher`, `[B, L]`.
+    digest: SHA-256 of the parameters.
   """
 
   model: ViT
@@ -66,7 +76,13 @@ class Teacher:
   digest: str
 
   def logits(self, params: dict, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the logits `[B, L]` for the uint8 images of a batch, unless the batch has them."""
+    """Returns the teacher's logits `[B, L]` for a batch.
+
+    Args:
+      params: the entry `teacher` has the teacher's parameters.
+      batch: `teacher`, the cached logits, which are then returned. Otherwise `image`, uint8
+        `[B, H, W, C]`, to which the teacher is applied.
+    """
     if 'teacher' in batch:
       return batch['teacher']
     image_BHWC = self.normalize(batch['image'])
@@ -74,20 +90,26 @@ class Teacher:
       return self.model.apply({'params': params['teacher']}, image_BHWC)
 
   def loss(self, loss_B: jax.Array, logits_BL: jax.Array, teacher_BL: jax.Array) -> jax.Array:
-    """Returns the weighted mean of the label loss `loss_B` and the teacher's loss."""
+    """Returns the student's loss `[B]`: the weighted mean of label loss and distillation loss.
+
+    Args:
+      loss_B: loss of the labels.
+      logits_BL: logits of the student that learn from the teacher.
+      teacher_BL: logits of the teacher.
+    """
     return (1 - self.weight) * loss_B + self.weight * self.distillation(logits_BL, teacher_BL)
 
 
 def split_head(feature_BD: jax.Array, head: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-  """Returns the logits `[B, L]` of the class head and of the distillation head.
+  """Returns the logits of the class head and the logits of the distillation head, each `[B, L]`.
 
   The model has one head, which computes the mean of these logits. Its kernel therefore stacks
-  the kernels of both heads, each multiplied by 0.5: first the rows for the class token, then those
-  for the distillation token. Both heads have the same bias.
+  the kernels of both heads, each multiplied by 0.5. The rows for the class token come first, then
+  the rows for the distillation token. Both heads have the same bias.
 
   Args:
-    feature_BD: class token and distillation token, concatenated.
-    head: kernel and bias of the model's head.
+    feature_BD: class token and distillation token, concatenated on the last axis.
+    head: `kernel` `[D, L]` and `bias` `[L]` of the model's head.
   """
   bias_L, kernels = head['bias'], jnp.split(2 * head['kernel'], 2)
   dense = Dense(bias_L.shape, name='head')

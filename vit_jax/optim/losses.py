@@ -1,7 +1,8 @@
-"""`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`; labels are integers.
+"""`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`, by the value of `loss.name`.
 
-Each config key `loss.<name>` is passed to a loss as the argument `<name>` if the loss has an
-argument of this name. A loss with `**kwargs` gets all keys. Other packages can add an entry:
+Labels are integers. Each config key `loss.<name>` is passed to a loss as the argument `<name>` if
+the loss has an argument of this name. A loss with `**kwargs` gets all keys. Other packages can add
+an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
 
@@ -20,7 +21,7 @@ Loss = Callable[..., jax.Array]
 
 
 def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-  """Returns the cross-entropy over the classes.
+  """Returns the softmax cross-entropy of each image, `[B]`.
 
   With label smoothing s, the target is `1 - s + s / L` for the label and `s / L` for other classes
   (Szegedy et al. 2015, 1512.00567, Section 7).
@@ -37,10 +38,17 @@ def sigmoid(
   label_smoothing: float = 0.0,
   positive_L: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns the sum of one binary cross-entropy per class (Beyer et al. 2020, 2006.07159).
+  """Returns for each image the sum of one binary cross-entropy per class, `[B]`.
 
-  With label smoothing s, the target of an image with k labels is `1 - s + s k / L` for its labels
-  and `s k / L` for other classes. For k = 1, this is the target in `softmax`.
+  This is the loss of Beyer et al. 2020, 2006.07159. With label smoothing s, the target of an image
+  with k labels is `1 - s + s k / L` for its labels and `s k / L` for other classes. For k = 1, this
+  is the target in `softmax`.
+
+  Args:
+    logits_BL: logits.
+    label_B: integer labels `[B]`, or multi-hot labels `[B, L]`.
+    label_smoothing: s.
+    positive_L: factor for the loss of positive labels of each class; None for 1.
   """
   logits_BL = logits_BL.astype(jnp.float32)
   if label_B.ndim == 1:
@@ -58,7 +66,7 @@ LOSSES: dict[str, Loss] = {'softmax': softmax, 'sigmoid': sigmoid}
 
 
 def choose_loss(name: str, several: bool) -> Loss:
-  """Returns an entry of `LOSSES`.
+  """Returns an entry of `LOSSES` that can handle the labels of a dataset.
 
   Args:
     name: name of the entry.

@@ -4,15 +4,18 @@ Source: He et al. 2021 (MAE), 2111.06377, Section 3. The paper has no numbered e
 follow its code.
 
 Decisions:
-  * The blocks of the model compute only the seen patches (Section 3, "MAE encoder"). So a
+  * The blocks of the model process only the seen patches (Section 3, "MAE encoder"). So a
     training step costs a fraction of a supervised step.
   * The decoder gets the seen patches first, then the unseen ones. The paper restores the order of
-    the image first. Both are equal: each token has its position, and attention has no order.
-  * The parameters of the decoder are the entry `decoder` of the parameters. Checkpoints contain
-    them, so that a run can resume. Everything that uses the trained model leaves them out.
-  * An example's mask depends on the key and on the index of the example, like all random draws.
+    the image first. The result is the same, because each token has its position embedding, and
+    attention does not depend on the order.
+  * The parameters of the decoder are the entry `decoder` of the model's parameters. Checkpoints
+    contain them, so that a run can resume. Evaluation and figures of filled-in patches use them.
+    All other uses of the trained model leave them out.
+  * An image's mask depends only on the random key and on the number of the image (`example`).
 
-S counts seen patches, U unseen patches, T the tokens of the encoder's output.
+Letters in array names: S counts seen patches, U unseen (hidden) patches, and T the tokens of the
+encoder's output.
 """
 
 from typing import NamedTuple
@@ -23,19 +26,20 @@ import jax.numpy as jnp
 
 from vit_jax.model import POOLS, Block, Dense, Encoder, cut, sincos, without_pool
 
-ENTRY = 'decoder'  # its entry in the parameters
-EVALUATION = 2**32 - 1  # takes the place of the step in the masks of evaluation
+ENTRY = 'decoder'  # name of the decoder's entry in the parameters
+EVALUATION = 2**32 - 1  # folded into the key of evaluation masks; training folds in the step
 
 
 class Decoder(nn.Module):
   """Predicts the pixels of unseen patches (Section 3, "MAE decoder", and Appendix A.1).
 
   Attributes:
-    block: description of a block.
-    width: D, size of a token.
+    block: settings of an encoder block.
+    width: D, size of a token in the decoder.
     depth: number of blocks.
-    values: number of values in a patch.
-    whole: (down, across), the grid that positions are made for; None: the grid of the images.
+    values: P, number of values in a patch: pixels times channels.
+    whole: (down, across), the grid of patches in which positions are measured; None: the grid of
+      the images.
   """
 
   block: Block
@@ -48,13 +52,13 @@ class Decoder(nn.Module):
   def __call__(
     self, x_BTD: jax.Array, seen_BS: jax.Array, unseen_BU: jax.Array, grid: tuple[int, int]
   ) -> jax.Array:
-    """Returns the predicted patches, `[B, U, values]`, in float32.
+    """Returns the predicted values of the unseen patches, `[B, U, values]`, in float32.
 
     Args:
-      x_BTD: output of the encoder: tokens before the patches, then the seen patches.
-      seen_BS: number of each seen patch.
-      unseen_BU: number of each unseen patch.
-      grid: number of patches down and across.
+      x_BTD: output of the encoder: the prefix tokens (e.g. the class token), then the seen patches.
+      seen_BS: index of each seen patch in the image, counted row by row.
+      unseen_BU: index of each unseen patch.
+      grid: number of patches (down, across).
     """
     dtype, before = self.block.dtype, x_BTD.shape[1] - seen_BS.shape[1]
     x_BTD = Dense((self.width,), dtype=dtype, name='embedding')(x_BTD)
@@ -70,12 +74,12 @@ class Decoder(nn.Module):
 
 
 class Filled(NamedTuple):
-  """A batch with hidden patches, and what the model fills in.
+  """Predictions of a masked autoencoder for the unseen patches of a batch.
 
   Attributes:
-    predicted_BUP: predicted values of the unseen patches.
-    target_BUP: their true values, normalised by `normalized`.
-    unseen_BU: numbers of the unseen patches.
+    predicted_BUP: predicted values of the unseen patches, `[B, U, P]`.
+    target_BUP: true values of these patches. Each patch has mean 0 and variance 1 (`normalized`).
+    unseen_BU: index of each unseen patch in the image, counted row by row.
   """
 
   predicted_BUP: jax.Array
@@ -84,19 +88,23 @@ class Filled(NamedTuple):
 
   @property
   def loss_B(self) -> jax.Array:
-    """Mean squared error over the unseen patches of each image (Section 3)."""
+    """Mean squared error over the unseen patches of each image, `[B]` (Section 3)."""
     return ((self.predicted_BUP - self.target_BUP) ** 2).mean(axis=(1, 2))
 
 
 def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False) -> Filled:
-  """Hides patches of a batch, and predicts them.
+  """Hides random patches of each image, predicts their pixels, and returns both as `Filled`.
 
   Args:
     exp: the `Experiment`.
     params: parameters of the model and of the decoder.
-    batch: `image` `[B, H, W, C]` uint8, and `example` `[B]`, which selects an image's mask.
+    batch: `image` `[B, H, W, C]` uint8, and `example` `[B]`, a number that selects each image's
+      mask.
     key: random key of the masks and of dropout.
     train: whether to apply dropout.
+
+  Raises:
+    ValueError: the images have different sizes, or the decoder is for another patch size.
   """
   check_decoder(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
@@ -122,7 +130,11 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
 
 
 def init_decoder(exp, key: jax.Array) -> dict:
-  """Returns the initial parameters of the decoder, as an entry of the parameters."""
+  """Returns `{'decoder': parameters}` with random initial parameters of the decoder.
+
+  Raises:
+    ValueError: the model or `masked.share` does not fit a masked autoencoder.
+  """
   check_trains_all(exp)
   count = patch_grid(exp)[0] * patch_grid(exp)[1]
   unseen = num_unseen(count, exp.config.masked.share)
@@ -150,14 +162,14 @@ def make_decoder(exp) -> Decoder:
 
 
 def patch_grid(exp) -> tuple[int, int]:
-  """Returns the number of patches down and across."""
+  """Returns the number of patches (down, across) in an image of the experiment."""
   height, width, _ = exp.image_shape
   p, q = exp.model.patch_size
   return height // p, width // q
 
 
 def check_decoder(exp, params: dict) -> None:
-  """Raises ValueError if the patches are not those that the decoder predicts."""
+  """Raises ValueError if images keep their aspect ratio, or the decoder is for other patches."""
   if exp.pack is not None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
   p, q = exp.model.patch_size
@@ -170,7 +182,10 @@ def check_decoder(exp, params: dict) -> None:
 
 
 def check_trains_all(exp) -> None:
-  """Raises ValueError for a model that the loss cannot train, or whose patches it cannot hide."""
+  """Raises ValueError if masked autoencoding cannot train all parameters of the model.
+
+  This function also refuses models with a convolutional stem and patches with a single value.
+  """
   model, (p, q) = exp.model, exp.model.patch_size
   if model.resnet is not None:
     raise ValueError(
@@ -191,7 +206,11 @@ def check_trains_all(exp) -> None:
 
 
 def num_unseen(count: int, share: float) -> int:
-  """Returns the number of hidden patches: all except `int(count * (1 - share))` visible ones.
+  """Returns the number of patches to hide: all except `int(count * (1 - share))` visible ones.
+
+  Args:
+    count: number of patches in an image.
+    share: share of patches to hide, from 0 to 1.
 
   Raises:
     ValueError: no patch would be hidden, or all of them.
@@ -208,7 +227,14 @@ def num_unseen(count: int, share: float) -> int:
 def draw_masks(
   key: jax.Array, example_B: jax.Array, count: int, unseen: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws the patches that each example sees, uniformly: returns `seen_BS` and `unseen_BU`."""
+  """Draws a random mask for each image, and returns patch indices as `seen_BS` and `unseen_BU`.
+
+  Args:
+    key: random key.
+    example_B: number of each image. Equal numbers give equal masks.
+    count: number of patches in an image.
+    unseen: U, number of patches to hide.
+  """
 
   def draw(example):
     return jax.random.permutation(jax.random.fold_in(key, example), count)
@@ -218,7 +244,10 @@ def draw_masks(
 
 
 def as_patches(image_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Returns the values of each patch, `[B, N, P]`; P runs over rows, columns and channels."""
+  """Returns the values of each patch, `[B, N, P]`; P runs over rows, columns and channels.
+
+  `size` is the (height, width) of a patch in pixels.
+  """
   patch_BhwpqC = cut(image_BHWC, size)
   batch, h, w, *_ = patch_BhwpqC.shape
   return patch_BhwpqC.reshape(batch, h * w, -1)
@@ -227,29 +256,38 @@ def as_patches(image_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
 def as_images(
   patch_BNP: jax.Array, size: tuple[int, int], shape: tuple[int, int, int]
 ) -> jax.Array:
-  """Undoes `as_patches` for images of this shape, `(H, W, C)`."""
+  """Returns the images `[B, H, W, C]` that `as_patches` cut into patches.
+
+  Args:
+    patch_BNP: values of each patch.
+    size: (height, width) of a patch in pixels.
+    shape: (H, W, C) of an image.
+  """
   (height, width, channels), (p, q) = shape, size
   x = patch_BNP.reshape(-1, height // p, width // q, p, q, channels)
   return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, channels)
 
 
 def statistics(patch_BNP: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns mean and standard deviation of each patch, `[B, N, 1]` each, as the paper's code."""
+  """Returns mean and standard deviation of each patch, `[B, N, 1]` each.
+
+  As in the paper's code, the variance is unbiased, and 1e-6 is added to it.
+  """
   mean_BN1 = patch_BNP.mean(axis=-1, keepdims=True)
   return mean_BN1, jnp.sqrt(patch_BNP.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
 
 
 def normalized(patch_BNP: jax.Array) -> jax.Array:
-  """Returns patches with mean 0 and variance 1 (Section 3, "Reconstruction target")."""
+  """Scales the values of each patch to mean 0, variance 1 (Section 3, "Reconstruction target")."""
   mean_BN1, std_BN1 = statistics(patch_BNP)
   return (patch_BNP - mean_BN1) / std_BN1
 
 
 def take(patch_BNP: jax.Array, index_BU: jax.Array) -> jax.Array:
-  """Returns the patches with these numbers, `[B, U, P]`."""
+  """Returns the patches `[B, U, P]` at the indices `index_BU`."""
   return jnp.take_along_axis(patch_BNP, index_BU[..., None], axis=1)
 
 
 def evaluation_key(seed: int) -> jax.Array:
-  """Returns the random key that draws the masks of evaluation, which never change."""
+  """Returns the random key of evaluation masks, which depends only on the run's seed."""
   return jax.random.fold_in(jax.random.key(seed), EVALUATION)

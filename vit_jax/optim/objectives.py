@@ -1,7 +1,7 @@
 """`OBJECTIVES`: the objectives of training, by the value of the config key `objective`.
 
-The functions get the `Experiment` as `exp`, which is defined in a higher layer. Other packages can
-add an entry:
+The functions of an objective get the `Experiment` as the argument `exp`. This argument has no type
+annotation, because a higher layer defines the class. Other packages can add an entry:
 
     OBJECTIVES['mine'] = Objective(my_loss, my_rows)
 
@@ -31,14 +31,16 @@ class Objective:
 
   Attributes:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
-      augmented uint8 `image` and the keys `label`, `example` and `own`, the weight of an image in a
-      mix. `params` also has the parameters of a teacher, as `teacher`. The logits give the training
-      accuracy; None without labels.
+      augmented uint8 `image` and `label`. It also has `example`, the position of an image in the
+      batch, and `own`, the weight of an image in a mix of two. `params` also has the parameters of
+      a teacher, as `teacher`. The logits give the training accuracy; they are None without labels.
     rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. Without
-      labels, the rows have no logits. `example` is the index of an image in its split.
-    init: `(exp, key) -> entries` of the parameters that only this objective has.
-    params: names of these entries.
-    labels: whether the objective needs labels. Otherwise the model has no head, the classes of the
+      labels, the result has no logits. In the batch, `example` is the index of an image in its
+      split.
+    init: `(exp, key) -> dict` returns initial parameters that only this objective has, such as a
+      decoder.
+    params: keys of this dict.
+    labels: whether the objective needs labels. If not, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
   """
 
@@ -50,13 +52,16 @@ class Objective:
 
 
 def supervised(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the loss of the labels and the logits."""
+  """Returns the label loss `[B]` and the logits `[B, L]` of a batch; see `Objective.loss`."""
   logits_BL = exp.logits(params, batch, key)
   return label_loss(exp, logits_BL, batch), logits_BL
 
 
 def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
-  """Returns the loss of the labels; for a mixed image, the weighted mean of both labels."""
+  """Returns the label loss of each image, `[B]`, with class weights.
+
+  For a mix of two images, this is the mean of the losses of both labels, weighted by `own`.
+  """
   loss, label_B = weighted(exp.loss, exp.weight_L), batch['label']
   loss_B = loss(logits_BL, label_B)
   if not exp.mixes:
@@ -66,9 +71,10 @@ def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
 
 
 def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the combined loss of labels and teacher, and the mean of the logits of both heads.
+  """Returns the combined loss of labels and teacher, `[B]`, and the logits `[B, L]`.
 
-  Without the teacher, e.g. to count the FLOPs of a run in a workdir, only labels count.
+  The logits are the mean of the logits of the class head and of the distillation head. If
+  `exp.teacher` is None, e.g. to count the FLOPs of a run in a workdir, the loss uses only labels.
   """
   if exp.teacher is None:
     return supervised(exp, params, batch, key)
@@ -79,9 +85,9 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
 
 
 def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the logits that learn from the labels, and the logits that learn from the teacher.
+  """Returns two arrays `[B, L]`: logits that learn from labels, logits that learn from the teacher.
 
-  They differ only if there is a teacher, and the model has a distillation token.
+  The arrays differ only if there is a teacher, and the model has a distillation token.
   """
   if not (exp.teacher and POOLS[exp.model.pool].distills):
     logits_BL = exp.logits(params, batch, key)
@@ -91,18 +97,21 @@ def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, ja
 
 
 def classified(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
-  """Returns the logits and the loss of the labels, without a teacher and class weights."""
+  """Returns `logits` `[B, L]` and label `loss` `[B]` for evaluation, without class weights."""
   logits_BL = exp.logits(params, batch).astype(jnp.float32)
   return {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
 
 
 def reconstructed(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, None]:
-  """Returns the error of the unseen patches (`masked.py`), and None instead of logits."""
+  """Returns the mean squared error of the hidden patches, `[B]`, and None instead of logits."""
   return masked.fill_in(exp, params, batch, key, train=True).loss_B, None
 
 
 def reconstructed_rows(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
-  """Returns the error of the unseen patches, with masks that depend only on seed and example."""
+  """Returns the mean squared error of the hidden patches as `loss`, `[B]`, for evaluation.
+
+  The mask of an image depends only on the run's seed and on the image's index in its split.
+  """
   key = masked.evaluation_key(exp.config.seed)
   return {'loss': masked.fill_in(exp, params, batch, key).loss_B}
 
@@ -130,7 +139,7 @@ def objective_of(config: Mapping) -> Objective:
 
 
 def training_only() -> tuple[str, ...]:
-  """Returns the names of all entries of the parameters that only objectives have."""
+  """Returns the names of all parameter entries that objectives add for training only."""
   return tuple(name for entry in OBJECTIVES.values() for name in entry.params)
 
 

@@ -23,10 +23,17 @@ def adamw(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns AdamW (Loshchilov and Hutter, 1711.05101).
+  """Returns the AdamW optimizer (Loshchilov and Hutter, 1711.05101).
 
-  The Adam of the paper's Table 3 is the same optimizer. The paper's code also decoupled the weight
-  decay and multiplied it by the learning rate.
+  It is the same optimizer as "Adam" in Table 3 of the ViT paper (2010.11929). The code of that
+  paper also decoupled the weight decay and multiplied it by the learning rate.
+
+  Args:
+    schedule: learning rate of each step.
+    weight_decay: factor of the weight decay, multiplied by the learning rate.
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    moment_dtype: type of the first moment, one of `MOMENT_DTYPES`.
   """
   return optax.adamw(
     schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=is_matrix, mu_dtype=moment_dtype
@@ -40,7 +47,7 @@ def sgd(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns SGD with momentum; the weight decay does not enter the momentum."""
+  """Returns the optimizer SGD with momentum; weight decay is added after the momentum."""
   return optax.chain(
     optax.trace(momentum, accumulator_dtype=moment_dtype),
     optax.add_decayed_weights(weight_decay, mask=is_matrix),
@@ -57,10 +64,18 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns Muon (Jordan et al. 2024) for the blocks' kernels, AdamW for other parameters.
+  """Returns an optimizer: Muon (Jordan et al. 2024) for kernels of blocks, AdamW for the others.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
-  Section 2.2), so both use the same learning rate.
+  Section 2.2), so both use the same learning rate. In optax, both use Nesterov momentum.
+
+  Args:
+    schedule: learning rate of each step.
+    weight_decay: factor of the weight decay, multiplied by the learning rate.
+    b1: decay of AdamW's first moment.
+    b2: decay of AdamW's second moment.
+    momentum: decay of Muon's momentum.
+    moment_dtype: type of momentum and first moment, one of `MOMENT_DTYPES`.
   """
   return optax.chain(
     # optax's own weight decay would either skip the embedding and the head or decay all biases.
@@ -79,7 +94,10 @@ def muon(
 
 
 def block_matrices(params: dict) -> dict:
-  """Returns the input and output axes of each kernel in a block; None for other parameters."""
+  """Returns a tree like `params` with the input and output axes of each kernel in a block.
+
+  The entries for all other parameters are None.
+  """
 
   def axes(path, x):
     if not any(x.key.startswith('block_') for x in path) or path[-1].key != 'kernel':
@@ -95,19 +113,19 @@ OPTIMIZERS = {'adamw': adamw, 'muon': muon, 'sgd': sgd}
 # bfloat16 halves the memory of the first moment (Zhai et al. 2021, 2106.04560, Section 3.4).
 MOMENT_DTYPES = ('float32', 'bfloat16')
 
-FREEZE = {  # whether a top-level parameter keeps its initial value
+FREEZE = {  # `(name of a top-level entry) -> whether its parameters keep their initial values`
   '': lambda name: False,
   'backbone': lambda name: name != 'head',
 }
 
 
 def split_frozen(params: dict, freeze: str, adapt: str = '') -> tuple[dict, dict]:
-  """Returns (trained, frozen) parameters.
+  """Splits parameters into the pair (trained, frozen).
 
   Args:
-    params: parameters of a model, with those of its adapter.
+    params: parameters of a model and of its adapter.
     freeze: key of `FREEZE`.
-    adapt: name of the adapter, which is trained together with the head; empty: none.
+    adapt: name of the adapter. If it is not empty, only the adapter and the head are trained.
   """
   keeps = choose('freeze', freeze, FREEZE)
   if adapt:
@@ -117,10 +135,11 @@ def split_frozen(params: dict, freeze: str, adapt: str = '') -> tuple[dict, dict
 
 
 def scale_by_layer(decay: float) -> optax.GradientTransformation:
-  """Multiplies each update by `decay ** (depth + 1 - layer)`.
+  """Returns a transformation that multiplies each update by `decay ** (depth + 1 - layer)`.
 
-  Layer 0 has the parameters of `first_layer`, layer i + 1 is block i, and layer depth + 1 has the
-  parameters of `last_layer`. The parameters of an adapter belong to the layer that they adapt.
+  Here `depth` is the number of blocks. Layer 0 has the parameters of `first_layer`, layer i + 1 is
+  block i, and layer depth + 1 has the parameters of `last_layer`. Parameters of an adapter belong
+  to the adapted layer.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
   al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and therefore
@@ -150,7 +169,7 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
 
 
 def is_matrix(params) -> dict:
-  """Returns a tree that is True for kernels and for the factors of LoRA."""
+  """Returns a tree like `params` that is True for kernels and for the factors of LoRA."""
   matrices = ('kernel', 'a', 'b')
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
 
@@ -160,7 +179,12 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns the optimizer `name`, preceded by gradient clipping and followed by layer decay.
 
-  The optimizer gets only the `arguments` that its signature accepts.
+  Args:
+    name: key of `OPTIMIZERS`.
+    schedule: learning rate of each step.
+    clip: maximum norm of the whole gradient; 0 for no clipping.
+    layer_decay: factor from each layer to the layer below it; 1 for no layer decay.
+    **arguments: other config keys of the optimizer. Keys that its signature lacks are ignored.
   """
   function = choose('optimizer.name', name, OPTIMIZERS)
   parts = [function(schedule, **accepted(function, arguments))]

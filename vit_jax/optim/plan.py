@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 FEW_STEPS = 100  # number of training steps below which a warning is logged
 
-# Last step of each stage of a run, and the (height, width) of its images.
+# For each stage of a run: its last step, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
 
 LATER_PEAK = 0.5  # peak learning rate of an added cycle, as a share of optimizer.lr
@@ -33,14 +33,14 @@ class Training:
     val: validation split; None without one.
     test: test split.
     steps: number of steps of the whole run.
-    cycles: steps at which the run was finished earlier. If a finished run gets more epochs, a new
-      cycle begins, with a new warm-up.
-    early_steps: step after which strong augmentations are off. They are off for the last part of
-      the first cycle (the share `augment.off_for_last`) and for all later cycles.
-    stages: pairs (last step, image size). The first stages of a run can have smaller images.
+    cycles: last steps of the earlier cycles. If a finished run gets more epochs, a new cycle
+      begins, with a new warm-up.
+    early_steps: number of steps with strong augmentations. They are off for the last part of the
+      first cycle (the share `augment.off_for_last`) and for all later cycles.
+    stages: pairs (last step, (height, width)). The first stages can have smaller images.
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.
-    params: weights of `init` to start from; None for random ones.
+    params: weights of `init` to start from; None for random weights.
     teacher: the teacher's parameters on the devices; None if no step needs them.
   """
 
@@ -67,6 +67,8 @@ def plan_training(
 ) -> Training:
   """Returns the plan for training with this config on these splits, starting from `params`.
 
+  The arguments are as in `Training`.
+
   Raises:
     ValueError: the epochs are too few for a single step.
   """
@@ -83,7 +85,7 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
   Args:
     config: config of the run.
     examples: number of examples in the training split.
-    cycles: steps at which the run was finished earlier, as in `Training`.
+    cycles: last steps of the earlier cycles.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -115,8 +117,12 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
 def image_stages(config: ConfigDict, steps: int) -> Stages:
   """Returns `(last step, (height, width))` of each stage of a run; the last stage has full size.
 
+  Args:
+    config: config of the run. `progressive.sizes` has the heights of the smaller images.
+    steps: number of steps of the first cycle.
+
   Raises:
-    ValueError: at a height of `progressive.sizes`, the width would not be a whole number.
+    ValueError: a height in `progressive.sizes` would need a width that is not a whole number.
   """
   height, width = pair(config.data.image_size)
   found = []
@@ -132,17 +138,17 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
 
 
 def num_steps(config: ConfigDict, examples: int) -> int:
-  """Returns the number of steps of a run on this number of training examples."""
+  """Returns the number of training steps of a run that has this number of training examples."""
   return round(config.epochs * (examples / config.batch_size))
 
 
 def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
-  """Returns the number of warm-up steps in a cycle of `steps` steps."""
+  """Returns the number of warm-up steps in a cycle of `steps` steps: at most a fifth of them."""
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
 def warmup_epochs(config: ConfigDict) -> float:
-  """Returns the length of the warm-up in epochs, for a run with only one cycle."""
+  """Returns the warm-up in epochs, at most a fifth of the run, for a run with only one cycle."""
   return min(config.schedule.warmup, config.epochs / 5)
 
 
@@ -173,7 +179,10 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
 
 
 def check_stages(config: ConfigDict, model: ViT) -> None:
-  """Raises ValueError if images of a size that training uses do not divide into its patches."""
+  """Raises ValueError if an image size of the run does not divide into a patch size of the run.
+
+  This function also checks the rest of `patch_sizes` (`check_patch_sizes`).
+  """
   (p, q), stages = model.patch_size, image_stages(config, 0)
   for _, (height, width) in stages:
     if height % p or width % q:
@@ -185,7 +194,7 @@ def check_stages(config: ConfigDict, model: ViT) -> None:
 
 
 def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
-  """Raises ValueError if `patch_sizes` do not fit the images, or the run cannot vary them."""
+  """Raises ValueError if `patch_sizes` does not fit the images or other settings of the run."""
   sizes = config.patch_sizes
   if not sizes:
     return

@@ -9,8 +9,8 @@ from vit_jax.names import choose
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# Learning rate after the warm-up, as a share of the peak. The argument is the completed fraction of
-# the decay.
+# Learning rate after the warm-up, as a share of the peak. The argument is the fraction of the decay
+# that is completed, from 0 to 1.
 SCHEDULES = {
   'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
   'linear': lambda fraction: 1 - fraction,
@@ -19,12 +19,12 @@ SCHEDULES = {
 
 
 def make_schedule(name: str, peak: float, steps: int, warmup: int) -> Schedule:
-  """Returns the learning rate as a function of the step 0, 1, ... `steps - 1`.
+  """Returns a function that maps the step 0, 1, ... `steps - 1` to the learning rate.
 
   Args:
     name: one of `SCHEDULES`.
     peak: learning rate at the end of the warm-up.
-    steps: number of steps.
+    steps: number of steps, including the warm-up.
     warmup: number of steps of linear warm-up. The first step has the rate `peak / warmup`, because
       a step with a learning rate of 0 would be wasted.
   """

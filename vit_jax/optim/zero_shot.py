@@ -2,9 +2,9 @@
 
 The text tower of the same checkpoint makes an npz file with these arrays:
   * `names` `[L]`: the name of each class.
-  * `embeddings` `[L, D]`: the embedding of each class, of any length.
+  * `embeddings` `[L, D]`: the text embedding of each class, with any norm.
   * `logit_scale`: the factor of the cosine similarity between an image and a class.
-  * `logit_bias`, only for SigLIP: the number that is added.
+  * `logit_bias`, only for SigLIP: a number that is added to every logit.
 
 Decisions:
   * The head is an ordinary linear layer on normalised features (`ViT.cosine`). So all modes,
@@ -42,8 +42,8 @@ class TextClasses:
   Attributes:
     origin: name of the file, for messages.
     names: name of each class.
-    embedding_LD: embedding of each class, scaled to length 1, in float64.
-    scale: factor of the cosine similarity.
+    embedding_LD: text embedding of each class, scaled to length 1, in float64.
+    scale: factor of the cosine similarity between an image and a class.
     bias: number to add to the logits; None for probabilities by softmax.
   """
 
@@ -55,7 +55,11 @@ class TextClasses:
 
   @classmethod
   def read(cls, arrays: Mapping[str, np.ndarray], origin: str) -> 'TextClasses':
-    """Creates the object from the arrays of a file.
+    """Creates the classes from the arrays of an npz file (see the module's docstring).
+
+    Args:
+      arrays: the arrays, by name.
+      origin: name of the file, for messages.
 
     Raises:
       ValueError: an array is missing, unknown, not finite, or has the wrong type or shape. Or two
@@ -84,7 +88,7 @@ class TextClasses:
     return cls(origin, names, embedding_LD / length_L1, check_scale(arrays, origin), bias)
 
   def matching(self, class_names: Sequence[str], source: str, multi_label: bool) -> 'TextClasses':
-    """Selects the embeddings of the classes of a dataset, in the order of the dataset.
+    """Returns a copy with only the classes of a dataset, in the order of the dataset.
 
     Args:
       class_names: classes of the dataset, such as names of folders.
@@ -92,8 +96,8 @@ class TextClasses:
       multi_label: whether an image of the dataset can have several labels.
 
     Raises:
-      ValueError: a class of the dataset is missing, or images have several labels, but a softmax
-        gives the probabilities.
+      ValueError: a class of the dataset is missing. Or images can have several labels, but without
+        a bias the probabilities come from a softmax.
     """
     if multi_label and self.bias is None:
       raise ValueError(
@@ -116,15 +120,15 @@ class TextClasses:
     )
 
   def attach(self, model: ViT, params: dict, image_shape: tuple[int, int, int]) -> tuple[ViT, dict]:
-    """Returns the model and its parameters with a head for these classes.
+    """Adds a head for these classes to a model, and returns the new model and parameters.
 
     Args:
       model: a model without a head, or one of timm's CLIP models, whose head is the projection.
-      params: its parameters.
-      image_shape: (H, W, C).
+      params: parameters of the model.
+      image_shape: (H, W, C) of the images.
 
     Raises:
-      ValueError: the model has a head, or its features have a different width.
+      ValueError: the model has a head, or its features are not as wide as the embeddings.
     """
     classes, width = self.embedding_LD.shape
     if model.num_classes == width and not np.any(params['head'].get('bias', 1)):
@@ -151,10 +155,10 @@ class TextClasses:
 
 
 def check_names(names: np.ndarray, origin: str) -> tuple[str, ...]:
-  """Returns the names of the classes.
+  """Returns the array `names` of a file as a tuple of texts.
 
   Raises:
-    ValueError: they are not different, non-empty texts.
+    ValueError: a name is empty, occurs twice, or is not a text.
   """
   if names.ndim != 1 or names.dtype.kind != 'U':
     raise ValueError(
@@ -168,10 +172,10 @@ def check_names(names: np.ndarray, origin: str) -> tuple[str, ...]:
 
 
 def number(arrays: Mapping[str, np.ndarray], name: str, origin: str) -> float:
-  """Returns the single number in an array.
+  """Returns the only number in the array `name`.
 
   Raises:
-    ValueError: the array has more numbers, or the number is not finite.
+    ValueError: the array does not have exactly one number, or the number is not finite.
   """
   value = arrays[name]
   if value.size != 1 or value.dtype.kind not in 'fiu' or not np.isfinite(value).all():
@@ -183,10 +187,10 @@ def number(arrays: Mapping[str, np.ndarray], name: str, origin: str) -> float:
 
 
 def check_scale(arrays: Mapping[str, np.ndarray], origin: str) -> float:
-  """Returns the factor `logit_scale`.
+  """Returns `logit_scale`, the factor of the cosine similarity.
 
   Raises:
-    ValueError: the value cannot be the factor; perhaps it is the logarithm.
+    ValueError: the value is not from `SMALLEST` to `LARGEST`; perhaps it is the logarithm.
   """
   value = number(arrays, 'logit_scale', origin)
   if SMALLEST <= value <= LARGEST:
