@@ -5,13 +5,14 @@ import dataclasses
 import re
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-CONTAINERS = ('while', 'call', 'conditional')  # they take the time of the operations inside
+CONTAINERS = ('while', 'call', 'conditional')  # their time is the time of the operations inside
 PRODUCTS = ('dot', 'convolution')
 LIBRARY_PRODUCTS = ('gemm', 'matmul', 'conv')  # parts of the names of library calls
 
 # Attention without the products that compute queries, keys, values and the output.
 ATTENTION = re.compile(r'/attention/(?!(?:query|key|value|out)/)')
 
+# Parts of a path that do not name a module or a primitive.
 AROUND_MODULES = re.compile(
   r'^(?:shard_map|while|body|cond|closed_call|checkpoint|rematted_computation|ViT|Encoder_0|'
   r'branch_\d+_fun|jit\(.*|vmap\(.*)?$'
@@ -23,7 +24,7 @@ class Operation:
   """One operation of a compiled program.
 
   Attributes:
-    opcode: its HLO opcode, e.g. `fusion`.
+    opcode: HLO opcode, e.g. `fusion`.
     inside: opcodes of the operations that a fusion contains.
     call: name of the library function of a custom call, else empty.
     path: modules and JAX primitive, e.g. `jit(train_step)/jvp(ViT)/block_0/mlp/up/dot_general`.
@@ -42,13 +43,13 @@ class Operation:
 
   @property
   def label(self) -> str:
-    """Short name. It is the same in all blocks, e.g. `block_*/mlp/up/dot_general, backward`."""
+    """Short name, equal for all blocks, e.g. `block_*/mlp/up/dot_general, backward`."""
     parts = [unwrapped(part) for part in self.path.split('/')]
     kept = [re.sub(r'_\d+$', '_*', part) for part in parts if not AROUND_MODULES.match(part)]
     return '/'.join(kept or [self.opcode]) + (', backward' if 'transpose(' in self.path else '')
 
 
-KINDS: dict[str, Callable[[Operation], bool]] = {  # the first kind that matches counts
+KINDS: dict[str, Callable[[Operation], bool]] = {  # an operation has the first kind that matches
   'collectives': lambda op: op.opcode.startswith(COLLECTIVES),
   'attention': lambda op: 'fmha' in op.call or bool(ATTENTION.search(op.path)),
   'matrix products': lambda op: op.multiplies,
@@ -64,14 +65,14 @@ def kind_of(operation: Operation) -> str:
 
 
 def unwrapped(part: str) -> str:
-  """Removes the names of transformations, e.g. `transpose(jvp(mlp))` becomes `mlp`."""
+  """Removes JAX's transformations from a part of a path: `transpose(jvp(mlp))` becomes `mlp`."""
   while found := re.fullmatch(r'(?:jvp|transpose|vmap|remat)\((.*)\)', part):
     part = found[1]
   return part
 
 
 def operations(text: str) -> dict[str, Operation]:
-  """Returns the operations of a compiled program by name.
+  """Returns the operations of a compiled program, by their HLO names such as `fusion.3`.
 
   Args:
     text: the program, from `jax.stages.Compiled.as_text`.
@@ -89,7 +90,13 @@ def operations(text: str) -> dict[str, Operation]:
 
 
 def operation(opcode: str, line: str, opcodes: dict[str, set[str]]) -> Operation:
-  """Creates an operation from its line; `opcodes` has the opcodes of each computation."""
+  """Returns the operation that a line of HLO text describes.
+
+  Args:
+    opcode: HLO opcode of the operation.
+    line: the line.
+    opcodes: opcodes of the operations in each computation, by name of the computation.
+  """
 
   def field(pattern):
     found = re.search(pattern, line)

@@ -19,7 +19,7 @@ from vit_jax.training import check_in_all_processes
 from vit_jax.workdir import write_json
 
 WARM_UP = 3  # steps before anything is measured
-RECORDED = 5  # steps with the profiler, and as many without it
+RECORDED = 5  # number of steps with the profiler, and of steps measured without it
 
 
 @limits.memory_for('Profiling')
@@ -33,10 +33,10 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
     workdir: folder of a training run, or a new folder.
 
   Returns:
-    The profile; None in all processes but the first.
+    The profile in process 0; None in all other processes.
 
   Raises:
-    ValueError: the config or the data cannot be used.
+    ValueError: the config or the data cannot be used, or the workdir is in a bucket.
   """
   workdir = local_only('--mode=profile: --workdir', workdir)
   start_up()
@@ -74,7 +74,10 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
 
 @contextlib.contextmanager
 def names_in_cache_key() -> Iterator[None]:
-  """Makes JAX compile again if the cached step has different names of operations."""
+  """Includes the names of operations in the keys of JAX's compilation cache.
+
+  Otherwise, the cache could return an equal program with outdated names.
+  """
   key = 'jax_compilation_cache_include_metadata_in_key'
   before = getattr(jax.config, key)
   jax.config.update(key, True)
@@ -86,7 +89,7 @@ def names_in_cache_key() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(folder: pathlib.Path) -> Iterator[None]:
-  """Records a trace in the first process. Calls of Python functions are not recorded."""
+  """Records a profiler trace in process 0, without calls of Python functions."""
   if not is_first():
     yield
     return

@@ -1,13 +1,13 @@
 """Repeats training from one checkpoint to the next, and compares the states bit for bit.
 
-Hardware can compute wrong numbers without an error. Then the repeated steps end with other numbers
-than the run has saved. The same happens if the steps are not deterministic. Nothing is written,
-except missing features of a teacher.
+Hardware can compute wrong numbers without an error. The repeated steps then end with other numbers
+than the run has saved. Steps that are not deterministic also end with other numbers. Nothing is
+written, except a teacher's features in `<workdir>/features/` if they are missing there.
 
 Decisions:
   * Arrays are compared on the devices that hold them, so no process needs a whole array.
-  * The order of sums depends on the number of devices. On other devices than those of the run,
-    arrays may therefore differ by rounding (`ROUNDING`).
+  * The order of sums depends on the number of devices. If the run used other devices, arrays may
+    therefore differ by rounding (`ROUNDING`).
 """
 
 import collections
@@ -32,21 +32,23 @@ from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, tr
 
 log = logging.getLogger(__name__)
 
-# Largest difference that rounding explains: the norm of the difference of all arrays of a part of
-# the state (`part_of`), divided by the norm of these arrays. Single arrays do not count, because
-# the gradient of the bias of keys is zero, and only rounding remains of it.
+# Largest relative difference that rounding explains. It is measured over all arrays of a part of
+# the state (`part_of`): the norm of their difference, divided by their norm. Single arrays are not
+# compared. In exact arithmetic, for example, the gradient of the key bias is zero, so the computed
+# gradient consists of rounding errors.
 ROUNDING = 0.02
-MOST = 5  # arrays that a message names
+MOST = 5  # maximum number of arrays that a message names
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What `verify` found.
+  """Result of `verify`.
 
   Attributes:
-    steps: (first, last) step of the comparison: the two checkpoints.
-    same: whether the repeated state equals the saved one, within rounding on other devices.
-    text: one line for each finding.
+    steps: steps of the two checkpoints between which training was repeated, the older one first.
+    same: whether the repeated state equals the saved one. On other devices than the run used, the
+      states may differ by rounding.
+    text: the result in words; one line for each finding.
   """
 
   steps: tuple[int, int]
@@ -55,22 +57,22 @@ class Verdict:
 
 
 class Replay(Run):
-  """A run that only takes steps: it neither evaluates, nor saves, nor writes."""
+  """A training run that neither evaluates, nor saves, nor writes."""
 
   def due(self, step):
     return set()
 
   def save(self, train_state):
-    """Called only after a stop signal."""
+    """Raises `Preempted`; the loop calls this function only after a stop signal."""
     raise Preempted('--mode=verify was stopped. Repeat the command to start from the beginning.')
 
 
 def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
-  """Repeats the steps between the two newest checkpoints of a run, and compares the end.
+  """Repeats the steps between a run's two newest checkpoints, and compares the resulting state.
 
   Args:
-    workdir: folder of the run. It is only read.
-    overrides: keys of the config to change, e.g. `data.dir`, as in `config.override`.
+    workdir: folder of the run. Only missing features of a teacher are written there.
+    overrides: keys of the config to change and their values as text, e.g. for `data.dir`.
 
   Raises:
     ValueError: the workdir does not have two checkpoints, or the steps cannot be repeated.
@@ -97,7 +99,11 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
 
 
 def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
-  """Returns the steps of the two newest checkpoints, the older one first."""
+  """Returns the steps of the two newest checkpoints, the older one first.
+
+  Raises:
+    ValueError: the workdir has fewer than two checkpoints.
+  """
   found = from_first(lambda: saved_steps(workdir))
   if len(found) < 2:
     raise ValueError(
@@ -109,7 +115,11 @@ def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config in a checkpoint's item `config`, with overrides."""
+  """Returns the config in a checkpoint's item `config`, with overrides, after checking it.
+
+  Raises:
+    ValueError: the config with the overrides is not valid.
+  """
   with config_lib.naming_imports(item):
     config = config_lib.override_all(config_lib.from_dict(item['config']), dict(overrides))
     check(config)
@@ -119,7 +129,15 @@ def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
 def check_repeatable(
   workdir: pathlib.Path, config: ConfigDict, cycles: tuple[int, ...], first: int, last: int
 ) -> None:
-  """Raises ValueError if the steps between two checkpoints cannot be repeated."""
+  """Raises ValueError if a new cycle began between two checkpoints, or only a head is trained.
+
+  Args:
+    workdir: folder of the run.
+    config: config of the run.
+    cycles: last steps of the earlier cycles.
+    first: step of the older checkpoint.
+    last: step of the newer checkpoint.
+  """
   if config.freeze or config.classifier:
     raise ValueError(
       f'--mode=verify repeats training steps, but {workdir} holds a run that trains only a head '
@@ -135,14 +153,14 @@ def check_repeatable(
 def judged(
   steps: tuple[int, int], ended, wanted, then: Mapping | None, now: Mapping[str, object]
 ) -> Verdict:
-  """Compares the repeated state with the saved one.
+  """Compares the repeated state with the saved one, and returns the `Verdict`.
 
   Args:
-    steps: steps of the two checkpoints.
+    steps: steps of the two checkpoints, the older one first.
     ended: the repeated state.
-    wanted: the saved state, with the same places on devices.
-    then: `devices_of` the run; None if it was not recorded.
-    now: `devices_of` this process.
+    wanted: the saved state, placed on the devices like `ended`.
+    then: devices of the run, from `devices_of`; None if the run did not record them.
+    now: devices of the repetition, from `devices_of`.
   """
   found = differences(ended, wanted)
   shown = lambda devices: ', '.join(f'{key}={value}' for key, value in devices.items())
@@ -179,8 +197,8 @@ class Difference(NamedTuple):
   Attributes:
     bits: whether any bit differs.
     largest: largest absolute difference.
-    apart: norm of the difference.
-    norm: norm of the second array.
+    apart: L2 norm of the difference.
+    norm: L2 norm of the second array.
   """
 
   bits: jax.Array | bool
@@ -190,7 +208,12 @@ class Difference(NamedTuple):
 
 
 def differences(ended, wanted) -> dict[str, Difference]:
-  """Compares all arrays of two states; returns {name of an array: difference}."""
+  """Returns {name: `Difference`} for all arrays of two training states.
+
+  Args:
+    ended: the repeated state.
+    wanted: the saved state; its arrays are the second ones of each `Difference`.
+  """
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
   compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
   paths = jax.tree_util.tree_flatten_with_path(ended)[0]
@@ -201,7 +224,7 @@ def differences(ended, wanted) -> dict[str, Difference]:
 
 
 def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
-  """Compares two arrays of the same type."""
+  """Returns the `Difference` of two arrays with the same shape and type."""
   bits = lambda x: x.view(f'uint{8 * x.dtype.itemsize}')
   wide = lambda x: x.astype(jnp.float32).ravel()
   apart = wide(a) - wide(b)
@@ -210,7 +233,15 @@ def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
 
 
 def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple[str, float]]:
-  """Yields for each part of the state its name, and the relative norm of its difference."""
+  """Yields `(part, relative difference)` for each part of the state.
+
+  The relative difference is the norm of the difference of all arrays of the part, divided by the
+  norm of the saved arrays. If the latter norm is 0, the former is yielded.
+
+  Args:
+    found: result of `differences`.
+    params: parameters of the model, as in `part_of`.
+  """
   parts = collections.defaultdict(list)
   for name, each in found.items():
     parts[part_of(name, params)].append(each)
@@ -220,7 +251,10 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
 
 
 def part_of(name: str, params: Mapping) -> str:
-  """Returns the part of the state that an array belongs to, such as `params` or `opt_state/0`."""
+  """Returns the part of the state that an array belongs to, such as `params` or `opt_state/0`.
+
+  A part is the array's path in the state up to the first top-level name of `params`.
+  """
   words = name.split('/')
   inner = (i for i, word in enumerate(words) if word in params)
   return '/'.join(words[: next(inner, len(words))])

@@ -1,9 +1,9 @@
 """Repeats the training steps of a run, without its checkpoints and logs.
 
 Decisions:
-  * The steps are those of the run: its config, its data and its kernels. Only the weights are
-    random, because the time does not depend on them.
-  * The run itself is not changed.
+  * The steps use the config, the data and the kernels of the run. Only the weights are random,
+    because the time does not depend on them.
+  * The run's checkpoints and logs are not changed.
 """
 
 import contextlib
@@ -27,7 +27,13 @@ class Steps:
   """The training steps of a run, on the mesh of its config."""
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack):
-    """Opens the data and compiles the step; `stack` closes the data later."""
+    """Opens the data and compiles the step.
+
+    Args:
+      config: config of the run.
+      workdir: folder of the run, or a new folder.
+      stack: closes the data readers when it is closed.
+    """
     earlier = newest_config(workdir) or {}
     saved = config_lib.from_dict(earlier['config']) if earlier else None
     exp, training = opening.from_config(config, saved, seen=training_files_of(workdir))
@@ -43,11 +49,14 @@ class Steps:
 
   @property
   def text(self) -> str:
-    """The compiled step (HLO)."""
+    """The compiled step as HLO text."""
     return self._step.as_text()
 
   def take(self, count: int) -> float:
-    """Performs training steps, and returns the seconds until the devices have finished them."""
+    """Performs `count` training steps, and returns their total time in seconds.
+
+    The time includes waiting for batches, and ends when the devices have finished the last step.
+    """
     began = time.perf_counter()
     with jax.profiler.TraceAnnotation(STEPS):
       for number in range(count):

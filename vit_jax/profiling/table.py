@@ -13,15 +13,16 @@ LONGEST = 10  # number of operations to list
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """Where the time of a training step goes.
+  """Time of a training step, divided among its operations.
 
   Attributes:
-    step_ms: measured time of a recorded step, in milliseconds.
-    unrecorded_ms: measured time of a step without the profiler.
+    step_ms: mean time of a step while the profiler records it, in milliseconds.
+    unrecorded_ms: mean time of a step without the profiler, in milliseconds.
     steps: number of recorded steps.
     devices: number and platform of the devices, e.g. `2 cpu`.
-    kinds: milliseconds per step of each kind. They add up to `step_ms`.
-    longest: the longest operations: label, kind and milliseconds per step.
+    kinds: milliseconds per step for each of `KINDS`, for waiting, for idle time and for unknown
+      operations. Their sum is about `step_ms`.
+    longest: (label, kind, milliseconds per step) of the longest operations, the longest first.
   """
 
   step_ms: float
@@ -38,8 +39,8 @@ def summarize_time(
   """Returns the fields `kinds` and `longest` of a `Profile`.
 
   Args:
-    nanoseconds: time of each operation, from `divide`.
-    known: operations of the compiled step by name.
+    nanoseconds: time of each operation in all recorded steps, from `divide`.
+    known: operations of the compiled step, by name.
     steps: number of recorded steps.
   """
   kinds = Counter(dict.fromkeys((*KINDS, WAIT, IDLE, UNKNOWN), 0.0))
@@ -54,7 +55,7 @@ def summarize_time(
 
 
 def as_table(profile: Profile) -> str:
-  """Returns the table as text."""
+  """Returns a profile as text: time by kind, then the longest operations."""
   share = lambda time: f'{time:10.3f} {time / profile.step_ms:8.1%}'
   longest = [f'{share(time)}  {label} ({kind})' for label, kind, time in profile.longest]
   return '\n'.join([

@@ -22,7 +22,7 @@ IDLE = 'idle'
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """Something that took time; `begin` and `end` are in nanoseconds."""
+  """An event of a trace; `begin` and `end` are in nanoseconds."""
 
   name: str
   begin: float
@@ -31,12 +31,12 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-  """The recorded steps.
+  """Events of the recorded training steps.
 
   Attributes:
     operations: the operations that ran on the devices.
-    waits: times in which the host waited for a batch.
-    whole: the time from the beginning of the first step to the end of the last step.
+    waits: spans in which the host waited for a batch.
+    whole: span from the beginning of the first step to the end of the last step.
   """
 
   operations: list[Span]
@@ -45,10 +45,10 @@ class Trace:
 
 
 def read_trace(file: pathlib.Path) -> Trace:
-  """Reads a file `*.xplane.pb` of `jax.profiler`.
+  """Returns the events in a file `*.xplane.pb` of `jax.profiler`.
 
-  On GPUs and TPUs, the operations are those of the first device. On a CPU they are those of all
-  devices, because the devices share the cores.
+  On GPUs and TPUs, only operations of the first device are returned. On a CPU, operations of all
+  devices are returned, because the devices share the cores.
   """
   planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
   host = list(spans(planes['/host:CPU']))
@@ -60,7 +60,10 @@ def read_trace(file: pathlib.Path) -> Trace:
 
 
 def spans(plane) -> Iterator[tuple[str, Span]]:
-  """Yields `('operation', span)` of each operation, and `(name, span)` of all other events."""
+  """Yields the events of a trace's plane: operations as `('operation', span)`, others by name.
+
+  For events that are not operations, the pair is `(name, span)`.
+  """
   for line in plane.lines:
     for event in line.events:
       operation = dict(event.stats).get('hlo_op')
@@ -71,9 +74,13 @@ def spans(plane) -> Iterator[tuple[str, Span]]:
 
 
 def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
-  """Returns the nanoseconds of each operation, and of `WAIT` and `IDLE`.
+  """Returns the nanoseconds of each operation, by name, and of `WAIT` and `IDLE`.
 
   The sum is the time of all recorded steps.
+
+  Args:
+    trace: events of the recorded steps.
+    known: operations of the compiled step, by name.
   """
   changes = [(trace.whole.end, False, '')]
   for span in (*trace.operations, *trace.waits):
@@ -97,7 +104,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the priority of an active operation: time belongs to the lowest rank."""
+  """Returns the rank of a running operation; at each moment, only the lowest rank gets the time."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
