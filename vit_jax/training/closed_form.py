@@ -2,7 +2,7 @@
 
 Decisions:
   * The run has no training steps. It evaluates the head, and saves a checkpoint and `result.json`
-    at step 0, with the code of any other run. So all modes can use its workdir.
+    at step 0, with the same code as all other runs. So all modes can use its workdir.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
-# Whether these layers stay depends on the classes (`inherit.open_init`), so the weights decide.
+# Keys that the new config leaves open. The model keeps these layers only if the weights were
+# trained on the classes of the data (`inherit.open_init`).
 AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
 
 
@@ -35,7 +36,7 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: names the model. Its overrides can name the data, instead of the data of its run.
+    request: the model. Overrides in the request can replace the data of the model's run.
     classifier: one of `CLASSIFIERS`.
 
   Raises:
@@ -57,9 +58,10 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
 def make_head(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, workdir: pathlib.Path
 ) -> dict:
-  """Computes the head with `classifier`, else trains it; returns the content of `result.json`.
+  """Computes or trains the head of a model, and returns the content of `result.json`.
 
-  The caller must hold the lock of the workdir.
+  The head is computed if the config sets `classifier`. Otherwise it is trained (`train_head`). The
+  caller must hold the lock of the workdir.
   """
   if not exp.config.classifier:
     return train_head(exp, training, mesh, workdir)
@@ -71,13 +73,16 @@ def make_head(
 def with_head(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, restored: bool
 ) -> tuple[Experiment, Training]:
-  """Returns the experiment and its plan with the head that `config.classifier` names.
+  """Computes the head that `config.classifier` names, and adds it to an experiment and its plan.
 
   Args:
     exp: experiment with the backbone.
-    training: plan of a run without steps.
+    training: plan of a run without steps; `params` has the weights of the backbone.
     mesh: mesh of the devices.
     restored: whether a checkpoint already holds the head. If so, the head is not computed again.
+
+  Returns:
+    The experiment, and the plan whose `params` include the head.
   """
   classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
   if not restored:

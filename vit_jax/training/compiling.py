@@ -1,8 +1,8 @@
 """Compiles the training step, with micro-batches and `model.remat` that fit into memory.
 
 Decisions:
-  * More micro-batches come before `remat`, because they cost almost nothing.
-  * Checkpoints contain the plan, so that a resumed run computes bit-identical steps.
+  * More micro-batches are tried before more `remat`, because they cost almost no time.
+  * Checkpoints contain the chosen plan, so that a resumed run computes bit-identical steps.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,8 +27,8 @@ from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
 
-# Share of the counted activations that XLA keeps; it computes cheap ones again. On a GPU, the share
-# is 0.49 to 0.63 for the steps in results/compiled.json that fit one device.
+# Share of the activations counted by `tracing.py` that XLA really keeps; XLA recomputes cheap ones.
+# On a GPU, the share is 0.49 to 0.63 for the steps in results/compiled.json that fit one device.
 KEPT, KEPT_ON_CPU = 0.65, 0.85
 
 
@@ -38,7 +38,7 @@ class Plan:
 
   Attributes:
     micro_batches: number of parts into which each device splits its share of the batch.
-    remat: one of `REMAT`.
+    remat: value of `model.remat`, one of `REMAT`.
   """
 
   micro_batches: int
@@ -49,18 +49,21 @@ class Plan:
 
 
 def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
-  """Returns the plan that an experiment has."""
+  """Returns the number of micro-batches and the `remat` that an experiment uses, as a `Plan`."""
   return Plan(exp.training_parts(mesh), exp.model.remat)
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns an experiment with a plan. Values that the config sets are kept."""
+  """Returns the experiment with a plan; values that the config sets take precedence."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
 
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
-  """Returns the experiment with the plan in the JSON of a run's checkpoint, if it has one."""
+  """Returns the experiment with the plan of a checkpoint; unchanged if the checkpoint has none.
+
+  `saved` is the JSON of the checkpoint (its item `config`).
+  """
   plan = saved.get('plan')
   return planned(exp, Plan(**plan)) if plan else exp
 
@@ -68,7 +71,7 @@ def resumed(exp: Experiment, saved: Mapping) -> Experiment:
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
   """Returns the plans that the config allows, from the fastest to the one with the least memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
-  together = group(config) if rows % 2 == 0 else 1  # mixed pairs
+  together = group(config) if rows % 2 == 0 else 1  # mixed pairs stay in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)
   counts = [n for n in range(first, rows + 1) if rows % n == 0 and rows // n % together == 0]
   counts = [config.micro_batches] if config.micro_batches else counts
@@ -79,15 +82,15 @@ def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
 def estimator(
   exp: Experiment, mesh: jax.sharding.Mesh, state: TrainState
 ) -> Callable[[Plan], tuple[float, float]]:
-  """Returns a function that estimates the bytes of a step on each device, as `first_fit` needs it.
+  """Returns a function that estimates the memory of a training step with a plan.
 
-  The function returns two numbers of bytes. The first does not depend on the size of a micro-batch.
-  The second is for the activations of a micro-batch.
+  The function returns two numbers of bytes on each device. The first does not depend on the size
+  of a micro-batch. The second is for the activations of a micro-batch.
 
   Args:
     exp: the experiment.
     mesh: mesh of the devices.
-    state: state of the run, or its shapes.
+    state: training state, or its shapes.
   """
   rows, image = exp.config.batch_size // shares(mesh), (*exp.task.stored_size, exp.task.channels)
   trained, _ = exp.split(state.params)
@@ -113,7 +116,7 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the plan that is estimated to fit; nothing is compiled.
+  """Returns the experiment with the fastest plan that fits by an estimate; nothing is compiled.
 
   The experiment is returned unchanged if it has a plan, or if no memory limit is known.
   """
@@ -140,10 +143,10 @@ def fit_step(
     exp: the experiment. If it already has a plan, no faster plan is tried.
     lower: lowers the step of an experiment.
     mesh: mesh of the devices.
-    state: state of the run, or its shapes.
+    state: training state, or its shapes.
 
   Returns:
-    The experiment with its plan, and the compiled step.
+    The experiment with the plan that fits, and the compiled step.
 
   Raises:
     limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
@@ -173,9 +176,9 @@ def fit_step(
 
 
 def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
-  """Returns the experiment with half the micro-batch, or with more `remat` if that is impossible.
+  """Returns the experiment with a plan that needs less memory; None if the config allows none.
 
-  Returns None if the config leaves nothing open that would save memory.
+  The micro-batch becomes at most half as large. If this is impossible, `remat` is raised instead.
   """
   plans, own = possible_plans(exp, mesh), plan_of(exp, mesh)
   later = plans[plans.index(own) + 1 :] if own in plans else []
@@ -194,7 +197,7 @@ def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int,
 
 
 def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
-  """Returns whether the blocks of the model use cuDNN's kernel."""
+  """Returns whether the blocks of the model compute attention with cuDNN's kernel."""
   query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
   with compiled_for(target(mesh)):
     drops = bool(exp.model.attention_dropout)
@@ -206,9 +209,10 @@ class Compiled:
   """A compiled training step.
 
   Attributes:
-    step: the training step.
-    flops: FLOPs of a step on all devices together; 0 if batches have features instead of images.
-    fused: whether the step computes attention with a kernel of cuDNN.
+    step: the compiled function.
+    flops: FLOPs of a step on all devices together, without recomputation by `remat`; 0 if batches
+      have features instead of images.
+    fused: whether the step computes attention with cuDNN's kernel.
     exp: the experiment, with the micro-batches and `remat` that fit into memory.
   """
 
@@ -221,9 +225,16 @@ class Compiled:
 def compile_step(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, state: TrainState, batch: dict
 ) -> Compiled:
-  """Compiles a step that fits into memory.
+  """Compiles a training step that fits into memory.
 
-  It is compiled before training, so that the measured speed excludes the time to compile.
+  The step is compiled before training, so that the measured speed excludes the time to compile.
+
+  Args:
+    exp: experiment to train.
+    training: plan of the run.
+    mesh: mesh of the devices.
+    state: training state, or its shapes.
+    batch: a batch, or its shapes.
 
   Raises:
     limits.OutOfMemory: no step fits.

@@ -36,7 +36,7 @@ from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
-# Scores of an evaluation, with their names in messages; the second is only for several labels.
+# Scores of an evaluation and their names in messages. The second needs images with several labels.
 SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
 
 PATCH_DRAWS = 1  # separates the draws of patch sizes from other draws with the same seed
@@ -175,7 +175,7 @@ class Run:
     return due and not from_first(lambda: self.records.find(start, 'test'))
 
   def evaluate_start(self, start: int, train_state: TrainState) -> dict[str, dict]:
-    """Evaluates the checkpoint from which the run resumes, and writes and returns the scores."""
+    """Evaluates the state from which the run starts, and writes and returns the scores."""
     self.records.keep(lambda line: line['split'] == 'train' or line['step'] != start)
     scores = self.evaluate(start, train_state)
     self.rate(start, scores)
@@ -198,7 +198,7 @@ class Run:
     return events | {'eval'} if 'save' in events and self.training.val else events
 
   def log(self, step: int, values: dict[str, float], bar: tqdm.tqdm) -> None:
-    """Writes a line of training metrics."""
+    """Writes a line of training metrics, and shows them in the progress bar."""
     self.records.write(step, 'train', **values)
     bar.set_postfix_str(
       f'loss {values["loss"]:.3f}, '
@@ -228,11 +228,11 @@ class Run:
     return scores
 
   def score(self, params: dict, examples: Split) -> dict[str, float]:
-    """Returns loss and accuracies of these weights."""
+    """Returns loss, scores and number of examples for weights on a split."""
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def rate(self, step: int, scores: dict[str, dict]) -> None:
-    """Adds the quality of a saved checkpoint on validation, if there is such a split."""
+    """Passes the validation score of a saved checkpoint to `checkpoints`, if there is one."""
     if 'val' in scores:
       self.checkpoints.rate(step, quality(scores['val']))
 
@@ -247,7 +247,7 @@ class Run:
     self.checkpoints.save(train_state, saved)
 
   def finish(self, train_state: TrainState, scores: dict[str, dict]) -> dict:
-    """Returns the content of `result.json` after the last checkpoint is on disk."""
+    """Waits until the last checkpoint is on disk; returns the content of `result.json`."""
     self.checkpoints.wait()
     result = {
       **named('test', scores['test']),
@@ -264,7 +264,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and accuracies of the last checkpoint, and of the best by validation."""
+    """Returns step and scores of the last checkpoint, and of the best one by validation."""
 
     def accuracies(step):
       found = {split: self.records.find(step, split) for split in ('val', 'test')}
@@ -274,25 +274,25 @@ class Run:
 
 
 def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
-  """Describes the devices, on which rounding depends: kind, processes, and shape of the mesh.
+  """Returns the facts about the devices that affect rounding: kind, processes, shape of the mesh.
 
-  Sums over the devices of several processes have another order than within one process.
+  The number of processes matters, because it changes the order of sums over devices.
   """
   kind = mesh.devices.flat[0].device_kind
   return {'kind': kind, 'processes': jax.process_count(), **mesh.shape}
 
 
 def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:
-  """Returns the patch size of a step. The draw depends only on the seed and the step.
+  """Returns the patch size of a step, drawn at random from `sizes`.
 
-  Every process therefore draws the same size, and a resumed run draws the sizes of the whole run.
+  The draw depends only on seed and step, so it is equal in all processes and after a resume.
   """
   # NumPy guarantees that RandomState's numbers never change.
   return sizes[np.random.RandomState([seed, step, PATCH_DRAWS]).randint(len(sizes))]
 
 
 def named(split: str, values: Mapping[str, float]) -> dict[str, float | None]:
-  """Returns `{'test_accuracy': ...}` for the `SCORES` of a split; the accuracy may be None."""
+  """Returns the `SCORES` in `values`, named like `test_accuracy`; a missing accuracy is None."""
   return {f'{split}_accuracy': values.get('accuracy')} | {
     f'{split}_{name}': values[name] for name in SCORES if name in values
   }

@@ -53,8 +53,8 @@ class Meter:
 
     Args:
       step: number of the step.
-      metrics: result of the step.
-      compiled: the step.
+      metrics: metrics that the step returned.
+      compiled: the compiled step, which gives the number of FLOPs.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
@@ -74,12 +74,12 @@ class Meter:
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
-    """Returns means and counts since the last call; the clock must be running.
+    """Returns the metrics since the last call, and starts again; the clock must be running.
 
-    `learning_rate` and `memory_gib` are the latest values.
-
-    `data_wait` is the share of training time in which the loop waited for the next batch.
-    `mfu` is the share of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).
+    Scores are means, `examples` and `bad_images` are counts. `learning_rate` and `memory_gib` (of
+    one device) are the latest values. `images_per_second` counts only training time. `data_wait`
+    is the share of training time in which the loop waited for the next batch. `mfu` is the share
+    of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).
     """
     self.pause()
     values = summarize(self._scores)
@@ -95,7 +95,7 @@ class Meter:
     return values
 
   def _utilisation(self) -> dict[str, float]:
-    """Returns the TFLOP/s on each device, and their share of the peak if it is known."""
+    """Returns `tflops_per_device` (TFLOP/s), and `mfu` if the device's peak speed is known."""
     tflops = self._flops / self._seconds / self._devices / 1e12
     found = {'tflops_per_device': float(f'{tflops:.4g}')} if tflops else {}
     return found | ({'mfu': round(tflops / self._peak, 4)} if tflops and self._peak else {})

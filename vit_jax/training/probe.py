@@ -65,7 +65,10 @@ def train_head(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> dict:
-  """Trains the head in a locked workdir. With `sweep`, first finds the best learning rate."""
+  """Trains the head in a locked workdir, and returns the content of `result.json`.
+
+  With `sweep`, this function first finds the best learning rate.
+  """
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
@@ -81,9 +84,10 @@ def train_head(
 
 
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
-  """Returns the parameters of the newest checkpoint; without one, of `init`; else random ones.
+  """Returns the initial parameters of a run that trains only a head, as NumPy arrays.
 
-  The checkpoint comes first, because a resumed run must keep the same backbone.
+  They come from the newest checkpoint if there is one, because a resumed run must keep the same
+  backbone. Otherwise they come from `init`. Without `init`, they are random.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -99,7 +103,10 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Computes the features, caches them in `folder`, and returns experiment and plan for them."""
+  """Returns the experiment and the plan with features of the frozen backbone instead of images.
+
+  The features of all splits are computed, unless `folder` already contains them.
+  """
   params = replicate(mesh, training.params)
   step = make_feature_step(exp, mesh)
   splits = {
@@ -160,7 +167,7 @@ def sweep(
 
 
 def short(rate: float) -> str:
-  """Formats a learning rate so that different rates give different texts, shortly if possible."""
+  """Returns a short text for a learning rate; different rates have different texts."""
   return f'{rate:g}' if float(f'{rate:g}') == rate else repr(rate)
 
 
@@ -172,9 +179,18 @@ def score_rate(
   rate: float,
   origin: dict[str, str],
 ) -> float:
-  """Trains a head at the learning rate `rate` in `folder`, and returns the validation accuracy.
+  """Trains a head at one learning rate, and returns the validation accuracy.
 
-  A head of a different backbone is trained again. `origin` is the result of `measured_on`.
+  With several labels per image, the mean average precision is returned. A finished head in the
+  folder is used, unless it belongs to a different backbone.
+
+  Args:
+    exp: experiment of the sweep.
+    training: plan of the sweep.
+    mesh: mesh of the devices.
+    folder: workdir of this head.
+    rate: the learning rate.
+    origin: hashes of data and backbone, from `measured_on`.
 
   Raises:
     ValueError: the folder holds a head that was trained with another config or on other data.
@@ -211,7 +227,7 @@ def score_rate(
 
 
 def measured_on(exp: Experiment, training: Training) -> dict[str, str]:
-  """Returns hashes of the `data` and of the frozen `backbone`, which `result.json` keeps."""
+  """Returns hashes of the `data` and of the frozen `backbone`, to store in `result.json`."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(split_frozen(training.params, 'backbone')[1]):
     digest.update(np.ascontiguousarray(leaf))
@@ -219,7 +235,10 @@ def measured_on(exp: Experiment, training: Training) -> dict[str, str]:
 
 
 def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
-  """Returns whether the run in `folder` has a different backbone than `params`."""
+  """Returns whether the newest checkpoint in `folder` has a different backbone than `params`.
+
+  Without a checkpoint, the result is False.
+  """
   if (step := latest_step(folder)) is None:
     return False
   theirs = split_frozen(restore_item(folder, step, 'params'), 'backbone')[1]
@@ -229,7 +248,10 @@ def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
 
 
 def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment, Training]:
-  """Returns the final run of a sweep, which trains on both splits at the learning rate `rate`."""
+  """Returns the experiment and the plan of a sweep's final run at the learning rate `rate`.
+
+  The final run trains on the training and the validation split together.
+  """
   train, val = training.train, training.val
   both = train.joined(val)
   config = config_lib.from_dict(config_lib.to_dict(exp.config))
@@ -239,6 +261,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment of the final run, which trains on the examples of both splits."""
+  """Returns the experiment with `task.train_examples` counting both splits of a sweep."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

@@ -42,11 +42,14 @@ def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
 def begin(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict | None, ConfigDict | None, tuple[int, ...]]:
-  """Compares a config with the run in a workdir. The workdir must be locked.
+  """Checks that a config can start or resume a run in a workdir; returns facts about this run.
+
+  The workdir must be locked. Damaged checkpoints are moved away.
 
   Returns:
-    The result, the saved config, and the last steps of earlier cycles (`add_cycle`). The result is
-    None if the run is not finished. The config is None if the workdir has no checkpoint.
+    The content of `result.json`, the saved config, and the last steps of earlier cycles
+    (`add_cycle`). The result is None if the run is not finished. The config is None if the workdir
+    has no checkpoint.
 
   Raises:
     ValueError: the workdir contains a run that this config cannot resume, or is not writable.
@@ -131,7 +134,7 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
 
 
 def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
-  """Raises ValueError if a run cannot resume because its data changed."""
+  """Raises ValueError if the data changed since the run in the workdir began."""
   step = latest_step(workdir)
   if step is None:
     return
@@ -170,8 +173,12 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   If the run was extended to more epochs and has not saved a checkpoint since, the epochs come from
   `config.json`.
 
+  Args:
+    workdir: folder of the run.
+    overrides: dotted keys and their values as text.
+
   Raises:
-    ValueError: the workdir holds no run.
+    ValueError: the workdir holds no run, or the config with the overrides is not valid.
   """
   item = newest_config(workdir)
   written = from_first(lambda: read_json(workdir / 'config.json'))
@@ -191,7 +198,11 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """Returns `result.json`; None if it is for other epochs or another test split than the config."""
+  """Returns the content of `result.json`; None if it does not fit the config.
+
+  It fits if it has the config's `epochs` and test split. None is also returned if the file is
+  missing or damaged.
+  """
   result = read_json(workdir / 'result.json')
   try:
     then = config_lib.from_dict(result['config'])

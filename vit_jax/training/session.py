@@ -33,10 +33,11 @@ def fit(
   workdir: pathlib.Path,
   **notes: object,
 ) -> dict:
-  """Trains in a workdir, from its newest checkpoint if it has one. Writes and returns the result.
+  """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
-  If memory runs out, the run continues once from its newest checkpoint, with half the micro-batch.
-  With a validation split, the last and the best checkpoint are calibrated at the end.
+  Training starts from the newest checkpoint if there is one. If memory runs out, the run continues
+  once from its newest checkpoint, with half the micro-batch or more `remat` (`halved`). With a
+  validation split, the last and the best checkpoint are calibrated at the end.
 
   Args:
     exp: experiment to train.
@@ -68,10 +69,12 @@ def attempt(
   *,
   retries: bool = True,
 ) -> dict | Experiment:
-  """Trains like `fit`, and returns the result; if memory runs out, an experiment to try instead.
+  """Trains until the run is finished, and returns the content of `result.json`.
 
-  That experiment has a smaller micro-batch. With `retries=False`, the error is raised. The arrays
-  of the failed run are no longer referenced, so their memory is free.
+  If memory runs out and `retries` is True, the function instead returns an experiment that needs
+  less memory. If `retries` is False, or if the config allows no such experiment, it raises the
+  error. After the return, nothing refers to the arrays of the failed run, so their memory is free.
+  The other arguments are as in `fit`.
   """
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (

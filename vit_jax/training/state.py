@@ -23,7 +23,7 @@ class TrainState:
 
   Attributes:
     step: number of updates so far, int32.
-    params: the parameters of the model, of its adapter and of the objective, float32.
+    params: parameters of the model, of its adapter and of the objective, float32.
     opt_state: the optimizer's state.
     ema: exponential moving average of the parameters; None without averaging.
   """
@@ -40,15 +40,15 @@ class TrainState:
 
 
 def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dict:
-  """Returns random parameters for images `(H, W, C)`, drawn with this seed."""
+  """Returns random parameters of a model for images of shape `(H, W, C)`, drawn with this seed."""
   image_BHWC = jnp.zeros((1, *image_shape))
   return model.init(jax.random.key(seed), image_BHWC)['params']
 
 
 def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
-  """Creates the state before the first step, directly on the devices that will hold it.
+  """Returns the training state at step 0 with random parameters, created directly on the devices.
 
-  Optimizers have no state for parameters that `freeze` or `adapt` keeps constant.
+  The optimizer has no state for parameters that `freeze` or `adapt` keeps constant.
   """
   config = exp.config
 
@@ -66,10 +66,10 @@ def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> 
 def start_state(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, float]:
-  """Returns the state from which training starts, and the seconds spent in earlier sessions.
+  """Returns the state from which training starts, and the seconds trained in earlier sessions.
 
-  The state comes from the newest checkpoint if there is one. Without a checkpoint, it has the
-  weights of `init`, or random weights if `init` is not set.
+  The state comes from the newest checkpoint if there is one. Without a checkpoint, its parameters
+  are the weights of `init`, or random if `init` is not set.
   """
   fresh = init_state(exp, training, mesh)
   if checkpoints.latest() is not None:

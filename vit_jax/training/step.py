@@ -3,7 +3,7 @@
 Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. No key
     is stored, and no draw depends on the number of devices or micro-batches.
-  * What a step learns is an entry of `OBJECTIVES` in `optim/objectives.py`.
+  * The objective of a step is an entry of `OBJECTIVES` in `optim/objectives.py`.
   * For a mixed image, training accuracy uses the image's own label, even if the partner has the
     larger share. With mixup and cutmix, training accuracy therefore means little.
 """
@@ -35,7 +35,8 @@ def loss_fn(
   the mean loss of the batch.
 
   Args:
-    batch: micro-batch with `image`, `label` and `example` (positions of the images in the batch).
+    batch: micro-batch with `image` (uint8 `[B, H, W, C]`), `label` (`[B]`, or multi-hot `[B, L]`)
+      and `example` (`[B]`, positions of the images in the whole batch).
     trained: parameters that get a gradient.
     frozen: all other parameters; `teacher` has the parameters of the teacher.
     key: random key of the step.
@@ -62,7 +63,15 @@ def train_step(
   training: Training,
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, dict]:
-  """Updates the state with a batch. `teacher` has the teacher's parameters, if a step needs them.
+  """Updates the training state with a batch.
+
+  Args:
+    state: state before the step.
+    batch: `image` (uint8 `[B, H, W, C]`, or features), `label`, and optionally `bad` and `teacher`.
+    teacher: parameters of the teacher; None if no step runs a teacher.
+    exp: experiment to train.
+    training: plan of the run.
+    mesh: mesh of the devices.
 
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
@@ -96,7 +105,13 @@ def train_step(
 
 
 def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
-  """Returns the moving average updated with the new parameters; None without averaging."""
+  """Returns the moving average of the parameters after a step; None without averaging.
+
+  Args:
+    state: state before the step.
+    params: parameters after the step.
+    exp: experiment to train.
+  """
   if state.ema is None:
     return None
   average, constant = exp.split(state.ema)
@@ -107,7 +122,7 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `train_step` of a run. A step consumes the arrays of the given state."""
+  """Returns the jitted `train_step` of a run. It donates the arrays of the state passed to it."""
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

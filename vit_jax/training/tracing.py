@@ -32,19 +32,22 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Returns the FLOPs for one image: forward pass by module, and whole training step."""
+  """Returns the FLOPs of one image: in the forward pass, by module, and in a whole training step.
+
+  The FLOPs of the training step include a teacher, and are the mean over the patch sizes.
+  """
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
 
 
 def drawn_flops(exp: Experiment, size: tuple[int, int], params: dict) -> int:
-  """Counts the FLOPs of a training step for one image of this size: the mean over patch sizes."""
+  """Returns the FLOPs of a training step for one image of this size: the mean over patch sizes."""
   flops = [step_flops(exp.at(size, patch), params) for patch in exp.patch_sizes]
   return sum(flops) // len(flops)
 
 
 def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Counter:
-  """Returns the FLOPs of the forward pass for the inputs `image`, by module."""
+  """Returns the FLOPs of the forward pass for inputs with the shape of `image`, by module."""
   with portable():  # without kernels, whose operations would not be counted
     forward = jax.make_jaxpr(model.apply)({'params': params}, image)
   flops = Counter()
@@ -54,7 +57,7 @@ def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Coun
 
 
 def step_flops(exp: Experiment, params: dict) -> int:
-  """Counts the FLOPs of a training step for one image, with those of a teacher."""
+  """Returns the FLOPs of a training step for one image, including the FLOPs of a teacher."""
   group = experiment.group(exp.config)
   split = with_teacher_params(exp, params)
   with portable():
@@ -67,7 +70,7 @@ def step_flops(exp: Experiment, params: dict) -> int:
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
   """Returns the trained and the frozen parameters, as a training step passes them to `loss_fn`.
 
-  If each step runs a teacher, its parameters are among the frozen ones, as `teacher`.
+  If each step runs a teacher, the frozen parameters include the teacher's as the entry `teacher`.
   """
   trained, frozen = exp.split(params)
   return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
@@ -79,15 +82,18 @@ def runs_teacher(exp: Experiment) -> bool:
 
 
 def model_flops(exp: Experiment, params: dict) -> int:
-  """Counts the FLOPs of a training step for one image, as if `model.remat` repeated nothing."""
+  """Returns the FLOPs of a training step for one image, without recomputation by `model.remat`."""
   return step_flops(dataclasses.replace(exp, model=exp.model.clone(remat='none')), params)
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Returns the FLOPs of a whole run, as if each step had only one image.
+  """Returns the FLOPs of all training steps of a run, if each step had only one image.
 
-  Each stage of the run has its own number of steps and image size. `train_flops` are the FLOPs of a
-  step at full image size.
+  Args:
+    exp: experiment to train.
+    stages: (last step, image size) of each stage of the run.
+    params: parameters of the model.
+    train_flops: FLOPs of a training step for one image of full size.
   """
   begins = (0, *(end for end, _ in stages))
   steps = [end - begin for begin, (end, _) in zip(begins, stages)]
@@ -97,7 +103,7 @@ def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -
 
 
 def activations(exp: Experiment, params: dict) -> Counter:
-  """Returns the bytes that one image keeps for the backward pass, by module."""
+  """Returns the bytes of activations that one image keeps for the backward pass, by module."""
   group = experiment.group(exp.config)
 
   def keep(trained, *others):
@@ -113,7 +119,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
 
 
 def loss(exp: Experiment, count: int) -> Callable:
-  """Returns the function that computes the training loss of `count` examples."""
+  """Returns the function `(trained, frozen, images, early, seed) -> loss` for `count` examples."""
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}
@@ -136,7 +142,10 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`."""
+  """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`.
+
+  Operations outside of the modules in `params` belong to `OTHER`.
+  """
   names = re.findall(r'[^/()]+', stack)
   for i, name in enumerate(names):
     if name.startswith('block_') and name in params:
@@ -148,7 +157,10 @@ def module_of(stack: str, params: dict) -> str:
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
-  """Yields `(name, FLOPs)` of each matrix product and convolution, also in nested functions."""
+  """Yields `(name stack, FLOPs)` of each matrix product and convolution in a traced function.
+
+  Nested functions are included. `prefix` is the name stack of the function itself.
+  """
   for eqn in jaxpr.eqns:
     stack = f'{prefix}/{eqn.source_info.name_stack}'
     size = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
@@ -170,9 +182,10 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name, bytes)` for those outputs of a traced function that depend on the batch.
+  """Yields `(name stack, bytes)` of each output of a traced function that depends on the batch.
 
-  An array that is returned in two shapes is yielded only once.
+  An array that is returned in two shapes is yielded only once. `of_batch` are the inputs of the
+  function that belong to the batch.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

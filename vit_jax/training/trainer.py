@@ -18,9 +18,8 @@ from vit_jax.workdir import held, newest_config, training_files_of
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
-  With `classifier`, the head is computed without training steps.
-  With `freeze=backbone`, only the head is trained (`probe.py`). With `sweep`, heads are trained at
-  several learning rates.
+  With `classifier`, the head is computed without training steps. With `freeze=backbone`, only the
+  head is trained (`probe.py`). With `sweep`, heads are trained at several learning rates.
 
   Args:
     config: config from `configs/`, or a changed `config.default_config()`.

@@ -36,10 +36,14 @@ REPEATS = 10  # timed calls of each kernel
 def prepared(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, saved: Mapping
 ) -> Experiment:
-  """Returns the experiment with the choices that a run makes only once.
+  """Returns the experiment with the choices that a run makes once: memory plan, attention kernel.
 
-  These are the plan that saves memory and the attention kernel. `saved` is the JSON of the newest
-  checkpoint, from which they come if it has them; empty without a checkpoint.
+  Args:
+    exp: experiment to train.
+    training: plan of the run.
+    mesh: mesh of the devices.
+    saved: JSON of the newest checkpoint, whose choices are used; empty without a checkpoint. Then
+      the kernel is chosen now, and the memory plan when the step is compiled.
   """
   return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
@@ -53,7 +57,7 @@ def choose_attention(
     exp: experiment to train.
     training: plan of the run. The kernel is tried at each image and patch size.
     mesh: mesh of the devices.
-    earlier: choice in the run's newest checkpoint; None without one.
+    earlier: choice in the run's newest checkpoint; None without a checkpoint.
 
   Raises:
     ValueError: `model.attention=cudnn`, and cuDNN cannot run on these devices.
@@ -80,11 +84,11 @@ def choose_attention(
 
 
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
-  """Returns `cudnn` if cuDNN is correct for all shapes, and not slower for the last; else `plain`.
+  """Returns `cudnn` if cuDNN is correct for all shapes and not slower for the last, else `plain`.
 
   Args:
-    shapes: shape of the queries at each image and patch size of the run; the last is for full size
-      and the longest sequence.
+    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run. The last
+      shape is for full image size and the longest sequence.
     dtype: type of the computation.
     deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
       be correct.
@@ -109,7 +113,10 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 
 
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
-  """Describes the first output or gradient of cuDNN that is not correct; empty if none."""
+  """Describes the first incorrect output or gradient of cuDNN; empty if all are correct.
+
+  `shape` is the shape `[B, N, K, E]` of queries, keys and values, and `dtype` their type.
+  """
   for name, (factor, offset) in INPUTS.items():
     given = draw(shape, dtype, factor, offset)
     found = errors(value_and_gradients(flash)(*given), reference(given))
@@ -121,7 +128,7 @@ def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
 
 
 def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
-  """Returns the output and the gradients of `plain` in float32.
+  """Returns the output and the gradients of the kernel `plain` in float32.
 
   In bfloat16, the error of `plain` is about 0.1 for large logits if the scale of the queries,
   `E ** -0.5`, is not a power of two. An example is H/14, with E = 80.
@@ -131,10 +138,14 @@ def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
 
 
 def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[str, float]:
-  """Returns the error of the output, and of the gradients of query, key and value.
+  """Returns the errors of the output and of the gradients of query, key and value, by name.
 
-  An error is the largest difference, divided by the largest wanted value, but at least by 1. It is
-  NaN if any value is NaN.
+  An error is the largest absolute difference, divided by the largest absolute expected value if
+  this value is above 1. An error is NaN if any value is NaN.
+
+  Args:
+    found: output and gradients of the tested kernel.
+    wanted: expected output and gradients.
   """
   return {
     part: float(jnp.abs(got - want).max() / jnp.maximum(jnp.abs(want).max(), 1))
@@ -143,7 +154,11 @@ def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[
 
 
 def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offset: float) -> list:
-  """Returns random queries, keys, values and the gradient of the output."""
+  """Returns random queries, keys, values and output gradient of one shape `[B, N, K, E]`.
+
+  Queries and keys are multiplied by `factor`. Then `offset` is added to the queries and subtracted
+  from the keys.
+  """
   arrays = [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 4)]
   query, key, value, dy = arrays
   return [x.astype(dtype) for x in (factor * query + offset, factor * key - offset, value, dy)]
@@ -151,7 +166,7 @@ def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offs
 
 @functools.cache
 def value_and_gradients(kernel):
-  """Returns the compiled `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`."""
+  """Returns the jitted function `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`."""
 
   def run(query, key, value, dy):
     y, pull = jax.vjp(lambda *qkv: kernel(*qkv, None, 0.0), query, key, value)
@@ -161,7 +176,7 @@ def value_and_gradients(kernel):
 
 
 def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> float:
-  """Returns the seconds of a forward and backward pass."""
+  """Returns the mean seconds of a forward and backward pass of a kernel, without compiling."""
   given, run = draw(shape, dtype, 1, 0), value_and_gradients(kernel)
   jax.block_until_ready(run(*given))
   began = time.perf_counter()
