@@ -55,7 +55,7 @@ def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> No
 
 
 def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str]:
-  """Yields the warnings of `report_mistakes`."""
+  """Yields warnings about the files of a source; arguments as in `report_mistakes`."""
   yield from few_images(source, splits[0])
   paths = {split: paths_of(source, split) for split in splits}
   if sum(map(len, paths.values())) > MOST_FILES:
@@ -86,7 +86,7 @@ def few_images(source: Source, split: str) -> Iterator[str]:
 
 
 def paths_of(source: Source, split: str) -> list[pathlib.Path]:
-  """Returns the files of a split."""
+  """Returns the paths of the files in a split."""
   parts = (source.read(name, range(start, stop)) for name, start, stop in source.pieces(split))
   return [path for _, path, _ in itertools.chain.from_iterable(parts)]
 
@@ -122,7 +122,13 @@ def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path])
 def copies(
   pool: concurrent.futures.Executor, paths: dict[str, list[pathlib.Path]], sizes: Sizes
 ) -> Iterator[str]:
-  """Yields a warning for each two splits that contain files with the same bytes."""
+  """Yields a warning for each pair of splits that contain files with the same bytes.
+
+  Args:
+    pool: threads that read the files.
+    paths: files of each split, by name of the split.
+    sizes: size of each file in bytes.
+  """
   present = collections.defaultdict(set)  # {size: splits with a file of this size}
   for split, files in paths.items():
     for path in files:

@@ -1,7 +1,7 @@
-"""Keeps how a checkpoint's logits become probabilities, in `<workdir>/calibration.json`.
+"""Stores the calibration of each checkpoint in `<workdir>/calibration.json`.
 
-The file maps the step of a checkpoint to its calibration, because a temperature is valid only for
-the weights that it was fitted on.
+A calibration defines how logits become probabilities. The file maps the step of a checkpoint to
+its calibration, because a temperature is valid only for one set of weights.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ NAME = 'calibration.json'
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-  """How logits become probabilities, fitted on the validation split.
+  """Settings that turn logits into probabilities, fitted on the validation split.
 
   Attributes:
     temperature: the logits are divided by this number (Guo et al. 2017, 1706.04599, Section 4.2).
@@ -28,7 +28,7 @@ class Calibration:
       that predict exactly one class.
     examples: number of validation examples; 0 if nothing was fitted.
     sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
-      one label. This is so in zero-shot classification with SigLIP.
+      only one label. This is True in zero-shot classification with SigLIP.
   """
 
   temperature: float = 1.0
@@ -38,7 +38,7 @@ class Calibration:
 
   @classmethod
   def load(cls, saved: Mapping | None) -> 'Calibration':
-    """Creates the object from the facts of `load_checkpoint`; without facts, a default one."""
+    """Creates the calibration in the facts that `load_checkpoint` returns; the default for None."""
     fields = (saved or {}).get('calibration') or {}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
@@ -49,7 +49,7 @@ def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | N
   Args:
     workdir: folder of the run.
     step: step of the checkpoint.
-    classes: number of classes, and so of thresholds.
+    classes: number of classes, which must also be the number of thresholds.
   """
   fields = (read_json(workdir / NAME) or {}).get(str(step))
   if fields is None:
@@ -71,7 +71,7 @@ def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | N
 
 
 def valid(fields: dict) -> bool:
-  """Returns whether the temperature is a positive number, and thresholds are numbers."""
+  """Returns whether the temperature is positive, and thresholds are a list of numbers or None."""
   number = lambda value: type(value) in (int, float) and math.isfinite(value)
   value, thresholds = fields.get('temperature'), fields.get('thresholds')
   right = thresholds is None or (isinstance(thresholds, list) and all(map(number, thresholds)))
@@ -90,7 +90,7 @@ def save_calibration(workdir: pathlib.Path, step: int, calibration: Calibration)
 
 
 def forget_calibrations(workdir: pathlib.Path, start: int) -> None:
-  """Drops the entries of steps after `start`, because these steps will be trained again."""
+  """Deletes the calibrations of steps after `start`, because these steps will be trained again."""
 
   def forget():
     kept = read_json(workdir / NAME)

@@ -5,14 +5,14 @@ calls items:
   * `params`: the parameters.
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
-  * `config`: JSON with the version, the config and facts about the data (class names, channels,
-    stored size), and the steps at which the run was finished earlier and got more epochs
-    (`cycles`).
-Its file `digests.json` has the checksums of all files (`digests.py`).
+  * `config`: JSON with the version, the config, and facts about the data (class names, channels,
+    stored size). It also has the last steps of earlier cycles (`cycles`), after which the finished
+    run got more epochs.
+The file `digests.json` of a checkpoint has the checksums of all these files (`digests.py`).
 
 Decisions:
   * Each process writes the parts of arrays that its devices hold, while training continues. This
-    needs a workdir that all processes see. If they do not, all arrays are gathered, and process 0
+    needs a workdir that all processes can access. Otherwise all arrays are gathered, and process 0
     writes them.
   * The devices that held an array are not recorded. Otherwise, orbax could restore the array on
     other devices only if the caller describes its layout.
@@ -49,7 +49,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Keeps the newest `keep` checkpoints, and the one with the best validation accuracy."""
+    """Opens a workdir, to keep its `keep` newest checkpoints and the best one by validation."""
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
@@ -79,18 +79,18 @@ class Checkpoints:
     return stored.latest_step(self._workdir)
 
   def rate(self, step: int, accuracy: float) -> None:
-    """Adds the validation accuracy of a saved checkpoint, by which the best one is chosen.
+    """Sets the validation accuracy of a saved checkpoint, by which the best one is chosen.
 
     A checkpoint is saved before its evaluation, so only `metrics.jsonl` stores its accuracy.
     """
     self._accuracies[step] = accuracy
 
   def best(self) -> int:
-    """Returns the step of the checkpoint with the best accuracy."""
+    """Returns the step of the checkpoint with the best validation accuracy."""
     return stored.ranked(self._accuracies)[0][0]
 
   def save(self, state, config: dict) -> None:
-    """Copies this process's part of the state to the host, then writes it while training continues.
+    """Saves a checkpoint: copies arrays to the host, then writes them while training continues.
 
     Args:
       state: training state of the run.
@@ -127,7 +127,7 @@ class Checkpoints:
       raise not_saved(self._workdir, error) from error
 
   def _add_digests(self):
-    """Adds the checksums to a checkpoint whose other files are written; orbax calls this."""
+    """Writes the checksums of a checkpoint; orbax calls this after all other files are written."""
     folder = stored.directory(self._workdir)
     start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
@@ -153,14 +153,14 @@ class Checkpoints:
   def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.
 
-    If all processes see the workdir, each reads only what its devices hold.
+    If all processes can access the workdir, each reads only the shards of its own devices.
 
     Args:
-      like: a state with arrays of the same shapes, types and places on devices. Their values are
-        not used.
+      like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
+        used.
 
     Returns:
-      The state, placed like `like`, and the `config` item.
+      The state, placed on devices like `like`, and the item `config`.
     """
     return restore_state(self._workdir, self.latest(), like, self._shared)
 
@@ -177,9 +177,9 @@ def check_finite(params: dict, step: int) -> None:
 
 @jax.jit
 def all_finite(params: dict) -> jax.Array:
-  """Returns for each array, in the order of `jax.tree.leaves`, whether its numbers are finite.
+  """Returns a bool array with one entry per leaf of `params`: whether all its numbers are finite.
 
-  One array of answers takes one copy to the host.
+  A single array needs only one copy to the host.
   """
   return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)])
 
@@ -218,12 +218,12 @@ def manager(
   before_commit: Callable[[], None],
   agreement: Agreement | None = None,
 ) -> ocp.CheckpointManager:
-  """Opens an orbax manager.
+  """Returns an open orbax manager for the checkpoints of a workdir.
 
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
-    scored: {step: accuracy}; steps may be added.
+    scored: {step: accuracy}; the caller may add steps later.
     before_commit: called in process 0 when all files of a checkpoint are written, before its
       commit.
     agreement: the processes that save together; None: this process saves alone.
@@ -285,7 +285,7 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Extends the message of a `storage.Unwritten` by the step from which the run resumes."""
+  """Adds the step from which the run can resume to the message of a `storage.Unwritten`."""
   try:
     yield
   except storage.Unwritten as error:

@@ -30,7 +30,7 @@ def write_digests(checkpoint: pathlib.Path) -> None:
 
 
 def checksum(file: pathlib.Path) -> list[int]:
-  """Returns the size and the CRC-32 of a file."""
+  """Returns [size in bytes, CRC-32] of a file."""
   size, crc = 0, 0
   with file.open('rb') as opened:
     while data := opened.read(CHUNK):
@@ -48,13 +48,13 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether a checkpoint was written to its end; it may have been damaged later."""
+  """Returns whether a checkpoint was written completely. It may have been damaged afterwards."""
   if (checkpoint / FILE).exists():
     return True
   try:
     config = json.loads((checkpoint / 'config' / 'metadata').read_bytes())
   except (OSError, ValueError):
-    return True  # readers say what is wrong
+    return True  # readers report the error
   return not isinstance(config, dict) or 'format' not in config
 
 
@@ -66,10 +66,10 @@ def compare_files(
   Args:
     checkpoint: folder of the checkpoint.
     item: compares only the files of this item.
-    share: (i, n) compares only each n-th file from the i-th on, e.g. to divide them over processes.
+    share: (i, n) compares only files i, i + n, i + 2n, ..., e.g. to divide the work over processes.
 
   Returns:
-    Whether the checkpoint has checksums of files; False for checkpoints of older versions.
+    True if the checkpoint has checksums of files; False for checkpoints of older versions.
 
   Raises:
     Damaged: a file has changed, or is missing.

@@ -20,7 +20,7 @@ class Events:
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
-    """Opens a new file. TensorBoard then ignores older events of step `start` and later."""
+    """Opens a new event file. TensorBoard then ignores older events of step `start` and later."""
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):
       folder.mkdir(exist_ok=True)
@@ -34,14 +34,14 @@ class Events:
       self._writer.write_event(event)
 
   def write(self, step: int, values: dict[str, float]) -> None:
-    """Writes named values that were measured after `step` updates."""
+    """Adds an event for each named value, measured after `step` updates."""
     for name, value in values.items():
       self._add(Event(step=step, summary=scalar(name, value)))
     if time.monotonic() > self._flushed + FLUSH:
       self.flush()
 
   def flush(self) -> None:
-    """Writes the events that wait in memory."""
+    """Writes the events that are buffered in memory to the file."""
     with storage.writing(self._folder):
       self._writer.flush()
     self._flushed = time.monotonic()

@@ -45,7 +45,15 @@ ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # process 0
 
 
 def restored(checkpoint: pathlib.Path, item: str):
-  """Returns one item as orbax reads it, without comparing checksums."""
+  """Returns one item of a checkpoint as orbax reads it, without comparing checksums.
+
+  Args:
+    checkpoint: folder of the checkpoint.
+    item: name of the item. `config` gives a dict; other items give a tree of NumPy arrays.
+
+  Raises:
+    Damaged: the item is missing, or its files are not valid.
+  """
   handlers = {'config': ocp.JsonCheckpointHandler}
   handler = handlers.get(item, ocp.StandardCheckpointHandler)(multiprocessing_options=ALONE)
   opened = ocp.Checkpointer(handler, multiprocessing_options=ALONE)
@@ -57,8 +65,8 @@ def restored(checkpoint: pathlib.Path, item: str):
 def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
   """Turns errors caused by the content of a checkpoint's files into `Damaged`.
 
-  Errors with other causes are not turned into `Damaged`, e.g. if a device is missing, if memory,
-  threads or open files run out, or if the version of orbax does not fit JAX.
+  Errors with other causes are not changed. Examples are a missing device, too little memory, too
+  many threads or open files, and a version of orbax that does not fit JAX.
 
   Raises:
     Damaged: the files are not a valid checkpoint.
@@ -86,7 +94,10 @@ def check_process() -> None:
 
 
 def digest(item) -> str:
-  """Returns the SHA-256 of JSON, or of the names, types, shapes and bytes of a tree of arrays."""
+  """Returns the SHA-256 of a checkpoint's item: JSON, or a tree of NumPy arrays.
+
+  The hash of a tree covers the names, types, shapes and bytes of the arrays.
+  """
   leaves = jax.tree_util.tree_leaves_with_path(item)
   if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
     return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
@@ -100,7 +111,7 @@ def digest(item) -> str:
 
 
 def be_silent() -> None:
-  """Stops orbax and tensorstore from printing errors that they also raise.
+  """Stops orbax and tensorstore from printing errors that are also raised as exceptions.
 
   Otherwise a full disk would fill the terminal with tracebacks.
   """
@@ -121,16 +132,18 @@ def is_error(record: logging.LogRecord) -> bool:
 
 
 def unraisable(found) -> None:
-  """Prints an error that Python cannot raise, unless it is `Event loop is closed`.
+  """Replaces `sys.unraisablehook`, and does not print the error `Event loop is closed`.
 
-  orbax causes this one if saving a checkpoint fails.
+  orbax causes this error if saving a checkpoint fails.
   """
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
 
 
 def check_readable(folder: pathlib.Path) -> None:
-  """Raises OSError if a file cannot be read at the moment; its content may still be valid.
+  """Raises OSError if a file in a folder cannot be read at the moment.
+
+  The content of such a file may still be valid.
 
   Files in a bucket are not checked: their read errors have a type that is not in `CONTENT`.
   """
@@ -156,6 +169,6 @@ def check_readable(folder: pathlib.Path) -> None:
 
 
 def damaged(checkpoint: pathlib.Path, reason: object) -> Damaged:
-  """Returns the error for a damaged checkpoint."""
+  """Returns the error for a damaged checkpoint; `reason` is a text or an exception."""
   reason = (str(reason).splitlines() or [''])[0][:200]
   return Damaged(f'The checkpoint {checkpoint} is damaged: {reason.rstrip(".")}.')

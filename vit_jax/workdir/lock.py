@@ -15,6 +15,7 @@ from vit_jax.workdir import writer
 
 log = logging.getLogger(__name__)
 
+# Errors of opening `log.txt` that mean that nothing can be written to the workdir.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -24,7 +25,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
 
   Process 0 holds the lock for all processes. If nothing is written, the new `log.txt` and new
   folders are removed again. A read-only workdir is not locked, because nothing can be written.
-  In a bucket, the lock is a `bucket.Lease`. If it is lost, the next write raises `bucket.Lost`.
+  In a bucket, the lock is a `bucket.Lease`. After a loss of the lease, the next write raises
+  `bucket.Lost`.
 
   Raises:
     ValueError: another run holds the lock, in this process or in a different one.
@@ -37,7 +39,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_remotely(workdir: pathlib.Path) -> Iterator[None]:
-  """Works like `held`, for a workdir in a bucket and in process 0."""
+  """Locks a workdir in a bucket, like `held`. Only process 0 calls this function."""
   storage.check_folder(workdir)
   with bucket.Lease(workdir) as lease, storage.guarded(workdir, lease.check):
     yield
@@ -45,7 +47,7 @@ def held_remotely(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_locally(workdir: pathlib.Path) -> Iterator[None]:
-  """Works like `held`, for a local workdir and in process 0."""
+  """Locks a local workdir, like `held`. Only process 0 calls this function."""
   made = [path for path in (workdir / 'log.txt', workdir, *workdir.parents) if not path.exists()]
   file = lock(workdir)
   try:
@@ -67,7 +69,9 @@ def discard(folder: pathlib.Path) -> None:
 
 
 def lock(workdir: pathlib.Path) -> IO | None:
-  """Opens and locks `log.txt`; closing it releases the lock. None: the file is not writable.
+  """Opens and locks `log.txt`, and returns the open file; closing it releases the lock.
+
+  Returns None if the file is not writable. On file systems without locks, the file is not locked.
 
   Raises:
     ValueError: another run holds the lock.

@@ -1,8 +1,9 @@
 """Restores the training state of a checkpoint onto devices. Writes nothing.
 
 Decisions:
-  * If all processes see the checkpoint, each compares a share of its files with the checksums, and
-    reads only what its devices hold. Otherwise, process 0 reads everything and sends it.
+  * If all processes can access the checkpoint, each verifies the checksums of a share of the files,
+    and reads only the shards of its own devices. Otherwise, process 0 reads everything and sends it
+    to the other processes.
 """
 
 import pathlib
@@ -23,17 +24,17 @@ def restore_state(
 
   Args:
     workdir: folder of the run.
-    step: which checkpoint.
-    like: a state with arrays of the same shapes, types and places on devices. Their values are not
+    step: step of the checkpoint.
+    like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
       used.
-    shared: whether all processes see the workdir; None: find out.
+    shared: whether all processes can access the workdir; None: this is checked.
 
   Returns:
-    The state, placed like `like`, and the `config` item.
+    The state, placed on devices like `like`, and the item `config`.
 
   Raises:
     Damaged: the checkpoint is damaged (one process).
-    ValueError: the same, if there are several processes.
+    ValueError: the checkpoint is damaged (several processes).
   """
   checkpoint = stored.directory(workdir) / str(step)
   config = stored.restore_item(workdir, step, 'config')
@@ -52,7 +53,7 @@ def restore_state(
 
 
 def is_visible(checkpoint: pathlib.Path) -> bool:
-  """Returns whether all processes see the same checkpoint, without writing a file."""
+  """Returns whether all processes can access the same checkpoint. Writes nothing."""
   file = checkpoint / digests.FILE
   found = from_all(zlib.crc32(file.read_bytes()) if file.exists() else None)
   return found == found[:1] * len(found) and (len(found) == 1 or found[0] is not None)
@@ -79,11 +80,11 @@ def holds_shards(tree) -> bool:
 
 
 def rest(state) -> dict:
-  """Returns the item `state`: everything but the parameters."""
+  """Returns the parts of a training state that the item `state` holds: all but the parameters."""
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
 def described(tree):
-  """Returns shapes, types and shardings of the arrays on devices; other arrays stay the same."""
+  """Replaces JAX arrays by their shapes, types and shardings; NumPy arrays stay unchanged."""
   about = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
   return jax.tree.map(lambda x: about(x) if isinstance(x, jax.Array) else x, tree)

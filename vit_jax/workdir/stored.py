@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 SAVED = {'config', 'task', 'seconds'}  # keys that every item `config` has
 
-ITEMS = ('config', 'params', 'state', 'names')
+ITEMS = ('config', 'params', 'state', 'names')  # parts of a checkpoint (`checkpoint.py`)
 
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
@@ -46,7 +46,10 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
-  """Returns the JSON of the newest undamaged checkpoint, with the key `step`; None without one."""
+  """Returns the item `config` of the newest undamaged checkpoint, as a dict with a key `step`.
+
+  Returns None without a checkpoint.
+  """
 
   def find():
     for step in saved_steps(workdir):
@@ -70,7 +73,7 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
 
 
 def restore_weights(workdir: pathlib.Path, step: int) -> dict:
-  """Returns the weights of a checkpoint for inference (NumPy): averaged ones if there are any.
+  """Returns a checkpoint's weights for inference (NumPy): the EMA weights if the run has them.
 
   Raises:
     Damaged: the item is invalid, or has changed since it was saved.
@@ -79,14 +82,14 @@ def restore_weights(workdir: pathlib.Path, step: int) -> dict:
 
 
 def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
-  """Works like `restore_weights`, but reads and returns the weights only in this process."""
+  """Returns a checkpoint's weights like `restore_weights`, but reads them only in this process."""
   if read_item(workdir, step, 'config')['config']['ema'] > 0:
     return read_item(workdir, step, 'state')['ema']
   return read_item(workdir, step, 'params')
 
 
 def read_item(workdir: pathlib.Path, step: int, item: str):
-  """Works like `restore_item`, but reads and returns the item only in this process."""
+  """Returns one item of a checkpoint like `restore_item`, but reads it only in this process."""
   checkpoint = directory(workdir) / str(step)
   has_digests = digests.compare_files(checkpoint, 'config')
   about = items.restored(checkpoint, 'config')
@@ -115,7 +118,7 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
 def set_aside_damaged(workdir: pathlib.Path) -> None:
   """Moves damaged checkpoints into `<workdir>/damaged/`, until the newest one is undamaged.
 
-  Checkpoints that were not written to their end are moved too.
+  Incomplete checkpoints are moved too.
 
   Raises:
     ValueError: all checkpoints are damaged.
@@ -141,7 +144,7 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
 
 
 def check_files(workdir: pathlib.Path, step: int) -> None:
-  """Raises `Damaged` if a checkpoint has changed since it was saved."""
+  """Raises `Damaged` if a file of a checkpoint has changed since it was saved, or is missing."""
   if digests.compare_files(directory(workdir) / str(step)):
     read_item(workdir, step, 'config')
     return
@@ -150,11 +153,11 @@ def check_files(workdir: pathlib.Path, step: int) -> None:
 
 
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
-  """Returns {step: validation accuracy} for the checkpoints that have one.
+  """Returns {step: validation accuracy} for the checkpoints that have an accuracy.
 
-  If images can have several labels, it is the mean average precision instead of the accuracy. In a
-  run without labels, it is the negative loss.
-  The accuracy is in `metrics.jsonl`. Checkpoints of older versions also have it.
+  If images can have several labels, the value is the mean average precision instead. In a run
+  without labels, it is the negative loss. The values come from `metrics.jsonl`, or from checkpoints
+  of older versions.
   """
   recorded = {}
   for line in writer.read_metrics(workdir):
@@ -179,10 +182,9 @@ def load_checkpoint(
 ) -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
-  The facts are the item `config`, with the item `names` under the key `names` and the fields of the
-  checkpoint's `Calibration` under the key `calibration` (None if there is none). If the run
-  averages its weights, the averages are returned. An adapter is merged into the weights. Damaged
-  checkpoints are skipped.
+  The facts are the item `config`, with two more keys. `names` has the item `names`. `calibration`
+  has the fields of the checkpoint's `Calibration`, or None. If the run averages its weights, the
+  averages are returned. An adapter is merged into the weights. Damaged checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
@@ -216,10 +218,10 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
 
 
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
-  """Returns the checkpoints to try: pairs `(step, reason)`, the preferred one first.
+  """Returns the checkpoints to try as pairs `(step, reason)`, the preferred one first.
 
-  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty, it is `''` for
-  checkpoints without a validation accuracy.
+  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty, checkpoints
+  without a validation accuracy have an empty reason.
 
   Args:
     workdir: folder of a training run.

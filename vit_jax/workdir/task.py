@@ -8,9 +8,9 @@ class Task:
   """Properties of the training data; every checkpoint stores them.
 
   Attributes:
-    class_names: name of each label; empty for weights without a head, and for runs without labels.
-    stored_size: (height, width) of the images that the host passes to the devices; None in a mode
-      in which images keep their aspect ratio.
+    class_names: name of each class; empty for weights without a head, and for runs without labels.
+    stored_size: (height, width) of the images that the host passes to the devices; None if images
+      keep their aspect ratio.
     channels: 1 (grey) or 3 (RGB).
     train_examples: number of training examples. The order of the examples depends on this number.
     fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
@@ -26,5 +26,5 @@ class Task:
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
-    """Restores a task from the JSON of a checkpoint."""
+    """Restores a task from the entry `task` in a checkpoint's item `config`."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})

@@ -1,4 +1,4 @@
-"""Records what weights were trained on, so that no test uses the same files.
+"""Records the files and splits that weights were trained on, so that no test uses them.
 
 Decisions:
   * The name of a file is the path after the class folder, e.g. `a/1.jpg` for `train/cat/a/1.jpg`.
@@ -26,7 +26,7 @@ from vit_jax.workdir import stored
 
 log = logging.getLogger(__name__)
 
-NONE = np.zeros(0, np.uint64)
+NONE = np.zeros(0, np.uint64)  # no hashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainingFiles:
     return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
 
   def before(self) -> 'TrainingFiles':
-    """Returns a copy without the run's own files and splits."""
+    """Returns a copy with only the inherited files and splits, without the run's own ones."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
@@ -72,15 +72,21 @@ class TrainingFiles:
     )
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the item `names`. Each array begins with a 0, because orbax saves no empty arrays."""
+    """Returns the hashes as a checkpoint's item `names`: a dict of uint64 arrays.
+
+    Each array begins with an extra 0, because orbax cannot save empty arrays.
+    """
     hashes = {field: value for field, value in vars(self).items() if field.endswith('_N')}
     return {field: np.append(np.uint64(0), value) for field, value in hashes.items()}
 
   @classmethod
   def load(cls, saved: Mapping) -> 'TrainingFiles | None':
-    """Creates the object from the items `config` and `names` of a checkpoint.
+    """Restores the training files that a checkpoint has recorded.
 
     Returns None if the run trained on an image folder, but did not record the files.
+
+    Args:
+      saved: the item `config` of the checkpoint, with its item `names` as the key `names`.
     """
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
@@ -111,7 +117,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns what a run with this config trains on, together with what `earlier` contains.
+  """Returns the files and splits that a run trains on, combined with those in `earlier`.
 
   Args:
     source: dataset of the run.
@@ -126,7 +132,13 @@ def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles)
 def hash_training_files(
   source: Source, trained_on: Sequence[str], earlier: TrainingFiles
 ) -> TrainingFiles:
-  """Returns the hashes of the files in the splits `trained_on`, and the hashes in `earlier`."""
+  """Returns the hashes of the files in some splits, combined with the hashes in `earlier`.
+
+  Args:
+    source: dataset of the run.
+    trained_on: the splits, in TFDS notation.
+    earlier: training files of the weights that the run starts from; they become inherited.
+  """
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
     return TrainingFiles(NONE, earlier.all_N, earlier.shared_N)
@@ -154,7 +166,10 @@ def hash_training_files(
 
 
 def content(files: Files, index_N: np.ndarray) -> np.ndarray:
-  """Returns 64 bits of the SHA-256 of each file's bytes; 0 if a file cannot be read."""
+  """Returns a hash of the content of each file, uint64; 0 if the file cannot be read.
+
+  The hash has the first 64 bits of the SHA-256. `index_N` selects the files.
+  """
 
   def of_one(index):
     try:
@@ -169,7 +184,12 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
 
 
 def known(files: Files, names: TrainingFiles) -> np.ndarray:
-  """Returns bool `[N]`: for each file, whether the weights were trained on it."""
+  """Returns whether weights were trained on each file, bool `[N]`.
+
+  Args:
+    files: N files.
+    names: training files of the weights.
+  """
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
   if len(index_N):
@@ -181,6 +201,11 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
   """Raises ValueError if a test split overlaps a split that the weights were trained on.
 
   This check is for sources without files, such as TFDS. For folders, use `leave_out_trained`.
+
+  Args:
+    source: dataset of the test.
+    split: the test split, in TFDS notation.
+    names: training files and splits of the weights.
   """
   for spec, trained_on in () if source.files else names.all_splits:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
@@ -191,7 +216,12 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """Leaves out the files of a test split that the weights were trained on.
+  """Returns the source of a test without the files that the weights were trained on.
+
+  Args:
+    source: dataset of the test.
+    split: the test split, in TFDS notation.
+    names: training files of the weights.
 
   Returns:
     The source without these files, and the number of left-out files.

@@ -3,8 +3,9 @@
 Decisions:
   * A run locks its workdir's `log.txt` before it checks and writes. So a command that is refused
     does not change the files of another run.
-  * In a bucket, these files are written into a local scratch folder and uploaded whole: every
-    `UPLOAD` seconds, before each checkpoint and at the end (`bucket.Mirror`).
+  * If the workdir is in a bucket, these files are written into a local scratch folder
+    (`bucket.Mirror`). They are uploaded whole every `UPLOAD` seconds, before each checkpoint and at
+    the end.
   * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
@@ -30,9 +31,10 @@ class Writer:
   """Context manager that appends to the records of a workdir."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Opens the records, and removes lines that an interrupted run wrote after step `start`.
+    """Opens the records of a run that starts or resumes at step `start`.
 
-    The run resumes from step `start`. The caller must hold the workdir's lock (`lock.held`).
+    Metrics that an interrupted run wrote after this step are removed. The caller must hold the
+    workdir's lock (`lock.held`).
     """
     self.workdir = workdir
     self._uploaded = time.monotonic()
@@ -72,7 +74,7 @@ class Writer:
         raise
 
   def keep(self, wanted: Callable[[dict], bool]) -> None:
-    """Keeps only the wanted lines of `metrics.jsonl`."""
+    """Removes the lines of `metrics.jsonl` for which `wanted` returns False."""
     if self._file.exists():
       kept = [line for line in read_metrics(self._folder) if wanted(line)]
       storage.replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
@@ -83,7 +85,7 @@ class Writer:
     return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
-    """Writes one line of metrics of a split after `step` updates."""
+    """Writes the metrics of a split after `step` updates: a line and TensorBoard events."""
     storage.check_allowed(self.workdir)
     self._log.check()
     with storage.writing(self._file), self._file.open('a', encoding='utf-8') as file:
@@ -153,7 +155,7 @@ class Silent:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """Returns the lines of `metrics.jsonl`; an empty list if the file does not exist.
+  """Returns the lines of `metrics.jsonl` as dicts; an empty list if the file does not exist.
 
   Incomplete lines, lines without a step or split, and values that are not numbers are skipped.
   """
