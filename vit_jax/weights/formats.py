@@ -28,7 +28,7 @@ from vit_jax.workdir import Calibration
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-  """How weights expect an image to be prepared.
+  """Image preprocessing that weights expect.
 
   Attributes:
     size: (height, width) in pixels.
@@ -67,13 +67,13 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """The arrays of a weights file, and the model that the format and the config describe.
+  """Contents of a weights file: its arrays, and the model that the format and the config describe.
 
   Attributes:
     origin: where the file came from, for messages.
     arrays: the file's arrays, by name.
-    rows: the name table, which maps the file's arrays to our parameters.
-    fields: attributes of `ViT`; `num_classes` is None if the file has no head.
+    rows: the name table (`layouts.py`), which maps the file's arrays to our parameters.
+    fields: values of `ViT`'s attributes; `num_classes` is None if the file has no head.
     channels: number of channels of an image.
     preprocessing: how images are prepared; `size` is (0, 0) if the file does not store a size.
     grid: number of patches (down, across) that the position embeddings are for; None if the file
@@ -126,7 +126,7 @@ class Pretrained:
 
   @property
   def calibration(self) -> Calibration:
-    """How logits become probabilities."""
+    """Settings that turn logits into probabilities."""
     return Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
 
   def __iter__(self):
@@ -149,7 +149,7 @@ class Format:
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> (image_BHWC -> output_BL)` opens a program; None for weights. A
       program enlarges images from `stored_size`, and divides logits by the temperature.
-    precisions: the `Precision` of a program by name, except float32, which every format has.
+    precisions: each `Precision` of a program, by name; float32, which every format has, is missing.
     holds_names: whether the format can store class names.
   """
 
@@ -175,12 +175,12 @@ ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
 
 
 def place_of(path: str | os.PathLike) -> pathlib.Path:
-  """Returns the path of weights, which can be in a bucket."""
+  """Converts the location of weights to a `pathlib.Path`; the location can be a URL of a bucket."""
   return bucket.to_path(path)
 
 
 def local_copy(place: pathlib.Path) -> AbstractContextManager[pathlib.Path]:
-  """Returns a context manager that gives the weights at a path as a local file or folder."""
+  """Returns a context manager that yields a local path; a bucket's files are downloaded first."""
   return bucket.downloaded(place)
 
 
@@ -207,15 +207,15 @@ def read_params(
   """Reads all parameters of a model from a weights file.
 
   Args:
-    weights: the file's contents.
-    wanted: shape of each of our parameters, by name.
+    weights: contents of the file.
+    wanted: shape of each parameter of the model, by path such as `head/kernel`.
 
   Returns:
-    The parameters as a tree, and the names of the ignored arrays.
+    The parameters as a tree of float32 NumPy arrays, and the names of the file's unused arrays.
 
   Raises:
-    ValueError: arrays are missing, not part of the model, of the wrong shape or type, or not
-      finite.
+    ValueError: an array is missing, is not part of the model, or has the wrong shape or type, or
+      values that are not finite.
   """
   params, used, problems = {}, set(), []
   for row in weights.rows:
@@ -249,7 +249,7 @@ def read_params(
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
-  """Returns what is wrong with an array of a file, or None if nothing is wrong."""
+  """Returns a text about the error in an array of a file; None if the array is valid."""
   if array.dtype not in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
     return f'{name}: has type {array.dtype}, expected a floating-point type'
   if array.shape != shape:
@@ -260,7 +260,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """Returns all parameters as a file's arrays, by name; call `refuse` first to check the model."""
+  """Returns `{name in the file: array}` for all parameters; call `refuse` first."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }
@@ -279,7 +279,7 @@ def refuse(format_name: str, model: ViT, holds: Mapping[str, Sequence]) -> None:
   Args:
     format_name: name of the format, for the message.
     model: the model to write.
-    holds: the values that the format can hold, by attribute.
+    holds: for each attribute of `ViT`, the values that the format can hold.
   """
   if model.examples is not None:
     raise ValueError(

@@ -80,7 +80,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Returns the architecture of a model whose config does not name its architecture."""
+  """Guesses the architecture of a model from the names of its arrays, if its config names none."""
   found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
   for name, top in found.items():
     if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):
@@ -94,11 +94,11 @@ def hf_table(
   """Returns the name table of a whole file.
 
   Args:
-    kind: the kind of the model.
-    mlp: kind of MLP.
-    top: what follows the body.
+    kind: entry of `KINDS`.
+    mlp: value of `ViT.mlp`.
+    top: the layers after the body.
     depth: number of blocks.
-    prefixed: whether the names of the body have the prefix of the kind.
+    prefixed: whether the body's names in the file begin with `kind.prefix`.
   """
   prefix = kind.prefix * prefixed
   body = [(ours, add_prefix(prefix, theirs), layout) for ours, theirs, layout in kind.rows[mlp]]
@@ -106,7 +106,7 @@ def hf_table(
 
 
 def class_names(labels: Mapping, origin: str) -> tuple[str, ...] | None:
-  """Returns the names of `id2label` in the order of their ids; None for the default `LABEL_<i>`.
+  """Returns the class names in `id2label`, ordered by id; None for the default names `LABEL_<i>`.
 
   Raises:
     ValueError: the ids are not 0, 1, 2, ...

@@ -1,8 +1,10 @@
-"""Reads and writes the configs of Hugging Face: `config.json`, and those of image processors.
+"""Reads and writes Hugging Face's configs: `config.json` and the configs of image processors.
+
+In this package, a model consists of a body (embedding, encoder) and a top (e.g. a head).
 
 Decisions:
-  * `Kind` holds all that differs between model types. The tables are in `hf_names.py` and
-    `hf_towers.py`.
+  * `Kind` holds all properties that differ between model types. The tables are in `hf_names.py`
+    and `hf_towers.py`.
   * `processor_config.json` comes first, as in transformers. Since version 5, a processor of images
     and texts stores the image processor only there.
 """
@@ -29,8 +31,8 @@ ACTIVATIONS = {  # Hugging Face name: our name; if several fit, the first one is
 }
 RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
 
-# Fields that do not affect the output: for training, for other heads, for the library itself, and
-# for text generation, which older versions of transformers wrote into every config.
+# Fields that do not affect the output. They are for training, for other heads or for the library
+# itself. Older versions of transformers also wrote fields for text generation into every config.
 NEUTRAL = {
     '_attn_implementation_autoset', '_name_or_path', 'add_cross_attention', 'apply_layernorm',
     'architectures', 'attention_dropout', 'attention_probs_dropout_prob', 'bad_words_ids',
@@ -71,11 +73,11 @@ HOLDS = {
 
 
 class Top(NamedTuple):
-  """What an architecture has after the body.
+  """Layers of an architecture after the body, such as a head.
 
   Attributes:
-    rows: its rows of the name table.
-    fields: `(config) -> dict` returns the attributes of `ViT` that it gives.
+    rows: rows of the name table for these layers.
+    fields: `(config) -> dict` returns the attributes of `ViT` for these layers.
   """
 
   rows: list[tuple]
@@ -99,11 +101,11 @@ class Kind:
     holds: values of `ViT` attributes that the kind can hold; they override `HOLDS`. None: any
       value. See `formats.refuse`.
     prepared: fields of `Preprocessing` if no file describes the image processor.
-    processor: values of keys that the file of the image processor may lack.
-    prefix: prefix of the body's names. Files of only the body can lack it.
-    bare: whether files of only the body are written without the prefix.
-    ignored: patterns for the names of arrays of other parts, which are not read.
-    body: `(config, origin) -> dict` returns the config of the body from the config of the file.
+    processor: defaults of keys that the config of the image processor may lack.
+    prefix: prefix of the body's names. A file that contains only a body can lack the prefix.
+    bare: whether a file that contains only a body is written without the prefix.
+    ignored: patterns for the names of arrays that are not read, because they belong to other parts.
+    body: `(config, origin) -> dict` returns the body's config from the config of the whole file.
     square: whether images and patches must be squares to be written.
   """
 
@@ -122,7 +124,12 @@ class Kind:
 
 
 def complete(config: dict, kind: Kind, origin: str) -> dict:
-  """Returns the config of the body with the defaults of its kind.
+  """Returns the config of a model's body, in which missing fields have the defaults of the kind.
+
+  Args:
+    config: content of `config.json`.
+    kind: kind of the model.
+    origin: path of the config, for messages.
 
   Raises:
     ValueError: a field is not supported, is null, or has another type than its default.
@@ -156,17 +163,17 @@ def preprocessing(
   patch: tuple[int, int],
   kind: Kind,
 ) -> Preprocessing:
-  """Reads the config of the image processor in a folder.
+  """Returns the preprocessing that the image processor's config in a folder describes.
 
-  The file's image size is used if it is a multiple of the patch size. This size can differ from
-  the one that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
+  The image size in this config is used if it is a multiple of the patch size. It can differ from
+  the size that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
   but expects images of 224 pixels.
 
   Args:
     folder: folder of the weights.
     size: (height, width) in pixels that the positions are for.
     patch: (height, width) of a patch.
-    kind: the kind of the model, which describes what the file lacks.
+    kind: the kind of the model, which has defaults for missing values.
 
   Raises:
     ValueError: the file is damaged, or describes a different kind of preprocessing.
@@ -183,7 +190,7 @@ def preprocessing(
 
 
 def find_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
-  """Returns the file that describes the image processor, and the description; None without one.
+  """Returns the file with the config of the image processor, and this config (None without one).
 
   Raises:
     ValueError: a file is not valid JSON, or not a JSON object.
@@ -197,10 +204,15 @@ def find_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
 
 
 def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
-  """Converts the config of an image processor; without a height and width, `size` is used.
+  """Converts the config of an image processor to a `Preprocessing`.
 
-  A single number in `size` is the height and the width or, without `default_to_square`, the shorter
-  side.
+  A single number in the config's `size` is the height and the width. If `default_to_square` is
+  False, it is the shorter side.
+
+  Args:
+    p: config of the image processor.
+    size: (height, width) to use if the config gives only a shorter side or no size.
+    origin: path of the config, for messages.
 
   Raises:
     ValueError: the processor does not scale pixels to [0, 1].
@@ -229,14 +241,14 @@ def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
 
 
 def edge(size) -> int:
-  """Returns the shorter side, in pixels, of a `size` in the config of an image processor."""
+  """Returns the shorter side in pixels from a value of `size` in an image processor's config."""
   if isinstance(size, dict):
     return size.get('shortest_edge') or min(size['height'], size['width'])
   return size if isinstance(size, int) else min(size)
 
 
 def both(size) -> tuple[int, int]:
-  """Returns a `size` in the config of an image processor as (height, width)."""
+  """Returns (height, width) from a value of `size` in an image processor's config."""
   return (size['height'], size['width']) if isinstance(size, dict) else pair(size)
 
 

@@ -1,4 +1,4 @@
-"""The names in ViT, DeiT, DINOv2 and DINOv3 of Hugging Face: parameters and config fields.
+"""Names of parameters and config fields in Hugging Face's ViT, DeiT, DINOv2 and DINOv3.
 
 Decisions:
   * DINOv3's positions are rotary, so a file has no array that shows them. The model type alone
@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns rows of the name table, given the names of the norms and the rows of the MLP."""
+  """Returns a body's rows of the name table, from the names of both norms and rows of the MLP."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -54,7 +54,7 @@ def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
 
 
 def plain_mlp(up: str, down: str) -> list[tuple]:
-  """Returns the rows of a plain MLP, given the names of its two layers."""
+  """Returns the rows of a plain MLP; `up` and `down` are the file's names of its two layers."""
   up, down = (f'encoder.layer.{{i}}.{name}' for name in (up, down))
   return [*torch_linear('block_{i}/mlp/up', up), *torch_linear('block_{i}/mlp/down', down)]
 
@@ -67,7 +67,7 @@ def packed_mlp() -> list[tuple]:
 
 
 def dinov2(mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of DINOv2, given the rows of the MLP."""
+  """Returns the name table of DINOv2's body; `mlp` has the rows of the MLP."""
   return [
     *body(('norm1', 'norm2'), mlp),
     ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
@@ -131,7 +131,7 @@ def deit_fields(c: dict, origin: str) -> dict:
 
 
 def of_head(c: dict) -> dict:
-  """Returns the number of classes that a config gives; see `Top.fields`."""
+  """Returns the attribute `num_classes` that a config gives; see `Top.fields`."""
   return dict(num_classes=len(c.get('id2label') or ()) or c.get('num_labels', 2))
 
 
@@ -150,7 +150,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns the hidden width of DINOv2's MLP; if gated, two thirds, rounded up to 8, 16, 24, ..."""
+  """Returns the hidden width of DINOv2's MLP: if gated, 2/3, rounded up to a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
@@ -283,8 +283,8 @@ VIT_KINDS = {
     prepared=IMAGENET | dict(interpolation='bilinear', stretch=True),
   ),
 }
-# Maps each name in `architectures` to (model type, pool, top). Of a model type, the architecture
-# without a top is the last.
+# {name in a config's `architectures`: (model type, pool, top)}. The last architecture of each model
+# type has no top, because `hf.guess` relies on this order.
 VIT_ARCHITECTURES = {
   'ViTForImageClassification': ('vit', 'cls', HEAD),
   'ViTModel': ('vit', 'cls', NOTHING),

@@ -1,11 +1,11 @@
-"""The names in the image towers of CLIP and SigLIP of Hugging Face, as in `hf_names.py`.
+"""Names of parameters and config fields in Hugging Face's image towers of CLIP and SigLIP.
 
 Decisions:
   * A file of a whole model also holds a text tower, which is not read.
-  * One name table serves both families. CLIP has no pooling with parameters. SigLIP has no class
+  * Both families use one name table. CLIP has no pooling with parameters. SigLIP has no class
     token and no LayerNorm before the first block.
-  * SigLIP 2 for fixed image sizes is a SigLIP. Its NaFlex models, whose number of patches varies,
-    are refused.
+  * SigLIP 2 for fixed image sizes has the architecture of SigLIP. SigLIP 2 NaFlex models, whose
+    number of patches varies, are refused.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ SIGLIP_DEFAULTS = SIZES | dict(
   patch_size=16, hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6, vision_use_head=True
 )
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PROCESSOR = dict(default_to_square=False, resample=3)  # values of both families
+PROCESSOR = dict(default_to_square=False, resample=3)  # defaults of both families
 
 
 def clip_fields(c: dict, origin: str) -> dict:
@@ -124,7 +124,7 @@ TOWERS = {
 
 
 def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict:
-  """Returns the config of the image tower from the config of a whole model; see `Kind.body`.
+  """Extracts the config of the image tower from the config of a whole model; see `Kind.body`.
 
   Args:
     config: config of the whole model.
@@ -150,7 +150,7 @@ def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict
 
 
 def whole_model(tower: str, known: set[str]) -> Kind:
-  """Returns the kind of a whole model with this image tower; see `tower_config`."""
+  """Returns the `Kind` of a whole model (image and text tower); arguments as in `tower_config`."""
   text = (r'text_model\..*', r'text_projection\.weight', 'logit_scale', 'logit_bias')
   kind = TOWERS[tower]
   body = functools.partial(tower_config, tower=tower, known=known)
@@ -186,7 +186,10 @@ def refuse_naflex(model_type: str | None, origin: str) -> None:
 
 
 def tower_family(model: ViT) -> str | None:
-  """Returns the family of a model without a head that has parts of CLIP or SigLIP, else None."""
+  """Returns the Hugging Face family of a CLIP or SigLIP image tower; None for all other models.
+
+  A model belongs to these families if it has no head, but special parts of CLIP or SigLIP.
+  """
   if model.num_classes is not None:
     return None
   if model.pre_norm or model.projection is not None:

@@ -1,7 +1,7 @@
 """Maps the arrays of other code bases to ours with name tables that work in both directions.
 
 A row of a table gives our parameter names, the other code base's names, and the `Layout` that
-converts between them:
+converts between the arrays:
 
   ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
 """
@@ -73,9 +73,10 @@ def linear(axes: int = 1) -> Layout:
 
 
 def fused(*inner: Layout) -> Layout:
-  """Returns the layout for several arrays joined on the first axis, as PyTorch fuses q, k and v.
+  """Returns the layout of one array in the file that joins several of our arrays on its first axis.
 
-  Each array has a layout of its own, or all have the same one.
+  PyTorch stores queries, keys and values like this. `inner` has one layout for each of our arrays,
+  or a single layout for all of them.
   """
 
   def read(theirs, shapes):
@@ -91,7 +92,8 @@ def fused(*inner: Layout) -> Layout:
 def interleaved(inner: Layout) -> Layout:
   """Returns the layout of queries or keys whose rotary positions rotate features 2i and 2i + 1.
 
-  This project rotates features i and i + E/2 of a head instead, so their order changes.
+  This project rotates features i and i + E/2 of a head instead, so the layout reorders features.
+  `inner` is the layout without this reordering.
   """
 
   def read(theirs, shapes):
@@ -110,7 +112,7 @@ STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned 
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's for a `Linear`; `axes` is as in `linear`."""
+  """Returns the rows that map our names to PyTorch's for an `nn.Linear`; `axes` as in `linear`."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -118,13 +120,13 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.') -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's, for linear layers that are stored as one.
+  """Returns the rows that map our names to PyTorch's, for linear layers stored as one layer.
 
   Args:
     ours: name of the module that the layers belong to.
     parts: names of the layers.
     theirs: PyTorch's name of the joined layer.
-    joint: text between this name and `weight` or `bias`.
+    joint: text between the layer's name and `weight` or `bias`.
   """
   kernels, biases = ([f'{ours}/{part}/{leaf}' for part in parts] for leaf in ('kernel', 'bias'))
   return [
@@ -134,17 +136,20 @@ def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.'
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's for a `LayerNorm`."""
+  """Returns the rows that map our names to PyTorch's for an `nn.LayerNorm`."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
 def add_prefix(prefix: str, names: str | Iterable[str]) -> str | list[str]:
-  """Returns one or several names of arrays with a prefix."""
+  """Adds a prefix to one name or to each name of a list."""
   return prefix + names if isinstance(names, str) else [prefix + name for name in names]
 
 
 def rows(table: Iterable[tuple], depth: int) -> list[Row]:
-  """Returns all rows of a table; a row with `{i}` in its names is repeated for each block."""
+  """Returns all rows of a table for a model with `depth` blocks.
+
+  A row with `{i}` in its names is repeated for each block.
+  """
   found = []
   for ours, theirs, layout in table:
     ours, theirs = ((x,) if isinstance(x, str) else x for x in (ours, theirs))
@@ -173,7 +178,10 @@ def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
 
 
 def image_channels(params: dict) -> int:
-  """Returns the number of image channels that parameters expect; 3 without a first layer."""
+  """Returns the number of image channels that a model's parameters expect.
+
+  Returns 3 if the parameters do not include the first layer.
+  """
   kernel = params.get('stem', {}).get('conv_root', params.get('embedding', {})).get('kernel')
   return 3 if kernel is None else kernel.shape[2]
 

@@ -31,7 +31,7 @@ from vit_jax.weights.usage import prepare_lines
 
 log = logging.getLogger(__name__)
 
-# Older and newer names within a block: (attention, first norm, second norm, MLP).
+# Spelling of the names in a block: (attention, first norm, second norm, MLP).
 OLDER = ('MultiHeadDotProductAttention_1', 'LayerNorm_0', 'LayerNorm_2', 'MlpBlock_3')
 NEWER = ('MultiHeadDotProductAttention_0', 'LayerNorm_0', 'LayerNorm_1', 'MlpBlock_0')
 
@@ -58,28 +58,28 @@ PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
 def norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows (our name, name in the file, change) of a LayerNorm or GroupNorm."""
+  """Returns the rows (our name, name in the file, layout) of a LayerNorm or GroupNorm."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('scale', 'bias')]
 
 
 def dense(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows (our name, name in the file, change) of a dense layer."""
+  """Returns the rows (our name, name in the file, layout) of a dense layer."""
   return [(f'{ours}/{leaf}', f'{theirs}/{leaf}', SAME) for leaf in ('kernel', 'bias')]
 
 
 def attention_rows(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows (our name, name in the file, change) of attention's four projections."""
+  """Returns the rows (our name, name in the file, layout) of attention's four projections."""
   parts = ('query', 'key', 'value', 'out')
   return [row for part in parts for row in dense(f'{ours}/{part}', f'{theirs}/{part}')]
 
 
 def mlp(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows (our name, name in the file, change) of the two layers of an MLP."""
+  """Returns the rows (our name, name in the file, layout) of the two layers of an MLP."""
   return dense(f'{ours}/up', f'{theirs}/Dense_0') + dense(f'{ours}/down', f'{theirs}/Dense_1')
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows (our name, name in the file, change) of an encoder block."""
+  """Returns the rows of an encoder block; `spelling` is `OLDER` or `NEWER`."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -90,7 +90,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the rows of a hybrid's ResNet; our name is `stem/` and the name in the file."""
+  """Returns the rows of a hybrid's ResNet; `stages` has the number of units in each stage."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the rows (our name, name in the file, change) of a whole file."""
+  """Returns all rows of a file; `scanned`: each array stacks the weights of all blocks."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -207,12 +207,12 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Returns how many different texts the group of the pattern matches in the names."""
+  """Returns the number of different texts that the pattern's group matches in `inside`."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 
 def find_stages(inside: set[str]) -> tuple[int, ...]:
-  """Returns the number of units in each stage of a hybrid's ResNet."""
+  """Returns the number of units in each stage of a hybrid's ResNet, from the names of arrays."""
   number = count(inside, r'block(\d+)/unit\d+/.*')
   return tuple(count(inside, rf'block{i + 1}/unit(\d+)/.*') for i in range(number))
 

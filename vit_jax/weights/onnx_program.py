@@ -29,10 +29,10 @@ from vit_jax.weights.program import (
 )
 
 FILE = 'model.onnx'
-SPILLED = 2**20  # bytes from which an array is in a file of its own, as `jax2onnx` does
+SPILLED = 2**20  # bytes from which an array is stored in `model.onnx.data`, as `jax2onnx` does
 LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; products of attention are Einsum
-BATCH = 32  # number of images at a time while ranges of activations are measured
-TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if above 1
+BATCH = 32  # number of images in a batch while ranges of activations are measured
+TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if it is above 1
 
 CONVERTER = (
   'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
@@ -79,7 +79,7 @@ def save_onnx(program: Program, folder: pathlib.Path) -> None:
 
 
 def save_fp16(program: Program, folder: pathlib.Path, converted: pathlib.Path) -> None:
-  """Writes the program in fp16; `Precision.convert` describes the arguments.
+  """Writes the program as ONNX in fp16; `Precision.convert` describes the arguments.
 
   Raises:
     ValueError: the outputs are not finite, because a value exceeds the range of fp16.
@@ -92,10 +92,10 @@ def save_fp16(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
 
 
 def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -> None:
-  """Writes the program in int8; `Precision.convert` describes the arguments.
+  """Writes the program as ONNX in int8; `Precision.convert` describes the arguments.
 
-  Weights and activations of the linear layers are int8, with a scale for each output of a layer.
-  Ranges of activations are the smallest and largest values for the images of the program.
+  The weights of linear layers and convolutions are int8, with one scale for each output of a layer.
+  Activations are uint8. Their range is the smallest and largest value for the program's images.
 
   Raises:
     ValueError: the outputs are not finite.
@@ -123,10 +123,10 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
 
 
 def without_zeros(model):
-  """Returns the `onnx.ModelProto` without the zeros that the converter adds to products.
+  """Removes scalar zeros, which the converter adds as the bias of products, from an ONNX model.
 
-  The zero is a scalar, and onnxruntime cannot quantize a scalar with a scale for each output. The
-  bias of a layer is added in a separate operation.
+  onnxruntime cannot quantize such a scalar with a scale for each output. The true bias of a layer
+  is added in a separate operation. The `onnx.ModelProto` is changed and returned.
   """
   import onnx
 
@@ -149,7 +149,7 @@ class Images:
     self.batches = iter([image_NHWC[start : start + BATCH] for start in starts])
 
   def get_next(self) -> dict[str, np.ndarray] | None:
-    """Returns the inputs of the next call, or None after the last one."""
+    """Returns the inputs of the next call, `{'image': image_BHWC}`; None after the last batch."""
     image_BHWC = next(self.batches, None)
     return None if image_BHWC is None else {'image': image_BHWC}
 
@@ -184,7 +184,7 @@ def finish(program: Program, model, folder: pathlib.Path, precision: str) -> Non
 
 
 def data_of(file: pathlib.Path) -> pathlib.Path:
-  """Returns the file with the large arrays of an ONNX file; small models have none."""
+  """Returns the path for the large arrays of an ONNX file; small models have no such file."""
   return file.with_name(f'{file.name}.data')
 
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-  """What weights are adapted to; `load` documents the attributes with the same names.
+  """Target of `adapt`; `load` documents the attributes with the same names.
 
   `new_head` makes a new head even if the file's head has the same number of classes.
   """
@@ -59,12 +59,12 @@ def load(
   resize: str = 'bilinear',
   features: str = 'tokens',
 ) -> Pretrained:
-  """Loads the model and the weights from a file, a folder, a workdir or the Hugging Face Hub.
+  """Loads a model and its weights from a file, a folder, a workdir or the Hugging Face Hub.
 
   Args:
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
-    grid: number of patches (down, across) of your images; None for the image size of the file.
+    grid: number of patches (down, across) of your images; None for the grid of the file's images.
     source_grid: number of patches (down, across) of the file's position embeddings. Needed only if
       the file does not store this grid, the grid is not square, and `grid` has a different number
       of patches.
@@ -87,7 +87,15 @@ def load(
 
 
 def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
-  """Builds the model of a file for the given patches, grid and number of classes."""
+  """Returns the model and the weights of a file, adapted to a patch size, a grid and classes.
+
+  Args:
+    source: contents of the file.
+    to: the patch size, the grid and the number of classes.
+
+  Raises:
+    ValueError: the arrays do not match the model, or the grid or patch size does not fit them.
+  """
   num_classes = to.num_classes
   if num_classes is not None:
     check_positive('num_classes', num_classes)
@@ -130,7 +138,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:
-  """Removes the pooling, so that the model returns the normalised tokens `[B, N, D]`."""
+  """Returns the weights without pooling; the model then returns normalised tokens `[B, N, D]`."""
   model = loaded.model
   params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
@@ -140,7 +148,7 @@ def as_tokens(loaded: Pretrained) -> Pretrained:
 
 
 def with_pooling(loaded: Pretrained) -> Pretrained:
-  """Returns the weights with a pooling; some published weights have none."""
+  """Returns the weights with a pool that gives one vector; some published weights have no pool."""
   return dataclasses.replace(loaded, model=pooled(loaded.model))
 
 
@@ -148,7 +156,7 @@ FEATURES = {'tokens': as_tokens, 'pooled': with_pooling}
 
 
 def listed(names: Sequence[str]) -> str:
-  """Returns names of arrays as text; if a module has many arrays, only their number."""
+  """Returns names of arrays as text; for a module with many arrays, the text gives their number."""
   modules = {}
   for name in names:
     modules.setdefault(re.split('[./]', name)[0], []).append(name)
@@ -159,7 +167,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def headless(loaded: Pretrained) -> Pretrained:
-  """Removes the head, so that the model returns the features that its pooling gives."""
+  """Returns the weights without a head; the model then returns pooled features `[B, D]`."""
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))
   params, dropped = without(loaded.params, ('pre_logits', 'head'))
   model = loaded.model.clone(num_classes=None, representation_size=None, examples=None)
@@ -174,7 +182,7 @@ def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
 
 
 def with_patches(model: ViT, params: dict, patch_size: tuple[int, int]) -> tuple[ViT, dict]:
-  """Returns the model for another patch size, and the parameters with a resized embedding.
+  """Returns the model for another patch size, and its parameters with a resized patch embedding.
 
   Raises:
     ValueError: the model is a hybrid, whose patches come from a feature map.
@@ -187,7 +195,7 @@ def with_patches(model: ViT, params: dict, patch_size: tuple[int, int]) -> tuple
 
 
 def grid_in(size: tuple[int, int], model: ViT, origin: str) -> tuple[int, int]:
-  """Returns the number of patches (down, across) in images of this size.
+  """Returns the number of patches (down, across) in images of size (height, width).
 
   Raises:
     ValueError: the images do not divide into patches.
@@ -202,11 +210,11 @@ def grid_in(size: tuple[int, int], model: ViT, origin: str) -> tuple[int, int]:
 
 
 def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
-  """Returns the grid of a file's position embeddings.
+  """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit the given or stored grid, or there is no such
-      grid and the number is not a square number.
+    ValueError: the number of positions does not fit the given or stored grid. Or no grid is given
+      or stored, and the number of positions is not a square number.
   """
   found = [
     array
@@ -241,7 +249,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
 
 
 def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
-  """Returns a grid as (patches down, patches across).
+  """Checks a grid, and returns it as a tuple (patches down, patches across).
 
   Raises:
     ValueError: the grid is not two positive integers.
@@ -261,7 +269,10 @@ def square_grid(count: int) -> tuple[int, int] | None:
 
 
 def check_params(model: ViT, params: dict, size: tuple[int, int], origin: object) -> None:
-  """Raises ValueError if parameters do not have the names and shapes of the model."""
+  """Raises ValueError if parameters do not have the names and shapes of the model.
+
+  `size` is the (height, width) of the images, and `origin` begins the message.
+  """
   image_shape = (*size, layouts.image_channels(params))
   compare_shapes(layouts.param_shapes(model, image_shape), layouts.shapes_of(params), origin)
 

@@ -9,9 +9,9 @@ ONNX.
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
-    probability that `predict` prints. If images can have several labels, it is the sigmoid of the
-    logits, and `model.json` has the thresholds. It is also the sigmoid if `model.json` says so, for
-    zero-shot classification with SigLIP.
+    probability that `predict` prints. If `model.json` has `probabilities: sigmoid`, the probability
+    is the sigmoid of the logit instead. This is so for images with several labels, whose thresholds
+    `model.json` also has, and for zero-shot classification with SigLIP.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * In every precision, the input is uint8 and the output float32, so that the same code runs all.
@@ -45,9 +45,9 @@ class Precision:
   """A precision below float32 in which a format can hold a program.
 
   Attributes:
-    convert: `(program, folder, converted) -> None`. It reads the float32 files in `folder` and
-      writes those in this precision into `converted`.
-    calibrates: whether `convert` needs `image_NHWC` of the program.
+    convert: `(program, folder, converted) -> None` writes the program in this precision into the
+      folder `converted`. The folder `folder` contains the program in float32.
+    calibrates: whether `convert` needs `Program.image_NHWC`.
   """
 
   convert: Callable[['Program', pathlib.Path, pathlib.Path], None]
@@ -56,15 +56,15 @@ class Precision:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A model with its weights, and how images are prepared and logits used.
+  """A model with its weights, preprocessing, class names and calibration, to be written to a file.
 
   Attributes:
     model: the model.
     params: parameters of the model.
-    preprocessing: how images must be prepared.
+    preprocessing: image preprocessing of the model.
     class_names: names of the classes, in the order of the logits; None if they are unknown.
-    calibration: how logits become probabilities.
-    image_NHWC: uint8 images for measuring the ranges of activations, for precisions with integers.
+    calibration: settings that turn logits into probabilities.
+    image_NHWC: uint8 sample images, for precisions that measure the ranges of activations.
   """
 
   model: ViT
@@ -75,7 +75,10 @@ class Program:
   image_NHWC: np.ndarray | None = None
 
   def check(self, what: str) -> None:
-    """Raises ValueError if names or thresholds do not fit the model; `what` begins the message."""
+    """Raises ValueError if class names or thresholds do not fit the number of classes.
+
+    `what` begins the message.
+    """
     count = self.model.num_classes
     facts = {'class names': self.class_names, 'thresholds': self.calibration.thresholds}
     for name, values in facts.items():
@@ -102,7 +105,7 @@ class Program:
 
   @property
   def output_name(self) -> str:
-    """Name of the output."""
+    """Name of the program's output: `features` for a model without a head, otherwise `logits`."""
     return 'features' if self.model.num_classes is None else 'logits'
 
   def arguments(self) -> tuple[jax.ShapeDtypeStruct]:
@@ -113,8 +116,8 @@ class Program:
   def function(self, dtype: jnp.dtype = jnp.float32) -> Callable[[jax.Array], jax.Array]:
     """Returns the function `image_BHWC -> output_BL`, which computes in the given type.
 
-    The parameters are NumPy arrays, which are constants for JAX. JAX converts them to `dtype` once,
-    and the program stores the converted matrices.
+    The parameters are NumPy arrays, so JAX treats them as constants. JAX converts them to `dtype`
+    when the program is written, and the program stores the converted arrays.
     """
     model, p = self.model.clone(dtype=dtype, remat='none'), self.preprocessing
     temperature, params = self.calibration.temperature, jax.tree.map(np.asarray, self.params)
@@ -155,7 +158,7 @@ def save_bfloat16(program: Program, folder: pathlib.Path, converted: pathlib.Pat
 
 
 def open_stablehlo(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns the function `image_BHWC -> output_BL` of the program in a folder."""
+  """Returns the function `image_BHWC -> output_BL` of the StableHLO program in a folder."""
   data = bytearray((folder / 'model.stablehlo').read_bytes())
   function = jax.jit(export.deserialize(data).call)
   return lambda image_BHWC: np.asarray(function(image_BHWC))
@@ -164,13 +167,13 @@ def open_stablehlo(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
 def write_about(
   program: Program, folder: pathlib.Path, shape: tuple, precision: str = 'float32'
 ) -> None:
-  """Writes `model.json`: the program's input, how to resize files for it, and its output.
+  """Writes `model.json`, which describes the program's input, resizing, output and classes.
 
   Args:
     program: the program.
-    folder: folder of the file.
-    shape: shape of the output.
-    precision: precision of the program.
+    folder: folder of the program's files.
+    shape: shape `[b, L]` of the output.
+    precision: name of the program's precision.
   """
   p, calibration = program.preprocessing, program.calibration
   output = {'name': program.output_name, 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
@@ -192,10 +195,10 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
   """Returns Python code that runs a program on an image.
 
   Args:
-    loaded: the weights.
-    imports: the lines that import the runtime.
-    read: the line that opens the program.
-    call: the line that calls the program; `IMAGE` stands for the batch.
+    loaded: the exported weights.
+    imports: lines of code that import the runtime.
+    read: line that opens the program.
+    call: line that calls the program and sets `output`; `IMAGE` stands for the batch of one image.
   """
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   axes = 'None, ..., None' if channels == 1 else 'None'

@@ -38,8 +38,9 @@ from vit_jax.workdir import load_checkpoint
 
 log = logging.getLogger(__name__)
 
+# Suffixes of weights in formats that are refused, because some of these formats can run code.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
-FILES = (  # in a Hub repository
+FILES = (  # files to download from a Hub repository
   'config.json', 'preprocessor_config.json', 'processor_config.json', 'model.safetensors',
 )  # fmt: skip
 INDEX = 'model.safetensors.index.json'  # exists if the weights are split into several files
@@ -47,12 +48,12 @@ TORCH = ('*.safetensors', '*.index.json')
 
 
 def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
-  """Reads the weights at a path, or in a repository on the Hub, without changing them.
+  """Returns the weights at a path, or in a repository on the Hub, without adapting them.
 
   Args:
     path: a file, a folder, a workdir, a checkpoint or a name on the Hub, as in `load`.
-    step: checkpoint of a workdir to read: `best`, `last`, a number, or '' to choose as `predict`
-      does by default.
+    step: checkpoint of a workdir to read: `best`, `last`, a number, or empty. Empty: the best if
+      there is a validation accuracy, otherwise the last.
 
   Raises:
     ValueError: no readable weights were found; the message names what was expected.
@@ -70,9 +71,10 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
 
 
 def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, str] | None:
-  """Returns the workdir and the step that a path means; None for weights without a run.
+  """Returns the workdir and the step if a path names a workdir or a checkpoint; otherwise None.
 
-  The path is a workdir, in which `step` chooses the checkpoint, or the folder of a checkpoint.
+  For a workdir, `step` is returned unchanged. For the folder of a checkpoint, the step is the name
+  of this folder.
   """
   place = place_of(path)
   if (place / 'checkpoints').is_dir():
@@ -83,7 +85,11 @@ def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, 
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """Reads a file or a folder; if several formats fit, the last of them in `FORMATS` is used.
+  """Returns the weights in a local file or folder; the last entry of `FORMATS` that fits is used.
+
+  Args:
+    place: the file or folder.
+    origin: the path that the user gave, for messages.
 
   Raises:
     ValueError: no format fits.
@@ -107,7 +113,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors of one project: timm, or Hugging Face.
+  """Returns whether a path holds safetensors of timm, or of Hugging Face.
 
   Args:
     place: a file, or a folder.
@@ -143,11 +149,11 @@ def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
-  """Reads safetensors files and the `config.json` next to them.
+  """Returns the weights in safetensors files and in the `config.json` next to these files.
 
   Args:
     place: a file, or a folder.
-    read: `(folder, config, arrays) -> Weights`.
+    read: `(folder, config, arrays) -> Weights` interprets the config and the arrays.
 
   Raises:
     ValueError: a file is damaged, or the config describes a model that is not supported.
@@ -174,7 +180,7 @@ PLAIN = {int, float, bool, str, type(None)}
 
 
 def check_kinds(fields: dict, origin: str) -> None:
-  """Raises ValueError if an attribute of a `ViT` has the wrong type, such as '12' for 12."""
+  """Raises ValueError if a value for an attribute of `ViT` has the wrong type, e.g. '12' for 12."""
   for name, hint in typing.get_type_hints(ViT).items():
     kinds, value = typing.get_args(hint) or (hint,), fields.get(name)
     kinds += (int,) * (float in kinds) + (type(None),)
@@ -198,7 +204,11 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
-  """Reads a checkpoint of this project, without a decoder; the EMA weights if it has them."""
+  """Returns the weights of a run's checkpoint: the EMA weights if the run has them.
+
+  Parameters that only training needs, such as a decoder, are left out. `step` is as in
+  `read_weights`.
+  """
   step, params, saved = load_checkpoint(workdir, step)
   config, task = saved['config'], saved['task']
   data, class_names = config['data'], tuple(task['class_names'])

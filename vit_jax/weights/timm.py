@@ -3,8 +3,9 @@
 Decisions:
   * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
     which override timm's defaults.
-  * Written files have a known name and list every argument, so that timm overrides all defaults of
-    that name. No argument can give the kind of norm or gated MLP, so the name is chosen for these.
+  * A written config names an architecture that timm knows, and lists every argument. So timm
+    ignores the defaults of this architecture. The architecture is chosen by the norm and the gated
+    MLP, because no argument can set them.
   * A key bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
 """
 
@@ -75,7 +76,7 @@ VIT = [  # the rows that only `VisionTransformer` has
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns the rows that only `Eva` has, given its arguments."""
+  """Returns the rows that only `Eva` has; `a` has the arguments of the model."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())
@@ -106,7 +107,13 @@ SPLIT_MLP = [
 
 
 def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
-  """Returns the name table of a file, given the arguments of timm's model."""
+  """Returns the name table of a file.
+
+  Args:
+    a: arguments of timm's model.
+    norm_after_pool: whether the last norm follows the pooling.
+    depth: number of blocks.
+  """
   if 'swiglu_mlp' not in a:
     own, mlp = VIT, PACKED_MLP if a['mlp_layer'] else PLAIN_MLP
   else:
@@ -170,7 +177,11 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
 
 
 def arguments(origin: str, config: dict) -> dict:
-  """Returns every argument of timm's model, including the image size of the weights.
+  """Returns the value of every argument of timm's model, including `img_size`.
+
+  Args:
+    origin: path of the config, for messages.
+    config: content of `config.json`.
 
   Raises:
     ValueError: the architecture is unknown, or an argument is not supported.
@@ -248,7 +259,7 @@ def save_timm(
 
 
 def pretrained_cfg(p: Preprocessing, channels: int, num_classes: int) -> dict:
-  """Returns timm's `pretrained_cfg`, which describes the preprocessing."""
+  """Returns timm's `pretrained_cfg`, which describes the preprocessing, as a dict."""
   return dict(
     input_size=[channels, *p.size],
     fixed_input_size=True,

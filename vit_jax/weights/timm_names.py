@@ -1,9 +1,9 @@
-"""Translates timm's names into arguments of `VisionTransformer` and `Eva`, and these into ours.
+"""Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The arrays of a
 file show neither the activation nor, if q, k and v are fused, the number of heads, so names are
 needed. The tables are from timm 1.0.31, without models that are more than a ViT (parallel blocks,
-RMSNorm, ...). `norm_epsilon` and a text as `mlp_layer` stand for what no config can hold.
+RMSNorm, ...). `norm_epsilon` and the name in `mlp_layer` stand for values that no config can hold.
 """
 
 import re
@@ -16,7 +16,7 @@ from vit_jax.weights.formats import refuse
 
 
 def size(embed_dim: int, depth: int, num_heads: int, **others) -> dict:
-  """Returns the arguments that define a size, such as `base`."""
+  """Returns timm's arguments that define a model size, such as `base`."""
   return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **others)
 
 
@@ -130,7 +130,7 @@ DINOV3_SIZES = {
   '7b': size(4096, 40, 32, mlp_ratio=2, swiglu_mlp=True, swiglu_align_to=64),
 }
 EVAS |= {f'vit_{name}_patch16_dinov3': own | DINOV3 for name, own in DINOV3_SIZES.items()}
-EVAS |= {  # models with a bias of queries and values
+EVAS |= {  # models in which queries and values have a bias
   f'vit_{name}_patch16_dinov3_qkvb': own | DINOV3 | dict(qkv_bias=True)
   for name, own in ({'tiny': SIZES['tiny']} | DINOV3_SIZES).items()
   if name != '7b'
@@ -143,7 +143,7 @@ def is_eva(name: str) -> bool:
 
 
 def arguments_of(name: str) -> dict | None:
-  """Returns the arguments of an architecture name, or None for an unknown name."""
+  """Returns timm's arguments for an architecture name; None for an unknown name."""
   if name.startswith('flexivit_'):
     found = SIZES.get(name.removeprefix('flexivit_'))
     return found and found | dict(patch_size=16, no_embed_class=True)
@@ -163,7 +163,7 @@ def arguments_of(name: str) -> dict | None:
   return SIZES[match[1]] | dict(patch_size=int(match[2])) | own
 
 
-# The arguments of each class with their defaults, and those for which only one value is supported.
+# Arguments of each class with their defaults. In `..._ONLY`, no other value is supported.
 SHARED = dict(
   img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=768, depth=12, num_heads=12,
   mlp_ratio=4.0, qkv_bias=True, init_values=None, class_token=True, no_embed_class=False,
@@ -205,7 +205,7 @@ POSITIONS = {  # (learned positions, type of rotary positions, rotation of halve
 
 
 def vision_fields(a: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that arguments of `VisionTransformer` give."""
+  """Returns the attributes of `ViT` that the arguments `a` of timm's `VisionTransformer` give."""
   gated = choose(f'{origin}: mlp_layer', a['mlp_layer'] or '', {'': False, PACKED: True})
   return dict(
     mlp='gated' if gated else 'plain',
@@ -218,7 +218,7 @@ def vision_fields(a: dict, origin: str) -> dict:
 
 
 def eva_fields(a: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that arguments of `Eva` give.
+  """Returns the attributes of `ViT` that the arguments `a` of timm's `Eva` give.
 
   Raises:
     ValueError: the positions, the MLP or the pooling are not supported.
@@ -250,14 +250,14 @@ HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), co
 
 
 def mlp_ratio(model: ViT, factor: int = 1) -> float:
-  """Returns the ratio from which timm computes `factor` times the MLP's width, rounding down."""
+  """Returns the `mlp_ratio` from which timm, rounding down, computes `factor * model.mlp_dim`."""
   ratio = factor * model.mlp_dim / model.width
   exact = int(model.width * ratio) == factor * model.mlp_dim
   return ratio if exact else np.nextafter(ratio, np.inf).item()
 
 
 def arguments_for(model: ViT) -> tuple[str, dict]:
-  """Returns a name whose class in timm can hold a model, and arguments that only this class has.
+  """Returns an architecture name for a model, and the arguments that depend on timm's class.
 
   Raises:
     ValueError: neither class of timm can hold the model.
@@ -267,7 +267,7 @@ def arguments_for(model: ViT) -> tuple[str, dict]:
 
 
 def vit_arguments(model: ViT) -> tuple[str, dict]:
-  """Returns an architecture name of `VisionTransformer`, and the arguments that only it has."""
+  """Returns a name of `VisionTransformer` for a model, and arguments that depend on this class."""
   refuse('timm', model, HOLDS | {
     'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm's pooling is plain
     'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'activation': ACTIVATIONS,
@@ -281,7 +281,7 @@ def vit_arguments(model: ViT) -> tuple[str, dict]:
 
 
 def eva_arguments(model: ViT) -> tuple[str, dict]:
-  """Returns an architecture name of `Eva`, and the arguments that only it has."""
+  """Returns a name of timm's `Eva` for a model, and the arguments that depend on this class."""
   unit = model.position == 'rope_unit'
   refuse('timm (Eva)', model, HOLDS | {
     'position': tuple(POSITIONS.values()), 'pool': ('cls', 'gap', 'none'), 'qk_norm': (False,),

@@ -1,4 +1,4 @@
-"""Lines of Python that read an image or print labels, for the programs in model cards."""
+"""Returns lines of Python code that read an image or find its labels, for model cards."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from vit_jax.weights.formats import Preprocessing, Pretrained
 
 
 def label_lines(loaded: Pretrained) -> str:
-  """Returns code that computes which labels an image has, from a PyTorch tensor `logits`."""
+  """Returns code that computes `labels` (ids of an image's classes) from a tensor `logits`."""
   thresholds = loaded.calibration.thresholds
   return (
     f'thresholds = torch.tensor({list(thresholds) if thresholds else 0.5})\n'
@@ -27,7 +27,13 @@ image = image.convert('{mode}')"""
 
 
 def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """Returns Python code that reads `image.png` into an upright `image`, resized to `size`."""
+  """Returns Python code that reads `image.png` into an upright `image` and resizes it.
+
+  Args:
+    p: preprocessing of the model.
+    channels: number of channels of the image.
+    size: (height, width) of the resized image.
+  """
   opened = upright(channels)
   method = f'Image.Resampling.{p.interpolation.upper()}'
   shape = f'({size[1]}, {size[0]}), {method}'
