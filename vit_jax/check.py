@@ -1,7 +1,7 @@
 """Checks a config: valid names, valid ranges, and keys that contradict each other.
 
-`keys.py` gives the valid range or the valid names of each key. In place of names, it can give a key
-of `REGISTRIES`. The entries of this registry are then the valid names.
+`keys.py` has the valid range or the valid names of each key. Instead of a list of names, it can
+give the name of a registry in `REGISTRIES`. The entries of the registry are then the valid names.
 """
 
 from collections.abc import Callable, Collection
@@ -63,7 +63,10 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """Returns the valid names of a key in registry order; empty if the key has no list of names."""
+  """Returns the names that are valid values of a config key; empty for keys without such a list.
+
+  Names from a registry are in the order of the registry.
+  """
   names = KEYS[key].choices
   if isinstance(names, str):
     names = REGISTRIES[names] if names else ()
@@ -75,8 +78,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
 
   Args:
     config: the config.
-    trains: whether the config is used for training. If False, the batch size may be odd even with
-      mixup and cutmix, because only training mixes pairs of images.
+    trains: whether the config is used for training. If False, rules that only training needs are
+      not checked, such as an even batch size for mixup and cutmix.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(
@@ -200,7 +203,7 @@ def check_objective(config: ConfigDict) -> None:
 
 
 def check_distill(config: ConfigDict) -> None:
-  """Raises ValueError for keys that contradict a teacher."""
+  """Raises ValueError for keys that cannot be combined with `distill.teacher`."""
   if not config.distill.teacher:
     return
   if config.freeze:
@@ -245,7 +248,7 @@ def check_augment(config: ConfigDict) -> None:
 
 
 def check_partners(config: ConfigDict) -> None:
-  """Raises ValueError if images are mixed in pairs, but a micro-batch has an odd number of them."""
+  """Raises ValueError if images are mixed in pairs, but a micro-batch has an odd size."""
   parts = config.micro_batches or 1
   if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(

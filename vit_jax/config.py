@@ -46,7 +46,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that have no value yet; `init` or the data may set them later."""
+  """Returns the keys that have no value yet, because `init` or the data may set them later."""
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}
@@ -81,7 +81,7 @@ def hint(near: Sequence[str]) -> str:
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets a dotted key from command-line text, converted to the type of the key.
+  """Sets the value of a dotted key to command-line text, converted to the type of the key.
 
   Raises:
     ValueError: an unknown key (the message gives similar keys), or a value of the wrong type.
@@ -112,9 +112,17 @@ def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict
 
 
 def parse(text: str, kind: type, optional: bool = False):
-  """Converts text to a value of the given type.
+  """Converts text to a value of the type `kind`.
 
   A tuple may be written as `32,32`, `(32, 32)` or `32`, and an int also as `1e3`.
+
+  Args:
+    text: the text.
+    kind: type of the value.
+    optional: whether the text `None` gives the value None.
+
+  Raises:
+    ValueError: the text is not a value of this type. Malformed tuples can raise SyntaxError.
   """
   if optional and (text == 'None' or (kind is not str and text == 'none')):
     return None  # for a str key `none` is a valid name: model.position=none
@@ -144,7 +152,10 @@ def as_text(value: object) -> str:
 
 
 def flatten(config: Mapping, prefix: str = '') -> dict[str, object]:
-  """Returns `{'data.source': ..., ...}`; tuples become lists, as in JSON."""
+  """Returns a flat dict of a config, with dotted keys such as `data.source`.
+
+  Tuples become lists, as in JSON. `prefix` is prepended to all keys.
+  """
   flat = {}
   for name, value in config.items():
     if isinstance(value, (Mapping, ConfigDict)):
@@ -160,7 +171,7 @@ def to_dict(config: ConfigDict) -> dict:
 
 
 def from_dict(saved: Mapping) -> ConfigDict:
-  """Restores a config from the output of `to_dict`; missing keys keep their defaults.
+  """Restores a config from the result of `to_dict`; missing keys get their defaults.
 
   Old names of renamed keys are accepted.
 
@@ -196,7 +207,13 @@ def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
 
 
 def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
-  """Raises ValueError if the run in a workdir cannot resume with the given config."""
+  """Raises ValueError if the run in a workdir cannot resume with the given config.
+
+  Args:
+    saved: config of the run.
+    given: the given config.
+    workdir: folder of the run, for the message.
+  """
   before, now = flatten(saved), flatten(given)
   # Only keys with `may_change` may differ. `resume.add_cycle` checks `epochs`.
   may_change = [name for name, key in KEYS.items() if key.may_change]
@@ -235,7 +252,7 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Names the `--import` modules of a run that this process has not imported.
+  """Reports the `--import` modules of a run that this process has not imported.
 
   If the code in the context raises a ValueError, the names are added to the message of this error.
   Otherwise a warning with the names is logged. The modules are not imported, because a checkpoint

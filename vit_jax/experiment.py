@@ -48,13 +48,13 @@ DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The model of a config, and functions that already contain the settings of the config.
+  """The model of a config, and its functions with the settings of the config.
 
-  `names` identifies the files that the weights were trained on; None if the run did not record
-  them. Two attributes are set only in training: `teacher`, if the config names one, and `weight_L`,
-  the loss weight of each class, unless all are equal. `calibration` holds the temperature and the
-  thresholds of the loaded weights. `parts` is the number of micro-batches with which a step fits
-  into memory; None if memory is not limited. `pack` pads images of different shapes, or is None.
+  `fit` resizes an image on the host. `names` has the files that the weights were trained on; None
+  if unrecorded. Only training sets `teacher` (None without one) and `weight_L`, the loss weight of
+  each class (None if all are equal). `calibration` turns logits into probabilities. `parts` is the
+  number of micro-batches with which a step fits into memory; None if this number was not computed.
+  `pack` pads images that keep their aspect ratio; None if images are resized to one shape.
   """
 
   config: ConfigDict
@@ -74,7 +74,7 @@ class Experiment:
 
   @property
   def objective(self) -> Objective:
-    """What training learns, and how evaluation measures it."""
+    """Objective of training: its loss, and the metrics of evaluation."""
     return objective_of(self.config)
 
   @property
@@ -169,10 +169,10 @@ class Experiment:
     return split_frozen(params, self.config.freeze, self.config.adapt)
 
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
-    """Computes the calibrated probability of each class, `[B, L]`, for a batch of uint8 images.
+    """Computes the probability of each class, `[B, L]`, for uint8 images `[B, H, W, C]`.
 
-    The probabilities of an image add up to 1, unless an image can have several labels, or the
-    calibration asks for the sigmoid.
+    It is the softmax of the logits divided by the temperature. If images can have several labels,
+    or the calibration says `sigmoid`, it is the sigmoid of the logits.
     """
     logits_BL = self.logits(params, {'image': image_BHWC})
     if self.task.multi_label or self.calibration.sigmoid:
@@ -196,7 +196,7 @@ class Experiment:
     return config.micro_batches or self.parts or self.micro_batches(mesh, config.batch_size)
 
   def budget(self, mesh: jax.sharding.Mesh) -> float | None:
-    """Returns the bytes that a program may use on each device; None without a limit."""
+    """Returns the bytes that a program may use on each device; None if no limit is known."""
     limit = (self.config.device_memory or 0) * 2**30 or memory_limit(mesh)
     return SHARE * limit if limit else None
 
@@ -215,7 +215,7 @@ class Experiment:
     return Fitted(build, mesh, best, budget and budget - held)
 
   def saved(self) -> dict:
-    """Returns the description of the run that `Checkpoints.save` stores."""
+    """Returns the facts about the run that `Checkpoints.save` stores."""
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
@@ -233,7 +233,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: no model with these keys exists, or the model does not fit the images, or the loss
+    ValueError: no model with these keys exists, or the model does not fit the images. Or the loss
       or the classifier does not fit the labels.
   """
   if not objective_of(config).labels:

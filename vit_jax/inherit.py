@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 
 
 def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, TrainingFiles]:
-  """Opens the weights that `init` names and adapts them to the data's classes and image size.
+  """Opens the weights that `init` names, and adapts them to the data's classes and image size.
 
   If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
 
   If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
-  pre-logits layer is dropped. Without labels, there is no head.
+  pre-logits layer is removed. If the objective needs no labels, the head is removed.
 
   Returns:
-    The completed config, the parameters, and the names of the files that the weights were trained
-    on. The names are empty if these files are unknown.
+    The config completed from the weights, the parameters, and the training files of the weights
+    (empty if unknown).
 
   Raises:
     ValueError: the weights do not exist, or the config contradicts them.
@@ -70,12 +70,12 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
 
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
-  """Returns whether the weights have other or unknown classes, or a head that stores images."""
+  """Returns whether the weights have other or unknown classes, or a k-NN head."""
   return found.class_names != classes or found.fields.get('examples') is not None
 
 
 def open_classes(path: str | pathlib.Path) -> TextClasses:
-  """Opens an npz file with the text embeddings of classes.
+  """Reads an npz file with the text embeddings of classes (`optim/zero_shot.py`).
 
   Raises:
     ValueError: the file cannot be read, or its contents are wrong.
@@ -84,7 +84,7 @@ def open_classes(path: str | pathlib.Path) -> TextClasses:
 
 
 def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:
-  """Returns weights of CLIP or SigLIP with a head for these classes.
+  """Adds a zero-shot head for text-embedded classes to weights of CLIP or SigLIP.
 
   Raises:
     ValueError: the weights already have a head, or do not fit the embeddings.
@@ -102,7 +102,7 @@ def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:
 
 
 def names_of(loaded: Pretrained) -> TrainingFiles:
-  """Returns the names of the files that weights were trained on; empty if unknown."""
+  """Returns the files and splits that weights were trained on; empty if they are unknown."""
   names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
@@ -118,8 +118,8 @@ def open_teacher(
   """Opens the teacher that `distill.teacher` names.
 
   Returns:
-    The teacher, and the names of its training files, because a student also learns from these
-    files. None and empty names if the config names no teacher.
+    The teacher and its training files, because a student also learns from these files. If the
+    config names no teacher: None, and no files.
 
   Raises:
     ValueError: the weights do not exist, have no head, or do not fit the data.
@@ -182,7 +182,13 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
 def adaptation(
   config: ConfigDict, found: Weights, num_classes: int | None, new_head: bool
 ) -> Adaptation:
-  """Returns the `Adaptation` of weights: for the config's image size, patch size and resizing.
+  """Returns the `Adaptation` that fits weights to the config's image size and patch size.
+
+  Args:
+    config: the config.
+    found: contents of the weights file.
+    num_classes: number of classes of the head; None keeps the file's head.
+    new_head: whether to make a new head even if the number of classes is the same.
 
   Raises:
     ValueError: the images do not divide into patches.
@@ -203,7 +209,7 @@ def adaptation(
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """Completes the config from the weights, and checks that config and weights agree.
+  """Returns the config completed from the weights, after checking that both agree.
 
   Raises:
     ValueError: the config asks for a different model; the message lists the differences.
@@ -241,12 +247,19 @@ def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 
-# Attributes that may differ from the weights.
+# Attributes of the model that may differ between config and weights.
 FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat', 'attention'}
 
 
 def same(name: str, asked: object, own: object, model: ViT) -> bool:
-  """Returns whether the config and the weights agree on an attribute of the model."""
+  """Returns whether the config and the weights agree on an attribute of the model.
+
+  Args:
+    name: name of the attribute.
+    asked: value in the config.
+    own: value in the weights.
+    model: model of the weights.
+  """
   if name == 'patch_size':
     return pair(asked) == own
   if name == 'head_dim':

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-LESS = {  # remedies
+LESS = {  # remedies, by the activity that `memory_for` protects
   'Training': (
     'Raise micro_batches or set model.remat=full, and repeat the command: the run resumes with '
     'the new values. Or start a new run with a smaller batch_size or data.image_size, or with '
@@ -66,11 +66,11 @@ def gib(size: float) -> str:
 def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
   """Returns the bytes of memory that this process can use.
 
-  This is all memory of the machine, or less if a container or a batch system sets a limit. Such a
-  limit belongs to the cgroup of this process, or to a cgroup above it.
+  The result is the memory of the machine, or less if a container or a batch system sets a limit.
+  Such a limit belongs to the cgroup of this process, or to a cgroup above it.
 
   Args:
-    root: folder that holds `proc` and `sys`.
+    root: folder that contains `proc` and `sys`.
   """
   limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
   groups = root / 'proc/self/cgroup'

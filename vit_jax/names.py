@@ -1,4 +1,4 @@
-"""Checks what users write: names in a table, sizes, and parameters of functions."""
+"""Checks and formats names, sizes and arguments that users give."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 import difflib
@@ -10,7 +10,7 @@ SHOWN = 5  # maximum number of names or errors that a message lists
 
 
 def choose(what: str, name: str, table: Collection[str]):
-  """Returns `table[name]`, or `name` if the table is a plain collection.
+  """Looks up a name: returns `table[name]`, or `name` if the table is not a dict.
 
   Raises:
     ValueError: the name is unknown. The message begins with `what` and gives similar names. It
@@ -26,7 +26,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the arguments that the function accepts; a function with `**kwargs` accepts all."""
+  """Returns the `arguments` that a function accepts by name; all for a function with `**kwargs`."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)
@@ -42,7 +42,7 @@ def difference(ones: Sequence[str], others: Sequence[str]) -> str:
 
 
 def abridged(names: Sequence[str]) -> str:
-  """Returns the first `SHOWN` names as text, and the number of further names."""
+  """Returns a text with the first `SHOWN` names and the number of further names."""
   more = len(names) - SHOWN
   return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 

@@ -46,7 +46,7 @@ from vit_jax.workdir import (
 
 log = logging.getLogger(__name__)
 
-# Prefixes of the config keys that only training reads.
+# Config keys that only training reads, or prefixes of these keys.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
@@ -69,8 +69,8 @@ class Request:
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
       the workdir has a different one. None: any config is accepted.
-    zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP;
-      None: the weights have a head, or only features are needed.
+    zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP.
+      None if the weights have a head, or only features are needed.
     max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
       get the size `data.image_size`.
   """
@@ -100,11 +100,11 @@ def from_config(
   Args:
     config: checked config of the run.
     saved: saved config of the run to resume, already completed from `init`; None for a new run.
-    cycles: steps at which the run was finished earlier and got more epochs, as in `Training`.
-    seen: names of the training files of the run to resume; None if the run did not record them.
+    cycles: last steps of the run's earlier cycles, as in `Training`.
+    seen: training files of the run to resume; None if the run did not record them.
 
   Raises:
-    ValueError: any mistake that the user can correct; the message explains how.
+    ValueError: the config, the data or the weights cannot be used; the message gives the remedy.
   """
   source = open_training(config)
   teacher, taught_on = inherit.open_teacher(config, source)
@@ -145,8 +145,8 @@ def begin_from(
   """Prepares a new run, whose teacher was trained on the files in `taught_on`.
 
   Returns:
-    The completed config, the `init` weights (None without `init`), and the names of the training
-    files. They include the files that the `init` weights and the teacher were trained on.
+    The completed config, the `init` weights (None without `init`), and the training files of the
+    run. These include the files that the `init` weights and the teacher were trained on.
   """
   params, earlier = None, TrainingFiles()
   config = choose_open(config, source)
@@ -174,7 +174,7 @@ def from_init(
 
   Args:
     init: anything that `pretrained.load` reads.
-    overrides: dotted keys and values.
+    overrides: dotted config keys and their values as text.
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
       weights have different classes, the head is zero. `any` also accepts weights without a head:
       the model then has no classes and returns features.
@@ -235,7 +235,7 @@ def from_workdir(
 
   Args:
     workdir: folder of a training run.
-    overrides: dotted keys and values that override the config of the workdir.
+    overrides: dotted keys and their values as text; they override the config of the workdir.
     config: a config to which the overrides are already applied. An error is raised if the workdir
       has a different one. None: any config is accepted.
     step: checkpoint of the workdir, as in `Request`.

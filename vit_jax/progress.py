@@ -17,7 +17,7 @@ SOON = 5.0  # seconds before long work is announced
 
 @contextlib.contextmanager
 def announced(message: str) -> Iterator[None]:
-  """Logs the message if the code in the context takes longer than `SOON`."""
+  """Logs a message if the code in the context takes longer than `SOON` seconds."""
   timer = threading.Timer(SOON, log.info, (message,))
   timer.daemon = True
   timer.start()
@@ -35,10 +35,16 @@ def counter(items: Iterable | None = None, **arguments) -> tqdm:
 
 
 def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
-  """Yields the items, with a progress bar if they take longer than `SOON`.
+  """Yields the items, and shows a progress bar if they take longer than `SOON` seconds.
 
   The bar disappears after the last item. If the first item takes longer than `SOON`, e.g. because
   JAX compiles a program, the message is logged.
+
+  Args:
+    items: the items.
+    message: text in front of the bar.
+    unit: name of an item, such as `image`.
+    total: number of items.
   """
   with contextlib.ExitStack() as first:
     first.enter_context(announced(f'{message} ...'))

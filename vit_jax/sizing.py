@@ -1,12 +1,13 @@
 """Chooses the values that a config leaves open, from the number and the size of its images.
 
 Decisions:
-  * A run has at least `MIN_STEPS` steps. First the batch becomes smaller, down to `MIN_BATCH`; then
-    the run gets more epochs. A batch is never larger than the training split.
+  * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
+    smaller, down to `MIN_BATCH`; then the run gets more epochs. A batch has at most as many images
+    as the training split, except if the devices cannot divide such a small batch.
   * A batch size is a power of two times the smallest batch size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
-    Section 2.1). That of the other optimizers, whose updates do not grow with the gradient, is
-    proportional to its square root (Malladi et al. 2022, 2205.10287).
+    Section 2.1). The updates of the other optimizers do not grow with the gradient. Their learning
+    rate is proportional to the square root of the batch size (Malladi et al. 2022, 2205.10287).
   * The values are saved with the run, so a resumed run does not choose again.
 """
 
@@ -28,12 +29,12 @@ log = logging.getLogger(__name__)
 MIN_STEPS = 300
 MIN_BATCH = 16  # smallest batch size that is chosen to get more steps
 LINEAR = ('sgd',)  # optimizers whose learning rate is proportional to the batch size
-SAVES = 10  # checkpoints in a run
-PARTS = 'train[:90%]', 'train[90%:]'  # for training and for validation
+SAVES = 10  # number of checkpoints in a run
+PARTS = 'train[:90%]', 'train[90%:]'  # splits for training and for validation
 VALIDATION = ('val', 'valid', 'validation')  # names of validation splits
-PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # image size: patch size
+PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # {image size: patch size}, both in pixels
 MADE = (32, 32)  # size of synthetic images if the config leaves it open
-SAMPLE = 100  # training images whose sizes are read
+SAMPLE = 100  # number of training images whose sizes are read
 FEW = 3  # held-out images of a class; with fewer, a warning names the class
 
 
@@ -43,7 +44,7 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
 
 
 def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
-  """Returns the config with values for the keys that follow the data, and logs these values.
+  """Fills the keys that a config leaves open with values chosen for the data, and logs the values.
 
   With `init`, the image size stays open, because it follows the weights.
 
@@ -68,7 +69,7 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
 
 def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object]:
-  """Returns a value for each key that can follow the data, even if the config sets the key."""
+  """Returns `{key: value}` for all keys that can be chosen for the data, even if they are set."""
   recipe = config.recipe
   train, val = choose_splits(config, source) if source else ('train', '')
   count = num_examples(source.pieces(train)) if source else None
@@ -106,7 +107,7 @@ def choose_batch(config: ConfigDict, count: int | None) -> int:
 def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   """Returns the splits for training and for validation.
 
-  An empty validation split means that too few images could be held out.
+  The validation split is empty if the config asks for none, or if too few images can be held out.
   """
   train, val = config.data.train_split, config.data.val_split
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
@@ -144,7 +145,7 @@ def class_counts(source: Source, split: str) -> np.ndarray | None:
 
 
 def warn_of_few(config: ConfigDict, source: Source) -> None:
-  """Warns if a class has so few held-out images that its accuracy means nothing."""
+  """Logs a warning about classes with fewer than `FEW` held-out images."""
   for split in filter(None, (config.data.val_split, config.data.eval_split)):
     count_L = class_counts(source, split)
     if count_L is not None and (count_L < FEW).any():
@@ -154,9 +155,15 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 
 
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
-  """Returns the image size, and the patch size for it if the config leaves this open too.
+  """Returns values for `data.image_size` and, if it is open too, `model.patch_size`.
 
-  The size is the largest of `PATCHES` that is not above the median of the shorter sides.
+  The image size is the largest one in `PATCHES` that is not above the median of the images'
+  shorter sides. If the config sets a patch size, the image size is rounded down to a multiple.
+
+  Args:
+    config: config of a new run.
+    source: dataset of the run; None if it is not available.
+    split: the training split.
   """
   shorter = [min(size) for size in sample_sizes(source, split)] if source else []
   median = np.median(shorter) if shorter else max(PATCHES)
@@ -170,7 +177,7 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
 
 
 def sample_sizes(source: Source, split: str) -> list[tuple[int, int]]:
-  """Returns (height, width) of up to `SAMPLE` images, spread over a split; skips bad images."""
+  """Returns (height, width) of up to `SAMPLE` images, spread over a split, without bad images."""
   places = [(name, i) for name, start, stop in source.pieces(split) for i in range(start, stop)]
   found = []
   for name, i in places[:: -(-len(places) // SAMPLE)]:

@@ -1,4 +1,4 @@
-"""Opens the splits of a run, and decides how images are kept and scaled."""
+"""Opens the splits of a run, and decides how images are cached and resized."""
 
 import dataclasses
 import functools
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def open_training(config: ConfigDict) -> Source:
-  """Opens the source of a run and logs its warnings; without labels if the objective ignores them.
+  """Opens the dataset of a run, and logs its warnings.
+
+  If the objective needs no labels, the source is returned without labels.
 
   Raises:
     ValueError: the source cannot be read, or lacks the labels that the objective needs.
@@ -55,9 +57,9 @@ def open_splits(
 ) -> tuple[Split, Split | None, Split]:
   """Opens the splits for training, validation (None without one) and test.
 
-  Validation and test are without the files in `seen`, which the weights were trained on. A sweep of
-  learning rates ends with training on the validation split. So only the files that the weights were
-  trained on before this run are removed from this split.
+  The files in `seen`, which the weights were trained on, are removed from validation and test. A
+  sweep of learning rates ends with training on the validation split. So this split then loses only
+  the files that the weights were trained on before this run.
 
   Raises:
     ValueError: the weights were trained on the whole validation or test split or, for data without
@@ -87,10 +89,10 @@ def named_splits(config: ConfigDict) -> list[str]:
 
 
 def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
-  """Returns the size of the training images if memory keeps them smaller than the model's input.
+  """Returns the (height, width) of training images that are stored smaller than the model's input.
 
-  Otherwise returns None. The device enlarges whole images with bicubic interpolation. So the host
-  scales images that are cropped, or need another filter or another aspect ratio.
+  The device then enlarges them. Returns None if the host must resize the images. This is the case
+  if they are cropped, or need another filter than bicubic or another aspect ratio.
   """
   data, size = config.data, image_size(config)
   if data.crop != 1 or data.interpolation != 'bicubic':
@@ -101,6 +103,11 @@ def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
 
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
   """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
+
+  Args:
+    config: config of the run.
+    task: facts about the data; `stored_size` is the size of the model's input.
+    source: dataset of the run.
 
   Raises:
     ValueError: no model with these keys exists, or the splits do not fit into memory.
@@ -119,8 +126,8 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
 def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
   """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
 
-  Images are neither cropped nor brought to one size. Each is scaled to at most `max_patches`
-  patches, and positions are stretched over its own patch grid.
+  Images are neither cropped nor resized to one size. Each image is resized to a grid of at most
+  `max_patches` patches, over which the positions are stretched.
 
   Raises:
     ValueError: the model cannot read images of different shapes in one batch.
@@ -139,10 +146,11 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
 
 
 def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
-  """Returns the experiment of a run that was trained without labels, with the dataset's classes.
+  """Returns the experiment of a run without labels, with the classes of the dataset in its config.
 
   Raises:
-    ValueError: `classes` is not `data`, which asks for these classes, or the dataset has none.
+    ValueError: `classes` is not `data`, the value that asks for the dataset's classes. Or the
+      dataset has no labels.
   """
   data = exp.config.data
   if classes != 'data':

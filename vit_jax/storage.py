@@ -1,7 +1,7 @@
 """Writes files atomically, and checks before long work whether they can be written.
 
-Paths can be in a bucket. Objects are written whole, so they are atomic by themselves. If a
-bucket does not answer, the program ends with an exit code that asks to try again.
+Paths can be in a bucket, where an object is always written atomically. If a bucket does not answer,
+the program ends with the exit code `TRY_AGAIN`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ TRY_AGAIN = 75  # exit code: the same command can succeed later; EX_TEMPFAIL of 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EFBIG, errno.EIO)
 
 
-_guards: dict[str, Callable[[], None]] = {}  # see `guarded`
+_guards: dict[str, Callable[[], None]] = {}  # {folder: check}; see `guarded`
 
 
 class Unwritten(OSError):
@@ -29,7 +29,7 @@ class Unwritten(OSError):
 
 
 class Passing(ValueError):
-  """Raised in all processes if a bucket did not answer one of them."""
+  """Raised in all processes if a bucket did not answer one of the processes."""
 
 
 class NoMistake(ValueError):
@@ -48,12 +48,17 @@ def exit_code(error: BaseException | None) -> int:
 
 
 def told(text: str, code: int) -> ValueError:
-  """Returns the error to raise in this process after another process failed with this code."""
+  """Returns the error to raise in this process after another process failed.
+
+  Args:
+    text: message of the error.
+    code: exit code of the other process, from `exit_code`.
+  """
   return {TRY_AGAIN: Passing, 1: NoMistake}.get(code, ValueError)(text)
 
 
 def check_folder(folder: pathlib.Path) -> None:
-  """Raises ValueError if a folder cannot be created or written to."""
+  """Raises ValueError if a folder cannot be created, or files cannot be written into it."""
   if bucket.is_remote(folder):
     check_remote(folder)
     return
@@ -77,7 +82,10 @@ def check_remote(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
-  """Calls `check` before each file in a folder is written. `check` raises to forbid it."""
+  """Calls `check` in the context before each file in a folder is written.
+
+  `check` raises an error to prevent writing, e.g. because the lock of the folder was lost.
+  """
   _guards[str(folder)] = check
   try:
     yield
@@ -86,7 +94,7 @@ def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_allowed(path: pathlib.Path) -> None:
-  """Raises the error of the check that guards the folder of a path, if there is one."""
+  """Calls the check of each guarded folder that contains a path; a check can raise an error."""
   for place in (path, *path.parents) if _guards else ():
     if check := _guards.get(str(place)):
       check()
@@ -94,7 +102,7 @@ def check_allowed(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of disks and buckets into `Unwritten`, because few of them name the file."""
+  """Turns errors of disks and buckets in the context into `Unwritten`, which names the file."""
   try:
     yield
   except Unwritten:
@@ -107,7 +115,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tolerated() -> Iterator[None]:
-  """Logs a warning instead of raising `Unwritten`, for results that are also printed."""
+  """Turns an `Unwritten` in the context into a warning, for results that are also printed."""
   try:
     yield
   except Unwritten as error:
@@ -130,7 +138,7 @@ def upload(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def uploading(path: pathlib.Path) -> Iterator[None]:
-  """Turns every error of writing to a bucket into `Unwritten`."""
+  """Turns every error in the context, which writes to a bucket, into `Unwritten`."""
   try:
     yield
   except Exception as error:  # each library raises its own error types
@@ -138,7 +146,7 @@ def uploading(path: pathlib.Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str | None:
-  """Returns the reason of a disk error; None for any other error."""
+  """Returns the reason of a disk error as text; None for any other error."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   return next((text for text in map(os.strerror, DISK) if text in str(error)), None)
