@@ -243,7 +243,7 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
 
 
 def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
-  """Shortens a tuple to one value if all channels have the same value."""
+  """Shortens a value per channel to a single value if it is the same for all channels."""
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 

@@ -94,7 +94,7 @@ def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object
 
 
 def choose_batch(config: ConfigDict, count: int | None) -> int:
-  """Returns the batch size for `count` training images; None: the number is unknown."""
+  """Returns a batch size for `count` training images; None means that the number is unknown."""
   recipe = config.recipe
   unit = smallest_batch(config.micro_batches or 1, group(config), dict(config.mesh))
   most = recipe.batch_size

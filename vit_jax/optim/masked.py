@@ -145,7 +145,7 @@ def init_decoder(exp, key: jax.Array) -> dict:
 
 
 def make_decoder(exp) -> Decoder:
-  """Returns the decoder that the config describes."""
+  """Returns the `Decoder` that the experiment's config describes."""
   keys, model = exp.config.masked, exp.model
   width, heads, (p, q) = keys.decoder_width, keys.decoder_heads, model.patch_size
   block = Block(

@@ -144,7 +144,7 @@ class Run:
     return train_state, scores
 
   def compile(self, size: Size, train_state: TrainState, batch: dict) -> dict[Size, Compiled]:
-    """Compiles the step for an image size and each patch size, the longest sequence first.
+    """Compiles the step for an image size; returns `{patch size: Compiled}` for all patch sizes.
 
     The plan of the longest sequence becomes the run's plan, because it also fits the others.
     """
@@ -237,7 +237,7 @@ class Run:
       self.checkpoints.rate(step, quality(scores['val']))
 
   def save(self, train_state: TrainState) -> None:
-    """Saves a checkpoint."""
+    """Saves a checkpoint with a training state and facts about the run."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'devices': devices_of(self.mesh),

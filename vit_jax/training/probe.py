@@ -50,7 +50,10 @@ class OnFeatures(Experiment):
     return False
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
-    """Returns the logits `[B, L]`; the key is ignored, because a head has no dropout."""
+    """Returns the head's logits `[B, L]` for features, which `batch['image']` contains.
+
+    The key is ignored, because a head has no dropout.
+    """
     head = Dense((len(self.task.class_names),))
     return head.apply({'params': params['head']}, batch['image'])
 

@@ -152,7 +152,9 @@ def save_hf(
   class_names: tuple[str, ...] | None,
   multi_label: bool,
 ) -> None:
-  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json`.
+  """Writes `model.safetensors`, `config.json` and `preprocessor_config.json` into a folder.
+
+  The other arguments are as in `Pretrained`.
 
   Raises:
     ValueError: no Hugging Face architecture can hold the model.

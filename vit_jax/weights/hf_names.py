@@ -60,7 +60,7 @@ def plain_mlp(up: str, down: str) -> list[tuple]:
 
 
 def packed_mlp() -> list[tuple]:
-  """Returns the rows of a gated MLP, whose gate and inner layer are one array in the file."""
+  """Returns the rows of a gated MLP whose layers `gate` and `up` are one array in the file."""
   ours, theirs = 'block_{i}/mlp', 'encoder.layer.{i}.mlp'
   inner = torch_fused(ours, ('gate', 'up'), f'{theirs}.weights_in')
   return [*inner, *torch_linear(f'{ours}/down', f'{theirs}.weights_out')]
@@ -159,7 +159,7 @@ def dinov2_config(model: ViT) -> dict:
   """Returns the config fields of a DINOv2; see `Kind.config`.
 
   Raises:
-    ValueError: a gated MLP has another activation than `silu`, or an odd width.
+    ValueError: a gated MLP has another activation than `silu`, or its width is not a multiple of 8.
   """
   gated = model.mlp == 'gated'
   if gated:

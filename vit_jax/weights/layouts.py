@@ -187,13 +187,13 @@ def image_channels(params: dict) -> int:
 
 
 def flatten_params(tree: dict) -> dict[str, np.ndarray]:
-  """Flattens a tree to `{'block_0/mlp/up/kernel': ..., ...}`."""
+  """Flattens a parameter tree to `{'block_0/mlp/up/kernel': array, ...}`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
 
 
 def unflatten_params(flat: Mapping[str, np.ndarray]) -> dict:
-  """Rebuilds the tree that `flatten_params` flattened."""
+  """Rebuilds a tree from the result of `flatten_params`."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split('/')

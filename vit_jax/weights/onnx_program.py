@@ -142,7 +142,7 @@ def without_zeros(model):
 
 
 class Images:
-  """Passes batches of images to onnxruntime, which measures ranges of activations with them."""
+  """Reader that passes batches of sample images to onnxruntime's calibration of int8 ranges."""
 
   def __init__(self, image_NHWC: np.ndarray):
     starts = range(0, len(image_NHWC), BATCH)
@@ -194,7 +194,7 @@ def noise(program: Program) -> np.ndarray:
 
 
 def open_onnx(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns the function `image_BHWC -> output_BL` of the program in a folder, on the CPU."""
+  """Returns the function `image_BHWC -> output_BL` of the ONNX program in a folder, on the CPU."""
   import onnxruntime
 
   session = onnxruntime.InferenceSession(folder / FILE, providers=['CPUExecutionProvider'])
@@ -202,7 +202,7 @@ def open_onnx(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def run_onnx(loaded: Pretrained) -> str:
-  """Returns Python code that runs the program with onnxruntime."""
+  """Returns Python code that runs the ONNX program with onnxruntime."""
   return python_program(
     loaded,
     'import json\n\nimport numpy as np\nimport onnxruntime',

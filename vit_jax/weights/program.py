@@ -225,7 +225,7 @@ def python_program(loaded: Pretrained, imports: str, read: str, call: str) -> st
 
 
 def run_stablehlo(loaded: Pretrained) -> str:
-  """Returns Python code that runs the program with JAX, without vit_jax."""
+  """Returns Python code that runs the StableHLO program with JAX, without vit_jax."""
   return python_program(
     loaded,
     'import json\n\nimport jax.export\nimport numpy as np',

@@ -220,7 +220,9 @@ def save_timm(
   preprocessing: Preprocessing,
   class_names: tuple[str, ...] | None,
 ) -> None:
-  """Writes `model.safetensors` and `config.json`.
+  """Writes `model.safetensors` and `config.json` into a folder.
+
+  The other arguments are as in `Pretrained`.
 
   Raises:
     ValueError: neither class of timm can hold the model.

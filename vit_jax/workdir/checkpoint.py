@@ -43,9 +43,9 @@ SLICE_BYTES = 2**20  # smallest part of an array that a device writes for the ot
 
 
 class Checkpoints:
-  """Context manager that keeps the checkpoints of one workdir open for writing.
+  """Context manager that saves, restores and deletes the checkpoints of one workdir.
 
-  With several processes, all must call its methods in the same order.
+  With several processes, all processes must call its methods in the same order.
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
@@ -186,7 +186,7 @@ def all_finite(params: dict) -> jax.Array:
 
 @dataclasses.dataclass
 class Best(policies.PreservationPolicy):
-  """Keeps the checkpoint with the best validation accuracy. `accuracies` is {step: accuracy}.
+  """Policy that keeps the checkpoint with the best accuracy; `accuracies` is {step: accuracy}.
 
   After a run resumes, orbax's own policy would not know the accuracies of earlier checkpoints.
   """
@@ -201,9 +201,9 @@ class Best(policies.PreservationPolicy):
 
 
 class Manager(ocp.CheckpointManager):
-  """Orbax's manager, without its own calls of JAX's preemption service.
+  """Orbax's manager, but without orbax's calls of JAX's preemption service.
 
-  The service compares the numbers of all calls, so the loop would never see a stop signal.
+  Calls pass numbers, which the service compares. Orbax's numbers would hide a stop signal.
   """
 
   def reached_preemption(self, step):

@@ -61,10 +61,10 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """Returns one item of a checkpoint.
+  """Returns one item of a checkpoint: `config`, `params`, `state` or `names` (`checkpoint.py`).
 
   `config` is a dict, and each other item is a tree of NumPy arrays. For checkpoints of version
-  0.1.0, the item called `names` is None.
+  0.1.0, the item `names` is None.
 
   Raises:
     Damaged: the item is invalid, or has changed since it was saved.

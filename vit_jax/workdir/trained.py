@@ -63,7 +63,7 @@ class TrainingFiles:
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
-    """Returns a copy that also contains everything in `other`, as inherited."""
+    """Returns a copy in which all files and splits of `other` are also inherited ones."""
     return dataclasses.replace(
       self,
       inherited_N=np.union1d(self.inherited_N, other.all_N),

@@ -28,7 +28,7 @@ UPLOAD = 30  # seconds between uploads to a bucket
 
 
 class Writer:
-  """Context manager that appends to the records of a workdir."""
+  """Context manager that writes `metrics.jsonl`, TensorBoard events and `log.txt` of a run."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
     """Opens the records of a run that starts or resumes at step `start`.
