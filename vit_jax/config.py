@@ -80,8 +80,8 @@ def hint(near: Sequence[str]) -> str:
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
-  """Sets the value of a dotted key to command-line text, converted to the type of the key.
+def override(config: ConfigDict, key: str, text: object) -> None:
+  """Sets a dotted key to a value, or to its command-line text, converted to the type of the key.
 
   Raises:
     ValueError: an unknown key (the message gives similar keys), or a value of the wrong type.
@@ -91,7 +91,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     raise ValueError(f'--config.{unknown(key)}')
   kind, default = KEYS[key].kind, KEYS[key].default
   try:
-    value = parse(text, kind, optional=default is None or KEYS[key].open)
+    value = parse(str(text), kind, optional=default is None or KEYS[key].open)
   except (ValueError, SyntaxError):
     example = {int: '8', float: '0.1', bool: 'true', tuple: '0.1,0.2'}[kind]
     example = ','.join(map(str, default)) if kind is tuple and default else example
@@ -104,7 +104,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     holder[leaf] = value
 
 
-def override_all(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+def override_all(config: ConfigDict, overrides: Mapping[str, object]) -> ConfigDict:
   """Sets several keys, each as `override` does, and returns the config."""
   for key, text in overrides.items():
     override(config, key, text)

@@ -18,7 +18,7 @@ LESS = {  # remedies, by the activity that `memory_for` protects
   'Evaluation': 'Set a smaller eval_batch_size.',
   'Feature extraction': 'Set a smaller eval_batch_size, or model.dtype=bfloat16.',
 }
-ANY = 'Set a smaller data.image_size, or model.dtype=bfloat16.'
+ANY = 'Set a smaller data.image_size or max_patches, or model.dtype=bfloat16.'
 
 
 class OutOfMemory(MemoryError):

@@ -132,6 +132,7 @@ def test_the_command_runs_in_any_folder_with_any_config_file(tmp_path):
 @pytest.mark.parametrize('module, install', [
   ('sklearn', "pip install '.[train]'"),
   ('gradio.themes', 'pip install -r requirements-demo.txt'),
+  ('fastapi', 'pip install -r requirements-demo.txt'),  # serve imports it before gradio
 ])  # fmt: skip
 def test_a_missing_extra_is_named_in_one_sentence(capsys, monkeypatch, module, install):
   def run_mine(args):

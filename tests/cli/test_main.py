@@ -595,7 +595,7 @@ def test_an_override_that_contradicts_the_checkpoint_is_rejected(capsys, trained
   err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.model.depth=3')
   assert 'block_2/attention/key/bias: missing in the weights' in err
   err = error(capsys, '--mode=eval', f'--workdir={workdir}', '--config.data.source=digits')
-  assert 'the model was trained on 10 classes (pattern 0' in err
+  assert 'the model has 10 classes (pattern 0' in err
 
 
 def test_a_config_survives_a_json_round_trip():

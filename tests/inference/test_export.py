@@ -412,6 +412,18 @@ def test_predict_divides_the_logits_by_the_temperature(calibrated):
     assert {p['class']: p['probability'] for p in found['predictions']} == pytest.approx(row)
 
 
+def test_python_calls_take_numbers_and_refuse_two_models(calibrated):
+  workdir, _ = calibrated
+  files = [workdir / 'examples']
+  by_text, by_number = (list(prediction.predict(workdir, files, step=n)) for n in ('32', 32))
+  assert by_number == by_text
+  result = evaluation.evaluate(workdir, {'eval_batch_size': 8, 'data.mean': 0.5}, step=32)
+  assert result['step'] == 32
+  for folder, init in ((workdir, workdir), (None, '')):
+    with pytest.raises(ValueError, match='give either the workdir of a run, or None'):
+      prediction.predict(folder, files, init=init)
+
+
 def test_serve_shows_the_probabilities_of_predict(calibrated):
   page = pytest.importorskip('vit_jax.inference.page', reason='needs requirements-demo.txt')
   workdir, rows = calibrated

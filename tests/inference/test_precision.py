@@ -20,6 +20,7 @@ MODELS = {
   'class token': dict(pool='cls', activation='gelu'),
   'MAP': dict(pool='map', position='rope', num_registers=2, qk_norm=True, layer_scale=0.5),
   'hybrid': dict(resnet=(), resnet_width=32, representation_size=7),
+  'cosine': dict(pool='gap', cosine=True),
 }
 
 

@@ -365,7 +365,8 @@ def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
 
   monkeypatch.setattr(probe, 'score_rate', score_rate)
   monkeypatch.setattr(probe, 'measured_on', lambda *_: {})
-  exp = types.SimpleNamespace(config=small_config(**SWEPT))
+  task = types.SimpleNamespace(multi_label=False)
+  exp = types.SimpleNamespace(config=small_config(**SWEPT), task=task)
   training = types.SimpleNamespace(val=range(probe.FEW))
   with pytest.raises(cluster.Preempted, match='learning rate 0.001 is finished'):
     probe.sweep(exp, training, None, tmp_path)

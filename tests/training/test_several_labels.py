@@ -365,5 +365,5 @@ def test_a_linear_probe_with_a_sweep_trains_on_several_labels(pairs, tmp_path):
   overrides = {'freeze': 'backbone', 'sweep': '0.001,0.1', 'augment.mix.probability': '0'}
   result = trainer.train(config_for(pairs, **overrides), tmp_path)
   assert 0 < result['test_mean_average_precision'] < 1
-  values = [point['val_accuracy'] for point in result['sweep']]
+  values = [point['val_mean_average_precision'] for point in result['sweep']]
   assert result['lr'] == (0.001, 0.1)[int(np.argmax(values))]

@@ -32,7 +32,7 @@ EXTRAS = {  # install command: modules that `pip install .` does not install
     'grain',
     'cv2',
   ),
-  'pip install -r requirements-demo.txt': ('gradio',),
+  'pip install -r requirements-demo.txt': ('gradio', 'fastapi', 'starlette', 'uvicorn'),
   'pip install --no-deps -r requirements-onnx.txt': ('jax2onnx', 'onnx', 'onnxruntime'),
 }
 

@@ -36,7 +36,7 @@ def open_data(experiment: Experiment) -> Source:
   if source.class_names != task.class_names:
     own, given = abridged(source.class_names), abridged(task.class_names)
     raise ValueError(
-      f'{data.source} has {len(source.class_names)} classes ({own}), but the model was trained on '
+      f'{data.source} has {len(source.class_names)} classes ({own}), but the model has '
       f'{len(task.class_names)} classes ({given}). '
       f'{difference(source.class_names, task.class_names)}. Use the same classes in the same order.'
     )

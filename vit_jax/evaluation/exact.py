@@ -49,9 +49,9 @@ def score_split(
 
 def evaluate(
   workdir: str | pathlib.Path,
-  overrides: Mapping[str, str] | None = None,
+  overrides: Mapping[str, object] | None = None,
   *,
-  step: str = '',
+  step: str | int = '',
   max_patches: int | None = None,
 ) -> dict[str, object]:
   """Evaluates a checkpoint of a workdir on the split that `data.eval_split` names.
@@ -62,7 +62,7 @@ def evaluate(
 
   Args:
     workdir: folder of a training run.
-    overrides: dotted config keys and their values as text, e.g. `{'eval_batch_size': '64'}`.
+    overrides: dotted config keys and their values, e.g. `{'eval_batch_size': 64}`.
     step: checkpoint to evaluate: `best`, `last` or a number. The default is the checkpoint with the
       best validation accuracy, or the last one if no checkpoint has a validation accuracy.
     max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
@@ -75,7 +75,7 @@ def evaluate(
     ValueError: the workdir has no such checkpoint, or data or overrides contradict the checkpoint.
   """
   start_up()
-  request = Request(to_path(workdir), '', step, overrides or {}, max_patches=max_patches)
+  request = Request(to_path(workdir), '', str(step), overrides or {}, max_patches=max_patches)
   return evaluate_checkpoint(request)
 
 

@@ -26,9 +26,9 @@ def predict(
   images: PathLike | Iterable[PathLike],
   topk: int | None = None,
   *,
-  init: str = '',
-  step: str = '',
-  overrides: Mapping[str, str] | None = None,
+  init: str | pathlib.Path = '',
+  step: str | int = '',
+  overrides: Mapping[str, object] | None = None,
   classes: str | pathlib.Path | None = None,
   max_patches: int | None = None,
 ) -> Iterator[dict]:
@@ -44,7 +44,7 @@ def predict(
     init: published weights instead of a workdir: anything that `vit_jax.load` reads.
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the checkpoint with
       the best validation accuracy, or the last one if no checkpoint has a validation accuracy.
-    overrides: dotted config keys and their values as text, e.g. `{'model.dtype': 'bfloat16'}`.
+    overrides: dotted config keys and their values, e.g. `{'model.dtype': 'bfloat16'}`.
     classes: npz file with text embeddings of classes, for `init` weights of CLIP or SigLIP
       (`optim/zero_shot.py`).
     max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
@@ -54,13 +54,19 @@ def predict(
     An iterator with a dict for each file; `predict_files` describes the dicts.
 
   Raises:
-    ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
+    ValueError: the weights or a folder do not exist, the overrides contradict the weights, or both
+      or none of `workdir` and `init` are given.
   """
+  if (workdir is None) == (not init):
+    raise ValueError(
+      f'got workdir={workdir!r} and init={str(init)!r}: give either the workdir of a run, or None '
+      'and published weights in init.'
+    )
   start_up()
   request = Request(
     None if workdir is None else to_path(workdir),
-    init,
-    step,
+    str(init),
+    str(step),
     overrides or {},
     zero_shot=None if classes is None else to_path(classes),
     max_patches=max_patches,

@@ -79,4 +79,7 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
 
 def unit(x_ND: jax.Array) -> jax.Array:
   """Scales vectors to length 1, so that their inner products are cosine similarities."""
-  return x_ND / jnp.maximum(jnp.linalg.norm(x_ND, axis=-1, keepdims=True), 1e-12)
+  # Sums of squares become ReduceL2 in ONNX, which onnxruntime cannot prepare for int8.
+  square_N = jnp.vecdot(x_ND, x_ND, precision=jax.lax.Precision.HIGHEST)
+  length_N1 = jnp.sqrt(square_N)[..., None]
+  return x_ND / jnp.maximum(length_N1, 1e-12)

@@ -80,7 +80,7 @@ def train_head(
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
-    best = max(points, key=lambda point: point['val_accuracy'] or 0.0)
+    best = max(points, key=lambda point: score_of(point) or 0.0)
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
   return fit(exp, training, mesh, workdir, **notes)
@@ -134,7 +134,7 @@ def sweep(
 
   Returns:
     `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
-    if training diverged. With several labels per image, it is the mean average precision.
+    if training diverged. With several labels per image, the key is `val_mean_average_precision`.
 
   Raises:
     FloatingPointError: training diverged at all rates.
@@ -150,23 +150,29 @@ def sweep(
       len(training.val),
     )
   points, origin = [], measured_on(exp, training)
+  measure = f'val_{"mean_average_precision" if exp.task.multi_label else "accuracy"}'
   with Preemption() as preemption:
     for rate in exp.config.sweep:
       try:
-        accuracy = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
+        score = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
       except FloatingPointError as error:
         log.warning('Learning rate %g: %s', rate, error)
-        accuracy = None
-      points.append({'lr': rate, 'val_accuracy': accuracy})
+        score = None
+      points.append({'lr': rate, measure: score})
       if preemption.is_due():  # noticed when it was too late for the run itself
         raise Preempted(f'The sweep was asked to stop: learning rate {rate:g} is finished.')
-  if all(point['val_accuracy'] is None for point in points):
+  if all(score_of(point) is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
     )
   if is_first():
     write_json(file, {'sweep': points})
   return points
+
+
+def score_of(point: dict) -> float | None:
+  """Returns the validation score of an entry of `sweep.json`; None if training diverged."""
+  return next(value for name, value in point.items() if name != 'lr')
 
 
 def short(rate: float) -> str:
