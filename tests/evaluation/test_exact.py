@@ -149,7 +149,7 @@ def test_without_validation_split_the_temperature_is_1(trained, tmp_path, capsys
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}')
   result = json.loads((workdir / 'eval.json').read_text())
-  assert not code and 'no validation split: temperature 1' in out
+  assert not code and 'not fitted: temperature 1' in out
   assert (result['temperature'], result['temperature_examples']) == (1.0, 0)
   assert result['ece'] == result['ece_uncalibrated']
   assert not (workdir / 'calibration.json').exists()

@@ -53,7 +53,7 @@ def as_text(result: dict) -> str:
 def several_labels(result: dict) -> str:
   """Returns the summary for images that can have several labels."""
   examples = result['threshold_examples']
-  fitted = f'fitted on {examples:,} validation images' if examples else 'no validation split: 0.5'
+  fitted = f'fitted on {examples:,} validation images' if examples else 'not fitted: 0.5'
   return (
     f'mean average precision {result["mean_average_precision"]:.2%}, mean F1 '
     f'{result["macro_f1_at_thresholds"]:.2%} at the thresholds of the classes ({fitted}), '
@@ -65,7 +65,7 @@ def one_label(result: dict) -> str:
   """Returns the summary for images that have one label each."""
   low, high = result['accuracy_interval']
   fitted, examples = f'temperature {result["temperature"]:.4g}', result['temperature_examples']
-  before = f' ({result["ece_uncalibrated"]:.2%} before' if examples else ' (no validation split: '
+  before = f' ({result["ece_uncalibrated"]:.2%} before' if examples else ' (not fitted: '
   before += f' {fitted}, fitted on {examples:,} validation images)' if examples else f'{fitted})'
   return (
     f'accuracy {result["accuracy"]:.2%} (95% interval {low:.2%} to {high:.2%}), '
