@@ -1,4 +1,4 @@
-"""Crops, flips and erasing: augmentations of a single image that move or replace its pixels."""
+"""Crops, flips and erasing: augmentations that move or replace the pixels of single images."""
 
 import jax
 import jax.numpy as jnp
@@ -7,9 +7,13 @@ PAD_MODES = ('reflect', 'constant')
 
 
 def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -> jax.Array:
-  """Adds a border of `padding` pixels and crops the original size at a random place.
+  """Pads each image on all sides, then crops it back to its size at a random position.
 
-  `mode` is `reflect`, or `constant` for a black border.
+  Args:
+    key_B: random key of each example.
+    image_BHWC: images.
+    padding: width of the border, in pixels.
+    mode: `reflect`, or `constant` for a black border.
   """
   border = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   padded_BHWC = jnp.pad(image_BHWC, border, mode=mode)
@@ -30,7 +34,7 @@ def flip(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Arr
 def resized_crop(
   key_B: jax.Array, image_BHWC: jax.Array, min_area: float, max_aspect: float
 ) -> jax.Array:
-  """Enlarges a random part of each image to the original size, with bilinear interpolation.
+  """Crops a random part of each image, and scales it bilinearly to the size of the image.
 
   This is the crop of Szegedy et al. 2014 (1409.4842), Section 6.
 
@@ -39,8 +43,9 @@ def resized_crop(
     image_BHWC: uint8 images.
     min_area: smallest area of the part, as a share of the image. The area is uniform from
       `min_area` to 1.
-    max_aspect: highest ratio of the longer side of the part to the shorter one. For large
-      parts, the ratio is limited further, so that they fit.
+    max_aspect: highest ratio of the longer side of the part to the shorter one. A ratio with which
+      the part would not fit into the image is not drawn. A large part of an elongated image can
+      therefore exceed `max_aspect`.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -60,11 +65,12 @@ def resized_crop(
 def rectangle(
   key: jax.Array, height: int, width: int, min_area: float, max_area: float, max_aspect: float
 ) -> jax.Array:
-  """Returns height and width, in pixels, of a random rectangle inside an image.
+  """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
   The area is uniform from `min_area` to `max_area`, as a share of the image. The logarithm of the
-  aspect ratio is uniform over the ratios that fit. Other implementations draw area and ratio again
-  until the rectangle fits. Here only the ratios are restricted, so that the area stays uniform.
+  aspect ratio is uniform over the ratios with which the rectangle fits, up to `max_aspect`. Other
+  implementations draw area and ratio again until the rectangle fits. Here only the ratios are
+  restricted, so that the area stays uniform.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)
@@ -84,19 +90,20 @@ def erasing(
   max_area: float,
   max_aspect: float,
 ) -> jax.Array:
-  """Replaces a random rectangle by noise (Zhong et al. 2017, 1708.04896).
+  """Replaces a random rectangle of each image by noise (Zhong et al. 2017, 1708.04896).
 
   Every pixel and channel of the noise is uniform from 0 to 255.
 
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images with at most four channels.
-    probability: probability that a rectangle of an image is replaced.
+    probability: probability that an image is changed.
     min_area: smallest area of the rectangle, as a share of the image. The area is uniform from
       `min_area` to `max_area`.
     max_area: largest area of the rectangle, as a share of the image.
-    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. For large
-      rectangles, the ratio is limited further, so that they fit.
+    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. A ratio with
+      which the rectangle would not fit into the image is not drawn. A large rectangle in an
+      elongated image can therefore exceed `max_aspect`.
   """
   height, width, channels = image_BHWC.shape[1:]
 
@@ -119,6 +126,9 @@ def erasing(
 
 
 def box(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
-  """Returns the mask `[H, W, 1]` of a rectangle, without row `bottom` and column `right`."""
+  """Returns a bool mask `[H, W, 1]` for a (height, width) `size`, which is True in a rectangle.
+
+  The rectangle has the rows `top` to `bottom - 1` and the columns `left` to `right - 1`.
+  """
   y_H11, x_1W1 = jnp.arange(size[0])[:, None, None], jnp.arange(size[1])[None, :, None]
   return (y_H11 >= top) & (y_H11 < bottom) & (x_1W1 >= left) & (x_1W1 < right)

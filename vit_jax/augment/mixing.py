@@ -15,11 +15,11 @@ def mix(
   cutmix_alpha: float,
   switch: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image with its `partner`, by mixup or by cutmix.
+  """Mixes each image with its neighbour in the batch (see `partner`), by mixup or by cutmix.
 
   Mixup (Zhang et al. 2017, 1710.09412) takes a weighted mean of the two images. Cutmix (Yun et al.
-  2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle lies around a
-  random pixel and is clipped at the border. Every example has its own random draws, so an image can
+  2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle is centred on a
+  random pixel and clipped at the border. Every example has its own random draws, so an image can
   be mixed while its partner is not.
 
   Args:
@@ -45,8 +45,8 @@ def mix(
     """Draws how an image is mixed.
 
     Returns:
-      The weight of the image itself at each pixel, `[H, W, 1]` in units of 2^-16. The rest is the
-      weight of the partner.
+      The weight of the image itself at each pixel: int32 `[H, W, 1]` in units of 2^-16. The weight
+      of the partner is 1 minus this weight.
       The mean of these weights, from 0 to 1; it has no meaning if the image is not mixed.
       Whether the image is mixed at all.
     """
@@ -67,7 +67,7 @@ def mix(
 
 
 def partner(x_B: jax.Array) -> jax.Array:
-  """Swaps the two neighbours in each pair of rows: `[a, b, c, d]` becomes `[b, a, d, c]`."""
+  """Swaps the rows of each pair along the first axis: `[a, b, c, d]` becomes `[b, a, d, c]`."""
   assert len(x_B) % 2 == 0, f'{len(x_B)} examples do not form pairs: expected an even number.'
   pairs = x_B.reshape(-1, 2, *x_B.shape[1:])
   return pairs[:, ::-1].reshape(x_B.shape)

@@ -3,12 +3,12 @@
 Decisions:
   * All images go through the same three passes: a lookup table, a blend with a grey or smoothed
     version, and an affine warp. The operation of each image sets the parameters of the passes.
-    Passes that the operation does not need leave the image unchanged. A layer therefore costs three
-    passes, however many operations there are.
-  * Pillow defines what each operation does, including how it rounds down. `test_randaugment.py`
-    compares every operation with Pillow.
+    Passes that the operation does not need leave the image unchanged. One call of `operate`
+    therefore costs three passes, however many operations there are.
+  * Pillow defines what each operation does, including its rounding. `test_randaugment.py` compares
+    every operation with Pillow.
   * Pixels are computed with integers. Programs for different batch sizes round floats differently.
-    The operation `equalize` and later layers would amplify the difference.
+    The operation `equalize` and later operations would amplify the difference.
   * Barriers separate the passes. Without them, XLA would fuse the passes and compute a pixel again
     for every pixel that reads it. On a CPU, the barriers halved the time of the passes.
   * Pixels from outside the image are grey (128), as in AutoAugment's code. Warps are bilinear.
@@ -35,25 +35,26 @@ def operate(
   centre_B2: jax.Array | None,
   image_BHWC: jax.Array,
 ) -> jax.Array:
-  """Applies one operation to each image; results are within one grey level of Pillow's.
+  """Applies one operation to each image, and returns uint8 images of the same shape.
 
-  The meaning of the argument depends on the operation:
+  The results are within one grey level of Pillow's. The meaning of the argument depends on the
+  operation:
 
-    * brightness, contrast, color, sharpness: the factor.
-    * solarize: the threshold.
-    * solarize_add: the amount added to levels below 128.
+    * brightness, contrast, color, sharpness: the factor; 1 leaves the image unchanged.
+    * solarize: the threshold; grey levels from this one on are inverted.
+    * solarize_add: the amount added to grey levels below 128.
     * posterize: the number of bits to keep.
     * rotate: the angle in degrees, counter-clockwise.
     * translate_x, translate_y: the input is read this many pixels further to the right (down).
     * translate_x_relative, translate_y_relative: the same shift, as a share of the width (height).
-    * shear_x, shear_y: the shift to the right (down) grows by this many pixels with each row
-      (column).
+    * shear_x, shear_y: in row (column) n, the input is read n times this many pixels further to the
+      right (down).
     * cutout: half of the square's side, in pixels.
     * All other operations ignore the argument.
 
   Args:
-    operation_B: indices into `OPERATIONS`.
-    argument_B: argument of each operation.
+    operation_B: index of each image's operation in `OPERATIONS`.
+    argument_B: argument of each image's operation.
     centre_B2: centre of the cutout square, as shares of height and width; None without cutout.
     image_BHWC: uint8 images with 1 or 3 channels.
   """
@@ -68,7 +69,15 @@ def operate(
 
 
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Returns the new value of each grey level, uint8 `[B, C, 256]`, for per-pixel operations."""
+  """Returns the lookup table of each image and channel: new grey levels, uint8 `[B, C, 256]`.
+
+  The table of an operation that needs none, such as rotate, leaves every level unchanged.
+
+  Args:
+    chosen: for each name in `OPERATIONS`, whether an image gets this operation: bool `[B]`.
+    argument_B: argument of each image's operation.
+    image_BHWC: uint8 images.
+  """
   level_V = jnp.arange(256)
   count_BCV = histogram(image_BHWC)
   argument_B11 = argument_B[:, None, None]
@@ -90,19 +99,19 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the index of each pixel's `[image, channel, level]` in a flat `[B, C, 256]` array."""
+  """Returns for each pixel the index of `[image, channel, level]` in a flat `[B, C, 256]` array."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
 
 
 def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Replaces every pixel by the table's entry for its value."""
+  """Replaces every pixel by the entry for its level in the table of its image and channel."""
   return table_BCV.reshape(-1).at[places(image_BHWC)].get(mode='promise_in_bounds')
 
 
 def histogram(image_BHWC: jax.Array) -> jax.Array:
-  """Counts the pixels of each level, int32 `[B, C, 256]`."""
+  """Counts the pixels of each grey level by image and channel: int32 `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
   count = jnp.zeros(batch * channels * 256, jnp.int32)  # a flat array is far faster on a CPU
   count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
@@ -110,7 +119,11 @@ def histogram(image_BHWC: jax.Array) -> jax.Array:
 
 
 def stretch(count_BCV: jax.Array) -> jax.Array:
-  """Returns the table that maps each channel's darkest level to 0 and its lightest level to 255."""
+  """Returns the lookup tables of autocontrast, `[B, C, 256]`, from the output of `histogram`.
+
+  A table maps the darkest level of a channel to 0, its lightest level to 255, and levels between
+  them linearly.
+  """
   level_V = jnp.arange(256)
   low_BC1 = jnp.argmax(count_BCV > 0, axis=2, keepdims=True)
   high_BC1 = 255 - jnp.argmax(count_BCV[:, :, ::-1] > 0, axis=2, keepdims=True)
@@ -119,7 +132,10 @@ def stretch(count_BCV: jax.Array) -> jax.Array:
 
 
 def equalized(count_BCV: jax.Array) -> jax.Array:
-  """Returns the table that makes all levels of each channel about equally frequent."""
+  """Returns the lookup tables of equalize, `[B, C, 256]`, from the output of `histogram`.
+
+  A table makes all levels of a channel about equally frequent.
+  """
   up_to_BCV = jnp.cumsum(count_BCV, axis=2)
   darker_BCV = up_to_BCV - count_BCV
   # Pixels per new level: all pixels except those with the lightest level present, divided by 255.
@@ -129,22 +145,22 @@ def equalized(count_BCV: jax.Array) -> jax.Array:
 
 
 def grey(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the luma `[B, H, W, 1]`, int32, as in Pillow's mode L (ITU-R 601-2)."""
+  """Returns the luma of grey or RGB images: int32 `[B, H, W, 1]`, as in Pillow's mode L."""
   image_BHWC = image_BHWC.astype(jnp.int32)
   if image_BHWC.shape[3] == 1:
     return image_BHWC
-  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # the sum is 2^16
+  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # ITU-R 601-2; the sum is 2^16
   return (weighted_BHWC.sum(3, keepdims=True) + 2**15) >> 16
 
 
 def mean(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the mean luma of each image, rounded: `[B]`, int32."""
+  """Returns the mean luma of each image, rounded to the nearest level: int32 `[B]`."""
   pixels = image_BHWC.shape[1] * image_BHWC.shape[2]
   return (2 * grey(image_BHWC).sum((1, 2, 3)) + pixels) // (2 * pixels)
 
 
 def smooth(image_BHWC: jax.Array) -> jax.Array:
-  """Returns a weighted 3x3 mean in int32; the border pixels stay unchanged.
+  """Smooths images with a weighted 3x3 mean, except for their border pixels: int32 `[B, H, W, C]`.
 
   The centre has weight 5/13 and each of its eight neighbours 1/13.
   """
@@ -159,9 +175,10 @@ def smooth(image_BHWC: jax.Array) -> jax.Array:
 
 
 def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Applies color and sharpness, which blend the image with a changed version.
+  """Applies the operations color and sharpness; images with other operations stay unchanged.
 
-  The changed version is grey for color, and smoothed for sharpness.
+  Color blends an image with its grey version, sharpness with its smoothed version. The arguments
+  are the same as in `make_table`.
   """
   color_B111 = chosen['color'][:, None, None, None]
   any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
@@ -173,20 +190,28 @@ def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Arr
 
 
 def fixed(number: jax.Array) -> jax.Array:
-  """Converts a number to units of 2^-16, int32."""
+  """Converts a number to a fixed-point number: int32 in units of 2^-16."""
   return jnp.round(number * ONE).astype(jnp.int32)
 
 
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """Interpolates or extrapolates: factor 0 gives `zero`, factor `ONE` gives `one`. Rounds down."""
+  """Interpolates or extrapolates linearly between integers, and rounds down.
+
+  A factor of 0 gives `zero`. A factor of `ONE` gives `one`.
+  """
   return zero + (factor * (one - zero) >> BITS)
 
 
 def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
-  """Returns the matrices `[B, 2, 3]` that map an output place (x, y, 1) to the input place (x, y).
+  """Returns the matrices `[B, 2, 3]` that map an output point (x, y, 1) to the input point (x, y).
 
-  Places are measured in pixels from the image's top left corner. The matrices are int32 in units of
+  Points are measured in pixels from the image's top left corner. The matrices are int32 in units of
   2^-16.
+
+  Args:
+    chosen: for each name in `OPERATIONS`, whether an image gets this operation: bool `[B]`.
+    argument_B: argument of each image's operation.
+    shape: shape of the image batch, `(B, H, W, C)`.
   """
   _, height, width, _ = shape
   only = lambda name: jnp.where(chosen[name], argument_B, 0.0)
@@ -210,13 +235,13 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
 def cutout_square(
   chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple
 ) -> jax.Array:
-  """Returns the mask `[B, H, W]` of pixels hidden by cutout (DeVries, Taylor 2017, 1708.04552).
+  """Returns a bool mask `[B, H, W]` of pixels that cutout hides (DeVries, Taylor 2017, 1708.04552).
 
   Args:
-    chosen_B: which images get a square.
+    chosen_B: whether each image gets a square, bool.
     half_B: half of the square's side in pixels; the square is clipped at the border.
     centre_B2: centre as shares of height and width, rounded down to a whole pixel.
-    shape: shape of the image batch.
+    shape: shape of the image batch, `(B, H, W, C)`.
   """
   inside = []
   for size, centre_B in zip(shape[1:3], centre_B2.T):
@@ -228,10 +253,11 @@ def cutout_square(
 def warp(
   matrix_B23: jax.Array, image_BHWC: jax.Array, hidden_BHW: jax.Array | None = None
 ) -> jax.Array:
-  """Reads each image at the places that its matrix gives, with bilinear interpolation.
+  """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
-  Pixels from outside the image and pixels in `hidden_BHW` become `FILL`. The four pixels around a
-  place are packed into one uint32, so one read is enough instead of four.
+  Output pixels whose input point is outside the image become `FILL`, and so do the pixels of the
+  mask `hidden_BHW`. The four pixels around a point are packed into one uint32, so that one read is
+  enough instead of four.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

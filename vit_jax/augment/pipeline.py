@@ -31,7 +31,7 @@ class Augmentation(NamedTuple):
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
     off: the augmentation is disabled if the argument `switch` has this value.
-    strong: whether `off_for_last` disables the augmentation at the end of a run.
+    strong: whether `augment.off_for_last` disables the augmentation at the end of a run.
   """
 
   function: Callable[..., jax.Array]
@@ -55,13 +55,16 @@ MIX_PLACE = 1000  # index for the draws of `mix`, above any index in the table
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
-  """Returns the names of the augmentations that these arguments enable, including `mix`."""
+  """Returns the names of the enabled augmentations in order of application, with `mix` last.
+
+  `arguments` are the keyword arguments of each augmentation, by name.
+  """
   names = [name for name, entry in AUGMENTATIONS.items() if entry.on(arguments[name])]
   return names + ['mix'] * mixes(arguments)
 
 
 def mixes(arguments: Mapping[str, Mapping]) -> bool:
-  """Returns whether these arguments enable mixing."""
+  """Returns whether the arguments, as in `active`, enable mixup or cutmix."""
   return arguments['mix']['probability'] != 0
 
 
@@ -72,13 +75,13 @@ def augment(
   arguments: Mapping[str, Mapping],
   strong: bool | None = None,
 ) -> jax.Array:
-  """Applies the `AUGMENTATIONS` that `arguments` enables. Mixing images is a separate function.
+  """Augments images with all enabled `AUGMENTATIONS`, but does not mix images.
 
   Args:
     key: random key of the step.
     example_B: row number of each image in the global batch. The random draws depend on it.
     image_BHWC: uint8 images.
-    arguments: keyword arguments of each augmentation, by name.
+    arguments: keyword arguments of each augmentation, by name. They also disable augmentations.
     strong: True applies only the strong augmentations, False only the augmentations that are not
       strong, None all of them.
   """
@@ -89,7 +92,10 @@ def augment(
 
 
 def keys(key: jax.Array, place: int, example_B: jax.Array) -> jax.Array:
-  """Returns a random key for each example, for the augmentation with index `place`."""
+  """Returns the random keys, one per example, of the augmentation with the index `place`.
+
+  `key` is the random key of the step, `example_B` the row number of each example in the batch.
+  """
   step_key = jax.random.fold_in(key, place)
   return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(example_B)
 
@@ -109,8 +115,8 @@ def augment_and_mix(
       each other.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
-    early: whether this step uses strong augmentations and mixing; if not, they are not computed.
-      None if all steps of the run use them.
+    early: bool scalar: whether this step uses strong augmentations and mixing. If not, they are not
+      computed. None if all steps of the run use them.
 
   Returns:
     image_BHWC: the augmented uint8 images.
@@ -138,7 +144,14 @@ def normalize(
 ) -> jax.Array | Padded:
   """Converts uint8 images to model inputs: float32, resized to `size` (bicubic), normalised.
 
-  Images of different shapes, `Padded`, keep their sizes.
+  Normalisation scales pixels to [0, 1], subtracts `mean`, and divides by `std`. `Padded` images,
+  which can have different shapes, are normalised but not resized.
+
+  Args:
+    image_BHWC: uint8 images, or `Padded` with uint8 patches.
+    size: (height, width) of the model's input.
+    mean: mean of each channel, or one for all channels.
+    std: standard deviation of each channel, or one for all channels.
   """
   if isinstance(image_BHWC, Padded):
     patch_BNpqC = image_BHWC.patch_BNpqC.astype(jnp.float32) / 255

@@ -1,6 +1,7 @@
 """RandAugment and TrivialAugment, which draw operations and their strengths for each image.
 
-The table `SPACES` defines what a strength means, because papers and implementations differ.
+The table `SPACES` defines the argument of each operation at each strength. It has several sets of
+operations, because papers and implementations differ.
 """
 
 from collections.abc import Callable
@@ -174,33 +175,35 @@ def rand_augment(
 
 
 def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
-  """Draws a magnitude, clips it to the range from 0 to `most`, and returns its strength.
+  """Draws a strength: a random magnitude divided by `FULL`, float scalar.
 
-  The distribution is normal around `magnitude`. The magnitude `FULL` is strength 1.
+  The magnitude has a normal distribution with the mean `magnitude` and the standard deviation
+  `mstd`. It is clipped to the range from 0 to `most`.
   """
   level = magnitude + mstd * jax.random.normal(key)
   return jnp.clip(level, 0, most) / FULL
 
 
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
-  """Applies one operation of random strength (Müller and Hutter 2021, 2103.10158).
+  """Applies one random operation to each image (Müller and Hutter 2021, 2103.10158).
 
-  The operation is applied with the given probability, which is 1 in the paper. Warps are bilinear
-  and fill with grey here; the paper takes the nearest pixel and fills with black.
+  The operation has a random strength, and is applied with the given probability. The paper's
+  probability is 1. Warps are bilinear and fill with grey here; the paper takes the nearest pixel
+  and fills with black.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
 
 
 def any_strength(key: jax.Array) -> jax.Array:
-  """Draws one of TrivialAugment's strengths; all are equally likely."""
+  """Draws one of TrivialAugment's `STRENGTHS` equally likely strengths, from 0 to 1."""
   return jax.random.randint(key, (), 0, STRENGTHS) / (STRENGTHS - 1)
 
 
 def draw_operation(
   key: jax.Array, space: str, strength: Callable[[jax.Array], jax.Array], probability: float
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-  """Draws an operation with its argument.
+  """Draws an operation and its argument for one example.
 
   Args:
     key: random key of the example and the layer.
@@ -209,8 +212,8 @@ def draw_operation(
     probability: probability that the drawn operation is kept; otherwise it becomes the identity.
 
   Returns:
-    The operation's index in `OPERATIONS`, its argument, and the centre of the cutout square, which
-    is None if the space has no cutout.
+    The operation's index in `OPERATIONS`, its argument, and the centre of the cutout square as
+    shares of height and width, `[2]`. The centre is None if the space has no cutout.
   """
   names, arguments = zip(*SPACES[space].items())
   weakest, strongest, around, has_sign, is_whole, bounds, period = map(jnp.asarray, zip(*arguments))
