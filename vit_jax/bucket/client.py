@@ -1,9 +1,10 @@
 """Connects to Google Cloud Storage with gcsfs.
 
 Decisions:
-  * The first access has its own short limit: a wrong name, missing credentials or no network must
-    not look like a hanging program.
-  * gcsfs caches no listings: tensorstore and other hosts write objects that it does not know of.
+  * The first access has its own short time limit. So a program with a wrong bucket name, missing
+    credentials or no network fails soon, instead of seeming to hang.
+  * gcsfs caches no listings, because tensorstore and other hosts write objects that gcsfs does not
+    know of.
 """
 
 import functools
@@ -19,7 +20,7 @@ TIMEOUT = 60.0  # seconds that one request may take
 
 @functools.cache
 def prepare_clients() -> None:
-  """Prepares etils, fsspec and gcsfs; must be called before they are used for a bucket.
+  """Configures fsspec and gcsfs; must be called before etils or fsspec opens a path in a bucket.
 
   Raises:
     NoBucket: the packages of requirements-gcs.txt are not installed.
@@ -46,7 +47,7 @@ def prepare_clients() -> None:
 
 @functools.cache
 def filesystem():
-  """Returns the file system of gcsfs that etils also uses; one per process."""
+  """Returns the gcsfs file system of this process, which etils uses, too."""
   prepare_clients()
   import fsspec
 
@@ -54,18 +55,18 @@ def filesystem():
 
 
 def bucket_and_key(path: str | os.PathLike) -> tuple[str, str]:
-  """Returns the bucket and the name of the object of a path such as `gs://bucket/a/b`."""
+  """Splits a path: `gs://bucket/a/b` gives the bucket `bucket` and the object name `a/b`."""
   bucket, _, key = os.fspath(path).removeprefix('gs://').partition('/')
   return bucket, key
 
 
 @functools.cache
 def check_access(bucket: str) -> None:
-  """Asks for one object of a bucket.
+  """Checks that a bucket can be used, by listing one of its objects; once per process and bucket.
 
   Raises:
     NoAnswer: there was no answer within `FIRST` seconds.
-    NoBucket: the bucket refuses.
+    NoBucket: the request failed; the message gives the reason.
   """
   outcome = []
 
@@ -89,7 +90,10 @@ def check_access(bucket: str) -> None:
 
 
 def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
-  """Writes a whole object if its generation is still this one; 0: if it does not exist yet.
+  """Writes an object, only if its current generation is `generation`.
+
+  A generation is the version number that the bucket gives an object with each write. Generation 0
+  stands for an object that does not exist yet.
 
   Returns:
     The new generation.
@@ -107,13 +111,21 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
 
 
 def get_with_generation(path: os.PathLike) -> tuple[bytes, int]:
-  """Returns the content and generation of an object. FileNotFoundError: there is no object."""
+  """Returns the content and the generation of an object.
+
+  Raises:
+    FileNotFoundError: the object does not exist.
+  """
   bucket, key = bucket_and_key(path)
   headers, content = filesystem().call('GET', 'b/{}/o/{}', bucket, key, alt='media')
   return content, int(headers['x-goog-generation'])
 
 
 def delete_if(path: os.PathLike, generation: int) -> None:
-  """Deletes an object if its generation is still this one; otherwise raises FileExistsError."""
+  """Deletes an object, only if its current generation is `generation`.
+
+  Raises:
+    FileExistsError: the object has a different generation.
+  """
   bucket, key = bucket_and_key(path)
   filesystem().call('DELETE', 'b/{}/o/{}', bucket, key, ifGenerationMatch=generation)

@@ -1,4 +1,4 @@
-"""Explains the errors of gcsfs, and tells which of them may pass."""
+"""Explains the errors of gcsfs, and tells which of them are temporary."""
 
 
 class NoBucket(ValueError):
@@ -6,11 +6,11 @@ class NoBucket(ValueError):
 
 
 class NoAnswer(OSError):
-  """Raised if a bucket has not answered a repeated request; the message gives the last error."""
+  """Raised if a bucket does not answer in time; the message gives the time limit."""
 
 
 def why_refused(error: Exception) -> str:
-  """Returns why a request to a bucket failed, and the remedy if it is known."""
+  """Returns the reason why a request to a bucket failed, and the remedy if it is known."""
   code, text = getattr(error, 'code', None), ' '.join(str(error).split())[:200]
   if code == 401 or 'Anonymous caller' in text or 'DefaultCredentialsError' in repr(error):
     return (
@@ -30,7 +30,7 @@ def why_refused(error: Exception) -> str:
 
 
 def is_passing(error: Exception) -> bool:
-  """Returns whether the same request may succeed later."""
+  """Returns whether an error is temporary, so that the same request may succeed later."""
   if isinstance(error, FileNotFoundError | FileExistsError | ValueError | NoBucket):
     return False
   code = getattr(error, 'code', None)

@@ -4,11 +4,12 @@ Decisions:
   * Object stores have no locks that end with a process. The owner therefore writes the object again
     every `HEARTBEAT` seconds. If the object has not changed for `EXPIRES` seconds, its owner has
     died, and the lock can be taken over.
-  * Only generations of the object are compared, on the watch of the process that waits. So clocks
-    of different hosts do not matter.
+  * A waiting process compares only generations of the object, and measures time with its own clock.
+    So the clocks of different hosts need not agree.
   * Every write names the generation that it replaces. If several processes take over an expired
     lock, the bucket accepts one. A process that was suspended notices that it has lost its lock.
-  * A process of the same host can be looked up. If it is dead, its lock is taken over at once.
+  * A process can look up whether an owner on its own host is running. If the owner is dead, its
+    lock is taken over at once.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from vit_jax.bucket import client
 
 HEARTBEAT = 20.0  # seconds between two writes of the owner
 EXPIRES = 60.0  # seconds without a write after which the lock can be taken over
-POLL = 2.0  # seconds between two looks of a process that waits
+POLL = 2.0  # seconds between two checks of a waiting process
 NAME = 'lock.json'
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,14 @@ class Lost(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-  """A process: its host, its number, when it started, and a text that no other owner has."""
+  """The process that owns a lock.
+
+  Attributes:
+    host: `this_host` of the process.
+    pid: process ID.
+    started: start time of the process, as in the function `started`.
+    nonce: random text that no other owner has.
+  """
 
   host: str
   pid: int
@@ -52,7 +60,7 @@ class Owner:
 
   @classmethod
   def read(cls, content: bytes) -> 'Owner':
-    """Reads an owner from an object; a damaged object gives an unknown owner."""
+    """Returns the owner in the content of a lock object; the host is `unknown` if it is damaged."""
     try:
       return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
     except (ValueError, TypeError, KeyError):
@@ -84,7 +92,11 @@ def this_host() -> str:
 
 
 def started(pid: int) -> str:
-  """Returns when a process started, as the system counts; empty if there is no such process."""
+  """Returns the start time of a process as text, in clock ticks since the system booted.
+
+  The text is empty if the process does not exist or is a zombie. It is `running` if the process
+  exists, but the system has no `/proc`.
+  """
   try:
     text = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
     state, *rest = text.rpartition(')')[2].split()  # the name of the program can contain spaces
@@ -101,7 +113,7 @@ def started(pid: int) -> str:
 
 
 def uptime() -> float:
-  """Returns the seconds of a clock, if possible one that runs while the machine is suspended."""
+  """Returns the seconds of a monotonic clock, which includes time in suspension if possible."""
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
 
@@ -110,7 +122,11 @@ class Lease:
   """Context manager that holds the lock of a folder in a bucket."""
 
   def __init__(self, folder: pathlib.Path):
-    """Prepares the lock; `with` takes it, and waits if its last owner did not remove it."""
+    """Prepares the lock of `folder`, without accessing the bucket.
+
+    Entering the context takes the lock. This takes up to a minute (`EXPIRES`) if the last owner
+    ended without removing its lock.
+    """
     self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
     self._generation, self._renewed, self._lost = 0, 0.0, False
     self._busy, self._end = threading.Lock(), threading.Event()
@@ -132,7 +148,7 @@ class Lease:
         client.delete_if(self._path, self._generation)
 
   def check(self) -> None:
-    """Raises Lost if another process took over the lock. Call this before each write."""
+    """Raises Lost if another process took over the lock; must be called before each write."""
     if not self._lost and uptime() > self._renewed + 2 * HEARTBEAT:
       self._renew()  # this process was suspended, or the bucket did not answer
     if self._lost:
@@ -180,7 +196,7 @@ class Lease:
     return Owner.read(content), generation
 
   def _write(self, generation: int) -> bool:
-    """Writes the lock if it has this generation, and returns whether this process owns it now."""
+    """Writes the lock if it has this generation; returns whether this process now owns it."""
     content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
     asked = uptime()
     try:
@@ -201,5 +217,5 @@ class Lease:
 
   def _beat(self):
     while not self._end.wait(HEARTBEAT):
-      with contextlib.suppress(Exception):  # `check` raises what lasts
+      with contextlib.suppress(Exception):  # `check` tries again, and raises the error
         self._renew()

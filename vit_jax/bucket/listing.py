@@ -1,9 +1,9 @@
 """Lists the files of a data set in a bucket once, and offers them as paths.
 
 Decisions:
-  * A listing of a million objects takes minutes. A run therefore keeps its lists in its workdir
-    (`keeping_lists`), and reads them there when it resumes.
-  * Many small files are slow one after the other, so `contents` reads them at the same time.
+  * Listing a million objects takes minutes. A run therefore stores its lists in its workdir
+    (`kept_lists`), and reads them from there when it resumes (`keeping_lists`).
+  * Reading many small files one after the other is slow, so `contents` reads them in parallel.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ class Tree:
   """The names and sizes of all files below a folder of a bucket."""
 
   def __init__(self, sizes: dict[str, int]):
-    """Takes {name relative to the folder: size in bytes}."""
+    """Creates the tree from `sizes`: {file name relative to the folder: size in bytes}."""
     self.sizes, self.inside = sizes, {'': {}}  # {folder: {name of a child: whether it is a folder}}
     for name in sizes:
       folder, _, child = name.rpartition('/')
@@ -35,13 +35,14 @@ class Tree:
         folder = above
 
 
-_trees: dict[str, Tree] = {}  # lists of folders by their paths
+_trees: dict[str, Tree] = {}  # {path of a listed folder: tree}
 
 
 class Listed:
   """A path in a bucket below a listed folder, with the methods of `pathlib.Path` for reading.
 
-  It can be sent to other processes; they get it without the list, and can only read the file.
+  Pickling drops the list of files. So another process that receives the path can only read its
+  file.
   """
 
   def __init__(self, top: str, inside: str = '', tree: Tree | None = None):
@@ -75,7 +76,10 @@ class Listed:
     return (self / name for name in self._tree.inside.get(self._inside, ()))
 
   def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yields folder, folders and files of this folder and of all folders below, as `os.walk`."""
+    """Yields (path, [], names of the files) for this folder and for all folders below it.
+
+    The tuples have the form of `os.walk`, but the list of subfolders is always empty.
+    """
     below = f'{self._inside}/' if self._inside else ''
     for folder, children in self._tree.inside.items():
       if folder == self._inside or folder.startswith(below):
@@ -83,7 +87,7 @@ class Listed:
         yield str(Listed(self._top, folder)), [], names
 
   def read_bytes(self) -> bytes:
-    """Returns the content; raises FileNotFoundError if the object does not exist."""
+    """Returns the content of the object; raises FileNotFoundError if it does not exist."""
     (found,) = objects.contents([self])
     if isinstance(found, Exception):
       raise found
@@ -91,7 +95,7 @@ class Listed:
 
 
 def listed_folder(path: os.PathLike) -> Listed:
-  """Returns a folder with the list of its files; each folder is listed once per process."""
+  """Returns a folder in a bucket as a `Listed` path; each folder is listed once per process."""
   name = os.fspath(path)
   if name not in _trees:
     _trees[name] = load_tree(name)
@@ -99,7 +103,7 @@ def listed_folder(path: os.PathLike) -> Listed:
 
 
 def load_tree(name: str) -> Tree:
-  """Returns the list of a folder: from a cache file, or else from the bucket."""
+  """Returns the files of a folder, from a cache file of `keeping_lists` or from the bucket."""
   for folder in _kept:
     with contextlib.suppress(OSError, ValueError, EOFError):  # not cached yet, or damaged
       found = json.loads(gzip.decompress((folder / file_of(name)).read_bytes()))
@@ -109,13 +113,16 @@ def load_tree(name: str) -> Tree:
 
 
 def file_of(name: str) -> str:
-  """Returns the name of the cache file for the list of a folder."""
+  """Returns the name of the cache file for the list of the folder with this path."""
   return f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.json.gz'
 
 
 @contextlib.contextmanager
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
-  """Uses `folder` as the cache of folder lists; a list that is there is not requested again."""
+  """Context manager in which folder lists are read from cache files in `folder`, if they exist.
+
+  Other lists are requested from the bucket. The caller writes the cache files (`kept_lists`).
+  """
   _trees.clear()
   _kept.append(folder)
   try:
@@ -125,7 +132,7 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 
 
 def kept_lists() -> dict[str, bytes]:
-  """Returns the folder lists of this process as cache files, {file name: content}."""
+  """Returns the cache files for all folders listed by this process: {file name: content}."""
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)
     for name, tree in _trees.items()

@@ -1,4 +1,4 @@
-"""Reads, writes, lists, moves and deletes objects."""
+"""Reads, writes, lists, moves and deletes objects in buckets."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -15,12 +15,15 @@ AT_ONCE = 64  # objects that are read at the same time
 
 
 def put(file: pathlib.Path, path: os.PathLike) -> None:
-  """Uploads a local file as one object, which readers see either whole or not at all."""
+  """Uploads a local file as one object. Readers see the whole new object or none of it."""
   client.filesystem().put_file(str(file), os.fspath(path))
 
 
 def delete_all(path: pathlib.Path) -> None:
-  """Deletes a local folder, or in a bucket the object of this name and all objects below it."""
+  """Deletes a local folder, or in a bucket the object with this path and all objects below it.
+
+  A path that does not exist is ignored.
+  """
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
     return
@@ -39,7 +42,10 @@ def move(path: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def list_below(path: os.PathLike) -> dict[str, int]:
-  """Returns {name: size in bytes} of all objects below a path, sorted; names begin below it."""
+  """Returns the objects below a path in a bucket: {name relative to the path: size in bytes}.
+
+  The names are sorted.
+  """
   found = client.filesystem().find(os.fspath(path), detail=True)
   top = os.fspath(path).removeprefix('gs://').rstrip('/') + '/'
   named = ((name.removeprefix(top), about['size']) for name, about in found.items())
@@ -47,7 +53,7 @@ def list_below(path: os.PathLike) -> dict[str, int]:
 
 
 def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
-  """Reads several objects in parallel. Returns for each object its bytes or its error.
+  """Reads objects in parallel, and returns a list with the content or the error of each object.
 
   Raises:
     OSError: the bucket does not answer at the moment.

@@ -12,14 +12,14 @@ SCHEME = 'gs://'
 def to_path(path: str | os.PathLike) -> pathlib.Path:
   """Returns a local path with `~` expanded, or for `gs://` an `etils.epath.Path`.
 
-  The first path of each bucket asks the bucket for an object, so that later errors are rare.
+  The first path in each bucket sends a request to the bucket, to find problems early.
 
   Raises:
-    ValueError: a URL of another kind, or a bucket that refuses; the message says why.
+    ValueError: a URL of another kind, or a bucket that cannot be used; the message says why.
     OSError: the bucket does not answer.
   """
   text = os.fspath(path)
-  # `Path` merges the two slashes.
+  # One slash is enough: `pathlib.Path` turns `gs://` into `gs:/`.
   found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/+', text)
   if not found:
     return pathlib.Path(text).expanduser()
@@ -39,25 +39,29 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-  """Returns whether a path is in a bucket."""
+  """Returns whether a path is in a bucket: whether it starts with `gs://`."""
   return os.fspath(path).startswith(SCHEME)
 
 
 def join_paths(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-  """Returns `base / path`; an absolute path, or one in a bucket, stays as it is."""
+  """Returns `base / path`, or only `path` if it is absolute or in a bucket."""
   return path if is_remote(path) or path.is_absolute() else base / path
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-  """Returns the absolute path, without links; a path in a bucket is absolute already."""
+  """Returns the absolute path, with symbolic links resolved. Paths in buckets stay unchanged."""
   return path if is_remote(path) else pathlib.Path(path).expanduser().resolve()
 
 
 def local_only(what: str, path: str | os.PathLike) -> pathlib.Path:
   """Returns a local path with `~` expanded.
 
+  Args:
+    what: name of the flag or config key, for the error message.
+    path: a path on this machine.
+
   Raises:
-    ValueError: the path is a URL; the message begins with `what`, which needs a local path.
+    ValueError: the path is a URL.
   """
   if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', os.fspath(path)):
     raise ValueError(f'{what}: {path} is a URL, but must be a path on this machine.')

@@ -1,12 +1,12 @@
-"""A file system of gcsfs that waits for a silent bucket, and takes all names literally.
+"""A gcsfs file system that repeats failed requests for longer, and takes all names literally.
 
 gcsfs repeats a failed request for about half a minute, but a bucket can answer with 503 for longer.
-All requests of this process use this file system, those of etils and orbax too. Only tensorstore
-has a client of its own.
+All requests of this process use this file system, including the requests of etils and orbax. Only
+tensorstore has its own client.
 
-A request is repeated for `PATIENCE` seconds, but not if the bucket has been silent to all requests
-for so long. So a program whose bucket is gone ends soon, although it still tries to write its log
-and to remove its lock.
+A request is repeated for `PATIENCE` seconds. If all requests have failed for so long, further
+requests are sent only once. So a program whose bucket is gone ends soon, although it still tries to
+write its log and to remove its lock.
 """
 
 import asyncio
@@ -18,18 +18,18 @@ import gcsfs
 
 from vit_jax.bucket.errors import NoAnswer, is_passing, why_refused
 
-PATIENCE = 180.0  # seconds
+PATIENCE = 180.0  # seconds for which a failed request is repeated
 
 log = logging.getLogger(__name__)
 
 
 class PatientFileSystem(gcsfs.GCSFileSystem):
-  """Repeats requests after errors that may pass."""
+  """A gcsfs file system that repeats requests after temporary errors (`is_passing`)."""
 
   _silent_since = None  # time of the first failure after the last answer
 
   async def _expand_path(self, path, recursive=False, maxdepth=None, assume_literal=True):
-    """Takes names literally: `photo[1].jpg` is the name of an object, not a pattern."""
+    """Expands a path literally: `photo[1].jpg` is the name of an object, not a pattern."""
     del assume_literal
     return await super()._expand_path(path, recursive, maxdepth, assume_literal=True)
 
@@ -40,11 +40,11 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
     return await self._repeated(super()._get_file_request, *args, **kwargs)
 
   async def _repeated(self, request: Callable[..., Awaitable], *args, **kwargs):
-    """Returns the result of a request.
+    """Sends a request, repeats it after temporary errors, and returns its result.
 
     Raises:
       NoAnswer: the bucket has not answered for `PATIENCE` seconds.
-      Exception: the request cannot succeed; any error of gcsfs.
+      Exception: another error of gcsfs, after which the request is not repeated.
     """
     began, pause = time.monotonic(), 1.0
     while True:

@@ -1,7 +1,7 @@
-"""Keeps files that grow in a local scratch folder, and uploads them whole.
+"""Writes the log files of a workdir in a bucket to a local folder, and uploads them whole.
 
-Objects cannot be appended to. So `metrics.jsonl`, `log.txt` and TensorBoard events of a workdir in
-a bucket are written locally; a resumed run downloads them first.
+Data cannot be appended to objects. So `metrics.jsonl`, `log.txt` and TensorBoard events are written
+locally. A resumed run downloads them first.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from vit_jax.bucket import objects
 
 
 class Mirror:
-  """Context manager for a local folder, whose files are uploaded to a bucket."""
+  """Context manager for a local scratch folder; `upload` copies its files to a bucket."""
 
   def __init__(self, remote: pathlib.Path, names: Sequence[str]):
-    """Downloads the named files of `remote` into a new scratch folder, if they exist."""
+    """Creates the scratch folder, and downloads the named files of `remote` that exist into it."""
     self._remote, self._sent = remote, {}
     self._scratch = tempfile.TemporaryDirectory(prefix='vit_jax_records_')
     self.folder = pathlib.Path(self._scratch.name)
