@@ -2,7 +2,7 @@
 
 Decisions:
   * Help is printed before JAX is imported, wherever that is possible.
-  * After a mistake of the user, the program prints one line, `error: ...`, and returns code 2.
+  * After a user error, the program prints `error: ...` instead of a traceback, and returns code 2.
     Code 75 means that the same command can succeed later.
 """
 
@@ -44,7 +44,7 @@ def start() -> None:
 
 
 def main(argv: Sequence[str]) -> int | None:
-  """Runs a mode, or prints the requested help; returns the exit code, None for 0."""
+  """Runs a mode or prints the requested help, and returns the exit code; None stands for 0."""
   keep_compiled()
   show_log()
   mode, args = None, None
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def run(mode: Mode, args: argparse.Namespace) -> int | None:
-  """Runs a mode and returns its exit code."""
+  """Runs a mode with its parsed flags, and returns its exit code; None stands for 0."""
   check_required(args)
   from vit_jax import limits
   from vit_jax.distributed import needed, start_up
@@ -101,7 +101,7 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
 
 
 def load_extensions(names: Sequence[str]) -> None:
-  """Imports the modules of `--import`; they may be in the current folder."""
+  """Imports the modules given by `--import`, which may also be in the current folder."""
   from vit_jax.distributed import start_up
 
   start_up()  # before an extension can ask for devices
@@ -110,13 +110,13 @@ def load_extensions(names: Sequence[str]) -> None:
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """Returns the command that installs a missing module; None if the command is unknown."""
+  """Returns the command that installs the module missing in an error; None if it is unknown."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 
 
 def keep_compiled() -> None:
-  """Makes JAX keep compiled programs for later runs. Must be called before JAX is imported."""
+  """Enables JAX's persistent compilation cache. Must be called before JAX is imported."""
   cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
   folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

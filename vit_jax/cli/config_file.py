@@ -22,8 +22,8 @@ def load_file(spec: str) -> ConfigDict:
   """Returns the config of `path/to/file.py` or `path/to/file.py:variant`.
 
   Raises:
-    ValueError: the file does not exist, has no `get_config` or no such variant, or raises an
-      error. The message names the file and the line.
+    ValueError: the file does not exist, has no `get_config` or no variants, raises an error, or
+      sets an unknown key. The message names the file and, after an error in it, the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
@@ -54,7 +54,7 @@ def load_file(spec: str) -> ConfigDict:
 
 
 def run_file(path: str) -> dict[str, object]:
-  """Runs a Python file and returns its definitions."""
+  """Runs a Python file and returns its global variables by name."""
   loader = importlib.machinery.SourceFileLoader('experiment_config', path)
   module = types.ModuleType(loader.name)
   module.__file__ = path
@@ -64,7 +64,7 @@ def run_file(path: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def neighbours(path: str) -> Iterator[None]:
-  """Lets a config file import other files of its folder, e.g. `from configs import finetune`."""
+  """Lets the config file at `path` import files of its folder: `from configs import finetune`."""
   base = str(pathlib.Path(path).resolve().parent.parent)
   sys.path.append(base)  # at the end, so that no other module is hidden
   try:

@@ -11,13 +11,13 @@ from vit_jax.storage import exit_code
 
 
 def report(error: Exception) -> int:
-  """Prints an error that ends the program, and returns the exit code."""
+  """Prints an error that ends the program to stderr, and returns the exit code."""
   print(f'error: {describe(error)}', file=sys.stderr)
   return exit_code(error)
 
 
 def describe(error: Exception) -> str:
-  """Returns the message of an error, and adds a remedy where Python or JAX gives none."""
+  """Returns the message of an error, with a remedy added where Python or JAX gives none."""
   if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM):
     return (
       f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
@@ -32,13 +32,19 @@ def describe(error: Exception) -> str:
 
 
 def is_from_bucket(error: Exception) -> bool:
-  """Returns whether a library for buckets raised this error; its types have no common base."""
+  """Returns whether an error came from a request to a bucket.
+
+  The errors of gcsfs and its libraries have no common base class, so their modules are compared.
+  """
   libraries = 'gcsfs', 'aiohttp', 'google'
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries
 
 
 def what_was_saved(workdir: pathlib.Path | None) -> str:
-  """Returns a sentence with the step from which an interrupted run resumes."""
+  """Returns a sentence with the step from which an interrupted run resumes.
+
+  The sentence is empty if training had not begun, or if the workdir is in a bucket.
+  """
   if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun
     return ''
   if is_remote(workdir):  # the bucket may not answer

@@ -35,10 +35,10 @@ def run_eval(args) -> None:
 
 
 def as_text(result: dict) -> str:
-  """Returns all numbers as `name value`, a summary, and a table of the worst classes.
+  """Formats the result of an evaluation: its numbers, a summary, and a table of classes.
 
-  If images can have several labels, the table has all classes. A run without labels has only a
-  loss.
+  The table has the `WORST` classes with the lowest F1, or all classes if images can have several
+  labels. For a run without labels, the summary gives the loss, and there is no table.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
@@ -51,7 +51,7 @@ def as_text(result: dict) -> str:
 
 
 def several_labels(result: dict) -> str:
-  """Returns the summary for images that can have several labels."""
+  """Returns the summary of an evaluation result for images that can have several labels."""
   examples = result['threshold_examples']
   fitted = f'fitted on {examples:,} validation images' if examples else 'not fitted: 0.5'
   return (
@@ -62,7 +62,7 @@ def several_labels(result: dict) -> str:
 
 
 def one_label(result: dict) -> str:
-  """Returns the summary for images that have one label each."""
+  """Returns the summary of an evaluation result for images that have one label each."""
   low, high = result['accuracy_interval']
   fitted, examples = f'temperature {result["temperature"]:.4g}', result['temperature_examples']
   before = f' ({result["ece_uncalibrated"]:.2%} before' if examples else ' (not fitted: '
@@ -74,7 +74,12 @@ def one_label(result: dict) -> str:
 
 
 def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
-  """Returns the lines of a table of the classes that have examples, the lowest F1 first."""
+  """Returns the lines of a table of the classes that have examples, the lowest F1 first.
+
+  Args:
+    per_class: metrics of each class by name.
+    columns: {metric: title of its column}; with `ONE`, the table has at most `WORST` classes.
+  """
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
   found = sorted(found, key=lambda item: item[0])[: WORST if columns is ONE else None]
   share = lambda value: 'none' if value is None else f'{value:.2%}'

@@ -16,7 +16,7 @@ def run_fewshot(args) -> None:
 
 
 def leave_workdir(args) -> None:
-  """Runs the mode with `--out`."""
+  """Writes a workdir with a classifier of all training images: the mode with `--out`."""
   from vit_jax.training import classifier_config, train
 
   result = train(classifier_config(request_of(args), args.classifier), args.out)

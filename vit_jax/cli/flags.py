@@ -19,7 +19,7 @@ class Flag:
   Attributes:
     name: name without the dashes.
     help: purpose, in one line.
-    type: function that converts the text to a value. For `Path`, URLs are rejected.
+    type: function that converts the text to a value. `Path` also allows paths in buckets (`gs://`).
     default: value if the flag is not given.
     required: whether the mode needs the flag, unless `--init` is given.
   """
@@ -55,7 +55,7 @@ class Mode:
 
 
 def split_paths(text: str) -> list[str]:
-  """Splits a comma-separated list of paths. If the whole text is an existing path, it is kept."""
+  """Splits a comma-separated list of paths. A text that is itself an existing path is not split."""
   if text and os.path.exists(os.path.expanduser(text)):
     return [text]
   return [path.strip() for path in text.split(',') if path.strip()]
@@ -98,12 +98,15 @@ CLUSTER = (
 
 
 def given_config(args: argparse.Namespace) -> ConfigDict | None:
-  """Returns the config of `--config` with its overrides; None without `--config`."""
+  """Returns the config given by `--config`, with its overrides; None without `--config`."""
   return override_all(load_file(args.config), args.overrides) if args.config else None
 
 
 def request_of(args: argparse.Namespace):
-  """Creates an `opening.Request` from the flags of `WEIGHTS`, `CLASSES` and `MAX_PATCHES`."""
+  """Returns an `opening.Request`, which describes the model to open, from the parsed flags.
+
+  The flags are `WEIGHTS`, `CLASSES`, `MAX_PATCHES` and the config overrides.
+  """
   from vit_jax.opening import Request
 
   return Request(

@@ -29,13 +29,13 @@ def page_of(args: argparse.Namespace) -> str | None:
 
 
 def program() -> str:
-  """Returns the command that started this program."""
+  """Returns the command that started this program: `vit-jax` or `python main.py`."""
   name = os.path.basename(sys.argv[0])
   return 'vit-jax' if name.startswith('vit-jax') else 'python main.py'
 
 
 def columns(rows: dict[str, str]) -> str:
-  """Formats rows as two aligned columns, and wraps the text of the second column."""
+  """Formats rows {name: text} as two aligned columns, and wraps the text of the second column."""
   width = max(map(len, rows)) + 4
   lines = []
   for name, text in rows.items():
@@ -59,7 +59,7 @@ def overview() -> str:
 
 
 def example(name: str, start: str = '') -> str:
-  """Returns a typical command of a mode."""
+  """Returns a typical command of a mode, which begins with `start` or else with `program()`."""
   mode = '' if name == 'train' else f' --mode={name}'
   return f'{start or program()}{mode} {MODES[name].example}'
 
@@ -81,7 +81,10 @@ def mode_page(name: str) -> str:
 
 
 def valid(name: str) -> str:
-  """Returns the valid values of a key as text; empty if every value of the right type is valid."""
+  """Returns the valid values of a config key as text.
+
+  The text is empty if every value of the right type is valid.
+  """
   from vit_jax.check import choices  # the registries need JAX
 
   if names := choices(name):
@@ -93,7 +96,7 @@ def valid(name: str) -> str:
 
 
 def describe_keys() -> Iterator[tuple[str, str, str, str, str]]:
-  """Yields the name, default, type and unit, valid values and meaning of each key."""
+  """Yields five texts for each config key: name, default, type and unit, valid values, meaning."""
   for name, key in KEYS.items():
     default = f'{key.default:g}' if key.kind is float and key.default else as_text(key.default)
     kind = f'{key.kind.__name__}, {key.unit}' if key.unit else key.kind.__name__
@@ -111,7 +114,9 @@ def config_page() -> str:
 
 
 def config_text(args: argparse.Namespace) -> str:
-  """Returns the complete config with one line per key: `key=value`, as written after `--config.`.
+  """Returns the text of `--print_config`: the complete config, one line `key=value` per key.
+
+  The config comes from `--config`, else from the workdir, else from the defaults.
 
   Raises:
     ValueError: the config is not valid.

@@ -1,4 +1,4 @@
-"""Lists all modes."""
+"""Lists all modes of the command line."""
 
 from vit_jax.cli import (
   eval,

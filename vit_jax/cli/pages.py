@@ -54,7 +54,7 @@ def config_markdown() -> str:
 
 
 def flag_rows(flags: tuple[Flag, ...]) -> list[str]:
-  """Returns a table of flags, with defaults."""
+  """Returns the lines of a Markdown table of flags, with their defaults and meanings."""
   rows = ['| flag | default | meaning |', '| --- | --- | --- |']
   for flag in flags:
     default = f'`{flag.default}`' if flag.default not in ('', None) else ''
@@ -76,7 +76,7 @@ PAGES = {'config.md': config_markdown, 'cli.md': command_markdown}
 
 
 def main(argv: list[str]) -> None:
-  """Writes every page into the folder that is given as the only argument."""
+  """Writes every page into the folder that `argv` names as its only element."""
   (folder,) = argv
   for name, text in PAGES.items():
     (pathlib.Path(folder) / name).write_text(text(), encoding='utf-8')

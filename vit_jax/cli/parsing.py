@@ -22,7 +22,7 @@ SWITCHES = {  # flags without a value; they print a page and exit
 
 
 def new_parser() -> argparse.ArgumentParser:
-  """Creates a parser for the flags that every mode accepts."""
+  """Returns a parser for the flags that every mode accepts."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   for flag in GENERAL:
     parser.add_argument(f'--{flag.name}', default=flag.default, help=flag.help)
@@ -33,7 +33,10 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the flags that every mode accepts, and ignores others: extensions may define them."""
+  """Parses the flags that every mode accepts, and adds the attributes `extensions` and `given`.
+
+  Other flags are ignored, because extensions that are not imported yet may define them.
+  """
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
   args.given = given(argv)
@@ -41,7 +44,7 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def given(argv: Sequence[str]) -> set[str]:
-  """Returns the flags on the command line, except flags with an empty value (`--flag=`)."""
+  """Returns the names of the given flags, such as `--mode`, without empty ones (`--mode=`)."""
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
 
@@ -49,10 +52,12 @@ def given(argv: Sequence[str]) -> set[str]:
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
   """Parses all flags of a mode, and adds the attributes `given` and `overrides`.
 
-  Flags of other modes are parsed too, so that `check_flags` can reject them.
+  Flags of other modes are parsed, too, so that `check_flags` can reject them.
 
   Raises:
-    ValueError: a flag of another mode, or a URL instead of a path.
+    ValueError: a flag of another mode, flags that exclude each other, an unsupported URL as a
+      path, or a bucket that cannot be used.
+    OSError: a path is in a bucket that does not answer.
     SystemExit: an unknown flag, or a value of the wrong type.
   """
   parser, paths = new_parser(), set()
@@ -84,13 +89,13 @@ def flags_of(mode: str) -> Iterator[Flag]:
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, str]:
-  """Returns the overrides `{key: text}` in the words of a command line.
+  """Returns the config overrides `{key: text}` in arguments of the command line.
 
   Valid forms are `--config.key=text` and `--config.key text`. For keys that are true or false,
   `--config.key` and `--noconfig.key` are also valid.
 
   Raises:
-    ValueError: a word that is not an override, a missing value, or a value where none is allowed.
+    ValueError: an argument is not an override, or a value is missing or not allowed.
   """
   overrides, words = {}, list(words)
   while words:
@@ -117,7 +122,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-  """Raises ValueError for flags that the mode would ignore or that exclude each other."""
+  """Raises ValueError for flags of other modes, and for flags that exclude each other."""
   for flag in flags_of(args.mode):
     modes = [name for name, mode in MODES.items() if flag.name in {f.name for f in mode.flags}]
     if f'--{flag.name}' in args.given and args.mode not in modes:
@@ -135,7 +140,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-  """Raises ValueError for a missing flag that the mode needs."""
+  """Raises ValueError if a flag that the mode needs is missing, unless `--init` is given."""
   for flag in MODES[args.mode].flags:
     if flag.required and not getattr(args, flag.name) and not args.init:
       raise ValueError(f'--{flag.name} is required: {flag.help}.')

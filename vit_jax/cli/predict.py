@@ -24,7 +24,7 @@ def run_predict(args) -> int:
 
 
 def write_features(args) -> int:
-  """Runs the mode with `--features`."""
+  """Writes features of the images to an npz file, and returns the exit code."""
   from vit_jax.inference import features
   from vit_jax.weights import write_arrays
 
@@ -45,7 +45,7 @@ def write_features(args) -> int:
 
 
 def report_errors(errors: list[str]) -> int:
-  """Logs the files that could not be read and returns the exit code."""
+  """Logs errors of files that could not be read, and returns the exit code: 1 if there are any."""
   for error in errors:
     log.error('%s', one_line(error))
   return 1 if errors else 0

@@ -25,14 +25,14 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints the log messages of this package. Messages of other packages are not printed."""
+  """Prints the log messages of this package to stderr, but no messages of other packages."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
 
 
 def set_up() -> None:
-  """Handles Ctrl-C, closed streams, and characters that the terminal cannot show."""
+  """Prepares this process for Ctrl-C, closed streams, and characters the terminal cannot show."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C is not ignored
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
@@ -71,7 +71,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Standard output, with error messages that name standard output and give a remedy."""
+  """Text stream for standard output, whose write errors name standard output and a remedy."""
 
   def write(self, text):
     with self.named():
@@ -109,13 +109,16 @@ def interrupt(_, frame) -> None:
 
 
 def end_at_once(message: str) -> None:
-  """Ends this process at once; an unfinished checkpoint is dropped, earlier checkpoints stay."""
+  """Prints a message, and ends this process at once with exit code 130.
+
+  A checkpoint that is being saved is lost. Earlier checkpoints stay.
+  """
   os.write(sys.stderr.fileno(), f'{message}\n'.encode())
   os._exit(130)
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """Encodes a character that the terminal cannot show as an escape such as `\\u20ac`.
+  """Codec error handler that writes a character the terminal cannot show as e.g. `\\u20ac`.
 
   An undecodable byte of a file name is written unchanged.
   """
@@ -126,5 +129,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Discards the remaining output after a write failed, e.g. because `head` closed the pipe."""
+  """Discards all further output to stdout, after a write failed, e.g. because `head` has ended."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
