@@ -29,7 +29,7 @@ ENDLESS = 2**48  # number of training steps, more than any run takes
 
 @functools.lru_cache(maxsize=2)  # a batch may cross from one epoch to the next
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the order of the examples in an epoch: a permutation, `[size]`."""
+  """Returns the order of `size` examples in an epoch: a permutation of their indices, `[size]`."""
   # NumPy guarantees that RandomState's numbers never change, so a run that is resumed with a newer
   # NumPy keeps its order.
   return np.random.RandomState([seed, epoch]).permutation(size)
@@ -39,17 +39,17 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 class Plan:
   """Defines which examples each batch holds.
 
-  A batch is a range of the sequence of examples. The range of batch `step` begins at position
-  `step * stride` of the sequence.
+  All batches are ranges of one sequence of examples. Batch `step` begins at position
+  `step * stride` of this sequence.
 
   Attributes:
     size: number of examples.
     stride: number of positions from the start of one batch to the start of the next.
     rows: number of rows in a batch.
     steps: the step numbers of the batches.
-    seed: seed of the order and of the random numbers for each position. None means evaluation: the
-      sequence is the examples in their own order, then copies of the last example as padding. No
-      example is cropped at random.
+    seed: seed of the order and of the random numbers for each position, for training. None means
+      evaluation: the sequence is the examples in their own order, then copies of the last example
+      as padding. No example is cropped at random.
   """
 
   size: int
@@ -63,7 +63,7 @@ class Plan:
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:
-    """Returns the indices of the examples at these positions of the sequence, `[N]`."""
+    """Returns the indices of the examples at the positions `position_N` of the sequence: `[N]`."""
     if self.seed is None:
       return np.minimum(position_N, self.size - 1)
     epoch_N, offset_N = np.divmod(position_N, self.size)
@@ -75,7 +75,7 @@ class Plan:
 
 
 class Split(Protocol):
-  """Interface of `memory.Examples` and `stream.Stream`, from which batches are made."""
+  """Interface of `memory.Examples` and `stream.Stream`: labelled examples, read in batches."""
 
   label_N: np.ndarray  # int32, or multi-hot `[N, L]` uint8
 
@@ -87,7 +87,7 @@ class Split(Protocol):
 
 
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
-  """Returns the plan of the endless training batches, from batch `start` on."""
+  """Returns the plan of endless training batches of `size` examples, from batch `start` on."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
@@ -98,11 +98,18 @@ def train_batches(
   start: int,
   over_batch: jax.sharding.Sharding,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields endless batches `image` `[B, H, W, C]` uint8 and `label` `[B]`, from batch `start` on.
+  """Yields endless training batches, as dicts of global arrays, from batch number `start` on.
 
-  If an image can have several labels, `label` is multi-hot, `[B, L]` uint8.
-  If bad images are replaced, a batch also has `bad` `[B]`: the number of bad images that were
-  skipped to fill each row.
+  A batch has `image` `[B, H, W, C]` uint8 and `label` `[B]` int32. If images can have several
+  labels, `label` is multi-hot, `[B, L]` uint8. If bad images are replaced, a batch also has `bad`
+  `[B]` int32: the number of bad images that were skipped to fill each row.
+
+  Args:
+    examples: the split.
+    batch_size: number of examples in a batch, over all devices.
+    seed: seed of the order and of random crops.
+    start: number of the first batch, from 0.
+    over_batch: sharding of arrays whose first axis is the batch.
   """
   return examples.batches(train_plan(len(examples), batch_size, seed, start), over_batch)
 
@@ -113,11 +120,18 @@ def eval_batches(
   over_batch: jax.sharding.NamedSharding,
   **extra: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields every example once, in order, in batches of one shape; `mask` is 0 for padding.
+  """Yields batches of one shape that contain every example once, in order, and then padding.
 
-  The number of rows is `batch_size`, rounded up to a multiple of the number of devices. If bad
-  images are skipped, `mask` is also 0 for them. `extra` holds additional arrays with one row per
-  example. A batch contains these arrays under the same names, with the rows of its own examples.
+  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 0 for
+  padding and for bad images that are skipped, else 1.
+
+  Args:
+    examples: the split.
+    batch_size: number of examples in a batch. The number of rows is rounded up to a multiple of the
+      number of devices.
+    over_batch: sharding of arrays whose first axis is the batch.
+    **extra: arrays with one row per example. A batch contains the rows of its own examples, under
+      the same names.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

@@ -32,7 +32,7 @@ SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Files of a split, sorted by position. The arrays are compact, for splits of a million files.
+  """Image files of a split, sorted by `position`. Arrays keep splits of a million files compact.
 
   Attributes:
     top: folder that contains the class folders.
@@ -54,7 +54,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Sorted positions of the files in the split, with `span` rescaled to [0, 1)."""
+    """Positions of the files within the split, increasing: `span` is rescaled to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
@@ -82,7 +82,7 @@ class Folder:
 
 
 def label_text(label: int | Sequence[int]) -> str:
-  """Returns a label as text: the index of its class. For a multi-hot label `[L]`, e.g. `1,4`."""
+  """Returns the class index of a label as text, or the indices of a multi-hot label, e.g. `1,4`."""
   return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
 
 
@@ -107,7 +107,7 @@ def position(hash_N: np.ndarray) -> np.ndarray:
 
 
 def open_folder(root: pathlib.Path) -> Folder:
-  """Lists the images of each split.
+  """Lists the images of each split of the folder `root`.
 
   With a folder `train/`, the training images are in `train/<class>/`. The first folder of
   `TEST_NAMES` that exists becomes the split `test`; the other folders keep their names as splits.
@@ -189,7 +189,7 @@ def warnings(
 
 
 def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
-  """Yields warnings about folders that are not used, and about images next to the folder `top`."""
+  """Yields warnings about folders in `root` and `top`, and images in `root`, that are not used."""
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (
@@ -209,7 +209,7 @@ def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
 
 
 def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
-  """Yields a warning about files that are not images, if there are any."""
+  """Yields a warning if files were passed over; `passed_over` counts them by extension."""
   if passed_over:
     most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
@@ -220,13 +220,13 @@ def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[s
 
 
 def without(class_names: tuple[str, ...], files: Files) -> list[str]:
-  """Returns the names of the classes that have no file."""
+  """Returns the names of the classes without a file in `files`."""
   count_L = count_labels(files.label_N, len(class_names))
   return [class_names[label] for label in np.flatnonzero(count_L == 0)]
 
 
 def subfolders(root: pathlib.Path) -> tuple[str, ...]:
-  """Returns the names of the folders in `root` that are searched, sorted."""
+  """Returns the sorted names of the folders in `root` that are searched for images."""
   return tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and is_searched(p)))
 
 
@@ -290,7 +290,7 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
 
 
 def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:
-  """Returns files given as (hash of the name, path, label), sorted by hash, then by path."""
+  """Returns the `Files` for (hash, path, label) tuples, sorted by hash, then by path."""
   found = sorted(found)  # files with the same name in several classes share a hash
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)

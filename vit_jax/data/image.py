@@ -91,7 +91,7 @@ def decode_image(
 
 
 def open_header(encoded: bytes) -> Image.Image:
-  """Opens an image and reads nothing but its header."""
+  """Returns an image of which only the header has been read."""
   return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
@@ -109,7 +109,7 @@ def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
-  """Turns every error raised while decoding into a `BadImage`."""
+  """Turns every error raised in this context into a `BadImage` for the file `name`."""
   try:
     yield
   except Exception as error:  # Pillow's decoders raise many kinds of errors
@@ -120,7 +120,7 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
 
 
 def format_of(encoded: bytes) -> str:
-  """Returns what is known about the format of a file that cannot be read."""
+  """Returns a text about the format of a file that cannot be read, for an error message."""
   for (start, mark), name in MARKS.items():
     if encoded[start:].startswith(mark):
       return f'a {name} file: convert it to JPEG or PNG'
@@ -128,7 +128,7 @@ def format_of(encoded: bytes) -> str:
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-  """Converts an image of any mode to 8-bit grey or RGB."""
+  """Converts an image of any mode but floating point to 8-bit grey (1 channel) or RGB (3)."""
   if image.mode == 'F':
     raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
@@ -147,14 +147,14 @@ def fit_image(
   crop: float = 1.0,
   stretch: bool = False,
 ) -> np.ndarray:
-  """Returns an image scaled to `size`: `image_HWC`, uint8.
+  """Returns an image cropped and scaled to `size`: uint8 `[H, W, C]`.
 
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
     interpolation: filter from `INTERPOLATIONS`. It averages pixels when the image becomes smaller.
-    crop: share of the shorter side that the central crop keeps; with `stretch`, of both sides.
-    stretch: whether to scale height and width independently. Otherwise the longer side is cropped.
+    crop: share of height and width that a central crop keeps before scaling.
+    stretch: scale height and width independently. Otherwise, crop to the aspect ratio of `size`.
   """
   height, width = size
   method = INTERPOLATIONS[interpolation]
@@ -171,7 +171,7 @@ def fit_image(
 
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.ndarray:
-  """Scales an array to `size` with `fit`, a function that takes a Pillow image."""
+  """Scales a uint8 array with a `fit` function for Pillow images: uint8 `[H, W, C]`."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)
 
@@ -179,7 +179,7 @@ def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.n
 def random_part(
   uniform_4: Sequence[float], height: int, width: int, min_area: float, max_aspect: float
 ) -> Box:
-  """Returns a random part of an image, with the same distribution as `augment.resized_crop`.
+  """Returns the box of a random part of an image, distributed as in `augment.resized_crop`.
 
   Args:
     uniform_4: four random numbers in [0, 1) for area, aspect ratio, top edge and left edge.
@@ -206,10 +206,10 @@ def decode_part(
   choose: Callable[[int, int], Box],
   size: tuple[int, int],
 ) -> np.ndarray:
-  """Decodes a file and scales a part of it to `size`: `image_HWC`, uint8.
+  """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
-  If the part is at least n = 2, 4 or 8 times as large as `size`, a JPEG is decoded at 1/n of its
-  size. Such decoding is faster, because it uses fewer terms of the cosine transform.
+  JPEGs are decoded at 1/n of their height and width. Of 1, 2, 4 and 8, n is the largest with which
+  the part is not smaller than `size`. This is faster: it uses fewer terms of the cosine transform.
 
   Args:
     encoded: the bytes of the file.
@@ -240,7 +240,7 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether a file is a complete, upright RGB JPEG.
+  """Returns whether a file is a complete, upright RGB JPEG, and 3 channels are requested.
 
   Incomplete files are excluded, because OpenCV fills their missing parts with grey.
   """
@@ -254,7 +254,7 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 
 
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-  """Scales a part of an array to `size`: `image_HWC`, uint8.
+  """Scales the part of a uint8 array in `box` to `size`, (height, width): uint8 `[H, W, C]`.
 
   The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
   shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
@@ -281,7 +281,7 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
 
 @functools.cache
 def opencv():
-  """Returns OpenCV, imported on first use and without threads of its own."""
+  """Returns the module `cv2` (OpenCV), imported on first use, with its own threads disabled."""
   import cv2
 
   cv2.setNumThreads(0)
@@ -293,7 +293,7 @@ INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 
 def save_png(image_HWC: np.ndarray, path: pathlib.Path) -> None:
-  """Writes a uint8 array to a PNG file."""
+  """Writes a uint8 array, `[H, W, 1]` or `[H, W, 3]`, to a PNG file."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   with storage.replacing(path) as partial:
     Image.fromarray(pixels).save(partial, format='PNG')

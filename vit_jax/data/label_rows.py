@@ -1,6 +1,6 @@
 """Reads the rows of a CSV or JSONL file that lists images with their labels.
 
-Every mistake is an error that names the file, the line and the remedy.
+Every mistake in the file raises an error that names the file, the line and the remedy.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +24,14 @@ SEPARATOR = ';'  # between the labels of an image
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One image: its line in the file, its path as written, its labels, and its split or ''."""
+  """One image that the file lists.
+
+  Attributes:
+    line: line number in the file, from 1.
+    path: normalised path, relative or absolute as in the file.
+    labels: class names without repetitions; empty if the image has no label.
+    split: name from `SPLITS`; empty without the column `split`.
+  """
 
   line: int
   path: str
@@ -33,7 +40,7 @@ class Row:
 
 
 def refuse(file: pathlib.Path, line: int, problem: str) -> NoReturn:
-  """Raises ValueError for a line of the file."""
+  """Raises ValueError for a problem in a line of the file."""
   raise ValueError(f'{file}, line {line}: {problem}')
 
 
@@ -101,7 +108,7 @@ def check_header(file: pathlib.Path, header: list[str]) -> None:
 
 
 def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
-  """Raises ValueError for an unknown, a repeated or a missing column."""
+  """Raises ValueError, naming the line, if a column is unknown, repeated or missing in `names`."""
   for name in names:
     if name not in COLUMNS:
       refuse(
@@ -119,7 +126,7 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
   `label` is a text, as in a CSV file, or a list of texts.
 
   Raises:
-    ValueError: a line is not such an object.
+    ValueError: a line is not valid JSON, or not an object with these values.
   """
   for line, text in enumerate(text_of(file).split('\n'), start=1):
     if not text.strip():
@@ -164,7 +171,11 @@ def text_of(file: pathlib.Path) -> str:
 
 
 def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]]) -> Row:
-  """Checks the values of a row and returns it."""
+  """Returns the `Row` for {column: value} of a line.
+
+  Raises:
+    ValueError: the path or a label is empty, or the split is unknown.
+  """
   label, split = values['label'], values.get('split', '').strip()
   if not values['path'].strip():
     refuse(file, line, "column 'path' is empty. Write the path of an image, or remove the line.")

@@ -6,8 +6,9 @@ Decisions:
     with one label per image, a missing label is a mistake.
   * An image is identified by a hash of its path, as in `folder.py`. Leading folders that are named
     like a split or a class do not count. So a list of the images in class folders holds out the
-    same images as `folder:`. Neither is tested on the training images of the other.
-  * Mistakes are errors with the line of the file. Only repeated equal rows are tolerated.
+    same images as `folder:`. A model trained with one of these sources is never tested on its
+    training images through the other source.
+  * A mistake in the file raises an error that names the line. Only equal repeated rows are allowed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,16 +29,17 @@ from vit_jax.names import abridged
 def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   """Reads the classes and the images of each split from a file with labels.
 
-  Without the column `split`, the images with a `position` below `HELD_OUT` become the split `test`.
-  With the column, the first of `TEST_NAMES` that occurs becomes the split `test`.
+  If the file has the column `split`, the first of `TEST_NAMES` that occurs in it becomes the split
+  `test`. Otherwise, or if none of them occurs, the images with a `position` below `HELD_OUT` become
+  the split `test`.
 
   Args:
     file: a `.csv` or `.jsonl` file with the columns `path`, `label` and optionally `split`.
     top: folder at which relative paths start.
 
   Returns:
-    The classes, sorted by name, and the files. `label_N` is `[N, L]` if an image can have several
-    labels.
+    A `Folder` with the classes, sorted by name, and the files of each split. `label_N` of the files
+    is `[N, L]` if an image can have several labels.
 
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
@@ -70,7 +72,13 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
 
 
 def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ...]) -> np.ndarray:
-  """Returns the classes: int32 `[N]`, or uint8 `[N, L]` with a 1 for each label of an image."""
+  """Returns the labels of the rows: class indices, int32 `[N]`, or multi-hot, uint8 `[N, L]`.
+
+  The labels are multi-hot if any row has more than one label.
+
+  Raises:
+    ValueError: an image has no label, and no image has several.
+  """
   number = {name: i for i, name in enumerate(class_names)}
   if any(len(row.labels) > 1 for row in rows):
     label_NL = np.zeros((len(rows), len(class_names)), np.uint8)
@@ -89,7 +97,7 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
 
 
 def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
-  """Returns a path below `top` without leading folders whose names are in `kept`."""
+  """Returns a path below `top` without leading folders whose casefolded names are in `kept`."""
   inside = pathlib.PurePath(path)
   if inside.is_relative_to(top):  # an absolute path
     inside = inside.relative_to(top)
@@ -102,9 +110,13 @@ def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
 def by_column(
   file: pathlib.Path, listed: Files, split_N: np.ndarray, warnings: list[str]
 ) -> dict[str, Files]:
-  """Divides the files by the column `split`, and adds a warning about a renamed split.
+  """Returns the files of each split, divided by the column `split`, whose values are `split_N`.
 
-  Without held-out files in this column, the positions divide them, as in `folder.open_folder`.
+  If this column has no held-out images, the files are divided by position, as in
+  `folder.open_folder`. If another split is used as `test`, a message is appended to `warnings`.
+
+  Raises:
+    ValueError: the column has held-out images, but no training images.
   """
   arrays = listed.path_N, listed.label_N, listed.hash_N
   found = {name: Files(listed.top, *(a[split_N == name] for a in arrays)) for name in SPLITS}
@@ -141,12 +153,12 @@ def check_splits(
 def merged(
   file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]
 ) -> tuple[list[Row], list[str]]:
-  """Returns each image once, and a warning if rows are repeated.
+  """Returns the rows without repeated images, and a list with a warning if rows are repeated.
 
-  A relative path and an absolute path of the same image are the same row.
+  A relative and an absolute path of the same image count as the same image.
 
   Raises:
-    ValueError: two rows have the same path, but different labels or splits.
+    ValueError: two rows have the same image, but different labels or splits.
   """
   known, repeated = {}, []
   for row in rows:
@@ -175,10 +187,10 @@ def merged(
 
 
 def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-  """Returns the path of each image, relative to `top` or absolute, as the disk spells it.
+  """Returns the path of each row's image, relative to `top` or absolute, as spelled on the disk.
 
-  A letter such as an umlaut can be written in two Unicode forms. If the file uses a different form
-  than the disk, the disk's form is returned.
+  A letter such as an umlaut has two Unicode forms. If the label file and the disk use different
+  forms, the form of the disk is returned.
 
   Raises:
     ValueError: an image does not exist.

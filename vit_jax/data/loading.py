@@ -24,7 +24,7 @@ class Reading:
   Attributes:
     cache: `memory`, `stream`, or `auto`, for which `decide_cache` chooses one of the two.
     fit: function that scales a decoded image to a size.
-    crop: arguments of the random crop in training; None: no random crop.
+    crop: `min_area` and `max_aspect` of the random crops in training; None: no random crops.
     skip_bad_images: skip images that cannot be decoded, instead of stopping.
     workers: number of processes that decode a stream; 0: decode in this process.
     threads: number of decoding threads in each process; None: `stream.best_threads`.
@@ -47,18 +47,19 @@ def decide_cache(
   size: tuple[int, int],
   kept: Callable[[], tuple[int, int] | None] | None = None,
 ) -> str:
-  """Returns `reading.cache`; if this is `auto`, chooses `memory` or `stream`.
+  """Returns `memory` or `stream`: the value of `reading.cache` or, if this is `auto`, a choice.
 
-  The choice is `memory` under two conditions. The splits fill at most half of the available memory,
-  and training batches are the same as from a stream; `differs` checks this. So the result of a run
-  does not depend on the memory of its machine. In evaluation, both choices give the same pixels.
+  The choice is `memory` if two conditions hold. The splits need at most half of the available
+  memory, and training batches are the same as from a stream (`differs` checks this). So the result
+  of a run does not depend on the memory of its machine. In evaluation, both give the same pixels.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: only for training: returns the size at which memory would keep smaller images, or None.
+    kept: function, given only for training. It returns the (height, width) of all images in memory
+      if they are smaller than `size`, and are only enlarged on the device; else None.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -82,9 +83,10 @@ def decide_cache(
 def differs(
   reading: Reading, size: tuple[int, int], kept: Callable[[], tuple[int, int] | None]
 ) -> str:
-  """Returns why training batches from memory differ from streamed batches; empty if they do not.
+  """Returns why training batches from memory would differ from streamed batches, else ''.
 
-  Order, decoding, scaling and the processing on the device are the same in any case.
+  Order, decoding, scaling and the processing on the device are the same in any case. The arguments
+  are the same as in `decide_cache`.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'
@@ -106,7 +108,7 @@ def open_split(
   Args:
     reading: settings for reading the split; `cache` must not be `auto`.
     source: dataset that contains the split.
-    split: the split in TFDS notation.
+    split: the split in TFDS notation, such as `train[:90%]`.
     size: (height, width) of the images; None: `reading.fit` chooses the size of each image.
     to_train: whether the split is used for training; only then does `reading.crop` apply.
   """
@@ -126,7 +128,7 @@ def open_split(
 
 
 def report_split(name: str, examples: Split | None) -> None:
-  """Logs the size of a split, and each image that was skipped."""
+  """Logs the number of examples in a split, if given, and each bad image that was skipped."""
   if examples is None:
     return
   log.info('%s: %s examples', name, f'{len(examples):,}')

@@ -2,8 +2,8 @@
 
 Decisions:
   * Images are kept as uint8. If all images have one size that is smaller than the model's input
-    (`common_size`), a run can keep them at this size, and the device enlarges them. Enlarged to 224
-    pixels, CIFAR-10 would fill 7.5 GB.
+    (`common_size`), a run can keep this size. The device then enlarges the images. If CIFAR-10 were
+    kept at 224 pixels, it would fill 7.5 GB.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
@@ -51,7 +51,7 @@ class Examples:
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of a `Plan`: `image` and `label`."""
+    """Yields the batches of a `Plan`, as dicts of the global arrays `image` and `label`."""
     for step in plan.steps:
       index_B = plan.examples(plan.positions(step))
       yield {
@@ -64,7 +64,7 @@ class Examples:
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Returns whether each image at these indices can be decoded, bool `[N]`: always True here."""
+    """Returns True for each index, bool `[N]`, because images in memory are already decoded."""
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
@@ -75,7 +75,7 @@ class Examples:
     )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields pairs of a name and an array, which together identify these examples."""
+    """Yields (name, array) pairs that together identify these examples, for a checksum."""
     yield 'images', self.image_NHWC
     yield 'labels', self.label_N
 
@@ -88,14 +88,14 @@ def load_examples(
   skip_bad_images: bool = False,
   fit: image_lib.Fit = image_lib.fit_image,
 ) -> Examples:
-  """Reads a split into memory.
+  """Decodes a split and returns its examples in memory.
 
   Args:
     source: dataset that contains the split.
-    split: the split in TFDS notation.
+    split: the split in TFDS notation, such as `train[:90%]`.
     size: (height, width) that images are scaled to.
     skip_bad_images: skip images that cannot be decoded, instead of raising.
-    fit: `image.fit_image` with every argument bound except image and size.
+    fit: function that scales an image, such as `image.fit_image`, given image and size.
 
   Raises:
     image.BadImage: an image cannot be decoded, and bad images are not skipped.
@@ -132,7 +132,7 @@ def load_examples(
 
 
 def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
-  """Raises one BadImage for all bad images of a split. The message names the first few."""
+  """Raises one BadImage for all bad images of a split. The message has the first few errors."""
   text = ' '.join(errors[:SHOWN])
   if len(errors) > 1:
     text = f'{split}: {len(errors):,} of {count:,} images are bad. {text}'
@@ -142,9 +142,10 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """Returns the (height, width) that all images of a split share, if it is smaller than `size`.
+  """Returns the (height, width) that all images of a split share if it is smaller than `size`.
 
-  Otherwise returns None. Only headers are read, up to the first image with a different size.
+  Otherwise returns None. Bad images do not count. Only headers of image files are read, and only up
+  to the first image with a different size.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):
@@ -161,16 +162,19 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
 
 
 def memory_share() -> float:
-  """Returns the bytes of memory for this process. All processes must call this function.
+  """Returns the bytes of memory that this process may use. All processes must call this function.
 
-  The processes on one host, for example one for each GPU, share `limits.limit()`.
+  The processes on one host, for example one for each GPU, share the memory `limits.limit()`.
   """
   host = socket.gethostname()
   return limits.limit() / from_all(host).count(host)
 
 
 def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: float) -> str:
-  """Returns a message if the splits need more than half of `most` bytes, else an empty text."""
+  """Returns a message if images of these splits, kept at `size`, exceed half of `most` bytes.
+
+  Otherwise returns an empty text.
+  """
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_ = count * math.prod(size) * source.channels
   if bytes_ <= most / 2:
@@ -182,9 +186,9 @@ def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: fl
 
 
 def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
-  """Raises ValueError if the splits together would fill more than half of the memory.
+  """Raises ValueError if images of these splits, kept at `size`, exceed half of the memory.
 
-  All processes must call this function, because those on one host share its memory.
+  All processes must call this function, because the processes on one host share its memory.
   """
   if too_much := excess(source, names, size, memory_share()):
     raise ValueError(

@@ -3,8 +3,8 @@
 Decisions:
   * A split is resolved to index ranges before anything is decoded. So every source understands TFDS
     notation, and only the requested examples are read.
-  * A source can be read in any order and sent to another process. So its `read` function holds
-    names and paths, not open files.
+  * A source can be read in any order, and sent to worker processes. So its `read` function holds
+    names and paths, but no open files.
   * A percentage of a folder's split is a range of file positions (`folder.py`). For other sources,
     a percentage is a share of the number of examples.
 """
@@ -22,7 +22,7 @@ from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 
 # (name, image, label); the image is given as a path, as the content of a file, or as pixels. The
-# label is the number of a class, or multi-hot: uint8 `[L]` with a 1 for each label.
+# label is a class index, or multi-hot: uint8 `[L]` with a 1 for each label.
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int | np.ndarray]
 
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
@@ -59,16 +59,16 @@ class Source:
 
   @property
   def label_shape(self) -> tuple[int, ...]:
-    """Shape of an image's label: () for the number of a class, (L,) for a multi-hot label."""
+    """Shape of an image's label: () for a class index, (L,) for a multi-hot label."""
     return (len(self.class_names),) if self.multi_label else ()
 
   @property
   def label_type(self) -> type[np.integer]:
-    """Type of the arrays that hold labels."""
+    """NumPy type of label arrays: uint8 for multi-hot labels, else int32."""
     return np.uint8 if self.multi_label else np.int32
 
   def pieces(self, split: str) -> list[splits.Piece]:
-    """Returns the ranges of examples in a split, without the files in `left_out`.
+    """Returns the ranges of examples in a split in TFDS notation, without the files in `left_out`.
 
     Raises:
       ValueError: invalid notation, an unknown split name, or no examples.
@@ -79,7 +79,7 @@ class Source:
 
 
 def multi_hot(source: Source) -> Source:
-  """Returns the source with multi-hot labels, for a model that can give an image several labels."""
+  """Returns the source with multi-hot labels, for models that can give an image several labels."""
   if source.multi_label:
     return source
   eye_LL = np.eye(len(source.class_names), dtype=np.uint8)
@@ -96,7 +96,7 @@ def multi_hot(source: Source) -> Source:
 
 
 def unlabelled(source: Source) -> Source:
-  """Returns the source without its classes: the label of each image is 0 and means nothing."""
+  """Returns the source without its classes: every label is 0, a placeholder."""
   if not source.class_names:
     return source
 
@@ -114,10 +114,10 @@ def unlabelled(source: Source) -> Source:
 def pixels(
   source: Source, example: Example, size: tuple[int, int] | None, fit: image_lib.Fit
 ) -> np.ndarray:
-  """Returns the pixels of an example, scaled to `size` by `fit`: `image_HWC`.
+  """Returns the pixels of an example, scaled to `size` by `fit`: uint8 `[H, W, C]`.
 
-  If the example holds an array of this size, the array is returned unchanged. If the size is None,
-  `fit` chooses it.
+  If the example holds an array of this size, the array is returned unchanged. If `size`, (height,
+  width), is None, `fit` chooses the size.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -130,7 +130,7 @@ def pixels(
 
 
 def own_size(example: Example) -> tuple[int, int]:
-  """Returns the height and width of an example, from its array or the header of its file.
+  """Returns the (height, width) of an example's image, from its array or the header of its file.
 
   Raises:
     image.BadImage: the header cannot be read.
@@ -144,7 +144,10 @@ def own_size(example: Example) -> tuple[int, int]:
 def read_pieces(
   source: Source, pieces: Iterable[tuple[str, int, int]]
 ) -> Iterator[Iterator[Example]]:
-  """Yields the examples of the pieces in order, as iterators of at most `READ_AHEAD` examples."""
+  """Yields iterators of at most `READ_AHEAD` examples, which together read the pieces in order.
+
+  A piece is a range of examples: (split, start, stop).
+  """
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
       yield fetched(source.read(split, range(first, min(first + READ_AHEAD, stop))))
@@ -161,14 +164,14 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises the error again with a remedy added, for callers that do not skip bad images."""
+  """Raises a BadImage with the message of `error` and a remedy, if bad images are not skipped."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
 
 
 def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
-  """Raises BadImage if the source has no class for the label."""
+  """Raises BadImage if a class index is not valid for the source; `name` is for the message."""
   if source.multi_label or not source.class_names:
     return
   if not 0 <= label < len(source.class_names):
@@ -179,14 +182,14 @@ def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
 
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
-  """Returns the bytes of a file, given its path or the bytes themselves."""
+  """Returns the content of an image file: reads a path, and returns bytes unchanged."""
   return encoded if isinstance(encoded, bytes) else image_lib.read_file(encoded)
 
 
 def fetched(examples: Iterable[Example]) -> Iterator[Example]:
-  """Yields examples with the bytes of files that are in a bucket, instead of their paths.
+  """Yields the examples, with paths in buckets replaced by the content of the files.
 
-  Many files are read at the same time. The path of a missing file stays, and is reported later.
+  Many files are read in parallel. The path of a missing file stays, and decoding reports it later.
   """
   for chunk in chunks(examples, READ_AHEAD):
     remote = [encoded for _, encoded, _ in chunk if isinstance(encoded, Listed)]
@@ -197,7 +200,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of at most `size`."""
+  """Yields the items in lists of `size`, and then a shorter list, perhaps empty."""
   chunk = []
   for item in items:
     chunk.append(item)

@@ -18,7 +18,12 @@ from vit_jax.names import choose
 
 
 def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens the source `tfds:<name>`, `folder:`, `images:`, `labels:`, `digits` or `synthetic`.
+  """Opens the dataset of a `data.source` value, such as `tfds:cifar10` or `folder:photos`.
+
+  Args:
+    spec: kind of the source, a key of `SOURCES`, and its argument: `<kind>` or `<kind>:<argument>`.
+    data_dir: folder at which relative paths start; for TFDS, the folder of its data.
+    image_size: (height, width) of the images of `synthetic`.
 
   Raises:
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
@@ -33,11 +38,11 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
 
 def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None:
-  """Opens a source like `open_source`, but never prepares data, and accepts missing data.
+  """Opens a source like `open_source`, but accepts missing data, and never prepares TFDS data.
 
   Returns:
-    The source. If the data of a TFDS dataset is missing, `sizes` is empty. None if the folder or
-    the file of another source is missing.
+    The source. If the data of a TFDS dataset is missing, the source has no `sizes`. None if the
+    folder or file of the kinds `folder`, `images` and `labels` is missing.
   """
   kind, _, name = spec.partition(':')
   if kind in ('folder', 'images', 'labels') and not (name and from_base(name, data_dir).exists()):
@@ -52,7 +57,7 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
 
 def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Returns scikit-learn's 1,797 handwritten digits, 8x8 grey.
+  """Returns the source of scikit-learn's 1,797 handwritten digits, 8x8 grey; needs no arguments.
 
   The test split is always the same 360 images, stratified by class.
   """
@@ -74,7 +79,10 @@ def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Returns generated images for quick tests: ten classes, each a fixed pattern plus noise."""
+  """Returns a source of generated RGB images for quick tests, of size `image_size`.
+
+  It has ten classes. An image is the fixed pattern of its class plus noise.
+  """
   del argument, data_dir
   shape = (*image_size, 3)
   patterns = np.random.RandomState(0).randint(64, 192, (10, *shape))
@@ -89,21 +97,22 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens a folder of images with one folder per class; `folder.open_folder` defines its splits.
+  """Opens a folder that has one folder of images per class.
 
-  A relative path starts at `data_dir`.
+  `folder.open_folder` defines its splits. A relative path starts at `data_dir`.
   """
   del image_size
   return source_of(folder_lib.open_folder(existing('folder', path, data_dir)))
 
 
 def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens a folder of images without labels: in the folder itself, and at any depth below.
+  """Opens a folder of images without labels, which may be at any depth below the folder.
 
-  Splits and names are as for `folder:`. With a folder `train/`, test images are in the first folder
-  of `TEST_NAMES`, and the others are splits; otherwise a hash of the name holds out images. The
-  name is the path without its first folder. So class folders are ignored, and the same images are
-  held out as with `folder:`. A relative path starts at `data_dir`.
+  With a folder `train/`, the training images are in it. The first folder of `TEST_NAMES` that
+  exists next to it becomes the split `test`; the others keep their names as splits. If `train/` or
+  all test folders are missing, a hash of each image's path decides whether it is a test image. The
+  hash ignores the first folder in the path, such as a class folder. So the same images are held out
+  as with `folder:`. A relative path starts at `data_dir`.
   """
   del image_size
   root = existing('images', path, data_dir)
@@ -128,7 +137,10 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
 
 
 def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib.Files:
-  """Lists the images in a folder and below it, except in hidden folders; all labels are 0."""
+  """Lists the images in `top` and in all folders below that are searched; all labels are 0.
+
+  Counts other files in `passed_over`.
+  """
   with progress.announced(f'Listing the images in {top} ...'):
     names = [path.name for path in top.iterdir() if path.is_file()]
     found = [
@@ -141,7 +153,7 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 
 
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the folders or pictures of a workdir would be data of a source."""
+  """Raises ValueError if a workdir is in the image folder of a source, and would become data."""
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)
   if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
@@ -156,7 +168,7 @@ def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
 
 
 def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
-  """Returns the folder of a source.
+  """Returns the folder of a source `<kind>:<path>`; a relative path starts at `data_dir`.
 
   Raises:
     ValueError: the path is empty, or is not a folder.
@@ -176,8 +188,8 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
 def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens the images that a CSV or JSONL file lists with their labels (`labels.open_labels`).
 
-  A relative path of the file starts at `data_dir`. The paths in the file start at `data_dir` or, if
-  it is empty, at the folder of the file.
+  If the path of the file is relative, it starts at `data_dir`. Relative paths in the file start at
+  `data_dir`, too. If `data_dir` is empty, they start at the folder of the file.
   """
   del image_size
   file = from_base(path, data_dir)
@@ -190,7 +202,7 @@ def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def source_of(found: folder_lib.Folder) -> Source:
-  """Returns the source of listed image files."""
+  """Returns the source of image files that `open_folder` or `open_labels` listed."""
   files = found.files
 
   def read(split, indices):
@@ -212,7 +224,7 @@ def source_of(found: folder_lib.Folder) -> Source:
 
 
 def from_base(path: str, data_dir: str) -> pathlib.Path:
-  """Returns the path of a folder or a file; a relative path starts at `data_dir`."""
+  """Returns `path` with `~` expanded; a relative path starts at `data_dir`."""
   return join_paths(to_path(data_dir), to_path(path))
 
 

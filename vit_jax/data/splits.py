@@ -12,7 +12,7 @@ from vit_jax.names import choose
 
 Piece = tuple[str, int, int]  # name of a split, index of its first example, index after its last
 
-# A percent sign after one of two numbers holds for both, as in TFDS.
+# A percent sign after one of two numbers applies to both, as in TFDS.
 NOTATION = re.compile(r'[\w-]+(\[((?P<first>-?[\d_.]+)%?)?:((?P<last>-?[\d_.]+)%?)?\])?')
 
 WHOLE = 10**9  # percentages of positions are rounded to this many equal parts
@@ -26,9 +26,9 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for splits of files, a number from 0 to below 1 for each example, from the hash of
-      its file name, in increasing order. In these splits, a percentage is a range of these
-      numbers. In all other splits, it is a share of the number of examples.
+    positions: for splits of files, the position of each file, float `[N]` in [0, 1), increasing.
+      In these splits, a percentage is a range of positions. In all other splits, a percentage is a
+      share of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.
@@ -58,10 +58,10 @@ def resolve(
 
 
 def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
-  """Returns start and stop of a slice, such as `train[5:]`, of a split with `size` examples.
+  """Returns start and stop of a slice `part`, such as `train[5:]`, of a split with `size` examples.
 
   Raises:
-    ValueError: invalid notation, or a boundary beyond the size.
+    ValueError: invalid notation, or a boundary beyond the end of the split.
   """
   found = NOTATION.fullmatch(part.strip())
   numbers = (found['first'], found['last']) if found else ()
@@ -84,7 +84,9 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def place(text: str, percent: bool, size: int) -> int:
-  """Returns a boundary of a slice as an index, which may be negative. Percentages are rounded.
+  """Converts the text of a slice boundary to an index, which is negative if counted from the end.
+
+  A percentage of `size` is rounded to the nearest index.
 
   Raises:
     ValueError: not a number, or a percentage beyond 100.
@@ -95,7 +97,7 @@ def place(text: str, percent: bool, size: int) -> int:
 
 
 def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
-  """Returns whether two splits share an example."""
+  """Returns whether two lists of pieces share an example."""
   return any(
     name == other and max(start, first) < min(stop, last)
     for name, start, stop in ones
@@ -109,10 +111,10 @@ def num_examples(pieces: Sequence[Piece]) -> int:
 
 
 def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
-  """Returns the pieces without the unwanted examples.
+  """Returns the pieces that remain without unwanted examples.
 
   Args:
-    pieces: ranges of examples.
+    pieces: ranges of examples, (split, start, stop).
     unwanted: for each split, whether each of its examples is unwanted, bool `[N]`. A split
       without an entry has no unwanted examples.
   """

@@ -1,4 +1,4 @@
-"""Reads, decodes and crops examples during training, for splits that are not kept in memory.
+"""Reads, decodes and crops examples batch by batch, for splits that are not kept in memory.
 
 Decisions:
   * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
@@ -78,15 +78,15 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """All labels, `[N]` or `[N, L]`. This is fast for a folder; for TFDS, it reads all records."""
+    """Labels of all examples, `[N]` or `[N, L]`. For TFDS, this reads all records."""
     return np.array([label for _, _, label in self.read_all()], self.source.label_type)
 
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of a `Plan`: `image`, `label` and, if bad images are replaced, `bad`.
+    """Yields the batches of a `Plan`, as dicts of global arrays with the keys of `rows`.
 
-    The caller must close this iterator, because only then the workers end.
+    The caller must close this iterator: the worker processes run until then.
 
     Raises:
       image.BadImage: an image cannot be decoded, and bad images are not replaced.
@@ -122,12 +122,12 @@ class Stream:
       iterator.close()
 
   def some(self, index_N: Sequence[int]) -> Examples:
-    """Reads the examples at these indices into memory, decoded as in evaluation."""
+    """Returns the examples at these indices in memory, decoded without random crops."""
     found = self.decode_all(index_N)
     return Examples(found['image'], found['label'])
 
   def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the result of `rows` for these indices, decoded by several threads."""
+    """Returns the same arrays as `rows`, but decodes with several threads."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
       return join_parts(list(pool.map(self.rows, parts)))
@@ -146,7 +146,7 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields pairs of a name and an array, which identify the files and how they are decoded."""
+    """Yields (name, array) pairs that identify the files and their decoding, for a checksum."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -160,12 +160,12 @@ class Stream:
       yield f'{label_text(label)} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:
-    """Yields every example in order, not decoded."""
+    """Yields every example (name, image, label) in order, with its image not decoded."""
     for split, start, stop in self.pieces:
       yield from self.source.read(split, range(start, stop))
 
   def read(self, index_N: Sequence[int]) -> list[Example]:
-    """Returns the examples at these indices, not decoded."""
+    """Returns the examples (name, image, label) at these indices, with images not decoded."""
     index_N = np.asarray(index_N)
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
     piece_N = np.searchsorted(begins, index_N, side='right') - 1
@@ -181,14 +181,14 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns the decoded examples at these indices: `image` and `label`.
+    """Returns a dict of the decoded examples at these indices: `image` and `label`.
 
-    If bad images are replaced, it also returns `bad`: the number of bad images that were skipped to
-    fill each row.
+    If bad images are replaced, the dict also has `bad` `[N]` int32: the number of bad images that
+    were skipped to fill each row.
 
     Args:
       index_N: indices of the examples.
-      uniform_N4: random numbers for `image.random_part`; None: no random crop.
+      uniform_N4: random numbers in [0, 1) for `image.random_part`; None: no random crops.
     """
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
     rows = [self.good(*row) for row in zip(fetched(self.read(index_N)), index_N, draws)]
@@ -199,7 +199,7 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int | np.ndarray, int]:
-    """Returns image and label of this or the next good example, and the number of skipped ones.
+    """Returns (image, label, number of skipped examples) of the first good example from `index` on.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -217,7 +217,7 @@ class Stream:
     raise AssertionError('a split is never empty')
 
   def decode(self, example: Example, uniform_4: np.ndarray | None) -> np.ndarray:
-    """Returns `image_HWC`, uint8, of an example: a random crop, or the image scaled by `fit`.
+    """Returns a random crop of an example or, if `uniform_4` is None, its image scaled by `fit`.
 
     Raises:
       image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -240,12 +240,12 @@ def warn(message: str) -> None:
 
 
 def best_threads(workers: int) -> int:
-  """Returns the default number of threads per process. More threads would only wait for the GIL."""
+  """Returns the default number of decoding threads per process, at most 16 because of the GIL."""
   return min(16, max(1, num_cores() // max(1, workers)))
 
 
 def open_grain():
-  """Returns Grain, imported on first use. Grain reads absl flags, so they are marked as parsed."""
+  """Returns the module `grain`, and marks absl flags as parsed, because Grain reads them."""
   from absl import flags
   import grain
 
@@ -272,7 +272,7 @@ def read_part(
     stream: the stream that holds the examples.
     plan: the plan of the batches.
     parts: row numbers of each part of a batch.
-    number: number of the part, counted from the plan's first batch.
+    number: number of the part, counted over all batches from the plan's first batch.
   """
   step, part = divmod(number, len(parts))
   position_N = plan.positions(plan.steps[step])[parts[part]]
@@ -282,7 +282,7 @@ def read_part(
 
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
-  """Returns the four random numbers in [0, 1) for a position in the endless sequence."""
+  """Returns the random numbers for a position in the endless sequence: float64 `[4]` in [0, 1)."""
   # The position is part of the key, so each position has its own numbers. We draw raw bits, because
   # NumPy guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
@@ -290,7 +290,7 @@ def draw_uniform(seed: int, position: int) -> np.ndarray:
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Joins the arrays of the parts into new arrays in this process's memory; empties the parts."""
+  """Concatenates the arrays of several parts by name, copies them, and empties the parts."""
   # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
   # shared with the workers, so the parts are emptied here.
   join = lambda *arrays: np.concatenate(list(map(np.asarray, arrays)))

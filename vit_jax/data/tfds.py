@@ -29,7 +29,13 @@ CONVERTED = 'array_record'  # folder for converted copies; the user's own TFDS f
 
 
 def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens an image classification dataset of tensorflow-datasets, without TensorFlow."""
+  """Opens an image classification dataset of tensorflow-datasets, and prepares it if needed.
+
+  Args:
+    name: name of the dataset in TFDS, such as `cifar10`.
+    data_dir: folder of the TFDS data; empty: `TFDS_DATA_DIR` or the default of TFDS.
+    image_size: ignored.
+  """
   del image_size
   root = data_root(name, data_dir)
   if jax.distributed.is_initialized():  # process 0 prepares the data: all may share its folder
@@ -38,7 +44,7 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def data_root(name: str, data_dir: str) -> pathlib.Path:
-  """Returns the folder of the TFDS data.
+  """Returns the folder of the TFDS data: `data_dir`, else `TFDS_DATA_DIR`, else TFDS's default.
 
   Raises:
     ValueError: `name` is not the name of a dataset.
@@ -50,7 +56,7 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
 
 
 def tfds_source(name: str, builder) -> Source:
-  """Returns the source of a TFDS builder.
+  """Returns the source of a TFDS builder; `name` is the name of its dataset, for messages.
 
   Raises:
     ValueError: the dataset is not an image classification dataset.
@@ -88,7 +94,7 @@ def tfds_source(name: str, builder) -> Source:
 
 @functools.lru_cache(maxsize=8)
 def open_records(directory: str, split: str, image_key: str):
-  """Opens the records of a split, once per process; images stay encoded."""
+  """Opens the records of a split, with images encoded; keeps recently used splits open."""
   import tensorflow_datasets
 
   decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
@@ -97,7 +103,15 @@ def open_records(directory: str, split: str, image_key: str):
 
 
 def prepared_builder(name: str, root: pathlib.Path):
-  """Returns the TFDS builder of array_record data, and prepares the data if needed."""
+  """Returns the TFDS builder of a dataset in array_record format, and prepares it if needed.
+
+  Args:
+    name: name of the dataset in TFDS.
+    root: folder of the TFDS data; converted copies are in `CONVERTED` below it.
+
+  Raises:
+    ValueError: the dataset is unknown, or cannot be prepared.
+  """
   converted = root / CONVERTED
   if not find_builder(name, root):
     check_known(name)
@@ -117,7 +131,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the builder of a dataset that TFDS knows or `directory` contains, else None."""
+  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has it."""
   import tensorflow_datasets
 
   try:
@@ -127,7 +141,7 @@ def find_builder(name: str, directory: pathlib.Path):
 
 
 def check_known(name: str) -> None:
-  """Raises ValueError for a dataset that TFDS does not have."""
+  """Raises ValueError if TFDS has no dataset of this name."""
   import tensorflow_datasets
 
   known = tensorflow_datasets.list_builders(with_community_datasets=False)
@@ -159,6 +173,7 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
 
 
 def prepare_here() -> None:
+  """Prepares or converts a dataset in this process, as the module docstring describes."""
   name, root, converted = sys.argv[1:]
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow_datasets as tfds
@@ -179,9 +194,9 @@ def prepare_here() -> None:
 
 
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a prepared folder, with its TFRecord files converted to array_record.
+  """Copies a prepared TFDS folder, and converts its TFRecord files to array_record.
 
-  The target folder appears only when it is complete.
+  The folder `target` appears only when it is complete.
   """
   from array_record.python import array_record_module
   import tensorflow as tf
