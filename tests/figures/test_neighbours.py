@@ -86,6 +86,18 @@ def test_fewer_training_images_than_columns_are_drawn(pixels_as_features, tmp_pa
     assert axis.title.get_color() == wanted
 
 
+def test_a_training_split_without_a_readable_image_is_reported(monkeypatch, pixels_as_features):
+  class Unreadable(Examples):
+    def readable(self, index_N):
+      return np.zeros(len(index_N), bool)
+
+  exp, test, train = assemble(small_config(), Task(NAMES, (8, 8), 3)), make(3, 1), make(9, 2)
+  monkeypatch.setattr(subject, 'load_split', lambda *_: Unreadable(train.image_NHWC, train.label_N))
+  wrong = Scores(np.arange(3), test.label_N, (test.label_N + 1) % 3, *[np.ones(3)] * 3)
+  found = subject.near_mistakes(exp, {}, test, wrong, None)
+  assert isinstance(found, Missing) and str(found) == 'none of the training images can be read.'
+
+
 def test_missing_mistakes_or_training_data_are_reported(monkeypatch):
   exp = assemble(small_config(), Task(NAMES, (8, 8), 3))
   test = make(3, 1)

@@ -20,6 +20,7 @@ from vit_jax.data import Examples, Split
 from vit_jax.evaluation import compute_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.figures import canvas
+from vit_jax.figures.maps import Missing
 from vit_jax.model import unit
 
 ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each
@@ -55,6 +56,9 @@ def find_neighbours(
     test: R test examples.
     train: training split.
     mesh: the devices.
+
+  Raises:
+    Missing: none of the training images can be read.
   """
   step, size = make_feature_step(exp, mesh), exp.config.eval_batch_size
   found = lambda examples: compute_features(step, params, examples, size, mesh).image_NHWC
@@ -72,6 +76,8 @@ def find_neighbours(
     labels.append(part.label_N[best_RK])
     similarities.append(np.take_along_axis(similarity_RN, best_RK, axis=1))
     among += len(part)
+  if not images:
+    raise Missing('none of the training images can be read.')
   parts = [np.concatenate(x, axis=1) for x in (images, labels, similarities)]
   best_RK = np.argsort(-parts[2], axis=1, kind='stable')[:, :NEAREST]
   row_R1 = np.arange(len(test_RD))[:, None]

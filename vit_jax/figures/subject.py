@@ -125,12 +125,12 @@ def near_mistakes(
   try:
     index = worst(scores, ROWS)
     train = load_split(exp, exp.config.data.train_split)
+    return find_neighbours(exp, params, test.some(scores.index_N[index]), train, mesh)
   except Missing as reason:
     return reason
   except (ValueError, OSError) as error:
     log.warning('Cannot read the training data: %s', error)
     return Missing(f'cannot read the training data: {error}')
-  return find_neighbours(exp, params, test.some(scores.index_N[index]), train, mesh)
 
 
 def batches(
