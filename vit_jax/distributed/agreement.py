@@ -2,9 +2,9 @@
 
 Decisions:
   * Orbax's own barrier has only a time limit: if one process cannot write, the others would wait
-    for 20 minutes. Here they ask twice a second whether a process has failed.
-  * Orbax waits in a thread. So values are exchanged through JAX's coordination service, because
-    computations on devices would mix with those of training.
+    for 20 minutes. Here, waiting processes check twice a second whether another one has failed.
+  * Orbax waits in a thread, while training computes on the devices. So values are exchanged through
+    JAX's coordination service, and not by computations on the devices.
 """
 
 import collections
@@ -20,13 +20,18 @@ from orbax.checkpoint import multihost
 from vit_jax.distributed.cluster import code_after
 from vit_jax.storage import told
 
-POLL = 500  # milliseconds between two looks for failures
+POLL = 500  # milliseconds between two checks for failures
 
-NUMBERS = itertools.count()  # the processes open their checkpoints in the same order
+# Numbers of the agreements. They are equal in all processes, because all processes open their
+# checkpoints in the same order.
+NUMBERS = itertools.count()
 
 
 class Agreement:
-  """The processes that save checkpoints together; with one process, it does nothing."""
+  """Barriers and error messages between processes that save a checkpoint together.
+
+  With a single process, nothing is exchanged.
+  """
 
   def __init__(self):
     self._calls = collections.Counter()
@@ -34,11 +39,11 @@ class Agreement:
     self._client = multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
 
   def barrier(self, *, key: str, timeout_ms: int) -> None:
-    """Waits until all processes have called this with the same key.
+    """Waits until all processes have called this method with the same key.
 
     Raises:
       ValueError: another process has failed.
-      TimeoutError: another process does not finish in time.
+      TimeoutError: another process has not called this method within `timeout_ms` milliseconds.
     """
     if self._client is None:
       return
@@ -67,7 +72,7 @@ class Agreement:
         raise TimeoutError('another process does not finish writing')
 
   def reporting(self, function: Callable) -> Callable:
-    """Wraps a function: if it raises an error, the other processes are told."""
+    """Returns the function, changed to report its errors to the other processes."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -84,7 +89,7 @@ class Agreement:
     return wrapped
 
   def watch(self, handler):
-    """Makes an orbax handler tell the other processes if it cannot write; returns it."""
+    """Changes an orbax handler to report its errors to the other processes, and returns it."""
     save = handler.async_save
 
     async def watched(*args, **kwargs):
@@ -96,7 +101,7 @@ class Agreement:
 
 
 class Reported:
-  """A future of orbax whose error is told to all processes."""
+  """A future of orbax that reports its error to the other processes."""
 
   def __init__(self, future, agreement: Agreement):
     self.result, self.cancel = agreement.reporting(future.result), future.cancel

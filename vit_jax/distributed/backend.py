@@ -1,8 +1,8 @@
 """Names the devices for which a program is compiled, and reports missing devices.
 
 Decisions:
-  * A program that runs on a mesh chooses its kernels by the devices of the mesh. These devices may
-    be descriptions of hardware that this machine does not have.
+  * A program that runs on a mesh chooses its kernels by the devices of the mesh. The mesh may
+    consist of devices that this machine does not have, such as those in a topology description.
   * `compiled_for` replaces the devices of the mesh, to lower a step for a GPU on a CPU.
   * `model.apply` has no mesh. JAX then computes on its default device, and `target` describes it.
 """
@@ -47,7 +47,7 @@ def target(mesh: Mesh | None = None) -> Target:
 
 
 def target_of(device: jax.Device) -> Target:
-  """Describes a real device, or a device of a topology from `jax.experimental.topologies`."""
+  """Returns the kind of a real device, or of a device from `jax.experimental.topologies`."""
   if device.platform != 'gpu':
     return Target(device.platform)
   generation = device.compute_capability  # e.g. 9.0 for NVIDIA's Hopper, or gfx942 for AMD
@@ -57,7 +57,7 @@ def target_of(device: jax.Device) -> Target:
 
 @contextlib.contextmanager
 def compiled_for(target: Target) -> Iterator[None]:
-  """Makes programs that are traced in this block choose kernels for the given kind of device."""
+  """Context manager in which traced programs choose kernels for the given kind of device."""
   token = _target.set(target)
   try:
     yield
@@ -66,15 +66,15 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 
 def portable() -> contextlib.AbstractContextManager[None]:
-  """Makes programs that are traced in this block independent of the machine and its backend."""
+  """Returns a context manager in which traced programs use only kernels for every platform."""
   return compiled_for(ANY)
 
 
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
-  """Turns the error that JAX raises when it finds no devices into a ValueError with a remedy.
+  """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  The devices are checked only after a failure, because an earlier check would start JAX too early.
+  It looks for devices only after a failure, because an earlier check would start JAX too early.
   """
   try:
     yield

@@ -11,7 +11,7 @@ import threading
 
 
 def check_can_start() -> None:
-  """Raises ValueError if the start of a worker would run the main script again."""
+  """Raises ValueError if starting a worker process would run the main script again."""
   try:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
@@ -23,10 +23,10 @@ def check_can_start() -> None:
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Blocks SIGINT and SIGTERM in the threads that this block starts, and in the workers.
+  """Context manager that blocks SIGINT and SIGTERM in threads and workers started in its block.
 
   All processes of a job get these signals at the same time. Workers must keep running until
-  training has saved. A worker that is still starting cannot ignore the signals yet.
+  training has saved a checkpoint. They cannot block the signals themselves while they start.
   """
   multiprocessing.resource_tracker.ensure_running()  # starting it later would undo the mask
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -37,7 +37,7 @@ def unsignalled() -> Iterator[None]:
 
 
 def end_with_parent(index: int, count: int) -> None:
-  """Makes a worker process exit when its parent process exits."""
+  """Makes this worker process exit when its parent process exits. Grain passes the arguments."""
   del index, count
 
   def watch():

@@ -23,7 +23,7 @@ import numpy as np
 from vit_jax.storage import TRY_AGAIN, exit_code, told
 
 ARRAY = '__array__'  # key of the JSON object that replaces an array
-ASKED = itertools.count(1)  # numbers of this process's calls to the preemption service
+ASKED = itertools.count(1)  # numbers for the calls of this process to the preemption service
 PIECE = 2**30  # maximum bytes of one message, so that sizes and offsets fit into 32 bits
 MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # the user must change something
 
@@ -33,30 +33,30 @@ class Preempted(Exception):
 
 
 def asked_to_stop() -> bool:
-  """Returns whether all processes must stop now.
+  """Returns whether all processes must stop now, because one of them got a stop signal.
 
-  Every process must call this function equally often, because JAX numbers the calls and compares
-  the numbers of the processes. After a stop signal, all processes stop at the first call that no
-  process has made yet. Nothing else may call the service: `checkpoint.Manager` stops orbax.
+  Every process must call this function equally often, because JAX compares the call numbers of the
+  processes. After a stop signal, all processes stop at the first call that no process has made yet.
+  Nothing else may call JAX's preemption service: `checkpoint.Manager` keeps orbax from calling it.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
 
 def num_cores() -> int:
-  """Returns the number of cores that this process may run on."""
+  """Returns the number of CPU cores that this process may run on."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def is_first() -> bool:
-  """Returns whether this is process 0, which writes all shared files but checkpoints."""
+  """Returns whether this is process 0, which writes all shared files except checkpoints."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def code_after(error: BaseException) -> int:
-  """Returns the exit code after an error in one of several processes.
+  """Returns the exit code of this process, one of several, after an error.
 
-  It is 1 if another process was lost or the program has a defect. The launch scripts then start all
-  processes again. They do not after code 2, a mistake of the user.
+  Code 1 means that another process was lost, or that the program has a bug. The launch scripts then
+  start all processes again. After code 2, a user error, they do not.
   """
   code = exit_code(error)
   mistake = isinstance(error, MISTAKES) and not is_from_runtime(error)
@@ -64,7 +64,7 @@ def code_after(error: BaseException) -> int:
 
 
 def is_from_runtime(error: BaseException | None) -> bool:
-  """Returns whether an error may come from the loss of another process; no if memory ran out."""
+  """Returns whether an error may mean that another process was lost. A MemoryError does not."""
   while error is not None and not isinstance(error, MemoryError):
     # Gloo sends data between CPUs. A process that waits for another one raises TimeoutError.
     if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or 'Gloo' in str(error):
@@ -77,8 +77,8 @@ def from_first(function: Callable[[], object]) -> object:
   """Calls `function` in process 0, and returns its result or raises its error in all processes.
 
   Args:
-    function: returns a value that JSON can hold, except that the value may contain NumPy arrays.
-      With several processes, tuples come back as lists.
+    function: returns a value that can be stored as JSON, and may also contain NumPy arrays. With
+      several processes, tuples come back as lists.
 
   Raises:
     ValueError: the function raised a ValueError. With several processes, an OSError also becomes a
@@ -127,7 +127,7 @@ def check_same(what: str, value: dict) -> None:
 
   Args:
     what: name of the value, for the message.
-    value: the value of this process, which JSON can hold.
+    value: the value of this process; must be serializable as JSON.
   """
   first, *others = from_all(value)
   text = lambda found, key: json.dumps(found.get(key))  # as text, NaN equals NaN
@@ -142,10 +142,13 @@ def check_same(what: str, value: dict) -> None:
 
 
 def together(function: Callable[[], object]) -> object:
-  """Calls `function` in all processes, and returns its result; raises in all if one failed.
+  """Calls `function`, and raises an error in every process if the function failed in one of them.
+
+  All processes must call `together`. Each process gets the result of its own call.
 
   Raises:
-    ValueError: the function raised a ValueError or OSError in another process.
+    ValueError: the function raised a ValueError or OSError in another process. A process in which
+      the function failed raises its own error.
   """
   found, failure = None, None
   try:
@@ -163,7 +166,10 @@ def together(function: Callable[[], object]) -> object:
 
 
 def is_shared(folder: pathlib.Path) -> bool:
-  """Returns whether all processes see the same files in a folder, which process 0 can write to."""
+  """Returns whether all processes see the same files in a folder.
+
+  This is tested with a temporary file, so process 0 must be able to write to the folder.
+  """
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return True
 
@@ -186,7 +192,7 @@ def is_shared(folder: pathlib.Path) -> bool:
 
 
 def from_all(value: object) -> list:
-  """Returns a list with the `value` of each process. The values must be serializable as JSON."""
+  """Returns the list of all processes' values, by process; they must be serializable as JSON."""
   data = json.dumps(value).encode()
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [json.loads(data)]
@@ -204,14 +210,14 @@ def broadcast(data: bytes | None) -> bytes:
 
 
 def broadcast_piece(data: bytes | None, size: int) -> bytes:
-  """Works like `broadcast`, for `size` bytes that fit into one message."""
+  """Works like `broadcast`, for `size` bytes (at most `PIECE`); all processes know the size."""
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(flat)).tobytes()
 
 
 def to_host(tree):
-  """Converts the arrays of a tree to NumPy arrays, which every process then holds whole."""
+  """Returns the tree with global arrays as NumPy arrays, which are complete in every process."""
 
   def whole(x):
     if x.is_fully_addressable or x.is_fully_replicated:
@@ -227,8 +233,8 @@ class Preemption:
   With several processes, JAX's preemption service listens. This service makes all processes stop at
   the same step, even if only one process got the signal.
 
-  Contexts inside of another one share its notice. So a sweep also stops if the notice came in the
-  last step of one of its runs, which then ended as usual.
+  Nested contexts share one notice. So a sweep also stops if the notice came in the last step of one
+  of its runs, and this run ended as usual.
   """
 
   _depth, _noticed = 0, False  # shared by all contexts

@@ -5,7 +5,7 @@ Decisions:
     Parameters, and arrays with the shapes of parameters, are split over `fsdp` and `tensor`.
   * The axes have the type Auto. The default of `jax.make_mesh` is Explicit, with which a linen
     module fails on a sharded batch.
-  * On a CPU, each core is a device if the batch is large enough (`microbatch.py` has the reason).
+  * On a CPU, each core is a device if the batch is large enough (`microbatch.py` explains why).
 """
 
 from collections.abc import Mapping
@@ -23,17 +23,17 @@ ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
 MIN_EXAMPLES = 32  # per CPU device; with fewer examples, one more device makes a step slower
 
-PAIRS = '2 (mixed pairs stay together)'  # why `group` is 2, in messages
+PAIRS = '2 (mixed pairs stay together)'  # explains `group` = 2 in messages
 
 _one_per_core = False  # True if `start_up`, not the user, set the number of CPU devices
 
 
 def start_up() -> None:
-  """Makes one CPU device per core. For small batches, a mesh uses fewer devices (`worth`).
+  """Sets the number of JAX's CPU devices to the number of CPU cores.
 
-  The first query for devices starts JAX, by default with a single CPU device. So this function must
-  be called before anything else. It does nothing if the user has set the number of CPU devices, or
-  if JAX is already running.
+  This function must be called before the first query for devices. The query starts JAX, by default
+  with a single CPU device. The function does nothing if the user has set the number of CPU devices,
+  or if JAX is already running. For small batches, a mesh uses fewer devices (`worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
@@ -63,7 +63,10 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 
 
 def worth(count: int, batch_size: int) -> int:
-  """Returns how many of `count` CPU devices to use: one, or more with `MIN_EXAMPLES` each."""
+  """Returns how many of `count` CPU devices to use for a batch.
+
+  Each device gets at least `MIN_EXAMPLES` examples, unless there is only one device.
+  """
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
 
@@ -73,13 +76,14 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices; on a CPU, of the largest number that divides the batch.
+  """Returns a mesh of all devices or, on a CPU, of the largest number that divides the batch.
 
   On a CPU, `worth` limits the number of devices. The limit does not apply if the user has set the
-  number of CPU devices, or if `shape` needs more devices.
+  number of CPU devices, or if `shape` needs more devices. With several processes, the mesh has all
+  devices.
 
   Args:
-    batch_size: number of examples over all devices; None: a mesh of all devices.
+    batch_size: number of examples in a batch over all devices; None: a mesh of all devices.
     micro_batches: number of micro-batches that each device's share is divided into.
     group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
       if images are mixed in pairs, else 1.
@@ -119,11 +123,11 @@ def make_mesh(
 
 
 def possible_sizes(shape: Mapping[str, int], most: int) -> list[tuple[int, ...]]:
-  """Returns the sizes of the meshes that `make_mesh` can choose from, the best first.
+  """Returns the (data, fsdp, tensor) sizes of all possible meshes, in order of preference.
 
   Args:
     shape: number of devices along each of `AXES`, as in `make_mesh`.
-    most: number of CPU devices that are worth using.
+    most: number of CPU devices that are worth using. Larger meshes come last.
   """
   devices = jax.devices()
   counts = [len(devices)]
@@ -143,9 +147,10 @@ def smallest_batch(
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """Returns a mesh of all devices for a padded batch; on a CPU, `worth` limits their number.
+  """Returns a mesh that splits a batch over all devices; on a CPU, `worth` limits their number.
 
-  With several processes there is no limit, because every process must have a device of the mesh.
+  The batch is padded, so the number of devices need not divide it. With several processes, the
+  number is not limited, because the mesh must contain devices of every process.
   """
   count = jax.device_count()
   limited = _one_per_core and jax.process_count() == 1
@@ -153,13 +158,16 @@ def inference_mesh(batch_size: int) -> Mesh:
 
 
 def mesh_of(sizes: tuple[int, ...]) -> Mesh:
-  """Returns a mesh of the first devices, with these sizes along `AXES`."""
+  """Returns a mesh with these sizes along `AXES`, made of the first devices in `jax.devices()`."""
   devices = jax.devices()[: math.prod(sizes)]
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
-  """Returns the sizes of a mesh's axes for `count` devices; None if no such mesh exists."""
+  """Returns the sizes along `AXES` of a mesh of `count` devices; None if `shape` does not fit.
+
+  `shape` is the same as in `make_mesh`.
+  """
   if -1 in (shape['fsdp'], shape['tensor']) and shape['data'] == -1:
     shape = {**shape, 'data': 1}
   fixed = math.prod(size for size in shape.values() if size != -1)
@@ -169,10 +177,10 @@ def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
 
 
 def shares(mesh: Mesh) -> int:
-  """Returns the number of parts that a batch is split into."""
+  """Returns the number of parts into which a mesh splits a batch, along `data` and `fsdp`."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def splits(mesh: Mesh) -> bool:
-  """Returns whether parameters are split over devices."""
+  """Returns whether a mesh splits parameters, along `fsdp` or `tensor`."""
   return mesh.size > mesh.shape['data']

@@ -14,7 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class Fitted:
-  """A function `(batch, params) -> result` that is compiled for each size of the batch."""
+  """A function `(batch, params) -> result` that works through a batch in micro-batches.
+
+  It is compiled for each batch size, with the fastest number of micro-batches. With a budget,
+  larger numbers are tried until the program fits.
+  """
 
   def __init__(
     self,
@@ -26,9 +30,9 @@ class Fitted:
     """Creates the function; nothing is compiled yet.
 
     Args:
-      build: maps a number of micro-batches to the jitted function.
+      build: maps a number of micro-batches per device to the jitted function.
       mesh: mesh of the devices.
-      best: maps the number of rows of a batch to the fastest number of micro-batches.
+      best: maps the number of rows of a batch to the fastest number of micro-batches per device.
       budget: bytes that the function may use on each device; None without a limit.
     """
     self._build, self._mesh, self._best, self._budget = build, mesh, best, budget
@@ -54,15 +58,17 @@ class Fitted:
     return self._functions[rows](batch, params)
 
   def _counts(self, rows: int) -> list[int]:
-    """Returns the possible numbers of micro-batches, increasing."""
+    """Returns the possible numbers of micro-batches for a batch of `rows` rows, increasing."""
     share, first = rows // shares(self._mesh), self._best(rows)
     return [first, *(n for n in range(first + 1, share + 1) if share % n == 0)]
 
   def _fit(self, counts: list[int], batch, params) -> tuple[int, Callable]:
-    """Returns the first number of micro-batches that fits, and the compiled function.
+    """Returns the first number of micro-batches with which the function fits into memory.
+
+    Also returns the compiled function.
 
     Raises:
-      limits.OutOfMemory: no number fits.
+      limits.OutOfMemory: the function does not fit with any number.
     """
     budget, fixed, functions = self._budget, size_on_device(self._mesh, params), {}
 

@@ -4,7 +4,7 @@ Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
   * A process that fails exits without waiting for the other processes. JAX's coordination service
     ends the other processes within `LOST` seconds, and names the failed process.
-  * Process 0 runs that service. As soon as process 0 exits, JAX aborts the other processes. So if
+  * Process 0 runs this service. As soon as process 0 exits, JAX aborts the other processes. So if
     all processes fail in the same way, process 0 exits last.
 """
 
@@ -36,9 +36,9 @@ MAX_PORT = 65535
 NO_ADDRESS = 'Retry failed'  # in JAX's error if Kubernetes does not know the address of process 0
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
-# Variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each process. On a
-# TPU, libtpu is installed instead. KUBERNETES_SERVICE_HOST is not listed, because Kubernetes also
-# sets it in single pods.
+# Environment variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each
+# process. On a TPU, libtpu is installed instead. KUBERNETES_SERVICE_HOST is not listed, because
+# Kubernetes also sets it in single pods.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
@@ -49,9 +49,10 @@ LAUNCHERS = (
 def joined(
   coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> Iterator[None]:
-  """Runs the block as one of several processes, or alone; `join` documents the arguments.
+  """Context manager that runs its block as one of several processes, or alone.
 
-  If the block fails in one of several processes, `leave` ends this process.
+  `join` documents the arguments. If the block fails in one of several processes, `leave` ends this
+  process.
   """
   join(coordinator, num_processes, process_id)
   try:
@@ -101,10 +102,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-  """Starts JAX's runtime. In Kubernetes, waits until the pod of process 0 has an address.
+  """Starts JAX's distributed runtime. In Kubernetes, waits until process 0's pod has an address.
 
-  JAX asks for this address for less than a minute. It has not set any state then, so it can be
-  called again. `waiting` ends a process that asks for too long.
+  JAX gives up after less than a minute without this address, before it sets any state. So it can be
+  called again. `waiting` ends a process that waits too long.
   """
   given = coordinator, num_processes, process_id
   while True:
@@ -118,9 +119,10 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 
 
 def check_alone() -> None:
-  """Raises ValueError if a launcher started several processes, which would each train alone.
+  """Raises ValueError if the environment names other processes that JAX does not detect.
 
-  In an indexed Kubernetes job, the number of pods is unknown, so this only logs a warning.
+  Each process would otherwise train alone. In an indexed Kubernetes job, the number of pods is
+  unknown, so the function only logs a warning.
   """
   for name in ('OMPI_COMM_WORLD_SIZE', 'JAX_COORDINATOR_ADDRESS'):
     value = os.environ.get(name) or '1'
@@ -163,7 +165,7 @@ def check_arguments(
 
 
 def why_not_free(port: int) -> str | None:
-  """Returns why this machine cannot listen on a port; None if it can."""
+  """Returns the reason why this machine cannot listen on a port; None if it can."""
   both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after an earlier run
@@ -177,15 +179,16 @@ def why_not_free(port: int) -> str | None:
 
 
 def say(text: str) -> None:
-  """Prints a line to stderr, in every process."""
+  """Prints a line to stderr, also in processes other than process 0."""
   print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-  """Prints a message if the block is slow, and ends this process after `JOIN` seconds.
+  """Context manager that limits the time in which its block waits for other processes.
 
-  Without this, JAX would also abort the process, but later.
+  After `SOON` seconds, it prints a message about `what` the block waits for. After `JOIN` seconds,
+  it ends this process. Without the limit, JAX would abort the process, but later.
   """
 
   def give_up():
@@ -207,12 +210,15 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this process may be one of several. If so, `join` asks JAX to detect them."""
+  """Returns whether this process may be one of several, judging by its environment.
+
+  If so, `join` lets JAX detect the other processes.
+  """
   return any(name in os.environ for name in LAUNCHERS) or bool(importlib.util.find_spec('libtpu'))
 
 
 def leave(error: BaseException) -> None:
-  """Ends this process at once; an ordinary exit would wait for the other processes."""
+  """Prints an error, and ends this process; an ordinary exit would wait for other processes."""
   name = f'process {jax.process_index()} of {jax.process_count()}'
   if isinstance(error, KeyboardInterrupt):
     print(f'{name}: interrupted.', file=sys.stderr)

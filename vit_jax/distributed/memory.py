@@ -18,8 +18,8 @@ from vit_jax.distributed.cluster import from_first
 from vit_jax.limits import is_full
 
 SHARE = 0.9  # usable share of a device's memory; fragments and cuDNN's workspace need the rest
-COMPILATIONS = 3  # most programs that are compiled to find one that fits
-MARGIN = 1.1  # factor on the measured memory after a program did not fit
+COMPILATIONS = 3  # maximum number of programs to compile until one fits
+MARGIN = 1.1  # safety factor on the corrected estimate after a program did not fit
 
 Plan = TypeVar('Plan')
 
@@ -30,8 +30,9 @@ class Fit(Generic[Plan]):
 
   Attributes:
     plan: the plan that fits; if none fits, the last plan that was compiled.
-    compiled: the program; None if no plan fits.
-    size: bytes that the plan needs on each device; infinite if the compiler gave up.
+    compiled: the compiled program; None if no plan fits.
+    size: bytes that the program needs on each device; infinite if the compiler reported that memory
+      ran out.
     attempts: number of compilations.
   """
 
@@ -48,18 +49,21 @@ def first_fit(
   budget: float,
   factor: float = 1.0,
 ) -> Fit[Plan]:
-  """Compiles a program with one plan after another, until one fits.
+  """Compiles a program with the first plan that fits into the memory of each device.
 
-  Plans that cannot fit by `need` are passed over. After a plan did not fit, the factor is corrected
-  by the memory that its program needs. At most `COMPILATIONS` plans are compiled.
+  A plan is any value that changes how much memory the program needs, such as a number of
+  micro-batches. Plans that are too large by the estimate of `need` are skipped. If a compiled plan
+  does not fit, `factor` is corrected by the measured memory. At most `COMPILATIONS` plans are
+  compiled.
 
   Args:
-    plans: from the fastest plan to the one with the least memory.
+    plans: plans from the fastest one to the one that needs the least memory.
     lower: lowers the program with a plan.
-    need: maps a plan to two numbers of bytes. The sum of the first number and of `factor` times the
-      second one estimates what the program needs on each device.
+    need: maps a plan to two numbers, fixed and varying. The estimate of the bytes that the program
+      needs on each device is `fixed + factor * varying`.
     budget: bytes that the program may use on each device.
-    factor: first value of the factor. With 0, the first plan is compiled first.
+    factor: initial value of the factor. With 0, the first plan with `fixed <= budget` is compiled
+      first.
   """
   for attempt in range(1, COMPILATIONS + 1):
     estimates = ((plan, *need(plan)) for plan in plans)
@@ -79,9 +83,9 @@ def first_fit(
 
 
 def compiled_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, float]:
-  """Compiles a program, and returns the program and its `needed_bytes`.
+  """Returns a compiled program and its `needed_bytes`.
 
-  Returns `(None, inf)` if the compiler itself reports that the program needs too much memory.
+  Returns `(None, inf)` if the compiler itself reports that memory ran out.
   """
   try:
     compiled = lowered.compile()
@@ -95,7 +99,7 @@ def compiled_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | No
 def needed_bytes(compiled: jax.stages.Compiled) -> int:
   """Returns the bytes that a compiled program needs on each device, with arguments and results.
 
-  They do not include cuDNN's workspace.
+  The workspace of cuDNN is not included.
   """
   memory = compiled.memory_analysis()
   held = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -103,9 +107,10 @@ def needed_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def memory_limit(mesh: Mesh) -> int | None:
-  """Returns the bytes that the devices of a mesh report, or None if they report nothing.
+  """Returns the bytes of memory that each device of a mesh can use; None if this is unknown.
 
-  CPUs and the devices of a described topology report nothing. Process 0 answers for all processes.
+  The first device of process 0 reports the number. CPUs and the devices of a topology description
+  report none.
   """
 
   def ask():

@@ -1,10 +1,10 @@
-"""Defines how the devices work through a batch.
+"""Applies functions to a batch that is split over devices and into micro-batches.
 
 Decisions:
-  * If every device holds all parameters, each device works on its share of the batch independently.
-    Sums over devices are computed once per step (`shard_map`). If parameters are split, XLA
+  * If every device holds all parameters, each device works on its share of the batch independently
+    (`shard_map`). Sums over devices are computed once per step. If parameters are split, XLA
     partitions one program over all devices. Constraints keep the activations between blocks split
-    over the batch.
+    along the batch axis.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its
     share in micro-batches that fit into its cache, and waits for other devices only at the end.
     For small models this is far faster than one program over all cores and the whole batch
@@ -39,7 +39,8 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
     batch_size: number of examples over all devices.
     tokens: number of tokens of an example.
     width: width of the model.
-    group: number of neighbouring examples that stay together in a micro-batch.
+    group: number of neighbouring examples that stay together in a micro-batch: 2 if images are
+      mixed in pairs, else 1.
 
   Returns:
     1 on accelerators. On a CPU, the number that gives micro-batches of about `TOKENS` tokens, or
@@ -54,13 +55,14 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> sums` that adds up results of `function` over a batch.
+  """Returns a function `(batch, *shared) -> sums` that adds up `function` over all micro-batches.
 
   Args:
-    function: maps `(micro-batch, *shared)` to a tree of sums over the examples.
-    mesh: mesh of devices. Each device holds a share of the batch. The arrays in `shared` are placed
-      as `sharding.layout` defines.
-    parts: number of micro-batches per device, which must divide the device's share.
+    function: maps `(micro-batch, *shared)` to a tree of sums over the examples. Every micro-batch
+      gets the same `shared` arguments, such as parameters.
+    mesh: mesh of the devices. Each device holds a share of the batch. The arrays in `shared` are
+      placed as `sharding.layout` defines.
+    parts: number of micro-batches per device; must divide the number of examples per device.
   """
 
   @jax.jit  # traced once, although called twice
@@ -91,10 +93,11 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Works like `add_up`, but joins the rows of the results of `function`.
+  """Returns a function `(batch, *shared) -> rows` that concatenates `function` over micro-batches.
 
-  `function` returns an array, or a tree of arrays, with one row per example. The rows of the result
-  are in the order of the batch.
+  `function` maps `(micro-batch, *shared)` to an array, or a tree of arrays, with one row per
+  example. The rows of the result are in the order of the batch. The other arguments are the same as
+  in `add_up`.
   """
 
   def rows_of(part, *shared):
@@ -113,15 +116,16 @@ def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def split(batch, parts: int):
-  """Reshapes every array `[B, ...]` to `[parts, B / parts, ...]`."""
+  """Reshapes every array of a tree from `[B, ...]` to `[parts, B / parts, ...]`."""
   return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
 def micro(batch, mesh: Mesh, parts: int):
-  """Splits a batch into parts of which each uses every device.
+  """Splits a batch into micro-batches: `[B, ...]` becomes `[parts, B / parts, ...]`.
 
-  If parameters are split, `batch` is the whole batch. Each part then takes examples from the shares
-  of all devices. Otherwise `batch` is the share of one device, and the result equals `split`.
+  If parameters are split, `batch` is the whole batch. Each micro-batch then takes examples from the
+  shares of all devices. Otherwise, `batch` is the share of one device, and the result equals
+  `split`.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -144,10 +148,10 @@ def unsplit(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns the function with a constraint: module outputs stay split along the batch axis.
+  """Returns the function, changed to keep the outputs of Flax modules split along the batch axis.
 
-  Without this constraint, XLA can split a token's vector in the same way as the next kernel.
-  Devices would then exchange activations instead of parameters.
+  Without this constraint, XLA can split activations along the channel axis, as it splits the next
+  kernel. Devices would then exchange activations instead of parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 
@@ -167,7 +171,10 @@ def over_blocks(function: Callable, mesh: Mesh) -> Callable:
 
 
 def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
-  """Returns a function `(batch, *shared)` that every device runs on its share of the batch."""
+  """Returns a function `(batch, *shared)` in which every device runs `function` on its share.
+
+  `out_specs` defines how the results of the devices form global arrays, as in `jax.shard_map`.
+  """
 
   def run(batch, *shared):
     in_specs = (PartitionSpec(devices.BATCH), *[PartitionSpec()] * len(shared))

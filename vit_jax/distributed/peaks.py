@@ -1,4 +1,4 @@
-"""Peak speed of accelerators. The metric `mfu` is the share of it that a training run reaches."""
+"""Peak speeds of accelerators. The metric `mfu` is the share of the peak that training reaches."""
 
 import jax
 
@@ -20,5 +20,5 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: jax.Device) -> float | None:
-  """Returns the peak of a device in bfloat16, in TFLOP/s; None for an unlisted device."""
+  """Returns the peak speed of a device in bfloat16, in TFLOP/s; None if it is not listed."""
   return next((n for kind, n in PEAK_TFLOPS.items() if device.device_kind.startswith(kind)), None)

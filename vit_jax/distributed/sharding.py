@@ -29,7 +29,7 @@ TENSOR_AXIS = {
   ('hidden_norm', 'scale'): 0,
   ('hidden_norm', 'bias'): 0,
   ('down', 'kernel'): 0,
-  # The factors of LoRA are split in the same way: of a kernel `W + A B`, the side with the axis.
+  # LoRA adds factors to a kernel, `W + A B`. The factor that has the split axis of `W` is split.
   ('query', 'b'): 1,
   ('key', 'b'): 1,
   ('value', 'b'): 1,
@@ -42,7 +42,7 @@ SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays, because gat
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of arrays whose first axis is the batch."""
+  """Returns the sharding of arrays whose first axis is the batch: split over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(devices.BATCH))
 
 
@@ -52,9 +52,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def layout(mesh: Mesh, tree):
-  """Returns the sharding of each array of a tree.
+  """Returns a tree with the sharding of each array in `tree`, as `partition` defines it.
 
-  The arrays are parameters, or have the names and shapes of parameters.
+  The arrays are parameters, or have the names and shapes of parameters, such as optimizer states.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, x: NamedSharding(mesh, partition(mesh, path, x.shape)), tree
@@ -62,7 +62,7 @@ def layout(mesh: Mesh, tree):
 
 
 def size_on_device(mesh: Mesh, tree) -> int:
-  """Returns the bytes of a tree that each device holds, if the arrays are placed by `layout`."""
+  """Returns the bytes that each device holds of the arrays in `tree`, if `layout` places them."""
   leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
   return sum(
     math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -71,11 +71,11 @@ def size_on_device(mesh: Mesh, tree) -> int:
 
 
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-  """Returns, for each axis of an array, the mesh axis that splits it, or None.
+  """Returns the mesh axis, or None, that splits each axis of the array at `path` in a tree.
 
   `tensor` splits the axis given in `TENSOR_AXIS`, if the size of `tensor` divides this axis. `fsdp`
   splits the longest other axis that the size of `fsdp` divides, in arrays of at least `SPLIT_FROM`
-  numbers (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  elements (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)
@@ -90,34 +90,46 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def place(tree, like):
-  """Makes global arrays, sharded as in `like`, from arrays that every process holds whole."""
+  """Returns a tree of global arrays that are sharded as the arrays of the tree `like`.
+
+  Every process must pass the complete arrays.
+  """
   return jax.tree.map(lambda x, old: spread(x, old.sharding), tree, like)
 
 
 def place_params(mesh: Mesh, tree):
-  """Divides parameters over the mesh as `layout` says. Every process has each array complete."""
+  """Returns a tree of parameters as global arrays, sharded by `layout`.
+
+  Every process must pass the complete arrays.
+  """
   return jax.tree.map(spread, tree, layout(mesh, tree))
 
 
 def replicate(mesh: Mesh, tree):
-  """Makes global arrays, replicated on every device, from arrays that every process holds whole."""
+  """Returns a tree of global arrays, replicated on all devices of a mesh.
+
+  Every process must pass the complete arrays.
+  """
   return jax.tree.map(lambda x: spread(x, replicated(mesh)), tree)
 
 
 def spread(x: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Makes a global array from an array that every process holds whole."""
+  """Returns a global array with this sharding; every process must pass the complete array."""
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda where: x[where])
 
 
 def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """Returns `array[index_B]` as a global array; a process reads only rows of its own devices."""
+  """Returns `array[index_B]` as a global array; a process reads only rows for its own devices."""
   shape = (len(index_B), *array.shape[1:])
   return jax.make_array_from_callback(shape, sharding, lambda where: array[index_B[where[0]]])
 
 
 def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:
-  """Returns the numbers of the batch rows that the devices of this process hold, sorted."""
+  """Returns the sorted numbers of the batch rows that the devices of this process hold.
+
+  `over_batch` is the sharding of the batch, and `rows` its number of rows.
+  """
   places = over_batch.addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows)[where] for where in places]))
 
@@ -128,9 +140,13 @@ def place_rows(
   over_batch: jax.sharding.Sharding,
   local: Mapping[str, object],
 ) -> dict[str, object]:
-  """Makes global arrays of `count` rows. `local` holds the rows with the numbers `row_N`.
+  """Returns global arrays of `count` rows, made of the rows that each process holds.
 
-  The values are NumPy arrays, or trees of them.
+  Args:
+    row_N: numbers of the rows that this process holds, as from `local_rows`.
+    count: number of rows in the global arrays.
+    over_batch: sharding of the global arrays.
+    local: NumPy arrays, or trees of them, by name, with the rows of this process.
   """
 
   def put(array):
@@ -145,7 +161,10 @@ def place_rows(
 
 
 def keep_layout(mesh: Mesh, tree):
-  """Keeps arrays in their `layout`, if parameters are split and XLA partitions the program."""
+  """Returns the tree with sharding constraints by `layout`, or unchanged if no parameter is split.
+
+  Must be called in a jitted function.
+  """
   return (
     jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree
   )
