@@ -129,7 +129,7 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
-        'images for testing, so few images can leave a split empty. Add images.'
+        'images for testing. If there are few images, a split can be empty. Add images.'
       )
   used = top if top.is_dir() else root
   warnings = *folder_lib.not_used(root, passed_over), *folder_lib.passed_folders(root, used)

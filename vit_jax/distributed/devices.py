@@ -105,7 +105,7 @@ def make_mesh(
   sizes = possible_sizes(shape, most)
   if not sizes:
     raise ValueError(
-      f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s): the product of its '
+      f'A mesh of {dict(shape)} cannot be made of {len(devices)} device(s). The product of its '
       'axis sizes must be the number of devices (on a CPU: at most this number). Set one axis to '
       '-1 for all remaining devices. On a CPU, JAX_NUM_CPU_DEVICES=8 makes eight devices.'
     )
