@@ -120,7 +120,7 @@ def eval_batches(
   over_batch: jax.sharding.NamedSharding,
   **extra: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields batches of one shape that contain every example once, in order, and then padding.
+  """Yields batches of one shape, whose `mask` selects every example once, in order.
 
   A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 0 for
   padding and for bad images that are skipped, else 1.

@@ -35,7 +35,7 @@ class Files:
   """Image files of a split, sorted by `position`. Arrays keep splits of a million files compact.
 
   Attributes:
-    top: folder that contains the class folders.
+    top: folder at which the paths start, such as the parent of the class folders.
     path_N: path of each file, relative to `top`, as bytes.
     label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
       with a 1 for each label.
@@ -74,7 +74,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A folder's classes, its files by split, and warnings about its content."""
+  """The classes of a data set, its files by split, and warnings about its content."""
 
   class_names: tuple[str, ...]
   files: dict[str, Files]

@@ -208,8 +208,9 @@ def decode_part(
 ) -> np.ndarray:
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
-  JPEGs are decoded at 1/n of their height and width. Of 1, 2, 4 and 8, n is the largest with which
-  the part is not smaller than `size`. This is faster: it uses fewer terms of the cosine transform.
+  Ordinary JPEGs are decoded at 1/n of their height and width. Of 1, 2, 4 and 8, n is the largest
+  with which the part is not smaller than `size`. Decoding then uses fewer terms of the cosine
+  transform, and is faster.
 
   Args:
     encoded: the bytes of the file.

@@ -95,7 +95,7 @@ def load_examples(
     split: the split in TFDS notation, such as `train[:90%]`.
     size: (height, width) that images are scaled to.
     skip_bad_images: skip images that cannot be decoded, instead of raising.
-    fit: function that scales an image, such as `image.fit_image`, given image and size.
+    fit: function `(image, size) -> image_HWC` for Pillow images, such as `image.fit_image`.
 
   Raises:
     image.BadImage: an image cannot be decoded, and bad images are not skipped.

@@ -39,7 +39,7 @@ class Source:
     read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
       a file or a uint8 array. `pixels` checks and decodes the image later.
     fingerprint: hash of the training split's names and labels; empty if unknown.
-    files: files of each split of a folder; empty for other kinds of sources.
+    files: files of each split, for the kinds `folder`, `images` and `labels`; else empty.
     left_out: for each split, whether each of its files is left out, bool `[N]`.
     warnings: messages for the user about the data.
     spec: the `data.source` value that `open_source` opened.
@@ -164,7 +164,7 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises a BadImage with the message of `error` and a remedy, if bad images are not skipped."""
+  """Raises a BadImage with the message of `error`, followed by advice for skipping bad images."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
