@@ -129,6 +129,11 @@ def test_switch_enables_its_augmentation():
   assert pipeline.active(arguments(**others)) == []
 
 
+def test_strong_augmentations_are_those_that_a_run_switches_off_at_its_end():
+  strong = {name for name, found in pipeline.AUGMENTATIONS.items() if found.strong}
+  assert strong == {'rand_augment', 'trivial_augment', 'erasing'}
+
+
 @functools.cache
 def early_and_late():
   """Returns a compiled step with nearly all of `ON`; `early` enables strong augmentations."""
@@ -325,6 +330,15 @@ def test_cutmix_replaces_a_rectangle_and_the_label_loses_its_area():
   assert lost[:, 0, 0].any() and lost[:, -1, -1].any() and lost[:, 6, 8].mean() > 0.3
   shapes = [(np.ptp(y) + 1, np.ptp(x) + 1) for y, x in map(np.nonzero, lost) if len(y)]
   assert max(high for high, _ in shapes) >= 10 and max(wide for _, wide in shapes) >= 14
+
+
+def test_cutmix_reaches_all_pixels_of_an_elongated_image():
+  images = np.zeros((256, 8, 32, 1), np.uint8)
+  images[::2] = 255
+  out, _ = mixed(images, cutmix_alpha=1.0)
+  replaced_HW = (out != images).mean((0, 3))
+  assert replaced_HW.min() > 0.05
+  np.testing.assert_allclose(replaced_HW, replaced_HW[::-1, ::-1], atol=0.15)
 
 
 @pytest.mark.parametrize('probability, switch, alphas, shares', [

@@ -1,7 +1,9 @@
 """Paths, locks and records in a bucket: one process, and a server on loopback."""
 
+import asyncio
 import io
 import json
+import pathlib
 import pickle
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, call, error
 from tests.fake_gcs import FakeGcs
 from vit_jax import bucket, storage
-from vit_jax.bucket import client, lease, objects, records
+from vit_jax.bucket import client, lease, listing, objects, records
 from vit_jax.data import sources
 from vit_jax.data.image import BadImage
 from vit_jax.data.source import as_bytes, fetched
@@ -232,6 +234,53 @@ def test_a_bucket_that_does_not_answer_for_long_is_an_error(server, capsys, monk
 
 async def no_pause():
   pass
+
+
+def test_an_answer_ends_the_silence_of_a_bucket(monkeypatch):
+  from vit_jax.bucket import patient
+
+  now, answers = [0.0], []
+  monkeypatch.setattr(patient.time, 'monotonic', lambda: now[0])
+  monkeypatch.setattr(patient.asyncio, 'sleep', lambda *_: no_pause())
+  monkeypatch.setattr(patient, 'is_passing', lambda error: isinstance(error, TimeoutError))
+  files = patient.PatientFileSystem.__new__(patient.PatientFileSystem)
+
+  async def request():
+    answer = answers.pop(0)
+    if answer is None:
+      raise TimeoutError('no answer')
+    return answer
+
+  for hour in range(3):  # each hour, one request fails once
+    now[0], answers[:] = 3600.0 * hour, [None, hour]
+    assert asyncio.run(files._repeated(request)) == hour
+
+
+def test_the_lock_counts_from_the_request_that_renewed_it(monkeypatch):
+  now, requests = [0.0], []
+  monkeypatch.setattr(lease, 'uptime', lambda: now[0])
+
+  def put(path, content, generation):
+    requests.append(now[0])
+    now[0] += seconds  # the process is suspended before it gets the answer
+    return generation + 1
+
+  monkeypatch.setattr(client, 'put_if', put)
+  lock = lease.Lease(pathlib.Path('run'))
+  seconds = 3 * lease.HEARTBEAT
+  assert lock._write(0)
+  seconds = 0
+  lock.check()
+  assert requests == [0.0, 3 * lease.HEARTBEAT]  # it is renewed before the next write
+
+
+def test_a_listed_folder_has_no_files_of_a_folder_with_a_longer_name():
+  tree = listing.Tree({'cat/a.png': 1, 'cat/deep/b.png': 1, 'cats/c.png': 1, 'd.png': 1})
+  walk = lambda inside: {
+    path: names for path, _, names in listing.Listed('gs://b', inside, tree).walk()
+  }
+  assert walk('cat') == {'gs://b/cat': ['a.png'], 'gs://b/cat/deep': ['b.png']}
+  assert set(walk('')) == {'gs://b', 'gs://b/cat', 'gs://b/cat/deep', 'gs://b/cats'}
 
 
 def test_a_failed_request_ends_the_program_without_a_traceback(server, capsys, monkeypatch):
