@@ -91,7 +91,9 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """Returns the examples with features `[N, D]` as `image_NHWC`, from the cache if possible.
+  """Returns the examples, whose field `image_NHWC` holds features `[N, D]` in place of images.
+
+  The features are read from the cache if possible.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.

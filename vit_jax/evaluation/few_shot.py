@@ -127,8 +127,9 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
   Returns:
     `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
     'classifier': ...}`. `std` is the population standard deviation over the seeds. `examples` is
-    the number of test images. With `ridge`, `l2` is the weight of the penalty. If test images were
-    left out, the result also has the key `left_out`, as in `evaluate_checkpoint`.
+    the number of test images. With `ridge`, the key `l2` gives the weight of the
+    penalty. If test images were left out, the result also has the key `left_out`, as in
+    `evaluate_checkpoint`.
 
   Raises:
     ValueError: a class has no image, or the splits share examples.

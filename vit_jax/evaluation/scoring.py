@@ -195,7 +195,7 @@ def quality(values: Mapping[str, float]) -> float:
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """Returns mean loss and accuracy over training batches, summed in float64, and `examples`.
+  """Returns the mean loss and accuracy over training batches, and the number of `examples`.
 
   Args:
     batches: a result of `training_score` for each batch.

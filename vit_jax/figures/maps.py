@@ -282,8 +282,8 @@ def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np
   """Returns the indices of `count` examples, spread evenly over the classes.
 
   The first example of each class comes first, then the second of each class. If there are fewer
-  examples than `count`, all are used. If there are more classes than `count`, the examples of
-  `count` evenly spaced classes come first.
+  examples than `count`, all are used. If there are more classes than `count`, one example each is
+  taken from `count` evenly spaced classes. If such a class has no example, others take its place.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

@@ -89,8 +89,8 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
     choose('--mode=export: config key', key, READ)
   if overrides and not measures:
     raise ValueError(
-      f'--config.{next(iter(overrides))}: an export in float32 reads no data. Remove this flag, or '
-      'choose a lower --precision.'
+      f'--config.{next(iter(overrides))} has no effect: an export in float32 reads no data. '
+      'Remove this flag, or choose a lower --precision.'
     )
 
 

@@ -234,9 +234,9 @@ class ViT(nn.Module):
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Returns the tokens `[B, N, D]` before the first block (equation 1), and RoPE's angles.
 
-    The class token comes first, then the registers, then the patches. The table of the
-    position embedding decides which tokens before the patches have positions. The angles are cosine
-    and sine, `[N, E/2]` each; None without RoPE.
+    The class token comes first, then the registers, then the patches. If the
+    table of the position embedding has k more rows than there are patches, the first k tokens get a
+    position too. The angles are cosine and sine, `[N, E/2]` each; None without RoPE.
     """
     if isinstance(image_BHWC, Padded):
       patch_BNpqC, positions = image_BHWC.patch_BNpqC, lambda: image_BHWC.positions

@@ -169,7 +169,7 @@ def fit_step(
       'mesh.fsdp=-1.'
     )
   log.info(
-      '%s: a training step needs %s on each device and may use %s (compiled %d time(s)).',
+      '%s: a training step needs %s of the allowed %s on each device (compiled %d time(s)).',
       fit.plan, gib(fit.size), gib(budget), fit.attempts,
   )  # fmt: skip
   return planned(exp, fit.plan), fit.compiled

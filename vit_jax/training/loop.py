@@ -46,7 +46,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclasses.dataclass
 class Run:
-  """A training run. It starts from its newest checkpoint, or without a checkpoint at step 0.
+  """A training run. It starts from its newest checkpoint; if there is none, at step 0.
 
   Attributes:
     exp: experiment to train.

@@ -129,7 +129,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Returns the shapes of the arguments of `loss` after the parameters: batch, `early` and seed."""
+  """Returns the shapes of the last arguments of `loss`: the images, `early` and the seed."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
