@@ -183,6 +183,17 @@ def test_sigterm_is_handled_only_during_a_run():
     signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_between_two_runs_of_a_sweep_is_not_forgotten():
+  with cluster.Preemption():
+    with cluster.Preemption() as first:
+      assert not first.is_due()
+    os.kill(os.getpid(), signal.SIGTERM)
+    with cluster.Preemption() as second:
+      assert second.is_due()
+  with cluster.Preemption() as later:
+    assert not later.is_due()
+
+
 def test_a_notice_of_the_service_stays_with_the_context_around_a_run(monkeypatch):
   answers = iter([False, True, False, False])  # the service tells it once
   monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)

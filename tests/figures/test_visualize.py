@@ -324,6 +324,8 @@ def test_class_names_in_any_script_are_drawn_without_warnings(tmp_path, caplog):
 
 def test_class_without_examples_is_drawn_and_labelled(tmp_path):
   figure = charts.draw_confusion(np.array([[3, 1], [0, 0]]), np.array([0.75, np.nan]), ['a', 'b'])
+  numbers = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+  assert numbers == {(0, 0): '75', (1, 0): '25'}  # (predicted, true), as the shades
   canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
 
