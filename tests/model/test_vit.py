@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import types
 
 from flax import linen as nn
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import DATA, init_params, run_model
-from vit_jax.model import positions, resnet, variants
+from vit_jax.model import pooling, positions, resnet, variants
 from vit_jax.model.encoder import Encoder, block_tokens
 from vit_jax.model.layers import Attention, Block, Dropout, matmul
 
@@ -479,3 +480,11 @@ def test_encoder_draws_are_the_same_alone_and_in_a_model(remat):
 def test_image_not_divisible_into_patches_is_rejected():
   with pytest.raises(ValueError, match='10x16 pixels does not divide into patches of 4x4'):
     small().init(jax.random.key(0), jnp.zeros((1, 10, 16, 3)))
+
+
+def test_the_attention_of_a_map_head_is_zero_before_the_patches():
+  share_BK1P = np.random.RandomState(0).random((2, 3, 1, 4))
+  sown = {'map': {'attention': {'attention_BKNN': (share_BK1P,)}}}
+  found_BKN = pooling.map_probe(types.SimpleNamespace(num_prefix=2), sown)
+  assert not found_BKN[:, :, :2].any()
+  np.testing.assert_array_equal(found_BKN[:, :, 2:], share_BK1P[:, :, 0].astype(np.float32))

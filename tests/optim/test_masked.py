@@ -228,3 +228,16 @@ def test_contradictions_are_refused(overrides, message):
     check(config)
     exp = assemble(config, Task((), (16, 16), 3))
     masked.init_decoder(exp, KEY)
+
+
+def test_the_decoder_measures_positions_in_the_grid_of_full_size_images():
+  exp, params, _ = opened()
+  in_grid = lambda grid: masked.make_decoder(
+    dataclasses.replace(exp, model=exp.model.clone(position_grid=grid))
+  )
+  x_BTD = np.random.RandomState(2).normal(size=(1, 4, 16)).astype(np.float32)
+  places = (np.arange(4)[None], np.arange(4, 16)[None])
+  decode = lambda decoder: decoder.apply({'params': params['decoder']}, x_BTD, *places, (4, 4))
+  own, same, stretched = (np.asarray(decode(in_grid(grid))) for grid in (None, (4, 4), (8, 8)))
+  np.testing.assert_allclose(same, own, atol=1e-6)
+  assert abs(stretched - own).max() > 1e-3

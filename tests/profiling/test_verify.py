@@ -112,3 +112,12 @@ def test_the_devices_of_a_run_include_the_number_of_processes(monkeypatch):
   then = loop.devices_of(mesh)
   found = replay.judged((1, 5), *states(1e-4), then, now)
   assert found.same and 'processes=2' in found.text and 'processes=1' in found.text
+
+
+def test_zeros_of_another_sign_are_other_bits():
+  ended, wanted = (
+    TrainState(jnp.int32(2), {'w': jnp.array([zero, 1.0])}, {'mu': jnp.ones(1)}, None)
+    for zero in (-0.0, 0.0)
+  )
+  assert not replay.judged((1, 2), ended, wanted, {'kind': 'cpu'}, {'kind': 'cpu'}).same
+  assert replay.judged((1, 2), wanted, wanted, {'kind': 'cpu'}, {'kind': 'cpu'}).same
