@@ -423,6 +423,11 @@ def test_every_hugging_face_field_is_used_or_refused(changed, message, tmp_path)
     vit_jax.load(hf_folder(tmp_path, **changed))
 
 
+def test_names_of_hugging_face_classes_are_in_the_order_of_numbers():
+  names = tuple(f'bird {i}' for i in range(12))  # as texts, 10 and 11 come before 2
+  assert hf.class_names({str(i): name for i, name in enumerate(names)}, 'file') == names
+
+
 def test_the_hugging_face_config_decides_the_model(tmp_path):
   labels = {str(i): f'bird {i}' for i in reversed(range(4))}
   loaded = vit_jax.load(hf_folder(tmp_path, hidden_act='gelu_new', id2label=labels))

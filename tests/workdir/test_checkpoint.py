@@ -210,6 +210,13 @@ def test_a_line_without_a_score_does_not_hide_the_accuracies(trained, tmp_path):
   assert stored.accuracies(workdir) == {16: 0.5}
 
 
+def test_several_labels_are_rated_by_the_mean_average_precision(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  scores = {'split': 'val', 'loss': 0.7, 'accuracy': 0.9, 'mean_average_precision': 0.4}
+  (workdir / 'metrics.jsonl').write_text(json.dumps({'step': 16, **scores}))
+  assert stored.accuracies(workdir) == {16: 0.4}
+
+
 def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
   save_rated(tmp_path, 3, [0.9, None, None])
   assert stored.load_checkpoint(tmp_path, '')[0] == 1
