@@ -145,6 +145,27 @@ def test_no_temperature_is_fitted_on_other_data_than_the_runs(workdir, overrides
 
 
 @pytest.mark.slow
+def test_no_temperature_is_fitted_on_images_of_the_last_run_of_a_sweep(workdir, monkeypatch):
+  exp, _, step = opening.from_workdir(workdir)
+  assert data.load_validation(exp, workdir, step) is not None
+  restore = data.restore_item
+
+  def swept(*args):
+    found = restore(*args)
+    return found | {'config': found['config'] | {'sweep': [0.1, 0.2]}}
+
+  monkeypatch.setattr(data, 'restore_item', swept)
+  assert data.load_validation(exp, workdir, step) is None
+
+
+@pytest.mark.slow
+def test_no_temperature_is_fitted_with_max_patches(workdir):
+  (workdir / 'calibration.json').unlink()
+  assert vit_jax.evaluate(workdir, max_patches=4)['temperature_examples'] == 0
+  assert not (workdir / 'calibration.json').exists()
+
+
+@pytest.mark.slow
 def test_without_validation_split_the_temperature_is_1(trained, tmp_path, capsys):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   code, out, _ = call(capsys, '--mode=eval', f'--workdir={workdir}')
