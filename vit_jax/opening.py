@@ -99,7 +99,7 @@ def from_config(
 
   Args:
     config: checked config of the run.
-    saved: saved config of the run to resume, already completed from `init`; None for a new run.
+    saved: saved config of the run to resume, with the keys that `init` sets; None for a new run.
     cycles: last steps of the run's earlier cycles, as in `Training`.
     seen: training files of the run to resume; None if the run did not record them.
 

@@ -58,8 +58,8 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: function, given only for training. It returns the (height, width) of all images in memory
-      if they are smaller than `size`, and are only enlarged on the device; else None.
+    kept: function, given only for training. It returns the (height, width) at which memory would
+      keep all images, if this is smaller than `size` (the device then enlarges them); else None.
   """
   if reading.cache != 'auto':
     return reading.cache

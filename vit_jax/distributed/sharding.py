@@ -71,11 +71,16 @@ def size_on_device(mesh: Mesh, tree) -> int:
 
 
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
-  """Returns the mesh axis, or None, that splits each axis of the array at `path` in a tree.
+  """Returns which mesh axis splits each dimension of an array; None for dimensions that stay whole.
 
-  `tensor` splits the axis given in `TENSOR_AXIS`, if the size of `tensor` divides this axis. `fsdp`
-  splits the longest other axis that the size of `fsdp` divides, in arrays of at least `SPLIT_FROM`
-  elements (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  `tensor` splits the dimension given in `TENSOR_AXIS`, if the size of `tensor` divides it. `fsdp`
+  splits the longest other dimension that the size of `fsdp` divides, in arrays of at least
+  `SPLIT_FROM` elements (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+
+  Args:
+    mesh: the devices.
+    path: path of the array in its tree, as JAX gives it.
+    shape: shape of the array.
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)

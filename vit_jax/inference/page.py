@@ -210,7 +210,9 @@ def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None)
 
 
 def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
-  """Returns a dropdown menu; an unknown choice from a client leaves no traceback in the log.
+  """Returns a dropdown menu.
+
+  A request with a choice that is not in the menu fails, but prints no traceback.
 
   Args:
     choices: the entries, of which the first is selected.

@@ -87,7 +87,7 @@ def model_flops(exp: Experiment, params: dict) -> int:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Returns the FLOPs of all training steps of a run, if each step had only one image.
+  """Returns the sum of the FLOPs for one image over all training steps of a run.
 
   Args:
     exp: experiment to train.

@@ -99,8 +99,8 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      storage.Unwritten: this checkpoint, or the previous one, cannot be written (one process).
-      ValueError: the same failure, if there are several processes.
+      storage.Unwritten: this process cannot write this checkpoint, or the previous one.
+      ValueError: another process cannot write it.
     """
     step = int(to_host(state.step))
     check_finite(state.params, step)

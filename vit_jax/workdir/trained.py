@@ -137,7 +137,8 @@ def hash_training_files(
   Args:
     source: dataset of the run.
     trained_on: the splits, in TFDS notation.
-    earlier: training files of the weights that the run starts from; they become inherited.
+    earlier: training files of the weights that the run starts from. The result has their hashes
+      in `inherited_N`.
   """
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
   if not inside:
