@@ -7,13 +7,13 @@ PAD_MODES = ('reflect', 'constant')
 
 
 def pad_crop(key_B: jax.Array, image_BHWC: jax.Array, padding: int, mode: str) -> jax.Array:
-  """Pads each image on all sides, then crops it back to its size at a random position.
+  """Pads each image on all sides, then crops it to its original size at a random position.
 
   Args:
     key_B: random key of each example.
-    image_BHWC: images.
-    padding: width of the border, in pixels.
-    mode: `reflect`, or `constant` for a black border.
+    image_BHWC: images; the result has the same shape and type.
+    padding: width of the added border, in pixels.
+    mode: `reflect` for a border that mirrors the image, `constant` for a black border.
   """
   border = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   padded_BHWC = jnp.pad(image_BHWC, border, mode=mode)
@@ -34,7 +34,7 @@ def flip(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Arr
 def resized_crop(
   key_B: jax.Array, image_BHWC: jax.Array, min_area: float, max_aspect: float
 ) -> jax.Array:
-  """Crops a random part of each image, and scales it bilinearly to the size of the image.
+  """Crops a random part of each image, and scales this part bilinearly to the image's size.
 
   This is the crop of Szegedy et al. 2014 (1409.4842), Section 6.
 
@@ -43,9 +43,8 @@ def resized_crop(
     image_BHWC: uint8 images.
     min_area: smallest area of the part, as a share of the image. The area is uniform from
       `min_area` to 1.
-    max_aspect: highest ratio of the longer side of the part to the shorter one. A ratio with which
-      the part would not fit into the image is not drawn. A large part of an elongated image can
-      therefore exceed `max_aspect`.
+    max_aspect: highest ratio of the part's longer side to its shorter side. The part must fit into
+      the image. So a large part of an elongated image can be more elongated than `max_aspect`.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -67,10 +66,11 @@ def rectangle(
 ) -> jax.Array:
   """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
-  The area is uniform from `min_area` to `max_area`, as a share of the image. The logarithm of the
-  aspect ratio is uniform over the ratios with which the rectangle fits, up to `max_aspect`. Other
-  implementations draw area and ratio again until the rectangle fits. Here only the ratios are
-  restricted, so that the area stays uniform.
+  The area is uniform from `min_area` to `max_area`, as a share of the image. The aspect ratio is
+  then drawn, uniformly on a logarithmic scale, from the ratios that fit into the image. The ratio
+  of the longer to the shorter side is at most `max_aspect`. If no such ratio fits, the closest
+  ratio that fits is used. Other implementations draw area and ratio again until the rectangle fits,
+  so large areas become rare. Here the area is drawn only once, and stays uniform.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)
@@ -79,7 +79,7 @@ def rectangle(
   aspect = jnp.exp(jax.random.uniform(aspect_key, (), minval=tallest, maxval=widest))
   pixels = area * height * width
   size = jnp.sqrt(jnp.stack([pixels / aspect, pixels * aspect]))
-  return jnp.minimum(size, jnp.array([height, width]))  # rounding errors could make it too large
+  return jnp.minimum(size, jnp.array([height, width]))  # rounding could exceed the image
 
 
 def erasing(
@@ -90,9 +90,9 @@ def erasing(
   max_area: float,
   max_aspect: float,
 ) -> jax.Array:
-  """Replaces a random rectangle of each image by noise (Zhong et al. 2017, 1708.04896).
+  """Replaces a random rectangle of an image with noise (Zhong et al. 2017, 1708.04896).
 
-  Every pixel and channel of the noise is uniform from 0 to 255.
+  Each image has its own rectangle. Every pixel and channel of the noise is uniform from 0 to 255.
 
   Args:
     key_B: random key of each example.
@@ -101,9 +101,9 @@ def erasing(
     min_area: smallest area of the rectangle, as a share of the image. The area is uniform from
       `min_area` to `max_area`.
     max_area: largest area of the rectangle, as a share of the image.
-    max_aspect: highest ratio of the longer side of the rectangle to the shorter one. A ratio with
-      which the rectangle would not fit into the image is not drawn. A large rectangle in an
-      elongated image can therefore exceed `max_aspect`.
+    max_aspect: highest ratio of the rectangle's longer side to its shorter side. The rectangle must
+      fit into the image. So a large rectangle in an elongated image can be more elongated than
+      `max_aspect`.
   """
   height, width, channels = image_BHWC.shape[1:]
 
@@ -116,8 +116,8 @@ def erasing(
     left = (x * (width - wide + 1)).astype(jnp.int32)
     inside_HW1 = box((height, width), top, top + high, left, left + wide)
     happens = jax.random.bernoulli(happens_key, probability)
-    # One 32-bit number gives a byte to each channel. Drawing one number per channel would take
-    # ten times as long.
+    # Each pixel has one random 32-bit number, whose bytes are the noise of its channels. Drawing
+    # one number per channel would take ten times as long.
     bits_HW1 = jax.random.bits(noise_key, (height, width, 1), jnp.uint32)
     noise_HWC = bits_HW1 >> (8 * jnp.arange(channels, dtype=jnp.uint32)) & 255
     return jnp.where(happens & inside_HW1, noise_HWC.astype(jnp.uint8), image_HWC)
@@ -126,9 +126,10 @@ def erasing(
 
 
 def box(size: tuple[int, int], top, bottom, left, right) -> jax.Array:
-  """Returns a bool mask `[H, W, 1]` for a (height, width) `size`, which is True in a rectangle.
+  """Returns a bool mask `[H, W, 1]` that is True inside a rectangle and False outside.
 
-  The rectangle has the rows `top` to `bottom - 1` and the columns `left` to `right - 1`.
+  The rectangle has the rows `top` to `bottom - 1` and the columns `left` to `right - 1`. `size` is
+  the (height, width) of the mask.
   """
   y_H11, x_1W1 = jnp.arange(size[0])[:, None, None], jnp.arange(size[1])[None, :, None]
   return (y_H11 >= top) & (y_H11 < bottom) & (x_1W1 >= left) & (x_1W1 < right)

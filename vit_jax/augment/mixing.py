@@ -24,18 +24,18 @@ def mix(
 
   Args:
     key_B: random key of each example.
-    image_BHWC: uint8 images; their number is even.
+    image_BHWC: an even number of uint8 images.
     probability: probability that an image is mixed.
-    mixup_alpha: 0 disables mixup. Otherwise, the weight of the image itself has the distribution
-      Beta(alpha, alpha).
-    cutmix_alpha: 0 disables cutmix. Otherwise, the share of the area that the image keeps has the
-      distribution Beta(alpha, alpha), before the rectangle is clipped.
-    switch: probability of cutmix instead of mixup if both are enabled.
+    mixup_alpha: 0 disables mixup. Otherwise, the image's own weight has the distribution
+      Beta(`mixup_alpha`, `mixup_alpha`).
+    cutmix_alpha: 0 disables cutmix. Otherwise, the share of its area that an image keeps has the
+      distribution Beta(`cutmix_alpha`, `cutmix_alpha`), before the rectangle is clipped.
+    switch: probability of cutmix if mixup and cutmix are enabled; the other images use mixup.
 
   Returns:
     image_BHWC: the mixed uint8 images.
-    own_B: the weight (mixup) or the share of the area (cutmix) of the image itself; 1 for an image
-      that is not mixed.
+    own_B: how much of each result comes from the image itself, float from 0 to 1. This is its
+      weight in mixup, and its share of the area in cutmix. It is 1 for an image that is not mixed.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)
@@ -45,9 +45,9 @@ def mix(
     """Draws how an image is mixed.
 
     Returns:
-      The weight of the image itself at each pixel: int32 `[H, W, 1]` in units of 2^-16. The weight
-      of the partner is 1 minus this weight.
-      The mean of these weights, from 0 to 1; it has no meaning if the image is not mixed.
+      The image's own weight at each pixel: int32 `[H, W, 1]` in units of 2^-16. The weight of the
+      partner is 1 minus this weight.
+      The mean of the own weight over all pixels, from 0 to 1. Without mixing, ignore it.
       Whether the image is mixed at all.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)

@@ -1,17 +1,20 @@
-"""Pillow's image operations for a batch, with a different operation for each image.
+"""Applies Pillow's image operations to a batch, in which each image has its own operation.
 
 Decisions:
   * All images go through the same three passes: a lookup table, a blend with a grey or smoothed
-    version, and an affine warp. The operation of each image sets the parameters of the passes.
-    Passes that the operation does not need leave the image unchanged. One call of `operate`
-    therefore costs three passes, however many operations there are.
+    copy, and an affine warp. The operation of each image sets the parameters of the passes. Passes
+    that the operation does not need leave the image unchanged. So a call of `operate` costs three
+    passes, not one pass for each possible operation.
   * Pillow defines what each operation does, including its rounding. `test_randaugment.py` compares
     every operation with Pillow.
-  * Pixels are computed with integers. Programs for different batch sizes round floats differently.
-    The operation `equalize` and later operations would amplify the difference.
-  * Barriers separate the passes. Without them, XLA would fuse the passes and compute a pixel again
-    for every pixel that reads it. On a CPU, the barriers halved the time of the passes.
-  * Pixels from outside the image are grey (128), as in AutoAugment's code. Warps are bilinear.
+  * Pixels are computed with integers, so that the result for an image does not depend on the batch
+    size. XLA compiles a program for each batch size, and these programs round floats differently.
+    The operation `equalize` and later operations would amplify such differences.
+  * Optimization barriers separate the passes. Without barriers, XLA would fuse the passes. It would
+    then compute an input pixel again for each output pixel that depends on it. On a CPU, the
+    barriers halved the time of the passes.
+  * Warps interpolate bilinearly. Output pixels that a warp would read from outside the image become
+    grey (128), as in AutoAugment's code.
 """
 
 import jax
@@ -37,25 +40,26 @@ def operate(
 ) -> jax.Array:
   """Applies one operation to each image, and returns uint8 images of the same shape.
 
-  The results are within one grey level of Pillow's. The meaning of the argument depends on the
-  operation:
+  No grey level differs from Pillow's result by more than one. The meaning of `argument_B` depends
+  on the operation:
 
-    * brightness, contrast, color, sharpness: the factor; 1 leaves the image unchanged.
-    * solarize: the threshold; grey levels from this one on are inverted.
+    * brightness, contrast, color, sharpness: Pillow's enhancement factor; 1 changes nothing.
+    * solarize: the threshold; grey levels at or above it are inverted.
     * solarize_add: the amount added to grey levels below 128.
-    * posterize: the number of bits to keep.
+    * posterize: the number of high bits to keep.
     * rotate: the angle in degrees, counter-clockwise.
-    * translate_x, translate_y: the input is read this many pixels further to the right (down).
-    * translate_x_relative, translate_y_relative: the same shift, as a share of the width (height).
-    * shear_x, shear_y: in row (column) n, the input is read n times this many pixels further to the
-      right (down).
+    * translate_x (translate_y): the content moves this many pixels to the left (up).
+    * translate_x_relative (translate_y_relative): the content moves to the left (up) by this share
+      of the image's width (height).
+    * shear_x (shear_y): row (column) n moves n times this many pixels to the left (up).
     * cutout: half of the square's side, in pixels.
     * All other operations ignore the argument.
 
   Args:
     operation_B: index of each image's operation in `OPERATIONS`.
     argument_B: argument of each image's operation.
-    centre_B2: centre of the cutout square, as shares of height and width; None without cutout.
+    centre_B2: centre of the cutout square, as shares of height and width. None if no image gets the
+      operation cutout.
     image_BHWC: uint8 images with 1 or 3 channels.
   """
   chosen = {name: operation_B == i for i, name in enumerate(OPERATIONS)}
@@ -69,9 +73,9 @@ def operate(
 
 
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Returns the lookup table of each image and channel: new grey levels, uint8 `[B, C, 256]`.
+  """Returns tables from old to new grey levels, one per image and channel: uint8 `[B, C, 256]`.
 
-  The table of an operation that needs none, such as rotate, leaves every level unchanged.
+  The tables of operations without a lookup table, such as rotate, leave every level unchanged.
 
   Args:
     chosen: for each name in `OPERATIONS`, whether an image gets this operation: bool `[B]`.
@@ -99,21 +103,24 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns for each pixel the index of `[image, channel, level]` in a flat `[B, C, 256]` array."""
+  """Returns the index of each pixel's grey level in a flat `[B, C, 256]` table: `[B, H, W, C]`.
+
+  The index depends on the image, the channel and the grey level of the pixel.
+  """
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
 
 
 def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Replaces every pixel by the entry for its level in the table of its image and channel."""
+  """Replaces every grey level with its value in the table of its image and channel."""
   return table_BCV.reshape(-1).at[places(image_BHWC)].get(mode='promise_in_bounds')
 
 
 def histogram(image_BHWC: jax.Array) -> jax.Array:
-  """Counts the pixels of each grey level by image and channel: int32 `[B, C, 256]`."""
+  """Counts the pixels of each grey level, per image and channel: int32 `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
-  count = jnp.zeros(batch * channels * 256, jnp.int32)  # a flat array is far faster on a CPU
+  count = jnp.zeros(batch * channels * 256, jnp.int32)  # flat: far faster on a CPU
   count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
   return count.reshape(batch, channels, 256)
 
@@ -121,8 +128,8 @@ def histogram(image_BHWC: jax.Array) -> jax.Array:
 def stretch(count_BCV: jax.Array) -> jax.Array:
   """Returns the lookup tables of autocontrast, `[B, C, 256]`, from the output of `histogram`.
 
-  A table maps the darkest level of a channel to 0, its lightest level to 255, and levels between
-  them linearly.
+  A table maps the darkest level of a channel to 0, its lightest level to 255, and the levels
+  between them linearly. A channel with a single level stays unchanged.
   """
   level_V = jnp.arange(256)
   low_BC1 = jnp.argmax(count_BCV > 0, axis=2, keepdims=True)
@@ -138,7 +145,7 @@ def equalized(count_BCV: jax.Array) -> jax.Array:
   """
   up_to_BCV = jnp.cumsum(count_BCV, axis=2)
   darker_BCV = up_to_BCV - count_BCV
-  # Pixels per new level: all pixels except those with the lightest level present, divided by 255.
+  # Pixels per new level: the number of pixels darker than the lightest level, divided by 255.
   step_BC1 = jnp.where(count_BCV > 0, darker_BCV, 0).max(2, keepdims=True) // 255
   flat_BCV = (step_BC1 // 2 + darker_BCV) // jnp.maximum(step_BC1, 1)
   return jnp.where(step_BC1 == 0, jnp.arange(256), flat_BCV)
@@ -149,7 +156,7 @@ def grey(image_BHWC: jax.Array) -> jax.Array:
   image_BHWC = image_BHWC.astype(jnp.int32)
   if image_BHWC.shape[3] == 1:
     return image_BHWC
-  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # ITU-R 601-2; the sum is 2^16
+  weighted_BHWC = image_BHWC * jnp.array([19595, 38470, 7471])  # ITU-R 601-2 times 2^16
   return (weighted_BHWC.sum(3, keepdims=True) + 2**15) >> 16
 
 
@@ -160,9 +167,10 @@ def mean(image_BHWC: jax.Array) -> jax.Array:
 
 
 def smooth(image_BHWC: jax.Array) -> jax.Array:
-  """Smooths images with a weighted 3x3 mean, except for their border pixels: int32 `[B, H, W, C]`.
+  """Replaces each pixel with a weighted mean of its 3x3 neighbourhood: int32 `[B, H, W, C]`.
 
-  The centre has weight 5/13 and each of its eight neighbours 1/13.
+  The pixel itself has the weight 5/13, and each of its eight neighbours has the weight 1/13. Pixels
+  at the border of the image stay unchanged.
   """
   image_BHWC = image_BHWC.astype(jnp.int32)
   height, width = image_BHWC.shape[1:3]
@@ -177,8 +185,8 @@ def smooth(image_BHWC: jax.Array) -> jax.Array:
 def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
   """Applies the operations color and sharpness; images with other operations stay unchanged.
 
-  Color blends an image with its grey version, sharpness with its smoothed version. The arguments
-  are the same as in `make_table`.
+  Color blends an image with a grey copy, and sharpness blends it with a smoothed copy. The
+  arguments are the same as in `make_table`. The result is uint8.
   """
   color_B111 = chosen['color'][:, None, None, None]
   any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
@@ -195,9 +203,10 @@ def fixed(number: jax.Array) -> jax.Array:
 
 
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """Interpolates or extrapolates linearly between integers, and rounds down.
+  """Interpolates or extrapolates linearly between the integers `zero` and `one`, rounding down.
 
-  A factor of 0 gives `zero`. A factor of `ONE` gives `one`.
+  `factor` is a fixed-point number from `fixed`. The factor 0 gives `zero`, and the factor `ONE`
+  gives `one`.
   """
   return zero + (factor * (one - zero) >> BITS)
 
@@ -235,12 +244,15 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
 def cutout_square(
   chosen_B: jax.Array, half_B: jax.Array, centre_B2: jax.Array, shape: tuple
 ) -> jax.Array:
-  """Returns a bool mask `[B, H, W]` of pixels that cutout hides (DeVries, Taylor 2017, 1708.04552).
+  """Returns a bool mask `[B, H, W]` of the pixels that cutout replaces with grey.
+
+  Cutout is described by DeVries and Taylor 2017 (1708.04552).
 
   Args:
-    chosen_B: whether each image gets a square, bool.
-    half_B: half of the square's side in pixels; the square is clipped at the border.
-    centre_B2: centre as shares of height and width, rounded down to a whole pixel.
+    chosen_B: whether each image gets a square of replaced pixels, bool.
+    half_B: half of the square's side in pixels. The square is clipped at the border of the image.
+    centre_B2: centre of the square as shares of height and width, which are rounded down to whole
+      pixels.
     shape: shape of the image batch, `(B, H, W, C)`.
   """
   inside = []
@@ -255,9 +267,9 @@ def warp(
 ) -> jax.Array:
   """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
-  Output pixels whose input point is outside the image become `FILL`, and so do the pixels of the
-  mask `hidden_BHW`. The four pixels around a point are packed into one uint32, so that one read is
-  enough instead of four.
+  An output pixel becomes `FILL` if its input point is outside the image, or if `hidden_BHW` is True
+  for this pixel. The four input pixels around a point are packed into one uint32, so that the
+  interpolation needs one memory read instead of four. Returns uint8 images of the same shape.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)
@@ -268,8 +280,8 @@ def warp(
   inside_BHW = (x_BHW >= 0) & (x_BHW < width * ONE) & (y_BHW >= 0) & (y_BHW < height * ONE)
   if hidden_BHW is not None:
     inside_BHW &= ~hidden_BHW
-  # The image gets a border of one pixel. From here on, coordinates start at the centre of the
-  # border's first pixel.
+  # The image gets a border of one pixel. From here on, coordinates are relative to the centre of
+  # the border's top left pixel.
   x_BHW, y_BHW = x_BHW + ONE // 2, y_BHW + ONE // 2
   place_BHW = jnp.where(inside_BHW, (y_BHW >> BITS) * (width + 1) + (x_BHW >> BITS), 0)
 
@@ -281,7 +293,7 @@ def warp(
   read = jnp.take_along_axis(packed, place_BP1, axis=1, mode='promise_in_bounds')
   read = apart(read).reshape(image_BHWC.shape)
   a, b, c, d = (((read >> (8 * i)) & 255).astype(jnp.int32) for i in range(4))
-  # 11 bits leave room for two products with a grey level.
+  # The weights have 11 bits, so that a grey level (8 bits) times two weights fits into an int32.
   right, down = (((xy & (ONE - 1)) >> (BITS - 11))[..., None] for xy in (x_BHW, y_BHW))
   upper, lower = (a << 11) + right * (b - a), (c << 11) + right * (d - c)
   new_BHWC = (upper << 11) + down * (lower - upper) >> 22

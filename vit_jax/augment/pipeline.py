@@ -3,13 +3,15 @@
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
     uint8 images. Each example has its own key, so no draw depends on other examples.
-  * `AUGMENTATIONS` defines the order of the augmentations, and which argument enables each of them.
+  * `AUGMENTATIONS` defines the order of the augmentations. It also names the argument that disables
+    each of them.
     All augmentations are off by default.
   * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
     are the next pair, and so on. These pairs are random because the order of the data is random. If
-    every device and micro-batch holds an even number of examples, the two examples of a pair are
-    always together.
-  * Images stay uint8 throughout, also after mixing. The rounding error is below one grey level.
+    each device holds an even number of examples in each micro-batch, no pair is split between
+    devices or micro-batches.
+  * Every augmentation returns uint8 images, and so does mixing. The rounding error of mixing is
+    below one grey level.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,13 +27,14 @@ from vit_jax.model import Padded
 
 
 class Augmentation(NamedTuple):
-  """An entry of `AUGMENTATIONS`.
+  """One augmentation, as an entry of the table `AUGMENTATIONS`.
 
   Attributes:
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
-    off: the augmentation is disabled if the argument `switch` has this value.
-    strong: whether `augment.off_for_last` disables the augmentation at the end of a run.
+    off: value of this argument that disables the augmentation.
+    strong: whether the augmentation is disabled at the end of a run, during the share of the run
+      that the config key `augment.off_for_last` gives.
   """
 
   function: Callable[..., jax.Array]
@@ -43,7 +46,8 @@ class Augmentation(NamedTuple):
     return arguments[self.switch] != self.off
 
 
-AUGMENTATIONS = {  # in order of application; add new ones at the end: draws depend on the index
+# In order of application. Add new augmentations at the end: random draws depend on the position.
+AUGMENTATIONS = {
   'pad_crop': Augmentation(crops.pad_crop, 'padding', 0, strong=False),
   'flip': Augmentation(crops.flip, 'probability', 0, strong=False),
   'resized_crop': Augmentation(crops.resized_crop, 'min_area', 1, strong=False),
@@ -51,20 +55,20 @@ AUGMENTATIONS = {  # in order of application; add new ones at the end: draws dep
   'trivial_augment': Augmentation(trivial_augment, 'probability', 0, strong=True),
   'erasing': Augmentation(crops.erasing, 'probability', 0, strong=True),
 }
-MIX_PLACE = 1000  # index for the draws of `mix`, above any index in the table
+MIX_PLACE = 1000  # used like a position in `AUGMENTATIONS` for the random draws of `mix`
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
   """Returns the names of the enabled augmentations in order of application, with `mix` last.
 
-  `arguments` are the keyword arguments of each augmentation, by name.
+  `arguments` maps the name of each augmentation, and the name `mix`, to its keyword arguments.
   """
   names = [name for name, entry in AUGMENTATIONS.items() if entry.on(arguments[name])]
   return names + ['mix'] * mixes(arguments)
 
 
 def mixes(arguments: Mapping[str, Mapping]) -> bool:
-  """Returns whether the arguments, as in `active`, enable mixup or cutmix."""
+  """Returns whether mixup or cutmix is enabled. `arguments` is the same as in `active`."""
   return arguments['mix']['probability'] != 0
 
 
@@ -78,12 +82,13 @@ def augment(
   """Augments images with all enabled `AUGMENTATIONS`, but does not mix images.
 
   Args:
-    key: random key of the step.
-    example_B: row number of each image in the global batch. The random draws depend on it.
-    image_BHWC: uint8 images.
-    arguments: keyword arguments of each augmentation, by name. They also disable augmentations.
-    strong: True applies only the strong augmentations, False only the augmentations that are not
-      strong, None all of them.
+    key: random key of the training step.
+    example_B: row number of each image in the global batch. The random draws depend on this number.
+    image_BHWC: uint8 images; the result has the same shape and type.
+    arguments: keyword arguments of each augmentation, by name of the augmentation. Their values
+      also decide which augmentations are enabled (`Augmentation.on`).
+    strong: True applies only strong augmentations (`Augmentation.strong`), False only the others,
+      None all of them.
   """
   for i, (name, entry) in enumerate(AUGMENTATIONS.items()):
     if strong in (None, entry.strong) and entry.on(arguments[name]):
@@ -92,9 +97,10 @@ def augment(
 
 
 def keys(key: jax.Array, place: int, example_B: jax.Array) -> jax.Array:
-  """Returns the random keys, one per example, of the augmentation with the index `place`.
+  """Returns one random key per example, for the augmentation at position `place`.
 
-  `key` is the random key of the step, `example_B` the row number of each example in the batch.
+  `key` is the random key of the training step. `example_B` is the row number of each example in the
+  global batch. `place` is a position in `AUGMENTATIONS`, or `MIX_PLACE`.
   """
   step_key = jax.random.fold_in(key, place)
   return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(example_B)
@@ -110,17 +116,18 @@ def augment_and_mix(
   """Augments and mixes the images of a micro-batch for a training step.
 
   Args:
-    key: random key of the step.
-    example_B: row number of each image in the global batch. The two examples of a pair are next to
-      each other.
+    key: random key of the training step.
+    example_B: row number of each image in the global batch. Images that are mixed with each other
+      have neighbouring rows.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
-    early: bool scalar: whether this step uses strong augmentations and mixing. If not, they are not
-      computed. None if all steps of the run use them.
+    early: bool scalar: whether the step is before the last part of the run, in which strong
+      augmentations and mixing are disabled. None if no part of the run disables them.
 
   Returns:
     image_BHWC: the augmented uint8 images.
-    own_B: weight of each image's own label. The label of the partner has the weight `1 - own_B`.
+    own_B: weight of each image's own label, float. The label of the image that was mixed in has the
+      weight `1 - own_B`.
   """
 
   def strongly(image_BHWC):
@@ -150,8 +157,8 @@ def normalize(
   Args:
     image_BHWC: uint8 images, or `Padded` with uint8 patches.
     size: (height, width) of the model's input.
-    mean: mean of each channel, or one for all channels.
-    std: standard deviation of each channel, or one for all channels.
+    mean: mean of each channel, or one for all channels, with pixels in [0, 1].
+    std: standard deviation of each channel, or one for all channels, with pixels in [0, 1].
   """
   if isinstance(image_BHWC, Padded):
     patch_BNpqC = image_BHWC.patch_BNpqC.astype(jnp.float32) / 255

@@ -1,7 +1,8 @@
 """RandAugment and TrivialAugment, which draw operations and their strengths for each image.
 
-The table `SPACES` defines the argument of each operation at each strength. It has several sets of
-operations, because papers and implementations differ.
+Strengths are numbers from 0 to 1; one set of operations has strengths of up to 3. The table
+`SPACES` gives the argument of each operation as a function of the strength. The table has several
+sets of operations, because papers and implementations differ.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from vit_jax.augment.operations import OPERATIONS, operate
 
-FULL = 10  # RandAugment's magnitude for strength 1
+FULL = 10  # the magnitude in RandAugment's scale that corresponds to strength 1
 
 
 class Argument(NamedTuple):
@@ -22,12 +23,12 @@ class Argument(NamedTuple):
 
   Attributes:
     weakest: value at strength 0.
-    strongest: value at strength 1; values at other strengths follow linearly.
-    around: constant to which the value is added.
-    signed: whether half of the draws subtract the value from `around` instead.
-    whole: whether the distance from `weakest` is truncated to a whole number.
-    bounds: smallest and largest argument; the argument is clipped to this range.
-    period: arguments from this number on are reduced modulo this number.
+    strongest: value at strength 1. The value is a linear function of the strength.
+    around: constant to which the value is added; the sum is the argument.
+    signed: whether a random half of the draws subtracts the value from `around` instead.
+    whole: whether the difference between the value and `weakest` is truncated to a whole number.
+    bounds: (smallest, largest) argument; the argument is clipped to this range.
+    period: an argument that is not below this number is reduced modulo this number.
   """
 
   weakest: float = 0.0
@@ -47,8 +48,8 @@ def whole(weakest: float, strongest: float, **limits) -> Argument:
   return Argument(weakest, strongest, whole=True, **limits)
 
 
-# Sets of operations with their arguments. `operate` lists the units. All operations of a set are
-# equally likely.
+# {name of a set: {operation: argument}}. `operations.operate` describes the arguments. All
+# operations of a set are equally likely.
 SPACES = {
   # The 14 operations of RandAugment (1909.13719, Section 3). Posterize keeps as many bits as in
   # AutoAugment (1805.09501, Table 6). The other ranges come from timm's `increasing` form, in which
@@ -69,7 +70,8 @@ SPACES = {
     'translate_x_relative': signed(0.45),
     'translate_y_relative': signed(0.45),
   },
-  # The 15 operations of timm's `rand-...-inc1`, without identity. Posterize may keep 0 bits.
+  # The 15 operations of timm's `rand-...-inc1`. The identity is not one of these operations.
+  # Posterize keeps 0 bits at strength 1, which gives a black image.
   'timm': {
     'autocontrast': Argument(),
     'equalize': Argument(),
@@ -88,16 +90,17 @@ SPACES = {
     'translate_y_relative': signed(0.45),
   },
   # The 16 operations of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision
-  # use. Not all become stronger with the magnitude. Posterize and solarize become weaker, and
-  # solarize starts again at magnitudes 10 and 20. The factors of color, contrast, brightness and
-  # sharpness rise from below 1 to above 1. Lengths in pixels are meant for images of 224 pixels.
+  # use. Some operations do not become stronger with the magnitude. Posterize and solarize become
+  # weaker, and solarize returns to its strongest form at magnitudes 10, 20 and 30. The factors of
+  # color, contrast, brightness and sharpness rise from below 1 to above 1. Arguments in pixels are
+  # meant for images of 224 pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),
     'invert': Argument(),
     'rotate': signed(30),
     'posterize': whole(0, 4, bounds=(1, 8)),  # TensorFlow shifts by at most 7 bits
-    'solarize': whole(0, 256, period=256),  # TensorFlow's threshold is a byte
+    'solarize': whole(0, 256, period=256),  # TensorFlow's threshold is a byte, modulo 256
     'color': Argument(0.1, 1.9),
     'contrast': Argument(0.1, 1.9),
     'brightness': Argument(0.1, 1.9),
@@ -109,8 +112,8 @@ SPACES = {
     'cutout': whole(0, 40),
     'solarize_add': whole(0, 110),
   },
-  # TrivialAugment's Wide space (2103.10158, Table 1 and its code). Translations are in pixels for
-  # every image size.
+  # TrivialAugment's Wide space (2103.10158: Table 1 and the authors' code). Translations have
+  # the same length in pixels for every image size.
   'wide': {
     'identity': Argument(),
     'autocontrast': Argument(),
@@ -128,7 +131,7 @@ SPACES = {
     'translate_y': signed(32),
   },
 }
-MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # strengths of up to 3
+MAX_MAGNITUDES = dict.fromkeys(SPACES, FULL) | {'big_vision': 30}  # magnitude 30 is strength 3
 STRENGTHS = 31  # number of TrivialAugment's strengths, evenly spaced from 0 to 1
 
 
@@ -148,18 +151,20 @@ def rand_augment(
     * The paper: `mstd=0, probability=1, space='standard'`.
     * timm's `rand-m9-mstd0.5-inc1`: `num_layers=2, magnitude=9, mstd=0.5, probability=0.5,
       space='timm'`. Warps are bilinear here; timm uses bicubic in half of the draws. Pixels from
-      outside are grey here; timm uses the mean of the data.
+      outside the image are grey here; timm fills them with the mean colour of the data.
     * AugReg's `randaug(2,15)`: `num_layers=2, magnitude=15, mstd=0, probability=1,
-      space='big_vision'`. Warps are bilinear here; AugReg uses the nearest pixel. Contrast is
-      relative to the image's mean here; AugReg uses the number of pixels divided by 256.
+      space='big_vision'`. Warps are bilinear here; AugReg uses the nearest pixel. Contrast blends
+      the image with its mean grey level here. AugReg's code blends with a level that is the number
+      of pixels divided by 256.
 
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images.
     num_layers: number of operations per image, drawn with replacement.
-    magnitude: mean of the drawn magnitudes, from 0 to the maximum of the space in
-      `MAX_MAGNITUDES`.
-    mstd: standard deviation of the drawn magnitudes, which are clipped to the same range.
+    magnitude: mean of the random magnitudes, from 0 to the maximum of the space in
+      `MAX_MAGNITUDES`. `FULL` is the magnitude of strength 1.
+    mstd: standard deviation of the random magnitudes. A magnitude is clipped to the range of
+      `magnitude`.
     probability: probability that a drawn operation is applied.
     space: name of a set of operations in `SPACES`.
   """
@@ -188,8 +193,8 @@ def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float)
   """Applies one random operation to each image (Müller and Hutter 2021, 2103.10158).
 
   The operation has a random strength, and is applied with the given probability. The paper's
-  probability is 1. Warps are bilinear and fill with grey here; the paper takes the nearest pixel
-  and fills with black.
+  probability is 1. Here, warps interpolate bilinearly, and pixels from outside the image are grey.
+  In the paper's code, warps take the nearest pixel, and pixels from outside are black.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
@@ -206,14 +211,16 @@ def draw_operation(
   """Draws an operation and its argument for one example.
 
   Args:
-    key: random key of the example and the layer.
+    key: random key, different for each example and for each of its operations.
     space: name of a set of operations in `SPACES`.
     strength: function `key -> strength`; a strength can exceed 1.
-    probability: probability that the drawn operation is kept; otherwise it becomes the identity.
+    probability: probability that the drawn operation is used. Otherwise the identity is used.
 
   Returns:
-    The operation's index in `OPERATIONS`, its argument, and the centre of the cutout square as
-    shares of height and width, `[2]`. The centre is None if the space has no cutout.
+    The operation's index in `OPERATIONS`, an int32 scalar.
+    The operation's argument, a float scalar.
+    The centre of the cutout square as shares of height and width, float `[2]`. None if the space
+      has no cutout.
   """
   names, arguments = zip(*SPACES[space].items())
   weakest, strongest, around, has_sign, is_whole, bounds, period = map(jnp.asarray, zip(*arguments))
