@@ -103,10 +103,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the index of each pixel's grey level in a flat `[B, C, 256]` table: `[B, H, W, C]`.
-
-  The index depends on the image, the channel and the grey level of the pixel.
-  """
+  """Returns the index of each pixel's grey level in a flat `[B, C, 256]` table: `[B, H, W, C]`."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC

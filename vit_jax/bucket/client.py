@@ -1,10 +1,10 @@
 """Connects to Google Cloud Storage with gcsfs.
 
 Decisions:
-  * The first access has its own short time limit. So a program with a wrong bucket name, missing
-    credentials or no network fails soon, instead of seeming to hang.
-  * gcsfs caches no listings, because tensorstore and other hosts write objects that gcsfs does not
-    know of.
+  * The first access to a bucket has its own short time limit. So a program with a wrong bucket
+    name, missing credentials or no network fails soon, instead of seeming to hang.
+  * The cache of gcsfs for object lists is disabled. The lists would miss objects that tensorstore
+    and other hosts write, because their writes do not pass through this gcsfs.
 """
 
 import functools
@@ -14,8 +14,10 @@ import threading
 
 from vit_jax.bucket.errors import NoAnswer, NoBucket, why_refused
 
-FIRST = 45.0  # seconds that the first access may take; gcsfs retries expired credentials for 33 s
-TIMEOUT = 60.0  # seconds that one request may take
+# Time limit of the first access to a bucket, in seconds. It is above 33, because gcsfs retries a
+# request with expired credentials for 33 seconds.
+FIRST = 45.0
+TIMEOUT = 60.0  # time limit of one request, in seconds
 
 
 @functools.cache
@@ -25,7 +27,8 @@ def prepare_clients() -> None:
   Raises:
     NoBucket: the packages of requirements-gcs.txt are not installed.
   """
-  os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # would ask for each bucket
+  # With the default `true`, gcsfs would first request the type of each bucket.
+  os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
   os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
   try:
     import fsspec
@@ -39,7 +42,7 @@ def prepare_clients() -> None:
   fsspec.config.conf['gcs'] = options | fsspec.config.conf.get('gcs', {})
   for protocol in ('gcs', 'gs'):
     fsspec.register_implementation(protocol, patient.PatientFileSystem, clobber=True)
-  for name in ('gcsfs', 'google', 'asyncio'):  # they print the errors that they also raise
+  for name in ('gcsfs', 'google', 'asyncio'):  # these libraries log and raise each error
     logger = logging.getLogger(name)
     logger.addHandler(logging.NullHandler())
     logger.propagate = False
@@ -47,7 +50,7 @@ def prepare_clients() -> None:
 
 @functools.cache
 def filesystem():
-  """Returns the gcsfs file system of this process, which etils uses, too."""
+  """Returns the gcsfs file system of this process, with the same options as in etils."""
   prepare_clients()
   import fsspec
 
@@ -62,10 +65,12 @@ def bucket_and_key(path: str | os.PathLike) -> tuple[str, str]:
 
 @functools.cache
 def check_access(bucket: str) -> None:
-  """Checks that a bucket can be used, by listing one of its objects; once per process and bucket.
+  """Checks that a bucket can be used, by requesting a list of at most one of its objects.
+
+  After one successful check, further calls for the same bucket do nothing.
 
   Raises:
-    NoAnswer: there was no answer within `FIRST` seconds.
+    NoAnswer: the bucket did not answer within `FIRST` seconds.
     NoBucket: the request failed; the message gives the reason.
   """
   outcome = []
@@ -90,10 +95,10 @@ def check_access(bucket: str) -> None:
 
 
 def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
-  """Writes an object, only if its current generation is `generation`.
+  """Writes an object, but only if its current generation is `generation`.
 
-  A generation is the version number that the bucket gives an object with each write. Generation 0
-  stands for an object that does not exist yet.
+  A generation is a version number, which the bucket gives an object at each write. 0 stands for an
+  object that does not exist yet.
 
   Returns:
     The new generation.
@@ -111,7 +116,7 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
 
 
 def get_with_generation(path: os.PathLike) -> tuple[bytes, int]:
-  """Returns the content and the generation of an object.
+  """Returns the content and the generation (version number) of an object.
 
   Raises:
     FileNotFoundError: the object does not exist.
@@ -122,7 +127,7 @@ def get_with_generation(path: os.PathLike) -> tuple[bytes, int]:
 
 
 def delete_if(path: os.PathLike, generation: int) -> None:
-  """Deletes an object, only if its current generation is `generation`.
+  """Deletes an object, but only if its current generation (version number) is `generation`.
 
   Raises:
     FileExistsError: the object has a different generation.

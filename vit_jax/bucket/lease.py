@@ -1,15 +1,17 @@
-"""A lock in a bucket: an object that only one process can create, and that expires.
+"""Provides a lock in a bucket: an object that only one process can create, and that expires.
 
 Decisions:
-  * Object stores have no locks that end with a process. The owner therefore writes the object again
-    every `HEARTBEAT` seconds. If the object has not changed for `EXPIRES` seconds, its owner has
-    died, and the lock can be taken over.
-  * A waiting process compares only generations of the object, and measures time with its own clock.
-    So the clocks of different hosts need not agree.
-  * Every write names the generation that it replaces. If several processes take over an expired
-    lock, the bucket accepts one. A process that was suspended notices that it has lost its lock.
-  * A process can look up whether an owner on its own host is running. If the owner is dead, its
-    lock is taken over at once.
+  * An object store does not notice when a process dies, so it cannot release the lock of the
+    process. The owner therefore writes the lock object again every `HEARTBEAT` seconds. If the
+    object has not changed for `EXPIRES` seconds, the owner counts as dead, and another process can
+    take the lock over.
+  * A waiting process only checks whether the generation (version number) of the object changes, and
+    measures time with its own clock. So the clocks of different hosts need not agree.
+  * Every write names the generation that it replaces. The bucket refuses the write if the object
+    has a different generation. So only one of several processes can take over an expired lock. So
+    a process that was suspended learns at its next write that its lock is lost.
+  * If the owner runs on the same host, a waiting process looks up whether the owner is running. The
+    lock of a dead owner is taken over at once.
 """
 
 import contextlib
@@ -25,9 +27,9 @@ import uuid
 
 from vit_jax.bucket import client
 
-HEARTBEAT = 20.0  # seconds between two writes of the owner
-EXPIRES = 60.0  # seconds without a write after which the lock can be taken over
-POLL = 2.0  # seconds between two checks of a waiting process
+HEARTBEAT = 20.0  # seconds between two writes of the lock object by its owner
+EXPIRES = 60.0  # seconds without a write, after which another process can take the lock over
+POLL = 2.0  # seconds between two checks of the lock by a waiting process
 NAME = 'lock.json'
 
 log = logging.getLogger(__name__)
@@ -42,10 +44,10 @@ class Owner:
   """The process that owns a lock.
 
   Attributes:
-    host: `this_host` of the process.
+    host: host on which the process runs, as `this_host` returns it.
     pid: process ID.
-    started: start time of the process, as in the function `started`.
-    nonce: random text that no other owner has.
+    started: start time of the process, as the function `started` returns it.
+    nonce: random text that identifies this object; no other owner has the same text.
   """
 
   host: str
@@ -55,31 +57,32 @@ class Owner:
 
   @classmethod
   def this(cls) -> 'Owner':
-    """Returns the owner for a new lock of this process."""
+    """Returns an `Owner` that stands for the current process, with a new nonce."""
     return cls(this_host(), os.getpid(), started(os.getpid()), uuid.uuid4().hex)
 
   @classmethod
   def read(cls, content: bytes) -> 'Owner':
-    """Returns the owner in the content of a lock object; the host is `unknown` if it is damaged."""
+    """Parses the content of a lock object; a damaged content gives the host `unknown`."""
     try:
       return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
     except (ValueError, TypeError, KeyError):
       return cls('unknown', 0, '', '')
 
   def is_dead(self) -> bool:
-    """Returns whether the owner is known to have ended; False for an owner on another host."""
+    """Returns whether the process is known to have ended; False if it is on another host."""
     return self.host == this_host() and started(self.pid) != self.started
 
   def is_alive(self) -> bool:
-    """Returns whether the owner is known to run; False for an owner on another host."""
+    """Returns whether the process is known to be running; False if it is on another host."""
     return self.host == this_host() and started(self.pid) == self.started
 
 
 def this_host() -> str:
-  """Returns a text that identifies the system in which process ids are unique.
+  """Returns a text that identifies the host, and the container if process IDs are separate there.
 
-  It joins the host name, the boot id of the kernel and the PID namespace. Two processes with the
-  same text see the same process ids. The last two parts are left out on systems without `/proc`.
+  The text joins the host name, the boot ID of the kernel and the PID namespace. In two processes
+  with the same text, a process ID stands for the same process. On systems without `/proc`, the text
+  is only the host name.
   """
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):
@@ -99,7 +102,7 @@ def started(pid: int) -> str:
   """
   try:
     text = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
-    state, *rest = text.rpartition(')')[2].split()  # the name of the program can contain spaces
+    state, *rest = text.rpartition(')')[2].split()  # the program's name can contain spaces
     return '' if state == 'Z' else rest[18]
   except OSError:
     pass
@@ -113,7 +116,7 @@ def started(pid: int) -> str:
 
 
 def uptime() -> float:
-  """Returns the seconds of a monotonic clock, which includes time in suspension if possible."""
+  """Returns the time of a monotonic clock in seconds, including suspended time if possible."""
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
 
@@ -124,18 +127,18 @@ class Lease:
   def __init__(self, folder: pathlib.Path):
     """Prepares the lock of `folder`, without accessing the bucket.
 
-    Entering the context takes the lock. This takes up to a minute (`EXPIRES`) if the last owner
-    ended without removing its lock.
+    Entering the context acquires the lock. If the last owner ended without removing its lock, this
+    can last about a minute (`EXPIRES`).
     """
     self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
     self._generation, self._renewed, self._lost = 0, 0.0, False
     self._busy, self._end = threading.Lock(), threading.Event()
 
   def __enter__(self):
-    """Takes the lock.
+    """Acquires the lock, and starts a thread that renews it.
 
     Raises:
-      ValueError: another process holds it.
+      ValueError: another process holds the lock.
     """
     self._take()
     threading.Thread(target=self._beat, daemon=True, name='heartbeat').start()
@@ -143,12 +146,15 @@ class Lease:
 
   def __exit__(self, *_):
     self._end.set()
-    with self._busy, contextlib.suppress(Exception):  # an unremoved lock expires
+    with self._busy, contextlib.suppress(Exception):  # on failure, the lock expires
       if not self._lost:
         client.delete_if(self._path, self._generation)
 
   def check(self) -> None:
-    """Raises Lost if another process took over the lock; must be called before each write."""
+    """Raises `Lost` if another process has taken over the lock.
+
+    The owner must call this method before each write to the locked folder.
+    """
     if not self._lost and uptime() > self._renewed + 2 * HEARTBEAT:
       self._renew()  # this process was suspended, or the bucket did not answer
     if self._lost:
@@ -185,10 +191,10 @@ class Lease:
           continue
       if self._write(generation):
         return
-      seen = seen if seen is not None else -1  # another process was faster
+      seen = seen if seen is not None else -1  # another process wrote the lock first
 
   def _look(self) -> tuple[Owner, int] | None:
-    """Returns the owner and the generation of the lock; None if it is free."""
+    """Returns the owner and the generation of the lock object; None if no lock object exists."""
     try:
       content, generation = client.get_with_generation(self._path)
     except FileNotFoundError:
@@ -196,13 +202,17 @@ class Lease:
     return Owner.read(content), generation
 
   def _write(self, generation: int) -> bool:
-    """Writes the lock if it has this generation; returns whether this process now owns it."""
+    """Writes the lock object if its generation is `generation` (0: if it does not exist).
+
+    Returns whether this process owns the lock now.
+    """
     content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
     asked = uptime()
     try:
       self._generation = client.put_if(self._path, content, generation)
     except FileExistsError:
-      # A repeated request fails if the first one has arrived, but its answer was lost.
+      # If the answer to a successful write is lost, gcsfs sends the write again. The bucket refuses
+      # the second write, because the first one has changed the generation.
       found = self._look()
       if found is None or found[0].nonce != self._owner.nonce:
         return False
@@ -217,5 +227,5 @@ class Lease:
 
   def _beat(self):
     while not self._end.wait(HEARTBEAT):
-      with contextlib.suppress(Exception):  # `check` tries again, and raises the error
+      with contextlib.suppress(Exception):  # `check` tries again, and raises errors
         self._renew()

@@ -1,9 +1,10 @@
-"""Lists the files of a data set in a bucket once, and offers them as paths.
+"""Lists the files of a dataset in a bucket once, and represents the files as path objects.
 
 Decisions:
-  * Listing a million objects takes minutes. A run therefore stores its lists in its workdir
-    (`kept_lists`), and reads them from there when it resumes (`keeping_lists`).
-  * Reading many small files one after the other is slow, so `contents` reads them in parallel.
+  * Listing a million objects takes minutes. So a run stores its lists of files in its workdir
+    (`kept_lists`), and reads the lists from the workdir when it resumes (`keeping_lists`).
+  * Reading many small files one after the other is slow. So `objects.contents` reads them in
+    parallel.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pathlib
 
 from vit_jax.bucket import objects
 
-_kept: list[pathlib.Path] = []  # the folder of `keeping_lists`, if there is one
+_kept: list[pathlib.Path] = []  # the folder with cache files; empty outside of `keeping_lists`
 
 
 class Tree:
@@ -41,8 +42,8 @@ _trees: dict[str, Tree] = {}  # {path of a listed folder: tree}
 class Listed:
   """A path in a bucket below a listed folder, with the methods of `pathlib.Path` for reading.
 
-  Pickling drops the list of files. So another process that receives the path can only read its
-  file.
+  Pickling drops the list of files. So a process that unpickles the path can read the file, but
+  cannot list folders.
   """
 
   def __init__(self, top: str, inside: str = '', tree: Tree | None = None):
@@ -78,7 +79,7 @@ class Listed:
   def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields (path, [], names of the files) for this folder and for all folders below it.
 
-    The tuples have the form of `os.walk`, but the list of subfolders is always empty.
+    The tuples are like the tuples of `os.walk`, but the list of subfolders is always empty.
     """
     below = f'{self._inside}/' if self._inside else ''
     for folder, children in self._tree.inside.items():
@@ -95,7 +96,7 @@ class Listed:
 
 
 def listed_folder(path: os.PathLike) -> Listed:
-  """Returns a folder in a bucket as a `Listed` path; each folder is listed once per process."""
+  """Returns a folder in a bucket as a `Listed` path. A process lists each folder only once."""
   name = os.fspath(path)
   if name not in _trees:
     _trees[name] = load_tree(name)
@@ -103,7 +104,10 @@ def listed_folder(path: os.PathLike) -> Listed:
 
 
 def load_tree(name: str) -> Tree:
-  """Returns the files of a folder, from a cache file of `keeping_lists` or from the bucket."""
+  """Returns the files below the folder `name`, from a cache file or else from the bucket.
+
+  The cache file is in the folder of `keeping_lists`. A missing or damaged cache file is ignored.
+  """
   for folder in _kept:
     with contextlib.suppress(OSError, ValueError, EOFError):  # not cached yet, or damaged
       found = json.loads(gzip.decompress((folder / file_of(name)).read_bytes()))
@@ -113,15 +117,16 @@ def load_tree(name: str) -> Tree:
 
 
 def file_of(name: str) -> str:
-  """Returns the name of the cache file for the list of the folder with this path."""
+  """Returns the name of the cache file that stores the list of files below the folder `name`."""
   return f'{hashlib.sha256(name.encode()).hexdigest()[:16]}.json.gz'
 
 
 @contextlib.contextmanager
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
-  """Context manager in which folder lists are read from cache files in `folder`, if they exist.
+  """Context manager in which `listed_folder` reads lists of files from cache files in `folder`.
 
-  Other lists are requested from the bucket. The caller writes the cache files (`kept_lists`).
+  A list without a cache file is requested from the bucket. The caller must write the cache files;
+  `kept_lists` returns their content.
   """
   _trees.clear()
   _kept.append(folder)
@@ -132,7 +137,10 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 
 
 def kept_lists() -> dict[str, bytes]:
-  """Returns the cache files for all folders listed by this process: {file name: content}."""
+  """Returns {file name: content} of the cache files for all folders that were listed.
+
+  The folders are those listed since `keeping_lists` was last entered.
+  """
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)
     for name, tree in _trees.items()

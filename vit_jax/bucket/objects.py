@@ -11,11 +11,11 @@ from vit_jax.bucket import client
 from vit_jax.bucket.errors import is_passing
 from vit_jax.bucket.paths import is_remote
 
-AT_ONCE = 64  # objects that are read at the same time
+AT_ONCE = 64  # maximum number of objects that are read at the same time
 
 
 def put(file: pathlib.Path, path: os.PathLike) -> None:
-  """Uploads a local file as one object. Readers see the whole new object or none of it."""
+  """Uploads a local file as one object. Readers never see a partly written object."""
   client.filesystem().put_file(str(file), os.fspath(path))
 
 
@@ -32,7 +32,10 @@ def delete_all(path: pathlib.Path) -> None:
 
 
 def move(path: pathlib.Path, target: pathlib.Path) -> None:
-  """Moves a folder. In a bucket, all objects are copied before the originals are deleted."""
+  """Moves a local folder, or a folder within a bucket.
+
+  In a bucket, all objects are copied before the original objects are deleted.
+  """
   if not is_remote(path):
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
@@ -55,8 +58,10 @@ def list_below(path: os.PathLike) -> dict[str, int]:
 def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
   """Reads objects in parallel, and returns a list with the content or the error of each object.
 
+  The list has the order of `paths`. A missing object gives a FileNotFoundError.
+
   Raises:
-    OSError: the bucket does not answer at the moment.
+    OSError: the bucket does not answer. Such a temporary error is raised, not put into the list.
   """
   if not paths:
     return []
@@ -70,9 +75,10 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
 
 @contextlib.contextmanager
 def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
-  """Yields a temporary local copy of an object, or of all objects below a path.
+  """Context manager that downloads an object, or all objects below a path.
 
-  A local path is yielded unchanged.
+  It yields the path of a local copy, which is deleted at the end. A local path is yielded
+  unchanged.
   """
   if not is_remote(path):
     yield path

@@ -1,4 +1,4 @@
-"""Turns the paths that users write into paths on this machine or in a bucket."""
+"""Converts paths that users write into local paths or paths in a bucket."""
 
 import os
 import pathlib
@@ -10,12 +10,14 @@ SCHEME = 'gs://'
 
 
 def to_path(path: str | os.PathLike) -> pathlib.Path:
-  """Returns a local path with `~` expanded, or for `gs://` an `etils.epath.Path`.
+  """Converts a path: to an `etils.epath.Path` if it starts with `gs://`, else to a local path.
 
-  The first path in each bucket sends a request to the bucket, to find problems early.
+  In a local path, `~` is expanded. The first call for a bucket sends a request to the bucket, to
+  find problems early.
 
   Raises:
-    ValueError: a URL of another kind, or a bucket that cannot be used; the message says why.
+    ValueError: `path` is a URL other than `gs://...`, or the bucket cannot be used; the message
+      gives the reason.
     OSError: the bucket does not answer.
   """
   text = os.fspath(path)
@@ -33,13 +35,13 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
     raise ValueError(f'{text}: the name of the bucket is missing. Write gs://<bucket>/<folder>.')
   client.prepare_clients()
   client.check_access(bucket)
-  from etils import epath  # after `prepare_clients`, and only for buckets
+  from etils import epath  # here: after `prepare_clients`, only for buckets
 
   return epath.Path(f'{SCHEME}{bucket}/{key}'.rstrip('/'))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-  """Returns whether a path is in a bucket: whether it starts with `gs://`."""
+  """Returns whether a path is in a bucket: its text starts with `gs://`."""
   return os.fspath(path).startswith(SCHEME)
 
 

@@ -1,12 +1,12 @@
-"""A gcsfs file system that repeats failed requests for longer, and takes all names literally.
+"""A gcsfs file system that retries failed requests for minutes, and takes all names literally.
 
-gcsfs repeats a failed request for about half a minute, but a bucket can answer with 503 for longer.
-All requests of this process use this file system, including the requests of etils and orbax. Only
-tensorstore has its own client.
+gcsfs itself retries a failed request for about half a minute, but a bucket can answer with the
+error 503 for longer. All requests of this process use this file system, including the requests of
+etils and orbax. Only tensorstore has its own client.
 
-A request is repeated for `PATIENCE` seconds. If all requests have failed for so long, further
-requests are sent only once. So a program whose bucket is gone ends soon, although it still tries to
-write its log and to remove its lock.
+A request is retried for `PATIENCE` seconds. If no request has succeeded for so long, each further
+request is sent only once. So a program ends soon after its bucket has become unreachable, although
+it still tries to write its log and to remove its lock.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ import gcsfs
 
 from vit_jax.bucket.errors import NoAnswer, is_passing, why_refused
 
-PATIENCE = 180.0  # seconds for which a failed request is repeated
+PATIENCE = 180.0  # seconds for which a failed request is retried
 
 log = logging.getLogger(__name__)
 
 
 class PatientFileSystem(gcsfs.GCSFileSystem):
-  """A gcsfs file system that repeats requests after temporary errors (`is_passing`)."""
+  """A gcsfs file system that retries requests after temporary errors (`is_passing`)."""
 
-  _silent_since = None  # time of the first failure after the last answer
+  _silent_since = None  # time of the first failure since the last success
 
   async def _expand_path(self, path, recursive=False, maxdepth=None, assume_literal=True):
     """Expands a path literally: `photo[1].jpg` is the name of an object, not a pattern."""
@@ -40,11 +40,11 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
     return await self._repeated(super()._get_file_request, *args, **kwargs)
 
   async def _repeated(self, request: Callable[..., Awaitable], *args, **kwargs):
-    """Sends a request, repeats it after temporary errors, and returns its result.
+    """Sends a request, retries it after temporary errors, and returns its result.
 
     Raises:
-      NoAnswer: the bucket has not answered for `PATIENCE` seconds.
-      Exception: another error of gcsfs, after which the request is not repeated.
+      NoAnswer: temporary errors have lasted for `PATIENCE` seconds.
+      Exception: any other error of the request; such an error is not retried.
     """
     began, pause = time.monotonic(), 1.0
     while True:

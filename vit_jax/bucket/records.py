@@ -1,7 +1,8 @@
-"""Writes the log files of a workdir in a bucket to a local folder, and uploads them whole.
+"""Keeps the log files of a run in a local folder, and uploads them to its workdir in a bucket.
 
-Data cannot be appended to objects. So `metrics.jsonl`, `log.txt` and TensorBoard events are written
-locally. A resumed run downloads them first.
+A program cannot append data to an object in a bucket. So a run writes `metrics.jsonl`, `log.txt`
+and TensorBoard events to local files, and uploads whole files. A resumed run first downloads
+`metrics.jsonl` and `log.txt`.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,16 @@ from vit_jax.bucket import objects
 
 
 class Mirror:
-  """Context manager for a local scratch folder; `upload` copies its files to a bucket."""
+  """Context manager for a temporary local folder; `upload` copies its files to a bucket.
+
+  The attribute `folder` is the path of the temporary folder, which is deleted at the end.
+  """
 
   def __init__(self, remote: pathlib.Path, names: Sequence[str]):
-    """Creates the scratch folder, and downloads the named files of `remote` that exist into it."""
+    """Creates the temporary folder, and downloads the files `names` from `remote` into it.
+
+    Files that do not exist in `remote` are skipped.
+    """
     self._remote, self._sent = remote, {}
     self._scratch = tempfile.TemporaryDirectory(prefix='vit_jax_records_')
     self.folder = pathlib.Path(self._scratch.name)
@@ -31,7 +38,7 @@ class Mirror:
     self._scratch.cleanup()
 
   def upload(self) -> None:
-    """Uploads all files that changed since the last upload."""
+    """Uploads all files whose size or modification time has changed since their last upload."""
     for file in sorted(self.folder.rglob('*')):
       about = file.stat()
       state = about.st_size, about.st_mtime_ns
