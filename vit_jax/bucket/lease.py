@@ -8,7 +8,7 @@ Decisions:
   * A waiting process only checks whether the generation (version number) of the object changes, and
     measures time with its own clock. So the clocks of different hosts need not agree.
   * Every write names the generation that it replaces. The bucket refuses the write if the object
-    has a different generation. So only one of several processes can take over an expired lock. So
+    has a different generation. So only one of several processes can take over an expired lock, and
     a process that was suspended learns at its next write that its lock is lost.
   * If the owner runs on the same host, a waiting process looks up whether the owner is running. The
     lock of a dead owner is taken over at once.

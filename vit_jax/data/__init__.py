@@ -1,4 +1,4 @@
-"""Datasets, splits and batches."""
+"""Opens datasets, and reads their splits in batches."""
 
 from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
 from vit_jax.data.folder import Files, count_labels

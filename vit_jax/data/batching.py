@@ -1,4 +1,4 @@
-"""Makes batches: for training in a reproducible order, for evaluation with each example once.
+"""Makes batches in a reproducible order for training, and with each example once for evaluation.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
@@ -6,11 +6,13 @@ Decisions:
     position `step * batch_size + i` of the sequence depends only on the seed and the number of
     examples. So the step number is enough to resume, and no example is dropped at the end of an
     epoch.
-  * A batch is a global array. Each process gathers only the rows that its own devices hold. All
-    processes compute the same order, so they need not communicate.
-  * Evaluation pads the last batch and adds a mask, so that every example counts once.
-  * A `Plan` lists the examples of each batch. The batches of a plan are the same for examples in
-    memory (`memory.py`) and for streamed examples (`stream.py`).
+  * A batch consists of global JAX arrays, which are spread over the devices of all processes. Each
+    process gathers only the rows that its own devices hold. All processes compute the same order,
+    so they need not communicate.
+  * Evaluation pads the last batch, and marks the padding in a mask, so that every example counts
+    exactly once.
+  * A `Plan` defines which examples each batch holds. It is used for examples in memory
+    (`memory.py`) and for streamed examples (`stream.py`).
 """
 
 from collections.abc import Iterator
@@ -24,12 +26,12 @@ import numpy as np
 
 from vit_jax.distributed import gather
 
-ENDLESS = 2**48  # number of training steps, more than any run takes
+ENDLESS = 2**48  # stands for endless training: more steps than any run takes
 
 
-@functools.lru_cache(maxsize=2)  # a batch may cross from one epoch to the next
+@functools.lru_cache(maxsize=2)  # a batch can have examples of two epochs
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the order of `size` examples in an epoch: a permutation of their indices, `[size]`."""
+  """Returns the order of the examples in an epoch: a permutation of 0 to `size - 1`, `[size]`."""
   # NumPy guarantees that RandomState's numbers never change, so a run that is resumed with a newer
   # NumPy keeps its order.
   return np.random.RandomState([seed, epoch]).permutation(size)
@@ -43,13 +45,13 @@ class Plan:
   `step * stride` of this sequence.
 
   Attributes:
-    size: number of examples.
+    size: number of examples in the split.
     stride: number of positions from the start of one batch to the start of the next.
-    rows: number of rows in a batch.
+    rows: number of rows in a batch, with padding.
     steps: the step numbers of the batches.
-    seed: seed of the order and of the random numbers for each position, for training. None means
-      evaluation: the sequence is the examples in their own order, then copies of the last example
-      as padding. No example is cropped at random.
+    seed: for training, the seed of the order of the examples and of their random crops. None means
+      evaluation, without random crops. The sequence then holds the examples in the order of the
+      split, followed by copies of the last example as padding.
   """
 
   size: int
@@ -77,7 +79,7 @@ class Plan:
 class Split(Protocol):
   """Interface of `memory.Examples` and `stream.Stream`: labelled examples, read in batches."""
 
-  label_N: np.ndarray  # int32, or multi-hot `[N, L]` uint8
+  label_N: np.ndarray  # class indices, int32, or multi-hot `[N, L]` uint8
 
   def __len__(self) -> int: ...
 
@@ -87,7 +89,7 @@ class Split(Protocol):
 
 
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
-  """Returns the plan of endless training batches of `size` examples, from batch `start` on."""
+  """Returns the plan of endless training on a split of `size` examples, from batch `start` on."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
@@ -101,13 +103,14 @@ def train_batches(
   """Yields endless training batches, as dicts of global arrays, from batch number `start` on.
 
   A batch has `image` `[B, H, W, C]` uint8 and `label` `[B]` int32. If images can have several
-  labels, `label` is multi-hot, `[B, L]` uint8. If bad images are replaced, a batch also has `bad`
-  `[B]` int32: the number of bad images that were skipped to fill each row.
+  labels, `label` is multi-hot, `[B, L]` uint8. If a stream replaces bad images (images that cannot
+  be decoded), a batch also has `bad` `[B]` int32. It is the number of bad images that were skipped
+  before the image of each row.
 
   Args:
-    examples: the split.
+    examples: the training split.
     batch_size: number of examples in a batch, over all devices.
-    seed: seed of the order and of random crops.
+    seed: seed of the order of the examples and of their random crops.
     start: number of the first batch, from 0.
     over_batch: sharding of arrays whose first axis is the batch.
   """
@@ -120,18 +123,18 @@ def eval_batches(
   over_batch: jax.sharding.NamedSharding,
   **extra: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields batches of one shape, whose `mask` selects every example once, in order.
+  """Yields every example of a split exactly once, in order, in padded batches of one shape.
 
-  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 0 for
-  padding and for bad images that are skipped, else 1.
+  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 1 for
+  the examples to evaluate. It is 0 for padding and for skipped bad images.
 
   Args:
-    examples: the split.
-    batch_size: number of examples in a batch. The number of rows is rounded up to a multiple of the
-      number of devices.
+    examples: the split to evaluate.
+    batch_size: number of examples in a batch. The number of rows B is `batch_size` rounded up to a
+      multiple of the number of devices.
     over_batch: sharding of arrays whose first axis is the batch.
-    **extra: arrays with one row per example. A batch contains the rows of its own examples, under
-      the same names.
+    **extra: arrays with one row per example of the split. Each batch also has these arrays, under
+      the same names, with the rows of its own examples.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

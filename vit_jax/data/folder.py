@@ -1,13 +1,13 @@
-"""Lists the images in a folder in a fixed order, and decides which of them are held out.
+"""Lists the images in a folder in a fixed order, and decides which images are held out for testing.
 
 Decisions:
-  * A file is identified by a hash of its path without the class folder: of `a/1.jpg` for the file
-    `cat/a/1.jpg`. The hash alone gives the file a position in [0, 1), and the position decides
-    whether the file is held out. So no file changes its split when files are added, removed or
-    moved to another class.
+  * A file is identified by a hash of its path without the class folder. For example, the file
+    `cat/a/1.jpg` is identified by the hash of `a/1.jpg`. This hash alone gives the file a position
+    in [0, 1), and the position decides whether the file is held out. So no file changes its split
+    when other files are added or removed, or when it is moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
     on the file system or the NumPy version. A percentage of a split is a range of positions.
-  * Warnings report the files and folders that are ignored, except hidden ones.
+  * Warnings report ignored files and folders, except hidden ones.
 """
 
 import collections
@@ -25,14 +25,14 @@ from vit_jax.data import image as image_lib
 from vit_jax.names import abridged, choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
-HELD_OUT = 0.2  # share of the files that are held out if the folder has no test folder
+HELD_OUT = 0.2  # share of the files that are held out for testing if there is no test folder
 # Folders with these names are probably splits, not classes.
 SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """Image files of a split, sorted by `position`. Arrays keep splits of a million files compact.
+  """The image files of a split, sorted by `position`, as arrays to save memory.
 
   Attributes:
     top: folder at which the paths start, such as the parent of the class folders.
@@ -40,7 +40,7 @@ class Files:
     label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
       with a 1 for each label.
     hash_N: `hash_name` of each file, uint64.
-    span: range of positions that the split covers; (0, 1) without held-out files.
+    span: (low, high) range of hash positions in the split; (0, 1) if no hash decides the split.
   """
 
   top: pathlib.Path
@@ -54,7 +54,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Positions of the files within the split, increasing: `span` is rescaled to [0, 1)."""
+    """Position of each file within the split, increasing: `span` is rescaled to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
@@ -74,7 +74,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """The classes of a data set, its files by split, and warnings about its content."""
+  """A listed dataset: its class names, the files of each split, and warnings for the user."""
 
   class_names: tuple[str, ...]
   files: dict[str, Files]
@@ -87,7 +87,7 @@ def label_text(label: int | Sequence[int]) -> str:
 
 
 def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns the number of images of each class, `[L]`, for labels `[N]` or `[N, L]`."""
+  """Returns the number of images of each class, `[L]`, for class indices or multi-hot labels."""
   if label_N.ndim == 2:
     return label_N.sum(axis=0, dtype=np.int64)
   return np.bincount(label_N, minlength=num_classes)
@@ -109,10 +109,11 @@ def position(hash_N: np.ndarray) -> np.ndarray:
 def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images of each split of the folder `root`.
 
-  With a folder `train/`, the training images are in `train/<class>/`. The first folder of
-  `TEST_NAMES` that exists becomes the split `test`; the other folders keep their names as splits.
-  Without a folder `train/`, all images are in `<class>/`. If there is no test folder, the files
-  with a `position` below `HELD_OUT` become the split `test`.
+  If `root` has a folder `train/`, the training images are in `train/<class>/`, and test images are
+  in folders with the names `TEST_NAMES`. The first of these folders that exists becomes the split
+  `test`; the others keep their names as splits. If `root` has no folder `train/`, all images are in
+  `<class>/`. Without a test folder, the files with a `position` below `HELD_OUT` become the split
+  `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training
@@ -136,7 +137,7 @@ def open_folder(root: pathlib.Path) -> Folder:
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
-  if held_out:  # the first is always named `test`, so that no other name selects the same files
+  if held_out:  # the first becomes `test`, and loses its own name: each split has one name
     names = ['test', *held_out[1:]]
     for name, folder in zip(names, held_out):
       files[name] = list_files(root / folder, class_names, passed_over)
@@ -175,7 +176,7 @@ def warnings(
   files: dict[str, Files],
   passed_over: collections.Counter,
 ) -> Iterator[str]:
-  """Yields warnings about classes without test images, and about files and folders not used."""
+  """Yields warnings about classes without test images, unused files and folders, renamed splits."""
   if absent := without(class_names, files['test']):
     yield (
       f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
@@ -189,7 +190,7 @@ def warnings(
 
 
 def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
-  """Yields warnings about folders in `root` and `top`, and images in `root`, that are not used."""
+  """Yields warnings about unused folders in `root` and `top`, and unused images in `root`."""
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (
@@ -209,7 +210,7 @@ def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
 
 
 def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
-  """Yields a warning if files were passed over; `passed_over` counts them by extension."""
+  """Yields a warning if there are unused files; `passed_over` has their number by extension."""
   if passed_over:
     most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
@@ -236,8 +237,9 @@ def is_searched(folder: pathlib.Path) -> bool:
 
 
 def useless(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is a link to a folder that contains it, or `__MACOSX`."""
-  # All parents, because other links can lie on the path. So no search runs in a circle.
+  """Returns whether a folder is named `__MACOSX`, or is a link to a folder that contains it."""
+  # Such a link would make the search endless. All parents are checked, because the path itself can
+  # contain other links.
   loops = folder.is_symlink() and any(
     above.resolve().is_relative_to(folder.resolve()) for above in folder.parents
   )
@@ -252,7 +254,7 @@ def list_files(
   Only file names are checked. A broken link is reported later, when the file is read.
 
   Raises:
-    ValueError: a class folder that is not in `class_names`, or a folder that cannot be read.
+    ValueError: `top` has a class folder that is not in `class_names`, or a folder is unreadable.
   """
   there = subfolders(top)
   for name in there:
@@ -282,7 +284,7 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
   for folder, below, names in walk:
     below[:] = [name for name in below if is_searched(pathlib.Path(folder, name))]
     inside = '' if folder == str(root) else folder[len(str(root)) + 1 :]
-    # A bucket lists the folders that are not searched, too.
+    # In a bucket, `walk` also yields folders that must not be searched.
     if any(part[:1] == '.' or part == '__MACOSX' for part in inside.split(os.sep)):
       continue
     for name in image_lib.only_images(names, passed_over):
@@ -290,7 +292,7 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
 
 
 def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:
-  """Returns the `Files` for (hash, path, label) tuples, sorted by hash, then by path."""
+  """Converts a list of (hash, path, label) to `Files`, sorted by hash, then by path."""
   found = sorted(found)  # files with the same name in several classes share a hash
   hashes, paths, labels = zip(*found) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)

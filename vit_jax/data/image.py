@@ -4,8 +4,8 @@ Decisions:
   * Pillow opens every file and decodes whole images. Pillow's pixels are the reference.
   * Random crops are decoded and scaled again in every epoch. For crops, OpenCV decodes ordinary RGB
     JPEGs and scales all images, because it is faster (results/input.json). Pillow decodes all other
-    files. Pillow also reads the header of each file that OpenCV decodes, so that crops accept the
-    same files as whole images.
+    files. Pillow also reads the header of each file that OpenCV decodes, so that the same files are
+    accepted with and without crops.
 """
 
 import collections
@@ -45,7 +45,7 @@ def has_image_name(name: str) -> bool:
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the file names that are names of images; counts the others in `passed_over`."""
+  """Yields the names of images. Counts other visible files by extension in `passed_over`."""
   for name in names:
     if has_image_name(name):
       yield name
@@ -77,11 +77,11 @@ def decode_image(
 ) -> Image.Image:
   """Decodes a file to an upright 8-bit image with 1 (grey) or 3 (RGB) channels.
 
-  EXIF rotation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
+  EXIF rotation is applied, transparent pixels get a white background, and 16-bit grey is scaled.
 
   Raises:
-    BadImage: the file is not an image, is incomplete, has no 8-bit form, or has too many pixels.
-      The limit is `max_pixels` or, if this is None, Pillow's limit for decompression bombs.
+    BadImage: the file `name` is not an image, is incomplete, has no 8-bit form, or is too large:
+      it exceeds `max_pixels` (if given) or Pillow's limit for decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -91,19 +91,19 @@ def decode_image(
 
 
 def open_header(encoded: bytes) -> Image.Image:
-  """Returns an image of which only the header has been read."""
+  """Opens an image with Pillow, which reads only the header and decodes no pixels yet."""
   return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
-  """Returns the height and width of the upright image in a file, from its header alone.
+  """Returns the (height, width) of an image after EXIF rotation, from the header of its file.
 
   Raises:
     BadImage: the header cannot be read.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
-    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # height and width are swapped
+    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # EXIF swaps the sides
     return (opened.width, opened.height) if turned else (opened.height, opened.width)
 
 
@@ -120,7 +120,7 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
 
 
 def format_of(encoded: bytes) -> str:
-  """Returns a text about the format of a file that cannot be read, for an error message."""
+  """Describes the format of a file that cannot be read, for an error message."""
   for (start, mark), name in MARKS.items():
     if encoded[start:].startswith(mark):
       return f'a {name} file: convert it to JPEG or PNG'
@@ -128,7 +128,7 @@ def format_of(encoded: bytes) -> str:
 
 
 def convert(image: Image.Image, channels: int) -> Image.Image:
-  """Converts an image of any mode but floating point to 8-bit grey (1 channel) or RGB (3)."""
+  """Converts a Pillow image to 8-bit grey or RGB; floating-point pixels raise ValueError."""
   if image.mode == 'F':
     raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
@@ -152,7 +152,7 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: filter from `INTERPOLATIONS`. It averages pixels when the image becomes smaller.
+    interpolation: filter from `INTERPOLATIONS`. When shrinking, all but `nearest` average pixels.
     crop: share of height and width that a central crop keeps before scaling.
     stretch: scale height and width independently. Otherwise, crop to the aspect ratio of `size`.
   """
@@ -171,7 +171,7 @@ def fit_image(
 
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.ndarray:
-  """Scales a uint8 array with a `fit` function for Pillow images: uint8 `[H, W, C]`."""
+  """Scales a uint8 array with `fit`, a function for Pillow images: uint8 `[H, W, C]`."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)
 
@@ -179,14 +179,14 @@ def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.n
 def random_part(
   uniform_4: Sequence[float], height: int, width: int, min_area: float, max_aspect: float
 ) -> Box:
-  """Returns the box of a random part of an image, distributed as in `augment.resized_crop`.
+  """Returns the box of a random crop, with the distribution of `augment.crops.resized_crop`.
 
   Args:
     uniform_4: four random numbers in [0, 1) for area, aspect ratio, top edge and left edge.
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side. Large parts of long images may exceed it.
+    max_aspect: largest ratio of longer to shorter side; large parts of long images can exceed it.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -208,15 +208,15 @@ def decode_part(
 ) -> np.ndarray:
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
-  Ordinary JPEGs are decoded at 1/n of their height and width. Of 1, 2, 4 and 8, n is the largest
-  with which the part is not smaller than `size`. Decoding then uses fewer terms of the cosine
-  transform, and is faster.
+  Ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width. The number n is the
+  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. With a larger
+  n, decoding computes fewer terms of the cosine transform, and is faster.
 
   Args:
     encoded: the bytes of the file.
     name: name of the file, for error messages.
     channels: 1 or 3.
-    choose: function that maps the (height, width) of the upright image to the box of the part.
+    choose: maps the (height, width) of the upright image to the box of the part to return.
     size: (height, width) of the result.
 
   Raises:
@@ -255,12 +255,12 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 
 
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-  """Scales the part of a uint8 array in `box` to `size`, (height, width): uint8 `[H, W, C]`.
+  """Scales the part `box` of a uint8 image to `size`, (height, width): uint8 `[H, W, C]`.
 
   The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
   shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
-  bilinear filter. That filter is a triangle with the width of two new pixels. If an axis shrinks to
-  less than half its length, each new pixel is instead the mean of the old pixels in its area.
+  bilinear filter. That filter is a triangle with the width of two new pixels. If one axis shrinks
+  to less than half, each new pixel is instead the mean of the old pixels in its area.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
@@ -289,7 +289,7 @@ def opencv():
   return cv2
 
 
-FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in every Pillow version
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # of every Pillow version
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 

@@ -1,4 +1,4 @@
-"""Reads the rows of a CSV or JSONL file that lists images with their labels.
+"""Reads the rows of a label file: a CSV or JSONL file that lists images with their labels.
 
 Every mistake in the file raises an error that names the file, the line and the remedy.
 """
@@ -19,18 +19,18 @@ from vit_jax.names import choose
 COLUMNS = ('path', 'label', 'split')
 OPTIONAL = ('split',)
 SPLITS = ('train', *TEST_NAMES)
-SEPARATOR = ';'  # between the labels of an image
+SEPARATOR = ';'  # between several labels of one image
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One image that the file lists.
+  """One row of a label file: an image with its labels and its split.
 
   Attributes:
-    line: line number in the file, from 1.
-    path: normalised path, relative or absolute as in the file.
+    line: line number in the label file, from 1.
+    path: path of the image, normalised, but relative or absolute as in the label file.
     labels: class names without repetitions; empty if the image has no label.
-    split: name from `SPLITS`; empty without the column `split`.
+    split: name from `SPLITS`; empty if the label file has no column `split`.
   """
 
   line: int
@@ -40,12 +40,14 @@ class Row:
 
 
 def refuse(file: pathlib.Path, line: int, problem: str) -> NoReturn:
-  """Raises ValueError for a problem in a line of the file."""
+  """Raises ValueError for a problem in a line of a label file."""
   raise ValueError(f'{file}, line {line}: {problem}')
 
 
 def read_rows(file: pathlib.Path) -> list[Row]:
-  """Returns the rows of a `.csv` or `.jsonl` file with the columns path, label and maybe split.
+  """Returns the rows of a `.csv` or `.jsonl` file with the columns `path`, `label` and `split`.
+
+  The column `split` is optional.
 
   Raises:
     ValueError: the file cannot be read, lists no images, or has a mistake in a line.
@@ -55,7 +57,7 @@ def read_rows(file: pathlib.Path) -> list[Row]:
     raise ValueError(f'{file}: no images are listed. List one image on each line.')
   bare = next((row for row in rows if not row.split), None)
   named = next((row for row in rows if row.split), None)
-  if bare and named:  # only in a JSONL file: the header of a CSV file counts for every row
+  if bare and named:  # only possible in JSONL: in CSV, the header holds for all rows
     refuse(
       file,
       bare.line,
@@ -92,7 +94,7 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
 
 
 def check_header(file: pathlib.Path, header: list[str]) -> None:
-  """Raises ValueError if the first line is not a header with valid columns."""
+  """Raises ValueError if `header`, the first line, does not hold valid column names."""
   text = ','.join(header)
   for delimiter, name in ((';', 'semicolons'), ('\t', 'tabs')):
     if delimiter in text and 'path' in text.split(delimiter):
@@ -108,7 +110,7 @@ def check_header(file: pathlib.Path, header: list[str]) -> None:
 
 
 def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
-  """Raises ValueError, naming the line, if a column is unknown, repeated or missing in `names`."""
+  """Raises ValueError if `names`, the columns of a line, are unknown, repeated or incomplete."""
   for name in names:
     if name not in COLUMNS:
       refuse(
@@ -121,12 +123,12 @@ def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
-  """Yields the rows of a file with one JSON object per line.
+  """Yields the rows of a JSONL file, which has one JSON object per line.
 
-  `label` is a text, as in a CSV file, or a list of texts.
+  The value of `label` is a text, as in a CSV file, or a list of texts.
 
   Raises:
-    ValueError: a line is not valid JSON, or not an object with these values.
+    ValueError: a line is not valid JSON, or its object has wrong keys or values.
   """
   for line, text in enumerate(text_of(file).split('\n'), start=1):
     if not text.strip():
@@ -171,7 +173,7 @@ def text_of(file: pathlib.Path) -> str:
 
 
 def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]]) -> Row:
-  """Returns the `Row` for {column: value} of a line.
+  """Converts the values of a line, {column: value}, to a `Row`.
 
   Raises:
     ValueError: the path or a label is empty, or the split is unknown.

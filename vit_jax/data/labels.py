@@ -1,14 +1,15 @@
-"""Reads the labels of images from a CSV or JSONL file, for the source `labels:<file>`.
+"""Reads a dataset from a label file, for `data.source=labels:<CSV or JSONL file>`.
 
 Decisions:
-  * The file has several labels per image (multi-label) if any of its rows has more than one label.
-    Labels are then rows of 0 and 1, and an image without a label belongs to no class. In a file
-    with one label per image, a missing label is a mistake.
-  * An image is identified by a hash of its path, as in `folder.py`. Leading folders that are named
-    like a split or a class do not count. So a list of the images in class folders holds out the
-    same images as `folder:`. A model trained with one of these sources is never tested on its
-    training images through the other source.
-  * A mistake in the file raises an error that names the line. Only equal repeated rows are allowed.
+  * If any row of the label file has more than one label, the dataset is multi-label. Its labels are
+    then multi-hot, and an image without a label belongs to no class. If no row has more than one
+    label, a missing label is a mistake.
+  * An image is identified by a hash of its path, as in `folder.py`. The hash ignores leading
+    folders that are named like a split or a class. So if a label file lists the images of class
+    folders, `labels:` holds out the same images for testing as `folder:`. A model that was trained
+    with one of these sources is then never tested on its training images with the other source.
+  * A mistake in the label file raises an error that names the line. A repeated row is a mistake,
+    unless it has the same labels and the same split.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,24 +28,25 @@ from vit_jax.names import abridged
 
 
 def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
-  """Reads the classes and the images of each split from a file with labels.
+  """Reads the classes and the images of each split from a label file.
 
-  If the file has the column `split`, the first of `TEST_NAMES` that occurs in it becomes the split
-  `test`. Otherwise, or if none of them occurs, the images with a `position` below `HELD_OUT` become
-  the split `test`.
+  If the column `split` contains names from `TEST_NAMES`, the first of these names becomes the split
+  `test`. If the label file has no such column, or no such names in it, then images with a
+  `folder.position` below `HELD_OUT` become the split `test`.
 
   Args:
-    file: a `.csv` or `.jsonl` file with the columns `path`, `label` and optionally `split`.
-    top: folder at which relative paths start.
+    file: the label file, `.csv` or `.jsonl`, with the columns `path`, `label` and optionally
+      `split`.
+    top: folder at which relative paths in the label file start.
 
   Returns:
-    A `Folder` with the classes, sorted by name, and the files of each split. `label_N` of the files
-    is `[N, L]` if an image can have several labels.
+    A `Folder` with the class names, sorted, and the files of each split. If any image has several
+    labels, the labels are multi-hot: `label_N` of the files is `[N, L]`.
 
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
   """
-  # Absolute, so that absolute paths in the file are below it, too.
+  # `start` is absolute, so that absolute paths in the label file can be below it.
   start = top if is_remote(top) else pathlib.Path(os.path.abspath(top))
   rows, warnings = merged(file, start, read_rows(file))
   paths = locate(file, top, rows)
@@ -77,7 +79,7 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
   The labels are multi-hot if any row has more than one label.
 
   Raises:
-    ValueError: an image has no label, and no image has several.
+    ValueError: a row has no label, and no other row has more than one label.
   """
   number = {name: i for i, name in enumerate(class_names)}
   if any(len(row.labels) > 1 for row in rows):
@@ -90,14 +92,20 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
       refuse(
         file,
         row.line,
-        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. Only "
-        'in a file in which some image has several labels, an image may have none.',
+        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. An "
+        'image may have no label only if another image in the file has several labels.',
       )
   return np.array([number[row.labels[0]] for row in rows], np.int32)
 
 
 def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
-  """Returns a path below `top` without leading folders whose casefolded names are in `kept`."""
+  """Returns the part of an image's path that identifies the image in every split and class.
+
+  Args:
+    path: absolute path, or path relative to `top`.
+    top: folder at which relative paths start; this folder is removed from an absolute path.
+    kept: casefolded names of splits and classes. Leading folders with these names are removed.
+  """
   inside = pathlib.PurePath(path)
   if inside.is_relative_to(top):  # an absolute path
     inside = inside.relative_to(top)
@@ -110,13 +118,14 @@ def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
 def by_column(
   file: pathlib.Path, listed: Files, split_N: np.ndarray, warnings: list[str]
 ) -> dict[str, Files]:
-  """Returns the files of each split, divided by the column `split`, whose values are `split_N`.
+  """Divides the listed files into splits, by the column `split`; returns {split: files}.
 
-  If this column has no held-out images, the files are divided by position, as in
-  `folder.open_folder`. If another split is used as `test`, a message is appended to `warnings`.
+  `split_N` is the value of the column for each file. If the column has no name from `TEST_NAMES`,
+  the files are divided by position, as in `folder.open_folder`. If a split with another name is
+  used as `test`, a message is appended to `warnings`.
 
   Raises:
-    ValueError: the column has held-out images, but no training images.
+    ValueError: the column has names from `TEST_NAMES`, but no `train`.
   """
   arrays = listed.path_N, listed.label_N, listed.hash_N
   found = {name: Files(listed.top, *(a[split_N == name] for a in arrays)) for name in SPLITS}
@@ -153,9 +162,10 @@ def check_splits(
 def merged(
   file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]
 ) -> tuple[list[Row], list[str]]:
-  """Returns the rows without repeated images, and a list with a warning if rows are repeated.
+  """Removes rows that repeat an image; returns the other rows and a list of warnings.
 
-  A relative and an absolute path of the same image count as the same image.
+  The list has one warning if any row was removed, else none. A relative and an absolute path of one
+  image count as the same image.
 
   Raises:
     ValueError: two rows have the same image, but different labels or splits.
@@ -187,10 +197,10 @@ def merged(
 
 
 def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-  """Returns the path of each row's image, relative to `top` or absolute, as spelled on the disk.
+  """Returns the path of each row's image, absolute or relative to `top`, as spelled on the disk.
 
-  A letter such as an umlaut has two Unicode forms. If the label file and the disk use different
-  forms, the form of the disk is returned.
+  In Unicode, a letter such as an umlaut can be encoded in two ways. If label file and disk differ
+  in this encoding, the path is returned in the encoding of the disk.
 
   Raises:
     ValueError: an image does not exist.

@@ -22,13 +22,14 @@ class Reading:
   """Settings for reading splits.
 
   Attributes:
-    cache: `memory`, `stream`, or `auto`, for which `decide_cache` chooses one of the two.
+    cache: `memory`, `stream` or `auto`. For `auto`, `decide_cache` chooses `memory` or `stream`.
     fit: function that scales a decoded image to a size.
-    crop: `min_area` and `max_aspect` of the random crops in training; None: no random crops.
+    crop: {`min_area`, `max_aspect`} of the random crops in training; None: no random crops.
     skip_bad_images: skip images that cannot be decoded, instead of stopping.
-    workers: number of processes that decode a stream; 0: decode in this process.
-    threads: number of decoding threads in each process; None: `stream.best_threads`.
-    stack: function that joins streamed images to a batch.
+    workers: number of worker processes that decode a stream; 0: decode in this process.
+    threads: number of decoding threads in each process; None: as many as `stream.best_threads`
+      returns.
+    stack: function that joins a list of streamed images to a batch.
   """
 
   cache: str
@@ -47,19 +48,21 @@ def decide_cache(
   size: tuple[int, int],
   kept: Callable[[], tuple[int, int] | None] | None = None,
 ) -> str:
-  """Returns `memory` or `stream`: the value of `reading.cache` or, if this is `auto`, a choice.
+  """Decides whether splits are kept in memory or streamed; returns `memory` or `stream`.
 
-  The choice is `memory` if two conditions hold. The splits need at most half of the available
-  memory, and training batches are the same as from a stream (`differs` checks this). So the result
-  of a run does not depend on the memory of its machine. In evaluation, both give the same pixels.
+  The result is `reading.cache`, unless this is `auto`. In that case, the result is `memory` if two
+  conditions hold. The splits need at most half of the available memory, and training batches from
+  memory are the same as streamed batches (`differs` checks this). So the outcome of a run does not
+  depend on the memory of its machine. Evaluation gets the same pixels from memory and stream.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: function, given only for training. It returns the (height, width) at which memory would
-      keep all images, if this is smaller than `size` (the device then enlarges them); else None.
+    kept: for evaluation, None. For training, a function that is called without arguments. If images
+      in memory would be kept smaller than `size` and enlarged on the device, it returns their
+      (height, width). Otherwise it returns None.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -85,8 +88,8 @@ def differs(
 ) -> str:
   """Returns why training batches from memory would differ from streamed batches, else ''.
 
-  Order, decoding, scaling and the processing on the device are the same in any case. The arguments
-  are the same as in `decide_cache`.
+  The result is a text for the log. Order, decoding, scaling and the processing on the device never
+  differ. The arguments are the same as in `decide_cache`.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'
@@ -110,7 +113,7 @@ def open_split(
     source: dataset that contains the split.
     split: the split in TFDS notation, such as `train[:90%]`.
     size: (height, width) of the images; None: `reading.fit` chooses the size of each image.
-    to_train: whether the split is used for training; only then does `reading.crop` apply.
+    to_train: whether the split is used for training. If not, `reading.crop` is ignored.
   """
   if reading.cache == 'memory':
     return memory.load_examples(source, split, size, reading.skip_bad_images, reading.fit)
@@ -128,7 +131,10 @@ def open_split(
 
 
 def report_split(name: str, examples: Split | None) -> None:
-  """Logs the number of examples in a split, if given, and each bad image that was skipped."""
+  """Logs the number of examples in the split `name`, and each bad image that was skipped.
+
+  Nothing is logged if `examples` is None.
+  """
   if examples is None:
     return
   log.info('%s: %s examples', name, f'{len(examples):,}')

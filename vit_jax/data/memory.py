@@ -1,9 +1,11 @@
-"""Decodes a split once and keeps the images in memory. `stream.py` decodes in every epoch.
+"""Decodes a split once and keeps the images in memory.
+
+The alternative is `stream.py`, which decodes each image again in every epoch.
 
 Decisions:
-  * Images are kept as uint8. If all images have one size that is smaller than the model's input
-    (`common_size`), a run can keep this size. The device then enlarges the images. If CIFAR-10 were
-    kept at 224 pixels, it would fill 7.5 GB.
+  * Images are kept as uint8. If all images have the same size, and the model's input is larger
+    (`common_size`), a run can keep the images at their size. The device then enlarges them. For
+    example, CIFAR-10 fills 0.15 GB at its 32 pixels, but would fill 7.5 GB at 224 pixels.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
@@ -64,7 +66,7 @@ class Examples:
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Returns True for each index, bool `[N]`, because images in memory are already decoded."""
+    """Returns an array of True, bool `[N]`: all images in memory have already been decoded."""
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
@@ -107,7 +109,7 @@ def load_examples(
   label_N = np.empty((count, *source.label_shape), source.label_type)
 
   def decode(example, row):
-    """Decodes an example into a row. Returns the error if the image is bad, else an empty text."""
+    """Decodes an example into a row; returns '', or the error message if the image is bad."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:
@@ -125,14 +127,14 @@ def load_examples(
   good = [row for row, error in enumerate(errors) if not error]
   if not good:
     raise ValueError(f'Split {split!r}: all {count} images are unreadable or have a wrong label.')
-  for row, old in enumerate(good):  # in place, because a second array would double the memory
+  for row, old in enumerate(good):  # in place: a second array would double the memory
     if row != old:
       image_NHWC[row], label_N[row] = image_NHWC[old], label_N[old]
   return Examples(image_NHWC[: len(good)], label_N[: len(good)], tuple(filter(None, errors)))
 
 
 def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
-  """Raises one BadImage for all bad images of a split. The message has the first few errors."""
+  """Raises one BadImage for all bad images of a split; the message has the first few errors."""
   text = ' '.join(errors[:SHOWN])
   if len(errors) > 1:
     text = f'{split}: {len(errors):,} of {count:,} images are bad. {text}'
@@ -142,10 +144,11 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """Returns the (height, width) that all images of a split share if it is smaller than `size`.
+  """Returns the (height, width) that all images of a split have if it is below `size`; else None.
 
-  Otherwise returns None. Bad images do not count. Only headers of image files are read, and only up
-  to the first image with a different size.
+  The result is None if images differ in size, if one is larger than `size` on any axis, or if all
+  have exactly this size. Bad images are ignored. The function reads only the headers of image
+  files, and stops at the first image that makes the result None.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):
@@ -162,18 +165,19 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
 
 
 def memory_share() -> float:
-  """Returns the bytes of memory that this process may use. All processes must call this function.
+  """Returns the number of bytes of memory that this process may use.
 
-  The processes on one host, for example one for each GPU, share the memory `limits.limit()`.
+  The processes on one host, for example one for each GPU, share the memory `limits.limit()`. All
+  processes must call this function, because it counts the processes on each host.
   """
   host = socket.gethostname()
   return limits.limit() / from_all(host).count(host)
 
 
 def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: float) -> str:
-  """Returns a message if images of these splits, kept at `size`, exceed half of `most` bytes.
+  """Returns a message if the images of the splits `names` need more than `most / 2` bytes.
 
-  Otherwise returns an empty text.
+  Otherwise returns an empty text. The images are uint8 arrays of the (height, width) `size`.
   """
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_ = count * math.prod(size) * source.channels
@@ -186,9 +190,10 @@ def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: fl
 
 
 def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
-  """Raises ValueError if images of these splits, kept at `size`, exceed half of the memory.
+  """Raises ValueError if images of the splits `names` need more than half of the memory.
 
-  All processes must call this function, because the processes on one host share its memory.
+  The images are uint8 arrays of the (height, width) `size`. All processes must call this function,
+  because it counts the processes that share the memory of a host.
   """
   if too_much := excess(source, names, size, memory_share()):
     raise ValueError(

@@ -1,12 +1,12 @@
 """Defines `Source`, a dataset whose examples can be read by split and index.
 
 Decisions:
-  * A split is resolved to index ranges before anything is decoded. So every source understands TFDS
-    notation, and only the requested examples are read.
+  * A split such as `train[:90%]` is resolved to index ranges before anything is decoded. So every
+    source understands this notation of TFDS, and only the requested examples are read.
   * A source can be read in any order, and sent to worker processes. So its `read` function holds
     names and paths, but no open files.
-  * A percentage of a folder's split is a range of file positions (`folder.py`). For other sources,
-    a percentage is a share of the number of examples.
+  * For sources with image files, a percentage of a split is a range of hash positions
+    (`folder.py`). For other sources, a percentage is a share of the number of examples.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +21,9 @@ from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 
-# (name, image, label); the image is given as a path, as the content of a file, or as pixels. The
-# label is a class index, or multi-hot: uint8 `[L]` with a 1 for each label.
+# (name, image, label). The name is for messages. The image is the path of a file, the content of a
+# file, or a uint8 array of pixels. The label is a class index, or multi-hot: uint8 `[L]` with a 1
+# for each label.
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int | np.ndarray]
 
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
@@ -34,16 +35,17 @@ class Source:
 
   Attributes:
     sizes: number of examples in each whole split.
-    class_names: name of the class of each label; empty without labels.
-    channels: 1 or 3.
-    read: `(split, indices) -> iterator of (name, image, label)`. The image is a path, the bytes of
-      a file or a uint8 array. `pixels` checks and decodes the image later.
+    class_names: name of the class of each label; empty if the dataset has no labels.
+    channels: number of channels of the images, 1 (grey) or 3 (RGB).
+    read: `(split, indices) -> iterator of (name, image, label)`, as described at `Example`. The
+      function `pixels` decodes the image later.
     fingerprint: hash of the training split's names and labels; empty if unknown.
-    files: files of each split, for the kinds `folder`, `images` and `labels`; else empty.
-    left_out: for each split, whether each of its files is left out, bool `[N]`.
+    files: {split: files} for the kinds `folder`, `images` and `labels` of `data.source`; else
+      empty.
+    left_out: {split: bool `[N]`}, True for each file of the split that must not be read.
     warnings: messages for the user about the data.
-    spec: the `data.source` value that `open_source` opened.
-    multi_label: whether an image can have several labels, or none; labels are then multi-hot.
+    spec: the value of `data.source` that `open_source` opened.
+    multi_label: whether an image can have several labels, or no label. Labels are then multi-hot.
   """
 
   sizes: dict[str, int]
@@ -68,7 +70,9 @@ class Source:
     return np.uint8 if self.multi_label else np.int32
 
   def pieces(self, split: str) -> list[splits.Piece]:
-    """Returns the ranges of examples in a split in TFDS notation, without the files in `left_out`.
+    """Returns the ranges of examples that a split consists of, without the files in `left_out`.
+
+    A range is (name of a whole split, start, stop). `split` is in TFDS notation.
 
     Raises:
       ValueError: invalid notation, an unknown split name, or no examples.
@@ -79,7 +83,7 @@ class Source:
 
 
 def multi_hot(source: Source) -> Source:
-  """Returns the source with multi-hot labels, for models that can give an image several labels."""
+  """Returns the source with multi-hot labels, for models that can predict several labels."""
   if source.multi_label:
     return source
   eye_LL = np.eye(len(source.class_names), dtype=np.uint8)
@@ -96,7 +100,7 @@ def multi_hot(source: Source) -> Source:
 
 
 def unlabelled(source: Source) -> Source:
-  """Returns the source without its classes: every label is 0, a placeholder."""
+  """Returns the source without class names and labels; 0 replaces every label."""
   if not source.class_names:
     return source
 
@@ -116,8 +120,8 @@ def pixels(
 ) -> np.ndarray:
   """Returns the pixels of an example, scaled to `size` by `fit`: uint8 `[H, W, C]`.
 
-  If the example holds an array of this size, the array is returned unchanged. If `size`, (height,
-  width), is None, `fit` chooses the size.
+  If the example holds an array that already has this size, the array is returned unchanged. `size`
+  is (height, width). If it is None, `fit` chooses the size.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -144,9 +148,9 @@ def own_size(example: Example) -> tuple[int, int]:
 def read_pieces(
   source: Source, pieces: Iterable[tuple[str, int, int]]
 ) -> Iterator[Iterator[Example]]:
-  """Yields iterators of at most `READ_AHEAD` examples, which together read the pieces in order.
+  """Reads `pieces`, which are ranges (split, start, stop), in chunks of `READ_AHEAD` examples.
 
-  A piece is a range of examples: (split, start, stop).
+  Yields one iterator of examples for each chunk. The last chunk of a piece can be shorter.
   """
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
@@ -154,7 +158,7 @@ def read_pieces(
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
-  """Returns the (height, width) of a split's first image; None if the image is bad."""
+  """Returns the (height, width) of a split's first image; None if its header is unreadable."""
   name, start, _ = source.pieces(split)[0]
   (example,) = source.read(name, [start])
   try:
@@ -164,14 +168,14 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises a BadImage with the message of `error`, followed by advice for skipping bad images."""
+  """Raises a BadImage with the message of `error` and the advice to skip bad images."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
 
 
 def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
-  """Raises BadImage if a class index is not valid for the source; `name` is for the message."""
+  """Raises BadImage if `label` is not a class of the source; `name` is for the message."""
   if source.multi_label or not source.class_names:
     return
   if not 0 <= label < len(source.class_names):
@@ -189,7 +193,8 @@ def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
 def fetched(examples: Iterable[Example]) -> Iterator[Example]:
   """Yields the examples, with paths in buckets replaced by the content of the files.
 
-  Many files are read in parallel. The path of a missing file stays, and decoding reports it later.
+  Up to `READ_AHEAD` files are requested together. If a file is missing, its path is kept, and
+  decoding raises the error later.
   """
   for chunk in chunks(examples, READ_AHEAD):
     remote = [encoded for _, encoded, _ in chunk if isinstance(encoded, Listed)]
@@ -200,7 +205,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of `size`, and then a shorter list, perhaps empty."""
+  """Yields the items in lists of length `size`, then the rest in a shorter, perhaps empty list."""
   chunk = []
   for item in items:
     chunk.append(item)

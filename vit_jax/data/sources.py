@@ -21,9 +21,9 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
   """Opens the dataset of a `data.source` value, such as `tfds:cifar10` or `folder:photos`.
 
   Args:
-    spec: kind of the source, a key of `SOURCES`, and its argument: `<kind>` or `<kind>:<argument>`.
-    data_dir: folder at which relative paths start; for TFDS, the folder of its data.
-    image_size: (height, width) of the images of `synthetic`.
+    spec: value of `data.source`: `<kind>` or `<kind>:<argument>`. The kind is a key of `SOURCES`.
+    data_dir: folder at which relative paths start. For the kind `tfds`, the folder of TFDS data.
+    image_size: (height, width) of generated images; used only by the kind `synthetic`.
 
   Raises:
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
@@ -38,11 +38,11 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
 
 def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source | None:
-  """Opens a source like `open_source`, but accepts missing data, and never prepares TFDS data.
+  """Opens a source like `open_source`, but accepts missing data, and never downloads TFDS data.
 
   Returns:
-    The source. If the data of a TFDS dataset is missing, the source has no `sizes`. None if the
-    folder or file of the kinds `folder`, `images` and `labels` is missing.
+    The source. If the data of a TFDS dataset is missing, `sizes` of the source is empty. For the
+    kinds `folder`, `images` and `labels`, None if the folder or label file does not exist.
   """
   kind, _, name = spec.partition(':')
   if kind in ('folder', 'images', 'labels') and not (name and from_base(name, data_dir).exists()):
@@ -57,7 +57,7 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
 
 def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Returns the source of scikit-learn's 1,797 handwritten digits, 8x8 grey; needs no arguments.
+  """Returns the source of scikit-learn's 1,797 handwritten digits, 8x8 grey; ignores its arguments.
 
   The test split is always the same 360 images, stratified by class.
   """
@@ -79,9 +79,9 @@ def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Returns a source of generated RGB images for quick tests, of size `image_size`.
+  """Returns a source of generated RGB images of the size `image_size`, for quick tests.
 
-  It has ten classes. An image is the fixed pattern of its class plus noise.
+  The source has ten classes. Each image is the fixed pattern of its class plus noise.
   """
   del argument, data_dir
   shape = (*image_size, 3)
@@ -99,20 +99,20 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens a folder that has one folder of images per class.
 
-  `folder.open_folder` defines its splits. A relative path starts at `data_dir`.
+  `folder.open_folder` describes the splits. If `path` is relative, it starts at `data_dir`.
   """
   del image_size
   return source_of(folder_lib.open_folder(existing('folder', path, data_dir)))
 
 
 def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens a folder of images without labels, which may be at any depth below the folder.
+  """Opens a folder of images without labels; the images can be in subfolders at any depth.
 
-  With a folder `train/`, the training images are in it. The first folder of `TEST_NAMES` that
-  exists next to it becomes the split `test`; the others keep their names as splits. If `train/` or
-  all test folders are missing, a hash of each image's path decides whether it is a test image. The
-  hash ignores the first folder in the path, such as a class folder. So the same images are held out
-  as with `folder:`. A relative path starts at `data_dir`.
+  If the folder has a subfolder `train/` and a subfolder with a name from `TEST_NAMES`, these are
+  the splits. The first name of `TEST_NAMES` that exists becomes the split `test`; the others keep
+  their names. Otherwise, a hash of each image's path decides whether it is a test image. The hash
+  ignores the first folder in the path, such as a class folder. So `images:` holds out the same
+  images for testing as `folder:`. If `path` is relative, it starts at `data_dir`.
   """
   del image_size
   root = existing('images', path, data_dir)
@@ -137,9 +137,10 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
 
 
 def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib.Files:
-  """Lists the images in `top` and in all folders below that are searched; all labels are 0.
+  """Lists the images in `top` and in all folders below it; all labels are 0.
 
-  Counts other files in `passed_over`.
+  Folders for which `folder.is_searched` is false are skipped. Files that are not images are counted
+  by extension in `passed_over`.
   """
   with progress.announced(f'Listing the images in {top} ...'):
     names = [path.name for path in top.iterdir() if path.is_file()]
@@ -153,7 +154,11 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 
 
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
-  """Raises ValueError if a workdir is in the image folder of a source, and would become data."""
+  """Raises ValueError if pictures in a workdir would be read as images of the dataset.
+
+  This is the case if the workdir is in the image folder of a `folder:` or `images:` source. An
+  image folder with a subfolder `train/` is not checked, and neither are buckets.
+  """
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)
   if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
@@ -168,10 +173,10 @@ def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
 
 
 def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
-  """Returns the folder of a source `<kind>:<path>`; a relative path starts at `data_dir`.
+  """Returns the folder of the source `<kind>:<path>`; a relative path starts at `data_dir`.
 
   Raises:
-    ValueError: the path is empty, or is not a folder.
+    ValueError: `path` is empty, or is not the path of a folder.
   """
   root, hint = from_base(path, data_dir), f'Write {kind}:<path of the images>.'
   if not path:
@@ -186,10 +191,11 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
 
 
 def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens the images that a CSV or JSONL file lists with their labels (`labels.open_labels`).
+  """Opens the images that a label file (CSV or JSONL) lists, with `labels.open_labels`.
 
-  If the path of the file is relative, it starts at `data_dir`. Relative paths in the file start at
-  `data_dir`, too. If `data_dir` is empty, they start at the folder of the file.
+  `path` is the path of the label file. If it is relative, it starts at `data_dir`. Relative paths
+  of images in the label file start at `data_dir`, too. If `data_dir` is empty, they start at the
+  folder of the label file.
   """
   del image_size
   file = from_base(path, data_dir)
@@ -202,7 +208,7 @@ def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def source_of(found: folder_lib.Folder) -> Source:
-  """Returns the source of image files that `open_folder` or `open_labels` listed."""
+  """Returns a source for image files, as listed by `open_folder` or `open_labels`."""
   files = found.files
 
   def read(split, indices):

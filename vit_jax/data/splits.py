@@ -1,6 +1,6 @@
 """Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
 
-TFDS itself is needed only to read its data. Its unit `shard` is not supported.
+The package TFDS is not needed for this. The unit `shard` of TFDS is not supported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +12,10 @@ from vit_jax.names import choose
 
 Piece = tuple[str, int, int]  # name of a split, index of its first example, index after its last
 
-# A percent sign after one of two numbers applies to both, as in TFDS.
+# As in TFDS, a percent sign after one of two numbers applies to both: [10:20%] is [10%:20%].
 NOTATION = re.compile(r'[\w-]+(\[((?P<first>-?[\d_.]+)%?)?:((?P<last>-?[\d_.]+)%?)?\])?')
 
-WHOLE = 10**9  # percentages of positions are rounded to this many equal parts
+WHOLE = 10**9  # positions that percentages give are rounded to multiples of 1 / WHOLE
 
 
 def resolve(
@@ -26,9 +26,9 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for splits of files, the position of each file, float `[N]` in [0, 1), increasing.
-      In these splits, a percentage is a range of positions. In all other splits, a percentage is a
-      share of the number of examples.
+    positions: for each split that consists of files, the hash positions of the files: float `[N]`
+      in [0, 1), increasing. In these splits, a percentage is a range of positions. In all other
+      splits, a percentage is a share of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.
@@ -58,7 +58,9 @@ def resolve(
 
 
 def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
-  """Returns start and stop of a slice `part`, such as `train[5:]`, of a split with `size` examples.
+  """Returns the indices (start, stop) of `part`, such as `train[5:]`.
+
+  The whole split has the name `name` and `size` examples.
 
   Raises:
     ValueError: invalid notation, or a boundary beyond the end of the split.
@@ -84,9 +86,10 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def place(text: str, percent: bool, size: int) -> int:
-  """Converts the text of a slice boundary to an index, which is negative if counted from the end.
+  """Converts the number before or after the colon of a slice, given as text, to an index.
 
-  A percentage of `size` is rounded to the nearest index.
+  As in Python, a negative index counts from the end. If `percent` is True, the number is a
+  percentage of `size`, and the result is rounded to the nearest index.
 
   Raises:
     ValueError: not a number, or a percentage beyond 100.
@@ -111,12 +114,12 @@ def num_examples(pieces: Sequence[Piece]) -> int:
 
 
 def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[Piece]:
-  """Returns the pieces that remain without unwanted examples.
+  """Removes unwanted examples from pieces, and returns the remaining pieces.
 
   Args:
     pieces: ranges of examples, (split, start, stop).
-    unwanted: for each split, whether each of its examples is unwanted, bool `[N]`. A split
-      without an entry has no unwanted examples.
+    unwanted: {split: bool `[N]`}, True for each unwanted example. In splits that are not in this
+      dict, all examples are wanted.
   """
 
   def runs() -> Iterator[Piece]:

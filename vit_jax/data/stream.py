@@ -2,16 +2,15 @@
 
 Decisions:
   * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
-    few rows. Grain computes each part from its number alone. So batches do not depend on the number
-    of threads and workers, or on the order in which parts are finished.
+    few rows. Grain (a data loading library) computes each part from its number alone. So batches do
+    not depend on the number of threads and workers, or on the order in which parts are finished.
   * A process decodes only the rows that its own devices hold. The random numbers of an example
-    depend only on the seed and on the position of the example in the endless sequence. So any
-    number of processes makes the same batches.
+    depend only on the seed and on the position of the example in the endless training sequence. So
+    any number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run or, with `skip_bad_images`, is replaced by the next good image, with
-    the label of that image. The replacement is the same in every run, and replaced images are
-    counted.
+  * A bad image stops the run, unless `skip_bad_images` is set. In that case, the next good image
+    and its label take its place. Each run chooses the same replacement, and counts replaced images.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,23 +43,23 @@ from vit_jax.distributed import (
 log = logging.getLogger(__name__)
 
 PART = 16  # rows that a thread decodes at a time
-AHEAD = 2  # batches that are placed on the devices ahead of time
+AHEAD = 2  # maximum number of batches that wait on the devices for their step
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """A split that is read again in every epoch, used instead of `memory.Examples`.
+  """A split that is read and decoded again in every epoch, in contrast to `memory.Examples`.
 
   Attributes:
     source: dataset that contains the examples.
-    pieces: `(split, start, stop)` ranges, in order.
+    pieces: `(split, start, stop)` ranges of examples that together are the split, in order.
     size: (height, width) of the images; None: `fit` chooses the size of each image.
     fit: function that scales an image, as in `memory.load_examples`.
-    crop: `min_area` and `max_aspect` of the random crops in training; None: no random crops.
+    crop: {`min_area`, `max_aspect`} of the random crops in training; None: no random crops.
     skip_bad_images: replace images that cannot be decoded, instead of raising.
     workers: number of worker processes that decode; 0: decode in this process.
     threads: number of decoding threads in each process.
-    stack: function that joins images to a batch.
+    stack: function that joins a list of images to a batch.
   """
 
   source: Source
@@ -78,18 +77,18 @@ class Stream:
 
   @functools.cached_property
   def label_N(self) -> np.ndarray:
-    """Labels of all examples, `[N]` or `[N, L]`. For TFDS, this reads all records."""
+    """Labels of all examples, `[N]` or `[N, L]`. For TFDS data, this reads the whole split."""
     return np.array([label for _, _, label in self.read_all()], self.source.label_type)
 
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of a `Plan`, as dicts of global arrays with the keys of `rows`.
+    """Yields the batches of a `Plan`, as dicts of global arrays with the same keys as in `rows`.
 
-    The caller must close this iterator: the worker processes run until then.
+    The caller must close this iterator, because the worker processes run until then.
 
     Raises:
-      image.BadImage: an image cannot be decoded, and bad images are not replaced.
+      image.BadImage: an image cannot be decoded, and `skip_bad_images` is False.
       ValueError: the data cannot be read, the workers cannot be started, or a worker died.
     """
     if self.workers:
@@ -122,12 +121,12 @@ class Stream:
       iterator.close()
 
   def some(self, index_N: Sequence[int]) -> Examples:
-    """Returns the examples at these indices in memory, decoded without random crops."""
+    """Decodes the examples at these indices, without random crops, and keeps them in memory."""
     found = self.decode_all(index_N)
     return Examples(found['image'], found['label'])
 
   def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the same arrays as `rows`, but decodes with several threads."""
+    """Returns the same dict as `rows`, but decodes in `threads` threads."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
       return join_parts(list(pool.map(self.rows, parts)))
@@ -135,7 +134,7 @@ class Stream:
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
     """Returns whether each image at these indices can be decoded, bool `[N]`.
 
-    Without `skip_bad_images`, nothing is decoded here, and all values are True.
+    If `skip_bad_images` is False, nothing is decoded here, and all values are True.
     """
     if not self.skip_bad_images or not len(index_N):
       return np.ones(len(index_N), bool)
@@ -146,7 +145,7 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) pairs that identify the files and their decoding, for a checksum."""
+    """Yields (name, array) pairs that identify the files and the decoder, for a checksum."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -181,14 +180,14 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns a dict of the decoded examples at these indices: `image` and `label`.
+    """Returns the decoded examples at these indices, as a dict of the arrays `image` and `label`.
 
-    If bad images are replaced, the dict also has `bad` `[N]` int32: the number of bad images that
-    were skipped to fill each row.
+    If `skip_bad_images` is True, the dict also has `bad` `[N]` int32: the number of bad images that
+    were skipped before the image of each row.
 
     Args:
       index_N: indices of the examples.
-      uniform_N4: random numbers in [0, 1) for `image.random_part`; None: no random crops.
+      uniform_N4: random numbers in [0, 1) for the crops (`image.random_part`); None: no crops.
     """
     draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
     rows = [self.good(*row) for row in zip(fetched(self.read(index_N)), index_N, draws)]
@@ -200,6 +199,8 @@ class Stream:
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int | np.ndarray, int]:
     """Returns (image, label, number of skipped examples) of the first good example from `index` on.
+
+    `example` is the example at `index`. The last example of the split is followed by the first one.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -219,6 +220,8 @@ class Stream:
   def decode(self, example: Example, uniform_4: np.ndarray | None) -> np.ndarray:
     """Returns a random crop of an example or, if `uniform_4` is None, its image scaled by `fit`.
 
+    `uniform_4` holds the random numbers that choose the crop (`image.random_part`).
+
     Raises:
       image.BadImage: the image cannot be decoded, or the source has no class for its label.
     """
@@ -235,17 +238,17 @@ class Stream:
 
 @functools.cache
 def warn(message: str) -> None:
-  """Logs a message only once, because a bad image is read again in every epoch."""
+  """Logs each message only once, because a bad image would be reported in every epoch."""
   log.warning('%s', message)
 
 
 def best_threads(workers: int) -> int:
-  """Returns the default number of decoding threads per process, at most 16 because of the GIL."""
+  """Returns the default number of decoding threads per process: at most 16, due to the GIL."""
   return min(16, max(1, num_cores() // max(1, workers)))
 
 
 def open_grain():
-  """Returns the module `grain`, and marks absl flags as parsed, because Grain reads them."""
+  """Returns the module `grain`. Marks absl's flags as parsed, because Grain reads absl flags."""
   from absl import flags
   import grain
 
@@ -266,13 +269,13 @@ def open_stream(source: Source, split: str, **arguments) -> Stream:
 def read_part(
   stream: Stream, plan: Plan, parts: list[np.ndarray], number: int
 ) -> dict[str, np.ndarray]:
-  """Returns the decoded rows of one part of a batch. Grain calls this in threads and workers.
+  """Returns the decoded rows of one part of a batch. Grain calls this in its threads or workers.
 
   Args:
     stream: the stream that holds the examples.
     plan: the plan of the batches.
-    parts: row numbers of each part of a batch.
-    number: number of the part, counted over all batches from the plan's first batch.
+    parts: for each part of a batch, the numbers of its rows.
+    number: number of the part, counted over all batches of the plan.
   """
   step, part = divmod(number, len(parts))
   position_N = plan.positions(plan.steps[step])[parts[part]]
@@ -290,8 +293,8 @@ def draw_uniform(seed: int, position: int) -> np.ndarray:
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Concatenates the arrays of several parts by name, copies them, and empties the parts."""
-  # Grain's stack frames hold the parts until the end. By then it is too late to free the memory
-  # shared with the workers, so the parts are emptied here.
+  """Concatenates the arrays of several parts by name into new arrays, and empties the parts."""
+  # Grain's stack frames refer to the parts until the iterator ends. This is too late to free memory
+  # that is shared with the workers, so the parts are emptied here.
   join = lambda *arrays: np.concatenate(list(map(np.asarray, arrays)))
   return {name: jax.tree.map(join, *[part.pop(name) for part in parts]) for name in list(parts[0])}

@@ -25,11 +25,13 @@ from vit_jax.data.source import Source
 from vit_jax.distributed import from_first
 from vit_jax.names import choose
 
-CONVERTED = 'array_record'  # folder for converted copies; the user's own TFDS files are kept
+CONVERTED = 'array_record'  # folder for converted copies; the original TFDS files stay unchanged
 
 
 def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens an image classification dataset of tensorflow-datasets, and prepares it if needed.
+  """Opens an image classification dataset of tensorflow-datasets (TFDS).
+
+  If its data is missing or is not in array_record format, `prepared_builder` prepares it.
 
   Args:
     name: name of the dataset in TFDS, such as `cifar10`.
@@ -38,7 +40,7 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """
   del image_size
   root = data_root(name, data_dir)
-  if jax.distributed.is_initialized():  # process 0 prepares the data: all may share its folder
+  if jax.distributed.is_initialized():  # process 0 goes first: all may share the folder
     from_first(lambda: prepared_builder(name, root) and None)
   return tfds_source(name, prepared_builder(name, root))
 
@@ -56,7 +58,7 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
 
 
 def tfds_source(name: str, builder) -> Source:
-  """Returns the source of a TFDS builder; `name` is the name of its dataset, for messages.
+  """Returns a source that reads the dataset of a TFDS builder; `name` is for messages.
 
   Raises:
     ValueError: the dataset is not an image classification dataset.
@@ -72,7 +74,7 @@ def tfds_source(name: str, builder) -> Source:
       f'{builder.info.supervised_keys} have the types {type(feature).__name__} and '
       f'{type(label).__name__}. Choose an image classification dataset.'
     )
-  directory = str(builder.data_path)  # a builder cannot be sent to another process
+  directory = str(builder.data_path)  # a builder cannot be sent to a worker process
 
   def read(split, indices):
     try:
@@ -94,7 +96,10 @@ def tfds_source(name: str, builder) -> Source:
 
 @functools.lru_cache(maxsize=8)
 def open_records(directory: str, split: str, image_key: str):
-  """Opens the records of a split, with images encoded; keeps recently used splits open."""
+  """Opens the records of a split for access by index, without decoding their images.
+
+  The splits that were used most recently stay open, to save time.
+  """
   import tensorflow_datasets
 
   decoders = {image_key: tensorflow_datasets.decode.SkipDecoding()}
@@ -103,11 +108,13 @@ def open_records(directory: str, split: str, image_key: str):
 
 
 def prepared_builder(name: str, root: pathlib.Path):
-  """Returns the TFDS builder of a dataset in array_record format, and prepares it if needed.
+  """Returns the TFDS builder of a dataset whose data is in array_record format.
+
+  If this data is missing, it is downloaded, or converted from another format (`prepare`).
 
   Args:
     name: name of the dataset in TFDS.
-    root: folder of the TFDS data; converted copies are in `CONVERTED` below it.
+    root: folder of the TFDS data. Converted copies are in its subfolder `CONVERTED`.
 
   Raises:
     ValueError: the dataset is unknown, or cannot be prepared.
@@ -131,7 +138,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has it."""
+  """Returns the TFDS builder of a dataset, or None if TFDS and `directory` do not have it."""
   import tensorflow_datasets
 
   try:
@@ -141,7 +148,7 @@ def find_builder(name: str, directory: pathlib.Path):
 
 
 def check_known(name: str) -> None:
-  """Raises ValueError if TFDS has no dataset of this name."""
+  """Raises ValueError if TFDS has no dataset `name`; the message gives similar names."""
   import tensorflow_datasets
 
   known = tensorflow_datasets.list_builders(with_community_datasets=False)
@@ -149,7 +156,7 @@ def check_known(name: str) -> None:
 
 
 def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
-  """Prepares a dataset by running this module in a child process.
+  """Downloads or converts a dataset, by running this module in a child process.
 
   Raises:
     ValueError: the child failed; the message gives the reason and explains how to get the data.
@@ -173,14 +180,14 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
 
 
 def prepare_here() -> None:
-  """Prepares or converts a dataset in this process, as the module docstring describes."""
+  """Downloads or converts a dataset in this process; the module's docstring gives details."""
   name, root, converted = sys.argv[1:]
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download import downloader
 
-  # By default, TFDS tries a download ten times with growing pauses. Without a network, the error
-  # would come only after three minutes of silence.
+  # By default, TFDS tries a download ten times with growing pauses. Without a network, the program
+  # would print nothing for three minutes before the error.
   downloader.MAX_RETRIES = 4
   builder = tfds.builder(name, data_dir=root)
   if not builder.info.splits:
@@ -194,9 +201,9 @@ def prepare_here() -> None:
 
 
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a prepared TFDS folder, and converts its TFRecord files to array_record.
+  """Copies the TFDS folder `source` to `target`, and converts TFRecord files to array_record.
 
-  The folder `target` appears only when it is complete.
+  The folder gets its name `target` only when it is complete.
   """
   from array_record.python import array_record_module
   import tensorflow as tf
