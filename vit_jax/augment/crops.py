@@ -41,7 +41,7 @@ def resized_crop(
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images.
-    min_area: smallest area of the part, as a share of the image. The area is uniform from
+    min_area: smallest area of the part, as a fraction of the image. The area is uniform from
       `min_area` to 1.
     max_aspect: highest ratio of the part's longer side to its shorter side. The part must fit into
       the image. So a large part of an elongated image can be more elongated than `max_aspect`.
@@ -66,7 +66,7 @@ def rectangle(
 ) -> jax.Array:
   """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
-  The area is uniform from `min_area` to `max_area`, as a share of the image. The aspect ratio is
+  The area is uniform from `min_area` to `max_area`, as a fraction of the image. The aspect ratio is
   then drawn, uniformly on a logarithmic scale, from the ratios that fit into the image. The ratio
   of the longer to the shorter side is at most `max_aspect`. If no such ratio fits, the closest
   ratio that fits is used. Other implementations draw area and ratio again until the rectangle fits,
@@ -98,9 +98,9 @@ def erasing(
     key_B: random key of each example.
     image_BHWC: uint8 images with at most four channels.
     probability: probability that an image is changed.
-    min_area: smallest area of the rectangle, as a share of the image. The area is uniform from
+    min_area: smallest area of the rectangle, as a fraction of the image. The area is uniform from
       `min_area` to `max_area`.
-    max_area: largest area of the rectangle, as a share of the image.
+    max_area: largest area of the rectangle, as a fraction of the image.
     max_aspect: highest ratio of the rectangle's longer side to its shorter side. The rectangle must
       fit into the image. So a large rectangle in an elongated image can be more elongated than
       `max_aspect`.

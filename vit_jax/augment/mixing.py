@@ -28,14 +28,15 @@ def mix(
     probability: probability that an image is mixed.
     mixup_alpha: 0 disables mixup. Otherwise, the image's own weight has the distribution
       Beta(`mixup_alpha`, `mixup_alpha`).
-    cutmix_alpha: 0 disables cutmix. Otherwise, the share of its area that an image keeps has the
+    cutmix_alpha: 0 disables cutmix. Otherwise, the fraction of its area that an image keeps has the
       distribution Beta(`cutmix_alpha`, `cutmix_alpha`), before the rectangle is clipped.
     switch: probability of cutmix if mixup and cutmix are enabled; the other images use mixup.
 
   Returns:
     image_BHWC: the mixed uint8 images.
-    own_B: how much of each result comes from the image itself, float from 0 to 1. This is its
-      weight in mixup, and its share of the area in cutmix. It is 1 for an image that is not mixed.
+    own_B: how much of each result comes from the image itself, float from 0 to 1. For mixup, this
+      is the image's weight. For cutmix, this is the fraction of the area that the image keeps. The
+      value is 1 for an image that is not mixed.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)

@@ -58,8 +58,8 @@ def operate(
   Args:
     operation_B: index of each image's operation in `OPERATIONS`.
     argument_B: argument of each image's operation.
-    centre_B2: centre of the cutout square, as shares of height and width. None if no image gets the
-      operation cutout.
+    centre_B2: centre of the cutout square, as fractions of height and width. None if no image gets
+      the operation cutout.
     image_BHWC: uint8 images with 1 or 3 channels.
   """
   chosen = {name: operation_B == i for i, name in enumerate(OPERATIONS)}
@@ -248,8 +248,8 @@ def cutout_square(
   Args:
     chosen_B: whether each image gets a square of replaced pixels, bool.
     half_B: half of the square's side in pixels. The square is clipped at the border of the image.
-    centre_B2: centre of the square as shares of height and width, which are rounded down to whole
-      pixels.
+    centre_B2: centre of the square, as fractions of height and width. The centre is rounded down to
+      whole pixels.
     shape: shape of the image batch, `(B, H, W, C)`.
   """
   inside = []

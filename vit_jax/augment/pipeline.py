@@ -4,8 +4,7 @@ Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
     uint8 images. Each example has its own key, so no draw depends on other examples.
   * `AUGMENTATIONS` defines the order of the augmentations. It also names the argument that disables
-    each of them.
-    All augmentations are off by default.
+    each of them. All augmentations are off by default.
   * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
     are the next pair, and so on. These pairs are random because the order of the data is random. If
     each device holds an even number of examples in each micro-batch, no pair is split between
@@ -33,7 +32,7 @@ class Augmentation(NamedTuple):
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
     off: value of this argument that disables the augmentation.
-    strong: whether the augmentation is disabled at the end of a run, during the share of the run
+    strong: whether the augmentation is disabled at the end of a run, during the fraction of the run
       that the config key `augment.off_for_last` gives.
   """
 

@@ -162,7 +162,7 @@ def rand_augment(
     image_BHWC: uint8 images.
     num_layers: number of operations per image, drawn with replacement.
     magnitude: mean of the random magnitudes, from 0 to the maximum of the space in
-      `MAX_MAGNITUDES`. `FULL` is the magnitude of strength 1.
+      `MAX_MAGNITUDES`. The strength is the magnitude divided by `FULL`.
     mstd: standard deviation of the random magnitudes. A magnitude is clipped to the range of
       `magnitude`.
     probability: probability that a drawn operation is applied.
@@ -201,7 +201,7 @@ def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float)
 
 
 def any_strength(key: jax.Array) -> jax.Array:
-  """Draws one of TrivialAugment's `STRENGTHS` equally likely strengths, from 0 to 1."""
+  """Draws a strength for TrivialAugment: one of `STRENGTHS` equally likely values, 0 to 1."""
   return jax.random.randint(key, (), 0, STRENGTHS) / (STRENGTHS - 1)
 
 
@@ -219,7 +219,7 @@ def draw_operation(
   Returns:
     The operation's index in `OPERATIONS`, an int32 scalar.
     The operation's argument, a float scalar.
-    The centre of the cutout square as shares of height and width, float `[2]`. None if the space
+    The centre of the cutout square as fractions of height and width, float `[2]`. None if the space
       has no cutout.
   """
   names, arguments = zip(*SPACES[space].items())

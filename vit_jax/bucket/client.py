@@ -97,8 +97,8 @@ def check_access(bucket: str) -> None:
 def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
   """Writes an object, but only if its current generation is `generation`.
 
-  A generation is a version number, which the bucket gives an object at each write. 0 stands for an
-  object that does not exist yet.
+  A generation is a version number, which the bucket gives an object at each write. The generation 0
+  stands for an object that does not exist yet.
 
   Returns:
     The new generation.

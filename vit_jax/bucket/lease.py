@@ -8,8 +8,8 @@ Decisions:
   * A waiting process only checks whether the generation (version number) of the object changes, and
     measures time with its own clock. So the clocks of different hosts need not agree.
   * Every write names the generation that it replaces. The bucket refuses the write if the object
-    has a different generation. So only one of several processes can take over an expired lock, and
-    a process that was suspended learns at its next write that its lock is lost.
+    has a different generation. So only one of several processes can take over an expired lock. A
+    suspended process that has lost its lock notices this at its next write.
   * If the owner runs on the same host, a waiting process looks up whether the owner is running. The
     lock of a dead owner is taken over at once.
 """
@@ -62,7 +62,7 @@ class Owner:
 
   @classmethod
   def read(cls, content: bytes) -> 'Owner':
-    """Parses the content of a lock object; a damaged content gives the host `unknown`."""
+    """Parses the content of a lock object; damaged content gives the host `unknown`."""
     try:
       return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
     except (ValueError, TypeError, KeyError):
@@ -78,11 +78,11 @@ class Owner:
 
 
 def this_host() -> str:
-  """Returns a text that identifies the host, and the container if process IDs are separate there.
+  """Returns a text that identifies the system in which a process ID is unique.
 
-  The text joins the host name, the boot ID of the kernel and the PID namespace. In two processes
-  with the same text, a process ID stands for the same process. On systems without `/proc`, the text
-  is only the host name.
+  The text joins the host name, the boot ID of the kernel and the PID namespace. If two processes
+  have the same text, each process ID means the same process to them. On systems without `/proc`,
+  the text is only the host name.
   """
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):

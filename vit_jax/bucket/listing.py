@@ -139,7 +139,7 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 def kept_lists() -> dict[str, bytes]:
   """Returns {file name: content} of the cache files for all folders that were listed.
 
-  The folders are those listed since `keeping_lists` was last entered.
+  Folders that were listed before the last start of `keeping_lists` are not included.
   """
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)

@@ -25,7 +25,7 @@ from vit_jax.data import image as image_lib
 from vit_jax.names import abridged, choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
-HELD_OUT = 0.2  # share of the files that are held out for testing if there is no test folder
+HELD_OUT = 0.2  # fraction of the files that are held out for testing if there is no test folder
 # Folders with these names are probably splits, not classes.
 SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
@@ -40,7 +40,7 @@ class Files:
     label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
       with a 1 for each label.
     hash_N: `hash_name` of each file, uint64.
-    span: (low, high) range of hash positions in the split; (0, 1) if no hash decides the split.
+    span: range of hash positions that belong to the split; (0, 1) for a split not made by hash.
   """
 
   top: pathlib.Path
@@ -102,7 +102,7 @@ def hash_name(name: str) -> int:
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
-  """Returns the position of each hash in [0, 1), computed from its highest 53 bits."""
+  """Converts hashes to positions in [0, 1), which define the order and split of the files."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 
@@ -272,7 +272,7 @@ def list_files(
 
 
 def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the path below `root` of each image; counts other files in `passed_over`.
+  """Yields the path of each image, relative to `root`; counts other files in `passed_over`.
 
   Links to folders are followed. Only folders for which `is_searched` is true are searched.
   """

@@ -45,7 +45,7 @@ def has_image_name(name: str) -> bool:
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the names of images. Counts other visible files by extension in `passed_over`."""
+  """Yields the names of image files. Counts other visible files by extension in `passed_over`."""
   for name in names:
     if has_image_name(name):
       yield name
@@ -153,7 +153,7 @@ def fit_image(
     image: grey or RGB image.
     size: (height, width) of the result.
     interpolation: filter from `INTERPOLATIONS`. When shrinking, all but `nearest` average pixels.
-    crop: share of height and width that a central crop keeps before scaling.
+    crop: fraction of height and width that a central crop keeps before scaling.
     stretch: scale height and width independently. Otherwise, crop to the aspect ratio of `size`.
   """
   height, width = size
@@ -185,7 +185,7 @@ def random_part(
     uniform_4: four random numbers in [0, 1) for area, aspect ratio, top edge and left edge.
     height: height of the image.
     width: width of the image.
-    min_area: smallest area, as a share of the image. The area is uniform in [`min_area`, 1).
+    min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
     max_aspect: largest ratio of longer to shorter side; large parts of long images can exceed it.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
@@ -289,7 +289,7 @@ def opencv():
   return cv2
 
 
-FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # of every Pillow version
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # all versions have these
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 

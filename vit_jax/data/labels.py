@@ -99,7 +99,7 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
 
 
 def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
-  """Returns the part of an image's path that identifies the image in every split and class.
+  """Returns the part of an image's path that identifies it: without folders of splits and classes.
 
   Args:
     path: absolute path, or path relative to `top`.
@@ -164,8 +164,8 @@ def merged(
 ) -> tuple[list[Row], list[str]]:
   """Removes rows that repeat an image; returns the other rows and a list of warnings.
 
-  The list has one warning if any row was removed, else none. A relative and an absolute path of one
-  image count as the same image.
+  The list is empty if no row was removed. A relative and an absolute path of one image count as the
+  same image.
 
   Raises:
     ValueError: two rows have the same image, but different labels or splits.

@@ -53,7 +53,7 @@ def decide_cache(
   The result is `reading.cache`, unless this is `auto`. In that case, the result is `memory` if two
   conditions hold. The splits need at most half of the available memory, and training batches from
   memory are the same as streamed batches (`differs` checks this). So the outcome of a run does not
-  depend on the memory of its machine. Evaluation gets the same pixels from memory and stream.
+  depend on the memory of its machine. For evaluation, both give the same pixels.
 
   Args:
     reading: settings for reading the splits.

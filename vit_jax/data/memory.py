@@ -101,7 +101,7 @@ def load_examples(
 
   Raises:
     image.BadImage: an image cannot be decoded, and bad images are not skipped.
-    ValueError: the split does not exist, or contains no good image.
+    ValueError: the split does not exist, or none of its images can be used.
   """
   pieces = source.pieces(split)
   count = splits.num_examples(pieces)

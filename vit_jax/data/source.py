@@ -6,7 +6,7 @@ Decisions:
   * A source can be read in any order, and sent to worker processes. So its `read` function holds
     names and paths, but no open files.
   * For sources with image files, a percentage of a split is a range of hash positions
-    (`folder.py`). For other sources, a percentage is a share of the number of examples.
+    (`folder.py`). For other sources, a percentage is a fraction of the number of examples.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -100,7 +100,7 @@ def multi_hot(source: Source) -> Source:
 
 
 def unlabelled(source: Source) -> Source:
-  """Returns the source without class names and labels; 0 replaces every label."""
+  """Returns the source without class names and labels: every label becomes 0."""
   if not source.class_names:
     return source
 

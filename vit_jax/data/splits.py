@@ -28,7 +28,7 @@ def resolve(
     sizes: number of examples in each whole split.
     positions: for each split that consists of files, the hash positions of the files: float `[N]`
       in [0, 1), increasing. In these splits, a percentage is a range of positions. In all other
-      splits, a percentage is a share of the number of examples.
+      splits, a percentage is a fraction of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.

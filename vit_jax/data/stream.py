@@ -121,7 +121,7 @@ class Stream:
       iterator.close()
 
   def some(self, index_N: Sequence[int]) -> Examples:
-    """Decodes the examples at these indices, without random crops, and keeps them in memory."""
+    """Returns the examples at these indices, decoded without random crops, as `Examples`."""
     found = self.decode_all(index_N)
     return Examples(found['image'], found['label'])
 
@@ -141,7 +141,7 @@ class Stream:
     return self.decode_all(index_N)['bad'] == 0
 
   def joined(self, other: 'Stream') -> 'Stream':
-    """Returns these examples, followed by the examples of `other`."""
+    """Returns a stream of these examples, followed by the examples of `other`."""
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -180,7 +180,7 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns the decoded examples at these indices, as a dict of the arrays `image` and `label`.
+    """Returns the decoded examples at these indices: a dict of `image` (from `stack`) and `label`.
 
     If `skip_bad_images` is True, the dict also has `bad` `[N]` int32: the number of bad images that
     were skipped before the image of each row.

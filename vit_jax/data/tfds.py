@@ -2,9 +2,9 @@
 
     python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
 
-This command runs in a child process, and is the only code that imports TensorFlow. It prepares the
-dataset `NAME` in DATA_DIR in the array_record format. If DATA_DIR already has the dataset in the
-TFRecord format, the command instead writes a converted copy to CONVERTED_DIR.
+This command runs in a child process, and is the only code that imports TensorFlow. It downloads the
+dataset NAME, and writes it to DATA_DIR in the array_record format. If DATA_DIR already has the
+dataset in the TFRecord format, the command instead writes a converted copy to CONVERTED_DIR.
 """
 
 import functools
@@ -31,11 +31,11 @@ CONVERTED = 'array_record'  # folder for converted copies; the original TFDS fil
 def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens an image classification dataset of tensorflow-datasets (TFDS).
 
-  If its data is missing or is not in array_record format, `prepared_builder` prepares it.
+  If its data is missing or not in array_record format, it is first downloaded or converted.
 
   Args:
     name: name of the dataset in TFDS, such as `cifar10`.
-    data_dir: folder of the TFDS data; empty: `TFDS_DATA_DIR` or the default of TFDS.
+    data_dir: folder of the TFDS data; empty: chosen as in `data_root`.
     image_size: ignored.
   """
   del image_size
@@ -46,10 +46,12 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def data_root(name: str, data_dir: str) -> pathlib.Path:
-  """Returns the folder of the TFDS data: `data_dir`, else `TFDS_DATA_DIR`, else TFDS's default.
+  """Returns the folder of the TFDS data: `data_dir` or, if this is empty, a default folder.
+
+  The default is the environment variable `TFDS_DATA_DIR`, else the default folder of TFDS.
 
   Raises:
-    ValueError: `name` is not the name of a dataset.
+    ValueError: `name` does not have the form of a dataset name.
   """
   if not re.fullmatch(r'\w+([/:].+)?', name):
     raise ValueError(f'data.source: got tfds:{name}, expected tfds:<name>, e.g. tfds:cifar10.')
@@ -138,7 +140,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a dataset, or None if TFDS and `directory` do not have it."""
+  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has one."""
   import tensorflow_datasets
 
   try:
