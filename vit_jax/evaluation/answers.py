@@ -3,9 +3,10 @@
 Decisions:
   * Every process gets the logits of the whole batch. Scores are then computed with NumPy in
     float64, so they do not depend on devices, processes or micro-batches.
-  * Only one batch of logits is in memory at a time, because ImageNet-21k has billions of logits. If
-    images can have several labels, all probabilities are kept, because the average precision
-    compares all images.
+  * Each batch of logits is reduced to scores before the next batch is computed. The logits of a
+    large split do not fit into memory: ImageNet-21k would give billions of logits.
+  * If images can have several labels, the probabilities of all images stay in memory, because
+    average precision ranks all images of the split.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,19 +30,21 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
-FITTED = 2**26  # maximum number of logits to which a calibration is fitted: 256 MiB
+FITTED = 2**26  # a calibration is fitted to about this many logits at most: 256 MiB of float32
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
-  """Returns the compiled function `(batch, params) -> rows` for one padded batch.
+  """Returns a compiled function that evaluates one batch: `(batch, params) -> rows`.
 
-  `rows` is a dict with the outputs of the objective, such as `logits` `[B, L]` and `loss` `[B]`. It
-  also contains all arrays of the batch except the images.
+  `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
+  It contains the outputs of the experiment's objective, such as `logits` `[B, L]` and `loss` `[B]`,
+  and all arrays of `batch` except the images.
 
   Args:
     exp: the experiment.
     mesh: the devices.
-    held: bytes that arrays other than batch and parameters occupy on each device.
+    held: bytes on each device that are already occupied by arrays other than the batch and the
+      parameters. The function must fit into the rest of the memory.
   """
 
   def answer(part, params):
@@ -62,17 +65,17 @@ def answer_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> Iterator[Answers]:
-  """Yields the `Answers` of the model for all examples of a split, in order, batch by batch.
+  """Yields one `Answers` per batch: the model's outputs for all examples of a split, in order.
 
   Args:
     eval_step: the function from `make_eval_step`.
     params: the model's parameters, on the devices of the mesh.
     examples: the split.
-    batch_size: number of examples per batch, on all devices together.
+    batch_size: number of examples per batch, summed over all devices.
     mesh: the devices.
     **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
   """
-  index = {'example': np.arange(len(examples), dtype=np.int32)}  # selects random numbers
+  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds random masks
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra, **index)
   count = math.ceil(len(examples) / batch_size)
   for i, batch in enumerate(progress.bar(batches, 'Evaluating', 'batch', count)):
@@ -95,11 +98,11 @@ def score_examples(
   calibration: Calibration = NOT_CALIBRATED,
   **extra: np.ndarray,
 ) -> Scores | Labelled | Losses:
-  """Returns the scores of all examples of a split.
+  """Returns the model's losses and predictions for all examples of a split.
 
-  The result is `Labelled` if images can have several labels, `Losses` if the model has no classes,
-  else `Scores`. `calibration` gives the temperature for the confidences of `Scores`. The other
-  arguments are those of `answer_split`.
+  The result is a `Labelled` if images can have several labels, a `Losses` if the model has no
+  classes, else a `Scores`. The temperature of `calibration` is used only for the confidences of
+  `Scores`. All other arguments are described in `answer_split`.
   """
   parts = []
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
@@ -120,11 +123,11 @@ def calibrate(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Calibration:
-  """Fits the temperature on a validation split, and returns it as a `Calibration`.
+  """Fits the softmax temperature of a model on a validation split; returns a `Calibration`.
 
-  If images can have several labels, the threshold of each class is fitted instead. For a very large
-  split, evenly spaced examples are used, with at most about `FITTED` logits. The arguments are
-  those of `answer_split`.
+  If images can have several labels, a threshold for each class is fitted instead. If the split has
+  more than `FITTED` logits, only evenly spaced examples are used, so that about `FITTED` logits or
+  fewer remain. The arguments are described in `answer_split`.
   """
   logits, labels = [], []
   for answers in answer_split(eval_step, params, examples, batch_size, mesh):
@@ -147,14 +150,14 @@ def calibrate_run(
   workdir: pathlib.Path,
   steps: Sequence[int],
 ) -> None:
-  """Fits a calibration for each given checkpoint of a run, and saves it in the workdir.
+  """Fits a `Calibration` for each given checkpoint of a run, and saves it in the workdir.
 
   Args:
     exp: experiment of the run.
     val: validation split of the run.
     mesh: the devices.
     workdir: folder of the run.
-    steps: steps of the checkpoints.
+    steps: step numbers of the checkpoints.
   """
   eval_step = make_eval_step(exp, mesh)
   for step in steps:
@@ -165,7 +168,7 @@ def calibrate_run(
 
 
 def log_calibration(step: int, found: Calibration) -> None:
-  """Logs the calibration of the checkpoint of a step."""
+  """Logs the fitted temperature or thresholds of the checkpoint with the number `step`."""
   fitted = f'temperature {found.temperature:.4g}'
   if found.thresholds:
     low, high = min(found.thresholds), max(found.thresholds)
@@ -176,26 +179,27 @@ def log_calibration(step: int, found: Calibration) -> None:
 def trust(
   scores: Scores | Labelled | Losses, class_names: Sequence[str], calibration: Calibration
 ) -> dict:
-  """Returns the measures of how far predictions can be trusted, as a dict for JSON.
+  """Returns measures of how reliable predictions are, as a dict that can be written as JSON.
 
   Args:
     scores: scores of the examples of a split.
     class_names: names of the classes.
-    calibration: the calibration that the scores were computed with.
+    calibration: the calibration that `scores` was computed with.
 
   Returns:
     For `Losses`, an empty dict. For `Labelled`, the result of `Labelled.trust`. For `Scores`, a
     dict with these keys (undefined values are None):
-    `accuracy_interval`: `[low, high]`, the 95% Wilson interval of the accuracy.
-    `balanced_accuracy`: the mean recall of the classes.
-    `ece`: the expected calibration error in 15 bins.
-    `ece_uncalibrated`: the expected calibration error at temperature 1.
+    `accuracy_interval`: `[low, high]`, the 95% Wilson confidence interval of the accuracy.
+    `balanced_accuracy`: the recall, averaged over the classes that have examples.
+    `ece`: the expected calibration error, computed with 15 bins.
+    `ece_uncalibrated`: the same error for probabilities at temperature 1.
     `temperature`: the temperature of the calibration.
     `temperature_examples`: the number of validation examples that the temperature was fitted on.
-    `per_class`: the precision, recall, F1 and support of each class, by name.
-    `confusion`: `{true class: {predicted class: number of examples}}`, without zeros.
-    `reliability`: the rows of `measures.reliability`.
-    `coverage`: the rows of `measures.coverage_curve`.
+    `per_class`: for each class name, the dict of its precision, recall, F1 and support.
+    `confusion`: `{true class: {predicted class: number of examples}}`. Pairs of classes without
+      an example are left out.
+    `reliability`: a list of dicts, one for each bin of `measures.reliability`.
+    `coverage`: a list of dicts, one for each point of `measures.coverage_curve`.
   """
   if isinstance(scores, Losses):
     return {}

@@ -1,4 +1,4 @@
-"""Opens test data for a trained model, and prepares the images as in training."""
+"""Opens splits of the data for a trained model, and prepares images as in its training."""
 
 import dataclasses
 import logging
@@ -24,11 +24,14 @@ log = logging.getLogger(__name__)
 
 
 def open_data(experiment: Experiment) -> Source:
-  """Opens the source of the experiment's data, without labels if the model has no classes.
+  """Opens the dataset `data.source` of an experiment, and checks whether it fits the model.
+
+  If the model has no classes, the returned dataset has no labels. If the model can give an image
+  several labels, the labels of the returned dataset are multi-hot.
 
   Raises:
-    ValueError: the data and the model have different classes or numbers of channels, or only the
-      data has several labels per image.
+    ValueError: the dataset and the model differ in their classes or in their number of channels. Or
+      the dataset has several labels per image, but the model was trained with one.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
@@ -54,18 +57,19 @@ def open_data(experiment: Experiment) -> Source:
 
 
 def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Source, int]:
-  """Opens the test data without the files that the weights were trained on.
+  """Opens the dataset for a test, and leaves out the files that the weights were trained on.
 
   Args:
-    experiment: the experiment of the weights.
-    source: the source if it is already open; None to open it.
+    experiment: the experiment of the weights. `data.eval_split` of its config is the test split.
+    source: the dataset, if it is already open. None to open the dataset of the experiment.
 
   Returns:
-    The source, and the number of files of the test split that were left out.
+    The dataset, and the number of files in the test split that were left out.
 
   Raises:
-    ValueError: the data and the model have different classes, or the weights were trained on the
-      whole test split.
+    ValueError: the dataset does not fit the model, as in `open_data`. Or the weights were trained
+      on all files of the test split. For datasets without files, such as TFDS: the weights were
+      trained on any example of the test split.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:
@@ -83,14 +87,18 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
 
 
 def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Split]:
-  """Loads splits of the experiment's data, prepared as in the model's training.
+  """Opens splits whose images are resized as in the model's training.
 
   Args:
     experiment: the model's experiment.
-    *parts: a pair for each split: the open source, and the split in TFDS notation.
+    *parts: a pair for each split: the open dataset, and the split in TFDS notation. All pairs have
+      the same dataset, but different files may be left out of it.
+
+  Returns:
+    The splits, in the order of `parts`.
 
   Raises:
-    ValueError: the splits do not fit into memory.
+    ValueError: the images must be kept in memory (`data.cache`), but do not fit.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
   reading = experiment.reading
@@ -104,21 +112,29 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
 
 def load_split(experiment: Experiment, name: str, source: Source | None = None) -> Split:
-  """Loads the split `name`, as `load_splits` does; opens the data source if `source` is None."""
+  """Opens one split whose images are resized as in the model's training.
+
+  Args:
+    experiment: the model's experiment.
+    name: the split in TFDS notation, e.g. `test[:50%]`.
+    source: the dataset, if it is already open. None to open the dataset of the experiment.
+  """
   return load_splits(experiment, (source or open_data(experiment), name))[0]
 
 
 def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) -> Split | None:
-  """Loads the validation split of a run, without the files that the weights were trained on.
-
-  The result is None if the run has no validation split, if the experiment has other data than the
-  run, or if the training files are unknown. The result is also None for the last run
-  of a sweep, which is trained on the validation split too.
+  """Opens the validation split of a run, without the files that the weights were trained on.
 
   Args:
-    experiment: the experiment of the weights.
+    experiment: the experiment of the weights, which may have overridden config keys.
     workdir: folder of the run.
-    step: step of the checkpoint with the weights.
+    step: step number of the checkpoint with the weights.
+
+  Returns:
+    The split, or None in these cases:
+    - The run has no validation split, or its training files are unknown.
+    - Overrides set a different dataset or validation split than the run used.
+    - The config sets `sweep`. After a sweep, the run is also trained on the validation split.
   """
   data, names = experiment.config.data, experiment.names
   saved = config_lib.from_dict(restore_item(workdir, step, 'config')['config'])

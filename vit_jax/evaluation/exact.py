@@ -1,4 +1,7 @@
-"""Exact evaluation: each example counts exactly once, for any batch size and number of devices."""
+"""Exact evaluation: each example counts exactly once, for any batch size and number of devices.
+
+Padding at the end of the last batch is not counted.
+"""
 
 from collections.abc import Mapping
 import pathlib
@@ -23,8 +26,8 @@ from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
 
-# Prefixes of the config keys that change what the model computes from an image. A calibration that
-# is fitted with such an override is not saved.
+# Prefixes of the config keys that change what the model computes from an image. If the user
+# overrides such a key, the fitted calibration is not saved.
 INPUT = (
   'model.', 'data.image_size', 'data.crop', 'data.stretch', 'data.interpolation', 'data.mean',
   'data.std',
@@ -39,10 +42,11 @@ def score_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> dict[str, float]:
-  """Returns the loss, the accuracies and the number of examples of a split.
+  """Evaluates a split: returns a dict with mean loss, accuracies and number of examples.
 
-  If images can have several labels, the mean average precision and the mean F1 are added. If the
-  model has no classes, the dict has no accuracies. The arguments are those of `answer_split`.
+  If images can have several labels, the dict also has the mean average precision and the mean F1.
+  If the model has no classes, the dict has no accuracies. `means` of `Scores` describes the keys.
+  The arguments are described in `answer_split`.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
@@ -72,7 +76,7 @@ def evaluate(
     The result of `evaluate_checkpoint`.
 
   Raises:
-    ValueError: the workdir has no such checkpoint, or data or overrides contradict the checkpoint.
+    ValueError: the workdir has no such checkpoint, or the data or the overrides do not fit it.
   """
   start_up()
   request = Request(to_path(workdir), '', str(step), overrides or {}, max_patches=max_patches)
@@ -81,21 +85,25 @@ def evaluate(
 
 @limits.memory_for('Evaluation')
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
-  """Evaluates the model that a request names, and writes the result to `eval.json` of a workdir.
+  """Evaluates the model that a request names, and writes the result to `eval.json` of its workdir.
 
-  If a checkpoint has no calibration yet, a calibration is fitted on the validation split of the
-  run, except with `max_patches`. The calibration is saved unless an override changes what the model
-  computes (`INPUT`). Published weights have no workdir, so nothing is fitted or written. If a
-  workdir cannot be written, a warning is logged.
+  Before the evaluation, a calibration (temperature or thresholds) is fitted on the validation split
+  of the run if the checkpoint has none. It is not fitted if the request sets `max_patches`. It is
+  saved with the checkpoint, unless the request overrides a config key in `INPUT`, which changes
+  what the model computes.
+
+  Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
+  be written, a warning is logged.
 
   Returns:
-    `step`, `source` and `split` of the data, the values of `score_split`, and the measures of
-    `trust`. A model without classes has only a loss. These keys exist only if they apply:
+    A dict with `step` (step number of the checkpoint; None for published weights), `source` (the
+    dataset) and `split` (the test split), the values of `score_split`, and the measures of `trust`.
+    For a model without classes, the loss is the only measure. Some keys exist only if they apply:
     `left_out`: number of test images that are not scored, because the weights were trained on them.
     `max_patches`: the value in the request.
-    `overrides`: the overrides in the request whose keys begin with an entry of `INPUT`.
+    `overrides`: the overridden config keys in `INPUT`, with their values.
   """
-  # Zero-shot weights have the classes of the data.
+  # The head of zero-shot weights is built for the classes of the dataset.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
   exp, params, loaded = opening.open_model(request, classes)
   batch_size = exp.config.eval_batch_size

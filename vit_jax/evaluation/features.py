@@ -1,13 +1,15 @@
 """Computes the features of a frozen backbone once, and caches them.
 
 Decisions:
-  * Features are the input of the head: pooled, and after the pre-logits layer if there is one.
+  * Features are the input of the head: the pooled tokens, after the pre-logits layer if the model
+    has one.
   * If the model scales the input of the head to length 1 (`cosine`), the features have length 1.
   * Features are float32, which also represents the output of a bfloat16 backbone exactly.
-  * The name of a cache file is a hash of everything that features depend on. So any change leads
+  * The name of a cache file is a hash of everything that features depend on, so any change leads
     to a new file. The hash covers the weights, the preprocessing, the program that JAX traces, the
     pixels and the labels.
-  * For streamed images, the hash covers the files and the decoding code instead of the pixels.
+  * If images are decoded for each batch (`data.cache=stream`), the hash covers the bytes of the
+    image files and the decoding code instead of the pixels.
 """
 
 from collections.abc import Callable
@@ -43,7 +45,10 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 
 
 def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
-  """Returns the compiled function `(batch, params) -> feature_BD` for a batch of uint8 images."""
+  """Returns a compiled function that computes features: `(batch, params) -> feature_BD`.
+
+  `batch` is a dict with uint8 images `[B, H, W, C]` as `image`.
+  """
 
   def build(parts):
     function = concatenate(functools.partial(extract, exp), mesh, parts)
@@ -53,7 +58,7 @@ def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
 
 
 def extract(exp: Experiment, batch: dict[str, jax.Array], params: dict) -> jax.Array:
-  """Computes the features `[B, D]` of a batch of uint8 images."""
+  """Computes the features of the uint8 images `batch['image']`: float32 `[B, D]`."""
   backbone = exp.model.clone(num_classes=None)
   feature_BD = backbone.apply({'params': params}, exp.normalize(batch['image']))
   feature_BD = feature_BD.astype(jnp.float32)
@@ -68,9 +73,18 @@ def compute_features(
   batch_size: int,
   mesh: jax.sharding.Mesh,
 ) -> Examples:
-  """Returns the examples in order, with features `[N, D]` instead of images as `image_NHWC`.
+  """Computes the features of all examples of a split, in order.
 
-  Bad images that were skipped are not included. `feature_step` comes from `make_feature_step`.
+  Args:
+    feature_step: the function from `make_feature_step`.
+    params: the model's parameters, on the devices of the mesh.
+    examples: the split.
+    batch_size: number of examples per batch.
+    mesh: the devices.
+
+  Returns:
+    An `Examples` with the labels, whose field `image_NHWC` contains the features, float32 `[N, D]`,
+    instead of images. Bad images that were skipped are not included.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -91,17 +105,15 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """Returns the examples, whose field `image_NHWC` holds features `[N, D]` in place of images.
-
-  The features are read from the cache if possible.
+  """Returns the result of `compute_features`, from the cache if it contains these features.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
     feature_step: the function from `make_feature_step`.
     params: all parameters of the model, on the devices of the mesh.
-    examples: examples with uint8 images.
+    examples: a split with uint8 images.
     mesh: the devices.
-    folder: folder of the cache files `<key>.npz`, to which new features are also written.
+    folder: folder of the cache files `<key>.npz`. New features are written to this folder.
   """
   path = folder / f'{key(exp, params, examples)}.npz'
   if (arrays := from_first(lambda: read_cache(path))) is not None:
@@ -115,7 +127,10 @@ def cached_features(
 
 
 def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
-  """Reads `feature_ND` and `label_N` from a file; None if the file is missing or damaged."""
+  """Reads a cache file: returns a dict with the arrays `feature_ND` and `label_N`.
+
+  The result is None if the file is missing or damaged.
+  """
   if not path.exists():
     return None
   try:
@@ -127,9 +142,10 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 
 
 def traced(exp: Experiment, params: dict) -> str:
-  """Returns JAX's version and the program of `extract` for one image on one device, as text.
+  """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  Every change of the backbone's computation changes this text, whichever file was edited.
+  The program is for one image on one device. If an edit of any file changes the computation of the
+  features, it also changes this text.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -144,7 +160,8 @@ def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
 
 def key(exp: Experiment, params: dict, examples: Split) -> str:
   """Returns a hash of everything that the features depend on, as 32 hexadecimal digits."""
-  # Not hashed: attributes of the head, `learned_grid` (only a check), and Flax's own attributes.
+  # Skip attributes of the head, Flax's own attributes, and `learned_grid`, which only serves to
+  # check the image size.
   skip = ('num_classes', 'examples', 'learned_grid', 'parent', 'name')
   fields = [f.name for f in dataclasses.fields(exp.model) if f.name not in skip]
   model = {name: str(getattr(exp.model, name)) for name in fields}

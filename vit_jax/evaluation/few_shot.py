@@ -1,10 +1,11 @@
-"""Measures few-shot accuracy: how well features separate classes, with few images per class.
+"""Measures few-shot accuracy: how well a classifier works with few training images per class.
 
-The classifier is one of `CLASSIFIERS`: the paper's closed-form regression (Section 4.1), or k-NN.
+The classifier is fitted to features of the frozen backbone. It is one of `CLASSIFIERS`: the paper's
+closed-form regression (Section 4.1), or k-NN. `Shots` is the number of training images per class.
 
 Decisions:
-  * A draw with fewer shots is a subset of the draw with more shots.
-  * Only the drawn images and the whole test split go through the backbone.
+  * The training images for a small number of shots are also used for every larger number of shots.
+  * Features are computed only for the drawn training images and for the test split.
 """
 
 import functools
@@ -26,15 +27,16 @@ log = logging.getLogger(__name__)
 
 SHOTS = (1, 5, 10, 25)  # numbers of training images per class
 SEEDS = (0, 1, 2)  # random seeds; the training images are drawn once with each seed
-PART = 2000  # number of training images that are decoded at a time
+PART = 2000  # maximum number of training images in memory at a time
 
 
 def draw_shots(
   label_N: np.ndarray, class_names: tuple[str, ...], shots: int, seed: int
 ) -> np.ndarray:
-  """Draws images of each class without replacement; returns their indices, int `[L, shots]`.
+  """Draws `shots` random images of each class; returns their indices, int `[L, shots]`.
 
-  With the same seed, a draw of fewer shots equals the first columns of a draw of more shots.
+  No image is drawn twice. With the same seed, a call with fewer shots returns the first columns of
+  the result for more shots.
 
   Args:
     label_N: class of each image; -1 for an image that must not be drawn.
@@ -43,7 +45,7 @@ def draw_shots(
     seed: random seed.
 
   Raises:
-    ValueError: a class has fewer images than shots.
+    ValueError: a class has fewer than `shots` images.
   """
   random = np.random.RandomState(seed)
   rows = []
@@ -61,17 +63,22 @@ def draw_shots(
 def draw_readable(
   train: Split, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], np.ndarray]:
-  """Draws readable images of every class, once for each of `SEEDS`.
+  """Draws training images of every class, once for each of `SEEDS`, and skips unreadable images.
 
   The number of images per class is the largest of `SHOTS` for which every class has enough images.
-  A bad image is replaced by another image of its class. Training would replace it by the next
-  image in the split, which may belong to a different class.
+  An unreadable image is replaced by another image of its class. Batches for training would contain
+  the next image of the split instead, which may belong to a different class.
+
+  Args:
+    train: training split.
+    class_names: names of the L classes, in the order of the labels.
 
   Returns:
-    The result of `draw_shots` for each seed, and the sorted indices of all drawn images.
+    A list with one array of indices `[L, shots]` for each seed, as `draw_shots` returns them.
+    The indices of all drawn images, sorted and without duplicates.
 
   Raises:
-    ValueError: a class has no image.
+    ValueError: a class has no readable image.
   """
   label_N, checked = train.label_N.copy(), np.empty(0, int)
   while True:
@@ -94,19 +101,17 @@ def draw_readable(
 
 
 def in_parts(index_N: np.ndarray) -> list[np.ndarray]:
-  """Divides indices into parts of at most `PART`, so that the decoded images fit into memory."""
+  """Divides indices into lists of at most `PART`, so that the decoded images fit into memory."""
   return [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
 
 
 def classifier_accuracy(classifier: str, known: Examples, tested: Examples, classes: int) -> float:
-  """Fits a classifier to the examples `known`, and returns its accuracy on `tested`, 0 to 1.
-
-  Both have features instead of images, as `compute_features` returns them.
+  """Fits a classifier to training features, and returns its accuracy on test features, 0 to 1.
 
   Args:
     classifier: one of `CLASSIFIERS`.
-    known: training examples.
-    tested: test examples.
+    known: training examples, with features instead of images, from `compute_features`.
+    tested: test examples, with features instead of images.
     classes: number of classes.
   """
   entry = CLASSIFIERS[classifier]
@@ -116,23 +121,30 @@ def classifier_accuracy(classifier: str, known: Examples, tested: Examples, clas
 
 
 def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> dict:
-  """Measures the few-shot accuracies of a backbone on the experiment's data.
+  """Measures the few-shot accuracies of a backbone on the experiment's dataset.
+
+  Training images are drawn from `data.train_split`. The test images are `data.eval_split` without
+  the images that the backbone was trained on.
 
   Args:
-    exp: the experiment. Shots are drawn from `data.train_split`. Accuracy is measured on all of
-      `data.eval_split`, except for images that the backbone was trained on.
+    exp: the experiment.
     params: parameters of the experiment's model; the head is not used.
     classifier: one of `CLASSIFIERS`.
 
   Returns:
-    `{'shots': {'1': {'mean': ..., 'std': ..., 'accuracy': [one per seed]}, ...}, 'examples': ...,
-    'classifier': ...}`. `std` is the population standard deviation over the seeds. `examples` is
-    the number of test images. With `ridge`, the key `l2` gives the weight of the
-    penalty. If test images were left out, the result also has the key `left_out`, as in
-    `evaluate_checkpoint`.
+    A dict with these keys:
+    `shots`: `{'1': {'mean': ..., 'std': ..., 'accuracy': [...]}, '5': ...}`, by number of training
+      images per class. `accuracy` has one value for each of `SEEDS`, from 0 to 1. `std` is the
+      population standard deviation of these values.
+    `examples`: the number of test images.
+    `classifier`: the name of the classifier.
+    `l2`: the weight of the L2 penalty; only if the classifier is `ridge`.
+    `left_out`: the number of test images that were left out, because the backbone was trained on
+      them; only if there are any.
 
   Raises:
-    ValueError: a class has no image, or the splits share examples.
+    ValueError: a class has no readable training image, the two splits share examples, or images can
+      have several labels.
   """
   config = exp.config
   if exp.task.multi_label:
@@ -173,17 +185,17 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
 
 
 def fewshot(request: Request, classifier: str = 'ridge') -> dict:
-  """Measures few-shot accuracies, and writes them to `fewshot.json` in the workdir.
+  """Measures the few-shot accuracies of a model, and writes them to `fewshot.json` in its workdir.
 
-  If the workdir cannot be written, a warning is logged. Published weights have no workdir. They are
-  tested on the data that the overrides name, and nothing is written.
+  If the workdir cannot be written, a warning is logged. Published weights have no workdir, so their
+  result is only returned. They are tested on the dataset in the request's overrides.
 
   Args:
-    request: which model to use.
+    request: names the model: a checkpoint of a workdir, or published weights.
     classifier: one of `CLASSIFIERS`.
 
   Returns:
-    The result of `score_backbone`, and for a checkpoint also its `step`.
+    The dict of `score_backbone`. For a checkpoint, it also contains `step`, the step number.
   """
   choose('--classifier', classifier, CLASSIFIERS)
   exp, params, loaded = opening.open_model(request, 'data')

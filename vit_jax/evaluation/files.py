@@ -1,4 +1,4 @@
-"""Finds image files from the paths, folders and patterns of a user."""
+"""Finds the image files that a user names by paths of files, folders or glob patterns."""
 
 from collections.abc import Iterable
 import glob
@@ -16,13 +16,14 @@ PathLike = str | os.PathLike
 
 
 def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
-  """Returns the image files that are given by paths of files, folders and glob patterns.
+  """Returns the image files that `paths` names: paths of files, folders or glob patterns.
 
-  A folder stands for all images in and below it, sorted, and a pattern for all matching images,
-  sorted. Any other path is returned without a check.
+  The order of `paths` is kept. A folder is replaced by the sorted list of all images in the folder
+  and its subfolders. A pattern is replaced by the sorted list of all images that match. Any other
+  path is returned without checking that the file exists.
 
   Raises:
-    ValueError: no path is given, or a folder or a pattern matches no image.
+    ValueError: no path is given, a value is not a path, or a folder or a pattern has no image.
   """
   if isinstance(paths, PathLike):
     paths = [paths]
@@ -50,14 +51,14 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
 
 
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns all image files in and below a folder, sorted, except in hidden folders.
+  """Returns a sorted list of all image files in a folder and its subfolders.
 
-  A warning is logged if folders cannot be read.
+  Hidden folders are skipped. If folders cannot be read, they are skipped and a warning is logged.
   """
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
     for top, folders, names in os.walk(folder, onerror=errors.append):
-      folders[:] = [name for name in folders if not name.startswith('.')]  # `walk` enters these
+      folders[:] = [name for name in folders if not name.startswith('.')]  # only these are entered
       found += filter(is_image, (os.path.join(top, name) for name in names))
   found = sorted(map(pathlib.Path, found))
   if errors:

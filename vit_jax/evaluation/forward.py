@@ -28,8 +28,12 @@ def map_files(
     exp: the experiment that defines the preprocessing.
     params: parameters of the experiment's model.
     files: image files, at least one.
-    function: maps `(image_BHWC, params)`, with uint8 images, to an array with one row per image. If
-      images keep their aspect ratio (`exp.pack`), `image_BHWC` is a `Padded`.
+    function: maps `(image_BHWC, params)` to an array with one row per image. `image_BHWC` contains
+      uint8 images. If images keep their aspect ratio (`exp.pack`), it is a `Padded` batch instead.
+
+  Yields:
+    `(file, row)` for each file, in order. `row` is the row of the function's result for this image,
+    or the message as text if the file cannot be read as an image.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)
@@ -61,18 +65,18 @@ def probabilities(exp: Experiment) -> Function:
 
 
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
-  """Returns `function`, compiled to split the images of a batch over the devices of the mesh.
+  """Compiles `function` so that the devices of the mesh share the images of a batch.
 
-  `function` is as in `map_files`.
+  `map_files` describes the arguments and the result of `function`.
   """
 
   return exp.fitted(lambda parts: jax.jit(concatenate(function, mesh, parts)), mesh)
 
 
 def read_image(file: pathlib.Path, exp: Experiment) -> np.ndarray | str:
-  """Reads an image and resizes it for the model: returns uint8 `[H, W, C]`, or an error message.
+  """Reads an image and resizes it for the model: returns uint8 `[H, W, C]`.
 
-  The message is returned if the file cannot be read as an image.
+  If the file cannot be read as an image, the function returns an error message instead.
   """
   try:
     decoded = decode_image(read_file(file), file, exp.task.channels)

@@ -5,7 +5,8 @@
 Decisions:
   * An undefined value is NaN, e.g. the recall of a class without examples. `rows_of` turns it into
     None, which JSON writes as null.
-  * Equal confidences are treated as one group, so no result depends on the order of the examples.
+  * Examples with equal confidences are treated as one group, so no result depends on the order of
+    the examples.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ import numpy as np
 
 LEVEL = 0.95  # probability with which a confidence interval covers the true accuracy
 BINS = 15  # number of bins of the calibration error, as in Guo et al. 2017 (1706.04599), Section 5
-POINTS = 20  # number of points of the curve of accuracy against coverage
+POINTS = 20  # number of points of `coverage_curve`
 
-COLDEST, HOTTEST = 0.01, 100.0  # limits of the temperature
+COLDEST, HOTTEST = 0.01, 100.0  # limits of a fitted temperature
 CHUNK = 2**22  # maximum number of logits that are converted to float64 at once
 
 
@@ -42,10 +43,16 @@ def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
 def class_scores(
   label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
-  """Returns `precision`, `recall`, `f1` and `support` of each class, `[L]`.
+  """Returns a dict with `precision`, `recall`, `f1` and `support` of each class, each `[L]`.
 
   The support is the number of examples of a class. The precision is NaN for a class that is never
-  predicted. The recall is NaN for a class without examples. F1 is NaN if both are NaN.
+  predicted. The recall is NaN for a class without examples. F1 is NaN for a class that has no
+  examples and is never predicted.
+
+  Args:
+    label_N: true class of each example.
+    predicted_N: predicted class of each example.
+    num_classes: L, the number of classes.
   """
   label_N, predicted_N = np.asarray(label_N), np.asarray(predicted_N)
   count = lambda classes: np.bincount(classes, minlength=num_classes)
@@ -55,7 +62,7 @@ def class_scores(
 def ratios(
   right_L: np.ndarray, given_L: np.ndarray, support_L: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Returns the columns of `class_scores` from three counts of each class.
+  """Computes the result of `class_scores` from three counts of each class.
 
   Args:
     right_L: number of correct predictions of each class.
@@ -79,7 +86,15 @@ def balanced_accuracy(recall_L: np.ndarray) -> float:
 def confused(
   label_N: np.ndarray, predicted_N: np.ndarray, names: Sequence[str]
 ) -> dict[str, dict[str, int]]:
-  """Returns the confusion matrix without its zeros: `{true class: {predicted class: examples}}`."""
+  """Returns the confusion matrix as `{true class: {predicted class: number of examples}}`.
+
+  Pairs of classes without an example are left out.
+
+  Args:
+    label_N: true class of each example.
+    predicted_N: predicted class of each example.
+    names: names of the classes, which become the keys.
+  """
   pair_P2, count_P = np.unique(np.stack([label_N, predicted_N], axis=1), axis=0, return_counts=True)
   found = {}
   for (label, predicted), count in zip(pair_P2.tolist(), count_P.tolist()):
@@ -88,7 +103,9 @@ def confused(
 
 
 def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np.ndarray]:
-  """Returns mean confidence and accuracy in bins of equal width (Guo et al. 2017, Section 2).
+  """Groups examples by confidence in bins of equal width, and returns the accuracy of each bin.
+
+  This is the data of a reliability diagram (Guo et al. 2017, Section 2).
 
   Args:
     confidence_N: probability of the predicted class of each example.
@@ -98,8 +115,8 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
     A dict with an array `[BINS]` for each key:
     `low` and `high`: limits of the bin, which holds the confidences above `low` and up to `high`.
     `examples`: number of examples in the bin.
-    `confidence`: mean confidence of these examples; NaN in an empty bin.
-    `accuracy`: accuracy on these examples; NaN in an empty bin.
+    `confidence`: mean confidence of the examples in the bin; NaN in an empty bin.
+    `accuracy`: accuracy on the examples in the bin; NaN in an empty bin.
   """
   edge_B = np.linspace(0, 1, BINS + 1)
   bin_N = np.searchsorted(edge_B[1:-1], confidence_N)
@@ -118,7 +135,11 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 
 
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
-  """Returns the expected calibration error, from the bins of `reliability` (Guo et al., eq. 3)."""
+  """Computes the expected calibration error from the result of `reliability`, 0 to 1.
+
+  This error is the mean difference between accuracy and confidence, over all examples (Guo et al.
+  2017, equation 3).
+  """
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())
 
@@ -126,7 +147,10 @@ def calibration_error(bins: dict[str, np.ndarray]) -> float:
 def coverage_curve(
   confidence_N: np.ndarray, correct_N: np.ndarray, points: int = POINTS
 ) -> dict[str, np.ndarray]:
-  """Returns the accuracy on the most confident examples (Geifman and El-Yaniv 2017, 1705.08500).
+  """Returns the accuracy of a model that answers only its most confident examples.
+
+  The accuracy is computed for several coverages, i.e. shares of the examples that are answered
+  (Geifman and El-Yaniv 2017, 1705.08500).
 
   Args:
     confidence_N: probability of the predicted class of each example.
@@ -135,14 +159,14 @@ def coverage_curve(
 
   Returns:
     A dict with an array `[P]` for each key:
-    `coverage`: share of the examples that the model answers, 1/P to 1.
-    `accuracy`: accuracy on these examples. An example counts with the mean accuracy of all examples
-      that have an equal confidence.
-    `confidence`: lowest confidence among these examples.
+    `coverage`: share of the examples that the model answers, from 1/P to 1.
+    `accuracy`: accuracy on the answered examples. If several examples have equal confidences, each
+      counts with their mean accuracy, so that their order has no effect.
+    `confidence`: lowest confidence among the answered examples.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')
   falling_N, count = np.asarray(confidence_N)[order_N], len(order_N)
-  last = np.flatnonzero(np.append(falling_N[1:] != falling_N[:-1], True))  # of each group
+  last = np.flatnonzero(np.append(falling_N[1:] != falling_N[:-1], True))  # end of each group
   right = np.cumsum(np.asarray(correct_N, np.float64)[order_N])[last]
   coverage_P = np.arange(1, points + 1) / points
   answered_P = coverage_P * count
@@ -157,11 +181,15 @@ def coverage_curve(
 def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
   """Returns the temperature with the least negative log-likelihood (Guo et al. 2017, Section 4.2).
 
-  The likelihood is computed in float64. The temperature stays between `COLDEST` and `HOTTEST`. If
-  every prediction is correct, the likelihood grows as the temperature falls towards 0, and the
-  function returns 1.
+  The likelihood is computed in float64. The temperature is between `COLDEST` and `HOTTEST`. If all
+  predictions are correct, the function returns 1, because no temperature is best: the likelihood
+  grows as the temperature falls towards 0.
+
+  Args:
+    logits_NL: logits of the examples, not yet divided by a temperature.
+    label_N: true class of each example.
   """
-  from scipy import optimize  # takes 0.4 s to import, and `predict` does not need it
+  from scipy import optimize  # not imported by `predict`: importing it takes 0.4 s
 
   logits_NL, label_N = np.asarray(logits_NL), np.asarray(label_N)
   rows = max(1, CHUNK // logits_NL.shape[1])
@@ -185,7 +213,7 @@ def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
 
 
 def rows_of(columns: dict[str, np.ndarray]) -> list[dict[str, float | int | None]]:
-  """Converts a dict of columns to a list with one dict per row, for JSON: NaN becomes None."""
+  """Converts a dict of arrays `[R]` to a list of R dicts, for JSON; NaN becomes None."""
   plain = [
     [None if value != value else value for value in np.asarray(column).tolist()]
     for column in columns.values()

@@ -1,12 +1,12 @@
-"""Scores for images with several labels: average precision, F1 and thresholds of each class.
+"""Evaluates models that give an image several labels: average precision, F1 and thresholds.
 
 Decisions:
   * Average precision is the sum over all thresholds of the precision times the increase in recall,
     without interpolation, as in `average_precision_score` of scikit-learn. Images with equal scores
-    share a threshold.
+    are counted at the same threshold.
   * Means over the classes skip classes without a positive image, because their average precision
     and recall are not defined.
-  * A label is given to an image if its probability is at or above the threshold of the class.
+  * A class is predicted for an image if its probability is at or above the threshold of the class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy as np
 from vit_jax.evaluation import measures
 from vit_jax.workdir import Calibration
 
-THRESHOLD = 0.5  # used if no threshold was chosen
+THRESHOLD = 0.5  # the threshold of a class if none was fitted
 
 
 def cumulative(
@@ -26,8 +26,8 @@ def cumulative(
   """Counts the images of a class at or above each possible threshold.
 
   Args:
-    score_N: score of each image.
-    label_N: 1 for a positive image, else 0.
+    score_N: score of each image for this class.
+    label_N: 1 for a positive image, which has the class as a label; else 0.
 
   Returns:
     score_T: the T distinct scores, in decreasing order; each is used as a threshold.
@@ -44,8 +44,8 @@ def average_precision(score_NL: np.ndarray, label_NL: np.ndarray) -> np.ndarray:
   """Returns the average precision of each class, `[L]`; NaN for a class without positive images.
 
   Args:
-    score_NL: scores such as logits or probabilities; only their order within a class counts.
-    label_NL: 1 for each label of an image, else 0.
+    score_NL: scores, e.g. logits or probabilities; only their order within a class matters.
+    label_NL: multi-hot labels: 1 if the image has the class as a label, else 0.
   """
   found_L = []
   for score_N, label_N in zip(score_NL.T, label_NL.T):
@@ -59,9 +59,13 @@ def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndar
   """Returns for each class the threshold with the highest F1 on the given images, `[L]`.
 
   A threshold lies halfway between two neighbouring probabilities of the images, or between the
-  lowest probability and 0. So rounding errors do not change a decision. If several thresholds have
-  the highest F1, the highest of them is chosen. A class without positive images gets `THRESHOLD`.
-  Choose thresholds on validation images, never on test images.
+  lowest probability and 0. Rounding errors then do not change a prediction. If several thresholds
+  have the highest F1, the largest of these thresholds is chosen. A class without positive images
+  gets `THRESHOLD`. Fit thresholds on validation images, never on test images.
+
+  Args:
+    probability_NL: probability of each class.
+    label_NL: multi-hot labels.
   """
   threshold_L = []
   for probability_N, label_N in zip(probability_NL.T.astype(np.float64), label_NL.T):
@@ -76,16 +80,19 @@ def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndar
 def given_labels(
   probability_L: np.ndarray, threshold_L: Sequence[float] | None = None
 ) -> np.ndarray:
-  """Returns the indices of the classes at or above their thresholds, the most likely class first.
+  """Returns the indices of the classes that are predicted for an image, the most likely first.
 
-  If `threshold_L` is None, the threshold of each class is `THRESHOLD`.
+  A class is predicted if its probability is at or above its threshold. If `threshold_L` is None,
+  the threshold of each class is `THRESHOLD`.
   """
   order = np.argsort(-probability_L, kind='stable')
   return order[(probability_L >= chosen(threshold_L, len(order)))[order]]
 
 
 def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
-  """Returns the thresholds as an array `[L]`; if `threshold_L` is None, each is `THRESHOLD`.
+  """Returns the threshold of each class as an array `[L]`.
+
+  If `threshold_L` is None, each threshold is `THRESHOLD`. `classes` is L, the number of classes.
 
   Raises:
     ValueError: the number of thresholds is not the number of classes.
@@ -99,12 +106,12 @@ def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """The scores of examples that can have several labels, one row per example.
+  """Probabilities, labels and losses of examples that can have several labels, one row each.
 
   Attributes:
     probability_NL: probability of each class.
     label_NL: multi-hot labels.
-    loss_N: losses; None if they are not needed.
+    loss_N: loss of each example; None if losses are not needed.
   """
 
   probability_NL: np.ndarray
@@ -115,21 +122,21 @@ class Labelled:
   def of(
     cls, logits_NL: np.ndarray, label_NL: np.ndarray, loss_N: np.ndarray | None = None
   ) -> 'Labelled':
-    """Creates the scores from logits; the probabilities are the sigmoids of the logits."""
+    """Creates a `Labelled` from logits; the probabilities are the sigmoids of the logits."""
     probability_NL = np.exp(-np.logaddexp(0, -logits_NL.astype(np.float64)))  # the sigmoid
     return cls(probability_NL, label_NL, loss_N)
 
   @classmethod
   def joined(cls, parts: Sequence['Labelled']) -> 'Labelled':
-    """Returns the rows of all parts, in order; every part must have `loss_N`."""
+    """Concatenates the rows of several `Labelled`, in order; each must have `loss_N`."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
   def means(self) -> dict[str, float]:
-    """Returns mean loss, accuracy, the values of `summary`, and the number of examples.
+    """Returns a dict with mean loss, accuracy, the values of `summary`, and number of examples.
 
-    A prediction is correct if the most likely class is a label of the image. Images without a label
-    do not count for the accuracy. If no image has a label, the accuracy is 0.
+    The accuracy is the share of images whose most likely class is one of their labels. Images
+    without a label do not count for the accuracy. If no image has a label, the accuracy is 0.
     """
     first_N1 = self.probability_NL.argmax(axis=1)[:, None]
     hits = int(np.take_along_axis(self.label_NL.astype(bool), first_N1, axis=1).sum())
@@ -140,11 +147,11 @@ class Labelled:
   def by_class(
     self, class_names: Sequence[str], threshold_L: Sequence[float] | None = None
   ) -> dict[str, dict[str, float | None]]:
-    """Returns the measures of each class, by name of the class.
+    """Returns the measures of each class, as `{class name: {measure: value}}`.
 
     Args:
-      class_names: names of the classes, the keys of the result.
-      threshold_L: thresholds of the labels; None: `THRESHOLD` for each class.
+      class_names: names of the L classes.
+      threshold_L: threshold of each class; None: `THRESHOLD` for each class.
 
     Returns:
       For each class, `average_precision`, `precision`, `recall`, `f1`, `support` (number of
@@ -159,7 +166,10 @@ class Labelled:
     return dict(zip(class_names, rows))
 
   def summary(self) -> dict[str, float]:
-    """Returns the mean average precision, and the mean F1 at `THRESHOLD`, over the classes."""
+    """Returns a dict with average precision and F1, each averaged over the classes.
+
+    F1 is computed at `THRESHOLD`. Classes without positive images are skipped.
+    """
     rows = self.by_class(range(self.label_NL.shape[1]))
     return {
       'mean_average_precision': mean_of('average_precision', rows),
@@ -167,10 +177,15 @@ class Labelled:
     }
 
   def trust(self, class_names: Sequence[str], calibration: Calibration) -> dict:
-    """Returns the measures at the thresholds of a calibration.
+    """Returns the measures of each class and their mean F1, at the fitted thresholds.
+
+    Args:
+      class_names: names of the classes.
+      calibration: contains the threshold of each class; `THRESHOLD` is used if it has none.
 
     Returns:
-      `macro_f1_at_thresholds`: the mean F1 over the classes.
+      A dict with these keys:
+      `macro_f1_at_thresholds`: the mean F1 over the classes with positive images.
       `threshold_examples`: the number of validation examples that the thresholds were fitted on; 0
         if they were not fitted.
       `per_class`: the result of `by_class`.
@@ -184,7 +199,9 @@ class Labelled:
 
 
 def mean_of(column: str, rows: Mapping[object, dict]) -> float:
-  """Returns the mean of a measure over the classes with positive images; 0 if there are none.
+  """Returns the mean of a measure over the classes that have positive images.
+
+  If no class has a positive image, the result is 0.
 
   Args:
     column: name of the measure, e.g. `f1`.

@@ -13,22 +13,24 @@ from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.experiment import Experiment
 
-NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name with the image's number, from 1
+NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name; the number starts at 1
 CLASS = re.compile(r'n\d{8}')  # class name; a label is the position of a name in sorted order
 
 
 def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:
-  """Returns the ReaL labels of a split as `{'real': bool [N, L]}`; `{}` without `data.real_labels`.
+  """Returns the ReaL labels of a split as `{'real': bool [N, L]}`.
+
+  The result is an empty dict if the config key `data.real_labels` is empty.
 
   Args:
-    exp: the experiment, whose config has the key `data.real_labels`.
+    exp: the experiment. `data.real_labels` of its config is the path of the file `real.json`.
     split: the split in TFDS notation.
-    source: source of the images.
-    count: N, number of examples of the loaded split.
+    source: dataset that contains the split.
+    count: N, the number of examples that were loaded from the split.
 
   Raises:
-    ValueError: the labels cannot be read, belong to other data, bad images were skipped, or the
-      model can give an image several labels.
+    ValueError: the labels cannot be read, or belong to other images or classes. Or bad images were
+      skipped, so that labels and images cannot be matched. Or the model can give several labels.
   """
   path = exp.config.data.real_labels
   if not path:
@@ -50,13 +52,13 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
 def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarray:
   """Returns which classes each image of a split shows, bool `[N, L]`.
 
-  The row of an image without a label is all False. Images are identified by file name, so the split
-  can be any subset in any order. With TFDS, this function reads all records, and evaluation then
-  reads them again.
+  The row of an image without a label is all False. Images are matched to labels by file name, so
+  the split can be any subset of ImageNet's validation images, in any order. This function reads
+  every example of the split to get its file name. With TFDS, evaluation then reads them again.
 
   Args:
     path: path of `real.json`: for each image, in the order of file names, a list of class numbers.
-    source: ImageNet's validation images.
+    source: dataset with ImageNet's validation images.
     split: the split in TFDS notation.
 
   Raises:
@@ -92,11 +94,12 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
 
   Args:
     path: path of the file.
-    name: text at the start of error messages.
+    name: name of the file for error messages, which begin with it.
     count: number of classes.
 
   Raises:
-    ValueError: the file cannot be read, is not a list of labels, or has an unknown class.
+    ValueError: the file cannot be read, is not a list of lists of integers, or contains a number
+      that is not a class.
   """
   try:
     labels = json.loads(path.read_text(encoding='utf-8'))

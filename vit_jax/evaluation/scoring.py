@@ -1,4 +1,4 @@
-"""Scores of evaluated examples, and of training batches, whose sums are exact over all batches."""
+"""Losses, predictions and accuracies of evaluated splits and of training batches."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -38,13 +38,14 @@ class Scores:
   """Predictions for the examples of a split, one row per example.
 
   Attributes:
-    index_N: index of each example in the split; unreadable images are left out.
+    index_N: index of each example in the split. Unreadable images have no row.
     label_N: true classes.
     predicted_N: predicted classes.
     confidence_N: calibrated probabilities of the predicted classes.
     raw_N: probabilities of the predicted classes before calibration.
-    loss_N: losses.
-    top5_N: whether the true class is among the five most likely ones; None with at most 5 classes.
+    loss_N: loss of each example.
+    top5_N: whether the true class is among the five most likely classes. None if the model has at
+      most five classes.
     real_N: 1 if the predicted class is among the ReaL labels, else 0; NaN for an image without ReaL
       labels. None if ReaL labels are not used.
   """
@@ -60,7 +61,7 @@ class Scores:
 
   @classmethod
   def of(cls, answers: Answers, calibration: Calibration = NOT_CALIBRATED) -> 'Scores':
-    """Reduces the logits of some examples to scores, one row per example."""
+    """Computes predictions and confidences from the logits of some examples."""
     logits_NL, label_N1 = answers.logits_NL.astype(np.float64), answers.label_N[:, None]
     predicted_N, top5_N, real_N = logits_NL.argmax(axis=1), None, None
     gap_NL = logits_NL - logits_NL.max(axis=1, keepdims=True)
@@ -91,7 +92,7 @@ class Scores:
 
   @classmethod
   def joined(cls, parts: list['Scores']) -> 'Scores':
-    """Returns the rows of all parts, in order."""
+    """Concatenates the rows of several `Scores`, in order."""
     columns = {name: [vars(part)[name] for part in parts] for name in vars(parts[0])}
     return cls(**{k: None if v[0] is None else np.concatenate(v) for k, v in columns.items()})
 
@@ -101,10 +102,11 @@ class Scores:
     return self.predicted_N == self.label_N
 
   def means(self) -> dict[str, float]:
-    """Returns the mean loss, the accuracies and the number of examples.
+    """Returns a dict with the mean loss, the accuracies and the number of examples.
 
-    The keys are `loss`, `accuracy` and `examples`; with more than five classes, also
-    `top5_accuracy`; with ReaL labels, also `real_accuracy` and `real_examples`.
+    The keys are `loss`, `accuracy` and `examples`. If there are more than five classes, the dict
+    also has `top5_accuracy`. If there are ReaL labels, it also has `real_accuracy`, and the number
+    of images with a ReaL label as `real_examples`.
     """
     found = {'loss': self.loss_N.mean(), 'accuracy': self.correct_N.mean()}
     if self.top5_N is not None:
@@ -119,25 +121,26 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Losses:
-  """Losses `loss_N` of the examples of a split, for a model without classes."""
+  """Losses of the examples of a split, one per example, for a model without classes."""
 
   loss_N: np.ndarray
 
   @classmethod
   def joined(cls, parts: list['Losses']) -> 'Losses':
-    """Returns the losses of all parts, in order."""
+    """Concatenates the losses of several `Losses`, in order."""
     return cls(np.concatenate([part.loss_N for part in parts]))
 
   def means(self) -> dict[str, float]:
-    """Returns the mean loss and the number of examples."""
+    """Returns a dict with the mean `loss` and the number of `examples`."""
     return {'loss': float(self.loss_N.mean(dtype=np.float64)), 'examples': len(self.loss_N)}
 
 
 @flax.struct.dataclass
 class Accuracy(metrics.Average):
-  """Share of correct predictions, for which the class with the largest logit is a label.
+  """Share of the images whose predicted class, the one with the largest logit, is their label.
 
-  Images without a label do not count.
+  If an image has several labels, the predicted class must be one of them. Images without a label do
+  not count.
   """
 
   @classmethod
@@ -151,7 +154,7 @@ class Accuracy(metrics.Average):
 
 @flax.struct.dataclass
 class Score(metrics.Collection):
-  """Loss and accuracy of training batches, as sums over the examples."""
+  """Loss and accuracy of a training batch, stored as sums so that batches can be added up."""
 
   loss: metrics.Average.from_output('loss')
   accuracy: Accuracy
@@ -159,7 +162,7 @@ class Score(metrics.Collection):
 
 @flax.struct.dataclass
 class LossScore(metrics.Collection):
-  """Loss of training batches, as a sum over the examples, for a run without labels."""
+  """Loss of a training batch in a run without labels, stored as a sum over the examples."""
 
   loss: metrics.Average.from_output('loss')
 
@@ -167,10 +170,12 @@ class LossScore(metrics.Collection):
 def training_score(
   logits_BL: jax.Array | None, label_B: jax.Array, loss_B: jax.Array
 ) -> metrics.Collection:
-  """Returns the loss and the accuracy of a micro-batch in training, where every row counts.
+  """Returns the loss and the accuracy of a training micro-batch, as sums that can be added up.
+
+  A micro-batch is a part of a training batch. It has no padding, so every image counts.
 
   Args:
-    logits_BL: logits; None without labels, which leaves out the accuracy.
+    logits_BL: logits; None in a run without labels. The result then has no accuracy.
     label_B: class of each image, or multi-hot labels `[B, L]`.
     loss_B: loss of each image.
   """
@@ -180,7 +185,7 @@ def training_score(
 
 
 def quality(values: Mapping[str, float]) -> float:
-  """Returns the value by which checkpoints are compared; a higher value is better.
+  """Returns the value by which the best checkpoint is chosen; a higher value is better.
 
   The value is the mean average precision if images can have several labels, else the accuracy. For
   a model without classes, it is the negative loss.
@@ -195,7 +200,9 @@ def quality(values: Mapping[str, float]) -> float:
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """Returns the mean loss and accuracy over training batches, and the number of `examples`.
+  """Returns a dict with `loss`, `accuracy` and number of `examples` of several training batches.
+
+  Loss and accuracy are means over all examples. A run without labels has no `accuracy`.
 
   Args:
     batches: a result of `training_score` for each batch.

@@ -1,10 +1,12 @@
-"""Prepares the teacher of a run: places its parameters on the devices, or computes its logits once.
+"""Prepares the teacher of a run with distillation, in which a model learns from a teacher's logits.
 
 Decisions:
-  * Without random changes of the images, the teacher gives the same logits in every epoch. The
-    logits are then computed once for each example, from cached features (`features.py`).
-  * Otherwise each training step runs the teacher. The teacher's parameters are placed like those of
-    the student, so `mesh.fsdp` and `mesh.tensor` split them too. No checkpoint contains them.
+  * If images are not changed at random, the teacher gives the same logits in every epoch. The
+    logits are then computed before training, once for each example, from cached features
+    (`features.py`).
+  * Otherwise each training step runs the teacher. The teacher's parameters are divided among the
+    devices like the parameters of the trained model, as `mesh.fsdp` and `mesh.tensor` say.
+  * Checkpoints do not contain the teacher's parameters.
 """
 
 from collections.abc import Iterator
@@ -31,7 +33,7 @@ ROWS = 4096  # number of examples whose logits are computed at once
 
 @dataclasses.dataclass(frozen=True)
 class Taught:
-  """A split whose batches also contain the logits of a teacher: `teacher`, `[B, L]`.
+  """A split whose batches also contain a teacher's logits, as the array `teacher` `[B, L]`.
 
   Attributes:
     examples: the split.
@@ -47,7 +49,7 @@ class Taught:
   def batches(
     self, plan: Plan, over_batch: jax.sharding.Sharding
   ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of a `Plan`; the caller must close this iterator."""
+    """Yields the batches that a `Plan` defines; the caller must close this iterator."""
     batches = self.examples.batches(plan, over_batch)
     try:
       for step, batch in zip(plan.steps, batches):
@@ -60,15 +62,18 @@ class Taught:
 def with_teacher(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> tuple[Experiment, Training]:
-  """Returns the experiment and the plan of a run, with the teacher ready for training.
-
-  Without a teacher, both are returned unchanged.
+  """Makes the teacher of a run ready for training; without a teacher, nothing changes.
 
   Args:
-    exp: experiment to train. The teacher uses the attention kernel of the experiment's model.
-    training: plan of the run.
+    exp: experiment to train.
+    training: data, steps and optimizer of the run.
     mesh: devices of the run.
     folder: folder of cached features.
+
+  Returns:
+    The experiment, whose teacher uses the same attention kernel as the trained model.
+    The `Training`. If images are not changed at random, its split `train` now contains the
+      teacher's logits. Otherwise it now holds the teacher's parameters, on the devices.
   """
   if exp.teacher is None:
     return exp, training
@@ -84,7 +89,7 @@ def with_teacher(
 def compute_logits(
   exp: Experiment, examples: Split, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> np.ndarray:
-  """Returns the teacher's logits for all examples, `[N, L]`.
+  """Computes the logits of the experiment's teacher for all examples of a split: `[N, L]`.
 
   The logits are computed from the teacher's features, which are cached in `folder`.
   """
