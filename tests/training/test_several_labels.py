@@ -313,7 +313,7 @@ def test_modes_for_one_label_refuse_or_skip(run, pairs, capsys, tmp_path):
     evaluation.evaluate(workdir, {'data.real_labels': 'real.json'})
   visualize(Request(workdir), out=tmp_path)
   page = (tmp_path / 'report.html').read_text(encoding='utf-8')
-  assert 'Confusion matrix</td><td>it needs one label per image' in page
+  assert 'Confusion matrix</td><td>this figure needs one label per image' in page
   assert (tmp_path / 'figures/rollout.png').exists()
 
 

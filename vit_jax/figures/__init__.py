@@ -1,6 +1,7 @@
-"""Figures of what a model attends to and has learned, and a report with these figures.
+"""Draws figures of what a model attends to and has learned, and writes a report with them.
 
-`maps.py` computes arrays, `draw.py` and `charts.py` draw them, and `gallery.py` writes the report.
+`maps.py` computes the arrays for the figures. `draw.py` and `charts.py` draw these arrays.
+`gallery.py` draws all figures of a run and writes the report.
 """
 
 from vit_jax.evaluation import coverage_curve, reliability

@@ -12,7 +12,7 @@ import numpy as np
 from vit_jax import storage
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
-GROUND = 228  # grey between patches; white could be mistaken for a part of the image
+GROUND = 228  # grey level between patches; white could be mistaken for a part of the image
 
 FALLBACKS = (  # fonts for scripts that DejaVu Sans lacks
   'Noto Sans CJK JP', 'WenQuanYi Zen Hei', 'WenQuanYi Micro Hei', 'Droid Sans Fallback',
@@ -48,7 +48,7 @@ styled = matplotlib.rc_context(STYLE)
 def save_figure(figure: Figure, path: pathlib.Path) -> None:
   """Writes a figure as a PNG file, 1200 pixels wide.
 
-  The file contains no date and no version, so the same figure always gives the same bytes.
+  The file contains no date and no version of matplotlib, so equal figures give equal files.
   """
   with warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing from font')
@@ -57,9 +57,9 @@ def save_figure(figure: Figure, path: pathlib.Path) -> None:
 
 
 def show_image(axis, image_HWC: np.ndarray, **arguments):
-  """Draws a uint8 image `[H, W, C]` with 1 or 3 channels; returns what `axis.imshow` returns.
+  """Draws a uint8 image `[H, W, C]` with 1 or 3 channels on a matplotlib axis.
 
-  `**arguments` are passed to `axis.imshow`.
+  `**arguments` are passed to `axis.imshow`, whose result is returned.
   """
   if image_HWC.shape[-1] == 1:
     arguments |= dict(cmap='gray', vmin=0, vmax=255)
@@ -68,22 +68,26 @@ def show_image(axis, image_HWC: np.ndarray, **arguments):
 
 
 def bare(axis) -> None:
-  """Removes the ticks and the frame of a plot, but keeps the axis labels."""
+  """Removes the ticks and the frame of a matplotlib axis, but keeps the axis labels."""
   axis.set(xticks=[], yticks=[])
   axis.spines[:].set_visible(False)
 
 
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
-  """Enlarges tiles `[R, C, p, q, ...]` to at least 16 pixels per side, by repeating every pixel.
+  """Enlarges a grid of tiles `[R, C, p, q, ...]` by repeating every pixel.
 
-  A gap between the enlarged tiles can then be thinner than a pixel of the original tiles.
+  Each tile then has at least 16 pixels per side. So `mosaic` can draw a gap that is thinner than a
+  pixel of the original tiles.
   """
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
 
 
 def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
-  """Arranges tiles `[R, C, p, q, ...]` in one image, with `gap` pixels between them."""
+  """Arranges tiles `[R, C, p, q, ...]` in R rows and C columns of one image.
+
+  Neighbouring tiles are separated by `gap` pixels.
+  """
   rows, columns, p, q, *channels = tile_RCpq.shape
   ground = GROUND if tile_RCpq.dtype == np.uint8 else np.nan  # matplotlib does not draw NaN
   pad = [(0, 0), (0, 0), (0, gap), (0, gap)] + [(0, 0)] * len(channels)
@@ -93,7 +97,7 @@ def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
 
 
 def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, **limits):
-  """Draws a grid of maps with names of the rows and columns; returns the image for `add_colours`.
+  """Draws a grid of maps, and the names of its rows and columns.
 
   Args:
     axis: matplotlib axis to draw on.
@@ -101,6 +105,9 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
     rows: names of the R rows.
     columns: names of the C columns.
     **limits: arguments of `axis.imshow`, e.g. `vmin` and `vmax`.
+
+  Returns:
+    The drawn image, for which `add_colours` can add a colour bar.
   """
   tile_RChw = enlarge(tile_RChw)
   h, w = tile_RChw.shape[2:]
@@ -114,9 +121,14 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
 
 
 def add_colours(figure: Figure, shades, axes, label: str, **arguments):
-  """Adds a colour bar for the drawn image `shades` next to `axes`; returns the colour bar.
+  """Adds a colour bar to a figure, and returns the colour bar.
 
-  `**arguments` are passed to `figure.colorbar`.
+  Args:
+    figure: the matplotlib figure.
+    shades: the drawn image whose colours the bar explains.
+    axes: the axis or axes next to which the bar is placed.
+    label: text next to the bar.
+    **arguments: further arguments of `figure.colorbar`.
   """
   bar = figure.colorbar(shades, ax=axes, label=label, aspect=18, pad=0.02, **arguments)
   bar.outline.set_visible(False)
@@ -124,12 +136,15 @@ def add_colours(figure: Figure, shades, axes, label: str, **arguments):
 
 
 def evenly(size: int, most: int) -> np.ndarray:
-  """Returns at most `most` evenly spaced indices below `size`, including the first and last."""
+  """Returns at most `most` evenly spaced indices from 0 to `size - 1`, including both ends."""
   return np.unique(np.round(np.linspace(0, size - 1, min(size, most))).astype(int))
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a map `[h, w]` of patches to `size` (H, W), linearly between the patch centres."""
+  """Resizes a map with one value per patch, `[h, w]`, to an image of `size` (H, W).
+
+  Values are interpolated linearly between the centres of the patches.
+  """
   for axis, wanted in enumerate(size):
     given = map_hw.shape[axis]
     where = (np.arange(wanted) + 0.5) * given / wanted - 0.5
@@ -139,9 +154,9 @@ def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def short(name: str, most: int = 16) -> str:
-  """Returns a class name on one line, cut to `most` characters so that it fits on an axis.
+  """Returns a class name in a form that fits on an axis: one line of at most `most` characters.
 
-  Dollar signs are escaped, because matplotlib reads them as the start of a formula.
+  Dollar signs are escaped, because matplotlib would read them as the start of a formula.
   """
   # A class name can come from a folder whose name is not valid UTF-8.
   name = ' '.join(name.encode(errors='replace').decode().split())

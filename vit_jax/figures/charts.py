@@ -9,15 +9,17 @@ import numpy as np
 
 from vit_jax.figures import canvas
 
-NUMBERED, LABELLED = 20, 40  # maximum number of classes with numbers in cells, with names on axes
-LOWEST = 20  # number of classes with an accuracy bar, if there are more than `LABELLED` classes
+# With more than `NUMBERED` classes, cells have no numbers. With more than `LABELLED`, axes have no
+# class names, and only the `LOWEST` classes with the lowest accuracy have a bar.
+NUMBERED, LABELLED = 20, 40
+LOWEST = 20
 
 
 @canvas.styled
 def draw_confusion(
   count_LL: np.ndarray, accuracy_L: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
-  """Draws the confusion matrix and the accuracy of each class.
+  """Draws the confusion matrix, and next to it the accuracy of each class as a bar.
 
   Args:
     count_LL: number of examples by true class (row) and predicted class (column).
@@ -56,12 +58,16 @@ def draw_confusion(
 
 
 def small(labels: int) -> int:
-  """Returns a font size in points at which a number of labels fits on an axis."""
+  """Returns the font size in points at which `labels` labels fit on an axis."""
   return 8 if labels <= NUMBERED else 6
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
-  """Draws the accuracy of each class as a bar; with many classes, only the `LOWEST` accuracies."""
+  """Draws the accuracy of each class as a bar on a matplotlib axis.
+
+  If there are more than `LABELLED` classes, only the `LOWEST` classes with the lowest accuracy are
+  drawn.
+  """
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
   if len(order) > LABELLED:
@@ -90,12 +96,12 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
 def draw_reliability(
   bins: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None
 ) -> Figure:
-  """Draws the accuracy and the share of the examples in each bin of the confidence.
+  """Draws a reliability diagram: accuracy, and share of the examples, in bins of the confidence.
 
   Args:
-    bins: the result of `reliability`.
-    before: the result of `reliability` for probabilities before calibration, to compare with; None
-      if the probabilities are not calibrated.
+    bins: the result of `evaluation.reliability`.
+    before: the result of `evaluation.reliability` for the probabilities before calibration, which
+      are drawn for comparison. None if no calibration was fitted.
   """
   figure = Figure((canvas.WIDTH, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2)
@@ -125,10 +131,13 @@ def draw_reliability(
 
 @canvas.styled
 def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
-  """Draws accuracy and lowest confidence of the most confident examples, against their share.
+  """Draws two curves for a model that answers only the images of which it is most confident.
+
+  The curves show the accuracy on the answered images, and the lowest confidence among them. The
+  horizontal axis is the coverage: the share of the images that are answered.
 
   Args:
-    curve: the result of `coverage_curve`.
+    curve: the result of `evaluation.coverage_curve`.
   """
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   left, right = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Computes the features of patches and their principal components, which are drawn as colours.
+"""Computes features of patches, and their principal components, which can be drawn as colours.
 
     feature_BhwD = dense_features(model, params, image_BHWC)
     map_BhwF, share_F = component_maps(feature_BhwD)
@@ -6,7 +6,8 @@
 Decisions:
   * The components are computed from the patches of all images together. So equal colours mean
     similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
-  * The sign of a component is arbitrary. The entry with the largest magnitude is made positive.
+  * The sign of a component is arbitrary, so it is chosen: the entry with the largest magnitude is
+    positive.
 """
 
 import functools
@@ -18,7 +19,8 @@ import numpy as np
 from vit_jax.experiment import Experiment
 from vit_jax.model import ViT, without_pool
 
-# Percentiles that become black and full colour. Minimum and maximum would depend on few outliers.
+# Percentiles of a component that are drawn as black and as full colour. The minimum and the maximum
+# would depend on a few outliers.
 EDGES = (2, 98)
 
 
@@ -31,8 +33,8 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
   Args:
     model: the model, with any pool, with or without a head.
     params: the model's parameters.
-    image_BHWC: normalised images of a size that the model can read. If the size differs from the
-      learned positions, set `position_grid`, or load the weights with the matching `grid`.
+    image_BHWC: normalised images. If the position embeddings were learned for another image size,
+      set `position_grid` of the model, or load the weights with the `grid` of the images.
   """
   token_BND = without_pool(model).apply({'params': params}, image_BHWC).astype(jnp.float32)
   h, w = (n // patch for n, patch in zip(image_BHWC.shape[1:3], model.patch_size))
@@ -40,10 +42,18 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
 
 
 def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns principal components: unit vectors `[F, D]`, and shares of the variance `[F]`.
+  """Computes the first principal components of N vectors of length D.
 
-  The mean is subtracted first. F is the smallest of `count`, N - 1 and D. The result is float64. In
-  each component, the entry with the largest magnitude is positive.
+  The mean of the vectors is subtracted first.
+
+  Args:
+    x_ND: the vectors.
+    count: maximum number of components. The number F is the smallest of `count`, N - 1 and D.
+
+  Returns:
+    The components, float64 `[F, D]`, in decreasing order of variance. Each is a unit vector whose
+      entry with the largest magnitude is positive.
+    The share of each component in the variance of the vectors, float64 `[F]`.
   """
   x_ND = np.asarray(x_ND, np.float64)
   _, deviation_F, component_FD = np.linalg.svd(x_ND - x_ND.mean(axis=0), full_matrices=False)
@@ -57,16 +67,16 @@ def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 
 
 def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the first principal components of patch features as maps.
+  """Projects patch features on their first principal components: returns maps of the patches.
 
   Args:
     feature_BhwD: features of the patches of one or several images.
-    count: maximum number of components.
+    count: maximum number F of components.
 
   Returns:
-    `map_BhwF`, float32, the projection of each patch on each component. The mean over all patches
-      is subtracted first.
-    `share_F`, the share of each component in the variance of the features.
+    `map_BhwF`, float32: the projection of each patch on each component, after the mean over all
+      patches is subtracted.
+    `share_F`: the share of each component in the variance of the features.
   """
   x_ND = np.asarray(feature_BhwD, np.float64).reshape(-1, feature_BhwD.shape[-1])
   component_FD, share_F = principal_components(x_ND, count)
@@ -75,10 +85,14 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
 
 
 def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
-  """Returns the first three maps as red, green and blue: `[B, h, w, 3]`, 0 to 1.
+  """Converts the first three component maps to red, green and blue: `[B, h, w, 3]`, 0 to 1.
 
-  Each map is scaled linearly, so that the percentiles `EDGES` over all images become 0 and 1. If a
-  map is missing or constant, the colour has the value 0.5.
+  Each map is scaled linearly and clipped, so that its two percentiles `EDGES` over all images
+  become 0 and 1. If a map is constant, or there are fewer than three maps, the value of the colour
+  is 0.5.
+
+  Args:
+    map_BhwF: the maps that `component_maps` returns.
   """
   low_F, high_F = np.percentile(map_BhwF, EDGES, axis=(0, 1, 2))
   range_F = high_F - low_F
@@ -91,6 +105,6 @@ def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
 def of_images(
   exp: Experiment, params: dict, image_BHWC: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the `component_maps` of uint8 images `[B, H, W, C]`."""
+  """Computes the patch features of uint8 images, and returns their `component_maps`."""
   features = jax.jit(functools.partial(dense_features, exp.model))
   return component_maps(features(params, exp.normalize(image_BHWC)))

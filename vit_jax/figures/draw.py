@@ -3,10 +3,10 @@
 Each function returns a `Figure` that is 8 inches wide, to be shown 800 pixels wide.
 
 Decisions:
-  * Figures do not use pyplot. There is nothing to close, and no display is needed.
+  * Figures are created without pyplot, so no display is needed and no figure has to be closed.
   * Categories have colours that colour-blind readers can tell apart (Okabe and Ito's palette).
     As in the paper, maps use viridis, whose colours run from dark to light.
-  * Large grids of maps are drawn as one image with gaps, not as hundreds of axes.
+  * Large grids of maps are drawn as one image with gaps, because hundreds of axes would be slow.
   * A character that matplotlib's own font lacks is drawn with an installed font of `FALLBACKS`.
     Without such a font, a box is drawn instead, and matplotlib's warning is hidden.
 """
@@ -21,16 +21,16 @@ from vit_jax.figures import canvas
 
 SPLITS = {'train': canvas.BLUE, 'val': canvas.GREEN, 'test': canvas.ORANGE}
 
-PATCHES = 14  # maximum number of patches shown in the sequence
+PATCHES = 14  # maximum number of patches in the bottom row of `draw_patches`
 
 
 @canvas.styled
 def draw_curves(lines: list[dict]) -> Figure:
-  """Draws loss and accuracy of every split by step.
+  """Draws the curves of loss and accuracy over the training steps, for each split.
 
   Args:
-    lines: lines of `metrics.jsonl` as dicts. Lines of a run without labels have no accuracy, and
-      the loss is the error of hidden patches.
+    lines: lines of `metrics.jsonl` as dicts. In a run without labels (`objective=masked`), lines
+      have no accuracy, and their loss is the error of the predicted patches.
   """
   figure = Figure((canvas.WIDTH, 3.0), layout='constrained')
   labelled = any('accuracy' in line for line in lines)
@@ -134,8 +134,11 @@ def draw_patches(image_HWC: np.ndarray, patch_hwpqC: np.ndarray) -> Figure:
 def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
   """Draws the principal components of the patch embedding and their shares of the variance.
 
-  The arguments are the results of `maps.filters`. Each component is divided by the largest
-  magnitude of its entries. Mid-grey is zero.
+  Each component is divided by the largest magnitude of its entries. Mid-grey is zero.
+
+  Args:
+    filter_FpqC: the components, as `maps.filters` returns them.
+    share_F: the share of each component in the variance, which is written above the component.
   """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -155,10 +158,12 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws the cosine similarity between position embeddings, as a map for each patch.
+  """Draws a map for each patch: the similarity of its position embedding to all others.
 
-  The argument is the result of `maps.position_similarity`. In a large grid, only maps of evenly
-  spaced patches are drawn.
+  If the grid of patches is large, only the maps of evenly spaced patches are drawn.
+
+  Args:
+    similarity_hwhw: cosine similarity of every two patches, from `maps.position_similarity`.
   """
   h, w = similarity_hwhw.shape[:2]
   row_R, column_C = (canvas.evenly(n, canvas.TILES) for n in (h, w))
@@ -174,11 +179,11 @@ def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
-  """Draws the mean attention distance of each head by block, in pixels.
+  """Draws the mean attention distance of each head in each block, as dots over the blocks.
 
   Args:
-    distance_DK: distance of each head in pixels, one row for each block.
-    even: distance in pixels of a head that attends to all patches equally.
+    distance_DK: mean attention distance in pixels, for D blocks and K heads.
+    even: distance in pixels of a head that attends to all patches equally, drawn as a line.
   """
   figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
   axis = figure.subplots()
@@ -199,7 +204,7 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
 @canvas.styled
 def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
-  """Draws three rows: images, images that are darkened where rollout is low, and rollout maps.
+  """Draws three rows: images, images darkened where attention rollout is low, and rollout maps.
 
   Args:
     image_BHWC: uint8 images.
@@ -258,12 +263,12 @@ def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
 def draw_head_attention(image_HWC: np.ndarray, map_RKhw: np.ndarray, rows: Sequence[str]) -> Figure:
   """Draws an attention map for each head of each block, for one image.
 
-  Each map is divided by its largest value. If there are many blocks or heads, only evenly spaced
-  ones are drawn.
+  Each map is divided by its largest value. If there are more than `canvas.TILES` blocks or heads,
+  only evenly spaced blocks or heads are drawn.
 
   Args:
     image_HWC: uint8 image to draw next to the maps.
-    map_RKhw: one map for each row (a block, or the pool) and each head.
+    map_RKhw: one map for each row and each of K heads. A row is a block, or the pool.
     rows: names of the R rows.
   """
   h, w = map_RKhw.shape[2:]

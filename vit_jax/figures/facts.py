@@ -1,4 +1,4 @@
-"""Collects the numbers and texts for the report of a run."""
+"""Collects the numbers and texts for the report of a run, from the `Subject` with its data."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from vit_jax.workdir import read_json
 
 
 def describe(subject: Subject) -> str:
-  """Returns one line that describes the model."""
+  """Returns one line that describes the size of the model and of its images."""
   if isinstance(subject.exp, Missing):
     return 'Vision Transformer, no checkpoint yet'
   model, (height, width, _) = subject.exp.model, subject.exp.image_shape
@@ -32,7 +32,9 @@ RESULT = {  # key in `result.json`: (name in the report, format)
 
 
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns the results of a run as `{name: text}`; for an unfinished run, the latest metrics.
+  """Returns the results of a run as `{name: text}`.
+
+  If the run is not finished, the results are the latest metrics.
 
   Args:
     subject: the data of the run.
@@ -47,7 +49,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   if result.get('steps', -1) >= last:  # otherwise training was resumed after this result
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
-    if 'test_loss' in result and 'test_accuracy' not in result:  # the error of hidden patches
+    if 'test_loss' in result and 'test_accuracy' not in result:  # not in nats
       found['test loss'] = f'{result["test_loss"]:.4f}'
   elif lines:
     found['training steps'] = f'{last:,}, not finished'
@@ -63,7 +65,10 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
 
 
 def trusted(subject: Subject) -> dict[str, str]:
-  """Returns accuracy and calibration of the checkpoint as `{name: text}`; empty without scores."""
+  """Returns the accuracy and the calibration of the checkpoint as `{name: text}`.
+
+  The dict is empty if the predictions for the test split are missing.
+  """
   if isinstance(subject.scores, Missing):
     return {}
   exp, scores, found = subject.exp, subject.scores, subject.trust
@@ -84,7 +89,7 @@ def class_rows(subject: Subject) -> list[tuple[str, ...]]:
   """Returns `(class, precision, recall, F1, images)` of each class as text, the lowest F1 first.
 
   `images` is the number of test images of the class. Classes whose F1 is undefined come last. The
-  list is empty without scores.
+  list is empty if the predictions for the test split are missing.
   """
   if isinstance(subject.scores, Missing):
     return []
@@ -100,14 +105,15 @@ def class_rows(subject: Subject) -> list[tuple[str, ...]]:
 def config_differences(
   subject: Subject, workdir: pathlib.Path | None
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
-  """Returns the config keys whose values differ from the default, and the unchanged keys.
+  """Returns the config keys that differ from their defaults, and the keys that do not.
 
   Args:
     subject: the data of the run.
     workdir: folder of the run. Its `config.json` is read if the run has no checkpoint.
 
   Returns:
-    A list of `(key, value, default)` for the changed keys, and `{key: value}` for all other keys.
+    A list of `(key, value, default)` for the keys that differ, and a dict `{key: value}` for the
+    keys that have their default value.
   """
   default = config_lib.flatten(config_lib.default_config())
   if not isinstance(subject.exp, Missing):

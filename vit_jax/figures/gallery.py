@@ -1,7 +1,7 @@
-"""Draws the figures of a run or of published weights: `figures/*.png` and `report.html`.
+"""Draws all figures of a run or of published weights, and writes `figures/*.png` and `report.html`.
 
 Decisions:
-  * A figure whose data is missing is skipped. The report gives the reason.
+  * If the data for a figure is missing, the figure is skipped. The report gives the reason.
 """
 
 from collections.abc import Iterable
@@ -25,13 +25,16 @@ def visualize(
   images: str | Iterable[str | pathlib.Path] | None = None,
   out: pathlib.Path | None = None,
 ) -> list[pathlib.Path]:
-  """Draws every figure whose data is available, and returns the files, with the report last.
+  """Draws every figure whose data is available, and writes a report with these figures.
 
   Args:
-    request: a training run, finished or not, or published weights.
-    images: image files, folders and patterns to draw, as in `find_images`; None for a few test
+    request: names a training run, finished or not, or published weights.
+    images: images to draw: files, folders and patterns, as in `find_images`. None for a few test
       images of the run.
     out: output folder; None for the workdir of the request.
+
+  Returns:
+    The paths of the written files. The report is the last one.
 
   Raises:
     ValueError: there is nothing to draw, the output folder cannot be used, no image can be read,

@@ -6,13 +6,13 @@
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * The model returns its attention weights through Flax's `sow`, without a second model. The
-    model then uses the kernel `plain` (`attention.py`), which computes the weights explicitly.
-  * The array `read` holds the share of each token of the last block in the pooled output. With
-    `cls`, the class token has the share 1. With `gap`, all patches have equal shares. With `map`,
-    the shares are the attention of the probe. Functions that use `read` work for all these pools.
-  * `Missing` is raised if a model does not have the requested array. `Missing` is a separate
-    subclass of `ValueError`, so a report can skip one figure and give the reason.
+  * The model itself returns its attention weights, through Flax's `sow`. It then uses the attention
+    kernel `plain` (`attention.py`), which computes these weights explicitly.
+  * `read_BKN` tells how much each token of the last block contributes to the pooled output. For the
+    pool `cls`, only the class token contributes. For `gap`, all patches contribute equally. For
+    `map`, the contributions are the attention of the probe, the pool's learned query.
+  * `Missing` is raised if a model does not have the requested array. It is a separate subclass of
+    `ValueError`, so that a report can skip one figure and give the reason.
 """
 
 from collections.abc import Sequence
@@ -26,11 +26,11 @@ from vit_jax.model import POOLS, POSITIONS, ViT, cut
 
 
 class Missing(ValueError):
-  """Raised when the data of a figure is not available; the message gives the reason."""
+  """Raised if the data for a figure is not available; the message gives the reason."""
 
 
 def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
-  """Returns the number of patches (down, across) in each image."""
+  """Returns the number of patches (down, across) into which the model cuts each image."""
   _, height, width, _ = image_BHWC.shape
   return height // model.patch_size[0], width // model.patch_size[1]
 
@@ -38,21 +38,21 @@ def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
 def attentions(
   model: ViT, params: dict, image_BHWC: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Returns the attention of every block, and the share of each token in the pooled output.
+  """Returns the attention of every block, and how much the pool reads each token.
 
   Args:
-    model: a model whose entry in `POOLS` is `linear` or has a `probe`.
+    model: the model. Its pool, an entry of `POOLS`, must be `linear` or have a `probe`.
     params: the model's parameters.
     image_BHWC: normalised images.
 
   Returns:
     A list with one float32 `attention_BKNN` for each block; rows (queries) sum to 1.
-    `read_BKN`, the share of each token of the last block in the pooled output; rows sum to 1.
-    K is the number of heads of the probe, or 1 without a probe. If the pool concatenates vectors,
-    each vector has the same weight.
+    `read_BKN`: how much each token of the last block contributes to the pooled output; rows sum to
+      1. K is the number of heads of the pool's probe, or 1 for a pool without a probe. If the pool
+      concatenates several vectors, each vector has the same weight.
 
   Raises:
-    Missing: the pool returns all tokens, or it is neither `linear` nor has a `probe`.
+    Missing: the pool returns all tokens, or it is not `linear` and has no `probe`.
   """
   pool = POOLS[model.pool]
   if pool.tokens:
@@ -78,10 +78,10 @@ def attentions(
 
 
 def pool_shares(model: ViT, tokens: int) -> jax.Array:
-  """Returns the share of each token in the output of a linear pool: `[N]`, with sum 1.
+  """Returns how much each of N tokens contributes to the output of a linear pool: `[N]`, sum 1.
 
-  The shares are computed by applying the pool to unit vectors. If the pool concatenates several
-  vectors, the shares are the means over these vectors.
+  The contributions are computed by applying the pool to unit vectors. If the pool concatenates
+  several vectors, they are averaged over these vectors. `tokens` is N.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
@@ -90,19 +90,20 @@ def pool_shares(model: ViT, tokens: int) -> jax.Array:
 def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Returns how much of the pooled output comes from each patch of the image: `map_Bhw`.
 
-  This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6).
-  Each block counts as the matrix `(A + I) / 2`: A is the mean attention of the heads, and I stands
-  for the residual connection. The shares `read_BN` are multiplied by these matrices, from the last
-  block to the first.
+  This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6). Each
+  block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and I
+  stands for the residual connection. `read_BN` is multiplied by the matrix of each block, from the
+  last block to the first.
 
   Args:
     layers: `attention_BKNN` of each block, in order.
-    read_BN: share of each token in the pooled output: the mean of `read_BKN` over the heads.
-    grid: number of patches (down, across). Patches are the last tokens.
+    read_BN: how much each token contributes to the pooled output: the mean of `read_BKN` of
+      `attentions` over the heads.
+    grid: number of patches (down, across). The patches must be the last tokens.
 
   Returns:
-    The share of each patch. The shares of all patches, the class token and the registers sum to 1,
-    but the map holds only the patches.
+    The share of each patch in the output. The shares of all tokens sum to 1. The map does not
+    contain the class token and the registers, so the map can have a smaller sum.
   """
   flow_BN = read_BN
   for attention_BKNN in reversed(layers):
@@ -115,30 +116,30 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 def head_attention(
   attention_BKNN: jax.Array, read_BN: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-  """Returns how much the tokens that the pool reads attend to each patch, by head: `map_BKhw`.
+  """Returns an attention map of the patches for each head of one block: `map_BKhw`.
 
-  With `cls`, the map is the attention of the class token. With `gap`, it is the mean attention of
-  the patches. With `map`, this mean is weighted by the attention of the probe. With `cls_gap` and
-  `distilled`, both concatenated vectors have equal weight. Attention to tokens before the patches
-  is left out. `attention_BKNN` is for one block, and `read_BN` and `grid` are as in `rollout`.
+  The map is the mean attention of all tokens, weighted by how much the pool reads each token. For
+  the pool `cls`, it is the attention of the class token. For `gap`, it is the mean attention of the
+  patches. Attention to tokens before the patches is left out.
+
+  Args:
+    attention_BKNN: attention of one block.
+    read_BN, grid: as in `rollout`.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
 
 def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-  """Returns small summaries of the attention in images, which `draw.py` can draw.
+  """Returns the attention arrays that the figures need, as a dict.
 
-  Images are processed one at a time, so only the attention arrays of one image are in memory. The
-  arguments are those of `attentions`.
+  Images are processed one at a time, so that the attention of only one image is in memory.
+  `attentions` describes the arguments and the error `Missing`.
 
   Returns:
-    `rollout`: `[B, h, w]`.
-    `heads`: `[B, R, K, h, w]`, `head_attention` of each block. A pool with a probe adds a last row,
-      which holds the attention of the probe.
-    `distance`: `[B, depth, K]`, `mean_attention_distance` of each block.
-
-  Raises:
-    Missing: the pool returns all tokens, or it is neither `linear` nor has a `probe`.
+    `rollout`: `[B, h, w]`, the result of `rollout`.
+    `heads`: `[B, R, K, h, w]`, the `head_attention` of each block. If the pool has a probe, an
+      additional last row contains the attention of the probe.
+    `distance`: `[B, depth, K]`, the `mean_attention_distance` of each block, in pixels.
   """
   grid = grid_of(model, image_BHWC)
 
@@ -159,7 +160,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
 
 def on_grid(x: jax.Array, grid: tuple[int, int]) -> jax.Array:
-  """Drops the tokens before the patches from `[..., N]`, and returns the patches `[..., h, w]`."""
+  """Drops the tokens before the patches from `[..., N]`, and reshapes the rest to `[..., h, w]`."""
   h, w = grid
   return x[..., x.shape[-1] - h * w :].reshape(*x.shape[:-1], h, w)
 
@@ -169,10 +170,10 @@ def mean_attention_distance(
 ) -> jax.Array:
   """Returns the mean attention distance of each head, in pixels of the input: `distance_BK`.
 
-  The distance between the centres of query patch and key patch is weighted by attention, and then
-  averaged over the query patches (paper, Section 4.5 and Appendix D.7). The class token and the
-  registers have no position, so they are left out, both as queries and as keys. The remaining
-  attention of each query patch is rescaled to sum to 1.
+  For each query patch, the distances to the centres of all key patches are averaged with attention
+  as the weight. The result is the mean over all query patches (paper, Section 4.5 and Appendix
+  D.7). The class token and the registers have no position, so they are left out as queries and as
+  keys. The remaining attention of each query patch is rescaled to sum to 1.
   """
   count = grid[0] * grid[1]
   attention_BKNN = attention_BKNN[..., -count:, -count:]
@@ -183,7 +184,7 @@ def mean_attention_distance(
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[int, int]) -> np.ndarray:
-  """Returns the distance between the centres of every two patches, in pixels: `[h w, h w]`.
+  """Returns the distance in pixels between the centres of every two patches: `[h * w, h * w]`.
 
   The mean of this array is the attention distance of a head that attends to all patches equally.
   """
@@ -219,10 +220,10 @@ def position_similarity(position_hwD: np.ndarray) -> np.ndarray:
 
 
 def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
-  """Returns principal components of the filters of the patch embedding (paper, Figure 7, left).
+  """Returns principal components of the patch embedding's filters (paper, Figure 7, left).
 
-  Each of the D columns of the embedding's kernel is a filter over a patch. The mean filter is
-  subtracted first, and every component has the shape of a patch.
+  The kernel of the embedding has D columns. Each is a filter with the shape of a patch. The mean
+  filter is subtracted first.
 
   Args:
     model: a model without a convolutional stem.
@@ -231,15 +232,15 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
       values in a patch.
 
   Returns:
-    `filter_FpqC`, the components in decreasing order of variance. Each is a unit vector, and the
+    `filter_FpqC`: the components in decreasing order of variance. Each is a unit vector, whose
       entry with the largest magnitude is positive.
-    `share_F`, the share of each component in the variance of the filters.
+    `share_F`: the share of each component in the variance of the filters.
 
   Raises:
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing("a hybrid embeds patches of its stem's feature map, which has no colours.")
+    raise Missing('the filters of a hybrid read a feature map of the stem, which has no colours.')
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)
@@ -281,9 +282,10 @@ def mistakes(
 def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np.ndarray:
   """Returns the indices of `count` examples, spread evenly over the classes.
 
-  The first example of each class comes first, then the second of each class. If there are fewer
-  examples than `count`, all are used. If there are more classes than `count`, one example each is
-  taken from `count` evenly spaced classes. If such a class has no example, others take its place.
+  The first example of each class comes first, then the second example of each class, and so on. If
+  there are fewer examples than `count`, all are used. If there are more classes than `count`, the
+  examples come from `count` evenly spaced classes. If some of these classes have no example, other
+  examples fill the gap.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

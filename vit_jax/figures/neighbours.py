@@ -1,12 +1,12 @@
-"""Finds and draws the training images that a model finds most similar to its mistakes.
+"""Finds and draws the training images that are most similar to wrongly classified test images.
 
 Decisions:
   * Images are compared by the cosine similarity of their features, the inputs of the head.
-  * If the nearest training images have the predicted class, the label is often doubtful, or the
-    features cannot tell the classes apart. If no training image is similar, the training data lacks
-    such images.
-  * At most `AMONG` training images are compared, spread evenly over the split. So drawing takes no
-    longer for a larger split.
+  * The nearest training images suggest why a test image was classified wrongly. If they have the
+    predicted class, the label of the test image is often doubtful, or the features cannot tell the
+    two classes apart. If none is similar, the training data lacks such images.
+  * At most `AMONG` training images are compared, spread evenly over the training split. So a larger
+    split does not make drawing slower.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from vit_jax.figures import canvas
 from vit_jax.figures.maps import Missing
 from vit_jax.model import unit
 
-ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each
+ROWS, NEAREST = 5, 5  # number of mistakes drawn, and of training images next to each mistake
 AMONG = 10_000  # maximum number of training images compared
 PART = 2000  # maximum number of training images in memory at a time
 
@@ -35,8 +35,9 @@ class Neighbours:
   Attributes:
     image_RKHWC: uint8 training images.
     label_RK: classes of the training images.
-    similarity_RK: cosine similarity between the features of test and training image, -1 to 1.
-    among: number of training images that were compared.
+    similarity_RK: cosine similarity between the features of the test image and of the training
+      image, -1 to 1.
+    among: number of training images that each test image was compared with.
   """
 
   image_RKHWC: np.ndarray
@@ -48,7 +49,7 @@ class Neighbours:
 def find_neighbours(
   exp: Experiment, params: dict, test: Examples, train: Split, mesh: jax.sharding.Mesh
 ) -> Neighbours:
-  """Returns the `NEAREST` most similar training images of each test image.
+  """Returns the `NEAREST` training images whose features are most similar to each test image.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
@@ -97,7 +98,7 @@ def draw_neighbours(
     image_RHWC: uint8 test images that were classified wrongly.
     titles: for each mistake, the true class, the predicted class and the probability of the
       predicted class, as text.
-    found: the nearest training images.
+    found: the nearest training images of these test images.
     class_names: name of each class.
   """
   rows, columns = found.label_RK.shape

@@ -1,7 +1,7 @@
 """Defines the figures of a run, with their captions.
 
-Each `picture_*` function takes a `Subject`, and returns a figure and a caption. The function raises
-`Missing` if the subject lacks the data for the figure.
+Each `picture_*` function takes a `Subject` with the data of a run, and returns a figure and its
+caption. The function raises `Missing` if the data for the figure is not available.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,20 @@ from vit_jax.figures.reconstruction import draw_reconstruction, reconstruct
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
-POINTS = 200  # points of the coverage curve
-NOT_COMPARED = Missing('there are no test results.')
+POINTS = 200  # number of points of the coverage curve
+NOT_COMPARED = Missing('the test split was not evaluated.')
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-  """Attention arrays for the figures.
+  """Attention arrays of B drawn images, and attention distances over more images.
 
   Attributes:
-    rollout: `[B, h, w]`, rollout of the images that are drawn.
-    heads: `[B, R, K, h, w]`, attention by row (a block, or the pool) and head in these images.
-    distance_DK: mean attention distance by block and head, averaged over `measured` images.
-    measured: number of images in that average.
+    rollout: `[B, h, w]`, attention rollout of the drawn images.
+    heads: `[B, R, K, h, w]`, attention maps of the drawn images, by row (a block, or the pool) and
+      by head.
+    distance_DK: attention distance in pixels by block and head: the mean over `measured` images.
+    measured: number of images over which `distance_DK` is averaged.
   """
 
   rollout: np.ndarray
@@ -44,7 +45,7 @@ class AttentionMaps:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """The data for all figures. An attribute that is not available is a `Missing` with the reason.
+  """The data for all figures. If an attribute is not available, it is a `Missing` with the reason.
 
   Attributes:
     lines: lines of `metrics.jsonl`.
@@ -52,10 +53,10 @@ class Subject:
     params: parameters of the model.
     test: test split.
     scores: predictions for the test split.
-    shown: `[B, H, W, C]` uint8, the images to draw, as the model sees them.
+    shown: `[B, H, W, C]` uint8, the images to draw, at the size of the model's input.
     attention: attention in the images `shown`; the distances are averaged over more images.
-    step: step of the checkpoint; None for published weights.
-    nearest: the nearest training images of the most confident mistakes.
+    step: step number of the checkpoint; None for published weights.
+    nearest: the most similar training images for each of the most confident mistakes.
   """
 
   lines: list[dict] | Missing
@@ -70,12 +71,12 @@ class Subject:
 
   @functools.cached_property
   def trust(self) -> dict:
-    """The measures of `evaluation.trust` for the scores; raises `Missing` without scores."""
+    """The result of `evaluation.trust` for `scores`; raises `Missing` if `scores` is missing."""
     exp, scores = self.need('exp', 'scores')
     return trust(scores, exp.task.class_names, exp.calibration)
 
   def need(self, *names: str) -> list:
-    """Returns the attributes with the given names.
+    """Returns the values of the attributes with the given names, in order.
 
     Raises:
       Missing: one of these attributes is not available.
@@ -91,8 +92,8 @@ def picture_curves(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of the training curves, and its caption."""
   (lines,) = subject.need('lines')
   return draw.draw_curves(lines), (
-    'Loss and accuracy during training. Training values come from augmented batches and are '
-    'averaged between two log lines. Other values are computed on whole held-out splits.'
+    'Loss and accuracy during training. Training values are averages over the augmented batches '
+    'since the last log line. Validation and test values are computed on whole splits.'
   )
 
 
@@ -135,16 +136,16 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
   half = POINTS // 2 - 1
   return charts.draw_coverage(curve), (
     'Accuracy if the model answers only the images of which it is most confident, and the lowest '
-    'confidence among them. On the more confident half of the images, the accuracy is '
+    'confidence among these images. On the most confident half of all images, the accuracy is '
     f'{curve["accuracy"][half]:.2%}.'
   )
 
 
 def worst(scores: Scores, count: int) -> np.ndarray:
-  """Returns the indices of the rows of `scores` with the `count` most confident mistakes.
+  """Returns the rows of `scores` with the `count` most confident mistakes, as row indices.
 
   Raises:
-    Missing: there is no mistake.
+    Missing: the model made no mistake.
   """
   index = maps.mistakes(scores.label_N, scores.predicted_N, scores.confidence_N, count)
   if not len(index):
@@ -165,12 +166,12 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
   )
   return figure, (
     'Wrong predictions with the highest probability, in decreasing order. Some show classes that '
-    'the model cannot tell apart, others a doubtful label.'
+    'the model cannot tell apart, others have a doubtful label.'
   )
 
 
 def picture_neighbours(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the nearest training images of mistakes, and its caption."""
+  """Returns the figure of mistakes and their most similar training images, and its caption."""
   exp, test, scores, nearest = subject.need('exp', 'test', 'scores', 'nearest')
   index, names = worst(scores, ROWS), exp.task.class_names
   titles = [
@@ -181,26 +182,26 @@ def picture_neighbours(subject: Subject) -> tuple[Figure, str]:
   ]
   image_RHWC = test.some(scores.index_N[index]).image_NHWC
   return draw_neighbours(image_RHWC, titles, nearest, names), (
-    'The most confident mistakes (left), and the training images whose features are most similar, '
-    f'with their class and cosine similarity, among {nearest.among:,} training images. Names are '
-    'green for the true class of the test image, and orange for the predicted class.'
+    'Left: the most confident mistakes. Right: the training images with the most similar features '
+    f'among {nearest.among:,} training images, with their classes and cosine similarities. The '
+    'true class of the test image is green, the predicted class is orange.'
   )
 
 
 def picture_reconstruction(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of hidden patches that the model fills in, and its caption."""
+  """Returns the figure of the patches that a masked autoencoder predicts, and its caption."""
   exp, params, shown = subject.need('exp', 'params', 'shown')
   if exp.config.objective != 'masked':
-    raise Missing('this picture needs a run with objective=masked.')
+    raise Missing('this figure needs a run with objective=masked.')
   return draw_reconstruction(reconstruct(exp, params, shown)), (
-    f'Images, the patches that the model sees ({exp.config.masked.share:.0%} are hidden), and what '
-    'it fills in. It predicts normalised pixels, so each filled-in patch is drawn with the '
-    'brightness and the contrast of the true patch.'
+    f'Images, the patches that the model sees ({exp.config.masked.share:.0%} are hidden), and the '
+    'patches that it predicts. The model predicts normalised pixels, so each predicted patch is '
+    'drawn with the brightness and the contrast of the true patch.'
   )
 
 
 def picture_patches(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the patches of the first image, and its caption."""
+  """Returns the figure that shows the first image as patches, and its caption."""
   exp, shown = subject.need('exp', 'shown')
   figure = draw.draw_patches(shown[0], maps.patches(shown[0], exp.model.patch_size))
   return figure, (
@@ -215,8 +216,8 @@ def picture_filters(subject: Subject) -> tuple[Figure, str]:
   filter_FpqC, share_F = maps.filters(exp.model, params)
   return draw.draw_filters(filter_FpqC, share_F), (
     f'The first {len(share_F)} principal components of the {exp.model.width} filters that embed a '
-    'patch, with their share of the variance. Each is scaled by its own largest value. Mid-grey '
-    'is zero (Figure 7 of the paper, left).'
+    'patch, with their shares of the variance. Each component is scaled by its own largest value. '
+    'Mid-grey is zero (Figure 7 of the paper, left).'
   )
 
 
@@ -226,14 +227,14 @@ def picture_positions(subject: Subject) -> tuple[Figure, str]:
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
   return figure, (
-    f"Each small map shows the cosine similarity between one patch's "
-    f'{POSITIONS[exp.model.position].caption} and every other, arranged as in the image '
-    '(Figure 7 of the paper, centre).'
+    'Each small map belongs to one patch. It shows the cosine similarity of its '
+    f'{POSITIONS[exp.model.position].caption} to the embedding of every patch. All patches are '
+    'arranged as in the image (Figure 7 of the paper, centre).'
   )
 
 
 def picture_distance(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the mean attention distance over all measured images, and its caption."""
+  """Returns the figure of the mean attention distance of each head, and its caption."""
   exp, attention = subject.need('exp', 'attention')
   even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
   return draw.draw_attention_distance(attention.distance_DK, even), (
@@ -244,11 +245,11 @@ def picture_distance(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_rollout(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the attention rollout of the shown images, and its caption."""
+  """Returns the figure of attention rollout in the images `shown`, and its caption."""
   shown, attention = subject.need('shown', 'attention')
   return draw.draw_rollout(shown, attention.rollout), (
-    'Which patches the output comes from, according to attention rollout, and the images lit by '
-    'this map (Figure 6 of the paper). A value of 1 is the mean over all patches of the image.'
+    'How much of the output comes from each patch, according to attention rollout, and the images '
+    'lit by this map (Figure 6 of the paper). 1 is the mean over all patches of the image.'
   )
 
 
@@ -269,8 +270,8 @@ def picture_components(subject: Subject) -> tuple[Figure, str]:
   map_BhwF, share_F = components.of_images(*shown)
   shares = ', '.join(f'{share:.1%}' for share in share_F)
   return draw.draw_components(shown[-1], components.component_colours(map_BhwF)), (
-    'The first three principal components of the patch features, as red, green and blue, with '
-    f'{shares} of their variance. Similar colours mean similar features, also in other images.'
+    'The first three principal components of the patch features, as red, green and blue. They have '
+    f'{shares} of the variance. Similar colours mean similar features, also in different images.'
   )
 
 

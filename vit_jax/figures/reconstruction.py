@@ -1,4 +1,4 @@
-"""Draws the patches that a masked autoencoder sees of images, and the patches that it predicts."""
+"""Draws which patches of an image a masked autoencoder sees, and which patches it predicts."""
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,21 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import canvas
 from vit_jax.optim import as_images, as_patches, evaluation_key, fill_in, statistics
 
-GREY = 128  # level of the patches that the model does not see
+GREY = 128  # grey level of patches that are hidden from the model
 
 
 def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns images in three versions: original, with grey unseen patches, and reconstructed.
+  """Returns three versions of images, uint8 `[3, B, H, W, C]`, for `draw_reconstruction`.
 
-  The result is uint8 `[3, B, H, W, C]`. The model predicts patches that are normalised to mean 0
-  and variance 1. The predictions are drawn with the mean and the standard deviation of the true
-  patches, which the model does not know.
+  The first version is the original. In the second, the hidden patches are grey. In the third, the
+  hidden patches are replaced by the model's predictions. The model predicts normalised patches,
+  with mean 0 and variance 1. So each prediction is scaled to the mean and the standard deviation of
+  the true patch, which the model does not know.
 
   Args:
     exp: experiment of a run with `objective=masked`.
     params: parameters of the model and its decoder.
-    image_BHWC: uint8 images of the size of the model's input.
+    image_BHWC: uint8 images at the size of the model's input.
   """
   mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
 
@@ -46,9 +47,10 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
 
 @canvas.styled
 def draw_reconstruction(image_RBHWC: np.ndarray) -> Figure:
-  """Draws three rows of images: original, seen patches, and filled in.
+  """Draws three rows of images: the original, only the seen patches, and the filled-in image.
 
-  The argument is the result of `reconstruct`, `[3, B, H, W, C]`.
+  Args:
+    image_RBHWC: the three versions of B images, from `reconstruct`.
   """
   _, count, height, width, _ = image_RBHWC.shape
   columns = max(count, 4)

@@ -1,10 +1,10 @@
 """Writes a self-contained HTML page with the numbers, config and figures of a run.
 
 Decisions:
-  * The page has no scripts, fonts or external links. It can be opened from a disk or an e-mail,
-    without a network, and also in ten years.
-  * All text goes through `html.escape`, because names of classes, files and runs are not trusted.
-  * Figures have a white background, so they look the same on a dark page.
+  * The page has no scripts, fonts or external links. So it can be opened from a disk or an e-mail,
+    without a network, and still in ten years.
+  * `html.escape` escapes all text, because names of classes, files and runs are not trusted.
+  * Figures have a white background, because their black text would be unreadable on a dark page.
 """
 
 import base64
@@ -15,7 +15,7 @@ import pathlib
 
 from vit_jax import storage
 
-SHOWN = 20  # number of classes that are shown without unfolding the table
+SHOWN = 20  # number of classes in the visible table; the other classes are in a folded table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5a5a5a; --ground: #fff; --line: #ddd; }
@@ -42,7 +42,7 @@ summary { cursor: pointer; margin: .75rem 0; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A PNG file with a title and a caption of one to three sentences."""
+  """A figure in the report: a PNG file, its title, and a caption of one to three sentences."""
 
   path: pathlib.Path
   title: str
@@ -51,17 +51,18 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """Contents of the HTML page.
+  """Contents of the report, an HTML page.
 
   Attributes:
     title: title of the page.
     subtitle: line below the title.
-    numbers: results of the run, by name.
+    numbers: results of the run, as `{name: text}`.
     changed: `(key, value, default)` of the config keys that differ from the default.
     unchanged: `{key: value}` of the config keys that have their default value.
-    pictures: figures, in the order of the page. The page contains the bytes of the PNG files.
+    pictures: figures, in their order on the page, which embeds the PNG files.
     left_out: `{title: reason}` of the skipped figures.
-    classes: `(class, precision, recall, F1, images)` of each class, as text; empty for no table.
+    classes: `(class, precision, recall, F1, images)` of each class, as text. If it is empty, the
+      page has no table of classes.
   """
 
   title: str
@@ -75,7 +76,7 @@ class Report:
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
-  """Writes a report as an HTML file, atomically."""
+  """Writes a report as an HTML file. An existing file is replaced in one step."""
   parts = [
     f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
     section('Numbers', html_table(report.numbers.items())),
@@ -95,12 +96,12 @@ def write_report(path: pathlib.Path, report: Report) -> None:
 
 
 def section(title: str, body: str) -> str:
-  """Returns the HTML of a section with a heading."""
+  """Returns the HTML of a section with the heading `title`; `body` must already be HTML."""
   return f'<section>\n<h2>{escape(title)}</h2>\n{body}\n</section>'
 
 
 def figure(picture: Picture) -> str:
-  """Returns the HTML of a figure and its caption, with the bytes of the file embedded."""
+  """Returns the HTML of a figure with its caption; the HTML embeds the PNG file."""
   data = base64.b64encode(picture.path.read_bytes()).decode()
   return (
     f'<figure><img src="data:image/png;base64,{data}" alt="{escape(picture.title)}">'
@@ -109,11 +110,11 @@ def figure(picture: Picture) -> str:
 
 
 def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
-  """Returns the HTML of a table of the changed keys, and a folded table of the unchanged keys.
+  """Returns the HTML of a table of changed config keys, and of a folded table of all other keys.
 
   Args:
-    changed: `(key, value, default)` of each changed key.
-    unchanged: `{key: value}` of the unchanged keys.
+    changed: `(key, value, default)` of each config key that differs from its default.
+    unchanged: `{key: value}` of the config keys that have their default value.
   """
   code = lambda x: f'<code>{escape(x)}</code>'
   rows = [(code(key), code(value), code(default)) for key, value, default in changed]
@@ -127,7 +128,11 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
 
 
 def class_table(classes: Sequence[tuple[str, ...]]) -> str:
-  """Returns the HTML of a table of the first `SHOWN` classes, and a folded table of the others."""
+  """Returns the HTML of a table of the first `SHOWN` classes, and of a folded table of the rest.
+
+  Args:
+    classes: `(class, precision, recall, F1, images)` of each class, as text.
+  """
   head = ('class', 'precision', 'recall', 'F1', 'images')
   rows = [tuple(map(escape, row)) for row in classes]
   shown = f'<table>{cells([head], "th")}{cells(rows[:SHOWN])}</table>'
@@ -138,16 +143,21 @@ def class_table(classes: Sequence[tuple[str, ...]]) -> str:
 
 
 def html_table(rows: Iterable[tuple[str, str]]) -> str:
-  """Returns the HTML of a table of `(name, value)` rows, which are escaped."""
+  """Returns the HTML of a table with two columns; `rows` are `(name, value)` in plain text."""
   return f'<table>{cells((escape(name), escape(value)) for name, value in rows)}</table>'
 
 
 def cells(rows: Iterable[tuple[str, ...]], tag: str = 'td') -> str:
-  """Returns the HTML of table rows with the tag `td` or `th`; the cells must already be HTML."""
+  """Returns the HTML of table rows.
+
+  Args:
+    rows: the cells of each row, which must already be HTML.
+    tag: HTML tag of the cells, `td` or `th`.
+  """
   line = lambda row: ''.join(f'<{tag}>{cell}</{tag}>' for cell in row)
   return '\n'.join(f'<tr>{line(row)}</tr>' for row in rows)
 
 
 def escape(text: object) -> str:
-  """Escapes text for HTML, including attribute values."""
+  """Converts a value to text, and escapes the text for HTML and for HTML attributes."""
   return html.escape(str(text), quote=True)

@@ -1,7 +1,7 @@
-"""Reads, selects and computes the data for all figures of a run, once.
+"""Reads and computes the data for all figures of a run, each part of it only once.
 
-The selected test images are the first images of each class in the split. The selection is the same
-for every call, and for two runs on the same data.
+The drawn test images are the first images of each class in the split. So every call, and every run
+on the same dataset, draws the same images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,12 +35,12 @@ from vit_jax.workdir import latest_step, read_metrics
 
 log = logging.getLogger(__name__)
 
-SHOWN = 8  # number of images drawn
+SHOWN = 8  # number of images that are drawn
 MEASURED = 128  # number of images that attention distance is averaged over, as in the paper
 
 
 def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
-  """Returns the data for the figures; `visualize` describes the arguments."""
+  """Reads and computes the data for all figures; `gallery.visualize` describes the arguments."""
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
@@ -53,7 +53,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
         f'{workdir}: no metrics.jsonl and no checkpoint to draw. Pass the --workdir of a '
         'training run.'
       )
-    return Subject(lines, *[Missing('the run has saved no checkpoint yet.')] * 6)
+    return Subject(lines, *[Missing('the run has not saved a checkpoint yet.')] * 6)
 
   exp, params, loaded = opening.open_model(request, 'any')
   chosen = read_images(files, exp) if files else None
@@ -64,9 +64,9 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   there = not isinstance(test, Missing)
   scores = nearest = test
   if there and not exp.task.class_names:
-    scores = nearest = Missing('it needs classes, but the run was trained without labels.')
+    scores = nearest = Missing('this figure needs classes, but the run has no labels.')
   elif there and exp.task.multi_label:
-    scores = nearest = Missing('it needs one label per image, but these images can have several.')
+    scores = nearest = Missing('this figure needs one label per image, but images have several.')
   elif there:
     scores = answers(exp, on_device, test, mesh)
     nearest = near_mistakes(exp, on_device, test, scores, mesh)
@@ -91,12 +91,16 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
 
 
 def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
-  """Returns the test split without the files that the weights were trained on.
+  """Opens the test split, without the files that the weights were trained on.
 
-  If the split cannot be read, a `Missing` with the reason is returned.
+  If the split cannot be read, the result is a `Missing` with the reason.
+
+  Args:
+    exp: the experiment of the weights.
+    overrides: config keys that the user has overridden, and their values.
 
   Raises:
-    ValueError, OSError: the data cannot be opened with the given `data.*` overrides.
+    ValueError, OSError: the split cannot be read, and the user has overridden a `data.*` key.
   """
   try:
     source, _ = open_test(exp)
@@ -109,7 +113,7 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
 
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
-  """Returns the model's prediction for every readable test example."""
+  """Returns the model's predictions for all readable examples of the test split."""
   size = exp.config.eval_batch_size
   return score_examples(make_eval_step(exp, mesh), params, test, size, mesh, exp.calibration)
 
@@ -117,10 +121,10 @@ def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh)
 def near_mistakes(
   exp: Experiment, params: dict, test: Split, scores: Scores, mesh: jax.sharding.Mesh
 ) -> Neighbours | Missing:
-  """Returns the nearest training images of the most confident mistakes.
+  """Returns the most similar training images for each of the most confident mistakes.
 
-  If there are no mistakes, or the training data cannot be read, a `Missing` with the reason is
-  returned.
+  If there are no mistakes, or the training data cannot be read, the result is a `Missing` with the
+  reason.
   """
   try:
     index = worst(scores, ROWS)
@@ -136,7 +140,7 @@ def near_mistakes(
 def batches(
   examples: Examples, size: int, mesh: jax.sharding.Mesh, what: str
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields batches that contain every example once, and shows a progress bar.
+  """Yields all examples in batches, as `eval_batches` does, and shows a progress bar.
 
   Args:
     examples: the examples.
@@ -151,11 +155,11 @@ def batches(
 def choose_images(test: Split, exp: Experiment) -> np.ndarray:
   """Returns test images that are spread evenly over the classes, uint8 `[B, H, W, C]`.
 
-  The first `SHOWN` images are drawn. The others are used only for the attention distance.
+  The figures show the first `SHOWN` images. All images are used for the mean attention distance.
   """
   classes = len(exp.task.class_names)
   label_N = test.label_N
-  if label_N.ndim == 2:  # several labels: the first one
+  if label_N.ndim == 2:  # multi-hot: use the first label
     label_N = label_N.argmax(axis=1)
   shown, measured = (maps.spread_over_classes(label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
@@ -186,7 +190,10 @@ def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
 
 
 def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns uint8 images as the model sees them: resized to the model's input size."""
+  """Resizes images to the size of the model's input: returns uint8 `[B, H, W, C]`.
+
+  `image_BHWC` contains uint8 images at the size to which image files are resized.
+  """
   mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
   pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
   return np.round(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
@@ -195,7 +202,7 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> AttentionMaps:
-  """Returns attention maps of the first `SHOWN` images, and distances averaged over all images."""
+  """Computes attention maps of the first `SHOWN` images, and mean distances over all images."""
 
   def summary(image_BHWC, params):
     return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))
