@@ -1,4 +1,4 @@
-"""Uses trained weights: predictions, exports, a demo page, and a summary of a model's cost."""
+"""Uses trained weights for predictions, exports and a demo page, and estimates a model's cost."""
 
 import importlib
 

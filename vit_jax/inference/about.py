@@ -1,4 +1,4 @@
-"""Describes a served model for visitors: what it was trained on, and how good its answers are."""
+"""Describes a model for visitors of the demo page: its training data, and how good it is."""
 
 from collections.abc import Mapping
 import pathlib
@@ -9,20 +9,20 @@ from vit_jax.inference.card import source_text
 from vit_jax.names import one_line
 from vit_jax.workdir import read_json
 
-SHOWN = 30  # maximum number of class names
+SHOWN = 30  # maximum number of class names in the description
 
 
 def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns what visitors of the page must know about a model, as `{title: Markdown text}`.
+  """Returns what visitors of the demo page must know about its model, as `{title: Markdown text}`.
 
   Args:
     exp: the experiment of the weights.
-    step: step of the checkpoint; None for weights without a run.
-    workdir: folder of the run. Its `eval.json`, if there is one, contains the accuracy. None for
-      weights without a run.
+    step: step number of the checkpoint; None for published weights.
+    workdir: folder of the run; None for published weights. The accuracy is read from `eval.json` in
+      this folder, if the file exists.
   """
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
-  # Use only an accuracy that was measured on the same step, data and image size as the page.
+  # The accuracy is valid only for the step, dataset and config that the page uses.
   own = measured.get('step') == step and not measured.keys() & {'max_patches', 'overrides'}
   own = own and measured.get('source') == exp.config.data.source
   height, width = exp.task.stored_size
@@ -37,12 +37,12 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
 
 
 def escaped(text: str) -> str:
-  """Returns a text in which Markdown's special characters and line breaks are escaped."""
+  """Escapes line breaks and the special characters of Markdown in a text."""
   return re.sub(r'([!-/:-@\[-`{-~])', r'\\\1', one_line(text))
 
 
 def classes_text(exp: Experiment) -> str:
-  """Returns sentences that list the classes and describe the answer for any other image."""
+  """Returns sentences that list the classes, and say what the model predicts for other objects."""
   names = exp.task.class_names
   more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
   listed = (
@@ -54,12 +54,14 @@ def classes_text(exp: Experiment) -> str:
 
 
 def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
-  """Returns a sentence with the measured accuracy, or one that explains how to measure it.
+  """Returns a sentence with the measured accuracy.
+
+  If images can have several labels, the sentence gives the mean average precision instead. If
+  nothing was measured, it explains how to measure the accuracy.
 
   Args:
     measured: contents of `eval.json`; empty if the accuracy was not measured.
-    multi_label: whether images can have several labels. The measure is then the mean average
-      precision.
+    multi_label: whether images can have several labels.
   """
   try:
     on = f'on the {measured["examples"]:,} images of `{one_line(measured["split"])}`'
@@ -72,7 +74,10 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
 
 
 def probabilities_text(exp: Experiment) -> str:
-  """Returns a sentence on how probabilities are calibrated, or on how thresholds give labels."""
+  """Returns a sentence that says how the model's probabilities were calibrated.
+
+  If images can have several labels, the sentence says instead which probability gives a label.
+  """
   found = exp.calibration
   on = f'{found.examples:,} validation images'
   if exp.task.multi_label:

@@ -1,8 +1,8 @@
-"""Writes the model card of an export: facts about the weights, and code that runs them.
+"""Writes the model card of an export: a README.md that describes the weights and how to run them.
 
 Decisions:
-  * The card only states facts that come with the weights. A run of vit_jax has a config and a
-    result, but published weights have very little. Everything else is reported as unknown.
+  * The card only states what is stored with the weights, and reports everything else as unknown. A
+    run of vit_jax stores its config and its result. Published weights store much less.
   * The card does not choose a license; the user does.
 """
 
@@ -24,7 +24,7 @@ from vit_jax.weights import (
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-SHOWN = 100  # maximum number of classes in the card, if another exported file lists all classes
+SHOWN = 100  # maximum number of classes in the card, if an exported file lists all classes
 
 
 def write_card(
@@ -38,14 +38,14 @@ def write_card(
 
   Args:
     format: format of the export, one of `FORMATS`.
-    loaded: the weights.
+    loaded: the exported weights.
     source: path or name that the weights were read from.
     result: contents of the run's `result.json`; None if it does not exist.
-    compared: measurements of the exported program and the float32 program; None if the exported
-      files are in float32.
+    compared: measurements of the exported program, and of the same program in float32. None if the
+      export itself is in float32.
   """
   entry = FORMATS[format]
-  if not entry.is_program:  # files are then resized directly to the model's input
+  if not entry.is_program:  # users of weights resize images directly to the input size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -81,7 +81,10 @@ To run the model on an `image.png` in this folder:
 
 
 def front_matter(library: str, model: ViT) -> str:
-  """Returns the YAML header of a card, which the Hugging Face Hub reads."""
+  """Returns the YAML header of a model card, which the Hugging Face Hub reads.
+
+  `library` is the name of the library that can load the weights, e.g. `timm`.
+  """
   task = 'image-feature-extraction' if model.num_classes is None else 'image-classification'
   lines = [f'library_name: {library}', f'pipeline_tag: {task}', 'tags:']
   lines += ['- vision', '- vision-transformer']
@@ -89,7 +92,10 @@ def front_matter(library: str, model: ViT) -> str:
 
 
 def name_of(model: ViT) -> str:
-  """Returns variant and patch size, e.g. `B/16`; without a variant, width x depth: `64x6/8`."""
+  """Returns a short name of a model: its variant and patch size, e.g. `B/16`.
+
+  If the model is not one of `VARIANTS`, the name begins with its width and depth, e.g. `64x6/8`.
+  """
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
   for name, fields in VARIANTS.items():
@@ -117,7 +123,7 @@ def architecture_text(model: ViT) -> str:
 
 
 def images(p: Preprocessing, channels: int) -> str:
-  """Describes the input images of a model, and how image files are resized to the input size."""
+  """Describes size and channels of a model's input, and how image files must be resized for it."""
   height, width = p.size
   small = f'{p.stored_size[0]}x{p.stored_size[1]}, enlarged to ' if p.stored_size else ''
   fitted, side = ('stretched', 'each side') if p.stretch else ('cropped', 'the shorter side')
@@ -130,13 +136,21 @@ def images(p: Preprocessing, channels: int) -> str:
 
 
 def pixels_text(p: Preprocessing) -> str:
-  """Describes how pixel values are normalised."""
+  """Describes how pixel values must be normalised, from the mean and std of the preprocessing."""
   mean, std = (', '.join(f'{x:.6g}' for x in values) for values in (p.mean, p.std))
   return f'divided by 255, then mean {mean} subtracted, then divided by std {std}'
 
 
 def training(loaded: Pretrained, source: str) -> dict[str, str]:
-  """Returns `{name: text}` on the training data, the training length and the initial weights."""
+  """Describes how weights were trained: on which data, how long, and from which initial weights.
+
+  Args:
+    loaded: the weights. If they come from a run of vit_jax, they contain its config.
+    source: path or name that the weights were read from.
+
+  Returns:
+    `{name: text}`, rows of the card's table.
+  """
   if loaded.run is None:
     return {'trained on': 'unknown', 'weights': f'read from `{public(source)}`'}
   config, task = loaded.run['config'], loaded.run['task']
@@ -157,13 +171,18 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
 
 
 def source_text(data: Mapping, count: int) -> str:
-  """Describes training data: the source, the split and the number of images (`count`)."""
+  """Describes training data: the dataset, the split and the number of images.
+
+  Args:
+    data: the keys `data.*` of a config.
+    count: number of training images.
+  """
   kind, colon, name = data['source'].partition(':')
   return f'`{kind}{colon}{public(name)}`, split `{data["train_split"]}`: {count:,} images'
 
 
 def public(path: str) -> str:
-  """Shortens absolute and `~` paths to their last part, so that cards show no local folders."""
+  """Shortens an absolute or `~` path to its last part, so that a card shows no local folders."""
   place = pathlib.PurePath(path)
   return one_line(place.name if place.is_absolute() or path.startswith('~') else path)
 
@@ -174,10 +193,13 @@ def quality_name(loaded: Pretrained) -> str:
 
 
 def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
-  """Returns the accuracy or mean average precision of the weights, as text.
+  """Returns the test accuracy of the weights as text, or their mean average precision.
 
-  `result` is the content of `result.json`. The text is `unknown` if there is no result, or if the
-  result belongs to a different checkpoint.
+  The text is `unknown` if there is no result, or if the result belongs to a different checkpoint.
+
+  Args:
+    loaded: the weights.
+    result: contents of the run's `result.json`; None if it does not exist.
   """
   name = f'test_{quality_name(loaded).replace(" ", "_")}'
   try:
@@ -190,7 +212,11 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 
 
 def precision_text(compared: Comparison | None) -> str:
-  """Returns the precision of the exported files, and the number of images that calibrated it."""
+  """Returns the precision of the exported files as text, e.g. `int8`.
+
+  For a precision that needs sample images, the text also gives their number. `compared` is None for
+  an export in float32.
+  """
   if compared is None:
     return 'float32'
   on = f', calibrated on {compared.calibrated:,} images' if compared.calibrated else ''
@@ -198,7 +224,10 @@ def precision_text(compared: Comparison | None) -> str:
 
 
 def measured_text(compared: Comparison | None) -> str:
-  """Returns the measured quality of the exported program, as text; empty for a float32 export."""
+  """Returns the measured accuracy of the exported program, or its mean average precision, as text.
+
+  The text is empty if the export is in float32, because nothing was measured (`compared` is None).
+  """
   if compared is None:
     return ''
   value = list(compared.found.values())[-1].quality
@@ -206,7 +235,10 @@ def measured_text(compared: Comparison | None) -> str:
 
 
 def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
-  """Returns a Markdown table that compares the precisions; empty if the export is float32."""
+  """Returns a Markdown table of size, latency and accuracy of a program in several precisions.
+
+  The text is empty if the export is in float32, because nothing was measured (`compared` is None).
+  """
   if compared is None:
     return ''
   known = all(one.quality is not None for one in compared.found.values())
@@ -228,9 +260,9 @@ def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
 
 
 def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
-  """Returns `{name: text}` on how logits become probabilities or labels.
+  """Describes how to compute probabilities or labels from logits, as `{name: text}`.
 
-  The dict is empty if softmax applies and no temperature was fitted.
+  The dict is empty if the probabilities are the softmax of the logits without a temperature.
   """
   found = loaded.calibration
   if found.sigmoid:

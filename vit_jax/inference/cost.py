@@ -1,6 +1,7 @@
 """Estimates the cost of a config before training: parameters, FLOPs, memory and steps.
 
-All numbers come from shapes: nothing is computed or compiled, and no parameters are allocated.
+All numbers are computed from the shapes of arrays. No model is compiled or run, and no parameters
+are allocated.
 """
 
 from collections import Counter
@@ -38,18 +39,18 @@ from vit_jax.training import (
 )
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # stands for an unknown number of examples, which does not affect the state's size
+MANY = 10**9  # used if the number of examples is unknown; has no effect on the memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The cost of a module, or the summed cost of the modules with one name in all blocks.
+  """The cost of one module of a model, or the summed cost of the same module in all blocks.
 
   Attributes:
     module: name of the module; `block_*/mlp` stands for the MLPs of all blocks.
     parameters: number of parameters.
     gflops: FLOPs of the forward pass for one image, in units of 10^9.
-    activations_mib: activations that are stored for the backward pass of one image, in MiB.
+    activations_mib: MiB of activations that are stored for the backward pass of one image.
   """
 
   module: str
@@ -60,23 +61,24 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """The cost of a config.
+  """The estimated cost of training with a config.
 
   Attributes:
     exp: the experiment.
     trained: number of parameters that are trained.
     parts: the cost of each module, in the order of the model, then the total.
-    train_flops: FLOPs of a training step for one image.
+    train_flops: FLOPs of a training step for one image, including the backward pass.
     teacher: cost of a forward pass of the teacher for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes on each device, with the keys `params`, `gradients`, `optimizer`, `averages`
-      and `teacher`.
+    state_bytes: bytes of each part of the training state on each device. The keys are `params`,
+      `gradients`, `optimizer`, `averages` (averaged weights) and `teacher`.
     devices: number of devices that share a batch on this machine.
     at_once: number of images whose activations a device holds at the same time.
-    activation_bytes: bytes of the activations of these images.
+    activation_bytes: bytes of the activations of `at_once` images.
     steps: number of training steps; None if the number of examples is unknown.
     warmup: number of warm-up steps; None if the number of examples is unknown.
-    notes: sentences about the assumptions behind these numbers, and about later warm-ups.
+    notes: sentences about the assumptions behind these numbers. If a finished run got more epochs,
+      they also say when its learning rate warms up again.
   """
 
   exp: Experiment
@@ -100,14 +102,14 @@ def measure(
   notes: tuple[str, ...] = (),
   cycles: tuple[int, ...] = (),
 ) -> Summary:
-  """Estimates the cost of an experiment.
+  """Estimates the cost of training an experiment on this machine.
 
   Args:
     exp: the experiment.
     examples: number of examples in the training split; None if it is unknown.
     notes: sentences about assumptions, for `Summary.notes`.
-    cycles: last step of each earlier cycle of the learning rate. Setting more epochs for a finished
-      run adds a cycle.
+    cycles: last step of each earlier cycle of the learning rate. A finished run that gets more
+      epochs begins a new cycle.
 
   Raises:
     ValueError: the batch cannot be divided among this machine's devices.
@@ -156,7 +158,7 @@ def measure(
 
 
 def patch_notes(exp: Experiment) -> list[str]:
-  """Returns a list with one sentence on random patch sizes; empty if there is one patch size."""
+  """Returns a list with one sentence about random patch sizes; empty for a single patch size."""
   sizes = ['x'.join(map(str, size)) for size in exp.patch_sizes]
   if len(sizes) == 1:
     return []
@@ -168,7 +170,9 @@ def patch_notes(exp: Experiment) -> list[str]:
 
 
 def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
-  """Returns `Summary.state_bytes`: the bytes of each part of the training state on each device.
+  """Returns the bytes of each part of the training state on each device, by name of the part.
+
+  `Summary.state_bytes` lists the names.
 
   Args:
     exp: the experiment.
@@ -186,7 +190,7 @@ def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, in
 
 
 def teacher_part(exp: Experiment) -> Part | None:
-  """Returns the cost of the teacher's forward pass for one image; None if no step runs it."""
+  """Returns the cost of a forward pass of the teacher; None if no training step runs a teacher."""
   if not runs_teacher(exp):
     return None
   teacher = exp.teacher
@@ -197,7 +201,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Returns a sort key for a module: place of the top-level module in the model, then `name`."""
+  """Returns a key by which modules are sorted in the order of the model, and then by name."""
   order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *training_only(), OTHER)
   return order.index(name.partition('/')[0]), name
 
@@ -235,7 +239,7 @@ def as_text(summary: Summary) -> str:
 
 
 def teacher_text(summary: Summary) -> list[str]:
-  """Returns a list with the line about the teacher; empty if the config names no teacher."""
+  """Returns a list with one line about the teacher; empty if the config names no teacher."""
   teacher, part = summary.exp.teacher, summary.teacher
   if not summary.exp.config.distill.teacher:
     return []
@@ -255,9 +259,10 @@ def mib(size: int) -> str:
 
 
 def memory_text(summary: Summary) -> list[str]:
-  """Returns a list with the line on how a step fits into memory; empty if memory is not limited.
+  """Returns a list with one line about how a training step can fit into memory.
 
-  The line names a number of micro-batches and a value of `model.remat`.
+  The line gives a number of micro-batches and a value of `model.remat` (recomputation of
+  activations). The list is empty if no memory limit is known.
   """
   exp = summary.exp
   if not exp.parts:
@@ -269,7 +274,7 @@ def memory_text(summary: Summary) -> list[str]:
 
 
 def plan_text(summary: Summary) -> list[str]:
-  """Returns the line about the number of steps, and the line about the learning rate."""
+  """Returns two lines: one about the number of steps, and one about the learning rate."""
   config, steps = summary.exp.config, summary.steps
   if steps is None:
     length = f'Steps: unknown without the data; the run has {config.epochs:g} epochs.'

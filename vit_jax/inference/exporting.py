@@ -1,4 +1,4 @@
-"""Exports trained or published weights for other code bases, or as self-contained programs."""
+"""Exports weights in the formats of other libraries, or as self-contained programs."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -33,8 +33,8 @@ from vit_jax.workdir import Calibration
 
 log = logging.getLogger(__name__)
 
-MANY = 10_000_000  # number of parameters above which writing takes a few seconds
-EXACT = 'float32'  # the precision that every format has
+MANY = 10_000_000  # number of parameters above which a log line announces the writing
+EXACT = 'float32'  # the precision that every format has; the other precisions are approximate
 
 
 def export(
@@ -49,27 +49,27 @@ def export(
   """Reads the weights at `path`, and writes them and a model card into the folder `out`.
 
   If the precision is not float32, the written program is compared with the float32 program on the
-  test images of the run. The card contains the result.
+  test images of the run. The model card reports the comparison.
 
   Args:
     path: a workdir, a file, a folder or a name on the Hub; anything that `vit_jax.load` reads.
     format: one of `FORMATS`.
     out: output folder, created if it is missing. An earlier export in this folder is replaced,
-      including the model card.
-    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' to choose as `predict`
-      does by default.
+      including its model card.
+    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' for the best checkpoint
+      if there is a validation accuracy, else the last.
     precision: `float32`, or one of the format's `precisions`.
-    overrides: config keys of `measuring.READ` and their values as text, e.g. `data.dir` if the
-      images have been moved since training.
+    overrides: config keys, which must be in `measuring.READ`, and their values as text. For
+      example, set `data.dir` if the images have been moved since training.
     zero_shot: npz file with text embeddings of the classes, for weights of CLIP or SigLIP.
 
   Returns:
-    All files in the folder.
+    The paths of all files in the output folder, sorted.
 
   Raises:
-    ValueError: the weights cannot be read, or the format cannot hold them. The format has no such
-      precision, or the images for the precision are missing. The folder is not writable, or holds
-      files that an export must not replace.
+    ValueError: the weights cannot be read, or the format cannot hold them. Or the format lacks the
+      precision, or sample images for the precision are missing. Or the output folder is not
+      writable, or contains files that an export must not replace.
   """
   entry, overrides = choose('format', format, FORMATS), overrides or {}
   check_precision(format, precision)
@@ -97,10 +97,10 @@ def export(
 
 
 def expected_grid(found: Weights) -> Adaptation:
-  """Returns the adaptation of weights to the grid of patches in the images that they expect.
+  """Returns the `Adaptation` that resizes position embeddings to the image size of the weights.
 
-  `predict` uses the same image size. This size can differ from the size that the position
-  embeddings are for, as in DINOv2. If the image size is unknown, the grid stays as it is.
+  The position embeddings of published weights can be for another image size, as in DINOv2.
+  `predict` resizes them too. If the image size is unknown, the `Adaptation` changes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))
@@ -108,14 +108,14 @@ def expected_grid(found: Weights) -> Adaptation:
 
 
 def check_precision(format: str, precision: str) -> None:
-  """Raises ValueError if a format has no such precision."""
+  """Raises ValueError if a format does not offer a precision."""
   choose(f'precision for the format {format}', precision, (EXACT, *FORMATS[format].precisions))
 
 
 def program_of(loaded: Pretrained) -> Program:
-  """Returns loaded weights as a `Program`, which a format can write.
+  """Converts loaded weights to a `Program`, the input of `write`.
 
-  If images can have several labels and no thresholds were fitted, each threshold is 0.5.
+  If images can have several labels, but no thresholds were fitted, each threshold is 0.5.
   """
   calibration = loaded.calibration
   if loaded.multi_label and calibration.thresholds is None:
@@ -126,9 +126,9 @@ def program_of(loaded: Pretrained) -> Program:
 
 
 def check_card(out: pathlib.Path, entry: Format) -> None:
-  """Raises ValueError if a folder has a README.md or weights that an export did not write.
+  """Raises ValueError if a folder contains a README.md or weights that no export has written.
 
-  An export is recognised by the text `card.SIGNATURE` in the README.md.
+  An earlier export is recognised by the text `card.SIGNATURE` in its README.md.
   """
   file = out / card.NAME
   if file.is_file() and card.SIGNATURE in file.read_bytes().decode('utf-8', 'replace'):
@@ -163,21 +163,21 @@ def save(
   Args:
     model: the model.
     params: parameters of the model.
-    folder: output folder, created if it is missing; existing files of the same names are replaced
-      only after all new files are complete.
+    folder: output folder, created if it is missing. Existing files with the names of new files are
+      replaced after all new files are complete.
     format: one of `FORMATS`.
     preprocessing: how images must be prepared. None for pixels in [-1, 1] and the image size that
-      `image_size` returns.
+      fits the position embeddings (`image_size`).
     class_names: names of the classes, in the order of the logits; None to store no names.
-    calibration: how logits become probabilities. The programs (StableHLO, ONNX) apply it, and the
-      other formats cannot hold it. None for a temperature of 1.
+    calibration: settings that turn logits into probabilities. The programs (StableHLO, ONNX) apply
+      them, and the other formats cannot store them. None for a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
     images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
-      of activations. Other precisions do not use them.
+      of activations. Other precisions do not use sample images.
 
   Raises:
     ValueError: the format cannot hold the model; the message lists the attributes that do not fit.
-      Or the format has no such precision, or images are missing or have the wrong shape.
+      Or the format lacks the precision, or sample images are missing or have the wrong shape.
   """
   entry = choose('format', format, FORMATS)
   check_precision(format, precision)
@@ -208,11 +208,11 @@ def write(
     entry: the format.
     program: model, weights and preprocessing.
     precision: `float32`, or one of the format's `precisions`.
-    folder: folder for the files in this precision.
-    scratch: empty folder for the float32 files, if `precision` is not float32.
+    folder: output folder.
+    scratch: empty folder. The float32 files are written to it if `precision` is not float32.
 
   Returns:
-    The folder of each written precision, float32 first.
+    `{precision: folder}` for each written precision, float32 first.
   """
   exact = folder if precision == EXACT else scratch
   if not entry.is_program:
@@ -229,10 +229,10 @@ def write(
 
 @contextlib.contextmanager
 def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder, and moves its files into `folder` once all of them are complete.
+  """Yields a temporary folder; when the context ends, moves its files into `folder`.
 
   Raises:
-    ValueError: the folder holds a run, or weights other than an earlier export in this format.
+    ValueError: `folder` contains a run, or weights that are not an earlier export in this format.
   """
   check_free(folder, [file.name for pattern in entry.files for file in folder.glob(pattern)])
   if is_remote(folder):
@@ -251,7 +251,7 @@ def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
     files = sorted(pathlib.Path(temporary).iterdir())
     check_free(folder, [file.name for file in files])
     for file in files:
-      if file.suffix == '.onnx':  # a larger earlier export may have left a file of weights
+      if file.suffix == '.onnx':  # an earlier export may have left a file of weights
         (folder / f'{file.name}.data').unlink(missing_ok=True)
       file.replace(folder / file.name)
 
@@ -263,9 +263,9 @@ def remove_empty(folder: pathlib.Path) -> None:
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
-  """Raises ValueError if a folder holds a run, or weights in files other than `names`.
+  """Raises ValueError if a folder contains a run, or a weight file that must not be replaced.
 
-  `names` are the names of the files to be written, which may replace existing files.
+  Weight files may be replaced if their names are in `names`, the files that an export writes.
   """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
@@ -277,12 +277,12 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 
 
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
-  """Returns (height, width) in pixels of the images that the learned positions are for.
+  """Returns the image size, (height, width) in pixels, that fits the learned position embeddings.
 
-  The size follows from the model's `learned_grid`. If this is None, a square image is assumed.
+  The size follows from the model's `learned_grid`. If `learned_grid` is None, images are square.
 
   Raises:
-    ValueError: the positions are not learned, or their grid is unknown and not square.
+    ValueError: the model has no learned positions, or their grid is unknown and not square.
   """
   if 'pos_embedding' not in params:
     raise ValueError(

@@ -1,11 +1,11 @@
 """Measures exported programs: size of the files, latency, and accuracy on the evaluation split.
 
 Decisions:
-  * The accuracy is computed as in `--mode=eval`, but the logits come from the written files. So the
-    accuracy includes the effect of the conversion.
-  * Latency is the median time for a batch of one image. The programs take turns, so that other work
-    on the machine slows all of them. A turn has several calls, and the first does not count: the
-    threads of the previous program may still be busy.
+  * The accuracy is computed as in `--mode=eval`, but the logits come from the exported program. So
+    the accuracy includes the effect of the conversion.
+  * The latency of a program is its median time for a batch of one image. The programs take turns,
+    so that other work on the machine slows all of them. Each turn has several calls. The first call
+    of a turn does not count, because the threads of the previous program may still be busy.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,15 +31,15 @@ from vit_jax.weights import Program, find_checkpoint
 
 log = logging.getLogger(__name__)
 
-Run = Callable[[np.ndarray], np.ndarray]  # uint8 images `[B, H, W, C]` to float32 `[B, L]`
+Run = Callable[[np.ndarray], np.ndarray]  # uint8 `image_BHWC` to float32 `logits_BL`
 
-# Config keys that an export reads: the images for calibration and measurement.
+# Config keys that an export reads. They describe the images for calibration and measurement.
 READ = (
   'data.source', 'data.dir', 'data.train_split', 'data.val_split', 'data.eval_split', 'data.cache',
   'data.skip_bad_images', 'data.threads', 'data.workers', 'eval_batch_size',
 )  # fmt: skip
-CALIBRATION = 512  # maximum number of images on which ranges of activations are measured
-NOTABLE = 0.01  # loss of accuracy above which a warning is logged
+CALIBRATION = 512  # maximum number of sample images for measuring ranges of activations
+NOTABLE = 0.01  # a warning is logged if the accuracy falls by more than this
 TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
 LONGEST = 30.0  # seconds after which no new turn begins
 
@@ -51,8 +51,8 @@ class Measured:
   Attributes:
     size: size in bytes of the program's files, without the model card.
     seconds: median time for a batch of one image.
-    quality: accuracy, or the mean average precision if images can have several labels, 0 to 1;
-      None without test data.
+    quality: accuracy, 0 to 1; if images can have several labels, the mean average precision. None
+      if there are no test images.
   """
 
   size: int
@@ -62,14 +62,16 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Measurements of the same weights in several precisions.
+  """Measurements of a program in several precisions, for the model card of an export.
 
   Attributes:
-    found: measurements by name of the precision; the last precision is the exported one.
+    found: `{name of the precision: measurements}`, float32 first. The last precision is the one of
+      the export.
     machine: description of the machine on which the latency was measured.
     test: description of the images on which the quality was measured, or the reason why the quality
       was not measured.
-    calibrated: number of images on which ranges of activations were measured.
+    calibrated: number of sample images on which ranges of activations were measured; 0 if the
+      precision needs none.
   """
 
   found: Mapping[str, Measured]
@@ -79,11 +81,12 @@ class Comparison:
 
 
 def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
-  """Raises ValueError for config keys that an export does not read.
+  """Raises ValueError if a user overrides config keys that an export does not read.
 
   Args:
     overrides: config keys and their values as text.
-    measures: whether this export reads images. An export in float32 does not.
+    measures: whether this export reads images. An export in float32 reads no images, so it reads no
+      config key.
   """
   for key in overrides:
     choose('--mode=export: config key', key, READ)
@@ -100,19 +103,19 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Returns the experiment of weights, with the data settings of the run that trained them.
+  """Returns the experiment of weights, whose config names their dataset.
 
-  Weights that do not come from a run record no dataset. For such weights, the function returns None
-  unless `overrides` sets `data.source`.
+  If the weights come from a run, the run's config names the dataset. Other weights do not store
+  their dataset. For such weights, the result is None unless `overrides` sets `data.source`.
 
   Args:
     path: anything that `vit_jax.load` reads.
     step: checkpoint of a workdir: `best`, `last`, a number, or '' for the default of `Request`.
     overrides: config keys and their values as text.
-    zero_shot: npz file with the classes of the weights, as in `Request`.
+    zero_shot: npz file with text embeddings of the classes, as in `Request`.
 
   Raises:
-    ValueError: the weights do not exist, or overrides contradict them.
+    ValueError: the weights do not exist, or the overrides do not fit them.
   """
   if found := find_checkpoint(path, step):
     workdir, step = found
@@ -124,18 +127,18 @@ def open_experiment(
 
 
 def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:
-  """Returns images on which ranges of activations can be measured, uint8 `[N, H, W, C]`.
+  """Returns sample images for measuring ranges of activations, uint8 `[N, H, W, C]`.
 
-  The images are spread evenly over the validation split or, without one, the training split. The
-  classes of the data can differ from the classes of the model.
+  The images are spread evenly over the validation split. If there is no validation split, they come
+  from the training split. The classes of the dataset can differ from the classes of the model.
 
   Args:
     path: path of the weights, for messages.
-    exp: experiment of the weights; None if the weights name no data.
+    exp: experiment of the weights; None if their dataset is unknown.
 
   Raises:
-    ValueError, OSError: the data is unknown or cannot be read, or the images have another number of
-      channels than the model.
+    ValueError, OSError: the dataset is unknown or cannot be read, or its images have another number
+      of channels than the model.
   """
   if exp is None:
     raise ValueError(
@@ -166,15 +169,17 @@ def compare(
   folders: Mapping[str, pathlib.Path],
   exp: Experiment | None,
 ) -> Comparison:
-  """Measures size, latency and quality of a program in several precisions.
+  """Measures size, latency and accuracy of a program in several precisions.
 
-  A warning is logged if the quality falls by more than `NOTABLE`.
+  If the accuracy of the last precision is lower than the accuracy in float32 by more than
+  `NOTABLE`, a warning is logged.
 
   Args:
     program: the program.
-    opens: `(folder) -> run` opens the program in a folder.
-    folders: the folder of each precision, float32 first and the exported precision last.
-    exp: experiment of the weights; None if the weights name no data.
+    opens: `(folder) -> run` opens the written program in a folder.
+    folders: the folder of each precision. float32 is the first precision. The precision of the
+      export is the last.
+    exp: experiment of the weights; None if their dataset is unknown.
   """
   runs = {name: opens(folder) for name, folder in folders.items()}
   seconds = measure_latency(runs, np.zeros(program.image_shape, np.uint8))
@@ -197,10 +202,14 @@ def compare(
 
 
 def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
-  """Returns the evaluation split without training images, and a text that describes the split.
+  """Opens the evaluation split, without images that the weights were trained on.
+
+  Returns:
+    The split, and a text with its name and its number of images.
 
   Raises:
-    ValueError, OSError: the data is unknown, cannot be read, or has other classes.
+    ValueError, OSError: the dataset is unknown or cannot be read, or its classes are not the
+      classes of the model.
   """
   if exp is None or not exp.task.class_names:
     raise ValueError('these weights have no test data or no classes.')
@@ -226,7 +235,12 @@ def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
 
 
 def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[str, float]:
-  """Returns the median time in seconds of each program for a batch with only `image_HWC`."""
+  """Returns the median time in seconds that each program takes for a batch of one image.
+
+  Args:
+    programs: the programs by name.
+    image_HWC: the image, uint8.
+  """
   times, until = {name: [] for name in programs}, time.perf_counter() + LONGEST
   for turn in range(TURNS):
     if turn and time.perf_counter() > until:
@@ -241,12 +255,12 @@ def measure_latency(programs: Mapping[str, Run], image_HWC: np.ndarray) -> dict[
 
 
 def folder_size(folder: pathlib.Path) -> int:
-  """Returns the size in bytes of the files in a folder."""
+  """Returns the total size of the files in a folder, in bytes."""
   return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def machine() -> str:
-  """Describes the processor of this machine, and its accelerators if JAX finds any."""
+  """Describes the processor of this machine, and its accelerators if JAX uses any, as text."""
   device = jax.devices()[0]
   more = '' if device.platform == 'cpu' else f', {jax.device_count()} x {device.device_kind}'
   return processor() + more

@@ -1,6 +1,6 @@
-"""Builds the demo page, which shows a model's classes and attention for an image.
+"""Builds the demo page, which shows a model's predicted classes and attention for an image.
 
-The page opens with the first example and its classes. The limits of the model are stated below.
+The page opens with the first example image. A text below the results states the model's limits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ from vit_jax.inference.about import escaped
 
 MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
-KEEP = 3600  # seconds for which an upload stays on disk and the model's result in memory
+KEEP = 3600  # seconds for which an upload is kept on disk, and the model's result in memory
 CLEAN = 300  # seconds between two deletions of old uploads
 
 TOPK = 5  # number of classes that the page shows
-SHOWN = 448  # minimum size in pixels of the picture's shorter side
+SHOWN = 448  # minimum length in pixels of the shorter side of a shown image
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
-DARK = 0.15  # brightness of image parts without attention, relative to the image
+DARK = 0.15  # factor by which image parts without attention are darkened
 
 
 class Seen(NamedTuple):
@@ -37,9 +37,9 @@ class Seen(NamedTuple):
     probability_L: probability of each class.
     rollout_hw: attention of all blocks combined (`maps.rollout`); None if the pool has no attention
       maps.
-    heads_RKhw: attention of each head (K) in each block (R), as in `maps.head_attention`. If the
-      pool has a probe (`map`), the last of the R rows is the attention of the probe. None if the
-      pool has no attention maps.
+    heads_RKhw: attention map of each head (K) in each block (R), as in `maps.head_attention`. If
+      the pool has a learned query (`map`), the last of the R rows is the attention of this query.
+      None if the pool has no attention maps.
   """
 
   image_HWC: np.ndarray
@@ -49,10 +49,10 @@ class Seen(NamedTuple):
 
 
 class Viewer:
-  """A compiled model that computes classes and attention for image files."""
+  """A compiled model that computes class probabilities and attention maps for image files."""
 
   def __init__(self, exp: Experiment, params: dict):
-    """Compiles the model of an experiment, with the parameters `params`."""
+    """Compiles the model of an experiment; `params` are its parameters."""
     self.exp = exp
     self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
     blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
@@ -60,9 +60,9 @@ class Viewer:
     self.rows, self.heads = (0, 0) if seen.heads_RKhw is None else seen.heads_RKhw.shape[:2]
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the probabilities `[L]` and the `attention_summary` of one uint8 image.
+    """Computes the probabilities `[L]` and the attention arrays of one uint8 image.
 
-    If the pool has no attention maps, the maps in the summary are None.
+    The second result is the dict of `attention_summary`. Its maps are None if the pool has none.
     """
     image_BHWC = self.exp.normalize(image_HWC[None])
     (probability_L,) = self.exp.probabilities(params, image_HWC[None])
@@ -72,12 +72,12 @@ class Viewer:
       return probability_L, {'rollout': (None,), 'heads': (None,)}
 
   def see(self, image_HWC: np.ndarray) -> Seen:
-    """Runs the model on a uint8 image that already has the size `task.stored_size`."""
+    """Runs the model on a uint8 image that already has the size to which files are resized."""
     probability_L, found = jax.device_get(self._look(image_HWC))
     return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
 
   def open(self, encoded: bytes) -> Seen:
-    """Decodes and resizes an image, and runs the model on it.
+    """Decodes and resizes an image, and runs the model on this image.
 
     Args:
       encoded: bytes of an image file.
@@ -90,17 +90,17 @@ class Viewer:
 
   @property
   def head_names(self) -> list[str]:
-    """Choices of the menu for heads, starting with the mean of all heads."""
+    """Choices of the menu for attention heads: the mean of all heads, then each head."""
     return [MEAN, *(f'head {i + 1}' for i in range(self.heads))]
 
   @property
   def layers(self) -> list[str]:
-    """Choices of the menu for layers: rollout, then each block, then the pooling if it has maps."""
+    """Choices of the menu for layers: rollout, each block, and the pool if it has own maps."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
-    """Returns `{class name: probability}`; a repeated name gets the index of its class."""
+    """Returns `{class name: probability}`; the index of a class is added to a repeated name."""
     found = {}
     for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
       found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])
@@ -128,9 +128,9 @@ class Viewer:
 
 
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
-  """Darkens an image where a map is low, and enlarges it: returns uint8 `[H', W', 3]`.
+  """Enlarges an image, and darkens it where a map is low: returns uint8 `[H', W', 3]`.
 
-  The sides are multiplied by the smallest integer that makes each at least `SHOWN` pixels long.
+  Both sides are multiplied by the smallest integer that makes each at least `SHOWN` pixels long.
   """
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))
@@ -146,7 +146,7 @@ def build(
 
   Args:
     viewer: the model.
-    examples: image files to offer as examples; the page opens with the first.
+    examples: image files to offer as examples; the page opens with the first file.
     title: title of the page.
     limits: what visitors must know about the model, as `{title: Markdown text}`.
   """
@@ -161,7 +161,7 @@ def build(
 
 
 class Parts(NamedTuple):
-  """The Gradio components of the page that show or change with an image."""
+  """The Gradio components of the page that the event handlers read or change."""
 
   file: gr.File
   gallery: gr.Gallery
@@ -174,10 +174,10 @@ class Parts(NamedTuple):
 
 
 def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None) -> Parts:
-  """Creates the components of the page, with the image and the results in `seen`.
+  """Creates the components of the page; they show the image and the results in `seen`.
 
-  Upload and examples are on the left; input, attention and classes are on the right. If `seen` is
-  None, no image is shown.
+  Upload and examples are on the left; model input, attention and classes are on the right. If
+  `seen` is None, no image is shown.
   """
   fixed = dict(interactive=False, buttons=[], min_width=120)
   with gr.Row():
@@ -212,10 +212,10 @@ def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None)
 def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
   """Returns a dropdown menu.
 
-  A request with a choice that is not in the menu fails, but prints no traceback.
+  If a client sends a choice that is not in the menu, the request fails without a traceback.
 
   Args:
-    choices: the entries, of which the first is selected.
+    choices: the choices, of which the first is selected.
     label: text above the menu.
     name: HTML id of the menu.
   """
@@ -239,9 +239,9 @@ def show(seen: Seen | None) -> np.ndarray | None:
 
 
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
-  """Registers the handlers for a chosen file, example, layer or head.
+  """Registers the event handlers for a chosen file, example, layer or head.
 
-  `seen` is the state of a session: the `Seen` of the current image.
+  `seen` holds the `Seen` of the image that a visitor's session currently shows.
   """
 
   def classify(encoded: bytes | None, layer: str, head: str):
@@ -287,7 +287,7 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
 
 
 def refuse_addresses(file: gr.File) -> None:
-  """Makes Gradio refuse a URL sent by a client; the download would have no size limit."""
+  """Makes Gradio refuse URLs that clients send, because a download would have no size limit."""
   keep = file.async_move_resource_to_block_cache
 
   async def keep_uploads(path):

@@ -37,11 +37,11 @@ def predict(
       for row in vit_jax.predict('runs/digits', ['cat.png', 'photos/']): print(row)
 
   Args:
-    workdir: folder of a training run; None with `init`.
+    workdir: folder of a training run; None if `init` is given.
     images: a path or a list of paths: files, folders and patterns such as `photos/*.jpg`.
-    topk: number of classes per image, the most likely first. None: five or, if an image can have
-      several labels, every label at or above its threshold.
-    init: published weights instead of a workdir: anything that `vit_jax.load` reads.
+    topk: number of classes per image, the most likely first. None: five classes. If an image can
+      have several labels, None gives every label whose probability is at or above its threshold.
+    init: published weights, if there is no workdir: anything that `vit_jax.load` reads.
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the checkpoint with
       the best validation accuracy, or the last one if no checkpoint has a validation accuracy.
     overrides: dotted config keys and their values, e.g. `{'model.dtype': 'bfloat16'}`.
@@ -51,11 +51,11 @@ def predict(
       None: all images are resized to `data.image_size`.
 
   Returns:
-    An iterator with a dict for each file; `predict_files` describes the dicts.
+    An iterator over one dict for each file; `predict_files` describes the dicts.
 
   Raises:
-    ValueError: the weights or a folder do not exist, the overrides contradict the weights, or both
-      or none of `workdir` and `init` are given.
+    ValueError: the weights or a folder do not exist, or the overrides do not fit the weights. Or
+      not exactly one of `workdir` and `init` is given.
   """
   if (workdir is None) == (not init):
     raise ValueError(
@@ -77,20 +77,20 @@ def predict(
 def predict_files(
   request: Request, paths: PathLike | Iterable[PathLike], topk: int | None
 ) -> Iterator[dict]:
-  """Yields a dict with the classes of each file, or with an error message, in the given order.
+  """Predicts the classes of each image file, in the given order.
 
   Args:
-    request: which model to use.
+    request: names the model: a checkpoint of a workdir, or published weights.
     paths: files, folders and patterns, as `images` in `predict`.
     topk: number of classes per image, as in `predict`.
 
   Yields:
-    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}` with the most likely
-    class first, or `{'file': ..., 'error': ...}` if the file cannot be read. The list can be empty
-    only if an image can have several labels.
+    `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, with the most likely
+    class first. If an image can have several labels, the list of predictions can be empty.
+    `{'file': ..., 'error': message}` if the file cannot be read.
 
   Raises:
-    ValueError: the weights or a folder do not exist, or the overrides contradict the weights.
+    ValueError: the weights or a folder do not exist, or the overrides do not fit the weights.
   """
   if topk is not None:
     check_positive('topk', topk)
@@ -115,21 +115,22 @@ def predict_files(
 def features(
   request: Request, paths: PathLike | Iterable[PathLike], kind: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Computes the features of each file: the output of the model without its head.
+  """Computes the features of each image file: the output of the model without its head.
 
   Args:
-    request: which model to use; published weights need no head.
+    request: names the model: a checkpoint of a workdir, or published weights, which need no head.
     paths: image files, folders and patterns, as `images` in `predict`.
     kind: `pooled` or `tokens`. `pooled` is the input of the head, `[N, D]` for N files. `tokens`
       are all T tokens after the last LayerNorm, without pooling: `[N, T, D]`. The class token and
-      the registers come first.
+      the registers come before the patches.
 
   Returns:
-    `{'path': [N], 'feature': [N, ...]}` with float32 features, and an error message for each file
-    that cannot be read.
+    A dict of two arrays for the N readable files: `path`, text `[N]`, and `feature`, float32
+      `[N, D]` or `[N, T, D]`.
+    A list with an error message for each file that cannot be read.
 
   Raises:
-    ValueError: the weights or a folder do not exist, the overrides contradict the weights, or no
+    ValueError: the weights or a folder do not exist, the overrides do not fit the weights, or no
       file could be read.
   """
   choose('--features', kind, KINDS)
@@ -154,9 +155,10 @@ def features(
 def stack(
   found: Iterable[tuple[pathlib.Path, np.ndarray | str]], count: int
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-  """Returns the arrays and the error messages that `features` returns.
+  """Collects the features of all files: returns the arrays and messages that `features` returns.
 
-  The array for all files is allocated once, so the features are in memory only once.
+  The array for all files is allocated first and then filled, so that the features are in memory
+  only once.
 
   Args:
     found: pairs of a file and its feature array or error message, from `map_files`.
@@ -180,7 +182,10 @@ def stack(
 
 
 def as_table(found: Iterable[dict]) -> None:
-  """Prints each file name, and on the lines below it the classes, or `no label`."""
+  """Prints each file name, and below the name one line for each class, or `no label`.
+
+  Files that cannot be read are skipped.
+  """
   for row in found:
     if 'predictions' in row:
       print(one_line(row['file']))
@@ -191,15 +196,16 @@ def as_table(found: Iterable[dict]) -> None:
 
 
 def as_json(found: Iterable[dict]) -> None:
-  """Prints each row of `predict` as a JSON object on one line."""
+  """Prints each dict of `predict_files` as a JSON object on one line."""
   for row in found:
     print(json.dumps(row), flush=True)
 
 
 def as_csv(found: Iterable[dict]) -> None:
-  """Prints one CSV line per file and class, with the most likely class of a file first.
+  """Prints one CSV line for each class of each file, with the most likely class of a file first.
 
-  A file without a label has one line, in which the other columns are empty.
+  A file without a predicted label has one line, in which all columns except `file` are empty. Files
+  that cannot be read are skipped.
   """
   lines = csv.writer(sys.stdout, lineterminator='\n')
   for i, row in enumerate(found):
@@ -215,7 +221,7 @@ FORMATS = {'table': as_table, 'json': as_json, 'csv': as_csv}
 
 
 def print_predictions(found: Iterable[dict], format: str) -> list[str]:
-  """Prints predictions, and returns the error messages of the files that cannot be read.
+  """Prints predictions, and returns one error message for each file that cannot be read.
 
   Args:
     found: the dicts of `predict_files`.

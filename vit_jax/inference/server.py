@@ -1,13 +1,14 @@
-"""Serves a web page to try a model: upload an image, see its classes and the model's attention.
+"""Serves the demo page: a visitor uploads an image, and sees its classes and the model's attention.
 
 Decisions:
-  * Gradio passes uploads on as bytes, and only `decode_image` decodes them. A file that is not an
-    image gives an error message with the reason. File size and number of pixels are limited.
+  * Gradio does not decode uploads. It passes their bytes to `decode_image`. If a file is not an
+    image, the visitor gets an error message with the reason. File size and number of pixels are
+    limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
-  * Neither the page nor the server fetches anything from the network. The page has system fonts,
-    no analytics and no share link. A URL instead of an uploaded file is refused.
-  * Uploads are stored in the server's own folder, which is deleted when the server stops.
-  * A mistake of a client is a message to the client, or one line in the log, never a traceback.
+  * The page and the server fetch nothing from the network. The page uses system fonts, and has no
+    analytics and no share link. If a client sends a URL instead of a file, the server refuses it.
+  * Uploads are stored in a temporary folder, which is deleted when the server stops.
+  * An invalid request gives a message to the client or one line in the log, never a traceback.
 """
 
 import logging
@@ -33,11 +34,11 @@ from vit_jax.opening import Request
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 20 * 2**20  # maximum size of an upload
+MAX_BYTES = 20 * 2**20  # maximum size of an uploaded file
 
 MAX_SESSIONS = 256  # maximum number of sessions whose results are kept in memory
 
-EXAMPLES = 8  # number of example images
+EXAMPLES = 8  # maximum number of example images from a split
 
 FONT = ('system-ui', 'sans-serif')
 CSS = """
@@ -49,9 +50,10 @@ CSS = """
 
 
 def find_port(host: str, port: int) -> int:
-  """Returns `port`, or a free port if `port` is 0.
+  """Checks that the server can listen on an address, and returns its port.
 
-  `serve` calls this function before it loads the model, so a wrong address fails early.
+  If `port` is 0, the result is a free port. `serve` calls this function before it loads the model,
+  so that an error about the address is raised early.
 
   Raises:
     ValueError: the server cannot listen on this address.
@@ -68,13 +70,16 @@ def find_port(host: str, port: int) -> int:
 def find_examples(
   exp: Experiment, workdir: pathlib.Path | None, folder: pathlib.Path
 ) -> list[pathlib.Path]:
-  """Returns example image files: from the workdir, else the first images of the evaluation split.
+  """Returns the image files that the demo page offers as examples.
+
+  The examples are the images in the folder `examples` of the workdir. If this folder is empty or
+  missing, they are the first images of the evaluation split. Published weights have no examples.
 
   Args:
     exp: the experiment of the weights.
-    workdir: folder of the run, whose examples are in `examples/`. None for weights without a run,
-      which have no examples.
-    folder: local folder for images of the split, and for copies of images in a remote workdir.
+    workdir: folder of the run; None for published weights.
+    folder: local folder, to which images of the split are written. Images in a workdir in a bucket
+      are copied to this folder.
   """
   if workdir is None:
     return []
@@ -97,30 +102,31 @@ def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 
 
 async def note_disconnect(request, error: Exception) -> PlainTextResponse:
-  """Logs that a client disconnected during a request; nobody reads the returned response."""
+  """Logs that a client disconnected during a request.
+
+  The returned response is never read, but FastAPI requires one.
+  """
   log.info('A client disconnected during %s.', request.url.path)
   return PlainTextResponse('', status_code=400)
 
 
 def serve(request: Request, host: str, port: int) -> None:
-  """Serves a workdir's model, or published weights with a head, until the process ends.
-
-  The page offers the images of `find_examples`, and opens with the first of them.
+  """Serves the demo page of a model until the process ends.
 
   Args:
-    request: which model to serve.
+    request: names the model: a checkpoint of a workdir, or published weights with a head.
     host: address to listen on.
     port: port to listen on; 0: any free port.
 
   Raises:
-    ValueError: the address is in use, or the checkpoint does not exist, or the overrides
-      contradict the checkpoint.
+    ValueError: the server cannot listen on the address, the weights do not exist, or the overrides
+      do not fit the weights.
   """
   port = find_port(host, port)
   exp, params, step = opening.open_model(request)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is deleted
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that uploads are deleted
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))

@@ -1,4 +1,4 @@
-"""Computes the summary of `--mode=inspect` for a config, a workdir, or published weights."""
+"""Estimates the cost of a config, a run or published weights, for `--mode=inspect`."""
 
 import dataclasses
 
@@ -15,14 +15,16 @@ from vit_jax.sizing import choose_open, image_size
 from vit_jax.training import saved_config
 from vit_jax.workdir import latest_step, newest_config
 
-ASSUMED = tuple(f'class {i}' for i in range(1000))  # used if the data is not available
+ASSUMED = tuple(f'class {i}' for i in range(1000))  # classes if the dataset is unavailable
 
 
 def summary_of(request: Request) -> Summary:
-  """Returns the cost of a config, of the run in a workdir, or of published weights.
+  """Estimates the cost of training: with a config, as in a run, or from published weights.
+
+  `request` names the config, the workdir of the run, or the published weights.
 
   Raises:
-    ValueError: the config is not valid, or the request has no config, workdir or weights.
+    ValueError: the config is not valid, or the request names nothing.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
@@ -46,13 +48,15 @@ def summary_of(request: Request) -> Summary:
 
 
 def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple[str, ...]]:
-  """Returns the experiment of a config, the number of training examples, and the assumptions.
+  """Builds the experiment of a config, without downloading data or reading images.
 
-  The number is None if it is unknown. The assumptions are sentences. The function neither downloads
-  nor prepares data, and reads no images.
+  Returns:
+    The experiment.
+    The number of training examples; None if it is unknown.
+    Sentences about what was assumed, because the dataset is not available.
 
   Raises:
-    ValueError: the model is not valid, or the source is unknown.
+    ValueError: the model is not valid, or `data.source` names an unknown dataset.
   """
   data, examples, notes = config.data, None, ()
   source = look_up_source(data.source, data.dir, image_size(config))
