@@ -466,7 +466,7 @@ def test_weight_formats_keep_the_weights_and_state_the_temperature(calibrated, t
     np.testing.assert_array_equal, vit_jax.load(tmp_path).params, vit_jax.load(workdir).params
   )
   text = (tmp_path / 'README.md').read_text()
-  assert '| temperature | 2.5, fitted on 99 validation images; divide the logits by it' in text
+  assert '| temperature | 2.5, fitted on 99 validation images; divide the logits by this' in text
 
 
 @pytest.mark.slow

@@ -309,7 +309,7 @@ def test_modes_for_one_label_refuse_or_skip(run, pairs, capsys, tmp_path):
     changed |= {'epochs': '0', 'init': str(workdir)} if value else {}
     with pytest.raises(ValueError, match=part):
       trainer.train(config_for(pairs, **changed), tmp_path / name)
-  with pytest.raises(ValueError, match='data.real_labels expects a model of one label per image'):
+  with pytest.raises(ValueError, match='data.real_labels needs a model that predicts one label'):
     evaluation.evaluate(workdir, {'data.real_labels': 'real.json'})
   visualize(Request(workdir), out=tmp_path)
   page = (tmp_path / 'report.html').read_text(encoding='utf-8')

@@ -1,10 +1,10 @@
-"""Computes the logits of every example of a split exactly once, and reduces them to scores.
+"""Computes the logits of each example of a split once, and from them losses and predictions.
 
 Decisions:
-  * Every process gets the logits of the whole batch. Scores are then computed with NumPy in
-    float64, so they do not depend on devices, processes or micro-batches.
-  * Each batch of logits is reduced to scores before the next batch is computed. The logits of a
-    large split do not fit into memory: ImageNet-21k would give billions of logits.
+  * Every process gets the logits of the whole batch. Predictions and their probabilities are then
+    computed with NumPy in float64, for any number of devices, processes and micro-batches.
+  * The logits of one batch are dropped before the next batch is computed. The logits of a large
+    split do not fit into memory: ImageNet-21k would give billions of logits.
   * If images can have several labels, the probabilities of all images stay in memory, because
     average precision ranks all images of the split.
 """
@@ -36,9 +36,9 @@ FITTED = 2**26  # a calibration is fitted to about this many logits at most: 256
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
   """Returns a compiled function that evaluates one batch: `(batch, params) -> rows`.
 
-  `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
-  It contains the outputs of the experiment's objective, such as `logits` `[B, L]` and `loss` `[B]`,
-  and all arrays of `batch` except the images.
+  `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image:
+  the outputs that the config's `objective` defines, such as `logits` `[B, L]` and `loss` `[B]`, and
+  all arrays of `batch` except the images.
 
   Args:
     exp: the experiment.
@@ -101,8 +101,8 @@ def score_examples(
   """Returns the model's losses and predictions for all examples of a split.
 
   The result is a `Labelled` if images can have several labels, a `Losses` if the model has no
-  classes, else a `Scores`. The temperature of `calibration` is used only for the confidences of
-  `Scores`. All other arguments are described in `answer_split`.
+  classes, else a `Scores`. `calibration` gives the temperature for the probabilities in `Scores`.
+  All other arguments are described in `answer_split`.
   """
   parts = []
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):
@@ -125,9 +125,9 @@ def calibrate(
 ) -> Calibration:
   """Fits the softmax temperature of a model on a validation split; returns a `Calibration`.
 
-  If images can have several labels, a threshold for each class is fitted instead. If the split has
-  more than `FITTED` logits, only evenly spaced examples are used, so that about `FITTED` logits or
-  fewer remain. The arguments are described in `answer_split`.
+  If images can have several labels, a threshold for each class is fitted instead. If the examples
+  of the split have more than `FITTED` logits in all, only evenly spaced examples are used. The
+  arguments are described in `answer_split`.
   """
   logits, labels = [], []
   for answers in answer_split(eval_step, params, examples, batch_size, mesh):
@@ -192,7 +192,7 @@ def trust(
     `accuracy_interval`: `[low, high]`, the 95% Wilson confidence interval of the accuracy.
     `balanced_accuracy`: the recall, averaged over the classes that have examples.
     `ece`: the expected calibration error, computed with 15 bins.
-    `ece_uncalibrated`: the same error for probabilities at temperature 1.
+    `ece_uncalibrated`: the expected calibration error of the probabilities at temperature 1.
     `temperature`: the temperature of the calibration.
     `temperature_examples`: the number of validation examples that the temperature was fitted on.
     `per_class`: for each class name, the dict of its precision, recall, F1 and support.

@@ -1,4 +1,4 @@
-"""Opens splits of the data for a trained model, and prepares images as in its training."""
+"""Opens splits for a trained model, with images resized as in the training of this model."""
 
 import dataclasses
 import logging
@@ -134,7 +134,8 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
     The split, or None in these cases:
     - The run has no validation split, or its training files are unknown.
     - Overrides set a different dataset or validation split than the run used.
-    - The config sets `sweep`. After a sweep, the run is also trained on the validation split.
+    - The run used `sweep` to search for a learning rate. After the search, such a run is also
+      trained on the validation split.
   """
   data, names = experiment.config.data, experiment.names
   saved = config_lib.from_dict(restore_item(workdir, step, 'config')['config'])

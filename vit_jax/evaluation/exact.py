@@ -76,7 +76,7 @@ def evaluate(
     The result of `evaluate_checkpoint`.
 
   Raises:
-    ValueError: the workdir has no such checkpoint, or the data or the overrides do not fit it.
+    ValueError: the checkpoint does not exist, or the dataset or the overrides do not fit it.
   """
   start_up()
   request = Request(to_path(workdir), '', str(step), overrides or {}, max_patches=max_patches)
@@ -87,10 +87,9 @@ def evaluate(
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
   """Evaluates the model that a request names, and writes the result to `eval.json` of its workdir.
 
-  Before the evaluation, a calibration (temperature or thresholds) is fitted on the validation split
-  of the run if the checkpoint has none. It is not fitted if the request sets `max_patches`. It is
-  saved with the checkpoint, unless the request overrides a config key in `INPUT`, which changes
-  what the model computes.
+  If the checkpoint has no calibration (temperature or thresholds), a calibration is first fitted on
+  the validation split of the run. With `max_patches`, no calibration is fitted. The calibration is
+  saved, unless the request overrides a config key that changes what the model computes (`INPUT`).
 
   Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
   be written, a warning is logged.
@@ -101,7 +100,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
     For a model without classes, the loss is the only measure. Some keys exist only if they apply:
     `left_out`: number of test images that are not scored, because the weights were trained on them.
     `max_patches`: the value in the request.
-    `overrides`: the overridden config keys in `INPUT`, with their values.
+    `overrides`: the overridden config keys that change what the model computes (`INPUT`), with
+      their values.
   """
   # The head of zero-shot weights is built for the classes of the dataset.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'

@@ -1,4 +1,4 @@
-"""Computes the features of a frozen backbone once, and caches them.
+"""Computes the features of a frozen backbone once, and caches them in files.
 
 Decisions:
   * Features are the input of the head: the pooled tokens, after the pre-logits layer if the model
@@ -144,8 +144,8 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  The program is for one image on one device. If an edit of any file changes the computation of the
-  features, it also changes this text.
+  The program is for one image on one device. If an edit of the code, in any file, changes how
+  features are computed, then this text changes too.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -154,7 +154,7 @@ def traced(exp: Experiment, params: dict) -> str:
 
 
 def abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-  """Returns the shape and type of an array, without its device."""
+  """Returns the shape and type of an array, which is enough to trace a function."""
   return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 

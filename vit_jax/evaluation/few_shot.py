@@ -1,7 +1,8 @@
 """Measures few-shot accuracy: how well a classifier works with few training images per class.
 
 The classifier is fitted to features of the frozen backbone. It is one of `CLASSIFIERS`: the paper's
-closed-form regression (Section 4.1), or k-NN. `Shots` is the number of training images per class.
+closed-form regression (Section 4.1), or k-NN. The number of shots is the number of training images
+per class.
 
 Decisions:
   * The training images for a small number of shots are also used for every larger number of shots.
@@ -66,8 +67,8 @@ def draw_readable(
   """Draws training images of every class, once for each of `SEEDS`, and skips unreadable images.
 
   The number of images per class is the largest of `SHOTS` for which every class has enough images.
-  An unreadable image is replaced by another image of its class. Batches for training would contain
-  the next image of the split instead, which may belong to a different class.
+  An unreadable image is replaced by another image of its class. (In training, it is replaced by the
+  next image of the split, which may belong to a different class.)
 
   Args:
     train: training split.
@@ -96,7 +97,7 @@ def draw_readable(
     label_N[bad] = -1
     checked = np.union1d(checked, unknown)
   if most < max(SHOTS):
-    log.warning('At most %d shots are measured, because a class has only %d images.', most, fewest)
+    log.warning('At most %d images per class are used: a class has only %d images.', most, fewest)
   return drawn, needed
 
 

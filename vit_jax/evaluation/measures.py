@@ -137,8 +137,8 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
   """Computes the expected calibration error from the result of `reliability`, 0 to 1.
 
-  This error is the mean difference between accuracy and confidence, over all examples (Guo et al.
-  2017, equation 3).
+  This error is the absolute difference between the accuracy and the mean confidence of a bin,
+  averaged over all bins with the number of examples as the weight (Guo et al. 2017, equation 3).
   """
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())

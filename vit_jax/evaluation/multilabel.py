@@ -23,7 +23,7 @@ THRESHOLD = 0.5  # the threshold of a class if none was fitted
 def cumulative(
   score_N: np.ndarray, label_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Counts the images of a class at or above each possible threshold.
+  """Counts the images whose score for a class is at or above each possible threshold.
 
   Args:
     score_N: score of each image for this class.

@@ -37,14 +37,15 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
     return {}
   if exp.task.multi_label:
     raise ValueError(
-      'data.real_labels expects a model of one label per image, but this model can give several. '
+      'data.real_labels needs a model that predicts one label, but this model can predict several. '
       'Remove data.real_labels.'
     )
   real_NL = load_real_labels(to_path(path), source, split)
   if len(real_NL) != count:
     raise ValueError(
       f'data.real_labels: {len(real_NL) - count} of the {len(real_NL)} images are bad and '
-      'were skipped, so labels and images cannot be matched. Set data.cache=stream.'
+      'were skipped, so labels and images cannot be matched. Set data.cache=stream, so that bad '
+      'images keep their places in the split.'
     )
   return {'real': real_NL}
 
@@ -94,7 +95,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
 
   Args:
     path: path of the file.
-    name: name of the file for error messages, which begin with it.
+    name: name of the file, with which error messages begin.
     count: number of classes.
 
   Raises:
@@ -104,7 +105,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
   try:
     labels = json.loads(path.read_text(encoding='utf-8'))
     if {type(number) for label in labels for number in label} - {int}:
-      raise ValueError('it contains values that are not integers')
+      raise ValueError('the file contains values that are not integers')
   except (OSError, ValueError, TypeError) as error:
     raise ValueError(
       f'{name}: expected a list of lists of numbers ({error}). Use real.json from '

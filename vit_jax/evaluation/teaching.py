@@ -5,7 +5,7 @@ Decisions:
     logits are then computed before training, once for each example, from cached features
     (`features.py`).
   * Otherwise each training step runs the teacher. The teacher's parameters are divided among the
-    devices like the parameters of the trained model, as `mesh.fsdp` and `mesh.tensor` say.
+    devices like the parameters of the trained model (config keys `mesh.fsdp` and `mesh.tensor`).
   * Checkpoints do not contain the teacher's parameters.
 """
 
@@ -72,8 +72,9 @@ def with_teacher(
 
   Returns:
     The experiment, whose teacher uses the same attention kernel as the trained model.
-    The `Training`. If images are not changed at random, its split `train` now contains the
-      teacher's logits. Otherwise it now holds the teacher's parameters, on the devices.
+    The `Training`. If images are not changed at random, the batches of its split `train` also
+      contain the teacher's logits. Otherwise, its field `teacher` contains the teacher's
+      parameters, on the devices.
   """
   if exp.teacher is None:
     return exp, training

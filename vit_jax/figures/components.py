@@ -6,8 +6,8 @@
 Decisions:
   * The components are computed from the patches of all images together. So equal colours mean
     similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
-  * The sign of a component is arbitrary, so it is chosen: the entry with the largest magnitude is
-    positive.
+  * The sign of a component is arbitrary. It is chosen so that the entry with the largest magnitude
+    is positive.
 """
 
 import functools

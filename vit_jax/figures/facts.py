@@ -1,4 +1,4 @@
-"""Collects the numbers and texts for the report of a run, from the `Subject` with its data."""
+"""Collects the numbers and texts for the report of a run, from the data in a `Subject`."""
 
 import pathlib
 

@@ -38,10 +38,11 @@ def grid_of(model: ViT, image_BHWC: jax.Array) -> tuple[int, int]:
 def attentions(
   model: ViT, params: dict, image_BHWC: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-  """Returns the attention of every block, and how much the pool reads each token.
+  """Returns the attention of every block, and each token's contribution to the pooled output.
 
   Args:
-    model: the model. Its pool, an entry of `POOLS`, must be `linear` or have a `probe`.
+    model: the model. Its entry in `POOLS` must be `linear` (the pool computes fixed means of
+      tokens) or have a `probe` (a learned query).
     params: the model's parameters.
     image_BHWC: normalised images.
 
@@ -118,9 +119,9 @@ def head_attention(
 ) -> jax.Array:
   """Returns an attention map of the patches for each head of one block: `map_BKhw`.
 
-  The map is the mean attention of all tokens, weighted by how much the pool reads each token. For
-  the pool `cls`, it is the attention of the class token. For `gap`, it is the mean attention of the
-  patches. Attention to tokens before the patches is left out.
+  The map is the mean attention of all tokens, weighted by their contributions to the pooled output.
+  For the pool `cls`, it is the attention of the class token. For `gap`, it is the mean attention of
+  the patches. Attention to tokens before the patches is left out.
 
   Args:
     attention_BKNN: attention of one block.

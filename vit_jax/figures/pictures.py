@@ -98,7 +98,7 @@ def picture_curves(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_confusion(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the confusion matrix of the test split, and its caption."""
+  """Returns the figure with the test split's confusion matrix, and its caption."""
   exp, scores = subject.need('exp', 'scores')
   names, count = exp.task.class_names, len(scores.label_N)
   count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
@@ -130,7 +130,7 @@ def picture_reliability(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_coverage(subject: Subject) -> tuple[Figure, str]:
-  """Returns the curve of accuracy against coverage of the test split, and its caption."""
+  """Returns the figure of accuracy against coverage on the test split, and its caption."""
   (scores,) = subject.need('scores')
   curve = coverage_curve(scores.confidence_N, scores.correct_N, POINTS)
   half = POINTS // 2 - 1
@@ -211,7 +211,7 @@ def picture_patches(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_filters(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the filters of the patch embedding, and its caption."""
+  """Returns the figure of the patch embedding's filters, and its caption."""
   exp, params = subject.need('exp', 'params')
   filter_FpqC, share_F = maps.filters(exp.model, params)
   return draw.draw_filters(filter_FpqC, share_F), (
@@ -222,7 +222,7 @@ def picture_filters(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_positions(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the similarity of position embeddings, and its caption."""
+  """Returns the figure that compares position embeddings, and its caption."""
   exp, params = subject.need('exp', 'params')
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
@@ -234,7 +234,7 @@ def picture_positions(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_distance(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the mean attention distance of each head, and its caption."""
+  """Returns the figure of each head's mean attention distance, and its caption."""
   exp, attention = subject.need('exp', 'attention')
   even = maps.patch_distances(grid(exp), exp.model.patch_size).mean()
   return draw.draw_attention_distance(attention.distance_DK, even), (
@@ -254,7 +254,7 @@ def picture_rollout(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_heads(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the attention of each head in the first image, and its caption."""
+  """Returns the figure of each head's attention in the first image, and its caption."""
   exp, shown, attention = subject.need('exp', 'shown', 'attention')
   map_RKhw = attention.heads[0]
   rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
@@ -265,7 +265,7 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
 
 
 def picture_components(subject: Subject) -> tuple[Figure, str]:
-  """Returns the figure of the principal components of patch features, and its caption."""
+  """Returns the figure that shows patch features as colours, and its caption."""
   shown = subject.need('exp', 'params', 'shown')
   map_BhwF, share_F = components.of_images(*shown)
   shares = ', '.join(f'{share:.1%}' for share in share_F)

@@ -76,7 +76,7 @@ class Report:
 
 
 def write_report(path: pathlib.Path, report: Report) -> None:
-  """Writes a report as an HTML file. An existing file is replaced in one step."""
+  """Writes a report as an HTML file; an existing file is replaced atomically."""
   parts = [
     f'<h1>{escape(report.title)}</h1><p>{escape(report.subtitle)}</p>',
     section('Numbers', html_table(report.numbers.items())),

@@ -1,4 +1,4 @@
-"""Reads and computes the data for all figures of a run, each part of it only once.
+"""Reads and computes, once, the data that the figures of a run need.
 
 The drawn test images are the first images of each class in the split. So every call, and every run
 on the same dataset, draws the same images.

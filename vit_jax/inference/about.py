@@ -1,4 +1,4 @@
-"""Describes a model for visitors of the demo page: its training data, and how good it is."""
+"""Describes a model for visitors of the demo page: its classes, training data and accuracy."""
 
 from collections.abc import Mapping
 import pathlib
@@ -84,5 +84,5 @@ def probabilities_text(exp: Experiment) -> str:
     chosen = f'The thresholds were chosen on {on}' if found.thresholds else 'The threshold is 0.5'
     return f'An image gets each label whose probability reaches a threshold. {chosen}.'
   if found.examples:
-    return f'They are calibrated on {on}, with the temperature {found.temperature:.4g}.'
-  return 'They are not calibrated: 90% does not mean that 9 of 10 such answers are right.'
+    return f'Probabilities are calibrated on {on}, with the temperature {found.temperature:.4g}.'
+  return 'Probabilities are not calibrated: 90% does not mean that 9 of 10 such answers are right.'

@@ -266,7 +266,7 @@ def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   """
   found = loaded.calibration
   if found.sigmoid:
-    return {'probabilities': 'the sigmoid of each logit; they do not add up to 1'}
+    return {'probabilities': 'the sigmoid of each logit; probabilities do not add up to 1'}
   use = 'an image has a class if the sigmoid of its logit reaches the threshold'
   if loaded.multi_label and not found.thresholds:
     return {'thresholds': f'0.5 for each class, not fitted; {use}'}
@@ -279,7 +279,7 @@ def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
       'thresholds': f'{shown}{rest}, in the order of the classes, fitted on {found.examples:,} '
       f'validation images; {use}'
     }
-  use = 'divide the logits by it before softmax to get calibrated probabilities'
+  use = 'divide the logits by this value before softmax to get calibrated probabilities'
   if entry.is_program:
     use = 'already applied: the softmax of the output gives calibrated probabilities'
   fitted = f'fitted on {found.examples:,} validation images'

@@ -158,13 +158,13 @@ def measure(
 
 
 def patch_notes(exp: Experiment) -> list[str]:
-  """Returns a list with one sentence about random patch sizes; empty for a single patch size."""
+  """Returns a list with a note about randomly drawn patch sizes; empty for a single patch size."""
   sizes = ['x'.join(map(str, size)) for size in exp.patch_sizes]
   if len(sizes) == 1:
     return []
   return [
-    f'Each training step draws one of the patch sizes {", ".join(sizes)}. Its compute is the mean '
-    f'over these sizes, activations are for {sizes[0]}, and the forward pass is for '
+    f'Each training step draws one of the patch sizes {", ".join(sizes)}. The compute of a step is '
+    f'the mean over these sizes. Activations are for {sizes[0]}, and the forward pass is for '
     f'{"x".join(map(str, exp.model.patch_size))}.'
   ]
 
@@ -246,7 +246,7 @@ def teacher_text(summary: Summary) -> list[str]:
   if teacher is None:
     return ['Teacher: not included in these numbers.']
   if part is None:
-    return ['Teacher: its logits are computed once, before training, because no image changes.']
+    return ['Teacher: its logits are computed once, because images are not changed at random.']
   return [
     f'Teacher: {name_of(teacher.model)} with {part.parameters:,} parameters. A training step '
     f'includes its forward pass, {part.gflops:.4g} GFLOPs per image.'
@@ -268,8 +268,8 @@ def memory_text(summary: Summary) -> list[str]:
   if not exp.parts:
     return []
   return [
-    f'To fit into memory: probably micro_batches={exp.parts} with model.remat={exp.model.remat}. '
-    'The compiler decides; it keeps fewer activations than the ones above.'
+    f'Probably fits into memory: micro_batches={exp.parts} with model.remat={exp.model.remat}. The '
+    'final values are chosen after compilation, which keeps fewer activations than estimated above.'
   ]
 
 

@@ -97,10 +97,10 @@ def export(
 
 
 def expected_grid(found: Weights) -> Adaptation:
-  """Returns the `Adaptation` that resizes position embeddings to the image size of the weights.
+  """Returns the `Adaptation` that resizes position embeddings to the image size weights expect.
 
-  The position embeddings of published weights can be for another image size, as in DINOv2.
-  `predict` resizes them too. If the image size is unknown, the `Adaptation` changes nothing.
+  The position embeddings in a file can be for another image size, as in DINOv2. `predict` resizes
+  them in the same way. If the expected size is unknown, the `Adaptation` resizes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))
@@ -166,8 +166,8 @@ def save(
     folder: output folder, created if it is missing. Existing files with the names of new files are
       replaced after all new files are complete.
     format: one of `FORMATS`.
-    preprocessing: how images must be prepared. None for pixels in [-1, 1] and the image size that
-      fits the position embeddings (`image_size`).
+    preprocessing: how images must be prepared. None: pixels are scaled to [-1, 1], and images are
+      resized to fit the position embeddings (`image_size`).
     class_names: names of the classes, in the order of the logits; None to store no names.
     calibration: settings that turn logits into probabilities. The programs (StableHLO, ONNX) apply
       them, and the other formats cannot store them. None for a temperature of 1.

@@ -103,7 +103,7 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Returns the experiment of weights, whose config names their dataset.
+  """Opens the experiment of exported weights, with the dataset that they were trained on.
 
   If the weights come from a run, the run's config names the dataset. Other weights do not store
   their dataset. For such weights, the result is None unless `overrides` sets `data.source`.
@@ -127,10 +127,11 @@ def open_experiment(
 
 
 def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:
-  """Returns sample images for measuring ranges of activations, uint8 `[N, H, W, C]`.
+  """Returns sample images, uint8 `[N, H, W, C]`, for the conversion to int8.
 
-  The images are spread evenly over the validation split. If there is no validation split, they come
-  from the training split. The classes of the dataset can differ from the classes of the model.
+  The conversion measures the ranges of activations on these images. They are spread evenly over the
+  validation split. If there is no validation split, they come from the training split. The classes
+  of the dataset can differ from the classes of the model.
 
   Args:
     path: path of the weights, for messages.

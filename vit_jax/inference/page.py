@@ -60,9 +60,9 @@ class Viewer:
     self.rows, self.heads = (0, 0) if seen.heads_RKhw is None else seen.heads_RKhw.shape[:2]
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the probabilities `[L]` and the attention arrays of one uint8 image.
+    """Computes the probabilities `[L]` and the `attention_summary` of one uint8 image.
 
-    The second result is the dict of `attention_summary`. Its maps are None if the pool has none.
+    If the pool has no attention maps, the summary contains `(None,)` instead of the maps.
     """
     image_BHWC = self.exp.normalize(image_HWC[None])
     (probability_L,) = self.exp.probabilities(params, image_HWC[None])
@@ -95,7 +95,7 @@ class Viewer:
 
   @property
   def layers(self) -> list[str]:
-    """Choices of the menu for layers: rollout, each block, and the pool if it has own maps."""
+    """Choices of the menu for layers: rollout, each block, and the pool if it has its own map."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 

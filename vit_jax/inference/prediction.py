@@ -182,7 +182,7 @@ def stack(
 
 
 def as_table(found: Iterable[dict]) -> None:
-  """Prints each file name, and below the name one line for each class, or `no label`.
+  """Prints each file name, and below it one line for each predicted class, or `no label`.
 
   Files that cannot be read are skipped.
   """

@@ -19,12 +19,12 @@ ASSUMED = tuple(f'class {i}' for i in range(1000))  # classes if the dataset is 
 
 
 def summary_of(request: Request) -> Summary:
-  """Estimates the cost of training: with a config, as in a run, or from published weights.
+  """Estimates what training costs, for a config, a run, or published weights.
 
   `request` names the config, the workdir of the run, or the published weights.
 
   Raises:
-    ValueError: the config is not valid, or the request names nothing.
+    ValueError: the config is not valid, or the request names none of these.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
@@ -39,7 +39,7 @@ def summary_of(request: Request) -> Summary:
       exp, _ = opening.from_init(init, request.overrides)
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-    notes, cycles = ('Training numbers assume the default config, changed by --config.<key>.',), ()
+    notes, cycles = ('Training numbers assume the default config with your --config.<key>.',), ()
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)
