@@ -75,7 +75,7 @@ def answer_split(
     mesh: the devices.
     **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
   """
-  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds random masks
+  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds the mask of each image
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra, **index)
   count = math.ceil(len(examples) / batch_size)
   for i, batch in enumerate(progress.bar(batches, 'Evaluating', 'batch', count)):

@@ -73,7 +73,8 @@ def evaluate(
       None: all images are resized to `data.image_size`.
 
   Returns:
-    The result of `evaluate_checkpoint`.
+    A dict with `loss`, `examples` (the number of test images) and, if the model has classes,
+    `accuracy` and further measures. `evaluate_checkpoint` describes all keys.
 
   Raises:
     ValueError: the checkpoint does not exist, or the dataset or the overrides do not fit it.

@@ -33,7 +33,7 @@ def map_files(
 
   Yields:
     `(file, row)` for each file, in order. `row` is the row of the function's result for this image,
-    or the message as text if the file cannot be read as an image.
+    or an error message if the file cannot be read as an image.
   """
   batch_size = min(len(files), BATCH)
   mesh = inference_mesh(batch_size)

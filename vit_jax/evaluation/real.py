@@ -30,7 +30,8 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
 
   Raises:
     ValueError: the labels cannot be read, or belong to other images or classes. Or bad images were
-      skipped, so that labels and images cannot be matched. Or the model can give several labels.
+      skipped, so that labels and images cannot be matched. Or the model can give an image several
+      labels.
   """
   path = exp.config.data.real_labels
   if not path:

@@ -49,7 +49,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   if result.get('steps', -1) >= last:  # otherwise training was resumed after this result
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
-    if 'test_loss' in result and 'test_accuracy' not in result:  # not in nats
+    if 'test_loss' in result and 'test_accuracy' not in result:  # objective=masked: no nats
       found['test loss'] = f'{result["test_loss"]:.4f}'
   elif lines:
     found['training steps'] = f'{last:,}, not finished'

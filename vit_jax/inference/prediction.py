@@ -45,13 +45,14 @@ def predict(
     step: checkpoint of the workdir: `best`, `last` or a number. The default is the checkpoint with
       the best validation accuracy, or the last one if no checkpoint has a validation accuracy.
     overrides: dotted config keys and their values, e.g. `{'model.dtype': 'bfloat16'}`.
-    classes: npz file with text embeddings of classes, for `init` weights of CLIP or SigLIP
-      (`optim/zero_shot.py`).
+    classes: npz file with text embeddings of the classes, for weights of CLIP or SigLIP in `init`.
+      `optim/zero_shot.py` describes the file.
     max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
       None: all images are resized to `data.image_size`.
 
   Returns:
-    An iterator over one dict for each file; `predict_files` describes the dicts.
+    An iterator over one dict for each file. The dict is `{'file': ..., 'predictions': [{'class':
+    ..., 'probability': ...}, ...]}`, or `{'file': ..., 'error': ...}` if the file cannot be read.
 
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides do not fit the weights. Or
