@@ -148,7 +148,7 @@ def test_a_new_position_works_in_every_mode(tmp_path, monkeypatch):
   fields = {'model.position': 'axial', 'optimizer.layer_decay': '0.9'}
   loaded, report = check_every_mode(tmp_path, **fields)
   assert loaded.params['rows'].shape == (2, 1, 16) and {'rows', 'columns'} <= {*first_layer()}
-  assert 'row and column embedding and every other' in report
+  assert 'its row and column embedding to the embedding of every patch' in report
   model, params = vit_jax.load(tmp_path / 'run', grid=(4, 3))
   assert params['rows'].shape == (4, 1, 16) and params['columns'].shape == (1, 3, 16)
   assert run_model(model, params, jnp.zeros((1, 16, 12, 3))).shape == (1, 10)
