@@ -4,10 +4,10 @@ LoRA (Hu et al. 2021, 2106.09685, Section 4.1) adds a product of two narrow matr
 of attention and MLPs: `W + scale A B`. The paper writes alpha / r for `scale`, and r for the rank.
 
 Decisions:
-  * The parameters of an adapter are a top-level entry of the model's parameters, with the adapter's
-    name. `lora/block_0/mlp/up/a` and `.../b` belong to the kernel `block_0/mlp/up/kernel`.
+  * The parameters of an adapter are part of the model's parameter tree, under a top-level key with
+    the adapter's name: `lora/block_0/mlp/up/a` and `.../b` belong to `block_0/mlp/up/kernel`.
   * A training step computes `x W + scale (x A) B`. So no gradient of W is computed or stored. All
-    other code merges the adapter into the kernels first, and then needs to know nothing about it.
+    other code first merges the adapter into the kernels. The merged model has no adapter.
   * A is Gaussian and B is zero, as in the paper. So training starts exactly at the base model.
 """
 
@@ -31,8 +31,8 @@ ADAPTED = {'query': 1, 'key': 1, 'value': 1, 'out': 2, 'gate': 1, 'up': 1, 'down
 class Adapter:
   """The functions of one kind of adapter, an entry of `ADAPTERS`.
 
-  `params` are the model's parameters, and `added` are the adapter's. `**keys` are the config keys
-  of the adapter's section, such as `rank` for `lora.rank`.
+  `params` are the model's parameters, and `added` are the adapter's. `**keys` are the values in the
+  config section with the adapter's name: the value of `lora.rank` is passed as `rank`.
 
   Attributes:
     init: `(key, params, **keys)` returns the adapter's initial parameters. `key` is a random key.
@@ -47,10 +47,11 @@ class Adapter:
 
 
 def init_lora(key: jax.Array, params: dict, rank: int, **_) -> dict:
-  """Returns the initial factors `a` and `b` of every adapted kernel, `[*inputs, *outputs]`.
+  """Returns LoRA's initial factors `a` and `b` for every adapted kernel in `params`.
 
-  `a`, `[*inputs, rank]`, is normal with variance 1 / (number of inputs). `b`, `[rank, *outputs]`,
-  is zero. The result is a nested dict with the paths of the adapted layers.
+  Let a kernel have the shape `[*inputs, *outputs]`. Then `a`, `[*inputs, rank]`, is drawn from a
+  normal distribution with variance 1 / (number of inputs), and `b`, `[rank, *outputs]`, is zero.
+  The result is nested like `params`: the path of an adapted layer leads to `{'a': a, 'b': b}`.
 
   Raises:
     ValueError: the rank is larger than the number of inputs or of outputs of a kernel.
@@ -92,15 +93,18 @@ def merge_lora(params: dict, added: dict, scale: float, **_) -> dict:
 
 
 def exact_product(x: jax.Array, y: jax.Array) -> jax.Array:
-  """Returns the matrix product of x and y in full float32; accelerators round inputs by default."""
+  """Returns the matrix product of x and y in full float32 precision.
+
+  By default, GPUs and TPUs may round x and y to a lower precision before they multiply.
+  """
   return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 @contextlib.contextmanager
 def applied_lora(added: dict, scale: float, **_) -> Iterator[None]:
-  """Context manager that adds `scale (x A) B` to the output of each adapted layer called inside.
+  """Context manager inside which each adapted layer adds `scale (x A) B` to its output.
 
-  `added` holds the factors A and B, as `init_lora` returns them.
+  x is the input of the layer. `added` holds the factors A and B, as `init_lora` returns them.
   """
 
   def add(call, args, kwargs, context):
@@ -122,7 +126,10 @@ def applied_lora(added: dict, scale: float, **_) -> Iterator[None]:
 
 
 def sides(layer: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Splits the kernel shape of the adapted layer named `layer` into input and output axes."""
+  """Splits a kernel shape into (sizes of the input axes, sizes of the output axes).
+
+  `layer` is the name of an adapted layer, a key of `ADAPTED`.
+  """
   return shape[: ADAPTED[layer]], shape[ADAPTED[layer] :]
 
 
@@ -154,11 +161,12 @@ def find(tree: dict, path: tuple[str, ...]) -> dict | None:
   return tree
 
 
-# Maps the value of the config key `adapt`, which also names the adapter's config section.
+# Adapters by name. The name is a value of the config key `adapt`, and the name of a config section.
 ADAPTERS = {'lora': Adapter(init_lora, merge_lora, applied_lora)}
 
 
-Settings = Mapping[str, Mapping[str, object]]  # a config: keys by adapter name
+# A config, or a dict that maps the name of an adapter to the keys of its config section.
+Settings = Mapping[str, Mapping[str, object]]
 
 
 def adapted(params: dict, key: jax.Array, adapt: str, settings: Settings) -> dict:
@@ -168,7 +176,7 @@ def adapted(params: dict, key: jax.Array, adapt: str, settings: Settings) -> dic
     params: the model's parameters.
     key: random key of the initial values.
     adapt: name of the adapter, a key of `ADAPTERS`; an empty name adds nothing.
-    settings: a config, or a dict with the adapter's keys by adapter name.
+    settings: a config, or a dict such as `{'lora': {'rank': 8, 'scale': 1.0}}`.
   """
   if not adapt:
     return params
@@ -203,7 +211,14 @@ def own_entries(params: dict) -> list[str]:
 def check_adapter(
   model: nn.Module, image_shape: tuple[int, int, int], adapt: str, settings: Settings
 ) -> None:
-  """Raises ValueError if a model for images `(H, W, C)` cannot have the adapter `adapt`."""
+  """Raises ValueError if a model cannot have an adapter, e.g. because `lora.rank` is too large.
+
+  Args:
+    model: the model.
+    image_shape: (H, W, C) of the model's images.
+    adapt: name of the adapter; an empty name stands for no adapter.
+    settings: as in `adapted`.
+  """
   key, image_BHWC = jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
   shapes = jax.eval_shape(model.clone(depth=1).init, key, image_BHWC)['params']
   jax.eval_shape(lambda params: adapted(params, key, adapt, settings), shapes)

@@ -6,14 +6,16 @@
   * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
     that makes two fewer passes over the attention weights. Tokens are the last axis of its arrays,
     so these passes and XLA's matrix products access contiguous memory.
-  * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the weights.
-    It runs on NVIDIA GPUs in half precision.
+  * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the attention
+    weights. It runs on NVIDIA GPUs in half precision.
 
-`padded` computes the attention of sequences that are padded to one length, on all devices.
-Exported programs use `plain` for every backend (see `backend.portable`).
+`select_kernel` never chooses `padded`, which computes the attention of sequences that are padded to
+one length, on all devices. An exported program always uses `plain`, because the device that will
+run the program is not known (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
-`[B, N, K, E]`. Where the number of queries can differ from N, the number of tokens, it is called Q.
+`[B, N, K, E]`. N is the number of tokens. If there can be fewer queries than tokens, the number of
+queries is called Q.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,8 @@ import jax.numpy as jnp
 from vit_jax.distributed import Target, target
 from vit_jax.model.products import stored_transpose, wants_stored
 
-# Values of `model.attention`: `cudnn` and `plain` name a kernel, `auto` takes the fastest.
+# Values of `model.attention`. `cudnn` and `plain` each name a kernel. `auto` stands for the fastest
+# kernel that the devices support.
 ATTENTION = ('auto', 'cudnn', 'plain')
 
 AMPERE = 8.0  # compute capability of the first GPUs that cuDNN's flash attention supports
@@ -147,9 +150,10 @@ def plain(
 def padded(
   query_BQKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-  """Returns the values averaged by the attention weights, `[B, Q, K, E]`, without padding keys.
+  """Returns the values averaged by the attention weights, `[B, Q, K, E]`, for padded sequences.
 
-  `length_B` is the number of keys of each example. The keys after them are padding.
+  `length_B` is the number of keys of each example. The keys after them are padding, whose weight is
+  0.
   """
   return mixed_values(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
 
@@ -168,7 +172,7 @@ with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
   """Forward pass of `with_gradient`: returns the output of `plain`, and arrays for `backward`.
 
-  Among these arrays are the attention weights before normalisation.
+  These arrays include the attention weights before normalisation, `exp(logit - largest logit)`.
   """
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
@@ -189,8 +193,9 @@ def backward(rate, saved, dy_BQKE):
   `saved` are the arrays from `forward`, and `dy_BQKE` is the gradient of the output. The gradient
   of the mask is None.
 
-  The gradient of the softmax needs `sum_n w dw`. This sum equals `sum_e y dy`, which has E
-  terms instead of N.
+  The gradient of the softmax needs `sum_n w dw`, a sum over N tokens, where w are the attention
+  weights and dw is their gradient. This sum equals `sum_e y dy`, which has only E terms. Here y is
+  the output of attention, and dy is its gradient.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype
@@ -211,7 +216,10 @@ with_gradient.defvjp(forward, backward)
 
 
 def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
-  """Returns the inner products over E of every two tokens, by head: float32 `[B, K, N, Q]`."""
+  """Returns the inner products of all left with all right tokens, for each head: `[B, K, N, Q]`.
+
+  The products sum over E, the size of a head. They are float32.
+  """
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   if wants_stored(left_BKEN.dtype):
     return sums('BKNE,BKEQ->BKNQ', stored_transpose(left_BKEN), right_BKEQ)

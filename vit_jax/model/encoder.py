@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
-# Which values the forward pass saves, by the value of `model.remat`. The backward pass computes all
-# other values again. None saves all values.
+# For each value of `model.remat`, a policy of `jax.checkpoint`: it decides which values the forward
+# pass saves. The backward pass computes all other values again. None: all values are saved.
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -77,7 +77,7 @@ class EncoderBlock(nn.Module):
     rope_NE: tuple[jax.Array, jax.Array] | None = None,
     length_B: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the tokens after this block, `[B, N, D]`; the arguments are those of `Encoder`."""
+    """Returns the tokens after this block, `[B, N, D]`; arguments as in `Encoder.__call__`."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
     y_BND = nn.LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE, length_B)
@@ -88,9 +88,12 @@ class EncoderBlock(nn.Module):
     return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
 
   def residual(self, y_BND: jax.Array, example_B: jax.Array | None, name: str) -> jax.Array:
-    """Returns the output of a residual branch after dropout, LayerScale and stochastic depth.
+    """Applies dropout, LayerScale and stochastic depth to the output of a residual branch.
 
-    LayerScale (Touvron et al. 2021, 2103.17239, equation 4) has the parameter `name`.
+    Args:
+      y_BND: output of attention or of the MLP.
+      example_B: as in `Encoder.__call__`.
+      name: name for the parameter of LayerScale (Touvron et al. 2021, 2103.17239, equation 4).
     """
     y_BND = Dropout(self.block.dropout)(y_BND, example_B)
     if self.block.layer_scale is not None:
@@ -108,7 +111,7 @@ def kept(
   """Drops the tokens of all patches except the patches `seen_BS`.
 
   Args:
-    x_BND: all tokens: `prefix` other tokens, which are kept, then the patches.
+    x_BND: all tokens: first `prefix` tokens that are not patches, which are kept, then the patches.
     rope_NE: cosine and sine of the rotary angles of these tokens, `[N, E/2]` each, or None.
     seen_BS: indices of the S patches to keep in each image, counted from 0 at the first patch.
     prefix: number of tokens before the patches.

@@ -1,13 +1,14 @@
 """The k-NN head, which classifies by the nearest training images, and `head_logits` for all heads.
 
 The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
-values of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
+constants of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
 with the highest cosine similarity vote for their class with the weight exp(similarity / 0.07).
 
 Decisions:
   * The stored features and labels are parameters, so checkpoints, inference and exported
     programs need no extra code. They are stored as float32, like all parameters.
-  * Logits are logarithms of the votes. So softmax returns the share of the votes for each class.
+  * Logits are logarithms of the votes, so the softmax of the logits is the fraction of the votes
+    that each class gets.
 """
 
 from flax import linen as nn
@@ -18,7 +19,9 @@ from vit_jax.model.layers import Dense
 
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
-LOWEST = 1e-12  # smallest sum of votes of a class; the vote of the nearest neighbour is 1
+# Lower bound for the votes of a class, so that their logarithm is finite. The nearest training
+# image has the vote 1.
+LOWEST = 1e-12
 
 
 class KnnHead(nn.Module):
@@ -70,7 +73,7 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
   Args:
     model: a `ViT` with a head.
     head: parameters of the head.
-    feature_BD: inputs of the head; with `model.cosine`, each row must have length 1.
+    feature_BD: inputs of the head. If `model.cosine` is True, each row must have length 1.
   """
   if model.examples is not None:
     return knn_logits(feature_BD, head['feature'], head['label'], model.num_classes)
@@ -79,7 +82,8 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
 
 def unit(x_ND: jax.Array) -> jax.Array:
   """Scales vectors to length 1, so that their inner products are cosine similarities."""
-  # Sums of squares become ReduceL2 in ONNX, which onnxruntime cannot prepare for int8.
+  # The exporter to ONNX turns a sum of squares into ReduceL2, an operator that onnxruntime cannot
+  # prepare for int8. It does not do so for `vecdot`.
   square_N = jnp.vecdot(x_ND, x_ND, precision=jax.lax.Precision.HIGHEST)
   length_N1 = jnp.sqrt(square_N)[..., None]
   return x_ND / jnp.maximum(length_N1, 1e-12)

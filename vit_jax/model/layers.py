@@ -3,8 +3,9 @@
 Decisions:
   * Random numbers for an example depend on its index in the batch of all devices, never on the
     shape of the array. The number of devices and micro-batches therefore does not change them.
-  * `sow('intermediates', 'attention_BKNN')` is the only way to get attention weights. Apply the
-    model with `mutable=['intermediates']` to receive the weights.
+  * A model returns its attention weights only in Flax's collection `intermediates`, under the name
+    `attention_BKNN` of each attention layer. Apply the model with `mutable=['intermediates']` to
+    receive this collection.
 """
 
 from collections.abc import Callable
@@ -98,8 +99,8 @@ class Dense(nn.Module):
 class Dropout(nn.Module):
   """Dropout whose mask is drawn separately for each example.
 
-  With `whole`, all values of an example are kept or dropped together. At the end of a residual
-  branch, this is stochastic depth (Huang et al. 2016, 1603.09382).
+  If `whole` is True, all values of an example are kept or dropped together. At the end of a
+  residual branch, such dropout is stochastic depth (Huang et al. 2016, 1603.09382).
   """
 
   rate: float
@@ -109,7 +110,8 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array, example_B: jax.Array | None) -> jax.Array:
     """Returns `x`, `[B, ...]`, after dropout; if `example_B` is None, `x` is returned unchanged.
 
-    `example_B` is the index of each example in the batch of all devices, which selects its mask.
+    `example_B` is the index of each example in the batch of all devices. The index determines the
+    mask of the example.
     """
     if example_B is None or self.rate == 0:
       return x
@@ -207,8 +209,9 @@ def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
   return norm(gated_units(block, dense, x_BND))
 
 
-# How an MLP computes its hidden units: `(block, dense, x_BND) -> x_BNM`, called inside the module.
-# `dense(features, name=...)` creates a layer. `ADAPTED` and `TENSOR_AXIS` must list its name.
+# How an MLP computes its hidden units: functions `(block, dense, x_BND) -> x_BNM`, called inside
+# `Mlp`. `dense(features, name=...)` creates a linear layer. `ADAPTED` and `TENSOR_AXIS` must list
+# the name of the layer.
 MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 
 

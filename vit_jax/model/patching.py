@@ -4,7 +4,8 @@ Decisions:
   * The embedding is resized by the pseudo-inverse of FlexiViT (Beyer et al. 2022, 2212.08013,
     Section 3.4), never by interpolating its weights. Interpolated weights would change the scale of
     the tokens.
-  * The embedding is resized as if images were resized by `RESIZES['bilinear']`, with antialiasing.
+  * The resized embedding assumes that patches are resized linearly with antialiasing, as
+    `RESIZES['bilinear']` resizes positions.
   * If a batch has images of different shapes, their positions are computed on the host, with the
     functions in `POSITIONS`. So every position embedding can be used.
 """
@@ -76,8 +77,8 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
   Let `B x` be the patch x, resized by `resize_matrix` along both axes. The new weights
   `w' = (B^T)^+ w` minimise the mean square of `<x, w> - <B x, w'>` over standard normal patches x
   (Section 3.4 and Appendix A of the paper). If the patches become larger, this difference is zero
-  for every x, so resized images have the same tokens. B acts on rows and columns separately, and so
-  does the pseudo-inverse of B.
+  for every x, so an enlarged image has the same tokens as before. B acts on rows and columns
+  separately, and so does the pseudo-inverse of B.
 
   Args:
     kernel_pqCD: weights for patches of p x q pixels.
@@ -162,8 +163,9 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
     patch_size: (height, width) of a patch.
     most: maximum number of patches.
   """
-  # In patches, the image has the shape down : across. A side covers k patches exactly at the factor
-  # k / side, so the largest factor is one of these. Integers make the search exact.
+  # Measured in patches, height and width of the image are in the ratio down : across. At the
+  # largest factor, a side has exactly k patches for some integer k. So the search tries each k for
+  # each side. `down` and `across` are integers, so the rounding up is exact.
   down, across = size[0] * patch_size[1], size[1] * patch_size[0]
   number_K = range(1, most + 1)
   grids = [(k, -(-k * across // down), k / down) for k in number_K]
@@ -179,7 +181,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. Its `position_grid` must be the grid that the positions are for.
+      model: the model. Its `position_grid` must be the grid for which its positions were made.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

@@ -28,12 +28,14 @@ class Pool:
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
-    params: names of the top-level parameters that the pool adds; they belong to the head.
+    params: names of the top-level parameters that the pool adds. Together with the head, they are
+      in the list of `last_layer`.
     linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
       Attention maps then average the attention of these tokens with the same weights.
-    probe: function `(model, sown) -> share_BKN`, for a pool that learns to attend. It computes
-      the share of each token from the `intermediates` that the model sows. K is the model's number
-      of heads, or 1. A pool that is not linear and has no probe has no attention maps.
+    probe: function `(model, sown) -> share_BKN` of a pool with learned attention. It returns the
+      attention weight of each token. `sown` is Flax's collection `intermediates` that the model
+      returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
+      there are no attention maps for the model.
     distills: whether the vector is the class token followed by a distillation token, for which a
       run with a teacher trains two heads (Touvron et al. 2020, 2012.12877, Section 4).
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
@@ -76,7 +78,7 @@ def first(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None)
 
 
 def map_pool(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Returns the patches, pooled by a `MapHead` with the model's sizes: `[B, D]`."""
+  """Pools the patch tokens with a `MapHead` of the model's sizes: returns `[B, D]`."""
   fields = dict(qkv_bias=True, key_bias=None, qk_norm=False, out_norm=False, mlp='plain')
   block = dataclasses.replace(model.block, **fields)
   patches_B = None if length_B is None else length_B - model.num_prefix
@@ -161,9 +163,10 @@ POOLS = {
 
 
 def pooled(model: nn.Module) -> nn.Module:
-  """Returns the model with a pool that gives one vector.
+  """Returns the model, with a pool that gives one vector for each image.
 
-  A pool that returns all tokens is replaced by `cls`, or by `gap` in a model without a class token.
+  If the model's pool returns all tokens instead, it is replaced by `cls`, or by `gap` in a model
+  without a class token. Any other pool is kept.
   """
   if not POOLS[model.pool].tokens:
     return model

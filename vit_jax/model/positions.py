@@ -25,8 +25,8 @@ class Position:
   """A position embedding, an entry of `POSITIONS`, and its properties.
 
   `table` and `angles` receive the bound model and two grids, each as patches (down, across). `grid`
-  is the grid of the image. `whole` is the grid that the positions were made for. The two grids
-  differ only for images of a different size. The positions are then stretched to the image. Use
+  is the grid of the image. `whole` is the grid that the positions were made for. If the image has a
+  different size, the two grids differ, and the positions are stretched to the image. Use
   `model.learned(name, init, shape)` to get a learned parameter.
 
   Attributes:
@@ -84,7 +84,7 @@ def rope_angles(model: nn.Module, y: np.ndarray, x: np.ndarray) -> tuple[np.ndar
   """Returns cosine and sine `[N, E/2]` of axial rotary positions (Heo et al. 2024, 2403.13298).
 
   The first half of the angles depends on the row y of a patch, the second half on the column x. The
-  tokens before the patches have angle 0, so they have no position.
+  tokens before the patches have angle 0, so they are not rotated.
 
   Args:
     model: the model, which defines the base of the frequencies and E.
@@ -164,7 +164,7 @@ def resize_positions(
 
 
 def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Resizes a table to `grid` linearly, corners to corners, like `scipy.ndimage.zoom(order=1)`."""
+  """Resizes a table linearly, with unmoved corner values, like `scipy.ndimage.zoom(order=1)`."""
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]
     where = np.linspace(0, size - 1, wanted)
@@ -176,7 +176,7 @@ def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def antialiased(method: str):
-  """Returns a function `(table_hwD, grid) -> table` that resizes with antialiasing, as PyTorch.
+  """Returns a function `(table_hwD, grid) -> table` that resizes with antialiasing, like PyTorch.
 
   `method` is a method of `jax.image.resize`, which uses half-pixel centres.
   """

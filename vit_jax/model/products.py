@@ -11,15 +11,17 @@ import jax.numpy as jnp
 
 from vit_jax.distributed import target
 
-NARROW = 256  # with more outputs, transposing the kernel costs more time than it saves
+# Maximum number of outputs for which `matmul` transposes the kernel. With more outputs, transposing
+# costs more time than it saves.
+NARROW = 256
 
 
 def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   """Returns `x W`, `[N, O]`, computed so that the gradient is also fast on CPUs.
 
   The gradient of the kernel is `x^T dy`. If the kernel has few outputs, and more inputs than
-  outputs, XLA's CPU backend computes `dy^T x` up to twice as fast. Transposing the kernel makes XLA
-  compute `dy^T x`. The barrier stops XLA from cancelling the two transpositions.
+  outputs, XLA's CPU backend computes `dy^T x` up to twice as fast. Transposing the kernel twice
+  makes XLA compute `dy^T x`. The barrier stops XLA from cancelling the two transpositions.
   """
   if target().platform != 'cpu':
     return x_NI @ kernel_IO
@@ -33,7 +35,10 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def with_stored_transposes(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns `x W`, `[N, O]`; the backward pass stores `x^T` and `W^T` before it multiplies them."""
+  """Returns `x W`, `[N, O]`, with a gradient that multiplies copies of `x^T` and `W^T`.
+
+  `stored_transpose` makes the copies. `wants_stored` says when they are faster.
+  """
   return x_NI @ kernel_IO
 
 
@@ -52,10 +57,10 @@ with_stored_transposes.defvjp(product_forward, product_backward)
 
 
 def wants_stored(dtype: jnp.dtype) -> bool:
-  """Returns whether transposed operands of this type should be copied by `stored_transpose`.
+  """Returns whether `stored_transpose` makes products of transposed arrays of this type faster.
 
-  With bfloat16, XLA's CPU backend uses fast instructions such as AMX from JAX 0.12 on, but only if
-  no operand is a transposed view.
+  From JAX 0.12 on, XLA's CPU backend multiplies bfloat16 with fast instructions such as AMX, but
+  only if no operand is a transposed view.
   """
   return dtype == jnp.bfloat16 and jax.__version_info__ >= (0, 12)
 

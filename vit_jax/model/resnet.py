@@ -51,10 +51,11 @@ class StdConv(nn.Module):
 
 
 class Unit(nn.Module):
-  """A bottleneck: adds the output of 1x1, 3x3 and 1x1 convolutions to the (projected) input.
+  """A bottleneck: adds the output of 1x1, 3x3 and 1x1 convolutions to its input.
 
-  The 3x3 convolution has `features` channels, and the output has `4 * features`. `stride` is the
-  factor by which height and width are reduced.
+  If the output has another shape than the input, a 1x1 convolution projects the input first. The
+  3x3 convolution has `features` channels, and the output has `4 * features`. `stride` is the factor
+  by which height and width are reduced.
   """
 
   features: int
@@ -75,14 +76,15 @@ class Unit(nn.Module):
     y = StdConv(self.features, 3, self.stride, self.dtype, name='conv2')(y)
     y = nn.relu(norm('gn2', y))
     y = StdConv(widened, 1, dtype=self.dtype, name='conv3')(y)
-    y = norm('gn3', y, scale_init=nn.initializers.zeros)  # a unit starts as the identity
+    # The initial scale is zero, so an untrained unit adds zero to its (projected) input.
+    y = norm('gn3', y, scale_init=nn.initializers.zeros)
     return nn.relu(residual + y)
 
 
 class Stage(nn.Module):
-  """A sequence of units with the same width.
+  """A sequence of `units` bottlenecks (`Unit`) with the same number of channels.
 
-  The first unit reduces height and width by the factor `stride`.
+  The first of them reduces height and width by the factor `stride`.
   """
 
   units: int

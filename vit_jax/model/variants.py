@@ -33,7 +33,8 @@ VARIANTS = {
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
 # in pixels of the image, so it includes the stem: R50+B/16, R50+L/32, R26+B/32, R26+S/32, R+Ti/32.
-# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by a factor of 4, its patches by 8.
+# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by a factor of 4. Its patches are 8x8
+# positions of the stem's feature map, so they are 32x32 pixels of the image.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
@@ -211,16 +212,17 @@ def check_pool(model: ViT) -> None:
 
 
 def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
-  """Checks that the registries list every parameter of position embedding, pool and MLP.
+  """Checks that `POSITIONS`, `POOLS` and `ADAPTED` list the parameters that a model creates.
+
+  Other packages can add position embeddings, pools and MLPs, and can forget to list a parameter.
 
   Args:
     model: the model.
     image_shape: (H, W, C) of an input image.
 
   Raises:
-    ValueError: the model does not fit the images. Or a position embedding or a pool creates a
-      parameter that its entry in `POSITIONS` or `POOLS` does not list. Or `ADAPTED` lacks a layer
-      of the MLP.
+    ValueError: the model does not fit the images, or a parameter is not listed. `POSITIONS` and
+      `POOLS` must list the parameters of their entries. `ADAPTED` must list the layers of the MLP.
   """
   model = model.clone(depth=1)  # all blocks have the same parameters
   image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

@@ -56,9 +56,10 @@ class ViT(nn.Module):
     rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
     rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
       that the positions are made for.
-    num_registers: number of tokens between the class token and the patches (Darcet et al. 2023,
-      2309.16588).
-    representation_size: width of the tanh pre-logits layer; None for no such layer.
+    num_registers: number of registers, learned tokens between the class token and the patches
+      (Darcet et al. 2023, 2309.16588).
+    representation_size: width of the pre-logits layer, a linear layer with tanh before the head;
+      None for no such layer.
     projection: width of a linear layer without a bias after the pooling, as in CLIP (Radford et al.
       2021, 2103.00020, Figure 3); None for no such layer.
     cosine: whether the head's input is scaled to length 1. For zero-shot classification, the rows
@@ -212,7 +213,8 @@ class ViT(nn.Module):
       x = unit(x.astype(jnp.float32))
     if self.examples is not None:
       return KnnHead(self.num_classes, self.examples, name='head')(x)
-    # The head starts at zero (Appendix B.1.1), so the first loss is log L for any body.
+    # The head is initialised with zeros (Appendix B.1.1). So all logits and the first loss, log L,
+    # do not depend on the other parameters.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def cut(self, image_BHWC: jax.Array) -> jax.Array:
@@ -234,9 +236,9 @@ class ViT(nn.Module):
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Returns the tokens `[B, N, D]` before the first block (equation 1), and RoPE's angles.
 
-    The class token comes first, then the registers, then the patches. If the
-    table of the position embedding has k more rows than there are patches, the first k tokens get a
-    position too. The angles are cosine and sine, `[N, E/2]` each; None without RoPE.
+    The class token comes first, then the registers, then the patches. If the table of the position
+    embedding has k more rows than there are patches, the first k tokens get a position too. The
+    angles are cosine and sine, `[N, E/2]` each; None without RoPE.
     """
     if isinstance(image_BHWC, Padded):
       patch_BNpqC, positions = image_BHWC.patch_BNpqC, lambda: image_BHWC.positions
