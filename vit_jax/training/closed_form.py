@@ -1,8 +1,8 @@
-"""Computes a head in one pass over the training images, and leaves an ordinary workdir.
+"""Computes a head without training steps, in one pass over the training images.
 
 Decisions:
-  * The run has no training steps. It evaluates the head, and saves a checkpoint and `result.json`
-    at step 0, with the same code as all other runs. So all modes can use its workdir.
+  * A run that computes a head evaluates it, and saves a checkpoint and `result.json` at step 0,
+    with the same code as all other runs. So every `--mode` can use the workdir of such a run.
 """
 
 import dataclasses
@@ -27,8 +27,9 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
-# Keys that the new config leaves open. The model keeps these layers only if the weights were
-# trained on the classes of the data (`inherit.open_init`).
+# Keys about the layers after the pooling. `classifier_config` does not set them. When the run opens
+# the weights (`inherit.open_init`), the model keeps these layers only if the weights were trained
+# on the classes of the data.
 AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
 
 
@@ -36,7 +37,8 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: the model. Overrides in the request can replace the data of the model's run.
+    request: names the weights of the model, in a workdir or as `init`. Its overrides of config keys
+      can name other data than the run in this workdir used.
     classifier: one of `CLASSIFIERS`.
 
   Raises:
@@ -73,16 +75,16 @@ def make_head(
 def with_head(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, restored: bool
 ) -> tuple[Experiment, Training]:
-  """Computes the head that `config.classifier` names, and adds it to an experiment and its plan.
+  """Computes the head that `config.classifier` names, and adds it to an experiment.
 
   Args:
     exp: experiment with the backbone.
-    training: plan of a run without steps; `params` has the weights of the backbone.
+    training: data of a run without steps; `training.params` has the weights of the backbone.
     mesh: mesh of the devices.
     restored: whether a checkpoint already holds the head. If so, the head is not computed again.
 
   Returns:
-    The experiment, and the plan whose `params` include the head.
+    The experiment, and a copy of `training` whose `params` include the head.
   """
   classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
   if not restored:
@@ -90,9 +92,9 @@ def with_head(
     step, params = make_feature_step(exp, mesh), replicate(mesh, training.params)
     size = exp.config.eval_batch_size
     found = compute_features(step, params, training.train, size, mesh)
-    classes = len(exp.task.class_names)  # hosts round differently, so one computes the head
+    classes = len(exp.task.class_names)  # hosts round differently, so process 0 computes the head
     head = from_first(lambda: classifier.fit(found.image_NHWC, found.label_N, classes))
-    if classifier.stores:  # skipped bad images leave empty rows
+    if classifier.stores:  # unreadable images were skipped; padding rows replace them
       missing = count - len(found)
       pad = lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)
       head = {name: pad(x) for name, x in head.items()}

@@ -1,5 +1,9 @@
 """Compiles the training step, with micro-batches and `model.remat` that fit into memory.
 
+A device can split its part of a batch into micro-batches, and add up their gradients. `model.remat`
+decides which activations the backward pass computes again instead of storing them. A `Plan` has a
+value for each of these two settings.
+
 Decisions:
   * More micro-batches are tried before more `remat`, because they cost almost no time.
   * Checkpoints contain the chosen plan, so that a resumed run computes bit-identical steps.
@@ -27,8 +31,9 @@ from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
 
-# Share of the activations counted by `tracing.py` that XLA really keeps; XLA recomputes cheap ones.
-# On a GPU, the share is 0.49 to 0.63 for the steps in results/compiled.json that fit one device.
+# Fraction of the activations counted by `tracing.py` that XLA really keeps. XLA computes the other
+# activations again, because this is cheap. On a GPU, the fraction is 0.49 to 0.63 for the steps in
+# results/compiled.json that fit one device.
 KEPT, KEPT_ON_CPU = 0.65, 0.85
 
 
@@ -37,7 +42,7 @@ class Plan:
   """How a training step saves memory.
 
   Attributes:
-    micro_batches: number of parts into which each device splits its share of the batch.
+    micro_batches: number of micro-batches into which each device splits its part of the batch.
     remat: value of `model.remat`, one of `REMAT`.
   """
 
@@ -54,7 +59,7 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns the experiment with a plan; values that the config sets take precedence."""
+  """Returns the experiment with the settings of a plan that the config does not set itself."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
@@ -71,7 +76,7 @@ def resumed(exp: Experiment, saved: Mapping) -> Experiment:
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
   """Returns the plans that the config allows, from the fastest to the one with the least memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
-  together = group(config) if rows % 2 == 0 else 1  # mixed pairs stay in one micro-batch
+  together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)
   counts = [n for n in range(first, rows + 1) if rows % n == 0 and rows // n % together == 0]
   counts = [config.micro_batches] if config.micro_batches else counts
@@ -82,10 +87,10 @@ def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
 def estimator(
   exp: Experiment, mesh: jax.sharding.Mesh, state: TrainState
 ) -> Callable[[Plan], tuple[float, float]]:
-  """Returns a function that estimates the memory of a training step with a plan.
+  """Returns a function `(plan) -> (fixed, varying)` that estimates the memory of a training step.
 
-  The function returns two numbers of bytes on each device. The first does not depend on the size
-  of a micro-batch. The second is for the activations of a micro-batch.
+  `fixed` and `varying` are bytes on each device. `fixed` does not depend on the size of a
+  micro-batch. `varying` is for the activations of one micro-batch.
 
   Args:
     exp: the experiment.
@@ -100,13 +105,13 @@ def estimator(
 
   @functools.cache
   def kept(remat):
-    with compiled_for(target(mesh)):  # attention kernels keep different arrays
+    with compiled_for(target(mesh)):  # the device decides which attention kernel is counted
       return activations(planned(exp, Plan(1, remat)), state.params).total()
 
   share = KEPT_ON_CPU if target(mesh).platform == 'cpu' else KEPT
 
   def need(plan):
-    copies = 1 if plan.micro_batches == 1 else 2  # sums over micro-batches, and the newest one
+    copies = 1 if plan.micro_batches == 1 else 2  # gradients: their sum, and of one micro-batch
     # With `remat`, the backward pass computes the activations of one block at a time.
     block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
     each = share * (kept(plan.remat) + block)
@@ -137,7 +142,8 @@ def fit_step(
 ) -> tuple[Experiment, jax.stages.Compiled]:
   """Compiles a training step that fits into the memory of each device.
 
-  Without a memory limit, or if the config leaves nothing open, the step is compiled unchanged.
+  The step is compiled with the plan that `exp` has now if no memory limit is known, if only one
+  plan is possible, or if batches contain features instead of images.
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.
@@ -152,7 +158,7 @@ def fit_step(
     limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
   """
   budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
-  if exp.parts and plan_of(exp, mesh) not in plans:  # a plan for a different number of devices
+  if exp.parts and plan_of(exp, mesh) not in plans:  # made for a different number of devices
     exp = dataclasses.replace(exp, parts=None)
   if budget is None or len(plans) == 1 or not exp.sees_images:
     return exp, lower(exp).compile()
@@ -178,7 +184,8 @@ def fit_step(
 def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
   """Returns the experiment with a plan that needs less memory; None if the config allows none.
 
-  The micro-batch becomes at most half as large. If this is impossible, `remat` is raised instead.
+  The micro-batch becomes at most half as large. If this is impossible, the next value in `REMAT` is
+  used instead: it stores fewer activations.
   """
   plans, own = possible_plans(exp, mesh), plan_of(exp, mesh)
   later = plans[plans.index(own) + 1 :] if own in plans else []
@@ -210,10 +217,10 @@ class Compiled:
 
   Attributes:
     step: the compiled function.
-    flops: FLOPs of a step on all devices together, without recomputation by `remat`; 0 if batches
-      have features instead of images.
+    flops: FLOPs of a step on all devices together, without the operations that `model.remat`
+      repeats; 0 if batches contain features instead of images.
     fused: whether the step computes attention with cuDNN's kernel.
-    exp: the experiment, with the micro-batches and `remat` that fit into memory.
+    exp: the experiment, with the plan that fits into memory.
   """
 
   step: TrainStep
@@ -231,7 +238,7 @@ def compile_step(
 
   Args:
     exp: experiment to train.
-    training: plan of the run.
+    training: data, steps and optimizer of the run.
     mesh: mesh of the devices.
     state: training state, or its shapes.
     batch: a batch, or its shapes.

@@ -36,7 +36,7 @@ from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
-# Scores of an evaluation and their names in messages. The second needs images with several labels.
+# Scores and their names in messages. Only images with several labels have the second score.
 SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
 
 PATCH_DRAWS = 1  # separates the draws of patch sizes from other draws with the same seed
@@ -50,7 +50,7 @@ class Run:
 
   Attributes:
     exp: experiment to train.
-    training: data, plan and initial weights.
+    training: data, steps, optimizer and initial weights.
     mesh: mesh of the devices.
     records: writer of metrics.
     checkpoints: checkpoints in the workdir.
@@ -91,7 +91,7 @@ class Run:
     return self.finish(train_state, scores)
 
   def loop(self, train_state: TrainState, start: int, steps: int):
-    """Runs steps `start + 1` to `steps`, and returns the state and the last scores."""
+    """Runs steps `start + 1` to `steps`; returns the state and the latest scores of each split."""
     config, examples = self.config, self.training.train
     over_batch = batch_sharding(self.mesh)
     batches = train_batches(examples, config.batch_size, config.seed, start, over_batch)
@@ -115,7 +115,7 @@ class Run:
         compiled = programs[patch]
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # only now, so that the log line is true
+          jax.block_until_ready(metrics)  # before the log line, because JAX returns early
           log.info('First step done.')
         if late:
           meter.add(*late)
@@ -129,12 +129,12 @@ class Run:
         late = None
         if 'log' in events or stop:  # a stop must not lose the metrics of the last steps
           self.log(step, meter.read(), bar)
-        if stop:  # no evaluation now, because time can be short; the next start evaluates
+        if stop:  # no evaluation now, because time can be short; the resumed run evaluates
           self.save(train_state)
           self.checkpoints.wait()
           raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
         meter.pause()
-        if 'save' in events:  # before the evaluation, because bad data or a kill can end it
+        if 'save' in events:  # before the evaluation, which can fail or be killed
           self.save(train_state)
         if 'eval' in events:
           scores = self.evaluate(step, train_state)
@@ -146,11 +146,13 @@ class Run:
   def compile(self, size: Size, train_state: TrainState, batch: dict) -> dict[Size, Compiled]:
     """Compiles the step for an image size; returns `{patch size: Compiled}` for all patch sizes.
 
-    The plan of the longest sequence becomes the run's plan, because it also fits the others.
+    The memory plan for the smallest patches becomes the run's plan. These patches give the longest
+    sequence of tokens, so the plan also fits all other patch sizes.
     """
     programs = {}
     for patch in self.exp.patch_sizes:
-      exp = dataclasses.replace(self.exp.at(size, patch), task=self.exp.task)  # stored as before
+      # The host passes images of the same size as before; the device resizes them.
+      exp = dataclasses.replace(self.exp.at(size, patch), task=self.exp.task)
       found = compile_step(exp, self.training, self.mesh, train_state, batch)
       model = self.exp.model.clone(remat=found.exp.model.remat)
       self.exp = dataclasses.replace(self.exp, parts=found.exp.parts, model=model)
@@ -189,7 +191,7 @@ class Run:
   def due(self, step: int) -> set[str]:
     """Returns what is due after this step: any of `log`, `eval` and `save`.
 
-    With a validation split, `eval` is due whenever `save` is due. The validation accuracy then
+    With a validation split, `eval` is due whenever `save` is due, because the validation accuracy
     decides which checkpoint is the best.
     """
     config, last = self.config, step == self.training.steps
@@ -228,16 +230,16 @@ class Run:
     return scores
 
   def score(self, params: dict, examples: Split) -> dict[str, float]:
-    """Returns loss, scores and number of examples for weights on a split."""
+    """Evaluates weights on a split: returns the loss, the scores and the number of examples."""
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def rate(self, step: int, scores: dict[str, dict]) -> None:
-    """Passes the validation score of a saved checkpoint to `checkpoints`, if there is one."""
+    """Passes the score of a saved checkpoint to `checkpoints`, if there is a validation split."""
     if 'val' in scores:
       self.checkpoints.rate(step, quality(scores['val']))
 
   def save(self, train_state: TrainState) -> None:
-    """Saves a checkpoint with a training state and facts about the run."""
+    """Saves a checkpoint: the training state, and what a resumed run must know (`exp.saved`)."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'devices': devices_of(self.mesh),

@@ -12,8 +12,8 @@ from vit_jax.evaluation import summarize
 from vit_jax.training.compiling import Compiled
 
 FUSED = (
-  " The run uses cuDNN's kernel for attention; --config.model.attention=plain repeats the step "
-  'without it.'
+  " The run uses cuDNN's kernel for attention. To repeat the step without this kernel, resume with "
+  '--config.model.attention=plain.'
 )
 
 
@@ -74,12 +74,13 @@ class Meter:
     self._learning_rate = float(metrics['learning_rate'])
 
   def read(self) -> dict[str, float]:
-    """Returns the metrics since the last call, and starts again; the clock must be running.
+    """Returns the metrics of the steps since the last call, and resets the meter.
 
-    Scores are means, `examples` and `bad_images` are counts. `learning_rate` and `memory_gib` (of
-    one device) are the latest values. `images_per_second` counts only training time. `data_wait`
-    is the share of training time in which the loop waited for the next batch. `mfu` is the share
-    of the devices' peak speed (Chowdhery et al. 2022, 2204.02311, Appendix B).
+    The clock must be running. Scores are means, `examples` and `bad_images` are counts.
+    `learning_rate` and `memory_gib` (of one device) are the latest values. `images_per_second`
+    counts only training time. `data_wait` is the fraction of training time in which the loop waited
+    for the next batch. `mfu` is the fraction of the devices' peak FLOP/s that training used
+    (Chowdhery et al. 2022, 2204.02311, Appendix B).
     """
     self.pause()
     values = summarize(self._scores)

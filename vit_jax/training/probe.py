@@ -6,7 +6,8 @@ Decisions:
     Checkpoints contain all parameters, as in any run.
   * A sweep trains one head for each learning rate on `data.train_split`, in
     `<workdir>/sweep/<rate>/`, and scores it on `data.val_split`. The final run trains at the best
-    rate on both splits together, in the workdir itself. The test split is never used to choose.
+    rate on both splits together, in the workdir itself. The test split has no influence on the
+    choice of the rate.
 """
 
 import dataclasses
@@ -39,7 +40,9 @@ from vit_jax.workdir import (
 
 log = logging.getLogger(__name__)
 
-FEW = 50  # validation images; with fewer, a single image can change which learning rate is best
+# With fewer validation images, a sweep logs a warning: a single image can change which learning
+# rate is best.
+FEW = 50
 
 
 class OnFeatures(Experiment):
@@ -70,12 +73,14 @@ def train_head(
 ) -> dict:
   """Trains the head in a locked workdir, and returns the content of `result.json`.
 
-  With `sweep`, this function first finds the best learning rate.
+  If the config sets `sweep`, the best of its learning rates is found first.
   """
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
-  if not exp.augments:  # features are cached by content, so this is safe before the checks
+  # `record` checks the data only later. The names of cached features depend on the images and the
+  # weights, so features of other data are never read.
+  if not exp.augments:
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
@@ -89,8 +94,8 @@ def train_head(
 def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -> dict:
   """Returns the initial parameters of a run that trains only a head, as NumPy arrays.
 
-  They come from the newest checkpoint if there is one, because a resumed run must keep the same
-  backbone. Otherwise they come from `init`. Without `init`, they are random.
+  The parameters come from the newest checkpoint if there is one, because a resumed run must keep
+  its backbone. Otherwise they come from `init`. If `init` is not set, they are random.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -106,7 +111,7 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Returns the experiment and the plan with features of the frozen backbone instead of images.
+  """Returns copies of `exp` and `training` with features of the frozen backbone as images.
 
   The features of all splits are computed, unless `folder` already contains them.
   """
@@ -159,7 +164,7 @@ def sweep(
         log.warning('Learning rate %g: %s', rate, error)
         score = None
       points.append({'lr': rate, measure: score})
-      if preemption.is_due():  # noticed when it was too late for the run itself
+      if preemption.is_due():  # the signal came after the last step of this head's run
         raise Preempted(f'The sweep was asked to stop: learning rate {rate:g} is finished.')
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(
@@ -190,12 +195,12 @@ def score_rate(
 ) -> float:
   """Trains a head at one learning rate, and returns the validation accuracy.
 
-  With several labels per image, the mean average precision is returned. A finished head in the
-  folder is used, unless it belongs to a different backbone.
+  With several labels per image, the mean average precision is returned instead. If the folder has
+  a finished head on the same backbone, no head is trained, and the score of this head is returned.
 
   Args:
     exp: experiment of the sweep.
-    training: plan of the sweep.
+    training: data and initial parameters of the sweep.
     mesh: mesh of the devices.
     folder: workdir of this head.
     rate: the learning rate.
@@ -230,13 +235,13 @@ def score_rate(
       begin(config, folder)
       record(exp, folder)
       result = fit(exp, plan, mesh, folder, **origin)
-  # Only the score is needed. Keeping the backbone of each rate would fill the disk.
+  # Only the score is needed later. Keeping checkpoints with the backbone would fill the disk.
   from_first(lambda: discard(folder / 'checkpoints'))
   return result.get('val_mean_average_precision', result['val_accuracy'])
 
 
 def measured_on(exp: Experiment, training: Training) -> dict[str, str]:
-  """Returns hashes of the `data` and of the frozen `backbone`, to store in `result.json`."""
+  """Returns two hashes to store in `result.json`: `data`, and `backbone` for frozen parameters."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(split_frozen(training.params, 'backbone')[1]):
     digest.update(np.ascontiguousarray(leaf))
@@ -257,9 +262,10 @@ def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
 
 
 def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment, Training]:
-  """Returns the experiment and the plan of a sweep's final run at the learning rate `rate`.
+  """Returns the experiment and the data, steps and optimizer of a sweep's final run.
 
-  The final run trains on the training and the validation split together.
+  The final run trains at the learning rate `rate`, on the training and the validation split
+  together.
   """
   train, val = training.train, training.val
   both = train.joined(val)
@@ -270,6 +276,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment with `task.train_examples` counting both splits of a sweep."""
+  """Returns the experiment, with the size of training plus validation split as `train_examples`."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

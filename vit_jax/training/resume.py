@@ -27,7 +27,7 @@ from vit_jax.workdir import (
   write_json,
 )
 
-LISTS = 'lists'  # folder that keeps the lists of the images in buckets
+LISTS = 'lists'  # folder in the workdir for the lists of images in buckets
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
 
 
@@ -42,7 +42,7 @@ def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
 def begin(
   config: ConfigDict, workdir: pathlib.Path
 ) -> tuple[dict | None, ConfigDict | None, tuple[int, ...]]:
-  """Checks that a config can start or resume a run in a workdir; returns facts about this run.
+  """Checks that a config can start or resume a run in a workdir, and reads what the run has saved.
 
   The workdir must be locked. Damaged checkpoints are moved away.
 
@@ -76,7 +76,8 @@ def begin(
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
-  `opening.from_config` rejects runs on image folders, because they now hold out different files.
+  Version 0.1.0 divided image folders differently into training and held-out files. For this reason,
+  `opening.from_config` rejects its runs on image folders; this function does not.
 
   Args:
     item: JSON of the newest checkpoint (its item `config`). It has no key `version` if version
@@ -100,8 +101,9 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
   """Returns the last step of each earlier cycle of the run.
 
-  A run has one cycle. If a finished run gets more epochs, a new cycle begins. Example: a run was
-  finished at step 100 and is now extended to step 150. The result is then `(100,)`.
+  In a cycle, the learning rate rises and decays once. A run starts with one cycle. If a finished
+  run gets more epochs, a new cycle begins. Example: a run was finished at step 100 and is now
+  extended to step 150. The result is then `(100,)`.
 
   Args:
     config: the given config.
@@ -169,9 +171,9 @@ def check_same_teacher(experiment: Experiment, workdir: pathlib.Path) -> None:
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
   """Returns the config of the run in a workdir, with overrides.
 
-  The config comes from the newest checkpoint, or from `config.json` before the first checkpoint.
-  If the run was extended to more epochs and has not saved a checkpoint since, the epochs come from
-  `config.json`.
+  The config comes from the newest checkpoint, or from `config.json` if there is no checkpoint yet.
+  If a finished run was extended to more epochs and has not saved a checkpoint since then, the
+  number of epochs comes from `config.json`.
 
   Args:
     workdir: folder of the run.
@@ -198,10 +200,10 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
 
 
 def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
-  """Returns the content of `result.json`; None if it does not fit the config.
+  """Returns the content of `result.json`; None if the file is missing, damaged or out of date.
 
-  It fits if it has the config's `epochs` and test split. None is also returned if the file is
-  missing or damaged.
+  The file is out of date if its run had a different value of `epochs` or a different test split
+  than `config`.
   """
   result = read_json(workdir / 'result.json')
   try:
@@ -213,12 +215,12 @@ def finished_result(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 
 
 def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) -> None:
-  """Checks the data, then writes `config.json` and some test images into `examples/`.
+  """Checks data and teacher, then writes the first files of a run; the workdir must be locked.
 
-  These are the first files that a run writes. The workdir must be locked.
+  The files are `config.json`, the lists of images in buckets, and some test images in `examples/`.
 
   Raises:
-    ValueError: the run cannot resume with this data.
+    ValueError: the data or the teacher changed since the run began.
   """
   check_same('data', dataclasses.asdict(exp.task))
   check_same_data(exp, workdir)

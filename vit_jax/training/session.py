@@ -36,12 +36,12 @@ def fit(
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
   Training starts from the newest checkpoint if there is one. If memory runs out, the run continues
-  once from its newest checkpoint, with half the micro-batch or more `remat` (`halved`). With a
+  once from its newest checkpoint, in a way that needs less memory (`halved`). If there is a
   validation split, the last and the best checkpoint are calibrated at the end.
 
   Args:
     exp: experiment to train.
-    training: data, plan and initial weights.
+    training: data, steps, optimizer and initial weights.
     mesh: mesh of the devices.
     workdir: folder that this process has locked with `held`.
     **notes: additional fields for `result.json`.
@@ -72,9 +72,9 @@ def attempt(
   """Trains until the run is finished, and returns the content of `result.json`.
 
   If memory runs out and `retries` is True, the function instead returns an experiment that needs
-  less memory. If `retries` is False, or if the config allows no such experiment, it raises the
-  error. After the return, nothing refers to the arrays of the failed run, so their memory is free.
-  The other arguments are as in `fit`.
+  less memory. After this return, nothing refers to the arrays of the failed run, so their memory is
+  free. If `retries` is False, or if the config allows no experiment that needs less memory, the
+  error is raised. The other arguments are as in `fit`.
   """
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (

@@ -35,7 +35,7 @@ class TrainState:
 
   @property
   def eval_params(self) -> dict:
-    """The weights for evaluation: the averaged weights if there are any."""
+    """The weights for evaluation: `ema` if the run averages its parameters, otherwise `params`."""
     return self.params if self.ema is None else self.ema
 
 

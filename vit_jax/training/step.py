@@ -4,8 +4,8 @@ Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. No key
     is stored, and no draw depends on the number of devices or micro-batches.
   * The objective of a step is an entry of `OBJECTIVES` in `optim/objectives.py`.
-  * For a mixed image, training accuracy uses the image's own label, even if the partner has the
-    larger share. With mixup and cutmix, training accuracy therefore means little.
+  * If mixup or cutmix mixes an image with a partner, training accuracy still uses the image's own
+    label, even if the partner has the larger weight. Training accuracy then means little.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,19 @@ DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 def loss_fn(
   batch: dict, trained: dict, frozen: dict, key: jax.Array, early: jax.Array | None, exp: Experiment
 ):
-  """Returns the loss and the training score of a micro-batch.
+  """Returns the loss of a micro-batch, and its metrics from `training_score`.
 
-  The loss is a sum divided by the size of the whole batch. Added over all micro-batches, it gives
-  the mean loss of the batch.
+  The loss is the sum of the losses of the images, divided by the size of the whole batch. The sum
+  of this value over all micro-batches is the mean loss of the batch.
 
   Args:
     batch: micro-batch with `image` (uint8 `[B, H, W, C]`), `label` (`[B]`, or multi-hot `[B, L]`)
       and `example` (`[B]`, positions of the images in the whole batch).
     trained: parameters that get a gradient.
-    frozen: all other parameters; `teacher` has the parameters of the teacher.
+    frozen: all other parameters. If the step runs a teacher, the key `teacher` has the parameters
+      of the teacher.
     key: random key of the step.
-    early: whether the step has strong augmentations; None: all steps have them.
+    early: whether this step uses strong augmentations; None if all steps of the run use them.
     exp: experiment to train.
   """
   image_key, own_key = jax.random.split(key)
@@ -67,15 +68,17 @@ def train_step(
 
   Args:
     state: state before the step.
-    batch: `image` (uint8 `[B, H, W, C]`, or features), `label`, and optionally `bad` and `teacher`.
+    batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Optional keys: `bad`
+      (`[B]`, whether an image could not be decoded) and `teacher` (`[B, L]`, logits of the teacher
+      that were computed before training).
     teacher: parameters of the teacher; None if no step runs a teacher.
     exp: experiment to train.
-    training: plan of the run.
+    training: data, steps and optimizer of the run.
     mesh: mesh of the devices.
 
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
-    clipping) and `learning_rate` (of this step). If the batch has an entry `bad`, the metrics also
+    clipping) and `learning_rate` (of this step). If the batch has the key `bad`, the metrics also
     contain `bad_images`, the number of images that could not be decoded.
   """
   config = exp.config
@@ -122,7 +125,10 @@ def averaged(state: TrainState, params: dict, exp: Experiment) -> dict | None:
 
 
 def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainStep:
-  """Returns the jitted `train_step` of a run. It donates the arrays of the state passed to it."""
+  """Returns the jitted `train_step` of a run.
+
+  Each call donates the arrays of the given state, so the caller cannot use them afterwards.
+  """
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
   on_gpu = target(mesh).platform in ('cuda', 'rocm')
   options = DETERMINISTIC if exp.config.deterministic and on_gpu else None

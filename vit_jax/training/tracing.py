@@ -32,9 +32,9 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Returns the FLOPs of one image: in the forward pass, by module, and in a whole training step.
+  """Returns (FLOPs of a forward pass by module, FLOPs of a training step), both for one image.
 
-  The FLOPs of the training step include a teacher, and are the mean over the patch sizes.
+  The FLOPs of a training step include a teacher. They are the mean over the patch sizes of the run.
   """
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
@@ -48,7 +48,7 @@ def drawn_flops(exp: Experiment, size: tuple[int, int], params: dict) -> int:
 
 def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Counter:
   """Returns the FLOPs of the forward pass for inputs with the shape of `image`, by module."""
-  with portable():  # without kernels, whose operations would not be counted
+  with portable():  # uses no cuDNN kernel, because `products` cannot see inside it
     forward = jax.make_jaxpr(model.apply)({'params': params}, image)
   flops = Counter()
   for stack, count in products(forward.jaxpr):
@@ -87,7 +87,7 @@ def model_flops(exp: Experiment, params: dict) -> int:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Returns the sum of the FLOPs for one image over all training steps of a run.
+  """Returns the FLOPs of all training steps of a run, as if each batch had only one image.
 
   Args:
     exp: experiment to train.
@@ -142,7 +142,9 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """Returns the module of an operation, e.g. `block_*/mlp` for `jvp(ViT)/block_3/mlp/up`.
+  """Returns the module of an operation from its name stack.
+
+  For example, `jvp(ViT)/block_3/mlp/up` gives `block_*/mlp`, which stands for all blocks' MLPs.
 
   Operations outside of the modules in `params` belong to `OTHER`.
   """
@@ -157,9 +159,10 @@ def module_of(stack: str, params: dict) -> str:
 
 
 def products(jaxpr, prefix: str = '') -> Iterator[tuple[str, int]]:
-  """Yields `(name stack, FLOPs)` of each matrix product and convolution in a traced function.
+  """Yields `(name stack, FLOPs)` for each matrix product and convolution in a traced function.
 
-  Nested functions are included. `prefix` is the name stack of the function itself.
+  The name stack names the modules of an operation, e.g. `jvp(ViT)/block_3/mlp/up`. Nested functions
+  are included. `prefix` is the name stack of the function itself.
   """
   for eqn in jaxpr.eqns:
     stack = f'{prefix}/{eqn.source_info.name_stack}'
@@ -182,10 +185,10 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name stack, bytes)` of each output of a traced function that depends on the batch.
+  """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
 
-  An array that is returned in two shapes is yielded only once. `of_batch` are the inputs of the
-  function that belong to the batch.
+  The name stack names the modules that computed the output. An array that is returned in two shapes
+  is yielded only once. `of_batch` are the inputs of the function that belong to the batch.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

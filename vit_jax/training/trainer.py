@@ -18,8 +18,9 @@ from vit_jax.workdir import held, newest_config, training_files_of
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
-  With `classifier`, the head is computed without training steps. With `freeze=backbone`, only the
-  head is trained (`probe.py`). With `sweep`, heads are trained at several learning rates.
+  If the config sets `classifier`, a head is computed without training steps (`closed_form.py`). If
+  it sets `freeze=backbone`, only the head is trained (`probe.py`). If it also sets `sweep`, heads
+  are trained at several learning rates.
 
   Args:
     config: config from `configs/`, or a changed `config.default_config()`.

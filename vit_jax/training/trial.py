@@ -1,10 +1,12 @@
 """Tries cuDNN's attention on the GPU of a run before the run relies on it.
 
-cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. So `model.attention=auto`
-compares the kernel with `plain` in float32 first, also on logits that are hard to compute.
+cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. So a run with
+`model.attention=auto` first compares cuDNN's kernel with the kernel `plain` in float32, also on
+logits that are hard to compute. Then it chooses one of the two kernels.
 
 Decisions:
-  * A run makes this choice once. Its checkpoints contain it, so resuming does not change a kernel.
+  * A run makes this choice once. Its checkpoints contain the choice, so a resumed run uses the same
+    kernel.
   * Process 0 makes the choice for all processes.
 """
 
@@ -26,8 +28,9 @@ from vit_jax.training.compiling import attention_shape, estimated, resumed
 
 log = logging.getLogger(__name__)
 
-# Factors of queries and keys, and a constant that is added to the queries and subtracted from the
-# keys: usual logits, large logits, and rows whose logsumexp is far below -88.
+# A factor of queries and keys, and a constant that is added to the queries and subtracted from the
+# keys. They give usual logits, large logits, and rows whose logsumexp is far below -88. There, exp
+# underflows in float32.
 INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
 TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
 REPEATS = 10  # timed calls of each kernel
@@ -40,10 +43,10 @@ def prepared(
 
   Args:
     exp: experiment to train.
-    training: plan of the run.
+    training: data, steps and optimizer of the run.
     mesh: mesh of the devices.
-    saved: JSON of the newest checkpoint, whose choices are used; empty without a checkpoint. Then
-      the kernel is chosen now, and the memory plan when the step is compiled.
+    saved: JSON of the newest checkpoint, whose choices are used. Empty without a checkpoint: then
+      the kernel is chosen now, and the memory plan is chosen when the step is compiled.
   """
   return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
@@ -55,7 +58,7 @@ def choose_attention(
 
   Args:
     exp: experiment to train.
-    training: plan of the run. The kernel is tried at each image and patch size.
+    training: the steps of the run. The kernel is tried at each image and patch size.
     mesh: mesh of the devices.
     earlier: choice in the run's newest checkpoint; None without a checkpoint.
 
@@ -73,7 +76,7 @@ def choose_attention(
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
-    # The trial must fit into memory too, with the kernel that needs more of it.
+    # The trial itself must fit into memory, also for `plain`, which needs more memory than cuDNN.
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
@@ -90,8 +93,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
     shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run. The last
       shape is for full image size and the longest sequence.
     dtype: type of the computation.
-    deterministic: whether the choice must not depend on a measured time. If so, `cudnn` only has to
-      be correct.
+    deterministic: if True, the choice does not depend on measured times: `cudnn` is chosen if it is
+      correct.
   """
   for shape in shapes:
     if wrong := first_difference(shape, dtype):
@@ -130,8 +133,9 @@ def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
 def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
   """Returns the output and the gradients of the kernel `plain` in float32.
 
-  In bfloat16, the error of `plain` is about 0.1 for large logits if the scale of the queries,
-  `E ** -0.5`, is not a power of two. An example is H/14, with E = 80.
+  bfloat16 is not precise enough for a reference. In bfloat16, `plain` has an error of about 0.1 for
+  large logits if the scale of the queries, `E ** -0.5`, is not a power of two. An example is H/14,
+  where E = 80.
   """
   with jax.default_matmul_precision('highest'):
     return value_and_gradients(plain)(*(x.astype(jnp.float32) for x in given))
