@@ -2,12 +2,12 @@
 
 Decisions:
   * Mistakes are warnings. Nothing is changed, and training continues.
-  * Only cheap checks are done. Files are read only if files of different splits have the same size
-    in bytes, because copies have equal sizes. With more than `MOST_FILES` files, or if more than
-    `MOST_BYTES` would be read, copies are not searched, and the log reports this.
-    Files in a bucket are not read.
-  * Whether files are readable is judged by their headers, and only if images are streamed. Images
-    in memory are all decoded before training anyway.
+  * Only cheap checks are done. To find copies, a file is read only if a file of another split has
+    the same size in bytes. If there are more than `MOST_FILES` files, or if more than `MOST_BYTES`
+    would be read, copies are not searched, and the log reports this. Files in a bucket are not
+    read.
+  * Only the header of a file is read to find unreadable images. This check is only for streamed
+    images, because images that are kept in memory are all decoded before training.
 """
 
 import collections
@@ -30,18 +30,18 @@ from vit_jax.names import abridged
 
 log = logging.getLogger(__name__)
 
-FEW = 10  # training images of a class, below which the class is named
-MOST_FILES = 100_000
-MOST_BYTES = 2**28
+FEW = 10  # a warning names each class with fewer training images
+MOST_FILES = 100_000  # maximum number of files among which copies are searched
+MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 
 Sizes = dict[pathlib.Path, int]  # size of each file in bytes; 0 for a file that cannot be read
 
 
 def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> None:
-  """Logs warnings about the files of a source, in process 0; does nothing without files.
+  """Logs warnings about the files of a data set, in process 0.
 
   Args:
-    source: the data set.
+    source: the data set. If it has no files, such as a TFDS data set, nothing is logged.
     splits: the splits that a run uses, in TFDS notation; the first is the training split.
     streamed: whether images are decoded during training.
   """
@@ -55,7 +55,7 @@ def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> No
 
 
 def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str]:
-  """Yields warnings about the files of a source; arguments as in `report_mistakes`."""
+  """Yields warnings about the files of a data set; arguments as in `report_mistakes`."""
   yield from few_images(source, splits[0])
   paths = {split: paths_of(source, split) for split in splits}
   if sum(map(len, paths.values())) > MOST_FILES:

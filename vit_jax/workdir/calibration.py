@@ -24,8 +24,8 @@ class Calibration:
 
   Attributes:
     temperature: the logits are divided by this number (Guo et al. 2017, 1706.04599, Section 4.2).
-    thresholds: for each class, the probability from which the class is predicted; None for models
-      that predict exactly one class.
+    thresholds: for each class, the smallest probability at which the class is predicted; None for
+      models that predict exactly one class.
     examples: number of validation examples; 0 if nothing was fitted.
     sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
       only one label. This is True in zero-shot classification with SigLIP.
@@ -38,7 +38,10 @@ class Calibration:
 
   @classmethod
   def load(cls, saved: Mapping | None) -> 'Calibration':
-    """Creates the calibration in the facts that `load_checkpoint` returns; the default for None."""
+    """Creates a calibration from its fields in a dict that `load_checkpoint` returns.
+
+    The default calibration is returned if `saved` is None or has no calibration.
+    """
     fields = (saved or {}).get('calibration') or {}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 

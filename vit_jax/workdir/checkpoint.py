@@ -6,8 +6,8 @@ calls items:
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config, and facts about the data (class names, channels,
-    stored size). It also has the last steps of earlier cycles (`cycles`), after which the finished
-    run got more epochs.
+    stored size). Its key `cycles` has the steps at which the run was finished earlier, before it
+    was extended to more epochs.
 The file `digests.json` of a checkpoint has the checksums of all these files (`digests.py`).
 
 Decisions:
@@ -18,7 +18,7 @@ Decisions:
     other devices only if the caller describes its layout.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
     it writes `commit_success.txt`). Orbax deletes an older checkpoint only afterwards. So a
-    checkpoint that can be seen is complete, and a run always has one.
+    checkpoint with its final name is complete, and once a run has such a one, it always has one.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_h
 from vit_jax.workdir import digests, items, stored
 from vit_jax.workdir.restoring import rest, restore_state
 
-SLICE_BYTES = 2**20  # smallest part of an array that a device writes for the others
+SLICE_BYTES = 2**20  # minimum part for each device if devices with copies of an array share writing
 
 
 class Checkpoints:
@@ -49,7 +49,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Opens a workdir, to keep its `keep` newest checkpoints and the best one by validation."""
+    """Opens a workdir, in which saving keeps the `keep` newest checkpoints and the best one."""
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
@@ -79,7 +79,7 @@ class Checkpoints:
     return stored.latest_step(self._workdir)
 
   def rate(self, step: int, accuracy: float) -> None:
-    """Sets the validation accuracy of a saved checkpoint, by which the best one is chosen.
+    """Sets the validation accuracy of a saved checkpoint; the best checkpoint is not deleted.
 
     A checkpoint is saved before its evaluation, so only `metrics.jsonl` stores its accuracy.
     """
@@ -129,7 +129,7 @@ class Checkpoints:
   def _add_digests(self):
     """Writes the checksums of a checkpoint; orbax calls this after all other files are written."""
     folder = stored.directory(self._workdir)
-    start = f'{self._saving}.orbax-checkpoint'  # a bucket needs no partial name
+    start = f'{self._saving}.orbax-checkpoint'  # not in a bucket: there, the name is final already
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
     digests.write_digests(next(partial, folder / str(self._saving)))
 
@@ -203,7 +203,8 @@ class Best(policies.PreservationPolicy):
 class Manager(ocp.CheckpointManager):
   """Orbax's manager, but without orbax's calls of JAX's preemption service.
 
-  Calls pass numbers, which the service compares. Orbax's numbers would hide a stop signal.
+  The service compares the numbers of calls in all processes. Orbax's calls have other numbers than
+  the training loop's calls (`distributed.asked_to_stop`), so the loop could miss a stop signal.
   """
 
   def reached_preemption(self, step):
@@ -285,7 +286,7 @@ def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
 
 @contextlib.contextmanager
 def intact(workdir: pathlib.Path) -> Iterator[None]:
-  """Adds the step from which the run can resume to the message of a `storage.Unwritten`."""
+  """Context manager that adds the step of the last checkpoint to a `storage.Unwritten` error."""
   try:
     yield
   except storage.Unwritten as error:

@@ -1,13 +1,14 @@
 """Writes and compares the checksums of a checkpoint's files, in its file `digests.json`.
 
 Decisions:
-  * Neither orbax nor tensorstore notices a flipped bit in array data. So every file of the four
-    items has its size and CRC-32 in `digests.json`. A CRC finds damage, not tampering.
-  * Files are compared, not arrays: they can be read without the devices that wrote them, and no
-    process needs a whole array.
-  * `digests.json` is the last file of a checkpoint. Without it, a checkpoint does not count. The
-    exception are checkpoints of older versions, whose item `config` has no `format`. They have
-    checksums of arrays in the item `config`, or none.
+  * Neither orbax nor tensorstore notices a flipped bit in array data. So `digests.json` stores the
+    size and the CRC-32 of every file of a checkpoint's four items. A CRC finds damage, not
+    tampering.
+  * The checksums are of files, not of arrays. A file can be read without the devices that wrote it,
+    and no process needs a whole array.
+  * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file
+    is ignored, because it is incomplete. Checkpoints of older versions are an exception: their item
+    `config` has no key `format`, and has checksums of arrays or no checksums.
   * `_CHECKPOINT_METADATA` has no checksum: orbax changes it when it gives a checkpoint its name.
 """
 
@@ -24,7 +25,7 @@ CHUNK = 2**24  # bytes that are read at once
 
 
 def write_digests(checkpoint: pathlib.Path) -> None:
-  """Writes the checksums of all files of the items of a checkpoint, as its last file."""
+  """Writes `digests.json`: the checksums of all files in a checkpoint's items (subfolders)."""
   found = {name: checksum(checkpoint / name) for name in files_below(checkpoint)}
   (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
 
@@ -48,7 +49,7 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether a checkpoint was written completely. It may have been damaged afterwards."""
+  """Returns whether all files of a checkpoint were written; they may be damaged since then."""
   if (checkpoint / FILE).exists():
     return True
   try:
@@ -65,7 +66,7 @@ def compare_files(
 
   Args:
     checkpoint: folder of the checkpoint.
-    item: compares only the files of this item.
+    item: compares only the files of this item; empty for the files of all items.
     share: (i, n) compares only files i, i + n, i + 2n, ..., e.g. to divide the work over processes.
 
   Returns:
@@ -117,6 +118,6 @@ def read_digests(checkpoint: pathlib.Path) -> dict[str, list[int]]:
 
 
 def broken(checkpoint: pathlib.Path, reason: str) -> items.Damaged:
-  """Returns the error for a damaged checkpoint, if all of its files can be read."""
+  """Returns the error `Damaged`; if a file of the checkpoint cannot be read, raises OSError."""
   items.check_readable(checkpoint)
   return items.damaged(checkpoint, reason)

@@ -1,10 +1,9 @@
 """Reads the parts (items) of a checkpoint with orbax, and decides which errors mean damage.
 
 Decisions:
-  * A checkpoint is damaged if a file is missing or has invalid content. If a file cannot be read,
-    its content may be valid, and the checkpoint is not treated as damaged. This matters because
-    damaged checkpoints are moved away when a run is resumed. So an error of this process, e.g. too
-    little memory, must not be taken for damage.
+  * A checkpoint is damaged if a file is missing or has invalid content. When a run resumes, damaged
+    checkpoints are moved away. So other errors must not be taken for damage: a file that cannot be
+    read may have valid content, and this process may have too little memory.
 """
 
 from collections.abc import Iterator
@@ -41,7 +40,8 @@ LIMITS = (
   os.strerror(errno.ENOMEM),
 )  # fmt: skip
 
-ALONE = ocp.options.MultiprocessingOptions(active_processes={0})  # process 0
+# Options for orbax: only process 0 takes part.
+ALONE = ocp.options.MultiprocessingOptions(active_processes={0})
 
 
 def restored(checkpoint: pathlib.Path, item: str):
@@ -121,7 +121,7 @@ def be_silent() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-  """Returns whether to print a log record; False for an error that orbax also raises."""
+  """Returns whether to print a log record: False for an error that orbax also raises."""
   error = record.exc_info and record.exc_info[1]
   return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
 

@@ -25,8 +25,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
 
   Process 0 holds the lock for all processes. If nothing is written, the new `log.txt` and new
   folders are removed again. A read-only workdir is not locked, because nothing can be written.
-  In a bucket, the lock is a `bucket.Lease`. After a loss of the lease, the next write raises
-  `bucket.Lost`.
+  In a bucket, the lock is a `bucket.Lease`. If this process is suspended for too long, another
+  process can take over the lock. The next write of this process then raises `bucket.Lost`.
 
   Raises:
     ValueError: another run holds the lock, in this process or in a different one.

@@ -27,14 +27,13 @@ def restore_state(
     step: step of the checkpoint.
     like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
       used.
-    shared: whether all processes can access the workdir; None: this is checked.
+    shared: whether all processes can access the workdir; None: this function finds out.
 
   Returns:
     The state, placed on devices like `like`, and the item `config`.
 
   Raises:
-    Damaged: the checkpoint is damaged (one process).
-    ValueError: the checkpoint is damaged (several processes).
+    Damaged: the checkpoint is damaged. With several processes, the error may be a plain ValueError.
   """
   checkpoint = stored.directory(workdir) / str(step)
   config = stored.restore_item(workdir, step, 'config')
@@ -75,7 +74,7 @@ def read_state(checkpoint: pathlib.Path, like):
 
 
 def holds_shards(tree) -> bool:
-  """Returns whether a tree has JAX arrays on devices, instead of NumPy arrays."""
+  """Returns whether a tree contains a JAX array; otherwise its arrays are NumPy arrays."""
   return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 

@@ -17,7 +17,7 @@ from vit_jax.workdir.calibration import find_calibration
 log = logging.getLogger(__name__)
 
 
-SAVED = {'config', 'task', 'seconds'}  # keys that every item `config` has
+SAVED = {'config', 'task', 'seconds'}  # keys that the item `config` of every checkpoint has
 
 ITEMS = ('config', 'params', 'state', 'names')  # parts of a checkpoint (`checkpoint.py`)
 
@@ -34,7 +34,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def all_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of all checkpoints that orbax has completed, newest first."""
+  """Returns the steps of all checkpoints with a final name, newest first.
+
+  Unlike `saved_steps`, the list includes checkpoints without `digests.json`.
+  """
   if not directory(workdir).exists():
     return []
   return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
@@ -182,14 +185,15 @@ def load_checkpoint(
 ) -> tuple[int, dict, dict]:
   """Returns a checkpoint for inference: the step, the weights (NumPy) and facts about the run.
 
-  The facts are the item `config`, with two more keys. `names` has the item `names`. `calibration`
-  has the fields of the checkpoint's `Calibration`, or None. If the run averages its weights, the
-  averages are returned. An adapter is merged into the weights. Damaged checkpoints are skipped.
+  The facts are the content of the item `config`, with two more keys. `names` has the content of the
+  item `names`. `calibration` has the fields of the checkpoint's `Calibration`, or None. If the run
+  averages its weights, the averaged weights are returned. An adapter is merged into the weights.
+  Damaged checkpoints are skipped.
 
   Args:
     workdir: folder of a training run.
     step: which checkpoint to load: `best`, `last`, a number or empty, as in `preferred`.
-    whole: whether to include parameters that only training and evaluation need, e.g. a decoder.
+    whole: whether to include parameters that inference does not need, e.g. the decoder of MAE.
 
   Raises:
     ValueError: the workdir has no such checkpoint, or only damaged ones.

@@ -14,7 +14,7 @@ class Task:
     channels: 1 (grey) or 3 (RGB).
     train_examples: number of training examples. The order of the examples depends on this number.
     fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
-    multi_label: whether an image can have several labels, or none.
+    multi_label: whether an image can have any number of labels, from none to all classes.
   """
 
   class_names: tuple[str, ...]

@@ -6,8 +6,8 @@ Decisions:
   * A training file and a held-out file can have the same name, e.g. if each split is numbered from
     0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
-  * Sources without files (digits, TFDS) are identified by `data.source`, in any `data.dir`. A test
-    that shares examples with a training split of the same source is refused.
+  * Data sets without files (digits, TFDS) are identified by `data.source`, whatever `data.dir` is.
+    A test that shares examples with a training split of the same data set is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ NONE = np.zeros(0, np.uint64)  # no hashes
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """The files (as uint64 hashes of name or content) and splits that weights were trained on.
+  """The files and splits that weights were trained on; files are uint64 hashes of name or content.
 
   Attributes:
     own_N: hashes of the run's own training files.
@@ -59,11 +59,11 @@ class TrainingFiles:
     return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
 
   def before(self) -> 'TrainingFiles':
-    """Returns a copy with only the inherited files and splits, without the run's own ones."""
+    """Returns a copy with only the inherited files and splits, without those of the run itself."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
-    """Returns a copy in which all files and splits of `other` are also inherited ones."""
+    """Returns a copy that also inherits all files and splits of `other`."""
     return dataclasses.replace(
       self,
       inherited_N=np.union1d(self.inherited_N, other.all_N),
@@ -97,7 +97,7 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads the training files from the newest checkpoint; empty without a checkpoint.
+  """Loads the training files from the newest checkpoint of a run; no files without a checkpoint.
 
   Returns None if the run trained on an image folder, but did not record the files.
   """
@@ -117,7 +117,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on, combined with those in `earlier`.
+  """Returns the files and splits that a run trains on, and as inherited ones those in `earlier`.
 
   Args:
     source: dataset of the run.
@@ -185,7 +185,7 @@ def content(files: Files, index_N: np.ndarray) -> np.ndarray:
 
 
 def known(files: Files, names: TrainingFiles) -> np.ndarray:
-  """Returns whether weights were trained on each file, bool `[N]`.
+  """Returns a bool array `[N]` that is True for each file that weights were trained on.
 
   Args:
     files: N files.

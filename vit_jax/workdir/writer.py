@@ -1,8 +1,8 @@
 """Writes the records of a run: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
 Decisions:
-  * A run locks its workdir's `log.txt` before it checks and writes. So a command that is refused
-    does not change the files of another run.
+  * A run locks its workdir's `log.txt` before it checks and writes. So if a second command is
+    refused because the workdir is in use, it has not changed the files of the first one.
   * If the workdir is in a bucket, these files are written into a local scratch folder
     (`bucket.Mirror`). They are uploaded whole every `UPLOAD` seconds, before each checkpoint and at
     the end.
@@ -80,12 +80,12 @@ class Writer:
       storage.replace(self._file, ''.join(json.dumps(line) + '\n' for line in kept))
 
   def find(self, step: int, split: str) -> dict:
-    """Returns the metrics of a split after `step` updates; empty if none were written."""
+    """Returns the metrics of a split after `step` updates; an empty dict if none were written."""
     lines = [line for line in read_metrics(self._folder) if line['split'] == split]
     return next((line for line in lines if line['step'] == step), {})
 
   def write(self, step: int, split: str, **values: float) -> None:
-    """Writes the metrics of a split after `step` updates: a line and TensorBoard events."""
+    """Writes the metrics of a split after `step` updates to `metrics.jsonl` and TensorBoard."""
     storage.check_allowed(self.workdir)
     self._log.check()
     with storage.writing(self._file), self._file.open('a', encoding='utf-8') as file:
@@ -95,7 +95,7 @@ class Writer:
       self.flush()
 
   def flush(self) -> None:
-    """Uploads the records, if the workdir is in a bucket."""
+    """Uploads `metrics.jsonl`, `log.txt` and the events, if the workdir is in a bucket."""
     if self._mirror is not None:
       self._events.flush()
       self._upload()
