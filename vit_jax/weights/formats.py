@@ -106,7 +106,7 @@ class Pretrained:
     params: float32 NumPy arrays.
     preprocessing: how the weights expect an image to be prepared; `size` fits the model's grid.
     class_names: names of the classes, in the order of the logits. None if the file does not store
-      names, or if the head is new.
+      names, or if `load` replaced the file's head.
     ignored: names of the file's arrays that the model does not use.
     run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
       weights.
@@ -138,8 +138,9 @@ class Format:
   """A weight format; an entry of `FORMATS`.
 
   Attributes:
-    save: `(model, params, folder, preprocessing, class_names)` or, for a program, `(program,
-      folder)` writes the files. Raises ValueError for a model that the format cannot hold.
+    save: function that writes the files. Its arguments are `(model, params, folder, preprocessing,
+      class_names)`, or `(program, folder)` for a program. It raises ValueError for a model that the
+      format cannot hold.
     holds_labels: whether `save` has an argument `multi_label`, as in `Weights`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
@@ -149,7 +150,7 @@ class Format:
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> (image_BHWC -> output_BL)` opens a program; None for weights. A
       program enlarges images from `stored_size`, and divides logits by the temperature.
-    precisions: each `Precision` of a program, by name; float32, which every format has, is missing.
+    precisions: the lower precisions of a program, by name; without float32, which every format has.
     holds_names: whether the format can store class names.
   """
 
@@ -249,7 +250,7 @@ def read_params(
 
 
 def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | None:
-  """Returns a text about the error in an array of a file; None if the array is valid."""
+  """Returns a message about what is wrong with an array of a file; None if it is valid."""
   if array.dtype not in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
     return f'{name}: has type {array.dtype}, expected a floating-point type'
   if array.shape != shape:
@@ -260,7 +261,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """Returns `{name in the file: array}` for all parameters; call `refuse` first."""
+  """Converts parameters to `{name in the file: array}`; call `refuse` before this function."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }

@@ -4,7 +4,8 @@ Decisions:
   * The models are ViT, DeiT, DINOv2 with and without registers, DINOv3, and the image towers of
     CLIP and SigLIP. `KINDS` has an entry for each `model_type`.
   * DeiT's distillation token becomes our first register, with its own position embedding.
-  * Every field of a config is either used, or known not to affect the output, or refused by name.
+  * Every field of a config is either used, or known not to affect the output. A config with any
+    other field is refused, and the error names the field.
 """
 
 from collections.abc import Mapping
@@ -96,9 +97,9 @@ def hf_table(
   Args:
     kind: entry of `KINDS`.
     mlp: value of `ViT.mlp`.
-    top: the layers after the body.
+    top: the layers after the body, such as a head.
     depth: number of blocks.
-    prefixed: whether the body's names in the file begin with `kind.prefix`.
+    prefixed: whether the names of the body's arrays in the file begin with `kind.prefix`.
   """
   prefix = kind.prefix * prefixed
   body = [(ours, add_prefix(prefix, theirs), layout) for ours, theirs, layout in kind.rows[mlp]]

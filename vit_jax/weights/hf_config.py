@@ -5,8 +5,8 @@ In this package, a model consists of a body (embedding, encoder) and a top (e.g.
 Decisions:
   * `Kind` holds all properties that differ between model types. The tables are in `hf_names.py`
     and `hf_towers.py`.
-  * `processor_config.json` comes first, as in transformers. Since version 5, a processor of images
-    and texts stores the image processor only there.
+  * `processor_config.json` is preferred to `preprocessor_config.json`, as in transformers. From
+    version 5 of transformers on, a processor of images and texts writes only the former file.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -20,7 +20,7 @@ from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights.formats import ODD, Preprocessing, load_json
 
-ACTIVATIONS = {  # Hugging Face name: our name; if several fit, the first one is written
+ACTIVATIONS = {  # Hugging Face name: our name; of several names, the first one is written
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
@@ -55,7 +55,7 @@ NEUTRAL = {
     'use_mask_token',
 }  # fmt: skip
 
-# Attribute values that a kind can hold, unless its own `holds` has others.
+# Values of `ViT` attributes that models of every kind can have, unless `Kind.holds` has others.
 HOLDS = {
   'activation': tuple(dict.fromkeys(ACTIVATIONS.values())),
   'position': ('learned',),
@@ -98,14 +98,16 @@ class Kind:
       `read_hf` finds for every kind. `origin` is the config's path, for messages.
     config: `(model) -> dict` returns the config fields to write, without the fields that
       `save_hf` writes for every kind.
-    holds: values of `ViT` attributes that the kind can hold; they override `HOLDS`. None: any
-      value. See `formats.refuse`.
-    prepared: fields of `Preprocessing` if no file describes the image processor.
+    holds: for each attribute of `ViT`, the values that a model of this kind can have, or None for
+      any value. They override `HOLDS`. See `formats.refuse`.
+    prepared: fields of `Preprocessing` to use if no file describes the image processor.
     processor: defaults of keys that the config of the image processor may lack.
     prefix: prefix of the body's names. A file that contains only a body can lack the prefix.
     bare: whether a file that contains only a body is written without the prefix.
-    ignored: patterns for the names of arrays that are not read, because they belong to other parts.
-    body: `(config, origin) -> dict` returns the body's config from the config of the whole file.
+    ignored: patterns for the names of arrays that are not read, because they belong to parts that
+      `ViT` does not have.
+    body: `(config, origin) -> dict` returns the config of the body, which can be a part of
+      `config.json`.
     square: whether images and patches must be squares to be written.
   """
 

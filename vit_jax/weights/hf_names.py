@@ -3,7 +3,7 @@
 Decisions:
   * DINOv3's positions are rotary, so a file has no array that shows them. The model type alone
     implies them, and `refuse` stops models with other positions from being written as DINOv3.
-  * A bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
+  * If a file lacks a bias, the model has no such bias. A bias of zero would change in fine-tuning.
   * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` change DINOv3's positions at
     random, only in pre-training. They are ignored.
 """
@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns a body's rows of the name table, from the names of both norms and rows of the MLP."""
+  """Returns a body's name table; `norms` are a block's norms in the file, `mlp` rows of its MLP."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -150,7 +150,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns the hidden width of DINOv2's MLP: if gated, 2/3, rounded up to a multiple of 8."""
+  """Returns the MLP width of DINOv2: `width * ratio`; if gated, 2/3 of it as a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
@@ -166,7 +166,7 @@ def dinov2_config(model: ViT) -> dict:
     refuse('hf (Dinov2)', model, {'activation': ('silu',)})
   exact = model.mlp_dim * (1.5 if gated else 1) / model.width
   width_of = lambda ratio: mlp_width(model.width, ratio, gated)
-  # transformers expects an integer, and rounds the product with the model's width down.
+  # transformers expects an integer `mlp_ratio`, and rounds `mlp_ratio` times the width down.
   ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
   ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
   if ratio is None:

@@ -2,8 +2,9 @@
 
 Decisions:
   * A file of a whole model also holds a text tower, which is not read.
-  * Both families use one name table. CLIP has no pooling with parameters. SigLIP has no class
-    token and no LayerNorm before the first block.
+  * Both families share one name table, whose rows are skipped if a model lacks the parameter. CLIP
+    has no pooling with parameters. SigLIP has no class token and no LayerNorm before the first
+    block.
   * SigLIP 2 for fixed image sizes has the architecture of SigLIP. SigLIP 2 NaFlex models, whose
     number of patches varies, are refused.
 """
@@ -188,7 +189,8 @@ def refuse_naflex(model_type: str | None, origin: str) -> None:
 def tower_family(model: ViT) -> str | None:
   """Returns the Hugging Face family of a CLIP or SigLIP image tower; None for all other models.
 
-  A model belongs to these families if it has no head, but special parts of CLIP or SigLIP.
+  A model of these families has no head. CLIP is recognised by `pre_norm` or a projection, SigLIP by
+  the pool `map` or a missing class token.
   """
   if model.num_classes is not None:
     return None

@@ -75,8 +75,8 @@ def linear(axes: int = 1) -> Layout:
 def fused(*inner: Layout) -> Layout:
   """Returns the layout of one array in the file that joins several of our arrays on its first axis.
 
-  PyTorch stores queries, keys and values like this. `inner` has one layout for each of our arrays,
-  or a single layout for all of them.
+  For example, PyTorch joins the kernels of queries, keys and values. `inner` has one layout for
+  each of our arrays, or a single layout for all of them.
   """
 
   def read(theirs, shapes):
@@ -112,7 +112,7 @@ STACKED = Layout(  # the arrays of all blocks on a new leading axis, as scanned 
 
 
 def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's for an `nn.Linear`; `axes` as in `linear`."""
+  """Returns the rows of the name table for an `nn.Linear` of PyTorch; `axes` as in `linear`."""
   return [
     (f'{ours}/kernel', f'{theirs}.weight', linear(axes)),
     (f'{ours}/bias', f'{theirs}.bias', VECTOR),
@@ -120,7 +120,7 @@ def torch_linear(ours: str, theirs: str, axes: int = 1) -> list[tuple]:
 
 
 def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.') -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's, for linear layers stored as one layer.
+  """Returns the rows of the name table for several linear layers that PyTorch stores as one layer.
 
   Args:
     ours: name of the module that the layers belong to.
@@ -136,7 +136,7 @@ def torch_fused(ours: str, parts: tuple[str, ...], theirs: str, joint: str = '.'
 
 
 def torch_norm(ours: str, theirs: str) -> list[tuple]:
-  """Returns the rows that map our names to PyTorch's for an `nn.LayerNorm`."""
+  """Returns the rows of the name table for an `nn.LayerNorm` of PyTorch."""
   return [(f'{ours}/scale', f'{theirs}.weight', SAME), (f'{ours}/bias', f'{theirs}.bias', SAME)]
 
 
@@ -193,7 +193,7 @@ def flatten_params(tree: dict) -> dict[str, np.ndarray]:
 
 
 def unflatten_params(flat: Mapping[str, np.ndarray]) -> dict:
-  """Rebuilds a tree from the result of `flatten_params`."""
+  """Rebuilds a nested dict of parameters from the result of `flatten_params`."""
   tree = {}
   for name, leaf in flat.items():
     *parents, last = name.split('/')

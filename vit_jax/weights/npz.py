@@ -31,7 +31,7 @@ from vit_jax.weights.usage import prepare_lines
 
 log = logging.getLogger(__name__)
 
-# Spelling of the names in a block: (attention, first norm, second norm, MLP).
+# Names of a block's modules in the file: (attention, first norm, second norm, MLP).
 OLDER = ('MultiHeadDotProductAttention_1', 'LayerNorm_0', 'LayerNorm_2', 'MlpBlock_3')
 NEWER = ('MultiHeadDotProductAttention_0', 'LayerNorm_0', 'LayerNorm_1', 'MlpBlock_0')
 
@@ -52,8 +52,8 @@ HOLDS = {
   'cosine': (False,),
 }
 
-# Prefixes of all parameter names, in this order: the paper's files, files of big_vision, its image
-# towers (two prefixes), and the older files of big_vision.
+# Prefixes of all parameter names: of the paper's files, of big_vision's files, of its image towers
+# (two prefixes), and of older files of big_vision. The first prefix that fits is used.
 PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns all rows of a file; `scanned`: each array stacks the weights of all blocks."""
+  """Returns the name table of a file. If `scanned`, one array stacks the weights of all blocks."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -207,7 +207,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Returns the number of different texts that the pattern's group matches in `inside`."""
+  """Returns how many different texts the group of `pattern` matches in the names `inside`."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 

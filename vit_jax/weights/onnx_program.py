@@ -2,9 +2,9 @@
 
 Decisions:
   * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other one, tf2onnx,
-    needs a mode of `jax2tf` (without XLA) that JAX removed. The outputs of the converted model are
-    compared with JAX's before the file is kept.
-  * The lower precisions are conversions of the float32 file with onnxruntime's own tools.
+    needs a mode of `jax2tf` (without XLA) that JAX removed. The file is kept only if the outputs of
+    the converted model are close to JAX's.
+  * For fp16 and int8, onnxruntime's own tools convert the float32 file.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,10 +29,13 @@ from vit_jax.weights.program import (
 )
 
 FILE = 'model.onnx'
-SPILLED = 2**20  # bytes from which an array is stored in `model.onnx.data`, as `jax2onnx` does
+# Arrays of at least this number of bytes are stored in `model.onnx.data`, as `jax2onnx` does.
+SPILLED = 2**20
 LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; products of attention are Einsum
 BATCH = 32  # number of images in a batch while ranges of activations are measured
-TOLERANCE = 1e-4  # maximum error of ONNX outputs, divided by JAX's largest output if it is above 1
+# Maximum difference between the outputs of ONNX and JAX. If JAX's largest output is above 1, the
+# difference is first divided by this output.
+TOLERANCE = 1e-4
 
 CONVERTER = (
   'onnx: the converter is not installed (%s). After installing requirements.txt, run\n'
@@ -125,8 +128,9 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
 def without_zeros(model):
   """Removes scalar zeros, which the converter adds as the bias of products, from an ONNX model.
 
-  onnxruntime cannot quantize such a scalar with a scale for each output. The true bias of a layer
-  is added in a separate operation. The `onnx.ModelProto` is changed and returned.
+  onnxruntime cannot quantize such a scalar if each output of a layer has its own scale. Results do
+  not change: the real bias of a layer is added in a separate operation. The `onnx.ModelProto` is
+  changed and returned.
   """
   import onnx
 
@@ -184,7 +188,7 @@ def finish(program: Program, model, folder: pathlib.Path, precision: str) -> Non
 
 
 def data_of(file: pathlib.Path) -> pathlib.Path:
-  """Returns the path for the large arrays of an ONNX file; small models have no such file."""
+  """Returns the path for the large arrays of an ONNX file; only large models have this file."""
   return file.with_name(f'{file.name}.data')
 
 

@@ -4,9 +4,10 @@
 
 Decisions:
   * Activation, epsilon and pooling of the model come from the file. If the format does not store
-    them, they are the values of the code base that defined the format.
-  * A new head also replaces the pre-logits layer. In the paper, both together are the head for
-    pre-training (Section 3.1), and fine-tuning removes both (Section 3.2).
+    them, they have the values of the code base that defined the format.
+  * If the number of classes changes, a new head replaces the file's head and its pre-logits layer.
+    In the paper, these two layers together are the head for pre-training (Section 3.1), and
+    fine-tuning removes them (Section 3.2).
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,9 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-  """Target of `adapt`; `load` documents the attributes with the same names.
+  """What `adapt` should change; `load` documents the attributes with the same names.
 
-  `new_head` makes a new head even if the file's head has the same number of classes.
+  If `new_head` is True, the head is replaced even if it already has the right number of classes.
   """
 
   grid: tuple[int, int] | None = None
@@ -65,13 +66,13 @@ def load(
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid of the file's images.
-    source_grid: number of patches (down, across) of the file's position embeddings. Needed only if
-      the file does not store this grid, the grid is not square, and `grid` has a different number
-      of patches.
+    source_grid: number of patches (down, across) of the file's position embeddings. It is needed
+      only for some npz files, which do not store this grid: if the grid is not square, and `grid`
+      has a different number of patches.
     patch_size: height and width of a patch in pixels. If it differs from the file's, the patch
       embedding is resized (`model/patching.py`). None for the patch size of the file.
-    num_classes: number of classes of the head. If the number differs from the file's, the head is
-      new: it starts at zero and has no pre-logits. None keeps the file's head.
+    num_classes: number of classes of the head. If the file's head has a different number, a linear
+      layer whose weights are zero replaces the head and the pre-logits layer. None keeps the head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
     features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
       `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
@@ -91,7 +92,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
   Args:
     source: contents of the file.
-    to: the patch size, the grid and the number of classes.
+    to: the wanted patch size, grid and number of classes; None keeps the file's value.
 
   Raises:
     ValueError: the arrays do not match the model, or the grid or patch size does not fit them.
@@ -107,7 +108,8 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
   params, ignored = formats.read_params(source, wanted)
 
   patch = model.patch_size if to.patch_size is None else pair(to.patch_size, 'patch_size')
-  if patch != model.patch_size:  # a hybrid's embedding has fewer pixels than its patch
+  # A hybrid keeps its patch size. Its kernel is smaller than a patch, and must not be resized.
+  if patch != model.patch_size:
     model, params = with_patches(model, params, patch)
   grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
   size = tuple(n * p for n, p in zip(check_grid('grid', grid), model.patch_size))
@@ -120,7 +122,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
     model = model.clone(position_grid=model.position_grid or own_grid)
   class_names = source.class_names
   if to.new_head or num_classes not in (None, model.num_classes):
-    # The file's pool may return all tokens, but a head needs a single vector.
+    # The pool of the file's model may return all tokens, but a head needs a single vector.
     old = dict(representation_size=None, projection=None, examples=None, cosine=False)
     model = pooled(model.clone(num_classes=num_classes, **old))
     params, dropped = without(params, ('pre_logits', 'projection', 'head'))
@@ -138,7 +140,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:
-  """Returns the weights without pooling; the model then returns normalised tokens `[B, N, D]`."""
+  """Returns a copy without pooling, in which the model returns normalised tokens `[B, N, D]`."""
   model = loaded.model
   params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
@@ -148,7 +150,7 @@ def as_tokens(loaded: Pretrained) -> Pretrained:
 
 
 def with_pooling(loaded: Pretrained) -> Pretrained:
-  """Returns the weights with a pool that gives one vector; some published weights have no pool."""
+  """Returns a copy whose model has a pool that gives one vector for each image (see `pooled`)."""
   return dataclasses.replace(loaded, model=pooled(loaded.model))
 
 
@@ -156,7 +158,7 @@ FEATURES = {'tokens': as_tokens, 'pooled': with_pooling}
 
 
 def listed(names: Sequence[str]) -> str:
-  """Returns names of arrays as text; for a module with many arrays, the text gives their number."""
+  """Returns a text that lists arrays by name. A module with many arrays is listed as one entry."""
   modules = {}
   for name in names:
     modules.setdefault(re.split('[./]', name)[0], []).append(name)
@@ -167,7 +169,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def headless(loaded: Pretrained) -> Pretrained:
-  """Returns the weights without a head; the model then returns pooled features `[B, D]`."""
+  """Returns a copy without a head, in which the model returns pooled features `[B, D]`."""
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))
   params, dropped = without(loaded.params, ('pre_logits', 'head'))
   model = loaded.model.clone(num_classes=None, representation_size=None, examples=None)
@@ -176,7 +178,7 @@ def headless(loaded: Pretrained) -> Pretrained:
 
 
 def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
-  """Returns the parameters without some top-level entries, and the paths of the removed arrays."""
+  """Returns the parameters without the top-level keys `names`, and the paths of removed arrays."""
   dropped = layouts.flatten_params({name: params[name] for name in names if name in params})
   return {name: leaf for name, leaf in params.items() if name not in names}, tuple(dropped)
 
@@ -213,8 +215,8 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit the given or stored grid. Or no grid is given
-      or stored, and the number of positions is not a square number.
+    ValueError: the number of positions does not fit the grid in `to` or in the file. Or neither has
+      a grid, and the number of positions for patches is not a square number.
   """
   found = [
     array

@@ -10,11 +10,12 @@ Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
     The logits are divided by the temperature of the weights. Their softmax is therefore the
     probability that `predict` prints. If `model.json` has `probabilities: sigmoid`, the probability
-    is the sigmoid of the logit instead. This is so for images with several labels, whose thresholds
-    `model.json` also has, and for zero-shot classification with SigLIP.
+    is the sigmoid of the logit instead. This is the case in zero-shot classification with SigLIP
+    and for images with several labels. For such images, `model.json` also has the thresholds.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
-  * In every precision, the input is uint8 and the output float32, so that the same code runs all.
+  * In every precision, the input is uint8 and the output is float32. So the same code can run a
+    program in any precision.
   * `backend.portable` makes the program independent of the machine that writes it.
 """
 
@@ -77,7 +78,7 @@ class Program:
   def check(self, what: str) -> None:
     """Raises ValueError if class names or thresholds do not fit the number of classes.
 
-    `what` begins the message.
+    The message begins with `what`.
     """
     count = self.model.num_classes
     facts = {'class names': self.class_names, 'thresholds': self.calibration.thresholds}
@@ -86,7 +87,7 @@ class Program:
         raise ValueError(f'{what}: got {len(values)} {name} for {count} classes: give one each.')
 
   def check_images(self, what: str) -> None:
-    """Raises ValueError if `image_NHWC` has no images for the model; `what` begins the message."""
+    """Raises ValueError if `image_NHWC` has no images for the model. `what` begins the message."""
     found = self.image_NHWC
     fits = found is not None and (found.dtype, found.shape[1:]) == (np.uint8, self.image_shape)
     if not fits or not len(found):

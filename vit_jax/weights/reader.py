@@ -2,7 +2,8 @@
 
 Decisions:
   * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
-  * The format is recognised by the files at the path.
+  * The names of the files at the path show the format. Between timm and Hugging Face, the keys of
+    `config.json` decide.
 """
 
 from collections.abc import Callable
@@ -52,8 +53,8 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
 
   Args:
     path: a file, a folder, a workdir, a checkpoint or a name on the Hub, as in `load`.
-    step: checkpoint of a workdir to read: `best`, `last`, a number, or empty. Empty: the best if
-      there is a validation accuracy, otherwise the last.
+    step: which checkpoint of a workdir to read: `best`, `last`, a number, or empty. Empty stands
+      for the best checkpoint if there is a validation accuracy, otherwise for the last one.
 
   Raises:
     ValueError: no readable weights were found; the message names what was expected.
@@ -220,7 +221,8 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names) or None, **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
-  whole = tuple(task['stored_size']) != size  # smaller images were stored without cropping
+  # If images were stored at another size than the model's, files were resized without cropping.
+  whole = tuple(task['stored_size']) != size
   wanted = param_shapes(model, (*size, task['channels']))
   arrays = flatten_params(params)
   return Weights(

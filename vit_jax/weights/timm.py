@@ -4,9 +4,10 @@ Decisions:
   * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
     which override timm's defaults.
   * A written config names an architecture that timm knows, and lists every argument. So timm
-    ignores the defaults of this architecture. The architecture is chosen by the norm and the gated
-    MLP, because no argument can set them.
-  * A key bias that a file lacks is absent in the model too. A zero would be trained in fine-tuning.
+    ignores the defaults of this architecture. Only the norm and the kind of gated MLP cannot be set
+    by an argument, so an architecture with the right ones is named.
+  * If a file lacks the biases of keys, the model has no such biases. Biases of zero would change in
+    fine-tuning.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ from vit_jax.weights.usage import label_lines, upright
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-# The rows that both classes share. Rows of parts that a model lacks are skipped.
+# The rows that both classes of timm share. Rows of parts that a model lacks are skipped.
 COMMON = [
   ('cls', 'cls_token', SAME),
   ('registers', 'reg_token', SAME),
@@ -76,7 +77,7 @@ VIT = [  # the rows that only `VisionTransformer` has
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns the rows that only `Eva` has; `a` has the arguments of the model."""
+  """Returns the rows that only timm's `Eva` has; `a` are the arguments of the model."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())

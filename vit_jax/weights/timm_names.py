@@ -1,9 +1,9 @@
 """Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
-A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. The arrays of a
-file show neither the activation nor, if q, k and v are fused, the number of heads, so names are
-needed. The tables are from timm 1.0.31, without models that are more than a ViT (parallel blocks,
-RMSNorm, ...). `norm_epsilon` and the name in `mlp_layer` stand for values that no config can hold.
+A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Names are used,
+because a file's arrays do not show the activation, nor the number of heads if q, k and v are fused.
+The tables are from timm 1.0.31, without models that `ViT` does not cover (parallel blocks, RMSNorm,
+...). `norm_epsilon` and names in `mlp_layer` stand for objects in timm that no config can contain.
 """
 
 import re

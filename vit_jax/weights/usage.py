@@ -1,4 +1,4 @@
-"""Returns lines of Python code that read an image or find its labels, for model cards."""
+"""Writes the example code of a model card: lines that read an image or find its labels."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from vit_jax.weights.formats import Preprocessing, Pretrained
 
 
 def label_lines(loaded: Pretrained) -> str:
-  """Returns code that computes `labels` (ids of an image's classes) from a tensor `logits`."""
+  """Returns Python code that computes `labels`, a list of class ids, from a tensor `logits`.
+
+  The code uses PyTorch. `loaded` has the threshold of each class; without thresholds, all are 0.5.
+  """
   thresholds = loaded.calibration.thresholds
   return (
     f'thresholds = torch.tensor({list(thresholds) if thresholds else 0.5})\n'
@@ -15,7 +18,7 @@ def label_lines(loaded: Pretrained) -> str:
 
 
 def upright(channels: int) -> str:
-  """Returns code that reads `image.png` as `vit_jax.data.decode_image` does, into `image`."""
+  """Returns Python code that reads `image.png` into `image`, like `vit_jax.data.decode_image`."""
   mode = 'L' if channels == 1 else 'RGB'
   return f"""image = ImageOps.exif_transpose(Image.open('image.png'))
 if image.mode.startswith('I'):  # 16-bit grey
