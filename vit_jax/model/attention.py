@@ -39,9 +39,9 @@ def select_kernel(
 ) -> Callable:
   """Returns the attention kernel `(query, key, value, keep, rate) -> y_BQKE` for given arrays.
 
-  `plain` documents the arguments. On a CPU, every choice except `plain` gives `with_gradient`. On
-  other devices, `plain` is used where `flash` cannot run, even if the choice is `cudnn`. Examples
-  are the MAP head, which has only one query, and dropout of attention weights.
+  The arguments of the kernel are those of `plain`. On a CPU, every choice except `plain` gives
+  `with_gradient`. On other devices, `plain` is used where `flash` cannot run, even if the choice is
+  `cudnn`. Examples are the MAP head, which has only one query, and dropout of attention weights.
 
   Args:
     choice: one of `ATTENTION`.
@@ -87,8 +87,8 @@ def flash(
   """Returns the values averaged by the attention weights, computed by cuDNN: `[B, N, K, E]`.
 
   cuDNN has no gradient for an odd number of tokens, such as 196 patches and a class token. In this
-  case, a masked token is added, and the output for this token is cut off. The remaining output and
-  the gradient are the same as without the token.
+  case, this function adds a masked token, and cuts off the output for this token. The remaining
+  output and the gradient are the same as without the token.
 
   Args:
     query_BNKE: queries.
@@ -191,7 +191,7 @@ def backward(rate, saved, dy_BQKE):
   """Backward pass of `with_gradient`: returns the gradients of queries, keys, values and mask.
 
   `saved` are the arrays from `forward`, and `dy_BQKE` is the gradient of the output. The gradient
-  of the mask is None.
+  of the dropout mask is None.
 
   The gradient of the softmax needs `sum_n w dw`, a sum over N tokens, where w are the attention
   weights and dw is their gradient. This sum equals `sum_e y dy`, which has only E terms. Here y is

@@ -140,7 +140,7 @@ class Attention(nn.Module):
   """Multi-head attention (paper, Appendix A), with one output `[D]` for each query token.
 
   Keys and values come from `x_BND`. Queries come from `query_BND`, or from `x_BND` if `query_BND`
-  is None. `Encoder` describes the other arguments.
+  is None. The other arguments are as in `Encoder.__call__`.
   """
 
   block: Block
@@ -210,8 +210,8 @@ def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 
 # How an MLP computes its hidden units: functions `(block, dense, x_BND) -> x_BNM`, called inside
-# `Mlp`. `dense(features, name=...)` creates a linear layer. `ADAPTED` and `TENSOR_AXIS` must list
-# the name of the layer.
+# `Mlp`. `dense(features, name=...)` creates a linear layer. Its name must be listed in the tables
+# `ADAPTED` (`adapters.py`) and `TENSOR_AXIS` (`distributed/sharding.py`).
 MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 
 

@@ -127,7 +127,7 @@ class Padded:
     patch_BNpqC: patches of each image, row by row, then padding.
     count_B: number of patches of each image, int32.
     positions: `(table, angles)` of the position embedding, as `Position` describes them, for the
-      grid of each image. Each array has the batch as its first axis, and padding for N patches.
+      grid of each image. Each array has the batch as its first axis, and is padded to N patches.
       None stands for a missing table or missing angles.
   """
 
@@ -175,7 +175,7 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
 
 
 class Packer:
-  """Pads images of different shapes to one number of patches; threads can share a packer."""
+  """Pads images of different shapes to the same number of patches; threads can share a packer."""
 
   def __init__(self, model: nn.Module, params: dict, most: int):
     """Creates a packer.
@@ -194,7 +194,7 @@ class Packer:
     self._model, self._lock, self._positions = model.bind({'params': params}), threading.Lock(), {}
 
   def __call__(self, images: Sequence[np.ndarray]) -> Padded:
-    """Returns a batch of images `[H, W, C]` as `Padded`; the patch size must divide their sides."""
+    """Returns a batch of images `[H, W, C]` as `Padded`; H, W are multiples of the patch size."""
     rows = [self.row(image_HWC) for image_HWC in images]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 

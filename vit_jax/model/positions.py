@@ -24,10 +24,10 @@ Array = np.ndarray | jax.Array
 class Position:
   """A position embedding, an entry of `POSITIONS`, and its properties.
 
-  `table` and `angles` receive the bound model and two grids, each as patches (down, across). `grid`
-  is the grid of the image. `whole` is the grid that the positions were made for. If the image has a
-  different size, the two grids differ, and the positions are stretched to the image. Use
-  `model.learned(name, init, shape)` to get a learned parameter.
+  `table` and `angles` receive the model with its parameters (Flax's `bind`) and two grids, each as
+  patches (down, across). `grid` is the grid of the image. `whole` is the grid that the positions
+  were made for. If the image has a different size, the two grids differ, and the positions are
+  stretched to the image. Use `model.learned(name, init, shape)` to get a learned parameter.
 
   Attributes:
     table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to the patches and to the
@@ -35,8 +35,8 @@ class Position:
     angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, which rotate queries and keys;
       None for no rotation.
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
-      that resizes the parameter to another grid when weights are loaded:
-      `(leaves, model, own grid, grid, method) -> leaves`. The method is one of `RESIZES`. None
+      that resizes the parameter from its own grid to another grid when weights are loaded:
+      `(array, model, own_grid, grid, method) -> array`. The method is one of `RESIZES`. None
       instead of a function means that the parameter does not depend on the grid.
     check: `(model)` raises ValueError if the embedding does not fit the model's sizes.
     caption: name of this embedding in the caption of the figure `positions.png`.

@@ -57,7 +57,8 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
 
   Args:
     variant: a name in `VARIANTS`, followed by a slash and the patch size (`B/16`). The patch size
-      is optional if the variant defines one. None is allowed if the overrides give every size.
+      is optional if the variant defines one. The variant may be None if the overrides give every
+      size.
     num_classes: width of the head; None for no head.
     **overrides: any attribute of `ViT`; None keeps the variant's value.
 

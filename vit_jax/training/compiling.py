@@ -111,7 +111,8 @@ def estimator(
   share = KEPT_ON_CPU if target(mesh).platform == 'cpu' else KEPT
 
   def need(plan):
-    copies = 1 if plan.micro_batches == 1 else 2  # gradients: their sum, and of one micro-batch
+    # With micro-batches, memory holds the sum of the gradients, and those of one micro-batch.
+    copies = 1 if plan.micro_batches == 1 else 2
     # With `remat`, the backward pass computes the activations of one block at a time.
     block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
     each = share * (kept(plan.remat) + block)
@@ -121,9 +122,9 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the fastest plan that fits by an estimate; nothing is compiled.
+  """Returns the experiment with the fastest plan that should fit into memory; compiles nothing.
 
-  The experiment is returned unchanged if it has a plan, or if no memory limit is known.
+  The experiment is returned unchanged if it already has a plan, or if no memory limit is known.
   """
   budget = exp.budget(mesh)
   if budget is None or exp.parts:
@@ -147,7 +148,7 @@ def fit_step(
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.
-    lower: lowers the step of an experiment.
+    lower: traces and lowers the training step of an experiment, without compiling the step.
     mesh: mesh of the devices.
     state: training state, or its shapes.
 

@@ -111,7 +111,7 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Returns copies of `exp` and `training` with features of the frozen backbone as images.
+  """Returns copies of `exp` and `training` for features of the frozen backbone instead of images.
 
   The features of all splits are computed, unless `folder` already contains them.
   """
@@ -241,7 +241,7 @@ def score_rate(
 
 
 def measured_on(exp: Experiment, training: Training) -> dict[str, str]:
-  """Returns two hashes to store in `result.json`: `data`, and `backbone` for frozen parameters."""
+  """Returns the hashes `data` (of the training data) and `backbone` (of the frozen parameters)."""
   digest = hashlib.sha256()
   for leaf in jax.tree.leaves(split_frozen(training.params, 'backbone')[1]):
     digest.update(np.ascontiguousarray(leaf))

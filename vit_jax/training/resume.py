@@ -32,7 +32,7 @@ OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ betwe
 
 
 def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the config is not valid here, or differs from the config of process 0."""
+  """Raises ValueError if the config is not valid, or differs between processes (except `OWN`)."""
   check(config)
   check_apart(config.data.source, config.data.dir, workdir)
   mine = config_lib.flatten(config)
@@ -169,7 +169,7 @@ def check_same_teacher(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 
 def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict:
-  """Returns the config of the run in a workdir, with overrides.
+  """Returns the config of the run in a workdir, after applying overrides.
 
   The config comes from the newest checkpoint, or from `config.json` if there is no checkpoint yet.
   If a finished run was extended to more epochs and has not saved a checkpoint since then, the

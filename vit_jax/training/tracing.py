@@ -70,7 +70,7 @@ def step_flops(exp: Experiment, params: dict) -> int:
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
   """Returns the trained and the frozen parameters, as a training step passes them to `loss_fn`.
 
-  If each step runs a teacher, the frozen parameters include the teacher's as the entry `teacher`.
+  If each step runs a teacher, the frozen parameters have a key `teacher` with its parameters.
   """
   trained, frozen = exp.split(params)
   return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
@@ -119,7 +119,10 @@ def activations(exp: Experiment, params: dict) -> Counter:
 
 
 def loss(exp: Experiment, count: int) -> Callable:
-  """Returns the function `(trained, frozen, images, early, seed) -> loss` for `count` examples."""
+  """Returns the function `(trained, frozen, images, early, seed) -> loss` for `count` examples.
+
+  The arguments are as in `loss_fn`: `images` stands for `batch`, and `seed` gives the random key.
+  """
 
   def function(trained, frozen, images, early, seed):
     example = images | {'example': jnp.arange(count)}

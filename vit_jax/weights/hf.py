@@ -81,7 +81,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Guesses the architecture of a model from the names of its arrays, if its config names none."""
+  """Guesses the architecture of a model whose config names none, from the names of its arrays."""
   found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
   for name, top in found.items():
     if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):
@@ -92,7 +92,7 @@ def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
 def hf_table(
   kind: hf_config.Kind, mlp: str, top: hf_config.Top, depth: int, prefixed: bool
 ) -> list[Row]:
-  """Returns the name table of a whole file.
+  """Returns the name table (`layouts.py`) of a whole file.
 
   Args:
     kind: entry of `KINDS`.

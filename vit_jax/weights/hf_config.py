@@ -76,7 +76,7 @@ class Top(NamedTuple):
   """Layers of an architecture after the body, such as a head.
 
   Attributes:
-    rows: rows of the name table for these layers.
+    rows: rows of the name table (`layouts.py`) for these layers.
     fields: `(config) -> dict` returns the attributes of `ViT` for these layers.
   """
 
@@ -92,7 +92,7 @@ class Kind:
   """A `model_type` of Hugging Face.
 
   Attributes:
-    rows: the name table of the body, by the kind of MLP (`ViT.mlp`).
+    rows: for each possible value of `ViT.mlp`, the name table of the body (`layouts.py`).
     defaults: default of each config field that affects the output.
     fields: `(config, origin) -> dict` returns attributes of `ViT`, without the attributes that
       `read_hf` finds for every kind. `origin` is the config's path, for messages.

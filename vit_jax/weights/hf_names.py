@@ -54,13 +54,13 @@ def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
 
 
 def plain_mlp(up: str, down: str) -> list[tuple]:
-  """Returns the rows of a plain MLP; `up` and `down` are the file's names of its two layers."""
+  """Returns the name table's rows for a plain MLP; `up`, `down`: its two layers in the file."""
   up, down = (f'encoder.layer.{{i}}.{name}' for name in (up, down))
   return [*torch_linear('block_{i}/mlp/up', up), *torch_linear('block_{i}/mlp/down', down)]
 
 
 def packed_mlp() -> list[tuple]:
-  """Returns the rows of a gated MLP whose layers `gate` and `up` are one array in the file."""
+  """Returns the name table's rows for a gated MLP; the file joins its layers `gate` and `up`."""
   ours, theirs = 'block_{i}/mlp', 'encoder.layer.{i}.mlp'
   inner = torch_fused(ours, ('gate', 'up'), f'{theirs}.weights_in')
   return [*inner, *torch_linear(f'{ours}/down', f'{theirs}.weights_out')]
@@ -150,7 +150,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns the MLP width of DINOv2: `width * ratio`; if gated, 2/3 of it as a multiple of 8."""
+  """Returns `width * ratio`; for a gated MLP, 2/3 of this, rounded up to a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
@@ -283,8 +283,8 @@ VIT_KINDS = {
     prepared=IMAGENET | dict(interpolation='bilinear', stretch=True),
   ),
 }
-# {name in a config's `architectures`: (model type, pool, top)}. The last architecture of each model
-# type has no top, because `hf.guess` relies on this order.
+# {name in a config's `architectures`: (model type, pool, top)}. For each model type, the last
+# architecture must be one without a top, because `hf.guess` relies on this order.
 VIT_ARCHITECTURES = {
   'ViTForImageClassification': ('vit', 'cls', HEAD),
   'ViTModel': ('vit', 'cls', NOTHING),

@@ -79,7 +79,7 @@ def mlp(ours: str, theirs: str) -> list[tuple]:
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows of an encoder block; `spelling` is `OLDER` or `NEWER`."""
+  """Returns the rows of an encoder block, as in `norm`; `spelling` is `OLDER` or `NEWER`."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -90,7 +90,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the rows of a hybrid's ResNet; `stages` has the number of units in each stage."""
+  """Returns the rows of a hybrid's ResNet, as in `norm`; `stages` has the units of each stage."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):

@@ -71,8 +71,9 @@ def load(
       has a different number of patches.
     patch_size: height and width of a patch in pixels. If it differs from the file's, the patch
       embedding is resized (`model/patching.py`). None for the patch size of the file.
-    num_classes: number of classes of the head. If the file's head has a different number, a linear
-      layer whose weights are zero replaces the head and the pre-logits layer. None keeps the head.
+    num_classes: number of classes of the head. If the file has no head, or a head for a different
+      number, the model gets a linear head whose weights are zero, and no pre-logits layer. None
+      keeps the file's head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
     features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
       `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
@@ -140,7 +141,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:
-  """Returns a copy without pooling, in which the model returns normalised tokens `[B, N, D]`."""
+  """Returns a copy of `loaded` whose model returns normalised tokens `[B, N, D]`, unpooled."""
   model = loaded.model
   params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
@@ -150,7 +151,7 @@ def as_tokens(loaded: Pretrained) -> Pretrained:
 
 
 def with_pooling(loaded: Pretrained) -> Pretrained:
-  """Returns a copy whose model has a pool that gives one vector for each image (see `pooled`)."""
+  """Returns a copy of `loaded` whose model gives one vector for each image (see `pooled`)."""
   return dataclasses.replace(loaded, model=pooled(loaded.model))
 
 
@@ -169,7 +170,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def headless(loaded: Pretrained) -> Pretrained:
-  """Returns a copy without a head, in which the model returns pooled features `[B, D]`."""
+  """Returns a copy of `loaded` without a head: its model returns pooled features `[B, D]`."""
   loaded = dataclasses.replace(loaded, model=pooled(loaded.model))
   params, dropped = without(loaded.params, ('pre_logits', 'head'))
   model = loaded.model.clone(num_classes=None, representation_size=None, examples=None)

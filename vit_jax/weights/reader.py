@@ -114,7 +114,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors of timm, or of Hugging Face.
+  """Returns whether a path holds safetensors of a given code base: timm, or Hugging Face.
 
   Args:
     place: a file, or a folder.

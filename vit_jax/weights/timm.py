@@ -108,7 +108,7 @@ SPLIT_MLP = [
 
 
 def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
-  """Returns the name table of a file.
+  """Returns the name table (`layouts.py`) of a file.
 
   Args:
     a: arguments of timm's model.

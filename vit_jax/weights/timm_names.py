@@ -267,7 +267,7 @@ def arguments_for(model: ViT) -> tuple[str, dict]:
 
 
 def vit_arguments(model: ViT) -> tuple[str, dict]:
-  """Returns a name of `VisionTransformer` for a model, and arguments that depend on this class."""
+  """Returns an architecture of timm's `VisionTransformer` for a model, and its own arguments."""
   refuse('timm', model, HOLDS | {
     'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm's pooling is plain
     'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'activation': ACTIVATIONS,
@@ -281,7 +281,7 @@ def vit_arguments(model: ViT) -> tuple[str, dict]:
 
 
 def eva_arguments(model: ViT) -> tuple[str, dict]:
-  """Returns a name of timm's `Eva` for a model, and the arguments that depend on this class."""
+  """Returns an architecture of timm's `Eva` for a model, and the arguments of this class."""
   unit = model.position == 'rope_unit'
   refuse('timm (Eva)', model, HOLDS | {
     'position': tuple(POSITIONS.values()), 'pool': ('cls', 'gap', 'none'), 'qk_norm': (False,),

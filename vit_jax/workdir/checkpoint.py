@@ -39,7 +39,8 @@ from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_h
 from vit_jax.workdir import digests, items, stored
 from vit_jax.workdir.restoring import rest, restore_state
 
-SLICE_BYTES = 2**20  # minimum part for each device if devices with copies of an array share writing
+# Devices that hold copies of an array divide its writing only into parts of at least this size.
+SLICE_BYTES = 2**20
 
 
 class Checkpoints:
@@ -49,7 +50,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Opens a workdir, in which saving keeps the `keep` newest checkpoints and the best one."""
+    """Opens a workdir. `save` will keep its `keep` newest checkpoints, and the best one."""
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
@@ -225,8 +226,8 @@ def manager(
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
     scored: {step: accuracy}; the caller may add steps later.
-    before_commit: called in process 0 when all files of a checkpoint are written, before its
-      commit.
+    before_commit: called in process 0 when all files of a checkpoint are written, before orbax
+      gives the checkpoint its final name.
     agreement: the processes that save together; None: this process saves alone.
   """
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])

@@ -20,7 +20,7 @@ from vit_jax.bucket import is_remote, list_below
 from vit_jax.workdir import items
 
 FILE = 'digests.json'
-FORMAT = 2  # key `format` of the item `config` of checkpoints with this file
+FORMAT = 2  # value of the key `format` in the item `config`, if a checkpoint has `digests.json`
 CHUNK = 2**24  # bytes that are read at once
 
 
@@ -41,7 +41,7 @@ def checksum(file: pathlib.Path) -> list[int]:
 
 def files_below(folder: pathlib.Path) -> list[str]:
   """Returns the names of all files in the subfolders of a folder, e.g. `params/manifest.ocdbt`."""
-  if is_remote(folder):  # `is_dir` is False there after a failed request
+  if is_remote(folder):  # in a bucket, `is_dir` would return False after a failed request
     names = list_below(folder)
   else:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file())
@@ -49,7 +49,7 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether all files of a checkpoint were written; they may be damaged since then."""
+  """Returns whether all files of a checkpoint were written; it may have been damaged afterwards."""
   if (checkpoint / FILE).exists():
     return True
   try:

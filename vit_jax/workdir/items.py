@@ -45,7 +45,7 @@ ALONE = ocp.options.MultiprocessingOptions(active_processes={0})
 
 
 def restored(checkpoint: pathlib.Path, item: str):
-  """Returns one item of a checkpoint as orbax reads it, without comparing checksums.
+  """Returns one item (part) of a checkpoint as orbax reads it, without comparing checksums.
 
   Args:
     checkpoint: folder of the checkpoint.

@@ -49,7 +49,7 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 
 
 def newest_config(workdir: pathlib.Path) -> dict | None:
-  """Returns the item `config` of the newest undamaged checkpoint, as a dict with a key `step`.
+  """Returns the item `config` of the newest undamaged checkpoint, with an additional key `step`.
 
   Returns None without a checkpoint.
   """

@@ -26,5 +26,5 @@ class Task:
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
-    """Restores a task from the entry `task` in a checkpoint's item `config`."""
+    """Restores a task from the value of the key `task` in a checkpoint's item `config`."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})

@@ -117,7 +117,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on, and as inherited ones those in `earlier`.
+  """Returns the files and splits that a run trains on; it inherits all those in `earlier`.
 
   Args:
     source: dataset of the run.
@@ -132,7 +132,7 @@ def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles)
 def hash_training_files(
   source: Source, trained_on: Sequence[str], earlier: TrainingFiles
 ) -> TrainingFiles:
-  """Returns the hashes of the files in some splits, combined with the hashes in `earlier`.
+  """Returns the hashes of the files in the splits `trained_on`, and the hashes in `earlier`.
 
   Args:
     source: dataset of the run.
@@ -201,7 +201,7 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
   """Raises ValueError if a test split overlaps a split that the weights were trained on.
 
-  This check is for sources without files, such as TFDS. For folders, use `leave_out_trained`.
+  This check is for data sets without files, such as TFDS. For folders, use `leave_out_trained`.
 
   Args:
     source: dataset of the test.
@@ -217,7 +217,7 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """Returns the source of a test without the files that the weights were trained on.
+  """Returns the data set of a test without the files that the weights were trained on.
 
   Args:
     source: dataset of the test.
@@ -225,7 +225,7 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
     names: training files of the weights.
 
   Returns:
-    The source without these files, and the number of left-out files.
+    The data set without these files, and the number of left-out files.
 
   Raises:
     ValueError: the weights were trained on all files of the split.

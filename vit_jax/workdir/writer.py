@@ -31,7 +31,7 @@ class Writer:
   """Context manager that writes `metrics.jsonl`, TensorBoard events and `log.txt` of a run."""
 
   def __init__(self, workdir: pathlib.Path, start: int):
-    """Opens the records of a run that starts or resumes at step `start`.
+    """Opens the files of a run that starts or resumes at step `start`.
 
     Metrics that an interrupted run wrote after this step are removed. The caller must hold the
     workdir's lock (`lock.held`).
