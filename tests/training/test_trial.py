@@ -74,7 +74,7 @@ def test_the_faster_of_two_correct_kernels_is_used(cudnn, seconds, choice):
 def test_an_incorrect_kernel_is_not_used(cudnn, error, caplog):
   cudnn(scaled(error))
   assert choose().model.attention == 'plain'
-  assert 'Attention of cuDNN is not correct here (output' in caplog.text
+  assert 'cuDNN computes attention incorrectly here (output' in caplog.text
 
 
 def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):

@@ -113,7 +113,7 @@ def estimator(
   def need(plan):
     # With micro-batches, memory holds the sum of the gradients, and those of one micro-batch.
     copies = 1 if plan.micro_batches == 1 else 2
-    # With `remat`, the backward pass computes the activations of one block at a time.
+    # Unless `remat` is `none`, the backward pass computes the activations of one block at a time.
     block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
     each = share * (kept(plan.remat) + block)
     return held + copies * summed, rows // plan.micro_batches * each

@@ -276,7 +276,7 @@ class Run:
 
 
 def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
-  """Returns the facts about the devices that affect rounding: kind, processes, shape of the mesh.
+  """Returns what affects rounding: kind of the devices, number of processes, shape of the mesh.
 
   The number of processes matters, because it changes the order of sums over devices.
   """

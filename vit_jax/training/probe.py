@@ -225,7 +225,7 @@ def score_rate(
       set_aside_damaged(folder)  # before the backbone is read
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
-    log.info('%s: trained again, because the backbone is a different one.', folder)
+    log.info('%s: the head is trained again, because the backbone has changed.', folder)
     from_first(lambda: discard(folder))
     result = None
   if not result:

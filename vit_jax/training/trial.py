@@ -99,11 +99,11 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
   for shape in shapes:
     if wrong := first_difference(shape, dtype):
       log.warning(
-        'Attention of cuDNN is not correct here (%s). Using model.attention=plain.', wrong
+        'cuDNN computes attention incorrectly here (%s). Using model.attention=plain.', wrong
       )
       return 'plain'
   if deterministic:
-    log.info('Attention of cuDNN is correct here. Using model.attention=cudnn.')
+    log.info('cuDNN computes attention correctly here. Using model.attention=cudnn.')
     return 'cudnn'
   kernels = {'cudnn': flash, 'plain': plain}
   seconds = {name: duration(kernel, shapes[-1], dtype) for name, kernel in kernels.items()}

@@ -35,10 +35,10 @@ class Preprocessing:
     mean: value to subtract from pixels in [0, 1]; one per channel, or one for all channels.
     std: divisor after the subtraction; one per channel, or one for all channels.
     interpolation: one of `image.INTERPOLATIONS`.
-    crop: fraction of the shorter side that is kept, around the centre; with `stretch`, the
+    crop: fraction of the shorter side that is kept, around the centre; if `stretch` is True, the
       fraction of each side.
-    stretch: whether height and width are resized independently; if not, the longer side is
-      cropped.
+    stretch: whether height and width are resized independently; if not, the longer side is cropped
+      to the aspect ratio of `size`.
     stored_size: (height, width) to which an image file is resized first; the device then enlarges
       the image to `size`. None if files are resized directly to `size`.
   """

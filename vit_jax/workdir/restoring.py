@@ -1,9 +1,9 @@
 """Restores the training state of a checkpoint onto devices. Writes nothing.
 
 Decisions:
-  * If all processes can access the checkpoint, each verifies the checksums of a share of the files,
-    and reads only the shards of its own devices. Otherwise, process 0 reads everything and sends it
-    to the other processes.
+  * If all processes can access the checkpoint, each process verifies the checksums of some of the
+    files, and reads only the shards of its own devices. Otherwise, process 0 reads everything and
+    sends it to the other processes.
 """
 
 import pathlib
