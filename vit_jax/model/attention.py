@@ -4,8 +4,9 @@
 
   * `plain` computes the attention weights explicitly, with operations that XLA compiles.
   * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
-    that makes two fewer passes over the attention weights. Tokens are the last axis of its arrays,
-    so these passes and XLA's matrix products access contiguous memory.
+    that makes two fewer passes over the attention weights than JAX's own gradient of `plain`.
+    Tokens are the last axis of its arrays, so these passes and XLA's matrix products access
+    contiguous memory.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the attention
     weights. It runs on NVIDIA GPUs in half precision.
 

@@ -65,7 +65,10 @@ class Encoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm block: `z' = MSA(LN(z)) + z`, `z'' = MLP(LN(z')) + z'` (paper, equations 2 and 3)."""
+  """Pre-norm block: `z' = MSA(LN(z)) + z`, `z'' = MLP(LN(z')) + z'` (paper, equations 2 and 3).
+
+  z are the tokens before the block, z' after attention (MSA), and z'' after the block.
+  """
 
   block: Block
 

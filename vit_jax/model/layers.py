@@ -2,7 +2,7 @@
 
 Decisions:
   * Random numbers for an example depend on its index in the batch of all devices, never on the
-    shape of the array. The number of devices and micro-batches therefore does not change them.
+    shape of an array. So they are the same for any number of devices or micro-batches.
   * A model returns its attention weights only in Flax's collection `intermediates`, under the name
     `attention_BKNN` of each attention layer. Apply the model with `mutable=['intermediates']` to
     receive this collection.

@@ -1,7 +1,7 @@
 """Patches: cutting images, resizing the patch embedding, and padding images of different shapes.
 
 Decisions:
-  * The embedding is resized by the pseudo-inverse of FlexiViT (Beyer et al. 2022, 2212.08013,
+  * The patch embedding is resized by the pseudo-inverse of FlexiViT (Beyer et al. 2022, 2212.08013,
     Section 3.4), never by interpolating its weights. Interpolated weights would change the scale of
     the tokens.
   * The resized embedding assumes that patches are resized linearly with antialiasing, as

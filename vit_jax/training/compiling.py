@@ -5,7 +5,7 @@ decides which activations the backward pass computes again instead of storing th
 value for each of these two settings.
 
 Decisions:
-  * More micro-batches are tried before more `remat`, because they cost almost no time.
+  * More micro-batches are tried before more `remat`, because micro-batches cost almost no time.
   * Checkpoints contain the chosen plan, so that a resumed run computes bit-identical steps.
 """
 

@@ -1,7 +1,7 @@
 """The training loop.
 
 Decisions:
-  * Metrics are read one step late, so that the device never waits for the host.
+  * The metrics of a step are read after the next step has started, so the device need not wait.
   * A checkpoint is saved only after the loss of its step was read and is finite.
 """
 

@@ -1,7 +1,7 @@
-"""Reads and writes the `.npz` files of the paper and of big_vision, which differ only in names.
+"""Reads and writes `.npz` files of the paper and of big_vision, which name arrays differently.
 
 Decisions:
-  * Three facts are not stored, but hold for all files: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
+  * A file does not store what all files have in common: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
   * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
   * The paper's models are written with the older names, as in all published files of the paper.
     Models that only big_vision has are written with big_vision's names.

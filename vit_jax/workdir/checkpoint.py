@@ -18,7 +18,7 @@ Decisions:
     other devices only if the caller describes its layout.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
     it writes `commit_success.txt`). Orbax deletes an older checkpoint only afterwards. So a
-    checkpoint with its final name is complete, and once a run has such a one, it always has one.
+    checkpoint with its final name is complete, and a run that has one never loses its last one.
 """
 
 from collections.abc import Callable, Iterator
