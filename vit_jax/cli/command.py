@@ -1,9 +1,9 @@
 """Runs the program with its command-line arguments, and returns its exit code.
 
 Decisions:
-  * Help is printed before JAX is imported, wherever that is possible.
-  * After a user error, the program prints `error: ...` instead of a traceback, and returns code 2.
-    Code 75 means that the same command can succeed later.
+  * Most help pages are printed without importing JAX, because the import takes seconds.
+  * After a user error, the program prints `error: ...` instead of a traceback, and returns exit
+    code 2. Exit code 75 means that the same command can succeed when it is repeated later.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from vit_jax.cli.terminal import close_pipe, set_up, show_log
 from vit_jax.config import import_extensions
 from vit_jax.names import choose
 
-EXTRAS = {  # install command: modules that `pip install .` does not install
+EXTRAS = {  # {install command: modules that only this command installs}
   "pip install '.[train]'": (
     'sklearn',
     'tensorboardX',
@@ -38,13 +38,17 @@ EXTRAS = {  # install command: modules that `pip install .` does not install
 
 
 def start() -> None:
-  """Runs `main` with the arguments of this process and exits with its code."""
+  """Runs `main` with the command-line arguments of this process, and exits with its result."""
   set_up()
   sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int | None:
-  """Runs a mode or prints the requested help, and returns the exit code; None stands for 0."""
+  """Runs a mode or prints a help page, and returns the exit code; None stands for 0.
+
+  Args:
+    argv: the command-line arguments, without the name of the program.
+  """
   keep_compiled()
   show_log()
   mode, args = None, None
@@ -101,16 +105,16 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
 
 
 def load_extensions(names: Sequence[str]) -> None:
-  """Imports the modules given by `--import`, which may also be in the current folder."""
+  """Imports the modules that `--import` names, from Python's path or the current folder."""
   from vit_jax.distributed import start_up
 
-  start_up()  # before an extension can ask for devices
+  start_up()  # first, because a query for devices in an extension would start JAX
   sys.path.append(os.getcwd())
   import_extensions(names)
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """Returns the command that installs the module missing in an error; None if it is unknown."""
+  """Returns the install command for the module that is missing; None if it is unknown."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 

@@ -1,4 +1,4 @@
-"""Loads config files: `path/to/file.py` with a function `get_config`, which may take a variant."""
+"""Loads config files: Python files with a function `get_config`, which may take a variant."""
 
 from collections.abc import Iterator
 import contextlib
@@ -22,8 +22,9 @@ def load_file(spec: str) -> ConfigDict:
   """Returns the config of `path/to/file.py` or `path/to/file.py:variant`.
 
   Raises:
-    ValueError: the file does not exist, has no `get_config` or no variants, raises an error, or
-      sets an unknown key. The message names the file and, after an error in it, the line.
+    ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
+      unknown key. Or `spec` names a variant, but `get_config` has no argument for it. The message
+      names the file and, if the file raised the error, the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
@@ -64,9 +65,12 @@ def run_file(path: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def neighbours(path: str) -> Iterator[None]:
-  """Lets the config file at `path` import files of its folder: `from configs import finetune`."""
+  """Context manager in which the config file at `path` can import other files in its folder.
+
+  For example, a file in `configs/` can contain `from configs import finetune`.
+  """
   base = str(pathlib.Path(path).resolve().parent.parent)
-  sys.path.append(base)  # at the end, so that no other module is hidden
+  sys.path.append(base)  # last, so that no module in this folder hides another one
   try:
     yield
   finally:
@@ -75,22 +79,22 @@ def neighbours(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def located(path: str) -> Iterator[None]:
-  """Turns errors raised by a config file into a ValueError that names the file and the line."""
+  """Context manager that turns errors of a config file into a ValueError with file and line."""
   try:
     yield
   except (Exception, SystemExit) as error:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:
-      lines.append(error.lineno)  # no frame of the file exists yet
+      lines.append(error.lineno)  # code with a syntax error never runs, so it has no frame
     line = f', line {lines[-1]}' if lines else ''
     raise ValueError(f'--config: {path}{line}: {explain(error)}') from error
 
 
 def explain(error: BaseException) -> str:
-  """Returns the message for an error that a config file raised."""
+  """Returns the message for an error of a config file; for an unknown key, with similar keys."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
-  # The message of ml_collections for a missing key; a list of all valid keys follows it.
+  # ml_collections reports an unknown key with this text, followed by a list of all valid keys.
   absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))
   if isinstance(inner, KeyError) and absent:
     return unknown(absent[1] or absent[2])

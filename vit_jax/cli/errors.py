@@ -34,7 +34,8 @@ def describe(error: Exception) -> str:
 def is_from_bucket(error: Exception) -> bool:
   """Returns whether an error came from a request to a bucket.
 
-  The errors of gcsfs and its libraries have no common base class, so their modules are compared.
+  Errors of gcsfs and of the libraries that it uses have no common base class. So the function
+  looks at the package that defines the class of the error.
   """
   libraries = 'gcsfs', 'aiohttp', 'google'
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries
@@ -45,7 +46,7 @@ def what_was_saved(workdir: pathlib.Path | None) -> str:
 
   The sentence is empty if training had not begun, or if the workdir is in a bucket.
   """
-  if workdir is None or 'vit_jax.workdir' not in sys.modules:  # nothing has begun
+  if workdir is None or 'vit_jax.workdir' not in sys.modules:  # training has not begun
     return ''
   if is_remote(workdir):  # the bucket may not answer
     return ''

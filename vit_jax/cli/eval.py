@@ -15,9 +15,10 @@ from vit_jax.cli.flags import (
 )
 from vit_jax.names import one_line
 
-WORST = 5  # number of classes in the printed table, unless images can have several labels
+WORST = 5  # maximum number of classes in the printed table, if each image has one label
 
-# Columns of the printed table, for images with one label each, and with several labels.
+# {metric: title of its column} for the printed table. `ONE` is used if each image has one label,
+# and `SEVERAL` if images can have several labels.
 ONE = {'precision': 'precision', 'recall': 'recall', 'f1': 'F1', 'support': 'examples'}
 SEVERAL = {'average_precision': 'average precision', 'threshold': 'threshold'} | ONE
 
@@ -27,7 +28,8 @@ def run_eval(args) -> None:
   from vit_jax.evaluation import evaluate_checkpoint
 
   with joined(args.coordinator, args.num_processes, args.process_id):
-    # JAX intercepts SIGTERM, so that training can save a checkpoint. Evaluation ends at once.
+    # JAX handles SIGTERM, so that training can save a checkpoint before it stops. Evaluation has
+    # nothing to save, so SIGTERM ends it immediately.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     result = evaluate_checkpoint(request_of(args))
     if is_first():
@@ -38,7 +40,8 @@ def as_text(result: dict) -> str:
   """Formats the result of an evaluation: its numbers, a summary, and a table of classes.
 
   The table has the `WORST` classes with the lowest F1, or all classes if images can have several
-  labels. For a run without labels, the summary gives the loss, and there is no table.
+  labels. For a model trained without labels (`objective=masked`), the summary gives the loss, and
+  there is no table.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
@@ -74,10 +77,12 @@ def one_label(result: dict) -> str:
 
 
 def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
-  """Returns the lines of a table of the classes that have examples, the lowest F1 first.
+  """Returns the lines of a table with one row for each class, sorted by F1, the lowest first.
+
+  Classes without examples are omitted.
 
   Args:
-    per_class: metrics of each class by name.
+    per_class: `{name of the class: {metric: value}}`.
     columns: {metric: title of its column}; with `ONE`, the table has at most `WORST` classes.
   """
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
@@ -93,7 +98,7 @@ def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str
 
 
 MODE = Mode(
-  'measures how good a checkpoint is on the test split, and how far to trust it',
+  'measures the accuracy and the calibration of a checkpoint on the test split',
   '--workdir=runs/digits --step=last',
   (WORKDIR, INIT, STEP, CONFIG, CLASSES, MAX_PATCHES, *CLUSTER),
   run_eval,

@@ -16,27 +16,29 @@ def run_fewshot(args) -> None:
 
 
 def leave_workdir(args) -> None:
-  """Writes a workdir with a classifier of all training images: the mode with `--out`."""
+  """Computes a classifier from all training images, and writes it to the new workdir `--out`."""
   from vit_jax.training import classifier_config, train
 
   result = train(classifier_config(request_of(args), args.classifier), args.out)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples; the classifier '
-    f'({args.classifier}) of all training images is in {args.out}/. '
+    f'({args.classifier}) computed from all training images is in {args.out}/. '
     'Modes such as predict and serve can use it.'
   )
 
 
 MODE = Mode(
-  'measures the few-shot accuracy of the features, or makes a classifier without training',
+  'measures the few-shot accuracy of the features, or computes a classifier without training',
   '--init=ViT-B_16.npz --config.data.source=folder:photos',
   (
     *WEIGHTS,
     Flag(
-      'classifier', 'ridge: least squares in closed form; knn: 20 nearest images', default='ridge'
+      'classifier',
+      'ridge: least squares in closed form; knn: votes of the 20 nearest training images',
+      default='ridge',
     ),
     dataclasses.replace(
-      OUT, help='new workdir for a classifier of all training images; default: only measure'
+      OUT, help='new workdir for a classifier computed from all training images; default: none'
     ),
   ),
   run_fewshot,

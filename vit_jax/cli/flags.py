@@ -21,7 +21,7 @@ class Flag:
     help: purpose, in one line.
     type: function that converts the text to a value. `Path` also allows paths in buckets (`gs://`).
     default: value if the flag is not given.
-    required: whether the mode needs the flag, unless `--init` is given.
+    required: whether the flag must be given if `--init` is not given.
   """
 
   name: str
@@ -40,10 +40,10 @@ class Mode:
     example: flags of a typical command.
     flags: accepted flags; all others are rejected.
     run: function that runs the mode and returns the exit code, or None for 0. Its argument has an
-      attribute for each flag, and `overrides` for the config overrides. Slow modules are imported
-      inside this function.
+      attribute for each flag, and the attribute `overrides` with the config overrides. Modules that
+      take long to import are imported inside this function.
     resumes: whether the same command resumes an interrupted run.
-    overrides: whether the mode reads config keys although it has no flag `--config`.
+    overrides: whether `--config.<key>=<value>` is accepted although there is no flag `--config`.
   """
 
   summary: str
@@ -72,16 +72,16 @@ STEP = Flag(
 IMAGES = Flag('images', 'comma-separated image files, folders and patterns', split_paths, None)
 MAX_PATCHES = Flag(
   'max_patches',
-  'keep the aspect ratio of images, scaled to at most this number of patches; default: all images '
-  'get the size data.image_size',
+  'resize each image to at most this number of patches, and keep its aspect ratio; default: resize '
+  'all images to data.image_size',
   int,
   None,
 )
 OUT = Flag('out', 'output folder', pathlib.Path)
 CLASSES = Flag(
   'classes',
-  'npz file with the classes of CLIP or SigLIP weights in --init: names, embeddings, logit_scale '
-  'and, for SigLIP, logit_bias',
+  'for CLIP or SigLIP weights in --init: npz file with the classes as text embeddings; its arrays '
+  'are names, embeddings, logit_scale and, for SigLIP, logit_bias',
   pathlib.Path,
 )
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
@@ -98,14 +98,15 @@ CLUSTER = (
 
 
 def given_config(args: argparse.Namespace) -> ConfigDict | None:
-  """Returns the config given by `--config`, with its overrides; None without `--config`."""
+  """Returns the config in the file `--config`, with all overrides; None without `--config`."""
   return override_all(load_file(args.config), args.overrides) if args.config else None
 
 
 def request_of(args: argparse.Namespace):
-  """Returns an `opening.Request`, which describes the model to open, from the parsed flags.
+  """Returns the `opening.Request` for the model that the parsed flags describe.
 
-  The flags are `WEIGHTS`, `CLASSES`, `MAX_PATCHES` and the config overrides.
+  The function reads the flags in `WEIGHTS`, the config overrides and, if the mode has them,
+  `CLASSES` and `MAX_PATCHES`.
   """
   from vit_jax.opening import Request
 

@@ -1,4 +1,4 @@
-"""Writes the pages of `--help`, `--mode=X --help`, `--help_config` and `--print_config`."""
+"""Builds the pages that `--help`, `--mode=X --help`, `--help_config` and `--print_config` print."""
 
 import argparse
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from vit_jax.config import as_text, default_config, flatten, override_all
 from vit_jax.keys import KEYS
 
 WIDTH = 100
-MANY = 1e6  # higher limits only reject nonsense and are not shown
+MANY = 1e6  # upper limits from here on only catch mistakes, so `valid` does not show them
 
 OVERRIDES = (
   '--config.<key>=<value> overrides a key of the config. For keys that are true or false,\n'
@@ -59,7 +59,10 @@ def overview() -> str:
 
 
 def example(name: str, start: str = '') -> str:
-  """Returns a typical command of a mode, which begins with `start` or else with `program()`."""
+  """Returns a typical command of the mode `name`.
+
+  The command begins with `start` or, if `start` is empty, with the result of `program`.
+  """
   mode = '' if name == 'train' else f' --mode={name}'
   return f'{start or program()}{mode} {MODES[name].example}'
 
@@ -85,7 +88,7 @@ def valid(name: str) -> str:
 
   The text is empty if every value of the right type is valid.
   """
-  from vit_jax.check import choices  # the registries need JAX
+  from vit_jax.check import choices  # imported here, because it imports JAX
 
   if names := choices(name):
     return ', '.join(choice or "''" for choice in names)
@@ -121,7 +124,7 @@ def config_text(args: argparse.Namespace) -> str:
   Raises:
     ValueError: the config is not valid.
   """
-  from vit_jax.check import check  # the registries need JAX
+  from vit_jax.check import check  # imported here, because it imports JAX
 
   config = given_config(args)
   if config is None and args.workdir:

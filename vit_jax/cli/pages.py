@@ -17,8 +17,8 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-A default of None in `model.*`, except `model.remat`, means that the value comes from the `init`
-weights, else from `model.variant`, else from the default of `ViT`."""
+If a key of the section `model` (except `model.remat`) has the default None, its value comes from
+the `init` weights if they are given, else from `model.variant`, else from the class `ViT`."""
 
 COMMAND_HEAD = (
   """# Command line
@@ -31,9 +31,10 @@ Without `--mode`, the mode is `train`.
 | exit code | meaning |
 | --- | --- |
 | 0 | success |
-| 1 | `predict` skipped images, `verify` found other numbers, or `train` lost or missed a process |
+| 1 | `predict` could not read an image, `verify` found a difference, another process died or did \
+not connect, or the program has a bug |
 | 2 | an error occurred; the last line explains it |
-| 75 | try again: a stop signal came, or a bucket did not answer; the same command resumes |
+| 75 | a stop signal came, or a bucket did not answer; repeat the same command |
 | 130 | Ctrl-C |
 | 141 | the program that reads the output has ended, e.g. `head` |"""
   ''

@@ -12,7 +12,10 @@ from vit_jax.config import is_switch
 
 GENERAL = (  # flags of every mode
   Flag('mode', 'name of the mode; default: train', default='train'),
-  Flag('import', 'comma-separated modules to import first; they register names, keys or modes'),
+  Flag(
+    'import',
+    'comma-separated Python modules to import first, which add e.g. losses, config keys or modes',
+  ),
 )
 SWITCHES = {  # flags without a value; they print a page and exit
   'help': 'print all modes, or with --mode=<mode> the flags of that mode',
@@ -33,9 +36,11 @@ def new_parser() -> argparse.ArgumentParser:
 
 
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
-  """Parses the flags that every mode accepts, and adds the attributes `extensions` and `given`.
+  """Parses the flags that every mode accepts.
 
-  Other flags are ignored, because extensions that are not imported yet may define them.
+  Other flags are ignored, because extensions that are not imported yet may define them. The result
+  has two more attributes: `extensions`, the list of modules in `--import`, and `given`, the names
+  of the flags in `argv`.
   """
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
@@ -44,15 +49,17 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def given(argv: Sequence[str]) -> set[str]:
-  """Returns the names of the given flags, such as `--mode`, without empty ones (`--mode=`)."""
+  """Returns the names of the flags in `argv`, such as `--mode`, without empty ones (`--mode=`)."""
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
 
 
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
-  """Parses all flags of a mode, and adds the attributes `given` and `overrides`.
+  """Parses all flags of a mode.
 
-  Flags of other modes are parsed, too, so that `check_flags` can reject them.
+  Flags of other modes are also parsed, so that `check_flags` can reject them. The result has two
+  more attributes: `given`, the names of the flags in `argv`, and `overrides`, the config overrides
+  as `{key: text}`.
 
   Raises:
     ValueError: a flag of another mode, flags that exclude each other, an unsupported URL as a

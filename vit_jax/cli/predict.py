@@ -17,7 +17,7 @@ def run_predict(args) -> int:
     return write_features(args)
   if args.out:
     raise ValueError(
-      '--out is for --features=pooled or tokens. Remove --out: predictions are printed.'
+      '--out is only for --features=pooled or tokens. Remove --out: predictions are only printed.'
     )
   found = predict_files(request_of(args), args.images or [], args.topk)
   return report_errors(print_predictions(found, args.format or 'table'))
@@ -45,7 +45,7 @@ def write_features(args) -> int:
 
 
 def report_errors(errors: list[str]) -> int:
-  """Logs errors of files that could not be read, and returns the exit code: 1 if there are any."""
+  """Logs errors of unreadable files, and returns the exit code: 1 if there are errors, else 0."""
   for error in errors:
     log.error('%s', one_line(error))
   return 1 if errors else 0

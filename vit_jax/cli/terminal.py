@@ -1,4 +1,4 @@
-"""Sets up the terminal: Ctrl-C, log lines above progress bars, and text in any encoding."""
+"""Sets up the terminal: handles Ctrl-C, prints log messages, and escapes unprintable text."""
 
 import codecs
 import contextlib
@@ -13,7 +13,7 @@ log = logging.getLogger('vit_jax')
 
 
 class Console(logging.Handler):
-  """Log handler that prints above the progress bar."""
+  """Log handler that prints above the progress bar; only process 0 prints INFO messages."""
 
   def emit(self, record):
     from tqdm import tqdm
@@ -25,7 +25,7 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints the log messages of this package to stderr, but no messages of other packages."""
+  """Prints the log messages of this package to stderr, from the level INFO on."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
@@ -46,8 +46,8 @@ def set_up() -> None:
 def open_streams() -> None:
   """Opens the null device for standard streams that are closed, e.g. by `>&-`.
 
-  If stdout is closed, `sys.stdout` is None and the next opened file gets the free descriptor.
-  Libraries would then write their output into that file.
+  If stdout is closed, `sys.stdout` is None, and the next opened file gets the file descriptor of
+  stdout. Libraries would then write their output into that file.
   """
   for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
     try:
@@ -59,7 +59,10 @@ def open_streams() -> None:
 
 
 def hush_event_loops() -> None:
-  """Hides messages about event loops that orbax cannot open; orbax also raises an error."""
+  """Hides Python's messages about event loops that orbax could not open.
+
+  In this case, orbax also raises an error, which the program reports.
+  """
   before = sys.unraisablehook
 
   def report(unraisable):
@@ -98,7 +101,8 @@ class Output(io.TextIOWrapper):
 def interrupt(_, frame) -> None:
   """Handles Ctrl-C: the program exits cleanly after the first one, immediately after the second.
 
-  During an import, the program exits immediately, because imports may swallow exceptions.
+  During an import, the first Ctrl-C also exits immediately, because imported code may catch
+  KeyboardInterrupt.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):
@@ -118,9 +122,10 @@ def end_at_once(message: str) -> None:
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """Codec error handler that writes a character the terminal cannot show as e.g. `\\u20ac`.
+  """Codec error handler that replaces each unprintable character by an escape like `\\u20ac`.
 
-  An undecodable byte of a file name is written unchanged.
+  Unprintable characters are those that the terminal's encoding lacks. An undecodable byte of a file
+  name is written unchanged.
   """
   try:
     return codecs.lookup_error('surrogateescape')(error)

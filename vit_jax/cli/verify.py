@@ -24,7 +24,7 @@ def run_verify(args) -> int | None:
 
 
 MODE = Mode(
-  'repeats training between the two newest checkpoints, and compares the states bit for bit',
+  'repeats the steps between the two newest checkpoints, and compares the result bit for bit',
   '--workdir=runs/digits',
   (WORKDIR, *CLUSTER),
   run_verify,

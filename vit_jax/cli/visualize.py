@@ -15,7 +15,7 @@ def run_visualize(args) -> None:
 
 
 MODE = Mode(
-  'draws attention, filters, positions and mistakes into a report',
+  'writes a report with attention maps, filters, position embeddings and wrong predictions',
   '--init=ViT-B_16.npz --images=photos/ --out=look/',
   (
     *WEIGHTS,
