@@ -1,10 +1,10 @@
-"""Lets processes that save a checkpoint together wait for each other, and stops all if one fails.
+"""Synchronizes the processes that save one checkpoint, and stops all of them if one fails.
 
 Decisions:
   * Orbax's own barrier has only a time limit: if one process cannot write, the others would wait
     for 20 minutes. Here, waiting processes check twice a second whether another one has failed.
-  * Orbax waits in a thread, while training computes on the devices. So values are exchanged through
-    JAX's coordination service, and not by computations on the devices.
+  * Orbax waits in a background thread, while training uses the devices. So the processes exchange
+    messages through JAX's coordination service, and not through collectives on the devices.
 """
 
 import collections
@@ -22,8 +22,8 @@ from vit_jax.storage import told
 
 POLL = 500  # milliseconds between two checks for failures
 
-# Numbers of the agreements. They are equal in all processes, because all processes open their
-# checkpoints in the same order.
+# Each `Agreement` takes the next number as a part of its name. The numbers of all processes match,
+# because all processes create their agreements in the same order.
 NUMBERS = itertools.count()
 
 
@@ -72,7 +72,7 @@ class Agreement:
         raise TimeoutError('another process does not finish writing')
 
   def reporting(self, function: Callable) -> Callable:
-    """Returns the function, changed to report its errors to the other processes."""
+    """Returns a wrapper of the function that also sends its errors to the other processes."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -89,7 +89,7 @@ class Agreement:
     return wrapped
 
   def watch(self, handler):
-    """Changes an orbax handler to report its errors to the other processes, and returns it."""
+    """Returns the given orbax handler, changed to send its errors to the other processes."""
     save = handler.async_save
 
     async def watched(*args, **kwargs):
@@ -101,7 +101,7 @@ class Agreement:
 
 
 class Reported:
-  """A future of orbax that reports its error to the other processes."""
+  """A future of orbax, whose error is also sent to the other processes."""
 
   def __init__(self, future, agreement: Agreement):
     self.result, self.cancel = agreement.reporting(future.result), future.cancel

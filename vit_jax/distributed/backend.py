@@ -1,10 +1,11 @@
-"""Names the devices for which a program is compiled, and reports missing devices.
+"""Describes the kind of device for which a program is compiled, and reports missing devices.
 
 Decisions:
   * A program that runs on a mesh chooses its kernels by the devices of the mesh. The mesh may
-    consist of devices that this machine does not have, such as those in a topology description.
-  * `compiled_for` replaces the devices of the mesh, to lower a step for a GPU on a CPU.
-  * `model.apply` has no mesh. JAX then computes on its default device, and `target` describes it.
+    consist of devices that this machine does not have, if they come from a topology description.
+  * `compiled_for` overrides this choice. A machine without a GPU can thus lower a step for a GPU.
+  * `model.apply` has no mesh and computes on JAX's default device. So `target` describes this
+    device.
 """
 
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 
 def portable() -> contextlib.AbstractContextManager[None]:
-  """Returns a context manager in which traced programs use only kernels for every platform."""
+  """Returns a context manager in which traced programs use only kernels that run everywhere."""
   return compiled_for(ANY)
 
 
@@ -74,7 +75,8 @@ def portable() -> contextlib.AbstractContextManager[None]:
 def needed() -> Iterator[None]:
   """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  It looks for devices only after a failure, because an earlier check would start JAX too early.
+  It looks for devices only after a failure. An earlier check would start JAX before `start_up` and
+  `joined` have set the number of devices and processes.
   """
   try:
     yield

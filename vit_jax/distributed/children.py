@@ -26,9 +26,10 @@ def unsignalled() -> Iterator[None]:
   """Context manager that blocks SIGINT and SIGTERM in threads and workers started in its block.
 
   All processes of a job get these signals at the same time. Workers must keep running until
-  training has saved a checkpoint. They cannot block the signals themselves while they start.
+  training has saved a checkpoint. A worker that is starting cannot block the signals itself yet, so
+  it inherits blocked signals from this process.
   """
-  multiprocessing.resource_tracker.ensure_running()  # starting it later would undo the mask
+  multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks the signals
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
   try:
     yield
@@ -37,7 +38,7 @@ def unsignalled() -> Iterator[None]:
 
 
 def end_with_parent(index: int, count: int) -> None:
-  """Makes this worker process exit when its parent process exits. Grain passes the arguments."""
+  """Makes this worker process exit when its parent exits; ignores the arguments, set by Grain."""
   del index, count
 
   def watch():

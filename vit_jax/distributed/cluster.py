@@ -22,10 +22,10 @@ import numpy as np
 
 from vit_jax.storage import TRY_AGAIN, exit_code, told
 
-ARRAY = '__array__'  # key of the JSON object that replaces an array
-ASKED = itertools.count(1)  # numbers for the calls of this process to the preemption service
+ARRAY = '__array__'  # key of the JSON object that stands for an array in a message
+ASKED = itertools.count(1)  # numbers the calls of `asked_to_stop` in this process
 PIECE = 2**30  # maximum bytes of one message, so that sizes and offsets fit into 32 bits
-MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # the user must change something
+MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # only the user can fix these
 
 
 class Preempted(Exception):
@@ -37,7 +37,8 @@ def asked_to_stop() -> bool:
 
   Every process must call this function equally often, because JAX compares the call numbers of the
   processes. After a stop signal, all processes stop at the first call that no process has made yet.
-  Nothing else may call JAX's preemption service: `checkpoint.Manager` keeps orbax from calling it.
+  No other code may call JAX's preemption service. So `checkpoint.Manager` keeps orbax from calling
+  it.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
@@ -53,7 +54,7 @@ def is_first() -> bool:
 
 
 def code_after(error: BaseException) -> int:
-  """Returns the exit code of this process, one of several, after an error.
+  """Returns the exit code after an error in one of several processes.
 
   Code 1 means that another process was lost, or that the program has a bug. The launch scripts then
   start all processes again. After code 2, a user error, they do not.
@@ -64,7 +65,7 @@ def code_after(error: BaseException) -> int:
 
 
 def is_from_runtime(error: BaseException | None) -> bool:
-  """Returns whether an error may mean that another process was lost. A MemoryError does not."""
+  """Returns whether an error may mean that another process died; a MemoryError never does."""
   while error is not None and not isinstance(error, MemoryError):
     # Gloo sends data between CPUs. A process that waits for another one raises TimeoutError.
     if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or 'Gloo' in str(error):
@@ -192,7 +193,10 @@ def is_shared(folder: pathlib.Path) -> bool:
 
 
 def from_all(value: object) -> list:
-  """Returns the list of all processes' values, by process; they must be serializable as JSON."""
+  """Returns a list with the `value` of each process, in the order of the processes.
+
+  Each value must be serializable as JSON.
+  """
   data = json.dumps(value).encode()
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return [json.loads(data)]
@@ -210,14 +214,17 @@ def broadcast(data: bytes | None) -> bytes:
 
 
 def broadcast_piece(data: bytes | None, size: int) -> bytes:
-  """Works like `broadcast`, for `size` bytes (at most `PIECE`); all processes know the size."""
+  """Returns, in every process, the `size` bytes that process 0 passes as `data`.
+
+  Unlike `broadcast`, all processes must pass the correct size, which is at most `PIECE`.
+  """
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
   return np.asarray(multihost_utils.broadcast_one_to_all(flat)).tobytes()
 
 
 def to_host(tree):
-  """Returns the tree with global arrays as NumPy arrays, which are complete in every process."""
+  """Converts a tree of global arrays to NumPy arrays, which every process holds completely."""
 
   def whole(x):
     if x.is_fully_addressable or x.is_fully_replicated:
@@ -233,8 +240,8 @@ class Preemption:
   With several processes, JAX's preemption service listens. This service makes all processes stop at
   the same step, even if only one process got the signal.
 
-  Nested contexts share one notice. So a sweep also stops if the notice came in the last step of one
-  of its runs, and this run ended as usual.
+  Nested contexts share one notice. So a sweep also stops if the signal came in the last step of one
+  of its runs, although this run ended as usual.
   """
 
   _depth, _noticed = 0, False  # shared by all contexts
@@ -258,7 +265,7 @@ class Preemption:
     Preemption._noticed = True
 
   def is_due(self) -> bool:
-    """Returns whether to save and stop after this step; must be called after every step."""
-    if jax.distributed.is_initialized() and asked_to_stop():  # the service tells it once
+    """Returns whether to save and stop after this step; call this method after every step."""
+    if jax.distributed.is_initialized() and asked_to_stop():  # reports a signal once
       Preemption._noticed = True
     return Preemption._noticed

@@ -3,8 +3,8 @@
 Decisions:
   * The mesh axes are `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`.
     Parameters, and arrays with the shapes of parameters, are split over `fsdp` and `tensor`.
-  * The axes have the type Auto. The default of `jax.make_mesh` is Explicit, with which a linen
-    module fails on a sharded batch.
+  * The axes have the type Auto. `jax.make_mesh` makes Explicit axes by default, but modules of Flax
+    linen fail on a batch that is sharded over Explicit axes.
   * On a CPU, each core is a device if the batch is large enough (`microbatch.py` explains why).
 """
 
@@ -21,7 +21,7 @@ AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that a batch is split over
 ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
-MIN_EXAMPLES = 32  # per CPU device; with fewer examples, one more device makes a step slower
+MIN_EXAMPLES = 32  # per CPU device; with fewer examples per device, a step gets slower
 
 PAIRS = '2 (mixed pairs stay together)'  # explains `group` = 2 in messages
 
@@ -33,11 +33,11 @@ def start_up() -> None:
 
   This function must be called before the first query for devices. The query starts JAX, by default
   with a single CPU device. The function does nothing if the user has set the number of CPU devices,
-  or if JAX is already running. For small batches, a mesh uses fewer devices (`worth`).
+  or if JAX is already running. For small batches, a mesh uses only some of them (see `worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
-    with contextlib.suppress(RuntimeError):  # JAX is running; `few_devices` warns about this
+    with contextlib.suppress(RuntimeError):  # JAX already runs; `few_devices` warns about this
       jax.config.update('jax_num_cpu_devices', cluster.num_cores())
       _one_per_core = True
 
@@ -76,15 +76,15 @@ def make_mesh(
   group: int = 1,
   shape: Mapping[str, int] = ALL_DATA,
 ) -> Mesh:
-  """Returns a mesh of all devices or, on a CPU, of the largest number that divides the batch.
+  """Returns the mesh of devices over which batches of this size are split.
 
-  On a CPU, `worth` limits the number of devices. The limit does not apply if the user has set the
-  number of CPU devices, or if `shape` needs more devices. With several processes, the mesh has all
-  devices.
+  On accelerators and with several processes, the mesh has all devices. On the CPU of a single
+  process, it has the largest number of devices over which the batch divides evenly. `worth` limits
+  this number, unless the user has set the number of CPU devices, or `shape` needs more devices.
 
   Args:
     batch_size: number of examples in a batch over all devices; None: a mesh of all devices.
-    micro_batches: number of micro-batches that each device's share is divided into.
+    micro_batches: number of micro-batches into which each device divides its share of a batch.
     group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
       if images are mixed in pairs, else 1.
     shape: number of devices along each of `AXES`. An axis of -1 takes all remaining devices; if

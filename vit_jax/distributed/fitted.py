@@ -1,4 +1,4 @@
-"""Compiles forward passes with as few micro-batches as fit into the memory of each device."""
+"""Compiles forward passes, with more micro-batches if they do not fit into device memory."""
 
 from collections.abc import Callable
 import logging
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Fitted:
   """A function `(batch, params) -> result` that works through a batch in micro-batches.
 
-  It is compiled for each batch size, with the fastest number of micro-batches. With a budget,
-  larger numbers are tried until the program fits.
+  It is compiled once for each batch size, with the fastest number of micro-batches. If memory is
+  limited, larger numbers are tried until the program fits.
   """
 
   def __init__(
@@ -33,7 +33,7 @@ class Fitted:
       build: maps a number of micro-batches per device to the jitted function.
       mesh: mesh of the devices.
       best: maps the number of rows of a batch to the fastest number of micro-batches per device.
-      budget: bytes that the function may use on each device; None without a limit.
+      budget: bytes that the function may use on each device; None: no limit.
     """
     self._build, self._mesh, self._best, self._budget = build, mesh, best, budget
     self._functions = {}  # by the number of rows of a batch
@@ -58,14 +58,14 @@ class Fitted:
     return self._functions[rows](batch, params)
 
   def _counts(self, rows: int) -> list[int]:
-    """Returns the possible numbers of micro-batches for a batch of `rows` rows, increasing."""
+    """Returns the possible numbers of micro-batches for `rows` rows, from the fastest upwards."""
     share, first = rows // shares(self._mesh), self._best(rows)
     return [first, *(n for n in range(first + 1, share + 1) if share % n == 0)]
 
   def _fit(self, counts: list[int], batch, params) -> tuple[int, Callable]:
-    """Returns the first number of micro-batches with which the function fits into memory.
+    """Returns the first number of micro-batches that fits into memory, and the jitted function.
 
-    Also returns the compiled function.
+    The possible numbers are in `counts`.
 
     Raises:
       limits.OutOfMemory: the function does not fit with any number.
@@ -76,7 +76,8 @@ class Fitted:
       functions[count] = self._build(count)
       return functions[count].lower(batch, params)
 
-    # One image needs an unknown number of bytes, so the largest micro-batch is compiled first.
+    # The memory of one image is unknown at first. With factor=0, `first_fit` therefore starts with
+    # the first number in `counts`, and computes the factor from the memory of this program.
     fit = first_fit(counts, lower, lambda count: (fixed, 1 / count), budget, factor=0.0)
     if fit.compiled is None:
       raise OutOfMemory(
@@ -88,4 +89,4 @@ class Fitted:
       log.info(
         '%d micro-batches: a forward pass needs %s of %s.', fit.plan, gib(fit.size), gib(budget)
       )
-    return fit.plan, functions[fit.plan]  # JAX compiles the program of `lower` only once
+    return fit.plan, functions[fit.plan]  # not compiled again: JAX caches the program

@@ -104,8 +104,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   """Starts JAX's distributed runtime. In Kubernetes, waits until process 0's pod has an address.
 
-  JAX gives up after less than a minute without this address, before it sets any state. So it can be
-  called again. `waiting` ends a process that waits too long.
+  Without this address, JAX raises an error after less than a minute. It has not changed any state
+  by then, so this function calls it again. `waiting` ends a process that waits too long.
   """
   given = coordinator, num_processes, process_id
   while True:
@@ -168,7 +168,7 @@ def why_not_free(port: int) -> str | None:
   """Returns the reason why this machine cannot listen on a port; None if it can."""
   both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as after an earlier run
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of an ended run is free
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:

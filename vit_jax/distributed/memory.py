@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from vit_jax.distributed.cluster import from_first
 from vit_jax.limits import is_full
 
-SHARE = 0.9  # usable share of a device's memory; fragments and cuDNN's workspace need the rest
+SHARE = 0.9  # share of a device's memory that programs may use; the rest is for cuDNN and gaps
 COMPILATIONS = 3  # maximum number of programs to compile until one fits
 MARGIN = 1.1  # safety factor on the corrected estimate after a program did not fit
 
@@ -52,9 +52,9 @@ def first_fit(
   """Compiles a program with the first plan that fits into the memory of each device.
 
   A plan is any value that changes how much memory the program needs, such as a number of
-  micro-batches. Plans that are too large by the estimate of `need` are skipped. If a compiled plan
-  does not fit, `factor` is corrected by the measured memory. At most `COMPILATIONS` plans are
-  compiled.
+  micro-batches. Plans whose estimate exceeds `budget` are skipped (`need` gives the estimate). If a
+  compiled program does not fit, `factor` is corrected, so that the estimate is not below the
+  measured memory. At most `COMPILATIONS` plans are compiled.
 
   Args:
     plans: plans from the fastest one to the one that needs the least memory.
@@ -77,7 +77,7 @@ def first_fit(
     if not plans:
       break
     fixed, varying = need(plan)
-    size = size if compiled else 2 * budget  # a guess
+    size = size if compiled else 2 * budget  # the compiler gave no size, so this is a guess
     factor = MARGIN * max((size - fixed) / varying, factor)
   return Fit(plan, None, size if compiled else math.inf, attempt)
 

@@ -24,9 +24,9 @@ from vit_jax.distributed import devices
 from vit_jax.distributed.backend import compiled_for, target
 from vit_jax.distributed.sharding import keep_layout
 
-# Size of a micro-batch on a CPU: large enough for an efficient matrix product, and small enough for
-# the cache. The weights of a wide model do not fit into the cache. Its micro-batches are larger, so
-# that reading the weights is only a small part of the work.
+# Number of tokens in a micro-batch on a CPU: large enough for efficient matrix products, and small
+# enough for the cache. The weights of a wide model do not fit into the cache. Wide models therefore
+# use larger micro-batches, so that reading the weights is only a small part of the work.
 TOKENS = 1024
 TOKENS_PER_WIDTH = 4
 
@@ -55,7 +55,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> sums` that adds up `function` over all micro-batches.
+  """Returns a function `(batch, *shared) -> sums`: the sum of `function` over all micro-batches.
 
   Args:
     function: maps `(micro-batch, *shared)` to a tree of sums over the examples. Every micro-batch
@@ -84,7 +84,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   def over_devices(*args):
     sums = added(*args)
-    # XLA would copy all sums even if there is nothing to add.
+    # With one share, there is nothing to add, but XLA would still copy all sums.
     return jax.lax.psum(sums, devices.BATCH) if devices.shares(mesh) > 1 else sums
 
   if devices.splits(mesh):
@@ -93,7 +93,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> rows` that concatenates `function` over micro-batches.
+  """Returns a function `(batch, *shared) -> rows`: the joined results of all micro-batches.
 
   `function` maps `(micro-batch, *shared)` to an array, or a tree of arrays, with one row per
   example. The rows of the result are in the order of the batch. The other arguments are the same as
@@ -148,10 +148,10 @@ def unsplit(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns the function, changed to keep the outputs of Flax modules split along the batch axis.
+  """Returns a wrapper of `function` in which outputs of Flax modules stay split over the batch.
 
-  Without this constraint, XLA can split activations along the channel axis, as it splits the next
-  kernel. Devices would then exchange activations instead of parameters.
+  Without this constraint, XLA can split activations along the channel axis, to match how the next
+  kernel is split. Devices would then exchange activations instead of parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 
@@ -178,8 +178,8 @@ def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Call
 
   def run(batch, *shared):
     in_specs = (PartitionSpec(devices.BATCH), *[PartitionSpec()] * len(shared))
-    # Without check_vma, a gradient covers only the device's own share, and we decide when to sum.
-    # With check_vma, JAX would sum over the devices in every micro-batch.
+    # Without check_vma, a gradient covers only the device's share of the batch, and `add_up` sums
+    # over the devices once. With check_vma, JAX would sum over the devices in every micro-batch.
     mapped = jax.shard_map(
       function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )

@@ -1,4 +1,7 @@
-"""Places arrays on a mesh: parameters by their names and shapes, batches by their rows."""
+"""Places arrays on a mesh: parameters by their names and shapes, batches by their rows.
+
+A global array is a `jax.Array` on the devices of all processes.
+"""
 
 from collections.abc import Mapping
 import math
@@ -9,9 +12,9 @@ import numpy as np
 
 from vit_jax.distributed import devices
 
-# The axis of an array that `tensor` splits, by the last two parts of the array's name. These axes
-# are the heads of attention and the hidden units of the MLP (Shoeybi et al. 2019, 1909.08053,
-# Section 3).
+# {last two parts of a parameter's name: dimension that the mesh axis `tensor` splits}. These
+# dimensions are the attention heads and the hidden units of the MLP (Shoeybi et al. 2019,
+# 1909.08053, Section 3).
 TENSOR_AXIS = {
   ('query', 'kernel'): 1,
   ('query', 'bias'): 0,
@@ -29,7 +32,8 @@ TENSOR_AXIS = {
   ('hidden_norm', 'scale'): 0,
   ('hidden_norm', 'bias'): 0,
   ('down', 'kernel'): 0,
-  # LoRA adds factors to a kernel, `W + A B`. The factor that has the split axis of `W` is split.
+  # LoRA adds a product of two factors to a kernel: `W + A B`. If `W` is split along its outputs, so
+  # is `B`. If `W` is split along its inputs, so is `A`.
   ('query', 'b'): 1,
   ('key', 'b'): 1,
   ('value', 'b'): 1,
@@ -38,7 +42,7 @@ TENSOR_AXIS = {
   ('up', 'b'): 1,
   ('down', 'a'): 0,
 }
-SPLIT_FROM = 4096  # elements; `fsdp` does not split smaller arrays, because gathering them is slow
+SPLIT_FROM = 4096  # elements; `fsdp` keeps smaller arrays whole: gathering them would be slow
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -62,7 +66,7 @@ def layout(mesh: Mesh, tree):
 
 
 def size_on_device(mesh: Mesh, tree) -> int:
-  """Returns the bytes that each device holds of the arrays in `tree`, if `layout` places them."""
+  """Returns how many bytes of the arrays in `tree` a device holds, if `layout` places them."""
   leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
   return sum(
     math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -73,9 +77,10 @@ def size_on_device(mesh: Mesh, tree) -> int:
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns which mesh axis splits each dimension of an array; None for dimensions that stay whole.
 
-  `tensor` splits the dimension given in `TENSOR_AXIS`, if the size of `tensor` divides it. `fsdp`
-  splits the longest other dimension that the size of `fsdp` divides, in arrays of at least
-  `SPLIT_FROM` elements (Rajbhandari et al. 2019, 1910.02054: ZeRO's third stage).
+  The mesh axis `tensor` splits the dimension in `TENSOR_AXIS`, if it can divide it evenly. The mesh
+  axis `fsdp` splits the longest other dimension that it can divide evenly. Arrays of less than
+  `SPLIT_FROM` elements are not split over `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's
+  third stage).
 
   Args:
     mesh: the devices.
@@ -95,7 +100,7 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def place(tree, like):
-  """Returns a tree of global arrays that are sharded as the arrays of the tree `like`.
+  """Returns the arrays of `tree` as global arrays, sharded like the arrays of the tree `like`.
 
   Every process must pass the complete arrays.
   """
@@ -111,7 +116,7 @@ def place_params(mesh: Mesh, tree):
 
 
 def replicate(mesh: Mesh, tree):
-  """Returns a tree of global arrays, replicated on all devices of a mesh.
+  """Returns the arrays of `tree` as global arrays, replicated on all devices of a mesh.
 
   Every process must pass the complete arrays.
   """
@@ -131,7 +136,7 @@ def gather(array: np.ndarray, index_B: np.ndarray, sharding: jax.sharding.Shardi
 
 
 def local_rows(over_batch: jax.sharding.Sharding, rows: int) -> np.ndarray:
-  """Returns the sorted numbers of the batch rows that the devices of this process hold.
+  """Returns the sorted indices of the batch rows that the devices of this process hold.
 
   `over_batch` is the sharding of the batch, and `rows` its number of rows.
   """
@@ -148,10 +153,13 @@ def place_rows(
   """Returns global arrays of `count` rows, made of the rows that each process holds.
 
   Args:
-    row_N: numbers of the rows that this process holds, as from `local_rows`.
+    row_N: indices of the rows that this process holds, from `local_rows`.
     count: number of rows in the global arrays.
     over_batch: sharding of the global arrays.
-    local: NumPy arrays, or trees of them, by name, with the rows of this process.
+    local: `{name: NumPy array or tree of NumPy arrays}`; the arrays have only the rows `row_N`.
+
+  Returns:
+    `{name: global array or tree of global arrays}`.
   """
 
   def put(array):

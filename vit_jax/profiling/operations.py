@@ -5,14 +5,14 @@ import dataclasses
 import re
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
-CONTAINERS = ('while', 'call', 'conditional')  # their time is the time of the operations inside
+CONTAINERS = ('while', 'call', 'conditional')  # operations that only run other operations
 PRODUCTS = ('dot', 'convolution')
 LIBRARY_PRODUCTS = ('gemm', 'matmul', 'conv')  # parts of the names of library calls
 
 # Attention without the products that compute queries, keys, values and the output.
 ATTENTION = re.compile(r'/attention/(?!(?:query|key|value|out)/)')
 
-# Parts of a path that do not name a module or a primitive.
+# Parts of an operation's path that name neither a module nor a primitive.
 AROUND_MODULES = re.compile(
   r'^(?:shard_map|while|body|cond|closed_call|checkpoint|rematted_computation|ViT|Encoder_0|'
   r'branch_\d+_fun|jit\(.*|vmap\(.*)?$'
@@ -95,7 +95,7 @@ def operation(opcode: str, line: str, opcodes: dict[str, set[str]]) -> Operation
   Args:
     opcode: HLO opcode of the operation.
     line: the line.
-    opcodes: opcodes of the operations in each computation, by name of the computation.
+    opcodes: `{name of a computation: opcodes of its operations}`.
   """
 
   def field(pattern):

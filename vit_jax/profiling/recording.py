@@ -19,12 +19,12 @@ from vit_jax.training import check_in_all_processes
 from vit_jax.workdir import write_json
 
 WARM_UP = 3  # steps before anything is measured
-RECORDED = 5  # number of steps with the profiler, and of steps measured without it
+RECORDED = 5  # number of steps with the profiler; as many steps are measured without it
 
 
 @limits.memory_for('Profiling')
 def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
-  """Records training steps of a config in `<workdir>/profile/`, and returns where the time goes.
+  """Records training steps in `<workdir>/profile/`, and returns how their time is spent.
 
   The folder then contains the trace for xprof, a trace for Perfetto, and `profile.json`.
 
@@ -74,9 +74,10 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
 
 @contextlib.contextmanager
 def names_in_cache_key() -> Iterator[None]:
-  """Includes the names of operations in the keys of JAX's compilation cache.
+  """Context manager that includes names of operations in the keys of JAX's compilation cache.
 
-  Otherwise, the cache could return an equal program with outdated names.
+  Otherwise, the cache could return a program of an older version of the code, which computes the
+  same, but whose operations have other names.
   """
   key = 'jax_compilation_cache_include_metadata_in_key'
   before = getattr(jax.config, key)
@@ -89,7 +90,7 @@ def names_in_cache_key() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(folder: pathlib.Path) -> Iterator[None]:
-  """Records a profiler trace in process 0, without calls of Python functions."""
+  """Context manager that records a profiler trace in process 0, without Python function calls."""
   if not is_first():
     yield
     return

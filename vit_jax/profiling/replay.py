@@ -1,8 +1,8 @@
-"""Repeats training from one checkpoint to the next, and compares the states bit for bit.
+"""Repeats training from one checkpoint to the next, and compares the result bit for bit.
 
-Hardware can compute wrong numbers without an error. The repeated steps then end with other numbers
-than the run has saved. Steps that are not deterministic also end with other numbers. Nothing is
-written, except a teacher's features in `<workdir>/features/` if they are missing there.
+A defective device can compute wrong numbers without raising an error. The repeated steps then give
+a different train state than the saved one. Steps that are not deterministic also give a different
+state. No file is written, except a teacher's features that are missing in `<workdir>/features/`.
 
 Decisions:
   * Arrays are compared on the devices that hold them, so no process needs a whole array.
@@ -32,10 +32,10 @@ from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, tr
 
 log = logging.getLogger(__name__)
 
-# Largest relative difference that rounding explains. It is measured over all arrays of a part of
-# the state (`part_of`): the norm of their difference, divided by their norm. Single arrays are not
-# compared. In exact arithmetic, for example, the gradient of the key bias is zero, so the computed
-# gradient consists of rounding errors.
+# Largest relative difference that rounding explains: the norm of the difference, divided by the
+# norm. Both norms are over all arrays of a part of the train state (`part_of`), because a single
+# array can differ by more. For example, the gradient of the key bias is zero in exact arithmetic,
+# so the computed gradient consists of rounding errors.
 ROUNDING = 0.02
 MOST = 5  # maximum number of arrays that a message names
 
@@ -46,8 +46,8 @@ class Verdict:
 
   Attributes:
     steps: steps of the two checkpoints between which training was repeated, the older one first.
-    same: whether the repeated state equals the saved one. On other devices than the run used, the
-      states may differ by rounding.
+    same: whether the repeated train state equals the saved one. If the devices differ from those of
+      the run, a difference by rounding is allowed.
     text: the result in words; one line for each finding.
   """
 
@@ -57,7 +57,7 @@ class Verdict:
 
 
 class Replay(Run):
-  """A training run that neither evaluates, nor saves, nor writes."""
+  """A training run that does not evaluate, and writes neither checkpoints nor logs."""
 
   def due(self, step):
     return set()
@@ -68,7 +68,7 @@ class Replay(Run):
 
 
 def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
-  """Repeats the steps between a run's two newest checkpoints, and compares the resulting state.
+  """Repeats the steps between a run's two newest checkpoints, and compares the train states.
 
   Args:
     workdir: folder of the run. Only missing features of a teacher are written there.
@@ -115,7 +115,11 @@ def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config in a checkpoint's item `config`, with overrides, after checking it.
+  """Returns the config of a checkpoint, with overrides applied, after checking it.
+
+  Args:
+    item: the checkpoint's item `config`, from `restore_item`.
+    overrides: keys of the config to change and their values as text.
 
   Raises:
     ValueError: the config with the overrides is not valid.
@@ -134,7 +138,7 @@ def check_repeatable(
   Args:
     workdir: folder of the run.
     config: config of the run.
-    cycles: last steps of the earlier cycles.
+    cycles: last step of each earlier learning-rate cycle.
     first: step of the older checkpoint.
     last: step of the newer checkpoint.
   """
@@ -153,12 +157,12 @@ def check_repeatable(
 def judged(
   steps: tuple[int, int], ended, wanted, then: Mapping | None, now: Mapping[str, object]
 ) -> Verdict:
-  """Compares the repeated state with the saved one, and returns the `Verdict`.
+  """Compares the repeated train state with the saved one, and returns the `Verdict`.
 
   Args:
     steps: steps of the two checkpoints, the older one first.
-    ended: the repeated state.
-    wanted: the saved state, placed on the devices like `ended`.
+    ended: the repeated train state.
+    wanted: the saved train state, placed on the devices like `ended`.
     then: devices of the run, from `devices_of`; None if the run did not record them.
     now: devices of the repetition, from `devices_of`.
   """
@@ -208,11 +212,11 @@ class Difference(NamedTuple):
 
 
 def differences(ended, wanted) -> dict[str, Difference]:
-  """Returns {name: `Difference`} for all arrays of two training states.
+  """Returns {name: `Difference`} for all arrays of two train states.
 
   Args:
-    ended: the repeated state.
-    wanted: the saved state; its arrays are the second ones of each `Difference`.
+    ended: the repeated train state.
+    wanted: the saved train state; its arrays are the second ones of each `Difference`.
   """
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
   compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
@@ -233,10 +237,10 @@ def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
 
 
 def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple[str, float]]:
-  """Yields `(part, relative difference)` for each part of the state.
+  """Yields `(part, relative difference)` for each part of the train state (see `part_of`).
 
   The relative difference is the norm of the difference of all arrays of the part, divided by the
-  norm of the saved arrays. If the latter norm is 0, the former is yielded.
+  norm of the saved arrays. If the saved arrays are 0, the norm of the difference is not divided.
 
   Args:
     found: result of `differences`.
@@ -251,9 +255,9 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
 
 
 def part_of(name: str, params: Mapping) -> str:
-  """Returns the part of the state that an array belongs to, such as `params` or `opt_state/0`.
+  """Returns the part of the train state to which an array belongs, e.g. `opt_state/1/0/mu`.
 
-  A part is the array's path in the state up to the first top-level name of `params`.
+  The part is the beginning of `name`, up to the first word that is a top-level key of `params`.
   """
   words = name.split('/')
   inner = (i for i, word in enumerate(words) if word in params)

@@ -1,9 +1,8 @@
-"""Repeats the training steps of a run, without its checkpoints and logs.
+"""Performs training steps of a run, without writing checkpoints or logs.
 
 Decisions:
   * The steps use the config, the data and the kernels of the run. Only the weights are random,
-    because the time does not depend on them.
-  * The run's checkpoints and logs are not changed.
+    because the time of a step does not depend on them.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ class Steps:
     Args:
       config: config of the run.
       workdir: folder of the run, or a new folder.
-      stack: closes the data readers when it is closed.
+      stack: exit stack that closes the data readers when its context ends.
     """
     earlier = newest_config(workdir) or {}
     saved = config_lib.from_dict(earlier['config']) if earlier else None

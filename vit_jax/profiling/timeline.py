@@ -1,7 +1,8 @@
 """Divides the time of recorded steps among the operations that ran.
 
 Decisions:
-  * At each moment, the running operations share the time equally. So the parts add up to the whole.
+  * At each moment, the running operations share the time equally. So the times of all operations
+    add up to the total time.
   * A collective counts only while no other operation runs, because then it really costs time.
   * Waiting for a batch counts only while no operation runs.
 """
@@ -60,9 +61,9 @@ def read_trace(file: pathlib.Path) -> Trace:
 
 
 def spans(plane) -> Iterator[tuple[str, Span]]:
-  """Yields the events of a trace's plane: operations as `('operation', span)`, others by name.
+  """Yields a pair (kind, span) for each event in a plane of a trace.
 
-  For events that are not operations, the pair is `(name, span)`.
+  The kind is `operation` for operations of a compiled program, and the name for other events.
   """
   for line in plane.lines:
     for event in line.events:
@@ -104,7 +105,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of a running operation; at each moment, only the lowest rank gets the time."""
+  """Returns the rank of an operation; only running operations of the lowest rank get the time."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
