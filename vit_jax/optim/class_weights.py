@@ -1,12 +1,12 @@
-"""Weights of classes in the training loss, for data in which classes have different sizes.
+"""Weights of classes in the training loss, for classes with different numbers of images.
 
 Decisions:
-  * Weights are scaled so that the mean weight of all training labels is 1. The size of the loss,
-    and therefore a good learning rate, stays about the same as without weights. PyTorch instead
-    divides by the sum of the weights in each batch, which gives the same scale on average.
-  * With one label per image, the loss of an image is multiplied by the weight of its class. With
-    several labels, the weight of a class multiplies the loss of its positive labels, as
-    `pos_weight` in PyTorch. The loss of its negative labels is unchanged.
+  * Weights are scaled so that the mean weight of all training labels is 1. So the loss has about
+    the same size with and without weights, and the same learning rates work. PyTorch instead
+    divides the loss of each batch by the sum of its weights, which gives the same scale on average.
+  * If each image has one label, the loss of an image is multiplied by the weight of its class. If
+    images can have several labels, the weight of a class multiplies only the loss of its positive
+    labels, as `pos_weight` in PyTorch.
   * Only training uses the weights. Evaluation reports the loss without them.
 """
 
@@ -52,9 +52,9 @@ def parse_weights(text: str) -> dict[str, float] | None:
 def class_weights(text: str, count_L: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
   """Returns the weight of each class in the training loss, float32 `[L]`.
 
-  The weights are scaled so that their mean over all training labels is 1. `balanced` makes the
-  weight of a class inversely proportional to its number of training labels, as
-  `compute_class_weight` in scikit-learn.
+  The weights are scaled so that their mean over all training labels is 1. With `balanced`, the
+  weight of a class is inversely proportional to its number of training labels, as in
+  `compute_class_weight` of scikit-learn.
 
   Args:
     text: value of `loss.class_weights`, except `none`.
@@ -70,7 +70,7 @@ def class_weights(text: str, count_L: np.ndarray, class_names: Sequence[str]) ->
 
 
 def check_weights(text: str, class_names: Sequence[str]) -> None:
-  """Raises ValueError if a value of `loss.class_weights` is not valid, or has an unknown class."""
+  """Raises ValueError if a text for `loss.class_weights` is invalid or names an unknown class."""
   named_weights(parse_weights(text) or {}, class_names)
 
 
@@ -110,10 +110,10 @@ def weighted(loss: Loss, weight_L: np.ndarray | None) -> Loss:
   """Returns a loss function that applies class weights to `loss`.
 
   For labels `[B]`, the loss of an image is multiplied by the weight of its class. For multi-hot
-  labels `[B, L]`, the weights become the argument `positive_L`.
+  labels `[B, L]`, the weights are passed to `loss` as its argument `positive_L`.
 
   Args:
-    loss: an entry of `LOSSES`.
+    loss: a function in `LOSSES`.
     weight_L: weight of each class, `[L]`; None returns `loss` unchanged.
   """
   if weight_L is None:

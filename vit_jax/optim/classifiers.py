@@ -1,8 +1,10 @@
 """`CLASSIFIERS`: heads that are computed from the features of the training images, in one pass.
 
-`ridge` is the paper's few-shot classifier (Section 4.1): a regularised least-squares regression
-from frozen features to {-1, 1}^L targets, solved in closed form. The details follow big_vision's
-`evaluators/fewshot_lsr.py`:
+`knn` classifies an image by the votes of the nearest training images (`model.knn_logits`).
+
+`ridge` is the few-shot classifier of the ViT paper (2010.11929, Section 4.1): a regularised
+least-squares regression from frozen features to {-1, 1}^L targets, solved in closed form. The
+details follow big_vision's `evaluators/fewshot_lsr.py`:
   * Each feature is centred and divided by its standard deviation (plus 1e-5) over the images.
   * The bias is the weight of a constant feature of 100.
   * The L2 penalty has the strength 2^10 and also applies to the bias.
@@ -22,8 +24,8 @@ import numpy as np
 
 from vit_jax.model import knn_logits, unit
 
-L2 = 2.0**10  # strength of the penalty
-BIAS = 100.0  # large, so that the penalty hardly affects the bias
+L2 = 2.0**10  # strength of the L2 penalty
+BIAS = 100.0  # the constant feature; large, so that the penalty hardly affects the bias
 BLOCK = 8192  # training images that `ridge` processes at a time
 ROWS = 1024  # test images that `knn` compares with all training images at a time
 
@@ -48,8 +50,8 @@ class Classifier:
 def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
   """Returns the `kernel` `[D, L]` and `bias` `[L]` of the ridge regression, in float64.
 
-  If there are more images than features, the images are processed in blocks. So there is never a
-  float64 copy of all features.
+  If there are more images than features, the images are processed in blocks. This avoids a float64
+  copy of all features.
 
   Args:
     feature_ND: features of the training images.
@@ -100,7 +102,7 @@ def knn_scores(feature_ND: np.ndarray, head: dict[str, np.ndarray], classes: int
   return np.concatenate([np.asarray(logits(part, *stored, classes)) for part in parts])
 
 
-# By the value of the config key `classifier`.
+# {value of the config key `classifier`: Classifier}
 CLASSIFIERS = {
   'ridge': Classifier(fit_ridge, linear_scores),
   'knn': Classifier(fit_knn, knn_scores, stores=True),
@@ -108,7 +110,7 @@ CLASSIFIERS = {
 
 
 def check_classifier(name: str, multi_label: bool) -> None:
-  """Raises ValueError if `classifier` is set and images can have several labels."""
+  """Raises ValueError if a classifier is chosen, but images can have several labels."""
   if name and multi_label:
     raise ValueError(
       f'classifier={name} expects one label per image, but these images can have several. Train a '

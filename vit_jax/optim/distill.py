@@ -60,7 +60,8 @@ class Teacher:
     model: the teacher's model.
     params: parameters of the teacher's model, as NumPy arrays.
     normalize: maps uint8 images of any size to inputs of the teacher's model.
-    distillation: an entry of `DISTILLATIONS`, in which the values of its config keys are set.
+    distillation: function from `DISTILLATIONS` with the values of its config keys filled in. It
+      maps the logits of student and teacher to a loss `[B]`.
     weight: share of the distillation loss in the student's loss, from 0 to 1.
     cached: whether the teacher's logits are computed only once for each training image, which is
       possible without augmentation. Batches then contain these logits as `teacher`, `[B, L]`.
@@ -79,8 +80,8 @@ class Teacher:
     """Returns the teacher's logits `[B, L]` for a batch.
 
     Args:
-      params: the entry `teacher` has the teacher's parameters.
-      batch: `teacher`, the cached logits, which are then returned. Otherwise `image`, uint8
+      params: dict whose entry `teacher` has the teacher's parameters.
+      batch: has either `teacher`, the cached logits, which are returned, or `image`, uint8
         `[B, H, W, C]`, to which the teacher is applied.
     """
     if 'teacher' in batch:
@@ -94,7 +95,7 @@ class Teacher:
 
     Args:
       loss_B: loss of the labels.
-      logits_BL: logits of the student that learn from the teacher.
+      logits_BL: those logits of the student that learn from the teacher.
       teacher_BL: logits of the teacher.
     """
     return (1 - self.weight) * loss_B + self.weight * self.distillation(logits_BL, teacher_BL)
@@ -103,13 +104,13 @@ class Teacher:
 def split_head(feature_BD: jax.Array, head: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
   """Returns the logits of the class head and the logits of the distillation head, each `[B, L]`.
 
-  The model has one head, which computes the mean of these logits. Its kernel therefore stacks
-  the kernels of both heads, each multiplied by 0.5. The rows for the class token come first, then
-  the rows for the distillation token. Both heads have the same bias.
+  The model stores the two heads as one linear layer, which computes the mean of their logits. The
+  kernel of this layer stacks the kernels of both heads, each multiplied by 0.5. The rows for the
+  class token come first, then the rows for the distillation token. Both heads have the same bias.
 
   Args:
     feature_BD: class token and distillation token, concatenated on the last axis.
-    head: `kernel` `[D, L]` and `bias` `[L]` of the model's head.
+    head: `kernel` `[D, L]` and `bias` `[L]` of this layer.
   """
   bias_L, kernels = head['bias'], jnp.split(2 * head['kernel'], 2)
   dense = Dense(bias_L.shape, name='head')

@@ -6,8 +6,9 @@ an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
 
-A loss for images with several labels has the argument `positive_L`: a factor for the positive
-labels of each class, or None. Its labels may be integers `[B]` or multi-hot `[B, L]`.
+A loss that supports several labels per image has the argument `positive_L`. It is None, or has a
+factor for the loss of the positive labels of each class. The labels of such a loss may be integers
+`[B]` or multi-hot `[B, L]`.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def sigmoid(
     logits_BL: logits.
     label_B: integer labels `[B]`, or multi-hot labels `[B, L]`.
     label_smoothing: s.
-    positive_L: factor for the loss of positive labels of each class; None for 1.
+    positive_L: factor for the loss of positive labels of each class; None: all factors are 1.
   """
   logits_BL = logits_BL.astype(jnp.float32)
   if label_B.ndim == 1:
@@ -66,11 +67,11 @@ LOSSES: dict[str, Loss] = {'softmax': softmax, 'sigmoid': sigmoid}
 
 
 def choose_loss(name: str, several: bool) -> Loss:
-  """Returns an entry of `LOSSES` that can handle the labels of a dataset.
+  """Returns the loss function `LOSSES[name]`, if it can handle the labels of a dataset.
 
   Args:
-    name: name of the entry.
-    several: whether images can have several labels.
+    name: name of the loss.
+    several: whether images of the dataset can have several labels.
 
   Raises:
     ValueError: images can have several labels, but the loss expects one.

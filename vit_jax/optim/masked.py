@@ -4,8 +4,8 @@ Source: He et al. 2021 (MAE), 2111.06377, Section 3. The paper has no numbered e
 follow its code.
 
 Decisions:
-  * The blocks of the model process only the seen patches (Section 3, "MAE encoder"). So a
-    training step costs a fraction of a supervised step.
+  * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder").
+    So a training step costs a fraction of a supervised step.
   * The decoder gets the seen patches first, then the unseen ones. The paper restores the order of
     the image first. The result is the same, because each token has its position embedding, and
     attention does not depend on the order.
@@ -38,8 +38,8 @@ class Decoder(nn.Module):
     width: D, size of a token in the decoder.
     depth: number of blocks.
     values: P, number of values in a patch: pixels times channels.
-    whole: (down, across), the grid of patches in which positions are measured; None: the grid of
-      the images.
+    whole: (down, across), the grid of patches for which positions are made. They are stretched to
+      the grid of the images. None: the grid of the images.
   """
 
   block: Block
@@ -93,7 +93,7 @@ class Filled(NamedTuple):
 
 
 def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False) -> Filled:
-  """Hides random patches of each image, predicts their pixels, and returns both as `Filled`.
+  """Hides random patches of each image, and returns predicted and true pixels as `Filled`.
 
   Args:
     exp: the `Experiment`.
@@ -104,7 +104,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
     train: whether to apply dropout.
 
   Raises:
-    ValueError: the images have different sizes, or the decoder is for another patch size.
+    ValueError: images keep their aspect ratio, or the decoder is for another patch size.
   """
   check_decoder(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
@@ -169,7 +169,7 @@ def patch_grid(exp) -> tuple[int, int]:
 
 
 def check_decoder(exp, params: dict) -> None:
-  """Raises ValueError if images keep their aspect ratio, or the decoder is for other patches."""
+  """Raises ValueError if images keep their aspect ratio, or the decoder has another patch size."""
   if exp.pack is not None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
   p, q = exp.model.patch_size
@@ -197,7 +197,7 @@ def check_trains_all(exp) -> None:
     untrained += [f'model.{name}={value}'] if (value := getattr(model, name)) is not None else []
   if untrained:
     raise ValueError(
-      f'objective=masked does not train what these keys add after the blocks: '
+      f'objective=masked does not train the layers that these keys add after the blocks: '
       f'{", ".join(untrained)}. Weight decay would shrink these weights. Set model.pool=gap, and '
       'model.representation_size and model.projection to None.'
     )
@@ -206,7 +206,7 @@ def check_trains_all(exp) -> None:
 
 
 def num_unseen(count: int, share: float) -> int:
-  """Returns the number of patches to hide: all except `int(count * (1 - share))` visible ones.
+  """Returns the number of patches to hide; `int(count * (1 - share))` patches stay visible.
 
   Args:
     count: number of patches in an image.
@@ -218,7 +218,7 @@ def num_unseen(count: int, share: float) -> int:
   seen = int(count * (1 - share) + 1e-9)
   if not 0 < seen < count:
     raise ValueError(
-      f'masked.share={share:g} would leave {seen} of the {count} patches of an image. Choose a '
+      f'masked.share={share:g} would leave {seen} of {count} patches of an image visible. Choose a '
       'share that hides at least one patch and leaves at least one, e.g. 0.75.'
     )
   return count - seen
@@ -227,13 +227,16 @@ def num_unseen(count: int, share: float) -> int:
 def draw_masks(
   key: jax.Array, example_B: jax.Array, count: int, unseen: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws a random mask for each image, and returns patch indices as `seen_BS` and `unseen_BU`.
+  """Draws which patches of each image to hide, and returns `seen_BS` and `unseen_BU`.
 
   Args:
     key: random key.
     example_B: number of each image. Equal numbers give equal masks.
     count: number of patches in an image.
     unseen: U, number of patches to hide.
+
+  Returns:
+    Indices of the visible patches `[B, S]`, and of the hidden patches `[B, U]`.
   """
 
   def draw(example):
@@ -256,7 +259,7 @@ def as_patches(image_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
 def as_images(
   patch_BNP: jax.Array, size: tuple[int, int], shape: tuple[int, int, int]
 ) -> jax.Array:
-  """Returns the images `[B, H, W, C]` that `as_patches` cut into patches.
+  """Undoes `as_patches`: joins patches to images `[B, H, W, C]`.
 
   Args:
     patch_BNP: values of each patch.

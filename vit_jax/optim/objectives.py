@@ -27,19 +27,20 @@ from vit_jax.optim.distill import split_head
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """An entry of `OBJECTIVES`.
+  """What a training run minimises, and what its evaluation computes.
 
   Attributes:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
-      augmented uint8 `image` and `label`. It also has `example`, the position of an image in the
-      batch, and `own`, the weight of an image in a mix of two. `params` also has the parameters of
-      a teacher, as `teacher`. The logits give the training accuracy; they are None without labels.
-    rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. Without
-      labels, the result has no logits. In the batch, `example` is the index of an image in its
-      split.
-    init: `(exp, key) -> dict` returns initial parameters that only this objective has, such as a
-      decoder.
-    params: keys of this dict.
+      augmented uint8 `image`, and `label`. It also has `example`, the position of each image in the
+      batch, and `own`, the weight of each image in its mix with a second one. If the run has a
+      teacher, `params['teacher']` has its parameters. The logits give the training accuracy; they
+      are None if `labels` is False.
+    rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. If
+      `labels` is False, the result has no logits. In the batch, `example` is the index of an image
+      in its split.
+    init: `(exp, key) -> dict` returns initial values of parameters that only this objective has,
+      such as a decoder.
+    params: names of these parameters, which are the keys of the dict.
     labels: whether the objective needs labels. If not, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
   """
@@ -74,7 +75,8 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
   """Returns the combined loss of labels and teacher, `[B]`, and the logits `[B, L]`.
 
   The logits are the mean of the logits of the class head and of the distillation head. If
-  `exp.teacher` is None, e.g. to count the FLOPs of a run in a workdir, the loss uses only labels.
+  `exp.teacher` is None, the loss uses only labels. This is the case when the FLOPs of a run in a
+  workdir are counted.
   """
   if exp.teacher is None:
     return supervised(exp, params, batch, key)
@@ -85,9 +87,9 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
 
 
 def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns two arrays `[B, L]`: logits that learn from labels, logits that learn from the teacher.
+  """Returns logits that learn from labels, and logits that learn from the teacher, `[B, L]` each.
 
-  The arrays differ only if there is a teacher, and the model has a distillation token.
+  The two arrays differ only if there is a teacher and the model has a distillation token.
   """
   if not (exp.teacher and POOLS[exp.model.pool].distills):
     logits_BL = exp.logits(params, batch, key)
@@ -132,17 +134,18 @@ OBJECTIVES = {
 def objective_of(config: Mapping) -> Objective:
   """Returns the objective of a config.
 
-  If the key `objective` is None, a run with a teacher is distilled, and other runs are supervised.
+  If the key `objective` is None, the objective is `distilled` in a run with a teacher, and
+  `supervised` in any other run.
   """
   chosen = 'distilled' if config['distill']['teacher'] else 'supervised'
   return OBJECTIVES[config.get('objective') or chosen]
 
 
 def training_only() -> tuple[str, ...]:
-  """Returns the names of all parameter entries that objectives add for training only."""
+  """Returns the names of the parameters that objectives add for training only."""
   return tuple(name for entry in OBJECTIVES.values() for name in entry.params)
 
 
 def without_objective(params: dict) -> dict:
-  """Returns the parameters without the entries that only training needs."""
+  """Returns the parameters `params` without those that only training needs (`training_only`)."""
   return {name: leaves for name, leaves in params.items() if name not in training_only()}

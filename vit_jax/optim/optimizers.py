@@ -64,10 +64,10 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns an optimizer: Muon (Jordan et al. 2024) for kernels of blocks, AdamW for the others.
+  """Returns an optimizer: Muon (Jordan et al. 2024) for kernels in blocks, AdamW for the rest.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
-  Section 2.2), so both use the same learning rate. In optax, both use Nesterov momentum.
+  Section 2.2), so Muon and AdamW use the same learning rate. In optax, both use Nesterov momentum.
 
   Args:
     schedule: learning rate of each step.
@@ -75,7 +75,7 @@ def muon(
     b1: decay of AdamW's first moment.
     b2: decay of AdamW's second moment.
     momentum: decay of Muon's momentum.
-    moment_dtype: type of momentum and first moment, one of `MOMENT_DTYPES`.
+    moment_dtype: type of Muon's momentum and AdamW's first moment, one of `MOMENT_DTYPES`.
   """
   return optax.chain(
     # optax's own weight decay would either skip the embedding and the head or decay all biases.
@@ -94,9 +94,9 @@ def muon(
 
 
 def block_matrices(params: dict) -> dict:
-  """Returns a tree like `params` with the input and output axes of each kernel in a block.
+  """Returns the input and output axes of each kernel in a block, as a tree like `params`.
 
-  The entries for all other parameters are None.
+  The tree contains None for all other parameters.
   """
 
   def axes(path, x):
@@ -113,14 +113,14 @@ OPTIMIZERS = {'adamw': adamw, 'muon': muon, 'sgd': sgd}
 # bfloat16 halves the memory of the first moment (Zhai et al. 2021, 2106.04560, Section 3.4).
 MOMENT_DTYPES = ('float32', 'bfloat16')
 
-FREEZE = {  # `(name of a top-level entry) -> whether its parameters keep their initial values`
+FREEZE = {  # `(top-level name of a parameter) -> whether it keeps its initial value`
   '': lambda name: False,
   'backbone': lambda name: name != 'head',
 }
 
 
 def split_frozen(params: dict, freeze: str, adapt: str = '') -> tuple[dict, dict]:
-  """Splits parameters into the pair (trained, frozen).
+  """Returns the trained parameters and the frozen parameters, as two dicts.
 
   Args:
     params: parameters of a model and of its adapter.
@@ -183,8 +183,8 @@ def make_optimizer(
     name: key of `OPTIMIZERS`.
     schedule: learning rate of each step.
     clip: maximum norm of the whole gradient; 0 for no clipping.
-    layer_decay: factor from each layer to the layer below it; 1 for no layer decay.
-    **arguments: other config keys of the optimizer. Keys that its signature lacks are ignored.
+    layer_decay: learning rate of each layer, divided by that of the next layer; 1: no layer decay.
+    **arguments: other config keys of the optimizer. Keys that its function lacks are ignored.
   """
   function = choose('optimizer.name', name, OPTIMIZERS)
   parts = [function(schedule, **accepted(function, arguments))]

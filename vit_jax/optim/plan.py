@@ -33,11 +33,12 @@ class Training:
     val: validation split; None without one.
     test: test split.
     steps: number of steps of the whole run.
-    cycles: last steps of the earlier cycles. If a finished run gets more epochs, a new cycle
-      begins, with a new warm-up.
-    early_steps: number of steps with strong augmentations. They are off for the last part of the
-      first cycle (the share `augment.off_for_last`) and for all later cycles.
-    stages: pairs (last step, (height, width)). The first stages can have smaller images.
+    cycles: last step of each earlier learning-rate cycle. If a finished run gets more epochs, a new
+      cycle begins, with a new warm-up.
+    early_steps: number of steps with strong augmentations. These augmentations are off for the last
+      part of the first cycle (the share `augment.off_for_last`) and for all later cycles.
+    stages: pairs (last step, (height, width)), one for each image size of the run. The first stages
+      can have smaller images.
     schedule: learning rate of each step.
     optimizer: optimizer of the trained parameters.
     params: weights of `init` to start from; None for random weights.
@@ -67,7 +68,7 @@ def plan_training(
 ) -> Training:
   """Returns the plan for training with this config on these splits, starting from `params`.
 
-  The arguments are as in `Training`.
+  The arguments are fields of `Training`, which documents them.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -78,14 +79,14 @@ def plan_training(
 def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] = ()) -> dict:
   """Returns the fields of `Training` that depend on the config and the number of examples.
 
-  A run has one cycle. If a finished run gets more epochs, another cycle begins. In later cycles,
-  the learning rate rises to `LATER_PEAK` times `optimizer.lr`, then decays as in the first cycle.
-  Images then have full size and are only cropped and flipped.
+  A run has one learning-rate cycle. If a finished run gets more epochs, another cycle begins. In
+  later cycles, the learning rate rises to `LATER_PEAK` times `optimizer.lr`, then decays as in the
+  first cycle. The images of later cycles have full size, and are only cropped and flipped.
 
   Args:
     config: config of the run.
     examples: number of examples in the training split.
-    cycles: last steps of the earlier cycles.
+    cycles: last step of each earlier cycle.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -115,7 +116,7 @@ def training_recipe(config: ConfigDict, examples: int, cycles: tuple[int, ...] =
 
 
 def image_stages(config: ConfigDict, steps: int) -> Stages:
-  """Returns `(last step, (height, width))` of each stage of a run; the last stage has full size.
+  """Returns the `Stages` of a run; images of the last stage have the full size.
 
   Args:
     config: config of the run. `progressive.sizes` has the heights of the smaller images.
@@ -143,12 +144,15 @@ def num_steps(config: ConfigDict, examples: int) -> int:
 
 
 def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
-  """Returns the number of warm-up steps in a cycle of `steps` steps: at most a fifth of them."""
+  """Returns the number of warm-up steps in a cycle of `steps` steps, at most a fifth of them."""
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
 def warmup_epochs(config: ConfigDict) -> float:
-  """Returns the warm-up in epochs, at most a fifth of the run, for a run with only one cycle."""
+  """Returns the warm-up in epochs, for a run with only one learning-rate cycle.
+
+  The warm-up is at most a fifth of the run.
+  """
   return min(config.schedule.warmup, config.epochs / 5)
 
 
@@ -179,9 +183,9 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
 
 
 def check_stages(config: ConfigDict, model: ViT) -> None:
-  """Raises ValueError if an image size of the run does not divide into a patch size of the run.
+  """Raises ValueError if images of a stage of the run do not divide evenly into patches.
 
-  This function also checks the rest of `patch_sizes` (`check_patch_sizes`).
+  This function also checks the config key `patch_sizes`.
   """
   (p, q), stages = model.patch_size, image_stages(config, 0)
   for _, (height, width) in stages:

@@ -1,16 +1,18 @@
 """Classes that are given as text embeddings, for zero-shot classification with CLIP and SigLIP.
 
-The text tower of the same checkpoint makes an npz file with these arrays:
+The user computes the embeddings with the text tower of the same checkpoint, and writes an npz file
+with these arrays:
   * `names` `[L]`: the name of each class.
   * `embeddings` `[L, D]`: the text embedding of each class, with any norm.
   * `logit_scale`: the factor of the cosine similarity between an image and a class.
   * `logit_bias`, only for SigLIP: a number that is added to every logit.
 
 Decisions:
-  * The head is an ordinary linear layer on normalised features (`ViT.cosine`). So all modes,
-    programs and devices support it.
+  * The head is an ordinary linear layer on normalised features (`ViT.cosine`). So all modes and
+    exported programs support it.
   * `logit_scale` is the factor itself: at most 100 in CLIP (Radford et al. 2021, 2103.00020,
-    Section 2.5). Checkpoints store its logarithm. A value that looks like the logarithm is refused.
+    Section 2.5). Checkpoints of CLIP and SigLIP store its logarithm. A value that looks like the
+    logarithm is refused.
   * With `logit_bias`, each class has its own probability, the sigmoid of its logit (Zhai et al.
     2023, 2303.15343, Algorithm 1). Without it, the probabilities are the softmax of the logits.
   * An unknown array is refused, because a misspelt `logit_bias` would change all probabilities.
@@ -30,8 +32,8 @@ from vit_jax.names import abridged
 log = logging.getLogger(__name__)
 
 ARRAYS = ('names', 'embeddings', 'logit_scale')
-# The initial factor is 14.3 in CLIP and 10 in SigLIP, and training increases it. The logarithm of
-# the largest factor is 6.9.
+# Valid range of the factor. Its initial value is 14.3 in CLIP and 10 in SigLIP, and training
+# increases it. The logarithm of `LARGEST` is 6.9, so no logarithm is in the range.
 SMALLEST, LARGEST = 7.0, 1000.0
 
 
@@ -96,8 +98,8 @@ class TextClasses:
       multi_label: whether an image of the dataset can have several labels.
 
     Raises:
-      ValueError: a class of the dataset is missing. Or images can have several labels, but without
-        a bias the probabilities come from a softmax.
+      ValueError: a class of the dataset is missing. Or images can have several labels, but the
+        probabilities come from a softmax, because `bias` is None.
     """
     if multi_label and self.bias is None:
       raise ValueError(
@@ -123,7 +125,7 @@ class TextClasses:
     """Adds a head for these classes to a model, and returns the new model and parameters.
 
     Args:
-      model: a model without a head, or one of timm's CLIP models, whose head is the projection.
+      model: a model without a head, or a CLIP model of timm, whose head is CLIP's projection.
       params: parameters of the model.
       image_shape: (H, W, C) of the images.
 
