@@ -16,14 +16,14 @@ class Key:
 
   Attributes:
     default: value in `default_config()`; None: the value is found later, e.g. in the weights.
-    help: meaning and special values, in one line.
+    help: meaning of the key and of its special values, in one line.
     unit: unit of the value; empty for a name, a switch or a plain number.
     kind: type of the values; required only if the default is None.
     range: (lowest, highest) valid value, both included.
     choices: valid names, or the name of their registry in `check.REGISTRIES`.
     may_change: whether the key may have a new value when a run is resumed.
-    open: whether the value may be None although the default is not. A new run then chooses the
-      value from its data (`sizing.py`).
+    open: whether the value may be None although the default is not None. A new run then chooses a
+      value for its data (`sizing.py`).
   """
 
   default: object
@@ -43,7 +43,7 @@ class Key:
 
 
 SHARE = (0, 1)
-DECAY = (0, 0.9999999)  # 1 would keep the first value forever
+DECAY = (0, 0.9999999)  # a decay of 1 would keep the first value forever
 COUNT = (1, 1e6)
 STEPS = (0, 1e9)
 
@@ -53,43 +53,49 @@ TRAINING = {
   ),
   'epochs': Key(
     100.0, 'passes over the training split; raise it to extend a finished run; None: '
-    'recipe.epochs, or more for at least 300 steps', range=(0, 1e6), open=True,
+    'recipe.epochs, or more if the run would have fewer than 300 steps', range=(0, 1e6), open=True,
   ),
   'batch_size': Key(
-    256, 'training batch size over all devices and hosts; None: recipe.batch_size, or less for at '
-    'least 300 steps', 'examples', range=COUNT, open=True,
+    256, 'training batch size over all devices and hosts; None: recipe.batch_size, or less if the '
+    'run would have fewer than 300 steps', 'examples', range=COUNT, open=True,
   ),
   'micro_batches': Key(
-    None, 'number of parts into which a device splits its batch, to save memory; None: as few as '
-    'fit into memory; on a CPU, parts that fit into the cache', kind=int, range=COUNT,
-    may_change=True,
+    None, 'number of micro-batches into which each device splits its share of the batch, to save '
+    'memory; None: as few as memory allows; on a CPU, as many as its cache needs', kind=int,
+    range=COUNT, may_change=True,
   ),
   'device_memory': Key(
-    None, 'memory of each device, of which 90% are used; None: what the device reports; a CPU '
-    'reports none, and its memory is not limited', 'GiB', kind=float, range=(1e-6, 1e6),
+    None, 'memory of each device; programs may use 90% of it; None: the amount that the device '
+    'reports; CPUs report none, so there is no limit', 'GiB', kind=float, range=(1e-6, 1e6),
     may_change=True,
   ),
   'eval_batch_size': Key(
-    256, 'evaluation batch size on all devices and hosts', 'examples', range=COUNT, may_change=True
+    256, 'evaluation batch size over all devices and hosts', 'examples', range=COUNT,
+    may_change=True,
   ),
   'log_every': Key(
-    50, 'interval between training logs; 0: only at the end', 'steps', range=STEPS, may_change=True
+    50, 'interval between logs of training metrics; 0: only at the end', 'steps', range=STEPS,
+    may_change=True,
   ),
   'eval_every': Key(
-    1000, 'interval between evaluations; 0: only at the end; with data.val_split, each checkpoint '
-    'is also evaluated', 'steps', range=STEPS, may_change=True,
+    1000, 'interval between evaluations; 0: only at the end; if data.val_split is set, each '
+    'checkpoint is also evaluated', 'steps', range=STEPS, may_change=True,
   ),
   'checkpoint_every': Key(
     1000, 'interval between checkpoints; 0: only at the end; None: a tenth of the run', 'steps',
     range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
-    2, 'newest checkpoints to keep; the best on val_split is kept too', range=COUNT, may_change=True
+    2, 'number of newest checkpoints to keep; the best checkpoint on data.val_split is also kept',
+    range=COUNT, may_change=True,
   ),
-  'init': Key('', 'weights to start from: anything that `vit_jax.load` reads; empty: random'),
+  'init': Key(
+    '', 'weights to start from: a file, folder, workdir or Hugging Face Hub name, as in '
+    '`vit_jax.load`; empty: random weights',
+  ),
   'init_resize': Key(
     'bilinear', 'method that resizes the position embedding of `init`; hf: as in the CLIP and '
-    'SigLIP models of transformers; paper: as in the paper\'s code', choices='RESIZES',
+    'SigLIP models of transformers; paper: as in the code of the ViT paper', choices='RESIZES',
   ),
   'objective': Key(
     None, 'what the run learns; supervised: the labels; distilled: the labels and the outputs of '
@@ -100,33 +106,37 @@ TRAINING = {
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
   'adapt': Key(
-    '', 'lora: train the head and a low-rank update of each kernel in attention and MLP, and keep '
-    'the weights of `init`; empty: no such update', choices='ADAPTERS'
+    '', 'lora: train only the head, and a low-rank update of each kernel in attention and MLP, on '
+    'top of the `init` weights; empty: no such update', choices='ADAPTERS',
   ),
   'classifier': Key(
-    '', 'head to compute without training, on the weights of `init` and with epochs=0; ridge: '
-    'least squares in closed form; knn: votes of the nearest training images; empty: train',
+    '', 'head to compute, instead of training, from features of the `init` weights (needs '
+    'epochs=0); ridge: least squares in closed form; knn: votes of the nearest training images; '
+    'empty: train the model',
     choices='CLASSIFIERS',
   ),
   'sweep': Key(
-    (), 'with freeze: learning rates to compare on data.val_split; the final run then uses the '
+    (), 'freeze=backbone: learning rates to compare on data.val_split; the final run then uses the '
     'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',
   ),
   'ema': Key(
-    0.0, 'maximum EMA decay per step, ramped up at the start; evaluation uses the averaged '
-    'weights; 0: no averaging', range=DECAY,
+    0.0, 'maximum decay per step of the moving average (EMA) of the weights, ramped up at the '
+    'start; evaluation uses the averaged weights; 0: no averaging', range=DECAY,
   ),
   'deterministic': Key(
-    False, 'bit-identical runs on the same GPUs, but slower; runs on CPUs are always bit-identical',
-    may_change=True,
+    False, 'make repeated runs on the same GPUs bit-identical, but slower; runs on CPUs are always '
+    'bit-identical', may_change=True,
   ),
   'patch_sizes': Key(
-    (), 'patch sizes of which each training step draws one (FlexiViT); the patch embedding is '
-    'stored for model.patch_size, which evaluation also uses; empty: model.patch_size only',
-    'pixels',
+    (), 'patch sizes from which each training step draws one (FlexiViT); stored weights and '
+    'evaluation use model.patch_size; empty: only model.patch_size', 'pixels',
   ),
-  'lora.rank': Key(8, 'number of columns of A and rows of B in the update `A B`', range=(1, 1e4)),
-  'lora.scale': Key(1.0, 'factor of the update `A B`; alpha / r in the paper', range=(1e-6, 1e6)),
+  'lora.rank': Key(
+    8, 'adapt=lora: rank of the update `A B` of a kernel (columns of A, rows of B)', range=(1, 1e4)
+  ),
+  'lora.scale': Key(
+    1.0, 'adapt=lora: factor of the update `A B`; alpha / r in the LoRA paper', range=(1e-6, 1e6)
+  ),
   'masked.share': Key(
     0.75, 'objective=masked: share of the patches that are hidden', range=(0.01, 0.99)
   ),
@@ -136,9 +146,12 @@ TRAINING = {
   ),
   'masked.decoder_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
   'progressive.sizes': Key(
-    (), 'heights of the smaller images that the run begins with; empty: full size only', 'pixels'
+    (), 'heights of the smaller images with which the run begins, in this order; empty: all images '
+    'have the full size', 'pixels',
   ),
-  'progressive.until': Key((), 'share of the run after which each size is replaced by the next'),
+  'progressive.until': Key(
+    (), 'for each of progressive.sizes, the share of the run after which the next size replaces it'
+  ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
     'mesh.fsdp or mesh.tensor is -1', may_change=True,
@@ -159,26 +172,27 @@ DATA = {
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
-    '', 'for tfds: the folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); for '
-    'other sources, the folder that relative paths start from (empty: the current folder; for the '
-    'paths in a labels file, the folder of the file)', may_change=True,
+    '', 'tfds: folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); other sources: '
+    'folder from which relative paths start (empty: the current folder or, for paths in a labels '
+    'file, the folder of this file)', may_change=True,
   ),
   'data.train_split': Key(
-    'train', 'training split, e.g. `train[:98%]`; None: all of train, without the images that '
+    'train', 'training split, e.g. `train[:98%]`; None: the split train, without the images that '
     'data.val_split=None holds out', open=True,
   ),
   'data.val_split': Key(
-    '', 'held-out split for choosing a checkpoint or a learning rate of a sweep; empty: none; '
-    "None: the data's own validation split, else (if data.train_split=None) the last 10% of train",
-    open=True,
+    '', 'held-out split that selects the best checkpoint, or the learning rate of a sweep; empty: '
+    "no such split; None: the data's own validation split if it has one, else the last 10% of "
+    'train (only if data.train_split=None)', open=True,
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
-    '', "path of ImageNet's real.json; --mode=eval then also reports ReaL accuracy", may_change=True
+    '', 'path of real.json, the reassessed labels (ReaL) of the ImageNet validation images; '
+    '--mode=eval then also reports the accuracy on them; empty: none', may_change=True,
   ),
   'data.image_size': Key(
-    (32, 32), 'height and width of the model input; None: taken from `init`, else from the images '
-    '(32 to 224)', 'pixels', open=True,
+    (32, 32), 'height and width of the model input; None: taken from `init`, else from 32 to 224, '
+    'chosen by the size of the images', 'pixels', open=True,
   ),
   'data.mean': Key(
     None, 'mean to subtract from pixels in [0, 1]: one value per channel, or one value for all '
@@ -192,16 +206,16 @@ DATA = {
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
   ),
   'data.crop': Key(
-    1.0, 'share of the shorter side (with data.stretch, of both) that the central crop keeps; '
-    '1: all of it', range=(0.01, 1),
+    1.0, 'share of the shorter side of an image that the central crop keeps (of both sides with '
+    'data.stretch=True); 1: the whole side', range=(0.01, 1),
   ),
   'data.stretch': Key(
-    False, 'resize without keeping the aspect ratio, instead of cropping the longer side'
+    False, 'resize images without keeping the aspect ratio, instead of cropping the longer side'
   ),
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
-    'auto', 'memory: decode once, keep all images; stream: decode in each epoch; auto: memory '
-    'if images fit and both give the same training batches, else stream',
+    'auto', 'memory: decode all images once and keep them in memory; stream: decode them in each '
+    'epoch; auto: memory if the images fit and the training batches stay the same, else stream',
     choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
@@ -219,7 +233,8 @@ AUGMENT = {  # augmentations are applied in this order
     0, 'border added on each side before a random crop; 0: no crop', 'pixels', range=(0, 1e3)
   ),
   'augment.pad_crop.mode': Key(
-    'reflect', 'how the border is filled; constant: black', choices='PAD_MODES'
+    'reflect', 'contents of the border; reflect: the mirrored image; constant: black',
+    choices='PAD_MODES',
   ),
   'augment.flip.probability': Key(0.0, 'probability of a horizontal flip', range=SHARE),
   'augment.resized_crop.min_area': Key(
@@ -236,13 +251,14 @@ AUGMENT = {  # augmentations are applied in this order
   ),
   'augment.rand_augment.mstd': Key(0.5, 'standard deviation of the strength', range=(0, 100)),
   'augment.rand_augment.probability': Key(
-    0.5, 'probability that each operation is applied; 1 in the paper', range=SHARE
+    0.5, 'probability that each operation is applied; 1 in the RandAugment paper', range=SHARE
   ),
   'augment.rand_augment.space': Key(
-    'standard', 'set of operations and their ranges', choices='SPACES'
+    'standard', 'set of operations and the ranges of their strengths', choices='SPACES'
   ),
   'augment.trivial_augment.probability': Key(
-    0.0, 'probability that one random operation is applied; 1 in the paper; 0: none', range=SHARE
+    0.0, 'probability that one random operation is applied; 1 in the TrivialAugment paper; 0: off',
+    range=SHARE,
   ),
   'augment.erasing.probability': Key(
     0.0, 'probability that noise replaces a random rectangle', range=SHARE
@@ -272,7 +288,8 @@ AUGMENT = {  # augmentations are applied in this order
 
 MODEL = {  # None: taken from the `init` weights if given, else from the variant, else from `ViT`
   'model.variant': Key(
-    None, 'size in `VARIANTS` and patch size, e.g. S/32; None: from `init`, else B/16', kind=str
+    None, 'model size (a name in `VARIANTS`) and patch size, e.g. S/32; None: taken from `init`, '
+    'else B/16', kind=str,
   ),
   'model.patch_size': Key(None, 'height and width of a patch', 'pixels', kind=tuple),
   'model.width': Key(None, 'number of values in a token', kind=int),
@@ -285,7 +302,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     choices='MLPS',
   ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
-  'model.pool': Key(None, 'how the tokens become one vector', kind=str, choices='POOLS'),
+  'model.pool': Key(
+    None, 'method that pools the tokens of an image into one vector', kind=str, choices='POOLS'
+  ),
   'model.class_token': Key(
     None, 'whether to use a class token; None: only if the pooling reads it', kind=bool
   ),
@@ -298,12 +317,12 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
   ),
   'model.rope_grid': Key(
-    None, 'learned_rope: grid whose patches are the unit of coordinates; None: the grid of the '
-    'images', 'patches', kind=tuple,
+    None, 'model.position=learned_rope: grid whose patches are the unit of coordinates; None: the '
+    'grid of the images', 'patches', kind=tuple,
   ),
   'model.position_grid': Key(
-    None, 'grid that positions are made for; they are stretched to the grid of the images; None: '
-    'the grid of the images. Runs with `init` take it from the weights', 'patches', kind=tuple,
+    None, 'grid for which position embeddings are made, before they are stretched to the grid of '
+    'the images; None: taken from `init`, else the grid of the images', 'patches', kind=tuple,
   ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
@@ -319,9 +338,12 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.dropout': Key(0.0, 'dropout rate, below 1'),
   'model.attention_dropout': Key(0.0, 'dropout rate of attention weights, below 1'),
   'model.stochastic_depth': Key(
-    0.0, 'stochastic-depth rate of the last block, rising linearly from 0; below 1'
+    0.0, 'stochastic-depth rate of the last block, below 1; the rate rises linearly from 0 at the '
+    'first block',
   ),
-  'model.layer_scale': Key(None, 'initial value of LayerScale; None: no LayerScale', kind=float),
+  'model.layer_scale': Key(
+    None, 'initial value of LayerScale; None: taken from `init`, else no LayerScale', kind=float
+  ),
   'model.pre_norm': Key(None, 'apply a LayerNorm before the first block, as in CLIP', kind=bool),
   'model.norm_after_pool': Key(None, 'apply the last LayerNorm after the pooling', kind=bool),
   'model.qkv_bias': Key(None, 'add a bias to queries, keys and values', kind=bool),
@@ -340,12 +362,13 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.resnet': Key(None, 'number of units in each stage of the ResNet stem', kind=tuple),
   'model.resnet_width': Key(None, 'channels of the root block of the ResNet stem', kind=int),
   'model.dtype': Key(
-    'float32', 'type of the computation; parameters stay float32', choices=('float32', 'bfloat16')
+    'float32', 'number format of computations; parameters stay float32',
+    choices=('float32', 'bfloat16'),
   ),
   'model.remat': Key(
-    None, 'parts that the backward pass recomputes to save memory; none: nothing; dots: '
-    'everything except products with weights; full: whole blocks; None: the run chooses '
-    'none, or more if micro_batches alone cannot save enough memory', kind=str, choices='REMAT',
+    None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: '
+    'everything except products with weights; full: whole blocks; None: the run chooses none '
+    'or, if micro_batches cannot save enough memory, dots or full', kind=str, choices='REMAT',
     may_change=True,
   ),
   'model.attention': Key(
@@ -355,23 +378,26 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
 }  # fmt: skip
 
 OPTIMIZER = {
-  'optimizer.name': Key('adamw', 'optimizer', choices='OPTIMIZERS'),
+  'optimizer.name': Key(
+    'adamw', 'optimizer; sgd: with momentum; muon: Muon for kernels in blocks, AdamW for the rest',
+    choices='OPTIMIZERS',
+  ),
   'optimizer.lr': Key(
-    1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for others, with '
-    'r = batch_size / recipe.batch_size', range=(0, 1e38), open=True,
+    1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for the other '
+    'optimizers, with r = batch_size / recipe.batch_size', range=(0, 1e38), open=True,
   ),
   'optimizer.weight_decay': Key(
     0.05, 'weight decay of weight matrices, multiplied by the learning rate', range=(0, 1e6)
   ),
   'optimizer.b1': Key(0.9, 'adamw, muon: decay rate of the first moment', range=DECAY),
   'optimizer.b2': Key(0.999, 'adamw, muon: decay rate of the second moment', range=DECAY),
-  'optimizer.momentum': Key(0.9, 'sgd, muon: momentum', range=DECAY),
+  'optimizer.momentum': Key(0.9, 'sgd, muon: decay rate of the momentum', range=DECAY),
   'optimizer.moment_dtype': Key(
     'float32', 'number format of the first moment; bfloat16 saves memory', choices='MOMENT_DTYPES'
   ),
   'optimizer.layer_decay': Key(
-    1.0, 'learning rate of a layer, relative to the next layer towards the head; 1: equal rates',
-    range=(1e-6, 1),
+    1.0, 'learning rate of each layer, divided by the rate of the next layer towards the head; '
+    '1: equal rates', range=(1e-6, 1),
   ),
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
@@ -386,30 +412,31 @@ OPTIMIZER = {
     'None: sigmoid if images can have several labels, else softmax', kind=str, choices='LOSSES',
   ),
   'loss.class_weights': Key(
-    'none', 'weights of the classes in training, for classes of different sizes; none: all equal; '
-    'balanced: inverse to the number of images; or the weights of some classes: cat=2,dog=0.5'
+    'none', 'weights of the classes in the training loss; none: all equal; balanced: inversely '
+    'proportional to the number of training labels; or the weights of some classes: cat=2,dog=0.5',
   ),
   'loss.label_smoothing': Key(
     0.0, 'share of the target that is spread evenly over all classes', range=SHARE
   ),
   'distill.teacher': Key(
-    '', 'trained model from whose predictions the run also learns: anything that `init` reads; '
-    'empty: no teacher',
+    '', 'trained model from whose predictions the run also learns, given like `init`; empty: no '
+    'teacher',
   ),
   'distill.kind': Key(
     'soft', "soft: learn the teacher's probabilities; hard: learn the class that the teacher "
     'chooses', choices='DISTILLATIONS',
   ),
   'distill.weight': Key(
-    0.5, "share of the teacher's loss; the rest is the loss of the labels", range=SHARE
+    0.5, 'share of the distillation loss in the total loss; the rest is the loss of the labels',
+    range=SHARE,
   ),
   'distill.temperature': Key(
-    1.0, 'soft: divisor of the logits of teacher and student; above 1, unlikely classes count more',
-    range=(0.01, 1e3),
+    1.0, 'distill.kind=soft: divisor of the logits of teacher and student; above 1, unlikely '
+    'classes count more', range=(0.01, 1e3),
   ),
 }  # fmt: skip
 
-RECIPE = {  # only a new run reads these keys, for values that the config leaves open
+RECIPE = {  # only a new run reads these keys, to choose values for keys that are None
   'recipe.batch_size': Key(
     256, 'with batch_size=None: largest batch size that a new run chooses', 'examples', range=COUNT,
     may_change=True,
