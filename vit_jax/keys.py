@@ -384,7 +384,7 @@ OPTIMIZER = {
   ),
   'optimizer.lr': Key(
     1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for the other '
-    'optimizers, with r = batch_size / recipe.batch_size', range=(0, 1e38), open=True,
+    'optimizers, where r is batch_size / recipe.batch_size', range=(0, 1e38), open=True,
   ),
   'optimizer.weight_decay': Key(
     0.05, 'weight decay of weight matrices, multiplied by the learning rate', range=(0, 1e6)
