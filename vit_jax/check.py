@@ -1,7 +1,7 @@
 """Checks a config: valid names, valid ranges, and keys that contradict each other.
 
-`keys.py` has the valid range or the valid names of each key. Instead of a list of names, it can
-give the name of a registry in `REGISTRIES`. The entries of the registry are then the valid names.
+`keys.py` gives the valid range or the valid names of each key. Instead of a list of names, a key
+can give the name of a registry in `REGISTRIES`. The valid names are then those in the registry.
 """
 
 from collections.abc import Callable, Collection
@@ -63,9 +63,9 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """Returns the names that are valid values of a config key; empty for keys without such a list.
+  """Returns the names that are valid values of a config key; empty if any value can be valid.
 
-  Names from a registry are in the order of the registry.
+  The names are in the order of the list or the registry that defines them.
   """
   names = KEYS[key].choices
   if isinstance(names, str):
@@ -78,8 +78,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
 
   Args:
     config: the config.
-    trains: whether the config is used for training. If False, rules that only training needs are
-      not checked, such as an even batch size for mixup and cutmix.
+    trains: whether the config is used for training. If False, rules that matter only in training
+      are not checked, such as the even batch size that mixup and cutmix need.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(
@@ -142,7 +142,7 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
 
 
 def check_frozen(config: ConfigDict, trains: bool) -> None:
-  """Raises ValueError if keys contradict each other about which parameters are trained."""
+  """Raises ValueError if keys contradict each other about the parameters to train."""
   if config.classifier and trains:
     set_too = {'epochs': 0, 'freeze': '', 'adapt': '', 'sweep': (), 'ema': 0}
     wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
@@ -191,8 +191,8 @@ def check_objective(config: ConfigDict) -> None:
       wrong.append(f'optimizer.layer_decay={config.optimizer.layer_decay}')
     if wrong:
       raise ValueError(
-        f'objective={name} has no head of classes, so it cannot be combined with '
-        f'{", ".join(wrong)}. Pretrain first. Then use the workdir as init of a second run.'
+        f'objective={name} trains no classification head, so it cannot be combined with '
+        f'{", ".join(wrong)}. Pretrain first. Then start a second run with this workdir as init.'
       )
   width, heads = config.masked.decoder_width, config.masked.decoder_heads
   if name == 'masked' and (heads < 1 or width < 4 or width % heads or width % 4):
@@ -248,7 +248,7 @@ def check_augment(config: ConfigDict) -> None:
 
 
 def check_partners(config: ConfigDict) -> None:
-  """Raises ValueError if images are mixed in pairs, but a micro-batch has an odd size."""
+  """Raises ValueError if images are mixed in pairs, but micro-batches have an odd size."""
   parts = config.micro_batches or 1
   if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(
@@ -259,7 +259,7 @@ def check_partners(config: ConfigDict) -> None:
 
 
 def check_channels(config: ConfigDict, channels: int) -> None:
-  """Raises ValueError if `data.mean` or `data.std` does not fit images with these channels."""
+  """Raises ValueError if `data.mean` or `data.std` does not fit the number of channels."""
   for name in ('mean', 'std'):
     values = config.data[name]
     if len(values) not in (1, channels) or (name == 'std' and min(values) <= 0):

@@ -1,9 +1,8 @@
 """Creates, overrides, saves and compares configs; `keys.py` has the table of all keys.
 
-An experiment file in `configs/` starts from `default_config()` and changes some keys.
-`experiment.py` builds the model and its functions from a config. Lower layers such as the model
-and the data never see a config. Each mode reads only the few keys that it needs, e.g.
-`data.eval_split`.
+A config file in `configs/` starts from `default_config()` and changes some keys. `experiment.py`
+builds the model and its functions from a config. Lower packages such as `model` and `data` do not
+import this module; they get the values of keys as arguments.
 """
 
 import ast
@@ -76,15 +75,15 @@ def unknown(key: str) -> str:
 
 
 def hint(near: Sequence[str]) -> str:
-  """Returns the text " Did you mean a or b?" for the names `a` and `b`; empty without names."""
+  """Returns e.g. the text " Did you mean a or b?" for the names in `near`; empty without names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
 def override(config: ConfigDict, key: str, text: object) -> None:
-  """Sets a dotted key to a value, or to its command-line text, converted to the type of the key.
+  """Sets a config key to a value or a command-line text, which is converted to the key's type.
 
   Raises:
-    ValueError: an unknown key (the message gives similar keys), or a value of the wrong type.
+    ValueError: the key is unknown (the message gives similar keys), or the value has a wrong type.
   """
   key = RENAMED.get(key, key)
   if key not in KEYS:
@@ -152,9 +151,9 @@ def as_text(value: object) -> str:
 
 
 def flatten(config: Mapping, prefix: str = '') -> dict[str, object]:
-  """Returns a flat dict of a config, with dotted keys such as `data.source`.
+  """Returns a flat dict `{key: value}` of a config, with dotted keys such as `data.source`.
 
-  Tuples become lists, as in JSON. `prefix` is prepended to all keys.
+  Tuples become lists, as in JSON. The text `prefix` is put in front of all keys.
   """
   flat = {}
   for name, value in config.items():
@@ -176,7 +175,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
   Old names of renamed keys are accepted.
 
   Raises:
-    ValueError: a key that this version does not know, or a value of the wrong type.
+    ValueError: this version does not know a key, or a value has the wrong type.
   """
   config = default_config()
   values = {RENAMED.get(key, key): value for key, value in flatten(saved).items()}
@@ -197,7 +196,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
 
 
 def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
-  """Returns a copy of the config, in which keys without a value (`unset`) are set from `values`."""
+  """Returns a copy of the config, in which `values` sets keys that have no value (`unset`)."""
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')
@@ -207,11 +206,11 @@ def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
 
 
 def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
-  """Raises ValueError if the run in a workdir cannot resume with the given config.
+  """Raises ValueError if the run in a workdir cannot be resumed with the given config.
 
   Args:
-    saved: config of the run.
-    given: the given config.
+    saved: config that the run has saved.
+    given: config to resume the run with.
     workdir: folder of the run, for the message.
   """
   before, now = flatten(saved), flatten(given)
@@ -252,14 +251,14 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Reports the `--import` modules of a run that this process has not imported.
+  """Context manager that names the `--import` modules of a run that are missing in this process.
 
   If the code in the context raises a ValueError, the names are added to the message of this error.
   Otherwise a warning with the names is logged. The modules are not imported, because a checkpoint
   must not decide which code is executed.
 
   Args:
-    saved: JSON of the run's checkpoint. The list `imports` in it names the modules.
+    saved: contents of a checkpoint's item `config`; its list `imports` names the modules.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
   message = f'The run was trained with --import={missing}, which was not given now. Add this flag.'

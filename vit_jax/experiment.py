@@ -48,7 +48,7 @@ DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The model of a config, and its functions with the settings of the config.
+  """The model that a config describes, with the functions that training and evaluation need.
 
   `fit` resizes an image on the host. `names` has the files that the weights were trained on; None
   if unrecorded. Only training sets `teacher` (None without one) and `weight_L`, the loss weight of
@@ -74,7 +74,7 @@ class Experiment:
 
   @property
   def objective(self) -> Objective:
-    """Objective of training: its loss, and the metrics of evaluation."""
+    """The entry of `OBJECTIVES` that the config selects: what training minimises."""
     return objective_of(self.config)
 
   @property
@@ -94,7 +94,7 @@ class Experiment:
 
   @property
   def mixes(self) -> bool:
-    """Whether training mixes pairs of images, and weights the losses of their two labels."""
+    """Whether training mixes images in pairs (mixup or cutmix)."""
     return mixes(self.config.augment)
 
   @property
@@ -108,7 +108,7 @@ class Experiment:
     data, crop = self.config.data, self.config.augment.resized_crop
     cropped = AUGMENTATIONS['resized_crop'].on(crop)
     crop, skip = crop.to_dict() if cropped else None, data.skip_bad_images
-    if self.pack:  # worker processes could not receive it
+    if self.pack:  # `pack` cannot be sent to worker processes
       return Reading('stream', self.fit, crop, skip, 0, data.threads, self.pack)
     return Reading(data.cache, self.fit, crop, skip, data.workers, data.threads)
 
@@ -120,7 +120,7 @@ class Experiment:
   def at(
     self, size: tuple[int, int] | None = None, patch_size: int | Sequence[int] | None = None
   ) -> 'Experiment':
-    """Returns this experiment for another image size and patch size, with the same parameters.
+    """Returns an experiment for another image size and patch size, with the same parameters.
 
     None leaves a size unchanged. Positions are stretched over the new patch grid, and the patch
     embedding is resized. If the host stored images at the old size, it stores them at the new size.
@@ -163,7 +163,7 @@ class Experiment:
       )
 
   def split(self, params: dict) -> tuple[dict, dict]:
-    """Returns the parameters that the config trains, and all others."""
+    """Returns the parameters that this config trains, and the frozen parameters, as two dicts."""
     if self.config.classifier:
       return {}, params
     return split_frozen(params, self.config.freeze, self.config.adapt)
@@ -171,8 +171,8 @@ class Experiment:
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
     """Computes the probability of each class, `[B, L]`, for uint8 images `[B, H, W, C]`.
 
-    It is the softmax of the logits divided by the temperature. If images can have several labels,
-    or the calibration says `sigmoid`, it is the sigmoid of the logits.
+    This is the softmax of the logits divided by the temperature. If images can have several labels,
+    or `calibration.sigmoid` is True, it is the sigmoid of the logits.
     """
     logits_BL = self.logits(params, {'image': image_BHWC})
     if self.task.multi_label or self.calibration.sigmoid:
@@ -182,7 +182,7 @@ class Experiment:
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
     """Returns the best number of micro-batches for each device's share of a batch.
 
-    If a device gets an even number of images, the two images of a mixed pair stay in the same
+    If a device gets an even number of images, two images that are mixed are in the same
     micro-batch.
     """
     size, patch = self.image_shape, self.model.patch_size
@@ -215,7 +215,7 @@ class Experiment:
     return Fitted(build, mesh, best, budget and budget - held)
 
   def saved(self) -> dict:
-    """Returns the facts about the run that `Checkpoints.save` stores."""
+    """Returns the description of the run that `Checkpoints.save` stores in each checkpoint."""
     return {
       'version': vit_jax.__version__,
       'config': config_lib.to_dict(self.config),
@@ -243,17 +243,17 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   fields = dict(config.model)
   fields['patch_size'] = fields['patch_size'] and pair(fields['patch_size'])
   if config.classifier and CLASSIFIERS[config.classifier].stores:
-    fields['examples'] = task.train_examples or None  # None until the images are counted
+    fields['examples'] = task.train_examples or None  # 0 before the images are counted
   model = make(fields.pop('variant'), len(task.class_names) or None, **fields)
   check_channels(config, task.channels)
   keys, geometry = dict(config.loss), {}
   loss = choose_loss(keys.pop('name'), task.multi_label)
   check_classifier(config.classifier, task.multi_label)
   check_weights(keys.pop('class_weights'), task.class_names)
-  if task.stored_size == pair(config.data.image_size):  # smaller images are stored whole
+  if task.stored_size == pair(config.data.image_size):  # images stored smaller are not cropped
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
-  if config.data.cache == 'stream':  # the decoder already crops
+  if config.data.cache == 'stream':  # the decoder on the host already crops
     arguments['resized_crop']['min_area'] = AUGMENTATIONS['resized_crop'].off
   experiment = Experiment(
     config,
@@ -274,7 +274,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def assemble_for(config: ConfigDict, source: Source) -> Experiment:
-  """Assembles an experiment for a dataset; the host stores images at the model's input size."""
+  """Builds the experiment for a dataset whose images are stored at the model's input size."""
   size = pair(config.data.image_size)
   task = Task(source.class_names, size, source.channels, multi_label=source.multi_label)
   return assemble(config, task)

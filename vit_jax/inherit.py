@@ -38,8 +38,9 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
   If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
 
-  If the weights have the classes of the data, the head is kept. Otherwise the head is new, and the
-  pre-logits layer is removed. If the objective needs no labels, the head is removed.
+  If the weights have the classes of the data, their head is kept. Otherwise, a head of zeros
+  replaces their head, pre-logits layer and projection. If the objective needs no labels, the model
+  has no head.
 
   Returns:
     The config completed from the weights, the parameters, and the training files of the weights
@@ -49,7 +50,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
     ValueError: the weights do not exist, or the config contradicts them.
   """
   found = read_weights(config.init)
-  if np.any(found.preprocessing.size):  # an npz file of the paper does not name a size
+  if np.any(found.preprocessing.size):  # the npz files of the ViT paper do not store a size
     config = config_lib.fill(config, {'data.image_size': found.preprocessing.size})
   if found.channels != source.channels:
     raise ValueError(
@@ -65,12 +66,15 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   new_head = needs_new_head(found, classes)
   loaded = adapt(found, adaptation(config, found, len(classes), new_head))
   if new_head:
-    log.info('The head is new, because the weights have different or unknown classes.')
+    log.info(
+      'The run starts with a classification head of zeros, because the weights have different or '
+      'unknown classes.'
+    )
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
-  """Returns whether the weights have other or unknown classes, or a k-NN head."""
+  """Returns whether the head must be replaced: its classes differ or are unknown, or it is k-NN."""
   return found.class_names != classes or found.fields.get('examples') is not None
 
 
@@ -84,7 +88,7 @@ def open_classes(path: str | pathlib.Path) -> TextClasses:
 
 
 def with_classes(loaded: Pretrained, classes: TextClasses) -> Pretrained:
-  """Adds a zero-shot head for text-embedded classes to weights of CLIP or SigLIP.
+  """Adds a zero-shot head, made of text embeddings of classes, to weights of CLIP or SigLIP.
 
   Raises:
     ValueError: the weights already have a head, or do not fit the embeddings.
@@ -118,8 +122,8 @@ def open_teacher(
   """Opens the teacher that `distill.teacher` names.
 
   Returns:
-    The teacher and its training files, because a student also learns from these files. If the
-    config names no teacher: None, and no files.
+    The teacher, and the files it was trained on, because the student indirectly learns from these
+    files. If the config names no teacher: None, and no files.
 
   Raises:
     ValueError: the weights do not exist, have no head, or do not fit the data.
@@ -188,14 +192,14 @@ def adaptation(
     config: the config.
     found: contents of the weights file.
     num_classes: number of classes of the head; None keeps the file's head.
-    new_head: whether to make a new head even if the number of classes is the same.
+    new_head: whether to replace the file's head even if its number of classes is the same.
 
   Raises:
     ValueError: the images do not divide into patches.
   """
   own, size, grid = ViT(**found.fields).patch_size, config.data.image_size, None
   patch = pair(config.model.patch_size or own, 'model.patch_size')
-  if np.any(size):  # else the size follows from the positions of the weights
+  if np.any(size):  # else the grid of the file is kept
     size = pair(size)
     if any(n % p for n, p in zip(size, patch)):
       raise ValueError(
@@ -209,10 +213,10 @@ def adaptation(
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """Returns the config completed from the weights, after checking that both agree.
+  """Returns the config with missing values taken from the weights, if both describe one model.
 
   Raises:
-    ValueError: the config asks for a different model; the message lists the differences.
+    ValueError: the config describes a different model; the message lists the differences.
   """
   own = {name: getattr(loaded.model, name) for name in ATTRIBUTES if name in config.model}
   asked = variant_fields(config.model.variant) if config.model.variant else {}

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-LESS = {  # remedies, by the activity that `memory_for` protects
+LESS = {  # {activity, as named in `memory_for`: remedy}
   'Training': (
     'Raise micro_batches or set model.remat=full, and repeat the command: the run resumes with '
     'the new values. Or start a new run with a smaller batch_size or data.image_size, or with '
@@ -27,9 +27,9 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Raises `OutOfMemory` in place of errors that mean too little memory or too few threads.
+  """Context manager that raises `OutOfMemory` for errors that mean a lack of memory or threads.
 
-  The function also works as a decorator. In nested blocks, the innermost block sets the message.
+  It also works as a decorator. In nested contexts, the innermost one sets the message.
 
   Args:
     what: name of the activity for the message. If it is a key of `LESS`, the message gives the

@@ -26,7 +26,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the `arguments` that a function accepts by name; all for a function with `**kwargs`."""
+  """Returns those `arguments` that a function accepts; all of them if it has `**kwargs`."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)
@@ -36,13 +36,13 @@ def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, o
 
 
 def difference(ones: Sequence[str], others: Sequence[str]) -> str:
-  """Describes how two different lists of names differ. The text has no full stop at its end."""
+  """Returns a text on how two lists of class names differ, without a full stop at its end."""
   only = sorted({*ones} ^ {*others})
   return f'Classes in only one of the two lists: {abridged(only)}' if only else 'The order differs'
 
 
 def abridged(names: Sequence[str]) -> str:
-  """Returns a text with the first `SHOWN` names and the number of further names."""
+  """Returns the first `SHOWN` names as text, with the number of names that are left out."""
   more = len(names) - SHOWN
   return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 

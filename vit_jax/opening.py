@@ -1,8 +1,8 @@
 """Opens the data and the weights of a run or a mode, and builds the experiment from them.
 
 experiment, training = opening.from_config(config)         # to train
-experiment, params, step = opening.from_workdir(workdir)   # to use
-experiment, params = opening.from_init(weights)            # published weights, unchanged
+experiment, params, step = opening.from_workdir(workdir)   # to use a trained model
+experiment, params = opening.from_init(weights)            # to use published weights
 """
 
 from collections.abc import Mapping
@@ -53,7 +53,7 @@ TRAINING_KEYS = (
   'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
-# Splits that a new run chooses from the data, for weights without a run.
+# Splits to use with published weights. (A new run chooses its splits from its data.)
 OPEN_SPLITS = {'data.train_split': 'train', 'data.val_split': ''}
 
 
@@ -64,11 +64,11 @@ class Request:
   Attributes:
     workdir: folder of a training run; None with `init`.
     init: published weights instead of a workdir; anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if there is a
-      validation accuracy, else the last.
+    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if checkpoints
+      have a validation accuracy, else the last.
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
-      the workdir has a different one. None: any config is accepted.
+      the run in the workdir has a different config. None: any config is accepted.
     zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP.
       None if the weights have a head, or only features are needed.
     max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
@@ -99,8 +99,8 @@ def from_config(
 
   Args:
     config: checked config of the run.
-    saved: saved config of the run to resume, with the keys that `init` sets; None for a new run.
-    cycles: last steps of the run's earlier cycles, as in `Training`.
+    saved: saved config of the run to resume, which has a value for each key; None for a new run.
+    cycles: last step of each earlier learning-rate cycle, as in `Training`.
     seen: training files of the run to resume; None if the run did not record them.
 
   Raises:
@@ -130,7 +130,7 @@ def from_config(
   if saved is None:
     report_mistakes(source, named_splits(config), config.data.cache == 'stream')
   train, val, test = open_splits(experiment, source, seen)
-  if not cycles:  # the loop announces a new cycle
+  if not cycles:  # the training loop announces later cycles
     announce(config, len(train), first_size(source, data.train_split))
   task = dataclasses.replace(experiment.task, train_examples=len(train))
   weight_L = training_weights(config.loss.class_weights, train, task.class_names)
@@ -176,8 +176,8 @@ def from_init(
     init: anything that `pretrained.load` reads.
     overrides: dotted config keys and their values as text.
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
-      weights have different classes, the head is zero. `any` also accepts weights without a head:
-      the model then has no classes and returns features.
+      weights have different classes, a head of zeros is used. `any` also accepts weights without a
+      head: the model then has no classes and returns features.
     zero_shot: as in `Request`. With `data`, the file must contain every class of the data.
 
   Raises:
@@ -236,8 +236,8 @@ def from_workdir(
   Args:
     workdir: folder of a training run.
     overrides: dotted keys and their values as text; they override the config of the workdir.
-    config: a config to which the overrides are already applied. An error is raised if the workdir
-      has a different one. None: any config is accepted.
+    config: a config to which the overrides are already applied. An error is raised if the run has
+      a different config. None: any config is accepted.
     step: checkpoint of the workdir, as in `Request`.
 
   Raises:
@@ -256,7 +256,7 @@ def from_workdir(
     config.data.image_size, config.model.patch_size = trained
     check(config, trains=False)
     experiment = assemble(config, Task.load(saved['task'])).at(*asked)
-    if config.model.attention == 'auto':  # what training has chosen
+    if config.model.attention == 'auto':  # use the kernel that training chose
       model = experiment.model.clone(attention=saved.get('attention', 'auto'))
       experiment = dataclasses.replace(experiment, model=model)
   facts = dict(names=TrainingFiles.load(saved), calibration=Calibration.load(saved))
@@ -269,12 +269,12 @@ def from_workdir(
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
   """Opens the requested model, and returns its experiment, parameters and step (None for `init`).
 
-  A warning names overrides that only training reads.
+  A warning names overrides that have no effect, because only training reads these keys.
 
   Args:
     request: the model to open.
-    classes: classes of the model, as in `from_init`. A run without labels has none, so a workdir
-      of such a run is an error, unless the classes are `data` or `any`.
+    classes: classes of the model, as in `from_init`. A model trained without labels has no classes.
+      The workdir of such a model is an error, unless this argument is `data` or `any`.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.

@@ -3,7 +3,7 @@
 Decisions:
   * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
     smaller, down to `MIN_BATCH`; then the run gets more epochs. A batch has at most as many images
-    as the training split, except if the devices cannot divide such a small batch.
+    as the training split, unless this is too small a batch for the devices to divide.
   * A batch size is a power of two times the smallest batch size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
     Section 2.1). The updates of the other optimizers do not grow with the gradient. Their learning
@@ -26,16 +26,16 @@ from vit_jax.names import abridged, pair
 
 log = logging.getLogger(__name__)
 
-MIN_STEPS = 300
+MIN_STEPS = 300  # smallest number of training steps that a run gets
 MIN_BATCH = 16  # smallest batch size that is chosen to get more steps
 LINEAR = ('sgd',)  # optimizers whose learning rate is proportional to the batch size
-SAVES = 10  # number of checkpoints in a run
+SAVES = 10  # number of checkpoints that a run saves
 PARTS = 'train[:90%]', 'train[90%:]'  # splits for training and for validation
 VALIDATION = ('val', 'valid', 'validation')  # names of validation splits
 PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # {image size: patch size}, both in pixels
 MADE = (32, 32)  # size of synthetic images if the config leaves it open
 SAMPLE = 100  # number of training images whose sizes are read
-FEW = 3  # held-out images of a class; with fewer, a warning names the class
+FEW = 3  # a warning names classes with fewer held-out images
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
@@ -44,9 +44,10 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
 
 
 def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
-  """Fills the keys that a config leaves open with values chosen for the data, and logs the values.
+  """Returns the config, in which open keys have values chosen for the data, and logs the values.
 
-  With `init`, the image size stays open, because it follows the weights.
+  A key is open if its value is None. With `init`, the image size stays open, because it is taken
+  from the weights later.
 
   Args:
     config: checked config of a new run.
@@ -69,7 +70,10 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
 
 def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object]:
-  """Returns `{key: value}` for all keys that can be chosen for the data, even if they are set."""
+  """Returns values chosen for the data, `{key: value}`, for all keys that can be open.
+
+  The result also has values for keys that the config sets. The caller ignores these values.
+  """
   recipe = config.recipe
   train, val = choose_splits(config, source) if source else ('train', '')
   count = num_examples(source.pieces(train)) if source else None
@@ -132,7 +136,7 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
 
 
 def class_counts(source: Source, split: str) -> np.ndarray | None:
-  """Returns the number of images of each class in a split, `[L]`; None without files or labels.
+  """Returns how many images of a split each class has, `[L]`; None without files or labels.
 
   Raises:
     ValueError: the split has no images.
@@ -158,7 +162,8 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
   """Returns values for `data.image_size` and, if it is open too, `model.patch_size`.
 
   The image size is the largest one in `PATCHES` that is not above the median of the images'
-  shorter sides. If the config sets a patch size, the image size is rounded down to a multiple.
+  shorter sides. If the config sets a patch size, the image size is rounded down to a multiple of
+  the patch size.
 
   Args:
     config: config of a new run.
@@ -177,7 +182,7 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
 
 
 def sample_sizes(source: Source, split: str) -> list[tuple[int, int]]:
-  """Returns (height, width) of up to `SAMPLE` images, spread over a split, without bad images."""
+  """Returns (height, width) of up to `SAMPLE` readable images, spread evenly over a split."""
   places = [(name, i) for name, start, stop in source.pieces(split) for i in range(start, stop)]
   found = []
   for name, i in places[:: -(-len(places) // SAMPLE)]:

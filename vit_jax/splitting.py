@@ -58,8 +58,8 @@ def open_splits(
   """Opens the splits for training, validation (None without one) and test.
 
   The files in `seen`, which the weights were trained on, are removed from validation and test. A
-  sweep of learning rates ends with training on the validation split. So this split then loses only
-  the files that the weights were trained on before this run.
+  sweep of learning rates is an exception, because its final run also trains on the validation
+  split. This split then loses only files on which `init` or the teacher was trained before the run.
 
   Raises:
     ValueError: the weights were trained on the whole validation or test split or, for data without
@@ -91,8 +91,9 @@ def named_splits(config: ConfigDict) -> list[str]:
 def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
   """Returns the (height, width) of training images that are stored smaller than the model's input.
 
-  The device then enlarges them. Returns None if the host must resize the images. This is the case
-  if they are cropped, or need another filter than bicubic or another aspect ratio.
+  The device then enlarges the images with a bicubic filter. The result is None if this is not
+  possible. The images have different sizes or are not smaller, their aspect ratio must change, or
+  the config sets a crop or another filter.
   """
   data, size = config.data, image_size(config)
   if data.crop != 1 or data.interpolation != 'bicubic':
@@ -102,11 +103,11 @@ def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
 
 
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
-  """Builds the experiment of a run, and decides `data.cache` and the size of stored images.
+  """Returns the experiment of a run, and chooses its `data.cache` and the stored image size.
 
   Args:
     config: config of the run.
-    task: facts about the data; `stored_size` is the size of the model's input.
+    task: properties of the data. Its `stored_size` must be the size of the model's input.
     source: dataset of the run.
 
   Raises:
@@ -146,7 +147,7 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
 
 
 def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
-  """Returns the experiment of a run without labels, with the classes of the dataset in its config.
+  """Returns the experiment of a run without labels, with the classes of its config's dataset.
 
   Raises:
     ValueError: `classes` is not `data`, the value that asks for the dataset's classes. Or the

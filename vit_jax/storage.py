@@ -1,7 +1,7 @@
 """Writes files atomically, and checks before long work whether they can be written.
 
-Paths can be in a bucket, where an object is always written atomically. If a bucket does not answer,
-the program ends with the exit code `TRY_AGAIN`.
+A path can be in a bucket of cloud storage, which always writes an object atomically. If a bucket
+does not answer, the program ends with the exit code `TRY_AGAIN`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,15 +25,15 @@ _guards: dict[str, Callable[[], None]] = {}  # {folder: check}; see `guarded`
 
 
 class Unwritten(OSError):
-  """Error for a file that cannot be written; the message gives the file, reason and remedy."""
+  """Error for a file that cannot be written; the message gives file, reason and remedy."""
 
 
 class Passing(ValueError):
-  """Raised in all processes if a bucket did not answer one of the processes."""
+  """Error in all processes if a bucket did not answer one of them; repeating may succeed."""
 
 
 class NoMistake(ValueError):
-  """Raised after a failure that the user cannot avoid, such as the loss of another process."""
+  """Error that is no mistake of the user, such as the loss of another process."""
 
 
 def exit_code(error: BaseException | None) -> int:
@@ -82,7 +82,7 @@ def check_remote(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
-  """Calls `check` in the context before each file in a folder is written.
+  """Context manager in which `check` is called before each file in a folder is written.
 
   `check` raises an error to prevent writing, e.g. because the lock of the folder was lost.
   """
@@ -102,7 +102,7 @@ def check_allowed(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of disks and buckets in the context into `Unwritten`, which names the file."""
+  """Context manager that turns errors of disks and buckets into `Unwritten`, naming the file."""
   try:
     yield
   except Unwritten:
@@ -115,7 +115,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tolerated() -> Iterator[None]:
-  """Turns an `Unwritten` in the context into a warning, for results that are also printed."""
+  """Context manager that turns `Unwritten` into a warning, for results that are also printed."""
   try:
     yield
   except Unwritten as error:
@@ -138,7 +138,7 @@ def upload(files: Sequence[pathlib.Path], folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def uploading(path: pathlib.Path) -> Iterator[None]:
-  """Turns every error in the context, which writes to a bucket, into `Unwritten`."""
+  """Context manager for writing to a bucket: turns every error into `Unwritten`."""
   try:
     yield
   except Exception as error:  # each library raises its own error types
@@ -155,13 +155,13 @@ def reason(error: Exception) -> str | None:
 def replace(path: pathlib.Path, text: str) -> None:
   """Replaces a file atomically: even after a crash, it has either the old or the new text."""
   with replacing(path) as partial:
-    # The text may hold file names that are not UTF-8.
+    # The text may contain file names that are not valid UTF-8.
     partial.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a temporary file that replaces `path` once it has been written completely."""
+  """Context manager that yields a temporary file, which replaces `path` if no error occurs."""
   partial = path.with_name(path.name + '.partial')
   if bucket.is_remote(path):
     with writing(path), tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
