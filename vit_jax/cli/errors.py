@@ -34,8 +34,8 @@ def describe(error: Exception) -> str:
 def is_from_bucket(error: Exception) -> bool:
   """Returns whether an error came from a request to a bucket.
 
-  Errors of gcsfs and of the libraries that it uses have no common base class. So the function
-  looks at the package that defines the class of the error.
+  Errors of gcsfs and its dependencies have no common base class. So the function looks at the
+  package that defines the class of the error.
   """
   libraries = 'gcsfs', 'aiohttp', 'google'
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries

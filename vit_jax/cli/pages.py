@@ -17,8 +17,9 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
-If a key of the section `model` (except `model.remat`) has the default None, its value comes from
-the `init` weights if they are given, else from `model.variant`, else from the class `ViT`."""
+For keys of the section `model`, the default None means that the value comes from the `init`
+weights. Without `init`, the value comes from `model.variant` or, if the variant does not define it,
+from the class `ViT`. The key `model.remat` is an exception."""
 
 COMMAND_HEAD = (
   """# Command line

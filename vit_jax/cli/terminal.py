@@ -124,7 +124,7 @@ def end_at_once(message: str) -> None:
 def as_bytes(error: UnicodeError) -> tuple:
   """Codec error handler that replaces each unprintable character by an escape like `\\u20ac`.
 
-  Unprintable characters are those that the terminal's encoding lacks. An undecodable byte of a file
+  A character is unprintable if the encoding of the terminal lacks it. An undecodable byte of a file
   name is written unchanged.
   """
   try:

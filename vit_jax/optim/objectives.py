@@ -27,14 +27,14 @@ from vit_jax.optim.distill import split_head
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What a training run minimises, and what its evaluation computes.
+  """Loss that a training run minimises, with the outputs that its evaluation needs.
 
   Attributes:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
-      augmented uint8 `image`, and `label`. It also has `example`, the position of each image in the
-      batch, and `own`, the weight of each image in its mix with a second one. If the run has a
-      teacher, `params['teacher']` has its parameters. The logits give the training accuracy; they
-      are None if `labels` is False.
+      augmented uint8 `image`, and `label`. Its entry `example` is the position of each image in the
+      batch. If images are mixed in pairs, `own` is the weight of each image in its mix. If the run
+      has a teacher, `params['teacher']` has its parameters. The logits give the training accuracy;
+      they are None if `labels` is False.
     rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. If
       `labels` is False, the result has no logits. In the batch, `example` is the index of an image
       in its split.
@@ -147,5 +147,5 @@ def training_only() -> tuple[str, ...]:
 
 
 def without_objective(params: dict) -> dict:
-  """Returns the parameters `params` without those that only training needs (`training_only`)."""
+  """Returns `params` without the parameters that only training needs (see `training_only`)."""
   return {name: leaves for name, leaves in params.items() if name not in training_only()}

@@ -183,7 +183,7 @@ def make_optimizer(
     name: key of `OPTIMIZERS`.
     schedule: learning rate of each step.
     clip: maximum norm of the whole gradient; 0 for no clipping.
-    layer_decay: learning rate of each layer, divided by that of the next layer; 1: no layer decay.
+    layer_decay: learning rate of a layer, divided by the rate of the next layer; 1: equal rates.
     **arguments: other config keys of the optimizer. Keys that its function lacks are ignored.
   """
   function = choose('optimizer.name', name, OPTIMIZERS)

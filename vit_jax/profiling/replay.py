@@ -46,8 +46,8 @@ class Verdict:
 
   Attributes:
     steps: steps of the two checkpoints between which training was repeated, the older one first.
-    same: whether the repeated train state equals the saved one. If the devices differ from those of
-      the run, a difference by rounding is allowed.
+    same: whether the repeated train state equals the saved one. If the run used other devices, a
+      difference by rounding is allowed.
     text: the result in words; one line for each finding.
   """
 
