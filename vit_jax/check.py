@@ -63,7 +63,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """Returns the names that are valid values of a config key; empty if any value can be valid.
+  """Returns the names that are valid values of a config key; empty for keys without such names.
 
   The names are in the order of the list or the registry that defines them.
   """
@@ -77,7 +77,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   """Raises ValueError for missing keys, invalid numbers, unknown names and contradictions.
 
   Args:
-    config: the config.
+    config: config to check.
     trains: whether the config is used for training. If False, rules that matter only in training
       are not checked, such as the even batch size that mixup and cutmix need.
   """
@@ -142,7 +142,10 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
 
 
 def check_frozen(config: ConfigDict, trains: bool) -> None:
-  """Raises ValueError if keys contradict each other about the parameters to train."""
+  """Raises ValueError if keys contradict each other about the parameters to train.
+
+  The key `classifier` is checked only if `trains` is True.
+  """
   if config.classifier and trains:
     set_too = {'epochs': 0, 'freeze': '', 'adapt': '', 'sweep': (), 'ema': 0}
     wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
@@ -160,7 +163,7 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
 
 
 def check_progressive(config: ConfigDict) -> None:
-  """Raises ValueError for invalid or contradictory keys of progressive resizing."""
+  """Raises ValueError for invalid or contradictory keys of the section `progressive`."""
   sizes, until = config.progressive.sizes, config.progressive.until
   height = pair(config.data.image_size)[0]
   if not all(type(size) is int and 0 < size <= height for size in sizes):
@@ -179,7 +182,7 @@ def check_progressive(config: ConfigDict) -> None:
 
 
 def check_objective(config: ConfigDict) -> None:
-  """Raises ValueError for keys that contradict the objective."""
+  """Raises ValueError for keys that contradict the key `objective`."""
   name, teacher = config.objective, config.distill.teacher
   if name and (name == 'distilled') != bool(teacher):
     remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'
@@ -227,7 +230,7 @@ def check_distill(config: ConfigDict) -> None:
 
 
 def check_augment(config: ConfigDict) -> None:
-  """Raises ValueError for invalid or contradictory keys of `augment`."""
+  """Raises ValueError for invalid or contradictory keys of the section `augment`."""
   erasing, mix, drawn = config.augment.erasing, config.augment.mix, config.augment.rand_augment
   most = MAX_MAGNITUDES[drawn.space]
   if not 0 <= drawn.magnitude <= most:

@@ -230,7 +230,7 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
 
 
 def import_extensions(names: Sequence[str]) -> None:
-  """Imports the modules of `--import`, which register names and keys for configs.
+  """Imports the modules of `--import`, which can add config keys and registry entries.
 
   Raises:
     ValueError: Python cannot find a module, or the module raises an error. The message then gives

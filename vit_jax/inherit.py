@@ -247,7 +247,7 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
 
 
 def repeat(values: tuple[float, ...]) -> tuple[float, ...]:
-  """Shortens a value per channel to a single value if it is the same for all channels."""
+  """Reduces one value per channel to a single value, if all channels have the same value."""
   return tuple(values[:1]) if len(set(values)) == 1 else tuple(values)
 
 

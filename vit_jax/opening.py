@@ -178,7 +178,7 @@ def from_init(
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
       weights have different classes, a head of zeros is used. `any` also accepts weights without a
       head: the model then has no classes and returns features.
-    zero_shot: as in `Request`. With `data`, the file must contain every class of the data.
+    zero_shot: as in `Request`. If `classes` is `data`, the file must contain each of these classes.
 
   Raises:
     ValueError: the weights cannot be read or have no head, or overrides contradict the weights. Or

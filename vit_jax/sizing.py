@@ -51,8 +51,8 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
   Args:
     config: checked config of a new run.
-    source: dataset of the run. If it is None or has no examples, the data is not available, and the
-      values come from the recipe.
+    source: dataset of the run. If it is None or has no examples, the data is not available. The
+      values then come from the section `recipe` of the config.
   """
   source = source if source and source.sizes else None
   found = from_first(lambda: chosen_values(config, source))
@@ -111,7 +111,7 @@ def choose_batch(config: ConfigDict, count: int | None) -> int:
 def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   """Returns the splits for training and for validation.
 
-  The validation split is empty if the config asks for none, or if too few images can be held out.
+  The validation split is empty if `data.val_split` is empty, or if too few images can be held out.
   """
   train, val = config.data.train_split, config.data.val_split
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
@@ -159,7 +159,7 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 
 
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
-  """Returns values for `data.image_size` and, if it is open too, `model.patch_size`.
+  """Returns values for `data.image_size` and, if that key is also open, for `model.patch_size`.
 
   The image size is the largest one in `PATCHES` that is not above the median of the images'
   shorter sides. If the config sets a patch size, the image size is rounded down to a multiple of

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 def open_training(config: ConfigDict) -> Source:
   """Opens the dataset of a run, and logs its warnings.
 
-  If the objective needs no labels, the source is returned without labels.
+  If the objective needs no labels, the returned dataset has no labels.
 
   Raises:
     ValueError: the source cannot be read, or lacks the labels that the objective needs.
@@ -91,9 +91,9 @@ def named_splits(config: ConfigDict) -> list[str]:
 def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
   """Returns the (height, width) of training images that are stored smaller than the model's input.
 
-  The device then enlarges the images with a bicubic filter. The result is None if this is not
-  possible. The images have different sizes or are not smaller, their aspect ratio must change, or
-  the config sets a crop or another filter.
+  The device then enlarges the images with a bicubic filter. The result is None if the images have
+  different sizes, are not smaller, or must change their aspect ratio. It is also None if the config
+  sets a crop or another filter.
   """
   data, size = config.data, image_size(config)
   if data.crop != 1 or data.interpolation != 'bicubic':

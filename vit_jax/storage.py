@@ -153,7 +153,7 @@ def reason(error: Exception) -> str | None:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Replaces a file atomically: even after a crash, it has either the old or the new text."""
+  """Replaces a file atomically: even after a crash, the file has either the old or the new text."""
   with replacing(path) as partial:
     # The text may contain file names that are not valid UTF-8.
     partial.write_text(text, encoding='utf-8', errors='backslashreplace')

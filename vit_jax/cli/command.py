@@ -38,7 +38,7 @@ EXTRAS = {  # {install command: modules that only this command installs}
 
 
 def start() -> None:
-  """Runs `main` with the command-line arguments of this process, and exits with its result."""
+  """Runs `main` with this process's command-line arguments, and exits with the returned code."""
   set_up()
   sys.exit(main(sys.argv[1:]))
 
@@ -114,7 +114,7 @@ def load_extensions(names: Sequence[str]) -> None:
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """Returns the install command for the module that is missing; None if it is unknown."""
+  """Returns the command that installs the module whose import failed; None if it is unknown."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 

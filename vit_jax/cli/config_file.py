@@ -21,6 +21,8 @@ from vit_jax.keys import KEYS
 def load_file(spec: str) -> ConfigDict:
   """Returns the config of `path/to/file.py` or `path/to/file.py:variant`.
 
+  The text after the colon is passed to the function `get_config` of the file.
+
   Raises:
     ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
       unknown key. Or `spec` names a variant, but `get_config` has no argument for it. The message

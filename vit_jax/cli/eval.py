@@ -39,9 +39,9 @@ def run_eval(args) -> None:
 def as_text(result: dict) -> str:
   """Formats the result of an evaluation: its numbers, a summary, and a table of classes.
 
-  The table has the `WORST` classes with the lowest F1, or all classes if images can have several
-  labels. For a model trained without labels (`objective=masked`), the summary gives the loss, and
-  there is no table.
+  The table has the five classes with the lowest F1 (`WORST`), or all classes if images can have
+  several labels. For a model trained without labels (`objective=masked`), the summary gives the
+  loss, and the table is omitted.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())

@@ -33,7 +33,7 @@ class Flag:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """One value of `--mode`.
+  """A mode of the program, which is a value of the flag `--mode`.
 
   Attributes:
     summary: purpose of the mode, in one line; starts with a verb.
@@ -55,7 +55,7 @@ class Mode:
 
 
 def split_paths(text: str) -> list[str]:
-  """Splits a comma-separated list of paths. A text that is itself an existing path is not split."""
+  """Splits a comma-separated list of paths, unless the whole text is one existing path."""
   if text and os.path.exists(os.path.expanduser(text)):
     return [text]
   return [path.strip() for path in text.split(',') if path.strip()]

@@ -78,7 +78,7 @@ PAGES = {'config.md': config_markdown, 'cli.md': command_markdown}
 
 
 def main(argv: list[str]) -> None:
-  """Writes every page into the folder that `argv` names as its only element."""
+  """Writes all pages into a folder, whose path is the only element of `argv`."""
   (folder,) = argv
   for name, text in PAGES.items():
     (pathlib.Path(folder) / name).write_text(text(), encoding='utf-8')

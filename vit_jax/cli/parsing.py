@@ -49,7 +49,10 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def given(argv: Sequence[str]) -> set[str]:
-  """Returns the names of the flags in `argv`, such as `--mode`, without empty ones (`--mode=`)."""
+  """Returns the names of the flags in `argv`, such as `--mode`.
+
+  A flag with an empty value, such as `--mode=`, does not count.
+  """
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
 

@@ -25,7 +25,7 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints the log messages of this package to stderr, from the level INFO on."""
+  """Prints log messages of this package to stderr, if their level is at least INFO."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
@@ -99,7 +99,7 @@ class Output(io.TextIOWrapper):
 
 
 def interrupt(_, frame) -> None:
-  """Handles Ctrl-C: the program exits cleanly after the first one, immediately after the second.
+  """Handles Ctrl-C: the first one ends the program cleanly, the second one immediately.
 
   During an import, the first Ctrl-C also exits immediately, because imported code may catch
   KeyboardInterrupt.

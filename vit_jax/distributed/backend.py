@@ -67,7 +67,7 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 
 def portable() -> contextlib.AbstractContextManager[None]:
-  """Returns a context manager in which traced programs use only kernels that run everywhere."""
+  """Returns a context manager; programs traced in it use only kernels that run on any platform."""
   return compiled_for(ANY)
 
 

@@ -38,7 +38,10 @@ def unsignalled() -> Iterator[None]:
 
 
 def end_with_parent(index: int, count: int) -> None:
-  """Makes this worker process exit when its parent exits; ignores the arguments, set by Grain."""
+  """Makes this worker process exit when its parent process exits.
+
+  Grain calls this function in each worker with two arguments, which are not used.
+  """
   del index, count
 
   def watch():

@@ -224,7 +224,7 @@ def broadcast_piece(data: bytes | None, size: int) -> bytes:
 
 
 def to_host(tree):
-  """Converts a tree of global arrays to NumPy arrays, which every process holds completely."""
+  """Converts a tree of global JAX arrays to NumPy arrays, which are complete in every process."""
 
   def whole(x):
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -33,7 +33,7 @@ def start_up() -> None:
 
   This function must be called before the first query for devices. The query starts JAX, by default
   with a single CPU device. The function does nothing if the user has set the number of CPU devices,
-  or if JAX is already running. For small batches, a mesh uses only some of them (see `worth`).
+  or if JAX is already running. For small batches, a mesh uses only some devices (see `worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:

@@ -187,8 +187,8 @@ def say(text: str) -> None:
 def waiting(what: str) -> Iterator[None]:
   """Context manager that limits the time in which its block waits for other processes.
 
-  After `SOON` seconds, it prints a message about `what` the block waits for. After `JOIN` seconds,
-  it ends this process. Without the limit, JAX would abort the process, but later.
+  After `SOON` seconds, it prints that this process waits for `what`. After `JOIN` seconds, it ends
+  this process. Without the limit, JAX would abort the process, but later.
   """
 
   def give_up():

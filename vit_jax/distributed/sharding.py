@@ -84,7 +84,7 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
 
   Args:
     mesh: the devices.
-    path: path of the array in its tree, as JAX gives it.
+    path: path of the array in its tree, as `jax.tree_util` gives it.
     shape: shape of the array.
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])

@@ -31,7 +31,7 @@ EVALUATION = 2**32 - 1  # folded into the key of evaluation masks; training fold
 
 
 class Decoder(nn.Module):
-  """Predicts the pixels of unseen patches (Section 3, "MAE decoder", and Appendix A.1).
+  """Predicts the pixels of hidden patches (MAE paper: Section 3, "MAE decoder"; Appendix A.1).
 
   Attributes:
     block: settings of an encoder block.
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
 
 class Filled(NamedTuple):
-  """Predictions of a masked autoencoder for the unseen patches of a batch.
+  """Predictions of a masked autoencoder for the unseen (hidden) patches of a batch.
 
   Attributes:
     predicted_BUP: predicted values of the unseen patches, `[B, U, P]`.
@@ -88,7 +88,7 @@ class Filled(NamedTuple):
 
   @property
   def loss_B(self) -> jax.Array:
-    """Mean squared error over the unseen patches of each image, `[B]` (Section 3)."""
+    """Mean squared error over the unseen patches of each image, `[B]` (MAE paper, Section 3)."""
     return ((self.predicted_BUP - self.target_BUP) ** 2).mean(axis=(1, 2))
 
 
@@ -274,14 +274,14 @@ def as_images(
 def statistics(patch_BNP: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns mean and standard deviation of each patch, `[B, N, 1]` each.
 
-  As in the paper's code, the variance is unbiased, and 1e-6 is added to it.
+  As in the code of the MAE paper, the variance is unbiased, and 1e-6 is added to it.
   """
   mean_BN1 = patch_BNP.mean(axis=-1, keepdims=True)
   return mean_BN1, jnp.sqrt(patch_BNP.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
 
 
 def normalized(patch_BNP: jax.Array) -> jax.Array:
-  """Scales the values of each patch to mean 0, variance 1 (Section 3, "Reconstruction target")."""
+  """Scales each patch to mean 0, variance 1 (MAE paper, Section 3, "Reconstruction target")."""
   mean_BN1, std_BN1 = statistics(patch_BNP)
   return (patch_BNP - mean_BN1) / std_BN1
 
@@ -292,5 +292,5 @@ def take(patch_BNP: jax.Array, index_BU: jax.Array) -> jax.Array:
 
 
 def evaluation_key(seed: int) -> jax.Array:
-  """Returns the random key of evaluation masks, which depends only on the run's seed."""
+  """Returns the random key that draws the masks in evaluation, made from the run's seed."""
   return jax.random.fold_in(jax.random.key(seed), EVALUATION)

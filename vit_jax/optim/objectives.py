@@ -40,7 +40,7 @@ class Objective:
       in its split.
     init: `(exp, key) -> dict` returns initial values of parameters that only this objective has,
       such as a decoder.
-    params: names of these parameters, which are the keys of the dict.
+    params: names of these parameters, which are the keys of the dict that `init` returns.
     labels: whether the objective needs labels. If not, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
   """

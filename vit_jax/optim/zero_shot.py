@@ -46,7 +46,7 @@ class TextClasses:
     names: name of each class.
     embedding_LD: text embedding of each class, scaled to length 1, in float64.
     scale: factor of the cosine similarity between an image and a class.
-    bias: number to add to the logits; None for probabilities by softmax.
+    bias: number to add to the logits; probabilities are then sigmoids. None: they are a softmax.
   """
 
   origin: str
@@ -192,7 +192,8 @@ def check_scale(arrays: Mapping[str, np.ndarray], origin: str) -> float:
   """Returns `logit_scale`, the factor of the cosine similarity.
 
   Raises:
-    ValueError: the value is not from `SMALLEST` to `LARGEST`; perhaps it is the logarithm.
+    ValueError: the value is not between `SMALLEST` and `LARGEST`, e.g. because it is the logarithm
+      of the factor.
   """
   value = number(arrays, 'logit_scale', origin)
   if SMALLEST <= value <= LARGEST:

@@ -163,8 +163,8 @@ def judged(
     steps: steps of the two checkpoints, the older one first.
     ended: the repeated train state.
     wanted: the saved train state, placed on the devices like `ended`.
-    then: devices of the run, from `devices_of`; None if the run did not record them.
-    now: devices of the repetition, from `devices_of`.
+    then: devices on which the run was trained, from `devices_of`; None if they were not recorded.
+    now: devices on which the steps were repeated, from `devices_of`.
   """
   found = differences(ended, wanted)
   shown = lambda devices: ', '.join(f'{key}={value}' for key, value in devices.items())

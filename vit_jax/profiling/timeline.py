@@ -105,7 +105,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of an operation; only running operations of the lowest rank get the time."""
+  """Returns the rank of an operation or `WAIT`; at each moment, only the lowest rank gets time."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
