@@ -153,12 +153,12 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
-        'default. To train from such a head, start a new run with --config.init=<its workdir>.'
+        'default. To train from such a head, start a new run with --config.init=<this workdir>.'
       )
   if config.adapt and config.freeze:
     raise ValueError(
       f'adapt={config.adapt} cannot be combined with freeze={config.freeze}. adapt already keeps '
-      'the weights of init and trains the head. Remove one of them.'
+      'the weights of init and trains the head. Remove one of these keys.'
     )
 
 
@@ -178,7 +178,7 @@ def check_progressive(config: ConfigDict) -> None:
       f'one for each of progressive.sizes={tuple(sizes)}.'
     )
   if sizes and config.freeze:
-    raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of them.')
+    raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of the two.')
 
 
 def check_objective(config: ConfigDict) -> None:
@@ -201,7 +201,7 @@ def check_objective(config: ConfigDict) -> None:
   if name == 'masked' and (heads < 1 or width < 4 or width % heads or width % 4):
     raise ValueError(
       f'masked.decoder_width={width} must be divisible by masked.decoder_heads={heads}, and by 4 '
-      'for its positions.'
+      'for the position embedding of the decoder.'
     )
 
 
@@ -212,7 +212,7 @@ def check_distill(config: ConfigDict) -> None:
   if config.freeze:
     raise ValueError(
       'distill.teacher cannot be combined with freeze: the student learns with all its parameters. '
-      'Remove one of them.'
+      'Remove one of these keys.'
     )
   if config.loss.name == 'sigmoid':
     raise ValueError(
@@ -225,7 +225,7 @@ def check_distill(config: ConfigDict) -> None:
   if pool and pool.distills and joins:
     raise ValueError(
       f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
-      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set it to None.'
+      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set this to None.'
     )
 
 

@@ -40,7 +40,7 @@ def memory_for(what: str) -> Iterator[None]:
   except OutOfMemory:
     raise
   except (MemoryError, RuntimeError) as error:
-    if str(error) == "can't start new thread":  # the text of a plain RuntimeError
+    if str(error) == "can't start new thread":  # Python raises a RuntimeError with this text
       raise OutOfMemory(
         f'{what} cannot start more threads. Raise the limits of this process: `ulimit -u` for the '
         "user's threads, `ulimit -v` for memory."

@@ -159,7 +159,7 @@ def begin_from(
       f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
       'Set --config.init, e.g. to a file, a folder or a workdir.'
     )
-  check(config)  # also the chosen values
+  check(config)  # again, because values were chosen
   warn_of_few(config, source)
   return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
@@ -220,7 +220,7 @@ def from_init(
   stored = expected.stored_size or expected.size
   task = Task(tuple(names), stored, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)
-  facts = {'model': experiment.model.clone(examples=loaded.model.examples)}  # in a k-NN head
+  facts = {'model': experiment.model.clone(examples=loaded.model.examples)}  # for a k-NN head
   facts |= {} if new_head else {'calibration': loaded.calibration}
   return dataclasses.replace(experiment, names=inherit.names_of(loaded), **facts), loaded.params
 

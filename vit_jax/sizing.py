@@ -188,6 +188,6 @@ def sample_sizes(source: Source, split: str) -> list[tuple[int, int]]:
   for name, i in places[:: -(-len(places) // SAMPLE)]:
     try:
       found += [own_size(example) for example in source.read(name, [i])]
-    except BadImage:  # reported when it is decoded
+    except BadImage:  # reported when the image is decoded
       continue
   return found

@@ -144,7 +144,7 @@ def test_logged_flops_are_those_of_the_drawn_sizes(flexible):
     ({'patch_sizes': '8', 'progressive.sizes': '4', 'progressive.until': '0.5'}, 'images of 4x4'),
     ({'patch_sizes': '2', 'freeze': 'backbone'}, 'cannot be combined with freeze=backbone'),
     ({'patch_sizes': '32', 'data.image_size': '32', 'model.resnet': '1', 'model.patch_size': '4'},
-     'patches of a hybrid'),
+     'patches of a hybrid model'),
     ({'patch_sizes': '2', 'objective': 'masked'}, 'the decoder predicts patches of one size'),
 ])  # fmt: skip
 def test_patch_sizes_that_no_step_can_use_are_refused(overrides, message, tmp_path):

@@ -30,7 +30,7 @@ def write_features(args) -> int:
 
   if args.given & {'--format', '--topk', '--classes'}:
     raise ValueError(
-      '--features cannot be combined with --format or --topk, nor with --classes. Remove them.'
+      '--features cannot be combined with --format, --topk or --classes. Remove these flags.'
     )
   if not args.out or args.out.suffix != '.npz':
     raise ValueError(f'--features={args.features} needs --out, an npz file to write, e.g. out.npz.')

@@ -33,7 +33,7 @@ def show_log() -> None:
 
 def set_up() -> None:
   """Prepares this process for Ctrl-C, closed streams, and characters the terminal cannot show."""
-  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C is not ignored
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
   hush_event_loops()
@@ -53,7 +53,7 @@ def open_streams() -> None:
     try:
       os.fstat(number)
     except OSError:
-      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens as `number`, the lowest free
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free one: `number`
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
 

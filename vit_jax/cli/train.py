@@ -26,7 +26,7 @@ def run_train(args) -> int | None:
       shown = f'loss {result["test_loss"]:.4f}' if value is None else f'{name} {value:.2%}'
       print(
         f'Test {shown} on {result["examples"]} examples after '
-        f'{result["steps"]} steps; everything is in {args.workdir}/ (checkpoints, metrics.jsonl, '
+        f'{result["steps"]} steps; all files are in {args.workdir}/ (checkpoints, metrics.jsonl, '
         'result.json, tensorboard, log.txt).'
       )
   return None

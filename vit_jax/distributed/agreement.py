@@ -69,7 +69,7 @@ class Agreement:
       for _, failed in self._client.key_value_dir_get(f'{self._name}/failed'):
         raise told(*json.loads(failed))
       if time.monotonic() > until:
-        raise TimeoutError('another process does not finish writing')
+        raise TimeoutError('another process did not finish writing the checkpoint in time')
 
   def reporting(self, function: Callable) -> Callable:
     """Returns a wrapper of the function that also sends its errors to the other processes."""

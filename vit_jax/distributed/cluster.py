@@ -100,7 +100,7 @@ def from_first(function: Callable[[], object]) -> object:
       text = json.dumps({'value': function()}, default=marked)
     except (ValueError, OSError) as error:
       text = json.dumps({'error': str(error), 'code': code_after(error)})
-    except Exception as error:  # the other processes wait for an answer
+    except Exception as error:  # the other processes wait for the result
       said = f'Process 0 failed: {type(error).__name__}: {error}'
       text = json.dumps({'error': said, 'code': code_after(error)})
       failure = error
@@ -266,6 +266,6 @@ class Preemption:
 
   def is_due(self) -> bool:
     """Returns whether to save and stop after this step; call this method after every step."""
-    if jax.distributed.is_initialized() and asked_to_stop():  # reports a signal once
+    if jax.distributed.is_initialized() and asked_to_stop():  # reports a signal only once
       Preemption._noticed = True
     return Preemption._noticed

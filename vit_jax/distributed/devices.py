@@ -23,7 +23,7 @@ ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
 MIN_EXAMPLES = 32  # per CPU device; with fewer examples per device, a step gets slower
 
-PAIRS = '2 (mixed pairs stay together)'  # explains `group` = 2 in messages
+PAIRS = '2 (images are mixed in pairs)'  # explains the factor `group` in messages
 
 _one_per_core = False  # True if `start_up`, not the user, set the number of CPU devices
 
@@ -57,7 +57,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
     return None
   return (
     f'JAX was started with {count} CPU device(s), but batch_size={batch_size} would use {wanted}. '
-    'With fewer devices, the rounding of results is different. Call vit_jax.train before '
+    'With fewer devices, results are rounded differently. Call vit_jax.train before '
     f'other JAX code, or set JAX_NUM_CPU_DEVICES={wanted}.'
   )
 

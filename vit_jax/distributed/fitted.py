@@ -87,6 +87,9 @@ class Fitted:
       )
     if fit.attempts > 1:
       log.info(
-        '%d micro-batches: a forward pass needs %s of %s.', fit.plan, gib(fit.size), gib(budget)
+        'A forward pass in %d micro-batches needs %s of the available %s.',
+        fit.plan,
+        gib(fit.size),
+        gib(budget),
       )
     return fit.plan, functions[fit.plan]  # not compiled again: JAX caches the program

@@ -85,7 +85,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   try:
     with (
-      warnings.catch_warnings(action='ignore'),  # about clusters JAX cannot inspect
+      warnings.catch_warnings(action='ignore'),  # of clusters that JAX cannot inspect
       waiting(f'{num_processes} processes at {coordinator}' if some else 'the other processes'),
     ):
       initialize(*given)

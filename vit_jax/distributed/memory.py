@@ -116,7 +116,7 @@ def memory_limit(mesh: Mesh) -> int | None:
   def ask():
     try:
       return (mesh.local_devices[0].memory_stats() or {}).get('bytes_limit')
-    except jax.errors.JaxRuntimeError:  # the device does not exist
+    except jax.errors.JaxRuntimeError:  # the device is from a topology description
       return None
 
   return from_first(ask)

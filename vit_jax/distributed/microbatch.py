@@ -65,7 +65,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
     parts: number of micro-batches per device; must divide the number of examples per device.
   """
 
-  @jax.jit  # traced once, although called twice
+  @jax.jit  # jitted, so that it is traced only once, although it is called twice
   def sums_of(part, *shared):
     with compiled_for(target(mesh)):
       return keep_layout(mesh, function(part, *shared))

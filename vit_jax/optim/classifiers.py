@@ -68,7 +68,7 @@ def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict
     scaled = np.pad(scaled, ((0, 0), (0, 1)), constant_values=BIAS)
     return scaled, 2.0 * np.eye(classes)[label_N[rows]] - 1
 
-  if count <= width:  # the dual form
+  if count <= width:  # the dual form is smaller
     x_ND, y_NL = prepared(slice(None))
     w_DL = x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + L2 * np.eye(count), y_NL)
   else:

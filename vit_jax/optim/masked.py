@@ -69,7 +69,7 @@ class Decoder(nn.Module):
     patch_BND = jnp.concatenate([x_BTD[:, before:], hidden_BUD], axis=1) + position_ND[place_BN]
     x_BTD = jnp.concatenate([x_BTD[:, :before], patch_BND], axis=1)
     x_BTD = Encoder(self.block, self.depth, name='encoder')(x_BTD)
-    # The loss reads only unseen patches, so only these are predicted.
+    # Only unseen patches are predicted, because the loss reads no others.
     return Dense((self.values,), name='pixels')(x_BTD[:, before + seen_BS.shape[1] :])
 
 

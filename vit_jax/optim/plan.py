@@ -215,7 +215,7 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
     if config[key]:
       raise ValueError(
         f'{name} cannot be combined with {key}={config[key]}, because the features are computed '
-        'once, with one patch size. Remove one of them.'
+        'once, with one patch size. Remove one of the two keys.'
       )
   if config.objective == 'masked':
     raise ValueError(
@@ -224,6 +224,6 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
     )
   if model.resnet is not None:
     raise ValueError(
-      f'{name}: the patches of a hybrid come from the feature map of its stem, '
+      f'{name}: the patches of a hybrid model come from the feature map of its stem, '
       f'model.resnet={model.resnet}, so they have only one size. Choose a model without a stem.'
     )

@@ -9,7 +9,7 @@ CONTAINERS = ('while', 'call', 'conditional')  # operations that only run other 
 PRODUCTS = ('dot', 'convolution')
 LIBRARY_PRODUCTS = ('gemm', 'matmul', 'conv')  # parts of the names of library calls
 
-# Attention without the products that compute queries, keys, values and the output.
+# Path of an operation of attention, except the products for queries, keys, values and output.
 ATTENTION = re.compile(r'/attention/(?!(?:query|key|value|out)/)')
 
 # Parts of an operation's path that name neither a module nor a primitive.

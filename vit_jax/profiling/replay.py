@@ -145,12 +145,12 @@ def check_repeatable(
   if config.freeze or config.classifier:
     raise ValueError(
       f'--mode=verify repeats training steps, but {workdir} holds a run that trains only a head '
-      '(freeze, classifier). Start it again in another --workdir and compare the results.'
+      '(freeze, classifier). Repeat the run in another --workdir and compare the results.'
     )
   if cycles and first < cycles[-1]:
     raise ValueError(
-      f'--mode=verify cannot repeat steps {first + 1} to {last} of {workdir}: a new cycle with '
-      f'another learning rate began after step {cycles[-1]}. Try again after the next checkpoint.'
+      f'--mode=verify cannot repeat steps {first + 1} to {last} of {workdir}: a new '
+      f'learning-rate cycle began after step {cycles[-1]}. Try again after the next checkpoint.'
     )
 
 

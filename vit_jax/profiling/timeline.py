@@ -68,7 +68,7 @@ def spans(plane) -> Iterator[tuple[str, Span]]:
   for line in plane.lines:
     for event in line.events:
       operation = dict(event.stats).get('hlo_op')
-      if operation is None and line.name == 'XLA Ops':  # a TPU puts the whole HLO line there
+      if operation is None and line.name == 'XLA Ops':  # on a TPU, the name is the whole HLO line
         operation = event.name.split(' ')[0].lstrip('%')
       kind, name = ('operation', operation) if operation else (event.name, event.name)
       yield kind, Span(name, event.start_ns, event.end_ns)
