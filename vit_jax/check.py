@@ -153,7 +153,7 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
-        'default. To train from such a head, start a new run with --config.init=<this workdir>.'
+        'default. To train from such a head, start a new run from its workdir with --config.init.'
       )
   if config.adapt and config.freeze:
     raise ValueError(
@@ -225,7 +225,8 @@ def check_distill(config: ConfigDict) -> None:
   if pool and pool.distills and joins:
     raise ValueError(
       f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
-      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set this to None.'
+      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set this key to '
+      'None.'
     )
 
 

@@ -254,7 +254,9 @@ AUGMENT = {  # augmentations are applied in this order
     0.5, 'probability that each operation is applied; 1 in the RandAugment paper', range=SHARE
   ),
   'augment.rand_augment.space': Key(
-    'standard', 'set of operations and the ranges of their strengths', choices='SPACES'
+    'standard', 'set of operations and the ranges of their strengths; standard: as in the '
+    'RandAugment paper; timm, big_vision: as in their code; wide: as in TrivialAugment',
+    choices='SPACES',
   ),
   'augment.trivial_augment.probability': Key(
     0.0, 'probability that one random operation is applied; 1 in the TrivialAugment paper; 0: off',
@@ -303,14 +305,20 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
   'model.pool': Key(
-    None, 'method that pools the tokens of an image into one vector', kind=str, choices='POOLS'
+    None, 'method that pools the tokens of an image into one vector; cls: class token; gap: mean '
+    'of the patches; map: attention with a learned query; cls_gap: cls and gap; distilled: class '
+    'and distillation token', kind=str, choices='POOLS',
   ),
   'model.class_token': Key(
     None, 'whether to use a class token; None: only if the pooling reads it', kind=bool
   ),
-  'model.position': Key(None, 'type of position embedding', kind=str, choices='POSITIONS'),
+  'model.position': Key(
+    None, 'type of position embedding; sincos: fixed sines and cosines; rope: rotary; rope_unit: '
+    'rotary as in DINOv3; learned_rope: learned and rotary as in EVA-02', kind=str,
+    choices='POSITIONS',
+  ),
   'model.position_prefix': Key(
-    None, 'which tokens before the patches have a learned position', kind=str,
+    None, 'tokens before the patches that have a learned position; cls: the class token', kind=str,
     choices='POSITION_PREFIXES',
   ),
   'model.rope_theta': Key(
