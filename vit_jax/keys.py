@@ -254,7 +254,7 @@ AUGMENT = {  # augmentations are applied in this order
     0.5, 'probability that each operation is applied; 1 in the RandAugment paper', range=SHARE
   ),
   'augment.rand_augment.space': Key(
-    'standard', 'set of operations and the ranges of their strengths; standard: as in the '
+    'standard', 'set of operations and the ranges of their strengths; standard: operations of the '
     'RandAugment paper; timm, big_vision: as in their code; wide: as in TrivialAugment',
     choices='SPACES',
   ),
