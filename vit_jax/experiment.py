@@ -180,7 +180,7 @@ class Experiment:
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns the best number of micro-batches for each device's share of a batch.
+    """Returns the best number of micro-batches into which each device divides its part.
 
     If a device gets an even number of images, two images that are mixed are in the same
     micro-batch.

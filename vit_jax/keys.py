@@ -60,7 +60,7 @@ TRAINING = {
     'run would have fewer than 300 steps', 'examples', range=COUNT, open=True,
   ),
   'micro_batches': Key(
-    None, 'number of micro-batches into which each device splits its share of the batch, to save '
+    None, 'number of micro-batches into which each device splits its part of the batch, to save '
     'memory; None: as few as memory allows; on a CPU, as many as its cache needs', kind=int,
     range=COUNT, may_change=True,
   ),
@@ -138,7 +138,7 @@ TRAINING = {
     1.0, 'adapt=lora: factor of the update `A B`; alpha / r in the LoRA paper', range=(1e-6, 1e6)
   ),
   'masked.share': Key(
-    0.75, 'objective=masked: share of the patches that are hidden', range=(0.01, 0.99)
+    0.75, 'objective=masked: fraction of the patches that are hidden', range=(0.01, 0.99)
   ),
   'masked.decoder_width': Key(512, 'objective=masked: number of values in a token of the decoder'),
   'masked.decoder_depth': Key(
@@ -150,7 +150,7 @@ TRAINING = {
     'have the full size', 'pixels',
   ),
   'progressive.until': Key(
-    (), 'for each of progressive.sizes, the share of the run after which the next size replaces it'
+    (), 'for each of progressive.sizes, the fraction of the run after which the next one follows'
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -206,7 +206,7 @@ DATA = {
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
   ),
   'data.crop': Key(
-    1.0, 'share of the shorter side of an image that the central crop keeps (of both sides with '
+    1.0, 'fraction of the shorter side of an image that the central crop keeps (of both sides with '
     'data.stretch=True); 1: the whole side', range=(0.01, 1),
   ),
   'data.stretch': Key(
@@ -238,7 +238,8 @@ AUGMENT = {  # augmentations are applied in this order
   ),
   'augment.flip.probability': Key(0.0, 'probability of a horizontal flip', range=SHARE),
   'augment.resized_crop.min_area': Key(
-    1.0, 'smallest share of the image area that a random crop keeps; 1: no crop', range=(0.001, 1)
+    1.0, 'smallest fraction of the image area that a random crop keeps; 1: no crop',
+    range=(0.001, 1),
   ),
   'augment.resized_crop.max_aspect': Key(
     4 / 3, 'highest ratio of the longer to the shorter side of the crop', range=(1, 100)
@@ -265,8 +266,8 @@ AUGMENT = {  # augmentations are applied in this order
   'augment.erasing.probability': Key(
     0.0, 'probability that noise replaces a random rectangle', range=SHARE
   ),
-  'augment.erasing.min_area': Key(0.02, 'smallest area, as a share of the image', range=SHARE),
-  'augment.erasing.max_area': Key(1 / 3, 'largest area, as a share of the image', range=SHARE),
+  'augment.erasing.min_area': Key(0.02, 'smallest area, as a fraction of the image', range=SHARE),
+  'augment.erasing.max_area': Key(1 / 3, 'largest area, as a fraction of the image', range=SHARE),
   'augment.erasing.max_aspect': Key(
     10 / 3, 'highest ratio of the longer to the shorter side of the rectangle', range=(1, 100)
   ),
@@ -283,8 +284,8 @@ AUGMENT = {  # augmentations are applied in this order
     0.5, 'probability of cutmix instead of mixup, if both are on', range=SHARE
   ),
   'augment.off_for_last': Key(
-    0.0, 'share of the run, at its end, in which images are only cropped and flipped; 0: no such '
-    'phase', range=SHARE,
+    0.0, 'fraction of the run, at its end, in which images are only cropped and flipped; 0: no '
+    'such phase', range=SHARE,
   ),
 }  # fmt: skip
 
@@ -424,7 +425,7 @@ OPTIMIZER = {
     'proportional to the number of training labels; or the weights of some classes: cat=2,dog=0.5',
   ),
   'loss.label_smoothing': Key(
-    0.0, 'share of the target that is spread evenly over all classes', range=SHARE
+    0.0, 'fraction of the target that is spread evenly over all classes', range=SHARE
   ),
   'distill.teacher': Key(
     '', 'trained model from whose predictions the run also learns, given like `init`; empty: no '
@@ -435,7 +436,7 @@ OPTIMIZER = {
     'chooses', choices='DISTILLATIONS',
   ),
   'distill.weight': Key(
-    0.5, 'share of the distillation loss in the total loss; the rest is the loss of the labels',
+    0.5, 'weight w of the distillation loss; the loss of the labels has the weight 1 - w',
     range=SHARE,
   ),
   'distill.temperature': Key(

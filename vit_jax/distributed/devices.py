@@ -84,7 +84,7 @@ def make_mesh(
 
   Args:
     batch_size: number of examples in a batch over all devices; None: a mesh of all devices.
-    micro_batches: number of micro-batches into which each device divides its share of a batch.
+    micro_batches: number of micro-batches into which each device divides its part of a batch.
     group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
       if images are mixed in pairs, else 1.
     shape: number of devices along each of `AXES`. An axis of -1 takes all remaining devices; if

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from vit_jax.distributed.cluster import from_first
 from vit_jax.limits import is_full
 
-SHARE = 0.9  # share of a device's memory that programs may use; the rest is for cuDNN and gaps
+SHARE = 0.9  # fraction of a device's memory that programs may use; cuDNN and gaps need the rest
 COMPILATIONS = 3  # maximum number of programs to compile until one fits
 MARGIN = 1.1  # safety factor on the corrected estimate after a program did not fit
 

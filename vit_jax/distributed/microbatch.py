@@ -1,12 +1,12 @@
 """Applies functions to a batch that is split over devices and into micro-batches.
 
 Decisions:
-  * If every device holds all parameters, each device works on its share of the batch independently
+  * If every device holds all parameters, each device works on its part of the batch independently
     (`shard_map`). Sums over devices are computed once per step. If parameters are split, XLA
     partitions one program over all devices. Constraints keep the activations between blocks split
     along the batch axis.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its
-    share in micro-batches that fit into its cache, and waits for other devices only at the end.
+    part in micro-batches that fit into its cache, and waits for other devices only at the end.
     For small models this is far faster than one program over all cores and the whole batch
     (`plain_linen` in results/speed_cpu.json). For wide models it makes no difference.
 """
@@ -32,7 +32,7 @@ TOKENS_PER_WIDTH = 4
 
 
 def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: int = 1) -> int:
-  """Returns the best number of micro-batches for each device's share of a batch.
+  """Returns the best number of micro-batches into which each device divides its part of a batch.
 
   Args:
     mesh: mesh of the devices.
@@ -60,7 +60,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
   Args:
     function: maps `(micro-batch, *shared)` to a tree of sums over the examples. Every micro-batch
       gets the same `shared` arguments, such as parameters.
-    mesh: mesh of the devices. Each device holds a share of the batch. The arrays in `shared` are
+    mesh: mesh of the devices. Each device holds a part of the batch. The arrays in `shared` are
       placed as `sharding.layout` defines.
     parts: number of micro-batches per device; must divide the number of examples per device.
   """
@@ -84,7 +84,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   def over_devices(*args):
     sums = added(*args)
-    # With one share, there is nothing to add, but XLA would still copy all sums.
+    # With one part, there is nothing to add, but XLA would still copy all sums.
     return jax.lax.psum(sums, devices.BATCH) if devices.shares(mesh) > 1 else sums
 
   if devices.splits(mesh):
@@ -124,8 +124,7 @@ def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch into micro-batches: `[B, ...]` becomes `[parts, B / parts, ...]`.
 
   If parameters are split, `batch` is the whole batch. Each micro-batch then takes examples from the
-  shares of all devices. Otherwise, `batch` is the share of one device, and the result equals
-  `split`.
+  parts of all devices. Otherwise, `batch` is the part of one device, and the result equals `split`.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -171,14 +170,14 @@ def over_blocks(function: Callable, mesh: Mesh) -> Callable:
 
 
 def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
-  """Returns a function `(batch, *shared)` in which every device runs `function` on its share.
+  """Returns a function `(batch, *shared)` in which every device runs `function` on its part.
 
   `out_specs` defines how the results of the devices form global arrays, as in `jax.shard_map`.
   """
 
   def run(batch, *shared):
     in_specs = (PartitionSpec(devices.BATCH), *[PartitionSpec()] * len(shared))
-    # Without check_vma, a gradient covers only the device's share of the batch, and `add_up` sums
+    # Without check_vma, a gradient covers only the device's part of the batch, and `add_up` sums
     # over the devices once. With check_vma, JAX would sum over the devices in every micro-batch.
     mapped = jax.shard_map(
       function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False

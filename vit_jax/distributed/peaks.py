@@ -1,4 +1,4 @@
-"""Peak speeds of accelerators. The metric `mfu` is the share of the peak that training reaches."""
+"""Peak speeds of accelerators. The metric `mfu` is the fraction of the peak speed in training."""
 
 import jax
 

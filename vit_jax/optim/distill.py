@@ -62,7 +62,7 @@ class Teacher:
     normalize: maps uint8 images of any size to inputs of the teacher's model.
     distillation: function from `DISTILLATIONS` with the values of its config keys filled in. It
       maps the logits of student and teacher to a loss `[B]`.
-    weight: share of the distillation loss in the student's loss, from 0 to 1.
+    weight: weight w of the distillation loss, from 0 to 1; the label loss has the weight 1 - w.
     cached: whether the teacher's logits are computed only once for each training image, which is
       possible without augmentation. Batches then contain these logits as `teacher`, `[B, L]`.
     digest: SHA-256 of the parameters.

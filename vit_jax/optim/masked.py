@@ -210,7 +210,7 @@ def num_unseen(count: int, share: float) -> int:
 
   Args:
     count: number of patches in an image.
-    share: share of patches to hide, from 0 to 1.
+    share: fraction of the patches to hide, from 0 to 1.
 
   Raises:
     ValueError: no patch would be hidden, or all of them.
@@ -219,7 +219,7 @@ def num_unseen(count: int, share: float) -> int:
   if not 0 < seen < count:
     raise ValueError(
       f'masked.share={share:g} would leave {seen} of {count} patches of an image visible. Choose a '
-      'share that hides at least one patch and leaves at least one, e.g. 0.75.'
+      'value that hides at least one patch and leaves at least one, e.g. 0.75.'
     )
   return count - seen
 

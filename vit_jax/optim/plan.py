@@ -21,7 +21,7 @@ FEW_STEPS = 100  # number of training steps below which a warning is logged
 # For each stage of a run: its last step, and the (height, width) of its images.
 Stages = tuple[tuple[int, tuple[int, int]], ...]
 
-LATER_PEAK = 0.5  # peak learning rate of an added cycle, as a share of optimizer.lr
+LATER_PEAK = 0.5  # peak learning rate of an added cycle, as a fraction of optimizer.lr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Training:
     steps: number of steps of the whole run.
     cycles: last step of each earlier learning-rate cycle. If a finished run gets more epochs, a new
       cycle begins, with a new warm-up.
-    early_steps: number of steps with strong augmentations. These augmentations are off for the last
-      part of the first cycle (the share `augment.off_for_last`) and for all later cycles.
+    early_steps: number of steps with strong augmentations. These augmentations are off at the end
+      of the first cycle (the fraction `augment.off_for_last` of it) and in all later cycles.
     stages: pairs (last step, (height, width)), one for each image size of the run. The first stages
       can have smaller images.
     schedule: learning rate of each step.

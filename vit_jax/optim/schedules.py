@@ -9,8 +9,8 @@ from vit_jax.names import choose
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# Learning rate after the warm-up, as a share of the peak. The argument is the fraction of the decay
-# that is completed, from 0 to 1.
+# Learning rate after the warm-up, as a fraction of the peak. The argument is the fraction of the
+# decay that is completed, from 0 to 1.
 SCHEDULES = {
   'cosine': lambda fraction: (1 + jnp.cos(jnp.pi * fraction)) / 2,
   'linear': lambda fraction: 1 - fraction,
