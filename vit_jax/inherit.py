@@ -1,4 +1,4 @@
-"""Opens and checks the weights of `init` and `distill.teacher`, and the classes of `--classes`."""
+"""Opens the weights of `init` and `distill.teacher`, and the text embeddings of `--classes`."""
 
 import dataclasses
 import functools

@@ -1,7 +1,7 @@
 """Defines all config keys: default, type, unit, range and meaning.
 
-`KEYS` is the basis of defaults, overrides, checks, `--help_config` and `docs/config.md`. An
-extension adds its own keys before a config is created:
+`KEYS` is the basis of defaults, overrides, checks, `--help_config` and `docs/config.md`. A module
+given by `--import` can add its own keys:
 
     KEYS['augment.mine.strength'] = Key(0.0, 'strength of my augmentation; 0: none', range=(0, 1))
 """
@@ -61,7 +61,7 @@ TRAINING = {
   ),
   'micro_batches': Key(
     None, 'number of micro-batches into which each device splits its part of the batch, to save '
-    'memory; None: as few as memory allows; on a CPU, as many as its cache needs', kind=int,
+    'memory; None: as few as memory allows; on a CPU, so many that each fits its cache', kind=int,
     range=COUNT, may_change=True,
   ),
   'device_memory': Key(
@@ -150,7 +150,7 @@ TRAINING = {
     'have the full size', 'pixels',
   ),
   'progressive.until': Key(
-    (), 'for each of progressive.sizes, the fraction of the run after which the next one follows'
+    (), 'for each of progressive.sizes, the fraction of the run after which the next size follows'
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -168,7 +168,7 @@ TRAINING = {
 
 DATA = {
   'data.source': Key(
-    'tfds:cifar10', '`tfds:<name>`, `folder:<path>`, `images:<path>` (without labels), '
+    'tfds:cifar10', 'dataset: `tfds:<name>`, `folder:<path>`, `images:<path>` (without labels), '
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
@@ -219,12 +219,12 @@ DATA = {
     choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
-    0, 'when streaming: number of worker processes that decode; 0: the training process decodes',
+    0, 'data.cache=stream: worker processes that decode; 0: the training process decodes',
     range=(0, 1e3), may_change=True,
   ),
   'data.threads': Key(
-    None, 'when streaming: decoding threads per process; None: cores divided by data.workers (if '
-    'not 0), at most 16', kind=int, range=(1, 1e3), may_change=True,
+    None, 'data.cache=stream: decoding threads per process; None: cores divided by data.workers '
+    '(if not 0), at most 16', kind=int, range=(1, 1e3), may_change=True,
   ),
 }  # fmt: skip
 
@@ -250,7 +250,9 @@ AUGMENT = {  # augmentations are applied in this order
   'augment.rand_augment.magnitude': Key(
     9.0, 'mean strength of an operation: 0 to 10, or 0 to 30 with space=big_vision'
   ),
-  'augment.rand_augment.mstd': Key(0.5, 'standard deviation of the strength', range=(0, 100)),
+  'augment.rand_augment.mstd': Key(
+    0.5, 'standard deviation of the strength of an operation', range=(0, 100)
+  ),
   'augment.rand_augment.probability': Key(
     0.5, 'probability that each operation is applied; 1 in the RandAugment paper', range=SHARE
   ),
@@ -266,8 +268,12 @@ AUGMENT = {  # augmentations are applied in this order
   'augment.erasing.probability': Key(
     0.0, 'probability that noise replaces a random rectangle', range=SHARE
   ),
-  'augment.erasing.min_area': Key(0.02, 'smallest area, as a fraction of the image', range=SHARE),
-  'augment.erasing.max_area': Key(1 / 3, 'largest area, as a fraction of the image', range=SHARE),
+  'augment.erasing.min_area': Key(
+    0.02, 'smallest area of the rectangle, as a fraction of the image', range=SHARE
+  ),
+  'augment.erasing.max_area': Key(
+    1 / 3, 'largest area of the rectangle, as a fraction of the image', range=SHARE
+  ),
   'augment.erasing.max_aspect': Key(
     10 / 3, 'highest ratio of the longer to the shorter side of the rectangle', range=(1, 100)
   ),
@@ -300,8 +306,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.num_heads': Key(None, 'number of attention heads', kind=int),
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
   'model.mlp': Key(
-    None, 'kind of MLP; gated: the product of an activated and a linear layer, which is SwiGLU '
-    'with model.activation=silu; gated_norm: with a LayerNorm of this product', kind=str,
+    None, 'kind of MLP; plain: with activated hidden units; gated: with the product of activated '
+    'and linear units (SwiGLU with model.activation=silu); gated_norm: as gated, with a LayerNorm '
+    'of the product', kind=str,
     choices='MLPS',
   ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
@@ -364,7 +371,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   ),
   'model.qk_norm': Key(None, 'apply LayerNorm to queries and keys', kind=bool),
   'model.activation': Key(
-    None, "activation of the MLP: gelu_tanh in the paper's code, gelu in PyTorch models, "
+    None, 'activation of the MLP: gelu_tanh in the code of the ViT paper, gelu in PyTorch models, '
     'quick_gelu in CLIP, silu in SwiGLU', kind=str, choices='ACTIVATIONS',
   ),
   'model.norm_epsilon': Key(None, 'epsilon of LayerNorm', kind=float, range=SHARE),
@@ -382,7 +389,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
-    'fastest that computes correctly', choices='ATTENTION', may_change=True,
+    'fastest kernel that gives correct results', choices='ATTENTION', may_change=True,
   ),
 }  # fmt: skip
 
@@ -411,7 +418,9 @@ OPTIMIZER = {
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
   ),
-  'schedule.name': Key('cosine', 'learning-rate decay after the warm-up', choices='SCHEDULES'),
+  'schedule.name': Key(
+    'cosine', 'kind of learning-rate decay after the warm-up', choices='SCHEDULES'
+  ),
   'schedule.warmup': Key(
     5.0, 'length of the linear warm-up, at most a fifth of the run; None: '
     'epochs x recipe.warmup / recipe.epochs', 'epochs', range=(0, 1e6), open=True,
@@ -455,8 +464,8 @@ RECIPE = {  # only a new run reads these keys, to choose values for keys that ar
     may_change=True,
   ),
   'recipe.warmup': Key(
-    5.0, 'with schedule.warmup=None: length of the warm-up in a run of recipe.epochs', 'epochs',
-    range=(0, 1e6), may_change=True,
+    5.0, 'with schedule.warmup=None: length of the warm-up in a run of recipe.epochs epochs',
+    'epochs', range=(0, 1e6), may_change=True,
   ),
   'recipe.lr': Key(
     1e-3, 'with optimizer.lr=None: learning rate for batches of recipe.batch_size', range=(0, 1e38),

@@ -1,14 +1,16 @@
-"""Chooses the values that a config leaves open, from the number and the size of its images.
+"""Chooses values for open keys of a config, from the number and the size of the images.
+
+A key is open if its value is None.
 
 Decisions:
   * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
     smaller, down to `MIN_BATCH`; then the run gets more epochs. A batch has at most as many images
-    as the training split, unless this is too small a batch for the devices to divide.
+    as the training split, unless the devices cannot divide such a small batch.
   * A batch size is a power of two times the smallest batch size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
     Section 2.1). The updates of the other optimizers do not grow with the gradient. Their learning
     rate is proportional to the square root of the batch size (Malladi et al. 2022, 2205.10287).
-  * The values are saved with the run, so a resumed run does not choose again.
+  * The chosen values are saved with the run, and a resumed run uses them again.
 """
 
 import logging
@@ -46,8 +48,8 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
 def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
   """Returns the config, in which open keys have values chosen for the data, and logs the values.
 
-  A key is open if its value is None. With `init`, the image size stays open, because it is taken
-  from the weights later.
+  A key is open if its value is None. With `init`, the image size stays open, because it is later
+  taken from the weights.
 
   Args:
     config: checked config of a new run.

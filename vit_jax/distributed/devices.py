@@ -1,8 +1,9 @@
 """Chooses the number of devices and arranges them in a mesh.
 
 Decisions:
-  * The mesh axes are `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`.
-    Parameters, and arrays with the shapes of parameters, are split over `fsdp` and `tensor`.
+  * The mesh axes are `data` (data parallelism), `fsdp` (fully sharded data parallelism) and
+    `tensor` (tensor parallelism). A batch is split over `data` and `fsdp`. Parameters, and arrays
+    with the shapes of parameters, are split over `fsdp` and `tensor`.
   * The axes have the type Auto. `jax.make_mesh` makes Explicit axes by default, but modules of Flax
     linen fail on a batch that is sharded over Explicit axes.
   * On a CPU, each core is a device if the batch is large enough (`microbatch.py` explains why).

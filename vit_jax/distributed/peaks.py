@@ -1,4 +1,4 @@
-"""Peak speeds of accelerators. The metric `mfu` is the fraction of the peak speed in training."""
+"""Peak speeds of accelerators. The metric `mfu` is the speed of training divided by the peak."""
 
 import jax
 

@@ -6,13 +6,13 @@
 least-squares regression from frozen features to {-1, 1}^L targets, solved in closed form. The
 details follow big_vision's `evaluators/fewshot_lsr.py`:
   * Each feature is centred and divided by its standard deviation (plus 1e-5) over the images.
-  * The bias is the weight of a constant feature of 100.
+  * The bias comes from an additional feature, which is 100 for every image.
   * The L2 penalty has the strength 2^10 and also applies to the bias.
 
 Decisions:
   * The regression is solved on the host in float64. If there are fewer examples than features, the
     dual form is solved, because it is smaller.
-  * Centring, scaling and the constant feature are folded into the kernel and the bias. So the
+  * Centring, scaling and the additional feature are folded into the kernel and the bias. So the
     classifier is an ordinary linear head.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 from vit_jax.model import knn_logits, unit
 
 L2 = 2.0**10  # strength of the L2 penalty
-BIAS = 100.0  # the constant feature; large, so that the penalty hardly affects the bias
+BIAS = 100.0  # value of the additional feature; large, so that the penalty hardly affects the bias
 BLOCK = 8192  # training images that `ridge` processes at a time
 ROWS = 1024  # test images that `knn` compares with all training images at a time
 

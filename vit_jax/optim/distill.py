@@ -2,7 +2,7 @@
 
 Decisions:
   * The teacher sees the augmented and mixed images of the student (Beyer et al. 2021, 2106.05237).
-    On the device, they are resized to the teacher's input size and normalised for the teacher.
+    On the device, these images are resized to the teacher's input size and normalised for it.
   * A kind of distillation is a loss `(logits_BL, teacher_BL, ...) -> loss_B`. The config key
     `distill.<name>` is passed as the argument `<name>` if the loss has an argument of this name.
   * With a distillation token (`pool=distilled`), the class head learns only from the labels, and

@@ -1,14 +1,14 @@
 """`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`, by the value of `loss.name`.
 
-Labels are integers. Each config key `loss.<name>` is passed to a loss as the argument `<name>` if
-the loss has an argument of this name. A loss with `**kwargs` gets all keys. Other packages can add
-an entry:
+The labels are integers `[B]`. Each config key `loss.<name>` is passed to a loss as the argument
+`<name>`, if the loss has an argument of this name. A loss with `**kwargs` gets all keys. Other
+packages can add an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
 
 A loss that supports several labels per image has the argument `positive_L`. It is None, or has a
-factor for the loss of the positive labels of each class. The labels of such a loss may be integers
-`[B]` or multi-hot `[B, L]`.
+factor for the loss of the positive labels of each class. The labels of such a loss may also be
+multi-hot, `[B, L]`.
 """
 
 from collections.abc import Callable

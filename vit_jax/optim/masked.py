@@ -6,8 +6,8 @@ follow its code.
 Decisions:
   * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder").
     So a training step costs a fraction of a supervised step.
-  * The decoder gets the seen patches first, then the unseen ones. The paper restores the order of
-    the image first. The result is the same, because each token has its position embedding, and
+  * The decoder gets the seen patches first, then the unseen ones. In the paper, it gets them in the
+    order of the image. The result is the same, because each token has its position embedding, and
     attention does not depend on the order.
   * The parameters of the decoder are the entry `decoder` of the model's parameters. Checkpoints
     contain them, so that a run can resume. Evaluation and figures of filled-in patches use them.

@@ -8,8 +8,9 @@ annotation, because a higher layer defines the class. Other packages can add an 
 Decisions:
   * An objective sees augmented images. It returns one loss for each example, so micro-batches and
     devices can divide the batch in any way.
-  * An objective can have parameters that only training needs, such as a decoder. They are entries
-    of the model's parameters, next to `embedding` or `head`; `params` lists their names.
+  * An objective can add parameters that users of the trained model do not need, such as a decoder.
+    They are stored next to the parameters of the model, such as `embedding` and `head`. The field
+    `params` lists their names.
 """
 
 from collections.abc import Callable, Mapping
@@ -142,10 +143,10 @@ def objective_of(config: Mapping) -> Objective:
 
 
 def training_only() -> tuple[str, ...]:
-  """Returns the names of the parameters that objectives add for training only."""
+  """Returns the names of the parameters that objectives add to the model, such as `decoder`."""
   return tuple(name for entry in OBJECTIVES.values() for name in entry.params)
 
 
 def without_objective(params: dict) -> dict:
-  """Returns `params` without the parameters that only training needs (see `training_only`)."""
+  """Returns `params` without the parameters that an objective has added (`training_only`)."""
   return {name: leaves for name, leaves in params.items() if name not in training_only()}

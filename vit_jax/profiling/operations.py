@@ -1,4 +1,4 @@
-"""Reads the operations of a compiled program from its text (HLO), and sorts them into kinds."""
+"""Reads the operations of a compiled program from its HLO text, and sorts them into `KINDS`."""
 
 from collections.abc import Callable
 import dataclasses

@@ -3,8 +3,8 @@
 Decisions:
   * At each moment, the running operations share the time equally. So the times of all operations
     add up to the total time.
-  * A collective counts only while no other operation runs, because then it really costs time.
-  * Waiting for a batch counts only while no operation runs.
+  * A collective gets time only while no other operation runs, because it costs no time otherwise.
+  * Waiting for a batch gets time only while no operation runs.
 """
 
 from collections import Counter, defaultdict
