@@ -390,7 +390,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
     (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
-     'cannot be combined with --format or --topk'),
+     'cannot be combined with --format, --topk or --classes'),
     (['--mode=visualize', '--images=,'], '--images is empty'),
     (['--mode=predict', '--images=,'], '--images is empty'),
 ])  # fmt: skip
