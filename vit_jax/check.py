@@ -174,7 +174,7 @@ def check_progressive(config: ConfigDict) -> None:
   rising = all(a < b for a, b in zip((0, *until), (*until, 1)))
   if len(until) != len(sizes) or (until and not rising):
     raise ValueError(
-      f'progressive.until={tuple(until)} must list increasing fractions of the run, from 0 to 1, '
+      f'progressive.until={tuple(until)} must list increasing fractions between 0 and 1, '
       f'one for each of progressive.sizes={tuple(sizes)}.'
     )
   if sizes and config.freeze:
