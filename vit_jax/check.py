@@ -174,8 +174,8 @@ def check_progressive(config: ConfigDict) -> None:
   rising = all(a < b for a, b in zip((0, *until), (*until, 1)))
   if len(until) != len(sizes) or (until and not rising):
     raise ValueError(
-      f'progressive.until={tuple(until)} must list increasing fractions between 0 and 1, '
-      f'one for each of progressive.sizes={tuple(sizes)}.'
+      f'progressive.until={tuple(until)} must list increasing fractions of the run, '
+      f'between 0 and 1, one for each of progressive.sizes={tuple(sizes)}.'
     )
   if sizes and config.freeze:
     raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of the two.')

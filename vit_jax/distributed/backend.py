@@ -75,8 +75,8 @@ def portable() -> contextlib.AbstractContextManager[None]:
 def needed() -> Iterator[None]:
   """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  It looks for devices only after a failure. An earlier check would start JAX before `start_up` and
-  `joined` have set the number of devices and processes.
+  It looks for devices only after a failure. An earlier check would start JAX before `joined` has
+  connected the processes.
   """
   try:
     yield

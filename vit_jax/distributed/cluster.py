@@ -1,9 +1,9 @@
 """Makes several processes act as one: they share values and stop at the same step.
 
 Decisions:
-  * Only process 0 reads and writes the small files of the workdir, and it sends what it reads to
-    the other processes. So no shared file system is needed. On a shared file system, every process
-    reads and writes its own part of the arrays in checkpoints.
+  * Only process 0 reads and writes the small files of the workdir, such as logs. It sends their
+    contents to the other processes. So no shared file system is needed. On a shared file system,
+    every process reads and writes its own part of the arrays in checkpoints.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Repeats training steps of a run: shows where their time goes, and verifies their results."""
+"""Performs training steps of a run again, to show where their time goes or to verify results."""
 
 from vit_jax.profiling.recording import profile
 from vit_jax.profiling.replay import Verdict, verify
