@@ -1,4 +1,4 @@
-"""Lists every named model with its parameters, published weights and tests.
+"""Lists every named model with its number of parameters, published weights and tests.
 
 python -m benchmarks.zoo     # writes docs/models.md
 """
@@ -24,16 +24,22 @@ PIXELS = 224
 
 ABOUT = f"""# Models
 
-Parameters are in millions, for a head of 1,000 classes and positions for {PIXELS}x{PIXELS} pixels.
-`tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3 has no head. The command
-`python -m benchmarks.zoo` builds the models, counts their parameters and writes this page.
+This page lists the models that you can build or load by name. The column `parameters` counts them
+in millions, with a head of 1,000 classes and position embeddings for {PIXELS}x{PIXELS} pixels.
+Exceptions: `tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3 has no head.
+The command `python -m benchmarks.zoo` builds the models, counts their parameters and writes this
+page.
 
-The original code of each format wrote the weights and outputs of small models (`tests/fixtures/`).
-Tests check that these weights give the same outputs in this project (`test_pretrained.py`). Other
-tests check that random models of Hugging Face and timm give the same outputs and gradients
-(`test_pretrained_live.py`). We have not tested the full-size published files, because we had no
-access to them. File names are the names in the buckets and on the Hub. The column `tests` names a
-folder in `tests/fixtures/`, a test, or a file of tests.
+We have not tested the full-size published files, because we had no access to them. Instead, there
+are two kinds of tests:
+
+- `tests/fixtures/` holds weights and outputs of small models, written by the original code of each
+  format. `test_pretrained.py` checks that this project computes the same outputs from these weights.
+- `test_pretrained_live.py` creates models of Hugging Face and timm with random weights. It checks
+  that this project computes the same outputs and gradients.
+
+The column `published` gives the names of files in the bucket `gs://vit_models/`. The column `tests`
+names a folder in `tests/fixtures/`, a test, or a file with tests.
 
 """
 
@@ -66,7 +72,11 @@ VARIANTS = {
     HYBRID,
   ),
 }
-SMALL = {'tiny': 'results/', 'small': 'only 6 epochs: results/', 'wide': 'not yet'}
+SMALL = {
+  'tiny': 'trained in this project, see `results/`',
+  'small': 'trained in this project for 6 epochs only, see `results/`',
+  'wide': 'not trained yet',
+}
 
 HUGGING_FACE = {  # class: (example on the Hub, test)
   'ViTForImageClassification': ('google/vit-base-patch16-224', 'hf_classifier'),
@@ -154,19 +164,18 @@ def tables() -> str:
     lines.append(f'| `{name}` | {count} | {files} | `{test}` |')
   for name, trained in SMALL.items():
     count = millions(parameters(variants.make(name, 10, pool='gap'), 32))
-    lines.append(
-      f'| `{name}` (32, 10 classes) | {count} | trained in this project: {trained} | `test_main` |'
-    )
+    lines.append(f'| `{name}` (32, 10 classes) | {count} | {trained} | `test_main` |')
   lines += [
     '\n## Hugging Face\n',
-    'These classes load in any size, from safetensors with `config.json`.\n',
+    'Models of these classes can be loaded in any size. The folder of the weights must contain '
+    '`config.json` and the weights in safetensors format.\n',
   ]
   lines += ['| class | example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
   lines += [
-    '\nDINOv3 is published as `facebook/<name>-pretrain-<data>`. You must accept its license on '
-    'the Hub first. These models have no head.\n',
+    '\nDINOv3 is published as `facebook/<name>-pretrain-<data>`. Before the first '
+    'download, you must accept its license on the Hub. DINOv3 models have no head.\n',
     '| name | parameters | tests |',
     '| --- | --- | --- |',
   ]
@@ -177,10 +186,11 @@ def tables() -> str:
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
-    f'{len(known)} architecture names are known. They are published as `timm/<name>.<tag>` on the '
-    'Hub. A folder that timm saved with `model_args` does not need a known name. '
-    '`test_timms_names_stand_for_its_arguments` tests every name, and `timm_*`, `test_timm` and '
-    '`test_timm_eva` test the arrays.\n',
+    f'This project knows {len(known)} architecture names of timm. Weights with these names are '
+    'published on the Hub as `timm/<name>.<tag>`. A folder that timm saved needs no known name if '
+    'its `config.json` contains `model_args`. `test_timms_names_stand_for_its_arguments` compares '
+    'the dimensions of every name with timm. The fixtures `timm_*` and the tests `test_timm` and '
+    '`test_timm_eva` compare outputs.\n',
     '| name | parameters |',
     '| --- | --- |',
   ]
@@ -188,8 +198,8 @@ def tables() -> str:
   absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
   lines += [
     '',
-    'These models cannot be loaded, because they have parts that this ViT lacks (RMSNorm, parallel '
-    f'blocks, a norm after each residual branch, ...): {absent}.',
+    'These models cannot be loaded, because they have parts that the `ViT` of this project lacks '
+    f'(RMSNorm, parallel blocks, a norm after each residual branch, ...): {absent}.',
   ]
   return '\n'.join(lines) + '\n'
 
