@@ -34,7 +34,7 @@ We have not tested the full-size published files, because we had no access to th
 are two kinds of tests:
 
 - `tests/fixtures/` holds weights and outputs of small models, written by the original code of each
-  format. `test_pretrained.py` checks that this project computes the same outputs from these weights.
+  format. `test_pretrained.py` checks that these weights give the same outputs in this project.
 - `test_pretrained_live.py` creates models of Hugging Face and timm with random weights. It checks
   that this project computes the same outputs and gradients.
 
