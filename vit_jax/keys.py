@@ -199,8 +199,8 @@ DATA = {
     'channels; None: taken from `init`, else 0.5', kind=tuple,
   ),
   'data.std': Key(
-    None, 'standard deviation to divide by; values as for data.mean; None: taken from `init`, '
-    'else 0.5', kind=tuple,
+    None, 'standard deviation to divide by, after data.mean was subtracted; one value per channel, '
+    'or one value for all channels; None: taken from `init`, else 0.5', kind=tuple,
   ),
   'data.interpolation': Key(
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
@@ -287,7 +287,7 @@ AUGMENT = {  # augmentations are applied in this order
     1.0, 'alpha of the Beta distribution of cutmix areas; 0: no cutmix', range=(0, 1e3)
   ),
   'augment.mix.switch': Key(
-    0.5, 'probability of cutmix instead of mixup, if both are on', range=SHARE
+    0.5, 'probability of cutmix instead of mixup, if neither alpha is 0', range=SHARE
   ),
   'augment.off_for_last': Key(
     0.0, 'fraction of the run, at its end, in which images are only cropped and flipped; 0: no '
