@@ -12,7 +12,7 @@ def run_inspect(args) -> None:
 
 
 MODE = Mode(
-  'prints parameters, FLOPs, memory and steps of a run, without training',
+  'prints the number of parameters, FLOPs, memory and steps of a run, without training',
   '--config=configs/cifar10.py:l16',
   (CONFIG, dataclasses.replace(WORKDIR, required=False), INIT),
   run_inspect,

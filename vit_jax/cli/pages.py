@@ -24,8 +24,9 @@ from the class `ViT`. The key `model.remat` is an exception."""
 COMMAND_HEAD = (
   """# Command line
 
-`python main.py [--mode=<mode>] [flags] [--config.<key>=<value> ...]`, or `vit-jax` where the
-package is installed. This page is generated from `vit_jax/cli`; update it with `make pages`.
+Run `python main.py [--mode=<mode>] [flags] [--config.<key>=<value> ...]`. Where the package is
+installed, you can write `vit-jax` instead of `python main.py`. This page is generated from
+`vit_jax/cli`; update it with `make pages`.
 
 Without `--mode`, the mode is `train`.
 

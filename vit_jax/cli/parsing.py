@@ -20,7 +20,7 @@ GENERAL = (  # flags of every mode
 SWITCHES = {  # flags without a value; they print a page and exit
   'help': 'print all modes, or with --mode=<mode> the flags of that mode',
   'help_config': 'print every config key with its default, unit and meaning',
-  'print_config': 'print the config of --config or --workdir, with its overrides',
+  'print_config': 'print the config of --config or --workdir, with the overrides of the command',
 }
 
 

@@ -17,7 +17,7 @@ def run_profile(args) -> None:
 
 
 MODE = Mode(
-  'records some training steps, and shows where their time goes',
+  'records some training steps, and prints a table of where their time goes',
   '--config=configs/cifar10.py:tiny --workdir=runs/tiny',
   (CONFIG, WORKDIR, *CLUSTER),
   run_profile,
