@@ -78,13 +78,20 @@ RECIPES = {
 
 HEADER = """# Recipes
 
-This table shows the accuracy of each run's last checkpoint on all test images. We do not choose the
-best checkpoint. Values are the mean and standard deviation over the seeds. CIFAR-10 uses the
-original images, re-encoded as JPEG by the publisher of the image folder. Minutes are the time of a
-run from the compilation of its first step to its last test, without decoding the data.
+A recipe is a config with a goal for its test accuracy. We measure the accuracy of the last
+checkpoint on all test images; we do not choose the best checkpoint. The recipes on CIFAR-10 use an
+image folder whose publisher re-encoded the original images as JPEG. The columns are:
 
-`python -m benchmarks.recipes` writes this page. The experiments behind the recipes are in
-[notes.md](notes.md).
+- `reference`: accuracy that others reached with the same model;
+- `at least`, `aim`: the lowest accuracy that we expect, and the accuracy that we hope for;
+- `reached`: mean and standard deviation of the measured test accuracy over the seeds; `open` if the
+  recipe has not been trained;
+- `minutes`: mean time of a run, from the compilation of the first step to the last evaluation on
+  the test images; decoding the data before training does not count;
+- `limit`: the time that we aim for, in minutes.
+
+`python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by
+which we chose the recipes.
 
 | recipe | reference | at least | aim | reached | minutes | limit | machine, date | files |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

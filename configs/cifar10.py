@@ -3,18 +3,18 @@
     python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
         --config.data.dir=~/tensorflow_datasets
 
-| variant | pixels | for | accuracy |
+| variant | pixels | machine, time | accuracy |
 | --- | --- | --- | --- |
 | `coffee` | 32 | 2 CPU cores, 17 minutes | 81.4% |
 | `tiny` | 32 | 2 CPU cores, 93 minutes | 83.2% |
-| `small`, `wide`, `deep` | 32 | a GPU | not measured yet |
-| `b16`, `l16` | 224 | a GPU | not measured yet |
+| `small`, `wide`, `deep` | 32 | made for a GPU | not measured yet |
+| `b16`, `l16` | 224 | made for a GPU | not measured yet |
 
-With 20 epochs and without RandAugment, `tiny` reaches 80.0% (9 minutes). `small`, `wide` and `deep`
-follow published recipes for models of their size.
+The accuracy is measured on the test images. With 20 epochs and without RandAugment, `tiny` reaches
+80.0% in 9 minutes. `small`, `wide` and `deep` follow published recipes for models of their size.
 
-Epochs are fixed, so the minutes depend on the processor. Details are in results/README.md and
-results/notes.md.
+Each variant has a fixed number of epochs, so the minutes depend on the processor. The machines and
+the experiments are described in results/README.md and results/notes.md.
 """
 
 from vit_jax.config import default_config

@@ -3,7 +3,7 @@
     python main.py --config=configs/cifar100.py:small --workdir=runs/c100 \
         --config.data.dir=~/tensorflow_datasets
 
-This config has not been measured yet.
+We have not measured the accuracy of this config yet.
 """
 
 from configs import cifar10

@@ -1,4 +1,4 @@
-"""Trains on the 8x8 digits of scikit-learn: 1,437 images for training, 360 for testing.
+"""Trains on scikit-learn's digits of 8x8 pixels: 1,437 training images, 360 test images.
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 

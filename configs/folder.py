@@ -3,9 +3,10 @@
     python main.py --config=configs/folder.py:small --config.data.source=folder:photos \
         --workdir=runs/photos
 
-The variants are those in `cifar10.py`. Batch, steps, warm-up and learning rate follow the number of
-images. `tiny`, `small`, `wide` and `deep` train at 32, 64, 128 or 224 pixels; this follows the
-median size of the images. The program logs what it chose. The result depends on your images.
+The variants are those in `cifar10.py`. A new run chooses batch size, epochs, warm-up and learning
+rate from the number of images, and logs its choices. `tiny`, `small`, `wide` and `deep` resize the
+images to 32, 64, 128 or 224 pixels, depending on the median size of the images. `b16` and `l16`
+always use 224 pixels.
 """
 
 from configs import cifar10, finetune

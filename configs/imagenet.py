@@ -6,7 +6,7 @@
     python main.py --config=configs/imagenet.py:l16,i21k --config.data.source=folder:imagenet21k \\
         --workdir=runs/l16_i21k
 
-This project has trained none of these recipes. The authors report these accuracies:
+This project has not trained these recipes. Their authors report these accuracies on ImageNet:
   * `plain`: 76.5% with S/16 in 90 epochs, 80.0% in 300 epochs (`--config.epochs=300`).
   * `paper`: 77.91% with B/16, 76.53% with L/16.
   * `i21k`: 83.97% with B/16, 85.15% with L/16.
@@ -21,17 +21,17 @@ The accuracies of `paper` and `i21k` are from the paper's Table 5, after fine-tu
 | `i21k` | | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet-21k' |
 | `light1` to `strong2` | | Steiner et al. 2021 (AugReg), 2106.10270 | Section 3 and its code |
 
-The code of AugReg uses `medium2` for S/16, B/32, B/16 and L/16, `light2` for S/32 and `light1` for
-Ti/16.
+For each model, the code of AugReg uses one of its recipes: `medium2` for S/16, B/32, B/16 and L/16,
+`light2` for S/32, and `light1` for Ti/16.
 
-Choices of this project that the papers and their code leave open or make differently:
-  * In all recipes, the best checkpoint is chosen on the last 1% of the training split.
-  * The computation uses bfloat16.
-  * Mixup weights are drawn for each image, not once per batch.
-  * Images are resized bilinearly.
-  * `i21k` has one class per image and softmax. It needs a folder with `<path>/train/<class>/*` and
-    `<path>/test/`, and about 14.2 million images. With a different number of images, the number of
-    warm-up steps changes.
+In these points, this project differs from the papers and their code, or they leave the point open:
+  * All recipes hold out the last 1% of the training split, to choose the best checkpoint.
+  * The model computes in bfloat16; parameters stay float32.
+  * The mixup weight is drawn for each image, not once per batch.
+  * Images are resized with bilinear interpolation.
+  * `i21k` uses one class per image and a softmax loss. It needs a folder with
+    `<path>/train/<class>/*` and `<path>/test/<class>/*`. The warm-up has 10,000 steps if the
+    training split has 14.2 million images, and more or fewer for other numbers.
 
 A batch size of 4,096 needs several accelerators or `--config.micro_batches`.
 """

@@ -3,14 +3,15 @@
     python main.py --config=configs/linear_probe.py:b16,cifar10 --config.init=ViT-B_16.npz \\
         --workdir=runs/b16_c10_probe
 
-Only `tiny,folder` has been measured: 62.2% from Tiny-ImageNet to CIFAR-10 in 10 epochs
-(results/transfer.json).
+We have measured only `tiny,folder`. A backbone trained on Tiny-ImageNet reached a test accuracy of
+62.2% on CIFAR-10, with 10 epochs for the head (results/transfer.json).
 
-For each learning rate of `sweep`, a head is trained on the first 98% of train and scored on the
-last 2%. For `folder`, the parts are 90% and 10%. The final head is trained at the best rate on all
-of train. Images are not augmented, so the backbone processes each image only once, at 224 pixels
-(32 for tiny and small). The optimizer is SGD without weight decay. This project chose the learning
-rates.
+For each learning rate in the config key `sweep`, a run trains a head on the first 98% of the
+training split and measures its accuracy on the last 2%. For `folder`, the parts are 90% and 10%.
+The final run trains a head on the whole training split, with the best learning rate. Images are not
+augmented, so the backbone processes each image only once, at 224 pixels (32 for `tiny` and
+`small`). The optimizer is SGD without weight decay. The learning rates are a choice of this
+project, not of a paper.
 """
 
 from configs import finetune

@@ -1,28 +1,28 @@
-"""Learns from images without labels, as a masked autoencoder: `<model>,<dataset>`.
+"""Pretrains on images without labels, as a masked autoencoder: `<model>,<dataset>`.
 
     python main.py --config=configs/mae.py:tiny,cifar10 --workdir=runs/mae \\
         --config.data.dir=~/tensorflow_datasets
     python main.py --config=configs/mae.py:b16,folder --config.data.source=images:photos \\
         --workdir=runs/mae
 
-`finetune.py` lists the models and datasets. Labels are ignored. `images:<path>` reads any folder
-of images, with or without folders of classes. These configs have not been measured yet. The workdir
-is the start of a second run that learns classes:
+`finetune.py` lists the models and datasets. Labels are ignored. The data source `images:<path>`
+reads any folder of images, with or without class folders. We have not measured these configs yet.
+To train a classifier, start a second run from the weights in the workdir:
 
     python main.py --config=configs/finetune.py:b16,folder --config.init=runs/mae \\
         --config.data.source=folder:photos --workdir=runs/photos
 
-The recipe for 224 pixels is the one of MAE (He et al. 2021, 2111.06377, Section 4 and Table 8):
+The models for 224 pixels use the recipe of MAE (He et al. 2021, 2111.06377, Section 4, Table 8):
   * 75% of the patches are hidden; the decoder has 8 blocks of width 512;
-  * AdamW with b2 = 0.95, weight decay 0.05, and a rate of 1.5e-4 for each 256 images of a batch;
-  * batches of 4,096 images, cosine decay after 40 of 800 epochs;
-  * random crops of at least 20% of the image (the paper's code), and flips.
+  * AdamW with b2 = 0.95, weight decay 0.05, and a learning rate of 1.5e-4 * batch size / 256;
+  * a batch size of 4,096, and 800 epochs: 40 of warm-up, then cosine decay;
+  * random crops of at least 20% of the image area (as in the paper's code), and flips.
 
 Choices of this project, not of the paper:
-  * mean of the patches instead of a class token; the paper finds both equal (Appendix A.1);
-  * 14-pixel patches for h14; bfloat16 for the paper's models;
-  * everything about `tiny` and `small`: a decoder of 2 blocks, batch, rate, warm-up and epochs;
-  * for `folder`, batch and epochs follow the number of images.
+  * average pooling of the patch tokens; the paper finds it as good as a class token (Appendix A.1);
+  * patches of 14 pixels for `h14`; bfloat16 for the models at 224 pixels;
+  * the whole recipe of `tiny` and `small`, including their decoder of 2 blocks;
+  * for `folder`, a new run chooses batch size and epochs from the number of images.
 """
 
 from configs import cifar10, finetune
