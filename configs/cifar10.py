@@ -1,6 +1,6 @@
 """Trains on CIFAR-10 from scratch, with a model for 32x32 or 224x224 pixels.
 
-    python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \
+    python main.py --config=configs/cifar10.py:tiny --workdir=runs/c10 \\
         --config.data.dir=~/tensorflow_datasets
 
 | variant | pixels | machine, time | accuracy |

@@ -1,6 +1,6 @@
 """Trains on CIFAR-100 from scratch, with the variants of `cifar10.py`.
 
-    python main.py --config=configs/cifar100.py:small --workdir=runs/c100 \
+    python main.py --config=configs/cifar100.py:small --workdir=runs/c100 \\
         --config.data.dir=~/tensorflow_datasets
 
 We have not measured the accuracy of this config yet.

@@ -1,6 +1,6 @@
 """Trains on your own images in `<path>/<class>/*`, or in `<path>/train/` and `<path>/test/`.
 
-    python main.py --config=configs/folder.py:small --config.data.source=folder:photos \
+    python main.py --config=configs/folder.py:small --config.data.source=folder:photos \\
         --workdir=runs/photos
 
 The variants are those in `cifar10.py`. A new run chooses batch size, epochs, warm-up and learning

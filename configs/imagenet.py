@@ -24,7 +24,7 @@ The accuracies of `paper` and `i21k` are from the paper's Table 5, after fine-tu
 For each model, the code of AugReg uses one of its recipes: `medium2` for S/16, B/32, B/16 and L/16,
 `light2` for S/32, and `light1` for Ti/16.
 
-In these points, this project differs from the papers and their code, or they leave the point open:
+Choices of this project, where the papers and their code differ or leave a choice:
   * All recipes hold out the last 1% of the training split, to choose the best checkpoint.
   * The model computes in bfloat16; parameters stay float32.
   * The mixup weight is drawn for each image, not once per batch.
