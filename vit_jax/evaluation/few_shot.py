@@ -138,10 +138,8 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
       images per class. `accuracy` has one value for each of `SEEDS`, from 0 to 1. `std` is the
       population standard deviation of these values.
     `examples`: the number of test images.
-    `classifier`: the name of the classifier.
-    `l2`: the weight of the L2 penalty; only if the classifier is `ridge`.
-    `left_out`: the number of test images that were left out, because the backbone was trained on
-      them; only if there are any.
+    `classifier`: the name of the classifier. With `ridge`, `l2` is the weight of its L2 penalty.
+    `left_out`: the number of test images that the backbone was trained on; absent if 0.
 
   Raises:
     ValueError: a class has no readable training image, the two splits share examples, or images can
