@@ -4,14 +4,19 @@
     python -m benchmarks.checkpoint tiny 1 short.json  # another model, fewer repeats, another file
 
 It saves the train state of a model (B/16: 1 GB with Adam and averages), with one process and with
-two processes of two devices each that divide the parameters (fsdp). `shards` is how checkpoints are
-saved where all processes see the workdir: each process writes its part. `gathered` gathers the
-state to process 0, converts it to NumPy, and computes the SHA-256 of all arrays: this was done for
-every checkpoint until version 0.2, and is done, without SHA-256, where they do not see it.
+two processes of two devices each. In both cases, all devices together hold the state once (fsdp).
+Each case is measured with two methods:
+  * `shards`: how checkpoints are saved now. A single process copies its arrays and lets orbax save
+    the copies in a thread. Each of several processes that can all write to the workdir saves its
+    own part of the arrays.
+  * `gathered`: how version 0.1 saved checkpoints. All arrays are gathered to process 0, and their
+    SHA-256 is computed. Several processes that cannot all write to the workdir still gather the
+    arrays, but without SHA-256.
 
-Seconds are medians; the first save of a process, which compiles, does not count. `peak_gib` is the
-memory of process 0 at its highest, with the state itself; each way of saving has processes of its
-own.
+Seconds are medians without the first save of each process, which includes compilation.
+`blocked_seconds` is the time of the call that saves. `overwritten_seconds` also includes the time
+until a training step that computes nothing has overwritten the state. `peak_gib` is the largest
+memory of process 0, including the state. Each method runs in new processes.
 """
 
 import argparse
@@ -56,20 +61,26 @@ def save(way: str, model: str, repeats: int, folder: pathlib.Path) -> dict:
   if way == 'gathered':
     checkpoint.is_shared = lambda _: False
     checkpoint.to_host = gathered
-  blocked, committed = [], []
+    checkpoint.copied = lambda _, state: state
+  advance = jax.jit(lambda s: s.replace(step=s.step + 1), donate_argnums=0)
+  state = jax.block_until_ready(advance(state))
+  blocked, overwritten, committed = [], [], []
   with Checkpoints(folder) as checkpoints:
-    for number in range(repeats + 1):
-      now = state.replace(step=state.step + number)
+    for _ in range(repeats + 1):
       facts = exp.saved() | {'seconds': 0.0}
-      jax.block_until_ready(now)
       began = time.perf_counter()
-      checkpoints.save(now, facts)
+      checkpoints.save(state, facts)
+      if way == 'gathered':
+        checkpoints._end_handover()  # version 0.1 called orbax without a thread
       blocked.append(time.perf_counter() - began)
+      state = jax.block_until_ready(advance(state))  # as a training step, it overwrites the state
+      overwritten.append(time.perf_counter() - began)
       checkpoints.wait()
       committed.append(time.perf_counter() - began)
   return {
     'state_gb': size / 1e9,
     'blocked_seconds': statistics.median(blocked[1:]),
+    'overwritten_seconds': statistics.median(overwritten[1:]),
     'committed_seconds': statistics.median(committed[1:]),
     'peak_gib': peak(),
     'peak_before_saving_gib': before,
@@ -150,6 +161,7 @@ def main(argv: list[str]) -> None:
       'model': args.model,
       'saves': found,
       'blocked_of_gathered': {n: share(n, 'blocked_seconds') for n in (1, 2)},
+      'overwritten_of_gathered': {n: share(n, 'overwritten_seconds') for n in (1, 2)},
       'peak_of_gathered': {n: share(n, 'peak_gib') for n in (1, 2)},
     },
   )

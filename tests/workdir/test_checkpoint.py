@@ -1,6 +1,7 @@
 """Checks that checkpoints open anywhere, damage is detected, and a full disk destroys nothing."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT, small_config
-from vit_jax import storage
+from vit_jax import experiment, storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
 from vit_jax.workdir import checkpoint, items, stored, trained, writer
@@ -41,7 +43,8 @@ def test_three_documented_lines_restore_anywhere(trained, tmp_path):
 
 
 def test_the_docs_name_the_place_of_the_averaged_weights(tmp_path):
-  assert '`ema` of `.../state`' in (ROOT / 'docs' / 'workdir.md').read_text()
+  page = ' '.join((ROOT / 'docs' / 'workdir.md').read_text().split())
+  assert 'under the key `ema` in the item `state`' in page
   blank = state.TrainState(
     jnp.int32(1), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, {'w': jnp.ones(3)}
   )
@@ -52,6 +55,46 @@ def test_the_docs_name_the_place_of_the_averaged_weights(tmp_path):
   averaged = ocp.StandardCheckpointer().restore(tmp_path / 'checkpoints/1/state')['ema']
   assert not raw['w'].any() and averaged['w'].all()
   np.testing.assert_array_equal(stored.load_checkpoint(tmp_path)[1]['w'], averaged['w'])
+
+
+def test_training_overwrites_a_state_before_orbax_takes_it_over(tmp_path, monkeypatch):
+  go = threading.Event()
+  save = ocp.CheckpointManager.save
+  monkeypatch.setattr(
+    ocp.CheckpointManager, 'save', lambda *args, **kwargs: go.wait() and save(*args, **kwargs)
+  )
+  train = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+  sharding = experiment.mesh_for(small_config(**{'mesh.data': '1', 'mesh.fsdp': '2'}))
+  split = jax.sharding.NamedSharding(sharding, jax.sharding.PartitionSpec('fsdp'))
+  params = {'w': jax.device_put(np.arange(6.0), split), 'b': jnp.ones((3, 2))}
+  now = state.TrainState(jnp.int32(1), params, {}, None)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    for _ in range(2):  # the second copy uses the arrays of the first
+      go.clear()
+      checkpoints.save(now, {'config': {}, 'names': trained.TrainingFiles().item()})
+      now = train(now)
+      go.set()
+      checkpoints.wait()
+  for step in (1, 2):
+    saved = ocp.StandardCheckpointer().restore(tmp_path / f'checkpoints/{step}/params')
+    np.testing.assert_array_equal(saved['w'], np.arange(6.0) + step - 1)
+    np.testing.assert_array_equal(saved['b'], np.full((3, 2), step))
+
+
+def test_an_error_while_orbax_takes_over_the_arrays_is_raised(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'save', fail)
+  now = state.TrainState(jnp.int32(1), {'w': jnp.ones(3)}, {}, None)
+  config = {'config': {}, 'names': trained.TrainingFiles().item()}
+  for finish in (checkpoint.Checkpoints.wait, lambda _: None):  # the context also waits
+    with (
+      pytest.raises(storage.Unwritten, match='No space left'),
+      checkpoint.Checkpoints(tmp_path) as checkpoints,
+    ):
+      checkpoints.save(now, config)
+      finish(checkpoints)
 
 
 def test_a_workdir_without_a_checkpoint_is_refused(tmp_path):
@@ -259,8 +302,9 @@ def space(folder):
 
 def test_full_disk_is_reported_from_any_orbax_error(tmp_path):
   error = ValueError('Error writing ' + 'a/long/path/' * 50 + ': No space left on device')
-  said = str(checkpoint.not_saved(tmp_path, error))
-  assert f'Cannot write {tmp_path}/checkpoints (No space left on device)' in said
+  said = f'Cannot write {tmp_path}/checkpoints .No space left on device'
+  with pytest.raises(storage.Unwritten, match=said), checkpoint.saving(tmp_path):
+    raise error
 
 
 @pytest.mark.slow

@@ -37,8 +37,7 @@ def asked_to_stop() -> bool:
 
   Every process must call this function equally often, because JAX compares the call numbers of the
   processes. After a stop signal, all processes stop at the first call that no process has made yet.
-  No other code may call JAX's preemption service. So `checkpoint.Manager` keeps orbax from calling
-  it.
+  No other code may call JAX's preemption service, so `manager.Manager` keeps orbax from calling it.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 

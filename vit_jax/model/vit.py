@@ -163,23 +163,22 @@ class ViT(nn.Module):
     example_B: jax.Array | None = None,
     seen_BS: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the logits `[B, L]` in float32.
+    """Returns the logits `[B, L]`, or features if `num_classes` is None; float32.
 
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size. Images of different
         shapes are given as `Padded`.
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
-      example_B: index of each example in the batch of all devices. Random numbers for an example
+      example_B: index of each example in the batch of all devices. The random numbers of an example
         depend on this index. The default is `0..B-1`.
       seen_BS: indices of the S patches that the blocks see, row by row from 0. Other patches are
         dropped after their positions are added. None: all patches.
 
     Returns:
-      The logits. If `num_classes` is None: the pooled features, or the tokens for `pool='none'`.
+      Logits; without `num_classes`, the pooled features, or all tokens if `pool='none'`.
 
     Raises:
-      ValueError: the patch size does not divide the image size, or the images have different shapes
-        and the model cannot read such images.
+      ValueError: the patch size does not divide the image size, or the model cannot read `Padded`.
     """
     if not train:
       example_B = None

@@ -15,8 +15,8 @@ from vit_jax.workdir.stored import (
   saved_steps,
   set_aside_damaged,
 )
-from vit_jax.workdir.task import Task
 from vit_jax.workdir.trained import (
+  Task,
   TrainingFiles,
   check_untrained,
   find_training_files,

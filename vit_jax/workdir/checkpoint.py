@@ -14,6 +14,8 @@ Decisions:
   * Each process writes the parts of arrays that its devices hold, while training continues. This
     needs a workdir that all processes can access. Otherwise all arrays are gathered, and process 0
     writes them.
+  * On a CPU, arrays are copied here. Orbax would not copy them, so the next training step could not
+    overwrite them, and would need new memory. A single process then calls orbax in a thread.
   * The devices that held an array are not recorded. Otherwise, orbax could restore the array on
     other devices only if the caller describes its layout.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
@@ -21,26 +23,21 @@ Decisions:
     checkpoint with its final name is complete, and a run that has one never loses its last one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+import concurrent.futures
 import contextlib
-import dataclasses
 import functools
-import logging
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
-from orbax.checkpoint import type_handlers
 
 from vit_jax import storage
 from vit_jax.distributed import Agreement, from_first, is_first, is_shared, to_host, together
 from vit_jax.workdir import digests, items, stored
+from vit_jax.workdir.manager import open_manager
 from vit_jax.workdir.restoring import rest, restore_state
-
-# Devices that hold copies of an array divide its writing only into parts of at least this size.
-SLICE_BYTES = 2**20
 
 
 class Checkpoints:
@@ -54,13 +51,15 @@ class Checkpoints:
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
+    self._thread, self._handover = concurrent.futures.ThreadPoolExecutor(1), None
+    self._copy = None
     from_first(lambda: stored.directory(workdir).mkdir(parents=True, exist_ok=True))
     if self._shared:
       agreement = Agreement()
       complete = agreement.reporting(self._add_digests)
-      self._manager = manager(workdir, keep, self._accuracies, complete, agreement)
+      self._manager = open_manager(workdir, keep, self._accuracies, complete, agreement)
     elif is_first():
-      self._manager = manager(workdir, keep, self._accuracies, self._add_digests)
+      self._manager = open_manager(workdir, keep, self._accuracies, self._add_digests)
 
   def __enter__(self):
     items.be_silent()
@@ -69,11 +68,13 @@ class Checkpoints:
   def __exit__(self, kind, *_):
     if self._manager is None:
       return
-    try:
-      self._manager.close()  # waits until the last checkpoint is written
-    except Exception as error:  # orbax and tensorstore raise many kinds of errors
-      if kind is None:
-        raise not_saved(self._workdir, error) from error
+    ignored = [storage.Unwritten] if kind else []  # another error is more important
+    with contextlib.suppress(*ignored), saving(self._workdir):
+      try:
+        self._end_handover()
+      finally:
+        self._thread.shutdown()
+        self._manager.close()  # waits until the last checkpoint is written
 
   def latest(self) -> int | None:
     """Returns the step of the newest checkpoint; None without a checkpoint."""
@@ -106,26 +107,30 @@ class Checkpoints:
     step = int(to_host(state.step))
     check_finite(state.params, step)
     self.wait()  # for the previous checkpoint
+    on_cpu = jax.default_backend() == 'cpu'
+    if on_cpu:
+      state = self._copy = copied(self._copy, state)
     if not self._shared:
       state = to_host(state)
-    if self._manager is not None:
-      self._saving = step
-      facts = {key: value for key, value in config.items() if key != 'names'}
-      self._save(step, state, config['names'], facts | {'format': digests.FORMAT})
-
-  def _save(self, step, state, names, facts):
-    try:
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardSave(state.params),
-          state=ocp.args.StandardSave(rest(state)),
-          names=ocp.args.StandardSave(names),
-          config=ocp.args.JsonSave(facts),
-        ),
-      )
-    except Exception as error:  # orbax and tensorstore raise many kinds of errors
-      raise not_saved(self._workdir, error) from error
+    if self._manager is None:
+      return
+    self._saving = step
+    facts = {key: value for key, value in config.items() if key != 'names'}
+    save = functools.partial(
+      self._manager.save,
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        state=ocp.args.StandardSave(rest(state)),
+        names=ocp.args.StandardSave(config['names']),
+        config=ocp.args.JsonSave(facts | {'format': digests.FORMAT}),
+      ),
+    )
+    if on_cpu and jax.process_count() == 1:
+      self._handover = self._thread.submit(save)
+      return
+    with saving(self._workdir):
+      save()
 
   def _add_digests(self):
     """Writes the checksums of a checkpoint; orbax calls this after all other files are written."""
@@ -146,10 +151,15 @@ class Checkpoints:
   def _wait(self):
     if self._manager is None:
       return
-    try:
+    with saving(self._workdir):
+      self._end_handover()
       self._manager.wait_until_finished()
-    except Exception as error:  # orbax and tensorstore raise many kinds of errors
-      raise not_saved(self._workdir, error) from error
+
+  def _end_handover(self):
+    """Waits until orbax has the arrays of the last checkpoint."""
+    handover, self._handover = self._handover, None
+    if handover is not None:
+      handover.result()
 
   def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.
@@ -176,113 +186,37 @@ def check_finite(params: dict, step: int) -> None:
       raise FloatingPointError(f'Parameter {name} is not finite after step {step}.')
 
 
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def copied(previous, state):
+  """Returns a copy of a state, in the memory of the previous copy; None: in new memory.
+
+  New memory takes longer than the copying, because the operating system provides it in small pages
+  at their first use.
+  """
+  del previous
+  return jax.tree.map(jnp.copy, state)
+
+
 @jax.jit
 def all_finite(params: dict) -> jax.Array:
   """Returns a bool array with one entry per leaf of `params`: whether all its numbers are finite.
 
-  A single array needs only one copy to the host.
+  A single array needs only one copy to the host. The largest magnitude of a leaf is not finite if
+  one of its numbers is NaN or infinite. On a CPU, XLA computes it three times as fast as
+  `jnp.isfinite(x).all()`.
   """
-  return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)])
+  return jnp.stack([jnp.isfinite(jnp.abs(x).max()) for x in jax.tree.leaves(params)])
 
 
-@dataclasses.dataclass
-class Best(policies.PreservationPolicy):
-  """Policy that keeps the checkpoint with the best accuracy; `accuracies` is {step: accuracy}.
-
-  After a run resumes, orbax's own policy would not know the accuracies of earlier checkpoints.
-  """
-
-  accuracies: dict[int, float]
-
-  def should_preserve(self, checkpoints, *, context):
-    del context
-    there = {c.step for c in checkpoints}
-    best = next((step for step, _ in stored.ranked(self.accuracies) if step in there), None)
-    return [c.step == best for c in checkpoints]
-
-
-class Manager(ocp.CheckpointManager):
-  """Orbax's manager, but without orbax's calls of JAX's preemption service.
-
-  The service compares the numbers of calls in all processes. Orbax's calls have other numbers than
-  the training loop's calls (`distributed.asked_to_stop`), so the loop could miss a stop signal.
-  """
-
-  def reached_preemption(self, step):
-    del step
-    return False
-
-
-def manager(
-  workdir: pathlib.Path,
-  keep: int,
-  scored: dict[int, float],
-  before_commit: Callable[[], None],
-  agreement: Agreement | None = None,
-) -> ocp.CheckpointManager:
-  """Returns an open orbax manager for the checkpoints of a workdir.
-
-  Args:
-    workdir: folder of the run.
-    keep: number of newest checkpoints to keep.
-    scored: {step: accuracy}; the caller may add steps later.
-    before_commit: called in process 0 when all files of a checkpoint are written, before orbax
-      gives the checkpoint its final name.
-    agreement: the processes that save together; None: this process saves alone.
-  """
-  policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
-  set_array_handler()  # before the handlers are created
-  everyone = ocp.options.MultiprocessingOptions()
-  who = {'multiprocessing_options': everyone if agreement else items.ALONE}
-  handlers = {
-    **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
-    'config': ocp.JsonCheckpointHandler(**who),
-  }
-  if agreement:
-    handlers = {name: agreement.watch(handler) for name, handler in handlers.items()}
-  options = ocp.CheckpointManagerOptions(
-    preservation_policy=policy,
-    cleanup_tmp_directories=True,
-    create=False,  # orbax requires this if not all processes use the manager
-    async_options=ocp.options.AsyncOptions(
-      create_directories_asynchronously=False,  # after an error, its threads would wait for minutes
-      post_finalization_callback=before_commit,
-      barrier_sync_fn=agreement and agreement.barrier,
-    ),
-    **who,
-  )
+@contextlib.contextmanager
+def saving(workdir: pathlib.Path) -> Iterator[None]:
+  """Turns the errors of orbax and tensorstore, which have many types, into `storage.Unwritten`."""
   try:
-    return Manager(stored.directory(workdir), options=options, item_handlers=handlers)
-  except items.CONTENT as error:
-    raise ValueError(
-      f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
-      'damaged, move it away. The same command then resumes from the newest remaining checkpoint.'
-    ) from error
-
-
-@functools.cache
-def set_array_handler() -> None:
-  """Sets how orbax saves arrays, in the whole process.
-
-  Orbax does not record the devices that held an array. The devices that hold copies of an array
-  divide the writing only if the array is large. Dividing needs a call to JAX for each array and
-  device. For a small array, these calls take longer than one device needs to write it.
-  """
-  handler = type_handlers.ArrayHandler(
-    enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES
-  )
-  logger = logging.getLogger('absl')
-  logger.addFilter(items.is_error)  # orbax warns that this replaces its own handler
-  try:
-    type_handlers.register_type_handler(jax.Array, handler, override=True)
-  finally:
-    logger.removeFilter(items.is_error)
-
-
-def not_saved(workdir: pathlib.Path, error: Exception) -> storage.Unwritten:
-  """Returns the error for a checkpoint that cannot be written."""
-  first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
-  return storage.unwritten(stored.directory(workdir), storage.reason(error) or first)
+    yield
+  except Exception as error:
+    first = f'{type(error).__name__}: {(str(error).splitlines() or [""])[0][:200]}'
+    reason = storage.reason(error) or first
+    raise storage.unwritten(stored.directory(workdir), reason) from error
 
 
 @contextlib.contextmanager

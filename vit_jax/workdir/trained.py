@@ -1,4 +1,4 @@
-"""Records the files and splits that weights were trained on, so that no test uses them.
+"""Describes the data that weights were trained on, so that no test uses the same examples.
 
 Decisions:
   * The name of a file is the path after the class folder, e.g. `a/1.jpg` for `train/cat/a/1.jpg`.
@@ -27,6 +27,33 @@ from vit_jax.workdir import stored
 log = logging.getLogger(__name__)
 
 NONE = np.zeros(0, np.uint64)  # no hashes
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Properties of the training data; every checkpoint stores them.
+
+  Attributes:
+    class_names: name of each class; empty for weights without a head, and for runs without labels.
+    stored_size: (height, width) of the images that the host passes to the devices; None if images
+      keep their aspect ratio.
+    channels: 1 (grey) or 3 (RGB).
+    train_examples: number of training examples. The order of the examples depends on this number.
+    fingerprint: hash of the file paths and labels in the split `train`; empty if unknown.
+    multi_label: whether an image can have any number of labels, from none to all classes.
+  """
+
+  class_names: tuple[str, ...]
+  stored_size: tuple[int, int] | None
+  channels: int
+  train_examples: int = 0
+  fingerprint: str = ''
+  multi_label: bool = False
+
+  @classmethod
+  def load(cls, saved: dict) -> 'Task':
+    """Restores a task from the value of the key `task` in a checkpoint's item `config`."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Opens orbax's manager of checkpoints, and sets how orbax saves arrays and which it keeps."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import logging
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint import type_handlers
+
+from vit_jax.distributed import Agreement
+from vit_jax.workdir import items, stored
+
+# Devices that hold copies of an array divide its writing only into parts of at least this size.
+SLICE_BYTES = 2**20
+
+
+@dataclasses.dataclass
+class Best(policies.PreservationPolicy):
+  """Policy that keeps the checkpoint with the best accuracy; `accuracies` is {step: accuracy}.
+
+  After a run resumes, orbax's own policy would not know the accuracies of earlier checkpoints.
+  """
+
+  accuracies: dict[int, float]
+
+  def should_preserve(self, checkpoints, *, context):
+    del context
+    there = {c.step for c in checkpoints}
+    best = next((step for step, _ in stored.ranked(self.accuracies) if step in there), None)
+    return [c.step == best for c in checkpoints]
+
+
+class Manager(ocp.CheckpointManager):
+  """Orbax's manager, but without orbax's calls of JAX's preemption service.
+
+  The service compares the numbers of calls in all processes. Orbax's calls have other numbers than
+  the training loop's calls (`distributed.asked_to_stop`), so the loop could miss a stop signal.
+  """
+
+  def reached_preemption(self, step):
+    del step
+    return False
+
+
+def open_manager(
+  workdir: pathlib.Path,
+  keep: int,
+  scored: dict[int, float],
+  before_commit: Callable[[], None],
+  agreement: Agreement | None = None,
+) -> ocp.CheckpointManager:
+  """Returns an open orbax manager for the checkpoints of a workdir.
+
+  Args:
+    workdir: folder of the run.
+    keep: number of newest checkpoints to keep.
+    scored: {step: accuracy}; the caller may add steps later.
+    before_commit: called in process 0 when all files of a checkpoint are written, before orbax
+      gives the checkpoint its final name.
+    agreement: the processes that save together; None: this process saves alone.
+  """
+  policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
+  set_array_handler()  # before the handlers are created
+  everyone = ocp.options.MultiprocessingOptions()
+  who = {'multiprocessing_options': everyone if agreement else items.ALONE}
+  handlers = {
+    **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
+    'config': ocp.JsonCheckpointHandler(**who),
+  }
+  if agreement:
+    handlers = {name: agreement.watch(handler) for name, handler in handlers.items()}
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policy,
+    cleanup_tmp_directories=True,
+    create=False,  # orbax requires this if not all processes use the manager
+    async_options=ocp.options.AsyncOptions(
+      create_directories_asynchronously=False,  # after an error, its threads would wait for minutes
+      post_finalization_callback=before_commit,
+      barrier_sync_fn=agreement and agreement.barrier,
+    ),
+    **who,
+  )
+  try:
+    return Manager(stored.directory(workdir), options=options, item_handlers=handlers)
+  except items.CONTENT as error:
+    raise ValueError(
+      f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
+      'damaged, move it away. The same command then resumes from the newest remaining checkpoint.'
+    ) from error
+
+
+@functools.cache
+def set_array_handler() -> None:
+  """Sets how orbax saves arrays, in the whole process.
+
+  Orbax does not record the devices that held an array. The devices that hold copies of an array
+  divide the writing only if the array is large. Dividing needs a call to JAX for each array and
+  device. For a small array, these calls take longer than one device needs to write it.
+  """
+  handler = type_handlers.ArrayHandler(
+    enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES
+  )
+  logger = logging.getLogger('absl')
+  logger.addFilter(items.is_error)  # orbax warns that this replaces its own handler
+  try:
+    type_handlers.register_type_handler(jax.Array, handler, override=True)
+  finally:
+    logger.removeFilter(items.is_error)
