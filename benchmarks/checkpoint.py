@@ -61,7 +61,7 @@ def save(way: str, model: str, repeats: int, folder: pathlib.Path) -> dict:
   if way == 'gathered':
     checkpoint.is_shared = lambda _: False
     checkpoint.to_host = gathered
-    checkpoint.copied = lambda _, state: state
+    checkpoint.copy_state = lambda _, state: state
   advance = jax.jit(lambda s: s.replace(step=s.step + 1), donate_argnums=0)
   state = jax.block_until_ready(advance(state))
   blocked, overwritten, committed = [], [], []

@@ -164,8 +164,9 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
     )
   if count is None:
     raise ValueError(
-      f'{name} has no head, so it cannot teach classes. Use a classifier, or train a head and use '
-      f'its workdir: --config=configs/linear_probe.py --config.init={config.distill.teacher}'
+      f'{name} has no head, so it cannot teach classes. Use a classifier as teacher. Or train a '
+      f'head with --config=configs/linear_probe.py --config.init={config.distill.teacher}, and '
+      'use the workdir of that run as teacher.'
     )
   if found.channels != source.channels:
     raise ValueError(

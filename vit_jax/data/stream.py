@@ -274,8 +274,8 @@ def read_part(
   Args:
     stream: the stream that holds the examples.
     plan: the plan of the batches.
-    parts: for each part of a batch, the numbers of its rows.
-    number: number of the part, counted over all batches of the plan.
+    parts: for each part of a batch, the indices of its rows in the batch.
+    number: index of the part to read. The parts of all batches are numbered consecutively from 0.
   """
   step, part = divmod(number, len(parts))
   position_N = plan.positions(plan.steps[step])[parts[part]]

@@ -60,8 +60,8 @@ def predict(
   """
   if (workdir is None) == (not init):
     raise ValueError(
-      f'got workdir={workdir!r} and init={str(init)!r}: give either the workdir of a run, or None '
-      'and published weights in init.'
+      f'got workdir={workdir!r} and init={str(init)!r}: give one of the two. '
+      'workdir is the folder of a run; init names published weights, and needs workdir=None.'
     )
   start_up()
   request = Request(

@@ -49,7 +49,7 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   if config.classifier:
     raise ValueError(
       f'--mode=profile records training steps, but classifier={config.classifier} has none. '
-      'Profile the run from which the head was computed.'
+      'Profile the run that trained the backbone.'
     )
   storage.check_folder(workdir)
   with contextlib.ExitStack() as stack:

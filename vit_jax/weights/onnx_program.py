@@ -217,7 +217,10 @@ def run_onnx(loaded: Pretrained) -> str:
 
 @contextlib.contextmanager
 def quiet(*names: str | None) -> Iterator[None]:
-  """Silences the warnings of these loggers (None: the root), because converters print many."""
+  """Context manager that silences the warnings of loggers, given by name; None: the root logger.
+
+  The converters to ONNX print many warnings.
+  """
   loggers = [logging.getLogger(name) for name in names]
   before = [logger.level for logger in loggers]
   for logger in loggers:

@@ -109,7 +109,7 @@ class Checkpoints:
     self.wait()  # for the previous checkpoint
     on_cpu = jax.default_backend() == 'cpu'
     if on_cpu:
-      state = self._copy = copied(self._copy, state)
+      state = self._copy = copy_state(self._copy, state)
     if not self._shared:
       state = to_host(state)
     if self._manager is None:
@@ -187,7 +187,7 @@ def check_finite(params: dict, step: int) -> None:
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
-def copied(previous, state):
+def copy_state(previous, state):
   """Returns a copy of a state, in the memory of the previous copy; None: in new memory.
 
   New memory takes longer than the copying, because the operating system provides it in small pages

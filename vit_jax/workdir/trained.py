@@ -144,7 +144,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on; it inherits all those in `earlier`.
+  """Returns the files and splits that a run trains on, and those in `earlier` as inherited.
 
   Args:
     source: dataset of the run.
