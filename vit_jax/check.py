@@ -153,7 +153,7 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
-        'default. To train from such a head, start a new run from its workdir with --config.init.'
+        'default. To train such a head further, start a new run with --config.init=<its workdir>.'
       )
   if config.adapt and config.freeze:
     raise ValueError(

@@ -104,8 +104,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   """Starts JAX's distributed runtime. In Kubernetes, waits until process 0's pod has an address.
 
-  Without this address, JAX raises an error after less than a minute. It has not changed any state
-  by then, so this function calls it again. `waiting` ends a process that waits too long.
+  Without this address, JAX raises an error after less than a minute. JAX has not changed any state
+  by then, so this function tries again. `waiting` ends a process that waits too long.
   """
   given = coordinator, num_processes, process_id
   while True:

@@ -241,7 +241,9 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing('the filters of a hybrid read a feature map of the stem, which has no colours.')
+    raise Missing(
+      'the patches of a hybrid come from a feature map, so its filters have no colours.'
+    )
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)

@@ -231,7 +231,7 @@ def draw_masks(
 
   Args:
     key: random key.
-    example_B: number of each image. Equal numbers give equal masks.
+    example_B: index of each image. Equal indices give equal masks.
     count: number of patches in an image.
     unseen: U, number of patches to hide.
 

@@ -257,7 +257,7 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
 def part_of(name: str, params: Mapping) -> str:
   """Returns the part of the train state to which an array belongs, e.g. `opt_state/1/0/mu`.
 
-  The part is the beginning of `name`, up to the first word that is a top-level key of `params`.
+  The part is `name` before its first component that is a top-level key of `params`.
   """
   words = name.split('/')
   inner = (i for i, word in enumerate(words) if word in params)
