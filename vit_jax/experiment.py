@@ -123,8 +123,7 @@ class Experiment:
     """Returns an experiment for another image size and patch size, with the same parameters.
 
     None leaves a size unchanged. Positions are stretched over the new patch grid, and the patch
-    embedding is resized. If the host stores images at the model's size in this experiment, it
-    stores them at the new size in the returned experiment.
+    embedding is resized. If the host stores images at the model's size, this size changes too.
     """
     own, own_patch = pair(self.config.data.image_size), self.model.patch_size
     size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')

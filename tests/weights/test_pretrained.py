@@ -294,7 +294,7 @@ def test_a_grid_that_is_not_square_must_be_given():
     vit_jax.load(source('paper_gap'), grid=(3, 3))
   with pytest.raises(ValueError, match=r'source_grid \(3, 4\) has 12 patches.* 8 '):
     vit_jax.load(source('paper_gap'), grid=(3, 3), source_grid=(3, 4))
-  with pytest.raises(ValueError, match='expected .patches down'):
+  with pytest.raises(ValueError, match='expected a tuple .patches down'):
     vit_jax.load(source('paper_gap'), grid=4)
   loaded = vit_jax.load(source('paper_gap'), grid=(4, 2), source_grid=(2, 4))
   own = vit_jax.load(source('paper_gap'), grid=(2, 4))

@@ -241,9 +241,7 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing(
-      'the patches of a hybrid come from a feature map, so its filters have no colours.'
-    )
+    raise Missing('the filters of a hybrid read the feature map of its stem, not colours.')
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)

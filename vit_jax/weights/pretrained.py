@@ -261,7 +261,7 @@ def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
   if not (
     isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
   ):
-    raise ValueError(f'{name}: expected (rows of patches, columns of patches), got {grid!r}.')
+    raise ValueError(f'{name}: expected a tuple (patches down, patches across), got {grid!r}.')
   return grid
 
 
