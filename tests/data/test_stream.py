@@ -1,5 +1,6 @@
 """Checks streamed examples: order, pixels, random crops, workers, processes and bad images."""
 
+import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -572,12 +573,29 @@ def test_a_label_without_a_class_is_named_or_replaced():
 
 
 def test_each_replaced_image_is_logged_once(caplog):
-  stream_lib.warn.cache_clear()
+  stream_lib.WARNED.clear()
   bad = {5, 6, IDS - 1}
   take(open_numbered(functools.partial(bad_ones, bad), skip_bad_images=True), 3 * IDS)
   found = [record.getMessage() for record in caplog.records]
   for i in bad:
     assert found.count(f'train/{i}: label 24 is not one of the 23 classes, 0 to 22.') == 1
+
+
+def test_threads_that_warn_at_the_same_time_log_once(caplog):
+  stream_lib.WARNED.clear()
+  ready = threading.Barrier(16)
+
+  def warn(number):
+    ready.wait()
+    for i in range(200):
+      stream_lib.warn(f'image {i} is bad')
+
+  with concurrent.futures.ThreadPoolExecutor(16) as threads:
+    list(threads.map(warn, range(16)))
+  messages = [record.getMessage() for record in caplog.records]
+  assert sorted(m for m in messages if m.startswith('image')) == sorted(
+    f'image {i} is bad' for i in range(200)
+  )
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ Decisions:
     any number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run, unless `skip_bad_images` is set. In that case, the next good image
-    and its label take its place. Each run chooses the same replacement, and counts replaced images.
+  * A bad image stops the run. With `skip_bad_images`, the next good image and its label replace it.
+    Each run chooses the same replacement, and counts replaced images.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 PART = 16  # rows that a thread decodes at a time
 AHEAD = 2  # maximum number of batches that wait on the devices for their step
+WARNED = {}  # messages that were already logged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +233,13 @@ class Stream:
     choose = functools.partial(image_lib.random_part, uniform_4, **self.crop)
     if isinstance(encoded, np.ndarray):
       return image_lib.scale_part(encoded, choose(*encoded.shape[:2]), self.size)
-    whole = as_bytes(encoded)
-    return image_lib.decode_part(whole, name, self.source.channels, choose, self.size)
+    return image_lib.decode_part(as_bytes(encoded), name, self.source.channels, choose, self.size)
 
 
-@functools.cache
 def warn(message: str) -> None:
-  """Logs each message only once, because a bad image would be reported in every epoch."""
-  log.warning('%s', message)
+  """Logs each message only once, although several threads can report an image in every epoch."""
+  if WARNED.setdefault(message, token := object()) is token:
+    log.warning('%s', message)
 
 
 def best_threads(workers: int) -> int:
