@@ -153,7 +153,7 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
-        'default. To train such a head further, start a new run with --config.init=<its workdir>.'
+        'default. To train the head further, start another run with --config.init=<this workdir>.'
       )
   if config.adapt and config.freeze:
     raise ValueError(

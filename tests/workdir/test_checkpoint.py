@@ -64,8 +64,8 @@ def test_training_overwrites_a_state_before_orbax_takes_it_over(tmp_path, monkey
     ocp.CheckpointManager, 'save', lambda *args, **kwargs: go.wait() and save(*args, **kwargs)
   )
   train = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
-  sharding = experiment.mesh_for(small_config(**{'mesh.data': '1', 'mesh.fsdp': '2'}))
-  split = jax.sharding.NamedSharding(sharding, jax.sharding.PartitionSpec('fsdp'))
+  mesh = experiment.mesh_for(small_config(**{'mesh.data': '1', 'mesh.fsdp': '2'}))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
   params = {'w': jax.device_put(np.arange(6.0), split), 'b': jnp.ones((3, 2))}
   now = state.TrainState(jnp.int32(1), params, {}, None)
   with checkpoint.Checkpoints(tmp_path) as checkpoints:

@@ -111,7 +111,8 @@ class TextClasses:
       raise ValueError(
         f'{self.origin}: no embeddings for {len(missing)} of the {len(class_names)} classes of '
         f'{source}: {abridged(missing)}. The file has: {abridged(self.names)}. Each class of '
-        'the data needs an entry in `names` with exactly its name. Its text can be a different one.'
+        'the data needs an entry in `names` with exactly its name. The embedded text may be '
+        'different from the name.'
       )
     if others := [name for name in self.names if name not in {*class_names}]:
       text = '%s: these classes are ignored, because %s does not have them: %s.'
