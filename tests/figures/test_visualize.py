@@ -205,7 +205,7 @@ def test_report_of_an_unfinished_run_shows_its_latest_metrics(capsys, workdir):
   shutil.rmtree(workdir / 'checkpoints')
   code, _, err = call(capsys, '--mode=visualize', f'--workdir={workdir}')
   assert not code and names(workdir) == {'curves'}
-  assert 'no checkpoint yet' in err and 'model.depth' in Page(workdir / 'report.html').text
+  assert 'has not saved a checkpoint' in err and 'model.depth' in Page(workdir / 'report.html').text
   flags = ['--mode=visualize', f'--workdir={workdir}', '--config.data.dir=x']
   assert 'no checkpoint' in error(capsys, *flags)
 

@@ -331,9 +331,7 @@ def test_zero_shot_logits_and_probabilities_equal_those_of_transformers(name, tm
 def test_the_program_of_the_docs_writes_the_classes(name, tmp_path, monkeypatch):
   transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
   page = (ROOT / 'docs' / 'weights.md').read_text(encoding='utf-8')
-  program = re.search(r'Save this program as\s`make_classes.py`.*?```python\n(.*?)```', page, re.S)[
-    1
-  ]
+  program = re.search(r'`make_classes\.py`.*?```python\n(.*?)```', page, re.S)[1]
   program = program.replace('google/siglip2-base-patch16-224', str(DATA / name))
   program = program.replace("['cat', 'dog', 'bird']", "['cat', 'dog', 'a bird']")
 
