@@ -83,7 +83,7 @@ class Dense(nn.Module):
     y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
     if self.use_bias:
       bias = self.param('bias', self.bias_init, self.features)
-      y = y + bias.astype(self.dtype).reshape(-1)
+      y = (y + bias.reshape(-1)).astype(self.dtype)  # the bias's gradient sums in float32
     return y.reshape(*batch, *self.features)
 
   def weights(self, inputs: tuple[int, ...]) -> jax.Array:
