@@ -11,8 +11,8 @@ This project has not trained these recipes. Their authors report these accuracie
   * `paper`: 77.91% with B/16, 76.53% with L/16.
   * `i21k`: 83.97% with B/16, 85.15% with L/16.
 
-The accuracies of `paper` and `i21k` are from the paper's Table 5, after fine-tuning at 384 pixels
-(`configs/finetune.py`). The recipes come from these papers:
+The accuracies of `paper` and `i21k` are from Table 5 of Dosovitskiy et al. 2020, after fine-tuning
+at 384 pixels (as in `configs/finetune.py`). The recipes come from these papers:
 
 | recipe | default for | paper | section |
 | --- | --- | --- | --- |
@@ -30,8 +30,8 @@ Choices of this project, where the papers and their code differ or leave a choic
   * The mixup weight is drawn for each image, not once per batch.
   * Images are resized with bilinear interpolation.
   * `i21k` uses one class per image and a softmax loss. It needs a folder with
-    `<path>/train/<class>/*` and `<path>/test/<class>/*`. The warm-up has 10,000 steps if the
-    training split has 14.2 million images, and more or fewer for other numbers.
+    `<path>/train/<class>/*` and `<path>/test/<class>/*`. The warm-up is set in epochs, so that
+    it has 10,000 steps for 14.2 million training images, and more steps for more images.
 
 A batch size of 4,096 needs several accelerators or `--config.micro_batches`.
 """
@@ -69,13 +69,13 @@ def i21k(config):
   config.model.dropout = 0.1
   config.optimizer.lr = 1e-3
   config.optimizer.weight_decay = 0.03
-  config.optimizer.clip = 0.0  # by the caption of Table 3, only ImageNet used clipping
+  config.optimizer.clip = 0.0  # according to Table 3's caption, only ImageNet used clipping
   config.schedule.name = 'linear'
 
 
 def augreg(config, layers, magnitude, mixup):
   config.optimizer.lr = 1e-3
-  config.optimizer.weight_decay = 0.1  # its code has 1e-4, which includes the learning rate
+  config.optimizer.weight_decay = 0.1  # times lr; AugReg's code sets the product, 1e-4
   config.optimizer.moment_dtype = 'bfloat16'
   config.augment.rand_augment.num_layers = layers
   config.augment.rand_augment.magnitude = magnitude

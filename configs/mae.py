@@ -75,11 +75,12 @@ def get_config(variant='tiny,cifar10'):
     config.schedule.warmup = 40.0
     config.data.image_size = (224, 224)
     config.model.dtype = 'bfloat16'
-  if small and dataset == 'cifar10':  # the values of `cifar10.py`, so that its recipes can follow
+  if small and dataset == 'cifar10':  # as in `cifar10.py`, whose recipes can continue from here
     recipe = cifar10.get_config(model)
     config.data.mean, config.data.std = recipe.data.mean, recipe.data.std
   if dataset == 'folder':
     finetune.follow_data(config)
-    # The same images are held out as in `finetune.py`, so that the second run can validate on them.
+    # Like `finetune.py`, hold out some training images. They are the same images, so a second run
+    # with `finetune.py` can validate on images that this run has not used.
     config.data.train_split = config.data.val_split = None
   return config

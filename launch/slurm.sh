@@ -9,9 +9,11 @@
 #     --config=configs/imagenet.py:b16 --workdir=/shared/b16
 #
 # Slurm sends SIGTERM 120 s before the time limit. The run then saves a checkpoint and ends with exit
-# code 75. After any other code but 0 and 2 (a mistake), the job is requeued TRIES times (default
-# 20); a file in the folder of the job counts them. If a process is lost, JAX ends the others. The
-# workdir must be on a disk that all nodes share, or in a bucket.
+# code 75, and the job is requeued without a limit. The exit codes 0 (done) and 2 (a mistake of the
+# user) end the job. After any other exit code, such as after the loss of a process, the job is
+# requeued at most TRIES times (default 20). A file in the folder of the job counts these failures.
+# If a process is lost, JAX ends the other processes. The workdir must be on a disk that all nodes
+# share, or in a bucket.
 set -u
 srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" main.py "$@"
 code=$?

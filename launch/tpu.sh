@@ -5,10 +5,10 @@
 #     --config=configs/imagenet.py:b16 --workdir=gs://bucket/b16 --config.data.dir=gs://bucket/tfds
 #
 # Run it on your own machine, inside the checkout; it needs gcloud. NAME becomes the name of the
-# queued resource and of its TPU VM. The slice gets the last commit (`git archive`). The disks of the
-# slice are lost with it, so the workdir must be in a bucket. The slice is deleted when the run is
-# done or cannot go on, or when the packages could not be installed TRIES times (default 20). After
-# Ctrl-C, delete it yourself.
+# queued resource and of its TPU VM. The script copies the last commit to the slice (`git archive`).
+# The disks of a preempted slice are lost, so the workdir must be in a bucket. The script deletes the
+# slice when the run is done or cannot continue, or when installing the packages has failed TRIES
+# times in a row (default 20). If you stop the script with Ctrl-C, delete the slice yourself.
 set -u
 : "${NAME:?a name for the slice}" "${ZONE:?a zone, e.g. europe-west4-b}"
 : "${TYPE:?an accelerator type, e.g. v5litepod-16}"
@@ -26,9 +26,9 @@ queue() { gcloud compute tpus queued-resources "$@" --zone="$ZONE"; }
 on() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"; }
 delete() { queue delete "$NAME" --force --quiet; }
 
-# Copies the commit and installs the packages. The project needs Python 3.11, which some TPU software
-# versions lack; uv then downloads a newer one. An old run may still use the environment, so an
-# environment with pip stays.
+# Copies the commit and installs the packages. The project needs at least Python 3.11. If the TPU
+# software has an older Python, uv downloads Python 3.12. A virtual environment that already has pip
+# is kept, because an earlier run may still use it.
 install_project() {
   archive=$(mktemp -d)/vit_jax.tar.gz
   git archive --format=tar.gz --output="$archive" HEAD &&
@@ -45,10 +45,11 @@ install_project() {
       .venv/bin/pip install -q -r requirements.txt -r requirements-gcs.txt "jax[tpu]"'
 }
 
-# Prints the exit code of the run in worker 0; nothing if the slice or the connection was lost. The
-# file is needed, because gcloud does not return the exit codes of all workers. After a lost
-# connection the old run may still be there, and is stopped first. Its shell then finds another
-# process ID in the file `pid`, or none, and does not write an exit code.
+# Starts the run on all workers. Prints its exit code on worker 0, or nothing if the slice or the
+# connection was lost. Each worker writes the code to a file, because gcloud does not return the exit
+# codes of all workers. If the connection was lost before, an earlier run may still be running, and is
+# stopped first. The shell of the earlier run no longer finds its process ID in the file `pid`, and so
+# does not write an exit code.
 train() {
   on all "cd vit_jax || exit; old=\$(cat pid 2> /dev/null); rm -f pid exit_code
     if [ -n \"\$old\" ] && kill \"\$old\" 2> /dev/null; then
@@ -68,7 +69,7 @@ state_of_slice() {
 }
 
 known=''
-failed=0 # installations in this slice that failed, one after another
+failed=0 # installations in this slice that have failed in a row
 while :; do
   state=$(state_of_slice)
   echo "tpu: $NAME is ${state:-unknown}." >&2

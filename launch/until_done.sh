@@ -3,9 +3,10 @@
 #
 #   launch/until_done.sh python main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/b16
 #
-# A run that was preempted ends with exit code 75, and is repeated without a limit. After exit code 2,
-# a mistake of the user, it is not repeated. After any other end, such as that of a lost host, the
-# command is repeated TRIES times (default 20). PAUSE is the wait between two tries, in seconds.
+# A preempted run ends with exit code 75, and the command is repeated without a limit. After exit
+# code 0 (done) or 2 (a mistake of the user), the command is not repeated. After any other exit code,
+# e.g. because a host was lost, the command is repeated at most TRIES times (default 20). PAUSE is the
+# wait between two tries, in seconds.
 set -u
 if [ $# -eq 0 ]; then
   echo 'usage: launch/until_done.sh <command> [argument ...]' >&2
@@ -24,7 +25,7 @@ stop() {
 # Runs a command and sets `code`. A signal to this script ends `wait`, but not the command.
 run() {
   "$@" &
-  if [ -n "$stopped" ] && [ "$passed" != "$!" ]; then stop; fi # the signal came before the command
+  if [ -n "$stopped" ] && [ "$passed" != "$!" ]; then stop; fi # the signal came before the command had started
   while kill -0 "$!" 2>/dev/null; do wait "$!"; done
   wait "$!"
   code=$?

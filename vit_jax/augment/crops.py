@@ -41,10 +41,10 @@ def resized_crop(
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images.
-    min_area: smallest area of the part, as a fraction of the image. The area is uniform from
-      `min_area` to 1.
-    max_aspect: highest ratio of the part's longer side to its shorter side. The part must fit into
-      the image. So a large part of an elongated image can be more elongated than `max_aspect`.
+    min_area: smallest area of the part, as a fraction of the image's area. The fraction is drawn
+      uniformly from `min_area` to 1.
+    max_aspect: highest ratio of the part's longer side to its shorter side. Only a large part of an
+      elongated image can exceed this ratio, because the part must fit into the image.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -66,11 +66,13 @@ def rectangle(
 ) -> jax.Array:
   """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
-  The area is uniform from `min_area` to `max_area`, as a fraction of the image. The aspect ratio is
-  then drawn, uniformly on a logarithmic scale, from the ratios that fit into the image. The ratio
-  of the longer to the shorter side is at most `max_aspect`. If no such ratio fits, the closest
-  ratio that fits is used. Other implementations draw area and ratio again until the rectangle fits,
-  so large areas become rare. Here the area is drawn only once, and stays uniform.
+  First, the area is drawn uniformly from `min_area` to `max_area`, as a fraction of the image's
+  area. Then the aspect ratio is drawn, uniformly on a logarithmic scale. The rectangle with this
+  ratio must fit into the image, and its longer side is at most `max_aspect` times its shorter side.
+  If no ratio meets both conditions, the least elongated ratio that fits into the image is used.
+
+  Other implementations draw a new area and a new ratio until a rectangle fits into the image, which
+  makes large areas rare. Here, all areas are equally likely, because the area is drawn only once.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)
@@ -79,7 +81,7 @@ def rectangle(
   aspect = jnp.exp(jax.random.uniform(aspect_key, (), minval=tallest, maxval=widest))
   pixels = area * height * width
   size = jnp.sqrt(jnp.stack([pixels / aspect, pixels * aspect]))
-  return jnp.minimum(size, jnp.array([height, width]))  # rounding could exceed the image
+  return jnp.minimum(size, jnp.array([height, width]))  # a rounded side could exceed the image
 
 
 def erasing(
@@ -92,18 +94,18 @@ def erasing(
 ) -> jax.Array:
   """Replaces a random rectangle of an image with noise (Zhong et al. 2017, 1708.04896).
 
-  Each image has its own rectangle. Every pixel and channel of the noise is uniform from 0 to 255.
+  Each image has its own rectangle. The noise is uniform from 0 to 255, and
+  drawn separately for every pixel and channel.
 
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images with at most four channels.
     probability: probability that an image is changed.
-    min_area: smallest area of the rectangle, as a fraction of the image. The area is uniform from
-      `min_area` to `max_area`.
-    max_area: largest area of the rectangle, as a fraction of the image.
-    max_aspect: highest ratio of the rectangle's longer side to its shorter side. The rectangle must
-      fit into the image. So a large rectangle in an elongated image can be more elongated than
-      `max_aspect`.
+    min_area: smallest area of the rectangle, as a fraction of the image's area. The fraction is
+      drawn uniformly from `min_area` to `max_area`.
+    max_area: largest area of the rectangle, as a fraction of the image's area.
+    max_aspect: highest ratio of the rectangle's longer side to its shorter side. Only a large
+      rectangle in an elongated image can exceed this ratio, because it must fit into the image.
   """
   height, width, channels = image_BHWC.shape[1:]
 

@@ -30,7 +30,7 @@ def mix(
       Beta(`mixup_alpha`, `mixup_alpha`).
     cutmix_alpha: 0 disables cutmix. Otherwise, the fraction of its area that an image keeps has the
       distribution Beta(`cutmix_alpha`, `cutmix_alpha`), before the rectangle is clipped.
-    switch: probability of cutmix if mixup and cutmix are enabled; the other images use mixup.
+    switch: probability that a mixed image uses cutmix instead of mixup, if both are enabled.
 
   Returns:
     image_BHWC: the mixed uint8 images.
@@ -48,7 +48,8 @@ def mix(
     Returns:
       The image's own weight at each pixel: int32 `[H, W, 1]` in units of 2^-16. The weight of the
       partner is 1 minus this weight.
-      The mean of the own weight over all pixels, from 0 to 1. Without mixing, ignore it.
+      The mean of the image's own weight over all pixels, from 0 to 1. This number is meaningless if
+        the image is not mixed.
       Whether the image is mixed at all.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)

@@ -8,11 +8,11 @@ Decisions:
   * Pillow defines what each operation does, including its rounding. `test_randaugment.py` compares
     every operation with Pillow.
   * Pixels are computed with integers, so that the result for an image does not depend on the batch
-    size. XLA compiles a program for each batch size, and these programs round floats differently.
-    The operation `equalize` and later operations would amplify such differences.
-  * Optimization barriers separate the passes. Without barriers, XLA would fuse the passes. It would
-    then compute an input pixel again for each output pixel that depends on it. On a CPU, the
-    barriers halved the time of the passes.
+    size. With floats it would, because XLA compiles a program for each batch size, and these
+    programs round floats differently. Operations such as `equalize` amplify small differences.
+  * Optimization barriers separate the passes. Without barriers, XLA would fuse a pass with the next
+    one, and compute a pixel between them again for each output pixel that depends on it. On a CPU,
+    the barriers halved the time of the passes.
   * Warps interpolate bilinearly. Output pixels that a warp would read from outside the image become
     grey (128), as in AutoAugment's code.
 """
@@ -40,7 +40,7 @@ def operate(
 ) -> jax.Array:
   """Applies one operation to each image, and returns uint8 images of the same shape.
 
-  No grey level differs from Pillow's result by more than one. The meaning of `argument_B` depends
+  Every channel value is within 1 of Pillow's result. The meaning of `argument_B` depends
   on the operation:
 
     * brightness, contrast, color, sharpness: Pillow's enhancement factor; 1 changes nothing.
@@ -52,7 +52,7 @@ def operate(
     * translate_x_relative (translate_y_relative): the content moves to the left (up) by this share
       of the image's width (height).
     * shear_x (shear_y): row (column) n moves n times this many pixels to the left (up).
-    * cutout: half of the square's side, in pixels.
+    * cutout: half the side of the grey square, in pixels.
     * All other operations ignore the argument.
 
   Args:
@@ -78,7 +78,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
   The tables of operations without a lookup table, such as rotate, leave every level unchanged.
 
   Args:
-    chosen: for each name in `OPERATIONS`, whether an image gets this operation: bool `[B]`.
+    chosen: {name from `OPERATIONS`: bool `[B]`, True for each image that gets this operation}.
     argument_B: argument of each image's operation.
     image_BHWC: uint8 images.
   """
@@ -117,7 +117,7 @@ def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
 def histogram(image_BHWC: jax.Array) -> jax.Array:
   """Counts the pixels of each grey level, per image and channel: int32 `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
-  count = jnp.zeros(batch * channels * 256, jnp.int32)  # flat: far faster on a CPU
+  count = jnp.zeros(batch * channels * 256, jnp.int32)  # a flat array is far faster on a CPU
   count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
   return count.reshape(batch, channels, 256)
 
@@ -215,7 +215,7 @@ def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:
   2^-16.
 
   Args:
-    chosen: for each name in `OPERATIONS`, whether an image gets this operation: bool `[B]`.
+    chosen: {name from `OPERATIONS`: bool `[B]`, True for each image that gets this operation}.
     argument_B: argument of each image's operation.
     shape: shape of the image batch, `(B, H, W, C)`.
   """
@@ -265,8 +265,9 @@ def warp(
   """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
   An output pixel becomes `FILL` if its input point is outside the image, or if `hidden_BHW` is True
-  for this pixel. The four input pixels around a point are packed into one uint32, so that the
-  interpolation needs one memory read instead of four. Returns uint8 images of the same shape.
+  for this pixel. Otherwise, each channel is interpolated from the four input pixels around the
+  point. These four values are packed into one uint32, so that one memory read is enough instead of
+  four. Returns uint8 images of the same shape.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

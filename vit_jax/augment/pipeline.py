@@ -3,14 +3,14 @@
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
     uint8 images. Each example has its own key, so no draw depends on other examples.
-  * `AUGMENTATIONS` defines the order of the augmentations. It also names the argument that disables
-    each of them. All augmentations are off by default.
+  * The table `AUGMENTATIONS` defines the order of the augmentations. For each augmentation, it also
+    names the argument that can disable it. All augmentations are off by default.
   * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
     are the next pair, and so on. These pairs are random because the order of the data is random. If
     each device holds an even number of examples in each micro-batch, no pair is split between
     devices or micro-batches.
-  * Every augmentation returns uint8 images, and so does mixing. The rounding error of mixing is
-    below one grey level.
+  * Every augmentation returns uint8 images, and so does mixing. Mixing therefore rounds its result,
+    which changes a channel by less than 1 on the scale from 0 to 255.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,8 @@ class Augmentation(NamedTuple):
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
     off: value of this argument that disables the augmentation.
-    strong: whether the augmentation is disabled at the end of a run, during the fraction of the run
-      that the config key `augment.off_for_last` gives.
+    strong: whether the augmentation is disabled in the last part of a run. The config key
+      `augment.off_for_last` gives the length of this part, as a fraction of the run.
   """
 
   function: Callable[..., jax.Array]
@@ -45,7 +45,8 @@ class Augmentation(NamedTuple):
     return arguments[self.switch] != self.off
 
 
-# In order of application. Add new augmentations at the end: random draws depend on the position.
+# In order of application. Add new augmentations at the end, because the random draws of an
+# augmentation depend on its position.
 AUGMENTATIONS = {
   'pad_crop': Augmentation(crops.pad_crop, 'padding', 0, strong=False),
   'flip': Augmentation(crops.flip, 'probability', 0, strong=False),
@@ -54,7 +55,7 @@ AUGMENTATIONS = {
   'trivial_augment': Augmentation(trivial_augment, 'probability', 0, strong=True),
   'erasing': Augmentation(crops.erasing, 'probability', 0, strong=True),
 }
-MIX_PLACE = 1000  # used like a position in `AUGMENTATIONS` for the random draws of `mix`
+MIX_PLACE = 1000  # stands for a position of `mix`, which is not in `AUGMENTATIONS`
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
@@ -86,8 +87,8 @@ def augment(
     image_BHWC: uint8 images; the result has the same shape and type.
     arguments: keyword arguments of each augmentation, by name of the augmentation. Their values
       also decide which augmentations are enabled (`Augmentation.on`).
-    strong: True applies only strong augmentations (`Augmentation.strong`), False only the others,
-      None all of them.
+    strong: True applies only strong augmentations (`Augmentation.strong`), False only augmentations
+      that are not strong, None all augmentations.
   """
   for i, (name, entry) in enumerate(AUGMENTATIONS.items()):
     if strong in (None, entry.strong) and entry.on(arguments[name]):
@@ -120,8 +121,8 @@ def augment_and_mix(
       have neighbouring rows.
     image_BHWC: uint8 images.
     arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
-    early: bool scalar: whether the step is before the last part of the run, in which strong
-      augmentations and mixing are disabled. None if no part of the run disables them.
+    early: bool scalar, False in the last part of the run, in which strong augmentations and mixing
+      are disabled. None if they are never disabled.
 
   Returns:
     image_BHWC: the augmented uint8 images.

@@ -1,8 +1,8 @@
 """RandAugment and TrivialAugment, which draw operations and their strengths for each image.
 
-Strengths are numbers from 0 to 1; one set of operations has strengths of up to 3. The table
-`SPACES` gives the argument of each operation as a function of the strength. The table has several
-sets of operations, because papers and implementations differ.
+The table `SPACES` has several sets of operations, because papers and implementations differ. For
+each operation, it gives the argument as a function of the strength. Strengths are numbers from 0 to
+1, but can be up to 3 in the set `big_vision`.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,16 @@ FULL = 10  # the magnitude in RandAugment's scale that corresponds to strength 1
 class Argument(NamedTuple):
   """The argument of an operation as a function of the strength.
 
+  The argument is the sum of the constant `around` and an amount that is linear in the strength.
+
   Attributes:
-    weakest: value at strength 0.
-    strongest: value at strength 1. The value is a linear function of the strength.
-    around: constant to which the value is added; the sum is the argument.
-    signed: whether a random half of the draws subtracts the value from `around` instead.
-    whole: whether the difference between the value and `weakest` is truncated to a whole number.
+    weakest: amount at strength 0.
+    strongest: amount at strength 1.
+    around: constant to which the amount is added.
+    signed: whether a random half of the draws subtracts the amount from `around` instead.
+    whole: whether the difference between the amount and `weakest` is truncated to a whole number.
     bounds: (smallest, largest) argument; the argument is clipped to this range.
-    period: an argument that is not below this number is reduced modulo this number.
+    period: an argument of at least `period` is replaced with its remainder modulo `period`.
   """
 
   weakest: float = 0.0
@@ -90,10 +92,10 @@ SPACES = {
     'translate_y_relative': signed(0.45),
   },
   # The 16 operations of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision
-  # use. Some operations do not become stronger with the magnitude. Posterize and solarize become
-  # weaker, and solarize returns to its strongest form at magnitudes 10, 20 and 30. The factors of
-  # color, contrast, brightness and sharpness rise from below 1 to above 1. Arguments in pixels are
-  # meant for images of 224 pixels.
+  # use. A higher magnitude does not make all operations stronger. Posterize and solarize become
+  # weaker, but solarize returns to its strongest form at magnitudes 10, 20 and 30. The factors of
+  # color, contrast, brightness and sharpness rise from below 1 (less than in the image) to above 1
+  # (more than in the image). Arguments in pixels are meant for images of 224 pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),
@@ -162,9 +164,9 @@ def rand_augment(
     image_BHWC: uint8 images.
     num_layers: number of operations per image, drawn with replacement.
     magnitude: mean of the random magnitudes, from 0 to the maximum of the space in
-      `MAX_MAGNITUDES`. The strength is the magnitude divided by `FULL`.
-    mstd: standard deviation of the random magnitudes. A magnitude is clipped to the range of
-      `magnitude`.
+      `MAX_MAGNITUDES`. The strength is the magnitude divided by 10 (`FULL`).
+    mstd: standard deviation of the random magnitudes. A magnitude is clipped to the range from
+      0 to that maximum.
     probability: probability that a drawn operation is applied.
     space: name of a set of operations in `SPACES`.
   """

@@ -3,8 +3,8 @@
 Decisions:
   * The first access to a bucket has its own short time limit. So a program with a wrong bucket
     name, missing credentials or no network fails soon, instead of seeming to hang.
-  * The cache of gcsfs for object lists is disabled. The lists would miss objects that tensorstore
-    and other hosts write, because their writes do not pass through this gcsfs.
+  * The cache of gcsfs for object lists is disabled. A cached list would miss new objects from
+    tensorstore and from other hosts, because gcsfs in this process does not see their writes.
 """
 
 import functools
@@ -36,13 +36,13 @@ def prepare_clients() -> None:
     from vit_jax.bucket import patient
   except ImportError as error:
     raise NoBucket(
-      'Paths of buckets (gs://) need more packages. Run: pip install -r requirements-gcs.txt.'
+      'Paths in buckets (gs://) need more packages. Run: pip install -r requirements-gcs.txt.'
     ) from error
   options = {'use_listings_cache': False, 'requests_timeout': TIMEOUT}
   fsspec.config.conf['gcs'] = options | fsspec.config.conf.get('gcs', {})
   for protocol in ('gcs', 'gs'):
     fsspec.register_implementation(protocol, patient.PatientFileSystem, clobber=True)
-  for name in ('gcsfs', 'google', 'asyncio'):  # these libraries log and raise each error
+  for name in ('gcsfs', 'google', 'asyncio'):  # these libraries log the errors that they raise
     logger = logging.getLogger(name)
     logger.addHandler(logging.NullHandler())
     logger.propagate = False

@@ -1,17 +1,17 @@
-"""Provides a lock in a bucket: an object that only one process can create, and that expires.
+"""Provides locks in a bucket: objects that only one process can create, and that expire.
 
 Decisions:
-  * An object store does not notice when a process dies, so it cannot release the lock of the
-    process. The owner therefore writes the lock object again every `HEARTBEAT` seconds. If the
-    object has not changed for `EXPIRES` seconds, the owner counts as dead, and another process can
-    take the lock over.
+  * An object store does not notice when the owner of a lock dies, so it cannot release the lock.
+    The owner therefore writes the lock object again every `HEARTBEAT` seconds. If the object has
+    not changed for `EXPIRES` seconds, the owner counts as dead, and another process can take the
+    lock over.
   * A waiting process only checks whether the generation (version number) of the object changes, and
     measures time with its own clock. So the clocks of different hosts need not agree.
   * Every write names the generation that it replaces. The bucket refuses the write if the object
     has a different generation. So only one of several processes can take over an expired lock. A
     suspended process that has lost its lock notices this at its next write.
-  * If the owner runs on the same host, a waiting process looks up whether the owner is running. The
-    lock of a dead owner is taken over at once.
+  * A waiting process on the host of the owner checks whether the owner is still running. If not, it
+    takes the lock over at once.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class Owner:
     host: host on which the process runs, as `this_host` returns it.
     pid: process ID.
     started: start time of the process, as the function `started` returns it.
-    nonce: random text that identifies this object; no other owner has the same text.
+    nonce: random text that no other `Owner` has.
   """
 
   host: str
@@ -80,8 +80,8 @@ class Owner:
 def this_host() -> str:
   """Returns a text that identifies the system in which a process ID is unique.
 
-  The text joins the host name, the boot ID of the kernel and the PID namespace. If two processes
-  have the same text, each process ID means the same process to them. On systems without `/proc`,
+  The text joins the host name, the boot ID of the kernel and the PID namespace. Two processes with
+  the same text can identify each other by their process IDs. On systems without `/proc`,
   the text is only the host name.
   """
   parts = [socket.gethostname()]
@@ -127,8 +127,8 @@ class Lease:
   def __init__(self, folder: pathlib.Path):
     """Prepares the lock of `folder`, without accessing the bucket.
 
-    Entering the context acquires the lock. If the last owner ended without removing its lock, this
-    can last about a minute (`EXPIRES`).
+    Entering the context acquires the lock. If the last owner ended without removing its lock, the
+    new owner may have to wait about a minute (`EXPIRES`).
     """
     self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
     self._generation, self._renewed, self._lost = 0, 0.0, False

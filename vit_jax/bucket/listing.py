@@ -106,7 +106,8 @@ def listed_folder(path: os.PathLike) -> Listed:
 def load_tree(name: str) -> Tree:
   """Returns the files below the folder `name`, from a cache file or else from the bucket.
 
-  The cache file is in the folder of `keeping_lists`. A missing or damaged cache file is ignored.
+  The cache file is in the folder that `keeping_lists` was given. A missing or damaged cache file is
+  ignored.
   """
   for folder in _kept:
     with contextlib.suppress(OSError, ValueError, EOFError):  # not cached yet, or damaged

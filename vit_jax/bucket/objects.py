@@ -20,7 +20,7 @@ def put(file: pathlib.Path, path: os.PathLike) -> None:
 
 
 def delete_all(path: pathlib.Path) -> None:
-  """Deletes a local folder, or in a bucket the object with this path and all objects below it.
+  """Deletes a local folder or, in a bucket, the object with this path and all objects below it.
 
   A path that does not exist is ignored.
   """
@@ -77,8 +77,8 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
 def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
   """Context manager that downloads an object, or all objects below a path.
 
-  It yields the path of a local copy, which is deleted at the end. A local path is yielded
-  unchanged.
+  It yields the path of a local copy, which is deleted at the end. If `path` is already local, it
+  yields `path` unchanged.
   """
   if not is_remote(path):
     yield path

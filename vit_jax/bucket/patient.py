@@ -4,9 +4,9 @@ gcsfs itself retries a failed request for about half a minute, but a bucket can 
 error 503 for longer. All requests of this process use this file system, including the requests of
 etils and orbax. Only tensorstore has its own client.
 
-A request is retried for `PATIENCE` seconds. If no request has succeeded for so long, each further
-request is sent only once. So a program ends soon after its bucket has become unreachable, although
-it still tries to write its log and to remove its lock.
+A request is retried for `PATIENCE` seconds. If no request has succeeded within this time, each
+later request is sent only once. Otherwise, a program with an unreachable bucket would wait again
+for each request with which it tries to write its log and to remove its lock before it ends.
 """
 
 import asyncio

@@ -25,8 +25,8 @@ def load_file(spec: str) -> ConfigDict:
 
   Raises:
     ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
-      unknown key. Or `spec` names a variant, but `get_config` has no argument for it. The message
-      names the file and, if the file raised the error, the line.
+      unknown key; or `spec` names a variant, but `get_config` takes no argument. The message names
+      the file and, if its code raised the error, the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
@@ -72,7 +72,7 @@ def neighbours(path: str) -> Iterator[None]:
   For example, a file in `configs/` can contain `from configs import finetune`.
   """
   base = str(pathlib.Path(path).resolve().parent.parent)
-  sys.path.append(base)  # last, so that no module in this folder hides another one
+  sys.path.append(base)  # at the end, so that modules in this folder hide no others
   try:
     yield
   finally:
@@ -94,7 +94,7 @@ def located(path: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-  """Returns the message for an error of a config file; for an unknown key, with similar keys."""
+  """Returns the message for an error of a config file, with similar keys if a key is unknown."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
   # ml_collections reports an unknown key with this text, followed by a list of all valid keys.
   absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))

@@ -60,7 +60,7 @@ def several_labels(result: dict) -> str:
   return (
     f'mean average precision {result["mean_average_precision"]:.2%}, mean F1 '
     f'{result["macro_f1_at_thresholds"]:.2%} at the thresholds of the classes ({fitted}), '
-    f'{result["macro_f1"]:.2%} at 0.5'
+    f'{result["macro_f1"]:.2%} at the threshold 0.5'
   )
 
 

@@ -28,8 +28,8 @@ MODE = Mode(
     Flag('format', 'output format: hf, timm, npz, stablehlo or onnx'),
     Flag(
       'precision',
-      'number format of the exported model: float32; onnx also has fp16 and int8, stablehlo also '
-      'has bfloat16; the model card compares size, latency and accuracy with float32',
+      'number format of the exported model: float32, for onnx also fp16 or int8, for stablehlo '
+      'also bfloat16; the model card compares its size, latency and accuracy with float32',
       default='float32',
     ),
     OUT,

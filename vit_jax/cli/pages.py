@@ -19,7 +19,7 @@ it with `make pages`.
 
 For keys of the section `model`, the default None means that the value comes from the `init`
 weights. Without `init`, the value comes from `model.variant` or, if the variant does not define it,
-from the class `ViT`. The key `model.remat` is an exception."""
+from the class `ViT`. Only for `model.remat`, None has the meaning that the table gives."""
 
 COMMAND_HEAD = (
   """# Command line

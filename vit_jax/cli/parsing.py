@@ -14,13 +14,13 @@ GENERAL = (  # flags of every mode
   Flag('mode', 'name of the mode; default: train', default='train'),
   Flag(
     'import',
-    'comma-separated Python modules to import first, which add e.g. losses, config keys or modes',
+    'comma-separated Python modules to import first, e.g. to add losses, config keys or modes',
   ),
 )
 SWITCHES = {  # flags without a value; they print a page and exit
   'help': 'print all modes, or with --mode=<mode> the flags of that mode',
   'help_config': 'print every config key with its default, unit and meaning',
-  'print_config': 'print the config of --config or --workdir, with the overrides of the command',
+  'print_config': 'print the config of --config or --workdir, with the --config.<key> overrides',
 }
 
 
@@ -141,7 +141,7 @@ def check_flags(args: argparse.Namespace) -> None:
         f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}{hint}.'
       )
   if args.init and (args.workdir or args.config):
-    raise ValueError('--init excludes --workdir and --config. Remove these two, or remove --init.')
+    raise ValueError('--init excludes --workdir and --config. Remove --init or the other flags.')
   if args.init and args.step:
     raise ValueError(
       '--step chooses a checkpoint of --workdir and cannot be used with --init. Remove --step, or '

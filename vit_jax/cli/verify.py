@@ -24,7 +24,8 @@ def run_verify(args) -> int | None:
 
 
 MODE = Mode(
-  'repeats the steps between the two newest checkpoints, and compares the result bit for bit',
+  'repeats the steps between the two newest checkpoints, and compares the result bit for bit with '
+  'the newest checkpoint',
   '--workdir=runs/digits',
   (WORKDIR, *CLUSTER),
   run_verify,
