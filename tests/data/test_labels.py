@@ -120,7 +120,8 @@ def test_the_column_split_divides_the_images(tmp_path):
   rows = [(p, c, 'val' if split != 'train' else split) for p, c, split in rows]
   found = opened(tmp_path, table(rows, SPLIT))
   assert (
-    found.sizes == {'train': 16, 'test': 24} and "so the split 'val' is used" in found.warnings[0]
+    found.sizes == {'train': 16, 'test': 24}
+    and "so the split 'val' is used for testing" in found.warnings[0]
   )
 
 

@@ -1,4 +1,4 @@
-"""Makes batches in a reproducible order for training, and with each example once for evaluation.
+"""Makes training batches in a reproducible order, and evaluation batches with each example once.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
@@ -47,7 +47,7 @@ class Plan:
   Attributes:
     size: number of examples in the split.
     stride: number of positions from the start of one batch to the start of the next.
-    rows: number of rows in a batch, with padding.
+    rows: number of rows in a batch, including padding.
     steps: the step numbers of the batches.
     seed: for training, the seed of the order of the examples and of their random crops. None means
       evaluation, without random crops. The sequence then holds the examples in the order of the
@@ -104,8 +104,8 @@ def train_batches(
 
   A batch has `image` `[B, H, W, C]` uint8 and `label` `[B]` int32. If images can have several
   labels, `label` is multi-hot, `[B, L]` uint8. If a stream replaces bad images (images that cannot
-  be decoded), a batch also has `bad` `[B]` int32. It is the number of bad images that were skipped
-  before the image of each row.
+  be decoded), a batch also has `bad` `[B]` int32: for each row, the number of bad images that were
+  skipped before a good one was found.
 
   Args:
     examples: the training split.
@@ -133,8 +133,8 @@ def eval_batches(
     batch_size: number of examples in a batch. The number of rows B is `batch_size` rounded up to a
       multiple of the number of devices.
     over_batch: sharding of arrays whose first axis is the batch.
-    **extra: arrays with one row per example of the split. Each batch also has these arrays, under
-      the same names, with the rows of its own examples.
+    **extra: arrays with one row per example of the split. Each batch also has entries with these
+      names, which hold the rows of the batch's own examples.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

@@ -6,7 +6,8 @@ Decisions:
     in [0, 1), and the position decides whether the file is held out. So no file changes its split
     when other files are added or removed, or when it is moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
-    on the file system or the NumPy version. A percentage of a split is a range of positions.
+    on the file system or the NumPy version. A percentage, as in `train[:90%]`, is a range of
+    positions.
   * Warnings report ignored files and folders, except hidden ones.
 """
 
@@ -40,7 +41,7 @@ class Files:
     label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
       with a 1 for each label.
     hash_N: `hash_name` of each file, uint64.
-    span: range of hash positions that belong to the split; (0, 1) for a split not made by hash.
+    span: range of hash positions in the split; (0, 1) if the split was not chosen by hash.
   """
 
   top: pathlib.Path
@@ -110,10 +111,10 @@ def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images of each split of the folder `root`.
 
   If `root` has a folder `train/`, the training images are in `train/<class>/`, and test images are
-  in folders with the names `TEST_NAMES`. The first of these folders that exists becomes the split
-  `test`; the others keep their names as splits. If `root` has no folder `train/`, all images are in
-  `<class>/`. Without a test folder, the files with a `position` below `HELD_OUT` become the split
-  `test`.
+  in folders with the names `TEST_NAMES`. The first name whose folder exists becomes the split
+  `test`; other test folders keep their names as splits. If `root` has no folder `train/`, all
+  images are in `<class>/`. In both cases, if there is no test folder, the files with a `position`
+  below `HELD_OUT` become the split `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training
@@ -137,7 +138,7 @@ def open_folder(root: pathlib.Path) -> Folder:
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
-  if held_out:  # the first becomes `test`, and loses its own name: each split has one name
+  if held_out:  # the first is called only `test`, because each split has a single name
     names = ['test', *held_out[1:]]
     for name, folder in zip(names, held_out):
       files[name] = list_files(root / folder, class_names, passed_over)

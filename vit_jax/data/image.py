@@ -24,9 +24,9 @@ from vit_jax import storage
 from vit_jax.bucket import is_remote
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
-# Accepted formats, for any file name. Opening some other formats, e.g. EPS, runs programs.
+# Accepted formats, whatever the extension. To open some others, e.g. EPS, Pillow runs programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
-MARKS = {  # (first byte, content) of files in other formats, which often have a wrong extension
+MARKS = {  # {(offset, bytes there): rejected format}; such files often have a wrong extension
   (0, b'GIF8'): 'GIF', (0, b'II*\0'): 'TIFF', (0, b'MM\0*'): 'TIFF', (4, b'ftyphei'): 'HEIC',
   (4, b'ftypmif1'): 'HEIC', (4, b'ftypavif'): 'AVIF',
 }  # fmt: skip
@@ -152,9 +152,9 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: filter from `INTERPOLATIONS`. When shrinking, all but `nearest` average pixels.
+    interpolation: filter from `INTERPOLATIONS`; when shrinking, only `nearest` does not average.
     crop: fraction of height and width that a central crop keeps before scaling.
-    stretch: scale height and width independently. Otherwise, crop to the aspect ratio of `size`.
+    stretch: True to scale height and width independently, False to crop to the ratio of `size`.
   """
   height, width = size
   method = INTERPOLATIONS[interpolation]
@@ -186,7 +186,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side; large parts of long images can exceed it.
+    max_aspect: largest ratio of longer to shorter side, unless a large part cannot fit otherwise.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -209,8 +209,8 @@ def decode_part(
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
   Ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width. The number n is the
-  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. With a larger
-  n, decoding computes fewer terms of the cosine transform, and is faster.
+  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. A large n
+  makes decoding faster, because it computes fewer terms of the cosine transform.
 
   Args:
     encoded: the bytes of the file.
@@ -257,10 +257,10 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
   """Scales the part `box` of a uint8 image to `size`, (height, width): uint8 `[H, W, C]`.
 
-  The edges of the part are rounded to whole pixels. Interpolation is linear. An axis that becomes
-  shorter is blurred first, so that blur and interpolation together have the variance of Pillow's
-  bilinear filter. That filter is a triangle with the width of two new pixels. If one axis shrinks
-  to less than half, each new pixel is instead the mean of the old pixels in its area.
+  The edges of the part are rounded to whole pixels. Interpolation is linear. A shrinking axis is
+  blurred first, so that blur and interpolation together have the variance of Pillow's bilinear
+  filter, a triangle as wide as two new pixels. But if an axis shrinks to less than half, no axis is
+  blurred, because each new pixel is then the mean of the old pixels in its area.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
@@ -289,7 +289,7 @@ def opencv():
   return cv2
 
 
-FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # all versions have these
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in all versions
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 

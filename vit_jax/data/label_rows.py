@@ -85,8 +85,8 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
         refuse(
           file,
           line,
-          f'{len(values)} values for the columns {",".join(header)}. Put a value with a comma into '
-          f'double quotes, and join several labels with {SEPARATOR!r}.',
+          f'{len(values)} values for the columns {",".join(header)}. If a value contains a comma, '
+          f'put the value into double quotes. Join several labels with {SEPARATOR!r}.',
         )
       yield make_row(file, line, dict(zip(header, values)))
   except csv.Error as error:
@@ -119,7 +119,7 @@ def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
   for name in COLUMNS:
     if names.count(name) > 1 or (name not in names and name not in OPTIONAL):
       count = 'missing' if name not in names else 'given twice'
-      refuse(file, line, f'the column {name!r} is {count}.')
+      refuse(file, line, f'the column {name!r} is {count}. Give it exactly once.')
 
 
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
@@ -185,7 +185,11 @@ def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]
     label = label.split(SEPARATOR) if label.strip() else []
   labels = [unicodedata.normalize('NFC', name.strip()) for name in label]
   if not all(labels):
-    refuse(file, line, f"column 'label' has an empty label: {SEPARATOR.join(labels)!r}.")
+    refuse(
+      file,
+      line,
+      f"column 'label' has an empty label: {SEPARATOR.join(labels)!r}. Name or remove it.",
+    )
   if 'split' in values:
     choose(f"{file}, line {line}: column 'split'", split, SPLITS)
   path = os.path.normpath(values['path'].strip())

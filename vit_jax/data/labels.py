@@ -7,9 +7,10 @@ Decisions:
   * An image is identified by a hash of its path, as in `folder.py`. The hash ignores leading
     folders that are named like a split or a class. So if a label file lists the images of class
     folders, `labels:` holds out the same images for testing as `folder:`. A model that was trained
-    with one of these sources is then never tested on its training images with the other source.
-  * A mistake in the label file raises an error that names the line. A repeated row is a mistake,
-    unless it has the same labels and the same split.
+    with one of these sources can then be tested with the other source, because the test images of
+    both are not among its training images.
+  * A mistake in the label file raises an error that names the line. A second row for an image is a
+    mistake if its labels or its split differ from the first row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +31,9 @@ from vit_jax.names import abridged
 def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   """Reads the classes and the images of each split from a label file.
 
-  If the column `split` contains names from `TEST_NAMES`, the first of these names becomes the split
-  `test`. If the label file has no such column, or no such names in it, then images with a
-  `folder.position` below `HELD_OUT` become the split `test`.
+  The first name of `TEST_NAMES` that occurs in the column `split` becomes the split `test`. If none
+  occurs, or the label file has no column `split`, images with a `folder.position` below `HELD_OUT`
+  become the split `test`.
 
   Args:
     file: the label file, `.csv` or `.jsonl`, with the columns `path`, `label` and optionally
@@ -46,7 +47,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
   """
-  # `start` is absolute, so that absolute paths in the label file can be below it.
+  # `start` is absolute, so that `identity` can compare it with absolute paths in the label file.
   start = top if is_remote(top) else pathlib.Path(os.path.abspath(top))
   rows, warnings = merged(file, start, read_rows(file))
   paths = locate(file, top, rows)
@@ -54,8 +55,8 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   if len(class_names) < 2:
     raise ValueError(
       f'{file}: found {len(class_names)} class(es) ({", ".join(class_names) or "none"}) in column '
-      "'label', expected at least two. Also list images that do not show this class, under a "
-      'second class name.'
+      "'label', expected at least two. List images of a second class, e.g. 'none' for images that "
+      'do not show the first class.'
     )
   label_N = as_array(file, rows, class_names)
   kept = {name.casefold() for name in (*SPLITS, *class_names)}
@@ -76,10 +77,10 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
 def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ...]) -> np.ndarray:
   """Returns the labels of the rows: class indices, int32 `[N]`, or multi-hot, uint8 `[N, L]`.
 
-  The labels are multi-hot if any row has more than one label.
+  If any row has more than one label, the dataset is multi-label, and its labels are multi-hot.
 
   Raises:
-    ValueError: a row has no label, and no other row has more than one label.
+    ValueError: a row has no label, and the dataset is not multi-label.
   """
   number = {name: i for i, name in enumerate(class_names)}
   if any(len(row.labels) > 1 for row in rows):
@@ -92,8 +93,8 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
       refuse(
         file,
         row.line,
-        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. An "
-        'image may have no label only if another image in the file has several labels.',
+        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. "
+        'Images without a label are allowed only if some image in the file has several labels.',
       )
   return np.array([number[row.labels[0]] for row in rows], np.int32)
 
@@ -135,7 +136,9 @@ def by_column(
   if not len(found['train']):
     raise ValueError(f"{file}: column 'split' has no 'train'. Write train for training images.")
   if held_out[0] != 'test':
-    warnings.append(f"{file}: no image has the split 'test', so the split {held_out[0]!r} is used.")
+    warnings.append(
+      f"{file}: no image has the split 'test', so the split {held_out[0]!r} is used for testing."
+    )
   names = {'test': held_out[0]} | {name: name for name in held_out[1:]}
   return {'train': found['train']} | {name: found[own] for name, own in names.items()}
 
@@ -148,7 +151,7 @@ def check_splits(
   if files['train'].span != (0.0, 1.0):
     reason = (
       f' A hash of the path holds out about {HELD_OUT:.0%} of the images for testing. Add a column '
-      "'split' with train and test to choose them."
+      "'split' with the values train and test to choose the test images yourself."
     )
   if absent:
     raise ValueError(

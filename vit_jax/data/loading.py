@@ -50,19 +50,20 @@ def decide_cache(
 ) -> str:
   """Decides whether splits are kept in memory or streamed; returns `memory` or `stream`.
 
-  The result is `reading.cache`, unless this is `auto`. In that case, the result is `memory` if two
-  conditions hold. The splits need at most half of the available memory, and training batches from
-  memory are the same as streamed batches (`differs` checks this). So the outcome of a run does not
-  depend on the memory of its machine. For evaluation, both give the same pixels.
+  If `reading.cache` is not `auto`, it is returned. Otherwise, the result is `memory` if two
+  conditions hold. First, the splits need at most half of the available memory. Second, training
+  batches from memory are the same as streamed batches (`differs` checks this), so that the outcome
+  of a run does not depend on the memory of its machine. For evaluation, only the first condition
+  counts, because batches from memory and from a stream always have the same pixels there.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: for evaluation, None. For training, a function that is called without arguments. If images
-      in memory would be kept smaller than `size` and enlarged on the device, it returns their
-      (height, width). Otherwise it returns None.
+    kept: None for evaluation. For training, a function without arguments. If images in memory would
+      be kept smaller than `size` and enlarged on the device, the function returns their
+      (height, width), otherwise None.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -88,8 +89,7 @@ def differs(
 ) -> str:
   """Returns why training batches from memory would differ from streamed batches, else ''.
 
-  The result is a text for the log. Order, decoding, scaling and the processing on the device never
-  differ. The arguments are the same as in `decide_cache`.
+  The result is a text for the log. The arguments are the same as in `decide_cache`.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'

@@ -4,8 +4,8 @@ The alternative is `stream.py`, which decodes each image again in every epoch.
 
 Decisions:
   * Images are kept as uint8. If all images have the same size, and the model's input is larger
-    (`common_size`), a run can keep the images at their size. The device then enlarges them. For
-    example, CIFAR-10 fills 0.15 GB at its 32 pixels, but would fill 7.5 GB at 224 pixels.
+    (`common_size`), a run can keep the images at their own size, and the device enlarges them. This
+    saves memory: CIFAR-10 fills 0.15 GB at its own size of 32 pixels, but 7.5 GB at 224 pixels.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
@@ -66,7 +66,7 @@ class Examples:
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Returns an array of True, bool `[N]`: all images in memory have already been decoded."""
+    """Returns True for each index, bool `[N]`, because all images in memory are decoded."""
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
@@ -144,11 +144,11 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """Returns the (height, width) that all images of a split have if it is below `size`; else None.
+  """Returns the (height, width) that all images of a split have, if it is smaller than `size`.
 
-  The result is None if images differ in size, if one is larger than `size` on any axis, or if all
-  have exactly this size. Bad images are ignored. The function reads only the headers of image
-  files, and stops at the first image that makes the result None.
+  Otherwise returns None: if two images have different sizes, if an image is higher or wider than
+  `size`, or if all images have exactly this size. Bad images are ignored. The function reads only
+  the headers of image files, and stops at the first image that makes the result None.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):

@@ -3,8 +3,8 @@
 Decisions:
   * A split such as `train[:90%]` is resolved to index ranges before anything is decoded. So every
     source understands this notation of TFDS, and only the requested examples are read.
-  * A source can be read in any order, and sent to worker processes. So its `read` function holds
-    names and paths, but no open files.
+  * A source can be read in any order, and can be sent to worker processes. Its `read` function
+    therefore holds names and paths, but no open files.
   * For sources with image files, a percentage of a split is a range of hash positions
     (`folder.py`). For other sources, a percentage is a fraction of the number of examples.
 """
@@ -39,7 +39,7 @@ class Source:
     channels: number of channels of the images, 1 (grey) or 3 (RGB).
     read: `(split, indices) -> iterator of (name, image, label)`, as described at `Example`. The
       function `pixels` decodes the image later.
-    fingerprint: hash of the training split's names and labels; empty if unknown.
+    fingerprint: hash of the file names and labels in the training split; empty if unknown.
     files: {split: files} for the kinds `folder`, `images` and `labels` of `data.source`; else
       empty.
     left_out: {split: bool `[N]`}, True for each file of the split that must not be read.
@@ -205,7 +205,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of length `size`, then the rest in a shorter, perhaps empty list."""
+  """Yields the items in lists of length `size`, then the remaining ones in a shorter list."""
   chunk = []
   for item in items:
     chunk.append(item)

@@ -108,11 +108,11 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
 def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens a folder of images without labels; the images can be in subfolders at any depth.
 
-  If the folder has a subfolder `train/` and a subfolder with a name from `TEST_NAMES`, these are
-  the splits. The first name of `TEST_NAMES` that exists becomes the split `test`; the others keep
-  their names. Otherwise, a hash of each image's path decides whether it is a test image. The hash
-  ignores the first folder in the path, such as a class folder. So `images:` holds out the same
-  images for testing as `folder:`. If `path` is relative, it starts at `data_dir`.
+  If the folder has a subfolder `train/` and subfolders with names from `TEST_NAMES`, these
+  subfolders are the splits. The first name of `TEST_NAMES` that exists becomes the split `test`;
+  the others keep their names. Otherwise, a hash of each image's path decides whether it is a test
+  image. The hash ignores the first folder in the path, such as a class folder. So `images:` holds
+  out the same images for testing as `folder:`. If `path` is relative, it starts at `data_dir`.
   """
   del image_size
   root = existing('images', path, data_dir)
@@ -129,7 +129,7 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
-        'images for testing. If there are few images, a split can be empty. Add images.'
+        'images for testing, so a split of few images can be empty. Add images.'
       )
   used = top if top.is_dir() else root
   warnings = *folder_lib.not_used(root, passed_over), *folder_lib.passed_folders(root, used)
@@ -156,8 +156,8 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   """Raises ValueError if pictures in a workdir would be read as images of the dataset.
 
-  This is the case if the workdir is in the image folder of a `folder:` or `images:` source. An
-  image folder with a subfolder `train/` is not checked, and neither are buckets.
+  This happens if the workdir is in the image folder of a `folder:` or `images:` source, unless the
+  image folder has a subfolder `train/`. Paths in buckets are not checked.
   """
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)

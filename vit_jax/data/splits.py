@@ -1,6 +1,7 @@
 """Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
 
-The package TFDS is not needed for this. The unit `shard` of TFDS is not supported.
+Parsing does not need the package tensorflow-datasets (TFDS). Of the units of TFDS, `shard`, as in
+`train[:4shard]`, is not supported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ Piece = tuple[str, int, int]  # name of a split, index of its first example, ind
 # As in TFDS, a percent sign after one of two numbers applies to both: [10:20%] is [10%:20%].
 NOTATION = re.compile(r'[\w-]+(\[((?P<first>-?[\d_.]+)%?)?:((?P<last>-?[\d_.]+)%?)?\])?')
 
-WHOLE = 10**9  # positions that percentages give are rounded to multiples of 1 / WHOLE
+WHOLE = 10**9  # percentages are rounded to multiples of 1 / WHOLE, if they are hash positions
 
 
 def resolve(
@@ -95,7 +96,7 @@ def place(text: str, percent: bool, size: int) -> int:
     ValueError: not a number, or a percentage beyond 100.
   """
   if percent and abs(float(text)) > 100:
-    raise ValueError(f'{text}% is more than the split has')
+    raise ValueError(f'{text}% is outside of the range from -100% to 100%')
   return round(float(text) * size / 100) if percent else int(text)
 
 

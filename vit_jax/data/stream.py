@@ -9,8 +9,8 @@ Decisions:
     any number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run. With `skip_bad_images`, the next good image and its label replace it.
-    Each run chooses the same replacement, and counts replaced images.
+  * A bad image stops the run. With `skip_bad_images`, the next good image and its label replace it,
+    and the run counts its replacements. Every run chooses the same replacement for an image.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,7 +201,7 @@ class Stream:
   ) -> tuple[np.ndarray, int | np.ndarray, int]:
     """Returns (image, label, number of skipped examples) of the first good example from `index` on.
 
-    `example` is the example at `index`. The last example of the split is followed by the first one.
+    `example` is the example at `index`. After the last example, the search goes on with the first.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -237,7 +237,7 @@ class Stream:
 
 
 def warn(message: str) -> None:
-  """Logs each message only once, although several threads can report an image in every epoch."""
+  """Logs a message only once, although a bad image is reported in every epoch."""
   if WARNED.setdefault(message, token := object()) is token:
     log.warning('%s', message)
 

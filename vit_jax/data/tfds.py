@@ -40,7 +40,7 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """
   del image_size
   root = data_root(name, data_dir)
-  if jax.distributed.is_initialized():  # process 0 goes first: all may share the folder
+  if jax.distributed.is_initialized():  # process 0 prepares data that all may share
     from_first(lambda: prepared_builder(name, root) and None)
   return tfds_source(name, prepared_builder(name, root))
 
@@ -100,7 +100,7 @@ def tfds_source(name: str, builder) -> Source:
 def open_records(directory: str, split: str, image_key: str):
   """Opens the records of a split for access by index, without decoding their images.
 
-  The splits that were used most recently stay open, to save time.
+  To save time, the function keeps the records of the most recently used splits open.
   """
   import tensorflow_datasets
 
@@ -131,8 +131,9 @@ def prepared_builder(name: str, root: pathlib.Path):
         return builder
     if attempt == 'find' and is_remote(root):
       raise ValueError(
-        f'tfds:{name} is not prepared in {root}. Run this on a machine with tensorflow, and copy '
-        f'the folder into the bucket:\n    tfds build {name} --file_format=array_record'
+        f'tfds:{name} is not prepared in {root}. On a machine with tensorflow, run the command '
+        'below, and copy the folder that it writes into the bucket:\n'
+        f'    tfds build {name} --file_format=array_record'
       )
     if attempt == 'find':
       prepare(name, root, converted)
@@ -140,7 +141,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has one."""
+  """Returns the TFDS builder of a dataset; None if TFDS and `directory` lack the dataset."""
   import tensorflow_datasets
 
   try:
