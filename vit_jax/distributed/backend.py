@@ -4,8 +4,8 @@ Decisions:
   * A program that runs on a mesh chooses its kernels by the devices of the mesh. The mesh may
     consist of devices that this machine does not have, if they come from a topology description.
   * `compiled_for` overrides this choice. A machine without a GPU can thus lower a step for a GPU.
-  * `model.apply` has no mesh and computes on JAX's default device. So `target` describes this
-    device.
+  * `model.apply` has no mesh and computes on JAX's default device. So without a mesh, `target`
+    describes the default device.
 """
 
 from collections.abc import Iterator
@@ -39,8 +39,8 @@ _target = contextvars.ContextVar('target', default=None)
 def target(mesh: Mesh | None = None) -> Target:
   """Returns the kind of device for which a program is compiled.
 
-  In a `compiled_for` block, this is the target of the block. Otherwise it is the kind of the mesh's
-  devices or, if there is no mesh, of JAX's default device.
+  In a `compiled_for` block, the result is the target that was given to `compiled_for`. Otherwise,
+  it is the kind of the mesh's devices or, if there is no mesh, of JAX's default device.
   """
   if chosen := _target.get():
     return chosen
@@ -75,8 +75,8 @@ def portable() -> contextlib.AbstractContextManager[None]:
 def needed() -> Iterator[None]:
   """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  It looks for devices only after a failure. An earlier check would start JAX before `joined` has
-  connected the processes.
+  It looks for devices only after a failure, because an earlier check would start JAX before
+  `joined` has connected the processes.
   """
   try:
     yield

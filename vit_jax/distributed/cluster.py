@@ -2,8 +2,8 @@
 
 Decisions:
   * Only process 0 reads and writes the small files of the workdir, such as logs. It sends their
-    contents to the other processes. So no shared file system is needed. On a shared file system,
-    every process reads and writes its own part of the arrays in checkpoints.
+    contents to the other processes, so no shared file system is needed. If there is a shared file
+    system, every process reads and writes its own part of the arrays in checkpoints.
 """
 
 from collections.abc import Callable
@@ -66,7 +66,8 @@ def code_after(error: BaseException) -> int:
 def is_from_runtime(error: BaseException | None) -> bool:
   """Returns whether an error may mean that another process died; a MemoryError never does."""
   while error is not None and not isinstance(error, MemoryError):
-    # Gloo sends data between CPUs. A process that waits for another one raises TimeoutError.
+    # Gloo sends data between CPUs. A process that waits too long for another one raises
+    # TimeoutError.
     if isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) or 'Gloo' in str(error):
       return True
     error = error.__cause__
@@ -85,7 +86,7 @@ def from_first(function: Callable[[], object]) -> object:
       ValueError. Process 0 raises any other error unchanged; the other processes then raise a
       ValueError.
   """
-  # Asking for the process count starts JAX, perhaps before `devices.start_up` has run.
+  # The process count is asked last, because this starts JAX, perhaps before `devices.start_up`.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None
@@ -215,7 +216,7 @@ def broadcast(data: bytes | None) -> bytes:
 def broadcast_piece(data: bytes | None, size: int) -> bytes:
   """Returns, in every process, the `size` bytes that process 0 passes as `data`.
 
-  Unlike `broadcast`, all processes must pass the correct size, which is at most `PIECE`.
+  Unlike in `broadcast`, every process must already know the size, which is at most `PIECE`.
   """
   # Sent as bytes, because the broadcast is a sum, which would turn -0.0 into 0.0.
   flat = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
@@ -239,8 +240,8 @@ class Preemption:
   With several processes, JAX's preemption service listens. This service makes all processes stop at
   the same step, even if only one process got the signal.
 
-  Nested contexts share one notice. So a sweep also stops if the signal came in the last step of one
-  of its runs, although this run ended as usual.
+  Nested contexts share one notice. So a sweep, which trains several runs, also stops if the signal
+  came in the last step of a run, although this run ended as usual.
   """
 
   _depth, _noticed = 0, False  # shared by all contexts

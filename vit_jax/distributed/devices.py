@@ -79,9 +79,10 @@ def make_mesh(
 ) -> Mesh:
   """Returns the mesh of devices over which batches of this size are split.
 
-  On accelerators and with several processes, the mesh has all devices. On the CPU of a single
-  process, it has the largest number of devices over which the batch divides evenly. `worth` limits
-  this number, unless the user has set the number of CPU devices, or `shape` needs more devices.
+  On accelerators, or with several processes, the mesh has all devices. In a single process on a
+  CPU, the mesh has the largest number of devices that divides the batch evenly. If `start_up` chose
+  the number of CPU devices, not the user, the mesh has no more devices than `worth` recommends. A
+  larger mesh is then made only if `shape` needs more devices.
 
   Args:
     batch_size: number of examples in a batch over all devices; None: a mesh of all devices.
@@ -150,8 +151,9 @@ def smallest_batch(
 def inference_mesh(batch_size: int) -> Mesh:
   """Returns a mesh that splits a batch over all devices; on a CPU, `worth` limits their number.
 
-  The batch is padded, so the number of devices need not divide it. With several processes, the
-  number is not limited, because the mesh must contain devices of every process.
+  The batch size need not be a multiple of the number of devices, because batches are padded. With
+  several processes, the number of devices is not limited, because the mesh must contain devices of
+  every process.
   """
   count = jax.device_count()
   limited = _one_per_core and jax.process_count() == 1

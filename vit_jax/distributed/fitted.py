@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Fitted:
   """A function `(batch, params) -> result` that works through a batch in micro-batches.
 
-  It is compiled once for each batch size, with the fastest number of micro-batches. If memory is
-  limited, larger numbers are tried until the program fits.
+  It is compiled once for each batch size, with the fastest number of micro-batches. If there is a
+  memory budget, larger numbers are tried until the program fits.
   """
 
   def __init__(
@@ -82,8 +82,8 @@ class Fitted:
     if fit.compiled is None:
       raise OutOfMemory(
         f'The model does not fit into memory: with {fit.plan} micro-batches, it needs '
-        f'{gib(fit.size)} on each device, but may use {gib(budget)}. Lower data.image_size (for '
-        'evaluation, also eval_batch_size), or set model.dtype=bfloat16.'
+        f'{gib(fit.size)} on each device, but may use {gib(budget)}. Lower data.image_size, '
+        'lower eval_batch_size (in evaluation), or set model.dtype=bfloat16.'
       )
     if fit.attempts > 1:
       log.info(

@@ -4,8 +4,9 @@ Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
   * A process that fails exits without waiting for the other processes. JAX's coordination service
     ends the other processes within `LOST` seconds, and names the failed process.
-  * Process 0 runs this service. As soon as process 0 exits, JAX aborts the other processes. So if
-    all processes fail in the same way, process 0 exits last.
+  * Process 0 runs this service, and JAX aborts the other processes as soon as process 0 exits.
+    After an error, process 0 therefore waits for `PARTING` seconds, so that other processes with
+    the same error can exit by themselves.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ NO_ADDRESS = 'Retry failed'  # in JAX's error if Kubernetes does not know the ad
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
 # Environment variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each
-# process. On a TPU, libtpu is installed instead. KUBERNETES_SERVICE_HOST is not listed, because
+# process. TPUs set none, but have the package libtpu. KUBERNETES_SERVICE_HOST is not listed, because
 # Kubernetes also sets it in single pods.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
@@ -85,7 +86,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   try:
     with (
-      warnings.catch_warnings(action='ignore'),  # of clusters that JAX cannot inspect
+      warnings.catch_warnings(action='ignore'),  # about clusters that JAX cannot inspect
       waiting(f'{num_processes} processes at {coordinator}' if some else 'the other processes'),
     ):
       initialize(*given)
@@ -96,9 +97,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
-  # Printed now, because after another process dies this one can only hang until JAX aborts it.
+  # Printed now, because after the death of another process this one can print nothing more.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
-  cluster.asked_to_stop()  # a stop signal before the first step takes effect at a later call
+  cluster.asked_to_stop()  # so a stop signal before the first step takes effect at a later call
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -168,7 +169,7 @@ def why_not_free(port: int) -> str | None:
   """Returns the reason why this machine cannot listen on a port; None if it can."""
   both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of an ended run is free
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of an ended run is free
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:

@@ -17,7 +17,9 @@ from jax.sharding import Mesh
 from vit_jax.distributed.cluster import from_first
 from vit_jax.limits import is_full
 
-SHARE = 0.9  # fraction of a device's memory that programs may use; cuDNN and gaps need the rest
+# Fraction of a device's memory that programs may use. The rest is for the workspace of cuDNN, and
+# for gaps between allocations.
+SHARE = 0.9
 COMPILATIONS = 3  # maximum number of programs to compile until one fits
 MARGIN = 1.1  # safety factor on the corrected estimate after a program did not fit
 

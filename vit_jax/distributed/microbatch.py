@@ -2,9 +2,9 @@
 
 Decisions:
   * If every device holds all parameters, each device works on its part of the batch independently
-    (`shard_map`). Sums over devices are computed once per step. If parameters are split, XLA
-    partitions one program over all devices. Constraints keep the activations between blocks split
-    along the batch axis.
+    (`shard_map`), and sums over devices are computed once per step. If parameters are split over
+    devices, XLA partitions one program over all devices. Sharding constraints then keep the
+    activations between blocks split along the batch axis.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its
     part in micro-batches that fit into its cache, and waits for other devices only at the end.
     For small models this is far faster than one program over all cores and the whole batch
@@ -84,7 +84,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   def over_devices(*args):
     sums = added(*args)
-    # With one part, there is nothing to add, but XLA would still copy all sums.
+    # A single share of the batch has nothing to add, but with `psum` XLA would still copy all sums.
     return jax.lax.psum(sums, devices.BATCH) if devices.shares(mesh) > 1 else sums
 
   if devices.splits(mesh):
@@ -123,8 +123,9 @@ def split(batch, parts: int):
 def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch into micro-batches: `[B, ...]` becomes `[parts, B / parts, ...]`.
 
-  If parameters are split, `batch` is the whole batch. Each micro-batch then takes examples from the
-  parts of all devices. Otherwise, `batch` is the part of one device, and the result equals `split`.
+  If parameters are split over devices, `batch` is the whole batch. Each micro-batch then takes
+  examples from the parts of all devices. Otherwise, `batch` is the part of one device, and the
+  function returns the result of `split`.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -149,8 +150,8 @@ def unsplit(x: jax.Array, mesh: Mesh) -> jax.Array:
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
   """Returns a wrapper of `function` in which outputs of Flax modules stay split over the batch.
 
-  Without this constraint, XLA can split activations along the channel axis, to match how the next
-  kernel is split. Devices would then exchange activations instead of parameters.
+  Without this constraint, XLA can split activations along the channel axis, like the next kernel.
+  Devices would then exchange activations instead of parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 

@@ -42,7 +42,8 @@ TENSOR_AXIS = {
   ('up', 'b'): 1,
   ('down', 'a'): 0,
 }
-SPLIT_FROM = 4096  # elements; `fsdp` keeps smaller arrays whole: gathering them would be slow
+# `fsdp` does not split arrays with fewer elements, because gathering small arrays is slow.
+SPLIT_FROM = 4096
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -77,10 +78,11 @@ def size_on_device(mesh: Mesh, tree) -> int:
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns which mesh axis splits each dimension of an array; None for dimensions that stay whole.
 
-  The mesh axis `tensor` splits the dimension in `TENSOR_AXIS`, if it can divide it evenly. The mesh
-  axis `fsdp` splits the longest other dimension that it can divide evenly. Arrays of less than
-  `SPLIT_FROM` elements are not split over `fsdp` (Rajbhandari et al. 2019, 1910.02054: ZeRO's
-  third stage).
+  The mesh axis `tensor` splits the dimension that `TENSOR_AXIS` names, if the length of the
+  dimension is a multiple of the axis size. Of the other dimensions whose length is a multiple of
+  the size of `fsdp`, this mesh axis splits the longest one, as in the third stage of ZeRO
+  (Rajbhandari et al. 2019, 1910.02054). But `fsdp` does not split arrays with fewer than
+  `SPLIT_FROM` elements.
 
   Args:
     mesh: the devices.
