@@ -83,7 +83,7 @@ while :; do
         code=$(train "$@")
       else
         failed=$((failed + 1))
-        echo "tpu: the installation failed; ${TRIES:-20} failures end this script ($failed)." >&2
+        echo "tpu: the installation failed (try $failed of ${TRIES:-20})." >&2
         if [ "$failed" -ge "${TRIES:-20}" ]; then code=1; fi
       fi
       if [ -n "$code" ]; then

@@ -164,7 +164,7 @@ def test_a_slice_is_kept_while_gcloud_has_no_connection(tmp_path):
 
 def test_a_slice_whose_installation_fails_is_deleted(tmp_path):
   found = start_slice(tmp_path, install='exit 1', TRIES=3)
-  assert found.returncode == 1 and '3 failures end this script (3)' in found.stderr
+  assert found.returncode == 1 and 'the installation failed (try 3 of 3)' in found.stderr
   calls = (tmp_path / 'log').read_text()
   assert calls.count('tar -xzf') == 3 and not (tmp_path / 'state').exists()
 

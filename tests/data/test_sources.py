@@ -374,7 +374,7 @@ def test_folders_that_are_no_classes_are_named_in_a_warning(tmp_path, top):
   os.symlink('a', tmp_path / top / 'e')  # a link to another folder is a class
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   assert source.class_names == ('a', 'b', 'e') and source.sizes['train'] <= 60
-  wanted = f'{tmp_path / top}: folders not used: __MACOSX, c, d. They are links to the folder '
+  wanted = f'{tmp_path / top}: folders not used: __MACOSX, c, d. Each of them is a link '
   assert any(warning.startswith(wanted) for warning in source.warnings), source.warnings
 
 

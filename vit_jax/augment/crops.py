@@ -67,9 +67,10 @@ def rectangle(
   """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
   First, the area is drawn uniformly from `min_area` to `max_area`, as a fraction of the image's
-  area. Then the aspect ratio is drawn, uniformly on a logarithmic scale. The rectangle with this
-  ratio must fit into the image, and its longer side is at most `max_aspect` times its shorter side.
-  If no ratio meets both conditions, the least elongated ratio that fits into the image is used.
+  area. Then the aspect ratio is drawn, uniformly on a logarithmic scale, from the ratios that meet
+  two conditions: the rectangle fits into the image, and its longer side is at most `max_aspect`
+  times its shorter side. If no ratio meets both conditions, the least elongated rectangle that fits
+  into the image is used.
 
   Other implementations draw a new area and a new ratio until a rectangle fits into the image, which
   makes large areas rare. Here, all areas are equally likely, because the area is drawn only once.
@@ -94,8 +95,8 @@ def erasing(
 ) -> jax.Array:
   """Replaces a random rectangle of an image with noise (Zhong et al. 2017, 1708.04896).
 
-  Each image has its own rectangle. The noise is uniform from 0 to 255, and
-  drawn separately for every pixel and channel.
+  Each image has its own rectangle. The noise is uniform from 0 to 255, and drawn
+  separately for every pixel and channel.
 
   Args:
     key_B: random key of each example.

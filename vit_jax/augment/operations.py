@@ -10,9 +10,9 @@ Decisions:
   * Pixels are computed with integers, so that the result for an image does not depend on the batch
     size. With floats it would, because XLA compiles a program for each batch size, and these
     programs round floats differently. Operations such as `equalize` amplify small differences.
-  * Optimization barriers separate the passes. Without barriers, XLA would fuse a pass with the next
-    one, and compute a pixel between them again for each output pixel that depends on it. On a CPU,
-    the barriers halved the time of the passes.
+  * Optimization barriers separate the passes. Without barriers, XLA would fuse the passes. A pixel
+    of one pass would then be computed again for every pixel of the next pass that depends on it. On
+    a CPU, the barriers halved the time of the passes.
   * Warps interpolate bilinearly. Output pixels that a warp would read from outside the image become
     grey (128), as in AutoAugment's code.
 """
@@ -40,8 +40,8 @@ def operate(
 ) -> jax.Array:
   """Applies one operation to each image, and returns uint8 images of the same shape.
 
-  Every channel value is within 1 of Pillow's result. The meaning of `argument_B` depends
-  on the operation:
+  Every channel value is within 1 of Pillow's result. The meaning of `argument_B` depends on the
+  operation:
 
     * brightness, contrast, color, sharpness: Pillow's enhancement factor; 1 changes nothing.
     * solarize: the threshold; grey levels at or above it are inverted.
@@ -52,7 +52,7 @@ def operate(
     * translate_x_relative (translate_y_relative): the content moves to the left (up) by this share
       of the image's width (height).
     * shear_x (shear_y): row (column) n moves n times this many pixels to the left (up).
-    * cutout: half the side of the grey square, in pixels.
+    * cutout: half the side of the square that becomes grey, in pixels.
     * All other operations ignore the argument.
 
   Args:

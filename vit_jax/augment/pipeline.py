@@ -10,7 +10,7 @@ Decisions:
     each device holds an even number of examples in each micro-batch, no pair is split between
     devices or micro-batches.
   * Every augmentation returns uint8 images, and so does mixing. Mixing therefore rounds its result,
-    which changes a channel by less than 1 on the scale from 0 to 255.
+    which changes channel values by less than 1 on the scale from 0 to 255.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -7,7 +7,7 @@ Decisions:
     when other files are added or removed, or when it is moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
     on the file system or the NumPy version. A percentage, as in `train[:90%]`, is a range of
-    positions.
+    positions, so it selects only about this percentage of the files.
   * Warnings report ignored files and folders, except hidden ones.
 """
 
@@ -96,7 +96,7 @@ def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
 
 def hash_name(name: str) -> int:
   """Returns a 64-bit hash of a path below a class folder, ignoring case and Unicode form."""
-  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in every locale
+  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # so the hash is the same in every locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
   return int.from_bytes(digest[:8], 'big')
@@ -195,8 +195,8 @@ def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (
-        f'{folder}: folders not used: {abridged(skipped)}. They are links to the folder that '
-        'contains them, or added by macOS.'
+        f'{folder}: folders not used: {abridged(skipped)}. Each of them is a link to a folder that '
+        'contains the link, or was added by macOS.'
       )
   if top == root:
     return

@@ -7,8 +7,8 @@ Decisions:
   * An image is identified by a hash of its path, as in `folder.py`. The hash ignores leading
     folders that are named like a split or a class. So if a label file lists the images of class
     folders, `labels:` holds out the same images for testing as `folder:`. A model that was trained
-    with one of these sources can then be tested with the other source, because the test images of
-    both are not among its training images.
+    with one of these sources can then be tested with the other source, because both have the same
+    test images.
   * A mistake in the label file raises an error that names the line. A second row for an image is a
     mistake if its labels or its split differ from the first row.
 """
@@ -100,7 +100,7 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
 
 
 def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
-  """Returns the part of an image's path that identifies it: without folders of splits and classes.
+  """Returns the text that identifies an image: its path without folders of splits and classes.
 
   Args:
     path: absolute path, or path relative to `top`.
@@ -167,8 +167,8 @@ def merged(
 ) -> tuple[list[Row], list[str]]:
   """Removes rows that repeat an image; returns the other rows and a list of warnings.
 
-  The list is empty if no row was removed. A relative and an absolute path of one image count as the
-  same image.
+  If no row was removed, there are no warnings. A relative and an absolute path of one image count
+  as the same image.
 
   Raises:
     ValueError: two rows have the same image, but different labels or splits.

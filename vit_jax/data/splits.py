@@ -16,7 +16,7 @@ Piece = tuple[str, int, int]  # name of a split, index of its first example, ind
 # As in TFDS, a percent sign after one of two numbers applies to both: [10:20%] is [10%:20%].
 NOTATION = re.compile(r'[\w-]+(\[((?P<first>-?[\d_.]+)%?)?:((?P<last>-?[\d_.]+)%?)?\])?')
 
-WHOLE = 10**9  # percentages are rounded to multiples of 1 / WHOLE, if they are hash positions
+WHOLE = 10**9  # for files, percentages are hash positions, rounded to multiples of 1 / WHOLE
 
 
 def resolve(

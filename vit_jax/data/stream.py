@@ -160,12 +160,12 @@ class Stream:
       yield f'{label_text(label)} {name}', np.frombuffer(whole, np.uint8)
 
   def read_all(self) -> Iterator[Example]:
-    """Yields every example (name, image, label) in order, with its image not decoded."""
+    """Yields every example (name, image, label) in order, without decoding its image."""
     for split, start, stop in self.pieces:
       yield from self.source.read(split, range(start, stop))
 
   def read(self, index_N: Sequence[int]) -> list[Example]:
-    """Returns the examples (name, image, label) at these indices, with images not decoded."""
+    """Returns the examples (name, image, label) at these indices, without decoding images."""
     index_N = np.asarray(index_N)
     begins = np.cumsum([0] + [stop - start for _, start, stop in self.pieces])
     piece_N = np.searchsorted(begins, index_N, side='right') - 1

@@ -34,12 +34,12 @@ JOIN = 300  # maximum seconds to wait for the other processes to start
 PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
-NO_ADDRESS = 'Retry failed'  # in JAX's error if Kubernetes does not know the address of process 0
+NO_ADDRESS = 'Retry failed'  # JAX's error has this text if Kubernetes lacks process 0's address
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
 # Environment variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each
-# process. TPUs set none, but have the package libtpu. KUBERNETES_SERVICE_HOST is not listed, because
-# Kubernetes also sets it in single pods.
+# process. TPUs set none; there, `in_cluster` finds libtpu. KUBERNETES_SERVICE_HOST is not listed,
+# because Kubernetes also sets it in single pods.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
@@ -97,7 +97,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
-  # Printed now, because after the death of another process this one can print nothing more.
+  # Printed now, because this process can hang when another one dies, until JAX aborts it.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
   cluster.asked_to_stop()  # so a stop signal before the first step takes effect at a later call
 
@@ -169,7 +169,7 @@ def why_not_free(port: int) -> str | None:
   """Returns the reason why this machine cannot listen on a port; None if it can."""
   both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the port of an ended run is free
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so an ended run's port is free
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:

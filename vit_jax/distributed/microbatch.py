@@ -84,7 +84,7 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
   def over_devices(*args):
     sums = added(*args)
-    # A single share of the batch has nothing to add, but with `psum` XLA would still copy all sums.
+    # If one device has the whole batch, there is nothing to add, but XLA would still copy all sums.
     return jax.lax.psum(sums, devices.BATCH) if devices.shares(mesh) > 1 else sums
 
   if devices.splits(mesh):
