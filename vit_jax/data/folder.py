@@ -96,7 +96,7 @@ def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
 
 def hash_name(name: str) -> int:
   """Returns a 64-bit hash of a path below a class folder, ignoring case and Unicode form."""
-  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # so the hash is the same in every locale
+  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
   return int.from_bytes(digest[:8], 'big')
