@@ -21,8 +21,8 @@ at 384 pixels (as in `configs/finetune.py`). The recipes come from these papers:
 | `i21k` | | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet-21k' |
 | `light1` to `strong2` | | Steiner et al. 2021 (AugReg), 2106.10270 | Section 3 and its code |
 
-For each model, the code of AugReg uses one of its recipes: `medium2` for S/16, B/32, B/16 and L/16,
-`light2` for S/32, and `light1` for Ti/16.
+AugReg's code uses one of the last six recipes for each model: `medium2` for S/16, B/32, B/16 and
+L/16, `light2` for S/32, and `light1` for Ti/16.
 
 Choices of this project, where the papers and their code differ or leave a choice:
   * All recipes hold out the last 1% of the training split, to choose the best checkpoint.

@@ -80,7 +80,7 @@ def get_config(variant='tiny,cifar10'):
     config.data.mean, config.data.std = recipe.data.mean, recipe.data.std
   if dataset == 'folder':
     finetune.follow_data(config)
-    # Like `finetune.py`, hold out some training images. They are the same images, so a second run
-    # with `finetune.py` can validate on images that this run has not used.
+    # Holds out the same images for validation as `finetune.py`, so that a second run with
+    # `finetune.py` can validate on images that this run was not trained on.
     config.data.train_split = config.data.val_split = None
   return config

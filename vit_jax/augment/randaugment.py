@@ -27,7 +27,7 @@ class Argument(NamedTuple):
     weakest: amount at strength 0.
     strongest: amount at strength 1.
     around: constant to which the amount is added.
-    signed: whether a random half of the draws subtracts the amount from `around` instead.
+    signed: whether the amount is subtracted from `around`, with probability 1/2, instead of added.
     whole: whether the difference between the amount and `weakest` is truncated to a whole number.
     bounds: (smallest, largest) argument; the argument is clipped to this range.
     period: an argument of at least `period` is replaced with its remainder modulo `period`.
@@ -156,8 +156,8 @@ def rand_augment(
       outside the image are grey here; timm fills them with the mean colour of the data.
     * AugReg's `randaug(2,15)`: `num_layers=2, magnitude=15, mstd=0, probability=1,
       space='big_vision'`. Warps are bilinear here; AugReg uses the nearest pixel. Contrast blends
-      the image with its mean grey level here. AugReg's code blends with a level that is the number
-      of pixels divided by 256.
+      the image with its mean grey level here. AugReg's code instead blends it with a grey level
+      that equals the number of pixels divided by 256.
 
   Args:
     key_B: random key of each example.

@@ -81,8 +81,8 @@ def this_host() -> str:
   """Returns a text that identifies the system in which a process ID is unique.
 
   The text joins the host name, the boot ID of the kernel and the PID namespace. Two processes with
-  the same text can identify each other by their process IDs. On systems without `/proc`,
-  the text is only the host name.
+  the same text can identify each other by their process IDs. On systems without `/proc`, the text
+  is only the host name.
   """
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int | None:
     sys.stdout.flush()
   except BrokenPipeError:
     close_pipe()
-    return 141  # exit code in shells after SIGPIPE
+    return 141  # the exit code that shells report after SIGPIPE
   except ModuleNotFoundError as error:
     install = install_for(error)
     if install is None:
