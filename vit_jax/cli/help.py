@@ -13,7 +13,7 @@ from vit_jax.config import as_text, default_config, flatten, override_all
 from vit_jax.keys import KEYS
 
 WIDTH = 100
-MANY = 1e6  # larger upper limits only catch mistakes, so `valid` does not show them
+MANY = 1e6  # upper limits this high only catch mistakes, so `valid` does not show them
 
 OVERRIDES = (
   '--config.<key>=<value> overrides a key of the config. For keys that are true or false,\n'
