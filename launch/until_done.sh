@@ -25,7 +25,7 @@ stop() {
 # Runs a command and sets `code`. A signal to this script ends `wait`, but not the command.
 run() {
   "$@" &
-  if [ -n "$stopped" ] && [ "$passed" != "$!" ]; then stop; fi # it came before the command started
+  if [ -n "$stopped" ] && [ "$passed" != "$!" ]; then stop; fi # the signal came before the start
   while kill -0 "$!" 2>/dev/null; do wait "$!"; done
   wait "$!"
   code=$?
