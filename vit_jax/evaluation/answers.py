@@ -1,10 +1,11 @@
 """Computes the logits of each example of a split once, and from them losses and predictions.
 
 Decisions:
-  * Every process gets the logits of the whole batch. Predictions and their probabilities are then
-    computed with NumPy in float64, for any number of devices, processes and micro-batches.
-  * The logits of one batch are dropped before the next batch is computed. The logits of a large
-    split do not fit into memory: ImageNet-21k would give billions of logits.
+  * Every process gets the logits of the whole batch, and computes predictions and probabilities
+    from them with NumPy in float64. So this computation does not depend on the number of devices,
+    processes or micro-batches.
+  * The logits of one batch are dropped before the next batch is computed, because the logits of all
+    images of a large split do not fit into memory. For ImageNet-21k, there are billions of logits.
   * If images can have several labels, the probabilities of all images stay in memory, because
     average precision ranks all images of the split.
 """
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
-FITTED = 2**26  # a calibration is fitted to about this many logits at most: 256 MiB of float32
+FITTED = 2**26  # approximate maximum of logits to fit a calibration to: 256 MiB of float32
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
@@ -44,7 +45,7 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> E
     exp: the experiment.
     mesh: the devices.
     held: bytes on each device that are already occupied by arrays other than the batch and the
-      parameters. The function must fit into the rest of the memory.
+      parameters. The compiled function must fit into the remaining memory.
   """
 
   def answer(part, params):
@@ -65,7 +66,7 @@ def answer_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> Iterator[Answers]:
-  """Yields one `Answers` per batch: the model's outputs for all examples of a split, in order.
+  """Yields an `Answers` for each batch of a split, in order: the model's outputs for the batch.
 
   Args:
     eval_step: the function from `make_eval_step`.
@@ -73,9 +74,9 @@ def answer_split(
     examples: the split.
     batch_size: number of examples per batch, summed over all devices.
     mesh: the devices.
-    **extra: optionally `real`, the labels from `load_real_labels`, with one row per example.
+    **extra: optionally `real`: ReaL labels from `load_real_labels`, with one row per example.
   """
-  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds the mask of each image
+  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds each mask
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra, **index)
   count = math.ceil(len(examples) / batch_size)
   for i, batch in enumerate(progress.bar(batches, 'Evaluating', 'batch', count)):
@@ -168,7 +169,7 @@ def calibrate_run(
 
 
 def log_calibration(step: int, found: Calibration) -> None:
-  """Logs the fitted temperature or thresholds of the checkpoint with the number `step`."""
+  """Logs the temperature or the thresholds that were fitted for the checkpoint of step `step`."""
   fitted = f'temperature {found.temperature:.4g}'
   if found.thresholds:
     low, high = min(found.thresholds), max(found.thresholds)

@@ -31,7 +31,7 @@ def open_data(experiment: Experiment) -> Source:
 
   Raises:
     ValueError: the dataset and the model differ in their classes or in their number of channels. Or
-      the dataset has several labels per image, but the model was trained with one.
+      the dataset has several labels per image, but the model was trained with one label per image.
   """
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
@@ -41,12 +41,13 @@ def open_data(experiment: Experiment) -> Source:
     raise ValueError(
       f'{data.source} has {len(source.class_names)} classes ({own}), but the model has '
       f'{len(task.class_names)} classes ({given}). '
-      f'{difference(source.class_names, task.class_names)}. Use the same classes in the same order.'
+      f'{difference(source.class_names, task.class_names)}. '
+      'Use a dataset with the classes of the model, in the same order.'
     )
   if source.channels != task.channels:
     raise ValueError(
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '
-      f'{source.channels}. Use images with as many channels as the model has.'
+      f'{source.channels}. Use a dataset whose images have {task.channels} channels.'
     )
   if source.multi_label and not task.multi_label:
     raise ValueError(
@@ -68,8 +69,8 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
 
   Raises:
     ValueError: the dataset does not fit the model, as in `open_data`. Or the weights were trained
-      on all files of the test split. For datasets without files, such as TFDS: the weights were
-      trained on any example of the test split.
+      on all files of the test split. Or, for datasets without files such as TFDS, the weights were
+      trained on at least one example of the test split.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:
@@ -78,7 +79,7 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
     names = TrainingFiles()
     if source.files:
       log.warning(
-        'These weights were trained with version 0.1.0, which did not store the names of the '
+        'These weights were trained with vit_jax 0.1.0, which did not store the names of the '
         'training files. Some of the test images may have been used for training.'
       )
   split = experiment.config.data.eval_split
@@ -91,14 +92,14 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
   Args:
     experiment: the model's experiment.
-    *parts: a pair for each split: the open dataset, and the split in TFDS notation. All pairs have
-      the same dataset, but different files may be left out of it.
+    *parts: a pair for each split: the open dataset, and the split in TFDS notation. The
+      datasets of the pairs may differ only in the files that are left out.
 
   Returns:
     The splits, in the order of `parts`.
 
   Raises:
-    ValueError: the images must be kept in memory (`data.cache`), but do not fit.
+    ValueError: `data.cache` keeps all images in memory, but they do not fit.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
   reading = experiment.reading
@@ -126,7 +127,7 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   """Opens the validation split of a run, without the files that the weights were trained on.
 
   Args:
-    experiment: the experiment of the weights, which may have overridden config keys.
+    experiment: the experiment of the weights; config keys may be overridden in it.
     workdir: folder of the run.
     step: step number of the checkpoint with the weights.
 
@@ -134,8 +135,8 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
     The split, or None in these cases:
     - The run has no validation split, or its training files are unknown.
     - Overrides set a different dataset or validation split than the run used.
-    - The run used `sweep` to search for a learning rate. After the search, such a run is also
-      trained on the validation split.
+    - The run used `sweep` to search for a learning rate. After the search, such a run also trains
+      on the validation split, so these images are not held out.
   """
   data, names = experiment.config.data, experiment.names
   saved = config_lib.from_dict(restore_item(workdir, step, 'config')['config'])

@@ -45,8 +45,8 @@ def score_split(
   """Evaluates a split: returns a dict with mean loss, accuracies and number of examples.
 
   If images can have several labels, the dict also has the mean average precision and the mean F1.
-  If the model has no classes, the dict has no accuracies. `means` of `Scores` describes the keys.
-  The arguments are described in `answer_split`.
+  If the model has no classes, the dict has no accuracies. `Scores.means` describes the keys. The
+  arguments are described in `answer_split`.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 
@@ -104,7 +104,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
     `overrides`: the overridden config keys that change what the model computes (`INPUT`), with
       their values.
   """
-  # The head of zero-shot weights is built for the classes of the dataset.
+  # For zero-shot weights, a head is built from text embeddings of the dataset's classes.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
   exp, params, loaded = opening.open_model(request, classes)
   batch_size = exp.config.eval_batch_size

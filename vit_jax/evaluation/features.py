@@ -83,8 +83,8 @@ def compute_features(
     mesh: the devices.
 
   Returns:
-    An `Examples` with the labels, whose field `image_NHWC` contains the features, float32 `[N, D]`,
-    instead of images. Bad images that were skipped are not included.
+    An `Examples` with the labels. Its field `image_NHWC` contains features, float32 `[N, D]`,
+    instead of images. Skipped bad images have no row.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -105,7 +105,7 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """Returns the result of `compute_features`, from the cache if it contains these features.
+  """Returns the features of a split, from the cache if the cache contains them.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
@@ -137,15 +137,15 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
     arrays = read_arrays(path)
     return {name: arrays[name] for name in ('feature_ND', 'label_N')}
   except (ValueError, KeyError) as error:
-    log.warning('The features are computed again, because the cache is damaged: %s', error)
+    log.warning('The features are computed again, because their cache file is damaged: %s', error)
     return None
 
 
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  The program is for one image on one device. If an edit of the code, in any file, changes how
-  features are computed, then this text changes too.
+  The program is for one image on one device. If someone edits the code, in any file, and so changes
+  how features are computed, then this text changes too.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)

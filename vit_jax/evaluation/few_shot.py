@@ -1,8 +1,8 @@
 """Measures few-shot accuracy: how well a classifier works with few training images per class.
 
-The classifier is fitted to features of the frozen backbone. It is one of `CLASSIFIERS`: the paper's
-closed-form regression (Section 4.1), or k-NN. The number of shots is the number of training images
-per class.
+The classifier is fitted to features of the frozen backbone. It is one of `CLASSIFIERS`: the
+closed-form regression of the ViT paper (Section 4.1), or k-NN. The number of shots is the number of
+training images per class.
 
 Decisions:
   * The training images for a small number of shots are also used for every larger number of shots.
@@ -36,8 +36,8 @@ def draw_shots(
 ) -> np.ndarray:
   """Draws `shots` random images of each class; returns their indices, int `[L, shots]`.
 
-  No image is drawn twice. With the same seed, a call with fewer shots returns the first columns of
-  the result for more shots.
+  No image is drawn twice. If two calls have the same seed, the call with fewer shots returns the
+  first columns of the other result.
 
   Args:
     label_N: class of each image; -1 for an image that must not be drawn.
@@ -54,8 +54,8 @@ def draw_shots(
     index = random.permutation(np.flatnonzero(label_N == label))
     if len(index) < shots:
       raise ValueError(
-        f'{shots} shots need {shots} images of each class, but {name!r} has {len(index)} in '
-        'data.train_split. Use a larger split.'
+        f'{shots} shots need {shots} images of each class, but the class {name!r} has {len(index)} '
+        'in data.train_split. Use a larger split.'
       )
     rows.append(index[:shots])
   return np.stack(rows)
@@ -138,7 +138,7 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
       images per class. `accuracy` has one value for each of `SEEDS`, from 0 to 1. `std` is the
       population standard deviation of these values.
     `examples`: the number of test images.
-    `classifier`: the name of the classifier. With `ridge`, `l2` is the weight of its L2 penalty.
+    `classifier`: name of the classifier. Only `ridge` adds a key `l2`: weight of the L2 penalty.
     `left_out`: the number of test images that the backbone was trained on; absent if 0.
 
   Raises:
@@ -187,7 +187,7 @@ def fewshot(request: Request, classifier: str = 'ridge') -> dict:
   """Measures the few-shot accuracies of a model, and writes them to `fewshot.json` in its workdir.
 
   If the workdir cannot be written, a warning is logged. Published weights have no workdir, so their
-  result is only returned. They are tested on the dataset in the request's overrides.
+  result is only returned. The request's overrides name the dataset for published weights.
 
   Args:
     request: names the model: a checkpoint of a workdir, or published weights.

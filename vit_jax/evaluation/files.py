@@ -23,7 +23,8 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
   path is returned without checking that the file exists.
 
   Raises:
-    ValueError: no path is given, a value is not a path, or a folder or a pattern has no image.
+    ValueError: no path is given, a value is not a path, a folder contains no image, or no image
+      matches a pattern.
   """
   if isinstance(paths, PathLike):
     paths = [paths]
@@ -58,7 +59,7 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
     for top, folders, names in os.walk(folder, onerror=errors.append):
-      folders[:] = [name for name in folders if not name.startswith('.')]  # only these are entered
+      folders[:] = [name for name in folders if not name.startswith('.')]  # others are not entered
       found += filter(is_image, (os.path.join(top, name) for name in names))
   found = sorted(map(pathlib.Path, found))
   if errors:

@@ -65,7 +65,7 @@ def probabilities(exp: Experiment) -> Function:
 
 
 def make_inference_step(exp: Experiment, mesh: jax.sharding.Mesh, function: Function) -> Function:
-  """Compiles `function` so that the devices of the mesh share the images of a batch.
+  """Compiles `function` so that each device of the mesh processes a part of the batch.
 
   `map_files` describes the arguments and the result of `function`.
   """

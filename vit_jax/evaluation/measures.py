@@ -137,8 +137,9 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
   """Computes the expected calibration error from the result of `reliability`, 0 to 1.
 
-  This error is the absolute difference between the accuracy and the mean confidence of a bin,
-  averaged over all bins with the number of examples as the weight (Guo et al. 2017, equation 3).
+  Each bin has an absolute difference between its accuracy and its mean confidence. The error is the
+  mean of these differences, weighted by the number of examples per bin (Guo et al. 2017, equation
+  3).
   """
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())
@@ -147,9 +148,9 @@ def calibration_error(bins: dict[str, np.ndarray]) -> float:
 def coverage_curve(
   confidence_N: np.ndarray, correct_N: np.ndarray, points: int = POINTS
 ) -> dict[str, np.ndarray]:
-  """Returns the accuracy of a model that answers only its most confident examples.
+  """Returns the accuracy of a model that classifies only its most confident examples.
 
-  The accuracy is computed for several coverages, i.e. shares of the examples that are answered
+  The accuracy is computed for several coverages: shares of the examples that are classified
   (Geifman and El-Yaniv 2017, 1705.08500).
 
   Args:
@@ -159,10 +160,10 @@ def coverage_curve(
 
   Returns:
     A dict with an array `[P]` for each key:
-    `coverage`: share of the examples that the model answers, from 1/P to 1.
-    `accuracy`: accuracy on the answered examples. If several examples have equal confidences, each
-      counts with their mean accuracy, so that their order has no effect.
-    `confidence`: lowest confidence among the answered examples.
+    `coverage`: share of the examples that the model classifies, from 1/P to 1.
+    `accuracy`: accuracy on the classified examples. Examples with equal confidences each count with
+      their mean accuracy, so that their order has no effect.
+    `confidence`: lowest confidence among the classified examples.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')
   falling_N, count = np.asarray(confidence_N)[order_N], len(order_N)
@@ -179,17 +180,17 @@ def coverage_curve(
 
 
 def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
-  """Returns the temperature with the least negative log-likelihood (Guo et al. 2017, Section 4.2).
+  """Returns the temperature that minimises the log loss (Guo et al. 2017, Section 4.2).
 
-  The likelihood is computed in float64. The temperature is between `COLDEST` and `HOTTEST`. If all
-  predictions are correct, the function returns 1, because no temperature is best: the likelihood
-  grows as the temperature falls towards 0.
+  The loss is computed in float64. The temperature is between `COLDEST` and `HOTTEST`. If all
+  predictions are correct, the function returns 1, because no temperature is best: the loss falls
+  as the temperature falls towards 0.
 
   Args:
     logits_NL: logits of the examples, not yet divided by a temperature.
     label_N: true class of each example.
   """
-  from scipy import optimize  # not imported by `predict`: importing it takes 0.4 s
+  from scipy import optimize  # imported here, because it takes 0.4 s and is rarely used
 
   logits_NL, label_N = np.asarray(logits_NL), np.asarray(label_N)
   rows = max(1, CHUNK // logits_NL.shape[1])

@@ -4,8 +4,8 @@ Decisions:
   * Average precision is the sum over all thresholds of the precision times the increase in recall,
     without interpolation, as in `average_precision_score` of scikit-learn. Images with equal scores
     are counted at the same threshold.
-  * Means over the classes skip classes without a positive image, because their average precision
-    and recall are not defined.
+  * A positive image of a class has the class as a label. Means over the classes skip classes
+    without a positive image, because their average precision and recall are not defined.
   * A class is predicted for an image if its probability is at or above the threshold of the class.
 """
 
@@ -59,7 +59,7 @@ def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndar
   """Returns for each class the threshold with the highest F1 on the given images, `[L]`.
 
   A threshold lies halfway between two neighbouring probabilities of the images, or between the
-  lowest probability and 0. Rounding errors then do not change a prediction. If several thresholds
+  lowest probability and 0, so rounding errors do not change predictions. If several thresholds
   have the highest F1, the largest of these thresholds is chosen. A class without positive images
   gets `THRESHOLD`. Fit thresholds on validation images, never on test images.
 
@@ -106,7 +106,7 @@ def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """Probabilities, labels and losses of examples that can have several labels, one row each.
+  """Probabilities, labels and losses of examples that can have several labels, one row per example.
 
   Attributes:
     probability_NL: probability of each class.
@@ -177,7 +177,7 @@ class Labelled:
     }
 
   def trust(self, class_names: Sequence[str], calibration: Calibration) -> dict:
-    """Returns the measures of each class and their mean F1, at the fitted thresholds.
+    """Returns the measures of each class, and the mean F1 of all classes, at fitted thresholds.
 
     Args:
       class_names: names of the classes.

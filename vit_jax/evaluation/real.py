@@ -13,8 +13,8 @@ from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.experiment import Experiment
 
-NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name; the number starts at 1
-CLASS = re.compile(r'n\d{8}')  # class name; a label is the position of a name in sorted order
+NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name of an image; the first number is 1
+CLASS = re.compile(r'n\d{8}')  # class name; labels are positions in the sorted list of names
 
 
 def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:
@@ -56,7 +56,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
 
   The row of an image without a label is all False. Images are matched to labels by file name, so
   the split can be any subset of ImageNet's validation images, in any order. This function reads
-  every example of the split to get its file name. With TFDS, evaluation then reads them again.
+  every example of the split to get its file name. With TFDS, evaluation reads the examples again.
 
   Args:
     path: path of `real.json`: for each image, in the order of file names, a list of class numbers.
@@ -69,7 +69,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
   name, classes = f'data.real_labels={path}', source.class_names
   if not all(map(CLASS.fullmatch, classes)) or list(classes) != sorted(classes):
     raise ValueError(
-      f"{name}: the labels in this file are positions of ImageNet's classes, sorted by name from "
+      f"{name}: the numbers in this file stand for ImageNet's 1000 classes, sorted by name from "
       f'n01440764 to n15075141, but the data has the classes {", ".join(classes[:3])}, ...'
     )
   labels = read(path, name, len(classes))
@@ -80,7 +80,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
       if not number or not 0 < int(number[1]) <= len(labels):
         raise ValueError(
           f'{name}: the labels are for the files ILSVRC2012_val_00000001 to {len(labels):08d}, but '
-          f'the data has {example}.'
+          f'the data has the file {example}.'
         )
       found.append(labels[int(number[1]) - 1])
   if not any(found):
@@ -96,7 +96,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
 
   Args:
     path: path of the file.
-    name: name of the file, with which error messages begin.
+    name: config key and path of the file, with which error messages begin.
     count: number of classes.
 
   Raises:

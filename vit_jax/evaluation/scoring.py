@@ -71,7 +71,7 @@ class Scores:
         return np.exp(-np.logaddexp(0, -logits_NL.max(axis=1)))
       return 1 / np.exp(gap_NL / temperature).sum(axis=1)
 
-    if logits_NL.shape[1] > 5:  # of equal logits, the first counts as the larger, as in argmax
+    if logits_NL.shape[1] > 5:  # of equal logits, the first counts as larger, as in argmax
       own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
       earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
       above_NL = (logits_NL > own_N1) | ((logits_NL == own_N1) & earlier_NL)
@@ -137,10 +137,10 @@ class Losses:
 
 @flax.struct.dataclass
 class Accuracy(metrics.Average):
-  """Share of the images whose predicted class, the one with the largest logit, is their label.
+  """Accuracy: the share of images whose label is the class with the largest logit.
 
-  If an image has several labels, the predicted class must be one of them. Images without a label do
-  not count.
+  If an image has several labels, the class must be one of them. Images without a label do not
+  count.
   """
 
   @classmethod

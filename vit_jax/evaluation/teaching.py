@@ -1,4 +1,4 @@
-"""Prepares the teacher of a run with distillation, in which a model learns from a teacher's logits.
+"""Prepares the teacher of a run with distillation: the model learns from the teacher's logits.
 
 Decisions:
   * If images are not changed at random, the teacher gives the same logits in every epoch. The

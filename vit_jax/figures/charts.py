@@ -9,8 +9,9 @@ import numpy as np
 
 from vit_jax.figures import canvas
 
-# With more than `NUMBERED` classes, cells have no numbers. With more than `LABELLED`, axes have no
-# class names, and only the `LOWEST` classes with the lowest accuracy have a bar.
+# With more than `NUMBERED` classes, cells of the confusion matrix have no numbers. With more than
+# `LABELLED` classes, the matrix has no class names, and only the `LOWEST` classes with the lowest
+# accuracy have a bar.
 NUMBERED, LABELLED = 20, 40
 LOWEST = 20
 
@@ -96,7 +97,7 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
 def draw_reliability(
   bins: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None
 ) -> Figure:
-  """Draws a reliability diagram: accuracy, and share of the examples, in bins of the confidence.
+  """Draws a reliability diagram: accuracy and share of the examples for each bin of confidence.
 
   Args:
     bins: the result of `evaluation.reliability`.
@@ -131,10 +132,10 @@ def draw_reliability(
 
 @canvas.styled
 def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
-  """Draws two curves for a model that answers only the images of which it is most confident.
+  """Draws two curves for a model that classifies only the images of which it is most confident.
 
-  The curves show the accuracy on the answered images, and the lowest confidence among them. The
-  horizontal axis is the coverage: the share of the images that are answered.
+  The curves show the accuracy on the classified images, and the lowest confidence among these
+  images. The horizontal axis is the coverage: the share of all images that are classified.
 
   Args:
     curve: the result of `evaluation.coverage_curve`.

@@ -4,7 +4,7 @@
     map_BhwF, share_F = component_maps(feature_BhwD)
 
 Decisions:
-  * The components are computed from the patches of all images together. So equal colours mean
+  * The components are computed from the patches of all images together, so that equal colours mean
     similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
   * The sign of a component is arbitrary. It is chosen so that the entry with the largest magnitude
     is positive.
@@ -34,7 +34,7 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
     model: the model, with any pool, with or without a head.
     params: the model's parameters.
     image_BHWC: normalised images. If the position embeddings were learned for another image size,
-      set `position_grid` of the model, or load the weights with the `grid` of the images.
+      set `position_grid` of the model, or load the weights with the argument `grid`.
   """
   token_BND = without_pool(model).apply({'params': params}, image_BHWC).astype(jnp.float32)
   h, w = (n // patch for n, patch in zip(image_BHWC.shape[1:3], model.patch_size))
@@ -48,7 +48,7 @@ def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 
   Args:
     x_ND: the vectors.
-    count: maximum number of components. The number F is the smallest of `count`, N - 1 and D.
+    count: maximum number of components. F, their number, is the smallest of `count`, N - 1, D.
 
   Returns:
     The components, float64 `[F, D]`, in decreasing order of variance. Each is a unit vector whose
@@ -67,7 +67,7 @@ def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 
 
 def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray, np.ndarray]:
-  """Projects patch features on their first principal components: returns maps of the patches.
+  """Projects patch features on their first principal components: returns one map per component.
 
   Args:
     feature_BhwD: features of the patches of one or several images.
@@ -87,9 +87,9 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
 def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
   """Converts the first three component maps to red, green and blue: `[B, h, w, 3]`, 0 to 1.
 
-  Each map is scaled linearly and clipped, so that its two percentiles `EDGES` over all images
-  become 0 and 1. If a map is constant, or there are fewer than three maps, the value of the colour
-  is 0.5.
+  The two percentiles `EDGES` of each map, over all images, become 0 and 1. Values between them are
+  scaled linearly, and values beyond them are clipped. The colour of a constant or missing map is
+  0.5.
 
   Args:
     map_BhwF: the maps that `component_maps` returns.

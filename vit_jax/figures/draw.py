@@ -138,7 +138,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
   Args:
     filter_FpqC: the components, as `maps.filters` returns them.
-    share_F: the share of each component in the variance, which is written above the component.
+    share_F: the share of each component in the variance, to be written above the component.
   """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -183,7 +183,7 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
   Args:
     distance_DK: mean attention distance in pixels, for D blocks and K heads.
-    even: distance in pixels of a head that attends to all patches equally, drawn as a line.
+    even: attention distance in pixels for equal attention to all patches, drawn as a line.
   """
   figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
   axis = figure.subplots()

@@ -58,7 +58,7 @@ def attentions(
   pool = POOLS[model.pool]
   if pool.tokens:
     raise Missing(
-      f'model.pool={model.pool} returns every token. Choose a pool first: model.clone(pool="cls").'
+      f'model.pool={model.pool} returns every token. Choose another pool: model.clone(pool="cls").'
     )
   if not (pool.linear or pool.probe):
     raise Missing(
@@ -82,7 +82,7 @@ def pool_shares(model: ViT, tokens: int) -> jax.Array:
   """Returns how much each of N tokens contributes to the output of a linear pool: `[N]`, sum 1.
 
   The contributions are computed by applying the pool to unit vectors. If the pool concatenates
-  several vectors, they are averaged over these vectors. `tokens` is N.
+  several vectors, the contributions are averaged over the vectors. `tokens` is N.
   """
   unit_1NN = jnp.eye(tokens)[None]
   return POOLS[model.pool].function(model, unit_1NN).reshape(-1, tokens).mean(axis=0)
@@ -92,9 +92,9 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
   """Returns how much of the pooled output comes from each patch of the image: `map_Bhw`.
 
   This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6). Each
-  block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and I
-  stands for the residual connection. `read_BN` is multiplied by the matrix of each block, from the
-  last block to the first.
+  block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and the
+  identity I stands for the residual connection. `read_BN` is multiplied by the matrix of each block,
+  from the last block to the first.
 
   Args:
     layers: `attention_BKNN` of each block, in order.
@@ -104,7 +104,7 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   Returns:
     The share of each patch in the output. The shares of all tokens sum to 1. The map does not
-    contain the class token and the registers, so the map can have a smaller sum.
+    contain the class token and the registers, so its values can have a smaller sum.
   """
   flow_BN = read_BN
   for attention_BKNN in reversed(layers):
@@ -171,8 +171,8 @@ def mean_attention_distance(
 ) -> jax.Array:
   """Returns the mean attention distance of each head, in pixels of the input: `distance_BK`.
 
-  For each query patch, the distances to the centres of all key patches are averaged with attention
-  as the weight. The result is the mean over all query patches (paper, Section 4.5 and Appendix
+  For each query patch, the distances to the centres of all key patches are averaged, weighted by
+  attention. The result is the mean over all query patches (paper, Section 4.5 and Appendix
   D.7). The class token and the registers have no position, so they are left out as queries and as
   keys. The remaining attention of each query patch is rescaled to sum to 1.
   """
@@ -241,7 +241,7 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing('the filters of a hybrid read the feature map of its stem, not colours.')
+    raise Missing('the filters of a hybrid read the feature map of its stem, not pixels.')
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)

@@ -4,9 +4,9 @@ Decisions:
   * Images are compared by the cosine similarity of their features, the inputs of the head.
   * The nearest training images suggest why a test image was classified wrongly. If they have the
     predicted class, the label of the test image is often doubtful, or the features cannot tell the
-    two classes apart. If none is similar, the training data lacks such images.
-  * At most `AMONG` training images are compared, spread evenly over the training split. So a larger
-    split does not make drawing slower.
+    two classes apart. If no training image is similar, the training data lacks such images.
+  * At most `AMONG` training images are compared, spread evenly over the training split, so
+    that drawing does not take longer for a larger split.
 """
 
 from collections.abc import Sequence

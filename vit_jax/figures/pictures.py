@@ -135,14 +135,14 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
   curve = coverage_curve(scores.confidence_N, scores.correct_N, POINTS)
   half = POINTS // 2 - 1
   return charts.draw_coverage(curve), (
-    'Accuracy if the model answers only the images of which it is most confident, and the lowest '
+    'Accuracy if the model classifies only the images of which it is most confident, and lowest '
     'confidence among these images. On the most confident half of all images, the accuracy is '
     f'{curve["accuracy"][half]:.2%}.'
   )
 
 
 def worst(scores: Scores, count: int) -> np.ndarray:
-  """Returns the rows of `scores` with the `count` most confident mistakes, as row indices.
+  """Returns the indices of the rows of `scores` with the `count` most confident mistakes.
 
   Raises:
     Missing: the model made no mistake.
@@ -248,8 +248,8 @@ def picture_rollout(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure of attention rollout in the images `shown`, and its caption."""
   shown, attention = subject.need('shown', 'attention')
   return draw.draw_rollout(shown, attention.rollout), (
-    'How much of the output comes from each patch, according to attention rollout, and the images '
-    'lit by this map (Figure 6 of the paper). 1 is the mean over all patches of the image.'
+    'Attention rollout: how much of the output comes from each patch, relative to a mean of 1. The '
+    'middle row darkens each image where rollout is low (Figure 6 of the paper).'
   )
 
 
@@ -270,7 +270,7 @@ def picture_components(subject: Subject) -> tuple[Figure, str]:
   map_BhwF, share_F = components.of_images(*shown)
   shares = ', '.join(f'{share:.1%}' for share in share_F)
   return draw.draw_components(shown[-1], components.component_colours(map_BhwF)), (
-    'The first three principal components of the patch features, as red, green and blue. They have '
+    'The first three principal components of the patch features, as red, green and blue. They explain '
     f'{shares} of the variance. Similar colours mean similar features, also in different images.'
   )
 

@@ -1,4 +1,4 @@
-"""Draws which patches of an image a masked autoencoder sees, and which patches it predicts."""
+"""Draws the patches of an image that a masked autoencoder sees, and those that it predicts."""
 
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """Writes a self-contained HTML page with the numbers, config and figures of a run.
 
 Decisions:
-  * The page has no scripts, fonts or external links. So it can be opened from a disk or an e-mail,
-    without a network, and still in ten years.
+  * The page has no scripts, fonts or external links. So it can be opened without a network, from
+    a disk or an e-mail, and still in ten years.
   * `html.escape` escapes all text, because names of classes, files and runs are not trusted.
   * Figures have a white background, because their black text would be unreadable on a dark page.
 """
@@ -59,7 +59,7 @@ class Report:
     numbers: results of the run, as `{name: text}`.
     changed: `(key, value, default)` of the config keys that differ from the default.
     unchanged: `{key: value}` of the config keys that have their default value.
-    pictures: figures, in their order on the page, which embeds the PNG files.
+    pictures: figures, in the order of the page. The page embeds their PNG files.
     left_out: `{title: reason}` of the skipped figures.
     classes: `(class, precision, recall, F1, images)` of each class, as text. If it is empty, the
       page has no table of classes.

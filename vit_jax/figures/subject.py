@@ -1,7 +1,7 @@
 """Reads and computes, once, the data that the figures of a run need.
 
-The drawn test images are the first images of each class in the split. So every call, and every run
-on the same dataset, draws the same images.
+The drawn test images are the first images of each class in the split, so that all calls and all
+runs on one dataset draw the same images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +36,7 @@ from vit_jax.workdir import latest_step, read_metrics
 log = logging.getLogger(__name__)
 
 SHOWN = 8  # number of images that are drawn
-MEASURED = 128  # number of images that attention distance is averaged over, as in the paper
+MEASURED = 128  # number of images over which attention distance is averaged, as in the paper
 
 
 def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> Subject:
@@ -44,7 +44,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
-    raise ValueError('Weights without a run have no test images: set --images=a.png,folder/.')
+    raise ValueError('Weights of --init have no test images. Set --images=a.png,folder/.')
   files = None if images is None else find_images(images)
   asked = init or files or request.overrides or request.config or request.step
   if not asked and latest_step(workdir) is None:
@@ -192,7 +192,7 @@ def read_images(files: list[pathlib.Path], exp: Experiment) -> np.ndarray:
 def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
   """Resizes images to the size of the model's input: returns uint8 `[B, H, W, C]`.
 
-  `image_BHWC` contains uint8 images at the size to which image files are resized.
+  `image_BHWC` contains uint8 images at the stored size (`Task.stored_size`).
   """
   mean, std = (np.array(exp.config.data[name]) for name in ('mean', 'std'))
   pixels = np.asarray(exp.normalize(image_BHWC)) * std + mean
