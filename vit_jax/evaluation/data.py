@@ -47,7 +47,7 @@ def open_data(experiment: Experiment) -> Source:
   if source.channels != task.channels:
     raise ValueError(
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '
-      f'{source.channels}. Use a dataset whose images have {task.channels} channels.'
+      f'{source.channels}. Use a dataset whose images have {task.channels} channel(s).'
     )
   if source.multi_label and not task.multi_label:
     raise ValueError(

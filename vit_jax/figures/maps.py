@@ -93,8 +93,8 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6). Each
   block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and the
-  identity I stands for the residual connection. `read_BN` is multiplied by the matrix of each block,
-  from the last block to the first.
+  identity I stands for the residual connection. `read_BN` is multiplied by the matrices, from
+  the last block to the first.
 
   Args:
     layers: `attention_BKNN` of each block, in order.

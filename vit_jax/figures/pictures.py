@@ -270,7 +270,7 @@ def picture_components(subject: Subject) -> tuple[Figure, str]:
   map_BhwF, share_F = components.of_images(*shown)
   shares = ', '.join(f'{share:.1%}' for share in share_F)
   return draw.draw_components(shown[-1], components.component_colours(map_BhwF)), (
-    'The first three principal components of the patch features, as red, green and blue. They explain '
+    'Red, green and blue are the first three principal components of the patch features. They have '
     f'{shares} of the variance. Similar colours mean similar features, also in different images.'
   )
 

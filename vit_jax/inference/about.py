@@ -22,7 +22,7 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
       this folder, if the file exists.
   """
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
-  # The accuracy is valid only for the step, dataset and config that the page uses.
+  # Use `eval.json` only if it was written for the page's step, dataset and config.
   own = measured.get('step') == step and not measured.keys() & {'max_patches', 'overrides'}
   own = own and measured.get('source') == exp.config.data.source
   height, width = exp.task.stored_size

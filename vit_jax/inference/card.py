@@ -45,7 +45,7 @@ def write_card(
       export itself is in float32.
   """
   entry = FORMATS[format]
-  if not entry.is_program:  # users of weights resize images directly to the input size
+  if not entry.is_program:  # weights get images of the input size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -123,7 +123,7 @@ def architecture_text(model: ViT) -> str:
 
 
 def images(p: Preprocessing, channels: int) -> str:
-  """Describes size and channels of a model's input, and how image files must be resized for it."""
+  """Describes size and channels of a model's input, and how to resize image files."""
   height, width = p.size
   small = f'{p.stored_size[0]}x{p.stored_size[1]}, enlarged to ' if p.stored_size else ''
   fitted, side = ('stretched', 'each side') if p.stretch else ('cropped', 'the shorter side')
@@ -267,7 +267,7 @@ def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   found = loaded.calibration
   if found.sigmoid:
     return {'probabilities': 'the sigmoid of each logit; probabilities do not add up to 1'}
-  use = 'an image has a class if the sigmoid of its logit reaches the threshold'
+  use = 'an image has a class if the sigmoid of the logit of this class reaches its threshold'
   if loaded.multi_label and not found.thresholds:
     return {'thresholds': f'0.5 for each class, not fitted; {use}'}
   if not found.examples:

@@ -39,7 +39,7 @@ from vit_jax.training import (
 )
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # used if the number of examples is unknown; has no effect on the memory
+MANY = 10**9  # assumed number of examples if it is unknown; memory does not depend on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Summary:
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
     state_bytes: bytes of each part of the training state on each device. The keys are `params`,
       `gradients`, `optimizer`, `averages` (averaged weights) and `teacher`.
-    devices: number of devices that share a batch on this machine.
+    devices: number of devices of this machine, among which a batch is divided.
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of `at_once` images.
     steps: number of training steps; None if the number of examples is unknown.
     warmup: number of warm-up steps; None if the number of examples is unknown.
     notes: sentences about the assumptions behind these numbers. If a finished run got more epochs,
-      they also say when its learning rate warms up again.
+      the notes also say when the learning rate warms up again.
   """
 
   exp: Experiment
@@ -164,8 +164,8 @@ def patch_notes(exp: Experiment) -> list[str]:
     return []
   return [
     f'Each training step draws one of the patch sizes {", ".join(sizes)}. The compute of a step is '
-    f'the mean over these sizes. Activations are for {sizes[0]}, and the forward pass is for '
-    f'{"x".join(map(str, exp.model.patch_size))}.'
+    f'the mean over these sizes. Activations are given for the patch size {sizes[0]}, and the '
+    f'FLOPs of the forward pass for {"x".join(map(str, exp.model.patch_size))}.'
   ]
 
 
@@ -259,17 +259,18 @@ def mib(size: int) -> str:
 
 
 def memory_text(summary: Summary) -> list[str]:
-  """Returns a list with one line about how a training step can fit into memory.
+  """Returns a list with one line on settings with which a training step fits into memory.
 
-  The line gives a number of micro-batches and a value of `model.remat` (recomputation of
-  activations). The list is empty if no memory limit is known.
+  The settings are the number of micro-batches and `model.remat` (recomputation of activations). The
+  list is empty if no memory limit is known.
   """
   exp = summary.exp
   if not exp.parts:
     return []
   return [
-    f'Probably fits into memory: micro_batches={exp.parts} with model.remat={exp.model.remat}. The '
-    'final values are chosen after compilation, which keeps fewer activations than estimated above.'
+    f'A step probably fits into memory with micro_batches={exp.parts} and '
+    f'model.remat={exp.model.remat}. Training chooses the final values after compilation, because '
+    'a compiled step stores fewer activations than estimated above.'
   ]
 
 

@@ -33,7 +33,7 @@ from vit_jax.workdir import Calibration
 
 log = logging.getLogger(__name__)
 
-MANY = 10_000_000  # number of parameters above which a log line announces the writing
+MANY = 10_000_000  # exports with more parameters are announced in the log
 EXACT = 'float32'  # the precision that every format has; the other precisions are approximate
 
 
@@ -97,10 +97,10 @@ def export(
 
 
 def expected_grid(found: Weights) -> Adaptation:
-  """Returns the `Adaptation` that resizes position embeddings to the image size weights expect.
+  """Returns the `Adaptation` that resizes position embeddings to the expected image size.
 
-  The position embeddings in a file can be for another image size, as in DINOv2. `predict` resizes
-  them in the same way. If the expected size is unknown, the `Adaptation` resizes nothing.
+  Position embeddings in a file can be for another image size than the weights expect, as in DINOv2.
+  `predict` also resizes them. If the expected size is unknown, the `Adaptation` resizes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))

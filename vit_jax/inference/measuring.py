@@ -106,7 +106,7 @@ def open_experiment(
   """Opens the experiment of exported weights, with the dataset that they were trained on.
 
   If the weights come from a run, the run's config names the dataset. Other weights do not store
-  their dataset. For such weights, the result is None unless `overrides` sets `data.source`.
+  their dataset, so `overrides` must set `data.source`; otherwise the result is None.
 
   Args:
     path: anything that `vit_jax.load` reads.
@@ -151,7 +151,7 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
   if source.channels != exp.task.channels:
     raise ValueError(
       f'The model takes images with {exp.task.channels} channels, but the images in {data.source} '
-      f'have {source.channels}. Use images with as many channels as the model has.'
+      f'have {source.channels}. Use a dataset whose images have {exp.task.channels} channel(s).'
     )
   split = data.val_split or data.train_split
   reading = dataclasses.replace(exp.reading, cache='stream')  # decodes only the chosen images

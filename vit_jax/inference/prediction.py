@@ -56,7 +56,7 @@ def predict(
 
   Raises:
     ValueError: the weights or a folder do not exist, or the overrides do not fit the weights. Or
-      not exactly one of `workdir` and `init` is given.
+      both `workdir` and `init` are given, or neither is.
   """
   if (workdir is None) == (not init):
     raise ValueError(

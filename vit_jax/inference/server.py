@@ -8,7 +8,7 @@ Decisions:
   * The page and the server fetch nothing from the network. The page uses system fonts, and has no
     analytics and no share link. If a client sends a URL instead of a file, the server refuses it.
   * Uploads are stored in a temporary folder, which is deleted when the server stops.
-  * An invalid request gives a message to the client or one line in the log, never a traceback.
+  * An invalid request causes a message to the client or one line in the log, never a traceback.
 """
 
 import logging
@@ -78,8 +78,8 @@ def find_examples(
   Args:
     exp: the experiment of the weights.
     workdir: folder of the run; None for published weights.
-    folder: local folder, to which images of the split are written. Images in a workdir in a bucket
-      are copied to this folder.
+    folder: local folder for images of the split. If the workdir is in a bucket, the images in its
+      folder `examples` are also copied to this local folder.
   """
   if workdir is None:
     return []

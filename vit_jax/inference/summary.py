@@ -24,7 +24,7 @@ def summary_of(request: Request) -> Summary:
   `request` names the config, the workdir of the run, or the published weights.
 
   Raises:
-    ValueError: the config is not valid, or the request names none of these.
+    ValueError: the config is not valid, or the request names none of the three.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):
@@ -39,7 +39,7 @@ def summary_of(request: Request) -> Summary:
       exp, _ = opening.from_init(init, request.overrides)
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-    notes, cycles = ('Training numbers assume the default config with your --config.<key>.',), ()
+    notes, cycles = ('Training numbers assume the default config and your --config.<key>.',), ()
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)

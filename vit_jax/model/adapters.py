@@ -1,14 +1,15 @@
 """`ADAPTERS`: small sets of parameters that are trained instead of the model's own.
 
 LoRA (Hu et al. 2021, 2106.09685, Section 4.1) adds a product of two narrow matrices to each kernel
-of attention and MLPs: `W + scale A B`. The paper writes alpha / r for `scale`, and r for the rank.
+of attention and MLPs: `W + scale A B`. The LoRA paper writes alpha / r for `scale`, and r
+for the rank of A and B.
 
 Decisions:
   * The parameters of an adapter are part of the model's parameter tree, under a top-level key with
     the adapter's name: `lora/block_0/mlp/up/a` and `.../b` belong to `block_0/mlp/up/kernel`.
-  * A training step computes `x W + scale (x A) B`. So no gradient of W is computed or stored. All
-    other code first merges the adapter into the kernels. The merged model has no adapter.
-  * A is Gaussian and B is zero, as in the paper. So training starts exactly at the base model.
+  * A training step computes `x W + scale (x A) B`, so that no gradient of W is computed or stored.
+    All other code first merges the adapter into the kernels, and then uses the model alone.
+  * A is Gaussian and B is zero, as in the paper, so that training starts exactly at the base model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +32,8 @@ ADAPTED = {'query': 1, 'key': 1, 'value': 1, 'out': 2, 'gate': 1, 'up': 1, 'down
 class Adapter:
   """The functions of one kind of adapter, an entry of `ADAPTERS`.
 
-  `params` are the model's parameters, and `added` are the adapter's. `**keys` are the values in the
-  config section with the adapter's name: the value of `lora.rank` is passed as `rank`.
+  `params` are the model's parameters. `added` are the adapter's parameters. `**keys` are the values
+  in the config section with the adapter's name: the value of `lora.rank` is passed as `rank`.
 
   Attributes:
     init: `(key, params, **keys)` returns the adapter's initial parameters. `key` is a random key.

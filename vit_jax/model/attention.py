@@ -4,14 +4,14 @@
 
   * `plain` computes the attention weights explicitly, with operations that XLA compiles.
   * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
-    that makes two fewer passes over the attention weights than JAX's own gradient of `plain`.
-    Tokens are the last axis of its arrays, so these passes and XLA's matrix products access
-    contiguous memory.
+    that makes two fewer passes over the attention weights than JAX's own gradient of `plain`. Its
+    arrays have the tokens as the last axis, so that passes and matrix products access contiguous
+    memory.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the attention
     weights. It runs on NVIDIA GPUs in half precision.
 
-`select_kernel` never chooses `padded`, which computes the attention of sequences that are padded to
-one length, on all devices. An exported program always uses `plain`, because the device that will
+`padded` is for sequences that are padded to one length. It runs on all devices, and `select_kernel`
+never chooses it. An exported program always uses `plain`, because the device that will
 run the program is not known (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
@@ -40,9 +40,9 @@ def select_kernel(
 ) -> Callable:
   """Returns the attention kernel `(query, key, value, keep, rate) -> y_BQKE` for given arrays.
 
-  The arguments of the kernel are those of `plain`. On a CPU, every choice except `plain` gives
+  `plain` describes the arguments of the kernel. On a CPU, every choice except `plain` gives
   `with_gradient`. On other devices, `plain` is used where `flash` cannot run, even if the choice is
-  `cudnn`. Examples are the MAP head, which has only one query, and dropout of attention weights.
+  `cudnn`: for example in the MAP head, which has only one query, and for attention dropout.
 
   Args:
     choice: one of `ATTENTION`.
@@ -114,7 +114,7 @@ def attention_weights(
 ) -> jax.Array:
   """Returns the softmax of `q k^T / sqrt(E)` over the keys, `[B, K, Q, N]`; each row sums to 1.
 
-  `length_B` is the number of keys of each example. The keys after them are padding, whose weight is
+  `length_B` is the number of keys of each example. All later keys are padding, and their weight is
   0. None: no padding.
   """
   query_BKQE = jnp.swapaxes(query_BQKE * query_BQKE.shape[-1] ** -0.5, 1, 2)
@@ -153,7 +153,7 @@ def padded(
 ) -> jax.Array:
   """Returns the values averaged by the attention weights, `[B, Q, K, E]`, for padded sequences.
 
-  `length_B` is the number of keys of each example. The keys after them are padding, whose weight is
+  `length_B` is the number of keys of each example. All later keys are padding, and their weight is
   0.
   """
   return mixed_values(attention_weights(query_BQKE, key_BNKE, length_B), value_BNKE)
@@ -217,7 +217,7 @@ with_gradient.defvjp(forward, backward)
 
 
 def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
-  """Returns the inner products of all left with all right tokens, for each head: `[B, K, N, Q]`.
+  """Returns the inner product of each left and each right token, by head: `[B, K, N, Q]`.
 
   The products sum over E, the size of a head. They are float32.
   """

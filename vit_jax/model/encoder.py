@@ -49,8 +49,7 @@ class Encoder(nn.Module):
         depend on this index. None at inference.
       rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; `[B, N, E/2]` if the examples
         have different angles. None for no rotation.
-      length_B: number of tokens of each example; the tokens after them are padding. None: no
-        padding.
+      length_B: number of tokens of each example; all later tokens are padding. None: no padding.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock
     if policy is not None:
@@ -114,7 +113,7 @@ def kept(
   """Drops the tokens of all patches except the patches `seen_BS`.
 
   Args:
-    x_BND: all tokens: first `prefix` tokens that are not patches, which are kept, then the patches.
+    x_BND: all tokens. The first `prefix` tokens are not patches, and are always kept.
     rope_NE: cosine and sine of the rotary angles of these tokens, `[N, E/2]` each, or None.
     seen_BS: indices of the S patches to keep in each image, counted from 0 at the first patch.
     prefix: number of tokens before the patches.

@@ -83,7 +83,7 @@ def head_logits(model: nn.Module, head: dict, feature_BD: jax.Array) -> jax.Arra
 def unit(x_ND: jax.Array) -> jax.Array:
   """Scales vectors to length 1, so that their inner products are cosine similarities."""
   # The exporter to ONNX turns a sum of squares into ReduceL2, an operator that onnxruntime cannot
-  # prepare for int8. It does not do so for `vecdot`.
+  # prepare for int8. With `vecdot`, this operator does not appear.
   square_N = jnp.vecdot(x_ND, x_ND, precision=jax.lax.Precision.HIGHEST)
   length_N1 = jnp.sqrt(square_N)[..., None]
   return x_ND / jnp.maximum(length_N1, 1e-12)

@@ -183,7 +183,7 @@ class Attention(nn.Module):
     else:
       kernel = attention.select_kernel(choice, query_BNKE, key_BNKE, keep_BKNN is not None)
       y_BNKE = kernel(query_BNKE, key_BNKE, value_BNKE, keep_BKNN, rate)
-    if block.out_norm:  # Wang et al. 2022 (2210.06423), Section 2.1: over all heads together
+    if block.out_norm:  # Wang et al. 2022 (2210.06423), Section 2.1: one norm over all heads
       y_BNKE = norm(name='out_norm', reduction_axes=(-2, -1), feature_axes=(-2, -1))(y_BNKE)
     return Dense((x_BND.shape[-1],), axes=2, dtype=block.dtype, name='out')(y_BNKE)
 
@@ -210,8 +210,8 @@ def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 
 # How an MLP computes its hidden units: functions `(block, dense, x_BND) -> x_BNM`, called inside
-# `Mlp`. `dense(features, name=...)` creates a linear layer. Its name must be listed in the tables
-# `ADAPTED` (`adapters.py`) and `TENSOR_AXIS` (`distributed/sharding.py`).
+# `Mlp`. `dense(features, name=...)` creates a linear layer. The name of the layer must be listed in
+# `ADAPTED` (`adapters.py`) and in `TENSOR_AXIS` (`distributed/sharding.py`).
 MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 
 

@@ -7,7 +7,7 @@ Decisions:
   * The resized embedding assumes that patches are resized linearly with antialiasing, as
     `RESIZES['bilinear']` resizes positions.
   * If a batch has images of different shapes, their positions are computed on the host, with the
-    functions in `POSITIONS`. So every position embedding can be used.
+    functions in `POSITIONS`, so that every position embedding can be used.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
 
   Let `B x` be the patch x, resized by `resize_matrix` along both axes. The new weights
   `w' = (B^T)^+ w` minimise the mean square of `<x, w> - <B x, w'>` over standard normal patches x
-  (Section 3.4 and Appendix A of the paper). If the patches become larger, this difference is zero
+  (FlexiViT, Section 3.4 and Appendix A). If the patches become larger, this difference is zero
   for every x, so an enlarged image has the same tokens as before. B acts on rows and columns
   separately, and so does the pseudo-inverse of B.
 
@@ -181,7 +181,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. Its `position_grid` must be the grid for which its positions were made.
+      model: the model. `position_grid` must be the grid for which its positions were made.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

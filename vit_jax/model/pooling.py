@@ -23,21 +23,21 @@ class Pool:
     function: `(model, token_BND) -> vector`, called inside the model. The tokens are in the order
       class token (if present), registers, patches. The vector can have any width.
     padded: whether the function has a third argument, `length_B`: the number of tokens of each
-      image. The tokens after them are padding; None means no padding. Only such a pool can be used
-      for images of different shapes in one batch.
+      image. All later tokens are padding; None means no padding. Only a pool with this argument can
+      be used for images of different shapes in one batch.
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
-    params: names of the top-level parameters that the pool adds. Together with the head, they are
-      in the list of `last_layer`.
+    params: names of the top-level parameters that the pool adds. `last_layer` lists these names and
+      the head.
     linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
       Attention maps then average the attention of these tokens with the same weights.
     probe: function `(model, sown) -> share_BKN` of a pool with learned attention. It returns the
       attention weight of each token. `sown` is Flax's collection `intermediates` that the model
       returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
       there are no attention maps for the model.
-    distills: whether the vector is the class token followed by a distillation token, for which a
-      run with a teacher trains two heads (Touvron et al. 2020, 2012.12877, Section 4).
+    distills: whether the vector is the class token followed by a distillation token. A run with a
+      teacher then trains a head for each of the two (Touvron et al. 2020, 2012.12877, Section 4).
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
       The caption names the tokens that the pool reads.
   """

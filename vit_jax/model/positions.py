@@ -52,8 +52,8 @@ class Position:
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """Returns the row and the column of each patch of `grid`, `[h, w]` each, on the scale of `whole`.
 
-  Both grids cover the same image. Row and column give the centre of a patch. Both are measured in
-  patches of `whole`, from the centre of the first patch of `whole`. If the grids are equal, rows
+  Both grids cover the same image. Row and column give the centre of a patch. The unit is a patch of
+  `whole`, and the origin is the centre of the first patch of `whole`. If the grids are equal, rows
   and columns are 0, 1, 2, ...
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
@@ -164,7 +164,7 @@ def resize_positions(
 
 
 def between_corners(table_hwD: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-  """Resizes a table linearly, with unmoved corner values, like `scipy.ndimage.zoom(order=1)`."""
+  """Resizes a table linearly and keeps its corner values, like `scipy.ndimage.zoom(order=1)`."""
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]
     where = np.linspace(0, size - 1, wanted)

@@ -84,7 +84,7 @@ class Unit(nn.Module):
 class Stage(nn.Module):
   """A sequence of `units` bottlenecks (`Unit`) with the same number of channels.
 
-  The first of them reduces height and width by the factor `stride`.
+  The first bottleneck reduces height and width by the factor `stride`.
   """
 
   units: int

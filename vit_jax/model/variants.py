@@ -32,9 +32,9 @@ VARIANTS = {
   'wide': dict(width=512, depth=8, num_heads=12, mlp_dim=3072, patch_size=4, head_dim=64),
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
-# in pixels of the image, so it includes the stem: R50+B/16, R50+L/32, R26+B/32, R26+S/32, R+Ti/32.
-# R+Ti/32 is published as R+Ti/16. Its stem reduces the image by a factor of 4. Its patches are 8x8
-# positions of the stem's feature map, so they are 32x32 pixels of the image.
+# in pixels of the image, not of the feature map. Published hybrids: R50+B/16, R50+L/32, R26+B/32,
+# R26+S/32, R+Ti/32. The last one was published under the name R+Ti/16. Its stem reduces the image by
+# a factor of 4, and its patches are 8x8 positions of the feature map, so 32x32 pixels of the image.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
@@ -234,7 +234,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   if layers:
     raise ValueError(
       f'model.mlp={model.mlp} creates layers that are missing in vit_jax.model.ADAPTED: '
-      f'{", ".join(layers)}. Add each with the value 1: its kernel has one input axis.'
+      f'{", ".join(layers)}. Add each name with the value 1, because its kernel has one input axis.'
     )
   unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
   if not unlisted:

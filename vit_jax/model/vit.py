@@ -51,8 +51,8 @@ class ViT(nn.Module):
     position_grid: (down, across), the grid of patches to make positions for. For an image with a
       different grid, these positions are stretched. None: the grid of each image, no stretching.
     learned_grid: (down, across), the grid that the values of `pos_embedding` were learned for. The
-      model checks that it equals `position_grid` or, if that is None, the grid of the image.
-      None: the grid is unknown, and only the number of patches is checked.
+      model checks that this grid equals `position_grid`, or the grid of the image if
+      `position_grid` is None. None: unknown; the model checks only the number of patches.
     rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
     rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
       that the positions are made for.
@@ -212,8 +212,8 @@ class ViT(nn.Module):
       x = unit(x.astype(jnp.float32))
     if self.examples is not None:
       return KnnHead(self.num_classes, self.examples, name='head')(x)
-    # The head is initialised with zeros (Appendix B.1.1). So all logits and the first loss, log L,
-    # do not depend on the other parameters.
+    # The head is initialised with zeros (Appendix B.1.1), so all first logits are 0, and the first
+    # loss is log L.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def cut(self, image_BHWC: jax.Array) -> jax.Array:
