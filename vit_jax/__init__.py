@@ -13,7 +13,7 @@ import threading
 # Otherwise etils, a library for files in buckets, would import TensorFlow.
 os.environ.setdefault('EPATH_USE_TF', '0')
 
-_PUBLIC = {  # imported on first use: a model needs no data or checkpoint libraries
+_PUBLIC = {  # imported on first use, because a model needs no data or checkpoint libraries
   'ViT': 'model.vit',
   'Encoder': 'model.encoder',
   'make': 'model.variants',

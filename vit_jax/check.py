@@ -1,7 +1,7 @@
 """Checks a config: valid names, valid ranges, and keys that contradict each other.
 
 `keys.py` gives the valid range or the valid names of each key. Instead of a list of names, a key
-can give the name of a registry in `REGISTRIES`. The valid names are then those in the registry.
+can give the name of a registry in `REGISTRIES`. The valid names are then the names in the registry.
 """
 
 from collections.abc import Callable, Collection
@@ -121,7 +121,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   rates = config.sweep
   if rates and not (config.freeze and config.data.val_split != ''):
     raise ValueError(
-      'sweep needs freeze=backbone and a data.val_split, which selects the learning rate, e.g. '
+      'sweep needs freeze=backbone and a data.val_split to select the learning rate, e.g. '
       "train_split='train[:98%]', val_split='train[98%:]'."
     )
   if len(set(rates)) < len(rates) or not all(rate > 0 for rate in rates):
@@ -142,7 +142,7 @@ def check_held_out(config: ConfigDict, source: Source) -> None:
 
 
 def check_frozen(config: ConfigDict, trains: bool) -> None:
-  """Raises ValueError if keys contradict each other about the parameters to train.
+  """Raises ValueError for keys that contradict each other about which parameters are trained.
 
   The key `classifier` is checked only if `trains` is True.
   """
@@ -152,8 +152,9 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
     if wrong:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
-        f'combined with {", ".join(wrong)}. Set epochs=0 and leave the other keys at their '
-        'default. To train the head further, start another run with --config.init=<this workdir>.'
+        f'combined with {", ".join(wrong)}. Set epochs=0, and keep the defaults of freeze, '
+        'adapt, sweep and ema. To train the computed head further, start a second run with '
+        '--config.init=<this workdir>.'
       )
   if config.adapt and config.freeze:
     raise ValueError(
@@ -186,7 +187,10 @@ def check_objective(config: ConfigDict) -> None:
   name, teacher = config.objective, config.distill.teacher
   if name and (name == 'distilled') != bool(teacher):
     remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'
-    raise ValueError(f'objective={name}: {remedy}, or set objective to None.')
+    raise ValueError(
+      f'objective={name} contradicts distill.teacher={teacher!r}: {remedy}, or set objective to '
+      'None.'
+    )
   if not objective_of(config).labels:
     keys = [key for key in ('freeze', 'adapt', 'classifier', 'sweep') if config[key]]
     wrong = [f'{key}={config[key]}' for key in keys]
@@ -195,7 +199,8 @@ def check_objective(config: ConfigDict) -> None:
     if wrong:
       raise ValueError(
         f'objective={name} trains no classification head, so it cannot be combined with '
-        f'{", ".join(wrong)}. Pretrain first. Then start a second run with this workdir as init.'
+        f'{", ".join(wrong)}. Pretrain first, without these keys. Then use them in '
+        'a second run with --config.init=<this workdir>.'
       )
   width, heads = config.masked.decoder_width, config.masked.decoder_heads
   if name == 'masked' and (heads < 1 or width < 4 or width % heads or width % 4):

@@ -58,7 +58,7 @@ def is_switch(key: str) -> bool:
 
 
 def unknown(key: str) -> str:
-  """Returns the message for an unknown key, with the nearest valid keys."""
+  """Returns the error message for an unknown key, with similar valid keys."""
   named = collections.defaultdict(list)  # {possible intended name: keys with this name}
   for name in KEYS:
     section, _, leaf = name.rpartition('.')
@@ -251,7 +251,7 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Context manager that names the `--import` modules of a run that are missing in this process.
+  """Context manager that reports which `--import` modules of a run this process has not imported.
 
   If the code in the context raises a ValueError, the names are added to the message of this error.
   Otherwise a warning with the names is logged. The modules are not imported, because a checkpoint

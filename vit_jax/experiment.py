@@ -51,9 +51,9 @@ class Experiment:
   """The model that a config describes, with the functions that training and evaluation need.
 
   `fit` resizes an image on the host. `names` has the files that the weights were trained on; None
-  if unrecorded. Only training sets `teacher` (None without one) and `weight_L`, the loss weight of
-  each class (None if all are equal). `calibration` turns logits into probabilities. `parts` is the
-  number of micro-batches with which a step fits into memory; None if this number was not computed.
+  if unrecorded. Only training sets `teacher`, if there is one, and `weight_L`, the loss weight of
+  each class, if they differ; else both are None. `calibration` turns logits into probabilities.
+  `parts` is the number of micro-batches with which a step fits into memory; None if not computed.
   `pack` pads images that keep their aspect ratio; None if images are resized to one shape.
   """
 
@@ -79,7 +79,7 @@ class Experiment:
 
   @property
   def chosen_attention(self) -> str:
-    """The kernel that the run chose for `model.attention=auto`; `auto` if it chose none."""
+    """The kernel that the run chose if the config says `model.attention=auto`; else `auto`."""
     return self.model.attention if self.config.model.attention == 'auto' else 'auto'
 
   @property
@@ -123,7 +123,7 @@ class Experiment:
     """Returns an experiment for another image size and patch size, with the same parameters.
 
     None leaves a size unchanged. Positions are stretched over the new patch grid, and the patch
-    embedding is resized. If the host stores images at the model's size, this size changes too.
+    embedding is resized. If images are stored at the input size, the stored size changes too.
     """
     own, own_patch = pair(self.config.data.image_size), self.model.patch_size
     size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')
@@ -180,10 +180,10 @@ class Experiment:
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns the best number of micro-batches into which each device divides its part.
+    """Returns the best number of micro-batches into which a device divides its part of a batch.
 
-    If a device gets an even number of images, two images that are mixed are in the same
-    micro-batch.
+    If a device gets an even number of images, two images that are mixed with each other are in
+    one micro-batch.
     """
     size, patch = self.image_shape, self.model.patch_size
     patches = self.pack.most if self.pack else (size[0] // patch[0]) * (size[1] // patch[1])
@@ -233,8 +233,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: no model with these keys exists, or the model does not fit the images. Or the loss
-      or the classifier does not fit the labels.
+    ValueError: the keys do not give a valid model, or the model does not fit the images. Or the
+      loss or the classifier does not fit the labels.
   """
   if not objective_of(config).labels:
     task = dataclasses.replace(task, class_names=(), multi_label=False)
@@ -250,7 +250,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   loss = choose_loss(keys.pop('name'), task.multi_label)
   check_classifier(config.classifier, task.multi_label)
   check_weights(keys.pop('class_weights'), task.class_names)
-  if task.stored_size == pair(config.data.image_size):  # images stored smaller are not cropped
+  if task.stored_size == pair(config.data.image_size):  # no crop if stored smaller
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
   if config.data.cache == 'stream':  # the decoder on the host already crops

@@ -110,8 +110,8 @@ def names_of(loaded: Pretrained) -> TrainingFiles:
   names = TrainingFiles() if loaded.run is None else TrainingFiles.load(loaded.run)
   if names is None:
     log.warning(
-      'Weights of this run come from version 0.1.0, which did not record the training files. '
-      'Perhaps these weights were trained on some of the test images.'
+      'The loaded weights were trained with vit_jax 0.1.0, which did not record the training '
+      'files. Some of the test images may have been used for training.'
     )
   return names or TrainingFiles()
 
@@ -171,7 +171,8 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
   if found.channels != source.channels:
     raise ValueError(
       f'{name} expects images with {found.channels} channel(s), but the images of '
-      f'data.source={data} have {source.channels}. Use a teacher for the same kind of images.'
+      f'data.source={data} have {source.channels}. Use a teacher for images with '
+      f'{source.channels} channel(s).'
     )
   if count != len(classes) or found.class_names not in (None, classes):
     theirs = found.class_names
@@ -214,7 +215,7 @@ def adaptation(
 
 
 def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
-  """Returns the config with missing values taken from the weights, if both describe one model.
+  """Returns the config, with its missing values taken from the weights.
 
   Raises:
     ValueError: the config describes a different model; the message lists the differences.

@@ -159,7 +159,7 @@ def begin_from(
       f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
       'Set --config.init, e.g. to a file, a folder or a workdir.'
     )
-  check(config)  # again, because values were chosen
+  check(config)  # again, because values were added
   warn_of_few(config, source)
   return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))
 
@@ -176,9 +176,9 @@ def from_init(
     init: anything that `pretrained.load` reads.
     overrides: dotted config keys and their values as text.
     classes: `weights` keeps the classes of the weights. `data` uses the classes of the data; if the
-      weights have different classes, a head of zeros is used. `any` also accepts weights without a
-      head: the model then has no classes and returns features.
-    zero_shot: as in `Request`. If `classes` is `data`, the file must contain each of these classes.
+      weights have different classes, a head of zeros is used. `any` is like `weights`, but accepts
+      weights without a head: the model then has no classes and returns features.
+    zero_shot: as in `Request`. If `classes` is `data`, the file must list each class of the data.
 
   Raises:
     ValueError: the weights cannot be read or have no head, or overrides contradict the weights. Or
@@ -269,12 +269,12 @@ def from_workdir(
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
   """Opens the requested model, and returns its experiment, parameters and step (None for `init`).
 
-  A warning names overrides that have no effect, because only training reads these keys.
+  A warning names overridden keys that have no effect, because only training reads them.
 
   Args:
     request: the model to open.
     classes: classes of the model, as in `from_init`. A model trained without labels has no classes.
-      The workdir of such a model is an error, unless this argument is `data` or `any`.
+      If the request names such a model, `classes` must be `data` or `any`.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.

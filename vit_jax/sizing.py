@@ -4,12 +4,14 @@ A key is open if its value is None.
 
 Decisions:
   * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
-    smaller, down to `MIN_BATCH`; then the run gets more epochs. A batch has at most as many images
-    as the training split, unless the devices cannot divide such a small batch.
+    smaller, down to `MIN_BATCH`. If this is not enough, the run gets more epochs.
+  * A batch has at most as many images as the training split, unless the devices cannot divide such
+    a small batch.
   * A batch size is a power of two times the smallest batch size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
-    Section 2.1). The updates of the other optimizers do not grow with the gradient. Their learning
-    rate is proportional to the square root of the batch size (Malladi et al. 2022, 2205.10287).
+    Section 2.1). The updates of the other optimizers do not grow with the gradient, so their
+    learning rate is proportional to the square root of the batch size (Malladi et al. 2022,
+    2205.10287).
   * The chosen values are saved with the run, and a resumed run uses them again.
 """
 
@@ -35,7 +37,7 @@ SAVES = 10  # number of checkpoints that a run saves
 PARTS = 'train[:90%]', 'train[90%:]'  # splits for training and for validation
 VALIDATION = ('val', 'valid', 'validation')  # names of validation splits
 PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # {image size: patch size}, both in pixels
-MADE = (32, 32)  # size of synthetic images if the config leaves it open
+MADE = (32, 32)  # size of synthetic images if the config sets no size
 SAMPLE = 100  # number of training images whose sizes are read
 FEW = 3  # a warning names classes with fewer held-out images
 
@@ -123,7 +125,7 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
     if val is None:
       log.warning(
         'data.train_split=%s is set and data.val_split is not, so no images are held out for '
-        'validation. With data.train_split=None, a part is held out.',
+        'validation. Set data.val_split, or set data.train_split=None to hold out some images.',
         train,
       )
     return train or 'train', val or ''

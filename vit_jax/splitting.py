@@ -57,9 +57,9 @@ def open_splits(
 ) -> tuple[Split, Split | None, Split]:
   """Opens the splits for training, validation (None without one) and test.
 
-  The files in `seen`, which the weights were trained on, are removed from validation and test. A
-  sweep of learning rates is an exception, because its final run also trains on the validation
-  split. This split then loses only files on which `init` or the teacher was trained before the run.
+  The files in `seen`, which the weights were trained on, are removed from validation and test. The
+  final run of a learning-rate sweep also trains on the validation split. So in a run with a sweep,
+  validation loses only the files on which `init` or the teacher was trained before the run.
 
   Raises:
     ValueError: the weights were trained on the whole validation or test split or, for data without
@@ -111,7 +111,7 @@ def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
     source: dataset of the run.
 
   Raises:
-    ValueError: no model with these keys exists, or the splits do not fit into memory.
+    ValueError: the keys do not describe a valid model, or the splits do not fit into memory.
   """
   size, names = task.stored_size, named_splits(config)
   reading = assemble(config, task).reading  # reports mistakes in the model before any image is read

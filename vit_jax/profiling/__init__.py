@@ -1,4 +1,4 @@
-"""Performs training steps of a run again, to show where their time goes or to verify results."""
+"""Repeats training steps of a run, to show where their time goes or to verify results."""
 
 from vit_jax.profiling.recording import profile
 from vit_jax.profiling.replay import Verdict, verify

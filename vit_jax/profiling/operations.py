@@ -43,7 +43,7 @@ class Operation:
 
   @property
   def label(self) -> str:
-    """Short name, equal for all blocks, e.g. `block_*/mlp/up/dot_general, backward`."""
+    """Short name, the same for all blocks, e.g. `block_*/mlp/up/dot_general, backward`."""
     parts = [unwrapped(part) for part in self.path.split('/')]
     kept = [re.sub(r'_\d+$', '_*', part) for part in parts if not AROUND_MODULES.match(part)]
     return '/'.join(kept or [self.opcode]) + (', backward' if 'transpose(' in self.path else '')

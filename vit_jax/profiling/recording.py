@@ -48,8 +48,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
     )
   if config.classifier:
     raise ValueError(
-      f'--mode=profile records training steps, but classifier={config.classifier} has none. '
-      'Profile the run that trained the backbone.'
+      f'--mode=profile records training steps, but a run with classifier={config.classifier} has '
+      'none. Profile the run that trained the backbone.'
     )
   storage.check_folder(workdir)
   with contextlib.ExitStack() as stack:
@@ -76,8 +76,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
 def names_in_cache_key() -> Iterator[None]:
   """Context manager that includes names of operations in the keys of JAX's compilation cache.
 
-  Otherwise, the cache could return a program of an older version of the code, which computes the
-  same, but whose operations have other names.
+  Otherwise, the cache could return a program that an older version of the code compiled. It would
+  compute the same numbers, but its operations would have other names.
   """
   key = 'jax_compilation_cache_include_metadata_in_key'
   before = getattr(jax.config, key)

@@ -32,10 +32,10 @@ from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, tr
 
 log = logging.getLogger(__name__)
 
-# Largest relative difference that rounding explains: the norm of the difference, divided by the
-# norm. Both norms are over all arrays of a part of the train state (`part_of`), because a single
-# array can differ by more. For example, the gradient of the key bias is zero in exact arithmetic,
-# so the computed gradient consists of rounding errors.
+# Largest relative difference that rounding explains: the norm of the difference between repeated
+# and saved values, divided by the norm of the saved values. Both norms are over a part of the train
+# state, e.g. all parameters (`part_of`), because a single array can differ by more. For example,
+# the exact gradient of the key bias is zero, so the computed gradient is only rounding errors.
 ROUNDING = 0.02
 MOST = 5  # maximum number of arrays that a message names
 
@@ -71,8 +71,8 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   """Repeats the steps between a run's two newest checkpoints, and compares the train states.
 
   Args:
-    workdir: folder of the run. Only missing features of a teacher are written there.
-    overrides: keys of the config to change and their values as text, e.g. for `data.dir`.
+    workdir: folder of the run. Only a teacher's missing features are written to this folder.
+    overrides: config keys to change, e.g. `data.dir`, and their values as text.
 
   Raises:
     ValueError: the workdir does not have two checkpoints, or the steps cannot be repeated.
@@ -133,7 +133,9 @@ def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
 def check_repeatable(
   workdir: pathlib.Path, config: ConfigDict, cycles: tuple[int, ...], first: int, last: int
 ) -> None:
-  """Raises ValueError if a new cycle began between two checkpoints, or only a head is trained.
+  """Raises ValueError if the steps between two checkpoints cannot be repeated.
+
+  This is the case if a new learning-rate cycle began between them, or the run trains only a head.
 
   Args:
     workdir: folder of the run.
@@ -183,7 +185,7 @@ def judged(
       'The run did not record its devices'
     )  # fmt: skip
     if worst <= ROUNDING:
-      text = f'{why}, so rounding differs: {span} gave the same arrays within {worst:.2g}.'
+      text = f'{why}, so rounding differs: {span} gave arrays that agree within {worst:.2g}.'
       return Verdict(steps, True, text)
     head = f'{why}, but {span} gave arrays that differ by more than rounding ({ROUNDING:g}):'
   else:
@@ -240,11 +242,11 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
   """Yields `(part, relative difference)` for each part of the train state (see `part_of`).
 
   The relative difference is the norm of the difference of all arrays of the part, divided by the
-  norm of the saved arrays. If the saved arrays are 0, the norm of the difference is not divided.
+  norm of the saved arrays. If the saved arrays are 0, the result is the norm of the difference itself.
 
   Args:
     found: result of `differences`.
-    params: parameters of the model, as in `part_of`.
+    params: parameters of the model; only the names at the top level are used.
   """
   parts = collections.defaultdict(list)
   for name, each in found.items():
@@ -255,9 +257,10 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
 
 
 def part_of(name: str, params: Mapping) -> str:
-  """Returns the part of the train state to which an array belongs, e.g. `opt_state/1/0/mu`.
+  """Returns the part of the train state to which an array belongs.
 
-  The part is `name` before its first component that is a top-level key of `params`.
+  For the name `opt_state/1/0/mu/block_0/mlp/up/kernel`, the part is `opt_state/1/0/mu`. It ends
+  before the first name that is a top-level key of the model's parameters, here `block_0`.
   """
   words = name.split('/')
   inner = (i for i, word in enumerate(words) if word in params)

@@ -1,9 +1,10 @@
 """Divides the time of recorded steps among the operations that ran.
 
 Decisions:
-  * At each moment, the running operations share the time equally. So the times of all operations
-    add up to the total time.
-  * A collective gets time only while no other operation runs, because it costs no time otherwise.
+  * At each moment, the time is divided equally among the running operations, so that the times of
+    all operations add up to the total time.
+  * A collective gets time only while no other operation runs, because next to another operation it
+    does not make the step longer.
   * Waiting for a batch gets time only while no operation runs.
 """
 
@@ -105,7 +106,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of an operation or `WAIT`; at each moment, only the lowest rank gets time."""
+  """Returns the rank of an operation or `WAIT`: time goes only to the lowest rank that runs."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
