@@ -153,7 +153,7 @@ def test_nothing_is_held_out_if_a_class_would_have_no_training_image(caplog):
 def test_classes_with_few_held_out_images_are_named(caplog):
   source = photos(60)
   sizing.warn_of_few(chosen(FINETUNE, source), source)
-  assert 'train[90%:]: fewer than 3 held-out images of the classes class 0 (2), ' in caplog.text
+  assert 'train[90%:] has fewer than 3 images of the classes class 0 (2), ' in caplog.text
   assert 'test: fewer' not in caplog.text  # 6 images for validation, 12 for testing
 
 

@@ -59,7 +59,7 @@ def is_switch(key: str) -> bool:
 
 def unknown(key: str) -> str:
   """Returns the error message for an unknown key, with similar valid keys."""
-  named = collections.defaultdict(list)  # {possible intended name: keys with this name}
+  named = collections.defaultdict(list)  # {name that the user may mean: keys with this name}
   for name in KEYS:
     section, _, leaf = name.rpartition('.')
     for words in {name, leaf}:

@@ -47,7 +47,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
     (empty if unknown).
 
   Raises:
-    ValueError: the weights do not exist, or the config contradicts them.
+    ValueError: the weights do not exist, or the config contradicts the weights.
   """
   found = read_weights(config.init)
   if np.any(found.preprocessing.size):  # the npz files of the ViT paper do not store a size

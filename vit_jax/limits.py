@@ -27,7 +27,7 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def memory_for(what: str) -> Iterator[None]:
-  """Context manager that raises `OutOfMemory` for errors that mean a lack of memory or threads.
+  """Context manager that turns errors about a lack of memory or threads into `OutOfMemory`.
 
   It also works as a decorator. In nested contexts, the innermost one sets the message.
 

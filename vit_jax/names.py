@@ -26,7 +26,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns those `arguments` that a function accepts; all of them if it has `**kwargs`."""
+  """Returns the `arguments` that a function accepts; all of them if it has `**kwargs`."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)

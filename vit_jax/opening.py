@@ -53,7 +53,7 @@ TRAINING_KEYS = (
   'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
 )  # fmt: skip
 
-# Splits to use with published weights. (A new run chooses its splits from its data.)
+# Splits for published weights. (A new run instead chooses its splits from its data.)
 OPEN_SPLITS = {'data.train_split': 'train', 'data.val_split': ''}
 
 

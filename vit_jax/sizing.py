@@ -39,11 +39,11 @@ VALIDATION = ('val', 'valid', 'validation')  # names of validation splits
 PATCHES = {32: 4, 64: 8, 128: 16, 224: 16}  # {image size: patch size}, both in pixels
 MADE = (32, 32)  # size of synthetic images if the config sets no size
 SAMPLE = 100  # number of training images whose sizes are read
-FEW = 3  # a warning names classes with fewer held-out images
+FEW = 3  # a warning names classes with fewer images in a held-out split
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
-  """Returns the (height, width) of the model's input, or `MADE` if the config leaves it open."""
+  """Returns the (height, width) of the model's input, or `MADE` if the config sets no size."""
   return pair(config.data.image_size or MADE)
 
 
@@ -159,7 +159,7 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
     if count_L is not None and (count_L < FEW).any():
       few = np.flatnonzero(count_L < FEW)
       text = abridged([f'{source.class_names[label]} ({count_L[label]})' for label in few])
-      log.warning('%s: fewer than %d held-out images of the classes %s.', split, FEW, text)
+      log.warning('The split %s has fewer than %d images of the classes %s.', split, FEW, text)
 
 
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:

@@ -162,7 +162,7 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   assert not code
   assert names(out) == PICTURES - {'curves', *OF_TEST} - left_out
   page = Page(out / 'report.html')
-  assert 'weights without a run have no metrics' in page.text
+  assert 'weights of --init come without metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)
   assert ('probe attends to' in page.text) == (name == 'timm_map')
   assert ('has no head' in page.text) == (name == 'hf_backbone')

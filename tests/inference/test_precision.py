@@ -270,6 +270,6 @@ def test_save_refuses_wrong_images_and_thresholds(tmp_path):
     save(precision='int8', images=np.zeros((3, 8, 8, 3), np.float32))
   with pytest.raises(ValueError, match='got 2 thresholds for 5 classes'):
     save(calibration=Calibration(thresholds=(0.5, 0.5)))
-  with pytest.raises(ValueError, match='Got 2 thresholds for 5 classes'):
+  with pytest.raises(ValueError, match='Expected 5 thresholds, one per class, got 2'):
     evaluation.given_labels(np.zeros(5), (0.5, 0.5))
   assert not (tmp_path / 'out').exists()

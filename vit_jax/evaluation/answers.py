@@ -37,9 +37,9 @@ FITTED = 2**26  # approximate maximum of logits to fit a calibration to: 256 MiB
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
   """Returns a compiled function that evaluates one batch: `(batch, params) -> rows`.
 
-  `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image:
-  the outputs that the config's `objective` defines, such as `logits` `[B, L]` and `loss` `[B]`, and
-  all arrays of `batch` except the images.
+  `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
+  It has the outputs that the config's `objective` defines, such as `logits` `[B, L]` and `loss`
+  `[B]`, and all arrays of `batch` except the images.
 
   Args:
     exp: the experiment.

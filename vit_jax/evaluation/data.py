@@ -127,7 +127,7 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   """Opens the validation split of a run, without the files that the weights were trained on.
 
   Args:
-    experiment: the experiment of the weights; config keys may be overridden in it.
+    experiment: the experiment of the weights, with the user's overrides.
     workdir: folder of the run.
     step: step number of the checkpoint with the weights.
 

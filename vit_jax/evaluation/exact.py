@@ -77,7 +77,8 @@ def evaluate(
     `accuracy` and further measures. `evaluate_checkpoint` describes all keys.
 
   Raises:
-    ValueError: the checkpoint does not exist, or the dataset or the overrides do not fit it.
+    ValueError: the checkpoint does not exist, or the dataset or the overrides do not fit
+      the checkpoint.
   """
   start_up()
   request = Request(to_path(workdir), '', str(step), overrides or {}, max_patches=max_patches)
@@ -98,7 +99,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     A dict with `step` (step number of the checkpoint; None for published weights), `source` (the
     dataset) and `split` (the test split), the values of `score_split`, and the measures of `trust`.
-    For a model without classes, the loss is the only measure. Some keys exist only if they apply:
+    For a model without classes, the loss is the only measure. These keys exist only if they apply:
     `left_out`: number of test images that are not scored, because the weights were trained on them.
     `max_patches`: the value in the request.
     `overrides`: the overridden config keys that change what the model computes (`INPUT`), with

@@ -97,7 +97,7 @@ def draw_readable(
     label_N[bad] = -1
     checked = np.union1d(checked, unknown)
   if most < max(SHOTS):
-    log.warning('At most %d images per class are used: a class has only %d images.', most, fewest)
+    log.warning('Using at most %d images per class, because a class has only %d.', most, fewest)
   return drawn, needed
 
 
@@ -194,7 +194,8 @@ def fewshot(request: Request, classifier: str = 'ridge') -> dict:
     classifier: one of `CLASSIFIERS`.
 
   Returns:
-    The dict of `score_backbone`. For a checkpoint, it also contains `step`, the step number.
+    The dict of `score_backbone`. For a checkpoint, the dict also contains `step`, the
+    step number.
   """
   choose('--classifier', classifier, CLASSIFIERS)
   exp, params, loaded = opening.open_model(request, 'data')

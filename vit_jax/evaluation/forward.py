@@ -29,7 +29,8 @@ def map_files(
     params: parameters of the experiment's model.
     files: image files, at least one.
     function: maps `(image_BHWC, params)` to an array with one row per image. `image_BHWC` contains
-      uint8 images. If images keep their aspect ratio (`exp.pack`), it is a `Padded` batch instead.
+      uint8 images. If images keep their aspect ratio (`exp.pack`), `image_BHWC` is
+      a `Padded` batch instead.
 
   Yields:
     `(file, row)` for each file, in order. `row` is the row of the function's result for this image,

@@ -113,7 +113,7 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 
   Returns:
     A dict with an array `[BINS]` for each key:
-    `low` and `high`: limits of the bin, which holds the confidences above `low` and up to `high`.
+    `low` and `high`: limits of the bin. Its confidences are above `low` and at most `high`.
     `examples`: number of examples in the bin.
     `confidence`: mean confidence of the examples in the bin; NaN in an empty bin.
     `accuracy`: accuracy on the examples in the bin; NaN in an empty bin.
@@ -137,7 +137,7 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
   """Computes the expected calibration error from the result of `reliability`, 0 to 1.
 
-  Each bin has an absolute difference between its accuracy and its mean confidence. The error is the
+  For each bin, take the absolute difference between accuracy and mean confidence. The error is the
   mean of these differences, weighted by the number of examples per bin (Guo et al. 2017, equation
   3).
   """
@@ -190,7 +190,7 @@ def fit_temperature(logits_NL: np.ndarray, label_N: np.ndarray) -> float:
     logits_NL: logits of the examples, not yet divided by a temperature.
     label_N: true class of each example.
   """
-  from scipy import optimize  # imported here, because it takes 0.4 s and is rarely used
+  from scipy import optimize  # imported only here, because importing SciPy takes 0.4 s
 
   logits_NL, label_N = np.asarray(logits_NL), np.asarray(label_N)
   rows = max(1, CHUNK // logits_NL.shape[1])

@@ -100,7 +100,7 @@ def chosen(threshold_L: Sequence[float] | None, classes: int) -> np.ndarray:
   if threshold_L is None:
     return np.full(classes, THRESHOLD)
   if len(threshold_L) != classes:
-    raise ValueError(f'Got {len(threshold_L)} thresholds for {classes} classes: give one each.')
+    raise ValueError(f'Expected {classes} thresholds, one per class, got {len(threshold_L)}.')
   return np.asarray(threshold_L)
 
 
@@ -181,7 +181,8 @@ class Labelled:
 
     Args:
       class_names: names of the classes.
-      calibration: contains the threshold of each class; `THRESHOLD` is used if it has none.
+      calibration: contains the fitted threshold of each class. Without fitted thresholds,
+        `THRESHOLD` is used.
 
     Returns:
       A dict with these keys:

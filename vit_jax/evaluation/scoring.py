@@ -139,8 +139,8 @@ class Losses:
 class Accuracy(metrics.Average):
   """Accuracy: the share of images whose label is the class with the largest logit.
 
-  If an image has several labels, the class must be one of them. Images without a label do not
-  count.
+  If an image has several labels, the class must be one of these labels. Images without a label
+  do not count.
   """
 
   @classmethod

@@ -48,7 +48,7 @@ def principal_components(x_ND: np.ndarray, count: int) -> tuple[np.ndarray, np.n
 
   Args:
     x_ND: the vectors.
-    count: maximum number of components. F, their number, is the smallest of `count`, N - 1, D.
+    count: maximum number of components. F is the smallest of `count`, N - 1 and D.
 
   Returns:
     The components, float64 `[F, D]`, in decreasing order of variance. Each is a unit vector whose

@@ -46,7 +46,7 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   tested = [line for line in lines if line['split'] == 'test' and 'accuracy' in line]
   result = (read_json(workdir / 'result.json') if workdir else None) or {}
   result = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-  if result.get('steps', -1) >= last:  # else training was resumed after this result
+  if result.get('steps', -1) >= last:  # a smaller number is outdated: training was resumed
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
     if 'test_loss' in result and 'test_accuracy' not in result:  # masked: not in nats

@@ -54,7 +54,7 @@ def visualize(
     except Missing as reason:
       log.info('Skipped %s: %s', path.name, reason)
       left_out[title] = str(reason)
-      path.unlink(missing_ok=True)  # an earlier call may have drawn it
+      path.unlink(missing_ok=True)  # an earlier call may have drawn this figure
       continue
     save_figure(figure, path)
     drawn.append(Picture(path, title, caption))

@@ -1,4 +1,4 @@
-"""Draws the patches of an image that a masked autoencoder sees, and those that it predicts."""
+"""Draws the patches of an image that a masked autoencoder sees, and the patches it predicts."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
   The first version is the original. In the second, the hidden patches are grey. In the third, the
   hidden patches are replaced by the model's predictions. The model predicts normalised patches,
   with mean 0 and variance 1. So each prediction is scaled to the mean and the standard deviation of
-  the true patch, which the model does not know.
+  the true patch. The model does not know these two numbers.
 
   Args:
     exp: experiment of a run with `objective=masked`.

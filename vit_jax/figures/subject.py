@@ -1,4 +1,4 @@
-"""Reads and computes, once, the data that the figures of a run need.
+"""Collects the data for all figures of a run, so that everything is computed only once.
 
 The drawn test images are the first images of each class in the split, so that all calls and all
 runs on one dataset draw the same images.
@@ -59,7 +59,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   chosen = read_images(files, exp) if files else None
   mesh = inference_mesh(SHOWN if init else exp.config.eval_batch_size)
   on_device = replicate(mesh, params)
-  test = Missing('weights without a run have no test data.')
+  test = Missing('weights of --init come without test data.')
   test = test if init else load_test(exp, request.overrides)
   there = not isinstance(test, Missing)
   scores = nearest = test
@@ -84,7 +84,7 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
   """Returns the lines of `metrics.jsonl` as dicts, or a `Missing` with the reason."""
   if workdir is None:
-    return Missing('weights without a run have no metrics.')
+    return Missing('weights of --init come without metrics.')
   if not (workdir / 'metrics.jsonl').exists():
     return Missing('the workdir has no metrics.jsonl.')
   return read_metrics(workdir) or Missing('metrics.jsonl has no lines yet.')
@@ -163,7 +163,7 @@ def choose_images(test: Split, exp: Experiment) -> np.ndarray:
     label_N = label_N.argmax(axis=1)
   shown, measured = (maps.spread_over_classes(label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
-  # The figures of patches and heads show only the first image, so it should have a high contrast.
+  # The figures of patches and heads show only the first image, so sort images by contrast.
   shown = shown[np.argsort(-contrast, kind='stable')]
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
   return test.some(index).image_NHWC

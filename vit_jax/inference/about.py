@@ -13,7 +13,7 @@ SHOWN = 30  # maximum number of class names in the description
 
 
 def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns what visitors of the demo page must know about its model, as `{title: Markdown text}`.
+  """Returns what visitors of the demo page must know about the model, as `{title: Markdown text}`.
 
   Args:
     exp: the experiment of the weights.
@@ -57,7 +57,7 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
   """Returns a sentence with the measured accuracy.
 
   If images can have several labels, the sentence gives the mean average precision instead. If
-  nothing was measured, it explains how to measure the accuracy.
+  nothing was measured, the sentence explains how to measure the accuracy.
 
   Args:
     measured: contents of `eval.json`; empty if the accuracy was not measured.

@@ -145,7 +145,7 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   """Describes how weights were trained: on which data, how long, and from which initial weights.
 
   Args:
-    loaded: the weights. If they come from a run of vit_jax, they contain its config.
+    loaded: the weights. Weights from a run of vit_jax contain the config of the run.
     source: path or name that the weights were read from.
 
   Returns:

@@ -265,7 +265,7 @@ def remove_empty(folder: pathlib.Path) -> None:
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError if a folder contains a run, or a weight file that must not be replaced.
 
-  Weight files may be replaced if their names are in `names`, the files that an export writes.
+  `names` are the files that the export writes. It may replace weight files with these names only.
   """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}

@@ -56,7 +56,7 @@ class Viewer:
     self.exp = exp
     self._look = functools.partial(jax.jit(self.look), jax.device_put(params))
     blank_HWC = np.zeros((*exp.task.stored_size, exp.task.channels), np.uint8)
-    seen = self.see(blank_HWC)  # this also compiles
+    seen = self.see(blank_HWC)  # the first call compiles
     self.rows, self.heads = (0, 0) if seen.heads_RKhw is None else seen.heads_RKhw.shape[:2]
 
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -126,7 +126,7 @@ def serve(request: Request, host: str, port: int) -> None:
   exp, params, step = opening.open_model(request)
   with progress.announced('Compiling ...'):
     viewer = Viewer(exp, params)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that uploads are deleted
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a normal exit deletes the uploads
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))

@@ -138,7 +138,7 @@ def plain(
   """Returns the values averaged by the attention weights, `[B, Q, K, E]`.
 
   Args:
-    query_BQKE: queries; the number of keys can be different (the MAP head has one query).
+    query_BQKE: queries; there can be fewer queries than keys (the MAP head has one query).
     key_BNKE: keys.
     value_BNKE: values.
     keep_BKQN: bool mask, True for the weights that dropout keeps; None keeps all. Kept weights are

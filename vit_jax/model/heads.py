@@ -1,8 +1,9 @@
 """The k-NN head, which classifies by the nearest training images, and `head_logits` for all heads.
 
-The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4), with the
-constants of DINO (Caron et al. 2021, 2104.14294, Section 4.1 and its code): the 20 training images
-with the highest cosine similarity vote for their class with the weight exp(similarity / 0.07).
+The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4). Its constants
+are those in the paper and the code of DINO (Caron et al. 2021, 2104.14294, Section 4.1). The 20
+training images with the highest cosine similarity vote for their classes. A vote has the weight
+exp(similarity / 0.07).
 
 Decisions:
   * The stored features and labels are parameters, so checkpoints, inference and exported

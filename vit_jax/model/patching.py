@@ -181,7 +181,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. `position_grid` must be the grid for which its positions were made.
+      model: the model. Its `position_grid` must be the grid that its positions are for.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 
@@ -204,7 +204,7 @@ class Packer:
     h, w, *patch = patch_hwpqC.shape
     missing = self.most - h * w
     if missing < 0:
-      raise ValueError(f'An image has {h * w} patches, but at most {self.most} are allowed.')
+      raise ValueError(f'An image has {h * w} patches, but max_patches={self.most} is the maximum.')
     patch_NpqC = np.pad(patch_hwpqC.reshape(h * w, *patch), [(0, missing), *[(0, 0)] * len(patch)])
     return Padded(patch_NpqC, np.int32(h * w), self.positions((h, w)))
 

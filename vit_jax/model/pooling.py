@@ -37,7 +37,8 @@ class Pool:
       returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
       there are no attention maps for the model.
     distills: whether the vector is the class token followed by a distillation token. A run with a
-      teacher then trains a head for each of the two (Touvron et al. 2020, 2012.12877, Section 4).
+      teacher then trains a head for each of the two tokens (Touvron et al. 2020, 2012.12877,
+      Section 4).
     caption: completes the sentence "What {caption}, by block and head." under the attention maps.
       The caption names the tokens that the pool reads.
   """

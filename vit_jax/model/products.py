@@ -37,7 +37,7 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 def with_stored_transposes(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
   """Returns `x W`, `[N, O]`, with a gradient that multiplies copies of `x^T` and `W^T`.
 
-  `stored_transpose` makes the copies. `wants_stored` says when they are faster.
+  `stored_transpose` makes the copies. `wants_stored` says when the copies save time.
   """
   return x_NI @ kernel_IO
 

@@ -282,7 +282,7 @@ class ViT(nn.Module):
     return tuple(make and make(self, grid, whole) for make in (position.table, position.angles))
 
   def learned(self, name: str, init: nn.initializers.Initializer, shape: tuple) -> jax.Array:
-    """Returns a top-level parameter. Unlike `param`, this also works in a model from `bind`."""
+    """Returns a top-level parameter. Unlike `param`, this method also works in a bound model."""
     given = self.get_variable('params', name)
     return self.param(name, init, shape) if given is None else given
 

@@ -115,7 +115,7 @@ def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
 
 
 def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
-  """Returns the config of a checkpoint, with overrides applied, after checking it.
+  """Returns the checked config of a checkpoint, with overrides applied.
 
   Args:
     item: the checkpoint's item `config`, from `restore_item`.
@@ -218,7 +218,7 @@ def differences(ended, wanted) -> dict[str, Difference]:
 
   Args:
     ended: the repeated train state.
-    wanted: the saved train state; its arrays are the second ones of each `Difference`.
+    wanted: the saved train state; each of its arrays is the second of a `Difference`.
   """
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
   compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
@@ -242,7 +242,7 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
   """Yields `(part, relative difference)` for each part of the train state (see `part_of`).
 
   The relative difference is the norm of the difference of all arrays of the part, divided by the
-  norm of the saved arrays. If the saved arrays are 0, the result is the norm of the difference itself.
+  norm of the saved arrays. If the saved arrays are 0, the result is the first norm.
 
   Args:
     found: result of `differences`.
