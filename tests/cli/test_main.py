@@ -261,7 +261,7 @@ def test_features_are_stored_only_once_in_memory():
     (['--mode=visualize', '--workdir=nowhere'], 'no metrics.jsonl and no checkpoint'),
     (['--mode=visualize', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=visualize', '--init=x.npz', '--images=x.png'], 'needs --out'),
-    (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'set --images'),
+    (['--mode=visualize', '--init=x.npz', '--out=nowhere'], 'Set --images'),
     (['--config=gs://bucket/digits.py', '--workdir=x'], 'must be a path on this machine'),
     ([CONFIG, '--workdir=x', '--config.data.source=folder:s3://bucket/x'], 'URLs of this'),
     ([CONFIG, '--workdir=x', '--config.data.source=folder:x', '--config.data.dir=s3://bucket'],
