@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 EvalStep = Callable[[dict[str, jax.Array], dict], dict[str, jax.Array]]
 
-FITTED = 2**26  # approximate maximum of logits to fit a calibration to: 256 MiB of float32
+FITTED = 2**26  # approximate maximum number of logits for fitting a calibration: 256 MiB
 
 
 def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> EvalStep:
@@ -76,7 +76,8 @@ def answer_split(
     mesh: the devices.
     **extra: optionally `real`: ReaL labels from `load_real_labels`, with one row per example.
   """
-  index = {'example': np.arange(len(examples), dtype=np.int32)}  # seeds each mask
+  # With `objective=masked`, the index of an image in the split seeds its mask.
+  index = {'example': np.arange(len(examples), dtype=np.int32)}
   batches = eval_batches(examples, batch_size, batch_sharding(mesh), **extra, **index)
   count = math.ceil(len(examples) / batch_size)
   for i, batch in enumerate(progress.bar(batches, 'Evaluating', 'batch', count)):

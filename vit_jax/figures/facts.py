@@ -49,7 +49,8 @@ def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
   if result.get('steps', -1) >= last:  # a smaller number is outdated: training was resumed
     known = [(result[key], *text) for key, text in RESULT.items() if key in result]
     found = {name: form.format(value) for value, name, form in known}
-    if 'test_loss' in result and 'test_accuracy' not in result:  # masked: not in nats
+    # The loss of objective=masked is not in nats.
+    if 'test_loss' in result and 'test_accuracy' not in result:
       found['test loss'] = f'{result["test_loss"]:.4f}'
   elif lines:
     found['training steps'] = f'{last:,}, not finished'
