@@ -24,22 +24,24 @@ PIXELS = 224
 
 ABOUT = f"""# Models
 
-This page lists the models that you can build or load by name. The column `parameters` counts them
-in millions, with a head of 1,000 classes and position embeddings for {PIXELS}x{PIXELS} pixels.
-Exceptions: `tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3 has no head.
-The command `python -m benchmarks.zoo` builds the models, counts their parameters and writes this
-page.
+This page lists the models that you can build or load by name. The column `parameters` gives the
+number of parameters in millions, for images of {PIXELS}x{PIXELS} pixels and a head of 1,000 classes.
+There are two exceptions: `tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3
+has no head. The command `python -m benchmarks.zoo` builds the models, counts their parameters and
+writes this page.
 
-We have not tested the full-size published files, because we had no access to them. Instead, there
-are two kinds of tests:
+We have not tested the full-size published files, because we had no access to them. Instead, we
+tested the formats with small models, in two ways:
 
-- `tests/fixtures/` holds weights and outputs of small models, written by the original code of each
-  format. `test_pretrained.py` checks that these weights give the same outputs in this project.
+- `tests/fixtures/` holds weights and outputs of small models. The original code of each format
+  wrote these files. `test_pretrained.py` checks that this project computes the same outputs from
+  the weights.
 - `test_pretrained_live.py` creates models of Hugging Face and timm with random weights. It checks
-  that this project computes the same outputs and gradients.
+  that this project computes the same outputs and gradients as Hugging Face and timm.
 
 The column `published` gives the names of files in the bucket `gs://vit_models/`. The column `tests`
-names a folder in `tests/fixtures/`, a test, or a file with tests.
+names what covers the model or its format: a folder in `tests/fixtures/`, a test, or a file with
+tests.
 
 """
 
@@ -167,15 +169,16 @@ def tables() -> str:
     lines.append(f'| `{name}` (32, 10 classes) | {count} | {trained} | `test_main` |')
   lines += [
     '\n## Hugging Face\n',
-    'Models of these classes can be loaded in any size. The folder of the weights must contain '
-    '`config.json` and the weights in safetensors format.\n',
+    'You can load models of these classes of the library transformers, whatever their size. The '
+    'folder that you load must contain `config.json` and the weights in safetensors format.\n',
   ]
   lines += ['| class | example | tests |', '| --- | --- | --- |']
   for name, (example, test) in HUGGING_FACE.items():
     lines.append(f'| `{name}` | `{example}` | `{test}` |')
   lines += [
-    '\nDINOv3 is published as `facebook/<name>-pretrain-<data>`. Before the first '
-    'download, you must accept its license on the Hub. DINOv3 models have no head.\n',
+    '\nThe Hub names of DINOv3 models are `facebook/<name>-pretrain-<data>`, with a name from this '
+    'table. Before the first download, you must accept the license of DINOv3 on the Hub. DINOv3 '
+    'models have no head.\n',
     '| name | parameters | tests |',
     '| --- | --- | --- |',
   ]
@@ -186,11 +189,12 @@ def tables() -> str:
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
-    f'This project knows {len(known)} architecture names of timm. Weights with these names are '
-    'published on the Hub as `timm/<name>.<tag>`. A folder that timm saved needs no known name if '
-    'its `config.json` contains `model_args`. `test_timms_names_stand_for_its_arguments` compares '
-    'the dimensions of every name with timm. The fixtures `timm_*` and the tests `test_timm` and '
-    '`test_timm_eva` compare outputs.\n',
+    f'This project knows {len(known)} architecture names of timm. The Hub names of the published '
+    'weights are `timm/<name>.<tag>`, with a name from this table. A folder that timm saved can '
+    'have any architecture name if its `config.json` contains `model_args`. '
+    '`test_timms_names_stand_for_its_arguments` checks that the dimensions for every name are the '
+    'same as in timm. The tests `test_timm` and `test_timm_eva`, and the tests with the fixtures '
+    '`timm_*`, compare outputs with timm.\n',
     '| name | parameters |',
     '| --- | --- |',
   ]
@@ -198,8 +202,9 @@ def tables() -> str:
   absent = ', '.join(f'`{name}`' for name in sorted(names) if not names[name])
   lines += [
     '',
-    'These models cannot be loaded, because they have parts that the `ViT` of this project lacks '
-    f'(RMSNorm, parallel blocks, a norm after each residual branch, ...): {absent}.',
+    'The following models of timm cannot be loaded, because they have parts that the `ViT` of this '
+    'project lacks, such as RMSNorm, parallel blocks, or a norm after each residual branch: '
+    f'{absent}.',
   ]
   return '\n'.join(lines) + '\n'
 
