@@ -25,10 +25,10 @@ PIXELS = 224
 ABOUT = f"""# Models
 
 This page lists the models that you can build or load by name. The column `parameters` gives the
-number of parameters in millions, for images of {PIXELS}x{PIXELS} pixels and a head of 1,000 classes.
-There are two exceptions: `tiny`, `small` and `wide` are for 32x32 pixels and 10 classes, and DINOv3
-has no head. The command `python -m benchmarks.zoo` builds the models, counts their parameters and
-writes this page.
+number of parameters in millions, for images of {PIXELS}x{PIXELS} pixels and a head of 1,000
+classes. There are two exceptions: `tiny`, `small` and `wide` are for images of 32x32 pixels and 10
+classes, and DINOv3 has no head. The command `python -m benchmarks.zoo` builds the models, counts
+their parameters and writes this page.
 
 We have not tested the full-size published files, because we had no access to them. Instead, we
 tested the formats with small models, in two ways:
