@@ -78,17 +78,18 @@ RECIPES = {
 
 HEADER = """# Recipes
 
-A recipe is a config with a goal for its test accuracy. We measure the accuracy of the last
-checkpoint on all test images; we do not choose the best checkpoint. The recipes on CIFAR-10 use an
-image folder whose publisher re-encoded the original images as JPEG. The columns are:
+A recipe is a config for which we have set a test accuracy to reach. We measure the accuracy of the
+last checkpoint of a run on all test images, even if an earlier checkpoint was better. The recipes
+on CIFAR-10 use an image folder whose publisher re-encoded the original images as JPEG. The columns
+are:
 
 - `reference`: accuracy that others reached with the same model;
 - `at least`, `aim`: the lowest accuracy that we expect, and the accuracy that we hope for;
-- `reached`: mean and standard deviation of the measured test accuracy over the seeds; `open` if the
-  recipe has not been trained;
+- `reached`: measured test accuracy, as mean and standard deviation over runs with different seeds;
+  `open` if the recipe has not been trained;
 - `minutes`: mean time of a run, from the compilation of the first step to the last evaluation on
-  the test images; decoding the data before training does not count;
-- `limit`: the time that we aim for, in minutes.
+  the test images; it does not include the decoding of the data before training;
+- `limit`: the number of minutes that a run of the recipe should take at most.
 
 `python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by
 which we chose the recipes.
