@@ -53,16 +53,17 @@ TRAINING = {
   ),
   'epochs': Key(
     100.0, 'passes over the training split; raise it to extend a finished run; None: '
-    'recipe.epochs, or more if the run would have fewer than 300 steps', range=(0, 1e6), open=True,
+    'recipe.epochs, or more if the run would otherwise have fewer than 300 steps', range=(0, 1e6),
+    open=True,
   ),
   'batch_size': Key(
     256, 'training batch size over all devices and hosts; None: recipe.batch_size, or less if the '
-    'run would have fewer than 300 steps', 'examples', range=COUNT, open=True,
+    'run would otherwise have fewer than 300 steps', 'examples', range=COUNT, open=True,
   ),
   'micro_batches': Key(
     None, 'number of micro-batches into which each device splits its part of the batch, to save '
-    'memory; None: as few as memory allows; on a CPU, so many that each fits its cache', kind=int,
-    range=COUNT, may_change=True,
+    'memory; None: as few as the memory allows; on a CPU, as many as are needed for a micro-batch '
+    'to fit into the cache of a core', kind=int, range=COUNT, may_change=True,
   ),
   'device_memory': Key(
     None, 'memory of each device; programs may use 90% of it; None: the amount that the device '
@@ -78,8 +79,8 @@ TRAINING = {
     may_change=True,
   ),
   'eval_every': Key(
-    1000, 'interval between evaluations; 0: only at the end; if data.val_split is set, each '
-    'checkpoint is also evaluated', 'steps', range=STEPS, may_change=True,
+    1000, 'interval between evaluations; 0: only at the end; if data.val_split is set, there is '
+    'also an evaluation at each checkpoint', 'steps', range=STEPS, may_change=True,
   ),
   'checkpoint_every': Key(
     1000, 'interval between checkpoints; 0: only at the end; None: a tenth of the run', 'steps',
@@ -110,18 +111,18 @@ TRAINING = {
     'top of the `init` weights; empty: no such update', choices='ADAPTERS',
   ),
   'classifier': Key(
-    '', 'head to compute, instead of training, from features of the `init` weights (needs '
+    '', 'how to compute a head from features of the `init` weights, without training (needs '
     'epochs=0); ridge: least squares in closed form; knn: votes of the nearest training images; '
-    'empty: train the model',
-    choices='CLASSIFIERS',
+    'empty: train the model', choices='CLASSIFIERS',
   ),
   'sweep': Key(
-    (), 'freeze=backbone: learning rates to compare on data.val_split; the final run then uses the '
-    'best rate and trains on data.train_split and data.val_split; empty: use optimizer.lr',
+    (), 'freeze=backbone: learning rates to compare on data.val_split; a final run then trains '
+    'with the best learning rate on data.train_split and data.val_split together; empty: no '
+    'comparison, optimizer.lr is used',
   ),
   'ema': Key(
-    0.0, 'maximum decay per step of the moving average (EMA) of the weights, ramped up at the '
-    'start; evaluation uses the averaged weights; 0: no averaging', range=DECAY,
+    0.0, 'decay per step of the moving average (EMA) of the weights; the decay is lower at the '
+    'start of the run; evaluation uses the averaged weights; 0: no averaging', range=DECAY,
   ),
   'deterministic': Key(
     False, 'make repeated runs on the same GPUs bit-identical, but slower; runs on CPUs are always '
@@ -132,7 +133,8 @@ TRAINING = {
     'evaluation use model.patch_size; empty: only model.patch_size', 'pixels',
   ),
   'lora.rank': Key(
-    8, 'adapt=lora: rank of the update `A B` of a kernel (columns of A, rows of B)', range=(1, 1e4)
+    8, 'adapt=lora: rank of the update `A B` of a kernel: the number of columns of A and of rows '
+    'of B', range=(1, 1e4),
   ),
   'lora.scale': Key(
     1.0, 'adapt=lora: factor of the update `A B`; alpha / r in the LoRA paper', range=(1e-6, 1e6)
@@ -146,11 +148,12 @@ TRAINING = {
   ),
   'masked.decoder_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
   'progressive.sizes': Key(
-    (), 'heights of the smaller images with which the run begins, in this order; empty: all images '
-    'have the full size', 'pixels',
+    (), 'a run can begin with smaller images: the heights of these images, in the order of use; '
+    'empty: all images have the full size', 'pixels',
   ),
   'progressive.until': Key(
-    (), 'for each of progressive.sizes, the fraction of the run after which the next size follows'
+    (), 'for each size in progressive.sizes, the fraction of the run after which the run changes '
+    'to the next size or, after the last one, to the full size',
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -178,7 +181,7 @@ DATA = {
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: the split train, without the images that '
-    'data.val_split=None holds out', open=True,
+    'are held out with data.val_split=None', open=True,
   ),
   'data.val_split': Key(
     '', 'held-out split that selects the best checkpoint, or the learning rate of a sweep; empty: '
@@ -188,26 +191,29 @@ DATA = {
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
     '', 'path of real.json, the reassessed labels (ReaL) of the ImageNet validation images; '
-    '--mode=eval then also reports the accuracy on them; empty: none', may_change=True,
+    '--mode=eval then also reports the accuracy with these labels; empty: no such labels',
+    may_change=True,
   ),
   'data.image_size': Key(
-    (32, 32), 'height and width of the model input; None: taken from `init`, else from 32 to 224, '
-    'chosen by the size of the images', 'pixels', open=True,
+    (32, 32), 'height and width of the model input; None: taken from `init`, else chosen by the '
+    'size of the training images, from 32 to 224', 'pixels', open=True,
   ),
   'data.mean': Key(
-    None, 'mean to subtract from pixels in [0, 1]: one value per channel, or one value for all '
-    'channels; None: taken from `init`, else 0.5', kind=tuple,
+    None, 'mean that is subtracted from the pixels, which are in [0, 1]: one value per channel, '
+    'or one value for all channels; None: taken from `init`, else 0.5', kind=tuple,
   ),
   'data.std': Key(
-    None, 'standard deviation to divide by, after data.mean was subtracted; one value per channel, '
-    'or one value for all channels; None: taken from `init`, else 0.5', kind=tuple,
+    None, 'standard deviation by which pixels are divided after data.mean is subtracted: one '
+    'value per channel, or one value for all channels; None: taken from `init`, else 0.5',
+    kind=tuple,
   ),
   'data.interpolation': Key(
     'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
   ),
   'data.crop': Key(
-    1.0, 'fraction of the shorter side of an image that the central crop keeps (of both sides with '
-    'data.stretch=True); 1: the whole side', range=(0.01, 1),
+    1.0, 'side of the central crop, as a fraction of the shorter side of the image; with '
+    'data.stretch=True, the crop keeps this fraction of both sides; 1: the whole side',
+    range=(0.01, 1),
   ),
   'data.stretch': Key(
     False, 'resize images without keeping the aspect ratio, instead of cropping the longer side'
@@ -215,8 +221,8 @@ DATA = {
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
     'auto', 'memory: decode all images once and keep them in memory; stream: decode them in each '
-    'epoch; auto: memory if the images fit and the training batches stay the same, else stream',
-    choices=('auto', 'memory', 'stream'),
+    'epoch; auto: memory if the images fit into half of the RAM and training batches are the same '
+    'as with stream, else stream', choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
     0, 'data.cache=stream: worker processes that decode; 0: the training process decodes',
@@ -287,11 +293,12 @@ AUGMENT = {  # augmentations are applied in this order
     1.0, 'alpha of the Beta distribution of cutmix areas; 0: no cutmix', range=(0, 1e3)
   ),
   'augment.mix.switch': Key(
-    0.5, 'probability of cutmix instead of mixup, if neither alpha is 0', range=SHARE
+    0.5, 'probability that an image is mixed by cutmix instead of mixup; used only if neither '
+    'alpha is 0', range=SHARE,
   ),
   'augment.off_for_last': Key(
-    0.0, 'fraction of the run, at its end, in which images are only cropped and flipped; 0: no '
-    'such phase', range=SHARE,
+    0.0, 'length of the last phase of the run, in which images are only cropped and flipped, as a '
+    'fraction of the run; 0: no such phase', range=SHARE,
   ),
 }  # fmt: skip
 
@@ -306,9 +313,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.num_heads': Key(None, 'number of attention heads', kind=int),
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
   'model.mlp': Key(
-    None, 'kind of MLP; plain: with activated hidden units; gated: with the product of activated '
-    'and linear units (SwiGLU with model.activation=silu); gated_norm: as gated, with a LayerNorm '
-    'of the product', kind=str,
+    None, 'hidden units of the MLP, where f is model.activation; plain: f(x W); gated: f(x W) * '
+    '(x V), which is SwiGLU if f is silu; gated_norm: gated, followed by a LayerNorm', kind=str,
     choices='MLPS',
   ),
   'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
@@ -326,26 +332,28 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     choices='POSITIONS',
   ),
   'model.position_prefix': Key(
-    None, 'tokens before the patches that have a learned position; cls: the class token', kind=str,
-    choices='POSITION_PREFIXES',
+    None, 'which of the tokens before the patches have a learned position; cls: only the class '
+    'token; none: no token; all: also the registers', kind=str, choices='POSITION_PREFIXES',
   ),
   'model.rope_theta': Key(
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
   ),
   'model.rope_grid': Key(
-    None, 'model.position=learned_rope: grid whose patches are the unit of coordinates; None: the '
-    'grid of the images', 'patches', kind=tuple,
+    None, 'model.position=learned_rope: size of a patch grid (down, across); the coordinates of '
+    'all images are scaled to this grid; None: model.position_grid, else the grid of the images',
+    'patches', kind=tuple,
   ),
   'model.position_grid': Key(
-    None, 'grid for which position embeddings are made, before they are stretched to the grid of '
-    'the images; None: taken from `init`, else the grid of the images', 'patches', kind=tuple,
+    None, 'size of the patch grid (down, across) for which position embeddings are made; for '
+    'images with another grid, they are stretched; None: taken from `init`, else the grid of the '
+    'images', 'patches', kind=tuple,
   ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
     None, 'width of the pre-logits layer; None: taken from `init`, else no such layer', kind=int
   ),
   'model.projection': Key(
-    None, 'width of a linear layer without a bias after the pooling, as in CLIP; None: taken from '
+    None, 'width of a bias-free linear layer after the pooling, as in CLIP; None: taken from '
     '`init`, else no such layer', kind=int,
   ),
   'model.cosine': Key(
@@ -382,10 +390,10 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     choices=('float32', 'bfloat16'),
   ),
   'model.remat': Key(
-    None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: '
-    'everything except products with weights; full: whole blocks; None: the run chooses none '
-    'or, if micro_batches cannot save enough memory, dots or full', kind=str, choices='REMAT',
-    may_change=True,
+    None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: all '
+    'except the results of products with weights; full: all activations inside a block; None: the '
+    'run chooses none or, if more micro-batches do not save enough memory, dots or full', kind=str,
+    choices='REMAT', may_change=True,
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
@@ -395,15 +403,16 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
 
 OPTIMIZER = {
   'optimizer.name': Key(
-    'adamw', 'optimizer; sgd: with momentum; muon: Muon for kernels in blocks, AdamW for the rest',
-    choices='OPTIMIZERS',
+    'adamw', 'optimizer; sgd: with momentum; muon: Muon for kernels in blocks, AdamW for all '
+    'other parameters', choices='OPTIMIZERS',
   ),
   'optimizer.lr': Key(
     1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for the other '
     'optimizers, where r is batch_size / recipe.batch_size', range=(0, 1e38), open=True,
   ),
   'optimizer.weight_decay': Key(
-    0.05, 'weight decay of weight matrices, multiplied by the learning rate', range=(0, 1e6)
+    0.05, 'weight decay of weight matrices; each step multiplies it by the learning rate',
+    range=(0, 1e6),
   ),
   'optimizer.b1': Key(0.9, 'adamw, muon: decay rate of the first moment', range=DECAY),
   'optimizer.b2': Key(0.999, 'adamw, muon: decay rate of the second moment', range=DECAY),
@@ -412,8 +421,8 @@ OPTIMIZER = {
     'float32', 'number format of the first moment; bfloat16 saves memory', choices='MOMENT_DTYPES'
   ),
   'optimizer.layer_decay': Key(
-    1.0, 'learning rate of each layer, divided by the rate of the next layer towards the head; '
-    '1: equal rates', range=(1e-6, 1),
+    1.0, 'factor by which the learning rate falls from each layer to the layer below, starting at '
+    'the head; 1: all layers have the same learning rate', range=(1e-6, 1),
   ),
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
@@ -434,11 +443,11 @@ OPTIMIZER = {
     'proportional to the number of training labels; or the weights of some classes: cat=2,dog=0.5',
   ),
   'loss.label_smoothing': Key(
-    0.0, 'fraction of the target that is spread evenly over all classes', range=SHARE
+    0.0, 'fraction of the target probability that is spread evenly over all classes', range=SHARE,
   ),
   'distill.teacher': Key(
-    '', 'trained model from whose predictions the run also learns, given like `init`; empty: no '
-    'teacher',
+    '', 'trained model (the teacher) whose predictions the run also learns; it is named in the '
+    'same way as `init`; empty: no teacher',
   ),
   'distill.kind': Key(
     'soft', "soft: learn the teacher's probabilities; hard: learn the class that the teacher "
@@ -456,11 +465,11 @@ OPTIMIZER = {
 
 RECIPE = {  # only a new run reads these keys, to choose values for keys that are None
   'recipe.batch_size': Key(
-    256, 'with batch_size=None: largest batch size that a new run chooses', 'examples', range=COUNT,
-    may_change=True,
+    256, 'with batch_size=None: largest batch size that a new run may choose', 'examples',
+    range=COUNT, may_change=True,
   ),
   'recipe.epochs': Key(
-    100.0, 'with epochs=None: smallest number of epochs that a new run chooses', range=(0, 1e6),
+    100.0, 'with epochs=None: smallest number of epochs that a new run may choose', range=(0, 1e6),
     may_change=True,
   ),
   'recipe.warmup': Key(

@@ -3,7 +3,8 @@
 Decisions:
   * Most help pages are printed without importing JAX, because the import takes seconds.
   * After a user error, the program prints `error: ...` instead of a traceback, and returns exit
-    code 2. Exit code 75 means that the same command can succeed when it is repeated later.
+    code 2. Exit code 75 means that the program was interrupted, and that repeating the command can
+    succeed.
 """
 
 import argparse

@@ -27,15 +27,18 @@ def describe(error: Exception) -> str:
     return f'A request to a bucket failed: {why_refused(error)} Repeat the command later.'
   flag = re.search(r'JAX flag (jax_\w+)', str(error))
   if flag and (value := os.environ.get(flag[1].upper())) is not None:
-    return f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Change it.'
+    return (
+      f'{flag[1].upper()}={value} in the environment: JAX rejects this value. Change or unset the '
+      'variable.'
+    )
   return str(error)
 
 
 def is_from_bucket(error: Exception) -> bool:
   """Returns whether an error came from a request to a bucket.
 
-  Errors of gcsfs and its dependencies have no common base class. So the function looks at the
-  package that defines the class of the error.
+  Errors of gcsfs and its dependencies have no common base class. Therefore, the package that
+  defines the class of the error decides.
   """
   libraries = 'gcsfs', 'aiohttp', 'google'
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries

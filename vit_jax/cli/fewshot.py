@@ -38,7 +38,9 @@ MODE = Mode(
       default='ridge',
     ),
     dataclasses.replace(
-      OUT, help='new workdir for a classifier computed from all training images; default: none'
+      OUT,
+      help='new workdir, for a classifier that is computed from all training images; default: only '
+      'measure the few-shot accuracy',
     ),
   ),
   run_fewshot,

@@ -84,7 +84,7 @@ CLASSES = Flag(
   'are names, embeddings, logit_scale and, for SigLIP, logit_bias',
   pathlib.Path,
 )
-WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # choose the model; read by `request_of`
+WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # flags that choose the model, see `request_of`
 CLUSTER = (
   Flag('coordinator', 'on several hosts: <host>:<port> of process 0', default=None),
   Flag(

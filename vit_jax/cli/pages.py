@@ -35,10 +35,12 @@ Without `--mode`, the mode is `train`.
 | 0 | success |
 | 1 | `predict` could not read an image, `verify` found a difference, another process died or did \
 not connect, or the program has a bug |
-| 2 | an error occurred; the last line explains it |
-| 75 | a stop signal came, or a bucket did not answer; repeat the same command |
-| 130 | Ctrl-C |
-| 141 | the program that reads the output has ended, e.g. `head` |"""
+| 2 | any other error, such as a wrong flag or unreadable data; the last line of the \
+output explains it |
+| 75 | the run was stopped by a signal, or a bucket did not answer; repeat the same \
+command to resume |
+| 130 | the program was stopped by Ctrl-C |
+| 141 | the program that reads the output, such as `head`, has ended |"""
   ''
 )
 

@@ -18,7 +18,7 @@ GENERAL = (  # flags of every mode
   ),
 )
 SWITCHES = {  # flags without a value; they print a page and exit
-  'help': 'print all modes, or with --mode=<mode> the flags of that mode',
+  'help': 'print all modes; with --mode=<mode>, print the flags of this mode',
   'help_config': 'print every config key with its default, unit and meaning',
   'print_config': 'print the config of --config or --workdir, with the --config.<key> overrides',
 }
@@ -38,9 +38,9 @@ def new_parser() -> argparse.ArgumentParser:
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
   """Parses the flags that every mode accepts.
 
-  Other flags are ignored, because extensions that are not imported yet may define them. The result
-  has two more attributes: `extensions`, the list of modules in `--import`, and `given`, the names
-  of the flags in `argv`.
+  Other flags are ignored, because extensions that are not imported yet may define them. Two
+  attributes are added to the result: `extensions`, the list of modules in `--import`, and `given`,
+  the names of the flags in `argv`.
   """
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
@@ -60,9 +60,9 @@ def given(argv: Sequence[str]) -> set[str]:
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
   """Parses all flags of a mode.
 
-  Flags of other modes are also parsed, so that `check_flags` can reject them. The result has two
-  more attributes: `given`, the names of the flags in `argv`, and `overrides`, the config overrides
-  as `{key: text}`.
+  Flags of other modes are also parsed, so that `check_flags` can reject them. Two attributes are
+  added to the result: `given`, the names of the flags in `argv`, and `overrides`, the config
+  overrides as `{key: text}`.
 
   Raises:
     ValueError: a flag of another mode, flags that exclude each other, an unsupported URL as a
@@ -127,7 +127,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
     elif is_switch(key):
       overrides[key] = 'true'
     else:
-      raise ValueError(f'{word} needs a value')
+      raise ValueError(f'{word} needs a value: {word}=<value>')
   return overrides
 
 
@@ -136,9 +136,9 @@ def check_flags(args: argparse.Namespace) -> None:
   for flag in flags_of(args.mode):
     modes = [name for name, mode in MODES.items() if flag.name in {f.name for f in mode.flags}]
     if f'--{flag.name}' in args.given and args.mode not in modes:
-      hint = '. For training, use --config.init' if flag.name == 'init' else ''
+      hint = 'For training, use --config.init.' if flag.name == 'init' else 'Remove this flag.'
       raise ValueError(
-        f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}{hint}.'
+        f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}. {hint}'
       )
   if args.init and (args.workdir or args.config):
     raise ValueError('--init excludes --workdir and --config. Remove --init or the other flags.')

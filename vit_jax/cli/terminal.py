@@ -61,7 +61,7 @@ def open_streams() -> None:
 def hush_event_loops() -> None:
   """Hides Python's messages about event loops that orbax could not open.
 
-  In this case, orbax also raises an error, which the program reports.
+  These messages are not needed, because orbax also raises an error, which the program reports.
   """
   before = sys.unraisablehook
 
