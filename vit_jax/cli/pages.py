@@ -37,8 +37,7 @@ Without `--mode`, the mode is `train`.
 not connect, or the program has a bug |
 | 2 | any other error, such as a wrong flag or unreadable data; the last line of the \
 output explains it |
-| 75 | the run was stopped by a signal, or a bucket did not answer; repeat the same \
-command to resume |
+| 75 | the program was stopped by a signal, or a bucket did not answer; repeat the same command |
 | 130 | the program was stopped by Ctrl-C |
 | 141 | the program that reads the output, such as `head`, has ended |"""
   ''
