@@ -88,7 +88,7 @@ are:
 - `reached`: measured test accuracy, as mean and standard deviation over runs with different seeds;
   `open` if the recipe has not been trained;
 - `minutes`: mean time of a run, from the compilation of the first step to the last evaluation on
-  the test images; it does not include the decoding of the data before training;
+  the test images, so without the decoding of the data before training;
 - `limit`: the number of minutes that a run of the recipe should take at most.
 
 `python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by

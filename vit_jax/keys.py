@@ -148,12 +148,12 @@ TRAINING = {
   ),
   'masked.decoder_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
   'progressive.sizes': Key(
-    (), 'a run can begin with smaller images: the heights of these images, in the order of use; '
-    'empty: all images have the full size', 'pixels',
+    (), 'heights of the smaller images on which the run trains first, in the order of use; empty: '
+    'all images have the full size', 'pixels',
   ),
   'progressive.until': Key(
-    (), 'for each size in progressive.sizes, the fraction of the run after which the run changes '
-    'to the next size or, after the last one, to the full size',
+    (), 'one value for each size in progressive.sizes: the fraction of the run after which the '
+    'next size follows; the full size follows the last one',
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -175,9 +175,9 @@ DATA = {
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
-    '', 'tfds: folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); other sources: '
-    'folder from which relative paths start (empty: the current folder or, for paths in a labels '
-    'file, the folder of this file)', may_change=True,
+    '', 'tfds: folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); other '
+    'sources: folder from which relative paths start (empty: the current folder, or for paths in '
+    'a label file, the folder of the label file)', may_change=True,
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: the split train, without the images that '
