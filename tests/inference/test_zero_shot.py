@@ -71,7 +71,7 @@ WRONG = [
   (dict(names=None), r'Missing: names\. Unknown: none'),
   (dict(embeddings=None, texts=np.zeros(3)), r'Missing: embeddings\. Unknown: texts'),
   (dict(logit_bais=np.zeros(())), 'Unknown: logit_bais'),
-  (dict(names=np.array(['cat', 'dog'])), '2 names for 3 embeddings'),
+  (dict(names=np.array(['cat', 'dog'])), 'names has 2 entries, but embeddings has 3 rows'),
   (dict(names=np.array(['cat', 'dog', 'cat'])), "occur twice: 'cat'"),
   (dict(names=np.array(['cat', 'dog', ' '])), 'names are empty or'),
   (dict(names=np.arange(3)), r'names: expected an array of texts.*int64 \[3\]'),

@@ -1,12 +1,12 @@
-"""Weights of classes in the training loss, for classes with different numbers of images.
+"""Class weights in the training loss, e.g. to make up for classes that have fewer images.
 
 Decisions:
-  * Weights are scaled so that the mean weight of all training labels is 1. So the loss has about
-    the same size with and without weights, and the same learning rates work. PyTorch instead
-    divides the loss of each batch by the sum of its weights, which gives the same scale on average.
+  * Weights are scaled so that their mean over all training labels is 1. Therefore, a learning rate
+    that works without weights also works with weights. PyTorch reaches this in another way: it
+    divides the weighted loss of each batch by the sum of the weights in the batch.
   * If each image has one label, the loss of an image is multiplied by the weight of its class. If
-    images can have several labels, the weight of a class multiplies only the loss of its positive
-    labels, as `pos_weight` in PyTorch.
+    images can have several labels, the weight of a class multiplies the loss of this class only for
+    images that have the class, like `pos_weight` of PyTorch's `BCEWithLogitsLoss`.
   * Only training uses the weights. Evaluation reports the loss without them.
 """
 

@@ -12,7 +12,7 @@ details follow big_vision's `evaluators/fewshot_lsr.py`:
 Decisions:
   * The regression is solved on the host in float64. If there are fewer examples than features, the
     dual form is solved, because it is smaller.
-  * Centring, scaling and the additional feature are folded into the kernel and the bias. So the
+  * Centring, scaling and the additional feature are folded into the kernel and the bias, so the
     classifier is an ordinary linear head.
 """
 
@@ -50,8 +50,8 @@ class Classifier:
 def fit_ridge(feature_ND: np.ndarray, label_N: np.ndarray, classes: int) -> dict[str, np.ndarray]:
   """Returns the `kernel` `[D, L]` and `bias` `[L]` of the ridge regression, in float64.
 
-  If there are more images than features, the images are processed in blocks. This avoids a float64
-  copy of all features.
+  If there are more images than features, the images are processed in blocks, so that no float64
+  copy of all features is needed.
 
   Args:
     feature_ND: features of the training images.

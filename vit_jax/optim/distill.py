@@ -2,11 +2,12 @@
 
 Decisions:
   * The teacher sees the augmented and mixed images of the student (Beyer et al. 2021, 2106.05237).
-    On the device, these images are resized to the teacher's input size and normalised for it.
+    On the device, these images are resized and normalised as the teacher expects.
   * A kind of distillation is a loss `(logits_BL, teacher_BL, ...) -> loss_B`. The config key
     `distill.<name>` is passed as the argument `<name>` if the loss has an argument of this name.
   * With a distillation token (`pool=distilled`), the class head learns only from the labels, and
-    the distillation head only from the teacher. Other models have one head, which learns from both.
+    the distillation head only from the teacher. In other models, one head learns from the labels
+    and from the teacher.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,8 +64,9 @@ class Teacher:
     distillation: function from `DISTILLATIONS` with the values of its config keys filled in. It
       maps the logits of student and teacher to a loss `[B]`.
     weight: weight w of the distillation loss, from 0 to 1; the label loss has the weight 1 - w.
-    cached: whether the teacher's logits are computed only once for each training image, which is
-      possible without augmentation. Batches then contain these logits as `teacher`, `[B, L]`.
+    cached: whether the teacher's logits are computed once for each training image, before training.
+      This is possible only without augmentation. Batches then contain the logits as `teacher`,
+      `[B, L]`.
     digest: SHA-256 of the parameters.
   """
 
@@ -81,8 +83,8 @@ class Teacher:
 
     Args:
       params: dict whose entry `teacher` has the teacher's parameters.
-      batch: has either `teacher`, the cached logits, which are returned, or `image`, uint8
-        `[B, H, W, C]`, to which the teacher is applied.
+      batch: if it has the key `teacher`, its value, the cached logits, is returned. Otherwise, the
+        teacher is applied to its `image`, uint8 `[B, H, W, C]`.
     """
     if 'teacher' in batch:
       return batch['teacher']
@@ -95,7 +97,7 @@ class Teacher:
 
     Args:
       loss_B: loss of the labels.
-      logits_BL: those logits of the student that learn from the teacher.
+      logits_BL: logits of the student, from the head that learns from the teacher.
       teacher_BL: logits of the teacher.
     """
     return (1 - self.weight) * loss_B + self.weight * self.distillation(logits_BL, teacher_BL)
@@ -110,7 +112,7 @@ def split_head(feature_BD: jax.Array, head: Mapping[str, jax.Array]) -> tuple[ja
 
   Args:
     feature_BD: class token and distillation token, concatenated on the last axis.
-    head: `kernel` `[D, L]` and `bias` `[L]` of this layer.
+    head: `kernel` `[D, L]` and `bias` `[L]` of the stored linear layer.
   """
   bias_L, kernels = head['bias'], jnp.split(2 * head['kernel'], 2)
   dense = Dense(bias_L.shape, name='head')

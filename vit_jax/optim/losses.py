@@ -1,14 +1,14 @@
 """`LOSSES`: loss functions `(logits_BL, label_B, ...) -> loss_B`, by the value of `loss.name`.
 
 The labels are integers `[B]`. Each config key `loss.<name>` is passed to a loss as the argument
-`<name>`, if the loss has an argument of this name. A loss with `**kwargs` gets all keys. Other
-packages can add an entry:
+`<name>`, if the loss has an argument of this name. A loss with `**kwargs` gets all of these keys.
+Other packages can add an entry:
 
     LOSSES['mine'] = lambda logits_BL, label_B, gamma: my_loss(logits_BL, label_B, gamma)
 
-A loss that supports several labels per image has the argument `positive_L`. It is None, or has a
-factor for the loss of the positive labels of each class. The labels of such a loss may also be
-multi-hot, `[B, L]`.
+A loss that supports several labels per image also accepts multi-hot labels `[B, L]`, and has the
+argument `positive_L`: a weight for each class, or None. The weight multiplies the loss of the class
+only for images that have the class.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,8 @@ Loss = Callable[..., jax.Array]
 def softmax(logits_BL: jax.Array, label_B: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
   """Returns the softmax cross-entropy of each image, `[B]`.
 
-  With label smoothing s, the target is `1 - s + s / L` for the label and `s / L` for other classes
-  (Szegedy et al. 2015, 1512.00567, Section 7).
+  With label smoothing s and L classes, the target is `1 - s + s / L` for the label, and `s / L` for
+  other classes (Szegedy et al. 2015, 1512.00567, Section 7).
   """
   if not label_smoothing:
     return optax.softmax_cross_entropy_with_integer_labels(logits_BL, label_B)
@@ -49,7 +49,8 @@ def sigmoid(
     logits_BL: logits.
     label_B: integer labels `[B]`, or multi-hot labels `[B, L]`.
     label_smoothing: s.
-    positive_L: factor for the loss of positive labels of each class; None: all factors are 1.
+    positive_L: for each class, a factor of its loss that applies only to images that have the
+      class; None: all factors are 1.
   """
   logits_BL = logits_BL.astype(jnp.float32)
   if label_B.ndim == 1:

@@ -1,18 +1,18 @@
 """Masked autoencoding: a model learns from images without labels, by filling in hidden patches.
 
-Source: He et al. 2021 (MAE), 2111.06377, Section 3. The paper has no numbered equations, so details
-follow its code.
+Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow its code.
 
 Decisions:
-  * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder").
-    So a training step costs a fraction of a supervised step.
-  * The decoder gets the seen patches first, then the unseen ones. In the paper, it gets them in the
-    order of the image. The result is the same, because each token has its position embedding, and
-    attention does not depend on the order.
-  * The parameters of the decoder are the entry `decoder` of the model's parameters. Checkpoints
-    contain them, so that a run can resume. Evaluation and figures of filled-in patches use them.
-    All other uses of the trained model leave them out.
-  * An image's mask depends only on the random key and on the number of the image (`example`).
+  * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder"),
+    so a training step costs a fraction of a supervised step.
+  * The decoder gets the seen patches first, then the unseen ones. In the paper, it gets all patches
+    in the order of the image. The two orders give equal results, because each token contains its
+    position embedding, and attention does not depend on the order.
+  * The decoder's parameters are stored next to the model's parameters, as the entry `decoder`.
+    Checkpoints contain the decoder, because a resumed run, the evaluation and figures of filled-in
+    patches need it. All other uses of the trained model omit the decoder.
+  * An image's mask depends only on the random key and on the integer `example` of the image: its
+    position in the training batch, or its index in the evaluated split.
 
 Letters in array names: S counts seen patches, U unseen (hidden) patches, and T the tokens of the
 encoder's output.
@@ -38,8 +38,8 @@ class Decoder(nn.Module):
     width: D, size of a token in the decoder.
     depth: number of blocks.
     values: P, number of values in a patch: pixels times channels.
-    whole: (down, across), the grid of patches for which positions are made. They are stretched to
-      the grid of the images. None: the grid of the images.
+    whole: (down, across), the grid of patches that defines the positions. For images with another
+      grid, the positions are stretched. None: the grid of the images defines the positions.
   """
 
   block: Block
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
     patch_BND = jnp.concatenate([x_BTD[:, before:], hidden_BUD], axis=1) + position_ND[place_BN]
     x_BTD = jnp.concatenate([x_BTD[:, :before], patch_BND], axis=1)
     x_BTD = Encoder(self.block, self.depth, name='encoder')(x_BTD)
-    # Only unseen patches are predicted, because the loss reads no others.
+    # Only unseen patches are predicted, because the loss does not use the seen ones.
     return Dense((self.values,), name='pixels')(x_BTD[:, before + seen_BS.shape[1] :])
 
 
@@ -78,7 +78,7 @@ class Filled(NamedTuple):
 
   Attributes:
     predicted_BUP: predicted values of the unseen patches, `[B, U, P]`.
-    target_BUP: true values of these patches. Each patch has mean 0 and variance 1 (`normalized`).
+    target_BUP: true values of the unseen patches, with each patch scaled to mean 0 and variance 1.
     unseen_BU: index of each unseen patch in the image, counted row by row.
   """
 
@@ -198,11 +198,14 @@ def check_trains_all(exp) -> None:
   if untrained:
     raise ValueError(
       f'objective=masked does not train the layers that these keys add after the blocks: '
-      f'{", ".join(untrained)}. Weight decay would shrink these weights. Set model.pool=gap, and '
+      f'{", ".join(untrained)}. Weight decay would shrink their weights. Set model.pool=gap, and '
       'model.representation_size and model.projection to None.'
     )
   if p * q * exp.task.channels < 2:
-    raise ValueError('objective=masked normalises each patch, so a patch needs two values or more.')
+    raise ValueError(
+      'objective=masked normalises the values of each patch, so a patch needs two values or more. '
+      'Set a larger model.patch_size.'
+    )
 
 
 def num_unseen(count: int, share: float) -> int:

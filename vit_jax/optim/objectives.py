@@ -1,16 +1,17 @@
 """`OBJECTIVES`: the objectives of training, by the value of the config key `objective`.
 
 The functions of an objective get the `Experiment` as the argument `exp`. This argument has no type
-annotation, because a higher layer defines the class. Other packages can add an entry:
+annotation, because the module that defines the class imports this one. Other packages can add an
+entry:
 
     OBJECTIVES['mine'] = Objective(my_loss, my_rows)
 
 Decisions:
-  * An objective sees augmented images. It returns one loss for each example, so micro-batches and
-    devices can divide the batch in any way.
+  * An objective sees augmented images. It returns one loss for each example, so a batch can be
+    divided among devices and micro-batches in any way.
   * An objective can add parameters that users of the trained model do not need, such as a decoder.
-    They are stored next to the parameters of the model, such as `embedding` and `head`. The field
-    `params` lists their names.
+    Added parameters are stored next to the model's own entries, such as `embedding` and `head`. The
+    field `params` lists the names of the added entries.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,20 +29,20 @@ from vit_jax.optim.distill import split_head
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """Loss that a training run minimises, with the outputs that its evaluation needs.
+  """The loss that a training run minimises, and the outputs that an evaluation needs.
 
   Attributes:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
       augmented uint8 `image`, and `label`. Its entry `example` is the position of each image in the
       batch. If images are mixed in pairs, `own` is the weight of each image in its mix. If the run
-      has a teacher, `params['teacher']` has its parameters. The logits give the training accuracy;
-      they are None if `labels` is False.
+      has a teacher, `params['teacher']` has its parameters. The training accuracy is computed from
+      the logits, which are None if `labels` is False.
     rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. If
       `labels` is False, the result has no logits. In the batch, `example` is the index of an image
       in its split.
     init: `(exp, key) -> dict` returns initial values of parameters that only this objective has,
       such as a decoder.
-    params: names of these parameters, which are the keys of the dict that `init` returns.
+    params: names of the parameters that only this objective has; the keys of `init`'s result.
     labels: whether the objective needs labels. If not, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
   """
@@ -75,9 +76,8 @@ def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
 def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns the combined loss of labels and teacher, `[B]`, and the logits `[B, L]`.
 
-  The logits are the mean of the logits of the class head and of the distillation head. If
-  `exp.teacher` is None, the loss uses only labels. This is the case when the FLOPs of a run in a
-  workdir are counted.
+  The logits are the mean of the logits of the class head and of the distillation head. Without
+  `exp.teacher`, e.g. when the FLOPs of a run in a workdir are counted, the loss uses only labels.
   """
   if exp.teacher is None:
     return supervised(exp, params, batch, key)

@@ -3,8 +3,8 @@
 Decisions:
   * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels and to
     the factors of LoRA, not to biases, norms, positions, or class and register tokens.
-  * Frozen parameters are removed from the tree that an optimizer sees. They have no gradient and no
-    optimizer state, and clipping does not include them in the norm.
+  * Frozen parameters are removed from the tree that an optimizer sees. So they have no gradient and
+    no optimizer state, and are not part of the norm for gradient clipping.
 """
 
 import jax
@@ -25,8 +25,8 @@ def adamw(
 ):
   """Returns the AdamW optimizer (Loshchilov and Hutter, 1711.05101).
 
-  It is the same optimizer as "Adam" in Table 3 of the ViT paper (2010.11929). The code of that
-  paper also decoupled the weight decay and multiplied it by the learning rate.
+  The ViT paper calls it "Adam" (2010.11929, Table 3). However, the code of the ViT paper decouples
+  the weight decay from the gradient and multiplies it by the learning rate, as AdamW does.
 
   Args:
     schedule: learning rate of each step.
@@ -64,7 +64,7 @@ def muon(
   moment_dtype: str = 'float32',
   **_,
 ):
-  """Returns an optimizer: Muon (Jordan et al. 2024) for kernels in blocks, AdamW for the rest.
+  """Returns an optimizer: Muon (Jordan et al. 2024) for kernels in blocks, AdamW for other params.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
   Section 2.2), so Muon and AdamW use the same learning rate. In optax, both use Nesterov momentum.
@@ -78,7 +78,8 @@ def muon(
     moment_dtype: type of Muon's momentum and AdamW's first moment, one of `MOMENT_DTYPES`.
   """
   return optax.chain(
-    # optax's own weight decay would either skip the embedding and the head or decay all biases.
+    # The weight decay is a separate step, because the weight decay inside optax's Muon would either
+    # skip the embedding and the head, or also decay all biases.
     optax.contrib.muon(
       -1.0,  # the sign and the learning rate are applied after the weight decay
       beta=momentum,
@@ -184,7 +185,8 @@ def make_optimizer(
     schedule: learning rate of each step.
     clip: maximum norm of the whole gradient; 0 for no clipping.
     layer_decay: learning rate of a layer, divided by the rate of the next layer; 1: equal rates.
-    **arguments: other config keys of the optimizer. Keys that its function lacks are ignored.
+    **arguments: other keys `optimizer.<key>` of the config. Keys that the function of the optimizer
+      does not accept are ignored.
   """
   function = choose('optimizer.name', name, OPTIMIZERS)
   parts = [function(schedule, **accepted(function, arguments))]

@@ -30,13 +30,13 @@ class Training:
 
   Attributes:
     train: split to train on.
-    val: validation split; None without one.
+    val: validation split, or None.
     test: test split.
     steps: number of steps of the whole run.
     cycles: last step of each earlier learning-rate cycle. If a finished run gets more epochs, a new
       cycle begins, with a new warm-up.
-    early_steps: number of steps with strong augmentations. These augmentations are off at the end
-      of the first cycle (the fraction `augment.off_for_last` of it) and in all later cycles.
+    early_steps: number of steps with strong augmentations. These augmentations are off in the last
+      part of the first cycle (a fraction of `augment.off_for_last`), and in all later cycles.
     stages: pairs (last step, (height, width)), one for each image size of the run. The first stages
       can have smaller images.
     schedule: learning rate of each step.
@@ -68,7 +68,7 @@ def plan_training(
 ) -> Training:
   """Returns the plan for training with this config on these splits, starting from `params`.
 
-  The arguments are fields of `Training`, which documents them.
+  `Training` documents all arguments except the config.
 
   Raises:
     ValueError: the epochs are too few for a single step.
@@ -132,7 +132,8 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
     if rest:
       raise ValueError(
         f'progressive.sizes: at a height of {size} pixels, images of {height}x{width} become '
-        f'{size * width / height:g} wide, expected a whole number. Choose a different height.'
+        f'{size * width / height:g} pixels wide, but the width must be a whole number. Choose a '
+        'different height.'
       )
     found.append((round(share * steps), (size, across)))
   return (*found, (steps, (height, width)))
@@ -144,7 +145,7 @@ def num_steps(config: ConfigDict, examples: int) -> int:
 
 
 def warmup_steps(config: ConfigDict, examples: int, steps: int) -> int:
-  """Returns the number of warm-up steps in a cycle of `steps` steps, at most a fifth of them."""
+  """Returns the number of warm-up steps in a cycle of `steps` steps; at most a fifth of `steps`."""
   return min(round(config.schedule.warmup * (examples / config.batch_size)), steps // 5)
 
 
@@ -204,7 +205,7 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
     return
   name = f'patch_sizes={tuple(sizes)}'
   if len(set(sizes)) < len(sizes) or not all(type(size) is int and size > 0 for size in sizes):
-    raise ValueError(f'{name}: expected distinct positive numbers of pixels.')
+    raise ValueError(f'{name}: expected different positive integers (pixels).')
   for size, (_, image) in itertools.product(sizes, image_stages(config, 0)):
     if any(n % size for n in image):
       raise ValueError(

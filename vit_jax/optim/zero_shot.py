@@ -1,18 +1,18 @@
 """Classes that are given as text embeddings, for zero-shot classification with CLIP and SigLIP.
 
-The user computes the embeddings with the text tower of the same checkpoint, and writes an npz file
-with these arrays:
+The user computes the embeddings with the text tower of the checkpoint whose image tower classifies
+the images, and writes an npz file with these arrays:
   * `names` `[L]`: the name of each class.
-  * `embeddings` `[L, D]`: the text embedding of each class, with any norm.
+  * `embeddings` `[L, D]`: the text embedding of each class, as a vector of any length.
   * `logit_scale`: the factor of the cosine similarity between an image and a class.
   * `logit_bias`, only for SigLIP: a number that is added to every logit.
 
 Decisions:
-  * The head is an ordinary linear layer on normalised features (`ViT.cosine`). So all modes and
-    exported programs support it.
-  * `logit_scale` is the factor itself: at most 100 in CLIP (Radford et al. 2021, 2103.00020,
-    Section 2.5). Checkpoints of CLIP and SigLIP store its logarithm. A value that looks like the
-    logarithm is refused.
+  * The head is an ordinary linear layer on normalised features (`ViT.cosine`), so all modes and
+    exported programs support the head.
+  * `logit_scale` is the factor itself, which is at most 100 in CLIP (Radford et al. 2021,
+    2103.00020, Section 2.5). Checkpoints of CLIP and SigLIP store the logarithm of the factor
+    instead, so a value that looks like a logarithm is refused.
   * With `logit_bias`, each class has its own probability, the sigmoid of its logit (Zhai et al.
     2023, 2303.15343, Algorithm 1). Without it, the probabilities are the softmax of the logits.
   * An unknown array is refused, because a misspelt `logit_bias` would change all probabilities.
@@ -32,8 +32,8 @@ from vit_jax.names import abridged
 log = logging.getLogger(__name__)
 
 ARRAYS = ('names', 'embeddings', 'logit_scale')
-# Valid range of the factor. Its initial value is 14.3 in CLIP and 10 in SigLIP, and training
-# increases it. The logarithm of `LARGEST` is 6.9, so no logarithm is in the range.
+# Valid range of `logit_scale`. Its initial value is 14.3 in CLIP and 10 in SigLIP, and training
+# increases it. The logarithm of `LARGEST` is 6.9, so no logarithm of a valid value is in the range.
 SMALLEST, LARGEST = 7.0, 1000.0
 
 
@@ -46,7 +46,8 @@ class TextClasses:
     names: name of each class.
     embedding_LD: text embedding of each class, scaled to length 1, in float64.
     scale: factor of the cosine similarity between an image and a class.
-    bias: number to add to the logits; probabilities are then sigmoids. None: they are a softmax.
+    bias: number to add to each logit. With a bias, the probability of a class is the sigmoid of its
+      logit. None: no bias; the probabilities are the softmax of the logits.
   """
 
   origin: str
@@ -81,7 +82,10 @@ class TextClasses:
         f'{embedding_LD.dtype} {list(embedding_LD.shape)}.'
       )
     if len(embedding_LD) != len(names):
-      raise ValueError(f'{origin}: {len(names)} names for {len(embedding_LD)} embeddings.')
+      raise ValueError(
+        f'{origin}: names has {len(names)} entries, but embeddings has {len(embedding_LD)} rows. '
+        'Write one row for each name.'
+      )
     embedding_LD = embedding_LD.astype(np.float64)
     length_L1 = np.linalg.norm(embedding_LD, axis=1, keepdims=True)
     if bad := [names[i] for i in np.flatnonzero(~(np.isfinite(length_L1) & (length_L1 > 0)))]:

@@ -1,8 +1,8 @@
 """Computes a head without training steps, in one pass over the training images.
 
 Decisions:
-  * A run that computes a head evaluates it, and saves a checkpoint and `result.json` at step 0,
-    with the same code as all other runs. So every `--mode` can use the workdir of such a run.
+  * After computing the head, the run continues like all other runs at step 0: it evaluates the
+    model, and saves a checkpoint and `result.json`. So every `--mode` can use the run's workdir.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
-# Keys about the layers after the pooling. `classifier_config` does not set them. When the run opens
-# the weights (`inherit.open_init`), the model keeps these layers only if the weights were trained
-# on the classes of the data.
+# Keys of the layers after the pooling, which `classifier_config` does not copy. These keys are set
+# when the run opens the weights (`inherit.open_init`), because the model keeps these layers only if
+# the weights were trained on the classes of the data.
 AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
 
 
@@ -37,8 +37,8 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: names the weights of the model, in a workdir or as `init`. Its overrides of config keys
-      can name other data than the run in this workdir used.
+    request: names the weights of the model, in a workdir or as `init`, and can override config
+      keys, e.g. to select data that the run in the workdir did not use.
     classifier: one of `CLASSIFIERS`.
 
   Raises:

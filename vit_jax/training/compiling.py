@@ -1,11 +1,12 @@
 """Compiles the training step, with micro-batches and `model.remat` that fit into memory.
 
 A device can split its part of a batch into micro-batches, and add up their gradients. `model.remat`
-decides which activations the backward pass computes again instead of storing them. A `Plan` has a
-value for each of these two settings.
+decides which activations the backward pass computes again instead of storing them. A `Plan` has the
+number of micro-batches and the value of `model.remat`.
 
 Decisions:
-  * More micro-batches are tried before more `remat`, because micro-batches cost almost no time.
+  * More micro-batches are tried before more recomputation, because micro-batches cost almost no
+    time.
   * Checkpoints contain the chosen plan, so that a resumed run computes bit-identical steps.
 """
 
@@ -31,9 +32,9 @@ from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
 
-# Fraction of the activations counted by `tracing.py` that XLA really keeps. XLA computes the other
-# activations again, because this is cheap. On a GPU, the fraction is 0.49 to 0.63 for the steps in
-# results/compiled.json that fit one device.
+# `tracing.py` counts activations, of which XLA keeps only this fraction. The others are cheap to
+# compute, so XLA computes them again. On a GPU, the measured fraction is 0.49 to 0.63, for the
+# training steps in results/compiled.json that fit one device.
 KEPT, KEPT_ON_CPU = 0.65, 0.85
 
 
@@ -54,12 +55,12 @@ class Plan:
 
 
 def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
-  """Returns the number of micro-batches and the `remat` that an experiment uses, as a `Plan`."""
+  """Returns the `Plan` that an experiment uses now."""
   return Plan(exp.training_parts(mesh), exp.model.remat)
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns the experiment with the settings of a plan that the config does not set itself."""
+  """Returns the experiment with the settings of a plan; the config's `model.remat` has priority."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
@@ -111,9 +112,9 @@ def estimator(
   share = KEPT_ON_CPU if target(mesh).platform == 'cpu' else KEPT
 
   def need(plan):
-    # With micro-batches, memory holds the sum of the gradients, and those of one micro-batch.
+    # With micro-batches, memory holds the sum of the gradients, and one micro-batch's gradients.
     copies = 1 if plan.micro_batches == 1 else 2
-    # Unless `remat` is `none`, the backward pass computes the activations of one block at a time.
+    # With recomputation, the backward pass also holds all activations of the current block.
     block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
     each = share * (kept(plan.remat) + block)
     return held + copies * summed, rows // plan.micro_batches * each
@@ -122,7 +123,7 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the fastest plan that should fit into memory; compiles nothing.
+  """Returns the experiment with the fastest plan that fits by estimate, without compiling.
 
   The experiment is returned unchanged if it already has a plan, or if no memory limit is known.
   """
@@ -143,8 +144,8 @@ def fit_step(
 ) -> tuple[Experiment, jax.stages.Compiled]:
   """Compiles a training step that fits into the memory of each device.
 
-  The step is compiled with the plan that `exp` has now if no memory limit is known, if only one
-  plan is possible, or if batches contain features instead of images.
+  In three cases, only the current plan of `exp` is compiled, whatever memory it needs: no memory
+  limit is known, only one plan is possible, or batches contain features instead of images.
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.
@@ -170,10 +171,10 @@ def fit_step(
   if fit.compiled is None:
     raise OutOfMemory(
       f'Training does not fit into memory: the smallest plan tried, {fit.plan}, needs '
-      f'{gib(fit.size)} on each device, but may use {gib(budget)}. Parameters and optimizer state '
-      f'alone take {gib(size_on_device(mesh, state))}. Lower data.image_size, choose a smaller '
-      'model.variant, set model.dtype=bfloat16 or freeze=backbone, or use more devices with '
-      'mesh.fsdp=-1.'
+      f'{gib(fit.size)} on each device, but only {gib(budget)} may be used. Parameters and '
+      f'optimizer state alone take {gib(size_on_device(mesh, state))}. Lower data.image_size, '
+      'choose a smaller model.variant, set model.dtype=bfloat16 or freeze=backbone, or use more '
+      'devices with mesh.fsdp=-1.'
     )
   log.info(
       '%s: a training step needs %s of the allowed %s on each device (compiled %d time(s)).',
@@ -186,7 +187,7 @@ def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
   """Returns the experiment with a plan that needs less memory; None if the config allows none.
 
   The micro-batch becomes at most half as large. If this is impossible, the next value in `REMAT` is
-  used instead: it stores fewer activations.
+  used, with which fewer activations are stored.
   """
   plans, own = possible_plans(exp, mesh), plan_of(exp, mesh)
   later = plans[plans.index(own) + 1 :] if own in plans else []

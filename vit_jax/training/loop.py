@@ -1,7 +1,7 @@
 """The training loop.
 
 Decisions:
-  * The metrics of a step are read after the next step has started, so the device need not wait.
+  * Metrics of a step are read after the next step has started, so the device never waits for them.
   * A checkpoint is saved only after the loss of its step was read and is finite.
 """
 
@@ -36,7 +36,7 @@ from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
-# Scores and their names in messages. Only images with several labels have the second score.
+# Scores and their names in messages. The second one is for images with several labels only.
 SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
 
 PATCH_DRAWS = 1  # separates the draws of patch sizes from other draws with the same seed
@@ -151,7 +151,7 @@ class Run:
     """
     programs = {}
     for patch in self.exp.patch_sizes:
-      # The host passes images of the same size as before; the device resizes them.
+      # The host passes images of one size in all stages of the run; the device resizes the images.
       exp = dataclasses.replace(self.exp.at(size, patch), task=self.exp.task)
       found = compile_step(exp, self.training, self.mesh, train_state, batch)
       model = self.exp.model.clone(remat=found.exp.model.remat)

@@ -78,8 +78,8 @@ def train_head(
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
-  # `record` checks the data only later. The names of cached features depend on the images and the
-  # weights, so features of other data are never read.
+  # Features are cached before `record` checks the data. Nevertheless, features of other data are
+  # never read, because the names of the cached files depend on the images and the weights.
   if not exp.augments:
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
@@ -111,7 +111,7 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Returns copies of `exp` and `training` for features of the frozen backbone instead of images.
+  """Returns copies of `exp` and `training` whose inputs are features of the frozen backbone.
 
   The features of all splits are computed, unless `folder` already contains them.
   """
@@ -276,6 +276,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment, with the size of training plus validation split as `train_examples`."""
+  """Returns the experiment with `train_examples` counting the training and validation splits."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

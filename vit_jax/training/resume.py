@@ -32,7 +32,7 @@ OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ betwe
 
 
 def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the config is not valid, or differs between processes (except `OWN`)."""
+  """Raises ValueError if the config is not valid, or differs between processes outside `OWN`."""
   check(config)
   check_apart(config.data.source, config.data.dir, workdir)
   mine = config_lib.flatten(config)
@@ -76,8 +76,8 @@ def begin(
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
-  Version 0.1.0 divided image folders differently into training and held-out files. For this reason,
-  `opening.from_config` rejects its runs on image folders; this function does not.
+  Runs of version 0.1.0 on image folders pass this check. `opening.from_config` rejects them later,
+  because version 0.1.0 divided image folders differently into training and held-out files.
 
   Args:
     item: JSON of the newest checkpoint (its item `config`). It has no key `version` if version
@@ -93,8 +93,8 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
   if 'version' not in item and reasons:
     raise ValueError(
       f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. The run can be '
-      'evaluated and used, but not resumed. Start a new run in another --workdir. To start from '
-      f'these weights, add --config.init={workdir}'
+      'evaluated and used, but not resumed. Start a new run in another --workdir. To start it from '
+      f'the weights of the old run, add --config.init={workdir}'
     )
 
 

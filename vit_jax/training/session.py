@@ -89,7 +89,7 @@ def attempt(
     run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
     try:
       return run.run()
-    except RuntimeError as error:  # evaluation raises OutOfMemory instead, which is another type
+    except RuntimeError as error:  # evaluation's OutOfMemory is not a RuntimeError: no second try
       # With several processes, perhaps not every process is out of memory.
       retries = retries and is_full(error) and jax.process_count() == 1
       smaller = halved(run.exp, mesh) if retries else None

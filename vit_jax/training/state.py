@@ -68,7 +68,7 @@ def start_state(
 ) -> tuple[TrainState, float]:
   """Returns the state from which training starts, and the seconds trained in earlier sessions.
 
-  The state comes from the newest checkpoint if there is one. Without a checkpoint, its parameters
+  The state comes from the newest checkpoint if there is one. Without a checkpoint, the parameters
   are the weights of `init`, or random if `init` is not set.
   """
   fresh = init_state(exp, training, mesh)

@@ -3,11 +3,12 @@
 Decisions:
   * Only matrix products and convolutions count; a multiplication and an addition are two FLOPs.
     Norms, softmax and GELU would add a few percent.
-  * FLOPs are counted in the traced program. They are therefore exact for this model. The FLOPs of a
-    training step include the operations that `model.remat` repeats.
+  * FLOPs are counted in the traced program, not computed with a formula, so every matrix product of
+    the model is included. The FLOPs of a training step include the operations that `model.remat`
+    repeats.
   * Activations are the arrays that the forward pass keeps for the backward pass. Each array is
-    counted once. XLA keeps fewer of them if it recomputes cheap parts (a sixth less on a CPU). XLA
-    also needs some working memory.
+    counted once. XLA keeps fewer arrays, because it recomputes the cheap ones (on a CPU, it keeps
+    a sixth less). On the other hand, XLA needs some working memory, which is not counted.
 """
 
 from collections import Counter
@@ -34,7 +35,8 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """Returns (FLOPs of a forward pass by module, FLOPs of a training step), both for one image.
 
-  The FLOPs of a training step include a teacher. They are the mean over the patch sizes of the run.
+  The FLOPs of a training step are the mean over the patch sizes of the run. If each step runs a
+  teacher, its FLOPs are included.
   """
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
@@ -188,7 +190,7 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
+  """Yields `(name stack, bytes)` of a traced function's outputs, if they depend on the batch.
 
   The name stack names the modules that computed the output. An array that is returned in two shapes
   is yielded only once. `of_batch` are the inputs of the function that belong to the batch.

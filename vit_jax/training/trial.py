@@ -1,8 +1,8 @@
 """Tries cuDNN's attention on the GPU of a run before the run relies on it.
 
-cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. So a run with
-`model.attention=auto` first compares cuDNN's kernel with the kernel `plain` in float32, also on
-logits that are hard to compute. Then it chooses one of the two kernels.
+cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. Therefore, a run with
+`model.attention=auto` first compares cuDNN's kernel with the kernel `plain` in float32, also for
+attention logits with extreme values. Then it chooses one of the two kernels.
 
 Decisions:
   * A run makes this choice once. Its checkpoints contain the choice, so a resumed run uses the same
@@ -28,9 +28,9 @@ from vit_jax.training.compiling import attention_shape, estimated, resumed
 
 log = logging.getLogger(__name__)
 
-# A factor of queries and keys, and a constant that is added to the queries and subtracted from the
-# keys. They give usual logits, large logits, and rows whose logsumexp is far below -88. There, exp
-# underflows in float32.
+# Test inputs, as pairs (factor, constant). Queries and keys are multiplied by the factor. Then the
+# constant is added to the queries and subtracted from the keys. With the third pair, the logsumexp
+# of each row is far below -88, where exp underflows in float32.
 INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
 TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
 REPEATS = 10  # timed calls of each kernel
@@ -39,14 +39,14 @@ REPEATS = 10  # timed calls of each kernel
 def prepared(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, saved: Mapping
 ) -> Experiment:
-  """Returns the experiment with the choices that a run makes once: memory plan, attention kernel.
+  """Returns the experiment with the memory plan and attention kernel that a run chooses only once.
 
   Args:
     exp: experiment to train.
     training: data, steps and optimizer of the run.
     mesh: mesh of the devices.
-    saved: JSON of the newest checkpoint, whose choices are used. Empty without a checkpoint: then
-      the kernel is chosen now, and the memory plan is chosen when the step is compiled.
+    saved: JSON of the newest checkpoint, which contains the choices of the run. If it is empty,
+      because there is no checkpoint, the kernel is chosen now, and the plan later, by `fit_step`.
   """
   return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
