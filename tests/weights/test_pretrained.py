@@ -288,7 +288,7 @@ def test_a_file_without_a_head_gives_tokens_unless_num_classes_is_set():
 
 
 def test_a_grid_that_is_not_square_must_be_given():
-  with pytest.raises(ValueError, match='8 patches, which is not a square grid. Pass source_grid'):
+  with pytest.raises(ValueError, match='8 patches, which do not form a square grid. Pass source_grid'):
     vit_jax.load(source('paper_gap'))
   with pytest.raises(ValueError, match='not a square'):
     vit_jax.load(source('paper_gap'), grid=(3, 3))
@@ -557,7 +557,7 @@ QUERY = 'Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel'
     (lambda a: a.pop(QUERY), f'{QUERY}: missing'),
     (lambda a: a.pop('Transformer/posembed_input/pos_embedding'), 'pos_embedding: missing'),
     (lambda a: a.pop('head/bias'), 'head/bias: missing'),
-    (lambda a: a.pop('cls'), '17 patches, which is not a square grid'),
+    (lambda a: a.pop('cls'), '17 patches, which do not form a square grid'),
     (lambda a: a.update(extra=np.zeros(3)), 'extra: not part of the model'),
     (lambda a: a.update({QUERY: a[QUERY].astype(np.int32)}), 'has type int32'),
     (lambda a: a.update({QUERY: a[QUERY] + 1j}), 'has type complex'),

@@ -1,8 +1,8 @@
 """The contents of a weights file, and the steps that all weight formats share.
 
 Decisions:
-  * Reading and writing use the same name tables (`layouts.py`). The expected shape of a file's
-    array is the shape that `write` of its `Layout` would give, so no shape is listed twice.
+  * Reading and writing use the same name tables (`layouts.py`). The expected shape of an array in a
+    file is found by converting our parameter with `Layout.write`, so no table lists shapes.
   * Every array of a file is either read, or listed in `ignored`, or reported as an error.
 """
 
@@ -104,7 +104,7 @@ class Pretrained:
   Attributes:
     model: the model, to be called as `model.apply({'params': params}, image_BHWC)`.
     params: float32 NumPy arrays.
-    preprocessing: how the weights expect an image to be prepared; `size` fits the model's grid.
+    preprocessing: how the weights expect an image to be prepared; `size` is grid x patch size.
     class_names: names of the classes, in the order of the logits. None if the file does not store
       names, or if `load` replaced the file's head.
     ignored: names of the file's arrays that the model does not use.
@@ -150,7 +150,7 @@ class Format:
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> (image_BHWC -> output_BL)` opens a program; None for weights. A
       program enlarges images from `stored_size`, and divides logits by the temperature.
-    precisions: the lower precisions of a program, by name; without float32, which every format has.
+    precisions: precisions below float32 in which the format can write a program, by name.
     holds_names: whether the format can store class names.
   """
 

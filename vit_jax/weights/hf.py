@@ -155,7 +155,7 @@ def save_hf(
 ) -> None:
   """Writes `model.safetensors`, `config.json` and `preprocessor_config.json` into a folder.
 
-  The other arguments are as in `Pretrained`.
+  All arguments except `folder` are attributes of `Pretrained`.
 
   Raises:
     ValueError: no Hugging Face architecture can hold the model.

@@ -3,10 +3,10 @@
 In this package, a model consists of a body (embedding, encoder) and a top (e.g. a head).
 
 Decisions:
-  * `Kind` holds all properties that differ between model types. The tables are in `hf_names.py`
-    and `hf_towers.py`.
+  * `Kind` holds all properties that differ between model types. The tables of all kinds are in
+    `hf_names.py` and `hf_towers.py`.
   * `processor_config.json` is preferred to `preprocessor_config.json`, as in transformers. From
-    version 5 of transformers on, a processor of images and texts writes only the former file.
+    version 5 of transformers on, a processor of images and texts writes no other config.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -55,7 +55,8 @@ NEUTRAL = {
     'use_mask_token',
 }  # fmt: skip
 
-# Values of `ViT` attributes that models of every kind can have, unless `Kind.holds` has others.
+# For each attribute of `ViT`, the values that a model of any kind can have. `Kind.holds` overrides
+# these values.
 HOLDS = {
   'activation': tuple(dict.fromkeys(ACTIVATIONS.values())),
   'position': ('learned',),
@@ -99,10 +100,10 @@ class Kind:
     config: `(model) -> dict` returns the config fields to write, without the fields that
       `save_hf` writes for every kind.
     holds: for each attribute of `ViT`, the values that a model of this kind can have, or None for
-      any value. They override `HOLDS`. See `formats.refuse`.
+      any value. These values override `HOLDS`. See `formats.refuse`.
     prepared: fields of `Preprocessing` to use if no file describes the image processor.
     processor: defaults of keys that the config of the image processor may lack.
-    prefix: prefix of the body's names. A file that contains only a body can lack the prefix.
+    prefix: prefix of the names of the body's arrays; can be missing in a file with only a body.
     bare: whether a file that contains only a body is written without the prefix.
     ignored: patterns for the names of arrays that are not read, because they belong to parts that
       `ViT` does not have.
@@ -167,9 +168,9 @@ def preprocessing(
 ) -> Preprocessing:
   """Returns the preprocessing that the image processor's config in a folder describes.
 
-  The image size in this config is used if it is a multiple of the patch size. It can differ from
-  the size that the position embeddings are for. For example, DINOv2 has positions for 518 pixels,
-  but expects images of 224 pixels.
+  The image size in this config is used if it is a multiple of the patch size, even if the position
+  embeddings are for another size. For example, DINOv2 has positions for 518 pixels, but expects
+  images of 224 pixels.
 
   Args:
     folder: folder of the weights.
@@ -192,7 +193,7 @@ def preprocessing(
 
 
 def find_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
-  """Returns the file with the config of the image processor, and this config (None without one).
+  """Returns the path of the image processor's config, and its content (None without such a file).
 
   Raises:
     ValueError: a file is not valid JSON, or not a JSON object.

@@ -3,9 +3,9 @@
 Decisions:
   * DINOv3's positions are rotary, so a file has no array that shows them. The model type alone
     implies them, and `refuse` stops models with other positions from being written as DINOv3.
-  * If a file lacks a bias, the model has no such bias. A bias of zero would change in fine-tuning.
-  * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` change DINOv3's positions at
-    random, only in pre-training. They are ignored.
+  * If a file lacks a bias, the model has none, because fine-tuning would change a bias of zero.
+  * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` are ignored, because they change
+    DINOv3's positions only in pre-training, at random.
 """
 
 import numpy as np
@@ -19,8 +19,8 @@ from vit_jax.weights.layouts import CONV, SAME, Layout, torch_fused, torch_linea
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
 
-# Two classifiers whose logits are averaged become one classifier on two concatenated tokens.
-# Halving and doubling the weights are exact in floating point.
+# The file has two classifiers whose logits are averaged. The model has one classifier, applied to
+# both tokens, concatenated. Its weights are halved, which is exact in floating point.
 TEACHER_KERNEL = Layout(
   lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
   lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
@@ -166,7 +166,7 @@ def dinov2_config(model: ViT) -> dict:
     refuse('hf (Dinov2)', model, {'activation': ('silu',)})
   exact = model.mlp_dim * (1.5 if gated else 1) / model.width
   width_of = lambda ratio: mlp_width(model.width, ratio, gated)
-  # transformers expects an integer `mlp_ratio`, and rounds `mlp_ratio` times the width down.
+  # transformers expects an integer, so it is tried first. `mlp_ratio` x width is rounded down.
   ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
   ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
   if ratio is None:
@@ -278,7 +278,7 @@ VIT_KINDS = {
     defaults=DINOV3_DEFAULTS,
     fields=dinov3_fields,
     config=dinov3_config,
-    # transformers has no classifier of this kind.
+    # transformers has no classifier for DINOv3.
     holds={'position': ('rope_unit',), 'key_bias': None, 'pool': ('cls',), 'num_classes': (None,)},
     prepared=IMAGENET | dict(interpolation='bilinear', stretch=True),
   ),

@@ -2,8 +2,8 @@
 
 Decisions:
   * A file of a whole model also holds a text tower, which is not read.
-  * Both families share one name table, whose rows are skipped if a model lacks the parameter. CLIP
-    has no pooling with parameters. SigLIP has no class token and no LayerNorm before the first
+  * Both families share one name table. A row is skipped if the model lacks the parameter: CLIP has
+    no pooling with parameters, and SigLIP has no class token and no LayerNorm before the first
     block.
   * SigLIP 2 for fixed image sizes has the architecture of SigLIP. SigLIP 2 NaFlex models, whose
     number of patches varies, are refused.
@@ -139,7 +139,7 @@ def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict
   check_fields(config, known, origin)
   found, later = config.get('vision_config') or {}, config.get('vision_config_dict')
   defaults = TOWERS[tower].defaults
-  if later:  # in older files; it overrides all fields, and its missing fields have the defaults
+  if later:  # only in older files; replaces all fields, so fields that it lacks have the defaults
     found = found | defaults | later
   if found.get('model_type', tower) != tower:
     raise ValueError(

@@ -52,8 +52,8 @@ HOLDS = {
   'cosine': (False,),
 }
 
-# Prefixes of all parameter names: of the paper's files, of big_vision's files, of its image towers
-# (two prefixes), and of older files of big_vision. The first prefix that fits is used.
+# Prefixes of all parameter names in: the paper's files, big_vision's files, big_vision's image
+# towers (two prefixes), older files of big_vision. The first prefix that fits is used.
 PREFIXES = ('', 'params/', 'params/img/', 'img/', 'opt/target/')
 
 

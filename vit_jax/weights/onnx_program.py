@@ -1,9 +1,9 @@
 """Writes programs as ONNX, in float32, fp16 or int8; `program.py` describes the programs.
 
 Decisions:
-  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other one, tf2onnx,
-    needs a mode of `jax2tf` (without XLA) that JAX removed. The file is kept only if the outputs of
-    the converted model are close to JAX's.
+  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX, because tf2onnx needs a
+    mode of `jax2tf` (without XLA) that JAX removed. A converted model is refused if its outputs
+    differ from JAX's outputs.
   * For fp16 and int8, onnxruntime's own tools convert the float32 file.
 """
 
@@ -31,7 +31,7 @@ from vit_jax.weights.program import (
 FILE = 'model.onnx'
 # Arrays of at least this number of bytes are stored in `model.onnx.data`, as `jax2onnx` does.
 SPILLED = 2**20
-LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; products of attention are Einsum
+LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; attention's two products are Einsums
 BATCH = 32  # number of images in a batch while ranges of activations are measured
 # Maximum difference between the outputs of ONNX and JAX. If JAX's largest output is above 1, the
 # difference is first divided by this output.
@@ -98,7 +98,7 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
   """Writes the program as ONNX in int8; `Precision.convert` describes the arguments.
 
   The weights of linear layers and convolutions are int8, with one scale for each output of a layer.
-  Activations are uint8. Their range is the smallest and largest value for the program's images.
+  Activations are uint8. The range of an activation is measured on the program's sample images.
 
   Raises:
     ValueError: the outputs are not finite.
@@ -128,9 +128,9 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
 def without_zeros(model):
   """Removes scalar zeros, which the converter adds as the bias of products, from an ONNX model.
 
-  onnxruntime cannot quantize such a scalar if each output of a layer has its own scale. Results do
-  not change: the real bias of a layer is added in a separate operation. The `onnx.ModelProto` is
-  changed and returned.
+  onnxruntime cannot quantize such a scalar if each output of a layer has its own scale. Outputs do
+  not change, because the real bias of a layer is added in a separate operation. The given
+  `onnx.ModelProto` is changed in place and returned.
   """
   import onnx
 

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-  """What `adapt` should change; `load` documents the attributes with the same names.
+  """Changes that `adapt` makes to a model; `load` documents the attributes except `new_head`.
 
   If `new_head` is True, the head is replaced even if it already has the right number of classes.
   """
@@ -66,11 +66,11 @@ def load(
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid of the file's images.
-    source_grid: number of patches (down, across) of the file's position embeddings. It is needed
-      only for some npz files, which do not store this grid: if the grid is not square, and `grid`
-      has a different number of patches.
-    patch_size: height and width of a patch in pixels. If it differs from the file's, the patch
-      embedding is resized (`model/patching.py`). None for the patch size of the file.
+    source_grid: number of patches (down, across) that the file's position embeddings are for. An
+      npz file does not store this grid. So set it if the grid is not square, and `grid` has a
+      different number of patches.
+    patch_size: height and width of a patch in pixels. If the file has a different patch size, the
+      patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head. If the file has no head, or a head for a different
       number, the model gets a linear head whose weights are zero, and no pre-logits layer. None
       keeps the file's head.
@@ -109,7 +109,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
   params, ignored = formats.read_params(source, wanted)
 
   patch = model.patch_size if to.patch_size is None else pair(to.patch_size, 'patch_size')
-  # A hybrid keeps its patch size. Its kernel is smaller than a patch, and must not be resized.
+  # A hybrid must keep its patch size: its kernel, which is smaller than a patch, cannot be resized.
   if patch != model.patch_size:
     model, params = with_patches(model, params, patch)
   grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
@@ -228,7 +228,9 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   if not found:  # nothing to resize; `read_params` reports positions that are missing
     return source.grid or check_grid('grid', grid or (1, 1))
   if found[0].ndim not in (2, 3):
-    raise ValueError(f'{source.origin}: positions have shape {found[0].shape}, expected 3 axes.')
+    raise ValueError(
+      f'{source.origin}: positions have shape {found[0].shape}, expected 2 or 3 axes.'
+    )
   patches = found[0].shape[-2] - model.num_positions
   for name, given in (('source_grid', to.source_grid), ("the config's grid", source.grid)):
     if given is None:
@@ -244,7 +246,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
     return check_grid('grid', grid)
   if square_grid(patches) is None:
     raise ValueError(
-      f'{source.origin}: the file has positions for {patches} patches, which is not a square '
+      f'{source.origin}: the file has positions for {patches} patches, which do not form a square '
       'grid. Pass source_grid=(patches down, patches across). On the command line, set '
       '--config.data.image_size to the (height, width) that the file was trained with.'
     )

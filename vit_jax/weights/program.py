@@ -8,13 +8,13 @@ ONNX.
 
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but not the reverse.
-    The logits are divided by the temperature of the weights. Their softmax is therefore the
-    probability that `predict` prints. If `model.json` has `probabilities: sigmoid`, the probability
-    is the sigmoid of the logit instead. This is the case in zero-shot classification with SigLIP
-    and for images with several labels. For such images, `model.json` also has the thresholds.
+    The logits are already divided by the calibration's temperature, so their softmax gives the
+    probabilities that `predict` prints. For zero-shot classification with SigLIP and for images
+    with several labels, `model.json` has `probabilities: sigmoid`, and the sigmoid of a logit is
+    the probability. For images with several labels, `model.json` also has the thresholds.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
-  * In every precision, the input is uint8 and the output is float32. So the same code can run a
+  * In every precision, the input is uint8 and the output is float32, so the same code can run a
     program in any precision.
   * `backend.portable` makes the program independent of the machine that writes it.
 """
@@ -84,7 +84,7 @@ class Program:
     facts = {'class names': self.class_names, 'thresholds': self.calibration.thresholds}
     for name, values in facts.items():
       if values is not None and len(values) != count:
-        raise ValueError(f'{what}: got {len(values)} {name} for {count} classes: give one each.')
+        raise ValueError(f'{what}: got {len(values)} {name} for {count} classes: give one per class.')
 
   def check_images(self, what: str) -> None:
     """Raises ValueError if `image_NHWC` has no images for the model. `what` begins the message."""
@@ -126,7 +126,7 @@ class Program:
     def program(image_BHWC):
       image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
       output = model.apply({'params': params}, image_BHWC).astype(jnp.float32)
-      # Features have no temperature. Without a temperature, the program has no division.
+      # Only logits are divided by the temperature. A division by 1 would only slow the program.
       scaled = model.num_classes is not None and temperature != 1
       return output / temperature if scaled else output
 

@@ -2,8 +2,8 @@
 
 Decisions:
   * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
-  * The names of the files at the path show the format. Between timm and Hugging Face, the keys of
-    `config.json` decide.
+  * The format is recognised by the names of the files at the path. timm and Hugging Face use the
+    same file names, so the keys of `config.json` tell them apart.
 """
 
 from collections.abc import Callable
@@ -172,7 +172,7 @@ def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
   if found.class_names and len(found.class_names) != found.fields['num_classes']:
     raise ValueError(
       f'{folder}/config.json: {len(found.class_names)} class names for '
-      f'{found.fields["num_classes"]} classes.'
+      f'{found.fields["num_classes"]} classes; expected one name for each class.'
     )
   return found
 

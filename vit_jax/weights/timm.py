@@ -3,11 +3,11 @@
 Decisions:
   * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
     which override timm's defaults.
-  * A written config names an architecture that timm knows, and lists every argument. So timm
-    ignores the defaults of this architecture. Only the norm and the kind of gated MLP cannot be set
-    by an argument, so an architecture with the right ones is named.
-  * If a file lacks the biases of keys, the model has no such biases. Biases of zero would change in
-    fine-tuning.
+  * A written config names an architecture that timm knows, and lists every argument, so that timm
+    ignores the defaults of the architecture. A config has no arguments for the norm and the kind of
+    gated MLP, so the named architecture must be one that has the right norm and MLP.
+  * If a file lacks the biases of keys, the model has no such biases, because fine-tuning would
+    change biases of zero.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ from vit_jax.weights.usage import label_lines, upright
 CROP_MODES = {'center': False, 'squash': True}  # timm's name: our `stretch`
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-# The rows that both classes of timm share. Rows of parts that a model lacks are skipped.
+# Rows of the name table for both classes of timm. Rows for parts that a model lacks are skipped.
 COMMON = [
   ('cls', 'cls_token', SAME),
   ('registers', 'reg_token', SAME),
@@ -60,7 +60,7 @@ COMMON = [
   *torch_linear('block_{i}/mlp/down', 'blocks.{i}.mlp.fc2'),
   *torch_linear('head', 'head'),
 ]
-VIT = [  # the rows that only `VisionTransformer` has
+VIT = [  # additional rows for `VisionTransformer`
   *torch_fused('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
   *torch_norm('block_{i}/attention/query_norm', 'blocks.{i}.attn.q_norm'),
   *torch_norm('block_{i}/attention/key_norm', 'blocks.{i}.attn.k_norm'),
@@ -77,7 +77,7 @@ VIT = [  # the rows that only `VisionTransformer` has
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns the rows that only timm's `Eva` has; `a` are the arguments of the model."""
+  """Returns the additional rows for timm's `Eva`; `a` has the arguments of the timm model."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())
@@ -223,7 +223,7 @@ def save_timm(
 ) -> None:
   """Writes `model.safetensors` and `config.json` into a folder.
 
-  The other arguments are as in `Pretrained`.
+  All arguments except `folder` are attributes of `Pretrained`.
 
   Raises:
     ValueError: neither class of timm can hold the model.

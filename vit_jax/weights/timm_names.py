@@ -1,9 +1,9 @@
 """Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
-A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Names are used,
-because a file's arrays do not show the activation, nor the number of heads if q, k and v are fused.
+A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Reading a file
+needs its name, because the arrays show neither the activation nor, if fused, the number of heads.
 The tables are from timm 1.0.31, without models that `ViT` does not cover (parallel blocks, RMSNorm,
-...). `norm_epsilon` and names in `mlp_layer` stand for objects in timm that no config can contain.
+...). timm sets the norm and `mlp_layer` to Python objects. Here, a number and names stand for them.
 """
 
 import re
@@ -267,7 +267,7 @@ def arguments_for(model: ViT) -> tuple[str, dict]:
 
 
 def vit_arguments(model: ViT) -> tuple[str, dict]:
-  """Returns an architecture of timm's `VisionTransformer` for a model, and its own arguments."""
+  """Returns a `VisionTransformer` architecture for a model, and the arguments of this class."""
   refuse('timm', model, HOLDS | {
     'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm's pooling is plain
     'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'activation': ACTIVATIONS,

@@ -147,8 +147,8 @@ def copies(
     if found:
       yield (
         f'{len(found):,} images of {other} are exact copies of images of {one}: '
-        f'{abridged([f"{path} = {original}" for path, original in found])}. They make the scores '
-        f'of {other} too good. Remove the copies.'
+        f'{abridged([f"{path} = {original}" for path, original in found])}. These copies make the '
+        f'scores of {other} too good. Remove them.'
       )
 
 

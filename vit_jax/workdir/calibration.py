@@ -38,7 +38,7 @@ class Calibration:
 
   @classmethod
   def load(cls, saved: Mapping | None) -> 'Calibration':
-    """Creates a calibration from its fields in a dict that `load_checkpoint` returns.
+    """Creates a calibration from the key `calibration` of a dict that `load_checkpoint` returns.
 
     The default calibration is returned if `saved` is None or has no calibration.
     """
@@ -65,7 +65,7 @@ def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | N
       return fields
     wrong = f'has {len(thresholds)} thresholds for {classes} classes'
   log.warning(
-    '%s: the entry of step %d %s and is not used. Run --mode=eval to fit it again.',
+    '%s: the entry of step %d %s and is not used. Run --mode=eval to fit the calibration again.',
     workdir / NAME,
     step,
     wrong,

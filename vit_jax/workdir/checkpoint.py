@@ -6,23 +6,24 @@ calls items:
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config, and facts about the data (class names, channels,
-    stored size). Its key `cycles` has the steps at which the run was finished earlier, before it
-    was extended to more epochs.
-The file `digests.json` of a checkpoint has the checksums of all these files (`digests.py`).
+    stored size). The key `cycles` has the earlier last steps of a run that was finished and then
+    extended to more epochs.
+A checkpoint also has a file `digests.json` with the checksums of the items' files (`digests.py`).
 
 Decisions:
-  * Each process writes the parts of arrays that its devices hold, while training continues. This
-    needs a workdir that all processes can access. Otherwise all arrays are gathered, and process 0
-    writes them.
-  * On a CPU, `copy_state` copies the arrays. Without it, orbax reads the arrays of the train state
-    itself. The next training step then cannot overwrite these arrays, and needs new memory.
-  * If a process on a CPU runs alone, a thread calls orbax, because only the copy must be finished
-    before training continues.
+  * If all processes can access the workdir, each process writes the parts of arrays that its
+    devices hold, while training continues. Otherwise, all arrays are gathered, and process 0 writes
+    them.
+  * On a CPU, `copy_state` copies the arrays for orbax. Without the copy, orbax would read the
+    training state itself. The next step could then not overwrite the state and would need new
+    memory.
+  * If the run has a single process, on a CPU, orbax is called in a thread, because training only
+    has to wait for the copy.
   * The devices that held an array are not recorded. Otherwise, orbax could restore the array on
     other devices only if the caller describes its layout.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
-    it writes `commit_success.txt`). Orbax deletes an older checkpoint only afterwards. So a
-    checkpoint with its final name is complete, and a run that has one never loses its last one.
+    it writes `commit_success.txt`), so a checkpoint with a final name is complete. Orbax deletes an
+    older checkpoint only afterwards, so a run never loses its last complete checkpoint.
 """
 
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ class Checkpoints:
   """
 
   def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Opens a workdir. `save` will keep its `keep` newest checkpoints, and the best one."""
+    """Opens a workdir, in which the `keep` newest checkpoints and the best one are kept."""
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
@@ -137,7 +138,7 @@ class Checkpoints:
   def _add_digests(self):
     """Writes the checksums of a checkpoint; orbax calls this after all other files are written."""
     folder = stored.directory(self._workdir)
-    start = f'{self._saving}.orbax-checkpoint'  # not in a bucket: there, the name is final already
+    start = f'{self._saving}.orbax-checkpoint'  # temporary name; a bucket has only final names
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
     digests.write_digests(next(partial, folder / str(self._saving)))
 
@@ -190,10 +191,10 @@ def check_finite(params: dict, step: int) -> None:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def copy_state(previous, state):
-  """Returns a copy of a state, in the memory of the previous copy; None: in new memory.
+  """Returns a copy of `state`, stored in the memory of `previous`; in new memory if this is None.
 
-  New memory takes longer than the copying, because the operating system provides it in small pages
-  at their first use.
+  Old memory is used again, because new memory takes longer than the copying: the operating system
+  provides new memory in small pages at their first use.
   """
   del previous
   return jax.tree.map(jnp.copy, state)
@@ -203,9 +204,9 @@ def copy_state(previous, state):
 def all_finite(params: dict) -> jax.Array:
   """Returns a bool array with one entry per leaf of `params`: whether all its numbers are finite.
 
-  The result is one array, so that one copy to the host is enough. The function tests the largest
-  magnitude of each leaf, which is not finite if any number is NaN or infinite. On a CPU, this is
-  faster than `jnp.isfinite(x).all()`.
+  The result is one array, so that the host can read all entries with one copy. The function tests
+  only the largest magnitude of each leaf, because it is NaN or infinite if any number is. On a CPU,
+  this is faster than `jnp.isfinite(x).all()`.
   """
   return jnp.stack([jnp.isfinite(jnp.abs(x).max()) for x in jax.tree.leaves(params)])
 

@@ -4,8 +4,8 @@ Decisions:
   * Neither orbax nor tensorstore notices a flipped bit in array data. So `digests.json` stores the
     size and the CRC-32 of every file of a checkpoint's four items. A CRC finds damage, not
     tampering.
-  * The checksums are of files, not of arrays. A file can be read without the devices that wrote it,
-    and no process needs a whole array.
+  * Checksums are computed from files, not from arrays. Therefore, a process can check them without
+    the devices that wrote the arrays, and never needs memory for a whole array.
   * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file
     is ignored, because it is incomplete. Checkpoints of older versions are an exception: their item
     `config` has no key `format`, and has checksums of arrays or no checksums.

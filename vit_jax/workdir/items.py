@@ -2,8 +2,8 @@
 
 Decisions:
   * A checkpoint is damaged if a file is missing or has invalid content. When a run resumes, damaged
-    checkpoints are moved away. So other errors must not be taken for damage: a file that cannot be
-    read may have valid content, and this process may have too little memory.
+    checkpoints are moved away, so errors with other causes must not count as damage. Examples are a
+    file that cannot be read at the moment, and a process that has too little memory.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ CONTENT = (
   ValueError, LookupError, TypeError, AttributeError,
   FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# Texts in tensorstore's ValueErrors whose cause is not the content of files.
+# If a ValueError of tensorstore contains one of these texts, its cause is not the files' content.
 LIMITS = (
   'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'PERMISSION_DENIED', 'CANCELLED', 'ABORTED',
   'DEADLINE_EXCEEDED', os.strerror(errno.EMFILE), os.strerror(errno.ENFILE),
@@ -102,7 +102,7 @@ def digest(item) -> str:
   if not all(isinstance(leaf, np.ndarray | np.generic) for _, leaf in leaves):
     return hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest()
   found = hashlib.sha256()
-  # Sorted by name, because a named tuple is read back as a dict.
+  # Sorted by name, because orbax reads a named tuple back as a dict, whose leaves are sorted.
   named = {jax.tree_util.keystr(p, simple=True, separator='/'): leaf for p, leaf in leaves}
   for name, leaf in sorted(named.items()):
     found.update(f'{name} {leaf.dtype} {leaf.shape}'.encode())

@@ -1,4 +1,4 @@
-"""Opens orbax's manager of checkpoints, and sets how orbax saves arrays and which it keeps."""
+"""Opens orbax's checkpoint manager, with this project's rules for saving and keeping."""
 
 from collections.abc import Callable
 import dataclasses
@@ -14,7 +14,8 @@ from orbax.checkpoint import type_handlers
 from vit_jax.distributed import Agreement
 from vit_jax.workdir import items, stored
 
-# Devices that hold copies of an array divide its writing only into parts of at least this size.
+# If several devices hold copies of an array, each of them writes a part of it. A part has at least
+# this number of bytes.
 SLICE_BYTES = 2**20
 
 
@@ -37,8 +38,8 @@ class Best(policies.PreservationPolicy):
 class Manager(ocp.CheckpointManager):
   """Orbax's manager, but without orbax's calls of JAX's preemption service.
 
-  The service compares the numbers of calls in all processes. Orbax's calls have other numbers than
-  the training loop's calls (`distributed.asked_to_stop`), so the loop could miss a stop signal.
+  The training loop numbers its calls of the service (`distributed.asked_to_stop`), which compares
+  the numbers of all processes. Orbax passes other numbers, so the loop could miss a stop signal.
   """
 
   def reached_preemption(self, step):
@@ -97,9 +98,9 @@ def open_manager(
 def set_array_handler() -> None:
   """Sets how orbax saves arrays, in the whole process.
 
-  Orbax does not record the devices that held an array. The devices that hold copies of an array
-  divide the writing only if the array is large. Dividing needs a call to JAX for each array and
-  device. For a small array, these calls take longer than one device needs to write it.
+  Orbax does not record the devices that held an array. If several devices hold copies of a large
+  array, each of them writes a part. A small array is written from one device, because dividing an
+  array needs a call to JAX for each device, which would take longer than writing a small array.
   """
   handler = type_handlers.ArrayHandler(
     enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES

@@ -119,7 +119,7 @@ def read_item(workdir: pathlib.Path, step: int, item: str):
 
 
 def set_aside_damaged(workdir: pathlib.Path) -> None:
-  """Moves damaged checkpoints into `<workdir>/damaged/`, until the newest one is undamaged.
+  """Moves damaged checkpoints to `<workdir>/damaged/`, until the newest remaining one is undamaged.
 
   Incomplete checkpoints are moved too.
 

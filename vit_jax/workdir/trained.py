@@ -3,8 +3,8 @@
 Decisions:
   * The name of a file is the path after the class folder, e.g. `a/1.jpg` for `train/cat/a/1.jpg`.
     The hash of this name identifies the file, also in a different split, class or folder.
-  * A training file and a held-out file can have the same name, e.g. if each split is numbered from
-    0001.jpg. Files with such names are identified by the hash of their content.
+  * A training file and a held-out file can have the same name, e.g. if the files of each split are
+    numbered from 0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
   * Data sets without files (digits, TFDS) are identified by `data.source`, whatever `data.dir` is.
     A test that shares examples with a training split of the same data set is refused.
@@ -58,10 +58,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFiles:
-  """The files and splits that weights were trained on; files are uint64 hashes of name or content.
+  """The files and splits that weights were trained on, with a uint64 hash for each file.
 
   Attributes:
-    own_N: hashes of the run's own training files.
+    own_N: hashes of the run's own training files, computed from the name or the content of a file.
     inherited_N: hashes of the files that earlier runs trained the `init` weights on.
     shared_N: hashes of names that a training file and a held-out file have in common. Files with
       these names are compared by content.
@@ -144,7 +144,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on, and those in `earlier` as inherited.
+  """Returns the files and splits that a run trains on; those in `earlier` are marked as inherited.
 
   Args:
     source: dataset of the run.

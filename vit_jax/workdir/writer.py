@@ -1,8 +1,8 @@
 """Writes the records of a run: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
 Decisions:
-  * A run locks its workdir's `log.txt` before it checks and writes. So if a second command is
-    refused because the workdir is in use, it has not changed the files of the first one.
+  * A run locks its workdir's `log.txt` before it checks and writes. So a second command, which is
+    refused because the workdir is in use, does not change the files of the first one.
   * If the workdir is in a bucket, these files are written into a local scratch folder
     (`bucket.Mirror`). They are uploaded whole every `UPLOAD` seconds, before each checkpoint and at
     the end.
