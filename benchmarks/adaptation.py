@@ -1,17 +1,19 @@
-"""Compares the ways to adapt pre-trained weights, from 310 photos to all of CIFAR-10.
+"""Compares ways to adapt pre-trained weights to datasets, from 310 photos to all of CIFAR-10.
 
     python main.py --config=configs/folder.py:tiny --config.data.source=folder:tinyimagenet32 \\
         --config.epochs=15 --config.batch_size=256 --workdir=runs/tin
     python -m benchmarks.adaptation runs/tin cifar10 runs/adaptation
 
-The first command pre-trains, the second runs the comparison and writes `results/adaptation.json`.
-`cifar10` is an image folder with `train/` and `test/`. Each dataset is a file with the paths and
-labels of randomly chosen training images. The seed chooses these images and is the seed of the run.
-A method gets these images for training and validation, and is tested on the dataset's test images.
-No run sees more than 100,000 images, and none sees an image more than 60 times; the linear probe
-trains 50 epochs on features, which it computes once. `distilled` is trained like `scratch`, with
-`finetune` of the same seed as its teacher. The accuracy is that of `--mode=eval`. Repeating the
-command resumes an interrupted comparison.
+The first command pre-trains a model. The second runs the comparison and writes the results to
+`results/adaptation.json`. `cifar10` is an image folder with `train/` and `test/`.
+
+For each dataset in `DATASETS` and each seed, training images are chosen at random. Every method
+trains and validates on the chosen images, and is tested on all test images of their classes. A run
+sees at most 100,000 images in total, and each image at most 60 times. The linear probe is an
+exception: it computes the features of each image once, and then trains for 50 epochs on the
+features. `distilled` is trained like `scratch`, but with a teacher: the `finetune` run that has the
+same dataset and seed. `--mode=eval` measures the accuracies. Repeating the command resumes an
+interrupted comparison.
 """
 
 import argparse
@@ -25,8 +27,8 @@ import sys
 from benchmarks import arguments, collect
 from vit_jax.workdir import writer
 
-PASSES = 100_000  # most images that a run sees
-REPEATS = 60  # most times that a run sees an image
+PASSES = 100_000  # maximum number of images that a run sees, counting repetitions
+REPEATS = 60  # maximum number of times that a run sees an image
 THREE = {'cat': 200, 'dog': 80, 'horse': 30}  # training images of the dataset `three`
 DATASETS = {  # name: training images of each class
   'three': THREE,
@@ -35,7 +37,7 @@ DATASETS = {  # name: training images of each class
   '100%': 5000,
 }
 FEWSHOT = {'ridge': 'ridge', 'knn': 'knn'}  # method: --classifier
-METHODS = {  # name: (config, key for other weights, where these weights are)
+METHODS = {  # name: (config, config key for weights of an earlier run, which earlier run)
   'scratch': ('configs/folder.py:tiny', '', ''),
   'finetune': ('configs/finetune.py:tiny,folder,adamw', 'init', 'pretrained'),
   'probe': ('configs/linear_probe.py:tiny,folder', 'init', 'pretrained'),
@@ -68,13 +70,13 @@ def write_labels(folder: pathlib.Path, name: str, seed: int, file: pathlib.Path)
 
 
 def run(*flags: str) -> None:
-  """Runs main.py in a process of its own."""
+  """Runs main.py in a separate process."""
   if subprocess.run([sys.executable, 'main.py', *flags]).returncode:
     raise SystemExit(f'A run failed. Fix the cause, then repeat the command.\n{" ".join(flags)}')
 
 
 def adapt(method: str, init: pathlib.Path, labels: pathlib.Path, count: int, seed: int) -> dict:
-  """Adapts the weights `init` to a dataset in a workdir beside its labels, and tests the result.
+  """Adapts the weights `init` to a dataset, in a workdir next to `labels`, and tests the result.
 
   Returns:
     The dict of `eval.json`, without the scores of single classes, and the seconds of the run.
@@ -88,7 +90,7 @@ def adapt(method: str, init: pathlib.Path, labels: pathlib.Path, count: int, see
   else:
     config, key, where = METHODS[method]
     weights = labels.with_name(where) if where == 'finetune' else init
-    if method != 'probe':  # its backbone sees every image once
+    if method != 'probe':  # the probe's backbone sees every image only once
       flags.append(f'--config.epochs={min(PASSES / count, REPEATS)}')
     if key:
       flags.append(f'--config.{key}={weights}')

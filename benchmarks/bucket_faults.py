@@ -1,16 +1,16 @@
-"""Kills runs in a bucket and damages their checkpoints, and checks that they recover exactly.
+"""Kills runs whose workdir is in a bucket, damages checkpoints, and checks that all runs recover.
 
     python -m benchmarks.bucket_faults                  # 30 minutes; writes bucket_faults.json
     python -m benchmarks.bucket_faults 2 8 short.json   # 2 kills and 8 damages, another file
 
-The bucket is `tests/fake_gcs.py`, a Google Cloud Storage on loopback. The data are scikit-learn's
-digits as an image folder. Each run is killed with SIGKILL at a random time after a random step, and
-the command is repeated, which also takes over the lock of the dead process. Parameters, optimizer
-state and averages must equal those of an undisturbed run on a local disk with local data. Then
-eval, predict and export read the run. Nothing may be written on this machine outside a scratch
-folder.
+The bucket is on this machine: `tests/fake_gcs.py` is a server that imitates Google Cloud Storage.
+The data are scikit-learn's digits as an image folder. Each run is killed with SIGKILL at a random
+time after a random step. The command is then repeated, which also takes over the lock of the killed
+process. The final parameters, optimizer state and averaged parameters must be identical to those of
+an undisturbed run with a local workdir and local data. Finally, `main.py` evaluates, uses and
+exports the finished run. Nothing may be written on this machine outside a scratch folder.
 
-The checkpoints of the last run are then damaged in the same ways as by `benchmarks.faults`.
+After the kills, checkpoints of the last run are damaged in the ways that `benchmarks.faults` lists.
 """
 
 import argparse
@@ -40,8 +40,8 @@ FLAGS = [
   '--config.checkpoint_every=4',
 ]  # fmt: skip
 DATA, RUN = 'gs://bucket/data', 'gs://bucket/run'
-STEPS = 46  # of a run
-OTHERS = {  # what reads the finished run
+STEPS = 46  # number of steps of a run
+OTHERS = {  # modes that read the finished run, with their flags
   'eval': [],
   'predict': ['--images={image}'],
   'export': ['--format=stablehlo', '--out=gs://bucket/program'],
@@ -82,13 +82,13 @@ def steps_in(server: FakeGcs) -> list[int]:
 
 
 def local_files(folder: pathlib.Path) -> set[str]:
-  """Returns the files that a process has left in its folders."""
+  """Returns the files, except the log, that a process has left in its folders."""
   found = (file.relative_to(folder) for file in folder.rglob('*') if file.is_file())
   return {str(file) for file in found if file.name != 'log'}
 
 
 def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path) -> dict:
-  """Kills a run in the bucket, resumes it, uses it, and returns what was found."""
+  """Kills a run in the bucket, resumes it and uses it; returns the measured facts as a dict."""
   draw = random.Random(number)
   for name in server.names('run/') + server.names('program/'):
     del server.objects['bucket', name]
@@ -139,10 +139,11 @@ def damage(number: int, server: FakeGcs) -> dict:
 
 
 def summary(kills: list[dict], damages: list[dict]) -> dict:
-  """Returns the content of the file, for the runs so far."""
+  """Returns the content of the results file, for the kills and damages so far."""
   return {
     **collect.circumstances(),
-    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in kills),  # others had ended
+    # A run that ended before the signal does not count as a kill.
+    'kills': sum(one['exit_code'] == -signal.SIGKILL for one in kills),
     'identical': sum(one['identical'] for one in kills),
     'written_locally': sum(bool(one['written_locally']) for one in kills),
     'locks_taken_over': sum(one['lock_left'] for one in kills),
@@ -190,8 +191,8 @@ def main(argv: list[str]) -> None:
   write_json(args.out, result := summary(kills, damages))
   if result['identical'] < len(kills) or result['written_locally']:
     raise SystemExit(
-      f'{args.out}: {result["identical"]} of {len(kills)} runs ended exactly like the local run, '
-      f'and {result["written_locally"]} wrote files on this machine; expected all and none.'
+      f'{args.out}: {result["identical"]} of {len(kills)} runs ended exactly like the local run; '
+      f'expected all. {result["written_locally"]} wrote files on this machine; expected none.'
     )
   if result['good'] < len(damages):
     raise SystemExit(

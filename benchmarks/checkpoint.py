@@ -3,9 +3,10 @@
     python -m benchmarks.checkpoint                    # 5 minutes; writes results/checkpoint.json
     python -m benchmarks.checkpoint tiny 1 short.json  # another model, fewer repeats, another file
 
-It saves the train state of a model (B/16: 1 GB with Adam and averages), with one process and with
-two processes of two devices each. In both cases, all devices together hold the state once (fsdp).
-Each case is measured with two methods:
+The benchmark saves the training state of a model, first in a run with one process, then in a run
+with two processes. The state of B/16 has 1 GB, including Adam's moments and the averaged weights.
+Each process has two devices, and the state is sharded over all devices of the run (fsdp). Each run
+is measured with two methods of saving:
   * `shards`: how checkpoints are saved now. A single process copies its arrays and lets orbax save
     the copies in a thread. Each of several processes that can all write to the workdir saves its
     own part of the arrays.
@@ -15,7 +16,7 @@ Each case is measured with two methods:
 
 Seconds are medians without the first save of each process, which includes compilation.
 `blocked_seconds` is the time of the call that saves. `overwritten_seconds` also includes the time
-until a training step that computes nothing has overwritten the state. `peak_gib` is the largest
+until the next training step, here a dummy, has overwritten the state. `peak_gib` is the largest
 memory of process 0, including the state. Each method runs in new processes.
 """
 
@@ -73,7 +74,7 @@ def save(way: str, model: str, repeats: int, folder: pathlib.Path) -> dict:
       if way == 'gathered':
         checkpoints._end_handover()  # version 0.1 called orbax without a thread
       blocked.append(time.perf_counter() - began)
-      state = jax.block_until_ready(advance(state))  # as a training step, it overwrites the state
+      state = jax.block_until_ready(advance(state))  # overwrites the state, like a training step
       overwritten.append(time.perf_counter() - began)
       checkpoints.wait()
       committed.append(time.perf_counter() - began)
@@ -105,7 +106,7 @@ def peak() -> float:
 
 
 def measure(way: str, processes: int, model: str, repeats: int) -> dict:
-  """Starts the processes of one way of saving, and returns the measurements of process 0."""
+  """Measures one method of saving in new processes; returns the measurements of process 0."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]

@@ -1,22 +1,24 @@
-"""Compiles the training step of `main.py` for GPUs and TPUs that are not there.
+"""Compiles the training step of `main.py` for GPUs and TPUs that this machine does not have.
 
     python -m benchmarks.compile --lower=cuda --config=configs/cifar10.py:b16 --batch=256
 
-lowers a step for CUDA or TPU with CPU JAX alone, in seconds. It prints one line of JSON with
-`tokens`, `dtype` and `kernels`, which maps the name of each custom call to its number of calls.
+This command lowers a step for CUDA (or TPU, with `--lower=tpu`). It takes seconds, and needs only
+JAX for CPUs. It prints one line of JSON with `tokens`, `dtype` and `kernels`. `kernels` maps the
+name of each custom call to its number of calls.
 
     make compilers
     .compilers/bin/pip install --no-deps 'libtpu==0.0.50.*'
     export JAX_PLATFORMS=cpu
     .compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
         --devices=8 --batch=2048
-    .compilers/bin/python -m benchmarks.compile --check  # two rows again: are they as before?
-    .compilers/bin/python -m benchmarks.compile          # the rows of ROWS without a result
+    .compilers/bin/python -m benchmarks.compile --check  # compares two rows with their old results
+    .compilers/bin/python -m benchmarks.compile          # compiles the rows that have no result yet
 
-compile with the compilers of the hardware, on any x86 machine. JAX must be 0.12 or later to read
-`h200.txtpb`, and the versions of the CUDA wheels must be the version of JAX. The wheels are in a
-separate environment, because JAX looks for the hardware. A row takes from 15 seconds to minutes,
-and `results/compiled.json` gets it.
+These commands compile steps with the compilers of the hardware, on any x86 machine. The last one
+compiles the steps in `ROWS` and adds each result to `results/compiled.json`. A row takes between 15
+seconds and some minutes. JAX must be 0.12 or later to read `h200.txtpb`, and the CUDA wheels must
+have the same version as JAX. The wheels are in a separate environment, because JAX would look for
+the hardware if it found them in the usual environment.
 """
 
 import argparse
@@ -79,7 +81,7 @@ class Row:
   batch: int = 0
 
 
-# Tried in this order if a row does not fit.
+# Flags that are tried, in this order, if a row does not fit into memory.
 REMEDIES = tuple(f'--config.micro_batches={n}' for n in (2, 4, 8))
 REMEDIES += ('--config.model.remat=full', '--config.model.remat=full --config.micro_batches=4')
 
@@ -143,7 +145,7 @@ def shapes_of(exp: Experiment, training: Training) -> state.TrainState:
 
 
 def trace_step(exp: Experiment, training: Training, mesh: Mesh) -> jax.stages.Traced:
-  """Traces the training step of `main.py` for the devices of a mesh, which may not exist."""
+  """Traces the training step of `main.py` for a mesh, whose devices need not exist."""
 
   def abstract(x, where):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -160,7 +162,7 @@ def trace_step(exp: Experiment, training: Training, mesh: Mesh) -> jax.stages.Tr
 
 @contextlib.contextmanager
 def without_cudnn():
-  """Lets JAX lower cuDNN's kernels without cuDNN, whose version it asks for."""
+  """Lets JAX lower cuDNN's kernels without cuDNN, by faking the version of cuDNN."""
   name = 'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version'
   with mock.patch(name, lambda: 91000):
     yield
@@ -181,7 +183,7 @@ def lower(config: ConfigDict, platform: str) -> dict:
 
 
 def describe(target: str, count: int) -> np.ndarray:
-  """Returns the devices of hardware that is not there; 8 GPUs share a host."""
+  """Returns JAX's descriptions of the target's devices; of GPUs, 8 share a host."""
   if target == 'h200':
     shape = f'{max(count // 8, 1)}x1x{min(count, 8)}'
     found = topologies.get_topology_desc(
@@ -201,7 +203,7 @@ def arrange(config: ConfigDict, devices: np.ndarray) -> Mesh:
 
 
 def flops(compiled: jax.stages.Compiled) -> float:
-  """Returns XLA's count of the FLOPs of a step on each device, without those of cuDNN's kernels."""
+  """Returns XLA's count of the FLOPs of a step on each device, excluding cuDNN's kernels."""
   from jax._src.lib import _jax
 
   (module,) = compiled.runtime_executable().hlo_modules()
@@ -241,7 +243,7 @@ def compile_row(row: Row) -> dict:
 
 
 def attempt(row: Row) -> dict:
-  """Compiles a row; if its memory does not suffice, also looks for a setting that makes it fit."""
+  """Compiles a row; if it does not fit into memory, also looks for flags with which it fits."""
   found = compile_or_refuse(row)
   if found['fits']:
     return found
@@ -269,7 +271,7 @@ def version_of(target: str) -> str:
 
 
 def key_of(result: dict) -> tuple:
-  """Returns what identifies a row in `results/compiled.json`."""
+  """Returns the values that identify a row in `results/compiled.json`."""
   return result['config'], result['target'], result['devices']
 
 

@@ -1,6 +1,7 @@
-"""The contestants of `benchmarks.speed`: `CONTESTANTS[name](work, size)` returns a `Program`.
+"""The ViT implementations that `benchmarks.speed` compares, called contestants.
 
-`size` is the result of `works.sizes` for the workload. Computing it needs this project's code.
+`CONTESTANTS[name](work, size)` returns a `Program`. `size` is the result of `works.sizes`, which is
+computed in another process, because it imports JAX. PyTorch must run in a process without JAX.
 
 Every contestant has the same workload: random images already on the device, and the same batch
 size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.
@@ -103,7 +104,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
 
 
 def vit_jax_input(work: works.Work, _: dict) -> Program:
-  """Returns this project's input program: it gathers batches from memory and augments them."""
+  """Returns a program that only gathers batches from memory and augments them, as this project."""
   import jax
   import jax.numpy as jnp
 
@@ -209,7 +210,7 @@ def torch_program(
 
   if work.mode == 'inference':
     model.eval()
-    if half:  # as is usual, the weights also have half precision
+    if half:  # as usual in PyTorch, the weights are also converted to bfloat16
       model.bfloat16()
       image_BCHW = image_BCHW.bfloat16()
   else:
@@ -296,7 +297,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def matmul_rate(library: str) -> float:
-  """Returns the median rate of 20 large square products, in floating-point operations per second.
+  """Returns the median FLOP/s of 20 products of large square matrices.
 
   The matrices are 2048 x 2048 in float32 on a CPU, and 8192 x 8192 in bfloat16 on a GPU.
 

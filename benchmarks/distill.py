@@ -5,10 +5,11 @@
     python -m benchmarks.distill runs/teacher folder:cifar10 runs/distill
 
 The first command trains the teacher. The second trains students with and without this teacher, and
-writes `results/distill.json`. The student is a `tiny` of half the width. All students see the same
-images in the same order, so the gain is a mean of differences between runs with the same seed. The
-students `token_...` have a distillation token and are compared with `token_alone`. Repeating the
-command resumes an interrupted comparison.
+writes `results/distill.json`. A student is the model `tiny` with half the width. Students with
+equal seeds see the same images in the same order. Therefore, the gain is computed for each seed, as
+the difference between the students with and without the teacher, and then averaged over the seeds.
+The students `token_...` have a distillation token and are compared with `token_alone`. Repeating
+the command resumes an interrupted comparison.
 """
 
 import argparse

@@ -3,19 +3,19 @@
     python -m benchmarks.faults                    # about 25 minutes; writes results/faults.json
     python -m benchmarks.faults 2 1 8 short.json   # fewer faults, another file
 
-The first command kills 40 runs of one process and 12 of two processes, and tries 230 checkpoints.
-The second sets these three numbers to 2, 1 and 8.
+The first command kills 40 runs of one process and 12 of two processes, and loads 230 checkpoints,
+most of which are damaged. The second command sets these three numbers to 2, 1 and 8.
 
-A kill sends SIGKILL at a random time after a random step. These runs spend most of their time
-saving checkpoints. With two processes, the signal goes to one or both. Repeating the command must
-resume the run and end with exactly the parameters, optimizer state and averages of an undisturbed
-run.
+A run is killed with SIGKILL at a random time after a random step. Because the runs spend most of
+their time saving checkpoints, a signal often interrupts a save. With two processes, the signal goes
+to one or to both. Repeating the command of the run must resume it, and must lead to exactly the
+parameters, optimizer state and averaged parameters of an undisturbed run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
 emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
 previous checkpoint must be used. Two more cases are tried in the same way (`DAMAGES`):
-  * `torn`: only the files that were written first are there, and the last of them is incomplete, as
-    after a power failure. Such a checkpoint must not be used.
+  * `torn`: as after a power failure, the files that were written last are missing, and one file is
+    incomplete. Such a checkpoint must not be used.
   * `none`: nothing is damaged. The newest checkpoint must be used.
 """
 
@@ -47,14 +47,15 @@ FLAGS = [
 STEPS = 45
 MOMENT = 0.5  # maximum seconds from a step's line in the metrics to the kill
 LIMIT = 90  # seconds within which surviving processes must stop
-# Every third kill of a two-process run kills only one of them. The other takes long to stop.
+# Only every third run of two processes gets the signal in one process, because the other process
+# takes long to stop.
 ONE_OF_TWO = 3
 # How a checkpoint is damaged, and how often in 230 tries.
 DAMAGES = {'flip': 60, 'cut': 20, 'empty': 10, 'remove': 20, 'torn': 20, 'none': 100}
 
 
 def train(flags: list[str], log: pathlib.Path) -> None:
-  """Runs `main.py` in this process, with its output in a file."""
+  """Runs `main.py` in this process, and appends the output to the file `log`."""
   out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(out, 1)
   os.dup2(out, 2)
@@ -195,10 +196,10 @@ def damaged(files: dict[str, bytes], number: int) -> tuple[str, str, dict[str, b
 
 
 def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, bytes]]:
-  """Keeps the files that were written first, and cuts the last of them.
+  """Removes the files that were written last, and truncates the last remaining file.
 
-  Orbax writes the files that are in no folder after the checksums. They stay whole, so that the
-  checkpoint looks complete.
+  Files at the top level of the checkpoint, which orbax writes after the checksums, are not removed,
+  so that the checkpoint looks complete.
   """
   order = [*(name for name in files if '/' in name), digests.FILE]
   last = draw.randrange(len(order))
@@ -208,7 +209,7 @@ def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, b
 
 
 def judge(workdir: pathlib.Path, finished: pathlib.Path, how: str) -> dict:
-  """Checks what is loaded from a damaged copy of a finished run, in a folder or a bucket."""
+  """Checks which checkpoint is loaded from a damaged copy of a finished run, and its arrays."""
   newest = stored.latest_step(finished)
   loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
   stored.set_aside_damaged(workdir)  # as training does
@@ -220,7 +221,7 @@ def judge(workdir: pathlib.Path, finished: pathlib.Path, how: str) -> dict:
 
 
 def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
-  """Damages the newest checkpoint in a copy of a finished run, and checks what is loaded."""
+  """Damages the newest checkpoint in a copy of a finished run, and calls `judge` on the copy."""
   workdir, newest = folder / f'damaged{number}', stored.latest_step(finished)
   shutil.copytree(finished, workdir)
   checkpoint = stored.directory(workdir) / str(newest)
@@ -283,7 +284,8 @@ def main(argv: list[str]) -> None:
       print(damages[-1], flush=True)
   found = {
     **collect.circumstances(),
-    'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),  # others had already ended
+    # A run that ended before the signal does not count as a kill.
+    'kills': sum(-signal.SIGKILL in k['exit_codes'] for k in kills),
     'identical': sum(k['identical'] for k in kills),
     'while_saving': sum(k['while_saving'] for k in kills),
     **counted(damages),

@@ -1,11 +1,12 @@
-"""Trains one model with random patch sizes and three with fixed ones, and evaluates each at all.
+"""Compares a model trained at random patch sizes with models that are trained at one patch size.
 
     python -m benchmarks.flexi folder:cifar10 runs/flexi
 
-All runs train a `tiny` for the same number of epochs, without RandAugment. The run `flexible` draws
-a patch size of 2, 4 or 8 pixels for each step (FlexiViT, 2212.08013). Its weights are for patches
-of 4 pixels. At other patch sizes than those of its training, the patch embedding of a model is
-resized by the pseudo-inverse. The table is `results/flexi.json`. Repeating the command resumes an
+All runs train the model `tiny` for the same number of epochs, without RandAugment. The run
+`flexible` draws a patch size of 2, 4 or 8 pixels for each step (FlexiViT, 2212.08013). Three other
+runs train at one of these sizes. Every model is evaluated at all three sizes. A model stores the
+patch embedding for one patch size (`flexible`: 4 pixels), and resizes it with the pseudo-inverse
+for other sizes. The results are written to `results/flexi.json`. Repeating the command resumes an
 interrupted comparison.
 """
 
@@ -18,7 +19,7 @@ from vit_jax.evaluation import exact
 from vit_jax.workdir import writer
 
 CONFIG = 'configs/cifar10.py:tiny'
-SIZES = (8, 4, 2)  # in the order of the cost of a step
+SIZES = (8, 4, 2)  # patch sizes in pixels; smaller patches make a step more expensive
 SHARED = {'augment.rand_augment.num_layers': 0, 'eval_every': 0, 'checkpoint_every': 100}
 RUNS = {'flexible': {'patch_sizes': '2,4,8'}}  # name: overrides
 RUNS |= {f'fixed_{size}': {'model.patch_size': size} for size in SIZES}

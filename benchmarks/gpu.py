@@ -1,13 +1,14 @@
-"""Measures everything that needs a GPU, the most valuable first, in slices of at most 9 minutes.
+"""Makes all measurements that need a GPU, the most valuable first, each in at most 9 minutes.
 
     make gpu MINUTES=30                    # installs missing packages, then runs this module
     python -m benchmarks.gpu --minutes=30
     python -m benchmarks.gpu --toy --results=/tmp/gpu     # every slice in seconds, on a CPU
 
-Each slice of `SLICES` is a process that leaves `results/gpu/<slice>.json`. The file says whether
-the slice is finished, and why not. Repeating the command skips finished slices. Slices that train
-resume from the workdir below `runs/gpu/`; other slices start again. Slices that fail are tried
-again only by the next command. At the end, the command prints the tables of all results.
+Each measurement, called a slice, runs in its own process and writes `results/gpu/<slice>.json`. The
+file says whether the slice is finished, and if not, why. Repeating the command skips finished
+slices. An interrupted slice resumes from its workdir below `runs/gpu/` if it trains; otherwise it
+starts again. A slice that failed is not tried again until the command is repeated. At the end, the
+command prints the tables of all results.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from vit_jax.storage import TRY_AGAIN
 from vit_jax.workdir import writer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-LIMIT = 9 * 60  # seconds that a slice may run, with `GRACE`
+LIMIT = 9 * 60  # seconds that a slice may run, including `GRACE`
 GRACE = 30  # seconds to save a checkpoint after SIGTERM, before SIGKILL
 
 
@@ -44,8 +45,9 @@ class Slice(NamedTuple):
   """A measurement that one process makes.
 
   Attributes:
-    minutes: minutes that must be left to start the slice. For a slice that trains, a fraction of
-      its time is enough. These are estimates: no slice has run on a GPU.
+    minutes: the slice starts only if this many minutes are left. A slice that trains can start with
+      less time than it needs, because it resumes later. The values are estimates, because no slice
+      has run on a GPU.
     run: `(folder, toy) -> result`, see `benchmarks.gpu_slices`.
   """
 
@@ -73,8 +75,8 @@ def run_all(
 ) -> None:
   """Runs the slices that are not finished, as long as the time suffices.
 
-  A slice that was stopped at its limit, and resumes, continues at once if enough time is left. A
-  slice for which too little time is left is passed over, and a shorter one may run.
+  A training slice that was stopped at its limit resumes at once if enough time is left. A slice for
+  which too little time is left is skipped, so that a shorter slice can run.
   """
   end = clock() + 60 * args.minutes
   for name, one in slices.items():
@@ -93,7 +95,7 @@ def state_of(name: str, results: pathlib.Path) -> str:
 
 
 def run_one(name: str, args: argparse.Namespace, seconds: float) -> str:
-  """Runs a slice in a process of its own for at most these seconds; returns its state."""
+  """Runs a slice in a separate process for at most `seconds`, and returns the slice's state."""
   args.work.mkdir(parents=True, exist_ok=True)
   path, log = args.results / f'{name}.json', args.work / f'{name}.log'
   path.unlink(missing_ok=True)  # an earlier call has written it
@@ -167,7 +169,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-  """Kills this process and its children when its parent has ended, even if that was killed."""
+  """Kills this process and its children as soon as its parent has ended or was killed."""
   while os.getppid() == parent:
     time.sleep(0.5)
   os.killpg(0, signal.SIGKILL)

@@ -8,9 +8,9 @@ The first command fills the folder `gpu/`, which git ignores, with at most 64 Mi
   * `gpu/wheels/`: the packages of `requirements-gpu.txt`, for Linux on x86-64 and the given version
     of Python.
 
-The second command extracts the images to `runs/gpu/cifar10`. It installs packages into
-`runs/gpu/site` if this Python lacks them, or has them in an unsuitable version. It changes nothing
-else on the machine. It needs only the standard library and pip.
+The second command extracts the images to `runs/gpu/cifar10`, and installs into `runs/gpu/site` the
+packages that this Python lacks or has in an unsuitable version. It changes nothing else on the
+machine, and needs only the standard library and pip.
 """
 
 import argparse
@@ -31,7 +31,8 @@ WORK = ROOT / 'runs/gpu'
 IMAGES, SITE = WORK / 'cifar10', WORK / 'site'
 NEEDED = ROOT / 'requirements-gpu.txt'
 LIMIT = 64 * 2**20  # bytes
-# pip compares these names exactly; wheels for an older glibc also run with a newer one.
+# All names of usable platforms, because pip compares names exactly, although wheels for an older
+# glibc also run with a newer one.
 PLATFORMS = [f'manylinux_2_{n}_x86_64' for n in (28, 27, 26, 24, 17, 12, 5)]
 PLATFORMS += ['manylinux2014_x86_64', 'manylinux2010_x86_64', 'manylinux1_x86_64']
 
@@ -95,7 +96,7 @@ def unpack() -> None:
 
 
 def emptied(path: pathlib.Path) -> pathlib.Path:
-  """Returns an empty folder that replaces `path` when it is complete."""
+  """Returns an empty folder next to `path`; the caller fills it, and then renames it to `path`."""
   partial = path.with_name(f'{path.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)  # an earlier call was killed
   partial.mkdir(parents=True)

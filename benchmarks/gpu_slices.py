@@ -1,8 +1,8 @@
 """The measurements of `benchmarks.gpu`: each function measures one slice and returns its result.
 
-A function has the signature `(folder, toy) -> result`. It may keep files in `folder`, and finds
-them there when it is called again. JSON can hold the result. With `toy`, the slice runs in seconds
-on a CPU, as a test.
+A slice is a measurement that runs in its own process. A function has the signature `(folder, toy)
+-> result`. It may keep files in `folder`, and finds them there when it is called again. The result
+can be saved as JSON. With `toy`, the function takes only seconds on a CPU, as a test.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ TOKENS = (
   256,
   257,
   577,
-)  # 224 pixels in patches of 16 and 14, and 384, with a class token
+)  # 224 pixels in patches of 16 and of 14, without and with class token; 384 pixels, patches of 16
 BATCH, HEADS, HEAD_SIZE = 64, 12, 64  # B/16
 DROPOUT = 0.1
-TOY_WITH_PEERS = 'B/16 train'  # the only workload whose peers run at toy size
+TOY_WITH_PEERS = 'B/16 train'  # at toy size, other implementations run only this workload
 
 # A training run of seconds, for slices that train.
 TINY = {
@@ -52,8 +52,8 @@ class Skipped(Exception):
 def attention(folder: pathlib.Path, toy: bool) -> dict:
   """Compares cuDNN's attention with `plain`, both in bfloat16, and measures the time of both.
 
-  The reference is `plain` in float32, on the same inputs. On a CPU, the kernel for CPUs takes the
-  place of cuDNN's.
+  The reference is `plain` in float32, on the same inputs. On a CPU, the kernel for CPUs is tested
+  instead of cuDNN's kernel.
   """
   del folder
   obstacle = flash_obstacle(target(), jnp.bfloat16, HEAD_SIZE)
@@ -107,7 +107,7 @@ def with_dropout(shape: tuple[int, int, int, int]) -> dict:
 
 
 def speed_of(name: str, folder: pathlib.Path, toy: bool) -> dict:
-  """Measures the workload of `benchmarks.speed` for GPUs that has this name."""
+  """Measures the GPU workload `name` of `benchmarks.speed`."""
   del folder
   work = next(work for work in works.WORKS['gpu'] if work.name == name)
   os.environ.update(speed.ENVIRONMENT)
@@ -132,8 +132,8 @@ def rates() -> dict:
 def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
   """Trains the same run twice, kills further runs, and compares the final states bit for bit.
 
-  The runs use `deterministic=True`. Each of them compiles its own programs, because the choices
-  that XLA makes while compiling must not differ either. At toy size, they share programs.
+  The runs use `deterministic=True`. Each run compiles its own programs, to test that XLA makes the
+  same choices in every compilation. At toy size, the runs share compiled programs.
   """
   os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'true' if toy else 'false'
   faults.multiprocessing.get_context('forkserver').set_forkserver_preload(
@@ -146,7 +146,7 @@ def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
   if toy:  # AdamW compiles faster than Muon
     flags += ['--config.optimizer.name=adamw', '--config.checkpoint_every=8', '--config.epochs=2']
   first, second = (folder / f'whole{i}' for i in range(2))
-  for path in folder.iterdir():  # runs of a slice that was stopped, except finished ones
+  for path in folder.iterdir():  # deletes unfinished runs of an earlier call, which was stopped
     if path.is_dir() and not (path / 'result.json').exists():
       shutil.rmtree(path)
   for workdir in (first, second):

@@ -54,7 +54,7 @@ def states(found: dict[str, dict]) -> str:
 
 
 def together(results: list[dict]) -> list[dict]:
-  """Merges results of `benchmarks.speed` that are from machines with the same peak speed."""
+  """Merges those results of `benchmarks.speed` that were measured at the same peak speed."""
   merged = {}
   for one in results:
     peak = one['peak_flops_per_second'] if 'data sheet' in one['peak_is'] else one['peak_is']
@@ -63,7 +63,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table of both kernels, with the worst error of the output and the gradients."""
+  """Returns the table that compares both kernels; an error is the worst of output and gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))

@@ -35,8 +35,8 @@ def collectives(text: str) -> list[dict]:
     text: HLO of the compiled step.
 
   Returns:
-    For each kind and group size, the number of operations and the bytes of the whole arrays. These
-    are the arrays before they are scattered, or after they are gathered.
+    For each kind and group size, the number of operations, and the bytes of the whole arrays, i.e.
+    before they are scattered or after they are gathered.
   """
   operations, inside = {}, ''  # `inside` is the header of the computation that contains the line
   for line in text.splitlines():
@@ -54,7 +54,7 @@ def collectives(text: str) -> list[dict]:
     elif kind == 'all-reduce' and inside.startswith('%all-reduce-scatter'):
       kind = 'reduce-scatter'  # the TPU's compiler writes it as an all-reduce
     elif kind == 'all-gather' and started:
-      size = size * group // (group + 1)  # the result of a start includes its input
+      size = size * group // (group + 1)  # the result of all-gather-start includes its input
     # A collective that overlaps with other work appears several times with the same channel id.
     # Collectives that the compiler combined all have channel id 1.
     known = number and number[1] != '1'

@@ -2,21 +2,21 @@
 
     python -m benchmarks.input      # 6 minutes on 2 cores; results/input.json
 
-All contestants do the same work on the same 20,000 JPEGs of about 400x350 pixels. They read a
-file, decode it, crop a random 8 to 100 % of its area and scale the crop to 224x224 with
-anti-aliasing. The result is uint8 images in batches of 128.
+All loaders do the same work on the same 20,000 JPEGs of about 400x350 pixels. They read a file,
+decode it, crop a random 8 to 100 % of its area and scale the crop to 224x224 with anti-aliasing.
+The result is uint8 images in batches of 128.
 
-Each contestant runs in its own process and may use all cores. Contestants take turns of a few
-seconds, so that other load on the machine affects all of them equally. Images per second per core
-are computed from the CPU time of a process and its children. Elapsed time is less fair: on a
-shared machine it favours the contestant with the most threads. A ratio is our rate divided by a
-peer's rate, and the median over the rounds is reported. Ratios by elapsed time are reported too.
-Peers that are not installed are skipped.
+Each loader runs in its own process and may use all cores. Loaders take turns of a few seconds, so
+that other load on the machine affects all of them equally. Images per second per core are computed
+from the CPU time of a process and its children, because elapsed time favours the loader with the
+most threads if the machine is shared. A ratio is this project's rate divided by the rate of another
+loader. The median ratio over the rounds is reported, also for elapsed time. Loaders that are not
+installed are skipped.
 
 The benchmark measures four more numbers:
   * the milliseconds that each available decoder takes in one thread;
-  * the images per second gathered from memory, as in training, in the fastest round;
-  * the memory of a stream's processes over three epochs;
+  * how fast this project gathers batches of images that are already in memory;
+  * the memory of all processes of this project's loader, over three epochs;
   * the share of time that a small ViT waits for its data when it trains on these files.
 """
 
@@ -53,7 +53,7 @@ SIZE = (224, 224)
 BATCH = 128
 CROP = {'min_area': 0.08, 'max_aspect': 4 / 3}
 ROUNDS = 5
-WARM, TURN = 1.0, 4.0  # seconds of a turn: before the measurement starts, and measured
+WARM, TURN = 1.0, 4.0  # seconds of a turn: first to warm up, then to measure
 
 
 TRAINED = {  # config of the training run that measures the wait for data
@@ -244,7 +244,7 @@ DECODERS = {
 
 
 def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
-  """Returns the median milliseconds of one core that each decoder takes for a file and its crop."""
+  """Returns the median CPU milliseconds that each decoder takes to decode and crop one file."""
   files = [file.read_bytes() for file in sorted(folder.rglob('*.jpg'))[:count]]
   chosen = [
     functools.partial(image_lib.random_part, stream.draw_uniform(0, i), **CROP)
@@ -263,7 +263,7 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
 
 
 def in_memory(size: int = 50_000, batch: int = 512) -> float:
-  """Returns how many images of CIFAR's size are gathered per second: the best of ten rounds."""
+  """Returns the images of 32x32 pixels that are gathered per second, in the best of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
   examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
@@ -278,7 +278,7 @@ def in_memory(size: int = 50_000, batch: int = 512) -> float:
 
 
 def resident(workers: int, folder: str) -> None:
-  """Prints the peak resident bytes in each of three epochs over an eighth of the files."""
+  """Streams an eighth of the files for three epochs; prints each epoch's peak resident bytes."""
   split = 'train[:12.5%]+test[:12.5%]'
   batches, held = ours(pathlib.Path(folder), workers, split), [[], [], []]
   for step in range(3 * COUNT // 8 // BATCH):
@@ -317,7 +317,7 @@ COMMAND = [sys.executable, '-m', 'benchmarks.input']
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """Parses the task; the default is to measure everything, other tasks are for child processes."""
+  """Parses the task: without arguments, `main` measures everything; child processes get a task."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.set_defaults(task=main)
   tasks = parser.add_subparsers(

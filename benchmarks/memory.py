@@ -1,8 +1,8 @@
 """Finds the largest batch that fits in memory: `python -m benchmarks.speed --memory=16`.
 
-The train step is compiled ahead of time for the current backend, and nothing is allocated. XLA
-reports the memory that the step needs, with its state and batch. The benchmark compares this memory
-with the budget.
+The training step is compiled for the current backend, but is not run, so nothing is allocated. XLA
+reports the memory that the step needs, including its state and its batch. The benchmark compares
+this memory with the budget.
 """
 
 import functools
@@ -46,9 +46,9 @@ def step_bytes(config, batch_size: int) -> int:
 def largest_batch(config, budget: float) -> tuple[int, int]:
   """Returns the largest batch size whose step fits, and its bytes; (0, 0) if none fits.
 
-  Batch sizes are multiples of `MULTIPLE`. Memory grows almost linearly with the batch size. A
-  line through a size that fits and one that does not gives the next size to compile. The search
-  ends when the two sizes are neighbours.
+  Batch sizes are multiples of `MULTIPLE`. The search keeps a size that fits and a larger size that
+  does not fit. Because memory grows almost linearly with the batch size, the next size to compile
+  is interpolated linearly between the two. The search ends when they are consecutive multiples.
   """
   need = functools.cache(lambda n: step_bytes(config, n * MULTIPLE))
   if need(1) > budget:

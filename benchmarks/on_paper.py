@@ -1,15 +1,15 @@
-"""Calculates what training on TPU pods needs: mesh, memory, seconds of a step and a save, input.
+"""Calculates what training on TPU pods needs: mesh, memory, time per step, time per save, input.
 
     python -m benchmarks.on_paper                # 5 minutes; results/on_paper.json
     python -m benchmarks.on_paper --bucket=0.3   # GB/s that a host writes to a bucket
 
 Nothing is trained or compiled, and no TPU is needed. `benchmarks/pods.py` has the calculation and
 its assumptions. docs/benchmarks.md explains the numbers. The file has two parts:
-  * `rows`: each model on each number of chips. `fsdp` is the smallest power of two with which some
-    plan of `possible_plans` fits into memory. The row has the fastest plan that fits. `own_plan` is
-    the plan that a run takes by itself.
-  * `compared`: the same calculation for the steps that the TPU's compiler has compiled
-    (`results/pods.json`), with the ratios of calculated and compiled numbers.
+  * `rows`: each model on each number of chips. A plan is a number of micro-batches with a value of
+    `model.remat`. `fsdp` is the smallest power of two with which a plan fits into memory. The row
+    has the fastest plan that fits. `own_plan` is the plan that `main.py` would choose.
+  * `compared`: a check of the calculation on steps that the compiler for TPUs has compiled
+    (`results/pods.json`). It has the ratios of calculated numbers and the compiler's numbers.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from vit_jax.workdir import writer
 PATH = collect.RESULTS / 'on_paper.json'
 MODELS = ('B/16', 'L/16', 'g/14', 'G/14')
 COUNTS = (8, 64, 256, 1024)  # chips
-# Bytes of a training image: the archive of the 1,281,167 images, ILSVRC2012_img_train.tar.
+# Mean bytes of a training image: size of ILSVRC2012_img_train.tar, divided by the number of images.
 JPEG = 147_897_477_120 / 1_281_167
 HEADER = (
   'model', 'chip', 'chips', 'fsdp', 'images per chip', 'plan', 'GiB per chip', 'step, ms',
@@ -91,7 +91,7 @@ def compare(compiled: dict) -> dict:
 
 
 def table(result: dict) -> str:
-  """Formats the rows as a Markdown table. A column with two numbers: sharded, then gathered."""
+  """Formats the rows as a Markdown table. Two numbers `a / b` are a sharded and a gathered save."""
   lines = [HEADER, ['---'] * len(HEADER)]
   for row in result['rows']:
     saves, seconds = row['save'], row['seconds_of_step']

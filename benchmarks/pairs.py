@@ -4,8 +4,8 @@
     python main.py --config=configs/folder.py:tiny --config.data.source=labels:pairs/labels.csv \
         --config.data.image_size=32,64 --workdir=runs/pairs
 
-Each image is used once, in a picture of its own split. In one picture of sixteen, noise replaces
-the right image. In another one, noise replaces both images. Noise has no label.
+Each image is used once, in a picture of its own split. Of every sixteen pictures, one has noise
+instead of the right image, and another one has noise instead of both images. Noise has no label.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from vit_jax.data import Examples, Reading, Source, fit_image, open_source, open
 
 
 def write_pairs(source: Source, out: pathlib.Path, most: dict[str, int], size: int) -> None:
-  """Writes `out/labels.csv` and the pictures `out/<split>/*.png` of `size` x twice `size` pixels.
+  """Writes `out/labels.csv` and the pictures `out/<split>/*.png`, which are twice as wide as high.
 
   Args:
     source: images with one label each.
     out: folder to create.
     most: for each split to write, the maximum number of pictures.
-    size: height of a picture.
+    size: height of a picture in pixels.
   """
   out.mkdir(parents=True)
   with (out / 'labels.csv').open('w', encoding='utf-8', newline='') as file:

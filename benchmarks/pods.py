@@ -1,8 +1,8 @@
-"""Models a training step and a save on TPU pods, from shapes and the vendor's figures.
+"""Estimates the time and memory of a training step and a save on TPU pods.
 
-Nothing is trained or compiled, and no TPU is needed. Known are the shapes of the state, where
-`sharding.layout` places them, the FLOPs of the traced step, and the vendor's figures in `CHIPS`.
-Assumed are:
+Nothing is trained or compiled, and no TPU is needed. The calculation uses known facts: the shapes
+of the state, its layout on the devices (`sharding.layout`), the FLOPs of the traced step, and the
+vendor's figures in `CHIPS`. In addition, it uses these assumptions:
   * `USED`, `HOST_LINK` and `COPIES`;
   * the activations that the compiler keeps (`vit_jax.training.compiling`);
   * the collectives (`collectives`), each in rings over all links of a chip.
@@ -109,7 +109,7 @@ def study(variant: str) -> Model:
 
 @functools.cache
 def held(model: Model, mesh: AbstractMesh) -> tuple[int, int]:
-  """Returns two numbers of bytes on each chip: the state, and gradients with images."""
+  """Returns two sizes in bytes on each chip: of the state, and of gradients plus images."""
   image = math.prod((*model.exp.task.stored_size, model.exp.task.channels))
   gradients = size_on_device(mesh, model.state.params)
   return size_on_device(mesh, model.state), gradients + BATCH // mesh.size * image
@@ -166,10 +166,11 @@ def sent(kind: str, whole: float, group: int) -> float:
 
 
 def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
-  """Returns the seconds in which a chip sends its data of a step.
+  """Returns the seconds that a chip needs to send all data of a step.
 
-  Several slices lie along `data`. A sum has three parts: in each slice, between slices, and in
-  each slice again. Between slices, each chip sends only its share of the array.
+  If the pod has several slices, the mesh axis `data` extends over them. A sum over all chips then
+  has three stages: within each slice, between slices, and within each slice again. Between slices,
+  each chip sends only its share of the array.
   """
   slices, links, network = math.ceil(mesh.size / chip.slice), 0.0, 0.0
   for c in found:
@@ -181,7 +182,7 @@ def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
 
 
 def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
-  """Returns the seconds of a step, if sending overlaps with products completely or not at all."""
+  """Returns the seconds of a step, for complete overlap of sending and computing, and for none."""
   products = BATCH // mesh.size * model.flops[plan.remat] / (USED * chip.peak)
   sending = seconds_sending(chip, mesh, collectives(model, mesh, plan))
   return {
@@ -214,8 +215,8 @@ def choose(model: Model, chip: Chip, count: int) -> tuple[AbstractMesh, Plan, Pl
 def copied(mesh: AbstractMesh, tree, chips: int) -> int:
   """Returns the bytes that the first `chips` chips copy to their host in a sharded save.
 
-  All chips that hold the same part of an array copy equal shares of it, if their number divides an
-  axis of this part. Otherwise only the first of them copies the part (orbax's default).
+  If several chips hold the same part of an array, and their number divides an axis of this part,
+  each of them copies an equal share. Otherwise, only the first chip copies it (orbax's default).
   """
   total = 0
   for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree)), strict=True):
@@ -228,7 +229,7 @@ def copied(mesh: AbstractMesh, tree, chips: int) -> int:
 
 
 def save(model: Model, chip: Chip, mesh: AbstractMesh, bucket: float) -> dict[str, dict]:
-  """Returns the seconds of a save with shards, and of a save that gathers to process 0.
+  """Returns the seconds of a sharded save, and of a save that gathers all arrays in process 0.
 
   Args:
     model: the model.

@@ -2,11 +2,11 @@
 
     python -m benchmarks.precision folder:cifar10 runs/precision
 
-Trains `configs/cifar10.py:tiny` for 3 epochs in the folder, unless this run is finished. Then the
-benchmark exports the run in every precision of ONNX and StableHLO, and measures each written
-program on all test images. A B/16 with random weights is measured too, without an accuracy: it
-shows size and latency of a model of common size. The result is `results/precision.json`. Run the
-benchmark on an idle machine, because other work changes the latency.
+The benchmark trains `configs/cifar10.py:tiny` for 3 epochs in the folder, unless it holds the
+finished run. Then it exports the run in every precision of ONNX and StableHLO, and measures each
+exported program on all test images. A B/16 with random weights is measured too, but only its file
+size and latency. The results are written to `results/precision.json`. Run the benchmark on an idle
+machine, because other programs change the latency.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python -m benchmarks.probe
 
-One variant computes the features once and trains on them. The other runs the backbone in every
-step. The model is `tiny` at 32x32 with random weights. Images are random, in batches of 512, and
-the training step is the one of `main.py`. Both variants run in one process, in turns, on the same
-examples. Compilation is not timed. The result is `results/probe.json`. It also holds the seconds to
-hash, compute and save the features once.
+One variant computes the features once and trains on them. The other variant runs the backbone in
+every step. The model is `tiny` for 32x32 pixels, with random weights. The images are random, in
+batches of 512, and the training step is the one of `main.py`. Both variants run in one process, in
+turns, on the same examples. Compilation is not timed. The results are written to
+`results/probe.json`, with the seconds to hash, compute and save the features once.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def make_epoch(exp, training, mesh) -> Callable[[], object]:
 
 
 def measure(config, examples: int, rounds: int) -> dict:
-  """Returns the median seconds of both kinds of epoch, their ratio and the time for features."""
+  """Returns the median epoch time of both variants, their ratio, and the time for the features."""
   devices.start_up()
   mesh = devices.make_mesh(config.batch_size)
   exp, training = opening.from_config(config)

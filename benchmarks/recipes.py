@@ -2,11 +2,11 @@
 
     python -m benchmarks.recipes cpu folder:cifar10
     python -m benchmarks.recipes gpu folder:cifar10     # make results-gpu DATA=folder:cifar10
-    python -m benchmarks.recipes cpu folder:cifar10 digits cifar10_tiny_20    # these only
+    python -m benchmarks.recipes cpu folder:cifar10 digits cifar10_tiny_20    # two recipes only
 
 Each run is a workdir, `runs/results/<recipe>/seed<n>/`. Repeating the command resumes an
-interrupted run and skips finished runs. If a run is already in `results/`, its files there keep
-their date and machine. For each recipe, these files are written:
+interrupted run and skips finished runs. The files in `results/` keep the date and the machine of a
+run that they already list. For each recipe, these files are written:
   * `results/<recipe>.json`: results of all seeds;
   * `results/<recipe>/`: `metrics.jsonl` of each run and a figure of the curves;
   * `results/README.md`: a row of the table;
@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
     minutes: maximum time of a run on that machine.
     at_least: minimum test accuracy that we expect.
     aim: test accuracy that we hope for.
-    reference: what others reached with the same model.
+    reference: accuracy that others reached with the same model; empty if unknown.
   """
 
   config: str
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
   for name in args.names:
     for seed in range(RECIPES[name].seeds):
       train(name, seed, args.source)
-      if is_listed(name, seed):  # a summary would have today's date and this machine
+      if is_listed(name, seed):  # a new summary would replace the run's date and machine
         continue
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'

@@ -1,4 +1,4 @@
-"""Compares the speed of this project with its peers on this machine.
+"""Compares the speed of this project with the speed of other ViT implementations.
 
     python -m benchmarks.speed             # all workloads; writes results/speed_<backend>.json
     python -m benchmarks.speed --only=tiny # workloads with `tiny` in the name; writes no file
@@ -6,9 +6,10 @@
     python -m benchmarks.speed --dry-run   # the GPU workloads at toy sizes, on any machine
     python -m benchmarks.speed --memory=16 # the largest batches that fit in 16 GiB
 
-Each contestant is a process. In each round, every contestant runs once for half a second while the
-others wait. Compilation and warm-up happen before the rounds. Rates are medians over the rounds,
-and a ratio is the median of the ratios per round. Peers that are not installed are skipped.
+Each implementation, called a contestant, runs in its own process. In each round, every contestant
+runs once for half a second, while the others wait. Compilation and warm-up happen before the
+rounds. Rates are medians over the rounds. The ratio of two rates is computed in each round; the
+reported ratio is the median. Implementations that are not installed are skipped.
 """
 
 import argparse
@@ -50,7 +51,7 @@ class Contestant:
     self.process = SPAWN.Process(target=serve, args=(there, name, work, size), daemon=True)
     self.process.start()
     there.close()
-    self.about = self.answer()  # versions and first step's seconds, or why it was skipped
+    self.about = self.answer()  # versions and seconds of the first step, or the reason for skipping
 
   def answer(self):
     """Returns the next message from the process."""
@@ -99,7 +100,7 @@ def serve(connection, name: str, work: works.Work, size: dict) -> None:
 
 
 def measure(work: works.Work, rounds: int = ROUNDS, turn: float = TURN) -> dict:
-  """Measures a workload: each contestant's rates and the ratios of this project to them."""
+  """Measures a workload: the rate of each contestant, and this project's rate divided by it."""
   names = ['vit_jax', *['vit_jax_input'] * (work.mode == 'train'), *work.peers]
   began = time.perf_counter()
   size = in_a_process(works.sizes, work)
@@ -146,7 +147,10 @@ def measure(work: works.Work, rounds: int = ROUNDS, turn: float = TURN) -> dict:
 
 
 def start_up() -> dict[str, list[float]]:
-  """Returns the seconds until the first step of `digits` is done: once cold, 3 times warm."""
+  """Returns the seconds until the first step of `digits` is done, with a cold and a warm cache.
+
+  The compilation cache is cold (empty) in the first run, and warm in three more runs.
+  """
   with tempfile.TemporaryDirectory() as folder:
     times = [first_step(pathlib.Path(folder), f'run{i}') for i in range(4)]
   return {'cold': times[:1], 'warm': times[1:]}
@@ -173,7 +177,7 @@ def first_step(folder: pathlib.Path, name: str) -> float:
 
 
 def in_a_process(function, *arguments):
-  """Runs a function in a new process, which keeps its threads out of this process.
+  """Runs a function in a new process, so that this process stays free of the function's threads.
 
   Returns:
     The function's result, or None if it raises ImportError.
@@ -187,7 +191,7 @@ def in_a_process(function, *arguments):
 
 def peak(device: str, measured: float) -> tuple[float, str]:
   """Returns the peak rate and its source: a GPU's data sheet, or else the measured rate."""
-  from vit_jax.distributed.peaks import PEAK_TFLOPS  # imports JAX: not in a peer's process
+  from vit_jax.distributed.peaks import PEAK_TFLOPS  # here, because PyTorch's processes avoid JAX
 
   for name, tflops in PEAK_TFLOPS.items():
     if name in device:

@@ -1,4 +1,4 @@
-"""Finds the shortest run that reaches a test accuracy, and logs who shortened it by how much.
+"""Checks whether a config reaches a test accuracy in less time than before, and logs the record.
 
     python -m benchmarks.speedrun --target=0.80 --config=configs/cifar10.py:tiny \\
         --out=runs/speed80/baseline --by=yourname --note='AdamW, 40 epochs' \\
@@ -7,14 +7,15 @@
 Rules:
   * An attempt is a config with a fixed number of epochs, trained with the seeds 0 to 4. It counts
     if the mean test accuracy of the last checkpoints reaches the target.
-  * The time of a run is the time of its training steps, with reading and augmenting the images. It
-    includes neither evaluation nor checkpoints. The time to compile is listed apart.
-  * Times are comparable only on one machine, so each machine has its own record. Nothing else may
-    run on it.
-  * Choose settings on held-out training images (`benchmarks.sweep`), not by attempts.
+  * The time of a run is the time of its training steps, including reading and augmenting the
+    images, but without evaluation and checkpoints. The compile time is listed separately.
+  * Times are comparable only on one machine, so each machine has its own record. No other program
+    may run on the machine.
+  * Choose settings on held-out training images (`benchmarks.sweep`), because attempts use the test
+    images.
 
 Repeating the command resumes an interrupted attempt, also days later. A record is added to
-`results/speedrun.json` and to the table `speedrun.md`.
+`results/speedrun.json` and to the table `results/speedrun.md`.
 """
 
 import argparse
@@ -85,11 +86,11 @@ def check_attempt(args: argparse.Namespace) -> None:
   check(config)
   every, logged = config.checkpoint_every, config.log_every
   if config.epochs is None:
-    raise ValueError('epochs is open, but a speed run has a fixed length: set --config.epochs')
+    raise ValueError('epochs is not set, but a speed run has a fixed length: set --config.epochs')
   if every is None or not logged or every % logged:
     raise ValueError(
-      f'checkpoint_every={every} must be a multiple of log_every={logged}, because a resumed run '
-      'has lost the time since the last log line'
+      f'checkpoint_every={every} must be a multiple of log_every={logged}; otherwise a resumed run '
+      'does not know the time between the last log line and the checkpoint'
     )
 
 
@@ -109,7 +110,7 @@ def training_seconds(workdir: pathlib.Path) -> float:
 
 
 def compile_seconds(workdir: pathlib.Path) -> float:
-  """Returns the longest time that a start of the run took to compile a training step."""
+  """Returns the longest time that the log reports for compiling a training step, in seconds."""
   text = (workdir / 'log.txt').read_text(encoding='utf-8')
   return max(map(float, re.findall(r'Compiled in ([\d.]+) s', text)), default=0.0)
 
@@ -154,7 +155,7 @@ def training_flops(workdir: pathlib.Path) -> int:
 
 
 def record_before(log: list[dict], entry: dict) -> dict | None:
-  """Returns the fastest entry with the target and the machine of `entry`; None without one."""
+  """Returns the fastest earlier entry for the target and machine of `entry`; None without one."""
   same = [old for old in log if all(old[key] == entry[key] for key in ('target', 'machine'))]
   return min(same, key=lambda old: old['seconds'], default=None)
 

@@ -3,11 +3,11 @@
     python -m benchmarks.streamed tiny_imagenet 64 folder
     python -m benchmarks.streamed generated 224 folder      # a folder from benchmarks.photos
 
-TFDS writes the files of `folder/<split>/<class>/` as array_record, without re-encoding. The folder
-and the array_record are then each streamed for one epoch over all splits, with
-`data.cache=stream` and without random crops. Every image must equal what Pillow decodes from a
-file, and must come exactly once. `results/streamed.json` holds the number of images, of unexpected
-images and of missing images.
+TFDS copies the files of `folder/<split>/<class>/` into an array_record, without re-encoding. Then
+the folder and the array_record are streamed one after the other (`data.cache=stream`), for one
+epoch over all splits, without random crops. Every image must equal what Pillow decodes from a file,
+and must come exactly once. `results/streamed.json` holds three numbers for each: all images,
+unexpected images and missing images.
 """
 
 import argparse

@@ -4,25 +4,27 @@
         --grid='{"optimizer.lr": [1e-3, 3e-3], "optimizer.weight_decay": [0.05, 0.2]}' \\
         --config.epochs=20 --config.data.source=folder:cifar10
 
-A grid can also be a list of such objects, e.g. to compare settings that belong together. With
-`--pflops`, all combinations get the epochs with which training costs this many PFLOPs:
+A grid can also be a list of JSON objects, e.g. to compare settings that belong together. With
+`--pflops`, the number of epochs is set for each combination, so that all trainings cost the given
+number of PFLOPs:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/sizes \\
         --grid='[{"model.width": [48], "model.depth": [4, 6]}, {"model.width": [64]}]' \\
         --pflops=0.02 --config.data.source=folder:cifar10
 
-A grid can also be a file. `knobs.json` compares each augmentation and each kind of dropout with the
-recipe (its first line) at equal compute:
+A grid can also be a file. For example, `knobs.json` changes one kind of augmentation or dropout at
+a time. Its first line is the unchanged recipe, with which the others are compared at equal compute:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/knobs --seeds=3 \\
         --grid=benchmarks/knobs.json --pflops=0.09 --config.data.source=folder:cifar10
 
 By default, a sweep trains on the first 90% of the training split and reports the accuracy on the
-rest. The test images stay unseen, because a sweep selects by accuracy. To use other splits, set
-`--config.data.train_split` and `--config.data.eval_split`.
+last 10%. It does not use the test images, because they must not influence the choice of settings.
+To use other splits, set `--config.data.train_split` and `--config.data.eval_split`.
 
-Repeating the command resumes an interrupted sweep. A larger grid or more seeds add runs to it. Each
-run is a workdir, `<out>/<key>=<value>,.../seed<n>/`. The table is `<out>/sweep.json`.
+Repeating the command resumes an interrupted sweep. With a larger grid or more seeds, the command
+adds runs to the sweep. Each run is a workdir, `<out>/<key>=<value>,.../seed<n>/`. The table of all
+runs is `<out>/sweep.json`.
 """
 
 import argparse
@@ -77,11 +79,14 @@ def check_runs(args: argparse.Namespace) -> None:
     config = config_lib.override_all(config, {**args.overrides, **settings})
     check(config)
     if not objective_of(config).labels:
-      raise ValueError(f'objective={config.objective} has no accuracy, by which a sweep ranks')
+      raise ValueError(
+        f'objective={config.objective} has no accuracy, but a sweep ranks by accuracy; expected an '
+        'objective with labels'
+      )
 
 
 def epochs_for(args: argparse.Namespace, settings: dict[str, str]) -> str:
-  """Returns the epochs with which a combination of a grid costs `args.pflops`.
+  """Returns the number of epochs with which training a combination costs `args.pflops`.
 
   Raises:
     SystemExit: the number of training images is unknown.
@@ -96,9 +101,10 @@ def epochs_for(args: argparse.Namespace, settings: dict[str, str]) -> str:
 
 
 def grid(text: str) -> list[dict[str, str]]:
-  """Returns the combinations of a JSON object of lists, each as `{key: text}`.
+  """Returns all combinations of values of a JSON object `{key: [value, ...]}`, as `{key: text}`.
 
-  A list of objects gives the combinations of each. The text can be the path of a `.json` file.
+  For a list of objects, the result has the combinations of all objects. The text can also be the
+  path of a `.json` file.
 
   Raises:
     argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists, or a list of them.

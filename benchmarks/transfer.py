@@ -1,13 +1,13 @@
-"""Compares fine-tuning, a linear probe and training from scratch on CIFAR-10, for the same steps.
+"""Compares fine-tuning, a linear probe and training from scratch on CIFAR-10, for equal epochs.
 
     python main.py --config=configs/folder.py:tiny --config.data.source=folder:tinyimagenet32 \\
         --config.epochs=30 --workdir=runs/tin
     python -m benchmarks.transfer runs/tin folder:cifar10 runs/transfer
 
-The first command pre-trains, the second runs the comparison and writes `results/transfer.json`.
-Every run uses the same images in batches of 512 for the same number of epochs. Repeating the
-command resumes an interrupted comparison. `scratch` and `finetuned` both use the recipe for
-training from scratch and differ only in `init`.
+The first command pre-trains a model. The second runs the comparison and writes the results to
+`results/transfer.json`. Every run uses the same images in batches of 512 for the same number of
+epochs. Repeating the command resumes an interrupted comparison. `scratch` and `finetuned` both use
+the recipe for training from scratch, so they differ only in `init`.
 """
 
 import argparse

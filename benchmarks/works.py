@@ -1,6 +1,7 @@
 """The workloads of `benchmarks.speed`: model, mode and sizes.
 
-This project builds a workload from a config. Its peers build the same model from the same sizes.
+This project builds its model from the config of a workload. The other implementations, called
+peers, build the same model from the result of `sizes`.
 """
 
 import dataclasses
@@ -11,21 +12,21 @@ from vit_jax import cli
 from vit_jax import config as config_lib
 
 NUM_CLASSES = 10  # number of classes of the synthetic images
-# Used by all contestants. With a larger rate, a model would learn its one batch in a thousand
-# steps. Its gradients would then become denormal numbers, which a CPU computes slowly.
+# Learning rate of all implementations. With a larger rate, a model would learn its only batch in a
+# thousand steps. The gradients would then become denormal numbers, which slow down a CPU.
 LEARNING_RATE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """A workload that all contestants run.
+  """A workload that this project and other implementations run.
 
   Attributes:
     config: config file, as passed to `--config`.
     mode: `train` (forward, backward, AdamW) or `inference`.
     batch_size: images per step.
     dtype: dtype of the computation.
-    peers: contestants besides this project.
+    peers: names of the other implementations that run it, as in `contestants.CONTESTANTS`.
     overrides: config overrides in addition to the ones in `settings`.
   """
 
@@ -43,10 +44,10 @@ class Work:
 
 
 def settings(work: Work) -> ConfigDict:
-  """Returns the config of a workload, without features that its peers do not have.
+  """Returns the config of a workload, without features that the other implementations lack.
 
   Dropout, stochastic depth, label smoothing, gradient clipping and EMA are off. Augmentation is
-  light. The optimizer is AdamW, which all peers have.
+  light. The optimizer is AdamW, which all implementations have.
   """
   config = cli.load_file(work.config)
   overrides = {
@@ -71,8 +72,8 @@ def settings(work: Work) -> ConfigDict:
 
 
 def sizes(work: Work) -> dict:
-  """Returns the keyword arguments from which every peer builds its model."""
-  from vit_jax import experiment, names  # imported here to keep JAX out of a peer's process
+  """Returns the keyword arguments from which the other implementations build their models."""
+  from vit_jax import experiment, names  # imported here to keep JAX out of PyTorch's processes
   from vit_jax.workdir import Task
 
   config = settings(work)
@@ -123,7 +124,7 @@ def flops(
 
 CPU_PEERS = ('torch_eager', 'torch_compiled', 'plain_linen')
 HUB_PEERS = ('huggingface_eager', 'huggingface_compiled', 'plain_linen')
-GPU_PEERS = ('timm_compiled', 'huggingface_compiled')  # all contestants share 80 GB
+GPU_PEERS = ('timm_compiled', 'huggingface_compiled')  # only two, because all share 80 GB
 
 CIFAR, DTYPE = 'configs/cifar10.py', 'float32'
 ERF = (('model.activation', 'gelu'),)  # the activation of these models in Hugging Face and timm
