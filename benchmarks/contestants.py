@@ -104,7 +104,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
 
 
 def vit_jax_input(work: works.Work, _: dict) -> Program:
-  """Returns a program that only gathers batches from memory and augments them, as this project."""
+  """Returns a program that only prepares batches as in training: gathers and augments images."""
   import jax
   import jax.numpy as jnp
 

@@ -342,7 +342,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns the median ratio of our rate to each peer's, for elapsed (i=0) or CPU seconds (i=1)."""
+  """Returns this project's rate divided by each other loader's, as a median; i as in `medians`."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

@@ -5,8 +5,8 @@
         --config.data.source=folder:cifar10 --config.epochs=40
 
 Rules:
-  * An attempt is a config with a fixed number of epochs, trained with the seeds 0 to 4. It counts
-    if the mean test accuracy of the last checkpoints reaches the target.
+  * An attempt is a config with a fixed number of epochs, trained with the seeds 0 to 4. An attempt
+    counts if the mean test accuracy of the last checkpoints reaches the target.
   * The time of a run is the time of its training steps, including reading and augmenting the
     images, but without evaluation and checkpoints. The compile time is listed separately.
   * Times are comparable only on one machine, so each machine has its own record. No other program

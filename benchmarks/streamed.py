@@ -6,8 +6,8 @@
 TFDS copies the files of `folder/<split>/<class>/` into an array_record, without re-encoding. Then
 the folder and the array_record are streamed one after the other (`data.cache=stream`), for one
 epoch over all splits, without random crops. Every image must equal what Pillow decodes from a file,
-and must come exactly once. `results/streamed.json` holds three numbers for each: all images,
-unexpected images and missing images.
+and must come exactly once. `results/streamed.json` holds, for the folder and for the array_record,
+the numbers of all images, of unexpected images and of missing images.
 """
 
 import argparse

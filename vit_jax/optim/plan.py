@@ -36,7 +36,7 @@ class Training:
     cycles: last step of each earlier learning-rate cycle. If a finished run gets more epochs, a new
       cycle begins, with a new warm-up.
     early_steps: number of steps with strong augmentations. These augmentations are off in the last
-      part of the first cycle (a fraction of `augment.off_for_last`), and in all later cycles.
+      part of the first cycle (the fraction `augment.off_for_last`), and in all later cycles.
     stages: pairs (last step, (height, width)), one for each image size of the run. The first stages
       can have smaller images.
     schedule: learning rate of each step.
@@ -193,7 +193,7 @@ def check_stages(config: ConfigDict, model: ViT) -> None:
     if height % p or width % q:
       raise ValueError(
         f'progressive.sizes: images of {height}x{width} pixels do not divide into patches of '
-        f'{p}x{q}.'
+        f'{p}x{q}. Choose different sizes.'
       )
   check_patch_sizes(config, model)
 

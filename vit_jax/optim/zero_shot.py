@@ -3,7 +3,7 @@
 The user computes the embeddings with the text tower of the checkpoint whose image tower classifies
 the images, and writes an npz file with these arrays:
   * `names` `[L]`: the name of each class.
-  * `embeddings` `[L, D]`: the text embedding of each class, as a vector of any length.
+  * `embeddings` `[L, D]`: the text embedding of each class, normalised or not.
   * `logit_scale`: the factor of the cosine similarity between an image and a class.
   * `logit_bias`, only for SigLIP: a number that is added to every logit.
 

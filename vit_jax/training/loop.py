@@ -115,7 +115,7 @@ class Run:
         compiled = programs[patch]
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # before the log line, because JAX returns early
+          jax.block_until_ready(metrics)  # because `step` returns before the device has finished
           log.info('First step done.')
         if late:
           meter.add(*late)

@@ -151,7 +151,7 @@ def sweep(
     return chosen
   if len(training.val) < FEW:
     log.warning(
-      'Learning rates are compared on only %d validation images: hold out more images.',
+      'Learning rates are compared on only %d validation images: choose a larger data.val_split.',
       len(training.val),
     )
   points, origin = [], measured_on(exp, training)

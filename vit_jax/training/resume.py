@@ -32,7 +32,7 @@ OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ betwe
 
 
 def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the config is not valid, or differs between processes outside `OWN`."""
+  """Raises ValueError if the config is invalid, or if keys not in `OWN` differ by process."""
   check(config)
   check_apart(config.data.source, config.data.dir, workdir)
   mine = config_lib.flatten(config)

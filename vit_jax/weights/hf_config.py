@@ -74,7 +74,7 @@ HOLDS = {
 
 
 class Top(NamedTuple):
-  """Layers of an architecture after the body, such as a head.
+  """Layers of an architecture after the body (embedding, encoder), such as a head.
 
   Attributes:
     rows: rows of the name table (`layouts.py`) for these layers.

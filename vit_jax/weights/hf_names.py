@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns a body's name table; `norms` are a block's norms in the file, `mlp` rows of its MLP."""
+  """Returns a body's name table; `norms`: a block's norms in the file; `mlp`: rows of the MLP."""
   layer = 'encoder.layer.{i}'
   heads = [
     row

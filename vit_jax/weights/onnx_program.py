@@ -3,7 +3,7 @@
 Decisions:
   * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX, because tf2onnx needs a
     mode of `jax2tf` (without XLA) that JAX removed. A converted model is refused if its outputs
-    differ from JAX's outputs.
+    differ from JAX's outputs by more than `TOLERANCE`.
   * For fp16 and int8, onnxruntime's own tools convert the float32 file.
 """
 

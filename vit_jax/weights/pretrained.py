@@ -67,8 +67,8 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid of the file's images.
     source_grid: number of patches (down, across) that the file's position embeddings are for. An
-      npz file does not store this grid. So set it if the grid is not square, and `grid` has a
-      different number of patches.
+      npz file does not store this grid. Therefore, this argument is needed for an npz file whose
+      grid is not square, if `grid` has a different number of patches.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head. If the file has no head, or a head for a different

@@ -1,9 +1,9 @@
 """Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Reading a file
-needs its name, because the arrays show neither the activation nor, if fused, the number of heads.
-The tables are from timm 1.0.31, without models that `ViT` does not cover (parallel blocks, RMSNorm,
-...). timm sets the norm and `mlp_layer` to Python objects. Here, a number and names stand for them.
+needs the name, because the arrays do not show the activation. If q, k and v are fused, they do not
+show the number of heads either. The tables are from timm 1.0.31, without models that `ViT` does not
+cover (parallel blocks, RMSNorm). `norm_epsilon` and `mlp_layer` replace Python objects of timm.
 """
 
 import re

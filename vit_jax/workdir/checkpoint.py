@@ -6,7 +6,7 @@ calls items:
   * `state`: step, optimizer state and averaged parameters.
   * `names`: hashes that identify the training files (`trained.py`).
   * `config`: JSON with the version, the config, and facts about the data (class names, channels,
-    stored size). The key `cycles` has the earlier last steps of a run that was finished and then
+    stored size). The key `cycles` lists the steps at which the run was finished before it was
     extended to more epochs.
 A checkpoint also has a file `digests.json` with the checksums of the items' files (`digests.py`).
 
@@ -191,7 +191,7 @@ def check_finite(params: dict, step: int) -> None:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def copy_state(previous, state):
-  """Returns a copy of `state`, stored in the memory of `previous`; in new memory if this is None.
+  """Returns a copy of `state` in the memory of `previous`, or in new memory if that is None.
 
   Old memory is used again, because new memory takes longer than the copying: the operating system
   provides new memory in small pages at their first use.
@@ -205,8 +205,8 @@ def all_finite(params: dict) -> jax.Array:
   """Returns a bool array with one entry per leaf of `params`: whether all its numbers are finite.
 
   The result is one array, so that the host can read all entries with one copy. The function tests
-  only the largest magnitude of each leaf, because it is NaN or infinite if any number is. On a CPU,
-  this is faster than `jnp.isfinite(x).all()`.
+  only the largest magnitude of each leaf, which is NaN or infinite if any number in the leaf is. On
+  a CPU, this is faster than `jnp.isfinite(x).all()`.
   """
   return jnp.stack([jnp.isfinite(jnp.abs(x).max()) for x in jax.tree.leaves(params)])
 

@@ -1,4 +1,4 @@
-"""Writes and compares the checksums of a checkpoint's files, in its file `digests.json`.
+"""Writes and compares the checksums of a checkpoint's files, which `digests.json` contains.
 
 Decisions:
   * Neither orbax nor tensorstore notices a flipped bit in array data. So `digests.json` stores the

@@ -15,7 +15,7 @@ from vit_jax.workdir import writer
 
 log = logging.getLogger(__name__)
 
-# Errors of opening `log.txt` that mean that nothing can be written to the workdir.
+# If opening `log.txt` fails with one of these errors, the workdir is not writable.
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 

@@ -239,7 +239,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   if not found:
     raise ValueError(
       f'{workdir}: no checkpoint in {directory(workdir)}. Use the --workdir of a run that has '
-      'saved a checkpoint. Runs do this every checkpoint_every steps and at the end.'
+      'saved a checkpoint. A run saves one every checkpoint_every steps and at the end.'
     )
   if step == 'last':
     return [(n, 'the last checkpoint') for n in found]
