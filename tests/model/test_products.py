@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax.distributed import Target, compiled_for
 from vit_jax.model import products
-from vit_jax.model.layers import keep_mask
+from vit_jax.model.layers import Dense, keep_mask
 
 
 @pytest.mark.slow_after_first
@@ -25,6 +25,16 @@ def test_products_with_stored_transposes_have_the_gradient_of_float64(shape):
     np.testing.assert_allclose(
       np.asarray(array, np.float64), exact, atol=2**-7 * np.abs(exact).max()
     )
+
+
+def test_the_gradient_of_a_bias_is_the_sum_of_float64():
+  layer = Dense((16,), dtype=jnp.bfloat16)
+  x_NI = jnp.ones((3000, 8), jnp.bfloat16)
+  dy_NO = jnp.asarray(np.random.default_rng(0).normal(size=(3000, 16)), jnp.bfloat16)
+  params = layer.init(jax.random.key(0), x_NI)
+  (gradient,) = jax.vjp(lambda params: layer.apply(params, x_NI), params)[1](dy_NO)
+  exact = np.asarray(dy_NO, np.float64).sum(0)
+  np.testing.assert_allclose(gradient['params']['bias'], exact, atol=1e-4)
 
 
 @pytest.mark.parametrize(
