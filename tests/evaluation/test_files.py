@@ -38,6 +38,13 @@ def test_find_images_skips_unreadable_and_vanished_entries(photos, monkeypatch, 
   assert 'b/deep: No such file or directory' in caplog.text
 
 
+def test_a_link_to_nothing_is_found_so_that_reading_it_fails(photos):
+  (photos / 'a' / '2.png').symlink_to(photos / 'moved.png')
+  (photos / 'a' / '3.png').mkdir()
+  wanted = [photos / 'a' / name for name in ('0.png', '1.png', '2.png')]
+  assert files.find_images(photos / 'a') == files.find_images(photos / 'a' / '*.png') == wanted
+
+
 def test_hidden_folders_are_skipped(photos):
   (photos / 'a' / '.thumbnails').mkdir()
   shutil.copy(photos / 'a' / '0.png', photos / 'a' / '.thumbnails' / '0.png')

@@ -59,8 +59,8 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
       'do not show the first class.'
     )
   label_N = as_array(file, rows, class_names)
-  kept = {name.casefold() for name in (*SPLITS, *class_names)}
-  hash_N = np.array([hash_name(identity(row.path, start, kept)) for row in rows], np.uint64)
+  removed = {name.casefold() for name in (*SPLITS, *class_names)}
+  hash_N = np.array([hash_name(identity(row.path, start, removed)) for row in rows], np.uint64)
   path_N = np.array([os.fsencode(path) for path in paths], np.bytes_)
   order = np.lexsort((path_N, hash_N))
   listed = Files(top, path_N[order], label_N[order], hash_N[order])
@@ -99,19 +99,19 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
   return np.array([number[row.labels[0]] for row in rows], np.int32)
 
 
-def identity(path: str, top: pathlib.Path, kept: set[str]) -> str:
+def identity(path: str, top: pathlib.Path, removed: set[str]) -> str:
   """Returns the text that identifies an image: its path without folders of splits and classes.
 
   Args:
     path: absolute path, or path relative to `top`.
     top: folder at which relative paths start; this folder is removed from an absolute path.
-    kept: casefolded names of splits and classes. Leading folders with these names are removed.
+    removed: casefolded names of splits and classes. Leading folders with these names are removed.
   """
   inside = pathlib.PurePath(path)
   if inside.is_relative_to(top):  # an absolute path
     inside = inside.relative_to(top)
   *folders, name = inside.parts
-  while folders and folders[0].casefold() in kept:
+  while folders and folders[0].casefold() in removed:
     del folders[0]
   return '/'.join([*folders, name])
 

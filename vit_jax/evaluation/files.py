@@ -74,5 +74,9 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_image(path: str) -> bool:
-  """Returns whether a path is an existing file with the extension of an image."""
-  return has_image_name(os.path.basename(path)) and os.path.isfile(path)
+  """Returns whether a path has the extension of an image and is a file, or a link to nothing.
+
+  Reading a link to nothing fails, so the user learns about it.
+  """
+  dangling = os.path.islink(path) and not os.path.exists(path)
+  return has_image_name(os.path.basename(path)) and (os.path.isfile(path) or dangling)

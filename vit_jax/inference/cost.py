@@ -20,7 +20,7 @@ from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.optim import (
   LATER_PEAK,
   Training,
-  training_only,
+  objective_params,
   training_recipe,
   warmup_epochs,
   warmup_steps,
@@ -202,7 +202,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 def place(name: str) -> tuple[int, str]:
   """Returns a key by which modules are sorted in the order of the model, and then by name."""
-  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *training_only(), OTHER)
+  order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *objective_params(), OTHER)
   return order.index(name.partition('/')[0]), name
 
 

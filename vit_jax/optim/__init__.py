@@ -9,7 +9,7 @@ from vit_jax.optim.objectives import (
   OBJECTIVES,
   Objective,
   objective_of,
-  training_only,
+  objective_params,
   without_objective,
 )
 from vit_jax.optim.optimizers import (
@@ -62,11 +62,11 @@ __all__ = [
   'image_stages',
   'num_steps',
   'objective_of',
+  'objective_params',
   'parse_weights',
   'plan_training',
   'split_frozen',
   'statistics',
-  'training_only',
   'training_recipe',
   'training_weights',
   'warmup_epochs',

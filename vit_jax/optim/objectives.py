@@ -142,11 +142,11 @@ def objective_of(config: Mapping) -> Objective:
   return OBJECTIVES[config.get('objective') or chosen]
 
 
-def training_only() -> tuple[str, ...]:
+def objective_params() -> tuple[str, ...]:
   """Returns the names of the parameters that objectives add to the model, such as `decoder`."""
   return tuple(name for entry in OBJECTIVES.values() for name in entry.params)
 
 
 def without_objective(params: dict) -> dict:
-  """Returns `params` without the parameters that an objective has added (`training_only`)."""
-  return {name: leaves for name, leaves in params.items() if name not in training_only()}
+  """Returns `params` without the parameters that an objective has added (`objective_params`)."""
+  return {name: leaves for name, leaves in params.items() if name not in objective_params()}
