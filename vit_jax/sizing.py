@@ -74,9 +74,9 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
 
 def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object]:
-  """Returns values chosen for the data, `{key: value}`, for all keys that can be open.
+  """Chooses values that suit the data for all keys that a config can leave to the program.
 
-  The result also has values for keys that the config sets. The caller ignores these values.
+  Returns `{key: value}`. The caller ignores the values of keys that the config sets itself.
   """
   recipe = config.recipe
   train, val = choose_splits(config, source) if source else ('train', '')

@@ -29,7 +29,7 @@ class Unwritten(OSError):
 
 
 class Passing(ValueError):
-  """Error in all processes if a bucket did not answer one process; a later try may succeed."""
+  """Raised in all processes if a bucket does not answer one of them; a later try may succeed."""
 
 
 class NoMistake(ValueError):

@@ -143,7 +143,7 @@ CHANGES = {
     (dict(rope_grid_offset=0.5), 'rope_grid_offset=0.5 is not supported'),
     (dict(rope_grid_indexing='xy'), "rope_grid_indexing='xy' is not supported"),
     (dict(rope_temperature=0), 'rope_theta must be positive'),
-    (dict(rope_temperature=None), 'config.json: unexpected value'),
+    (dict(rope_temperature=None), 'config.json: a key is missing, or its value'),
     (dict(ref_feat_shape=[0, 3]), 'ref_feat_shape: expected one or two positive integers'),
     (dict(global_pool='map'), 'arguments is not supported: .*global_pool=map'),
     (dict(use_post_norm=True), 'use_post_norm=True is not supported'),

@@ -170,7 +170,7 @@ EXTRA = {
 VISION = [  # changed fields of `vision_config`, with a part of the message
   (dict(hidden_size=48), 'expected'),
   (dict(num_hidden_layers=3), 'layers.2.*: missing'),
-  (dict(num_hidden_layers='2'), 'unexpected value'),
+  (dict(num_hidden_layers='2'), 'or its value is wrong'),
   (dict(num_attention_heads=5), 'not divisible'),
   (dict(hidden_act='relu'), "hidden_act: unknown 'relu'"),
   (dict(image_size=21), '9 patches'),
@@ -179,7 +179,7 @@ VISION = [  # changed fields of `vision_config`, with a part of the message
   (dict(num_channels=1), 'expected'),
   (dict(num_channels=0), 'num_channels must be a positive integer, got 0'),
   (dict(num_channels='3'), "num_channels is '3', expected int"),
-  (dict(layer_norm_eps='small'), 'unexpected value'),
+  (dict(layer_norm_eps='small'), 'or its value is wrong'),
   (dict(use_masks=True), 'unsupported fields: use_masks'),
   (dict(model_type='siglip2_vision_model'), 'expected model_type='),
 ]

@@ -54,9 +54,9 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   class_names = tuple(sorted({label for row in rows for label in row.labels}))
   if len(class_names) < 2:
     raise ValueError(
-      f'{file}: found {len(class_names)} class(es) ({", ".join(class_names) or "none"}) in column '
-      "'label', expected at least two. List images of a second class, e.g. 'none' for images that "
-      'do not show the first class.'
+      f"{file}: expected at least two classes in column 'label', found {len(class_names)}"
+      f'{": " if class_names else ""}{", ".join(class_names)}. To recognise a single class, also '
+      "list images that do not show it, with a label such as 'other'."
     )
   label_N = as_array(file, rows, class_names)
   removed = {name.casefold() for name in (*SPLITS, *class_names)}
@@ -159,7 +159,7 @@ def check_splits(
       f'class.{reason}'
     )
   if not len(files['test']):
-    raise ValueError(f'{file}: no test images. Add images.{reason}')
+    raise ValueError(f'{file}: no test images.{reason} Or list more images.')
 
 
 def merged(

@@ -144,11 +144,11 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """Returns the (height, width) that all images of a split have, if it is smaller than `size`.
+  """Returns the common (height, width) of all images of a split, or None.
 
-  Otherwise returns None: if two images have different sizes, if an image is higher or wider than
-  `size`, or if all images have exactly this size. Bad images are ignored. The function reads only
-  the headers of image files, and stops at the first image that makes the result None.
+  The result is None if two images have different sizes, if an image is higher or wider than `size`,
+  or if all images have exactly the size `size`. Bad images are ignored. The function reads only the
+  headers of image files, and stops at the first image that makes the result None.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):

@@ -114,5 +114,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
     ) from error
   others = {number for label in labels for number in label} - set(range(count))
   if others:
-    raise ValueError(f'{name} has class {min(others)}, but the data has classes 0 to {count - 1}.')
+    raise ValueError(
+      f'{name} contains label {min(others)}, but the labels of the data are 0 to {count - 1}.'
+    )
   return labels

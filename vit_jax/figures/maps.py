@@ -98,8 +98,8 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   Args:
     layers: `attention_BKNN` of each block, in order.
-    read_BN: how much each token contributes to the pooled output: the mean of `read_BKN` of
-      `attentions` over the heads.
+    read_BN: how much each token contributes to the pooled output. This is the mean over the heads
+      of `read_BKN`, which `attentions` returns.
     grid: number of patches (down, across). The patches must be the last tokens.
 
   Returns:

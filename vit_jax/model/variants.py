@@ -234,7 +234,7 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   if layers:
     raise ValueError(
       f'model.mlp={model.mlp} creates layers that are missing in vit_jax.model.ADAPTED: '
-      f'{", ".join(layers)}. Add each name with the value 1, because its kernel has one input axis.'
+      f'{", ".join(layers)}. Add an entry {{name: 1}} for each; 1 is the number of input axes.'
     )
   unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
   if not unlisted:

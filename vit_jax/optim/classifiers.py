@@ -110,7 +110,7 @@ CLASSIFIERS = {
 
 
 def check_classifier(name: str, multi_label: bool) -> None:
-  """Raises ValueError if a classifier is chosen, but images can have several labels."""
+  """Raises ValueError if the key `classifier` is set, but images can have several labels."""
   if name and multi_label:
     raise ValueError(
       f'classifier={name} expects one label per image, but these images can have several. Train a '

@@ -115,8 +115,8 @@ class TextClasses:
       raise ValueError(
         f'{self.origin}: no embeddings for {len(missing)} of the {len(class_names)} classes of '
         f'{source}: {abridged(missing)}. The file has: {abridged(self.names)}. Each class of '
-        'the data needs an entry in `names` with exactly its name. The embedded text may be '
-        'different from the name.'
+        'the data needs an entry in `names` with exactly its name. The text that was embedded, '
+        "such as 'a photo of a cat', does not matter."
       )
     if others := [name for name in self.names if name not in {*class_names}]:
       text = '%s: these classes are ignored, because %s does not have them: %s.'

@@ -105,7 +105,7 @@ def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -
 
 
 def activations(exp: Experiment, params: dict) -> Counter:
-  """Returns the bytes of activations that one image keeps for the backward pass, by module."""
+  """Returns, for each module, how many bytes of activations the backward pass needs per image."""
   group = experiment.group(exp.config)
 
   def keep(trained, *others):

@@ -103,13 +103,14 @@ class Kind:
       any value. These values override `HOLDS`. See `formats.refuse`.
     prepared: fields of `Preprocessing` to use if no file describes the image processor.
     processor: defaults of keys that the config of the image processor may lack.
-    prefix: prefix of the names of the body's arrays; can be missing in a file with only a body.
-    bare: whether a file that contains only a body is written without the prefix.
+    prefix: prefix of the names of the body's arrays; when reading, it can be missing in a file
+      that contains only a body.
+    bare: for writing: whether a file that contains only a body leaves out the prefix.
     ignored: patterns for the names of arrays that are not read, because they belong to parts that
       `ViT` does not have.
     body: `(config, origin) -> dict` returns the config of the body, which can be a part of
       `config.json`.
-    square: whether images and patches must be squares to be written.
+    square: whether a model can be written only if its images and patches are square.
   """
 
   rows: Mapping[str, list[tuple]]
@@ -187,7 +188,7 @@ def preprocessing(
   try:
     found = processing(kind.processor | p, size, str(path))
   except ODD as error:
-    raise ValueError(f'{path}: unexpected value ({error!r}).') from error
+    raise ValueError(f'{path}: a key is missing, or its value is wrong ({error!r}).') from error
   fits = all(n % d == 0 for n, d in zip(found.size, patch))
   return found if fits else dataclasses.replace(found, size=size)
 

@@ -166,7 +166,9 @@ def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
   try:
     found = read(folder, config, arrays)
   except ODD as error:
-    raise ValueError(f'{folder}/config.json: unexpected value ({error!r}).') from error
+    raise ValueError(
+      f'{folder}/config.json: a key is missing, or its value is wrong ({error!r}).'
+    ) from error
   check_kinds(found.fields, f'{folder}/config.json')
   found.preprocessing.check(found.channels, f'{folder}: preprocessing config')
   if found.class_names and len(found.class_names) != found.fields['num_classes']:

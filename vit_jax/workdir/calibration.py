@@ -74,7 +74,7 @@ def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | N
 
 
 def valid(fields: dict) -> bool:
-  """Returns whether the temperature is positive, and thresholds are a list of numbers or None."""
+  """Returns whether `temperature` is positive and `thresholds` is None or a list of numbers."""
   number = lambda value: type(value) in (int, float) and math.isfinite(value)
   value, thresholds = fields.get('temperature'), fields.get('thresholds')
   right = thresholds is None or (isinstance(thresholds, list) and all(map(number, thresholds)))

@@ -14,13 +14,12 @@ Decisions:
   * If all processes can access the workdir, each process writes the parts of arrays that its
     devices hold, while training continues. Otherwise, all arrays are gathered, and process 0 writes
     them.
-  * On a CPU, `copy_state` copies the arrays for orbax. Without the copy, orbax would read the
-    training state itself. The next step could then not overwrite the state and would need new
-    memory.
-  * If the run has a single process, on a CPU, orbax is called in a thread, because training only
-    has to wait for the copy.
-  * The devices that held an array are not recorded. Otherwise, orbax could restore the array on
-    other devices only if the caller describes its layout.
+  * On a CPU, orbax writes a copy of the train state, made by `copy_state`. So the next training
+    step can overwrite the state while orbax writes.
+  * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
+    is made.
+  * Checkpoints do not record the devices that held an array, because orbax would then need a
+    description of the new layout to restore the array on other devices.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
     it writes `commit_success.txt`), so a checkpoint with a final name is complete. Orbax deletes an
     older checkpoint only afterwards, so a run never loses its last complete checkpoint.
