@@ -413,7 +413,7 @@ def test_an_unknown_timm_architecture_is_refused(tmp_path):
     (dict(use_rope=True), 'unsupported fields: use_rope'),
     (dict(image_size=24), 'has 36 patches'),
     (dict(id2label={'0': 'a', '1': 'b'}), r'has shape \(4, 32\), expected \(2, 32\)'),
-    (dict(num_attention_heads='2'), 'or its value is wrong'),
+    (dict(num_attention_heads='2'), 'unexpected value'),
     (dict(layer_norm_eps='1e-12'), "layer_norm_eps is '1e-12', expected float"),
     (dict(patch_size=0), 'config.json: patch_size: expected one or two positive integers'),
     (dict(id2label={'0': 'a', '1': 'b', '2': 'c', 'x': 'd'}), 'expected the ids 0 to 3'),
