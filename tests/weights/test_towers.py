@@ -179,7 +179,7 @@ VISION = [  # changed fields of `vision_config`, with a part of the message
   (dict(num_channels=1), 'expected'),
   (dict(num_channels=0), 'num_channels must be a positive integer, got 0'),
   (dict(num_channels='3'), "num_channels is '3', expected int"),
-  (dict(layer_norm_eps='small'), 'or its value is wrong'),
+  (dict(layer_norm_eps='small'), 'unexpected value'),
   (dict(use_masks=True), 'unsupported fields: use_masks'),
   (dict(model_type='siglip2_vision_model'), 'expected model_type='),
 ]
