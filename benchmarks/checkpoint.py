@@ -160,6 +160,7 @@ def main(argv: list[str]) -> None:
     {
       **collect.circumstances(),
       'model': args.model,
+      'repeats': args.repeats,
       'saves': found,
       'blocked_of_gathered': {n: share(n, 'blocked_seconds') for n in (1, 2)},
       'overwritten_of_gathered': {n: share(n, 'overwritten_seconds') for n in (1, 2)},
