@@ -37,7 +37,7 @@ def test_the_smallest_class_limits_the_shots(fewest, shots):
 
 
 def test_too_few_images_of_a_class_are_refused():
-  with pytest.raises(ValueError, match="31 shots need 31 images of each class, but the class 'a' has 30"):
+  with pytest.raises(ValueError, match="31 images of each class, but the class 'a' has 30"):
     few_shot.draw_shots(LABELS, NAMES, 31, 0)
 
 
