@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import unicodedata
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from vit_jax.data import batching, image, memory, source, sources, stream
+from vit_jax.data import batching, image, labels, memory, source, sources, stream
 from vit_jax.data.folder import Files
 from vit_jax.distributed import devices, sharding
 from vit_jax.workdir import trained
@@ -75,6 +76,16 @@ def test_the_images_of_a_run_on_a_folder_are_left_out_of_a_test_on_a_list(tmp_pa
   paths = {path for part in examples for _, path, _ in part}
   assert paths == members(found, 'test').keys() & members(folder, 'test').keys()
   assert left_out == found.sizes['test'] - len(paths) > 0 and paths
+
+
+@pytest.mark.parametrize('path, expected', [
+    ('1.jpg', '1.jpg'), ('cat/1.jpg', '1.jpg'), ('Train/CAT/1.jpg', '1.jpg'),
+    ('train/cat/old/cat/1.jpg', 'old/cat/1.jpg'), ('/photos/test/cat/1.jpg', '1.jpg'),
+    ('/elsewhere/cat/1.jpg', '//elsewhere/cat/1.jpg'),
+])  # fmt: skip
+def test_the_leading_folders_of_splits_and_classes_do_not_identify_an_image(path, expected):
+  found = labels.identity(path, pathlib.Path('/photos'), {'train', 'test', 'cat'})
+  assert found == expected
 
 
 def test_whether_an_image_is_held_out_depends_on_its_path_alone(tmp_path):

@@ -321,6 +321,16 @@ def test_part_of_a_jpeg_matches_its_pixels(tmp_path, height, width, shrink, monk
   assert whole_box.shape == (width, height, 3)
 
 
+def test_a_part_of_an_incomplete_jpeg_is_refused(tmp_path):
+  file = tmp_path / 'a.jpg'
+  smooth(np.random.RandomState(1), 90, 70).save(file)
+  encoded = file.read_bytes()
+  with pytest.raises(image_lib.BadImage, match='a.jpg'):
+    image_lib.decode_part(
+      encoded[: len(encoded) // 2], file, 3, lambda h, w: (0, 0, w, h), (64, 48)
+    )
+
+
 def test_unusual_files_are_decoded_by_pillow(tmp_path):
   pixels, exif = smooth(np.random.RandomState(2), 40, 60), Image.Exif()
   exif[0x0112] = 6  # shown turned clockwise
