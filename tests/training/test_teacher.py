@@ -19,7 +19,7 @@ from vit_jax.data.source import Source
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import teaching
 from vit_jax.experiment import mesh_for
-from vit_jax.optim.objectives import heads
+from vit_jax.optim.objectives import distilled, heads
 from vit_jax.training import closed_form, loop, state, tracing, trainer
 from vit_jax.training.loop import Run
 from vit_jax.training.step import loss_fn, make_train_step
@@ -125,6 +125,16 @@ def test_each_head_learns_from_its_own_targets_only(teacher, weight, own):
   class_head, distillation_head = np.split(np.asarray(kernel), 2)
   taught, untaught = (class_head, distillation_head)[:: -1 if own else 1]
   assert abs(taught).max() > 1e-3 and not untaught.any()
+
+
+@pytest.mark.slow
+def test_the_training_scores_are_those_of_the_mean_of_both_heads(teacher):
+  exp, params, batch = opened(teacher, **STILL | TOKEN)
+  params |= {'teacher': exp.teacher.params}
+  both = jax.jit(lambda params, batch: heads(exp, params, batch, KEY))(params, batch)
+  found = jax.jit(lambda params, batch: distilled(exp, params, batch, KEY)[1])(params, batch)
+  np.testing.assert_allclose(found, (both[0] + both[1]) / 2, atol=1e-5)
+  assert abs(found - both[0]).max() > 0.1
 
 
 @pytest.mark.slow

@@ -350,6 +350,19 @@ def test_time_before_a_resume_is_counted(monkeypatch):
   assert begun.step == 5 and seconds == 1000
 
 
+def test_dropout_of_a_training_step_depends_on_the_example():
+  exp, _ = opening.from_config(small_config(**{'model.dropout': '0.5', 'model.depth': '1'}))
+  shape = (*exp.task.stored_size, exp.task.channels)
+  params = jax.eval_shape(exp.model.init, jax.random.key(0), jnp.zeros((1, *shape)))['params']
+  draw = np.random.RandomState(0)
+  params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), params)
+  image_BHWC = np.repeat(draw.randint(0, 256, (1, *shape)).astype(np.uint8), 3, axis=0)
+  batch = {'image': image_BHWC, 'example': np.array([4, 4, 5])}
+  first, again, other = jax.jit(exp.logits)(params, batch, jax.random.key(0))
+  np.testing.assert_array_equal(first, again)
+  assert abs(first - other).max() > 0.01
+
+
 @pytest.mark.slow
 def test_micro_batches_and_devices_change_only_rounding():
   settings = {'model.dropout': '0.2', 'optimizer.name': 'sgd', 'optimizer.lr': '0.1'}
