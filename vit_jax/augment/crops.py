@@ -1,4 +1,4 @@
-"""Crops, flips and erasing: augmentations that move or replace the pixels of single images."""
+"""Augmentations that move or replace the pixels of single images: crops, flips, erasing."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ def resized_crop(
     image_BHWC: uint8 images.
     min_area: smallest area of the part, as a fraction of the image's area. The fraction is drawn
       uniformly from `min_area` to 1.
-    max_aspect: highest ratio of the part's longer side to its shorter side. Only a large part of an
-      elongated image can exceed this ratio, because the part must fit into the image.
+    max_aspect: highest ratio of the part's longer side to its shorter side. A part exceeds this
+      ratio only if no part with the drawn area and a lower ratio fits into the image.
   """
   height, width, _ = image_BHWC.shape[1:]
 
@@ -67,13 +67,13 @@ def rectangle(
   """Draws the size of a rectangle that fits into an image: (height, width) in pixels, float `[2]`.
 
   First, the area is drawn uniformly from `min_area` to `max_area`, as a fraction of the image's
-  area. Then the aspect ratio is drawn, uniformly on a logarithmic scale, from the ratios that meet
-  two conditions: the rectangle fits into the image, and its longer side is at most `max_aspect`
-  times its shorter side. If no ratio meets both conditions, the least elongated rectangle that fits
-  into the image is used.
+  area. Then the aspect ratio is drawn uniformly on a logarithmic scale. A ratio is possible if the
+  rectangle fits into the image, and its longer side is at most `max_aspect` times its shorter side.
+  If no ratio is possible, the result is the least elongated rectangle of the drawn area that fits
+  into the image.
 
-  Other implementations draw a new area and a new ratio until a rectangle fits into the image, which
-  makes large areas rare. Here, all areas are equally likely, because the area is drawn only once.
+  Here, all areas are equally likely, because the area is drawn only once. In other implementations,
+  large areas are rare, because a rectangle that does not fit is replaced by a new draw.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)
@@ -95,8 +95,8 @@ def erasing(
 ) -> jax.Array:
   """Replaces a random rectangle of an image with noise (Zhong et al. 2017, 1708.04896).
 
-  Each image has its own rectangle. The noise is uniform from 0 to 255, and drawn
-  separately for every pixel and channel.
+  Each image has its own rectangle. The noise is drawn separately for every pixel and channel,
+  uniformly from 0 to 255.
 
   Args:
     key_B: random key of each example.
@@ -105,8 +105,9 @@ def erasing(
     min_area: smallest area of the rectangle, as a fraction of the image's area. The fraction is
       drawn uniformly from `min_area` to `max_area`.
     max_area: largest area of the rectangle, as a fraction of the image's area.
-    max_aspect: highest ratio of the rectangle's longer side to its shorter side. Only a large
-      rectangle in an elongated image can exceed this ratio, because it must fit into the image.
+    max_aspect: highest ratio of the rectangle's longer side to its shorter side. A rectangle
+      exceeds this ratio only if no rectangle with the drawn area and a lower ratio fits into the
+      image.
   """
   height, width, channels = image_BHWC.shape[1:]
 

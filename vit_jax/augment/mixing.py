@@ -17,26 +17,26 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
   """Mixes each image with its neighbour in the batch (see `partner`), by mixup or by cutmix.
 
-  Mixup (Zhang et al. 2017, 1710.09412) takes a weighted mean of the two images. Cutmix (Yun et al.
-  2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle is centred on a
-  random pixel and clipped at the border. Every example has its own random draws, so an image can
-  be mixed while its partner is not.
+  Mixup (Zhang et al. 2017, 1710.09412) computes a weighted mean of an image and its partner. Cutmix
+  (Yun et al. 2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle is
+  centred on a random pixel and clipped at the image's border. Every example has its own random
+  draws, so it is possible that an image is mixed and its partner is not.
 
   Args:
     key_B: random key of each example.
     image_BHWC: an even number of uint8 images.
     probability: probability that an image is mixed.
-    mixup_alpha: 0 disables mixup. Otherwise, the image's own weight has the distribution
-      Beta(`mixup_alpha`, `mixup_alpha`).
-    cutmix_alpha: 0 disables cutmix. Otherwise, the fraction of its area that an image keeps has the
-      distribution Beta(`cutmix_alpha`, `cutmix_alpha`), before the rectangle is clipped.
+    mixup_alpha: the image's own weight is drawn from Beta(`mixup_alpha`, `mixup_alpha`); 0 disables
+      mixup.
+    cutmix_alpha: the fraction of its area that an image keeps, before the rectangle is clipped, is
+      drawn from Beta(`cutmix_alpha`, `cutmix_alpha`); 0 disables cutmix.
     switch: probability that a mixed image uses cutmix instead of mixup, if both are enabled.
 
   Returns:
     image_BHWC: the mixed uint8 images.
-    own_B: how much of each result comes from the image itself, float from 0 to 1. For mixup, this
-      is the image's weight. For cutmix, this is the fraction of the area that the image keeps. The
-      value is 1 for an image that is not mixed.
+    own_B: share of each mixed image that comes from the image itself, float from 0 to 1: its weight
+      in mixup, or the fraction of its area that it keeps in cutmix. It is 1 for images that are not
+      mixed.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)
@@ -48,8 +48,8 @@ def mix(
     Returns:
       The image's own weight at each pixel: int32 `[H, W, 1]` in units of 2^-16. The weight of the
       partner is 1 minus this weight.
-      The mean of the image's own weight over all pixels, from 0 to 1. This number is meaningless if
-        the image is not mixed.
+      The mean of the image's own weight over all pixels, from 0 to 1. The caller must ignore this
+        mean if the image is not mixed.
       Whether the image is mixed at all.
     """
     choice_key, weight_key, place_key = jax.random.split(key, 3)

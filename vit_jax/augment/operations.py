@@ -2,17 +2,17 @@
 
 Decisions:
   * All images go through the same three passes: a lookup table, a blend with a grey or smoothed
-    copy, and an affine warp. The operation of each image sets the parameters of the passes. Passes
-    that the operation does not need leave the image unchanged. So a call of `operate` costs three
-    passes, not one pass for each possible operation.
+    copy, and an affine warp. The operation of each image sets the parameters of the passes. A pass
+    that the operation does not need leaves the image unchanged. So a call of `operate` computes
+    only three passes, instead of one pass for each possible operation.
   * Pillow defines what each operation does, including its rounding. `test_randaugment.py` compares
     every operation with Pillow.
   * Pixels are computed with integers, so that the result for an image does not depend on the batch
-    size. With floats it would, because XLA compiles a program for each batch size, and these
-    programs round floats differently. Operations such as `equalize` amplify small differences.
-  * Optimization barriers separate the passes. Without barriers, XLA would fuse the passes. A pixel
-    of one pass would then be computed again for every pixel of the next pass that depends on it. On
-    a CPU, the barriers halved the time of the passes.
+    size. XLA compiles a program for each batch size, and these programs would round floats
+    differently. Operations such as `equalize` would amplify the differences.
+  * Optimization barriers prevent XLA from fusing the passes. In fused passes, a pixel is computed
+    several times if several pixels of the next pass depend on it. On a CPU, the barriers halved the
+    time of the passes.
   * Warps interpolate bilinearly. Output pixels that a warp would read from outside the image become
     grey (128), as in AutoAugment's code.
 """
@@ -52,7 +52,7 @@ def operate(
     * translate_x_relative (translate_y_relative): the content moves to the left (up) by this share
       of the image's width (height).
     * shear_x (shear_y): row (column) n moves n times this many pixels to the left (up).
-    * cutout: half the side of the square that becomes grey, in pixels.
+    * cutout: half the side length, in pixels, of the square that becomes grey.
     * All other operations ignore the argument.
 
   Args:
@@ -73,9 +73,9 @@ def operate(
 
 
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
-  """Returns tables from old to new grey levels, one per image and channel: uint8 `[B, C, 256]`.
+  """Returns a lookup table of new grey levels for each image and channel: uint8 `[B, C, 256]`.
 
-  The tables of operations without a lookup table, such as rotate, leave every level unchanged.
+  If an image's operation needs no lookup table, as for rotate, its table changes no grey level.
 
   Args:
     chosen: {name from `OPERATIONS`: bool `[B]`, True for each image that gets this operation}.
@@ -115,7 +115,7 @@ def look_up(table_BCV: jax.Array, image_BHWC: jax.Array) -> jax.Array:
 
 
 def histogram(image_BHWC: jax.Array) -> jax.Array:
-  """Counts the pixels of each grey level, per image and channel: int32 `[B, C, 256]`."""
+  """Counts the pixels of each grey level in each image and channel: int32 `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
   count = jnp.zeros(batch * channels * 256, jnp.int32)  # a flat array is far faster on a CPU
   count = count.at[places(image_BHWC).reshape(-1)].add(1, mode='promise_in_bounds')
@@ -125,8 +125,8 @@ def histogram(image_BHWC: jax.Array) -> jax.Array:
 def stretch(count_BCV: jax.Array) -> jax.Array:
   """Returns the lookup tables of autocontrast, `[B, C, 256]`, from the output of `histogram`.
 
-  A table maps the darkest level of a channel to 0, its lightest level to 255, and the levels
-  between them linearly. A channel with a single level stays unchanged.
+  A table maps the channel's darkest level to 0, its lightest level to 255, and the levels between
+  them linearly. If all pixels of a channel have the same level, the channel stays unchanged.
   """
   level_V = jnp.arange(256)
   low_BC1 = jnp.argmax(count_BCV > 0, axis=2, keepdims=True)
@@ -149,7 +149,7 @@ def equalized(count_BCV: jax.Array) -> jax.Array:
 
 
 def grey(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the luma of grey or RGB images: int32 `[B, H, W, 1]`, as in Pillow's mode L."""
+  """Converts grey or RGB images to grey, as in Pillow's mode L: int32 `[B, H, W, 1]`."""
   image_BHWC = image_BHWC.astype(jnp.int32)
   if image_BHWC.shape[3] == 1:
     return image_BHWC
@@ -158,7 +158,7 @@ def grey(image_BHWC: jax.Array) -> jax.Array:
 
 
 def mean(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the mean luma of each image, rounded to the nearest level: int32 `[B]`."""
+  """Returns the mean grey level of each image, rounded to a whole number: int32 `[B]`."""
   pixels = image_BHWC.shape[1] * image_BHWC.shape[2]
   return (2 * grey(image_BHWC).sum((1, 2, 3)) + pixels) // (2 * pixels)
 
@@ -182,8 +182,8 @@ def smooth(image_BHWC: jax.Array) -> jax.Array:
 def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
   """Applies the operations color and sharpness; images with other operations stay unchanged.
 
-  Color blends an image with a grey copy, and sharpness blends it with a smoothed copy. The
-  arguments are the same as in `make_table`. The result is uint8.
+  Color blends an image with a grey copy of itself. Sharpness blends an image with a smoothed copy.
+  The arguments are the same as in `make_table`. The result is uint8.
   """
   color_B111 = chosen['color'][:, None, None, None]
   any_B111 = color_B111 | chosen['sharpness'][:, None, None, None]
@@ -195,7 +195,7 @@ def blend(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Arr
 
 
 def fixed(number: jax.Array) -> jax.Array:
-  """Converts a number to a fixed-point number: int32 in units of 2^-16."""
+  """Converts a float to a fixed-point number: int32 in units of 2^-16."""
   return jnp.round(number * ONE).astype(jnp.int32)
 
 
@@ -247,7 +247,8 @@ def cutout_square(
 
   Args:
     chosen_B: whether each image gets a square of replaced pixels, bool.
-    half_B: half of the square's side in pixels. The square is clipped at the border of the image.
+    half_B: half the side length of the square, in pixels. The square is clipped at the border of
+      the image.
     centre_B2: centre of the square, as fractions of height and width. The centre is rounded down to
       whole pixels.
     shape: shape of the image batch, `(B, H, W, C)`.
@@ -265,9 +266,9 @@ def warp(
   """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
   An output pixel becomes `FILL` if its input point is outside the image, or if `hidden_BHW` is True
-  for this pixel. Otherwise, each channel is interpolated from the four input pixels around the
-  point. These four values are packed into one uint32, so that one memory read is enough instead of
-  four. Returns uint8 images of the same shape.
+  for the output pixel. Each channel of the other output pixels is interpolated from four values:
+  those of the input pixels around the input point. The four values are packed into one uint32, so
+  that they are read from memory at once. Returns uint8 images of the same shape.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

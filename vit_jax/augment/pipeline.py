@@ -2,11 +2,13 @@
 
 Decisions:
   * An augmentation is a pure function `(key_B, image_BHWC, **arguments) -> image_BHWC` on
-    uint8 images. Each example has its own key, so no draw depends on other examples.
-  * The table `AUGMENTATIONS` defines the order of the augmentations. For each augmentation, it also
-    names the argument that can disable it. All augmentations are off by default.
+    uint8 images. Each example has its own random key, so its augmentation does not depend on other
+    examples.
+  * The table `AUGMENTATIONS` defines the order of the augmentations. It also names, for each
+    augmentation, the argument that can disable the augmentation. All augmentations are disabled by
+    default.
   * Mixing comes last. The first and second example of the batch are a pair, the third and fourth
-    are the next pair, and so on. These pairs are random because the order of the data is random. If
+    are the next pair, and so on. The pairs are random, because the order of the data is random. If
     each device holds an even number of examples in each micro-batch, no pair is split between
     devices or micro-batches.
   * Every augmentation returns uint8 images, and so does mixing. Mixing therefore rounds its result,
@@ -31,7 +33,7 @@ class Augmentation(NamedTuple):
   Attributes:
     function: `(key_B, image_BHWC, **arguments) -> image_BHWC`.
     switch: name of the argument that can disable the augmentation.
-    off: value of this argument that disables the augmentation.
+    off: the value of the argument `switch` that disables the augmentation.
     strong: whether the augmentation is disabled in the last part of a run. The config key
       `augment.off_for_last` gives the length of this part, as a fraction of the run.
   """
@@ -68,7 +70,7 @@ def active(arguments: Mapping[str, Mapping]) -> list[str]:
 
 
 def mixes(arguments: Mapping[str, Mapping]) -> bool:
-  """Returns whether mixup or cutmix is enabled. `arguments` is the same as in `active`."""
+  """Returns whether mixup or cutmix is enabled; `arguments` has the same form as in `active`."""
   return arguments['mix']['probability'] != 0
 
 
@@ -85,10 +87,10 @@ def augment(
     key: random key of the training step.
     example_B: row number of each image in the global batch. The random draws depend on this number.
     image_BHWC: uint8 images; the result has the same shape and type.
-    arguments: keyword arguments of each augmentation, by name of the augmentation. Their values
-      also decide which augmentations are enabled (`Augmentation.on`).
-    strong: True applies only strong augmentations (`Augmentation.strong`), False only augmentations
-      that are not strong, None all augmentations.
+    arguments: {name of an augmentation: its keyword arguments}. The arguments also decide which
+      augmentations are enabled (`Augmentation.on`).
+    strong: True: apply only strong augmentations (`Augmentation.strong`); False: apply only
+      augmentations that are not strong; None: apply all augmentations.
   """
   for i, (name, entry) in enumerate(AUGMENTATIONS.items()):
     if strong in (None, entry.strong) and entry.on(arguments[name]):
@@ -117,12 +119,12 @@ def augment_and_mix(
 
   Args:
     key: random key of the training step.
-    example_B: row number of each image in the global batch. Images that are mixed with each other
+    example_B: row number of each image in the global batch. The two images of a pair that is mixed
       have neighbouring rows.
     image_BHWC: uint8 images.
-    arguments: keyword arguments of each of `AUGMENTATIONS` and of `mix`, by name.
-    early: bool scalar, False in the last part of the run, in which strong augmentations and mixing
-      are disabled. None if they are never disabled.
+    arguments: {name: keyword arguments} for each name in `AUGMENTATIONS`, and for `mix`.
+    early: bool scalar, True except in the last part of a run: False disables mixing and strong
+      augmentations. None if the run has no such part.
 
   Returns:
     image_BHWC: the augmented uint8 images.
@@ -157,8 +159,8 @@ def normalize(
   Args:
     image_BHWC: uint8 images, or `Padded` with uint8 patches.
     size: (height, width) of the model's input.
-    mean: mean of each channel, or one for all channels, with pixels in [0, 1].
-    std: standard deviation of each channel, or one for all channels, with pixels in [0, 1].
+    mean: one number for each channel, or one for all channels; pixels are in [0, 1].
+    std: one number for each channel, or one for all channels; pixels are in [0, 1].
   """
   if isinstance(image_BHWC, Padded):
     patch_BNpqC = image_BHWC.patch_BNpqC.astype(jnp.float32) / 255

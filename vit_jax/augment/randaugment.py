@@ -1,8 +1,8 @@
 """RandAugment and TrivialAugment, which draw operations and their strengths for each image.
 
-The table `SPACES` has several sets of operations, because papers and implementations differ. For
-each operation, it gives the argument as a function of the strength. Strengths are numbers from 0 to
-1, but can be up to 3 in the set `big_vision`.
+The table `SPACES` contains several sets of operations, because papers and implementations use
+different ones. For each operation, the table defines how its argument depends on the strength. The
+strength is a number from 0 to 1, or from 0 to 3 in the set `big_vision`.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FULL = 10  # the magnitude in RandAugment's scale that corresponds to strength 1
 
 
 class Argument(NamedTuple):
-  """The argument of an operation as a function of the strength.
+  """Defines the argument of an operation as a function of the strength.
 
   The argument is the sum of the constant `around` and an amount that is linear in the strength.
 
@@ -27,8 +27,8 @@ class Argument(NamedTuple):
     weakest: amount at strength 0.
     strongest: amount at strength 1.
     around: constant to which the amount is added.
-    signed: whether the amount is subtracted from `around`, with probability 1/2, instead of added.
-    whole: whether the difference between the amount and `weakest` is truncated to a whole number.
+    signed: True: with probability 1/2, the amount is subtracted from `around`, not added.
+    whole: True: the difference between the amount and `weakest` is truncated to a whole number.
     bounds: (smallest, largest) argument; the argument is clipped to this range.
     period: an argument of at least `period` is replaced with its remainder modulo `period`.
   """
@@ -152,21 +152,22 @@ def rand_augment(
 
     * The paper: `mstd=0, probability=1, space='standard'`.
     * timm's `rand-m9-mstd0.5-inc1`: `num_layers=2, magnitude=9, mstd=0.5, probability=0.5,
-      space='timm'`. Warps are bilinear here; timm uses bicubic in half of the draws. Pixels from
-      outside the image are grey here; timm fills them with the mean colour of the data.
+      space='timm'`. Here, warps interpolate bilinearly, and pixels from outside the image are grey.
+      In timm, half of the warps interpolate bicubically, and pixels from outside the image have the
+      mean colour of the data.
     * AugReg's `randaug(2,15)`: `num_layers=2, magnitude=15, mstd=0, probability=1,
-      space='big_vision'`. Warps are bilinear here; AugReg uses the nearest pixel. Contrast blends
-      the image with its mean grey level here. AugReg's code instead blends it with a grey level
-      that equals the number of pixels divided by 256.
+      space='big_vision'`. Here, warps interpolate bilinearly; in AugReg, they take the nearest
+      pixel. Here, contrast blends an image with the image's mean grey level. AugReg's code instead
+      uses a grey level that equals the number of pixels divided by 256.
 
   Args:
     key_B: random key of each example.
     image_BHWC: uint8 images.
     num_layers: number of operations per image, drawn with replacement.
-    magnitude: mean of the random magnitudes, from 0 to the maximum of the space in
-      `MAX_MAGNITUDES`. The strength is the magnitude divided by 10 (`FULL`).
-    mstd: standard deviation of the random magnitudes. A magnitude is clipped to the range from
-      0 to that maximum.
+    magnitude: mean of the random magnitudes, from 0 to `MAX_MAGNITUDES[space]`. An operation's
+      strength is its magnitude divided by 10 (`FULL`).
+    mstd: standard deviation of the random magnitudes. Each magnitude is clipped to the range from
+      0 to `MAX_MAGNITUDES[space]`.
     probability: probability that a drawn operation is applied.
     space: name of a set of operations in `SPACES`.
   """
@@ -184,8 +185,8 @@ def rand_augment(
 def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
   """Draws a strength: a random magnitude divided by `FULL`, float scalar.
 
-  The magnitude has a normal distribution with the mean `magnitude` and the standard deviation
-  `mstd`. It is clipped to the range from 0 to `most`.
+  The random magnitude is drawn from a normal distribution with the mean `magnitude` and the
+  standard deviation `mstd`, and clipped to the range from 0 to `most`.
   """
   level = magnitude + mstd * jax.random.normal(key)
   return jnp.clip(level, 0, most) / FULL
@@ -194,16 +195,16 @@ def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) ->
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
   """Applies one random operation to each image (Müller and Hutter 2021, 2103.10158).
 
-  The operation has a random strength, and is applied with the given probability. The paper's
-  probability is 1. Here, warps interpolate bilinearly, and pixels from outside the image are grey.
-  In the paper's code, warps take the nearest pixel, and pixels from outside are black.
+  The operation has a random strength. It is applied with the given probability, which is 1 in the
+  paper. Here, warps interpolate bilinearly, and pixels from outside the image are grey. In the
+  paper's code, warps take the nearest pixel, and pixels from outside the image are black.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)
 
 
 def any_strength(key: jax.Array) -> jax.Array:
-  """Draws a strength for TrivialAugment: one of `STRENGTHS` equally likely values, 0 to 1."""
+  """Draws a strength for TrivialAugment: one of `STRENGTHS` equally likely values from 0 to 1."""
   return jax.random.randint(key, (), 0, STRENGTHS) / (STRENGTHS - 1)
 
 
@@ -213,10 +214,10 @@ def draw_operation(
   """Draws an operation and its argument for one example.
 
   Args:
-    key: random key, different for each example and for each of its operations.
+    key: random key, a different one for each call.
     space: name of a set of operations in `SPACES`.
-    strength: function `key -> strength`; a strength can exceed 1.
-    probability: probability that the drawn operation is used. Otherwise the identity is used.
+    strength: function `key -> strength` that draws the strength.
+    probability: probability that the result is the drawn operation, and not the identity.
 
   Returns:
     The operation's index in `OPERATIONS`, an int32 scalar.

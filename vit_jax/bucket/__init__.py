@@ -1,7 +1,7 @@
 """Reads and writes objects in buckets of Google Cloud Storage (`gs://bucket/name`).
 
-A path in a bucket is an `etils.epath.Path`, which has the methods of `pathlib.Path` that this
-project uses. Only this package imports gcsfs, the client library for buckets.
+Paths in buckets are represented by `etils.epath.Path`, which has the methods of `pathlib.Path` that
+this project uses. Only this package imports gcsfs, the client library for buckets.
 """
 
 from vit_jax.bucket.errors import NoAnswer, NoBucket, why_refused

@@ -1,10 +1,10 @@
 """Connects to Google Cloud Storage with gcsfs.
 
 Decisions:
-  * The first access to a bucket has its own short time limit. So a program with a wrong bucket
-    name, missing credentials or no network fails soon, instead of seeming to hang.
-  * The cache of gcsfs for object lists is disabled. A cached list would miss new objects from
-    tensorstore and from other hosts, because gcsfs in this process does not see their writes.
+  * The first access to a bucket has a short time limit of its own. So if the bucket's name is
+    wrong, or credentials or the network are missing, the program soon ends with an error.
+  * The cache of gcsfs for lists of objects is disabled. A cached list would lack the objects that
+    tensorstore and other hosts write, because gcsfs notices only its own writes.
 """
 
 import functools
@@ -50,7 +50,7 @@ def prepare_clients() -> None:
 
 @functools.cache
 def filesystem():
-  """Returns the gcsfs file system of this process, with the same options as in etils."""
+  """Returns the gcsfs file system of this process, with the options that etils also uses."""
   prepare_clients()
   import fsspec
 
@@ -97,14 +97,14 @@ def check_access(bucket: str) -> None:
 def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
   """Writes an object, but only if its current generation is `generation`.
 
-  A generation is a version number, which the bucket gives an object at each write. The generation 0
-  stands for an object that does not exist yet.
+  The generation is a version number of the object, which the bucket changes at each write. An
+  object that does not exist yet has the generation 0.
 
   Returns:
-    The new generation.
+    The new generation of the object.
 
   Raises:
-    FileExistsError: the object has a different generation.
+    FileExistsError: the object has a different generation, so it was not written.
   """
   bucket, key = bucket_and_key(path)
   fs = filesystem()
@@ -130,7 +130,7 @@ def delete_if(path: os.PathLike, generation: int) -> None:
   """Deletes an object, but only if its current generation (version number) is `generation`.
 
   Raises:
-    FileExistsError: the object has a different generation.
+    FileExistsError: the object has a different generation, so it was not deleted.
   """
   bucket, key = bucket_and_key(path)
   filesystem().call('DELETE', 'b/{}/o/{}', bucket, key, ifGenerationMatch=generation)

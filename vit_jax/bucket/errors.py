@@ -1,4 +1,4 @@
-"""Explains the errors of gcsfs, and tells which of them are temporary."""
+"""Explains errors of gcsfs, and distinguishes temporary errors from permanent ones."""
 
 
 class NoBucket(ValueError):
@@ -30,7 +30,7 @@ def why_refused(error: Exception) -> str:
 
 
 def is_passing(error: Exception) -> bool:
-  """Returns whether an error is temporary, so that the same request may succeed later."""
+  """Returns whether an error is temporary, so that it makes sense to repeat the request."""
   if isinstance(error, FileNotFoundError | FileExistsError | ValueError | NoBucket):
     return False
   code = getattr(error, 'code', None)

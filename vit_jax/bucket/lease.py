@@ -1,17 +1,17 @@
-"""Provides locks in a bucket: objects that only one process can create, and that expire.
+"""Provides locks in a bucket. A lock is an object that only one process can create.
 
 Decisions:
-  * An object store does not notice when the owner of a lock dies, so it cannot release the lock.
-    The owner therefore writes the lock object again every `HEARTBEAT` seconds. If the object has
-    not changed for `EXPIRES` seconds, the owner counts as dead, and another process can take the
-    lock over.
-  * A waiting process only checks whether the generation (version number) of the object changes, and
-    measures time with its own clock. So the clocks of different hosts need not agree.
-  * Every write names the generation that it replaces. The bucket refuses the write if the object
-    has a different generation. So only one of several processes can take over an expired lock. A
-    suspended process that has lost its lock notices this at its next write.
-  * A waiting process on the host of the owner checks whether the owner is still running. If not, it
-    takes the lock over at once.
+  * The owner of a lock writes the lock object again every `HEARTBEAT` seconds, because the bucket
+    cannot detect that an owner has died. If the lock object has not changed for `EXPIRES` seconds,
+    the lock has expired, and another process can take it over.
+  * A process that waits for a lock checks whether the generation (version number) of the lock
+    object changes, and measures time with its own clock. So the clocks of hosts need not agree.
+  * Every write names the generation that it replaces, and the bucket refuses the write if the
+    lock object has a different generation. So only one of several processes can take over an
+    expired lock. A process that loses its lock while it is suspended gets an error at its next
+    write.
+  * If the waiting process and the owner run on the same host, the waiting process checks whether
+    the owner has ended. In this case, it takes the lock over at once.
 """
 
 import contextlib
@@ -44,10 +44,10 @@ class Owner:
   """The process that owns a lock.
 
   Attributes:
-    host: host on which the process runs, as `this_host` returns it.
+    host: text from `this_host` that identifies the host on which the process runs.
     pid: process ID.
-    started: start time of the process, as the function `started` returns it.
-    nonce: random text that no other `Owner` has.
+    started: start time of the process, in the form that the function `started` returns.
+    nonce: random text that is different for each `Owner`.
   """
 
   host: str
@@ -57,32 +57,31 @@ class Owner:
 
   @classmethod
   def this(cls) -> 'Owner':
-    """Returns an `Owner` that stands for the current process, with a new nonce."""
+    """Returns an `Owner` that describes the current process, with a new nonce."""
     return cls(this_host(), os.getpid(), started(os.getpid()), uuid.uuid4().hex)
 
   @classmethod
   def read(cls, content: bytes) -> 'Owner':
-    """Parses the content of a lock object; damaged content gives the host `unknown`."""
+    """Parses the content of a lock object; if it is damaged, `host` becomes `unknown`."""
     try:
       return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
     except (ValueError, TypeError, KeyError):
       return cls('unknown', 0, '', '')
 
   def is_dead(self) -> bool:
-    """Returns whether the process is known to have ended; False if it is on another host."""
+    """Returns whether this host knows that the process has ended; False for other hosts."""
     return self.host == this_host() and started(self.pid) != self.started
 
   def is_alive(self) -> bool:
-    """Returns whether the process is known to be running; False if it is on another host."""
+    """Returns whether this host knows that the process is running; False for other hosts."""
     return self.host == this_host() and started(self.pid) == self.started
 
 
 def this_host() -> str:
-  """Returns a text that identifies the system in which a process ID is unique.
+  """Returns a text that identifies the host, its last boot and the PID namespace of this process.
 
-  The text joins the host name, the boot ID of the kernel and the PID namespace. Two processes with
-  the same text can identify each other by their process IDs. On systems without `/proc`, the text
-  is only the host name.
+  Two processes with the same text can identify each other by their process IDs. On systems without
+  `/proc`, the text is only the host name.
   """
   parts = [socket.gethostname()]
   with contextlib.suppress(OSError):
@@ -97,8 +96,8 @@ def this_host() -> str:
 def started(pid: int) -> str:
   """Returns the start time of a process as text, in clock ticks since the system booted.
 
-  The text is empty if the process does not exist or is a zombie. It is `running` if the process
-  exists, but the system has no `/proc`.
+  The result is empty if the process does not exist or is a zombie. On a system without `/proc`, the
+  result is `running` if the process exists.
   """
   try:
     text = pathlib.Path(f'/proc/{pid}/stat').read_text(encoding='utf-8', errors='replace')
@@ -116,7 +115,7 @@ def started(pid: int) -> str:
 
 
 def uptime() -> float:
-  """Returns the time of a monotonic clock in seconds, including suspended time if possible."""
+  """Returns the seconds of a monotonic clock that, if possible, also runs during suspension."""
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
 
@@ -127,8 +126,8 @@ class Lease:
   def __init__(self, folder: pathlib.Path):
     """Prepares the lock of `folder`, without accessing the bucket.
 
-    Entering the context acquires the lock. If the last owner ended without removing its lock, the
-    new owner may have to wait about a minute (`EXPIRES`).
+    The lock is acquired when the context is entered. If the last owner ended without removing the
+    lock, this can take about a minute (`EXPIRES`).
     """
     self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
     self._generation, self._renewed, self._lost = 0, 0.0, False
@@ -202,9 +201,9 @@ class Lease:
     return Owner.read(content), generation
 
   def _write(self, generation: int) -> bool:
-    """Writes the lock object if its generation is `generation` (0: if it does not exist).
+    """Writes the lock object if its generation is `generation`; 0 means that it does not exist.
 
-    Returns whether this process owns the lock now.
+    Returns whether this process now owns the lock.
     """
     content = json.dumps(dataclasses.asdict(self._owner) | {'time': time.time()}).encode()
     asked = uptime()

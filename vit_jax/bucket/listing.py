@@ -2,7 +2,7 @@
 
 Decisions:
   * Listing a million objects takes minutes. So a run stores its lists of files in its workdir
-    (`kept_lists`), and reads the lists from the workdir when it resumes (`keeping_lists`).
+    (`kept_lists`). A resumed run reads the lists from the workdir (`keeping_lists`).
   * Reading many small files one after the other is slow. So `objects.contents` reads them in
     parallel.
 """
@@ -42,8 +42,8 @@ _trees: dict[str, Tree] = {}  # {path of a listed folder: tree}
 class Listed:
   """A path in a bucket below a listed folder, with the methods of `pathlib.Path` for reading.
 
-  Pickling drops the list of files. So a process that unpickles the path can read the file, but
-  cannot list folders.
+  Pickling the path drops the list of files. So after unpickling, the path can be used to read a
+  file, but not to list a folder.
   """
 
   def __init__(self, top: str, inside: str = '', tree: Tree | None = None):
@@ -79,7 +79,7 @@ class Listed:
   def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
     """Yields (path, [], names of the files) for this folder and for all folders below it.
 
-    The tuples are like the tuples of `os.walk`, but the list of subfolders is always empty.
+    In contrast to `os.walk`, the second element, the list of subfolders, is always empty.
     """
     below = f'{self._inside}/' if self._inside else ''
     for folder, children in self._tree.inside.items():
@@ -96,7 +96,7 @@ class Listed:
 
 
 def listed_folder(path: os.PathLike) -> Listed:
-  """Returns a folder in a bucket as a `Listed` path. A process lists each folder only once."""
+  """Returns a folder in a bucket as a `Listed` path; lists the folder only at the first call."""
   name = os.fspath(path)
   if name not in _trees:
     _trees[name] = load_tree(name)
@@ -104,10 +104,10 @@ def listed_folder(path: os.PathLike) -> Listed:
 
 
 def load_tree(name: str) -> Tree:
-  """Returns the files below the folder `name`, from a cache file or else from the bucket.
+  """Returns the files below the folder `name`, as listed in a cache file or by the bucket.
 
-  The cache file is in the folder that `keeping_lists` was given. A missing or damaged cache file is
-  ignored.
+  The cache file is in the folder that was passed to `keeping_lists`. If the cache file is missing
+  or damaged, the bucket lists the files.
   """
   for folder in _kept:
     with contextlib.suppress(OSError, ValueError, EOFError):  # not cached yet, or damaged
@@ -126,8 +126,8 @@ def file_of(name: str) -> str:
 def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
   """Context manager in which `listed_folder` reads lists of files from cache files in `folder`.
 
-  A list without a cache file is requested from the bucket. The caller must write the cache files;
-  `kept_lists` returns their content.
+  If a folder has no cache file, the bucket lists its files. New cache files are not written here:
+  the caller must write them, with the content that `kept_lists` returns.
   """
   _trees.clear()
   _kept.append(folder)
@@ -138,9 +138,9 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 
 
 def kept_lists() -> dict[str, bytes]:
-  """Returns {file name: content} of the cache files for all folders that were listed.
+  """Returns {file name: content} of a cache file for each folder that was listed.
 
-  Folders that were listed before the last start of `keeping_lists` are not included.
+  Folders that were listed before `keeping_lists` was last entered are not included.
   """
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)

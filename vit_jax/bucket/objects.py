@@ -15,7 +15,7 @@ AT_ONCE = 64  # maximum number of objects that are read at the same time
 
 
 def put(file: pathlib.Path, path: os.PathLike) -> None:
-  """Uploads a local file as one object. Readers never see a partly written object."""
+  """Uploads a local file as one object, which does not exist until the upload is complete."""
   client.filesystem().put_file(str(file), os.fspath(path))
 
 
@@ -34,7 +34,7 @@ def delete_all(path: pathlib.Path) -> None:
 def move(path: pathlib.Path, target: pathlib.Path) -> None:
   """Moves a local folder, or a folder within a bucket.
 
-  In a bucket, all objects are copied before the original objects are deleted.
+  In a bucket, the original objects are deleted after all objects have been copied.
   """
   if not is_remote(path):
     target.parent.mkdir(exist_ok=True)
@@ -45,9 +45,9 @@ def move(path: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def list_below(path: os.PathLike) -> dict[str, int]:
-  """Returns the objects below a path in a bucket: {name relative to the path: size in bytes}.
+  """Returns {name: size in bytes} of all objects below a path in a bucket, sorted by name.
 
-  The names are sorted.
+  The names are relative to the path.
   """
   found = client.filesystem().find(os.fspath(path), detail=True)
   top = os.fspath(path).removeprefix('gs://').rstrip('/') + '/'
@@ -58,10 +58,10 @@ def list_below(path: os.PathLike) -> dict[str, int]:
 def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
   """Reads objects in parallel, and returns a list with the content or the error of each object.
 
-  The list has the order of `paths`. A missing object gives a FileNotFoundError.
+  The list has the order of `paths`. The error of a missing object is a FileNotFoundError.
 
   Raises:
-    OSError: the bucket does not answer. Such a temporary error is raised, not put into the list.
+    OSError: the bucket does not answer. This temporary error is raised, not put into the list.
   """
   if not paths:
     return []
@@ -77,8 +77,8 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
 def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
   """Context manager that downloads an object, or all objects below a path.
 
-  It yields the path of a local copy, which is deleted at the end. If `path` is already local, it
-  yields `path` unchanged.
+  It yields the path of a local copy, and deletes the copy at the end. If `path` is already local,
+  nothing is downloaded, and it yields `path` itself.
   """
   if not is_remote(path):
     yield path

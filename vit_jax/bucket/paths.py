@@ -1,4 +1,4 @@
-"""Converts paths that users write into local paths or paths in a bucket."""
+"""Converts text from the user to local paths or to paths in a bucket."""
 
 import os
 import pathlib
@@ -10,10 +10,10 @@ SCHEME = 'gs://'
 
 
 def to_path(path: str | os.PathLike) -> pathlib.Path:
-  """Converts a path: to an `etils.epath.Path` if it starts with `gs://`, else to a local path.
+  """Converts text that starts with `gs://` to an `etils.epath.Path`, and other text to a local path.
 
-  In a local path, `~` is expanded. The first call for a bucket sends a request to the bucket, to
-  find problems early.
+  In a local path, `~` is expanded. The first call for each bucket sends a request to the bucket, so
+  that a wrong name or missing credentials are reported early.
 
   Raises:
     ValueError: `path` is a URL other than `gs://...`, or the bucket cannot be used; the message
@@ -46,7 +46,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 def join_paths(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-  """Returns `base / path`, or only `path` if it is absolute or in a bucket."""
+  """Returns `base / path`, or `path` unchanged if it is absolute or in a bucket."""
   return path if is_remote(path) or path.is_absolute() else base / path
 
 

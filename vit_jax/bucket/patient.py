@@ -1,12 +1,12 @@
-"""A gcsfs file system that retries failed requests for minutes, and takes all names literally.
+"""A gcsfs file system that retries failed requests for minutes, and reads all names literally.
 
 gcsfs itself retries a failed request for about half a minute, but a bucket can answer with the
 error 503 for longer. All requests of this process use this file system, including the requests of
 etils and orbax. Only tensorstore has its own client.
 
-A request is retried for `PATIENCE` seconds. If no request has succeeded within this time, each
-later request is sent only once. Otherwise, a program with an unreachable bucket would wait again
-for each request with which it tries to write its log and to remove its lock before it ends.
+A request is retried for `PATIENCE` seconds. If all requests have failed for this time, each later
+request is sent only once. So a program whose bucket is unreachable ends soon: before it ends, it
+sends requests to write its log and to remove its lock, and does not wait again for each of them.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
   _silent_since = None  # time of the first failure since the last success
 
   async def _expand_path(self, path, recursive=False, maxdepth=None, assume_literal=True):
-    """Expands a path literally: `photo[1].jpg` is the name of an object, not a pattern."""
+    """Expands a path without patterns: `photo[1].jpg` is the name of a single object."""
     del assume_literal
     return await super()._expand_path(path, recursive, maxdepth, assume_literal=True)
 
@@ -40,11 +40,11 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
     return await self._repeated(super()._get_file_request, *args, **kwargs)
 
   async def _repeated(self, request: Callable[..., Awaitable], *args, **kwargs):
-    """Sends a request, retries it after temporary errors, and returns its result.
+    """Sends a request, repeats it after temporary errors, and returns its result.
 
     Raises:
-      NoAnswer: temporary errors have lasted for `PATIENCE` seconds.
-      Exception: any other error of the request; such an error is not retried.
+      NoAnswer: requests have failed with temporary errors for `PATIENCE` seconds.
+      Exception: the request failed with an error that is not temporary.
     """
     began, pause = time.monotonic(), 1.0
     while True:

@@ -1,4 +1,4 @@
-"""Keeps the log files of a run in a local folder, and uploads them to its workdir in a bucket.
+"""Keeps a run's log files in a local folder, and uploads them to the run's workdir in a bucket.
 
 A program cannot append data to an object in a bucket. So a run writes `metrics.jsonl`, `log.txt`
 and TensorBoard events to local files, and uploads whole files. A resumed run first downloads
@@ -14,9 +14,9 @@ from vit_jax.bucket import objects
 
 
 class Mirror:
-  """Context manager for a temporary local folder; `upload` copies its files to a bucket.
+  """Context manager for a temporary local folder, whose files `upload` copies to a bucket.
 
-  The attribute `folder` is the path of the temporary folder, which is deleted at the end.
+  The attribute `folder` is the path of the temporary folder. The folder is deleted at the end.
   """
 
   def __init__(self, remote: pathlib.Path, names: Sequence[str]):
