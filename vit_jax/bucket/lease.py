@@ -10,8 +10,8 @@ Decisions:
     lock object has a different generation. So only one of several processes can take over an
     expired lock. A process that loses its lock while it is suspended gets an error at its next
     write.
-  * If the waiting process and the owner run on the same host, the waiting process checks whether
-    the owner has ended. In this case, it takes the lock over at once.
+  * If the owner runs on the host of the waiting process, the waiting process can check whether the
+    owner is still running. If the owner has ended, the waiting process takes the lock over at once.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ AT_ONCE = 64  # maximum number of objects that are read at the same time
 
 
 def put(file: pathlib.Path, path: os.PathLike) -> None:
-  """Uploads a local file as one object, which does not exist until the upload is complete."""
+  """Uploads a local file as one object. Readers never see a partly written object."""
   client.filesystem().put_file(str(file), os.fspath(path))
 
 

@@ -10,7 +10,7 @@ SCHEME = 'gs://'
 
 
 def to_path(path: str | os.PathLike) -> pathlib.Path:
-  """Converts text that starts with `gs://` to an `etils.epath.Path`, and other text to a local path.
+  """Converts text with the prefix `gs://` to an `etils.epath.Path`, other text to a local path.
 
   In a local path, `~` is expanded. The first call for each bucket sends a request to the bucket, so
   that a wrong name or missing credentials are reported early.

@@ -1,18 +1,17 @@
-"""Makes training batches in a reproducible order, and evaluation batches with each example once.
+"""Divides a split into batches: reproducible for training, each example once for evaluation.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
-    The sequence is cut into batches, so a batch can have examples of two epochs. The example at
-    position `step * batch_size + i` of the sequence depends only on the seed and the number of
-    examples. So the step number is enough to resume, and no example is dropped at the end of an
-    epoch.
+    The sequence is cut into batches. No example is dropped at the end of an epoch, so a batch can
+    have examples of two epochs. Which example is at a position of the sequence depends only on the
+    position, the seed and the number of examples. So the step number is enough to resume.
   * A batch consists of global JAX arrays, which are spread over the devices of all processes. Each
-    process gathers only the rows that its own devices hold. All processes compute the same order,
-    so they need not communicate.
+    process gathers only the rows that its own devices hold. The processes need not communicate,
+    because all of them compute the same order of the examples.
   * Evaluation pads the last batch, and marks the padding in a mask, so that every example counts
     exactly once.
-  * A `Plan` defines which examples each batch holds. It is used for examples in memory
-    (`memory.py`) and for streamed examples (`stream.py`).
+  * A `Plan` defines which examples each batch holds, for examples in memory (`memory.py`) and for
+    streamed examples (`stream.py`).
 """
 
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ ENDLESS = 2**48  # stands for endless training: more steps than any run takes
 
 @functools.lru_cache(maxsize=2)  # a batch can have examples of two epochs
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-  """Returns the order of the examples in an epoch: a permutation of 0 to `size - 1`, `[size]`."""
+  """Returns the indices of the examples in the order of an epoch: `[size]`."""
   # NumPy guarantees that RandomState's numbers never change, so a run that is resumed with a newer
   # NumPy keeps its order.
   return np.random.RandomState([seed, epoch]).permutation(size)
@@ -41,17 +40,17 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
 class Plan:
   """Defines which examples each batch holds.
 
-  All batches are ranges of one sequence of examples. Batch `step` begins at position
-  `step * stride` of this sequence.
+  All batches are ranges of one sequence of examples: batch number `step` begins at the position
+  `step * stride` of the sequence.
 
   Attributes:
     size: number of examples in the split.
     stride: number of positions from the start of one batch to the start of the next.
     rows: number of rows in a batch, including padding.
     steps: the step numbers of the batches.
-    seed: for training, the seed of the order of the examples and of their random crops. None means
-      evaluation, without random crops. The sequence then holds the examples in the order of the
-      split, followed by copies of the last example as padding.
+    seed: for training: seed of the order of the examples and of the random crops. For evaluation:
+      None. In evaluation, nothing is cropped at random, and the sequence holds the examples in the
+      order of the split, followed by copies of the last example as padding.
   """
 
   size: int
@@ -61,7 +60,7 @@ class Plan:
   seed: int | None = None
 
   def positions(self, step: int) -> np.ndarray:
-    """Returns the positions in the sequence that a batch covers, one per row: `[rows]`."""
+    """Returns the position in the sequence for each row of a batch: `[rows]`."""
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:
@@ -89,7 +88,7 @@ class Split(Protocol):
 
 
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
-  """Returns the plan of endless training on a split of `size` examples, from batch `start` on."""
+  """Returns the plan of endless training on `size` examples; `start` is the first step."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
@@ -100,12 +99,12 @@ def train_batches(
   start: int,
   over_batch: jax.sharding.Sharding,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields endless training batches, as dicts of global arrays, from batch number `start` on.
+  """Yields training batches without end. Each batch is a dict of global arrays.
 
   A batch has `image` `[B, H, W, C]` uint8 and `label` `[B]` int32. If images can have several
   labels, `label` is multi-hot, `[B, L]` uint8. If a stream replaces bad images (images that cannot
-  be decoded), a batch also has `bad` `[B]` int32: for each row, the number of bad images that were
-  skipped before a good one was found.
+  be decoded), a batch also has `bad` `[B]` int32. For each row, `bad` is the number of bad images
+  that were skipped to find a good image.
 
   Args:
     examples: the training split.
@@ -123,18 +122,18 @@ def eval_batches(
   over_batch: jax.sharding.NamedSharding,
   **extra: np.ndarray,
 ) -> Iterator[dict[str, jax.Array]]:
-  """Yields every example of a split exactly once, in order, in padded batches of one shape.
+  """Yields batches of the same shape, which together hold each example of a split once, in order.
 
-  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 1 for
-  the examples to evaluate. It is 0 for padding and for skipped bad images.
+  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 1 in
+  rows to evaluate, and 0 in rows that are padding or stand for a bad image.
 
   Args:
     examples: the split to evaluate.
     batch_size: number of examples in a batch. The number of rows B is `batch_size` rounded up to a
       multiple of the number of devices.
     over_batch: sharding of arrays whose first axis is the batch.
-    **extra: arrays with one row per example of the split. Each batch also has entries with these
-      names, which hold the rows of the batch's own examples.
+    **extra: arrays with one row per example of the split. For each of these arrays, a batch has an
+      entry with the same name, which holds the rows of the batch's examples.
   """
   devices, count = over_batch.mesh.size, len(examples)
   rows = -(-batch_size // devices) * devices

@@ -3,8 +3,8 @@
 Decisions:
   * A file is identified by a hash of its path without the class folder. For example, the file
     `cat/a/1.jpg` is identified by the hash of `a/1.jpg`. This hash alone gives the file a position
-    in [0, 1), and the position decides whether the file is held out. So no file changes its split
-    when other files are added or removed, or when it is moved to another class.
+    in [0, 1), and the position decides whether the file is held out. So a file stays in its split
+    when other files are added or removed, or when the file is moved to another class.
   * The files of a split are sorted by position. This order mixes the classes, and does not depend
     on the file system or the NumPy version. A percentage, as in `train[:90%]`, is a range of
     positions, so it selects only about this percentage of the files.
@@ -38,10 +38,10 @@ class Files:
   Attributes:
     top: folder at which the paths start, such as the parent of the class folders.
     path_N: path of each file, relative to `top`, as bytes.
-    label_N: label of each file, int32. If an image can have several labels, uint8 `[N, L]`
-      with a 1 for each label.
-    hash_N: `hash_name` of each file, uint64.
-    span: range of hash positions in the split; (0, 1) if the split was not chosen by hash.
+    label_N: class index of each file, int32. If an image can have several labels: multi-hot
+      labels, uint8 `[N, L]`, which are 1 for each class of the image.
+    hash_N: result of `hash_name` for each file, uint64.
+    span: (low, high), between which all positions are; (0, 1) if the split was not chosen by hash.
   """
 
   top: pathlib.Path
@@ -55,7 +55,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Position of each file within the split, increasing: `span` is rescaled to [0, 1)."""
+    """Position of each file, increasing, rescaled so that the range `span` becomes [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
@@ -75,7 +75,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-  """A listed dataset: its class names, the files of each split, and warnings for the user."""
+  """The class names of a dataset, the files of each split, and warnings for the user."""
 
   class_names: tuple[str, ...]
   files: dict[str, Files]
@@ -83,19 +83,19 @@ class Folder:
 
 
 def label_text(label: int | Sequence[int]) -> str:
-  """Returns the class index of a label as text, or the indices of a multi-hot label, e.g. `1,4`."""
+  """Returns a label as text: its class index or, for a multi-hot label, all indices, e.g. `1,4`."""
   return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
 
 
 def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns the number of images of each class, `[L]`, for class indices or multi-hot labels."""
+  """Returns the number of images of each class: `[L]`. Labels are class indices or multi-hot."""
   if label_N.ndim == 2:
     return label_N.sum(axis=0, dtype=np.int64)
   return np.bincount(label_N, minlength=num_classes)
 
 
 def hash_name(name: str) -> int:
-  """Returns a 64-bit hash of a path below a class folder, ignoring case and Unicode form."""
+  """Returns a 64-bit hash of a path, which does not depend on its case and Unicode form."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
@@ -103,7 +103,7 @@ def hash_name(name: str) -> int:
 
 
 def position(hash_N: np.ndarray) -> np.ndarray:
-  """Converts hashes to positions in [0, 1), which define the order and split of the files."""
+  """Converts hashes of files to positions in [0, 1), which decide the split and order of files."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 
@@ -111,10 +111,10 @@ def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images of each split of the folder `root`.
 
   If `root` has a folder `train/`, the training images are in `train/<class>/`, and test images are
-  in folders with the names `TEST_NAMES`. The first name whose folder exists becomes the split
-  `test`; other test folders keep their names as splits. If `root` has no folder `train/`, all
-  images are in `<class>/`. In both cases, if there is no test folder, the files with a `position`
-  below `HELD_OUT` become the split `test`.
+  in folders with names from `TEST_NAMES`. The first of these folders becomes the split `test`;
+  other test folders keep their names as splits. If `root` has no folder `train/`, all images are in
+  `<class>/`. In both cases, if there is no test folder, the files whose `position` is below
+  `HELD_OUT` become the split `test`.
 
   Raises:
     ValueError: fewer than two classes, a class named like a split, a class without a training
@@ -177,7 +177,7 @@ def warnings(
   files: dict[str, Files],
   passed_over: collections.Counter,
 ) -> Iterator[str]:
-  """Yields warnings about classes without test images, unused files and folders, renamed splits."""
+  """Yields warnings: classes without test images, unused files and folders, renamed splits."""
   if absent := without(class_names, files['test']):
     yield (
       f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
@@ -211,7 +211,7 @@ def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
 
 
 def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
-  """Yields a warning if there are unused files; `passed_over` has their number by extension."""
+  """Yields a warning if there are unused files; `passed_over` is {extension: number of files}."""
   if passed_over:
     most = sorted(passed_over, key=lambda kind: (-passed_over[kind], kind))
     yield (
@@ -233,12 +233,12 @@ def subfolders(root: pathlib.Path) -> tuple[str, ...]:
 
 
 def is_searched(folder: pathlib.Path) -> bool:
-  """Returns whether images in a folder are used: it is neither hidden nor `useless`."""
+  """Returns whether a folder is searched for images, because it is not hidden or `useless`."""
   return not folder.name.startswith('.') and not useless(folder)
 
 
 def useless(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is named `__MACOSX`, or is a link to a folder that contains it."""
+  """Returns whether a folder is named `__MACOSX`, or is a link to a folder above the link."""
   # Such a link would make the search endless. All parents are checked, because the path itself can
   # contain other links.
   loops = folder.is_symlink() and any(
@@ -250,9 +250,9 @@ def useless(folder: pathlib.Path) -> bool:
 def list_files(
   top: pathlib.Path, class_names: tuple[str, ...], passed_over: collections.Counter
 ) -> Files:
-  """Lists every image below the class folders in `top`; counts other files in `passed_over`.
+  """Lists all images in the class folders in `top`; counts other files in `passed_over`.
 
-  Only file names are checked. A broken link is reported later, when the file is read.
+  Only the names of files are checked, so a broken link is not reported until it is read.
 
   Raises:
     ValueError: `top` has a class folder that is not in `class_names`, or a folder is unreadable.
@@ -275,7 +275,7 @@ def list_files(
 def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
   """Yields the path of each image, relative to `root`; counts other files in `passed_over`.
 
-  Links to folders are followed. Only folders for which `is_searched` is true are searched.
+  Links to folders are followed. Folders for which `is_searched` is False are skipped.
   """
 
   def refuse(error):

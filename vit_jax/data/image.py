@@ -1,11 +1,11 @@
 """Decodes image files to uint8 arrays on the host; `vit_jax.augment` augments them on the device.
 
 Decisions:
-  * Pillow opens every file and decodes whole images. Pillow's pixels are the reference.
-  * Random crops are decoded and scaled again in every epoch. For crops, OpenCV decodes ordinary RGB
-    JPEGs and scales all images, because it is faster (results/input.json). Pillow decodes all other
-    files. Pillow also reads the header of each file that OpenCV decodes, so that the same files are
-    accepted with and without crops.
+  * Pillow decodes whole images. OpenCV decodes random crops of ordinary RGB JPEGs, and scales all
+    random crops: crops are decoded and scaled in every epoch, and OpenCV is faster than Pillow
+    (results/input.json). Pillow decodes crops of all other files. Pillow also reads the header of
+    each file that OpenCV decodes, so that the same files are accepted with and without crops. The
+    pixels of crops should be close to Pillow's, so tests compare them.
 """
 
 import collections
@@ -40,12 +40,12 @@ class BadImage(ValueError):
 
 
 def has_image_name(name: str) -> bool:
-  """Returns whether the name has the extension of an image and is not hidden."""
+  """Returns whether a file name has the extension of an image, and does not start with a dot."""
   return name.lower().endswith(EXTENSIONS) and not name.startswith('.')
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields the names of image files. Counts other visible files by extension in `passed_over`."""
+  """Yields names of images. Adds other visible files to `passed_over`, {extension: number}."""
   for name in names:
     if has_image_name(name):
       yield name
@@ -80,8 +80,8 @@ def decode_image(
   EXIF rotation is applied, transparent pixels get a white background, and 16-bit grey is scaled.
 
   Raises:
-    BadImage: the file `name` is not an image, is incomplete, has no 8-bit form, or is too large:
-      it exceeds `max_pixels` (if given) or Pillow's limit for decompression bombs.
+    BadImage: the file `name` is not an image, is incomplete, has no 8-bit form, or has more pixels
+      than `max_pixels` (if given) or Pillow's limit against decompression bombs allow.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -91,12 +91,12 @@ def decode_image(
 
 
 def open_header(encoded: bytes) -> Image.Image:
-  """Opens an image with Pillow, which reads only the header and decodes no pixels yet."""
+  """Opens an image with Pillow; this only reads the header, and decodes no pixels."""
   return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
-  """Returns the (height, width) of an image after EXIF rotation, from the header of its file.
+  """Reads the header of an image file; returns the image's (height, width) after EXIF rotation.
 
   Raises:
     BadImage: the header cannot be read.
@@ -109,7 +109,7 @@ def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
-  """Turns every error raised in this context into a `BadImage` for the file `name`."""
+  """Context manager that converts every error into a `BadImage` for the file `name`."""
   try:
     yield
   except Exception as error:  # Pillow's decoders raise many kinds of errors
@@ -120,7 +120,7 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
 
 
 def format_of(encoded: bytes) -> str:
-  """Describes the format of a file that cannot be read, for an error message."""
+  """Returns words for an error message: the format of a file that Pillow does not accept."""
   for (start, mark), name in MARKS.items():
     if encoded[start:].startswith(mark):
       return f'a {name} file: convert it to JPEG or PNG'
@@ -152,9 +152,9 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: filter from `INTERPOLATIONS`; when shrinking, only `nearest` does not average.
+    interpolation: name from `INTERPOLATIONS`. When shrinking, all but `nearest` average pixels.
     crop: fraction of height and width that a central crop keeps before scaling.
-    stretch: True to scale height and width independently, False to crop to the ratio of `size`.
+    stretch: True: scale height and width independently; False: crop to the aspect ratio of `size`.
   """
   height, width = size
   method = INTERPOLATIONS[interpolation]
@@ -171,7 +171,7 @@ def fit_image(
 
 
 def refit(image_HWC: np.ndarray, size: tuple[int, int] | None, fit: Fit) -> np.ndarray:
-  """Scales a uint8 array with `fit`, a function for Pillow images: uint8 `[H, W, C]`."""
+  """Scales a uint8 array `[H, W, C]` with `fit`, which gets the array as a Pillow image."""
   pixels = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
   return fit(Image.fromarray(pixels), size)
 
@@ -186,7 +186,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side, unless a large part cannot fit otherwise.
+    max_aspect: largest ratio of longer to shorter side; higher only if no other part would fit.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -209,8 +209,8 @@ def decode_part(
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
   Ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width. The number n is the
-  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. A large n
-  makes decoding faster, because it computes fewer terms of the cosine transform.
+  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. The larger n
+  is, the faster is the decoder, because it computes fewer terms of the cosine transform.
 
   Args:
     encoded: the bytes of the file.
@@ -241,9 +241,9 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether a file is a complete, upright RGB JPEG, and 3 channels are requested.
+  """Returns whether OpenCV can decode a file: a complete, upright RGB JPEG, as 3 channels.
 
-  Incomplete files are excluded, because OpenCV fills their missing parts with grey.
+  Incomplete files are excluded, because OpenCV would fill their missing parts with grey.
   """
   return (
     opened.format == 'JPEG'
@@ -255,12 +255,12 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 
 
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-  """Scales the part `box` of a uint8 image to `size`, (height, width): uint8 `[H, W, C]`.
+  """Scales the part `box` of a uint8 image to `size` (height, width): uint8 `[H, W, C]`.
 
-  The edges of the part are rounded to whole pixels. Interpolation is linear. A shrinking axis is
-  blurred first, so that blur and interpolation together have the variance of Pillow's bilinear
-  filter, a triangle as wide as two new pixels. But if an axis shrinks to less than half, no axis is
-  blurred, because each new pixel is then the mean of the old pixels in its area.
+  The edges of the part are rounded to whole pixels. If an axis shrinks to less than half, each new
+  pixel is the mean of the old pixels in its area. If the axes shrink less, they are first blurred,
+  and then interpolated linearly. The blur is chosen so that both steps together have the variance
+  of Pillow's bilinear filter, which is a triangle as wide as two new pixels.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))
@@ -282,7 +282,7 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
 
 @functools.cache
 def opencv():
-  """Returns the module `cv2` (OpenCV), imported on first use, with its own threads disabled."""
+  """Imports OpenCV on first use, disables OpenCV's own threads, and returns the module `cv2`."""
   import cv2
 
   cv2.setNumThreads(0)

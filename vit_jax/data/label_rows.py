@@ -28,7 +28,7 @@ class Row:
 
   Attributes:
     line: line number in the label file, from 1.
-    path: path of the image, normalised, but relative or absolute as in the label file.
+    path: normalised path of the image. A relative path in the label file stays relative.
     labels: class names without repetitions; empty if the image has no label.
     split: name from `SPLITS`; empty if the label file has no column `split`.
   """
@@ -40,7 +40,7 @@ class Row:
 
 
 def refuse(file: pathlib.Path, line: int, problem: str) -> NoReturn:
-  """Raises ValueError for a problem in a line of a label file."""
+  """Raises ValueError; the message names the label file, the line and the problem."""
   raise ValueError(f'{file}, line {line}: {problem}')
 
 
@@ -94,7 +94,7 @@ def read_csv(file: pathlib.Path) -> Iterator[Row]:
 
 
 def check_header(file: pathlib.Path, header: list[str]) -> None:
-  """Raises ValueError if `header`, the first line, does not hold valid column names."""
+  """Raises ValueError if the names in `header`, the first line of a file, are not valid."""
   text = ','.join(header)
   for delimiter, name in ((';', 'semicolons'), ('\t', 'tabs')):
     if delimiter in text and 'path' in text.split(delimiter):
@@ -110,7 +110,7 @@ def check_header(file: pathlib.Path, header: list[str]) -> None:
 
 
 def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
-  """Raises ValueError if `names`, the columns of a line, are unknown, repeated or incomplete."""
+  """Raises ValueError if a column in `names` is unknown or repeated, or a column is missing."""
   for name in names:
     if name not in COLUMNS:
       refuse(
@@ -125,7 +125,7 @@ def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
   """Yields the rows of a JSONL file, which has one JSON object per line.
 
-  The value of `label` is a text, as in a CSV file, or a list of texts.
+  The value of `label` is a text as in a CSV file, or a list of texts with one class each.
 
   Raises:
     ValueError: a line is not valid JSON, or its object has wrong keys or values.

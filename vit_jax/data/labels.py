@@ -1,16 +1,15 @@
 """Reads a dataset from a label file, for `data.source=labels:<CSV or JSONL file>`.
 
 Decisions:
-  * If any row of the label file has more than one label, the dataset is multi-label. Its labels are
-    then multi-hot, and an image without a label belongs to no class. If no row has more than one
-    label, a missing label is a mistake.
+  * If any row of the label file has more than one label, the dataset is multi-label: labels are
+    multi-hot, and an image without a label belongs to no class. If no row has more than one label,
+    a missing label is a mistake.
   * An image is identified by a hash of its path, as in `folder.py`. The hash ignores leading
-    folders that are named like a split or a class. So if a label file lists the images of class
-    folders, `labels:` holds out the same images for testing as `folder:`. A model that was trained
-    with one of these sources can then be tested with the other source, because both have the same
-    test images.
-  * A mistake in the label file raises an error that names the line. A second row for an image is a
-    mistake if its labels or its split differ from the first row.
+    folders that are named like a split or a class. So if a label file lists the images of a folder
+    with class folders, the sources `labels:` and `folder:` hold out the same images for testing. A
+    model that was trained with one of the two sources can be tested with the other one.
+  * A mistake in the label file raises an error that names the line. Two rows for the same image are
+    a mistake if their labels or their splits differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +30,9 @@ from vit_jax.names import abridged
 def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   """Reads the classes and the images of each split from a label file.
 
-  The first name of `TEST_NAMES` that occurs in the column `split` becomes the split `test`. If none
-  occurs, or the label file has no column `split`, images with a `folder.position` below `HELD_OUT`
-  become the split `test`.
+  The first name of `TEST_NAMES` that occurs in the column `split` becomes the split `test`. If no
+  such name occurs, or the label file has no column `split`, the images whose `folder.position` is
+  below `HELD_OUT` become the split `test`.
 
   Args:
     file: the label file, `.csv` or `.jsonl`, with the columns `path`, `label` and optionally
@@ -100,11 +99,11 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
 
 
 def identity(path: str, top: pathlib.Path, removed: set[str]) -> str:
-  """Returns the text that identifies an image: its path without folders of splits and classes.
+  """Returns the text that identifies an image: its path without leading split and class folders.
 
   Args:
     path: absolute path, or path relative to `top`.
-    top: folder at which relative paths start; this folder is removed from an absolute path.
+    top: folder at which relative paths start. Absolute paths are made relative to `top`.
     removed: casefolded names of splits and classes. Leading folders with these names are removed.
   """
   inside = pathlib.PurePath(path)
@@ -119,11 +118,11 @@ def identity(path: str, top: pathlib.Path, removed: set[str]) -> str:
 def by_column(
   file: pathlib.Path, listed: Files, split_N: np.ndarray, warnings: list[str]
 ) -> dict[str, Files]:
-  """Divides the listed files into splits, by the column `split`; returns {split: files}.
+  """Divides the listed files into splits by the column `split`, and returns {split: files}.
 
   `split_N` is the value of the column for each file. If the column has no name from `TEST_NAMES`,
-  the files are divided by position, as in `folder.open_folder`. If a split with another name is
-  used as `test`, a message is appended to `warnings`.
+  the files are divided by position, as in `folder.open_folder`. If no file has the split `test`, but
+  another name from `TEST_NAMES` occurs, the function appends a message to `warnings`.
 
   Raises:
     ValueError: the column has names from `TEST_NAMES`, but no `train`.
@@ -165,13 +164,13 @@ def check_splits(
 def merged(
   file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]
 ) -> tuple[list[Row], list[str]]:
-  """Removes rows that repeat an image; returns the other rows and a list of warnings.
+  """Removes rows that repeat an earlier row; returns the other rows and a list of warnings.
 
-  If no row was removed, there are no warnings. A relative and an absolute path of one image count
-  as the same image.
+  If no row is removed, the list is empty. Two rows are for the same image even if one has the
+  image's relative path, and the other its absolute path.
 
   Raises:
-    ValueError: two rows have the same image, but different labels or splits.
+    ValueError: two rows are for the same image, but have different labels or splits.
   """
   known, repeated = {}, []
   for row in rows:
@@ -200,10 +199,10 @@ def merged(
 
 
 def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-  """Returns the path of each row's image, absolute or relative to `top`, as spelled on the disk.
+  """Returns the path of each row's image, absolute or relative to `top`, as encoded on the disk.
 
-  In Unicode, a letter such as an umlaut can be encoded in two ways. If label file and disk differ
-  in this encoding, the path is returned in the encoding of the disk.
+  In Unicode, a letter such as an umlaut can be encoded in two ways. The label file and the disk can
+  use different ones; the function then returns the path in the encoding of the disk.
 
   Raises:
     ValueError: an image does not exist.
