@@ -2,9 +2,9 @@
 
 Decisions:
   * Most help pages are printed without importing JAX, because the import takes seconds.
-  * After a user error, the program prints `error: ...` instead of a traceback, and returns exit
-    code 2. Exit code 75 means that the program was interrupted, and that repeating the command can
-    succeed.
+  * If the user made a mistake, the program prints `error: ...` instead of a traceback, and returns
+    the exit code 2. The exit code 75 means that a signal stopped the program, or that a bucket did
+    not answer. The user can then repeat the command.
 """
 
 import argparse
@@ -39,13 +39,13 @@ EXTRAS = {  # {install command: modules that only this command installs}
 
 
 def start() -> None:
-  """Runs `main` with this process's command-line arguments, and exits with the returned code."""
+  """Runs `main` with the command-line arguments of this process, and exits with its exit code."""
   set_up()
   sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int | None:
-  """Runs a mode or prints a help page, and returns the exit code; None stands for 0.
+  """Runs a mode or prints a help page, and returns the exit code; None means 0.
 
   Args:
     argv: the command-line arguments, without the name of the program.
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def run(mode: Mode, args: argparse.Namespace) -> int | None:
-  """Runs a mode with its parsed flags, and returns its exit code; None stands for 0."""
+  """Runs a mode with its parsed flags, and returns its exit code; None means 0."""
   check_required(args)
   from vit_jax import limits
   from vit_jax.distributed import needed, start_up
@@ -106,7 +106,7 @@ def run(mode: Mode, args: argparse.Namespace) -> int | None:
 
 
 def load_extensions(names: Sequence[str]) -> None:
-  """Imports the modules that `--import` names, from Python's path or the current folder."""
+  """Imports the modules in `--import`; they can be in Python's path or the current folder."""
   from vit_jax.distributed import start_up
 
   start_up()  # first, because a query for devices in an extension would start JAX
@@ -115,7 +115,7 @@ def load_extensions(names: Sequence[str]) -> None:
 
 
 def install_for(error: ModuleNotFoundError) -> str | None:
-  """Returns the command that installs the module whose import failed; None if it is unknown."""
+  """Returns the command that installs the module whose import failed; None if not known."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
 

@@ -1,4 +1,4 @@
-"""Loads config files: Python files with a function `get_config`, which may take a variant."""
+"""Loads config files: Python files with a function `get_config()` or `get_config(variant)`."""
 
 from collections.abc import Iterator
 import contextlib
@@ -19,14 +19,14 @@ from vit_jax.keys import KEYS
 
 
 def load_file(spec: str) -> ConfigDict:
-  """Returns the config of `path/to/file.py` or `path/to/file.py:variant`.
+  """Loads a config file, and returns the config that the file's function `get_config` creates.
 
-  The text after the colon is passed to the function `get_config` of the file.
+  `spec` is `path/to/file.py` or `path/to/file.py:variant`. The variant is passed to `get_config`.
 
   Raises:
     ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
-      unknown key; or `spec` names a variant, but `get_config` takes no argument. The message names
-      the file and, if its code raised the error, the line.
+      unknown key; or `spec` has a variant, but `get_config` takes no argument. The message names
+      the file. If the code of the file raised the error, the message also names the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
@@ -57,7 +57,7 @@ def load_file(spec: str) -> ConfigDict:
 
 
 def run_file(path: str) -> dict[str, object]:
-  """Runs a Python file and returns its global variables by name."""
+  """Runs a Python file, and returns its global variables: {name: value}."""
   loader = importlib.machinery.SourceFileLoader('experiment_config', path)
   module = types.ModuleType(loader.name)
   module.__file__ = path
@@ -67,7 +67,7 @@ def run_file(path: str) -> dict[str, object]:
 
 @contextlib.contextmanager
 def neighbours(path: str) -> Iterator[None]:
-  """Context manager in which the config file at `path` can import other files in its folder.
+  """Context manager in which the config file at `path` can import files from its own folder.
 
   For example, a file in `configs/` can contain `from configs import finetune`.
   """
@@ -81,7 +81,7 @@ def neighbours(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def located(path: str) -> Iterator[None]:
-  """Context manager that turns errors of a config file into a ValueError with file and line."""
+  """Context manager that converts errors of a config file to a ValueError with file and line."""
   try:
     yield
   except (Exception, SystemExit) as error:
@@ -94,7 +94,7 @@ def located(path: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str:
-  """Returns the message for an error of a config file, with similar keys if a key is unknown."""
+  """Returns the message for an error of a config file; suggests keys if a key is unknown."""
   inner = next((cause for cause in error.args if isinstance(cause, KeyError)), error)
   # ml_collections reports an unknown key with this text, followed by a list of all valid keys.
   absent = re.match(r"""Key "(.+?)" does not exist|'(.+?)'(\n|$)""", str([*inner.args, ''][0]))

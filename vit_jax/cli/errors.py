@@ -1,4 +1,4 @@
-"""Reports errors that end the program."""
+"""Prints the errors that end the program."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ def report(error: Exception) -> int:
 
 
 def describe(error: Exception) -> str:
-  """Returns the message of an error, with a remedy added where Python or JAX gives none."""
+  """Returns the message of an error; adds a remedy to some messages of Python, JAX and gcsfs."""
   if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM):
     return (
       f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
@@ -35,19 +35,19 @@ def describe(error: Exception) -> str:
 
 
 def is_from_bucket(error: Exception) -> bool:
-  """Returns whether an error came from a request to a bucket.
+  """Returns whether a request to a bucket raised an error.
 
-  Errors of gcsfs and its dependencies have no common base class. Therefore, the package that
-  defines the class of the error decides.
+  The errors of gcsfs and its dependencies have no common base class. So the function checks which
+  package defines the error's class.
   """
   libraries = 'gcsfs', 'aiohttp', 'google'
   return isinstance(error, NoAnswer) or type(error).__module__.partition('.')[0] in libraries
 
 
 def what_was_saved(workdir: pathlib.Path | None) -> str:
-  """Returns a sentence with the step from which an interrupted run resumes.
+  """Returns a sentence for the user: from which step an interrupted run resumes.
 
-  The sentence is empty if training had not begun, or if the workdir is in a bucket.
+  The result is empty if training had not begun, or if the workdir is in a bucket.
   """
   if workdir is None or 'vit_jax.workdir' not in sys.modules:  # training has not begun
     return ''

@@ -37,11 +37,11 @@ def run_eval(args) -> None:
 
 
 def as_text(result: dict) -> str:
-  """Formats the result of an evaluation: its numbers, a summary, and a table of classes.
+  """Formats the result of an evaluation as text: all numbers, a summary, and a table of classes.
 
-  The table has the five classes with the lowest F1 (`WORST`), or all classes if images can have
-  several labels. For a model trained without labels (`objective=masked`), the summary gives the
-  loss, and the table is omitted.
+  The table shows the five classes with the lowest F1 (`WORST`), or all classes if images can have
+  several labels. For a model that was trained without labels (`objective=masked`), the summary is
+  the loss, and there is no table.
   """
   numbers = {name: value for name, value in result.items() if type(value) in (int, float)}
   line = ', '.join(f'{name} {value:.9g}' for name, value in numbers.items())
@@ -77,13 +77,13 @@ def one_label(result: dict) -> str:
 
 
 def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str]:
-  """Returns the lines of a table with one row for each class, sorted by F1, the lowest first.
+  """Returns the lines of a table with one row for each class; classes with low F1 come first.
 
   Classes without examples are omitted.
 
   Args:
     per_class: `{name of the class: {metric: value}}`.
-    columns: {metric: title of its column}; with `ONE`, the table has at most `WORST` classes.
+    columns: {metric: title of its column}; for `ONE`, only the first `WORST` classes are shown.
   """
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
   found = sorted(found, key=lambda item: item[0])[: WORST if columns is ONE else None]

@@ -16,7 +16,7 @@ def run_fewshot(args) -> None:
 
 
 def leave_workdir(args) -> None:
-  """Computes a classifier from all training images, and writes it to the new workdir `--out`."""
+  """Computes a classifier from all training images, and saves it in the new workdir `--out`."""
   from vit_jax.training import classifier_config, train
 
   result = train(classifier_config(request_of(args), args.classifier), args.out)

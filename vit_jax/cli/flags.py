@@ -19,9 +19,10 @@ class Flag:
   Attributes:
     name: name without the dashes.
     help: purpose, in one line.
-    type: function that converts the text to a value. `Path` also allows paths in buckets (`gs://`).
+    type: function that converts the text to a value. If it is `pathlib.Path`, the text can also be
+      a path in a bucket (`gs://`).
     default: value if the flag is not given.
-    required: whether the flag must be given if `--init` is not given.
+    required: True: the command must have this flag or the flag `--init`.
   """
 
   name: str
@@ -38,12 +39,12 @@ class Mode:
   Attributes:
     summary: purpose of the mode, in one line; starts with a verb.
     example: flags of a typical command.
-    flags: accepted flags; all others are rejected.
+    flags: flags that the mode accepts besides the flags of every mode.
     run: function that runs the mode and returns the exit code, or None for 0. Its argument has an
-      attribute for each flag, and the attribute `overrides` with the config overrides. Modules that
-      take long to import are imported inside this function.
-    resumes: whether the same command resumes an interrupted run.
-    overrides: whether `--config.<key>=<value>` is accepted although there is no flag `--config`.
+      attribute for each flag, and the attribute `overrides` with the config overrides. The function
+      itself imports modules whose import takes long.
+    resumes: True: to resume an interrupted run, the user repeats the command.
+    overrides: True: the mode accepts `--config.<key>=<value>`, but has no flag `--config`.
   """
 
   summary: str
@@ -55,7 +56,7 @@ class Mode:
 
 
 def split_paths(text: str) -> list[str]:
-  """Splits a comma-separated list of paths, unless the whole text is one existing path."""
+  """Splits a comma-separated list of paths. An existing path that contains commas is not split."""
   if text and os.path.exists(os.path.expanduser(text)):
     return [text]
   return [path.strip() for path in text.split(',') if path.strip()]
@@ -98,7 +99,7 @@ CLUSTER = (
 
 
 def given_config(args: argparse.Namespace) -> ConfigDict | None:
-  """Returns the config in the file `--config`, with all overrides; None without `--config`."""
+  """Returns the config of the file `--config`, after all overrides; None without `--config`."""
   return override_all(load_file(args.config), args.overrides) if args.config else None
 
 

@@ -35,7 +35,7 @@ def program() -> str:
 
 
 def columns(rows: dict[str, str]) -> str:
-  """Formats rows {name: text} as two aligned columns, and wraps the text of the second column."""
+  """Formats {name: text} as a table with two aligned columns, and wraps long texts."""
   width = max(map(len, rows)) + 4
   lines = []
   for name, text in rows.items():
@@ -61,7 +61,7 @@ def overview() -> str:
 def example(name: str, start: str = '') -> str:
   """Returns a typical command of the mode `name`.
 
-  The command begins with `start` or, if `start` is empty, with the result of `program`.
+  The command begins with the text `start` or, if the text is empty, with the result of `program`.
   """
   mode = '' if name == 'train' else f' --mode={name}'
   return f'{start or program()}{mode} {MODES[name].example}'
@@ -84,9 +84,9 @@ def mode_page(name: str) -> str:
 
 
 def valid(name: str) -> str:
-  """Returns the valid values of a config key as text.
+  """Returns text that describes the valid values of a config key.
 
-  The text is empty if every value of the right type is valid.
+  The text is empty if every value of the key's type is valid.
   """
   from vit_jax.check import choices  # imported here, because it imports JAX
 
@@ -119,7 +119,8 @@ def config_page() -> str:
 def config_text(args: argparse.Namespace) -> str:
   """Returns the text of `--print_config`: the complete config, one line `key=value` per key.
 
-  The config comes from `--config`, else from the workdir, else from the defaults.
+  With `--config`, the config comes from the config file, else with `--workdir`, from the workdir.
+  Without both flags, it is the default config. In all cases, overrides are applied.
 
   Raises:
     ValueError: the config is not valid.

@@ -1,6 +1,7 @@
 """Writes the generated pages of the documentation: `python -m vit_jax.cli.pages docs`.
 
-The config reference comes from `keys.KEYS`, the command line reference from `cli.MODES`.
+The page with all config keys is generated from `keys.KEYS`, and the page with all modes and flags
+from `cli.MODES`.
 """
 
 import html

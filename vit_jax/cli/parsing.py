@@ -38,9 +38,9 @@ def new_parser() -> argparse.ArgumentParser:
 def parse_general(argv: Sequence[str]) -> argparse.Namespace:
   """Parses the flags that every mode accepts.
 
-  Other flags are ignored, because extensions that are not imported yet may define them. Two
-  attributes are added to the result: `extensions`, the list of modules in `--import`, and `given`,
-  the names of the flags in `argv`.
+  Other flags are ignored here, because they can belong to a mode of an extension that is not
+  imported yet. The result has two more attributes: `extensions`, the list of modules in `--import`,
+  and `given`, the names of the flags in `argv`.
   """
   args, _ = new_parser().parse_known_args(argv)
   args.extensions = [name.strip() for name in getattr(args, 'import').split(',') if name.strip()]
@@ -51,7 +51,7 @@ def parse_general(argv: Sequence[str]) -> argparse.Namespace:
 def given(argv: Sequence[str]) -> set[str]:
   """Returns the names of the flags in `argv`, such as `--mode`.
 
-  A flag with an empty value, such as `--mode=`, does not count.
+  A flag with an empty value, such as `--mode=`, is ignored.
   """
   parts = (word.partition('=') for word in argv)
   return {flag for flag, equals, value in parts if value or not equals}
@@ -60,15 +60,15 @@ def given(argv: Sequence[str]) -> set[str]:
 def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
   """Parses all flags of a mode.
 
-  Flags of other modes are also parsed, so that `check_flags` can reject them. Two attributes are
-  added to the result: `given`, the names of the flags in `argv`, and `overrides`, the config
-  overrides as `{key: text}`.
+  Flags of other modes are also parsed, so that `check_flags` can reject them. The result has two
+  more attributes: `given`, the names of the flags in `argv`, and `overrides`, the config overrides
+  as `{key: text}`.
 
   Raises:
-    ValueError: a flag of another mode, flags that exclude each other, an unsupported URL as a
-      path, or a bucket that cannot be used.
+    ValueError: a flag belongs to another mode, two flags exclude each other, or a path is an
+      unsupported URL or in a bucket that cannot be used.
     OSError: a path is in a bucket that does not answer.
-    SystemExit: an unknown flag, or a value of the wrong type.
+    SystemExit: a flag is unknown, or its value has the wrong type.
   """
   parser, paths = new_parser(), set()
   for flag in flags_of(mode):
@@ -99,13 +99,14 @@ def flags_of(mode: str) -> Iterator[Flag]:
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, str]:
-  """Returns the config overrides `{key: text}` in arguments of the command line.
+  """Returns the config overrides in arguments of the command line: `{key: text}`.
 
   Valid forms are `--config.key=text` and `--config.key text`. For keys that are true or false,
   `--config.key` and `--noconfig.key` are also valid.
 
   Raises:
-    ValueError: an argument is not an override, or a value is missing or not allowed.
+    ValueError: an argument is not an override, a value is missing, or `--noconfig.key` has a value
+      or is used for a key that is not true or false.
   """
   overrides, words = {}, list(words)
   while words:
@@ -132,7 +133,7 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-  """Raises ValueError for flags of other modes, and for flags that exclude each other."""
+  """Raises ValueError if a flag belongs to another mode, or if two flags exclude each other."""
   for flag in flags_of(args.mode):
     modes = [name for name, mode in MODES.items() if flag.name in {f.name for f in mode.flags}]
     if f'--{flag.name}' in args.given and args.mode not in modes:
@@ -150,7 +151,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-  """Raises ValueError if a flag that the mode needs is missing, unless `--init` is given."""
+  """Raises ValueError if the command has neither a required flag of the mode nor `--init`."""
   for flag in MODES[args.mode].flags:
     if flag.required and not getattr(args, flag.name) and not args.init:
       raise ValueError(f'--{flag.name} is required: {flag.help}.')

@@ -45,7 +45,7 @@ def write_features(args) -> int:
 
 
 def report_errors(errors: list[str]) -> int:
-  """Logs errors of unreadable files, and returns the exit code: 1 if there are errors, else 0."""
+  """Logs errors of image files, and returns the exit code: 1 if there are errors, else 0."""
   for error in errors:
     log.error('%s', one_line(error))
   return 1 if errors else 0

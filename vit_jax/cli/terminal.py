@@ -25,14 +25,14 @@ class Console(logging.Handler):
 
 
 def show_log() -> None:
-  """Prints log messages of this package to stderr, if their level is at least INFO."""
+  """Makes this package print log messages of the level INFO and higher levels to stderr."""
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
 
 
 def set_up() -> None:
-  """Prepares this process for Ctrl-C, closed streams, and characters the terminal cannot show."""
+  """Prepares for Ctrl-C, closed standard streams, and characters that the terminal cannot show."""
   if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs ignore Ctrl-C
     signal.signal(signal.SIGINT, interrupt)
   open_streams()
@@ -44,10 +44,10 @@ def set_up() -> None:
 
 
 def open_streams() -> None:
-  """Opens the null device for standard streams that are closed, e.g. by `>&-`.
+  """Replaces each closed standard stream, e.g. after `>&-` in the shell, with the null device.
 
-  If stdout is closed, `sys.stdout` is None, and the next opened file gets the file descriptor of
-  stdout. Libraries would then write their output into that file.
+  If stdout is closed, `sys.stdout` is None, and the next file that the program opens gets the file
+  descriptor of stdout. The output of libraries would then be written to this file.
   """
   for number, name, mode in ((0, 'stdin', 'r'), (1, 'stdout', 'w'), (2, 'stderr', 'w')):
     try:
@@ -61,7 +61,7 @@ def open_streams() -> None:
 def hush_event_loops() -> None:
   """Hides Python's messages about event loops that orbax could not open.
 
-  These messages are not needed, because orbax also raises an error, which the program reports.
+  The user does not need the messages, because the program reports the error that orbax raises.
   """
   before = sys.unraisablehook
 
@@ -74,7 +74,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Text stream for standard output, whose write errors name standard output and a remedy."""
+  """Text stream for standard output; the message of a failed write gives a remedy."""
 
   def write(self, text):
     with self.named():
@@ -99,10 +99,10 @@ class Output(io.TextIOWrapper):
 
 
 def interrupt(_, frame) -> None:
-  """Handles Ctrl-C: the first one ends the program cleanly, the second one immediately.
+  """Handles Ctrl-C: the first Ctrl-C ends the program cleanly, the second one immediately.
 
-  During an import, the first Ctrl-C also exits immediately, because imported code may catch
-  KeyboardInterrupt.
+  During an import, the first Ctrl-C also ends the program immediately, because the imported code
+  could catch KeyboardInterrupt.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):
@@ -115,17 +115,17 @@ def interrupt(_, frame) -> None:
 def end_at_once(message: str) -> None:
   """Prints a message, and ends this process at once with exit code 130.
 
-  A checkpoint that is being saved is lost. Earlier checkpoints stay.
+  If a checkpoint is being saved, it is lost. Earlier checkpoints are kept.
   """
   os.write(sys.stderr.fileno(), f'{message}\n'.encode())
   os._exit(130)
 
 
 def as_bytes(error: UnicodeError) -> tuple:
-  """Codec error handler that replaces each unprintable character by an escape like `\\u20ac`.
+  """Codec error handler that replaces each unprintable character with an escape like `\\u20ac`.
 
-  A character is unprintable if the encoding of the terminal lacks it. An undecodable byte of a file
-  name is written unchanged.
+  A character is unprintable if the encoding of the terminal does not have it. A byte of a file name
+  that could not be decoded is written unchanged.
   """
   try:
     return codecs.lookup_error('surrogateescape')(error)
@@ -134,5 +134,5 @@ def as_bytes(error: UnicodeError) -> tuple:
 
 
 def close_pipe() -> None:
-  """Discards all further output to stdout, after a write failed, e.g. because `head` has ended."""
+  """Discards further output to stdout. Called after a failed write, e.g. because `head` ended."""
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

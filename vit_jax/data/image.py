@@ -4,8 +4,8 @@ Decisions:
   * Pillow decodes whole images. OpenCV decodes random crops of ordinary RGB JPEGs, and scales all
     random crops: crops are decoded and scaled in every epoch, and OpenCV is faster than Pillow
     (results/input.json). Pillow decodes crops of all other files. Pillow also reads the header of
-    each file that OpenCV decodes, so that the same files are accepted with and without crops. The
-    pixels of crops should be close to Pillow's, so tests compare them.
+    each file that OpenCV decodes, so that the same files are accepted with and without crops.
+    Tests check that OpenCV's pixels are close to Pillow's.
 """
 
 import collections

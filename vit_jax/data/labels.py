@@ -121,8 +121,8 @@ def by_column(
   """Divides the listed files into splits by the column `split`, and returns {split: files}.
 
   `split_N` is the value of the column for each file. If the column has no name from `TEST_NAMES`,
-  the files are divided by position, as in `folder.open_folder`. If no file has the split `test`, but
-  another name from `TEST_NAMES` occurs, the function appends a message to `warnings`.
+  the files are divided by position, as in `folder.open_folder`. If the column has such a name, but
+  not `test`, the function appends a message to `warnings`.
 
   Raises:
     ValueError: the column has names from `TEST_NAMES`, but no `train`.

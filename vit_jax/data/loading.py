@@ -23,12 +23,11 @@ class Reading:
 
   Attributes:
     cache: `memory`, `stream` or `auto`. For `auto`, `decide_cache` chooses `memory` or `stream`.
-    fit: function that scales a decoded image to a size.
+    fit: function `(image, size) -> image_HWC` that scales a Pillow image, e.g. `image.fit_image`.
     crop: {`min_area`, `max_aspect`} of the random crops in training; None: no random crops.
     skip_bad_images: skip images that cannot be decoded, instead of stopping.
     workers: number of worker processes that decode a stream; 0: decode in this process.
-    threads: number of decoding threads in each process; None: as many as `stream.best_threads`
-      returns.
+    threads: number of decoding threads in each process; None: the result of `stream.best_threads`.
     stack: function that joins a list of streamed images to a batch.
   """
 
@@ -50,20 +49,20 @@ def decide_cache(
 ) -> str:
   """Decides whether splits are kept in memory or streamed; returns `memory` or `stream`.
 
-  If `reading.cache` is not `auto`, it is returned. Otherwise, the result is `memory` if two
-  conditions hold. First, the splits need at most half of the available memory. Second, training
-  batches from memory are the same as streamed batches (`differs` checks this), so that the outcome
-  of a run does not depend on the memory of its machine. For evaluation, only the first condition
-  counts, because batches from memory and from a stream always have the same pixels there.
+  If `reading.cache` is `memory` or `stream`, it is the result. If it is `auto`, the result is
+  `memory` if two conditions hold. First, the splits need at most half of the available memory.
+  Second, training batches from memory are the same as streamed batches (`differs` checks this), so
+  that the outcome of a run does not depend on the memory of its machine. For evaluation, only the
+  first condition counts, because the pixels of evaluation batches are the same in both cases.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function without arguments. If images in memory would
-      be kept smaller than `size` and enlarged on the device, the function returns their
-      (height, width), otherwise None.
+    kept: None for evaluation. For training, a function without arguments. It returns the
+      (height, width) that images would have in memory if this is smaller than `size`, because the
+      device enlarges them; else None.
   """
   if reading.cache != 'auto':
     return reading.cache
@@ -87,9 +86,9 @@ def decide_cache(
 def differs(
   reading: Reading, size: tuple[int, int], kept: Callable[[], tuple[int, int] | None]
 ) -> str:
-  """Returns why training batches from memory would differ from streamed batches, else ''.
+  """Returns why training batches from memory would differ from streamed ones; '' if they agree.
 
-  The result is a text for the log. The arguments are the same as in `decide_cache`.
+  The reason is a text for the log. The arguments are the same as in `decide_cache`.
   """
   if reading.crop:
     return 'augment.resized_crop crops the original files, not the scaled images'
@@ -113,7 +112,7 @@ def open_split(
     source: dataset that contains the split.
     split: the split in TFDS notation, such as `train[:90%]`.
     size: (height, width) of the images; None: `reading.fit` chooses the size of each image.
-    to_train: whether the split is used for training. If not, `reading.crop` is ignored.
+    to_train: whether the split is used for training. If False, `reading.crop` is ignored.
   """
   if reading.cache == 'memory':
     return memory.load_examples(source, split, size, reading.skip_bad_images, reading.fit)

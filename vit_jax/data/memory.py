@@ -4,8 +4,9 @@ The alternative is `stream.py`, which decodes each image again in every epoch.
 
 Decisions:
   * Images are kept as uint8. If all images have the same size, and the model's input is larger
-    (`common_size`), a run can keep the images at their own size, and the device enlarges them. This
-    saves memory: CIFAR-10 fills 0.15 GB at its own size of 32 pixels, but 7.5 GB at 224 pixels.
+    (`common_size`), a run can keep the images at their own size, and enlarge each batch on the
+    device. This saves memory: CIFAR-10 needs 0.15 GB with its own images of 32 x 32 pixels, but
+    7.5 GB with images of 224 x 224 pixels.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
@@ -33,9 +34,12 @@ from vit_jax.names import SHOWN
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-  """A split in memory: `image_NHWC` uint8; `label_N` int32, or multi-hot `[N, L]` uint8.
+  """The decoded images and the labels of a split, in memory.
 
-  `skipped` holds one message for each bad image that was skipped.
+  Attributes:
+    image_NHWC: uint8 images.
+    label_N: class indices, int32, or multi-hot labels, uint8 `[N, L]`.
+    skipped: one message for each bad image that was skipped.
   """
 
   image_NHWC: np.ndarray
@@ -66,7 +70,7 @@ class Examples:
     return Examples(self.image_NHWC[index_N], self.label_N[index_N])
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Returns True for each index, bool `[N]`, because all images in memory are decoded."""
+    """Returns True for each index, because all images in memory are decoded: bool `[N]`."""
     return np.ones(len(index_N), bool)
 
   def joined(self, other: 'Examples') -> 'Examples':
@@ -77,7 +81,7 @@ class Examples:
     )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) pairs that together identify these examples, for a checksum."""
+    """Yields the arrays with images and labels, as (name, array) pairs, for a checksum."""
     yield 'images', self.image_NHWC
     yield 'labels', self.label_N
 
@@ -109,7 +113,7 @@ def load_examples(
   label_N = np.empty((count, *source.label_shape), source.label_type)
 
   def decode(example, row):
-    """Decodes an example into a row; returns '', or the error message if the image is bad."""
+    """Decodes an example into row number `row`; returns the error message, '' on success."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:
@@ -134,7 +138,7 @@ def load_examples(
 
 
 def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
-  """Raises one BadImage for all bad images of a split; the message has the first few errors."""
+  """Raises one BadImage for all bad images of a split; its message quotes the first errors."""
   text = ' '.join(errors[:SHOWN])
   if len(errors) > 1:
     text = f'{split}: {len(errors):,} of {count:,} images are bad. {text}'
@@ -175,9 +179,9 @@ def memory_share() -> float:
 
 
 def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: float) -> str:
-  """Returns a message if the images of the splits `names` need more than `most / 2` bytes.
+  """Returns a message if the images of the splits `names` need more than `most / 2` bytes, else ''.
 
-  Otherwise returns an empty text. The images are uint8 arrays of the (height, width) `size`.
+  Each image is a uint8 array with the (height, width) `size`.
   """
   count = sum(splits.num_examples(source.pieces(name)) for name in names)
   bytes_ = count * math.prod(size) * source.channels
@@ -190,10 +194,10 @@ def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: fl
 
 
 def check_memory(source: Source, names: Sequence[str], size: tuple[int, int]) -> None:
-  """Raises ValueError if images of the splits `names` need more than half of the memory.
+  """Raises ValueError if the splits `names` need more than half of this process's memory.
 
-  The images are uint8 arrays of the (height, width) `size`. All processes must call this function,
-  because it counts the processes that share the memory of a host.
+  Each image is a uint8 array with the (height, width) `size`. All processes must call this
+  function, because it counts the processes that share the memory of a host.
   """
   if too_much := excess(source, names, size, memory_share()):
     raise ValueError(

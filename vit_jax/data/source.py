@@ -3,8 +3,8 @@
 Decisions:
   * A split such as `train[:90%]` is resolved to index ranges before anything is decoded. So every
     source understands this notation of TFDS, and only the requested examples are read.
-  * A source can be read in any order, and can be sent to worker processes. Its `read` function
-    therefore holds names and paths, but no open files.
+  * The examples of a source can be read in any order. A source can be sent to worker processes, so
+    its function `read` holds names and paths, but no open files.
   * For sources with image files, a percentage of a split is a range of hash positions
     (`folder.py`). For other sources, a percentage is a fraction of the number of examples.
 """
@@ -37,15 +37,16 @@ class Source:
     sizes: number of examples in each whole split.
     class_names: name of the class of each label; empty if the dataset has no labels.
     channels: number of channels of the images, 1 (grey) or 3 (RGB).
-    read: `(split, indices) -> iterator of (name, image, label)`, as described at `Example`. The
-      function `pixels` decodes the image later.
-    fingerprint: hash of the file names and labels in the training split; empty if unknown.
-    files: {split: files} for the kinds `folder`, `images` and `labels` of `data.source`; else
-      empty.
+    read: `(split, indices) -> iterator of (name, image, label)`, as described at `Example`. An
+      image can be an encoded file, which the function `pixels` decodes.
+    fingerprint: hash of the file names and labels in the training split; empty for datasets that
+      are not listed files.
+    files: {split: listed files} for the kinds `folder`, `images` and `labels` of `data.source`;
+      empty for other kinds.
     left_out: {split: bool `[N]`}, True for each file of the split that must not be read.
     warnings: messages for the user about the data.
     spec: the value of `data.source` that `open_source` opened.
-    multi_label: whether an image can have several labels, or no label. Labels are then multi-hot.
+    multi_label: True: labels are multi-hot, so an image can have several labels or none.
   """
 
   sizes: dict[str, int]
@@ -70,7 +71,7 @@ class Source:
     return np.uint8 if self.multi_label else np.int32
 
   def pieces(self, split: str) -> list[splits.Piece]:
-    """Returns the ranges of examples that a split consists of, without the files in `left_out`.
+    """Returns the ranges of examples that make up a split, without the files in `left_out`.
 
     A range is (name of a whole split, start, stop). `split` is in TFDS notation.
 
@@ -100,7 +101,7 @@ def multi_hot(source: Source) -> Source:
 
 
 def unlabelled(source: Source) -> Source:
-  """Returns the source without class names and labels: every label becomes 0."""
+  """Returns the source without its class names, and with 0 as the label of every example."""
   if not source.class_names:
     return source
 
@@ -118,10 +119,10 @@ def unlabelled(source: Source) -> Source:
 def pixels(
   source: Source, example: Example, size: tuple[int, int] | None, fit: image_lib.Fit
 ) -> np.ndarray:
-  """Returns the pixels of an example, scaled to `size` by `fit`: uint8 `[H, W, C]`.
+  """Decodes the image of an example, and scales it with `fit`: uint8 `[H, W, C]`.
 
-  If the example holds an array that already has this size, the array is returned unchanged. `size`
-  is (height, width). If it is None, `fit` chooses the size.
+  `size` is the (height, width) of the result; None: `fit` chooses the size. If the image already is
+  an array of the size `size`, it is returned unchanged.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -134,7 +135,7 @@ def pixels(
 
 
 def own_size(example: Example) -> tuple[int, int]:
-  """Returns the (height, width) of an example's image, from its array or the header of its file.
+  """Returns the (height, width) of an example's image; reads only the header of an image file.
 
   Raises:
     image.BadImage: the header cannot be read.
@@ -148,9 +149,9 @@ def own_size(example: Example) -> tuple[int, int]:
 def read_pieces(
   source: Source, pieces: Iterable[tuple[str, int, int]]
 ) -> Iterator[Iterator[Example]]:
-  """Reads `pieces`, which are ranges (split, start, stop), in chunks of `READ_AHEAD` examples.
+  """Reads the ranges `pieces`, (split, start, stop), in chunks of `READ_AHEAD` examples.
 
-  Yields one iterator of examples for each chunk. The last chunk of a piece can be shorter.
+  Yields an iterator of examples for each chunk. The last chunk of each range can be shorter.
   """
   for split, start, stop in pieces:
     for first in range(start, stop, READ_AHEAD):
@@ -158,7 +159,7 @@ def read_pieces(
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
-  """Returns the (height, width) of a split's first image; None if its header is unreadable."""
+  """Returns the (height, width) of a split's first image; None if the header is unreadable."""
   name, start, _ = source.pieces(split)[0]
   (example,) = source.read(name, [start])
   try:
@@ -168,14 +169,14 @@ def first_size(source: Source, split: str) -> tuple[int, int] | None:
 
 
 def stop_at(error: image_lib.BadImage) -> NoReturn:
-  """Raises a BadImage with the message of `error` and the advice to skip bad images."""
+  """Raises a BadImage with the message of `error`, and with advice to repair or skip the file."""
   raise image_lib.BadImage(
     f'{error} Repair the file, or skip bad images: --config.data.skip_bad_images=True.'
   ) from error
 
 
 def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
-  """Raises BadImage if `label` is not a class of the source; `name` is for the message."""
+  """Raises BadImage if the source has no class for `label`; the message gives `name`."""
   if source.multi_label or not source.class_names:
     return
   if not 0 <= label < len(source.class_names):
@@ -186,15 +187,15 @@ def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
 
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
-  """Returns the content of an image file: reads a path, and returns bytes unchanged."""
+  """Returns the content of an image file, given its path or the content itself."""
   return encoded if isinstance(encoded, bytes) else image_lib.read_file(encoded)
 
 
 def fetched(examples: Iterable[Example]) -> Iterator[Example]:
-  """Yields the examples, with paths in buckets replaced by the content of the files.
+  """Yields the examples; replaces each path in a bucket with the content of the file.
 
-  Up to `READ_AHEAD` files are requested together. If a file is missing, its path is kept, and
-  decoding raises the error later.
+  Up to `READ_AHEAD` files are requested together. The path of a missing file is not replaced, so
+  the error is raised later, when the file is decoded.
   """
   for chunk in chunks(examples, READ_AHEAD):
     remote = [encoded for _, encoded, _ in chunk if isinstance(encoded, Listed)]
@@ -205,7 +206,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of length `size`, then the remaining ones in a shorter list."""
+  """Yields the items in lists of length `size`; the last list is shorter, and can be empty."""
   chunk = []
   for item in items:
     chunk.append(item)

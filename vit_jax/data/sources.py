@@ -1,4 +1,4 @@
-"""Opens the datasets that `data.source` can name; `SOURCES` lists the kinds."""
+"""Opens the dataset that the config key `data.source` names; `SOURCES` lists the valid kinds."""
 
 import collections
 import dataclasses
@@ -22,8 +22,8 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
 
   Args:
     spec: value of `data.source`: `<kind>` or `<kind>:<argument>`. The kind is a key of `SOURCES`.
-    data_dir: folder at which relative paths start. For the kind `tfds`, the folder of TFDS data.
-    image_size: (height, width) of generated images; used only by the kind `synthetic`.
+    data_dir: folder at which relative paths start. For the kind `tfds`: the folder of TFDS data.
+    image_size: (height, width) of the generated images of the kind `synthetic`; else ignored.
 
   Raises:
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
@@ -41,8 +41,8 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   """Opens a source like `open_source`, but accepts missing data, and never downloads TFDS data.
 
   Returns:
-    The source. If the data of a TFDS dataset is missing, `sizes` of the source is empty. For the
-    kinds `folder`, `images` and `labels`, None if the folder or label file does not exist.
+    The source. If the data of a TFDS dataset is missing, the source's attribute `sizes` is empty.
+    If the folder or label file of another kind is missing, the result is None.
   """
   kind, _, name = spec.partition(':')
   if kind in ('folder', 'images', 'labels') and not (name and from_base(name, data_dir).exists()):
@@ -57,9 +57,9 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
 
 def digits(argument: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Returns the source of scikit-learn's 1,797 handwritten digits, 8x8 grey; ignores its arguments.
+  """Returns a source of scikit-learn's 1,797 grey images of handwritten digits, 8x8 pixels.
 
-  The test split is always the same 360 images, stratified by class.
+  The test split is always the same 360 images, stratified by class. All arguments are ignored.
   """
   del argument, data_dir, image_size
   from sklearn import datasets, model_selection
@@ -97,7 +97,7 @@ def synthetic(argument: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
-  """Opens a folder that has one folder of images per class.
+  """Opens the folder `path`, which has a subfolder of images for each class.
 
   `folder.open_folder` describes the splits. If `path` is relative, it starts at `data_dir`.
   """
@@ -108,11 +108,12 @@ def open_images(path: str, data_dir: str, image_size: tuple[int, int]) -> Source
 def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens a folder of images without labels; the images can be in subfolders at any depth.
 
-  If the folder has a subfolder `train/` and subfolders with names from `TEST_NAMES`, these
-  subfolders are the splits. The first name of `TEST_NAMES` that exists becomes the split `test`;
-  the others keep their names. Otherwise, a hash of each image's path decides whether it is a test
-  image. The hash ignores the first folder in the path, such as a class folder. So `images:` holds
-  out the same images for testing as `folder:`. If `path` is relative, it starts at `data_dir`.
+  If the folder has a subfolder `train/` and test folders (subfolders with names from `TEST_NAMES`),
+  these subfolders are the splits. The first test folder becomes the split `test`; other test
+  folders keep their names. If the folder lacks `train/` or test folders, a hash of each image's
+  path decides whether the image is in the split `train` or `test`. The hash ignores the first
+  folder in the path, such as a class folder. So the sources `images:` and `folder:` hold out the
+  same images for testing. If `path` is relative, it starts at `data_dir`.
   """
   del image_size
   root = existing('images', path, data_dir)
@@ -139,8 +140,8 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
 def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib.Files:
   """Lists the images in `top` and in all folders below it; all labels are 0.
 
-  Folders for which `folder.is_searched` is false are skipped. Files that are not images are counted
-  by extension in `passed_over`.
+  Folders for which `folder.is_searched` is False are skipped. `passed_over` counts the files that
+  are not images, `{extension: number of files}`.
   """
   with progress.announced(f'Listing the images in {top} ...'):
     names = [path.name for path in top.iterdir() if path.is_file()]
@@ -154,10 +155,10 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 
 
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
-  """Raises ValueError if pictures in a workdir would be read as images of the dataset.
+  """Raises ValueError if pictures in the workdir would be read as images of the dataset.
 
-  This happens if the workdir is in the image folder of a `folder:` or `images:` source, unless the
-  image folder has a subfolder `train/`. Paths in buckets are not checked.
+  This happens if the source is `folder:` or `images:`, the workdir is in the image folder of the
+  source, and the image folder has no subfolder `train/`. Paths in buckets are not checked.
   """
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)
@@ -193,9 +194,9 @@ def existing(kind: str, path: str, data_dir: str) -> pathlib.Path:
 def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens the images that a label file (CSV or JSONL) lists, with `labels.open_labels`.
 
-  `path` is the path of the label file. If it is relative, it starts at `data_dir`. Relative paths
-  of images in the label file start at `data_dir`, too. If `data_dir` is empty, they start at the
-  folder of the label file.
+  `path` is the path of the label file; a relative path starts at `data_dir`. In the label file,
+  relative paths of images also start at `data_dir` or, if `data_dir` is empty, at the folder of the
+  label file.
   """
   del image_size
   file = from_base(path, data_dir)
@@ -208,7 +209,7 @@ def open_labelled(path: str, data_dir: str, image_size: tuple[int, int]) -> Sour
 
 
 def source_of(found: folder_lib.Folder) -> Source:
-  """Returns a source for image files, as listed by `open_folder` or `open_labels`."""
+  """Returns a source that reads listed image files, such as the result of `open_folder`."""
   files = found.files
 
   def read(split, indices):

@@ -1,7 +1,7 @@
 """Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
 
-Parsing does not need the package tensorflow-datasets (TFDS). Of the units of TFDS, `shard`, as in
-`train[:4shard]`, is not supported.
+Parsing does not need the package tensorflow-datasets (TFDS). In contrast to TFDS, the unit `shard`
+is not supported, as in `train[:4shard]`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: for each split that consists of files, the hash positions of the files: float `[N]`
-      in [0, 1), increasing. In these splits, a percentage is a range of positions. In all other
+    positions: {split: increasing hash positions of its files, float `[N]` in [0, 1)}, for splits
+      that consist of files. In such a split, a percentage is a range of hash positions. In other
       splits, a percentage is a fraction of the number of examples.
 
   Raises:
@@ -59,9 +59,9 @@ def resolve(
 
 
 def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
-  """Returns the indices (start, stop) of `part`, such as `train[5:]`.
+  """Returns the indices (start, stop) of the examples in a part of a split, such as `train[5:]`.
 
-  The whole split has the name `name` and `size` examples.
+  `name` is the name of the split, and `size` is the number of examples in the whole split.
 
   Raises:
     ValueError: invalid notation, or a boundary beyond the end of the split.
@@ -87,13 +87,13 @@ def boundaries(part: str, name: str, size: int) -> tuple[int, int]:
 
 
 def place(text: str, percent: bool, size: int) -> int:
-  """Converts the number before or after the colon of a slice, given as text, to an index.
+  """Converts a boundary of a slice, such as the text `5` in `train[5:]`, to an index.
 
-  As in Python, a negative index counts from the end. If `percent` is True, the number is a
-  percentage of `size`, and the result is rounded to the nearest index.
+  As in Python, a negative index counts from the end. If `percent` is True, the text is a percentage
+  of `size`, and the result is rounded to the nearest index.
 
   Raises:
-    ValueError: not a number, or a percentage beyond 100.
+    ValueError: the text is not a number, or is a percentage outside of -100 to 100.
   """
   if percent and abs(float(text)) > 100:
     raise ValueError(f'{text}% is outside of the range from -100% to 100%')
@@ -101,7 +101,7 @@ def place(text: str, percent: bool, size: int) -> int:
 
 
 def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
-  """Returns whether two lists of pieces share an example."""
+  """Returns whether an example is in pieces of both lists."""
   return any(
     name == other and max(start, first) < min(stop, last)
     for name, start, stop in ones
@@ -119,8 +119,8 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
 
   Args:
     pieces: ranges of examples, (split, start, stop).
-    unwanted: {split: bool `[N]`}, True for each unwanted example. In splits that are not in this
-      dict, all examples are wanted.
+    unwanted: {split: bool `[N]`, True for each unwanted example}. If a split is not in the dict,
+      all its examples are kept.
   """
 
   def runs() -> Iterator[Piece]:

@@ -1,16 +1,16 @@
 """Reads, decodes and crops examples batch by batch, for splits that are not kept in memory.
 
 Decisions:
-  * The step number is enough to resume, as for splits in memory. Each batch is made in parts of a
-    few rows. Grain (a data loading library) computes each part from its number alone. So batches do
+  * The step number is enough to resume, as for splits in memory. Grain (a data loading library)
+    makes each batch in parts of a few rows, and each part depends only on its number. So batches do
     not depend on the number of threads and workers, or on the order in which parts are finished.
   * A process decodes only the rows that its own devices hold. The random numbers of an example
     depend only on the seed and on the position of the example in the endless training sequence. So
     any number of processes makes the same batches.
   * A random crop is taken from the file at full resolution, on the host. All other augmentations
     run on the device.
-  * A bad image stops the run. With `skip_bad_images`, the next good image and its label replace it,
-    and the run counts its replacements. Every run chooses the same replacement for an image.
+  * An image that cannot be decoded stops the run. With `skip_bad_images`, the next good example of
+    the split replaces it. A run counts its replacements. Every run chooses the same replacements.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,11 +53,11 @@ class Stream:
 
   Attributes:
     source: dataset that contains the examples.
-    pieces: `(split, start, stop)` ranges of examples that together are the split, in order.
+    pieces: `(split, start, stop)` ranges of examples that make up the split, in order.
     size: (height, width) of the images; None: `fit` chooses the size of each image.
     fit: function that scales an image, as in `memory.load_examples`.
     crop: {`min_area`, `max_aspect`} of the random crops in training; None: no random crops.
-    skip_bad_images: replace images that cannot be decoded, instead of raising.
+    skip_bad_images: True: replace images that cannot be decoded; False: raise an error.
     workers: number of worker processes that decode; 0: decode in this process.
     threads: number of decoding threads in each process.
     stack: function that joins a list of images to a batch.
@@ -127,15 +127,15 @@ class Stream:
     return Examples(found['image'], found['label'])
 
   def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
-    """Returns the same dict as `rows`, but decodes in `threads` threads."""
+    """Returns the same dict as `rows`, but decodes with several threads (`threads`)."""
     parts = [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
     with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
       return join_parts(list(pool.map(self.rows, parts)))
 
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
-    """Returns whether each image at these indices can be decoded, bool `[N]`.
+    """Returns whether each image at these indices can be decoded: bool `[N]`.
 
-    If `skip_bad_images` is False, nothing is decoded here, and all values are True.
+    If `skip_bad_images` is False, the result is always True, and no image is decoded.
     """
     if not self.skip_bad_images or not len(index_N):
       return np.ones(len(index_N), bool)
@@ -146,7 +146,7 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) pairs that identify the files and the decoder, for a checksum."""
+    """Yields (name, array) pairs for a checksum: decoder, settings, content of each file."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -181,10 +181,10 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns the decoded examples at these indices: a dict of `image` (from `stack`) and `label`.
+    """Returns the decoded examples at these indices, with `image` (from `stack`) and `label`.
 
-    If `skip_bad_images` is True, the dict also has `bad` `[N]` int32: the number of bad images that
-    were skipped before the image of each row.
+    If `skip_bad_images` is True, the dict also has `bad` `[N]` int32: for each row, the number of
+    bad images that were skipped to find a good image.
 
     Args:
       index_N: indices of the examples.
@@ -199,9 +199,9 @@ class Stream:
   def good(
     self, example: Example, index: int, uniform_4: np.ndarray | None
   ) -> tuple[np.ndarray, int | np.ndarray, int]:
-    """Returns (image, label, number of skipped examples) of the first good example from `index` on.
+    """Returns (image, label, number of skipped examples) for `example` or the next good example.
 
-    `example` is the example at `index`. After the last example, the search goes on with the first.
+    `index` is the index of `example`. After the last example, the search goes on with the first.
 
     Raises:
       image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
@@ -237,18 +237,18 @@ class Stream:
 
 
 def warn(message: str) -> None:
-  """Logs a message only once, although a bad image is reported in every epoch."""
+  """Logs a message at its first call, because a bad image is reported again in every epoch."""
   if WARNED.setdefault(message, token := object()) is token:
     log.warning('%s', message)
 
 
 def best_threads(workers: int) -> int:
-  """Returns the default number of decoding threads per process: at most 16, due to the GIL."""
+  """Returns the default number of decoding threads per process: at most 16, because of the GIL."""
   return min(16, max(1, num_cores() // max(1, workers)))
 
 
 def open_grain():
-  """Returns the module `grain`. Marks absl's flags as parsed, because Grain reads absl flags."""
+  """Imports and returns `grain`. Marks absl's flags as parsed, because Grain reads such flags."""
   from absl import flags
   import grain
 
@@ -258,7 +258,7 @@ def open_grain():
 
 
 def open_stream(source: Source, split: str, **arguments) -> Stream:
-  """Opens a split as a stream; `Stream` documents the arguments.
+  """Opens a split as a stream; `arguments` are attributes of `Stream`.
 
   Raises:
     ValueError: the split does not exist, or contains no examples.
@@ -285,7 +285,7 @@ def read_part(
 
 
 def draw_uniform(seed: int, position: int) -> np.ndarray:
-  """Returns the random numbers for a position in the endless sequence: float64 `[4]` in [0, 1)."""
+  """Returns random numbers in [0, 1) for a position in the training sequence: float64 `[4]`."""
   # The position is part of the key, so each position has its own numbers. We draw raw bits, because
   # NumPy guarantees the same bits in every version, but not the same floats.
   bits = np.random.Philox(key=np.array([seed, position], np.uint64)).random_raw(4)
@@ -293,7 +293,7 @@ def draw_uniform(seed: int, position: int) -> np.ndarray:
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Concatenates the arrays of several parts by name into new arrays, and empties the parts."""
+  """Concatenates the arrays with the same name in all parts, and removes them from the parts."""
   # Grain's stack frames refer to the parts until the iterator ends. This is too late to free memory
   # that is shared with the workers, so the parts are emptied here.
   join = lambda *arrays: np.concatenate(list(map(np.asarray, arrays)))

@@ -2,9 +2,10 @@
 
     python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
 
-This command runs in a child process, and is the only code that imports TensorFlow. It downloads the
-dataset NAME, and writes it to DATA_DIR in the array_record format. If DATA_DIR already has the
-dataset in the TFRecord format, the command instead writes a converted copy to CONVERTED_DIR.
+Only this command imports TensorFlow; the program runs the command in a child process. The command
+downloads the dataset NAME, and writes it to DATA_DIR in the array_record format. If DATA_DIR
+already has the dataset in the TFRecord format, the command instead writes a converted copy to
+CONVERTED_DIR.
 """
 
 import functools
@@ -31,11 +32,12 @@ CONVERTED = 'array_record'  # folder for converted copies; the original TFDS fil
 def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """Opens an image classification dataset of tensorflow-datasets (TFDS).
 
-  If its data is missing or not in array_record format, it is first downloaded or converted.
+  If the dataset is missing, it is downloaded. If it is not in the array_record format, it is
+  converted.
 
   Args:
     name: name of the dataset in TFDS, such as `cifar10`.
-    data_dir: folder of the TFDS data; empty: chosen as in `data_root`.
+    data_dir: folder of the TFDS data; empty: the default that `data_root` describes.
     image_size: ignored.
   """
   del image_size
@@ -46,9 +48,10 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 
 
 def data_root(name: str, data_dir: str) -> pathlib.Path:
-  """Returns the folder of the TFDS data: `data_dir` or, if this is empty, a default folder.
+  """Returns the folder of the TFDS data: `data_dir` or, if `data_dir` is empty, a default folder.
 
-  The default is the environment variable `TFDS_DATA_DIR`, else the default folder of TFDS.
+  The default is the value of the environment variable `TFDS_DATA_DIR`, if set. Without it, the
+  default is `~/tensorflow_datasets`, as in TFDS.
 
   Raises:
     ValueError: `name` does not have the form of a dataset name.
@@ -60,7 +63,7 @@ def data_root(name: str, data_dir: str) -> pathlib.Path:
 
 
 def tfds_source(name: str, builder) -> Source:
-  """Returns a source that reads the dataset of a TFDS builder; `name` is for messages.
+  """Returns a source that reads the dataset of a TFDS builder; `name` is used in messages.
 
   Raises:
     ValueError: the dataset is not an image classification dataset.
@@ -100,7 +103,7 @@ def tfds_source(name: str, builder) -> Source:
 def open_records(directory: str, split: str, image_key: str):
   """Opens the records of a split for access by index, without decoding their images.
 
-  To save time, the function keeps the records of the most recently used splits open.
+  The records of the most recently used splits stay open, to save time.
   """
   import tensorflow_datasets
 
@@ -110,9 +113,9 @@ def open_records(directory: str, split: str, image_key: str):
 
 
 def prepared_builder(name: str, root: pathlib.Path):
-  """Returns the TFDS builder of a dataset whose data is in array_record format.
+  """Returns the TFDS builder of a dataset in the array_record format.
 
-  If this data is missing, it is downloaded, or converted from another format (`prepare`).
+  If there is no data in this format, `prepare` first downloads the dataset or converts it.
 
   Args:
     name: name of the dataset in TFDS.
@@ -141,7 +144,7 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a dataset; None if TFDS and `directory` lack the dataset."""
+  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has the dataset."""
   import tensorflow_datasets
 
   try:
@@ -183,7 +186,7 @@ def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
 
 
 def prepare_here() -> None:
-  """Downloads or converts a dataset in this process; the module's docstring gives details."""
+  """Downloads or converts the dataset that the command line names (see the module docstring)."""
   name, root, converted = sys.argv[1:]
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   import tensorflow_datasets as tfds
@@ -206,7 +209,7 @@ def prepare_here() -> None:
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies the TFDS folder `source` to `target`, and converts TFRecord files to array_record.
 
-  The folder gets its name `target` only when it is complete.
+  The copy has a temporary name until it is complete, and is then renamed to `target`.
   """
   from array_record.python import array_record_module
   import tensorflow as tf
