@@ -34,9 +34,9 @@ def mix(
 
   Returns:
     image_BHWC: the mixed uint8 images.
-    own_B: share of each mixed image that comes from the image itself, float from 0 to 1: its weight
-      in mixup, or the fraction of its area that it keeps in cutmix. It is 1 for images that are not
-      mixed.
+    own_B: share of each mixed image that comes from the image itself, float from 0 to 1. In mixup,
+      the share is the image's own weight; in cutmix, it is the fraction of the image's area that is
+      kept. For an image that is not mixed, the share is 1.
   """
   height, width, _ = image_BHWC.shape[1:]
   both = jnp.logical_and(mixup_alpha > 0, cutmix_alpha > 0)

@@ -75,7 +75,7 @@ def operate(
 def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> jax.Array:
   """Returns a lookup table of new grey levels for each image and channel: uint8 `[B, C, 256]`.
 
-  If an image's operation needs no lookup table, as for rotate, its table changes no grey level.
+  The table of an image changes no grey level if the image's operation needs no table, e.g. rotate.
 
   Args:
     chosen: {name from `OPERATIONS`: bool `[B]`, True for each image that gets this operation}.
@@ -103,7 +103,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the index of each pixel's grey level in a flat `[B, C, 256]` table: `[B, H, W, C]`."""
+  """Returns, for each pixel, the index of its grey level in a flat `[B, C, 256]` table."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC
@@ -266,9 +266,9 @@ def warp(
   """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
   An output pixel becomes `FILL` if its input point is outside the image, or if `hidden_BHW` is True
-  for the output pixel. Each channel of the other output pixels is interpolated from four values:
-  those of the input pixels around the input point. The four values are packed into one uint32, so
-  that they are read from memory at once. Returns uint8 images of the same shape.
+  for the output pixel. Each channel of the other output pixels is interpolated from the values of
+  the four input pixels around the input point. These four values are packed into one uint32, so
+  that a single read from memory is enough. Returns uint8 images of the same shape.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

@@ -61,16 +61,16 @@ MIX_PLACE = 1000  # stands for a position of `mix`, which is not in `AUGMENTATIO
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
-  """Returns the names of the enabled augmentations in order of application, with `mix` last.
+  """Returns the names of the enabled augmentations in order of application.
 
-  `arguments` maps the name of each augmentation, and the name `mix`, to its keyword arguments.
+  If mixing is enabled, `mix` is the last name. `arguments` maps the name of each augmentation, and the name `mix`, to its keyword arguments.
   """
   names = [name for name, entry in AUGMENTATIONS.items() if entry.on(arguments[name])]
   return names + ['mix'] * mixes(arguments)
 
 
 def mixes(arguments: Mapping[str, Mapping]) -> bool:
-  """Returns whether mixup or cutmix is enabled; `arguments` has the same form as in `active`."""
+  """Returns whether mixup or cutmix is enabled; `arguments` is {name: keyword arguments}."""
   return arguments['mix']['probability'] != 0
 
 
@@ -123,8 +123,8 @@ def augment_and_mix(
       have neighbouring rows.
     image_BHWC: uint8 images.
     arguments: {name: keyword arguments} for each name in `AUGMENTATIONS`, and for `mix`.
-    early: bool scalar, True except in the last part of a run: False disables mixing and strong
-      augmentations. None if the run has no such part.
+    early: bool scalar. It is False in the last part of a run, which disables mixing and strong
+      augmentations; before, it is True. None: mixing and strong augmentations are never disabled.
 
   Returns:
     image_BHWC: the augmented uint8 images.

@@ -1,4 +1,6 @@
-"""Provides locks in a bucket. A lock is an object that only one process can create.
+"""Provides locks in a bucket.
+
+A lock is an object that only one process can create. It expires if its owner stops renewing it.
 
 Decisions:
   * The owner of a lock writes the lock object again every `HEARTBEAT` seconds, because the bucket
@@ -69,11 +71,11 @@ class Owner:
       return cls('unknown', 0, '', '')
 
   def is_dead(self) -> bool:
-    """Returns whether this host knows that the process has ended; False for other hosts."""
+    """Returns True if the process was running on this host and has ended, else False."""
     return self.host == this_host() and started(self.pid) != self.started
 
   def is_alive(self) -> bool:
-    """Returns whether this host knows that the process is running; False for other hosts."""
+    """Returns True if the process is running on this host, else False."""
     return self.host == this_host() and started(self.pid) == self.started
 
 
@@ -127,7 +129,7 @@ class Lease:
     """Prepares the lock of `folder`, without accessing the bucket.
 
     The lock is acquired when the context is entered. If the last owner ended without removing the
-    lock, this can take about a minute (`EXPIRES`).
+    lock, acquiring it can take about a minute (`EXPIRES`).
     """
     self._folder, self._path, self._owner = folder, folder / NAME, Owner.this()
     self._generation, self._renewed, self._lost = 0, 0.0, False

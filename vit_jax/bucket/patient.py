@@ -1,10 +1,10 @@
-"""A gcsfs file system that retries failed requests for minutes, and reads all names literally.
+"""A gcsfs file system that retries failed requests for minutes, and treats no name as a pattern.
 
 gcsfs itself retries a failed request for about half a minute, but a bucket can answer with the
 error 503 for longer. All requests of this process use this file system, including the requests of
 etils and orbax. Only tensorstore has its own client.
 
-A request is retried for `PATIENCE` seconds. If all requests have failed for this time, each later
+A request is retried for `PATIENCE` seconds. If all requests of this period have failed, each later
 request is sent only once. So a program whose bucket is unreachable ends soon: before it ends, it
 sends requests to write its log and to remove its lock, and does not wait again for each of them.
 """

@@ -39,7 +39,7 @@ EXTRAS = {  # {install command: modules that only this command installs}
 
 
 def start() -> None:
-  """Runs `main` with the command-line arguments of this process, and exits with its exit code."""
+  """Runs `main` with the command-line arguments of this process, and exits with the result."""
   set_up()
   sys.exit(main(sys.argv[1:]))
 

@@ -119,8 +119,8 @@ def config_page() -> str:
 def config_text(args: argparse.Namespace) -> str:
   """Returns the text of `--print_config`: the complete config, one line `key=value` per key.
 
-  With `--config`, the config comes from the config file, else with `--workdir`, from the workdir.
-  Without both flags, it is the default config. In all cases, overrides are applied.
+  The config comes from `--config` or, without this flag, from `--workdir`. If the command has
+  neither flag, it is the default config. In all cases, overrides are applied.
 
   Raises:
     ValueError: the config is not valid.

@@ -151,7 +151,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-  """Raises ValueError if the command has neither a required flag of the mode nor `--init`."""
+  """Raises ValueError if a required flag of the mode and the flag `--init` are both missing."""
   for flag in MODES[args.mode].flags:
     if flag.required and not getattr(args, flag.name) and not args.init:
       raise ValueError(f'--{flag.name} is required: {flag.help}.')

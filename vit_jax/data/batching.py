@@ -1,4 +1,4 @@
-"""Divides a split into batches: reproducible for training, each example once for evaluation.
+"""Makes reproducible training batches, and evaluation batches that hold each example once.
 
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
@@ -88,7 +88,7 @@ class Split(Protocol):
 
 
 def train_plan(size: int, batch_size: int, seed: int, start: int) -> Plan:
-  """Returns the plan of endless training on `size` examples; `start` is the first step."""
+  """Returns the plan for endless training on `size` examples; `start` is the first step."""
   return Plan(size, batch_size, batch_size, range(start, ENDLESS), seed)
 
 
@@ -125,7 +125,7 @@ def eval_batches(
   """Yields batches of the same shape, which together hold each example of a split once, in order.
 
   A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 1 in
-  rows to evaluate, and 0 in rows that are padding or stand for a bad image.
+  rows to evaluate, and 0 in rows that are padding or replace a bad image.
 
   Args:
     examples: the split to evaluate.

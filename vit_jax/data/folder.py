@@ -41,7 +41,7 @@ class Files:
     label_N: class index of each file, int32. If an image can have several labels: multi-hot
       labels, uint8 `[N, L]`, which are 1 for each class of the image.
     hash_N: result of `hash_name` for each file, uint64.
-    span: (low, high), between which all positions are; (0, 1) if the split was not chosen by hash.
+    span: range (low, high) of the files' positions; (0, 1) if the split was not chosen by hash.
   """
 
   top: pathlib.Path
@@ -95,7 +95,7 @@ def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def hash_name(name: str) -> int:
-  """Returns a 64-bit hash of a path, which does not depend on its case and Unicode form."""
+  """Returns a 64-bit hash of a path, which ignores upper and lower case and the Unicode form."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
@@ -233,7 +233,7 @@ def subfolders(root: pathlib.Path) -> tuple[str, ...]:
 
 
 def is_searched(folder: pathlib.Path) -> bool:
-  """Returns whether a folder is searched for images, because it is not hidden or `useless`."""
+  """Returns whether a folder is searched for images; hidden and `useless` folders are not."""
   return not folder.name.startswith('.') and not useless(folder)
 
 
@@ -252,7 +252,7 @@ def list_files(
 ) -> Files:
   """Lists all images in the class folders in `top`; counts other files in `passed_over`.
 
-  Only the names of files are checked, so a broken link is not reported until it is read.
+  Only the names of files are checked, so a broken link is reported later, when it is read.
 
   Raises:
     ValueError: `top` has a class folder that is not in `class_names`, or a folder is unreadable.

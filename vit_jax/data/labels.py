@@ -121,8 +121,8 @@ def by_column(
   """Divides the listed files into splits by the column `split`, and returns {split: files}.
 
   `split_N` is the value of the column for each file. If the column has no name from `TEST_NAMES`,
-  the files are divided by position, as in `folder.open_folder`. If the column has such a name, but
-  not `test`, the function appends a message to `warnings`.
+  the files are divided by position, as in `folder.open_folder`. If the column has names from
+  `TEST_NAMES`, but not `test`, the function appends a message to `warnings`.
 
   Raises:
     ValueError: the column has names from `TEST_NAMES`, but no `train`.
@@ -201,8 +201,8 @@ def merged(
 def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
   """Returns the path of each row's image, absolute or relative to `top`, as encoded on the disk.
 
-  In Unicode, a letter such as an umlaut can be encoded in two ways. The label file and the disk can
-  use different ones; the function then returns the path in the encoding of the disk.
+  In Unicode, a letter such as an umlaut can be encoded in two ways. If the label file
+  and the disk encode a letter differently, the result has the encoding of the disk.
 
   Raises:
     ValueError: an image does not exist.

@@ -53,16 +53,16 @@ def decide_cache(
   `memory` if two conditions hold. First, the splits need at most half of the available memory.
   Second, training batches from memory are the same as streamed batches (`differs` checks this), so
   that the outcome of a run does not depend on the memory of its machine. For evaluation, only the
-  first condition counts, because the pixels of evaluation batches are the same in both cases.
+  first condition counts, because evaluation batches from memory have the same pixels as streamed ones.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function without arguments. It returns the
-      (height, width) that images would have in memory if this is smaller than `size`, because the
-      device enlarges them; else None.
+    kept: None for evaluation. For training, a function without arguments. If images in memory would
+      be smaller than `size`, because the device enlarges them, the function returns their
+      (height, width). If images in memory would have the size `size`, it returns None.
   """
   if reading.cache != 'auto':
     return reading.cache

@@ -113,7 +113,7 @@ def load_examples(
   label_N = np.empty((count, *source.label_shape), source.label_type)
 
   def decode(example, row):
-    """Decodes an example into row number `row`; returns the error message, '' on success."""
+    """Decodes an example into row number `row`; returns the error message, or '' on success."""
     try:
       image_NHWC[row] = source_lib.pixels(source, example, size, fit)
     except image_lib.BadImage as error:

@@ -42,7 +42,8 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
 
   Returns:
     The source. If the data of a TFDS dataset is missing, the source's attribute `sizes` is empty.
-    If the folder or label file of another kind is missing, the result is None.
+    If the folder or label file of a `folder:`, `images:` or `labels:` source is missing, the result
+    is None.
   """
   kind, _, name = spec.partition(':')
   if kind in ('folder', 'images', 'labels') and not (name and from_base(name, data_dir).exists()):

@@ -237,7 +237,7 @@ class Stream:
 
 
 def warn(message: str) -> None:
-  """Logs a message at its first call, because a bad image is reported again in every epoch."""
+  """Logs a message only once, because a bad image is reported again in every epoch."""
   if WARNED.setdefault(message, token := object()) is token:
     log.warning('%s', message)
 
@@ -293,7 +293,7 @@ def draw_uniform(seed: int, position: int) -> np.ndarray:
 
 
 def join_parts(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """Concatenates the arrays with the same name in all parts, and removes them from the parts."""
+  """Concatenates the arrays of all parts by name, and removes the old arrays from the parts."""
   # Grain's stack frames refer to the parts until the iterator ends. This is too late to free memory
   # that is shared with the workers, so the parts are emptied here.
   join = lambda *arrays: np.concatenate(list(map(np.asarray, arrays)))

@@ -1,11 +1,12 @@
 """Reads datasets of tensorflow-datasets (TFDS) without TensorFlow.
 
+TensorFlow is needed only to prepare a dataset. The program does this in a child process:
+
     python -m vit_jax.data.tfds NAME DATA_DIR CONVERTED_DIR
 
-Only this command imports TensorFlow; the program runs the command in a child process. The command
-downloads the dataset NAME, and writes it to DATA_DIR in the array_record format. If DATA_DIR
-already has the dataset in the TFRecord format, the command instead writes a converted copy to
-CONVERTED_DIR.
+The command downloads the dataset NAME, and writes it to DATA_DIR in the array_record format. If
+DATA_DIR already has the dataset in the TFRecord format, the command instead writes a converted copy
+to CONVERTED_DIR.
 """
 
 import functools
