@@ -15,7 +15,7 @@ def mix(
   cutmix_alpha: float,
   switch: float,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image with its neighbour in the batch (see `partner`), by mixup or by cutmix.
+  """Mixes each image with its partner, a neighbour in the batch, by mixup or by cutmix.
 
   Mixup (Zhang et al. 2017, 1710.09412) computes a weighted mean of an image and its partner. Cutmix
   (Yun et al. 2019, 1905.04899) copies a rectangle of the partner into the image. The rectangle is

@@ -63,7 +63,8 @@ MIX_PLACE = 1000  # stands for a position of `mix`, which is not in `AUGMENTATIO
 def active(arguments: Mapping[str, Mapping]) -> list[str]:
   """Returns the names of the enabled augmentations in order of application.
 
-  If mixing is enabled, `mix` is the last name. `arguments` maps the name of each augmentation, and the name `mix`, to its keyword arguments.
+  If mixing is enabled, `mix` is the last name. `arguments` maps the name of each augmentation, and
+  the name `mix`, to keyword arguments.
   """
   names = [name for name, entry in AUGMENTATIONS.items() if entry.on(arguments[name])]
   return names + ['mix'] * mixes(arguments)
@@ -159,8 +160,8 @@ def normalize(
   Args:
     image_BHWC: uint8 images, or `Padded` with uint8 patches.
     size: (height, width) of the model's input.
-    mean: one number for each channel, or one for all channels; pixels are in [0, 1].
-    std: one number for each channel, or one for all channels; pixels are in [0, 1].
+    mean: numbers to subtract, with pixels in [0, 1]: one for each channel, or one for all.
+    std: numbers to divide by, with pixels in [0, 1]: one for each channel, or one for all.
   """
   if isinstance(image_BHWC, Padded):
     patch_BNpqC = image_BHWC.patch_BNpqC.astype(jnp.float32) / 255

@@ -1,4 +1,4 @@
-"""The command line: `python main.py` in a checkout, `vit-jax` where the package is installed.
+"""The command line: `python main.py` in a checkout, or `vit-jax` if the package is installed.
 
 A mode is a value of the flag `--mode`, such as `train`. Each mode is defined in its own file: its
 flags, an example command and the function to run. `MODES` lists all modes. A module that `--import`

@@ -2,7 +2,7 @@
 
 Decisions:
   * Pillow decodes whole images. OpenCV decodes random crops of ordinary RGB JPEGs, and scales all
-    random crops: crops are decoded and scaled in every epoch, and OpenCV is faster than Pillow
+    random crops, because crops are made again in every epoch, and OpenCV is faster than Pillow
     (results/input.json). Pillow decodes crops of all other files. Pillow also reads the header of
     each file that OpenCV decodes, so that the same files are accepted with and without crops.
     Tests check that OpenCV's pixels are close to Pillow's.
@@ -45,7 +45,7 @@ def has_image_name(name: str) -> bool:
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields names of images. Adds other visible files to `passed_over`, {extension: number}."""
+  """Yields names of images. Counts other visible files in `passed_over`, {extension: number}."""
   for name in names:
     if has_image_name(name):
       yield name
@@ -241,7 +241,7 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether OpenCV can decode a file: a complete, upright RGB JPEG, as 3 channels.
+  """Returns whether OpenCV decodes a file: a complete, upright RGB JPEG, if `channels` is 3.
 
   Incomplete files are excluded, because OpenCV would fill their missing parts with grey.
   """

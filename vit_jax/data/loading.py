@@ -49,11 +49,11 @@ def decide_cache(
 ) -> str:
   """Decides whether splits are kept in memory or streamed; returns `memory` or `stream`.
 
-  If `reading.cache` is `memory` or `stream`, it is the result. If it is `auto`, the result is
-  `memory` if two conditions hold. First, the splits need at most half of the available memory.
-  Second, training batches from memory are the same as streamed batches (`differs` checks this), so
-  that the outcome of a run does not depend on the memory of its machine. For evaluation, only the
-  first condition counts, because evaluation batches from memory have the same pixels as streamed ones.
+  The result is `reading.cache`, if this is not `auto`. For `auto`, the result is `memory` if two
+  conditions hold. First, the splits need at most half of the available memory. Second, training
+  batches from memory are the same as streamed batches (`differs` checks this), so that the outcome
+  of a run does not depend on the memory of its machine. For evaluation, only the first condition
+  counts, because evaluation batches from memory have the same pixels as streamed batches.
 
   Args:
     reading: settings for reading the splits.

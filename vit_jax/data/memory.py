@@ -171,7 +171,7 @@ def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int,
 def memory_share() -> float:
   """Returns the number of bytes of memory that this process may use.
 
-  The processes on one host, for example one for each GPU, share the memory `limits.limit()`. All
+  The processes on one host, for example one for each GPU, share `limits.limit()` bytes. All
   processes must call this function, because it counts the processes on each host.
   """
   host = socket.gethostname()

@@ -1,7 +1,7 @@
 """Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
 
-Parsing does not need the package tensorflow-datasets (TFDS). The unit `shard` of
-TFDS, as in `train[:4shard]`, is not supported.
+Parsing does not need the package tensorflow-datasets (TFDS). The unit `shard` of TFDS, as in
+`train[:4shard]`, is not supported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

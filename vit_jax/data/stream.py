@@ -86,7 +86,7 @@ class Stream:
   ) -> Iterator[dict[str, jax.Array]]:
     """Yields the batches of a `Plan`, as dicts of global arrays with the same keys as in `rows`.
 
-    The caller must close this iterator, because the worker processes run until then.
+    The caller must close this iterator, because the worker processes run until it is closed.
 
     Raises:
       image.BadImage: an image cannot be decoded, and `skip_bad_images` is False.
@@ -204,7 +204,7 @@ class Stream:
     `index` is the index of `example`. After the last example, the search goes on with the first.
 
     Raises:
-      image.BadImage: the example is bad and bad images stop the run, or all examples are bad.
+      image.BadImage: the image is bad and `skip_bad_images` is False, or all images are bad.
     """
     for bad in range(1, len(self) + 1):
       try:
@@ -219,7 +219,7 @@ class Stream:
     raise AssertionError('a split is never empty')
 
   def decode(self, example: Example, uniform_4: np.ndarray | None) -> np.ndarray:
-    """Returns a random crop of an example or, if `uniform_4` is None, its image scaled by `fit`.
+    """Decodes an image, and crops it at random or, if `uniform_4` is None, scales it with `fit`.
 
     `uniform_4` holds the random numbers that choose the crop (`image.random_part`).
 
