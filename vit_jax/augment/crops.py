@@ -69,8 +69,8 @@ def rectangle(
   First, the area is drawn uniformly from `min_area` to `max_area`, as a fraction of the image's
   area. Then one of the possible aspect ratios is drawn, uniformly on a logarithmic scale. A ratio
   is possible if the rectangle fits into the image, and the rectangle's longer side is at most
-  `max_aspect` times its shorter side. If no ratio is possible, the result is the least elongated rectangle of the
-  drawn area that fits into the image.
+  `max_aspect` times its shorter side. If no ratio is possible, the result is the least elongated
+  rectangle of the drawn area that fits into the image.
 
   Here, all areas are equally likely, because the area is drawn only once. In other implementations,
   large areas are rare, because a rectangle that does not fit is replaced by a new draw.

@@ -5,8 +5,8 @@ error 503 for longer. All requests of this process use this file system, includi
 etils and orbax. Only tensorstore has its own client.
 
 A request is retried for `PATIENCE` seconds. If all requests of this period have failed, each later
-request is sent only once. So a program whose bucket is unreachable ends soon: before it ends, it
-sends requests to write its log and to remove its lock, and does not wait again for each of them.
+request is sent only once. So a program whose bucket is unreachable ends soon: it also
+sends requests to write its log and to remove its lock, but does not wait again for each of them.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class PatientFileSystem(gcsfs.GCSFileSystem):
   _silent_since = None  # time of the first failure since the last success
 
   async def _expand_path(self, path, recursive=False, maxdepth=None, assume_literal=True):
-    """Expands a path without patterns: `photo[1].jpg` is the name of a single object."""
+    """Expands a path, but treats `photo[1].jpg` as the name of an object, not as a pattern."""
     del assume_literal
     return await super()._expand_path(path, recursive, maxdepth, assume_literal=True)
 
