@@ -1,10 +1,11 @@
 """Synchronizes the processes that save one checkpoint, and stops all of them if one fails.
 
 Decisions:
-  * Orbax's own barrier has only a time limit: if one process cannot write, the others would wait
-    for 20 minutes. Here, waiting processes check twice a second whether another one has failed.
-  * Orbax waits in a background thread, while training uses the devices. So the processes exchange
-    messages through JAX's coordination service, and not through collectives on the devices.
+  * Orbax's own barrier does not notice that a process has failed, so the other processes would wait
+    until its time limit of 20 minutes. A process that waits at the barrier of this module checks
+    twice a second whether another process has failed.
+  * Orbax waits in a background thread while training uses the devices. Collectives would also run
+    on the devices, so the barrier uses JAX's coordination service instead.
 """
 
 import collections
@@ -72,7 +73,7 @@ class Agreement:
         raise TimeoutError('another process did not finish writing the checkpoint in time')
 
   def reporting(self, function: Callable) -> Callable:
-    """Returns a wrapper of the function that also sends its errors to the other processes."""
+    """Wraps `function` so that its errors are also sent to the other processes."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -89,7 +90,10 @@ class Agreement:
     return wrapped
 
   def watch(self, handler):
-    """Returns the given orbax handler, changed to send its errors to the other processes."""
+    """Changes an orbax handler so that it also sends its errors to the other processes.
+
+    Returns the handler.
+    """
     save = handler.async_save
 
     async def watched(*args, **kwargs):
@@ -101,7 +105,7 @@ class Agreement:
 
 
 class Reported:
-  """A future of orbax, whose error is also sent to the other processes."""
+  """Wraps a future of orbax so that its error is also sent to the other processes."""
 
   def __init__(self, future, agreement: Agreement):
     self.result, self.cancel = agreement.reporting(future.result), future.cancel

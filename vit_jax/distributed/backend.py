@@ -1,11 +1,13 @@
 """Describes the kind of device for which a program is compiled, and reports missing devices.
 
 Decisions:
-  * A program that runs on a mesh chooses its kernels by the devices of the mesh. The mesh may
-    consist of devices that this machine does not have, if they come from a topology description.
-  * `compiled_for` overrides this choice. A machine without a GPU can thus lower a step for a GPU.
-  * `model.apply` has no mesh and computes on JAX's default device. So without a mesh, `target`
-    describes the default device.
+  * The kernels of a program are chosen for the devices of its mesh. This machine need not have
+    these devices: the mesh can also be made from a topology description
+    (`jax.experimental.topologies`).
+  * `compiled_for` overrides the devices of the mesh. For example, a machine without a GPU can lower
+    a training step for a GPU.
+  * `model.apply` gets no mesh, so the model runs on JAX's default device. Therefore `target`
+    describes the default device if it gets no mesh.
 """
 
 from collections.abc import Iterator
@@ -39,8 +41,9 @@ _target = contextvars.ContextVar('target', default=None)
 def target(mesh: Mesh | None = None) -> Target:
   """Returns the kind of device for which a program is compiled.
 
-  In a `compiled_for` block, the result is the target that was given to `compiled_for`. Otherwise,
-  it is the kind of the mesh's devices or, if there is no mesh, of JAX's default device.
+  In a `compiled_for` block, the result is the argument of `compiled_for`. Outside such a block, the
+  result is the kind of the mesh's devices. If `mesh` is None, it is the kind of JAX's default
+  device.
   """
   if chosen := _target.get():
     return chosen
@@ -67,7 +70,7 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 
 def portable() -> contextlib.AbstractContextManager[None]:
-  """Returns a context manager; programs traced in it use only kernels that run on any platform."""
+  """Returns a context manager in which traced programs use only kernels for all platforms."""
   return compiled_for(ANY)
 
 
@@ -75,8 +78,8 @@ def portable() -> contextlib.AbstractContextManager[None]:
 def needed() -> Iterator[None]:
   """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  It looks for devices only after a failure, because an earlier check would start JAX before
-  `joined` has connected the processes.
+  The context manager looks for devices only after an error. A check before its block would start
+  JAX before `joined` has connected the processes.
   """
   try:
     yield

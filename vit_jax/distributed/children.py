@@ -23,11 +23,11 @@ def check_can_start() -> None:
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Context manager that blocks SIGINT and SIGTERM in threads and workers started in its block.
+  """Context manager that blocks SIGINT and SIGTERM in threads and workers that its block starts.
 
   All processes of a job get these signals at the same time. Workers must keep running until
-  training has saved a checkpoint. A worker that is starting cannot block the signals itself yet, so
-  it inherits blocked signals from this process.
+  training has saved a checkpoint. A worker cannot block the signals itself before it has started,
+  so they are blocked in this process, and the worker inherits this setting.
   """
   multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks the signals
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -35,9 +35,10 @@ class Preempted(Exception):
 def asked_to_stop() -> bool:
   """Returns whether all processes must stop now, because one of them got a stop signal.
 
-  Every process must call this function equally often, because JAX compares the call numbers of the
-  processes. After a stop signal, all processes stop at the first call that no process has made yet.
-  No other code may call JAX's preemption service, so `manager.Manager` keeps orbax from calling it.
+  JAX numbers the calls of each process and compares the numbers, so every process must call this
+  function equally often. After a stop signal, all processes stop at the same call: the first one
+  that no process has made yet. Other code must not call JAX's preemption service, so
+  `manager.Manager` keeps orbax from calling the service.
   """
   return multihost_utils.reached_preemption_sync_point(next(ASKED))
 
@@ -55,8 +56,9 @@ def is_first() -> bool:
 def code_after(error: BaseException) -> int:
   """Returns the exit code after an error in one of several processes.
 
-  Code 1 means that another process was lost, or that the program has a bug. The launch scripts then
-  start all processes again. After code 2, a user error, they do not.
+  Code 2 means a user error, so the launch scripts end the job. After any other code, they start all
+  processes again: `TRY_AGAIN` means that a bucket did not answer, and 1 that another process was
+  lost, that the processes could not connect, or that the program has a bug.
   """
   code = exit_code(error)
   mistake = isinstance(error, MISTAKES) and not is_from_runtime(error)
@@ -64,7 +66,7 @@ def code_after(error: BaseException) -> int:
 
 
 def is_from_runtime(error: BaseException | None) -> bool:
-  """Returns whether an error may mean that another process died; a MemoryError never does."""
+  """Returns whether the end of another process can have caused an error; False for MemoryError."""
   while error is not None and not isinstance(error, MemoryError):
     # Gloo sends data between CPUs. A process that waits too long for another one raises
     # TimeoutError.
@@ -78,8 +80,8 @@ def from_first(function: Callable[[], object]) -> object:
   """Calls `function` in process 0, and returns its result or raises its error in all processes.
 
   Args:
-    function: returns a value that can be stored as JSON, and may also contain NumPy arrays. With
-      several processes, tuples come back as lists.
+    function: returns a value that consists of JSON types and NumPy arrays. With several processes,
+      tuples in this value become lists.
 
   Raises:
     ValueError: the function raised a ValueError. With several processes, an OSError also becomes a
@@ -237,11 +239,12 @@ def to_host(tree):
 class Preemption:
   """Context manager that listens for SIGTERM, the notice that this job must end soon.
 
-  With several processes, JAX's preemption service listens. This service makes all processes stop at
-  the same step, even if only one process got the signal.
+  With several processes, JAX's preemption service listens for the signal. It makes all processes
+  stop at the same step, even if only one process got the signal.
 
-  Nested contexts share one notice. So a sweep, which trains several runs, also stops if the signal
-  came in the last step of a run, although this run ended as usual.
+  If contexts are nested, a signal counts for all of them. For example, a sweep trains several runs
+  in one outer context. If the signal comes in the last step of a run, this run ends as usual, but
+  the sweep stops.
   """
 
   _depth, _noticed = 0, False  # shared by all contexts

@@ -32,9 +32,10 @@ _one_per_core = False  # True if `start_up`, not the user, set the number of CPU
 def start_up() -> None:
   """Sets the number of JAX's CPU devices to the number of CPU cores.
 
-  This function must be called before the first query for devices. The query starts JAX, by default
-  with a single CPU device. The function does nothing if the user has set the number of CPU devices,
-  or if JAX is already running. For small batches, a mesh uses only some devices (see `worth`).
+  This function must be called before the first query for devices, because the query starts JAX, by
+  default with a single CPU device. The function does nothing if the user has set the number of CPU
+  devices, or if JAX is already running. A mesh for small batches uses only some of these devices
+  (see `worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:
@@ -44,9 +45,10 @@ def start_up() -> None:
 
 
 def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str | None:
-  """Returns a warning if JAX was started with fewer CPU devices than the batch could use.
+  """Returns a warning if JAX has fewer CPU devices than the batch could use, else None.
 
-  Otherwise returns None. The arguments are the same as in `make_mesh`.
+  The result is also None if the user has set the number of CPU devices, or if there are several
+  processes. `make_mesh` describes the arguments.
   """
   count = jax.device_count()
   user_set_count = jax.config.jax_num_cpu_devices > 0 and not _one_per_core
@@ -66,7 +68,7 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 def worth(count: int, batch_size: int) -> int:
   """Returns how many of `count` CPU devices to use for a batch.
 
-  Each device gets at least `MIN_EXAMPLES` examples, unless there is only one device.
+  Each of these devices gets at least `MIN_EXAMPLES` examples. For smaller batches, the result is 1.
   """
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 
@@ -80,20 +82,20 @@ def make_mesh(
   """Returns the mesh of devices over which batches of this size are split.
 
   On accelerators, or with several processes, the mesh has all devices. In a single process on a
-  CPU, the mesh has the largest number of devices that divides the batch evenly. If `start_up` chose
-  the number of CPU devices, not the user, the mesh has no more devices than `worth` recommends. A
-  larger mesh is then made only if `shape` needs more devices.
+  CPU, the mesh has the largest number of devices over which the batch can be split evenly. If the
+  user has not set the number of CPU devices, `worth` limits the size of the mesh, unless `shape`
+  needs more devices.
 
   Args:
-    batch_size: number of examples in a batch over all devices; None: a mesh of all devices.
+    batch_size: number of examples in a batch, summed over all devices. None: use all devices.
     micro_batches: number of micro-batches into which each device divides its part of a batch.
     group: number of neighbouring examples that stay together on a device and in a micro-batch: 2
       if images are mixed in pairs, else 1.
-    shape: number of devices along each of `AXES`. An axis of -1 takes all remaining devices; if
+    shape: number of devices along each of `AXES`. The value -1 stands for all remaining devices. If
       `data` and another axis are -1, `data` becomes 1.
 
   Raises:
-    ValueError: the devices cannot form such a mesh, or the batch does not divide over them.
+    ValueError: the devices cannot form a mesh of this shape, or the batch cannot be split evenly.
   """
   devices, given = jax.devices(), batch_size is not None
   batch_size = batch_size if given else len(devices)

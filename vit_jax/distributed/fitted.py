@@ -1,4 +1,4 @@
-"""Compiles forward passes, with more micro-batches if they do not fit into device memory."""
+"""Compiles forward passes with as many micro-batches as the memory of the devices requires."""
 
 from collections.abc import Callable
 import logging
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Fitted:
   """A function `(batch, params) -> result` that works through a batch in micro-batches.
 
-  It is compiled once for each batch size, with the fastest number of micro-batches. If there is a
-  memory budget, larger numbers are tried until the program fits.
+  The function is compiled once for each batch size, with the number of micro-batches that is
+  fastest. If the compiled program exceeds the memory budget, larger numbers are tried.
   """
 
   def __init__(
@@ -58,14 +58,14 @@ class Fitted:
     return self._functions[rows](batch, params)
 
   def _counts(self, rows: int) -> list[int]:
-    """Returns the possible numbers of micro-batches for `rows` rows, from the fastest upwards."""
+    """Returns the numbers of micro-batches to try for a batch of `rows` rows, the fastest first."""
     share, first = rows // shares(self._mesh), self._best(rows)
     return [first, *(n for n in range(first + 1, share + 1) if share % n == 0)]
 
   def _fit(self, counts: list[int], batch, params) -> tuple[int, Callable]:
-    """Returns the first number of micro-batches that fits into memory, and the jitted function.
+    """Compiles the function with the first number in `counts` for which it fits into memory.
 
-    The possible numbers are in `counts`.
+    Returns this number of micro-batches and the jitted function.
 
     Raises:
       limits.OutOfMemory: the function does not fit with any number.

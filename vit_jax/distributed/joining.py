@@ -4,9 +4,9 @@ Decisions:
   * All processes run the same program, and find each other through JAX's own distributed runtime.
   * A process that fails exits without waiting for the other processes. JAX's coordination service
     ends the other processes within `LOST` seconds, and names the failed process.
-  * Process 0 runs this service, and JAX aborts the other processes as soon as process 0 exits.
-    After an error, process 0 therefore waits for `PARTING` seconds, so that other processes with
-    the same error can exit by themselves.
+  * Process 0 runs the coordination service, and JAX aborts the other processes as soon as process 0
+    exits. After an error, process 0 therefore waits for `PARTING` seconds, so that other processes
+    with the same error can exit by themselves.
 """
 
 from collections.abc import Iterator
@@ -52,8 +52,8 @@ def joined(
 ) -> Iterator[None]:
   """Context manager that runs its block as one of several processes, or alone.
 
-  `join` documents the arguments. If the block fails in one of several processes, `leave` ends this
-  process.
+  `join` documents the arguments. If the block fails and there are several processes, `leave` ends
+  the process in which it failed.
   """
   join(coordinator, num_processes, process_id)
   try:
@@ -67,7 +67,7 @@ def joined(
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   """Connects this process with the other processes; does nothing if this process runs alone.
 
-  Without arguments, JAX detects Slurm, Open MPI, Kubernetes and TPU pods by itself.
+  If all arguments are None, JAX detects Slurm, Open MPI, Kubernetes and TPU pods by itself.
 
   Args:
     coordinator: `host:port` of process 0.
@@ -105,8 +105,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
   """Starts JAX's distributed runtime. In Kubernetes, waits until process 0's pod has an address.
 
-  Without this address, JAX raises an error after less than a minute. JAX has not changed any state
-  by then, so this function tries again. `waiting` ends a process that waits too long.
+  If the pod has no address, JAX raises an error after less than a minute. The error leaves JAX's
+  state unchanged, so this function starts the runtime again. `waiting` ends a process that waits
+  too long.
   """
   given = coordinator, num_processes, process_id
   while True:
@@ -122,8 +123,8 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
 def check_alone() -> None:
   """Raises ValueError if the environment names other processes that JAX does not detect.
 
-  Each process would otherwise train alone. In an indexed Kubernetes job, the number of pods is
-  unknown, so the function only logs a warning.
+  Without this error, each process would train alone. In an indexed Kubernetes job, the environment
+  does not contain the number of pods, so the function only logs a warning.
   """
   for name in ('OMPI_COMM_WORLD_SIZE', 'JAX_COORDINATOR_ADDRESS'):
     value = os.environ.get(name) or '1'
@@ -142,7 +143,7 @@ def check_alone() -> None:
 def check_arguments(
   coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Raises ValueError if the arguments of `join` are inconsistent or cannot be used here."""
+  """Raises ValueError if the arguments of `join` are inconsistent, or the port cannot be used."""
   alone = num_processes == 1 and process_id in (None, 0)
   whole = None not in (coordinator, num_processes, process_id)
   if not alone and not (whole and 0 <= process_id < num_processes):
@@ -189,7 +190,7 @@ def waiting(what: str) -> Iterator[None]:
   """Context manager that limits the time in which its block waits for other processes.
 
   After `SOON` seconds, it prints that this process waits for `what`. After `JOIN` seconds, it ends
-  this process. Without the limit, JAX would abort the process, but later.
+  this process. Without the limit, JAX would also abort the process, but later.
   """
 
   def give_up():
@@ -211,7 +212,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def in_cluster() -> bool:
-  """Returns whether this process may be one of several, judging by its environment.
+  """Returns whether the environment suggests that this process is one of several.
 
   If so, `join` lets JAX detect the other processes.
   """

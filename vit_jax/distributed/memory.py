@@ -2,8 +2,9 @@
 
 Decisions:
   * XLA's memory analysis of the compiled program decides whether a program fits. An estimate only
-    selects what is compiled first, so that one compilation is usually enough.
-  * Process 0 decides, because hosts can have devices with different memory.
+    decides which program is compiled first, so that one compilation is usually enough.
+  * Process 0 decides for all processes, because the devices of different hosts can have different
+    amounts of memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,18 +55,18 @@ def first_fit(
   """Compiles a program with the first plan that fits into the memory of each device.
 
   A plan is any value that changes how much memory the program needs, such as a number of
-  micro-batches. Plans whose estimate exceeds `budget` are skipped (`need` gives the estimate). If a
-  compiled program does not fit, `factor` is corrected, so that the estimate is not below the
-  measured memory. At most `COMPILATIONS` plans are compiled.
+  micro-batches. The memory for a plan is first estimated, from `need` and `factor`. Plans whose
+  estimate exceeds `budget` are skipped; if all exceed it, the last plan is compiled. If a compiled
+  program does not fit, `factor` is raised so that the estimate is at least the measured memory. At
+  most `COMPILATIONS` plans are compiled.
 
   Args:
     plans: plans from the fastest one to the one that needs the least memory.
     lower: lowers the program with a plan.
-    need: maps a plan to two numbers, fixed and varying. The estimate of the bytes that the program
-      needs on each device is `fixed + factor * varying`.
+    need: maps a plan to the numbers `(fixed, varying)`. It is estimated that the program needs
+      `fixed + factor * varying` bytes on each device.
     budget: bytes that the program may use on each device.
-    factor: initial value of the factor. With 0, the first plan with `fixed <= budget` is compiled
-      first.
+    factor: initial value of `factor`. With 0, only `fixed` counts in the first estimate.
   """
   for attempt in range(1, COMPILATIONS + 1):
     estimates = ((plan, *need(plan)) for plan in plans)
@@ -99,7 +100,7 @@ def compiled_size(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | No
 
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:
-  """Returns the bytes that a compiled program needs on each device, with arguments and results.
+  """Returns how many bytes a compiled program, its arguments and its results need on each device.
 
   The workspace of cuDNN is not included.
   """
@@ -112,7 +113,7 @@ def memory_limit(mesh: Mesh) -> int | None:
   """Returns the bytes of memory that each device of a mesh can use; None if this is unknown.
 
   The first device of process 0 reports the number. CPUs and the devices of a topology description
-  report none.
+  report no number.
   """
 
   def ask():

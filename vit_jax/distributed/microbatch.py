@@ -5,10 +5,11 @@ Decisions:
     (`shard_map`), and sums over devices are computed once per step. If parameters are split over
     devices, XLA partitions one program over all devices. Sharding constraints then keep the
     activations between blocks split along the batch axis.
-  * On a CPU, each core is a device if the batch is large enough. Each device works through its
-    part in micro-batches that fit into its cache, and waits for other devices only at the end.
-    For small models this is far faster than one program over all cores and the whole batch
-    (`plain_linen` in results/speed_cpu.json). For wide models it makes no difference.
+  * On a CPU, each core is a device if the batch is large enough. Each device works through its part
+    of the batch in micro-batches that fit into its cache, and waits for other devices only at the
+    end. For small models, this division is far faster than a single program that runs the whole
+    batch on all cores (`plain_linen` in results/speed_cpu.json). For wide models, the division
+    makes no difference.
 """
 
 from collections.abc import Callable
@@ -37,14 +38,14 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
   Args:
     mesh: mesh of the devices.
     batch_size: number of examples over all devices.
-    tokens: number of tokens of an example.
+    tokens: number of tokens per example.
     width: width of the model.
     group: number of neighbouring examples that stay together in a micro-batch: 2 if images are
       mixed in pairs, else 1.
 
   Returns:
-    1 on accelerators. On a CPU, the number that gives micro-batches of about `TOKENS` tokens, or
-    of `TOKENS_PER_WIDTH` times the width if this is more.
+    1 on accelerators. On a CPU, the number for which a micro-batch has about `TOKENS` tokens, or
+    about `TOKENS_PER_WIDTH * width` tokens if this is more.
   """
   if target(mesh).platform != 'cpu':
     return 1
@@ -55,7 +56,7 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> sums`: the sum of `function` over all micro-batches.
+  """Returns a function `(batch, *shared) -> sums` that sums `function` over all micro-batches.
 
   Args:
     function: maps `(micro-batch, *shared)` to a tree of sums over the examples. Every micro-batch
@@ -93,11 +94,11 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 
 
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
-  """Returns a function `(batch, *shared) -> rows`: the joined results of all micro-batches.
+  """Returns a function `(batch, *shared) -> rows` that joins the results of all micro-batches.
 
   `function` maps `(micro-batch, *shared)` to an array, or a tree of arrays, with one row per
-  example. The rows of the result are in the order of the batch. The other arguments are the same as
-  in `add_up`.
+  example. The rows of the result are in the order of the batch. `add_up` describes the other
+  arguments.
   """
 
   def rows_of(part, *shared):
@@ -123,9 +124,9 @@ def split(batch, parts: int):
 def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch into micro-batches: `[B, ...]` becomes `[parts, B / parts, ...]`.
 
-  If parameters are split over devices, `batch` is the whole batch. Each micro-batch then takes
-  examples from the parts of all devices. Otherwise, `batch` is the part of one device, and the
-  function returns the result of `split`.
+  If parameters are split over devices, `batch` is the whole batch, and each micro-batch contains
+  equally many examples of every device. If every device holds all parameters, `batch` is only the
+  part of one device, and `split` divides it.
   """
   if not devices.splits(mesh):
     return split(batch, parts)
@@ -148,10 +149,11 @@ def unsplit(x: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 def over_blocks(function: Callable, mesh: Mesh) -> Callable:
-  """Returns a wrapper of `function` in which outputs of Flax modules stay split over the batch.
+  """Wraps `function` so that the outputs of Flax modules stay split along the batch axis.
 
-  Without this constraint, XLA can split activations along the channel axis, like the next kernel.
-  Devices would then exchange activations instead of parameters.
+  Without this constraint, XLA can split activations along the channel axis, because the kernel of
+  the next layer is split along this axis. Devices would then exchange activations instead of
+  parameters.
   """
   free = PartitionSpec.UNCONSTRAINED
 
@@ -171,7 +173,7 @@ def over_blocks(function: Callable, mesh: Mesh) -> Callable:
 
 
 def on_devices(function: Callable, mesh: Mesh, out_specs: PartitionSpec) -> Callable:
-  """Returns a function `(batch, *shared)` in which every device runs `function` on its part.
+  """Returns a function `(batch, *shared)` that runs `function` on each device's part of the batch.
 
   `out_specs` defines how the results of the devices form global arrays, as in `jax.shard_map`.
   """

@@ -21,5 +21,5 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: jax.Device) -> float | None:
-  """Returns the peak speed of a device in bfloat16, in TFLOP/s; None if it is not listed."""
+  """Returns the peak bfloat16 speed of a device in TFLOP/s; None if the device is not listed."""
   return next((n for kind, n in PEAK_TFLOPS.items() if device.device_kind.startswith(kind)), None)

@@ -67,7 +67,7 @@ def layout(mesh: Mesh, tree):
 
 
 def size_on_device(mesh: Mesh, tree) -> int:
-  """Returns how many bytes of the arrays in `tree` a device holds, if `layout` places them."""
+  """Returns how many bytes each device holds if the arrays of `tree` are sharded by `layout`."""
   leaves, placed = jax.tree.leaves(tree), jax.tree.leaves(layout(mesh, tree))
   return sum(
     math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -78,10 +78,10 @@ def size_on_device(mesh: Mesh, tree) -> int:
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns which mesh axis splits each dimension of an array; None for dimensions that stay whole.
 
-  The mesh axis `tensor` splits the dimension that `TENSOR_AXIS` names, if the length of the
-  dimension is a multiple of the axis size. Of the other dimensions whose length is a multiple of
-  the size of `fsdp`, this mesh axis splits the longest one, as in the third stage of ZeRO
-  (Rajbhandari et al. 2019, 1910.02054). But `fsdp` does not split arrays with fewer than
+  The mesh axis `tensor` splits the dimension that `TENSOR_AXIS` names for the array, if the length
+  of this dimension is a multiple of the size of `tensor`. The mesh axis `fsdp` splits the longest
+  other dimension whose length is a multiple of the size of `fsdp`, as in the third stage of ZeRO
+  (Rajbhandari et al. 2019, 1910.02054). However, `fsdp` does not split arrays with fewer than
   `SPLIT_FROM` elements.
 
   Args:
@@ -152,13 +152,13 @@ def place_rows(
   over_batch: jax.sharding.Sharding,
   local: Mapping[str, object],
 ) -> dict[str, object]:
-  """Returns global arrays of `count` rows, made of the rows that each process holds.
+  """Makes global arrays of `count` rows from the rows that each process holds.
 
   Args:
     row_N: indices of the rows that this process holds, from `local_rows`.
     count: number of rows in the global arrays.
     over_batch: sharding of the global arrays.
-    local: `{name: NumPy array or tree of NumPy arrays}`; the arrays have only the rows `row_N`.
+    local: `{name: NumPy array or tree of NumPy arrays}`; the arrays contain only the rows `row_N`.
 
   Returns:
     `{name: global array or tree of global arrays}`.
@@ -176,9 +176,10 @@ def place_rows(
 
 
 def keep_layout(mesh: Mesh, tree):
-  """Returns the tree with sharding constraints by `layout`, or unchanged if no parameter is split.
+  """Constrains the arrays of a tree to the sharding that `layout` defines, and returns the tree.
 
-  Must be called in a jitted function.
+  If the mesh does not split parameters, the tree is returned unchanged. This function must be
+  called in a jitted function.
   """
   return (
     jax.lax.with_sharding_constraint(tree, layout(mesh, tree)) if devices.splits(mesh) else tree
