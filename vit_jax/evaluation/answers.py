@@ -1,9 +1,9 @@
-"""Computes the logits of each example of a split once, and from them losses and predictions.
+"""Computes the logits of a split once, and from these logits the losses and predictions.
 
 Decisions:
   * Every process gets the logits of the whole batch, and computes predictions and probabilities
-    from them with NumPy in float64. So this computation does not depend on the number of devices,
-    processes or micro-batches.
+    from them with NumPy in float64. So the step from logits to predictions does not depend on the
+    number of devices, processes or micro-batches.
   * The logits of one batch are dropped before the next batch is computed, because the logits of all
     images of a large split do not fit into memory. For ImageNet-21k, there are billions of logits.
   * If images can have several labels, the probabilities of all images stay in memory, because
@@ -38,13 +38,13 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> E
   """Returns a compiled function that evaluates one batch: `(batch, params) -> rows`.
 
   `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
-  It has the outputs that the config's `objective` defines, such as `logits` `[B, L]` and `loss`
-  `[B]`, and all arrays of `batch` except the images.
+  It contains the outputs that the config's `objective` defines, such as `logits` `[B, L]` and
+  `loss` `[B]`, and all arrays of `batch` except the images.
 
   Args:
     exp: the experiment.
     mesh: the devices.
-    held: bytes on each device that are already occupied by arrays other than the batch and the
+    held: bytes of memory on each device that are occupied by arrays other than the batch and the
       parameters. The compiled function must fit into the remaining memory.
   """
 
@@ -66,7 +66,7 @@ def answer_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> Iterator[Answers]:
-  """Yields an `Answers` for each batch of a split, in order: the model's outputs for the batch.
+  """Yields the model's outputs for each batch of a split, in order, as `Answers`.
 
   Args:
     eval_step: the function from `make_eval_step`.
@@ -197,9 +197,10 @@ def trust(
     `ece_uncalibrated`: the expected calibration error of the probabilities at temperature 1.
     `temperature`: the temperature of the calibration.
     `temperature_examples`: the number of validation examples that the temperature was fitted on.
-    `per_class`: for each class name, the dict of its precision, recall, F1 and support.
-    `confusion`: `{true class: {predicted class: number of examples}}`. Pairs of classes without
-      an example are left out.
+    `per_class`: a dict from each class name to the class's `precision`, `recall`, `f1` and
+      `support`.
+    `confusion`: `{true class: {predicted class: number of examples}}`. Pairs of classes that do not
+      occur are left out.
     `reliability`: a list of dicts, one for each bin of `measures.reliability`.
     `coverage`: a list of dicts, one for each point of `measures.coverage_curve`.
   """

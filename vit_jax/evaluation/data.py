@@ -92,14 +92,15 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
 
   Args:
     experiment: the model's experiment.
-    *parts: a pair for each split: the open dataset, and the split in TFDS notation. The
-      datasets of the pairs may differ only in the files that are left out.
+    *parts: one pair for each split to open: the dataset, and the name of the split in TFDS
+      notation. All pairs must have the same dataset, except that different files can be left out of
+      it.
 
   Returns:
     The splits, in the order of `parts`.
 
   Raises:
-    ValueError: `data.cache` keeps all images in memory, but they do not fit.
+    ValueError: `data.cache` asks for all images in memory, but they do not fit.
   """
   size, (source, _), names = experiment.task.stored_size, parts[0], [name for _, name in parts]
   reading = experiment.reading
@@ -134,7 +135,7 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   Returns:
     The split, or None in these cases:
     - The run has no validation split, or its training files are unknown.
-    - Overrides set a different dataset or validation split than the run used.
+    - The overrides name a different dataset or validation split than the run used.
     - The run used `sweep` to search for a learning rate. After the search, such a run also trains
       on the validation split, so these images are not held out.
   """

@@ -89,9 +89,10 @@ def evaluate(
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
   """Evaluates the model that a request names, and writes the result to `eval.json` of its workdir.
 
-  If the checkpoint has no calibration (temperature or thresholds), a calibration is first fitted on
-  the validation split of the run. With `max_patches`, no calibration is fitted. The calibration is
-  saved, unless the request overrides a config key that changes what the model computes (`INPUT`).
+  If the checkpoint has no calibration (temperature or thresholds), and the request does not set
+  `max_patches`, a calibration is first fitted on the validation split of the run. The calibration
+  is also saved, unless the request overrides a config key that begins like an entry of `INPUT`,
+  because such a key changes what the model computes from an image.
 
   Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
   be written, a warning is logged.
@@ -99,11 +100,11 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   Returns:
     A dict with `step` (step number of the checkpoint; None for published weights), `source` (the
     dataset) and `split` (the test split), the values of `score_split`, and the measures of `trust`.
-    For a model without classes, the loss is the only measure. These keys exist only if they apply:
+    For a model without classes, the loss is the only measure. The dict has these keys only if they
+    apply:
     `left_out`: number of test images that are not scored, because the weights were trained on them.
     `max_patches`: the value in the request.
-    `overrides`: the overridden config keys that change what the model computes (`INPUT`), with
-      their values.
+    `overrides`: the overridden config keys that begin like an entry of `INPUT`, with their values.
   """
   # For zero-shot weights, a head is built from text embeddings of the dataset's classes.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'

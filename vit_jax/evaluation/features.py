@@ -47,7 +47,7 @@ FeatureStep = Callable[[dict[str, jax.Array], dict], jax.Array]
 def make_feature_step(exp: Experiment, mesh: jax.sharding.Mesh) -> FeatureStep:
   """Returns a compiled function that computes features: `(batch, params) -> feature_BD`.
 
-  `batch` is a dict with uint8 images `[B, H, W, C]` as `image`.
+  `batch['image']` contains uint8 images `[B, H, W, C]`.
   """
 
   def build(parts):
@@ -84,7 +84,7 @@ def compute_features(
 
   Returns:
     An `Examples` with the labels. Its field `image_NHWC` contains features, float32 `[N, D]`,
-    instead of images. Skipped bad images have no row.
+    instead of images. Bad images are skipped, so they have no row.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -105,7 +105,7 @@ def cached_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> Examples:
-  """Returns the features of a split, from the cache if the cache contains them.
+  """Returns the features of a split; computes them only if the cache does not contain them.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.
@@ -144,8 +144,8 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  The program is for one image on one device. If someone edits the code, in any file, and so changes
-  how features are computed, then this text changes too.
+  The program is traced for one image on one device. The text changes whenever an edit of the code,
+  in any file, changes how features are computed.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)

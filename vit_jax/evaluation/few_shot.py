@@ -36,8 +36,8 @@ def draw_shots(
 ) -> np.ndarray:
   """Draws `shots` random images of each class; returns their indices, int `[L, shots]`.
 
-  No image is drawn twice. If two calls have the same seed, the call with fewer shots returns the
-  first columns of the other result.
+  No image is drawn twice. With the same seed, the result for fewer shots is equal to the first
+  columns of the result for more shots.
 
   Args:
     label_N: class of each image; -1 for an image that must not be drawn.
@@ -66,9 +66,9 @@ def draw_readable(
 ) -> tuple[list[np.ndarray], np.ndarray]:
   """Draws training images of every class, once for each of `SEEDS`, and skips unreadable images.
 
-  The number of images per class is the largest of `SHOTS` for which every class has enough images.
-  An unreadable image is replaced by another image of its class. (In training, it is replaced by the
-  next image of the split, which may belong to a different class.)
+  The number of images per class is the largest number in `SHOTS` for which every class has enough
+  images. An unreadable image is replaced by another image of its class. (In training, it is
+  replaced by the next image of the split, which may belong to a different class.)
 
   Args:
     train: training split.
@@ -134,12 +134,14 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
 
   Returns:
     A dict with these keys:
-    `shots`: `{'1': {'mean': ..., 'std': ..., 'accuracy': [...]}, '5': ...}`, by number of training
-      images per class. `accuracy` has one value for each of `SEEDS`, from 0 to 1. `std` is the
-      population standard deviation of these values.
+    `shots`: `{'1': {'mean': ..., 'std': ..., 'accuracy': [...]}, '5': ...}`. The keys are numbers
+      of training images per class. `accuracy` has one value, 0 to 1, for each of `SEEDS`. `std` is
+      the population standard deviation of these values.
     `examples`: the number of test images.
-    `classifier`: name of the classifier. Only `ridge` adds a key `l2`: weight of the L2 penalty.
-    `left_out`: the number of test images that the backbone was trained on; absent if 0.
+    `classifier`: name of the classifier. For `ridge`, the dict also has `l2`, the weight of the L2
+      penalty.
+    `left_out`: the number of test images that are left out, because the backbone was trained on
+      them; absent if 0.
 
   Raises:
     ValueError: a class has no readable training image, the two splits share examples, or images can
@@ -187,7 +189,8 @@ def fewshot(request: Request, classifier: str = 'ridge') -> dict:
   """Measures the few-shot accuracies of a model, and writes them to `fewshot.json` in its workdir.
 
   If the workdir cannot be written, a warning is logged. Published weights have no workdir, so their
-  result is only returned. The request's overrides name the dataset for published weights.
+  result is only returned. For published weights, the overrides in the request must name the
+  dataset.
 
   Args:
     request: names the model: a checkpoint of a workdir, or published weights.

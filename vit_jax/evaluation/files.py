@@ -1,4 +1,4 @@
-"""Finds the image files that a user names by paths of files, folders or glob patterns."""
+"""Finds image files, which the user gives as files, folders or glob patterns."""
 
 from collections.abc import Iterable
 import glob
@@ -16,11 +16,11 @@ PathLike = str | os.PathLike
 
 
 def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
-  """Returns the image files that `paths` names: paths of files, folders or glob patterns.
+  """Returns the image files that are given as paths of files, paths of folders or glob patterns.
 
   The order of `paths` is kept. A folder is replaced by the sorted list of all images in the folder
-  and its subfolders. A pattern is replaced by the sorted list of all images that match. Any other
-  path is returned without checking that the file exists.
+  and its subfolders. A pattern is replaced by the sorted list of all images that match. A path of a
+  file is returned without a check that the file exists.
 
   Raises:
     ValueError: no path is given, a value is not a path, a folder contains no image, or no image
@@ -74,9 +74,9 @@ def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_image(path: str) -> bool:
-  """Returns whether a path has the extension of an image and is a file, or a link to nothing.
+  """Returns whether a path has the extension of an image, and is a file or a broken link.
 
-  Reading a link to nothing fails, so the user learns about it.
+  Broken links are included, so that the user sees an error when they are read.
   """
   dangling = os.path.islink(path) and not os.path.exists(path)
   return has_image_name(os.path.basename(path)) and (os.path.isfile(path) or dangling)

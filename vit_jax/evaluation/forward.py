@@ -61,7 +61,7 @@ def map_files(
 
 
 def probabilities(exp: Experiment) -> Function:
-  """Returns the function `(image_BHWC, params) -> probability_BL` for uint8 images."""
+  """Returns a function `(image_BHWC, params) -> probability_BL` that classifies uint8 images."""
   return lambda image_BHWC, params: exp.probabilities(params, image_BHWC)
 
 

@@ -43,7 +43,7 @@ def wilson_interval(correct: int, examples: int) -> tuple[float, float]:
 def class_scores(
   label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int
 ) -> dict[str, np.ndarray]:
-  """Returns a dict with `precision`, `recall`, `f1` and `support` of each class, each `[L]`.
+  """Returns a dict of arrays `[L]`: `precision`, `recall`, `f1` and `support` of each class.
 
   The support is the number of examples of a class. The precision is NaN for a class that is never
   predicted. The recall is NaN for a class without examples. F1 is NaN for a class that has no
@@ -88,7 +88,7 @@ def confused(
 ) -> dict[str, dict[str, int]]:
   """Returns the confusion matrix as `{true class: {predicted class: number of examples}}`.
 
-  Pairs of classes without an example are left out.
+  Pairs of classes that do not occur are left out.
 
   Args:
     label_N: true class of each example.
@@ -113,7 +113,7 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 
   Returns:
     A dict with an array `[BINS]` for each key:
-    `low` and `high`: limits of the bin. Its confidences are above `low` and at most `high`.
+    `low` and `high`: limits of the bin, which contains confidences above `low` and up to `high`.
     `examples`: number of examples in the bin.
     `confidence`: mean confidence of the examples in the bin; NaN in an empty bin.
     `accuracy`: accuracy on the examples in the bin; NaN in an empty bin.
@@ -137,9 +137,8 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
   """Computes the expected calibration error from the result of `reliability`, 0 to 1.
 
-  For each bin, take the absolute difference between accuracy and mean confidence. The error is the
-  mean of these differences, weighted by the number of examples per bin (Guo et al. 2017, equation
-  3).
+  The error is the absolute difference between accuracy and mean confidence in a bin, averaged over
+  the bins with the number of examples as weight (Guo et al. 2017, equation 3).
   """
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())
@@ -150,8 +149,8 @@ def coverage_curve(
 ) -> dict[str, np.ndarray]:
   """Returns the accuracy of a model that classifies only its most confident examples.
 
-  The accuracy is computed for several coverages: shares of the examples that are classified
-  (Geifman and El-Yaniv 2017, 1705.08500).
+  The accuracy is computed for several coverages. A coverage is the share of the examples that the
+  model classifies (Geifman and El-Yaniv 2017, 1705.08500).
 
   Args:
     confidence_N: probability of the predicted class of each example.
@@ -161,8 +160,8 @@ def coverage_curve(
   Returns:
     A dict with an array `[P]` for each key:
     `coverage`: share of the examples that the model classifies, from 1/P to 1.
-    `accuracy`: accuracy on the classified examples. Examples with equal confidences each count with
-      their mean accuracy, so that their order has no effect.
+    `accuracy`: accuracy on the classified examples. If examples have equal confidences, each of
+      them counts with their mean accuracy, so that the order of these examples has no effect.
     `confidence`: lowest confidence among the classified examples.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')

@@ -1,9 +1,9 @@
 """Evaluates models that give an image several labels: average precision, F1 and thresholds.
 
 Decisions:
-  * Average precision is the sum over all thresholds of the precision times the increase in recall,
-    without interpolation, as in `average_precision_score` of scikit-learn. Images with equal scores
-    are counted at the same threshold.
+  * Average precision is computed without interpolation, as in `average_precision_score` of
+    scikit-learn: at each threshold, the precision is multiplied by the increase in recall, and the
+    products are summed. Images with equal scores are counted at the same threshold.
   * A positive image of a class has the class as a label. Means over the classes skip classes
     without a positive image, because their average precision and recall are not defined.
   * A class is predicted for an image if its probability is at or above the threshold of the class.
@@ -177,7 +177,7 @@ class Labelled:
     }
 
   def trust(self, class_names: Sequence[str], calibration: Calibration) -> dict:
-    """Returns the measures of each class, and the mean F1 of all classes, at fitted thresholds.
+    """Returns the measures of each class, and the mean F1 of the classes, at the fitted thresholds.
 
     Args:
       class_names: names of the classes.

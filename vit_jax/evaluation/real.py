@@ -55,11 +55,13 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
   """Returns which classes each image of a split shows, bool `[N, L]`.
 
   The row of an image without a label is all False. Images are matched to labels by file name, so
-  the split can be any subset of ImageNet's validation images, in any order. This function reads
-  every example of the split to get its file name. With TFDS, evaluation reads the examples again.
+  the split can be any subset of ImageNet's validation images, in any order. To get the file names,
+  this function reads every example of the split. If the dataset is from TFDS, the evaluation has to
+  read the examples a second time.
 
   Args:
-    path: path of `real.json`: for each image, in the order of file names, a list of class numbers.
+    path: path of `real.json`. This file has a list of class numbers for each image, in the order of
+      the file names.
     source: dataset with ImageNet's validation images.
     split: the split in TFDS notation.
 
@@ -92,11 +94,11 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
 
 
 def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
-  """Reads the labels in a file: for each image, a list of class numbers below `count`.
+  """Reads a file with labels: returns a list of class numbers, all below `count`, for each image.
 
   Args:
     path: path of the file.
-    name: config key and path of the file, with which error messages begin.
+    name: config key and path of the file; error messages begin with this text.
     count: number of classes.
 
   Raises:

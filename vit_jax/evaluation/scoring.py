@@ -200,7 +200,7 @@ def quality(values: Mapping[str, float]) -> float:
 
 
 def summarize(batches: list[metrics.Collection]) -> dict[str, float]:
-  """Returns a dict with `loss`, `accuracy` and number of `examples` of several training batches.
+  """Returns the `loss`, the `accuracy` and the number of `examples` of several training batches.
 
   Loss and accuracy are means over all examples. A run without labels has no `accuracy`.
 

@@ -4,8 +4,9 @@ Decisions:
   * If images are not changed at random, the teacher gives the same logits in every epoch. The
     logits are then computed before training, once for each example, from cached features
     (`features.py`).
-  * Otherwise each training step runs the teacher. The teacher's parameters are divided among the
-    devices like the parameters of the trained model (config keys `mesh.fsdp` and `mesh.tensor`).
+  * If images are changed at random, each training step runs the teacher. The teacher's parameters
+    are then divided among the devices like the parameters of the trained model (config keys
+    `mesh.fsdp` and `mesh.tensor`).
   * Checkpoints do not contain the teacher's parameters.
 """
 
@@ -62,7 +63,7 @@ class Taught:
 def with_teacher(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, folder: pathlib.Path
 ) -> tuple[Experiment, Training]:
-  """Makes the teacher of a run ready for training; without a teacher, nothing changes.
+  """Prepares the teacher of a run for training; a run without a teacher stays unchanged.
 
   Args:
     exp: experiment to train.
@@ -72,9 +73,9 @@ def with_teacher(
 
   Returns:
     The experiment, whose teacher uses the same attention kernel as the trained model.
-    The `Training`. If images are not changed at random, the batches of its split `train` also
-      contain the teacher's logits. Otherwise, its field `teacher` contains the teacher's
-      parameters, on the devices.
+    The `Training`. If images are changed at random, its field `teacher` contains the teacher's
+      parameters, on the devices. If they are not, the batches of its split `train` also contain the
+      teacher's logits.
   """
   if exp.teacher is None:
     return exp, training
