@@ -71,7 +71,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
   Args:
     coordinator: `host:port` of process 0.
-    num_processes: total number of processes; 1 runs this process alone, even in a cluster.
+    num_processes: total number of processes. With 1, this process runs alone, even in a cluster.
     process_id: number of this process: 0, 1, ...
 
   Raises:
@@ -189,8 +189,8 @@ def say(text: str) -> None:
 def waiting(what: str) -> Iterator[None]:
   """Context manager that limits the time in which its block waits for other processes.
 
-  After `SOON` seconds, it prints that this process waits for `what`. After `JOIN` seconds, it ends
-  this process. Without the limit, JAX would also abort the process, but later.
+  After `SOON` seconds, the context manager prints that this process waits for `what`. After `JOIN`
+  seconds, it ends the process. Without the limit, JAX would also abort the process, but later.
   """
 
   def give_up():

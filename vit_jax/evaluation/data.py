@@ -134,7 +134,7 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
 
   Returns:
     The split, or None in these cases:
-    - The run has no validation split, or its training files are unknown.
+    - The run has no validation split, or did not store the names of its training files.
     - The overrides name a different dataset or validation split than the run used.
     - The run used `sweep` to search for a learning rate. After the search, such a run also trains
       on the validation split, so these images are not held out.

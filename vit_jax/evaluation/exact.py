@@ -91,7 +91,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
 
   If the checkpoint has no calibration (temperature or thresholds), and the request does not set
   `max_patches`, a calibration is first fitted on the validation split of the run. The calibration
-  is also saved, unless the request overrides a config key that begins like an entry of `INPUT`,
+  is also saved, unless the request overrides a config key that begins with an entry of `INPUT`,
   because such a key changes what the model computes from an image.
 
   Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
@@ -104,7 +104,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
     apply:
     `left_out`: number of test images that are not scored, because the weights were trained on them.
     `max_patches`: the value in the request.
-    `overrides`: the overridden config keys that begin like an entry of `INPUT`, with their values.
+    `overrides`: the overridden config keys that begin with an entry of `INPUT`, and their values.
   """
   # For zero-shot weights, a head is built from text embeddings of the dataset's classes.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'

@@ -76,8 +76,8 @@ def bare(axis) -> None:
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
   """Enlarges a grid of tiles `[R, C, p, q, ...]` by repeating every pixel.
 
-  Each tile then has at least 16 pixels per side. So `mosaic` can draw a gap that is thinner than a
-  pixel of the original tiles.
+  Each enlarged tile has at least 16 pixels per side, so that `mosaic` can draw gaps that are
+  thinner than a pixel of the original tiles.
   """
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)
@@ -141,7 +141,7 @@ def evenly(size: int, most: int) -> np.ndarray:
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a map with one value per patch, `[h, w]`, to an image of `size` (H, W).
+  """Resizes a map `[h, w]`, which has one value per patch, to an image of `size` (H, W).
 
   Values are interpolated linearly between the centres of the patches.
   """

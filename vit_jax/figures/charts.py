@@ -1,4 +1,4 @@
-"""Draws charts of the accuracy and the calibration of predictions, in the style of `draw.py`."""
+"""Draws charts of the accuracy and the calibration of predictions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -59,15 +59,15 @@ def draw_confusion(
 
 
 def small(labels: int) -> int:
-  """Returns the font size in points at which `labels` labels fit on an axis."""
+  """Returns the font size, in points, for an axis with the given number of labels."""
   return 8 if labels <= NUMBERED else 6
 
 
 def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None:
   """Draws the accuracy of each class as a bar on a matplotlib axis.
 
-  If there are more than `LABELLED` classes, only the `LOWEST` classes with the lowest accuracy are
-  drawn.
+  If there are more than `LABELLED` classes, only `LOWEST` classes are drawn: those with the lowest
+  accuracy.
   """
   order = np.arange(len(class_names))
   title = 'accuracy of each class'
@@ -97,12 +97,12 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
 def draw_reliability(
   bins: Mapping[str, np.ndarray], before: Mapping[str, np.ndarray] | None = None
 ) -> Figure:
-  """Draws a reliability diagram: accuracy and share of the examples for each bin of confidence.
+  """Draws a reliability diagram: accuracy and share of the examples in each confidence bin.
 
   Args:
     bins: the result of `evaluation.reliability`.
-    before: the result of `evaluation.reliability` for the probabilities before calibration, which
-      are drawn for comparison. None if no calibration was fitted.
+    before: the result of `evaluation.reliability` for the probabilities before calibration, to be
+      drawn for comparison. None if no calibration was fitted.
   """
   figure = Figure((canvas.WIDTH, 3.6), layout='constrained')
   left, right = figure.subplots(1, 2)

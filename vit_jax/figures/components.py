@@ -6,8 +6,8 @@
 Decisions:
   * The components are computed from the patches of all images together, so that equal colours mean
     similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).
-  * The sign of a component is arbitrary. It is chosen so that the entry with the largest magnitude
-    is positive.
+  * The sign of a component is arbitrary, so it is chosen to make the entry with the largest
+    magnitude positive.
 """
 
 import functools
@@ -74,8 +74,8 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
     count: maximum number F of components.
 
   Returns:
-    `map_BhwF`, float32: the projection of each patch on each component, after the mean over all
-      patches is subtracted.
+    `map_BhwF`, float32: the projection of each patch's features on each component. The mean
+      features of all patches are subtracted first.
     `share_F`: the share of each component in the variance of the features.
   """
   x_ND = np.asarray(feature_BhwD, np.float64).reshape(-1, feature_BhwD.shape[-1])
@@ -87,9 +87,9 @@ def component_maps(feature_BhwD: np.ndarray, count: int = 3) -> tuple[np.ndarray
 def component_colours(map_BhwF: np.ndarray) -> np.ndarray:
   """Converts the first three component maps to red, green and blue: `[B, h, w, 3]`, 0 to 1.
 
-  The two percentiles `EDGES` of each map, over all images, become 0 and 1. Values between them are
-  scaled linearly, and values beyond them are clipped. The colour of a constant or missing map is
-  0.5.
+  In each map, the two percentiles `EDGES` of the values in all images become 0 and 1. Values
+  between these percentiles are scaled linearly, and all other values are clipped. If a map is
+  constant or missing, its colour is 0.5.
 
   Args:
     map_BhwF: the maps that `component_maps` returns.

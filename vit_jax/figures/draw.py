@@ -138,7 +138,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
   Args:
     filter_FpqC: the components, as `maps.filters` returns them.
-    share_F: the share of each component in the variance, to be written above the component.
+    share_F: share of the variance that each component explains; written above the component.
   """
   columns = min(7, len(filter_FpqC))
   rows = -(-len(filter_FpqC) // columns)
@@ -158,7 +158,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws a map for each patch: the similarity of its position embedding to all others.
+  """Draws, for each patch, a map of the similarity of its position embedding to all others.
 
   If the grid of patches is large, only the maps of evenly spaced patches are drawn.
 
@@ -183,7 +183,7 @@ def draw_attention_distance(distance_DK: np.ndarray, even: float) -> Figure:
 
   Args:
     distance_DK: mean attention distance in pixels, for D blocks and K heads.
-    even: attention distance in pixels for equal attention to all patches, drawn as a line.
+    even: distance in pixels of a head that attends equally to all patches; drawn as a line.
   """
   figure = Figure((canvas.WIDTH, 3.4), layout='constrained')
   axis = figure.subplots()
@@ -236,7 +236,7 @@ def draw_rollout(image_BHWC: np.ndarray, map_Bhw: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_components(image_BHWC: np.ndarray, colour_Bhw3: np.ndarray) -> Figure:
-  """Draws a row of images, and a row with the colours of their patches.
+  """Draws a row of images, and below each image the colours of its patches.
 
   Args:
     image_BHWC: uint8 images.

@@ -6,8 +6,8 @@
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
 
 Decisions:
-  * The model itself returns its attention weights, through Flax's `sow`. It then uses the attention
-    kernel `plain` (`attention.py`), which computes these weights explicitly.
+  * The model itself returns its attention weights, through Flax's `sow`. For this, it uses the
+    attention kernel `plain` (`attention.py`), which computes the weights explicitly.
   * `read_BKN` tells how much each token of the last block contributes to the pooled output. For the
     pool `cls`, only the class token contributes. For `gap`, all patches contribute equally. For
     `map`, the contributions are the attention of the probe, the pool's learned query.
@@ -93,7 +93,7 @@ def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, in
 
   This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6). Each
   block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and the
-  identity I stands for the residual connection. `read_BN` is multiplied by the matrices, from
+  identity I stands for the residual connection. `read_BN` is multiplied by all these matrices, from
   the last block to the first.
 
   Args:
@@ -285,8 +285,8 @@ def spread_over_classes(label_N: np.ndarray, num_classes: int, count: int) -> np
 
   The first example of each class comes first, then the second example of each class, and so on. If
   there are fewer examples than `count`, all are used. If there are more classes than `count`, the
-  examples come from `count` evenly spaced classes. If some of these classes have no example, other
-  examples fill the gap.
+  examples come from `count` evenly spaced classes. If these classes have fewer than `count`
+  examples, examples of other classes follow.
   """
   label_N = np.asarray(label_N)
   if num_classes > count:

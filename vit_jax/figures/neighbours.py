@@ -30,7 +30,7 @@ PART = 2000  # maximum number of training images in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class Neighbours:
-  """The K training images that are most similar to each of R test images, the most similar first.
+  """For each of R test images, the K most similar training images, the most similar one first.
 
   Attributes:
     image_RKHWC: uint8 training images.

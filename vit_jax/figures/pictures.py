@@ -27,13 +27,13 @@ NOT_COMPARED = Missing('the test split was not evaluated.')
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-  """Attention arrays of B drawn images, and attention distances over more images.
+  """Attention maps of B drawn images, and attention distances averaged over more images.
 
   Attributes:
     rollout: `[B, h, w]`, attention rollout of the drawn images.
-    heads: `[B, R, K, h, w]`, attention maps of the drawn images, by row (a block, or the pool) and
-      by head.
-    distance_DK: attention distance in pixels by block and head: the mean over `measured` images.
+    heads: `[B, R, K, h, w]`, an attention map for each drawn image, row and head. A row stands for
+      a block, or for the pool.
+    distance_DK: attention distance of each block and head in pixels, averaged over images.
     measured: number of images over which `distance_DK` is averaged.
   """
 
@@ -142,7 +142,7 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
 
 
 def worst(scores: Scores, count: int) -> np.ndarray:
-  """Returns the indices of the rows of `scores` with the `count` most confident mistakes.
+  """Returns the indices of the `count` most confident mistakes in `scores`.
 
   Raises:
     Missing: the model made no mistake.

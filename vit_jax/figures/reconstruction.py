@@ -13,12 +13,12 @@ GREY = 128  # grey level of patches that are hidden from the model
 
 
 def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.ndarray:
-  """Returns three versions of images, uint8 `[3, B, H, W, C]`, for `draw_reconstruction`.
+  """Returns three versions of each image, uint8 `[3, B, H, W, C]`, for `draw_reconstruction`.
 
   The first version is the original. In the second, the hidden patches are grey. In the third, the
   hidden patches are replaced by the model's predictions. The model predicts normalised patches,
-  with mean 0 and variance 1. So each prediction is scaled to the mean and the standard deviation of
-  the true patch. The model does not know these two numbers.
+  with mean 0 and variance 1. Therefore each predicted patch is scaled to the mean and the standard
+  deviation of the true patch, which the model does not know.
 
   Args:
     exp: experiment of a run with `objective=masked`.
@@ -47,7 +47,7 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
 
 @canvas.styled
 def draw_reconstruction(image_RBHWC: np.ndarray) -> Figure:
-  """Draws three rows of images: the original, only the seen patches, and the filled-in image.
+  """Draws three rows: the original images, only their seen patches, and the filled-in images.
 
   Args:
     image_RBHWC: the three versions of B images, from `reconstruct`.

@@ -128,7 +128,7 @@ def config_tables(changed: list[tuple], unchanged: dict[str, object]) -> str:
 
 
 def class_table(classes: Sequence[tuple[str, ...]]) -> str:
-  """Returns the HTML of a table of the first `SHOWN` classes, and of a folded table of the rest.
+  """Returns the HTML of a table of the first `SHOWN` classes, and of a folded table of the others.
 
   Args:
     classes: `(class, precision, recall, F1, images)` of each class, as text.

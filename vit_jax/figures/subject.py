@@ -202,7 +202,7 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> AttentionMaps:
-  """Computes attention maps of the first `SHOWN` images, and mean distances over all images."""
+  """Computes attention maps of `SHOWN` images, and mean attention distances over all images."""
 
   def summary(image_BHWC, params):
     return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))

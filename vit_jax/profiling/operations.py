@@ -26,8 +26,9 @@ class Operation:
   Attributes:
     opcode: HLO opcode, e.g. `fusion`.
     inside: opcodes of the operations that a fusion contains.
-    call: name of the library function of a custom call, else empty.
-    path: modules and JAX primitive, e.g. `jit(train_step)/jvp(ViT)/block_0/mlp/up/dot_general`.
+    call: name of the library function that a custom call runs; empty for all other operations.
+    path: names of the modules and of the JAX primitive, e.g.
+      `jit(train_step)/jvp(ViT)/block_0/mlp/up/dot_general`.
   """
 
   opcode: str
@@ -43,7 +44,7 @@ class Operation:
 
   @property
   def label(self) -> str:
-    """Short name, the same for all blocks, e.g. `block_*/mlp/up/dot_general, backward`."""
+    """Short name, without the block's number, e.g. `block_*/mlp/up/dot_general, backward`."""
     parts = [unwrapped(part) for part in self.path.split('/')]
     kept = [re.sub(r'_\d+$', '_*', part) for part in parts if not AROUND_MODULES.match(part)]
     return '/'.join(kept or [self.opcode]) + (', backward' if 'transpose(' in self.path else '')
@@ -72,7 +73,7 @@ def unwrapped(part: str) -> str:
 
 
 def operations(text: str) -> dict[str, Operation]:
-  """Returns the operations of a compiled program, by their HLO names such as `fusion.3`.
+  """Returns a dict from HLO names, such as `fusion.3`, to the operations of a compiled program.
 
   Args:
     text: the program, from `jax.stages.Compiled.as_text`.

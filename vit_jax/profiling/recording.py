@@ -76,8 +76,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
 def names_in_cache_key() -> Iterator[None]:
   """Context manager that includes names of operations in the keys of JAX's compilation cache.
 
-  Otherwise, the cache could return a program that an older version of the code compiled. It would
-  compute the same numbers, but its operations would have other names.
+  Without these names, the cache could return a program that was compiled from an older version of
+  the code. Such a program computes the same numbers, but its operations have the old names.
   """
   key = 'jax_compilation_cache_include_metadata_in_key'
   before = getattr(jax.config, key)
@@ -90,7 +90,7 @@ def names_in_cache_key() -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(folder: pathlib.Path) -> Iterator[None]:
-  """Context manager that records a profiler trace in process 0, without Python function calls."""
+  """Context manager that records a trace in process 0, but does not record Python calls."""
   if not is_first():
     yield
     return

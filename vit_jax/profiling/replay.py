@@ -2,12 +2,13 @@
 
 A defective device can compute wrong numbers without raising an error. The repeated steps then give
 a different train state than the saved one. Steps that are not deterministic also give a different
-state. No file is written, except a teacher's features that are missing in `<workdir>/features/`.
+state. Nothing is written, except a teacher's features if `<workdir>/features/` does not contain
+them.
 
 Decisions:
   * Arrays are compared on the devices that hold them, so no process needs a whole array.
-  * The order of sums depends on the number of devices. If the run used other devices, arrays may
-    therefore differ by rounding (`ROUNDING`).
+  * The order of sums depends on the number of devices. Therefore, if the run used other devices,
+    relative differences up to `ROUNDING` are attributed to rounding.
 """
 
 import collections
@@ -71,7 +72,8 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   """Repeats the steps between a run's two newest checkpoints, and compares the train states.
 
   Args:
-    workdir: folder of the run. Only a teacher's missing features are written to this folder.
+    workdir: folder of the run. Nothing is written to it, except a teacher's features if it does not
+      contain them.
     overrides: config keys to change, e.g. `data.dir`, and their values as text.
 
   Raises:
@@ -119,7 +121,7 @@ def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
 
   Args:
     item: the checkpoint's item `config`, from `restore_item`.
-    overrides: keys of the config to change and their values as text.
+    overrides: config keys to change, and their values as text.
 
   Raises:
     ValueError: the config with the overrides is not valid.
@@ -135,7 +137,8 @@ def check_repeatable(
 ) -> None:
   """Raises ValueError if the steps between two checkpoints cannot be repeated.
 
-  This is the case if a new learning-rate cycle began between them, or the run trains only a head.
+  The steps cannot be repeated if the run trains only a head, or if a new learning-rate cycle began
+  between the two checkpoints.
 
   Args:
     workdir: folder of the run.
@@ -218,7 +221,7 @@ def differences(ended, wanted) -> dict[str, Difference]:
 
   Args:
     ended: the repeated train state.
-    wanted: the saved train state; each of its arrays is the second of a `Difference`.
+    wanted: the saved train state; `Difference.norm` is the norm of its arrays.
   """
   both = jax.tree.leaves(ended), jax.tree.leaves(wanted)
   compared = to_host(jax.jit(lambda a, b: list(map(compare_arrays, a, b)))(*both))
@@ -241,8 +244,9 @@ def compare_arrays(a: jax.Array, b: jax.Array) -> Difference:
 def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple[str, float]]:
   """Yields `(part, relative difference)` for each part of the train state (see `part_of`).
 
-  The relative difference is the norm of the difference of all arrays of the part, divided by the
-  norm of the saved arrays. If the saved arrays are 0, the result is the first norm.
+  The relative difference is the norm of the difference between repeated and saved values of the
+  part, divided by the norm of the saved values. If the saved values are all 0, the norm of the
+  difference is not divided.
 
   Args:
     found: result of `differences`.
@@ -259,8 +263,8 @@ def relative(found: Mapping[str, Difference], params: Mapping) -> Iterator[tuple
 def part_of(name: str, params: Mapping) -> str:
   """Returns the part of the train state to which an array belongs.
 
-  For the name `opt_state/1/0/mu/block_0/mlp/up/kernel`, the part is `opt_state/1/0/mu`. It ends
-  before the first name that is a top-level key of the model's parameters, here `block_0`.
+  For example, the array `opt_state/1/0/mu/block_0/mlp/up/kernel` belongs to the part
+  `opt_state/1/0/mu`. The name of a part ends where the name of a parameter begins.
   """
   words = name.split('/')
   inner = (i for i, word in enumerate(words) if word in params)

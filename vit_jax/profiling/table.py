@@ -1,4 +1,4 @@
-"""Makes the table of `--mode=profile`: time by kind, and the longest operations."""
+"""Makes the table of `--mode=profile`: the time of each kind of operation, and the longest ones."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +20,8 @@ class Profile:
     unrecorded_ms: mean time of a step without the profiler, in milliseconds.
     steps: number of recorded steps.
     devices: number and platform of the devices, e.g. `2 cpu`.
-    kinds: milliseconds per step for each of `KINDS`, for waiting, for idle time and for unknown
-      operations. Their sum is about `step_ms`.
+    kinds: milliseconds per step for each kind of operation in `KINDS`, for waiting, for idle time
+      and for unknown operations. The sum of all values is about `step_ms`.
     longest: (label, kind, milliseconds per step) of the longest operations, the longest first.
   """
 
@@ -55,7 +55,7 @@ def summarize_time(
 
 
 def as_table(profile: Profile) -> str:
-  """Returns a profile as text: time by kind, then the longest operations."""
+  """Returns a profile as text: the time of each kind of operation, then the longest operations."""
   share = lambda time: f'{time:10.3f} {time / profile.step_ms:8.1%}'
   longest = [f'{share(time)}  {label} ({kind})' for label, kind, time in profile.longest]
   return '\n'.join([

@@ -3,8 +3,8 @@
 Decisions:
   * At each moment, the time is divided equally among the running operations, so that the times of
     all operations add up to the total time.
-  * A collective gets time only while no other operation runs, because next to another operation it
-    does not make the step longer.
+  * A collective gets time only while no other operation runs, because a collective that runs during
+    another operation does not make the step longer.
   * Waiting for a batch gets time only while no operation runs.
 """
 
@@ -64,7 +64,8 @@ def read_trace(file: pathlib.Path) -> Trace:
 def spans(plane) -> Iterator[tuple[str, Span]]:
   """Yields a pair (kind, span) for each event in a plane of a trace.
 
-  The kind is `operation` for operations of a compiled program, and the name for other events.
+  The kind is `operation` for operations of a compiled program. For all other events, the kind is
+  the name of the event.
   """
   for line in plane.lines:
     for event in line.events:
@@ -76,9 +77,9 @@ def spans(plane) -> Iterator[tuple[str, Span]]:
 
 
 def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
-  """Returns the nanoseconds of each operation, by name, and of `WAIT` and `IDLE`.
+  """Returns the nanoseconds of each operation, of `WAIT` and of `IDLE`, as `{name: time}`.
 
-  The sum is the time of all recorded steps.
+  The sum of these times is the time of all recorded steps.
 
   Args:
     trace: events of the recorded steps.
@@ -106,7 +107,7 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of an operation or `WAIT`: time goes only to the lowest rank that runs."""
+  """Returns the rank of an operation or of `WAIT`; time goes only to the lowest running rank."""
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
