@@ -44,7 +44,7 @@ def asked_to_stop() -> bool:
 
 
 def num_cores() -> int:
-  """Returns the number of CPU cores that this process may run on."""
+  """Returns the number of CPU cores on which the system lets this process run."""
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 

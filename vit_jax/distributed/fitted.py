@@ -33,7 +33,7 @@ class Fitted:
       build: maps a number of micro-batches per device to the jitted function.
       mesh: mesh of the devices.
       best: maps the number of rows of a batch to the fastest number of micro-batches per device.
-      budget: bytes that the function may use on each device; None: no limit.
+      budget: maximum number of bytes that the function can use on each device; None: no limit.
     """
     self._build, self._mesh, self._best, self._budget = build, mesh, best, budget
     self._functions = {}  # by the number of rows of a batch

@@ -65,7 +65,7 @@ def first_fit(
     lower: lowers the program with a plan.
     need: maps a plan to the numbers `(fixed, varying)`. It is estimated that the program needs
       `fixed + factor * varying` bytes on each device.
-    budget: bytes that the program may use on each device.
+    budget: maximum number of bytes that the program can use on each device.
     factor: initial value of `factor`. With 0, only `fixed` counts in the first estimate.
   """
   for attempt in range(1, COMPILATIONS + 1):

@@ -68,9 +68,9 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
     The dataset, and the number of files in the test split that were left out.
 
   Raises:
-    ValueError: the dataset does not fit the model, as in `open_data`. Or the weights were trained
-      on all files of the test split. Or, for datasets without files such as TFDS, the weights were
-      trained on at least one example of the test split.
+    ValueError: `open_data` finds that the dataset does not fit the model. Or the weights were
+      trained on all files of the test split. Or the dataset has no files (e.g. TFDS), and the
+      weights were trained on at least one example of the test split.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:

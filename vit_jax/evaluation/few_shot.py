@@ -138,10 +138,8 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
       of training images per class. `accuracy` has one value, 0 to 1, for each of `SEEDS`. `std` is
       the population standard deviation of these values.
     `examples`: the number of test images.
-    `classifier`: name of the classifier. For `ridge`, the dict also has `l2`, the weight of the L2
-      penalty.
-    `left_out`: the number of test images that are left out, because the backbone was trained on
-      them; absent if 0.
+    `classifier`: name of the classifier. `ridge` adds `l2`, the weight of the L2 penalty.
+    `left_out`: number of test images left out because they were used in training; absent if 0.
 
   Raises:
     ValueError: a class has no readable training image, the two splits share examples, or images can
